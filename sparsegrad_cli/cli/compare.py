@@ -1,0 +1,96 @@
+"""compare."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, RecipeAndOverrides, split_arguments
+from sparsegrad_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.recipe.study import LoadedStudy
+
+
+def compare(
+    recipe: RecipeAndOverrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", "-m", help="Comma-separated: full, lora, meprop, sparsegrad."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", "-n", help="How many seeds; 2 by default.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="runs/compare-<name> by default.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run all cells again, finished ones too.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on one recipe, or run a study: same data order, same head, several seeds.
+
+    Interrupted, the same command goes on where it stopped.
+
+    [bold]sparsegrad compare --methods lora,meprop,sparsegrad[/bold]
+    [bold]sparsegrad compare recipes/quickstart.yaml[/bold]
+    """
+    from rich.console import Console
+
+    from sparsegrad_cli.compare.grid import Comparison, open_folder
+    from sparsegrad_cli.report.html import write_compare_html
+    from sparsegrad_cli.report.markdown import compare_markdown
+    from sparsegrad_cli.report.terminal import compare_table
+
+    study = _study(recipe, methods, seeds)
+    folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
+    open_folder(study, folder, overwrite=overwrite)
+    err = Console(stderr=True, quiet=quiet or as_json)
+    command = shlex.join(["sparsegrad", *sys.argv[1:]])
+    comparison = Comparison(
+        study,
+        folder,
+        command=command,
+        tell=lambda line: err.print(f"[bold]{line}[/bold]", highlight=False),
+        quiet=quiet or as_json,
+    )
+    record = comparison.run()
+    (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")
+    write_compare_html(record, folder / "report.html")
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        console = Console()
+        console.print(compare_table(record))
+        console.print(f"Report: {folder / 'report.html'}", highlight=False)
+    if all(row["status"] != "done" for row in record["rows"]):
+        raise typer.Exit(1)
+
+
+def _study(recipe: list[str] | None, methods: str | None, seeds: int | None) -> LoadedStudy:
+    from sparsegrad_cli.cli.recipes import is_study
+    from sparsegrad_cli.recipe.study import load_study, make_study
+
+    source, overrides = split_arguments(recipe)
+    if source is not None and is_study(source):
+        if methods or seeds:
+            raise UsageError(
+                "a study names its own methods and seeds",
+                where=source,
+                fix="copy it and change it there, or compare a recipe with --methods and --seeds",
+            )
+        return load_study(source, overrides)
+    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
+    if not names:
+        raise UsageError(
+            "which methods?", where="--methods", fix="--methods lora,meprop,sparsegrad"
+        )
+    return make_study(source, names, seeds or 2, overrides)

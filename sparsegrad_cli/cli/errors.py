@@ -1,0 +1,79 @@
+"""An error as one readable block on stderr, and its exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
+
+DEBUG_FLAG = "--debug"
+
+
+def run_guarded(app: Callable[..., Any]) -> int:
+    """Run a Typer app; return the exit code that fits how it ended."""
+    debug = DEBUG_FLAG in sys.argv[1:]
+    try:
+        app(standalone_mode=False)
+    except SparsegradError as error:
+        if debug:
+            raise
+        show(error)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return int(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        Console(stderr=True).print("Interrupted.")
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        show(
+            SparsegradError(
+                f"{type(error).__name__}: {error}",
+                fix=f"this was not foreseen; run again with {DEBUG_FLAG} for the traceback",
+            )
+        )
+        return 1
+    return 0
+
+
+def show(error: SparsegradError) -> None:
+    """Print an error: what, where, what to do."""
+    console = Console(stderr=True, highlight=False)
+    colour = "yellow" if error.exit_code == 130 else "red"
+    body = Text()
+    if isinstance(error, RecipeError):
+        for number, problem in enumerate(error.problems):
+            body.append("\n" if number else "")
+            _append_problem(body, problem)
+    else:
+        body.append(error.what.strip())
+        if error.where:
+            body.append(f"\nwhere  {error.where}", style="dim")
+        if error.fix:
+            body.append(f"\nfix    {error.fix}", style="bold")
+    console.print(Panel(body, title=error.title, title_align="left", border_style=colour))
+
+
+def _append_problem(body: Text, problem: Problem) -> None:
+    place = problem.file or ""
+    if problem.line is not None:
+        place += f":{problem.line}"
+    if place:
+        body.append(f"{place}  ", style="dim")
+    body.append(problem.key, style="bold")
+    body.append(f"  {problem.what}")
+    if problem.fix:
+        body.append(f"\n    {problem.fix}", style="bold")

@@ -1,0 +1,85 @@
+"""Live progress on stderr: phases, loss, score, steps per second, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.report.units import format_bytes
+
+
+class QuietObserver(Observer):
+    """Says nothing."""
+
+    def __enter__(self) -> QuietObserver:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class ProgressObserver(Observer):
+    """Renders a run as it happens; use as a context."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=False,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._state: dict[str, str] = {}
+
+    def __enter__(self) -> ProgressObserver:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they stand."""
+        self._progress.stop()
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """A line per phase."""
+        self._progress.console.print(f"[bold]{name}[/bold] [dim]{detail}[/dim]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """A dim line."""
+        self._progress.console.print(f"  [dim]note: {text}[/dim]", highlight=False)
+
+    def total_steps(self, phase: str, steps: int) -> None:
+        """A bar per phase with steps."""
+        self._state = {}
+        self._tasks[phase] = self._progress.add_task(phase, total=steps, state="")
+
+    def step(self, phase: str, record: dict[str, Any]) -> None:
+        """Move the bar; show what is newly known."""
+        if "loss" in record:
+            self._state["loss"] = f"loss {record['loss']:.4f}"
+        if record.get("steps_per_s"):
+            self._state["rate"] = f"{record['steps_per_s']:.1f} steps/s"
+        if record.get("rss_bytes"):
+            self._state["rss"] = f"RSS {format_bytes(record['rss_bytes'])}"
+        if phase in self._tasks:
+            self._progress.update(
+                self._tasks[phase], completed=record["step"], state="  ".join(self._state.values())
+            )
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """A line per evaluation."""
+        self._state["score"] = f"score {100 * record['score']:.1f}"
+        self._progress.console.print(
+            f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  "
+            f"score {100 * record['score']:.1f}  loss {record['loss']:.4f}",
+            highlight=False,
+        )

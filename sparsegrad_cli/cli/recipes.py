@@ -1,0 +1,84 @@
+"""validate, configs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
+from sparsegrad_cli.recipe.shipped import shipped_files
+
+configs_app = typer.Typer(
+    help="The recipes that come with sparsegrad.", invoke_without_command=True
+)
+
+
+def validate(
+    recipe: RecipeAndOverrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe or a study and print it resolved, defaults written out. Loads no model."""
+    source, overrides = split_arguments(recipe)
+    if source is not None and is_study(source):
+        from sparsegrad_cli.recipe.study import load_study
+
+        study = load_study(source, overrides)
+        typer.echo(f"{source}: a valid study, {len(study.cells)} cells")
+        return
+    loaded = load(recipe, None)
+    if as_json:
+        typer.echo(json.dumps(to_plain(loaded.recipe)))
+        return
+    typer.echo(f"# {loaded.source}: valid, digest {digest(loaded.recipe)[:16]}")
+    typer.echo(to_yaml(loaded.recipe), nl=False)
+
+
+def is_study(source: str) -> bool:
+    from sparsegrad_cli.recipe.shipped import find_recipe
+    from sparsegrad_cli.recipe.source import read_yaml
+
+    path = find_recipe(source)
+    return path is not None and path.is_file() and "methods" in read_yaml(path, source).data
+
+
+@configs_app.callback()
+def configs(context: typer.Context) -> None:
+    """List the recipes (for train and calibrate) and studies (for compare) that come along."""
+    if context.invoked_subcommand is not None:
+        return
+    for kind, use in (("configs", "train, calibrate, compare"), ("recipes", "compare")):
+        for path in shipped_files(kind):
+            typer.echo(f"{kind}/{path.name:<28} {_first_comment(path)} [{use}]")
+
+
+@configs_app.command("copy")
+def copy(
+    name: Annotated[str, typer.Argument(help="For example roberta_glue.")],
+    to: Annotated[Path | None, typer.Argument(help="File or folder; here by default.")] = None,
+) -> None:
+    """Copy a shipped recipe, to make it one's own."""
+    stem = name.removesuffix(".yaml").removeprefix("configs/").removeprefix("recipes/")
+    there = {path.stem: path for kind in ("configs", "recipes") for path in shipped_files(kind)}
+    if stem not in there:
+        from sparsegrad_cli.recipe.problems import did_you_mean
+
+        raise UsageError(f"no shipped recipe {name!r}", fix=did_you_mean(stem, list(there)))
+    target = to or Path(there[stem].name)
+    if target.is_dir():
+        target = target / there[stem].name
+    if target.exists():
+        raise UsageError(f"{target} exists already", fix="name another file")
+    shutil.copyfile(there[stem], target)
+    typer.echo(f"wrote {target}")
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

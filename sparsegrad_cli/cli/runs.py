@@ -1,0 +1,112 @@
+"""train, calibrate, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsegrad_cli.cli.arguments import (
+    Debug,
+    Json,
+    OutputDir,
+    Overwrite,
+    Quiet,
+    RecipeAndOverrides,
+    load,
+)
+from sparsegrad_cli.errors import UsageError
+
+
+def train(
+    recipe: RecipeAndOverrides = None,
+    output_dir: OutputDir = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune by a recipe: calibrate if the method needs it, train, evaluate, report.
+
+    Without a recipe: SparseGrad on a built-in acceptability task with a built-in BERT.
+
+    [bold]sparsegrad train configs/roberta_glue.yaml task.name=glue/rte seed=3705[/bold]
+    """
+    from sparsegrad_cli import runner
+    from sparsegrad_cli.report.terminal import run_table
+
+    loaded = load(recipe, output_dir)
+    if resume and loaded.recipe.output_dir is None:
+        raise UsageError(
+            "--resume needs to know which run",
+            fix="sparsegrad train runs/NAME --resume",
+        )
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    with _observer(quiet or as_json) as observer:
+        record = runner.train(loaded, observer, resume=resume, overwrite=overwrite)
+    _show(record, run_table, as_json)
+
+
+def calibrate(
+    recipe: RecipeAndOverrides = None,
+    output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make the basis of a recipe from a few gradient steps, and show what it is worth."""
+    from sparsegrad_cli import runner
+    from sparsegrad_cli.report.terminal import calibration_table
+
+    loaded = load(recipe, output_dir)
+    with _observer(quiet or as_json) as observer:
+        record = runner.calibrate(loaded, observer, overwrite=overwrite)
+    _show(record, calibration_table, as_json)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run or comparison folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run or a comparison again, and write its HTML and Markdown anew."""
+    from sparsegrad_cli.report.html import write_compare_html, write_run_html
+    from sparsegrad_cli.report.markdown import compare_markdown, run_markdown
+    from sparsegrad_cli.report.records import load_record
+    from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
+
+    record = load_record(run)
+    folder = run if run.is_dir() else run.parent
+    if "cells" in record:
+        write_compare_html(record, folder / "report.html")
+        (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")
+        _show({**record, "output_dir": str(folder)}, compare_table, as_json)
+        return
+    write_run_html(record, folder / "report.html")
+    (folder / "report.md").write_text(run_markdown(record), encoding="utf-8")
+    table = calibration_table if record.get("command") == "calibrate" else run_table
+    _show(record, table, as_json)
+
+
+def _observer(quiet: bool) -> Any:
+    from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
+
+    return QuietObserver() if quiet else ProgressObserver()
+
+
+def _show(record: dict[str, Any], table: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(record))
+    console.print(f"Report: {Path(record['output_dir']) / 'report.html'}", highlight=False)

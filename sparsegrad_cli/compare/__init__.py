@@ -1,0 +1,1 @@
+"""Fair comparison: the grid of cells, its ledger, statistics."""

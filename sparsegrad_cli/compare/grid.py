@@ -1,0 +1,241 @@
+"""Run the cells of a study one by one, each in its own process, and keep the ledger.
+
+A process per cell: memory that one method leaves behind cannot burden the next, and a cell that
+is killed for memory takes nothing else with it. compare.json is written after every cell, so an
+interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsegrad_cli.compare.statistics import make_checks, make_rows
+from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
+from sparsegrad_cli.measure.environment import collect, git_state
+from sparsegrad_cli.recipe.loading import digest, to_plain
+from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.report.records import load_record, write_json_atomic
+from sparsegrad_cli.rundir import now
+
+SCHEMA = 1
+_EXIT_STATUS = {1: "failed", 2: "failed", 3: "out_of_memory", 130: "interrupted"}
+
+
+class Comparison:
+    """One comparison in one directory.
+
+    Args:
+        study: the checked study.
+        folder: where it lives; cells in ``cells/``.
+        command: how it was started, for the record.
+        tell: called with a line before each cell.
+        quiet: cells show no progress.
+    """
+
+    def __init__(
+        self,
+        study: LoadedStudy,
+        folder: Path,
+        *,
+        command: str,
+        tell: Callable[[str], None] = lambda line: None,
+        quiet: bool = False,
+    ) -> None:
+        self.study, self.folder = study, folder
+        self._tell, self._quiet = tell, quiet
+        self.record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": study.study.name,
+            "digest": study_digest(study),
+            "status": "running",
+            "command": command,
+            "started": now(),
+            "finished": None,
+            "match": study.study.match,
+            "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
+            "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
+            "seeds": list(study.study.seeds),
+            "figures": [figure.model_dump() for figure in study.study.figures],
+            "environment": collect(),
+            "git": git_state(Path.cwd()),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done yet.
+
+        Returns:
+            The content of compare.json.
+
+        Raises:
+            InterruptedRunError: the user pressed Ctrl-C; finished cells are kept.
+        """
+        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        total = len(self.study.cells)
+        try:
+            for number, cell in enumerate(self.study.cells, 1):
+                name = f"[{number}/{total}] {cell.task}  {cell.label}  seed {cell.seed}"
+                if self._done(cell):
+                    self._tell(f"{name}: done before")
+                    continue
+                self._tell(name)
+                self._save("running", running=cell)
+                self._run_cell(cell)
+        except KeyboardInterrupt:
+            self._save("interrupted")
+            raise InterruptedRunError(
+                "the comparison was stopped; finished cells are kept",
+                where=str(self.folder),
+                fix="the same command goes on where it stopped",
+            ) from None
+        bad = any(c["status"] != "done" for c in self._ledger(None))
+        self._save("failed" if bad else "done")
+        return self.record
+
+    def _save(self, status: str, running: Cell | None = None) -> None:
+        cells = self._ledger(running)
+        self.record.update(
+            status=status,
+            finished=None if status == "running" else now(),
+            cells=cells,
+            rows=make_rows(cells),
+            checks=make_checks(cells),
+        )
+        write_json_atomic(self.folder / "compare.json", self.record)
+
+    def _ledger(self, running: Cell | None) -> list[dict[str, Any]]:
+        return [self._entry(cell, running is cell) for cell in self.study.cells]
+
+    def _entry(self, cell: Cell, is_running: bool) -> dict[str, Any]:
+        run = self._run_of(cell)
+        status = run["status"] if run else "pending"
+        error = run.get("error") if run else None
+        if status == "running" and not is_running:
+            # Nobody is running it: this process was killed together with it.
+            status = "interrupted"
+        slim = None
+        if run:
+            slim = dict(run)
+            calibration = slim.get("calibration")
+            if isinstance(calibration, dict):
+                dropped = ("heat_map", "spectra")
+                slim["calibration"] = {k: v for k, v in calibration.items() if k not in dropped}
+        return {
+            "task": cell.task,
+            "method": cell.label,
+            "seed": cell.seed,
+            "run_dir": str(self._cell_dir(cell).relative_to(self.folder)),
+            "status": status,
+            "error": error,
+            "run": slim,
+        }
+
+    def _cell_dir(self, cell: Cell) -> Path:
+        return self.folder / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
+
+    def _run_of(self, cell: Cell) -> dict[str, Any] | None:
+        try:
+            return load_record(self._cell_dir(cell))
+        except (FileFormatError, UsageError, OSError):
+            return None
+
+    def _done(self, cell: Cell) -> bool:
+        run = self._run_of(cell)
+        return bool(
+            run and run["status"] == "done" and run["recipe_digest"] == digest(cell.loaded.recipe)
+        )
+
+    def _run_cell(self, cell: Cell) -> None:
+        folder = self._cell_dir(cell)
+        plain = {**to_plain(cell.loaded.recipe), "output_dir": str(folder)}
+        recipe = folder.with_suffix(".yaml")
+        recipe.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        run = self._run_of(cell)
+        same = run is not None and run.get("recipe_digest") == digest(cell.loaded.recipe)
+        mode = "--resume" if same and any(folder.glob("checkpoint-*/state.json")) else "--overwrite"
+        command = [sys.executable, "-m", "sparsegrad_cli", "train", str(recipe), mode]
+        if self._quiet:
+            command.append("--quiet")
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if self._quiet else None,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        code = _wait(process)
+        self._note_exit(folder, code)
+
+    def _note_exit(self, folder: Path, code: int) -> None:
+        """A cell that died without writing its status gets one here."""
+        if code == 130:
+            raise KeyboardInterrupt
+        try:
+            run = load_record(folder)
+        except (FileFormatError, UsageError, OSError):
+            run = {"schema": SCHEMA, "status": "running", "recipe_digest": None}
+        if code == 0 or run["status"] in ("failed", "out_of_memory", "interrupted"):
+            return
+        killed = code == -signal.SIGKILL
+        run["status"] = "out_of_memory" if killed else _EXIT_STATUS.get(code, "failed")
+        what = "killed by the system, most likely for memory" if killed else f"ended with {code}"
+        run["error"] = {"title": "Cell", "what": what, "where": str(folder), "fix": None}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(folder / "run.json", run)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait; on Ctrl-C (which the child got too) give it time to save, then pass it on."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(timeout=120)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+            process.wait()
+        raise
+
+
+def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with something else in it; with ``overwrite``, forget what is done there.
+
+    Raises:
+        UsageError: another comparison, or foreign files.
+    """
+    if overwrite:
+        import shutil
+
+        shutil.rmtree(folder / "cells", ignore_errors=True)
+        for name in ("compare.json", "report.html", "report.md"):
+            (folder / name).unlink(missing_ok=True)
+        return
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if (folder / "compare.json").is_file():
+        if load_record(folder).get("digest") == study_digest(study):
+            return
+        what = f"{folder} holds another comparison (other recipe, methods, tasks or seeds)"
+    else:
+        what = f"the folder {folder} is not empty"
+    raise UsageError(what, where="output_dir", fix="--overwrite, or another --output-dir")
+
+
+def study_digest(study: LoadedStudy) -> str:
+    """sha256 (hex) of all cells: what a comparison is."""
+    cells = [[cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def safe_name(text: str) -> str:
+    """A folder name of letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.+-]+", "-", text)

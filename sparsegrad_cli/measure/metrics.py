@@ -1,0 +1,214 @@
+"""GLUE's official metrics as an ``evaluate`` module that needs no network.
+
+The numbers come from scikit-learn and scipy. All values are fractions (0.59, not 59). Where a
+metric has no value by its formula, it gets the one below and a note, never NaN:
+
+==================================  ====================  ======================================
+case                                value                 why
+==================================  ====================  ======================================
+one class predicted, or true        matthews 0            the limit of chance; scikit-learn's too
+no positive predicted and none true f1 0                  scikit-learn's ``zero_division=0``
+constant predictions or references  pearson, spearman 0   nothing is told apart
+NaN or infinite logits anywhere     accuracy 0, f1 0,     the model is broken, so that no
+                                    the others -1         checkpoint of it may be selected
+==================================  ====================  ======================================
+
+``evaluate`` takes seconds to import, so it is imported when the first score is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsegrad_cli.data.spec import (
+    BUILTIN_TASKS,
+    CLASS_METRICS,
+    GLUE_TASKS,
+    SCORE_METRICS,
+    TaskSpec,
+)
+from sparsegrad_cli.errors import DataError
+
+LOWEST = {
+    "accuracy": 0.0,
+    "f1": 0.0,
+    "matthews_correlation": -1.0,
+    "pearson": -1.0,
+    "spearmanr": -1.0,
+}
+# Beyond this, the spread of numbers is rounding error of their mean (scipy's own threshold).
+_CONSTANT = 1e-13
+
+_GENERIC = {
+    "classification": TaskSpec(
+        "classification", ("text",), "label", None, False, "accuracy", CLASS_METRICS
+    ),
+    "regression": TaskSpec("regression", ("text",), "label", None, True, "pearson", SCORE_METRICS),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metric name -> value (a fraction), and a note for every value that is so by definition."""
+
+    values: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> Scores:
+    """All metrics of a task.
+
+    Args:
+        spec: names the metrics.
+        logits: (N, C) class logits, of which the largest is the answer; or (N,) or (N, 1) scores.
+        references: (N,) class ids or scores.
+
+    Raises:
+        DataError: N is 0.
+        ValueError: the shapes do not fit each other or the task.
+    """
+    outputs = np.asarray(logits, dtype=np.float64)
+    true = np.asarray(references)
+    if spec.regression and outputs.ndim == 2 and outputs.shape[1] == 1:
+        outputs = outputs[:, 0]
+    if outputs.ndim != (1 if spec.regression else 2) or true.shape != outputs.shape[:1]:
+        raise ValueError(f"{spec.name}: logits {outputs.shape} do not fit labels {true.shape}")
+    if len(true) == 0:
+        raise DataError("there are no examples to score", where=spec.name)
+    finite = np.isfinite(outputs).reshape(len(true), -1).all(axis=1)
+    if not finite.all():
+        note = (
+            f"{np.count_nonzero(~finite)} of {len(true)} examples have NaN or infinite logits: "
+            "every metric is given its lowest value"
+        )
+        return Scores({name: LOWEST[name] for name in spec.metrics}, (note,))
+    predictions = outputs if spec.regression else outputs.argmax(axis=1)
+    metric = _metric_class()(spec.name, spec=spec)
+    values = metric.compute(predictions=predictions, references=true)
+    return Scores(values, metric.notes)
+
+
+def metric_values(
+    spec: TaskSpec, predictions: npt.NDArray[Any], references: npt.NDArray[Any]
+) -> Scores:
+    """All metrics of a task from its answers: class ids or finite scores, both (N,), N >= 1.
+
+    ``f1`` is that of class 1 in a task of two classes, and the plain mean over classes otherwise.
+    """
+    values: dict[str, float] = {}
+    notes: list[str] = []
+    for name in spec.metrics:
+        if name in SCORE_METRICS:
+            value, note = _correlation(name, predictions, references)
+        else:
+            value, note = _classification(name, predictions, references, spec)
+        values[name] = value
+        if note:
+            notes.append(note)
+    return Scores(values, tuple(notes))
+
+
+def _classification(
+    name: str, predictions: npt.NDArray[Any], references: npt.NDArray[Any], spec: TaskSpec
+) -> tuple[float, str | None]:
+    from sklearn import metrics
+
+    predicted, true = predictions.astype(np.int64), references.astype(np.int64)
+    if name == "accuracy":
+        return float(metrics.accuracy_score(true, predicted)), None
+    if name == "matthews_correlation":
+        for what, ids in (("predictions", predicted), ("references", true)):
+            if (ids == ids[0]).all():
+                return 0.0, f"all {len(ids)} {what} are class {ids[0]}: {name} is 0 by definition"
+        return float(metrics.matthews_corrcoef(true, predicted)), None
+    classes = len(spec.label_names or ()) or int(max(predicted.max(), true.max(), 1)) + 1
+    wanted = [1] if classes == 2 else list(range(classes))
+    value = metrics.f1_score(true, predicted, labels=wanted, average="macro", zero_division=0)
+    absent = [c for c in wanted if not (predicted == c).any() and not (true == c).any()]
+    unseen = ", ".join(map(str, absent))
+    note = f"class {unseen} is neither predicted nor true: its f1 is 0 by definition"
+    return float(value), note if absent else None
+
+
+def _correlation(
+    name: str, predictions: npt.NDArray[Any], references: npt.NDArray[Any]
+) -> tuple[float, str | None]:
+    from scipy import stats
+
+    predicted, true = predictions.astype(np.float64), references.astype(np.float64)
+    for what, numbers in (("predictions", predicted), ("references", true)):
+        if _is_constant(numbers):
+            return 0.0, f"all {len(numbers)} {what} are equal: {name} is 0 by definition"
+    correlation = stats.pearsonr if name == "pearson" else stats.spearmanr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = float(correlation(predicted, true)[0])
+    if not np.isfinite(value):
+        return 0.0, f"{name} cannot be computed in double precision: it is given the value 0"
+    return value, None
+
+
+def _is_constant(numbers: npt.NDArray[np.float64]) -> bool:
+    spread = float(numbers.max()) - float(numbers.min())
+    return spread <= _CONSTANT * float(np.abs(numbers).max())
+
+
+@functools.cache
+def _metric_class() -> type[Any]:
+    """Make GlueMetric. A function, because its base class must not be imported with this file."""
+    import datasets
+    import evaluate
+
+    class GlueMetric(evaluate.Metric):
+        """``evaluate`` module of one task's official metrics.
+
+        Args:
+            config_name: a task (``glue/rte`` or ``rte``), ``classification`` or ``regression``.
+            spec: the task itself, where it is the user's own.
+
+        After ``compute(predictions=ids_or_scores, references=...)``, ``notes`` says which values
+        hold by definition only.
+        """
+
+        def __init__(self, config_name: str = "classification", spec: TaskSpec | None = None):
+            known = {**GLUE_TASKS, **BUILTIN_TASKS, **_GENERIC}
+            self.task = spec or known[config_name.removeprefix("glue/")]
+            self.notes: tuple[str, ...] = ()
+            # evaluate insists on a folder, and shares one between processes unless told not to.
+            scratch = tempfile.mkdtemp(prefix="sparsegrad-metric-")
+            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+            super().__init__(config_name, keep_in_memory=True, cache_dir=scratch, seed=0)
+
+        def _info(self) -> Any:
+            dtype = "float64" if self.task.regression else "int64"
+            return evaluate.MetricInfo(
+                description=f"Metrics of {self.task.name}: {', '.join(self.task.metrics)}.",
+                citation="Wang et al. 2018, GLUE, arXiv 1804.07461",
+                inputs_description="predictions, references: (N,) class ids, or scores.",
+                features=datasets.Features(
+                    {"predictions": datasets.Value(dtype), "references": datasets.Value(dtype)}
+                ),
+                format="numpy",
+            )
+
+        def _compute(self, predictions: Any = None, references: Any = None) -> dict[str, float]:
+            scores = metric_values(self.task, np.asarray(predictions), np.asarray(references))
+            self.notes = scores.notes
+            return scores.values
+
+    return GlueMetric
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GlueMetric":
+        return _metric_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

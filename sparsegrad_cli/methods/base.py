@@ -1,0 +1,170 @@
+"""What every method keeps to: one contract, so that training, memory and comparison know no names.
+
+Life of a method: ``prepare`` (freeze, change the model, say what trains) -> ``optimizer`` ->
+training -> ``adapter_tensors`` (what is worth keeping) / ``load_adapter`` (put it back onto a
+freshly loaded model). ``prepare`` must not change what the model computes, nor draw from the
+global random state in a way that depends on the method: the caller forks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.modeling.targets import Target, freeze, head_parameters
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.recipe.schema import TrainSection
+
+
+@dataclass(frozen=True)
+class TargetCount:
+    """Entries of one target that change in one optimizer step."""
+
+    target: Target
+    entries: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What trains, counted. ``requested`` is what density asked for over all targets."""
+
+    targets: tuple[TargetCount, ...]
+    trainable_head: int
+    trainable_rest: int
+    model_parameters: int
+    requested: int | None = None
+    note: str = ""
+
+    @property
+    def trainable_targets(self) -> int:
+        """Entries that change in the targets per optimizer step."""
+        return sum(count.entries for count in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``counts`` block of run.json."""
+        target_parameters = sum(count.target.size for count in self.targets)
+        entries = self.trainable_targets
+        return {
+            "model_parameters": self.model_parameters,
+            "target_parameters": target_parameters,
+            "trainable": entries + self.trainable_head + self.trainable_rest,
+            "trainable_targets": entries,
+            "trainable_head": self.trainable_head,
+            "trainable_rest": self.trainable_rest,
+            "requested_target_entries": self.requested,
+            "remainder": None if self.requested is None else entries - self.requested,
+            "density": entries / target_parameters,
+            "note": self.note,
+            "targets": [
+                {
+                    "name": c.target.name,
+                    "kind": c.target.kind,
+                    "block": c.target.block,
+                    "out_features": c.target.out_features,
+                    "in_features": c.target.in_features,
+                    "entries": c.entries,
+                }
+                for c in self.targets
+            ],
+        }
+
+
+@dataclass
+class Prepared:
+    """A model made ready by a method.
+
+    Attributes:
+        counts: what trains.
+        bases: tensors to book as bases in the memory report.
+    """
+
+    counts: Counts
+    bases: list[Tensor] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """The contract. One object serves one model."""
+
+    name: str
+    needs_basis: bool
+
+    def prepare(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        *,
+        scope: str,
+        bases: Mapping[str, Basis] | None = None,
+    ) -> Prepared:
+        """Freeze the model, change its targets, mark what trains.
+
+        ``bases`` maps target names to bases for methods with ``needs_basis``.
+        """
+        ...
+
+    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+        """The optimizer of a prepared model."""
+        ...
+
+    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What training changed, as few bytes as the method allows, by name."""
+        ...
+
+    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Put :meth:`adapter_tensors` back onto a prepared model of the same base weights.
+
+        Raises:
+            KeyError: names do not belong to this model and method.
+        """
+        ...
+
+
+def open_scope(
+    model: nn.Module, targets: Iterable[Target], scope: str
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Freeze all, then open the head, and under scope ``rest`` everything but the adapted matrices.
+
+    Returns:
+        (head, rest) parameters by name. Biases of targets belong to the rest.
+    """
+    freeze(model)
+    head = head_parameters(model)
+    rest: dict[str, nn.Parameter] = {}
+    if scope == "rest":
+        adapted = {id(model.get_submodule(target.name).weight) for target in targets}
+        rest = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in adapted and name not in head
+        }
+    for parameter in (*head.values(), *rest.values()):
+        parameter.requires_grad_(True)
+    return head, rest
+
+
+def count_parameters(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Entries of all of them."""
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that trains, by name: what a checkpoint holds of the model."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of those names.
+
+    Raises:
+        KeyError: a name the model does not have, or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise KeyError(name)
+            parameters[name].copy_(tensor)

@@ -1,0 +1,63 @@
+"""Full fine-tuning of the targets: every entry trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.methods.base import (
+    Counts,
+    Prepared,
+    TargetCount,
+    count_parameters,
+    load_by_name,
+    open_scope,
+    trainable_state,
+)
+from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.recipe.schema import FullMethod, TrainSection
+
+
+class Full:
+    """See :class:`sparsegrad_cli.methods.base.Method`."""
+
+    name = "full"
+    needs_basis = False
+
+    def __init__(self, settings: FullMethod) -> None:
+        self.settings = settings
+
+    def prepare(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        *,
+        scope: str,
+        bases: Mapping[str, Basis] | None = None,
+    ) -> Prepared:
+        """Open the targets' weights; the model itself is unchanged."""
+        total = sum(p.numel() for p in model.parameters())
+        head, rest = open_scope(model, targets, scope)
+        for target in targets:
+            weight = model.get_submodule(target.name).weight
+            assert isinstance(weight, nn.Parameter)
+            weight.requires_grad_(True)
+        entries = tuple(TargetCount(target, target.size) for target in targets)
+        counts = Counts(entries, count_parameters(head), count_parameters(rest), total)
+        return Prepared(counts)
+
+    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+        """torch's AdamW."""
+        return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
+
+    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """All that trains."""
+        return trainable_state(model)
+
+    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Copy back by name."""
+        load_by_name(model, tensors)

@@ -1,0 +1,99 @@
+"""LoRA (Hu et al. 2021) by the peft library: W + (alpha / r) B A with B (out, r), A (r, in)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.methods.base import (
+    Counts,
+    Prepared,
+    TargetCount,
+    count_parameters,
+    load_by_name,
+    open_scope,
+    trainable_state,
+)
+from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.supports import entries_for
+from sparsegrad_cli.recipe.schema import LoraMethod, TrainSection
+
+DEFAULT_RANK = 8
+
+
+def solve_rank(targets: list[Target], density: float) -> tuple[int, int]:
+    """The one rank whose entries over all targets come nearest to what density asks for.
+
+    A rank-r adapter of an (out, in) layer has r (out + in) entries.
+
+    Returns:
+        (rank, requested entries over all targets). The rank is at least 1.
+    """
+    requested = sum(entries_for(density, t.out_features, t.in_features) for t in targets)
+    per_rank = sum(t.out_features + t.in_features for t in targets)
+    return max(1, round(requested / per_rank)), requested
+
+
+class Lora:
+    """See :class:`sparsegrad_cli.methods.base.Method`."""
+
+    name = "lora"
+    needs_basis = False
+
+    def __init__(self, settings: LoraMethod) -> None:
+        self.settings = settings
+        self.rank = settings.rank or DEFAULT_RANK
+
+    def prepare(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        *,
+        scope: str,
+        bases: Mapping[str, Basis] | None = None,
+    ) -> Prepared:
+        """Put peft's adapters into the targets; B starts at zero, so the function is unchanged."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        total = sum(p.numel() for p in model.parameters())
+        requested = None
+        if self.settings.density is not None:
+            self.rank, requested = solve_rank(targets, self.settings.density)
+        head, rest = open_scope(model, targets, scope)
+        open_names = {id(p) for p in (*head.values(), *rest.values())}
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.settings.alpha or 2 * self.rank,
+            lora_dropout=self.settings.dropout,
+            use_rslora=self.settings.rslora,
+            target_modules=[target.name for target in targets],
+            fan_in_fan_out=any(target.transposed for target in targets),
+        )
+        inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():
+            # peft freezes whatever is not its own: the head and the rest are opened again.
+            parameter.requires_grad_("lora_" in name or id(parameter) in open_names)
+        entries = tuple(
+            TargetCount(t, self.rank * (t.out_features + t.in_features)) for t in targets
+        )
+        note = f"rank {self.rank}"
+        counts = Counts(
+            entries, count_parameters(head), count_parameters(rest), total, requested, note
+        )
+        return Prepared(counts)
+
+    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+        """torch's AdamW on A, B and what the scope opens."""
+        return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
+
+    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """A, B and what the scope opens."""
+        return trainable_state(model)
+
+    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Copy back by name."""
+        load_by_name(model, tensors)

@@ -1,0 +1,177 @@
+"""The optimizer of the methods that update few entries of a dense parameter.
+
+Selection happens here, at the optimizer step, and nowhere else: so it acts once per step on the
+accumulated gradient, whatever the number of micro-batches or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw as torch_adamw
+
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.rotation import from_sparse_core, to_core
+from sparsegrad_cli.numerics.selective_adamw import AdamW, Moments, sparse_step, step_on_entries
+from sparsegrad_cli.numerics.supports import largest_entries
+from sparsegrad_cli.recipe.schema import TrainSection
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the entries of one parameter are chosen.
+
+    Attributes:
+        count: entries per step, the largest by magnitude; None takes the non-zero ones.
+        basis: choose and step in this basis, while the parameter itself stays in the original one.
+        transposed: the parameter holds W' (in, out).
+    """
+
+    count: int | None
+    basis: Basis | None = None
+    transposed: bool = False
+
+    def choose(self, grad: Tensor) -> Tensor:
+        """Flat positions in ``grad``."""
+        if self.count is None:
+            return torch.nonzero(grad.reshape(-1)).squeeze(1)
+        return largest_entries(grad, self.count)
+
+
+class SelectiveAdamW(torch.optim.Optimizer):
+    """AdamW on chosen entries of some parameters, plain AdamW on the others.
+
+    Args:
+        selections: how entries are chosen, for each parameter of which only some are stepped.
+        plain: parameters that are stepped whole.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        selections: Mapping[nn.Parameter, Selection],
+        plain: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self._selections = dict(selections)
+        groups: list[dict[str, Any]] = [{"params": list(selections)}]
+        plain = list(plain)
+        if plain:
+            groups.append({"params": plain})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step on the accumulated gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            adamw = AdamW(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                selection = self._selections.get(parameter)
+                if selection is None:
+                    self._step_whole(parameter, adamw)
+                else:
+                    self._step_chosen(parameter, selection, adamw)
+        return loss
+
+    def _moments(self, parameter: nn.Parameter) -> Moments:
+        state = self.state[parameter]
+        if not state:
+            fresh = Moments.like(parameter)
+            state.update(exp_avg=fresh.first, exp_avg_sq=fresh.second, age=fresh.age)
+        return Moments(state["exp_avg"], state["exp_avg_sq"], state["age"])
+
+    def _step_chosen(self, parameter: nn.Parameter, how: Selection, adamw: AdamW) -> None:
+        assert parameter.grad is not None
+        if how.basis is None:
+            moments = self._moments(parameter)
+            sparse_step(parameter.data, parameter.grad, moments, adamw, how.choose)
+            return
+        weight, grad = parameter.data, parameter.grad
+        if how.transposed:
+            weight, grad = weight.T, grad.T
+        moments = self._core_moments(parameter, how.basis)
+        core_grad = to_core(grad, how.basis)
+        indices = how.choose(core_grad)
+        values = core_grad.new_zeros(len(indices))
+        if adamw.weight_decay:  # decay acts on the core's values, which are not kept: recompute
+            values = to_core(weight, how.basis).reshape(-1)[indices]
+        update = step_on_entries(indices, core_grad.reshape(-1)[indices], values, moments, adamw)
+        weight += from_sparse_core(indices, update, how.basis)
+
+    def _core_moments(self, parameter: nn.Parameter, basis: Basis) -> Moments:
+        state = self.state[parameter]
+        if not state:
+            shape = (basis.q_out.shape[1], basis.q_in.shape[1])
+            fresh = Moments.like(parameter.new_zeros(shape))
+            state.update(exp_avg=fresh.first, exp_avg_sq=fresh.second, age=fresh.age)
+        return Moments(state["exp_avg"], state["exp_avg_sq"], state["age"])
+
+    def _step_whole(self, parameter: nn.Parameter, adamw: AdamW) -> None:
+        """Plain AdamW; the same arithmetic as ``torch.optim.AdamW``, one shared counter."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        torch_adamw(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=adamw.beta1,
+            beta2=adamw.beta2,
+            lr=adamw.lr,
+            weight_decay=adamw.weight_decay,
+            eps=adamw.eps,
+            maximize=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which casts every state tensor to the parameter's dtype; ages stay int32."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "age" in state:
+                state["age"] = state["age"].to(torch.int32)
+
+    def touched(self, parameter: nn.Parameter) -> Tensor:
+        """Flat positions stepped at least once, ascending; empty before the first step."""
+        age = self.state.get(parameter, {}).get("age")
+        if age is None:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.nonzero(age.reshape(-1)).squeeze(1)
+
+
+def plain_adamw(parameters: Iterable[nn.Parameter], train: TrainSection) -> torch.optim.AdamW:
+    """torch's AdamW on whole parameters with a recipe's hyper-parameters."""
+    return torch.optim.AdamW(list(parameters), **adamw_settings(train))
+
+
+def adamw_settings(train: TrainSection) -> dict[str, Any]:
+    """AdamW's keyword arguments from a recipe."""
+    return {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+        "weight_decay": train.weight_decay,
+    }

@@ -1,0 +1,26 @@
+"""The table of methods: explicit, no plugins."""
+
+from __future__ import annotations
+
+from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.methods.full import Full
+from sparsegrad_cli.methods.lora import Lora
+from sparsegrad_cli.methods.meprop import Meprop
+from sparsegrad_cli.methods.sparsegrad import Sparsegrad
+from sparsegrad_cli.recipe.schema import (
+    FullMethod,
+    LoraMethod,
+    MepropMethod,
+    SparsegradMethod,
+)
+
+
+def make_method(settings: FullMethod | LoraMethod | MepropMethod | SparsegradMethod) -> Method:
+    """The method a recipe names."""
+    if isinstance(settings, LoraMethod):
+        return Lora(settings)
+    if isinstance(settings, MepropMethod):
+        return Meprop(settings)
+    if isinstance(settings, SparsegradMethod):
+        return Sparsegrad(settings)
+    return Full(settings)

@@ -1,0 +1,1 @@
+"""Models and tokenizers, and where their MLP layers are."""

@@ -1,0 +1,221 @@
+"""Find the linear layers of MLP blocks by structure, without a list of architectures.
+
+A transformer holds its blocks in a ``ModuleList`` of equal modules. In a block, an MLP is what maps
+the hidden width to another width and back; attention, which may do the same where heads are wider
+than the hidden size, is told apart by living in a module whose class is an attention.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.schema import TargetsSection, parse_slice
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that a method adapts.
+
+    Attributes:
+        name: its path in the model.
+        kind: the path below its block, such as ``intermediate.dense``.
+        block: number of its block.
+        out_features, in_features: shape of W.
+        transposed: the module holds W' (in, out), as GPT-2's Conv1D does.
+    """
+
+    name: str
+    kind: str
+    block: int
+    out_features: int
+    in_features: int
+    transposed: bool
+
+    @property
+    def size(self) -> int:
+        """Entries of W."""
+        return self.out_features * self.in_features
+
+    def weight_OI(self, model: nn.Module) -> Tensor:
+        """W (out, in) as a view of the module's parameter."""
+        weight = model.get_submodule(self.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear (and its subclasses) or the Conv1D of GPT-2, which is a linear layer."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Lists of transformer blocks: ModuleLists of one class that hold linear layers, outermost."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        same_class = len({type(block) for block in module}) == 1
+        if same_class and any(is_linear(m) for m in module[0].modules()):
+            found.append((name, module))
+    return found
+
+
+def find_targets(model: nn.Module, section: TargetsSection, where: str = "targets") -> list[Target]:
+    """The targets a recipe asks for, in model order.
+
+    Raises:
+        UsageError: nothing was found, or a pattern or block number matches nothing; says what
+            there is.
+    """
+    block_lists = find_blocks(model)
+    candidates = _linear_layers_in_blocks(model, block_lists)
+    if not candidates:
+        raise UsageError(
+            f"{type(model).__name__} has no list of blocks with linear layers in it", where=where
+        )
+    if section.modules == "auto":
+        chosen = [target for target in candidates if _in_mlp(model, target, candidates)]
+        if not chosen:
+            raise UsageError(
+                f"no MLP was recognised in {type(model).__name__}",
+                where=f"{where}.modules",
+                fix=f"name layers by pattern; there is: {_kinds(candidates)}",
+            )
+    else:
+        chosen = _by_patterns(candidates, section.modules, where)
+    return _in_blocks(chosen, section.blocks, where)
+
+
+def _linear_layers_in_blocks(
+    model: nn.Module, block_lists: Sequence[tuple[str, nn.ModuleList]]
+) -> list[Target]:
+    targets = []
+    for list_name, blocks in block_lists:
+        for number, block in enumerate(blocks):
+            for inner, module in block.named_modules():
+                if not is_linear(module):
+                    continue
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                transposed = isinstance(module, Conv1D)
+                out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+                name = f"{list_name}.{number}.{inner}"
+                targets.append(
+                    Target(name, inner, number, int(out_features), int(in_features), transposed)
+                )
+    return targets
+
+
+def _in_mlp(model: nn.Module, target: Target, candidates: Sequence[Target]) -> bool:
+    """Not under an attention, and one of a pair hidden -> other -> hidden within its block."""
+    block_name = target.name.removesuffix(f".{target.kind}")
+    path = block_name
+    for part in target.kind.split(".")[:-1]:
+        path = f"{path}.{part}"
+        if "attention" in type(model.get_submodule(path)).__name__.lower():
+            return False
+    if target.out_features == target.in_features:
+        return False
+    return any(
+        other.out_features == target.in_features and other.in_features == target.out_features
+        for other in candidates
+        if other.name.startswith(f"{block_name}.") and other.name != target.name
+    )
+
+
+def _by_patterns(candidates: list[Target], patterns: Sequence[str], where: str) -> list[Target]:
+    chosen: dict[str, Target] = {}
+    for pattern in patterns:
+        matched = [
+            t
+            for t in candidates
+            if fnmatch.fnmatchcase(t.name, pattern) or fnmatch.fnmatchcase(t.kind, pattern)
+        ]
+        if not matched:
+            kinds = list(dict.fromkeys(t.kind for t in candidates))
+            hint = did_you_mean(pattern.strip("*."), kinds)
+            raise UsageError(
+                f"pattern {pattern!r} matches no linear layer",
+                where=f"{where}.modules",
+                fix=f"{hint} (there is: {_kinds(candidates)})" if "there is" not in hint else hint,
+            )
+        chosen.update((t.name, t) for t in matched)
+    return [t for t in candidates if t.name in chosen]
+
+
+def _in_blocks(targets: list[Target], blocks: str | Sequence[int], where: str) -> list[Target]:
+    there = sorted({t.block for t in targets})
+    if blocks == "all":
+        return targets
+    if isinstance(blocks, str):
+        wanted = set(there[parse_slice(blocks)])
+    else:
+        wanted = {b + len(there) if b < 0 else b for b in blocks}
+    missing = sorted(wanted - set(there))
+    if missing or not wanted:
+        raise UsageError(
+            f"blocks {list(blocks) if not isinstance(blocks, str) else blocks!r} "
+            + (f"name {missing}, which is not there" if missing else "name none"),
+            where=f"{where}.blocks",
+            fix=f"blocks with targets: {there[0]} to {there[-1]}",
+        )
+    return [t for t in targets if t.block in wanted]
+
+
+def _kinds(targets: Sequence[Target]) -> str:
+    shapes = {t.kind: f"{t.kind} ({t.out_features} x {t.in_features})" for t in targets}
+    return ", ".join(shapes.values())
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of the model requires a gradient any more."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The task head: parameters outside the pretrained body (``base_model``), by name.
+
+    A pooler inside the body is part of the body; a causal language model has no head of its own.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    if body is None or body is model:
+        return {}
+    inside = {id(p) for p in body.parameters()}
+    tied = getattr(model, "get_output_embeddings", lambda: None)()
+    excluded = {id(p) for p in tied.parameters()} if isinstance(tied, nn.Module) else set()
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in inside and id(p) not in excluded
+    }
+
+
+def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
+    """sha256 (hex) of the targets' names, shapes and a sample of their weights.
+
+    4,096 evenly spaced values of each weight tell one model from another without reading
+    gigabytes.
+    """
+    import hashlib
+
+    sha = hashlib.sha256()
+    for target in targets:
+        weight = target.weight_OI(model).detach()
+        flat = weight.reshape(-1)
+        stride = max(1, flat.numel() // 4096)
+        sample = flat[::stride][:4096].to("cpu", torch.float32).contiguous()
+        sha.update(f"{target.name} {target.out_features} {target.in_features}".encode())
+        sha.update(sample.numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""Mathematics on tensors: bases, supports, updates. torch only: no I/O, no logging, no recipe."""

@@ -1,0 +1,105 @@
+"""Bases from streamed gradients (Chekalina et al. 2024, section 3: HOSVD of the gradient stack).
+
+For a stack {G_t} of gradients dL/dW, each (out, in), the HOSVD factors of the two matrix modes are
+
+    Q_out = eigenvectors of  sum_t G_t G_t'   (out, out)
+    Q_in  = eigenvectors of  sum_t G_t' G_t   (in, in)
+
+so nothing is ever stacked: two Gram matrices hold all that is needed, whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal bases of one target, strongest direction first.
+
+    Attributes:
+        q_out: (out, r_out), columns orthonormal.
+        q_in: (in, r_in), columns orthonormal.
+        singular_out: (r_out,) singular values of the stack unfolded along out, descending.
+        singular_in: (r_in,) the same along in.
+    """
+
+    q_out: Tensor
+    q_in: Tensor
+    singular_out: Tensor
+    singular_in: Tensor
+
+    def nbytes(self) -> int:
+        """Bytes of the two bases."""
+        return sum(q.numel() * q.element_size() for q in (self.q_out, self.q_in))
+
+
+class GramStream:
+    """The two Gram matrices of a stream of gradients; memory does not grow with the stream.
+
+    Args:
+        out_features, in_features: shape of every gradient.
+        device, dtype: where and in what the sums are kept; float32 by default.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.gram_out = torch.zeros(out_features, out_features, device=device, dtype=dtype)
+        self.gram_in = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self.count = 0
+
+    def add(self, grad_OI: Tensor) -> None:
+        """Add one gradient, (out, in), any floating dtype."""
+        grad_OI = grad_OI.to(self.gram_out.dtype)
+        self.gram_out.addmm_(grad_OI, grad_OI.T)  # (out, in) @ (in, out)
+        self.gram_in.addmm_(grad_OI.T, grad_OI)  # (in, out) @ (out, in)
+        self.count += 1
+
+    def merge(self, other: GramStream) -> None:
+        """Add the sums of another stream of the same shape: Grams of unions are sums."""
+        self.gram_out += other.gram_out
+        self.gram_in += other.gram_in
+        self.count += other.count
+
+    def basis(self) -> Basis:
+        """Full-rank bases of what was streamed.
+
+        Raises:
+            ValueError: nothing was added, or the sums are not finite.
+        """
+        if self.count == 0:
+            raise ValueError("no gradient was added")
+        q_out, singular_out = principal_directions(self.gram_out)
+        q_in, singular_in = principal_directions(self.gram_in)
+        return Basis(q_out, q_in, singular_out, singular_in)
+
+    def nbytes(self) -> int:
+        """Bytes of the two sums."""
+        return sum(g.numel() * g.element_size() for g in (self.gram_out, self.gram_in))
+
+
+def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a symmetric (d, d) matrix as columns, and the root of their eigenvalues.
+
+    Strongest first. The sign of each column is fixed (its largest entry is positive), so that two
+    runs of the same numbers give the same basis.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    if not torch.isfinite(gram_DD).all():
+        raise ValueError("the Gram matrix is not finite: a gradient overflowed")
+    values, vectors = torch.linalg.eigh(gram_DD)  # ascending
+    vectors = vectors.flip(1)
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    signs = torch.sign(vectors.gather(0, largest))
+    return (vectors * signs).contiguous(), values.flip(0).clamp_min(0).sqrt()

@@ -1,0 +1,51 @@
+"""Which entries: exact counts, whatever the ties and the signs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def entries_for(density: float, out_features: int, in_features: int) -> int:
+    """round(density x out x in), at least 1.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density {density} is not in (0, 1]")
+    return max(1, round(density * out_features * in_features))
+
+
+def largest_entries(values: Tensor, count: int) -> Tensor:
+    """Flat positions of the ``count`` entries of largest magnitude, ascending, exactly ``count``.
+
+    A threshold (``abs(v) >= quantile``) takes more than ``count`` entries where values tie, and
+    one on the signed value misses the negative ones; a selection by rank does neither.
+
+    Args:
+        values: any shape.
+        count: 1 to ``values.numel()``.
+
+    Returns:
+        (count,) int64.
+
+    Raises:
+        ValueError: ``count`` is out of range.
+    """
+    if not 1 <= count <= values.numel():
+        raise ValueError(f"cannot choose {count} of {values.numel()} entries")
+    flat = values.reshape(-1).abs()
+    if count == flat.numel():
+        return torch.arange(count, device=values.device)
+    return torch.topk(flat, count, sorted=False).indices.sort().values
+
+
+def energy_share(matrix: Tensor, fraction: float) -> float:
+    """Share of the squared entries that the largest ``fraction`` of entries hold, 0 to 1."""
+    count = max(1, round(fraction * matrix.numel()))
+    squares = matrix.reshape(-1).double().square()
+    total = squares.sum()
+    if total == 0:
+        return 0.0
+    return float(torch.topk(squares, count, sorted=False).values.sum() / total)

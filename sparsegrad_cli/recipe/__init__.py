@@ -1,0 +1,1 @@
+"""Typed recipes: schema, loading, overrides, errors with file and line. Imports no torch."""

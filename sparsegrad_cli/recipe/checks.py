@@ -1,0 +1,51 @@
+"""What can be known wrong before torch is imported: names and files. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sparsegrad_cli.data.spec import known_task_names
+from sparsegrad_cli.errors import Problem
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.source import KeyPath, Place, find_place
+
+BUILTIN_MODELS = ("builtin:minilm",)
+_FILE_TASKS = ("csv", "json", "parquet")
+
+
+def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Problem]:
+    """Unknown task or built-in model, and files or folders that are not there."""
+    found: list[tuple[KeyPath, str, str | None]] = []
+    task = recipe.task
+    names = known_task_names()
+    if task.name not in names:
+        found.append(
+            (("task", "name"), f"unknown task {task.name!r}", did_you_mean(task.name, names))
+        )
+    elif task.name in _FILE_TASKS and task.path is None:
+        fix = f"give task.path: the {task.name} file, or a folder with train and validation files"
+        found.append((("task", "path"), f"is missing for task {task.name}", fix))
+    if task.path is not None and not Path(task.path).expanduser().exists():
+        found.append((("task", "path"), f"no such file or folder: {task.path}", None))
+    model = recipe.model.name
+    if model.startswith("builtin:") and model not in BUILTIN_MODELS:
+        what = f"unknown built-in model {model!r}"
+        found.append((("model", "name"), what, did_you_mean(model, BUILTIN_MODELS)))
+    elif _looks_like_folder(model) and not Path(model).expanduser().is_dir():
+        fix = "a hub id has at most one slash and no leading dot"
+        found.append((("model", "name"), f"no such folder: {model}", fix))
+    basis = recipe.calibration.basis
+    if basis is not None and not Path(basis).expanduser().is_file():
+        fix = "`sparsegrad calibrate` writes one"
+        found.append((("calibration", "basis"), f"no such file: {basis}", fix))
+    problems = []
+    for path, what, fix in found:
+        place = find_place(places, path)
+        problems.append(Problem(".".join(map(str, path)), what, place.file, place.line, fix))
+    return problems
+
+
+def _looks_like_folder(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1

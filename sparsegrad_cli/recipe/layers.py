@@ -1,0 +1,171 @@
+"""How settings stack: defaults < extended recipes < recipe < command line. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.shipped import find_recipe
+from sparsegrad_cli.recipe.source import (
+    KeyPath,
+    Layer,
+    Place,
+    dotted,
+    find_place,
+    parse_override,
+    read_yaml,
+)
+
+# A file name that is relative in a recipe means relative to that recipe's folder.
+_PATH_KEYS: tuple[KeyPath, ...] = (("task", "path"), ("calibration", "basis"))
+_SELECTS_BY_DENSITY = ("meprop", "sparsegrad")
+
+
+def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Layer]:
+    """All layers of a recipe, weakest first: what it extends, itself, then the overrides.
+
+    Raises:
+        RecipeError: a file is missing or no YAML, ``extends`` runs in a circle, or an override
+            cannot be read. All broken overrides are reported together.
+    """
+    layers = _read_with_parents(source, None, ())
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            layers.append(parse_override(text))
+        except RecipeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise RecipeError(problems)
+    return layers
+
+
+def _read_with_parents(
+    source: str | Path, named_by: Place | None, seen: tuple[Path, ...]
+) -> list[Layer]:
+    path = find_recipe(source, relative_to=seen[-1].parent if seen else None)
+    if path is None:
+        place = named_by or Place(str(source))
+        key = "extends" if named_by else "(file)"
+        what = f"no such file: {source}"
+        fix = "`sparsegrad configs` lists the recipes that come with it"
+        raise RecipeError([Problem(key, what, file=place.file, line=place.line, fix=fix)])
+    path = path.resolve()
+    if path in seen:
+        chain = " -> ".join(str(step) for step in (*seen, path))
+        raise RecipeError([Problem("extends", f"runs in a circle: {chain}", file=str(seen[-1]))])
+    layer = read_yaml(path, shown_as=str(source))
+    _anchor_paths(layer, path.parent)
+    parents = layer.data.pop("extends", None)
+    place = layer.places.get(("extends",), Place(str(source)))
+    layers: list[Layer] = []
+    for parent in [parents] if isinstance(parents, str) else parents or []:
+        if not isinstance(parent, str):
+            raise RecipeError(
+                [Problem("extends", "names files by strings", file=place.file, line=place.line)]
+            )
+        layers += _read_with_parents(parent, place, (*seen, path))
+    return [*layers, layer]
+
+
+def _anchor_paths(layer: Layer, folder: Path) -> None:
+    for keys in _PATH_KEYS:
+        section = layer.data.get(str(keys[0]))
+        name = str(keys[1])
+        if isinstance(section, dict) and isinstance(section.get(name), str):
+            path = Path(section[name]).expanduser()
+            if not path.is_absolute() and (folder / path).exists():
+                section[name] = str(folder / path)
+
+
+def stack(layers: list[Layer]) -> Layer:
+    """Merge layers, weakest first, with the per-task settings of each just above it.
+
+    ``per_task: {glue/rte: {train: {...}}}`` in a recipe holds settings for one task; they apply
+    when that task is the one asked for, and anything stronger than the recipe overrides them.
+    """
+    task = _task_name(layers)
+    merged = Layer({})
+    for layer in layers:
+        merged.problems += layer.problems
+        data = dict(layer.data)
+        per_task = data.pop("per_task", None)
+        _merge(merged, Layer(data, layer.places), ())
+        if per_task is None:
+            continue
+        problem = _per_task_problem(per_task, layer)
+        if problem:
+            merged.problems.append(problem)
+        elif task in per_task:
+            prefix: KeyPath = ("per_task", task)
+            places = {
+                path[2:]: place
+                for path, place in layer.places.items()
+                if path[:2] == prefix and len(path) > 2
+            }
+            _merge(merged, Layer(per_task[task], places), ())
+    return merged
+
+
+def _task_name(layers: list[Layer]) -> str:
+    name = "builtin:acceptability"
+    for layer in layers:
+        task = layer.data.get("task")
+        if isinstance(task, str):
+            name = task
+        elif isinstance(task, dict) and isinstance(task.get("name"), str):
+            name = task["name"]
+    return name
+
+
+def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
+    place = find_place(layer.places, ("per_task",))
+    if not isinstance(per_task, dict):
+        return Problem("per_task", "maps task names to settings", place.file, place.line)
+    for name, settings in per_task.items():
+        if not isinstance(settings, dict):
+            here = find_place(layer.places, ("per_task", name))
+            return Problem(f"per_task.{name}", "is a mapping of settings", here.file, here.line)
+    return None
+
+
+def _merge(into: Layer, layer: Layer, path: KeyPath) -> None:
+    # A key above the one that an override sets keeps the place where it was written.
+    above = {p for p in layer.places if any(q[: len(p)] == p and q != p for q in layer.places)}
+    for key_path, place in layer.places.items():
+        if key_path in into.places and key_path in above and place.line is None:
+            continue
+        into.places[key_path] = place
+    into.data = _merged(into.data, layer.data, path)
+
+
+def _merged(old: Any, new: Any, path: KeyPath) -> Any:
+    if path in (("model",), ("task",), ("method",)):
+        old = {"name": old} if isinstance(old, str) else old
+        new = {"name": new} if isinstance(new, str) else new
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if path == ("method",):
+        old = _method_settings_that_carry_over(old, new)
+    result = dict(old)
+    for key, value in new.items():
+        result[key] = _merged(old.get(key), value, (*path, key))
+    return result
+
+
+def _method_settings_that_carry_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Another method starts afresh; only density goes along, to a method that selects by it."""
+    name = new.get("name", old.get("name"))
+    if name == old.get("name", name):
+        return old
+    keeps = name in _SELECTS_BY_DENSITY and "density" in old
+    return {"density": old["density"]} if keeps else {}
+
+
+def top_level_problem(layer: Layer) -> Problem | None:
+    """A layer that is no mapping at all."""
+    for key in layer.data:
+        if not isinstance(key, str):
+            return Problem(dotted((str(key),)), "keys are words")
+    return None

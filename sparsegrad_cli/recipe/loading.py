@@ -1,0 +1,109 @@
+"""From a recipe file and overrides to a checked :class:`Recipe`. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.checks import outside_problems
+from sparsegrad_cli.recipe.layers import read_layers, stack, top_level_problem
+from sparsegrad_cli.recipe.problems import explain
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, dotted, find_place
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe, and where each of its keys was written.
+
+    Attributes:
+        recipe: the resolved recipe.
+        source: file it came from, or ``built-in quickstart``.
+        places: where each key path was written; keys not in it hold defaults.
+    """
+
+    recipe: Recipe
+    source: str
+    places: Mapping[KeyPath, Place] = field(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """``file:line: key`` of a dotted key, for error messages."""
+        place = find_place(self.places, tuple(key.split(".")))
+        line = f":{place.line}" if place.line else ""
+        return f"{place.file}{line}: {key}"
+
+
+def load_recipe(source: str | Path | None, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
+    """Read, stack and check a recipe; without a source, the shipped ``quickstart``.
+
+    Args:
+        source: a YAML file, or the name of a shipped recipe.
+        overrides: ``key.path=value`` texts, strongest.
+
+    Raises:
+        RecipeError: everything that is wrong, together, each with file, line and key.
+    """
+    name = str(source) if source is not None else "configs/quickstart.yaml"
+    layer = stack(read_layers(name, overrides))
+    recipe = check(layer, Recipe)
+    problems = outside_problems(recipe, layer.places)
+    if problems:
+        raise RecipeError(problems)
+    return LoadedRecipe(recipe, name, layer.places)
+
+
+def check(layer: Layer, schema: type[SectionT]) -> SectionT:
+    """Validate a layer's data; raise all problems together as one :class:`RecipeError`."""
+    problems = list(layer.problems)
+    wrong_key = top_level_problem(layer)
+    if wrong_key:
+        raise RecipeError([*problems, wrong_key])
+    checked: SectionT | None = None
+    try:
+        checked = schema.model_validate(_lists_to_tuples(layer.data))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path, what, fix = explain(detail, schema)
+            place = find_place(layer.places, path)
+            problems.append(Problem(dotted(path), what, place.file, place.line, fix))
+    if problems or checked is None:
+        raise RecipeError(sorted(problems, key=lambda p: (p.file or "", p.line or 0)))
+    return checked
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    """YAML has lists; frozen sections hold tuples."""
+    if isinstance(value, list):
+        return tuple(_lists_to_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    return value
+
+
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain data, every default written out."""
+    plain: dict[str, Any] = json.loads(recipe.model_dump_json())
+    return plain
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True)
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 (hex) of the resolved recipe without ``output_dir``: the name of an experiment."""
+    plain = to_plain(recipe)
+    plain.pop("output_dir")
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,140 @@
+"""Pydantic's findings in plain words, with did-you-mean. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping
+from types import UnionType
+from typing import Annotated, Any, Union
+
+from pydantic import BaseModel
+
+from sparsegrad_cli.recipe.schema import METHOD_NAMES
+from sparsegrad_cli.recipe.source import KeyPath
+
+# Keys that people bring along from elsewhere, and where they live here.
+_ELSEWHERE = {
+    "lr": "train.learning_rate",
+    "epochs": "train.num_train_epochs",
+    "batch_size": "train.per_device_train_batch_size",
+    "learning_rate": "train.learning_rate",
+    "num_train_epochs": "train.num_train_epochs",
+    "max_length": "task.max_length",
+    "rank": "method.rank",
+    "r": "method.rank",
+    "lora_r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "density": "method.density",
+    "model_name_or_path": "model.name",
+    "warmup_ratio": "train.warmup_steps (a value below 1 is a share of all steps)",
+    "group_by_length": "train.train_sampling_strategy: group_by_length",
+    "evaluation_strategy": "train.eval_strategy",
+    "data_seed": "seed (it seeds the data order too)",
+}
+
+
+def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath, str, str | None]:
+    """One pydantic error -> (key path, what is wrong, what to do)."""
+    path, sections = _walk(tuple(detail["loc"]), schema)
+    kind = detail["type"]
+    context = detail.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return path, "is not a key here", _suggest_key(str(path[-1]), sections)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = context.get("tag")
+        path = (*path, "name")
+        if given is None:
+            return path, "is missing", f"one of {', '.join(METHOD_NAMES)}"
+        return path, f"{given!r} is not a method", did_you_mean(str(given), METHOD_NAMES)
+    if kind == "literal_error":
+        expected = str(context.get("expected", ""))
+        choices = tuple(part.strip("' ") for part in expected.replace(" or ", ", ").split(", "))
+        given = detail.get("input")
+        return path, f"{given!r} is not one of {expected}", _close(str(given), choices)
+    if kind == "missing":
+        return path, "is missing", None
+    if kind == "value_error":
+        return path, str(context.get("error", detail["msg"])), None
+    given = detail.get("input")
+    message = str(detail["msg"]).removeprefix("Input ")
+    return path, f"{_shorten(given)} {message}", _type_fix(kind, given)
+
+
+def _walk(loc: tuple[Any, ...], schema: type[BaseModel]) -> tuple[KeyPath, list[type[BaseModel]]]:
+    """Drop what pydantic adds to a location (union tags), and find the sections at its parent."""
+    path: list[str | int] = []
+    sections: list[type[BaseModel]] = [schema]
+    for part in loc:
+        if isinstance(part, int):
+            path.append(part)
+            continue
+        tagged = [s for s in sections if _tag_of(s) == part and part not in s.model_fields]
+        if tagged and len(sections) > 1:
+            sections = tagged
+            continue
+        if "[" in str(part) or str(part) in ("str", "int", "float", "bool", "tuple"):
+            continue  # a branch of a plain union, such as str | tuple[int, ...]
+        if str(part).startswith("literal["):
+            continue
+        path.append(str(part))
+        if part is not loc[-1] or part in {f for s in sections for f in s.model_fields}:
+            deeper = [m for s in sections for m in _sections_of(s, str(part))]
+            if deeper and part is not loc[-1]:
+                sections = deeper
+    return tuple(path), sections
+
+
+def _tag_of(section: type[BaseModel]) -> str | None:
+    field = section.model_fields.get("name")
+    choices = typing.get_args(field.annotation) if field is not None else ()
+    return choices[0] if len(choices) == 1 and isinstance(choices[0], str) else None
+
+
+def _sections_of(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    field = section.model_fields.get(key)
+    return _models_in(field.annotation) if field is not None else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin in (Union, UnionType, Annotated, tuple, dict):
+        found = [_models_in(item) for item in typing.get_args(annotation)]
+        return [model for models in found for model in models]
+    return []
+
+
+def _suggest_key(key: str, sections: list[type[BaseModel]]) -> str | None:
+    known = tuple(dict.fromkeys(name for section in sections for name in section.model_fields))
+    close = _close(key, known)
+    if close:
+        return close
+    if key in _ELSEWHERE:
+        return f"it is written {_ELSEWHERE[key]}"
+    return f"keys here: {', '.join(known)}" if known else None
+
+
+def _close(given: str, choices: tuple[str, ...]) -> str | None:
+    match = difflib.get_close_matches(given.lower(), choices, n=1, cutoff=0.6)
+    return f"did you mean {match[0]}?" if match else None
+
+
+def did_you_mean(given: str, choices: typing.Sequence[str]) -> str:
+    """``did you mean X?`` when something is near, else the list of what there is."""
+    names = tuple(choices)
+    return _close(given, names) or f"there is: {', '.join(names)}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _type_fix(kind: str, given: Any) -> str | None:
+    if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
+        return "write it without quotes"
+    if kind == "int_type" and isinstance(given, float):
+        return "a whole number"
+    return None

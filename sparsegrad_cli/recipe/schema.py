@@ -1,0 +1,271 @@
+"""What a recipe may say. Typed, frozen; an unknown key is refused. Imports no torch.
+
+One recipe is one run: model, task, method, targets, calibration, train, seed, output_dir.
+Keys under ``train`` bear the names of ``transformers.TrainingArguments``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Density = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSection(Section):
+    """``model: NAME`` is short for ``model: {name: NAME}``."""
+
+    name: str = Field(
+        "builtin:minilm", description="hub id, local folder, or builtin:minilm", min_length=1
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the frozen weights"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class ColumnsSection(Section):
+    """Names of the columns in the user's own files."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+class TaskSection(Section):
+    """``task: NAME`` is short for ``task: {name: NAME}``."""
+
+    name: str = Field(
+        "builtin:acceptability",
+        description="glue/<task>, builtin:acceptability, csv, json or parquet",
+        min_length=1,
+    )
+    path: str | None = Field(None, description="local file or folder that holds the task")
+    columns: ColumnsSection | None = None
+    metric: str | None = Field(None, description="score to select by; the task's own by default")
+    max_length: Annotated[int, Field(ge=1)] = Field(128, description="tokens kept of an example")
+    padding: Literal["dynamic", "fixed"] = Field(
+        "dynamic", description="pad to the batch's longest, or always to max_length (the paper)"
+    )
+    train_limit: PositiveInt | None = Field(None, description="first n training examples only")
+    eval_limit: PositiveInt | None = Field(None, description="first n validation examples only")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share split off when the user's files have no validation part"
+    )
+
+
+class FullMethod(Section):
+    """Every entry of every target trains."""
+
+    name: Literal["full"]
+
+
+class LoraMethod(Section):
+    """LoRA (Hu et al. 2021) by the peft library."""
+
+    name: Literal["lora"]
+    rank: PositiveInt | None = Field(None, description="8 unless density solves it")
+    density: Density | None = Field(
+        None, description="with match: trainable, rank is solved from this"
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="2 x rank by default")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = False
+
+
+class MepropMethod(Section):
+    """MeProp: ``entries`` keeps the largest |dL/dW|; ``rows`` (Sun et al. 2017) of |dL/dy|."""
+
+    name: Literal["meprop"]
+    density: Density = 0.01
+    select: Literal["entries", "rows"] = "entries"
+    unified: bool = Field(
+        False, description="rows: one choice for the whole batch instead of one per example"
+    )
+
+
+class SparsegradMethod(Section):
+    """SparseGrad (Chekalina et al. 2024): the largest entries of Q_out' G Q_in."""
+
+    name: Literal["sparsegrad"]
+    density: Density = 0.01
+    form: Literal["rotated", "materialized"] = Field(
+        "materialized",
+        description="rotated: the paper's layer; materialized: the same updates on the plain layer",
+    )
+    support: Literal["dynamic"] = "dynamic"
+
+
+MethodSection = Annotated[
+    FullMethod | LoraMethod | MepropMethod | SparsegradMethod, Field(discriminator="name")
+]
+METHOD_NAMES = ("full", "lora", "meprop", "sparsegrad")
+
+
+class TargetsSection(Section):
+    """Which linear layers are adapted: those of the MLP blocks, found by structure."""
+
+    modules: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="auto, or patterns such as '*.up_proj' among the model's linear layers"
+    )
+    blocks: str | tuple[int, ...] = Field(
+        "all", description="all, a Python slice such as '::3', or a list of block numbers"
+    )
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_are_a_slice(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str) and value != "all":
+            parse_slice(value)
+        return value
+
+
+def parse_slice(text: str) -> slice:
+    """``"::3"`` -> ``slice(None, None, 3)``. Raises ValueError on anything else."""
+    parts = text.split(":")
+    if len(parts) not in (2, 3):
+        raise ValueError("blocks is 'all', a slice such as '::3', or a list of numbers")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        raise ValueError(f"blocks: {text!r} is not a slice of whole numbers") from None
+    if len(numbers) == 3 and numbers[2] == 0:
+        raise ValueError("blocks: a slice step cannot be zero")
+    return slice(*numbers)
+
+
+class CalibrationSection(Section):
+    """Gradient steps with no update, from which the bases are made."""
+
+    steps: PositiveInt = 32
+    batch_size: PositiveInt | None = Field(None, description="the training batch size by default")
+    basis_per: Literal["layer", "kind"] = Field(
+        "layer", description="one basis per target, or one per layer kind (the paper)"
+    )
+    basis: str | None = Field(None, description="a basis.safetensors made by calibrate")
+    energy_steps: NonNegativeInt = Field(
+        4, description="held-out gradient steps for the energy table; 0 leaves it out"
+    )
+
+
+class TrainSection(Section):
+    """The part of ``transformers.TrainingArguments`` that makes sense here, by its names."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    per_device_train_batch_size: PositiveInt = 16
+    per_device_eval_batch_size: PositiveInt = 64
+    gradient_accumulation_steps: PositiveInt = 1
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: int = Field(-1, description="optimizer steps; -1 goes by num_train_epochs")
+    lr_scheduler_type: Literal[
+        "linear", "constant", "constant_with_warmup", "cosine", "polynomial", "inverse_sqrt"
+    ] = "constant"
+    warmup_steps: Annotated[float, Field(ge=0)] = Field(
+        0, description="steps, or a share of all steps when below 1"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="0 does not clip")
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    eval_strategy: Literal["steps", "epoch", "no"] = "epoch"
+    eval_steps: PositiveInt | None = None
+    save_strategy: Literal["best", "steps", "epoch", "no"] | None = Field(
+        None, description="follows eval_strategy by default"
+    )
+    save_steps: PositiveInt | None = None
+    save_total_limit: PositiveInt | None = 1
+    load_best_model_at_end: bool = True
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations without a better score before training stops"
+    )
+    logging_steps: PositiveInt = 10
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    dataloader_num_workers: NonNegativeInt = 0
+    use_cpu: bool = False
+    torch_compile: bool = False
+    report_to: str | tuple[str, ...] = "none"
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps_or_epochs(cls, value: int) -> int:
+        if value == 0 or value < -1:
+            raise ValueError("is -1 (go by num_train_epochs) or at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSection:
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise ValueError("eval_strategy 'steps' needs eval_steps")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        return self
+
+
+class Recipe(Section):
+    """One run, wholly described."""
+
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    method: MethodSection = SparsegradMethod(name="sparsegrad")
+    targets: TargetsSection = TargetsSection()
+    scope: Literal["head", "rest"] = Field(
+        "head", description="what trains beside the targets: the head, or everything else"
+    )
+    match: Literal["trainable"] | None = Field(
+        None, description="solve LoRA's rank from method.density"
+    )
+    calibration: CalibrationSection = CalibrationSection()
+    train: TrainSection = TrainSection()
+    seed: NonNegativeInt = 42
+    output_dir: str | None = Field(None, description="runs/<task>-<method>-<n> by default")
+
+    @field_validator("model", "task", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _short_method(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": "sparsegrad", **value}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        method = self.method
+        if isinstance(method, LoraMethod):
+            if self.match and method.density is None:
+                raise ValueError("match: trainable solves LoRA's rank from method.density: give it")
+            if method.density is not None and not self.match:
+                raise ValueError("method.density of lora has an effect only with match: trainable")
+            if self.match and method.rank is not None:
+                raise ValueError("match: trainable solves method.rank: give one of the two")
+        if isinstance(method, MepropMethod):
+            if method.unified and method.select != "rows":
+                raise ValueError("method.unified goes with method.select: rows")
+            if method.unified and self.train.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    "method.unified chooses rows in each backward pass, before gradients have "
+                    "accumulated: use gradient_accumulation_steps: 1 or unified: false"
+                )
+        return self

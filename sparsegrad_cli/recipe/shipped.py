@@ -1,0 +1,39 @@
+"""Recipes and studies that come with the package. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_folder(kind: str) -> Path:
+    """Folder of the shipped ``configs`` or ``recipes``: in the wheel, or in a source checkout."""
+    in_wheel = _PACKAGE / "_shipped" / kind
+    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / kind
+
+
+def shipped_files(kind: str) -> list[Path]:
+    """The YAML files of that kind, by name."""
+    return sorted(shipped_folder(kind).glob("*.yaml"))
+
+
+def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | None:
+    """A recipe by path, or by the name of a shipped one (``configs/roberta_glue.yaml`` too).
+
+    A file in the current folder (or beside the recipe that extends it) wins over a shipped one.
+    """
+    given = Path(source).expanduser()
+    places = [given] if given.is_absolute() or relative_to is None else [relative_to / given, given]
+    for place in places:
+        if place.exists():
+            return place
+    if given.is_absolute() or given.parent.name not in ("", "configs", "recipes"):
+        return None
+    kinds = [given.parent.name] if given.parent.name else ["configs", "recipes"]
+    for kind in kinds:
+        for name in (given.name, f"{given.name}.yaml"):
+            path = shipped_folder(kind) / name
+            if path.is_file():
+                return path
+    return None

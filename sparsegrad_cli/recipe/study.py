@@ -1,0 +1,235 @@
+"""Studies: recipes x methods x tasks x seeds, for ``compare``. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.checks import outside_problems
+from sparsegrad_cli.recipe.layers import read_layers, stack
+from sparsegrad_cli.recipe.loading import LoadedRecipe, check
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.schema import METHOD_NAMES, NonNegativeInt, Recipe, Section
+from sparsegrad_cli.recipe.shipped import find_recipe
+from sparsegrad_cli.recipe.source import Layer, Place, parse_override, read_yaml
+
+# The paper's seeds first, then a plain sequence.
+SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
+
+
+class MethodEntry(Section):
+    """One row of the comparison: a method, and what it changes in the recipe.
+
+    ``lora`` alone is short for ``{label: lora, method: {name: lora}}``.
+    """
+
+    label: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    method: dict[str, Any]
+    train: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
+
+
+class TaskEntry(Section):
+    """One task: its name, and what it changes in the recipe (``task``, ``train``)."""
+
+    name: str
+    task: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class Figure(Section):
+    """A published figure, set beside ours."""
+
+    source: str
+    task: str
+    method: str
+    score: float = Field(description="a fraction: 0.688 for 68.8")
+    std: float | None = None
+
+
+class Study(Section):
+    """What a study file may say."""
+
+    name: str = Field("comparison", pattern=r"^[\w.+-]+$")
+    recipe: str = "configs/quickstart.yaml"
+    methods: tuple[MethodEntry, ...] = Field(min_length=1)
+    tasks: tuple[TaskEntry, ...] = ()
+    seeds: tuple[NonNegativeInt, ...] = Field(SEEDS[:2], min_length=1)
+    match: Literal["trainable"] | None = "trainable"
+    settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
+    output_dir: str | None = None
+    figures: tuple[Figure, ...] = ()
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _short_methods(cls, value: Any) -> Any:
+        return tuple(_method_entry(v) for v in value) if isinstance(value, tuple) else value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _short_tasks(cls, value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return value
+        return tuple({"name": v} if isinstance(v, str) else v for v in value)
+
+
+def _method_entry(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"label": value, "method": {"name": value}}
+    if isinstance(value, dict):
+        value = dict(value)
+        if isinstance(value.get("method"), str):
+            value["method"] = {"name": value["method"]}
+        if "label" not in value and isinstance(value.get("method"), dict):
+            value["label"] = str(value["method"].get("name", ""))
+    return value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    task: str
+    label: str
+    seed: int
+    loaded: LoadedRecipe
+
+
+@dataclass(frozen=True)
+class LoadedStudy:
+    """A checked study with a checked recipe for every cell, tasks outermost, then seeds."""
+
+    study: Study
+    source: str
+    cells: tuple[Cell, ...]
+
+
+def load_study(source: str | Path, overrides: tuple[str, ...] = ()) -> LoadedStudy:
+    """Read a study file and check every cell's recipe.
+
+    ``overrides`` are recipe keys for every cell.
+
+    Raises:
+        RecipeError: everything that is wrong, together.
+    """
+    path = find_recipe(source)
+    if path is None:
+        raise RecipeError([Problem("(file)", "no such file", file=str(source))])
+    layer = read_yaml(path, str(source))
+    study = check(layer, Study)
+    place = layer.places.get(("recipe",), Place(str(source)))
+    recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
+    if recipe is None:
+        what = f"no such file: {study.recipe}"
+        raise RecipeError([Problem("recipe", what, place.file, place.line)])
+    return expand(study, str(source), str(recipe), overrides)
+
+
+def make_study(
+    source: str | None,
+    methods: tuple[str, ...],
+    seeds: int,
+    overrides: tuple[str, ...],
+) -> LoadedStudy:
+    """A study from the command line: one recipe, some methods by name, the first n seeds.
+
+    Raises:
+        RecipeError: an unknown or repeated method, or a broken recipe.
+    """
+    problems = [
+        Problem(
+            "--methods",
+            f"{m!r} is not a method",
+            "command line",
+            None,
+            did_you_mean(m, METHOD_NAMES),
+        )
+        for m in methods
+        if m not in METHOD_NAMES
+    ]
+    if len(set(methods)) != len(methods):
+        problems.append(Problem("--methods", "names a method twice", "command line"))
+    if not 1 <= seeds <= len(SEEDS):
+        problems.append(Problem("--seeds", f"is 1 to {len(SEEDS)}", "command line"))
+    if problems:
+        raise RecipeError(problems)
+    recipe = source or "configs/quickstart.yaml"
+    name = Path(recipe).stem
+    data = {"name": name, "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
+    return expand(Study.model_validate(data), f"{name} from the command line", recipe, overrides)
+
+
+def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -> LoadedStudy:
+    """One checked recipe per cell; problems of all cells are reported once each."""
+    base = read_layers(recipe)
+    over = [parse_override(text) for text in overrides]
+    tasks = study.tasks or (None,)
+    cells: list[Cell] = []
+    problems: dict[str, Problem] = {}
+    for task in tasks:
+        for seed in study.seeds:
+            for entry in study.methods:
+                layers = [*base, *_cell_layers(study, source, task, seed, over)]
+                layers.append(_method_layer(entry, source, stack(layers).data, study.match))
+                try:
+                    loaded = _checked(layers, source)
+                    cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
+                except RecipeError as error:
+                    problems.update({f"{p.where} {p.what}": p for p in error.problems})
+    labels = [entry.label for entry in study.methods]
+    if len(set(labels)) != len(labels):
+        problems["labels"] = Problem(
+            "methods", "two rows have one label: give each its own", source
+        )
+    if problems:
+        raise RecipeError(list(problems.values()))
+    return LoadedStudy(study, source, tuple(cells))
+
+
+def _cell_layers(
+    study: Study, source: str, task: TaskEntry | None, seed: int, over: list[Layer]
+) -> list[Layer]:
+    layers = [_layer(dict(study.settings), source, "settings")]
+    if task is not None:
+        data = {"task": {"name": task.name, **task.task}, "train": dict(task.train)}
+        layers.append(_layer(data, source, f"tasks ({task.name})"))
+    layers += over
+    layers.append(_layer({"seed": seed, "output_dir": None}, source, "seeds"))
+    return layers
+
+
+def _method_layer(
+    entry: MethodEntry, source: str, resolved: dict[str, Any], match: str | None
+) -> Layer:
+    """The method's own settings; with ``match``, the recipe's density is everyone's one number."""
+    method = dict(entry.method)
+    settings = resolved.get("method")
+    if isinstance(settings, dict) and method.get("name") == settings.get("name"):
+        method = {**settings, **method}
+    density = settings.get("density") if isinstance(settings, dict) else None
+    matched = match is not None and "rank" not in method and "density" not in method
+    if matched and method.get("name") != "full":
+        method["density"] = density if density is not None else 0.01
+    data: dict[str, Any] = {"method": method, "train": dict(entry.train)}
+    data["calibration"] = dict(entry.calibration)
+    if method.get("name") == "lora":
+        data["match"] = "trainable" if method.get("density") is not None else None
+    return _layer(data, source, f"methods ({entry.label})")
+
+
+def _layer(data: dict[str, Any], source: str, key: str) -> Layer:
+    places = {(name,): Place(f"{source}: {key}") for name in data}
+    return Layer(data, {**places})
+
+
+def _checked(layers: list[Layer], source: str) -> LoadedRecipe:
+    layer = stack(layers)
+    recipe = check(layer, Recipe)
+    problems = outside_problems(recipe, layer.places)
+    if problems:
+        raise RecipeError(problems)
+    return LoadedRecipe(recipe, source, layer.places)

@@ -1,0 +1,143 @@
+"""The one place that wires the parts: recipe -> model + data -> method -> training -> record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli.errors import (
+    InterruptedRunError,
+    OutOfMemoryError,
+    SparsegradError,
+)
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
+from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
+
+
+def train(
+    loaded: LoadedRecipe,
+    observer: Observer | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe: load, calibrate if the method wants a basis, train, evaluate, report.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; the run directory is left with a
+            run.json that says so too, and with its last checkpoint.
+    """
+    from sparsegrad_cli.training.session import TrainingSession
+
+    def work(record: RunRecord, observer: Observer) -> None:
+        TrainingSession(loaded, record, observer, resume=resume).run()
+
+    return _run(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
+
+
+def calibrate(
+    loaded: LoadedRecipe, observer: Observer | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`."""
+    from sparsegrad_cli.training.session import CalibrationSession
+
+    def work(record: RunRecord, observer: Observer) -> None:
+        CalibrationSession(loaded, record, observer).run()
+
+    return _run(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
+
+
+def _run(
+    loaded: LoadedRecipe,
+    command: str,
+    work: Callable[[RunRecord, Observer], None],
+    observer: Observer | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    from sparsegrad_cli.measure.environment import collect, git_state
+
+    observer = observer or Observer()
+    recipe = loaded.recipe
+    run_dir = choose_run_dir(recipe, command)
+    open_run_dir(run_dir, recipe, resume=resume, overwrite=overwrite)
+    record = RunRecord(
+        run_dir,
+        {
+            "command": command,
+            "name": run_dir.name,
+            "recipe_digest": digest(recipe),
+            "seed": recipe.seed,
+            "output_dir": str(run_dir),
+            "environment": collect(),
+            "git": git_state(Path.cwd()),
+        },
+    )
+    started = time.perf_counter()
+    try:
+        with _known_errors():
+            record.save()
+            work(record, observer)
+            record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
+            record.finish()
+            _write_report(record, observer)
+    except SparsegradError as error:
+        _record_failure(record, error)
+        raise
+    except BaseException as error:
+        what = f"{type(error).__name__}: {error}"
+        _record_failure(record, SparsegradError(what, fix="run again with --debug"))
+        raise
+    finally:
+        observer.close()
+    return record.data
+
+
+def _record_failure(record: RunRecord, error: SparsegradError) -> None:
+    """Write the status; a disk too full even for that must not hide the first error."""
+    try:
+        record.finish(error)
+    except SparsegradError:
+        return
+
+
+def _write_report(record: RunRecord, observer: Observer) -> None:
+    from sparsegrad_cli.report.html import write_run_html
+    from sparsegrad_cli.report.markdown import run_markdown
+
+    observer.phase("report")
+    (record.path / "report.md").write_text(run_markdown(record.data), encoding="utf-8")
+    write_run_html(record.data, record.path / "report.html")
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """Ctrl-C and failed allocations as errors of ours, with their exit codes."""
+    from sparsegrad_cli.training.callbacks import is_out_of_memory
+
+    try:
+        yield
+    except SparsegradError:
+        raise
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "stopped by the user", fix="--resume goes on from the last checkpoint, if there is one"
+        ) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            reason = (str(error).splitlines() or ["an allocation failed"])[0]
+            raise OutOfMemoryError(
+                f"memory ran out: {reason}",
+                where="train.per_device_train_batch_size",
+                fix="a smaller batch with more gradient_accumulation_steps, "
+                "train.gradient_checkpointing: true, a shorter task.max_length",
+            ) from error
+        raise

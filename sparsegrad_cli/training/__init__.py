@@ -1,0 +1,1 @@
+"""Calibration, the Trainer (transformers.Trainer underneath), checkpoints, callbacks."""

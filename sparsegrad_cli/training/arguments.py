@@ -1,0 +1,47 @@
+"""A recipe's ``train`` section as transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegrad_cli.recipe.schema import Recipe
+
+# Ours, not TrainingArguments'.
+_OWN = {"early_stopping_patience", "save_strategy", "save_steps", "report_to"}
+
+
+def training_arguments(recipe: Recipe, output_dir: Path) -> Any:
+    """TrainingArguments of a run: the recipe's keys under their own names, and what we fix."""
+    from transformers import TrainingArguments
+
+    train = recipe.train
+    settings = train.model_dump(exclude=_OWN)
+    save = train.save_strategy or train.eval_strategy
+    settings["save_strategy"] = save
+    if save == "steps":
+        settings["save_steps"] = train.save_steps or train.eval_steps or 500
+    settings["load_best_model_at_end"] = (
+        train.load_best_model_at_end and train.eval_strategy != "no" and save != "no"
+    )
+    if not train.gradient_checkpointing:
+        settings.pop("gradient_checkpointing")
+    report_to = train.report_to
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        report_to=list(report_to) if isinstance(report_to, tuple) else report_to,
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and not train.use_cpu,
+        # A loss that is not finite ends the run with a message; it is not averaged away.
+        logging_nan_inf_filter=False,
+        remove_unused_columns=True,
+        save_only_model=False,
+        **settings,
+    )

@@ -1,0 +1,160 @@
+"""basis.safetensors: bases with what they belong to, and the refusal of any other's.
+
+Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
+``singular_in/<key>``; a key is a target's name, or a layer kind when targets share a basis.
+Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
+recipe_digest, digest (sha256 of the tensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.training.checkpoint import save_tensors
+
+_FORMAT = "sparsegrad-basis-1"
+_PARTS = ("q_out", "q_in", "singular_out", "singular_in")
+
+
+@dataclass(frozen=True)
+class BasisFile:
+    """What a basis file holds.
+
+    Attributes:
+        bases: key -> basis.
+        keys: target name -> key.
+        model: name of the model it was made on.
+        fingerprint: of that model's targets (:func:`sparsegrad_cli.modeling.targets.fingerprint`).
+        settings: of the calibration: steps, batch_size, basis_per, seed.
+        recipe_digest: of the recipe it was made from.
+        digest: sha256 of the tensors.
+    """
+
+    bases: Mapping[str, Basis]
+    keys: Mapping[str, str]
+    model: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    recipe_digest: str
+    digest: str
+
+    def by_target(self) -> dict[str, Basis]:
+        """Target name -> basis; targets of one key share the object."""
+        return {name: self.bases[key] for name, key in self.keys.items()}
+
+
+def write_basis(path: Path, basis: BasisFile) -> None:
+    """Write the file, whole or not at all (DiskError)."""
+    metadata = {
+        "format": _FORMAT,
+        "model": basis.model,
+        "fingerprint": basis.fingerprint,
+        "targets": json.dumps(dict(basis.keys)),
+        "settings": json.dumps(dict(basis.settings)),
+        "recipe_digest": basis.recipe_digest,
+        "digest": basis.digest,
+    }
+    save_tensors(path, _tensors(basis.bases), metadata)
+
+
+def read_basis(path: Path) -> BasisFile:
+    """Read and verify a basis file.
+
+    Raises:
+        FileFormatError: no basis file, damaged, truncated, or its digest does not fit.
+    """
+    fix = "make it anew with `sparsegrad calibrate`"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FileFormatError(
+            f"the basis cannot be read: {error}", where=str(path), fix=fix
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise FileFormatError("is no basis file of this version", where=str(path), fix=fix)
+    try:
+        keys = json.loads(metadata["targets"])
+        settings = json.loads(metadata["settings"])
+        bases = {
+            key: Basis(*(tensors[f"{part}/{key}"] for part in _PARTS)) for key in set(keys.values())
+        }
+        found = BasisFile(
+            bases,
+            keys,
+            metadata["model"],
+            metadata["fingerprint"],
+            settings,
+            metadata["recipe_digest"],
+            metadata["digest"],
+        )
+    except (KeyError, ValueError) as error:
+        raise FileFormatError(
+            f"the basis file is incomplete: {error}", where=str(path), fix=fix
+        ) from error
+    if tensors_digest(bases) != found.digest:
+        raise FileFormatError(
+            "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
+        )
+    return found
+
+
+def check_belongs(
+    basis: BasisFile, targets: list[Target], fingerprint: str, where: str | None = None
+) -> None:
+    """Refuse a basis of another model or target set.
+
+    Raises:
+        UsageError: says which of the two it is.
+    """
+    wanted, there = {t.name for t in targets}, set(basis.keys)
+    fix = "leave calibration.basis out to make one, or run `sparsegrad calibrate` on this recipe"
+    if wanted != there:
+        missing, extra = sorted(wanted - there), sorted(there - wanted)
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} targets have no basis in it (first: {missing[0]})")
+        if extra:
+            parts.append(f"it has {len(extra)} others (first: {extra[0]})")
+        raise UsageError(
+            "the basis belongs to another target set: " + "; ".join(parts), where=where, fix=fix
+        )
+    for target in targets:
+        got = basis.bases[basis.keys[target.name]]
+        shape = (got.q_out.shape[0], got.q_in.shape[0])
+        if shape != (target.out_features, target.in_features):
+            raise UsageError(
+                f"the basis of {target.name} is for a {shape[0]} x {shape[1]} layer, "
+                f"this one is {target.out_features} x {target.in_features}",
+                where=where,
+                fix=fix,
+            )
+    if basis.fingerprint != fingerprint:
+        raise UsageError(
+            f"the basis was made on other weights ({basis.model})", where=where, fix=fix
+        )
+
+
+def tensors_digest(bases: Mapping[str, Basis]) -> str:
+    """sha256 (hex) over all tensors in key order."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(_tensors(bases).items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
+    return {f"{part}/{key}": getattr(b, part) for key, b in bases.items() for part in _PARTS}

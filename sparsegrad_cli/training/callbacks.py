@@ -1,0 +1,201 @@
+"""What happens beside the training loop: records, progress, the memory probe, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from sparsegrad_cli.errors import DiskError, InterruptedRunError
+from sparsegrad_cli.measure.environment import rss_bytes
+from sparsegrad_cli.measure.timing import StepTimer
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.training.trainer import SparsegradTrainer, check_finite
+
+
+class RecordCallback(TrainerCallback):
+    """Times steps, writes steps.jsonl, keeps the history, tells the observer."""
+
+    def __init__(self, run_dir: Path, observer: Observer, history: list[dict[str, Any]]) -> None:
+        self.timer = StepTimer()
+        self.history = history
+        self.train_log: list[dict[str, Any]] = []
+        self.trainer: SparsegradTrainer | None = None
+        self._path = run_dir / "steps.jsonl"
+        self._observer = observer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut what was written after the checkpoint that a resumed run starts from."""
+        start = state.global_step
+        if start and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= start]
+            self._path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            self.history[:] = [r["eval"] for r in kept if "eval" in r]
+            self.train_log = [
+                {k: r[k] for k in ("step", "epoch", "loss", "learning_rate")}
+                for r in kept
+                if "loss" in r
+            ]
+        self._observer.total_steps("train", state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of a step."""
+        self.timer.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it; evaluation and saving come after and are not part of a step."""
+        self.timer.stop()
+        assert self.trainer is not None
+        self.trainer.order.mark(state.global_step, last=state.global_step >= state.max_steps)
+        rate = self.timer.recent_steps_per_s()
+        self._observer.step("train", {"step": state.global_step, "steps_per_s": rate})
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """One line in steps.jsonl per logged loss."""
+        if not logs or "loss" not in logs:
+            return
+        record = {
+            "step": state.global_step,
+            "epoch": round(float(state.epoch or 0), 4),
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+        }
+        check_finite(record["loss"], state.global_step, record["learning_rate"])
+        self.train_log.append(record)
+        line = record | {
+            "steps_per_s": self.timer.recent_steps_per_s(),
+            "rss_bytes": rss_bytes(),
+        }
+        self._append(line)
+        self._observer.step("train", line)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One line in steps.jsonl per evaluation."""
+        assert self.trainer is not None and self.trainer.last_evaluation is not None
+        record = self.trainer.last_evaluation
+        self.history.append(record)
+        self._append({"step": record["step"], "epoch": record["epoch"], "eval": record})
+        self._observer.evaluated(record)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise DiskError(
+                f"steps.jsonl could not be written: {error}",
+                where=str(self._path),
+                fix="free some space, then go on with --resume",
+            ) from error
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line of steps.jsonl; the last one of a killed run may be cut short."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+class ProbeCallback(TrainerCallback):
+    """Measures memory at steady state: once, in the second step, when optimizer state exists.
+
+    The optimizer is measured in that step. Forward, backward and evaluation are measured right
+    after it on the longest examples of the data, the worst case of dynamic padding; the
+    gradients of that extra pass are thrown away and the random state is restored, so the run is
+    the same with and without it.
+    """
+
+    def __init__(self, meter: Any, probe: Callable[[], None]) -> None:
+        self._meter, self._probe = meter, probe
+        self._phase: Any = None
+        self._done = False
+        self._steps_seen = 0
+
+    def _due(self, state: Any) -> bool:
+        # Before the second step since start; or the first, where there is no second.
+        return not self._done and (
+            self._steps_seen == 1 or state.global_step + 1 >= state.max_steps
+        )
+
+    _steps_seen = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to count."""
+        if self._due(state):
+            self._phase = self._meter.phase("optimizer")
+            self._phase.__enter__()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End counting the optimizer."""
+        if self._phase is not None:
+            self._phase.__exit__(None, None, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are dropped by now: probe the other phases."""
+        self._steps_seen += 1
+        if self._phase is not None:
+            self._phase, self._done = None, True
+            self._probe()
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C ends training after the current step, with a checkpoint; a second one at once."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self._asked = asked
+        self.trainer: SparsegradTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop when asked."""
+        if self._asked.is_set():
+            assert self.trainer is not None
+            folder = self.trainer.save_now()
+            raise InterruptedRunError(
+                f"stopped after step {state.global_step} of {state.max_steps}; "
+                f"{folder.name} is saved",
+                fix="go on with --resume",
+            )
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[threading.Event]:
+    """Inside, the first SIGINT or SIGTERM sets an event; the next raises KeyboardInterrupt."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """An allocation failed: on a CUDA device, in torch's CPU allocator, or in python."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )

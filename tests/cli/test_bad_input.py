@@ -1,0 +1,147 @@
+"""Bad input: one readable block, the right exit code, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from small import SMALL, Cli
+
+
+def table(folder: Path, name: str, rows: list[tuple[str, str]]) -> Path:
+    path = folder / name
+    lines = ["text,label", *(f"{text},{label}" for text, label in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+GOOD = [(f"sentence number {i} is {'fine' if i % 2 else 'poor'}", str(i % 2)) for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("train", "trian.learning_rate=1"), 2, "did you mean train?"),
+        (("train", "train.learning_rate=fast"), 2, "'fast' should be a valid number"),
+        (("train", "no_such_recipe.yaml"), 2, "no such file"),
+        (("train", "a.yaml", "b.yaml"), 2, "one recipe at a time"),
+        (("train", "task=glue/xyz"), 2, "unknown task 'glue/xyz'"),
+        (("train", "model=builtin:bert"), 2, "unknown built-in model"),
+        (("train", "method=sparse"), 2, "did you mean sparsegrad?"),
+        (("train", "method.density=0"), 2, "greater than 0"),
+        (("train", "method.density=-1"), 2, "greater than 0"),
+        (("train", "method.density=2"), 2, "less than or equal to 1"),
+        (("train", "--resume"), 2, "needs to know which run"),
+        (("train", "--no-such-option"), 2, "No such option"),
+        (("compare",), 2, "which methods?"),
+        (("compare", "--methods", "lora,mepro"), 2, "did you mean meprop?"),
+        (("compare", "recipes/quickstart.yaml", "--seeds", "3"), 2, "names its own methods"),
+        (("configs", "copy", "roberta"), 2, "no shipped recipe"),
+        (("report", "nowhere"), 1, "nowhere"),
+    ],
+)
+def test_usage_errors_exit_2_with_one_block(
+    cli: Cli, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    outcome = cli(*arguments)
+    assert outcome.code == code or (code == 1 and outcome.code == 2)
+    assert says in outcome.flat
+    assert "Traceback" not in outcome.err
+
+
+def test_label_column_missing_names_the_columns_there_are(cli: Cli, tmp_path: Path) -> None:
+    path = table(tmp_path, "d.csv", GOOD)
+    outcome = cli("train", "task=csv", f"task.path={path}", "task.columns={label: lable}", *SMALL)
+    assert outcome.code == 2
+    assert "lable" in outcome.flat and "label" in outcome.flat and "text" in outcome.flat
+
+
+def test_label_unseen_in_training_is_refused(cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    table(data, "train.csv", [(t, "good" if y == "1" else "bad") for t, y in GOOD])
+    table(data, "validation.csv", [("a sentence", "ugly")])
+    outcome = cli("train", "task=csv", f"task.path={data}", *SMALL)
+    assert outcome.code == 1
+    assert "ugly" in outcome.flat
+
+
+def test_empty_split_is_refused(cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    table(data, "train.csv", GOOD)
+    table(data, "validation.csv", [])
+    outcome = cli("train", "task=csv", f"task.path={data}", *SMALL)
+    assert outcome.code == 1
+    assert "empty" in outcome.flat or "no rows" in outcome.flat
+
+
+def test_everything_truncated_to_nothing_is_refused(cli: Cli) -> None:
+    outcome = cli("train", *SMALL, "task.max_length=2", "-o", "r")
+    assert outcome.code in (1, 2)
+    assert "max_length" in outcome.flat
+    assert json.loads(Path("r/run.json").read_text())["status"] == "failed"
+
+
+def test_pattern_that_matches_nothing_lists_what_there_is(cli: Cli) -> None:
+    outcome = cli("train", *SMALL, "targets.modules=['*.up_proj']", "-o", "r")
+    assert outcome.code == 2
+    assert "*.up_proj" in outcome.flat and "intermediate.dense (1536 x 384)" in outcome.flat
+
+
+def test_hub_out_of_reach_says_how_to_go_local(cli: Cli, tmp_path: Path) -> None:
+    os.environ.pop("HF_HOME", None)
+    outcome = cli("train", "model=roberta-base-that-is-not-cached", *SMALL)
+    assert outcome.code == 1
+    assert "roberta-base-that-is-not-cached" in outcome.flat
+    assert "local folder" in outcome.flat
+
+
+def test_model_folder_without_a_model(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty-model").mkdir()
+    outcome = cli("train", f"model={tmp_path / 'empty-model'}", *SMALL)
+    assert outcome.code == 1
+    assert "config.json" in outcome.flat
+
+
+def test_output_dir_with_something_in_it_is_left_alone(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "thesis.txt").write_text("precious", encoding="utf-8")
+    outcome = cli("train", *SMALL, "-o", "r")
+    assert outcome.code == 2
+    assert "--resume" in outcome.flat and "--overwrite" in outcome.flat
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["thesis.txt"]
+    assert "holds no run" in cli("train", *SMALL, "-o", "r", "--resume").flat
+
+
+def test_basis_of_another_target_set_or_a_damaged_one_is_refused(cli: Cli, tmp_path: Path) -> None:
+    made = cli("calibrate", *SMALL, "-o", "basis", "targets.blocks=[0, 1]")
+    assert made.code == 0, made.err
+    basis = tmp_path / "basis" / "basis.safetensors"
+    other = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "r1")
+    assert other.code == 2
+    assert "another target set" in other.flat and "calibration.basis" in other.flat
+    content = basis.read_bytes()
+    basis.write_bytes(content[: len(content) // 2])
+    cut = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "r2", "targets.blocks=[0, 1]")
+    assert cut.code == 1 and "basis" in cut.flat
+    flipped = bytearray(content)
+    flipped[-3] ^= 0xFF
+    basis.write_bytes(bytes(flipped))
+    bad = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "r3", "targets.blocks=[0, 1]")
+    assert bad.code == 1 and "digest" in bad.flat
+
+
+def test_half_precision_weights_are_refused_for_methods_that_train_them(cli: Cli) -> None:
+    outcome = cli("train", *SMALL, "model.dtype=bfloat16")
+    assert outcome.code == 2
+    assert "train.bf16" in outcome.flat
+
+
+def test_divergence_is_said_in_words(cli: Cli) -> None:
+    outcome = cli("train", *SMALL, "method=full", "train.learning_rate=1e30", "-o", "r")
+    assert outcome.code == 1
+    assert "diverged" in outcome.flat or "finite" in outcome.flat
+    assert json.loads(Path("r/run.json").read_text())["status"] == "failed"

@@ -1,0 +1,104 @@
+"""The commands as a user would type them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from paths import REPO
+from small import SMALL, Cli
+
+from sparsegrad_cli import __version__
+
+
+def test_version_and_help(cli: Cli) -> None:
+    assert cli("--version").out.strip() == f"sparsegrad {__version__}"
+    for command in ("train", "calibrate", "compare", "validate", "report", "configs"):
+        outcome = cli(command, "--help")
+        assert outcome.code == 0 and "Usage" in outcome.out
+
+
+def test_validate_prints_the_resolved_recipe(cli: Cli) -> None:
+    outcome = cli("validate", "configs/roberta_glue.yaml", "task.name=glue/cola")
+    assert outcome.code == 0
+    assert yaml.safe_load(outcome.out)["train"]["per_device_train_batch_size"] == 16
+    as_json = json.loads(cli("validate", "quickstart", "--json").out)
+    assert as_json["model"]["name"] == "builtin:minilm"
+    study = cli("validate", "recipes/roberta_base_glue.yaml")
+    assert study.code == 0 and "96 cells" in study.out
+    assert cli("validate", "method.density=7").code == 2
+
+
+def test_configs_are_listed_and_copied(cli: Cli, tmp_path: Path) -> None:
+    listed = cli("configs").out
+    for name in ("quickstart", "bert_glue", "roberta_glue", "roberta_large_glue"):
+        assert f"configs/{name}.yaml" in listed
+    assert cli("configs", "copy", "roberta_glue").code == 0
+    copied = tmp_path / "roberta_glue.yaml"
+    assert copied.read_text() == (REPO / "configs" / "roberta_glue.yaml").read_text()
+    assert cli("configs", "copy", "roberta_glue").code == 2
+    assert cli("validate", "roberta_glue.yaml", "seed=3").code == 0
+
+
+def test_calibrate_then_train_on_its_basis(cli: Cli, tmp_path: Path) -> None:
+    made = cli("calibrate", *SMALL, "-o", "basis")
+    assert made.code == 0, made.err
+    run = json.loads((tmp_path / "basis" / "run.json").read_text())
+    assert run["status"] == "done" and run["command"] == "calibrate"
+    assert run["calibration"]["seconds"] > 0 and run["calibration"]["peak_bytes"] > 0
+    assert {"original", "transposed", "kind_basis"} <= set(run["calibration"]["energy"]["rows"][0])
+    assert (tmp_path / "basis" / "report.html").stat().st_size > 10_000
+    basis = tmp_path / "basis" / "basis.safetensors"
+    trained = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "run", "--json")
+    assert trained.code == 0, trained.err
+    record = json.loads(trained.out)
+    assert record["calibration"]["reused"] is True
+    assert record["calibration"]["seconds"] == run["calibration"]["seconds"]
+    assert record["time"]["steps"] == 6
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
+def test_train_leaves_a_whole_run(cli: Cli, tmp_path: Path, method: str) -> None:
+    outcome = cli("train", f"method={method}", *SMALL, "-o", "run")
+    assert outcome.code == 0, outcome.err
+    assert "report.html" in outcome.out
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "done"
+    assert [r["step"] for r in run["metrics"]["history"]] == [0, 3, 6]
+    assert [r["step"] for r in run["metrics"]["train"]] == [2, 4, 6]
+    phases = run["memory"]["phases"]
+    assert {"load", "forward", "backward", "optimizer", "evaluate"} <= set(phases)
+    assert ("calibrate" in phases) == (method == "sparsegrad")
+    for phase in phases.values():
+        assert sum(phase["categories"].values()) == phase["peak_bytes"]
+        assert phase["categories"]["weights"] > 80e6
+    assert phases["optimizer"]["categories"]["optimizer_state"] > 0
+    assert phases["backward"]["categories"]["gradients"] > 0
+    for name in ("recipe.yaml", "steps.jsonl", "report.html", "report.md"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+    again = cli("validate", "run/recipe.yaml")
+    assert again.code == 0
+    assert cli("report", "run").code == 0
+
+
+def test_runs_without_a_name_are_numbered(cli: Cli, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert cli("train", "method=full", *SMALL, "train.max_steps=1").code == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "acceptability-full-1",
+        "acceptability-full-2",
+    ]
+
+
+def test_help_is_quick_to_import_nothing_heavy() -> None:
+    code = (
+        "import sys\nimport sparsegrad_cli.cli.app\n"
+        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,107 @@
+"""Exact counts, whatever the ties and the signs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsegrad_cli.numerics.supports import energy_share, entries_for, largest_entries
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.ones(3, 4),
+        -torch.ones(3, 4),
+        torch.zeros(3, 4),
+        torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 3),
+        torch.tensor([[0.0, 0.0, 0.0, 5.0]] * 3),
+    ],
+    ids=["equal", "equal negative", "zeros", "signs", "few non-zero"],
+)
+def test_exactly_count_entries_under_ties(values: torch.Tensor, count: int) -> None:
+    positions = largest_entries(values, count)
+    assert positions.shape == (count,)
+    assert positions.dtype == torch.int64
+    assert len(set(positions.tolist())) == count
+    assert positions.tolist() == sorted(positions.tolist())
+    assert 0 <= int(positions.min()) and int(positions.max()) < values.numel()
+
+
+def test_the_largest_by_magnitude_are_chosen_whatever_the_sign() -> None:
+    values = torch.tensor([[0.5, -9.0, 1.0], [8.0, -0.1, -7.0]])
+    assert largest_entries(values, 3).tolist() == [1, 3, 5]
+    assert largest_entries(-values, 3).tolist() == [1, 3, 5]
+    all_negative = torch.tensor([-1.0, -4.0, -2.0, -3.0])
+    assert largest_entries(all_negative, 2).tolist() == [1, 3]
+
+
+def test_no_chosen_entry_is_smaller_than_one_left_out() -> None:
+    values = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    for count in (1, 12, 600, 1199):
+        chosen = torch.zeros(values.numel(), dtype=torch.bool)
+        chosen[largest_entries(values, count)] = True
+        assert int(chosen.sum()) == count
+        flat = values.reshape(-1).abs()
+        assert flat[chosen].min() >= flat[~chosen].max()
+
+
+def test_positions_are_flat_in_row_order_also_of_a_transposed_view() -> None:
+    values = torch.zeros(2, 3)
+    values[0, 2] = 5.0
+    assert largest_entries(values, 1).tolist() == [2]
+    assert largest_entries(values.T, 1).tolist() == [4]  # row 2, column 0 of the (3, 2) view
+
+
+def test_all_entries() -> None:
+    assert largest_entries(torch.randn(3, 4), 12).tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("count", [0, -1, 13])
+def test_a_count_out_of_range_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="of 12 entries"):
+        largest_entries(torch.ones(3, 4), count)
+
+
+def test_the_choice_is_the_same_every_time() -> None:
+    values = torch.ones(50, 50)
+    assert torch.equal(largest_entries(values, 100), largest_entries(values.clone(), 100))
+
+
+@pytest.mark.parametrize(
+    ("density", "expected"),
+    [(0.01, 5898), (1.0, 589824), (0.5, 294912), (1e-9, 1), (1 / 589824, 1)],
+)
+def test_entries_for_a_density(density: float, expected: int) -> None:
+    assert entries_for(density, 1536, 384) == expected
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, float("nan")])
+def test_a_density_out_of_range_is_refused(density: float) -> None:
+    with pytest.raises(ValueError, match="density"):
+        entries_for(density, 10, 10)
+
+
+def test_energy_share_by_hand() -> None:
+    matrix = torch.tensor([[3.0, -4.0], [0.0, 12.0]])  # squares 9, 16, 0, 144 of 169
+    assert energy_share(matrix, 0.25) == pytest.approx(144 / 169)
+    assert energy_share(matrix, 0.5) == pytest.approx(160 / 169)
+    assert energy_share(matrix, 0.75) == pytest.approx(1.0)
+    assert energy_share(matrix, 1.0) == pytest.approx(1.0)
+
+
+def test_energy_share_takes_at_least_one_entry() -> None:
+    assert energy_share(torch.tensor([[3.0, 4.0]]), 0.01) == pytest.approx(16 / 25)
+
+
+def test_energy_share_of_zeros_is_zero() -> None:
+    assert energy_share(torch.zeros(4, 4), 0.01) == 0.0
+
+
+def test_energy_share_of_equal_entries_is_the_fraction() -> None:
+    assert energy_share(torch.full((100, 100), -0.3), 0.01) == pytest.approx(0.01)
+
+
+def test_energy_share_sees_what_float32_squares_would_lose() -> None:
+    assert energy_share(torch.full((10, 10), 1e-30), 0.1) == pytest.approx(0.1)

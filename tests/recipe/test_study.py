@@ -1,0 +1,85 @@
+"""Studies: expansion into cells, matched counts, short forms, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from paths import REPO
+
+from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe.schema import LoraMethod
+from sparsegrad_cli.recipe.study import load_study, make_study
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_in_the_tree_is_valid(path: Path) -> None:
+    study = load_study(path)
+    methods = len(study.study.methods)
+    tasks = max(1, len(study.study.tasks))
+    assert len(study.cells) == methods * tasks * len(study.study.seeds)
+    assert methods >= 4
+
+
+def test_paper_study_uses_tuned_values_of_each_task_and_the_papers_rank() -> None:
+    study = load_study(REPO / "recipes" / "roberta_base_glue.yaml")
+    cell = next(c for c in study.cells if (c.task, c.label, c.seed) == ("glue/qqp", "lora", 3705))
+    assert cell.loaded.recipe.train.learning_rate == 5.11e-6
+    assert isinstance(cell.loaded.recipe.method, LoraMethod)
+    assert cell.loaded.recipe.method.rank == 7 and cell.loaded.recipe.seed == 3705
+    figure = next(
+        f for f in study.study.figures if (f.task, f.method) == ("glue/rte", "sparsegrad")
+    )
+    assert (figure.score, figure.std) == (0.656, 0.021)
+
+
+def test_command_line_comparison_matches_counts_by_the_recipes_density() -> None:
+    study = make_study(None, ("lora", "meprop", "sparsegrad"), 2, ("method.density=0.02",))
+    assert [c.seed for c in study.cells] == [42, 42, 42, 3705, 3705, 3705]
+    densities = {c.label: c.loaded.recipe.method.model_dump()["density"] for c in study.cells}
+    assert densities == {"lora": 0.02, "meprop": 0.02, "sparsegrad": 0.02}
+    assert all(c.loaded.recipe.match == "trainable" for c in study.cells if c.label == "lora")
+
+
+def test_a_study_may_change_what_it_likes_per_method_and_task(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "name: mine\n"
+        "recipe: configs/quickstart.yaml\n"
+        "methods:\n"
+        "  - {label: full, method: full, train: {learning_rate: 1e-4}}\n"
+        "  - {label: kind, method: {name: sparsegrad}, calibration: {basis_per: kind}}\n"
+        "  - {label: r4, method: {name: lora, rank: 4}}\n"
+        "tasks:\n"
+        "  - builtin:acceptability\n"
+        "settings: {train: {max_steps: 5}}\n"
+        "seeds: [1]\n",
+        encoding="utf-8",
+    )
+    cells = {c.label: c.loaded.recipe for c in load_study(path).cells}
+    assert cells["full"].train.learning_rate == 1e-4
+    assert cells["kind"].calibration.basis_per == "kind"
+    assert cells["kind"].train.learning_rate == 1e-3
+    assert cells["r4"].method.model_dump()["rank"] == 4 and cells["r4"].match is None
+    assert all(recipe.train.max_steps == 5 for recipe in cells.values())
+
+
+def test_errors_name_method_row_and_are_not_repeated_per_cell(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_study(None, ("lora", "merop"), 2, ())
+    assert "did you mean meprop?" in str(caught.value)
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "methods: [{label: a, method: {name: lora, ranks: 4}}]\nseeds: [1, 2, 3]\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_study(path)
+    assert len(caught.value.problems) == 1
+    assert "did you mean rank?" in str(caught.value)
+    path.write_text("methods: [lora]\nseed: 3\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"(?s)seed.*did you mean seeds"):
+        load_study(path)
+    path.write_text("methods: [lora, lora]\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="one label"):
+        load_study(path)

@@ -1,0 +1,264 @@
+"""Tiny random models of many architectures, and batches for them: real classes, real code paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.targets import Target, find_targets
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.recipe.schema import (
+    FullMethod,
+    LoraMethod,
+    MepropMethod,
+    SparsegradMethod,
+    TargetsSection,
+    TrainSection,
+)
+from sparsegrad_cli.training.calibration import calibrate, forked_random
+
+VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
+
+_ENCODER = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 2,
+    "intermediate_size": INNER,
+    "max_position_embeddings": POSITIONS,
+}
+_DECODER = {**_ENCODER, "num_key_value_heads": 1}
+
+# name -> (model_type of transformers, configuration). Heads of 12 make attention non-square.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", _ENCODER),
+    "roberta": ("roberta", _ENCODER),
+    "distilbert": (
+        "distilbert",
+        {
+            "dim": HIDDEN,
+            "n_layers": BLOCKS,
+            "n_heads": 2,
+            "hidden_dim": INNER,
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
+    "electra": ("electra", {**_ENCODER, "embedding_size": 8}),
+    "deberta-v3": (
+        "deberta-v2",
+        {
+            **_ENCODER,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "n_embd": HIDDEN,
+            "n_layer": BLOCKS,
+            "n_head": 2,
+            "n_inner": INNER,
+            "n_positions": POSITIONS,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+        },
+    ),
+    "llama": ("llama", _DECODER),
+    "mistral": ("mistral", _DECODER),
+    "qwen2": ("qwen2", _DECODER),
+    "qwen3": ("qwen3", {**_DECODER, "head_dim": 12}),
+    "gemma": ("gemma", {**_DECODER, "head_dim": 12}),
+    "opt": (
+        "opt",
+        {
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": 2,
+            "ffn_dim": INNER,
+            "max_position_embeddings": POSITIONS,
+            "word_embed_proj_dim": HIDDEN,
+        },
+    ),
+    "t5": (
+        "t5",
+        {"d_model": HIDDEN, "d_kv": 12, "d_ff": INNER, "num_layers": BLOCKS, "num_heads": 2},
+    ),
+}
+
+
+def config(architecture: str, **overrides: Any) -> Any:
+    """A transformers configuration of a few thousand parameters; ``overrides`` are its own keys."""
+    from transformers import AutoConfig
+
+    model_type, settings = ARCHITECTURES[architecture]
+    merged = {"vocab_size": VOCABULARY, "pad_token_id": 0, **settings, **overrides}
+    return AutoConfig.for_model(model_type, **merged)
+
+
+def build(loader: Any, settings: Any, seed: int = 0) -> nn.Module:
+    """A random model by ``loader`` (an Auto class or a model class), seeded; eval mode.
+
+    The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = loader.from_config(settings) if hasattr(loader, "from_config") else loader(settings)
+    return model.eval()
+
+
+def classifier(
+    architecture: str = "bert", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> nn.Module:
+    """A tiny sequence classifier with two labels."""
+    from transformers import AutoModelForSequenceClassification
+
+    settings = config(architecture, num_labels=2, **overrides)
+    return build(AutoModelForSequenceClassification, settings, seed).to(dtype)
+
+
+def batch(size: int = 8, length: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    """Token ids without padding, and labels that depend on the first token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": (ids[:, 0] > VOCABULARY // 2).long(),
+    }
+
+
+def batches(size: int = 8, seed: int = 100) -> Iterator[dict[str, Tensor]]:
+    """Endless different batches."""
+    while True:
+        yield batch(size, seed=seed)
+        seed += 1
+
+
+def targets_of(model: nn.Module, **section: Any) -> list[Target]:
+    """The targets that the recipe section finds."""
+    return find_targets(model, TargetsSection(**section))
+
+
+def orthogonal_bases(
+    targets: list[Target], dtype: torch.dtype = torch.float64, seed: int = 5
+) -> dict[str, Basis]:
+    """Random full-rank bases, orthonormal to the precision of ``dtype``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthogonal(side: int) -> Tensor:
+        square = torch.randn(side, side, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(square).Q.to(dtype)
+
+    return {
+        t.name: Basis(
+            orthogonal(t.out_features),
+            orthogonal(t.in_features),
+            torch.ones(t.out_features),
+            torch.ones(t.in_features),
+        )
+        for t in targets
+    }
+
+
+MethodSettings = FullMethod | LoraMethod | MepropMethod | SparsegradMethod
+
+# name -> (settings, basis_per for methods that need a basis)
+METHODS: dict[str, tuple[MethodSettings, str | None]] = {
+    "full": (FullMethod(name="full"), None),
+    "lora": (LoraMethod(name="lora", rank=2), None),
+    "meprop-entries": (MepropMethod(name="meprop", density=0.05), None),
+    "meprop-rows": (MepropMethod(name="meprop", density=0.1, select="rows"), None),
+    "meprop-unified": (
+        MepropMethod(name="meprop", density=0.1, select="rows", unified=True),
+        None,
+    ),
+    "materialized-layer": (SparsegradMethod(name="sparsegrad", density=0.05), "layer"),
+    "materialized-kind": (SparsegradMethod(name="sparsegrad", density=0.05), "kind"),
+    "rotated-layer": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
+        "layer",
+    ),
+    "rotated-kind": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
+        "kind",
+    ),
+}
+
+
+class Tuned:
+    """A tiny model made ready by a method, with its optimizer.
+
+    Args:
+        name: key of ``METHODS``.
+        architecture: key of ``ARCHITECTURES``.
+        seed: of the model, the calibration and what the method draws.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        architecture: str = "bert",
+        *,
+        scope: str = "head",
+        seed: int = 0,
+        train: TrainSection | None = None,
+        **overrides: Any,
+    ) -> None:
+        settings, basis_per = METHODS[name]
+        self.model = classifier(architecture, seed, **overrides)
+        self.targets = targets_of(self.model)
+        bases = None
+        if basis_per is not None:
+            bases = calibrate(
+                self.model, self.targets, batches(), steps=3, basis_per=basis_per, seed=seed
+            ).by_target()
+        self.method: Method = make_method(settings)
+        with forked_random(seed):
+            self.prepared: Prepared = self.method.prepare(
+                self.model, self.targets, scope=scope, bases=bases
+            )
+        self.train = train or TrainSection(learning_rate=1e-2)
+        self.optimizer = self.method.optimizer(self.model, self.train)
+
+    def steps(self, count: int, seed: int = 0, start: int = 0) -> list[float]:
+        """Training steps on batches that differ; returns the losses."""
+        losses = []
+        self.model.train()
+        with forked_random(seed):
+            for number in range(start, start + count):
+                losses.append(self.step(batch(seed=1000 + number)))
+        self.model.eval()
+        return losses
+
+    def step(self, inputs: dict[str, Tensor]) -> float:
+        """One optimizer step on one batch; returns the loss before it."""
+        self.optimizer.zero_grad()
+        loss = self.model(**inputs).loss
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def logits(self) -> Tensor:
+        """On one batch, in eval mode."""
+        return logits(self.model)
+
+
+def logits(model: nn.Module) -> Tensor:
+    """On one batch, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        found: Tensor = model(**batch(seed=7)).logits
+    return found
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,0 +1,180 @@
+"""Stop and go on: bit for bit the run that was never stopped; Ctrl-C; a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from paths import REPO
+from safetensors.torch import load_file
+from small import SMALL, Cli
+
+METHODS = ("full", "lora", "meprop", "sparsegrad")
+
+
+def tensors_equal(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return set(left) == set(right) and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    cli: Cli, tmp_path: Path, method: str, sampling: str
+) -> None:
+    if sampling == "group_by_length" and method != "sparsegrad":
+        sampling = "random"  # the sampler knows no methods: once is enough
+    common = (
+        f"method={method}",
+        *SMALL,
+        f"train.train_sampling_strategy={sampling}",
+        # 96 rows in batches of 8 x 2: six steps an epoch, so steps 6 to 8 are in the second one
+        "train.gradient_accumulation_steps=2",
+        "train.max_steps=8",
+        "train.eval_steps=4",
+        "train.save_total_limit=5",
+        "train.lr_scheduler_type=linear",
+    )
+    assert cli("train", *common, "-o", "whole").code == 0
+    whole = tmp_path / "whole"
+    half = tmp_path / "half"
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoint-8")
+    shutil.rmtree(half / "adapter")
+    resumed = cli("train", *common, "-o", "half", "--resume")
+    assert resumed.code == 0, resumed.err
+    one, other = (json.loads((d / "run.json").read_text()) for d in (whole, half))
+    assert other["metrics"]["history"] == one["metrics"]["history"]
+    assert other["hashes"]["order"] == one["hashes"]["order"]
+    for name in ("trainable.safetensors", "optimizer.safetensors"):
+        assert tensors_equal(whole / "checkpoint-8" / name, half / "checkpoint-8" / name)
+
+
+def test_training_twice_is_bitwise_the_same(cli: Cli, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert cli("train", *SMALL, "-o", name).code == 0
+    assert tensors_equal(
+        tmp_path / "a" / "adapter" / "adapter.safetensors",
+        tmp_path / "b" / "adapter" / "adapter.safetensors",
+    )
+    a, b = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("a", "b"))
+    assert a["memory"] | {"phases": None} == b["memory"] | {"phases": None}
+    for phase, measured in a["memory"]["phases"].items():
+        assert measured["categories"] == b["memory"]["phases"][phase]["categories"]
+
+
+def test_resume_refuses_another_recipe(cli: Cli) -> None:
+    assert cli("train", "method=full", *SMALL, "-o", "run").code == 0
+    other = cli("train", "method=full", *SMALL, "train.learning_rate=1", "-o", "run", "--resume")
+    assert other.code == 2
+    assert "another recipe" in other.flat
+
+
+def test_damaged_checkpoint_is_named(cli: Cli, tmp_path: Path) -> None:
+    assert cli("train", "method=full", *SMALL, "-o", "run", "train.save_total_limit=5").code == 0
+    folder = tmp_path / "run" / "checkpoint-6"
+    content = (folder / "trainable.safetensors").read_bytes()
+    (folder / "trainable.safetensors").write_bytes(content[:1000])
+    outcome = cli(
+        "train", "method=full", *SMALL, "-o", "run", "train.save_total_limit=5", "--resume"
+    )
+    assert outcome.code == 1
+    assert "checkpoint-6" in outcome.flat
+    shutil.rmtree(folder)  # what the message says to do
+    resumed = cli(
+        "train", "method=full", *SMALL, "-o", "run", "train.save_total_limit=5", "--resume"
+    )
+    assert resumed.code == 0, resumed.err
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sparsegrad_cli", "train", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no progress: {process.communicate()}")
+
+
+def test_ctrl_c_saves_exits_130_and_can_be_resumed(cli: Cli, tmp_path: Path) -> None:
+    settings = (
+        "method=full",
+        *SMALL,
+        "train.max_steps=400",
+        "train.eval_steps=200",
+        "train.train_limit=96",
+        "-o",
+        "run",
+    )
+    settings = tuple(s for s in settings if s != "train.train_limit=96")
+    process = start(tmp_path, *settings)
+    wait_for_lines(tmp_path / "run" / "steps.jsonl", 4, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "--resume" in err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "interrupted"
+    stopped = int(next((tmp_path / "run").glob("checkpoint-*")).name.removeprefix("checkpoint-"))
+    assert stopped >= 4
+    # The same recipe goes on; 400 steps are too many to wait for, so stop it again.
+    process = start(tmp_path, "run", "--resume")
+    lines = len((tmp_path / "run" / "steps.jsonl").read_text().splitlines())
+    wait_for_lines(tmp_path / "run" / "steps.jsonl", lines + 2, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """A file-size limit stands in for a full disk: the first checkpoint fits, the adapter does too,
+    a larger file does not. The limit is the process's own, so nothing else on the machine suffers.
+    """
+    settings = [*SMALL, "method=full", "train.save_total_limit=5", "-o", "run"]
+    whole = start(tmp_path, *settings)
+    assert whole.wait(timeout=180) == 0
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))\n"
+        "sys.argv = ['sparsegrad', 'train', 'run', '--resume']\n"
+        "from sparsegrad_cli.cli.app import main\nmain()\n"
+    )
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    again = start(tmp_path, "run", "--resume")
+    assert again.wait(timeout=180) == 0
