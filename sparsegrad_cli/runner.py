@@ -77,7 +77,7 @@ def _run(
             "recipe_digest": digest(recipe),
             "seed": recipe.seed,
             "output_dir": str(run_dir),
-            "environment": collect(),
+            "environment": collect("cpu" if recipe.train.use_cpu else None),
             "git": git_state(Path.cwd()),
         },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"d_model": HIDDEN, "d_kv": 12, "d_ff": INNER, "num_layers": BLOCKS, "num_heads": 2},
     ),
 }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """On tiny tensors, threads wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def config(architecture: str, **overrides: Any) -> Any:

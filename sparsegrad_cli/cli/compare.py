@@ -32,6 +32,9 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run all cells again, finished ones too.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Cells at once; they share the cores.")
+    ] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -61,6 +64,7 @@ def compare(
         command=command,
         tell=lambda line: err.print(f"[bold]{line}[/bold]", highlight=False),
         quiet=quiet or as_json,
+        jobs=jobs,
     )
     record = comparison.run()
     (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")

@@ -14,7 +14,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ class Comparison:
         command: how it was started, for the record.
         tell: called with a line before each cell.
         quiet: cells show no progress.
+        jobs: cells that run at once; the cores are shared out among them.
     """
 
     def __init__(
@@ -51,9 +54,12 @@ class Comparison:
         command: str,
         tell: Callable[[str], None] = lambda line: None,
         quiet: bool = False,
+        jobs: int = 1,
     ) -> None:
         self.study, self.folder = study, folder
-        self._tell, self._quiet = tell, quiet
+        self._tell, self._quiet, self._jobs = tell, quiet or jobs > 1, jobs
+        self._lock = threading.Lock()
+        self._running: dict[Path, subprocess.Popen[bytes]] = {}
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
             "name": study.study.name,
@@ -63,6 +69,7 @@ class Comparison:
             "started": now(),
             "finished": None,
             "match": study.study.match,
+            "jobs": jobs,
             "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
             "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
             "seeds": list(study.study.seeds),
@@ -81,40 +88,68 @@ class Comparison:
             InterruptedRunError: the user pressed Ctrl-C; finished cells are kept.
         """
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        total = len(self.study.cells)
+        pool = ThreadPoolExecutor(self._jobs)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            for number, cell in enumerate(self.study.cells, 1):
-                name = f"[{number}/{total}] {cell.task}  {cell.label}  seed {cell.seed}"
-                if self._done(cell):
-                    self._tell(f"{name}: done before")
-                    continue
-                self._tell(name)
-                self._save("running", running=cell)
-                self._run_cell(cell)
+            futures = [
+                pool.submit(self._visit, number, cell)
+                for number, cell in enumerate(self.study.cells, 1)
+            ]
+            for future in as_completed(futures):
+                future.result()
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._stop_cells()
+            pool.shutdown(wait=True)
             self._save("interrupted")
             raise InterruptedRunError(
                 "the comparison was stopped; finished cells are kept",
                 where=str(self.folder),
                 fix="the same command goes on where it stopped",
             ) from None
-        bad = any(c["status"] != "done" for c in self._ledger(None))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            signal.signal(signal.SIGTERM, before)
+        bad = any(c["status"] != "done" for c in self._ledger())
         self._save("failed" if bad else "done")
         return self.record
 
-    def _save(self, status: str, running: Cell | None = None) -> None:
-        cells = self._ledger(running)
-        self.record.update(
-            status=status,
-            finished=None if status == "running" else now(),
-            cells=cells,
-            rows=make_rows(cells),
-            checks=make_checks(cells),
-        )
-        write_json_atomic(self.folder / "compare.json", self.record)
+    def _visit(self, number: int, cell: Cell) -> None:
+        """Run one cell unless it is done; write the ledger before and after."""
+        name = f"[{number}/{len(self.study.cells)}] {cell.task}  {cell.label}  seed {cell.seed}"
+        if self._done(cell):
+            self._tell(f"{name}: done before")
+            return
+        self._tell(name)
+        self._run_cell(cell)
+        self._save("running")
 
-    def _ledger(self, running: Cell | None) -> list[dict[str, Any]]:
-        return [self._entry(cell, running is cell) for cell in self.study.cells]
+    def _stop_cells(self) -> None:
+        """Pass Ctrl-C on, give the cells time to save, then insist."""
+        for process in list(self._running.values()):
+            try:
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=120)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.kill()
+                process.wait()
+
+    def _save(self, status: str) -> None:
+        with self._lock:
+            cells = self._ledger()
+            self.record.update(
+                status=status,
+                finished=None if status == "running" else now(),
+                cells=cells,
+                rows=make_rows(cells),
+                checks=make_checks(cells),
+            )
+            write_json_atomic(self.folder / "compare.json", self.record)
+
+    def _ledger(self) -> list[dict[str, Any]]:
+        return [
+            self._entry(cell, self._cell_dir(cell) in self._running) for cell in self.study.cells
+        ]
 
     def _entry(self, cell: Cell, is_running: bool) -> dict[str, Any]:
         run = self._run_of(cell)
@@ -170,15 +205,25 @@ class Comparison:
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL if self._quiet else None,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | self._environment(),
+            # The terminal's Ctrl-C reaches us alone; we pass it on, once.
+            start_new_session=True,
         )
-        code = _wait(process)
+        self._running[folder] = process
+        self._save("running")
+        code = process.wait()
+        del self._running[folder]
         self._note_exit(folder, code)
+
+    def _environment(self) -> dict[str, str]:
+        if self._jobs == 1:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._jobs))}
 
     def _note_exit(self, folder: Path, code: int) -> None:
         """A cell that died without writing its status gets one here."""
-        if code == 130:
-            raise KeyboardInterrupt
+        if code == 130:  # it has written so itself
+            return
         try:
             run = load_record(folder)
         except (FileFormatError, UsageError, OSError):
@@ -191,19 +236,6 @@ class Comparison:
         run["error"] = {"title": "Cell", "what": what, "where": str(folder), "fix": None}
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / "run.json", run)
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait; on Ctrl-C (which the child got too) give it time to save, then pass it on."""
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait(timeout=120)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.kill()
-            process.wait()
-        raise
 
 
 def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:

@@ -68,7 +68,7 @@ def tokenize(
 def _tokenize_split(
     data: Dataset, split: str, tokenizer: Any, special: int, options: dict[str, Any]
 ) -> Dataset:
-    from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     parts = []
     longest = 0
@@ -82,8 +82,8 @@ def _tokenize_split(
             row = start + lengths.index(0) + 1
             raise DataError(f"row {row} of the {split} split gives no token at all", where="task")
         longest = max(longest, *lengths)
-        features = {name: Sequence(Value("int8")) for name in columns}
-        features["input_ids"] = Sequence(Value("int32"))
+        features = {name: List(Value("int8")) for name in columns}
+        features["input_ids"] = List(Value("int32"))
         features["labels"] = data.features["label"]
         columns["labels"] = rows["label"]
         parts.append(Dataset.from_dict(columns, features=Features(features)))

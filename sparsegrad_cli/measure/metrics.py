@@ -19,10 +19,8 @@ NaN or infinite logits anywhere     accuracy 0, f1 0,     the model is broken, s
 from __future__ import annotations
 
 import functools
-import shutil
 import tempfile
 import warnings
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,10 +181,11 @@ def _metric_class() -> type[Any]:
             known = {**GLUE_TASKS, **BUILTIN_TASKS, **_GENERIC}
             self.task = spec or known[config_name.removeprefix("glue/")]
             self.notes: tuple[str, ...] = ()
-            # evaluate insists on a folder, and shares one between processes unless told not to.
-            scratch = tempfile.mkdtemp(prefix="sparsegrad-metric-")
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-            super().__init__(config_name, keep_in_memory=True, cache_dir=scratch, seed=0)
+            super().__init__(config_name, keep_in_memory=True, seed=0)
+
+        def _build_data_dir(self) -> str:
+            # evaluate would make a folder in the user's cache that nothing in memory needs.
+            return tempfile.gettempdir()
 
         def _info(self) -> Any:
             dtype = "float64" if self.task.regression else "int64"
@@ -197,10 +196,10 @@ def _metric_class() -> type[Any]:
                 features=datasets.Features(
                     {"predictions": datasets.Value(dtype), "references": datasets.Value(dtype)}
                 ),
-                format="numpy",
             )
 
         def _compute(self, predictions: Any = None, references: Any = None) -> dict[str, float]:
+            # Lists, not evaluate's numpy format: that one casts scores to float32.
             scores = metric_values(self.task, np.asarray(predictions), np.asarray(references))
             self.notes = scores.notes
             return scores.values

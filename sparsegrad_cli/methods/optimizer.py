@@ -148,11 +148,18 @@ class SelectiveAdamW(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts every state tensor to the parameter's dtype; ages stay int32."""
+        """As torch's, which casts every state tensor to the parameter's dtype: not here.
+
+        Ages stay int32 and moments float32, whatever the parameter is.
+        """
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "age" in state:
-                state["age"] = state["age"].to(torch.int32)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            saved = state_dict["state"].get(number, {})
+            if "age" in saved:
+                moved = {key: value.to(parameter.device) for key, value in saved.items()}
+                self.state[parameter].update(moved)
 
     def touched(self, parameter: nn.Parameter) -> Tensor:
         """Flat positions stepped at least once, ascending; empty before the first step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,11 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
     flat = values.reshape(-1).abs()
     if count == flat.numel():
         return torch.arange(count, device=values.device)
+    if flat.device.type == "cpu":
+        # numpy's introselect does a third of the work of torch.topk's partial sort on the CPU.
+        array = flat.detach().to(torch.promote_types(flat.dtype, torch.float32)).numpy()
+        chosen = np.argpartition(array, array.size - count)[array.size - count :]
+        return torch.from_numpy(chosen).sort().values
     return torch.topk(flat, count, sorted=False).indices.sort().values
 
 

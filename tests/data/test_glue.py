@@ -194,7 +194,10 @@ def test_mnli_has_two_validation_sets_and_drops_rows_without_gold(tmp_path: Path
     )
     for kind, gold in (("matched", "neutral"), ("mismatched", "contradiction")):
         tsv(
-            tmp_path / "MNLI" / f"dev_{kind}.tsv", dev, mnli_row(kind, gold, four), mnli_row("x", "-", four)
+            tmp_path / "MNLI" / f"dev_{kind}.tsv",
+            dev,
+            mnli_row(kind, gold, four),
+            mnli_row("x", "-", four),
         )
     task = load_task("glue/mnli", path=tmp_path)
     assert list(task.train["label"]) == [0, 2]
@@ -367,7 +370,7 @@ def test_hub_unreachable_says_how_to_go_local(offline: Path) -> None:
         load_task("glue/rte")
     text = str(caught.value)
     assert "glue/rte" in text and "HF_HUB_OFFLINE is set" in text and "task.path" in text
-    assert datasets.config.HF_HUB_OFFLINE == before
+    assert before == datasets.config.HF_HUB_OFFLINE
 
 
 def test_hub_cache_is_used_offline(offline: Path, capfd: pytest.CaptureFixture[str]) -> None:

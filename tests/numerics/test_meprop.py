@@ -83,7 +83,7 @@ def test_per_example_choices_differ_and_their_union_may_exceed_k() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_exactly_k_entries_per_row_under_ties(k: int) -> None:
-    for g in (torch.ones(N, OUT), -torch.ones(N, OUT), torch.ones(N, OUT) * torch.tensor([1, -1])[0]):
+    for g in (torch.ones(N, OUT), -torch.ones(N, OUT), torch.tensor([1.0, -1.0] * 3).repeat(N, 1)):
         kept = keep_largest_per_row(g, k)
         assert (kept != 0).sum(dim=1).tolist() == [k] * N
 

@@ -1,0 +1,1 @@
+"""Scripts behind every claim of speed, memory or quality."""

@@ -1,0 +1,1 @@
+"""What a run is measured by: scores, memory by phase and category, time, environment."""

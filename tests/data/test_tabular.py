@@ -1,0 +1,294 @@
+"""The user's own files: formats, columns, labels, the split, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.errors import DataError, UsageError
+
+TWO = "text,label\ngood,yes\nbad,no\n"
+
+
+def csv_task(folder: Path, text: str, **kwargs: Any) -> LoadedTask:
+    file = folder / "data.csv"
+    file.write_bytes(text.encode())
+    return load_task("csv", path=file, **kwargs)
+
+
+def folder_task(folder: Path, train: str, validation: str, **kwargs: Any) -> LoadedTask:
+    (folder / "train.csv").write_text(train)
+    (folder / "validation.csv").write_text(validation)
+    return load_task("csv", path=folder, **kwargs)
+
+
+# --- formats
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_every_format_reads_alike(tmp_path: Path, suffix: str) -> None:
+    from datasets import Dataset
+
+    rows = {
+        "text": ['said "no", twice', "NA", "line\nbreak\u2028here"],
+        "text_pair": ["None", "null", "é"],
+        "label": [2, 10, 2],
+    }
+    data = Dataset.from_dict(rows)
+    for split in ("train", "dev"):
+        file = tmp_path / f"{split}.{suffix}"
+        if suffix == "parquet":
+            data.to_parquet(file)
+        elif suffix == "jsonl":
+            data.to_json(file)
+        elif suffix == "json":
+            file.write_text(json.dumps([dict(row) for row in data], indent=1))
+        else:
+            data.to_csv(file, index=False, sep="\t" if suffix == "tsv" else ",")
+    task = load_task("csv", path=tmp_path)
+    assert task.train[:] == {**rows, "label": [0, 1, 0]}
+    assert task.spec.label_names == ("2", "10") and task.spec.text_columns == ("text", "text_pair")
+    assert task.notes == ()
+    assert task.validation["validation"][:] == task.train[:]
+
+
+def test_tsv_with_bare_quotes_keeps_them(tmp_path: Path) -> None:
+    file = tmp_path / "t.tsv"
+    file.write_text('text\tlabel\n"Shut up\t0\nhe said "hi"\t1\n"whole"\t1\nx"\t0\n')
+    task = load_task("csv", path=file, validation_fraction=0.25)
+    texts = [*task.train["text"], *task.validation["validation"]["text"]]
+    assert sorted(texts) == ['"Shut up', '"whole"', 'he said "hi"', 'x"']
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    task = csv_task(tmp_path, "\ufefftext,label\r\ngood,yes\r\nbad,no\r\n")
+    assert sorted([*task.train["text"], *task.validation["validation"]["text"]]) == ["bad", "good"]
+
+
+def test_the_tasks_own_format_comes_first_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(TWO)
+    (tmp_path / "train.jsonl").write_text('{"text": "j", "label": 0}\n{"text": "k", "label": 1}\n')
+    task = load_task("json", path=tmp_path)
+    assert {*task.train["text"], *task.validation["validation"]["text"]} == {"j", "k"}
+
+
+def test_no_litter_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    folder_task(tmp_path, TWO, TWO)
+    assert not cache.exists() and not list(work.iterdir())
+
+
+# --- columns
+
+
+def test_own_column_names(tmp_path: Path) -> None:
+    text = "q,text_pair,a,y\nq1,ignored?,a1,no\nq2,x,a2,yes\n"
+    task = csv_task(tmp_path, text, columns={"text": "q", "text_pair": "a", "label": "y"})
+    assert task.spec.text_columns == ("q", "a") and task.spec.label_column == "y"
+    assert set(task.train["text_pair"]) | set(task.validation["validation"]["text_pair"]) == {
+        "a1",
+        "a2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": "lable"}, "did you mean label"),
+        ({"text": "sentence"}, "no column 'sentence' for the text"),
+        ({"text_pair": "other"}, "there is: text, label"),
+        ({"txt": "text"}, "did you mean text"),
+    ],
+)
+def test_missing_column_names_those_there_are(
+    tmp_path: Path, columns: dict[str, str | None], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        csv_task(tmp_path, TWO, columns=columns)
+    assert "task.columns" in str(caught.value)
+
+
+def test_column_missing_in_validation_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no column 'label'.*validation\.csv"):
+        folder_task(tmp_path, TWO, "text,lab\ngood,yes\n")
+
+
+# --- labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "ids"),
+    [
+        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+        (["10", "9", "10"], ("9", "10"), [1, 0, 1]),
+        (["1.0", "0.0", "1"], ("0", "1"), [1, 0, 1]),
+        (["-1", "1", "-1"], ("-1", "1"), [0, 1, 0]),
+        (["1", "x", "1"], ("1", "x"), [0, 1, 0]),
+        (["nan", "inf", "nan"], ("inf", "nan"), [1, 0, 1]),
+        ([True, False, True], ("False", "True"), [1, 0, 1]),
+    ],
+)
+def test_classes_in_sorted_order(
+    tmp_path: Path, labels: list[Any], names: tuple[str, ...], ids: list[int]
+) -> None:
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("json", path=tmp_path)
+    assert task.spec.label_names == names and not task.spec.regression
+    assert list(task.train["label"]) == ids
+    assert task.spec.metric == "accuracy"
+
+
+def test_fractions_make_it_regression(tmp_path: Path) -> None:
+    task = folder_task(tmp_path, "text,label\na,1\nb,2.5\n", "text,label\nc,3\nd,4\n")
+    assert task.spec.regression and task.spec.label_names is None
+    assert list(task.train["label"]) == [1.0, 2.5]
+    assert task.train.features["label"].dtype == "float32"
+    assert task.spec.metrics == ("pearson", "spearmanr")
+
+
+def test_the_metric_decides_for_whole_numbers(tmp_path: Path) -> None:
+    text = "text,label\na,1\nb,2\nc,5\n"
+    assert folder_task(tmp_path, text, text).spec.label_names == ("1", "2", "5")
+    task = folder_task(tmp_path, text, text, metric="spearmanr")
+    assert task.spec.regression and task.spec.metric == "spearmanr"
+    assert list(task.train["label"]) == [1.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("label", "metric", "message"),
+    [
+        ("0.5", "accuracy", "needs classes"),
+        ("word", "pearson", "needs numbers"),
+        ("word", "bleu", "'bleu' is not a metric"),
+    ],
+)
+def test_metric_that_does_not_fit(tmp_path: Path, label: str, metric: str, message: str) -> None:
+    text = f"text,label\na,{label}\nb,1\n"
+    with pytest.raises(UsageError, match=message):
+        folder_task(tmp_path, text, text, metric=metric)
+
+
+def test_unseen_label_gives_value_and_first_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'maybe'.*row 2") as caught:
+        folder_task(tmp_path, TWO, "text,label\nx,yes\ny,maybe\nz,never\n")
+    assert "validation.csv:3" in str(caught.value) and "no, yes" in str(caught.value)
+
+
+def test_words_against_numbers_is_an_unseen_label(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="occurs in validation but not in training"):
+        folder_task(tmp_path, "text,label\na,0\nb,1\n", TWO)
+
+
+def test_single_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="every training label is 'yes'"):
+        csv_task(tmp_path, "text,label\na,yes\nb,yes\n")
+
+
+# --- damaged and empty
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ("text,label\n", "holds no rows"),
+        ("text,label\ngood,yes\n,no\n", r"column 'text' is empty\n.*data\.csv:3"),
+        ("text,label\ngood,yes\nbad,\n", r"label.*is empty\n.*data\.csv:3"),
+        ("text,label\ngood,yes\nbad\n", r"1 column, expected 2\n.*data\.csv:3"),
+        ('text,label\n"a\nb",yes\nbad,no,x\n', r"3 columns, expected 2\n.*data\.csv:4"),
+        ('text,label\n"open,yes\nbad,no\n', r"not CSV.*\n.*data\.csv:2"),
+        ("text,text\na,b\n", "names a column twice"),
+        ("text,label\ngood,0.5\n", "one row cannot be split"),
+    ],
+)
+def test_bad_csv_says_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        csv_task(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a", "label": 1}\n{"text": ', r"not JSON.*\n.*data\.json:2"),
+        ('[{"text": "a", "label": 1},\n 5]', r"expected an object.*int\n.*row 2"),
+        ('[{"text": "a",\n "label": }]', r"not JSON.*\n.*data\.json:2"),
+        ('{"text": null, "label": 1}\n{"text": "b", "label": 0}', r"is empty\n.*data\.json:1"),
+        ('{"text": "a", "label": 1}\n{"text": "b"}', r"label.*empty\n.*data\.json:2"),
+        ('{"text": "a", "label": NaN}', "label.*is nan"),
+        ('{"text": 3, "label": 1}\n{"text": "b", "label": 0}', "holds a int, expected text"),
+        ('{"text": "a", "label": [1]}', "is a list: expected a word or a number"),
+    ],
+)
+def test_bad_json_says_where(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_task("json", path=file)
+
+
+def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs a path"):
+        load_task("csv")
+    with pytest.raises(DataError, match="no such file"):
+        load_task("csv", path=tmp_path / "gone.csv")
+    with pytest.raises(DataError, match=r"no training file.*\n.*\n.*train\.csv, train\.tsv"):
+        load_task("csv", path=tmp_path)
+
+
+def test_file_without_a_telling_suffix_is_what_the_task_says(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text(TWO)
+    assert load_task("csv", path=tmp_path / "data.txt").spec.label_names == ("no", "yes")
+
+
+# --- splitting
+
+
+def test_split_is_seeded_and_stated(tmp_path: Path) -> None:
+    text = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(40))
+    first = csv_task(tmp_path, text, validation_fraction=0.25, seed=1)
+    again = csv_task(tmp_path, text, validation_fraction=0.25, seed=1)
+    other = csv_task(tmp_path, text, validation_fraction=0.25, seed=2)
+    train, held = first.train["text"], first.validation["validation"]["text"]
+    assert len(train) == 30 and len(held) == 10 and not set(train) & set(held)
+    assert list(train) == sorted(train, key=lambda t: int(t[1:])), "file order is kept"
+    assert first.data_hash == again.data_hash != other.data_hash
+    assert "10 of 40 rows" in first.notes[0] and "seed 1" in first.notes[0]
+    with pytest.raises(UsageError, match="validation_fraction"):
+        csv_task(tmp_path, text, validation_fraction=1.0)
+
+
+def test_seed_changes_nothing_where_there_is_a_validation_file(tmp_path: Path) -> None:
+    hashes = {folder_task(tmp_path, TWO, TWO, seed=seed).data_hash for seed in (1, 2)}
+    assert len(hashes) == 1
+
+
+def test_hash_tells_pairs_from_joined_texts(tmp_path: Path) -> None:
+    one = folder_task(
+        tmp_path, "text,text_pair,label\nab,c,0\nx,y,1\n", "text,text_pair,label\na,b,0\n"
+    )
+    two = folder_task(
+        tmp_path, "text,text_pair,label\na,bc,0\nx,y,1\n", "text,text_pair,label\na,b,0\n"
+    )
+    assert one.data_hash != two.data_hash
+
+
+def test_builtin_task_is_the_same_whatever_the_seed() -> None:
+    one = load_task("builtin:acceptability", seed=1, train_limit=50, eval_limit=20)
+    two = load_task("builtin:acceptability", seed=2, train_limit=50, eval_limit=20)
+    assert one.data_hash == two.data_hash
+    assert len(one.train) == 50 and len(one.validation["validation"]) == 20
+    assert set(one.train["label"]) == {0, 1} and one.spec.metric == "matthews_correlation"
+    with pytest.raises(UsageError, match="takes no path"):
+        load_task("builtin:acceptability", path=".")

@@ -1,0 +1,309 @@
+"""One contract, held by every method and form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import BLOCKS, HIDDEN, INNER, METHODS, Tuned, batch, classifier, logits, snapshot
+from torch import Tensor
+
+from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.numerics.rotation import to_core
+from sparsegrad_cli.training.calibration import forked_random
+from sparsegrad_cli.training.checkpoint import (
+    load_optimizer,
+    load_random,
+    read_tensors,
+    save_tensors,
+    save_training_state,
+)
+
+every_method = pytest.mark.parametrize("name", METHODS)
+both_scopes = pytest.mark.parametrize("scope", ["head", "rest"])
+linear_and_conv1d = pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+
+TARGET_LAYERS = {
+    "bert": [
+        f"bert.encoder.layer.{n}.{kind}.dense"
+        for n in range(BLOCKS)
+        for kind in ("intermediate", "output")
+    ],
+    "gpt2": [
+        f"transformer.h.{n}.mlp.{kind}" for n in range(BLOCKS) for kind in ("c_fc", "c_proj")
+    ],
+}
+HEAD = {"bert": {"classifier.weight", "classifier.bias"}, "gpt2": {"score.weight"}}
+TARGET_ENTRIES = 2 * BLOCKS * HIDDEN * INNER
+
+
+def may_change(tuned: Tuned, name: str, architecture: str, scope: str) -> set[str]:
+    """By hand: the head, the adapted matrices, and under ``rest`` all but the base matrices."""
+    layers = TARGET_LAYERS[architecture]
+    if name == "lora":
+        matrices = {f"{layer}.lora_{part}.default.weight" for layer in layers for part in "AB"}
+        base = {f"{layer}.base_layer.weight" for layer in layers}
+    else:
+        matrices, base = {f"{layer}.weight" for layer in layers}, set()
+    if scope == "rest":
+        return {n for n, _ in tuned.model.named_parameters()} - base
+    return HEAD[architecture] | matrices
+
+
+@every_method
+@linear_and_conv1d
+@both_scopes
+def test_what_the_model_computes_is_unchanged_at_the_start(
+    name: str, architecture: str, scope: str
+) -> None:
+    before = logits(classifier(architecture))
+    after = Tuned(name, architecture, scope=scope).logits()
+    if name.startswith("rotated"):
+        assert float((after - before).abs().max() / before.abs().max()) < 1e-6
+    else:
+        assert torch.equal(after, before)
+
+
+@every_method
+@linear_and_conv1d
+@both_scopes
+def test_frozen_parameters_are_bitwise_frozen_and_the_others_move(
+    name: str, architecture: str, scope: str
+) -> None:
+    tuned = Tuned(name, architecture, scope=scope, train=None)
+    allowed = may_change(tuned, name, architecture, scope)
+    required = {n for n, p in tuned.model.named_parameters() if p.requires_grad}
+    assert required == allowed
+    before = snapshot(tuned.model)
+    tuned.steps(5)
+    after = snapshot(tuned.model)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed <= allowed
+    always = may_change(tuned, name, architecture, "head")
+    assert always <= changed, "targets and head do move"
+    if scope == "rest":
+        prefix = TARGET_LAYERS[architecture][0]
+        bias = f"{prefix}.base_layer.bias" if name == "lora" else f"{prefix}.bias"
+        assert bias in changed, "biases of targets belong to the rest"
+
+
+@every_method
+@linear_and_conv1d
+@both_scopes
+def test_loss_falls(name: str, architecture: str, scope: str) -> None:
+    tuned = Tuned(name, architecture, scope=scope)
+    inputs = batch(seed=3)
+    losses = [tuned.step(inputs) for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@every_method
+@linear_and_conv1d
+@both_scopes
+def test_adapter_goes_back_onto_a_fresh_model(
+    name: str, architecture: str, scope: str, tmp_path: Path
+) -> None:
+    tuned = Tuned(name, architecture, scope=scope)
+    start = tuned.logits()
+    tuned.steps(5)
+    path = tmp_path / "adapter.safetensors"
+    save_tensors(path, tuned.method.adapter_tensors(tuned.model), {"method": name})
+    fresh = Tuned(name, architecture, scope=scope)
+    assert torch.equal(fresh.logits(), start)
+    fresh.method.load_adapter(fresh.model, read_tensors(path))
+    expected = tuned.logits()
+    assert not torch.allclose(expected, start, atol=1e-3), "training changed something"
+    if name.startswith("materialized"):  # rotated there and back in float32
+        torch.testing.assert_close(fresh.logits(), expected, atol=2e-5, rtol=0)
+    else:
+        assert torch.equal(fresh.logits(), expected)
+
+
+@every_method
+def test_an_adapter_of_another_model_is_refused(name: str) -> None:
+    tuned, other = Tuned(name), Tuned(name, "gpt2")
+    tuned.steps(1)
+    other.steps(1)
+    with pytest.raises(KeyError):
+        tuned.method.load_adapter(tuned.model, other.method.adapter_tensors(other.model))
+
+
+@every_method
+def test_adapter_before_training_is_the_base_model(name: str) -> None:
+    tuned, fresh = Tuned(name), Tuned(name)
+    start = fresh.logits()
+    fresh.method.load_adapter(fresh.model, tuned.method.adapter_tensors(tuned.model))
+    torch.testing.assert_close(fresh.logits(), start, atol=1e-6, rtol=0)
+
+
+@every_method
+@both_scopes
+def test_same_seed_twice_is_bitwise_the_same(name: str, scope: str) -> None:
+    runs = []
+    for _ in range(2):
+        torch.rand(3)  # whatever was drawn before does not matter
+        tuned = Tuned(name, scope=scope)
+        runs.append((tuned.steps(4), snapshot(tuned.model)))
+    (losses, weights), (again, weights_again) = runs
+    assert losses == again
+    assert all(torch.equal(weights[n], weights_again[n]) for n in weights)
+
+
+@every_method
+def test_instances_alive_at_once_do_not_influence_each_other(name: str) -> None:
+    alone = Tuned(name)
+    for number in range(4):
+        alone.steps(1, seed=number, start=number)
+    mixed = Tuned(name)
+    others = [Tuned(other, seed=9) for other in METHODS]
+    other_bert = [Tuned(name, "gpt2", seed=8)]
+    for number in range(4):
+        for other in (*others, *other_bert):
+            other.steps(1)
+        mixed.steps(1, seed=number, start=number)
+    expected, got = snapshot(alone.model), snapshot(mixed.model)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+
+
+def changed_entries(tuned: Tuned, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Per target: entries of the weight (or core) that one step changed, measured."""
+    tuned.train = tuned.train.model_copy()
+    kept = {t.name: tuned.model.get_submodule(t.name).weight.detach().clone() for t in tuned.targets}
+    tuned.step(inputs)
+    found = {}
+    for target in tuned.targets:
+        difference = tuned.model.get_submodule(target.name).weight.detach() - kept[target.name]
+        if tuned.method.name == "sparsegrad" and tuned.method.settings.form == "materialized":  # type: ignore[attr-defined]
+            if target.transposed:
+                difference = difference.T
+            basis = tuned.method._bases[target.name]  # type: ignore[attr-defined]
+            # the first step of an entry is lr: 1e-2; the rest of the core moves by rounding only
+            found[target.name] = int((to_core(difference, basis).abs() > 5e-3).sum())
+        else:
+            found[target.name] = int((difference != 0).sum())
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "lora", "meprop-rows")])
+@linear_and_conv1d
+def test_counts_are_the_entries_that_one_step_changes(name: str, architecture: str) -> None:
+    tuned = Tuned(name, architecture)
+    counts = tuned.prepared.counts
+    expected = {count.target.name: count.entries for count in counts.targets}
+    assert list(expected) == TARGET_LAYERS[architecture]
+    assert changed_entries(tuned, batch()) == expected
+    share = 0.1 if "unified" in name else 0.05
+    if "unified" in name:
+        by_hand = {"up": round(share * INNER) * HIDDEN, "down": round(share * HIDDEN) * INNER}
+        assert sorted(set(expected.values())) == sorted(set(by_hand.values()))
+    else:
+        assert set(expected.values()) == {round(share * HIDDEN * INNER)}
+        assert counts.requested == counts.trainable_targets
+
+
+def test_counts_of_meprop_rows_are_per_example() -> None:
+    tuned = Tuned("meprop-rows")
+    expected = {c.target.name: c.entries for c in tuned.prepared.counts.targets}
+    assert changed_entries(tuned, batch(size=1, length=1)) == expected
+    assert "per example" in tuned.prepared.counts.note
+    many = changed_entries(Tuned("meprop-rows"), batch())
+    assert all(many[name] >= expected[name] for name in expected)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+@linear_and_conv1d
+def test_counts_of_whole_parameters_are_what_requires_a_gradient(
+    name: str, architecture: str
+) -> None:
+    tuned = Tuned(name, architecture)
+    trainable = {n: p.numel() for n, p in tuned.model.named_parameters() if p.requires_grad}
+    in_targets = sum(size for n, size in trainable.items() if n not in HEAD[architecture])
+    counts = tuned.prepared.counts
+    assert counts.trainable_targets == in_targets
+    assert in_targets == (2 * 6 * (HIDDEN + INNER) if name == "lora" else TARGET_ENTRIES)
+    assert counts.trainable_head == sum(trainable[n] for n in HEAD[architecture])
+
+
+@every_method
+@both_scopes
+def test_counts_block_adds_up(name: str, scope: str) -> None:
+    counts = Tuned(name, scope=scope).prepared.counts
+    base = classifier()
+    total = sum(p.numel() for p in base.parameters())
+    block = counts.to_json()
+    assert block["model_parameters"] == total
+    assert block["target_parameters"] == TARGET_ENTRIES
+    assert block["trainable_head"] == 2 * HIDDEN + 2
+    rest = total - TARGET_ENTRIES - block["trainable_head"] if scope == "rest" else 0
+    assert block["trainable_rest"] == rest
+    assert block["trainable"] == block["trainable_targets"] + 2 * HIDDEN + 2 + rest
+    assert block["density"] == pytest.approx(block["trainable_targets"] / TARGET_ENTRIES)
+    assert sum(row["entries"] for row in block["targets"]) == block["trainable_targets"]
+
+
+@every_method
+@both_scopes
+def test_interrupted_training_goes_on_bit_for_bit(name: str, scope: str, tmp_path: Path) -> None:
+    """Ten steps with dropout and a falling learning rate, whole and cut after five."""
+
+    def fresh() -> tuple[Tuned, torch.optim.lr_scheduler.LRScheduler]:
+        tuned = Tuned(name, scope=scope)
+        schedule = torch.optim.lr_scheduler.LambdaLR(tuned.optimizer, lambda n: 1 - n / 20)
+        tuned.model.train()
+        return tuned, schedule
+
+    def run(tuned: Tuned, schedule: torch.optim.lr_scheduler.LRScheduler, numbers: range) -> None:
+        for number in numbers:
+            tuned.step(batch(seed=1000 + number))
+            schedule.step()
+
+    with forked_random(4):
+        whole, schedule = fresh()
+        run(whole, schedule, range(10))
+    with forked_random(4):
+        first, schedule = fresh()
+        run(first, schedule, range(5))
+        state = trainable_state(first.model)
+        save_training_state(tmp_path, state, first.optimizer, schedule, {"epoch": 0.5})
+    with forked_random(99):
+        second, schedule = fresh()
+        load_by_name(second.model, read_tensors(tmp_path / "trainable.safetensors"))
+        load_optimizer(tmp_path, second.optimizer, schedule)
+        load_random(tmp_path)
+        run(second, schedule, range(5, 10))
+    expected, got = snapshot(whole.model), snapshot(second.model)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+    adapters = [t.method.adapter_tensors(t.model) for t in (whole, second)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][k], adapters[1][k]) for k in adapters[0])
+
+
+@every_method
+def test_training_under_autocast(name: str) -> None:
+    tuned = Tuned(name)
+    before, inputs = snapshot(tuned.model), batch()
+    losses = []
+    for _ in range(20):
+        tuned.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tuned.model(**inputs).loss
+        loss.backward()
+        tuned.optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    for parameter_name, parameter in tuned.model.named_parameters():
+        assert parameter.dtype == before[parameter_name].dtype == torch.float32
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter).all()
+
+
+@every_method
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    plain, checkpointed = Tuned(name), Tuned(name)
+    enable = getattr(checkpointed.model, "activation_checkpointing_enable", None)
+    (enable or checkpointed.model.gradient_checkpointing_enable)()  # type: ignore[operator]
+    assert checkpointed.model.is_gradient_checkpointing
+    assert plain.steps(3) == checkpointed.steps(3)
+    expected, got = snapshot(plain.model), snapshot(checkpointed.model)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
