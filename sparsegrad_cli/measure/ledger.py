@@ -137,11 +137,11 @@ class Ledger:
         while self._dead:
             entry = self._dead.popleft()
             self.bytes[entry.category] -= entry.nbytes
-            if self._entries.get(entry.key) is entry:
-                del self._entries[entry.key]
+            del self._entries[entry.key]
 
     def refresh(self) -> None:
-        """Sizes that changed while nothing was intercepted."""
+        """Deaths and sizes that changed while nothing was intercepted."""
+        self.bury()
         for entry in list(self._entries.values()):
             storage = entry()
             if storage is not None:
@@ -158,10 +158,10 @@ class Ledger:
         return device.type == self._device.type and self._device.index in (None, device.index)
 
     def _touch(self, storage: torch.UntypedStorage) -> Entry:
-        self.bury()
+        self.bury()  # first: this storage may lie at the address of one that died
         key, nbytes = storage._cdata, storage.nbytes()
         entry = self._entries.get(key)
-        if entry is None or entry() is not storage:  # else: an address used again
+        if entry is None:
             entry = Entry(storage, self._dead.append)
             entry.category, entry.key, entry.nbytes, entry.saves = "other", key, 0, 0
             entry.since = self._tick()

@@ -77,6 +77,9 @@ class Lora:
         for name, parameter in model.named_parameters():
             # peft freezes whatever is not its own: the head and the rest are opened again.
             parameter.requires_grad_("lora_" in name or id(parameter) in open_names)
+            if "lora_" in name and parameter.dtype in (torch.float16, torch.bfloat16):
+                # peft makes A and B in the frozen weights' dtype, where small increments are lost.
+                parameter.data = parameter.data.float()
         entries = tuple(
             TargetCount(t, self.rank * (t.out_features + t.in_features)) for t in targets
         )

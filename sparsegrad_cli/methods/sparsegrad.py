@@ -95,11 +95,14 @@ class Sparsegrad:
         head, rest = open_scope(model, targets, scope)
         self._targets = targets
         tensors: dict[int, Tensor] = {}
+        moved: dict[int, Basis] = {}  # targets that share a basis share its copy on the device
         for target in targets:
             layer = model.get_submodule(target.name)
             assert isinstance(layer.weight, nn.Parameter)
-            basis = _on(bases[target.name], layer.weight)
-            self._bases[target.name] = basis
+            given = bases[target.name]
+            if id(given) not in moved:
+                moved[id(given)] = _on(given, layer.weight)
+            basis = self._bases[target.name] = moved[id(given)]
             tensors.update((id(q), q) for q in (basis.q_out, basis.q_in))
             if self._rotated:
                 bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None

@@ -144,10 +144,11 @@ def _by_patterns(candidates: list[Target], patterns: Sequence[str], where: str) 
         if not matched:
             kinds = list(dict.fromkeys(t.kind for t in candidates))
             hint = did_you_mean(pattern.strip("*."), kinds)
+            there = f"there is: {_kinds(candidates)}"
             raise UsageError(
                 f"pattern {pattern!r} matches no linear layer",
                 where=f"{where}.modules",
-                fix=f"{hint} (there is: {_kinds(candidates)})" if "there is" not in hint else hint,
+                fix=there if hint.startswith("there is") else f"{hint} ({there})",
             )
         chosen.update((t.name, t) for t in matched)
     return [t for t in candidates if t.name in chosen]
@@ -160,7 +161,7 @@ def _in_blocks(targets: list[Target], blocks: str | Sequence[int], where: str) -
     if isinstance(blocks, str):
         wanted = set(there[parse_slice(blocks)])
     else:
-        wanted = {b + len(there) if b < 0 else b for b in blocks}
+        wanted = {there[b] if -len(there) <= b < 0 else b for b in blocks}
     missing = sorted(wanted - set(there))
     if missing or not wanted:
         raise UsageError(

@@ -9,7 +9,7 @@ from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import KeyPath, Place, find_place
+from sparsegrad_cli.recipe.source import KeyPath, Place, dotted, find_place
 
 BUILTIN_MODELS = ("builtin:minilm",)
 _FILE_TASKS = ("csv", "json", "parquet")
@@ -41,9 +41,9 @@ def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Pr
         fix = "`sparsegrad calibrate` writes one"
         found.append((("calibration", "basis"), f"no such file: {basis}", fix))
     problems = []
-    for path, what, fix in found:
+    for path, what, advice in found:
         place = find_place(places, path)
-        problems.append(Problem(".".join(map(str, path)), what, place.file, place.line, fix))
+        problems.append(Problem(dotted(path), what, place.file, place.line, advice))
     return problems
 
 

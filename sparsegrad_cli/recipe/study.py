@@ -15,7 +15,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import METHOD_NAMES, NonNegativeInt, Recipe, Section
 from sparsegrad_cli.recipe.shipped import find_recipe
-from sparsegrad_cli.recipe.source import Layer, Place, parse_override, read_yaml
+from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, parse_override, read_yaml
 
 # The paper's seeds first, then a plain sequence.
 SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
@@ -222,8 +222,8 @@ def _method_layer(
 
 
 def _layer(data: dict[str, Any], source: str, key: str) -> Layer:
-    places = {(name,): Place(f"{source}: {key}") for name in data}
-    return Layer(data, {**places})
+    places: dict[KeyPath, Place] = {(name,): Place(f"{source}: {key}") for name in data}
+    return Layer(data, places)
 
 
 def _checked(layers: list[Layer], source: str) -> LoadedRecipe:

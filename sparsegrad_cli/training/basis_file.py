@@ -3,7 +3,7 @@
 Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
 ``singular_in/<key>``; a key is a target's name, or a layer kind when targets share a basis.
 Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
-recipe_digest, digest (sha256 of the tensors).
+recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def write_basis(path: Path, basis: BasisFile) -> None:
         "recipe_digest": basis.recipe_digest,
         "digest": basis.digest,
     }
+    metadata["check"] = _check(metadata)
     save_tensors(path, _tensors(basis.bases), metadata)
 
 
@@ -85,6 +86,10 @@ def read_basis(path: Path) -> BasisFile:
         ) from error
     if metadata.get("format") != _FORMAT:
         raise FileFormatError("is no basis file of this version", where=str(path), fix=fix)
+    if metadata.pop("check", None) != _check(metadata):
+        raise FileFormatError(
+            "the basis file is damaged: its metadata was changed", where=str(path), fix=fix
+        )
     try:
         keys = json.loads(metadata["targets"])
         settings = json.loads(metadata["settings"])
@@ -100,7 +105,7 @@ def read_basis(path: Path) -> BasisFile:
             metadata["recipe_digest"],
             metadata["digest"],
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(
             f"the basis file is incomplete: {error}", where=str(path), fix=fix
         ) from error
@@ -154,6 +159,11 @@ def tensors_digest(bases: Mapping[str, Basis]) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def _check(metadata: Mapping[str, str]) -> str:
+    """sha256 (hex) of the metadata itself: the tensors' digest does not cover it."""
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:

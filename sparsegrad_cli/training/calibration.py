@@ -5,12 +5,14 @@ The model comes out as it went in: weights, gradients, requires_grad, mode and r
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,11 +92,22 @@ def calibrate(
                 losses.append(gradient_step(model, next(batches), step))
             on_step(step, losses[-1])
     with meter():
-        bases = {key: stream.basis() for key, stream in streams.items()}
+        bases = {key: _finite_basis(key, stream) for key, stream in streams.items()}
     seconds = time.perf_counter() - started
     return Calibration(
         bases, keys, streams, seconds, sum(s.nbytes() for s in streams.values()), losses
     )
+
+
+def _finite_basis(key: str, stream: GramStream) -> Basis:
+    try:
+        return stream.basis()
+    except ValueError as error:
+        raise SparsegradError(
+            f"calibration of {key} found no basis: {error}",
+            where="calibration",
+            fix="use model.dtype: float32, or look at the data of these steps",
+        ) from error
 
 
 def gradient_step(model: nn.Module, batch: Batch, step: int) -> float:
@@ -107,7 +120,7 @@ def gradient_step(model: nn.Module, batch: Batch, step: int) -> float:
             where="calibration",
             fix="use model.dtype: float32, or look at the data of this step",
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return value
 
 
@@ -124,7 +137,7 @@ def gradients_only(
     parameters = list(model.parameters())
     wanted = [p.requires_grad for p in parameters]
     kept = [p.grad for p in parameters]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     handles = []
     weights = {}
     for target in targets:
@@ -157,13 +170,21 @@ def gradients_only(
         for parameter, requires, grad in zip(parameters, wanted, kept, strict=True):
             parameter.grad = grad
             parameter.requires_grad_(requires)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
 def forked_random(seed: int) -> Iterator[None]:
-    """Seed torch inside; restore its CPU and CUDA random state on the way out."""
+    """Seed torch, numpy and python inside; restore their random state (CUDA's too) on the way out."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

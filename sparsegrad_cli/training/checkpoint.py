@@ -35,6 +35,7 @@ TRAINABLE, OPTIMIZER, RANDOM, STATE = (
     "state.json",
 )
 _FORMAT = 1
+_STATE_KEYS = {"optimizer_groups", "optimizer_numbers", "scheduler", "random", "extras"}
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -45,13 +46,21 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             at ``folder`` before is untouched.
     """
     partial = folder.with_name(folder.name + ".partial")
+    before = folder.with_name(folder.name + ".before")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
+        if folder.exists():  # moved aside, so that a failing rename does not lose it
+            shutil.rmtree(before, ignore_errors=True)
+            folder.replace(before)
+        try:
+            partial.replace(folder)
+        except OSError:
+            if before.exists():
+                before.replace(folder)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise DiskError(
@@ -59,6 +68,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             where=str(folder),
             fix="free some space, then go on with --resume: the checkpoint before is whole",
         ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -143,6 +155,13 @@ def load_state_json(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise FileFormatError("is no checkpoint of this version", where=str(path))
+    missing = sorted(_STATE_KEYS - content.keys())
+    if missing:
+        raise FileFormatError(
+            f"is incomplete: {', '.join(missing)} missing",
+            where=str(path),
+            fix="remove the damaged checkpoint",
+        )
     return content
 
 
@@ -190,11 +209,12 @@ def load_random(folder: Path) -> None:
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     tensors = {
         "torch": torch.get_rng_state(),
         # safetensors knows uint32, but older readers do not: int64 holds it exactly.
-        "numpy": torch.from_numpy(keys.astype(np.int64)),  # type: ignore[union-attr]
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
     }
     if torch.cuda.is_available():
         states = torch.cuda.get_rng_state_all()

@@ -108,8 +108,8 @@ def _mean_by_kind(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _pool(matrix: Tensor) -> Tensor:
     """Mean of |entries| over at most 96 x 96 cells, on the CPU."""
-    size = tuple(min(side, _HEAT_MAP_SIDE) for side in matrix.shape)
-    pooled = F.adaptive_avg_pool2d(matrix[None, None], size)[0, 0]
+    rows, columns = (min(side, _HEAT_MAP_SIDE) for side in matrix.shape)
+    pooled = F.adaptive_avg_pool2d(matrix[None, None], (rows, columns))[0, 0]
     return pooled.to("cpu", torch.float32)
 
 

@@ -78,7 +78,7 @@ class OrderHash:
         for name in ("input_ids", "labels"):
             value = batch.get(name)
             if isinstance(value, Tensor):
-                sha.update(str(tuple(value.shape)).encode())
+                sha.update(f"{name} {tuple(value.shape)}".encode())
                 sha.update(value.detach().cpu().contiguous().numpy().tobytes())
         self._digest = sha.digest()
 

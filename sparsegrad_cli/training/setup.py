@@ -62,9 +62,9 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
         observer.note(note)
     tokenizer = load_tokenizer(recipe.model)
     model = load_classifier(recipe.model, task.spec, recipe.seed)
-    note = ensure_pad_token(tokenizer, model.config)
-    if note:
-        observer.note(note)
+    padding_note = ensure_pad_token(tokenizer, model.config)
+    if padding_note:
+        observer.note(padding_note)
     max_length = _fitting_length(recipe, model, observer)
     train_data, validation = tokenize(
         task, tokenizer, max_length=max_length, padding=section.padding

@@ -42,6 +42,8 @@ class SparsegradTrainer(Trainer):
         validation: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
+        self.optimizer: Any = None
+        self.control: Any = None
         self.recipe, self.method, self.spec = recipe, method, spec
         self.validation = dict(validation)
         self.order = OrderHash(every=recipe.train.logging_steps)

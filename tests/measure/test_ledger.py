@@ -15,6 +15,12 @@ def total(meter: MemoryMeter) -> int:
     return sum(meter.live().values())
 
 
+def peak_of(meter: MemoryMeter, name: str) -> int:
+    peak = meter.peak(name)
+    assert peak is not None and sum(peak.categories.values()) == peak.peak_bytes
+    return peak.peak_bytes
+
+
 @pytest.fixture
 def meter() -> MemoryMeter:
     return make_meter("cpu")
@@ -28,7 +34,7 @@ def test_views_and_in_place_changes_add_nothing(meter: MemoryMeter) -> None:
         x.mul_(2)
         part = x[0].detach()
         assert total(meter) == 100 * FLOAT and meter.tracked() == 1
-    assert peak_of(meter, "forward") == (100 * FLOAT, {"other": 100 * FLOAT})
+    assert peak_of(meter, "forward") == meter.live()["other"] == 100 * FLOAT
     assert part.sum() == 2 * 8
 
 
@@ -40,7 +46,7 @@ def test_freeing_lowers_what_lives_but_not_the_peak(meter: MemoryMeter) -> None:
         del first
         assert total(meter) == 50 * FLOAT
         third = torch.zeros(60)
-    assert peak_of(meter, "forward")[0] == 150 * FLOAT
+    assert peak_of(meter, "forward") == 150 * FLOAT
     assert total(meter) == second.nbytes + third.nbytes
     del second, third
     assert total(meter) == 0 and meter.tracked() == 0
@@ -65,7 +71,7 @@ def test_resized_storage(meter: MemoryMeter) -> None:
     x.untyped_storage().resize_(40)  # while nothing is intercepted
     with meter.phase("backward"):
         pass
-    assert peak_of(meter, "backward")[0] == 40
+    assert peak_of(meter, "backward") == 40
     assert y.untyped_storage().nbytes() == 40
 
 
@@ -77,7 +83,7 @@ def test_sparse_tensors_count_their_parts_and_meta_tensors_nothing(meter: Memory
         product = torch.sparse.mm(sparse, torch.ones(1000, 1))
     kept = indices.nbytes + values.nbytes + product.nbytes
     assert total(meter) >= kept
-    assert peak_of(meter, "forward")[0] < 10**6
+    assert peak_of(meter, "forward") < 10**6
     assert ghost.numel() == 10**9
 
 
@@ -119,15 +125,28 @@ def test_labels_only_become_more_specific() -> None:
 def test_saved_again_is_counted_once_and_corrects_no_old_peak() -> None:
     ledger = Ledger(torch.device("cpu"))
     x = torch.zeros(10)
-    for _ in range(2):  # the second pass over the same batch
+    saved = {**dict.fromkeys(ledger.bytes, 0), "saved_activations": x.nbytes}
+    other = {**dict.fromkeys(ledger.bytes, 0), "other": x.nbytes}
+    for name in ("forward", "backward"):  # the second pass is over the same batch
         ledger.open = Peak()
         ledger.note_peak()
         first, second = ledger.hold(x), ledger.hold(x)
-        assert ledger.bytes["saved_activations"] == x.nbytes
+        assert ledger.bytes == saved
         ledger.release(first)
-        assert ledger.bytes["saved_activations"] == x.nbytes
+        assert ledger.bytes == saved
         ledger.release(second)
-        assert ledger.bytes == {**dict.fromkeys(ledger.bytes, 0), "other": x.nbytes}
-        assert min(ledger.open.categories.values()) == 0
-        ledger.kept["forward"] = ledger.open
-    assert sum(ledger.kept["forward"].categories.values()) == x.nbytes
+        assert ledger.bytes == other
+        ledger.kept[name] = ledger.open
+    assert ledger.kept["forward"].categories == ledger.kept["backward"].categories == saved
+
+
+def test_a_label_leaves_a_peak_of_another_size_alone() -> None:
+    ledger = Ledger(torch.device("cpu"))
+    ledger.open = peak = Peak()
+    x = torch.zeros(100)
+    ledger.touch(x)
+    x.untyped_storage().resize_(10 * FLOAT)
+    ledger.touch(x)
+    ledger.touch(x, "gradients")
+    assert ledger.bytes["gradients"] == sum(ledger.bytes.values()) == 10 * FLOAT
+    assert peak.categories["other"] == peak.counted == 100 * FLOAT

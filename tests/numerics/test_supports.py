@@ -26,7 +26,7 @@ def test_exactly_count_entries_under_ties(values: torch.Tensor, count: int) -> N
     assert positions.dtype == torch.int64
     assert len(set(positions.tolist())) == count
     assert positions.tolist() == sorted(positions.tolist())
-    assert 0 <= int(positions.min()) and int(positions.max()) < values.numel()
+    assert int(positions.min()) >= 0 and int(positions.max()) < values.numel()
 
 
 def test_the_largest_by_magnitude_are_chosen_whatever_the_sign() -> None:

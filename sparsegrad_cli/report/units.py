@@ -1,0 +1,109 @@
+"""Numbers as people read them. Inside the program bytes are ints, times seconds, scores fractions.
+
+Every function takes what a record may hold, None included, and then says so: ``not recorded``.
+"""
+
+from __future__ import annotations
+
+NOT_RECORDED = "not recorded"
+MINUS = "\u2212"
+MIB = 1024**2
+
+
+def format_bytes(count: float | None) -> str:
+    """``12.3 MiB``; B, KiB, MiB or GiB by size."""
+    if count is None:
+        return NOT_RECORDED
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    value = float(count)
+    for unit in ("KiB", "MiB"):
+        value /= 1024
+        # 1023.95 would be shown as 1024.0.
+        if abs(value) < 1023.95:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} GiB"
+
+
+def format_mib(count: float | None) -> str | None:
+    """Bytes as a bare number of MiB, ``1,234.5``, for columns that name the unit."""
+    return None if count is None else f"{count / MIB:,.1f}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``1 min 12 s``; milliseconds below a tenth of a second, hours and days above."""
+    if seconds is None:
+        return NOT_RECORDED
+    if seconds == 0:
+        return "0 s"
+    if abs(seconds) < 0.0995:
+        return f"{1000 * seconds:.3g} ms"
+    if abs(seconds) < 9.95:
+        return f"{seconds:.2f} s" if abs(seconds) < 0.995 else f"{seconds:.1f} s"
+    if abs(seconds) < 59.5:
+        return f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return _pair(whole, 60, "min", "s")
+    whole = round(whole / 60)
+    if whole < 24 * 60:
+        return _pair(whole, 60, "h", "min")
+    return _pair(round(whole / 60), 24, "d", "h")
+
+
+def _pair(whole: int, per: int, large: str, small: str) -> str:
+    first, second = divmod(whole, per)
+    return f"{first} {large} {second} {small}" if second else f"{first} {large}"
+
+
+def format_count(count: float | None, of: float | None = None) -> str:
+    """``70,776``, or ``70,776 (1.00 %)`` as a share of ``of``."""
+    if count is None:
+        return NOT_RECORDED
+    plain = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
+    return plain if not of else f"{plain} ({format_share(count / of)})"
+
+
+def format_share(share: float | None) -> str:
+    """``1.00 %``; three significant digits below 10 %, one decimal above."""
+    if share is None:
+        return NOT_RECORDED
+    percent = 100 * share
+    if percent == 0 or abs(percent) >= 9.995:
+        return f"{percent:.1f} %" if percent % 1 else f"{percent:.0f} %"
+    return f"{percent:.2f} %" if abs(percent) >= 0.01 else f"{percent:.1g} %"
+
+
+def format_score(score: float | None, *, sign: bool = False) -> str:
+    """A fraction times 100 with one decimal, ``61.2``, as papers print it."""
+    if score is None:
+        return NOT_RECORDED
+    shown = f"{100 * score:+.1f}" if sign else f"{100 * score:.1f}"
+    if shown in ("-0.0", "+0.0"):
+        return "0.0"
+    return shown.replace("-", MINUS)
+
+
+def format_spread(mean: float | None, std: float | None) -> str:
+    """``61.2 ± 0.4``, or the mean alone where there is no spread (one seed)."""
+    if mean is None or std is None:
+        return format_score(mean)
+    return f"{format_score(mean)} ± {100 * std:.1f}"
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits, thousands separated, small ones as ``3.05e-05``."""
+    if value is None:
+        return NOT_RECORDED
+    if value != 0 and not 1e-3 <= abs(value) < 10**digits:
+        shown = f"{value:,.0f}" if abs(value) >= 1 else f"{value:.{digits}g}"
+    else:
+        shown = f"{value:.{digits}g}"
+    return shown.replace("-", MINUS, 1) if shown.startswith("-") else shown
+
+
+def format_p(p: float | None) -> str:
+    """``0.030``; never a bare zero."""
+    if p is None:
+        return NOT_RECORDED
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

@@ -1,0 +1,179 @@
+"""The order of examples: a function of (seed, epoch), and the proof of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsegrad_cli.training.order import EpochSampler, OrderHash
+
+SIZE = 103
+LENGTHS = [5 + (7 * n) % 60 for n in range(SIZE)]
+
+
+def sampler(seed: int = 3, strategy: str = "random", size: int = SIZE) -> EpochSampler:
+    return EpochSampler(
+        range(size), seed=seed, strategy=strategy, lengths=LENGTHS[:size], batch_size=8
+    )
+
+
+def order(epoch: int = 0, seed: int = 3, strategy: str = "random") -> list[int]:
+    made = sampler(seed, strategy)
+    made.set_epoch(epoch)
+    return list(made)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+@pytest.mark.parametrize("epoch", [0, 1, 17])
+def test_every_epoch_is_a_permutation(strategy: str, epoch: int) -> None:
+    assert sorted(order(epoch, strategy=strategy)) == list(range(SIZE))
+    assert len(sampler(strategy=strategy)) == SIZE
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_order_differs_by_epoch_and_by_seed(strategy: str) -> None:
+    orders = [order(e, s, strategy) for e in range(4) for s in range(4)]
+    assert len({tuple(o) for o in orders}) == 16
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_order_is_the_same_across_instances_whatever_was_drawn_before(strategy: str) -> None:
+    first = order(2, strategy=strategy)
+    torch.rand(100)
+    random.random()
+    assert order(2, strategy=strategy) == first
+    made = sampler(strategy=strategy)
+    made.set_epoch(1)
+    list(made)
+    made.set_epoch(2)
+    assert list(made) == first == list(made), "and whichever epochs were walked before"
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_sampling_draws_nothing_from_the_global_generators(strategy: str) -> None:
+    state, python_state = torch.get_rng_state(), random.getstate()
+    order(strategy=strategy)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python_state
+
+
+def test_sequential_is_in_file_order() -> None:
+    assert order(5, strategy="sequential") == list(range(SIZE))
+
+
+def test_random_order_is_shuffled() -> None:
+    moved = sum(index != place for place, index in enumerate(order()))
+    assert moved > SIZE // 2
+
+
+def spread(indices: list[int]) -> float:
+    """Mean difference of the longest and shortest example over batches of 8."""
+    groups = [indices[n : n + 8] for n in range(0, len(indices) - 7, 8)]
+    return sum(
+        max(LENGTHS[i] for i in g) - min(LENGTHS[i] for i in g) for g in groups
+    ) / len(groups)
+
+
+def test_group_by_length_puts_similar_lengths_together_but_not_in_order() -> None:
+    grouped = order(strategy="group_by_length")
+    assert spread(grouped) < 0.4 * spread(order())
+    lengths = [LENGTHS[i] for i in grouped]
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
+
+
+def test_an_empty_and_a_single_example() -> None:
+    assert list(sampler(size=1)) == [0]
+    assert list(sampler(size=0)) == []
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(0, 99, (4, 6), generator=generator),
+        "attention_mask": torch.ones(4, 6, dtype=torch.long),
+        "labels": torch.randint(0, 2, (4,), generator=generator),
+    }
+
+
+def digests(batches: list[dict[str, Tensor]], every: int = 1) -> dict[str, str]:
+    chain = OrderHash(every)
+    for step, one in enumerate(batches, start=1):
+        chain.add(one)
+        chain.mark(step, last=step == len(batches))
+    return chain.kept
+
+
+def test_equal_batches_give_equal_digests() -> None:
+    assert digests([batch(n) for n in range(5)]) == digests([batch(n) for n in range(5)])
+
+
+def test_digests_differ_from_the_first_different_batch_on() -> None:
+    first = digests([batch(n) for n in range(5)])
+    second = digests([batch(0), batch(1), batch(9), batch(3), batch(4)])
+    assert [first[str(n)] == second[str(n)] for n in range(1, 6)] == [True, True] + [False] * 3
+
+
+def test_order_of_batches_counts() -> None:
+    assert digests([batch(0), batch(1)])["2"] != digests([batch(1), batch(0)])["2"]
+
+
+def test_ids_labels_and_shape_count() -> None:
+    base = batch(0)
+    first = digests([base])["1"]
+    ids, labels = base["input_ids"].clone(), base["labels"].clone()
+    ids[3, 5] += 1
+    labels[2] = 1 - labels[2]
+    assert digests([{**base, "input_ids": ids}])["1"] != first
+    assert digests([{**base, "labels": labels}])["1"] != first
+    assert digests([{**base, "input_ids": base["input_ids"].reshape(6, 4)}])["1"] != first
+    assert digests([{k: v for k, v in base.items() if k != "labels"}])["1"] != first
+    moved = {"input_ids": base["labels"], "labels": base["input_ids"]}
+    assert digests([moved])["1"] != first
+
+
+def test_ids_without_labels_are_not_labels_without_ids() -> None:
+    values = batch(0)["labels"]
+    assert digests([{"input_ids": values}]) != digests([{"labels": values}])
+
+
+def test_the_split_into_batches_counts() -> None:
+    whole = batch(0)
+    halves = [{k: v[:2] for k, v in whole.items()}, {k: v[2:] for k, v in whole.items()}]
+    chain, other = OrderHash(1), OrderHash(1)
+    chain.add(whole)
+    for half in halves:
+        other.add(half)
+    chain.mark(1)
+    other.mark(1)
+    assert chain.kept != other.kept
+
+
+def test_memory_layout_does_not_count() -> None:
+    base = batch(0)
+    strided = {**base, "input_ids": base["input_ids"].T.contiguous().T}
+    assert not strided["input_ids"].is_contiguous()
+    assert digests([strided]) == digests([base])
+
+
+def test_kept_at_every_nth_and_at_the_last_step() -> None:
+    assert list(digests([batch(n) for n in range(10)], every=4)) == ["4", "8", "10"]
+    assert list(digests([batch(n) for n in range(3)], every=0)) == ["1", "2", "3"]
+
+
+def test_a_chain_goes_on_from_a_checkpoint() -> None:
+    whole = digests([batch(n) for n in range(8)], every=2)
+    first = OrderHash(2)
+    for step in range(1, 6):
+        first.add(batch(step - 1))
+        first.mark(step)
+    state = first.state()
+    second = OrderHash(2)
+    second.load_state(state)
+    for step in range(6, 9):
+        second.add(batch(step - 1))
+        second.mark(step, last=step == 8)
+    assert second.kept == whole
+    assert set(state["kept"]) == {"2", "4"}, "a state that was handed out does not change"
