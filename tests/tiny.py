@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -232,7 +232,7 @@ class Tuned:
             bases = calibrate(
                 self.model, self.targets, batches(), steps=3, basis_per=basis_per, seed=seed
             ).by_target()
-        self.method: Method = make_method(settings)
+        self.method: Any = make_method(settings)
         with forked_random(seed):
             self.prepared: Prepared = self.method.prepare(
                 self.model, self.targets, scope=scope, bases=bases
@@ -269,6 +269,13 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(**batch(seed=7)).logits
     return found
+
+
+def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
+    """The parameter of a target as its layer holds it: W, W' (Conv1D) or the core (rotated)."""
+    weight = model.get_submodule(target.name).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -44,7 +44,16 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer.from_pretrained, section, what="tokenizer")
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, section, what="tokenizer")
+    # Without its files transformers makes a tokenizer of special tokens alone, for which every
+    # text is unknown tokens: training would go on and learn nothing.
+    if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "▁"}:
+        raise FileFormatError(
+            f"{section.name} holds no tokenizer: there is no vocabulary in it",
+            where="model.name",
+            fix="put the tokenizer's files (tokenizer.json, vocab.txt, ...) beside config.json",
+        )
+    return tokenizer
 
 
 def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Module:

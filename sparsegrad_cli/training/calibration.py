@@ -176,7 +176,7 @@ def gradients_only(
 
 @contextmanager
 def forked_random(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and python inside; restore their random state (CUDA's too) on the way out."""
+    """Seed torch, numpy and python inside; restore their random state on the way out."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:

@@ -17,6 +17,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         save_file(ready, partial, metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise DiskError(
             f"{path.name} could not be written: {error}", where=str(path), fix="free some space"
         ) from error
@@ -193,16 +195,26 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
 
 
 def load_random(folder: Path) -> None:
-    """Restore python's, numpy's and torch's random state."""
+    """Restore python's, numpy's and torch's random state.
+
+    Raises:
+        FileFormatError: the files are damaged.
+    """
     content = load_state_json(folder)["random"]
     tensors = read_tensors(folder / RANDOM)
-    version, internal, gauss = content["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, position, has_gauss, cached = content["numpy"]
-    np.random.set_state(
-        (name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached)
-    )
-    torch.set_rng_state(tensors["torch"])
+    try:
+        version, internal, gauss = content["python"]
+        name, position, has_gauss, cached = content["numpy"]
+        numpy_keys = tensors["numpy"].numpy().astype(np.uint32)
+        torch.set_rng_state(tensors["torch"])
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state((name, numpy_keys, position, has_gauss, cached))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FileFormatError(
+            f"the random state cannot be restored: {error}",
+            where=str(folder),
+            fix="remove the damaged checkpoint",
+        ) from error
     cuda = [tensors[k] for k in sorted(t for t in tensors if t.startswith("cuda/"))]
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(cuda)

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BLOCKS, HIDDEN, INNER, METHODS, Tuned, batch, classifier, logits, snapshot
+from tiny import (
+    BLOCKS,
+    HIDDEN,
+    INNER,
+    METHODS,
+    Tuned,
+    batch,
+    classifier,
+    logits,
+    snapshot,
+    weight_of,
+)
 from torch import Tensor
 
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
@@ -30,9 +41,7 @@ TARGET_LAYERS = {
         for n in range(BLOCKS)
         for kind in ("intermediate", "output")
     ],
-    "gpt2": [
-        f"transformer.h.{n}.mlp.{kind}" for n in range(BLOCKS) for kind in ("c_fc", "c_proj")
-    ],
+    "gpt2": [f"transformer.h.{n}.mlp.{kind}" for n in range(BLOCKS) for kind in ("c_fc", "c_proj")],
 }
 HEAD = {"bert": {"classifier.weight", "classifier.bias"}, "gpt2": {"score.weight"}}
 TARGET_ENTRIES = 2 * BLOCKS * HIDDEN * INNER
@@ -167,15 +176,15 @@ def test_instances_alive_at_once_do_not_influence_each_other(name: str) -> None:
 def changed_entries(tuned: Tuned, inputs: dict[str, Tensor]) -> dict[str, int]:
     """Per target: entries of the weight (or core) that one step changed, measured."""
     tuned.train = tuned.train.model_copy()
-    kept = {t.name: tuned.model.get_submodule(t.name).weight.detach().clone() for t in tuned.targets}
+    kept = {t.name: weight_of(tuned.model, t).detach().clone() for t in tuned.targets}
     tuned.step(inputs)
     found = {}
     for target in tuned.targets:
-        difference = tuned.model.get_submodule(target.name).weight.detach() - kept[target.name]
-        if tuned.method.name == "sparsegrad" and tuned.method.settings.form == "materialized":  # type: ignore[attr-defined]
+        difference = weight_of(tuned.model, target).detach() - kept[target.name]
+        if tuned.method.name == "sparsegrad" and tuned.method.settings.form == "materialized":
             if target.transposed:
                 difference = difference.T
-            basis = tuned.method._bases[target.name]  # type: ignore[attr-defined]
+            basis = tuned.method._bases[target.name]
             # the first step of an entry is lr: 1e-2; the rest of the core moves by rounding only
             found[target.name] = int((to_core(difference, basis).abs() > 5e-3).sum())
         else:

@@ -1,4 +1,4 @@
-"""Where the energy of held-out gradients lies: the paper's claim, and the order of DESIGN section 3.
+"""Where the energy of held-out gradients lies: the paper's claim, and the order to be held.
 
 One basis per layer > one per layer kind > no basis, and the input rotated by Q_in, not by its
 transpose as in the code published with the paper.
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import targets_of
+from tiny import targets_of, weight_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.training.calibration import calibrate
@@ -79,12 +79,8 @@ def test_order_on_a_problem_of_low_rank() -> None:
     model = Parallel()
     targets = targets_of(model)
     assert [t.kind for t in targets] == ["up", "down"] * LAYERS
-    found = calibrate(
-        model, targets, low_rank_batches(1), steps=16, basis_per="layer", seed=0
-    )
-    energy, heat_map = energy_table(
-        model, targets, found, low_rank_batches(2), steps=4, seed=1
-    )
+    found = calibrate(model, targets, low_rank_batches(1), steps=16, basis_per="layer", seed=0)
+    energy, heat_map = energy_table(model, targets, found, low_rank_batches(2), steps=4, seed=1)
     assert_order(energy)
     assert mean_of(energy, "layer_basis") > 2 * mean_of(energy, "original")
     assert energy["top"] == 0.01 and energy["steps"] == 4
@@ -117,7 +113,7 @@ def test_one_held_out_step_by_hand() -> None:
     model.zero_grad()
     model(**next(low_rank_batches(2))).loss.backward()
     for target, row in zip(targets, energy["rows"], strict=True):
-        grad = model.get_submodule(target.name).weight.grad
+        grad = weight_of(model, target).grad
         assert isinstance(grad, Tensor)
         basis = found.bases[target.name]
         cores = {

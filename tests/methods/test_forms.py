@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import METHODS, Tuned, batch, classifier, logits, orthogonal_bases, targets_of
+from tiny import METHODS, Tuned, batch, classifier, logits, orthogonal_bases, targets_of, weight_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import Method
@@ -53,24 +53,20 @@ def trained(
 
 
 def form(name: str, density: float = 0.05) -> SparsegradMethod:
-    return SparsegradMethod.model_validate(
-        {"name": "sparsegrad", "form": name, "density": density}
-    )
+    return SparsegradMethod.model_validate({"name": "sparsegrad", "form": name, "density": density})
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 @pytest.mark.parametrize("scope", ["head", "rest"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_both_forms_walk_the_same_path(
-    architecture: str, scope: str, weight_decay: float
-) -> None:
+def test_both_forms_walk_the_same_path(architecture: str, scope: str, weight_decay: float) -> None:
     rotated, targets, bases, losses = trained(form("rotated"), architecture, scope, weight_decay)
     plain, _, _, losses_of_plain = trained(form("materialized"), architecture, scope, weight_decay)
     torch.testing.assert_close(losses, losses_of_plain, atol=1e-9, rtol=0)
     start = classifier(architecture, dtype=torch.float64)
     for target in targets:
         basis = bases[target.name]
-        core = rotated.get_submodule(target.name).weight.detach()
+        core = weight_of(rotated, target).detach()
         back = basis.q_out @ core @ basis.q_in.T  # (out, out) @ (out, in) @ (in, in)
         weight = target.weight_OI(plain).detach()
         torch.testing.assert_close(back, weight, atol=1e-9, rtol=0)
@@ -96,7 +92,7 @@ def test_meprop_entries_is_sparsegrad_in_the_identity_basis(
     )
     torch.testing.assert_close(losses, losses_of_sparse, atol=1e-12, rtol=0)
     for target in targets:
-        weight = sparse.get_submodule(target.name).weight.detach()
+        weight = weight_of(sparse, target).detach()
         if target.transposed and name == "materialized":
             weight = weight.T
         torch.testing.assert_close(weight, target.weight_OI(meprop).detach(), atol=1e-12, rtol=0)
@@ -126,7 +122,7 @@ def test_only_core_entries_that_were_stepped_differ_from_the_start(name: str) ->
     tuned, start = Tuned(name), classifier()
     cores = {}
     for target in tuned.targets:
-        basis = tuned.method._bases[target.name]  # type: ignore[attr-defined]
+        basis = tuned.method._bases[target.name]
         cores[target.name] = basis.q_out.T @ target.weight_OI(start).detach() @ basis.q_in
     tuned.steps(4)
     adapter = tuned.method.adapter_tensors(tuned.model)
@@ -134,8 +130,8 @@ def test_only_core_entries_that_were_stepped_differ_from_the_start(name: str) ->
         positions = adapter[f"positions/{target.name}"].long()
         count = round(0.05 * target.size)
         assert count <= len(positions) <= 4 * count
-        basis = tuned.method._bases[target.name]  # type: ignore[attr-defined]
-        weight = tuned.model.get_submodule(target.name).weight.detach()
+        basis = tuned.method._bases[target.name]
+        weight = weight_of(tuned.model, target).detach()
         core = weight if "rotated" in name else basis.q_out.T @ weight @ basis.q_in
         difference = (core - cores[target.name]).reshape(-1).abs()
         untouched = torch.ones(target.size, dtype=torch.bool)
@@ -168,10 +164,10 @@ def test_a_basis_shared_by_a_kind_is_moved_once() -> None:
     model = classifier(dtype=torch.float64)
     targets = targets_of(model)
     per_target = orthogonal_bases(targets, torch.float32)
-    shared = {t.name: per_target[next(u.name for u in targets if u.kind == t.kind)] for t in targets}
-    prepared = make_method(form("materialized")).prepare(
-        model, targets, scope="head", bases=shared
-    )
+    shared = {
+        t.name: per_target[next(u.name for u in targets if u.kind == t.kind)] for t in targets
+    }
+    prepared = make_method(form("materialized")).prepare(model, targets, scope="head", bases=shared)
     assert len(prepared.bases) == 4
     assert {b.dtype for b in prepared.bases} == {torch.float64}
 
@@ -219,7 +215,7 @@ def test_gradients_flow_to_layers_below_a_rotated_one() -> None:
     """dL/dx of the rotated layer is g W: the embedding's gradient equals the plain model's."""
 
     def embedding_gradient(model: nn.Module) -> Tensor:
-        embedding = model.get_submodule("bert.embeddings.word_embeddings").weight
+        embedding = model.get_parameter("bert.embeddings.word_embeddings.weight")
         embedding.requires_grad_(True)
         model(**batch()).loss.backward()
         assert embedding.grad is not None

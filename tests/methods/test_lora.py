@@ -21,7 +21,9 @@ def layers(*shapes: tuple[int, int]) -> list[Target]:
     "shapes",
     [((3072, 768), (768, 3072)), ((1536, 384), (384, 1536)), ((100, 10), (10, 70), (33, 33))],
 )
-def test_the_solved_rank_is_the_nearest(density: float, shapes: tuple[tuple[int, int], ...]) -> None:
+def test_the_solved_rank_is_the_nearest(
+    density: float, shapes: tuple[tuple[int, int], ...]
+) -> None:
     targets = layers(*shapes)
     rank, requested = solve_rank(targets, density)
     assert requested == sum(round(density * out * width) for out, width in shapes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import METHODS, Tuned, batch, classifier, targets_of
+from tiny import METHODS, Tuned, batch, classifier, targets_of, weight_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.meprop import Meprop
@@ -14,7 +16,7 @@ from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import MepropMethod, SparsegradMethod, TrainSection
 
-SETTINGS = {"lr": 0.05, "betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -202,7 +204,7 @@ def accumulate(settings: MepropMethod | SparsegradMethod, micro: int) -> tuple[n
         part = {k: v[start : start + size] for k, v in inputs.items()}
         (model(**part).loss / micro).backward()
     optimizer.step()
-    weights = [model.get_submodule(t.name).weight for t in targets]
+    weights = [weight_of(model, t) for t in targets]
     ages = torch.cat([optimizer.state[w]["age"].reshape(-1) for w in weights])
     return model, ages
 
@@ -255,6 +257,6 @@ def test_state_of_chosen_parameters_is_three_tensors_of_the_core() -> None:
     tuned.steps(2)
     assert isinstance(tuned.optimizer, SelectiveAdamW)
     for target in tuned.targets:
-        state = tuned.optimizer.state[tuned.model.get_submodule(target.name).weight]
+        state = tuned.optimizer.state[weight_of(tuned.model, target)]
         assert set(state) == {"exp_avg", "exp_avg_sq", "age"}
         assert state["age"].shape == (target.out_features, target.in_features)

@@ -13,7 +13,9 @@ HEADS = {
     "bert": {"classifier.weight", "classifier.bias"},
     "roberta": {f"classifier.{p}.{w}" for p in ("dense", "out_proj") for w in ("weight", "bias")},
     "electra": {f"classifier.{p}.{w}" for p in ("dense", "out_proj") for w in ("weight", "bias")},
-    "distilbert": {f"{p}.{w}" for p in ("pre_classifier", "classifier") for w in ("weight", "bias")},
+    "distilbert": {
+        f"{p}.{w}" for p in ("pre_classifier", "classifier") for w in ("weight", "bias")
+    },
     "deberta-v3": {f"{p}.{w}" for p in ("pooler.dense", "classifier") for w in ("weight", "bias")},
     "gpt2": {"score.weight"},
     "llama": {"score.weight"},

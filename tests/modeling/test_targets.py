@@ -144,9 +144,7 @@ def test_negative_blocks_count_from_the_last_block_that_has_targets() -> None:
 @pytest.mark.parametrize(
     ("blocks", "named"), [((7,), "7"), ((0, -4), "-4"), ((1, 3), "3"), ("5:", "none")]
 )
-def test_blocks_that_are_not_there_are_refused(
-    blocks: str | tuple[int, ...], named: str
-) -> None:
+def test_blocks_that_are_not_there_are_refused(blocks: str | tuple[int, ...], named: str) -> None:
     with pytest.raises(UsageError) as caught:
         targets_of(classifier(), blocks=blocks)
     assert named in caught.value.what

@@ -90,7 +90,10 @@ def test_exactly_k_entries_per_row_under_ties(k: int) -> None:
 
 def test_keeping_looks_at_magnitudes() -> None:
     g = torch.tensor([[1.0, -3.0, 2.0], [-0.1, 0.0, -0.2]])
-    assert keep_largest_per_row(g, 1).tolist() == [[0.0, -3.0, 0.0], [0.0, 0.0, pytest.approx(-0.2)]]
+    assert keep_largest_per_row(g, 1).tolist() == [
+        [0.0, -3.0, 0.0],
+        [0.0, 0.0, pytest.approx(-0.2)],
+    ]
 
 
 @pytest.mark.parametrize("unified", [False, True])

@@ -53,9 +53,7 @@ def test_twenty_steps_against_the_oracle(count: int, weight_decay: float) -> Non
     moments = Moments.like(parameter)
     for step in range(20):
         grad = normal(ROWS, COLUMNS, seed=100 + step)
-        chosen = sparse_step(
-            parameter, grad, moments, hyper, lambda g: choose_by_python(g, count)
-        )
+        chosen = sparse_step(parameter, grad, moments, hyper, lambda g: choose_by_python(g, count))
         flat = grad.reshape(-1).tolist()
         for index in chosen.tolist():
             oracle[index].step(flat[index], hyper)
@@ -149,7 +147,11 @@ def test_no_entries_is_no_step() -> None:
     parameter = normal(ROWS, COLUMNS, seed=0)
     before, moments = parameter.clone(), Moments.like(parameter)
     chosen = sparse_step(
-        parameter, torch.zeros_like(parameter), moments, HYPER, lambda g: torch.nonzero(g.view(-1))[:, 0]
+        parameter,
+        torch.zeros_like(parameter),
+        moments,
+        HYPER,
+        lambda g: torch.nonzero(g.view(-1))[:, 0],
     )
     assert chosen.numel() == 0
     assert torch.equal(parameter, before)

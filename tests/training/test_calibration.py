@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import BLOCKS, HIDDEN, INNER, batch, batches, classifier, one_thread, targets_of
+from tiny import (
+    BLOCKS,
+    HIDDEN,
+    INNER,
+    batch,
+    batches,
+    classifier,
+    one_thread,
+    targets_of,
+    weight_of,
+)
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
@@ -51,15 +61,18 @@ def run(
 
 
 def random_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
-    return torch.get_rng_state().tolist(), name, keys.tolist(), *rest, random.getstate()  # type: ignore[union-attr]
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
+    return torch.get_rng_state().tolist(), name, keys.tolist(), *rest, random.getstate()
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_grams_are_those_of_the_plain_gradients(architecture: str) -> None:
     """Against autograd on the untouched model, one backward pass a step."""
-    off = DROPLESS if architecture == "bert" else dict.fromkeys(
-        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
+    off: dict[str, Any] = (
+        DROPLESS
+        if architecture == "bert"
+        else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     )
     model = classifier(architecture, **off)
     found, targets = run(model, steps=4)
@@ -69,7 +82,7 @@ def test_grams_are_those_of_the_plain_gradients(architecture: str) -> None:
         model.zero_grad()
         model(**next(source)).loss.backward()
         for target in targets:
-            grad = model.get_submodule(target.name).weight.grad
+            grad = weight_of(model, target).grad
             assert isinstance(grad, Tensor)
             grad_OI = grad.T if target.transposed else grad
             expected[target.name] += grad_OI @ grad_OI.T
@@ -77,7 +90,10 @@ def test_grams_are_those_of_the_plain_gradients(architecture: str) -> None:
         stream = found.streams[target.name]
         assert stream.count == 4
         torch.testing.assert_close(
-            stream.gram_out, expected[target.name], rtol=1e-4, atol=1e-6 * float(stream.gram_out.max())
+            stream.gram_out,
+            expected[target.name],
+            rtol=1e-4,
+            atol=1e-6 * float(stream.gram_out.max()),
         )
 
 
@@ -116,12 +132,14 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {
         "tensors": {n: t.clone() for n, t in model.state_dict().items()},
         "ids": {n: id(p) for n, p in model.named_parameters()},
-        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "grads": {
+            n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
+        },
         "grad_ids": {n: id(p.grad) for n, p in model.named_parameters()},
         "wanted": {n: p.requires_grad for n, p in model.named_parameters()},
         "modes": {n: m.training for n, m in model.named_modules()},
         "classes": {n: type(m) for n, m in model.named_modules()},
-        "hooks": {n: len(p._post_accumulate_grad_hooks or {}) for n, p in model.named_parameters()},  # type: ignore[attr-defined]
+        "hooks": {n: len(p._post_accumulate_grad_hooks or {}) for n, p in model.named_parameters()},
         "optimizer": copy.deepcopy(optimizer.state_dict()),
         "random": random_state(),
     }
@@ -181,7 +199,9 @@ def test_the_model_comes_out_as_it_went_in_when_the_backward_pass_raises() -> No
     def hooked() -> Iterator[dict[str, Tensor]]:
         yield batch()
         layer = model.get_submodule("bert.encoder.layer.1.output.dense")
-        handles.append(layer.register_forward_hook(lambda m, i, o: o.register_hook(explode) and None))
+        handles.append(
+            layer.register_forward_hook(lambda m, i, o: o.register_hook(explode) and None)
+        )
         yield batch(seed=1)
 
     handles: list[Any] = []
@@ -293,7 +313,11 @@ def test_a_loss_that_is_not_finite_is_refused(bad: float) -> None:
 def test_a_gradient_that_is_not_finite_is_refused() -> None:
     model = classifier()
     layer = model.get_submodule("bert.encoder.layer.1.output.dense")
-    layer.register_full_backward_pre_hook(lambda m, g: (g[0] * float("inf"),))
+
+    def overflow(module: nn.Module, grads: Any) -> Any:
+        return (grads[0] * float("inf"),)
+
+    layer.register_full_backward_pre_hook(overflow)
     with pytest.raises(SparsegradError) as caught:
         run(model)
     assert "not finite" in caught.value.what

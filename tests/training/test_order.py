@@ -72,9 +72,9 @@ def test_random_order_is_shuffled() -> None:
 def spread(indices: list[int]) -> float:
     """Mean difference of the longest and shortest example over batches of 8."""
     groups = [indices[n : n + 8] for n in range(0, len(indices) - 7, 8)]
-    return sum(
-        max(LENGTHS[i] for i in g) - min(LENGTHS[i] for i in g) for g in groups
-    ) / len(groups)
+    return sum(max(LENGTHS[i] for i in g) - min(LENGTHS[i] for i in g) for g in groups) / len(
+        groups
+    )
 
 
 def test_group_by_length_puts_similar_lengths_together_but_not_in_order() -> None:

@@ -1,0 +1,58 @@
+"""What every benchmark does: interleave the sides, take medians, report ratios, keep numbers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli.measure.environment import collect, git_state
+from sparsegrad_cli.rundir import now
+
+
+def interleave(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round; every round runs every side once, after a warm-up."""
+    for side in sides.values():
+        side()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], against: str) -> dict[str, dict[str, float]]:
+    """Median seconds, and median and quartiles of the ratio to ``against``, round by round."""
+    table = {}
+    for name, times in seconds.items():
+        each = [t / base for t, base in zip(times, seconds[against], strict=True)]
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
+        table[name] = {
+            "median_s": statistics.median(times),
+            "ratio": middle,
+            "ratio_q1": low,
+            "ratio_q3": high,
+        }
+    return table
+
+
+def save(path: Path | None, name: str, content: Mapping[str, Any]) -> None:
+    """Write the result as JSON with versions, machine and commit; print it without a path."""
+    record = {
+        "benchmark": name,
+        "when": now(),
+        "environment": collect(),
+        "git": git_state(Path(__file__).parent),
+        **content,
+    }
+    text = json.dumps(record, indent=1)
+    if path is None:
+        print(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")

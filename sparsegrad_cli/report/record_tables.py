@@ -1,0 +1,164 @@
+"""Calibration and provenance of a record, as facts and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsegrad_cli.report.access import block, dig, mappings, number, numbers, text
+from sparsegrad_cli.report.tables import Cell, Fact, Table
+from sparsegrad_cli.report.units import format_bytes, format_count, format_seconds, format_share
+from sparsegrad_cli.report.words import ENERGY
+
+_CALIBRATION = {
+    "steps": "steps",
+    "batch_size": "batch size",
+    "source": "Gram source",
+    "basis_per": "one basis per",
+    "basis_file": "basis file",
+}
+_HASH_LABELS = {"data": "data", "head_init": "head initialisation"}
+
+
+def calibration_facts(run: Any) -> list[Fact]:
+    """How the basis was made and what that cost; empty for a run without calibration."""
+    found = block(run, "calibration")
+    if not found:
+        return []
+    shown = [Fact("Time", format_seconds(number(found, "seconds")))]
+    shown.append(Fact("Peak memory", format_bytes(number(found, "peak_bytes"))))
+    size = number(found, "basis_bytes")
+    shown.append(Fact("Basis on disk", format_bytes(size), text(found, "basis_file") or ""))
+    steps, batch = number(found, "steps"), number(found, "batch_size")
+    of = f"batches of {format_count(batch)}" if batch is not None else ""
+    shown.append(Fact("Gradient steps", format_count(steps), of))
+    per, source = text(found, "basis_per"), text(found, "source")
+    shown.append(Fact("One basis per", per or "not recorded", f"Gram source: {source or '?'}"))
+    reused = dig(found, "reused")
+    if reused is not None:
+        shown.append(Fact("Reused", "yes" if reused else "no"))
+    return shown
+
+
+def energy_columns(run: Any) -> list[str]:
+    """The columns of the energy table that were computed, worst first."""
+    energy = block(run, "calibration", "energy")
+    rows: list[Any] = [*mappings(energy, "rows"), *block(energy, "mean_by_kind").values()]
+    return [key for key in ENERGY if any(number(row, key) is not None for row in rows)]
+
+
+def energy_caption(run: Any) -> str:
+    """What the shares are shares of."""
+    top = number(run, "calibration", "energy", "top")
+    part = f"top {format_share(top)} of" if top is not None else "top"
+    return f"Share of squared gradient in the {part} entries, % (held-out gradients)"
+
+
+def energy_by_kind(run: Any) -> Table | None:
+    """Means over the targets of a kind; recomputed from the rows where the record has none."""
+    columns, means = energy_columns(run), kind_means(run)
+    if not columns or not means:
+        return None
+    rows = [(kind, *_shares(row, columns)) for kind, row in means.items()]
+    return Table(energy_caption(run), ("kind", *(ENERGY[c] for c in columns)), rows)
+
+
+def kind_means(run: Any) -> dict[str, Mapping[str, Any]]:
+    """Layer kind to mean share per column."""
+    energy = block(run, "calibration", "energy")
+    means = {str(k): v for k, v in block(energy, "mean_by_kind").items() if isinstance(v, Mapping)}
+    if means:
+        return means
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in mappings(energy, "rows"):
+        groups.setdefault(text(row, "kind") or "all", []).append(row)
+    return {kind: _mean(rows) for kind, rows in groups.items()}
+
+
+def _mean(rows: list[Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    for key in ENERGY:
+        values = [v for v in (number(row, key) for row in rows) if v is not None]
+        if values:
+            found[key] = sum(values) / len(values)
+    return found
+
+
+def energy_by_target(run: Any) -> Table | None:
+    """One row a target."""
+    columns = energy_columns(run)
+    rows: list[tuple[Cell, ...]] = [
+        (text(row, "target"), text(row, "kind"), *_shares(row, columns))
+        for row in mappings(run, "calibration", "energy", "rows")
+    ]
+    if not rows or not columns:
+        return None
+    header = ("target", "kind", *(ENERGY[c] for c in columns))
+    return Table(energy_caption(run), header, rows, left=2)
+
+
+def _shares(row: Any, columns: list[str]) -> list[Cell]:
+    values = [number(row, column) for column in columns]
+    return [None if v is None else f"{100 * v:.1f}" for v in values]
+
+
+def spectra_table(run: Any) -> Table | None:
+    """How many directions carry the gradient: singular values above a share of the first."""
+    rows: list[tuple[Cell, ...]] = []
+    for item in mappings(run, "calibration", "spectra"):
+        values = numbers(item, "values")
+        if values:
+            counts = [_above(values, share) for share in (0.1, 0.01)]
+            rows.append((text(item, "key"), text(item, "side"), *counts))
+    if not rows:
+        return None
+    header = ("basis", "side", "above 10 % of the first", "above 1 %")
+    return Table("Singular values of the calibration gradients", header, rows, left=2)
+
+
+def _above(values: list[float], share: float) -> str:
+    count = sum(value >= share * values[0] for value in values)
+    return f"≥ {count}" if count == len(values) and count > 1 else str(count)
+
+
+def provenance(record: Any) -> Table:
+    """Where a record comes from: machine, versions, recipe, code, hashes."""
+    found: list[tuple[str, Cell]] = []
+    environment = block(record, "environment")
+    for label, keys in (
+        ("started", ("started",)),
+        ("finished", ("finished",)),
+        ("command", ("command",)),
+        ("recipe digest", ("recipe_digest",)),
+        ("model fingerprint", ("model", "fingerprint")),
+        ("output_dir", ("output_dir",)),
+        ("commit", ("git", "commit")),
+    ):
+        if label in ("started", "finished", "commit") or text(record, *keys):
+            found.append((label, text(record, *keys)))
+    if dig(record, "git", "dirty") is True:
+        found.append(("uncommitted changes", "yes: the commit does not describe the code fully"))
+    for key in ("python", "platform", "cpu", "device", "device_name", "threads"):
+        if text(environment, key):
+            found.append((key.replace("_", " "), text(environment, key)))
+    for package, version in block(environment, "packages").items():
+        if text(version):
+            found.append((str(package), text(version)))
+    found += _hashes(record)
+    return Table("Provenance", ("what", "value"), found, left=2)
+
+
+def _hashes(record: Any) -> list[tuple[str, Cell]]:
+    hashes = block(record, "hashes")
+    found = [
+        (f"hash of {label}", text(hashes, key))
+        for key, label in _HASH_LABELS.items()
+        if text(hashes, key)
+    ]
+    order = block(hashes, "order")
+    last = max((key for key in map(str, order) if key.isdigit()), key=int, default=None)
+    if last is not None:
+        found.append((f"hash of order, {int(last):,} steps", text(order, last)))
+    if text(record, "calibration", "digest"):
+        found.append(("hash of basis", text(record, "calibration", "digest")))
+    return [(label, value) for label, value in found]
