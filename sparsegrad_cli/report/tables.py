@@ -88,4 +88,5 @@ def _line(cells: Sequence[str]) -> str:
 def escape_markdown(raw: str) -> str:
     """Text that stays text in a GitHub table: no cell, tag, link, emphasis or code begins."""
     one_line = " ".join(raw.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", one_line).replace("_", "\\_")
+    # An underscore inside a word is no emphasis on GitHub, and names are full of them.
+    return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)

@@ -1,0 +1,374 @@
+"""Templates: each phenomenon makes a minimal pair, one acceptable sentence and one that is not.
+
+The phenomena and their labels follow the syntax literature that CoLA and BLiMP (Warstadt et al.
+2019, 2020) drew on; the sentences are generated, not taken from either.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparsegrad_cli.data.acceptability.lexicon import Lexicon, Noun, Verb
+
+Words = list[str]
+Pair = tuple[Words, Words]
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A noun phrase and the features that agree with it."""
+
+    words: tuple[str, ...]
+    plural: bool
+    gender: str  # m, f, or n for a noun that does not say
+
+
+class Maker:
+    """Draws phrases from one lexicon with one random source."""
+
+    def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
+        self.lexicon, self.rng = lexicon, rng
+
+    def noun(self, nouns: tuple[Noun, ...], plural: bool) -> str:
+        """A noun in the number asked for."""
+        noun = self.rng.choice(nouns)
+        return noun.plural if plural else noun.singular
+
+    def adjective(self) -> str:
+        """A plain adjective."""
+        return self.rng.choice(self.lexicon.adjectives)[0]
+
+    def described(self, noun: str) -> Words:
+        """The noun (a person), half the time with an adjective."""
+        return [self.adjective(), noun] if self.rng.random() < 0.5 else [noun]
+
+    def object(self, plural: bool) -> Words:
+        """A thing, half the time with a quality, without a determiner."""
+        noun = self.noun(self.lexicon.things, plural)
+        return (
+            [self.rng.choice(self.lexicon.qualities), noun] if self.rng.random() < 0.5 else [noun]
+        )
+
+    def person(self, plural: bool | None = None) -> Phrase:
+        """*the (adj) teacher(s)*, or a name where the number allows it."""
+        plural = self.rng.random() < 0.4 if plural is None else plural
+        if not plural and self.rng.random() < 0.35:
+            return self.name()
+        words = ("the", *self.described(self.noun(self.lexicon.people, plural)))
+        return Phrase(words, plural, "n")
+
+    def name(self, gender: str | None = None) -> Phrase:
+        """A first name."""
+        gender = gender or self.rng.choice("mf")
+        names = self.lexicon.men if gender == "m" else self.lexicon.women
+        return Phrase((self.rng.choice(names),), False, gender)
+
+    def thing(self, plural: bool | None = None) -> Words:
+        """*the (adj) book(s)*."""
+        plural = self.rng.random() < 0.4 if plural is None else plural
+        return ["the", *self.object(plural)]
+
+    def place(self) -> Words:
+        """*in the garden*."""
+        return [
+            self.rng.choice(("in", "near", "behind")),
+            "the",
+            self.noun(self.lexicon.places, False),
+        ]
+
+    def adverb(self) -> str:
+        """An adverb of manner."""
+        return self.rng.choice(self.lexicon.adverbs)
+
+    def tail(self) -> Words:
+        """Nothing, a place or an adverb, to end a sentence with."""
+        return self.rng.choice(([], self.place(), [self.adverb()]))
+
+    def verb(self, verbs: tuple[Verb, ...]) -> Verb:
+        """One of them."""
+        return self.rng.choice(verbs)
+
+    def event(self) -> tuple[Verb, Words]:
+        """A verb with the object it needs, if any."""
+        lexicon = self.lexicon
+        kind = self.rng.randrange(3)
+        if kind == 0:
+            return self.verb(lexicon.transitive), self.thing()
+        if kind == 1:
+            return self.verb(lexicon.social), list(self.person().words)
+        return self.verb(lexicon.intransitive), []
+
+
+def _present(verb: Verb, plural: bool) -> str:
+    return verb.base if plural else verb.third
+
+
+def agreement(m: Maker) -> Pair:
+    """A verb agrees with its subject: *the nurses smile / \\*smiles*."""
+    subject = m.person()
+    verb, rest = m.event()
+    rest = [*rest, *m.tail()]
+    start = list(subject.words)
+    return (
+        [*start, _present(verb, subject.plural), *rest],
+        [*start, _present(verb, not subject.plural), *rest],
+    )
+
+
+def attractor(m: Maker) -> Pair:
+    """... and with nothing that stands between: *the nurse near the doctors smiles / \\*smile*."""
+    plural = m.rng.random() < 0.5
+    head = ["the", *m.described(m.noun(m.lexicon.people, plural))]
+    other = m.noun(m.lexicon.people, not plural)
+    if m.rng.random() < 0.5:
+        between = [m.rng.choice(("near", "behind", "beside")), "the", other]
+    else:
+        social = _present(m.verb(m.lexicon.social), not plural)
+        between = ["that", "the", other, social]
+    if m.rng.random() < 0.5:
+        end = [m.adjective()]
+        forms = ("are", "is") if plural else ("is", "are")
+    else:
+        verb, end = m.event()
+        forms = (_present(verb, plural), _present(verb, not plural))
+    start = [*head, *between]
+    return [*start, forms[0], *end], [*start, forms[1], *end]
+
+
+def reflexive_agreement(m: Maker) -> Pair:
+    """A reflexive agrees with its antecedent: *Mary blamed herself / \\*himself*."""
+    verb = m.verb(m.lexicon.social).past
+    tail = m.tail()
+    if m.rng.random() < 0.5:
+        subject = m.name()
+        right = "himself" if subject.gender == "m" else "herself"
+        wrong = m.rng.choice(["herself" if right == "himself" else "himself", "themselves"])
+    else:
+        subject = m.person(plural=True)
+        right, wrong = "themselves", m.rng.choice(("himself", "herself"))
+    start = [*subject.words, verb]
+    return [*start, right, *tail], [*start, wrong, *tail]
+
+
+def reflexive_domain(m: Maker) -> Pair:
+    """Its antecedent is in its clause: *they said that Mary blamed herself / \\*themselves*."""
+    inner = m.name()
+    right = "himself" if inner.gender == "m" else "herself"
+    if m.rng.random() < 0.5:
+        outer, wrong = m.person(plural=True), "themselves"
+    else:
+        other = "f" if inner.gender == "m" else "m"
+        outer, wrong = m.name(other), "herself" if right == "himself" else "himself"
+    start = [*outer.words, m.verb(m.lexicon.saying).past, "that", *inner.words]
+    start.append(m.verb(m.lexicon.social).past)
+    return [*start, right], [*start, wrong]
+
+
+def polarity(m: Maker) -> Pair:
+    """*ever* and *any* need a licensor: *no / \\*some nurse has ever smiled*."""
+    noun = m.noun(m.lexicon.people, False)
+    if m.rng.random() < 0.5:
+        verb, rest = m.event()
+        end = ["has", "ever", verb.participle, *rest]
+        good, bad = m.rng.choice((("no", "some"), ("no", "the"), ("no", "every")))
+        if m.rng.random() < 0.3:
+            return ["nobody", *end], ["somebody", *end]
+        return [good, noun, *end], [bad, noun, *end]
+    verb = m.verb(m.lexicon.transitive)
+    thing = ["any", m.noun(m.lexicon.things, True), *m.tail()]
+    start = ["the", *m.described(noun)]
+    return [*start, "did", "not", verb.base, *thing], [*start, verb.past, *thing]
+
+
+def transitivity(m: Maker) -> Pair:
+    """Some verbs take no object, some need one: *Ann bought / \\*slept the book*."""
+    subject = list(m.person().words)
+    if m.rng.random() < 0.5:
+        thing = m.thing()
+        good, bad = m.verb(m.lexicon.transitive), m.verb(m.lexicon.intransitive)
+        tail = m.tail()
+        return [*subject, good.past, *thing, *tail], [*subject, bad.past, *thing, *tail]
+    good, bad = m.verb(m.lexicon.intransitive), m.verb(m.lexicon.transitive)
+    tail = m.rng.choice(([], [m.adverb()], m.place()))
+    return [*subject, good.past, *tail], [*subject, bad.past, *tail]
+
+
+def causative(m: Maker) -> Pair:
+    """Only some verbs have a causative: *Ann broke / \\*vanished the vase*."""
+    subject, thing = list(m.person().words), m.thing()
+    good, bad = m.verb(m.lexicon.causative), m.verb(m.lexicon.intransitive)
+    if m.rng.random() < 0.5:
+        verb = m.rng.choice(("has", "had"))
+        return (
+            (
+                [*subject, verb, good.participle, *thing],
+                [*subject, verb, bad.participle, *thing],
+            )
+            if not _is_plural(subject, m)
+            else (
+                [*subject, "have", good.participle, *thing],
+                [*subject, "have", bad.participle, *thing],
+            )
+        )
+    tail = m.tail()
+    return [*subject, good.past, *thing, *tail], [*subject, bad.past, *thing, *tail]
+
+
+def _is_plural(words: Words, m: Maker) -> bool:
+    return any(words[-1] == noun.plural for noun in m.lexicon.people)
+
+
+def double_object(m: Maker) -> Pair:
+    """*give* takes two objects, *donate* does not: *Ann gave / \\*donated Tom the book*."""
+    giver, receiver, thing = list(m.person().words), list(m.person().words), m.thing()
+    give, donate = m.verb(m.lexicon.giving).past, m.verb(m.lexicon.donating).past
+    if m.rng.random() < 0.6:
+        return [*giver, give, *receiver, *thing], [*giver, donate, *receiver, *thing]
+    return [*giver, donate, *thing, "to", *receiver], [*giver, donate, "to", *receiver, *thing]
+
+
+def determiner(m: Maker) -> Pair:
+    """A determiner agrees with its noun: *these / \\*this books*."""
+    plural = m.rng.random() < 0.5
+    right, wrong = m.rng.choice(
+        (("these", "this"), ("those", "that"), ("several", "every"), ("many", "each"))
+    )
+    if not plural:
+        right, wrong = wrong, right
+    subject, verb = list(m.person().words), m.verb(m.lexicon.transitive).past
+    end = [*m.object(plural), *m.tail()]
+    return [*subject, verb, right, *end], [*subject, verb, wrong, *end]
+
+
+def auxiliary(m: Maker) -> Pair:
+    """An auxiliary chooses the form of its verb: *has taken / \\*take*."""
+    subject = m.person()
+    verb, rest = m.event()
+    be, have = ("are", "have") if subject.plural else ("is", "has")
+    auxiliaries: dict[str, tuple[str, list[str]]] = {
+        have: (verb.participle, [verb.base, verb.ing]),
+        be: (verb.ing, [verb.base, verb.third]),
+        "will": (verb.base, [verb.past, verb.ing, verb.third]),
+        "could": (verb.base, [verb.ing, verb.third]),
+    }
+    name = m.rng.choice(sorted(auxiliaries))
+    right, wrong = auxiliaries[name]
+    wrong = [form for form in wrong if form != right]
+    start = [*subject.words, name]
+    if m.rng.random() < 0.3 and name in ("will", "could"):
+        start = [name, *subject.words]
+        rest = [*rest, "?"]
+    return [*start, right, *rest], [*start, m.rng.choice(wrong), *rest]
+
+
+def word_order(m: Maker) -> Pair:
+    """Adjectives precede nouns, determiners precede both, objects follow verbs."""
+    noun, adjective = m.noun(m.lexicon.people, False), m.adjective()
+    verb = m.verb(m.lexicon.transitive)
+    thing, tail = m.thing(), m.tail()
+    good = ["the", adjective, noun, verb.past, *thing, *tail]
+    kind = m.rng.randrange(3)
+    if kind == 0:
+        return good, ["the", noun, adjective, verb.past, *thing, *tail]
+    if kind == 1:
+        return good, [adjective, "the", noun, verb.past, *thing, *tail]
+    return good, ["the", adjective, noun, *thing, verb.past, *tail]
+
+
+def wh_gap(m: Maker) -> Pair:
+    """A question word leaves a gap: *what did Ann buy (\\*the book)?*"""
+    subject = list(m.person().words)
+    tail = m.rng.choice(([], m.place()))
+    if m.rng.random() < 0.5:
+        verb, filler, wh = m.verb(m.lexicon.transitive), m.thing(), "what"
+    else:
+        verb, filler, wh = m.verb(m.lexicon.social), list(m.person().words), "who"
+    if m.rng.random() < 0.4:
+        saying = m.verb(m.lexicon.saying).base
+        start = [wh, "did", *m.name().words, saying, "that", *subject, verb.past]
+    else:
+        start = [wh, "did", *subject, verb.base]
+    return [*start, *tail, "?"], [*start, *filler, *tail, "?"]
+
+
+def complement(m: Maker) -> Pair:
+    """*want* takes *to* + verb, *enjoy* takes *-ing*."""
+    subject = list(m.person().words)
+    verb, rest = m.event()
+    if m.rng.random() < 0.5:
+        start = [*subject, m.verb(m.lexicon.to_verbs).past]
+        return [*start, "to", verb.base, *rest], [*start, verb.ing, *rest]
+    start = [*subject, m.verb(m.lexicon.ing_verbs).past]
+    return [*start, verb.ing, *rest], [*start, "to", verb.base, *rest]
+
+
+def mass_count(m: Maker) -> Pair:
+    """*much* goes with mass nouns, *many* with plurals."""
+    subject, verb = list(m.person().words), m.verb(m.lexicon.transitive)
+    start = [*subject, "did", "not", verb.base]
+    tail = m.tail()
+    if m.rng.random() < 0.5:
+        noun, right, wrong = m.rng.choice(m.lexicon.mass), "much", "many"
+    else:
+        noun, right, wrong = m.noun(m.lexicon.things, True), "many", "much"
+    return [*start, right, noun, *tail], [*start, wrong, noun, *tail]
+
+
+def pronoun_case(m: Maker) -> Pair:
+    """Subjects and objects differ: *she thanked him / \\*he*."""
+    subjects = {"he": "him", "she": "her", "they": "them", "we": "us"}
+    nominative = m.rng.choice(sorted(subjects))
+    accusative = subjects[nominative]
+    verb, tail = m.verb(m.lexicon.social).past, m.tail()
+    other = list(m.person().words)
+    if m.rng.random() < 0.5:
+        return [*other, verb, accusative, *tail], [*other, verb, nominative, *tail]
+    return [nominative, verb, *other, *tail], [accusative, verb, *other, *tail]
+
+
+def comparison(m: Maker) -> Pair:
+    """*than* needs a comparative, once: *taller / \\*tall / \\*more taller than*."""
+    plain, comparative = m.rng.choice(m.lexicon.adjectives)
+    subject, other = m.person(), list(m.person().words)
+    start = [*subject.words, "are" if subject.plural else "is"]
+    wrong = m.rng.choice(([plain], ["more", comparative], ["very", comparative]))
+    return [*start, comparative, "than", *other], [*start, *wrong, "than", *other]
+
+
+PHENOMENA: dict[str, Callable[[Maker], Pair]] = {
+    "agreement": agreement,
+    "attractor": attractor,
+    "reflexive-agreement": reflexive_agreement,
+    "reflexive-domain": reflexive_domain,
+    "polarity": polarity,
+    "transitivity": transitivity,
+    "causative": causative,
+    "double-object": double_object,
+    "determiner": determiner,
+    "auxiliary": auxiliary,
+    "word-order": word_order,
+    "wh-gap": wh_gap,
+    "complement": complement,
+    "mass-count": mass_count,
+    "pronoun-case": pronoun_case,
+    "comparison": comparison,
+}
+
+
+def embed(m: Maker, pair: Pair) -> Pair:
+    """One time in five, put a statement under *X said that*; a question stays as it is."""
+    if pair[0][-1] == "?" or m.rng.random() >= 0.2:
+        return pair
+    start = [*m.name().words, m.verb(m.lexicon.saying).past, "that"]
+    return [*start, *pair[0]], [*start, *pair[1]]
+
+
+def write(words: Words) -> str:
+    """A sentence: capital letter, closing mark, *a* or *an*."""
+    mark = "."
+    if words[-1] == "?":
+        words, mark = words[:-1], "?"
+    text = " ".join(words)
+    return text[0].upper() + text[1:] + mark

@@ -1,0 +1,252 @@
+"""What a comparison's record says, as tables: one row a method and task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparsegrad_cli.report.access import mappings, number, text
+from sparsegrad_cli.report.compare_record import (
+    Row,
+    difference_cell,
+    figures_of,
+    methods_of,
+    reference_of,
+    rows_of,
+    seeds_remark,
+    tasks_of,
+)
+from sparsegrad_cli.report.tables import Cell, Table
+from sparsegrad_cli.report.units import (
+    format_count,
+    format_mib,
+    format_number,
+    format_score,
+    format_spread,
+)
+from sparsegrad_cli.report.words import metric_words, reason, status_of, status_words
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the comparison: its name on a page and in a terminal, and its cell."""
+
+    name: str
+    short: str | None
+    cell: Callable[[Row], Cell]
+    prose: bool = False
+
+
+def status_cell(row: Row) -> str:
+    """The status in words; done is not worth a word."""
+    status = status_of(row)
+    return "" if status == "done" else status_words(status)
+
+
+def note_cell(row: Row) -> str:
+    """Status and note of a row in one text."""
+    return ": ".join(part for part in (status_cell(row), text(row, "note")) if part)
+
+
+def _score(row: Row) -> Cell:
+    mean = number(row, "score_mean")
+    if mean is None:
+        return status_cell(row) or None
+    return format_spread(mean, number(row, "score_std"))
+
+
+def _seeds(row: Row) -> Cell:
+    done, asked = number(row, "seeds_done"), number(row, "seeds_asked")
+    return None if done is None or asked is None else f"{done:.0f}/{asked:.0f}"
+
+
+def _count(*keys: str) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        value = number(row, *keys)
+        return None if value is None else format_count(value)
+
+    return cell
+
+
+def _mib(*keys: str) -> Callable[[Row], Cell]:
+    return lambda row: format_mib(number(row, *keys))
+
+
+def _speed(row: Row) -> Cell:
+    rate, spread = number(row, "steps_per_s"), number(row, "steps_per_s_iqr")
+    if rate is None:
+        return None
+    return format_number(rate) if spread is None else f"{rate:.3g} ± {spread / 2:.2g}"
+
+
+def _plain(key: str, digits: int) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        value = number(row, key)
+        return None if value is None else f"{value:,.{digits}f}"
+
+    return cell
+
+
+def _published(compare: Any) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        found = figures_of(compare, text(row, "task"), text(row, "method"))
+        shown = [format_spread(number(f, "score"), number(f, "std")) for f in found]
+        return "; ".join(shown)
+
+    return cell
+
+
+def _columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
+    found = [
+        Column("method", "method", lambda row: text(row, "method") or "?"),
+        Column("score ×100", "score ×100", _score),
+        Column("seeds", "seeds", _seeds),
+    ]
+    if any(figures_of(compare, text(row, "task"), text(row, "method")) for row in rows):
+        found.append(Column("published", "published", _published(compare)))
+    against = reference_of(rows)
+    if against is not None:
+        found.append(Column(f"against {against}", None, difference_cell))
+    return [
+        *found,
+        Column("validation loss", None, _plain("validation_loss_mean", 3)),
+        Column("trainable entries", "trainable", _count("trainable")),
+        Column("of them in targets", None, _count("trainable_targets")),
+        Column("peak, MiB", "peak\nMiB", _mib("peak_bytes")),
+        Column("beyond the weights, MiB", "beyond\nMiB", _mib("beyond_weights_bytes")),
+        Column("optimizer state, MiB", "state\nMiB", _mib("memory_categories", "optimizer_state")),
+        Column("steps/s", "steps/s", _speed),
+        Column("calibration, s", "calib.\ns", _plain("calibrate_s", 1)),
+        Column("adapter, MiB", "adapter\nMiB", _mib("adapter_bytes")),
+        Column("notes", None, note_cell, prose=True),
+    ]
+
+
+def method_table(compare: Any, task: str, *, terminal: bool = False) -> Table | None:
+    """One row a method: score, size, memory, speed, cost, status. The best mean is strong."""
+    rows = rows_of(compare, task)
+    if not rows:
+        return None
+    columns = _columns(compare, rows)
+    if terminal:
+        columns = [c for c in columns if c.short is not None]
+    means = [number(row, "score_mean") for row in rows]
+    there = [mean for mean in means if mean is not None]
+    strong = frozenset(
+        (r, 1) for r, mean in enumerate(means) if len(there) > 1 and mean == max(there)
+    )
+    metric = metric_words(next((text(row, "metric") for row in rows if text(row, "metric")), None))
+    return Table(
+        f"{task}: {metric} ×100, mean ± standard deviation over seeds",
+        tuple((c.short or c.name) if terminal else c.name for c in columns),
+        [tuple(c.cell(row) for c in columns) for row in rows],
+        prose=sum(c.prose for c in columns),
+        strong=strong,
+        notes=[remark] if (remark := seeds_remark(rows)) else [],
+    )
+
+
+def overview_table(compare: Any) -> Table | None:
+    """Methods by tasks, as papers print it, published rows below ours; for several tasks."""
+    tasks, methods = tasks_of(compare), methods_of(compare)
+    if len(tasks) < 2:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for method in methods:
+        row = {
+            task: r for task in tasks for r in rows_of(compare, task) if r.get("method") == method
+        }
+        means = [number(row.get(task), "score_mean") for task in tasks]
+        cells = [_score(row[task]) if task in row else None for task in tasks]
+        rows.append((method, _average(means), *cells))
+        rows += _published_rows(compare, method, tasks)
+    header = ("method", "average", *tasks)
+    return Table("Score ×100 by task, mean ± standard deviation over seeds", header, rows)
+
+
+def _published_rows(compare: Any, method: str, tasks: Sequence[str]) -> list[tuple[Cell, ...]]:
+    found = {task: figures_of(compare, task, method) for task in tasks}
+    sources = dict.fromkeys(
+        text(figure, "source") or "published" for figures in found.values() for figure in figures
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for source in sources:
+        figures = [
+            next((f for f in found[task] if (text(f, "source") or "published") == source), None)
+            for task in tasks
+        ]
+        cells = [
+            format_spread(number(f, "score"), number(f, "std")) if f is not None else ""
+            for f in figures
+        ]
+        average = _average([number(f, "score") for f in figures])
+        rows.append((f"{method}, {source}", average or "", *cells))
+    return rows
+
+
+def _average(values: Sequence[float | None]) -> Cell:
+    """The mean, where every task has a value: means of different tasks cannot be compared."""
+    there = [value for value in values if value is not None]
+    return format_score(sum(there) / len(there)) if there and len(there) == len(values) else None
+
+
+def figures_table(compare: Any) -> Table | None:
+    """Published figures beside ours, with the difference."""
+    rows: list[tuple[Cell, ...]] = []
+    for figure in mappings(compare, "figures"):
+        task, method, score = text(figure, "task"), text(figure, "method"), number(figure, "score")
+        if score is None:
+            continue
+        ours = [row for row in rows_of(compare, task or "") if text(row, "method") == method]
+        mean = number(ours[0], "score_mean") if ours else None
+        rows.append(
+            (
+                *(text(figure, "source"), task, method),
+                format_spread(score, number(figure, "std")),
+                format_spread(mean, number(ours[0], "score_std")) if mean is not None else None,
+                format_score(mean - score, sign=True) if mean is not None else None,
+            )
+        )
+    if not rows:
+        return None
+    header = ("source", "task", "method", "published", "ours", "difference")
+    return Table("Published figures beside ours, score ×100", header, rows, left=3)
+
+
+def failures_table(compare: Any) -> Table | None:
+    """Cells that are not done, with their reasons."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            *(text(cell, key) for key in ("task", "method", "seed")),
+            status_words(status_of(cell)),
+            reason(cell.get("error"))
+            or ("" if status_of(cell) in ("pending", "running") else None),
+            text(cell, "error", "fix") or "",
+        )
+        for cell in mappings(compare, "cells")
+        if status_of(cell) != "done"
+    ]
+    if not rows:
+        return None
+    header = ("task", "method", "seed", "status", "reason", "what to do")
+    return Table("Cells that are not done", header, rows, left=6)
+
+
+def cells_table(compare: Any) -> Table | None:
+    """Every cell: its score, its speed, its folder."""
+    rows: list[tuple[Cell, ...]] = []
+    for cell in mappings(compare, "cells"):
+        score = number(cell, "run", "metrics", "best", "score")
+        rate = number(cell, "run", "time", "steps_per_s")
+        rows.append(
+            (
+                *(text(cell, key) for key in ("task", "method", "seed")),
+                status_words(status_of(cell)),
+                text(cell, "run_dir"),
+                None if score is None else format_score(score),
+                None if rate is None else format_number(rate),
+            )
+        )
+    header = ("task", "method", "seed", "status", "folder", "score ×100", "steps/s")
+    return Table("Cells", header, rows, left=5) if rows else None
