@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from small import Cli
 
-WORDS = (
-    "the a cat dog bird sees hears big small red runs sleeps under over house tree".split()  # noqa: SIM905
-)
+WORDS = [
     "the",
     "a",
     "cat",

@@ -1,0 +1,95 @@
+"""Records as GitHub Markdown. Scores are printed times 100 with one decimal, as in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsegrad_cli.report.access import mappings, text
+from sparsegrad_cli.report.compare_record import check_lines, tasks_of
+from sparsegrad_cli.report.compare_tables import (
+    failures_table,
+    figures_table,
+    method_table,
+    overview_table,
+)
+from sparsegrad_cli.report.record_tables import (
+    calibration_facts,
+    energy_by_kind,
+    energy_by_target,
+    provenance,
+    spectra_table,
+)
+from sparsegrad_cli.report.run_tables import (
+    facts,
+    memory_table,
+    notes_of,
+    subtitle,
+    time_line,
+    title_of,
+)
+from sparsegrad_cli.report.tables import Fact, Table, escape_markdown, table_markdown
+from sparsegrad_cli.report.words import error_lines, status_of, status_words
+
+_SCALE = "Scores are times 100, with one decimal."
+
+
+def run_markdown(run: Mapping[str, Any]) -> str:
+    """A training or calibration run."""
+    parts = _heading(run)
+    calibrates = text(run, "command") == "calibrate"
+    if not calibrates:
+        parts += [_SCALE, _facts("Figures", facts(run))]
+        parts.append(_or_absent("Memory", memory_table(run)))
+    parts.append(f"Time: {escape_markdown(time_line(run) or 'not recorded')}.")
+    calibration = calibration_facts(run)
+    if calibration or calibrates:
+        parts.append("## Calibration")
+        parts.append(_facts("Cost", calibration) if calibration else "Not recorded.")
+        for table in (energy_by_kind(run), energy_by_target(run), spectra_table(run)):
+            parts += [table_markdown(table)] if table else []
+    notes = notes_of(run)
+    if notes:
+        parts.append("\n".join(["## Notes", "", *(f"- {escape_markdown(n)}" for n in notes)]))
+    return _join([*parts, "## Provenance", table_markdown(provenance(run))])
+
+
+def compare_markdown(compare: Mapping[str, Any]) -> str:
+    """A comparison: tables by task, published figures, failures, checks."""
+    cells = mappings(compare, "cells")
+    done = sum(status_of(cell) == "done" for cell in cells)
+    parts = [*_heading(compare), f"{done} of {len(cells)} cells done. {_SCALE}"]
+    overview = overview_table(compare)
+    parts += [table_markdown(overview)] if overview else []
+    for task in tasks_of(compare):
+        parts.append(_or_absent(task, method_table(compare, task)))
+    for table in (figures_table(compare), failures_table(compare)):
+        parts += [table_markdown(table)] if table else []
+    marks = {True: "yes", False: "**NO**", None: "unknown"}
+    lines = [f"- {marks[held]}: {escape_markdown(line)}" for held, line in check_lines(compare)]
+    parts.append("\n".join(["## Was it fair?", "", *lines]))
+    return _join([*parts, "## Provenance", table_markdown(provenance(compare))])
+
+
+def _heading(record: Mapping[str, Any]) -> list[str]:
+    parts = [f"# {escape_markdown(title_of(record))}"]
+    line = subtitle(record)
+    parts += [escape_markdown(line)] if line else []
+    parts.append(f"Status: **{escape_markdown(status_words(status_of(record)))}**")
+    error = error_lines(record.get("error"))
+    if error:
+        parts.append("\n".join(f"- {label}: {escape_markdown(value)}" for label, value in error))
+    return parts
+
+
+def _facts(caption: str, shown: Sequence[Fact]) -> str:
+    rows = [(fact.label, fact.value, fact.detail) for fact in shown]
+    return table_markdown(Table(caption, ("figure", "value", "read against"), rows, prose=1))
+
+
+def _or_absent(name: str, table: Table | None) -> str:
+    return table_markdown(table) if table else f"{escape_markdown(name)}: not recorded."
+
+
+def _join(parts: Sequence[str]) -> str:
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,169 @@
+"""Records in the terminal, readable at 100 columns.
+
+All text of a record becomes ``Text``: in a string Rich would read ``[bold]`` as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from sparsegrad_cli.report.access import text
+from sparsegrad_cli.report.compare_record import (
+    check_lines,
+    difference_cell,
+    reference_of,
+    rows_of,
+    seeds_remark,
+    tasks_of,
+)
+from sparsegrad_cli.report.compare_tables import (
+    figures_table,
+    method_table,
+    note_cell,
+    overview_table,
+)
+from sparsegrad_cli.report.record_tables import calibration_facts, energy_by_kind, spectra_table
+from sparsegrad_cli.report.run_tables import (
+    facts,
+    memory_table,
+    notes_of,
+    subtitle,
+    time_line,
+    title_of,
+)
+from sparsegrad_cli.report.tables import Fact, Table
+from sparsegrad_cli.report.words import error_lines, status_of, status_words
+
+_STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
+_MOST_SPECTRA = 8
+_MOST_NOTES = 6
+_DASH = "–"
+
+
+def run_table(run: dict[str, Any]) -> RenderableType:
+    """A training run: headline figures, memory by phase and category, time by phase."""
+    parts: list[RenderableType] = [*_heading(run), _facts(facts(run))]
+    parts.append(_table(memory_table(run)) or Text("Memory: not recorded", style="dim"))
+    parts.append(_labelled("Time", time_line(run) or "not recorded"))
+    if energy_by_kind(run):
+        parts += [Text(), _table(energy_by_kind(run)) or Text()]
+    return Group(*parts, *_notes(notes_of(run)))
+
+
+def calibration_table(run: dict[str, Any]) -> RenderableType:
+    """A calibration run: its cost, energy in the top entries, how fast the spectra fall."""
+    parts: list[RenderableType] = _heading(run)
+    shown = calibration_facts(run)
+    parts.append(_facts(shown) if shown else Text("Calibration: not recorded", style="dim"))
+    missing = Text("Energy: not recorded", style="dim")
+    parts.append(_table(energy_by_kind(run)) or missing)
+    spectra = spectra_table(run)
+    if spectra is not None:
+        more = len(spectra.rows) - _MOST_SPECTRA
+        notes = [f"and {more} more in the report"] if more > 0 else []
+        parts.append(_table(replace(spectra, rows=spectra.rows[:_MOST_SPECTRA], notes=notes)) or "")
+    parts.append(_labelled("Time", time_line(run) or "not recorded"))
+    return Group(*parts, *_notes(notes_of(run)))
+
+
+def compare_table(compare: dict[str, Any]) -> RenderableType:
+    """A comparison: one row a method and task, what they mean, and whether it was fair."""
+    parts: list[RenderableType] = _heading(compare)
+    for task in tasks_of(compare):
+        table = method_table(compare, task, terminal=True)
+        if table is None:
+            parts.append(Text(f"{task}: no rows recorded", style="dim"))
+            continue
+        parts += [_table(replace(table, notes=())) or "", *_below(compare, task)]
+    for extra in (overview_table(compare), figures_table(compare)):
+        if extra is not None:
+            parts += [_table(extra) or ""]
+    for held, line in check_lines(compare):
+        mark, style = {True: ("✓", "green"), False: ("✗", "bold red")}.get(held, ("·", "dim"))
+        parts.append(Text(f"{mark} {line}", style=style))
+    return Group(*parts)
+
+
+def _below(compare: Any, task: str) -> list[RenderableType]:
+    """Differences, then what is odd about a row: under the table, where there is room."""
+    rows = rows_of(compare, task)
+    lines: list[RenderableType] = []
+    shown = [
+        f"{text(row, 'method')} {difference_cell(row)}" for row in rows if difference_cell(row)
+    ]
+    if shown:
+        against = _labelled(f"against {reference_of(rows)}", ", ".join(shown))
+        remark = seeds_remark(rows)
+        lines.append(Text.assemble(against, (f"; {remark}" if remark else "", "dim")))
+    for row in rows:
+        note = note_cell(row)
+        if note:
+            lines.append(_labelled(text(row, "method") or "?", note))
+    return [*lines, Text()]
+
+
+def _heading(record: Any) -> list[RenderableType]:
+    status = status_of(record)
+    head = Text.assemble((title_of(record), "bold"), "  ")
+    head.append(status_words(status), style=_STATUS_STYLE.get(status, "yellow"))
+    lines: list[RenderableType] = [Text(), head]
+    if subtitle(record):
+        lines.append(Text(subtitle(record), style="dim"))
+    for label, value in error_lines(record.get("error")):
+        lines.append(_labelled(label, value, "red" if label == "what" else ""))
+    return [*lines, Text()]
+
+
+def _labelled(label: str, value: str, style: str = "") -> Text:
+    return Text.assemble((f"{label}  ", "dim"), (value, style))
+
+
+def _facts(shown: Sequence[Fact]) -> RenderableType:
+    grid = RichTable.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, justify="right")
+    grid.add_column(style="dim", overflow="fold")
+    for fact in shown:
+        grid.add_row(Text(fact.label), Text(fact.value, style="bold"), Text(fact.detail))
+    return grid
+
+
+def _table(table: Table | None) -> RenderableType | None:
+    if table is None:
+        return None
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for column, name in enumerate(table.header):
+        words = table.is_words(column)
+        justify, fold = ("left", "fold") if words else ("right", "ellipsis")
+        drawn.add_column(
+            Text(name, justify=justify),  # type: ignore[arg-type]
+            justify=justify,  # type: ignore[arg-type]
+            overflow=fold,  # type: ignore[arg-type]
+        )
+    for number, row in enumerate(table.rows):
+        cells = [
+            Text(
+                _DASH if cell is None else cell, style="bold" if (number, c) in table.strong else ""
+            )
+            for c, cell in enumerate(row)
+        ]
+        drawn.add_row(*cells)
+    parts: list[RenderableType] = [Text(), Text(table.caption, style="italic"), drawn]
+    if any(cell is None for row in table.rows for cell in row):
+        parts.append(Text(f"{_DASH} not recorded", style="dim"))
+    parts += [Text(note, style="dim") for note in table.notes]
+    return Group(*parts)
+
+
+def _notes(notes: Sequence[str]) -> list[RenderableType]:
+    shown: list[RenderableType] = [_labelled("note", note) for note in notes[:_MOST_NOTES]]
+    if len(notes) > _MOST_NOTES:
+        shown.append(Text(f"and {len(notes) - _MOST_NOTES} more notes in the report", style="dim"))
+    return shown
