@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsegrad_cli.data.glue import load_local_glue
 from sparsegrad_cli.data.hub import load_hub_glue
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BUILTIN_SEED = 0  # of the generator; not the training seed, so that every run has the same data
-_BUILTIN_SIZES = {"train": 4000, "validation": 1000}
+_BUILTIN_SIZES: dict[Literal["train", "validation"], int] = {"train": 4000, "validation": 1000}
 
 
 @dataclass(frozen=True)

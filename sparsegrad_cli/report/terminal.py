@@ -45,6 +45,7 @@ _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
 _MOST_SPECTRA = 8
 _MOST_NOTES = 6
 _DASH = "–"
+_CHECKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
 
 
 def run_table(run: dict[str, Any]) -> RenderableType:
@@ -86,7 +87,7 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
         if extra is not None:
             parts += [_table(extra) or ""]
     for held, line in check_lines(compare):
-        mark, style = {True: ("✓", "green"), False: ("✗", "bold red")}.get(held, ("·", "dim"))
+        mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))
     return Group(*parts)
 

@@ -273,13 +273,13 @@ class TrainingSession(Session):
             initial = trainer.last_evaluation
         self.observer.phase("train", self.recipe.method.name)
         torch.manual_seed(self.recipe.seed)  # dropout is the same whatever was drawn before
-        started = time.perf_counter()
+        started, evaluated = time.perf_counter(), trainer.evaluate_seconds
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        self.seconds["train_s"] = time.perf_counter() - started
+        within = trainer.evaluate_seconds - evaluated
+        self.seconds["train_s"] = time.perf_counter() - started - within
         self.observer.phase("evaluate", "best model")
-        started = time.perf_counter()
         self._finish(setup, method, trainer, recorder, initial)
-        self.seconds["evaluate_s"] = time.perf_counter() - started
+        self.seconds["evaluate_s"] = trainer.evaluate_seconds
         self.record.data["time"].update(self.seconds)
 
     def _finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class SparsegradTrainer(Trainer):
         self.order = OrderHash(every=recipe.train.logging_steps)
         self.score_notes: list[str] = []
         self.last_evaluation: dict[str, Any] | None = None
+        self.evaluate_seconds = 0.0  # of all evaluations so far
         super().__init__(eval_dataset=next(iter(self.validation.values())), **kwargs)
         # Our models divide by the batch, so micro-batches are averaged by Trainer.
         self.model_accepts_loss_kwargs = False
@@ -98,6 +100,7 @@ class SparsegradTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """All validation splits: ``eval_score`` and ``eval_loss`` of the first, and all metrics."""
+        started = time.perf_counter()
         flat: dict[str, float] = {}
         values: dict[str, dict[str, float]] = {}
         for name, data in self.validation.items():
@@ -123,6 +126,7 @@ class SparsegradTrainer(Trainer):
             "loss": flat["eval_loss"],
             "values": values,
         }
+        self.evaluate_seconds += time.perf_counter() - started
         self.log(dict(flat))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat

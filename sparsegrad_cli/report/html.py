@@ -1,0 +1,184 @@
+"""Records as one HTML file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli.report import compare_charts, run_charts
+from sparsegrad_cli.report.access import mappings, text
+from sparsegrad_cli.report.compare_record import check_lines, tasks_of
+from sparsegrad_cli.report.compare_tables import (
+    cells_table,
+    failures_table,
+    figures_table,
+    method_table,
+    overview_table,
+)
+from sparsegrad_cli.report.page import (
+    bullets,
+    cards,
+    checked,
+    drawing,
+    folded,
+    html_table,
+    page,
+    paragraph,
+)
+from sparsegrad_cli.report.record_tables import (
+    calibration_facts,
+    energy_by_kind,
+    energy_by_target,
+    provenance,
+    spectra_table,
+)
+from sparsegrad_cli.report.run_tables import (
+    facts,
+    memory_table,
+    notes_of,
+    targets_table,
+    time_line,
+)
+from sparsegrad_cli.report.words import status_of
+
+_SCALE = "Scores are times 100."
+_LEARNING = (
+    "Score on the validation split at every evaluation, starting before the first step. The dotted "
+    "line is what always answering with the most frequent class scores: a method that stays on it "
+    "has learnt nothing. The ring marks the model that is kept."
+)
+_LOSS = (
+    "Cross-entropy (mean squared error for regression). Training loss that falls while validation "
+    "loss climbs is overfitting."
+)
+_MEMORY = (
+    "What was held at the moment each phase needed most, by what it was held for. Forward, "
+    "backward and optimizer make up a training step; the highest of the three decides whether it "
+    "fits. RSS, in the table, is all that the process holds, libraries included."
+)
+_TIME = "Where the time went. Calibration is part of what SparseGrad costs, and is charged to it."
+_ENERGY = (
+    "How much of a gradient's squared norm its largest entries hold, on gradients the basis never "
+    "saw. A sparse method keeps those entries only, so higher is better. Original basis: the "
+    "gradient as it is. Published code: the basis put on with its sides swapped. The others: the "
+    "gradient as its core, with one basis shared by all layers of a kind, and with one per layer."
+)
+_SPECTRA = (
+    "Singular values of the calibration gradients, by side. The faster they fall, the fewer "
+    "directions carry the gradient and the sparser its core can be."
+)
+_HEAT = (
+    "One weight gradient, mean absolute entries, darker is smaller. In the original basis it is "
+    "spread out; as a core, sorted by singular value, it gathers in the top left corner."
+)
+_SCORES = (
+    "One dot a seed; the bar is the mean with its standard deviation. Diamonds, where there are "
+    "any, are published figures. Differences smaller than the spread are not differences."
+)
+_CURVES = "Mean over seeds, single seeds behind. Flat at the end: training longer would not help."
+_TRADE = "Up and to the left is better: more score for fewer bytes beyond the weights themselves."
+_STEP_MEMORY = "The training step's peak by category, on the longest examples of the task."
+_SPEED = (
+    "Optimizer steps a second, all of a step included; the bar is the interquartile range. Only "
+    "comparable when nothing else ran on the machine and cells did not run side by side."
+)
+_FAIR = (
+    "Every method of a task and seed must start from the same head and see the same examples in "
+    "the same order. Both are hashed while training, and compared here."
+)
+
+
+def write_run_html(record: Mapping[str, Any], path: Path) -> None:
+    """Write the page of a training or calibration run.
+
+    Args:
+        record: ``run.json`` as loaded; anything may be missing.
+        path: the file to write.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    trained = text(record, "command") != "calibrate"
+    lead = cards(facts(record) if trained else calibration_facts(record))
+    sections = [
+        ("Learning", _learning(record) if trained else ""),
+        ("Calibration", _calibration(record, with_facts=trained)),
+        ("Memory", _memory(record)),
+        ("Time", _time(record)),
+        ("Trainable entries", folded("Every target", html_table(targets_table(record)))),
+        ("Notes", bullets(notes_of(record))),
+        ("Provenance", html_table(provenance(record))),
+    ]
+    path.write_text(page(record, sections, lead), encoding="utf-8")
+
+
+def _learning(record: Mapping[str, Any]) -> str:
+    curve = drawing(run_charts.learning_curve(record), _LEARNING, "Scores: not recorded.")
+    return curve + drawing(run_charts.loss_curve(record), _LOSS, "Losses: not recorded.")
+
+
+def _memory(record: Mapping[str, Any]) -> str:
+    bars = drawing(run_charts.memory_bars(record), _MEMORY)
+    return bars + html_table(memory_table(record), "Memory: not recorded.")
+
+
+def _time(record: Mapping[str, Any]) -> str:
+    line = paragraph(time_line(record) or "Not recorded.", dim=True)
+    return drawing(run_charts.time_bar(record), _TIME) + line
+
+
+def _calibration(record: Mapping[str, Any], *, with_facts: bool) -> str:
+    shown = calibration_facts(record)
+    if not shown:
+        return "" if with_facts else paragraph("Calibration: not recorded.", dim=True)
+    parts = [cards(shown)] if with_facts else []
+    parts += [drawing(run_charts.energy_bars(record), _ENERGY), html_table(energy_by_kind(record))]
+    parts.append(folded("Energy of every target", html_table(energy_by_target(record))))
+    parts.append(drawing(run_charts.heat_maps(record), _heat_caption(record)))
+    parts.append(drawing(run_charts.spectra_lines(record), _SPECTRA))
+    parts.append(folded("Directions that matter, by basis", html_table(spectra_table(record))))
+    return "".join(parts)
+
+
+def _heat_caption(record: Mapping[str, Any]) -> str:
+    target = text(record, "calibration", "heat_map", "target")
+    return f"{_HEAT} Target: {target}." if target else _HEAT
+
+
+def write_compare_html(compare: Mapping[str, Any], path: Path) -> None:
+    """Write the page of a comparison.
+
+    Args:
+        compare: ``compare.json`` as loaded; anything may be missing.
+        path: the file to write.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    cells = mappings(compare, "cells")
+    done = sum(status_of(cell) == "done" for cell in cells)
+    lead = paragraph(f"{done} of {len(cells)} cells done. {_SCALE}", dim=True)
+    overview = overview_table(compare)
+    lead += html_table(overview) if overview else ""
+    sections = [(task, _task(compare, task)) for task in tasks_of(compare)]
+    sections += [
+        ("Published figures", html_table(figures_table(compare))),
+        ("Cells that are not done", html_table(failures_table(compare))),
+        ("Was it fair?", paragraph(_FAIR) + checked(check_lines(compare))),
+        ("All cells", folded("Every cell", html_table(cells_table(compare)))),
+        ("Provenance", html_table(provenance(compare))),
+    ]
+    path.write_text(page(compare, sections, lead), encoding="utf-8")
+
+
+def _task(compare: Mapping[str, Any], task: str) -> str:
+    charts = (
+        (compare_charts.score_dots, _SCORES),
+        (compare_charts.learning_curves, _CURVES),
+        (compare_charts.score_against_memory, _TRADE),
+        (compare_charts.memory_by_method, _STEP_MEMORY),
+        (compare_charts.speed_bars, _SPEED),
+    )
+    table = html_table(method_table(compare, task), "No rows recorded.")
+    return table + "".join(drawing(draw(compare, task), caption) for draw, caption in charts)
