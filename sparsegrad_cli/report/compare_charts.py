@@ -15,6 +15,7 @@ from sparsegrad_cli.report.svg import (
     colour,
     grid,
     legend,
+    name_ticks,
     plain,
     stacked,
     whole_steps,
@@ -32,10 +33,11 @@ def score_dots(compare: Any, task: str) -> str | None:
         for at, row in enumerate(rows):
             mean, spread = 100 * (number(row, "score_mean") or 0), number(row, "score_std") or 0
             tint = colour(_place(compare, row))
-            axes.errorbar(
-                [at + 0.12], [mean], [100 * spread], fmt="_", ms=16, capsize=4, color=tint
-            )
             scores = [100 * score for score in numbers(row, "scores")]
+            if len(scores) > 1:
+                axes.errorbar(
+                    [at + 0.12], [mean], [100 * spread], fmt="_", ms=16, capsize=4, color=tint
+                )
             axes.plot([at - 0.08] * len(scores), scores, "o", ms=6, alpha=0.8, color=tint)
             for figure in figures_of(compare, task, text(row, "method")):
                 axes.plot(
@@ -48,7 +50,7 @@ def score_dots(compare: Any, task: str) -> str | None:
                 )
         for level in _majorities(compare, task):
             axes.axhline(100 * level, color=INK, lw=1, ls=":", label="majority class")
-        axes.set_xticks(range(len(rows)), [plain(text(row, "method") or "?") for row in rows])
+        name_ticks(axes, [text(row, "method") or "?" for row in rows])
         axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=f"{_metric(rows)} ×100")
         grid(axes)
         legend(axes)

@@ -30,12 +30,11 @@ from sparsegrad_cli.report.words import metric_words, reason, status_of, status_
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the comparison: its name on a page and in a terminal, and its cell."""
+    """One column: its name on a page, in a terminal (None: not shown there), and its cell."""
 
     name: str
     short: str | None
     cell: Callable[[Row], Cell]
-    prose: bool = False
 
 
 def status_cell(row: Row) -> str:
@@ -47,6 +46,10 @@ def status_cell(row: Row) -> str:
 def note_cell(row: Row) -> str:
     """Status and note of a row in one text."""
     return ": ".join(part for part in (status_cell(row), text(row, "note")) if part)
+
+
+def _name(row: Row) -> str:
+    return text(row, "method") or "?"
 
 
 def _score(row: Row) -> Cell:
@@ -97,12 +100,11 @@ def _published(compare: Any) -> Callable[[Row], Cell]:
     return cell
 
 
-def _columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
-    found = [
-        Column("method", "method", lambda row: text(row, "method") or "?"),
-        Column("score ×100", "score ×100", _score),
-        Column("seeds", "seeds", _seeds),
-    ]
+def _score_columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
+    found = [Column("method", "method", _name), Column("score ×100", "score ×100", _score)]
+    # A column that says the same everywhere tells nothing; the caption says it once.
+    unfinished = any(number(r, "seeds_done") != number(r, "seeds_asked") for r in rows)
+    found.append(Column("seeds", "seeds" if unfinished else None, _seeds))
     if any(figures_of(compare, text(row, "task"), text(row, "method")) for row in rows):
         found.append(Column("published", "published", _published(compare)))
     against = reference_of(rows)
@@ -113,38 +115,70 @@ def _columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
         Column("validation loss", None, _plain("validation_loss_mean", 3)),
         Column("trainable entries", "trainable", _count("trainable")),
         Column("of them in targets", None, _count("trainable_targets")),
-        Column("peak, MiB", "peak\nMiB", _mib("peak_bytes")),
-        Column("beyond the weights, MiB", "beyond\nMiB", _mib("beyond_weights_bytes")),
-        Column("optimizer state, MiB", "state\nMiB", _mib("memory_categories", "optimizer_state")),
-        Column("steps/s", "steps/s", _speed),
-        Column("calibration, s", "calib.\ns", _plain("calibrate_s", 1)),
-        Column("adapter, MiB", "adapter\nMiB", _mib("adapter_bytes")),
-        Column("notes", None, note_cell, prose=True),
     ]
 
 
-def method_table(compare: Any, task: str, *, terminal: bool = False) -> Table | None:
-    """One row a method: score, size, memory, speed, cost, status. The best mean is strong."""
+_COSTS = (
+    Column("peak, MiB", "peak\nMiB", _mib("peak_bytes")),
+    Column("beyond the weights, MiB", "beyond\nMiB", _mib("beyond_weights_bytes")),
+    Column("optimizer state, MiB", "state\nMiB", _mib("memory_categories", "optimizer_state")),
+    Column("steps/s", "steps/s", _speed),
+    Column("calibration, s", "calib.\ns", _plain("calibrate_s", 1)),
+    Column("adapter, MiB", "adapter\nMiB", _mib("adapter_bytes")),
+)
+
+
+def method_table(compare: Any, task: str) -> Table | None:
+    """One row a method, narrow enough for a terminal: score, size, memory, speed, cost."""
+    rows = rows_of(compare, task)
+    columns = [c for c in (*_score_columns(compare, rows), *_COSTS) if c.short is not None]
+    seeds = sorted({s for s in (number(row, "seeds_asked") for row in rows) if s is not None})
+    tail = f" ({seeds[-1]:.0f})" if seeds else ""
+    header = tuple(c.short or c.name for c in columns)
+    return _table(rows, columns, header, f"{_caption(rows, task)}{tail}", ()) if rows else None
+
+
+def score_table(compare: Any, task: str) -> Table | None:
+    """One row a method: score, difference, loss, size. The best mean is strong."""
     rows = rows_of(compare, task)
     if not rows:
         return None
-    columns = _columns(compare, rows)
-    if terminal:
-        columns = [c for c in columns if c.short is not None]
+    columns = _score_columns(compare, rows)
+    notes = [remark] if (remark := seeds_remark(rows)) else []
+    notes += [f"{_name(row)}: {note_cell(row)}" for row in rows if note_cell(row)]
+    return _table(rows, columns, tuple(c.name for c in columns), _caption(rows, task), notes)
+
+
+def cost_table(compare: Any, task: str) -> Table | None:
+    """One row a method: memory, speed, calibration, size on disk."""
+    rows = rows_of(compare, task)
+    columns = [Column("method", "method", _name), *_COSTS]
+    caption = f"{task}: what it costs, means over seeds"
+    return _table(rows, columns, tuple(c.name for c in columns), caption, ()) if rows else None
+
+
+def _caption(rows: Sequence[Row], task: str) -> str:
+    metric = metric_words(next((text(row, "metric") for row in rows if text(row, "metric")), None))
+    return f"{task}: {metric} ×100, mean ± standard deviation over seeds"
+
+
+def _table(
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    header: tuple[str, ...],
+    caption: str,
+    notes: Sequence[str],
+) -> Table:
     means = [number(row, "score_mean") for row in rows]
     there = [mean for mean in means if mean is not None]
+    scores = next((c for c, column in enumerate(columns) if column.cell is _score), None)
     strong = frozenset(
-        (r, 1) for r, mean in enumerate(means) if len(there) > 1 and mean == max(there)
+        (r, scores)
+        for r, mean in enumerate(means)
+        if scores is not None and len(there) > 1 and mean == max(there)
     )
-    metric = metric_words(next((text(row, "metric") for row in rows if text(row, "metric")), None))
-    return Table(
-        f"{task}: {metric} ×100, mean ± standard deviation over seeds",
-        tuple((c.short or c.name) if terminal else c.name for c in columns),
-        [tuple(c.cell(row) for c in columns) for row in rows],
-        prose=sum(c.prose for c in columns),
-        strong=strong,
-        notes=[remark] if (remark := seeds_remark(rows)) else [],
-    )
+    cells = [tuple(column.cell(row) for column in columns) for row in rows]
+    return Table(caption, header, cells, strong=strong, notes=notes)
 
 
 def overview_table(compare: Any) -> Table | None:

@@ -11,10 +11,11 @@ from sparsegrad_cli.report.access import mappings, text
 from sparsegrad_cli.report.compare_record import check_lines, tasks_of
 from sparsegrad_cli.report.compare_tables import (
     cells_table,
+    cost_table,
     failures_table,
     figures_table,
-    method_table,
     overview_table,
+    score_table,
 )
 from sparsegrad_cli.report.page import (
     bullets,
@@ -180,5 +181,6 @@ def _task(compare: Mapping[str, Any], task: str) -> str:
         (compare_charts.memory_by_method, _STEP_MEMORY),
         (compare_charts.speed_bars, _SPEED),
     )
-    table = html_table(method_table(compare, task), "No rows recorded.")
-    return table + "".join(drawing(draw(compare, task), caption) for draw, caption in charts)
+    tables = html_table(score_table(compare, task), "No rows recorded.")
+    tables += html_table(cost_table(compare, task))
+    return tables + "".join(drawing(draw(compare, task), caption) for draw, caption in charts)

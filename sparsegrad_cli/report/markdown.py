@@ -8,10 +8,11 @@ from typing import Any
 from sparsegrad_cli.report.access import mappings, text
 from sparsegrad_cli.report.compare_record import check_lines, tasks_of
 from sparsegrad_cli.report.compare_tables import (
+    cost_table,
     failures_table,
     figures_table,
-    method_table,
     overview_table,
+    score_table,
 )
 from sparsegrad_cli.report.record_tables import (
     calibration_facts,
@@ -62,7 +63,9 @@ def compare_markdown(compare: Mapping[str, Any]) -> str:
     overview = overview_table(compare)
     parts += [table_markdown(overview)] if overview else []
     for task in tasks_of(compare):
-        parts.append(_or_absent(task, method_table(compare, task)))
+        parts.append(_or_absent(task, score_table(compare, task)))
+        costs = cost_table(compare, task)
+        parts += [table_markdown(costs)] if costs else []
     for table in (figures_table(compare), failures_table(compare)):
         parts += [table_markdown(table)] if table else []
     marks = {True: "yes", False: "**NO**", None: "unknown"}

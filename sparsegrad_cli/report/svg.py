@@ -94,6 +94,17 @@ def legend(axes: Axes, columns: int = 1) -> None:
         axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
 
 
+def name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """Names below an axis, tilted where they would run into each other."""
+    shown = [plain(name) for name in names]
+    tilted = sum(map(len, shown)) > 60
+    axes.set_xticks(range(len(names)), shown)
+    if tilted:
+        axes.tick_params(axis="x", labelrotation=30)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+
+
 def plain(label: str) -> str:
     """Text that matplotlib neither reads as mathematics nor leaves out of a legend."""
     shown = label.replace("$", r"\$")

@@ -78,7 +78,7 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
     """A comparison: one row a method and task, what they mean, and whether it was fair."""
     parts: list[RenderableType] = _heading(compare)
     for task in tasks_of(compare):
-        table = method_table(compare, task, terminal=True)
+        table = method_table(compare, task)
         if table is None:
             parts.append(Text(f"{task}: no rows recorded", style="dim"))
             continue
@@ -147,6 +147,7 @@ def _table(table: Table | None) -> RenderableType | None:
             Text(name, justify=justify),  # type: ignore[arg-type]
             justify=justify,  # type: ignore[arg-type]
             overflow=fold,  # type: ignore[arg-type]
+            no_wrap=column == 0 or not words,
         )
     for number, row in enumerate(table.rows):
         cells = [
