@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -20,18 +19,15 @@ def run_guarded(app: Callable[..., Any]) -> int:
     """Run a Typer app; return the exit code that fits how it ended."""
     debug = DEBUG_FLAG in sys.argv[1:]
     try:
-        app(standalone_mode=False)
+        app()
+    except SystemExit as ended:  # Typer shows its usage errors itself and leaves with their code
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except SparsegradError as error:
         if debug:
             raise
         show(error)
         return error.exit_code
-    except click.exceptions.Exit as error:
-        return int(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return int(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted.")
         return 130
     except BrokenPipeError:
