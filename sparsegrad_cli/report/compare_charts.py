@@ -95,7 +95,7 @@ def score_against_memory(compare: Any, task: str) -> str | None:
         for row, memory, score in found
         if memory is not None and score is not None
     ]
-    if len(there) < 2:
+    if len(there) < 2 or not any(memory for _, memory, _ in there):
         return None
     with Canvas(7.2, 3.0) as canvas:
         axes = canvas.axes

@@ -30,10 +30,9 @@ from sparsegrad_cli.report.words import metric_words, reason, status_of, status_
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name on a page, in a terminal (None: not shown there), and its cell."""
+    """One column: its name, and its cell in a row."""
 
     name: str
-    short: str | None
     cell: Callable[[Row], Cell]
 
 
@@ -100,42 +99,60 @@ def _published(compare: Any) -> Callable[[Row], Cell]:
     return cell
 
 
-def _score_columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
-    found = [Column("method", "method", _name), Column("score ×100", "score ×100", _score)]
-    # A column that says the same everywhere tells nothing; the caption says it once.
-    unfinished = any(number(r, "seeds_done") != number(r, "seeds_asked") for r in rows)
-    found.append(Column("seeds", "seeds" if unfinished else None, _seeds))
-    if any(figures_of(compare, text(row, "task"), text(row, "method")) for row in rows):
-        found.append(Column("published", "published", _published(compare)))
-    against = reference_of(rows)
-    if against is not None:
-        found.append(Column(f"against {against}", None, difference_cell))
-    return [
-        *found,
-        Column("validation loss", None, _plain("validation_loss_mean", 3)),
-        Column("trainable entries", "trainable", _count("trainable")),
-        Column("of them in targets", None, _count("trainable_targets")),
-    ]
+def _score_and_seeds(row: Row) -> Cell:
+    """The score; where seeds are missing, how many it is a mean of."""
+    shown, done, asked = _score(row), number(row, "seeds_done"), number(row, "seeds_asked")
+    return shown if shown is None or done == asked else f"{shown} ({_seeds(row) or '?'})"
+
+
+def _rate(row: Row) -> Cell:
+    rate = number(row, "steps_per_s")
+    return None if rate is None else format_number(rate)
 
 
 _COSTS = (
-    Column("peak, MiB", "peak\nMiB", _mib("peak_bytes")),
-    Column("beyond the weights, MiB", "beyond\nMiB", _mib("beyond_weights_bytes")),
-    Column("optimizer state, MiB", "state\nMiB", _mib("memory_categories", "optimizer_state")),
-    Column("steps/s", "steps/s", _speed),
-    Column("calibration, s", "calib.\ns", _plain("calibrate_s", 1)),
-    Column("adapter, MiB", "adapter\nMiB", _mib("adapter_bytes")),
+    Column("peak, MiB", _mib("peak_bytes")),
+    Column("beyond the weights, MiB", _mib("beyond_weights_bytes")),
+    Column("optimizer state, MiB", _mib("memory_categories", "optimizer_state")),
+    Column("steps/s", _speed),
+    Column("calibration, s", _plain("calibrate_s", 1)),
+    Column("adapter, MiB", _mib("adapter_bytes")),
 )
+# The same in a hundred characters; published figures have a table of their own there.
+_NARROW = (
+    Column("method", _name),
+    Column("score ×100", _score_and_seeds),
+    Column("trainable", _count("trainable")),
+    Column("peak\nMiB", _mib("peak_bytes")),
+    Column("beyond\nMiB", _mib("beyond_weights_bytes")),
+    Column("state\nMiB", _mib("memory_categories", "optimizer_state")),
+    Column("steps/s", _rate),
+    Column("calib.\ns", _plain("calibrate_s", 1)),
+    Column("adapter\nMiB", _mib("adapter_bytes")),
+)
+
+
+def _score_columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
+    found = [Column("method", _name), Column("score ×100", _score), Column("seeds", _seeds)]
+    if any(figures_of(compare, text(row, "task"), text(row, "method")) for row in rows):
+        found.append(Column("published", _published(compare)))
+    against = reference_of(rows)
+    if against is not None:
+        found.append(Column(f"against {against}", difference_cell))
+    return [
+        *found,
+        Column("validation loss", _plain("validation_loss_mean", 3)),
+        Column("trainable entries", _count("trainable")),
+        Column("of them in targets", _count("trainable_targets")),
+    ]
 
 
 def method_table(compare: Any, task: str) -> Table | None:
     """One row a method, narrow enough for a terminal: score, size, memory, speed, cost."""
     rows = rows_of(compare, task)
-    columns = [c for c in (*_score_columns(compare, rows), *_COSTS) if c.short is not None]
-    seeds = sorted({s for s in (number(row, "seeds_asked") for row in rows) if s is not None})
-    tail = f" ({seeds[-1]:.0f})" if seeds else ""
-    header = tuple(c.short or c.name for c in columns)
-    return _table(rows, columns, header, f"{_caption(rows, task)}{tail}", ()) if rows else None
+    seeds = max((s for s in (number(r, "seeds_asked") for r in rows) if s is not None), default=0)
+    caption = f"{_caption(rows, task)}{f' ({seeds:.0f})' if seeds else ''}"
+    return _table(rows, _NARROW, caption, ()) if rows else None
 
 
 def score_table(compare: Any, task: str) -> Table | None:
@@ -143,18 +160,16 @@ def score_table(compare: Any, task: str) -> Table | None:
     rows = rows_of(compare, task)
     if not rows:
         return None
-    columns = _score_columns(compare, rows)
     notes = [remark] if (remark := seeds_remark(rows)) else []
     notes += [f"{_name(row)}: {note_cell(row)}" for row in rows if note_cell(row)]
-    return _table(rows, columns, tuple(c.name for c in columns), _caption(rows, task), notes)
+    return _table(rows, _score_columns(compare, rows), _caption(rows, task), notes)
 
 
 def cost_table(compare: Any, task: str) -> Table | None:
     """One row a method: memory, speed, calibration, size on disk."""
     rows = rows_of(compare, task)
-    columns = [Column("method", "method", _name), *_COSTS]
-    caption = f"{task}: what it costs, means over seeds"
-    return _table(rows, columns, tuple(c.name for c in columns), caption, ()) if rows else None
+    columns = [Column("method", _name), *_COSTS]
+    return _table(rows, columns, f"{task}: what it costs, means over seeds", ()) if rows else None
 
 
 def _caption(rows: Sequence[Row], task: str) -> str:
@@ -163,22 +178,22 @@ def _caption(rows: Sequence[Row], task: str) -> str:
 
 
 def _table(
-    rows: Sequence[Row],
-    columns: Sequence[Column],
-    header: tuple[str, ...],
-    caption: str,
-    notes: Sequence[str],
+    rows: Sequence[Row], columns: Sequence[Column], caption: str, notes: Sequence[str]
 ) -> Table:
     means = [number(row, "score_mean") for row in rows]
     there = [mean for mean in means if mean is not None]
-    scores = next((c for c, column in enumerate(columns) if column.cell is _score), None)
+    scores = next((c for c, column in enumerate(columns) if column.cell in _SCORES), None)
     strong = frozenset(
         (r, scores)
         for r, mean in enumerate(means)
         if scores is not None and len(there) > 1 and mean == max(there)
     )
     cells = [tuple(column.cell(row) for column in columns) for row in rows]
+    header = tuple(column.name for column in columns)
     return Table(caption, header, cells, strong=strong, notes=notes)
+
+
+_SCORES = (_score, _score_and_seeds)
 
 
 def overview_table(compare: Any) -> Table | None:

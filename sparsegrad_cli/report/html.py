@@ -34,6 +34,7 @@ from sparsegrad_cli.report.record_tables import (
     provenance,
     spectra_table,
 )
+from sparsegrad_cli.report.records import write_text_atomic
 from sparsegrad_cli.report.run_tables import (
     facts,
     memory_table,
@@ -98,7 +99,7 @@ def write_run_html(record: Mapping[str, Any], path: Path) -> None:
         path: the file to write.
 
     Raises:
-        OSError: the file cannot be written.
+        DiskError: the file could not be written.
     """
     trained = text(record, "command") != "calibrate"
     lead = cards(facts(record) if trained else calibration_facts(record))
@@ -111,7 +112,7 @@ def write_run_html(record: Mapping[str, Any], path: Path) -> None:
         ("Notes", bullets(notes_of(record))),
         ("Provenance", html_table(provenance(record))),
     ]
-    path.write_text(page(record, sections, lead), encoding="utf-8")
+    write_text_atomic(path, page(record, sections, lead))
 
 
 def _learning(record: Mapping[str, Any]) -> str:
@@ -155,7 +156,7 @@ def write_compare_html(compare: Mapping[str, Any], path: Path) -> None:
         path: the file to write.
 
     Raises:
-        OSError: the file cannot be written.
+        DiskError: the file could not be written.
     """
     cells = mappings(compare, "cells")
     done = sum(status_of(cell) == "done" for cell in cells)
@@ -170,7 +171,7 @@ def write_compare_html(compare: Mapping[str, Any], path: Path) -> None:
         ("All cells", folded("Every cell", html_table(cells_table(compare)))),
         ("Provenance", html_table(provenance(compare))),
     ]
-    path.write_text(page(compare, sections, lead), encoding="utf-8")
+    write_text_atomic(path, page(compare, sections, lead))
 
 
 def _task(compare: Mapping[str, Any], task: str) -> str:

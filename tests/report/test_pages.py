@@ -1,0 +1,141 @@
+"""HTML pages: whole, self-contained, escaped, the same twice, and never stopped by a bad record."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import compare_record, damaged, run_record
+
+from sparsegrad_cli.report.html import write_compare_html, write_run_html
+
+VOID = {"meta", "br", "use", "image", "path", "line", "rect", "hr", "img", "link"}
+
+
+class Outline(HTMLParser):
+    """Every tag closed in order; collects text, ids and what the page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.ids: list[str] = []
+        self.refers: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.ids += [str(values["id"])] if values.get("id") else []
+        self.refers += [str(values[k]) for k in ("href", "src", "xlink:href") if values.get(k)]
+
+
+def outline(page: str) -> Outline:
+    parser = Outline()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+def written(record: dict[str, Any], folder: Path, *, compare: bool = False) -> str:
+    path = folder / "report.html"
+    (write_compare_html if compare else write_run_html)(record, path)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_page_is_well_formed_and_fetches_nothing(tmp_path: Path, compare: bool) -> None:
+    found = outline(
+        written(compare_record() if compare else run_record(), tmp_path, compare=compare)
+    )
+    assert all(ref.startswith(("#", "data:image/png;base64,")) for ref in found.refers)
+    assert not {"script", "link", "iframe"} & found.tags
+    targets = {ref[1:] for ref in found.refers if ref.startswith("#")}
+    assert targets <= set(found.ids)
+
+
+def test_run_page_says_the_figures(tmp_path: Path) -> None:
+    page = written(run_record(), tmp_path)
+    text = " ".join(outline(page).text)
+    for figure in ("61.0", "219,554", "6.2 steps/s", "130.0 MiB", "majority class", "Calibration"):
+        assert figure in text
+    assert (
+        page.count("<figure>") == 6
+    )  # score, loss, energy, spectra, memory, time; no heat map in it
+
+
+def test_compare_page_says_rows_failures_and_checks(tmp_path: Path) -> None:
+    page = written(compare_record(), tmp_path, compare=True)
+    text = " ".join(outline(page).text)
+    for words in ("65.5 ± 1.2", "3 of 4 cells done", "out of memory", "the device has 8 GiB"):
+        assert words in text
+    assert "all methods had the same head, order and data" in text
+    assert "61.2 ± 1.0" in text  # the published figure
+    assert page.count("<figure>") == 5  # dots, curves, score against memory, memory, speed
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_equal_records_give_equal_pages(tmp_path: Path, compare: bool) -> None:
+    make = compare_record if compare else run_record
+    assert written(make(), tmp_path, compare=compare) == written(make(), tmp_path, compare=compare)
+
+
+def test_text_of_a_record_stays_text(tmp_path: Path) -> None:
+    evil = '"><script>alert(1)</script>$x^2$ & _y'
+    record = run_record()
+    record["name"] = evil
+    record["task"]["notes"] = [evil]
+    record["error"] = {"what": evil}
+    record["calibration"]["energy"]["mean_by_kind"] = {evil: {"original": 0.5}}
+    found = outline(written(record, tmp_path))
+    assert "script" not in found.tags
+    assert any(evil in text for text in found.text)
+    comparison = compare_record()
+    comparison["methods"][0] = comparison["rows"][0]["method"] = evil
+    assert "script" not in outline(written(comparison, tmp_path, compare=True)).tags
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are built but not rendered: rendering is matplotlib's, and takes the time."""
+    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
+
+
+def test_no_run_record_however_damaged_stops_the_page(tmp_path: Path, undrawn: None) -> None:
+    for what, broken in damaged(run_record()):
+        page = written(broken, tmp_path)
+        assert page.endswith("</html>\n"), what
+        assert not re.search(r">(nan|inf|None)<", page), what
+
+
+def test_no_compare_record_however_damaged_stops_the_page(tmp_path: Path, undrawn: None) -> None:
+    for what, broken in damaged(compare_record()):
+        assert written(broken, tmp_path, compare=True).endswith("</html>\n"), what
+    for key in compare_record()["rows"][0]:
+        broken = copy.deepcopy(compare_record())
+        broken["rows"][0][key] = None
+        assert written(broken, tmp_path, compare=True).endswith("</html>\n"), key
+
+
+def test_empty_records_say_that_nothing_is_recorded(tmp_path: Path) -> None:
+    assert "not recorded" in written({}, tmp_path)
+    assert "0 of 0 cells done" in written({}, tmp_path, compare=True)

@@ -1,0 +1,80 @@
+"""Records to report on: the ones docs/run_json.md shows, so that page and code cannot part."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from paths import REPO
+
+
+def documented(number: int) -> dict[str, Any]:
+    """The n-th JSON block of docs/run_json.md."""
+    page = (REPO / "docs" / "run_json.md").read_text(encoding="utf-8")
+    record: dict[str, Any] = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[number])
+    return record
+
+
+def run_record() -> dict[str, Any]:
+    """A finished SparseGrad run on the built-in task, calibrated."""
+    record = documented(0)
+    steps = range(100, 400, 100)
+    record["metrics"]["history"] = [
+        {"step": step, "epoch": step / 125, "score": step / 500, "loss": 1 / step, "values": {}}
+        for step in steps
+    ]
+    record["metrics"]["initial"] = {"step": 0, "epoch": 0.0, "score": 0.0, "loss": 0.7}
+    record["metrics"]["final"] = record["metrics"]["history"][-1]
+    mib = 1024 * 1024
+    for number, phase in enumerate(record["memory"]["phases"]):
+        record["memory"]["phases"][phase] = {
+            "peak_bytes": (90 + 10 * number) * mib,
+            "categories": {"weights": 86 * mib, "gradients": (4 + 10 * number) * mib},
+            "rss_bytes": 900 * mib,
+            "reserved_bytes": None,
+        }
+    maps = {"original": [[0.3, 0.2], [0.1, 0.4]], "basis": [[1.0, 0.1], [0.0, 0.01]]}
+    record["calibration"]["heat_map"].update(maps)
+    return record
+
+
+def compare_record() -> dict[str, Any]:
+    """A comparison of two methods, two seeds; one cell of LoRA ran out of memory."""
+    record = documented(1)
+    record["methods"] = ["lora", "sparsegrad"]
+    row = record["rows"][0] | {"peak_bytes": 300 * 1024**2, "beyond_weights_bytes": 200 * 1024**2}
+    record["rows"] = [
+        row
+        | {"method": "lora", "seeds_done": 1, "score_std": None, "difference": None}
+        | {"scores": [0.6], "note": "rank 3; 1 of 2 seeds done"},
+        row | {"method": "sparsegrad", "score_mean": 0.655, "score_std": 0.012},
+    ]
+    cell = record["cells"][0]
+    record["cells"] = [
+        cell | {"method": method, "seed": seed, "run": run_record()}
+        for method in record["methods"]
+        for seed in record["seeds"]
+    ]
+    error = {"title": "Out of memory", "what": "the device has 8 GiB", "where": None, "fix": "less"}
+    record["cells"][1] |= {"status": "out_of_memory", "error": error, "run": None}
+    figure = {"source": "paper", "task": record["tasks"][0], "method": "lora"}
+    record["figures"] = [figure | {"score": 0.612, "std": 0.01}]
+    return record
+
+
+def damaged(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The record with each key in turn missing, null, or of another type; two levels deep."""
+    for key, value in record.items():
+        for name, other in (("null", None), ("text", "<x>"), ("list", [1, None]), ("number", -3.5)):
+            broken = copy.deepcopy(record)
+            broken[key] = other
+            yield f"{key} {name}", broken
+        yield f"{key} missing", {k: v for k, v in record.items() if k != key}
+        for inner in value if isinstance(value, dict) else ():
+            for name, other in (("null", None), ("list", [[0.5], "<x>"])):
+                broken = copy.deepcopy(record)
+                broken[key][inner] = other
+                yield f"{key}.{inner} {name}", broken
