@@ -32,7 +32,14 @@ def run_record() -> dict[str, Any]:
     for number, phase in enumerate(record["memory"]["phases"]):
         record["memory"]["phases"][phase] = {
             "peak_bytes": (90 + 10 * number) * mib,
-            "categories": {"weights": 86 * mib, "gradients": (4 + 10 * number) * mib},
+            "categories": {
+                "weights": 86 * mib,
+                "bases": 114 * mib,
+                "gradients": (4 + 10 * number) * mib,
+                "optimizer_state": 81 * mib,
+                "saved_activations": 1089 * mib,
+                "other": 3 * mib,
+            },
             "rss_bytes": 900 * mib,
             "reserved_bytes": None,
         }

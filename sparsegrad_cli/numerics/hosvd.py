@@ -20,6 +20,8 @@ from torch import Tensor
 class Basis:
     """Orthonormal bases of one target, strongest direction first.
 
+    The bases are kept by columns (see :func:`by_columns`).
+
     Attributes:
         q_out: (out, r_out), columns orthonormal.
         q_in: (in, r_in), columns orthonormal.
@@ -102,4 +104,13 @@ def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
     vectors = vectors.flip(1)
     largest = vectors.abs().argmax(dim=0, keepdim=True)
     signs = torch.sign(vectors.gather(0, largest))
-    return (vectors * signs).contiguous(), values.flip(0).clamp_min(0).sqrt()
+    return by_columns(vectors * signs), values.flip(0).clamp_min(0).sqrt()
+
+
+def by_columns(matrix: Tensor) -> Tensor:
+    """The same matrix with each column contiguous in memory.
+
+    A sparse core is rotated back one direction at a time, and a direction is a column: read with
+    a stride, the sparse product takes 34 ms instead of 1.4 ms at 1536 x 384 and 1 %.
+    """
+    return matrix.T.contiguous().T

@@ -128,7 +128,7 @@ _NARROW = (
     Column("state\nMiB", _mib("memory_categories", "optimizer_state")),
     Column("steps/s", _rate),
     Column("calib.\ns", _plain("calibrate_s", 1)),
-    Column("adapter\nMiB", _mib("adapter_bytes")),
+    Column("disk\nMiB", _mib("adapter_bytes")),
 )
 
 

@@ -62,9 +62,9 @@ _MEMORY = (
 _TIME = "Where the time went. Calibration is part of what SparseGrad costs, and is charged to it."
 _ENERGY = (
     "How much of a gradient's squared norm its largest entries hold, on gradients the basis never "
-    "saw. A sparse method keeps those entries only, so higher is better. Original basis: the "
-    "gradient as it is. Published code: the basis put on with its sides swapped. The others: the "
-    "gradient as its core, with one basis shared by all layers of a kind, and with one per layer."
+    "saw. A sparse method keeps those entries only, so higher is better. Original: the gradient as "
+    "it is. Published code: the basis put on with its sides swapped. Per kind and per layer: the "
+    "gradient as its core, with one basis shared by all layers of a kind, or with one per layer."
 )
 _SPECTRA = (
     "Singular values of the calibration gradients, by side. The faster they fall, the fewer "

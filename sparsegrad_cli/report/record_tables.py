@@ -51,7 +51,7 @@ def energy_caption(run: Any) -> str:
     """What the shares are shares of."""
     top = number(run, "calibration", "energy", "top")
     part = f"top {format_share(top)} of" if top is not None else "top"
-    return f"Share of squared gradient in the {part} entries, % (held-out gradients)"
+    return f"Squared gradient in the {part} entries by basis, % (held-out gradients)"
 
 
 def energy_by_kind(run: Any) -> Table | None:
@@ -112,8 +112,9 @@ def spectra_table(run: Any) -> Table | None:
             rows.append((text(item, "key"), text(item, "side"), *counts))
     if not rows:
         return None
-    header = ("basis", "side", "above 10 % of the first", "above 1 %")
-    return Table("Singular values of the calibration gradients", header, rows, left=2)
+    header = ("basis", "side", "≥ 10 %", "≥ 1 %")
+    caption = "Singular values of the calibration gradients at least 10 % and 1 % of the first"
+    return Table(caption, header, rows, left=2)
 
 
 def _above(values: list[float], share: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from sparsegrad_cli.report.access import block, dig, items, mappings, number, text
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import (
+    MIB,
     NOT_RECORDED,
     format_bytes,
     format_count,
@@ -151,8 +152,9 @@ def memory_table(run: Any) -> Table | None:
     for phase, there in memory_phases(run):
         cells: list[Cell] = [phase]
         cells += [format_mib(number(there, "categories", key)) for key in CATEGORIES]
-        rest = ("peak_bytes", "reserved_bytes", "rss_bytes")
-        cells += [format_mib(number(there, key)) for key in rest]
+        cells += [format_mib(number(there, key)) for key in ("peak_bytes", "reserved_bytes")]
+        rss = number(there, "rss_bytes")  # as coarse as it is: other libraries are in it
+        cells.append(None if rss is None else f"{rss / MIB:,.0f}")
         rows.append(tuple(cells))
     if not rows:
         return None

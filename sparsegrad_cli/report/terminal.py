@@ -1,4 +1,4 @@
-"""Records in the terminal, readable at 100 columns.
+"""Records in the terminal, whole at 80 columns.
 
 All text of a record becomes ``Text``: in a string Rich would read ``[bold]`` as markup.
 """
@@ -139,12 +139,14 @@ def _facts(shown: Sequence[Fact]) -> RenderableType:
 def _table(table: Table | None) -> RenderableType | None:
     if table is None:
         return None
-    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, collapse_padding=True
+    )
     for column, name in enumerate(table.header):
         words = table.is_words(column)
         justify, fold = ("left", "fold") if words else ("right", "ellipsis")
         drawn.add_column(
-            Text(name, justify=justify),  # type: ignore[arg-type]
+            Text(name.replace(" ", "\n"), justify=justify),  # type: ignore[arg-type]
             justify=justify,  # type: ignore[arg-type]
             overflow=fold,  # type: ignore[arg-type]
             no_wrap=column == 0 or not words,

@@ -33,10 +33,10 @@ TIMES = {
     "evaluate_s": "evaluate",
 }
 ENERGY = {
-    "original": "original basis",
+    "original": "original",
     "transposed": "published code",
-    "kind_basis": "one basis per kind",
-    "layer_basis": "one basis per layer",
+    "kind_basis": "per kind",
+    "layer_basis": "per layer",
 }
 METRICS = {
     "matthews_correlation": "Matthews correlation",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.training.checkpoint import save_tensors
 
 _FORMAT = "sparsegrad-basis-1"
@@ -93,9 +93,7 @@ def read_basis(path: Path) -> BasisFile:
     try:
         keys = json.loads(metadata["targets"])
         settings = json.loads(metadata["settings"])
-        bases = {
-            key: Basis(*(tensors[f"{part}/{key}"] for part in _PARTS)) for key in set(keys.values())
-        }
+        bases = {key: _basis(tensors, key) for key in set(keys.values())}
         found = BasisFile(
             bases,
             keys,
@@ -114,6 +112,11 @@ def read_basis(path: Path) -> BasisFile:
             "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
         )
     return found
+
+
+def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
+    q_out, q_in, singular_out, singular_in = (tensors.pop(f"{part}/{key}") for part in _PARTS)
+    return Basis(by_columns(q_out), by_columns(q_in), singular_out, singular_in)
 
 
 def check_belongs(

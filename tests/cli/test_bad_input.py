@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -91,8 +90,8 @@ def test_pattern_that_matches_nothing_lists_what_there_is(cli: Cli) -> None:
     assert "*.up_proj" in outcome.flat and "intermediate.dense (1536 x 384)" in outcome.flat
 
 
-def test_hub_out_of_reach_says_how_to_go_local(cli: Cli, tmp_path: Path) -> None:
-    os.environ.pop("HF_HOME", None)
+def test_hub_out_of_reach_says_how_to_go_local(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HOME", raising=False)
     outcome = cli("train", "model=roberta-base-that-is-not-cached", *SMALL)
     assert outcome.code == 1
     assert "roberta-base-that-is-not-cached" in outcome.flat

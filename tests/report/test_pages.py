@@ -78,9 +78,8 @@ def test_run_page_says_the_figures(tmp_path: Path) -> None:
     text = " ".join(outline(page).text)
     for figure in ("61.0", "219,554", "6.2 steps/s", "130.0 MiB", "majority class", "Calibration"):
         assert figure in text
-    assert (
-        page.count("<figure>") == 6
-    )  # score, loss, energy, spectra, memory, time; no heat map in it
+    # score, loss, energy, heat map, spectra, memory, time
+    assert page.count("<figure>") == 7
 
 
 def test_compare_page_says_rows_failures_and_checks(tmp_path: Path) -> None:

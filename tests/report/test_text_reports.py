@@ -12,7 +12,7 @@ from sparsegrad_cli.report.markdown import compare_markdown, run_markdown
 from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
 
 
-def shown(renderable: Any, width: int = 100) -> str:
+def shown(renderable: Any, width: int = 80) -> str:
     console = Console(width=width, record=True, file=None, force_terminal=False, quiet=False)
     with console.capture() as capture:
         console.print(renderable)
@@ -21,7 +21,8 @@ def shown(renderable: Any, width: int = 100) -> str:
 
 def test_run_table_fits_a_terminal_and_says_the_figures() -> None:
     text = shown(run_table(run_record()))
-    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
     for figure in ("61.0", "219,554", "6.2 steps/s", "backward", "total 1 min 11 s"):
         assert figure in text
 
@@ -29,13 +30,14 @@ def test_run_table_fits_a_terminal_and_says_the_figures() -> None:
 def test_calibration_table_says_cost_and_energy() -> None:
     record = run_record() | {"command": "calibrate"}
     text = shown(calibration_table(record))
-    for figure in ("5.0 s", "original basis", "38.0", "80.0", "intermediate.dense"):
+    for figure in ("5.0 s", "original", "38.0", "80.0", "intermediate.dense"):
         assert figure in text
 
 
 def test_compare_table_says_scores_failures_and_checks() -> None:
     text = shown(compare_table(compare_record()))
-    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
     for words in (
         "65.5 ± 1.2",
         "60.0 (1/2)",
