@@ -18,7 +18,7 @@ from sparsegrad_cli.data.spec import GLUE_TASKS
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.loading import load_classifier
 from sparsegrad_cli.modeling.targets import Target, find_targets
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import (
     FullMethod,
     LoraMethod,
@@ -34,7 +34,7 @@ def random_bases(targets: list[Target]) -> dict[str, Basis]:
     """Orthonormal bases of the right shapes: time does not depend on their content."""
 
     def square(size: int) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(size, size)).Q
+        return by_columns(torch.linalg.qr(torch.randn(size, size)).Q)
 
     ones = torch.ones(1)
     return {
