@@ -34,7 +34,7 @@ def train(
         SparsegradError: of the kind that says what happened; the run directory is left with a
             run.json that says so too, and with its last checkpoint.
     """
-    from sparsegrad_cli.training.session import TrainingSession
+    from sparsegrad_cli.training.fine_tuning import TrainingSession
 
     def work(record: RunRecord, observer: Observer) -> None:
         TrainingSession(loaded, record, observer, resume=resume).run()

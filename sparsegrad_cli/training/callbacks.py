@@ -130,8 +130,6 @@ class ProbeCallback(TrainerCallback):
             self._steps_seen == 1 or state.global_step + 1 >= state.max_steps
         )
 
-    _steps_seen = 0
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count."""
         if self._due(state):
