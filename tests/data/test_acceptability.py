@@ -16,6 +16,7 @@ from sparsegrad_cli.data.acceptability import (
     generate,
     grammar,
     open_class_words,
+    phrases,
     write_tsv,
 )
 from sparsegrad_cli.data.acceptability.lexicon import TRAIN, VALIDATION
@@ -65,7 +66,7 @@ def test_same_for_equal_arguments_and_global_state_untouched() -> None:
 @pytest.mark.parametrize("name", PHENOMENA)
 @pytest.mark.parametrize("lexicon", [TRAIN, VALIDATION])
 def test_pairs_are_minimal(name: str, lexicon: object) -> None:
-    maker = grammar.Maker(lexicon, random.Random(1))  # type: ignore[arg-type]
+    maker = phrases.Maker(lexicon, random.Random(1))  # type: ignore[arg-type]
     for _ in range(200):
         good, bad = grammar.PHENOMENA[name](maker)
         assert good != bad
