@@ -112,7 +112,7 @@ def spectra_table(run: Any) -> Table | None:
             rows.append((text(item, "key"), text(item, "side"), *counts))
     if not rows:
         return None
-    header = ("basis", "side", "≥ 10 %", "≥ 1 %")
+    header = ("basis", "side", "≥\u00a010\u00a0%", "≥\u00a01\u00a0%")
     caption = "Singular values of the calibration gradients at least 10 % and 1 % of the first"
     return Table(caption, header, rows, left=2)
 
