@@ -154,7 +154,7 @@ def memory_table(run: Any) -> Table | None:
         cells += [format_mib(number(there, "categories", key)) for key in CATEGORIES]
         cells += [format_mib(number(there, key)) for key in ("peak_bytes", "reserved_bytes")]
         rss = number(there, "rss_bytes")  # as coarse as it is: other libraries are in it
-        cells.append(None if rss is None else f"{rss / MIB:,.0f}")
+        cells.append(None if rss is None else f"{rss / MIB:.0f}")
         rows.append(tuple(cells))
     if not rows:
         return None
