@@ -84,7 +84,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, partial, metadata)
+        _save(ready, partial, metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -92,6 +92,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         raise DiskError(
             f"{path.name} could not be written: {error}", where=str(path), fix="free some space"
         ) from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """save_file, readable by whom other files in the folder are: safetensors itself makes 0600."""
+    like = path.with_name(path.name + ".mode")
+    like.touch()
+    mode = like.stat().st_mode & 0o777
+    like.unlink()
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -118,7 +128,7 @@ def save_training_state(
     extras: Mapping[str, Any],
 ) -> None:
     """Write all but trainer_state.json into ``folder`` (not atomic: see :func:`write_folder`)."""
-    save_file({k: t.cpu().contiguous() for k, t in trainable.items()}, folder / TRAINABLE)
+    _save({k: t.cpu().contiguous() for k, t in trainable.items()}, folder / TRAINABLE)
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -128,9 +138,9 @@ def save_training_state(
                 tensors[f"{number}/{key}"] = value.detach().cpu().contiguous()
             else:
                 numbers[f"{number}/{key}"] = value
-    save_file(tensors, folder / OPTIMIZER)
+    _save(tensors, folder / OPTIMIZER)
     random_tensors, random_json = _random_state()
-    save_file(random_tensors, folder / RANDOM)
+    _save(random_tensors, folder / RANDOM)
     content = {
         "format": _FORMAT,
         "optimizer_groups": state["param_groups"],

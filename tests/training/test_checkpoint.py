@@ -410,3 +410,11 @@ def test_other_folders_are_passed_over(tmp_path: Path, name: str) -> None:
         folder.mkdir()
         (folder / "state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)}, {})
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("plain", "x.safetensors")]
+    assert modes[0] == modes[1]
+    assert {p.name for p in tmp_path.iterdir()} == {"plain", "x.safetensors"}
