@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import Prepared
+from sparsegrad_cli.methods.core import CoreLinear
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -202,6 +203,15 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
         "kind",
     ),
+    "core-static": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="static", rank=8),
+        "layer",
+    ),
+    "core-dynamic": (SparsegradMethod(name="sparsegrad", density=0.05, form="core"), "kind"),
+    "core-dense": (
+        SparsegradMethod(name="sparsegrad", form="core", support="dense", rank=6),
+        "layer",
+    ),
 }
 
 
@@ -272,8 +282,9 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
-    """The parameter of a target as its layer holds it: W, W' (Conv1D) or the core (rotated)."""
-    weight = model.get_submodule(target.name).weight
+    """What trains in a target as its layer holds it: W, W' (Conv1D), or the core or its values."""
+    layer = model.get_submodule(target.name)
+    weight = layer.trained if isinstance(layer, CoreLinear) else layer.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 

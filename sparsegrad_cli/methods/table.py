@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.methods.core import SparsegradCore
 from sparsegrad_cli.methods.full import Full
 from sparsegrad_cli.methods.lora import Lora
 from sparsegrad_cli.methods.meprop import Meprop
@@ -22,5 +23,5 @@ def make_method(settings: FullMethod | LoraMethod | MepropMethod | SparsegradMet
     if isinstance(settings, MepropMethod):
         return Meprop(settings)
     if isinstance(settings, SparsegradMethod):
-        return Sparsegrad(settings)
+        return SparsegradCore(settings) if settings.form == "core" else Sparsegrad(settings)
     return Full(settings)

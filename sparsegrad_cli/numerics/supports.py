@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsegrad_cli.numerics.hosvd import Basis
+
 
 def entries_for(density: float, out_features: int, in_features: int) -> int:
     """round(density x out x in), at least 1.
@@ -55,3 +57,13 @@ def energy_share(matrix: Tensor, fraction: float) -> float:
     if total == 0:
         return 0.0
     return float(torch.topk(squares, count, sorted=False).values.sum() / total)
+
+
+def spectral_scores(basis: Basis) -> Tensor:
+    """(r_out, r_in) product of the singular values of either side.
+
+    With Grams over tokens, sum g'g and sum x'x, this is the expected square of a core entry if g
+    and x are independent (a Kronecker-factored second moment); its level sets are hyperbolas. It
+    needs no second pass over the data.
+    """
+    return torch.outer(basis.singular_out, basis.singular_in)

@@ -99,11 +99,28 @@ class SparsegradMethod(Section):
 
     name: Literal["sparsegrad"]
     density: Density = 0.01
-    form: Literal["rotated", "materialized"] = Field(
+    form: Literal["core", "rotated", "materialized"] = Field(
         "materialized",
-        description="rotated: the paper's layer; materialized: the same updates on the plain layer",
+        description="core: W frozen, a small core beside it; rotated: the paper's layer; "
+        "materialized: its updates on the plain layer",
     )
-    support: Literal["dynamic"] = "dynamic"
+    support: Literal["static", "dynamic", "dense"] = Field(
+        "dynamic",
+        description="static: chosen once; dynamic: anew in every step; dense: all of the core",
+    )
+    rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="core: directions kept a side, or the share of energy they hold"
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_form(self) -> SparsegradMethod:
+        if self.form == "core":
+            return self
+        if self.support != "dynamic":
+            raise ValueError(f"form {self.form} chooses in every step: support is dynamic")
+        if self.rank is not None:
+            raise ValueError(f"form {self.form} is of full rank: rank is for form core")
+        return self
 
 
 MethodSection = Annotated[

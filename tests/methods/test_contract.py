@@ -53,6 +53,10 @@ def may_change(tuned: Tuned, name: str, architecture: str, scope: str) -> set[st
     if name == "lora":
         matrices = {f"{layer}.lora_{part}.default.weight" for layer in layers for part in "AB"}
         base = {f"{layer}.base_layer.weight" for layer in layers}
+    elif name.startswith("core"):
+        trained = "values" if name == "core-static" else "core"
+        matrices = {f"{layer}.{trained}" for layer in layers}
+        base = {f"{layer}.weight" for layer in layers}
     else:
         matrices, base = {f"{layer}.weight" for layer in layers}, set()
     if scope == "rest":
@@ -102,7 +106,7 @@ def test_frozen_parameters_are_bitwise_frozen_and_the_others_move(
 def test_loss_falls(name: str, architecture: str) -> None:
     tuned = Tuned(name, architecture)
     inputs = batch(seed=3)
-    losses = [tuned.step(inputs) for _ in range(30)]
+    losses = [tuned.step(inputs) for _ in range(50)]
     assert losses[-1] < 0.65 * losses[0]
 
 
@@ -192,7 +196,9 @@ def changed_entries(tuned: Tuned, inputs: dict[str, Tensor]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "lora", "meprop-rows")])
+@pytest.mark.parametrize(
+    "name", [n for n in METHODS if n not in ("full", "lora", "meprop-rows", "core-dense")]
+)
 @linear_and_conv1d
 def test_counts_are_the_entries_that_one_step_changes(name: str, architecture: str) -> None:
     tuned = Tuned(name, architecture)
@@ -218,7 +224,7 @@ def test_counts_of_meprop_rows_are_per_example() -> None:
     assert all(many[name] >= expected[name] for name in expected)
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("name", ["full", "lora", "core-dense"])
 @linear_and_conv1d
 def test_counts_of_whole_parameters_are_what_requires_a_gradient(
     name: str, architecture: str
@@ -228,7 +234,8 @@ def test_counts_of_whole_parameters_are_what_requires_a_gradient(
     in_targets = sum(size for n, size in trainable.items() if n not in HEAD[architecture])
     counts = tuned.prepared.counts
     assert counts.trainable_targets == in_targets
-    assert in_targets == (2 * 6 * (HIDDEN + INNER) if name == "lora" else TARGET_ENTRIES)
+    by_hand = {"lora": 2 * 6 * (HIDDEN + INNER), "core-dense": 2 * BLOCKS * 6 * 6}
+    assert in_targets == by_hand.get(name, TARGET_ENTRIES)
     assert counts.trainable_head == sum(trainable[n] for n in HEAD[architecture])
 
 

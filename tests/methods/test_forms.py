@@ -8,10 +8,12 @@ from tiny import METHODS, Tuned, batch, classifier, logits, orthogonal_bases, ta
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.methods.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad import RotatedLinear
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.recipe.schema import MepropMethod, SparsegradMethod, TrainSection
 
 STEPS = 20
@@ -76,6 +78,27 @@ def test_both_forms_walk_the_same_path(architecture: str, scope: str, weight_dec
         if name.removesuffix(".weight") not in {t.name for t in targets}:
             torch.testing.assert_close(parameter, others[name], atol=1e-9, rtol=0)
     torch.testing.assert_close(logits(rotated), logits(plain), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize("scope", ["head", "rest"])
+def test_the_core_at_full_rank_walks_the_path_of_the_papers_layer(
+    architecture: str, scope: str
+) -> None:
+    rotated, targets, bases, losses = trained(form("rotated"), architecture, scope)
+    beside, _, _, losses_beside = trained(form("core"), architecture, scope)
+    torch.testing.assert_close(losses, losses_beside, atol=1e-9, rtol=0)
+    start = classifier(architecture, dtype=torch.float64)
+    for target in targets:
+        layer = beside.get_submodule(target.name)
+        assert isinstance(layer, CoreLinear)
+        frozen, before = target.weight_OI(beside), target.weight_OI(start)
+        assert torch.equal(frozen, before), "W is frozen"
+        first = to_core(before.detach(), bases[target.name])
+        core = weight_of(rotated, target).detach()
+        torch.testing.assert_close(first + layer.core_RS().detach(), core, atol=1e-9, rtol=0)
+        assert layer.core_RS().abs().max() > 1e-3, "it did move"
+    torch.testing.assert_close(logits(rotated), logits(beside), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])

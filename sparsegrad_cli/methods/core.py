@@ -1,0 +1,196 @@
+"""SparseGrad's core form: W stays frozen, S on its support trains (numerics/core_linear.py).
+
+What trains is small in truth: a flat vector of values (``support: static``), or the whole of S
+(``dense``), or S with a few entries stepped at a time (``dynamic``, the paper's choice by magnitude
+within the truncated basis). Optimizer state is of the same size, and any optimizer will do for the
+first two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.methods.base import (
+    Counts,
+    Prepared,
+    TargetCount,
+    count_parameters,
+    load_by_name,
+    open_scope,
+    trainable_state,
+)
+from sparsegrad_cli.methods.optimizer import (
+    Selection,
+    SelectiveAdamW,
+    adamw_settings,
+    plain_adamw,
+)
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.core_linear import core_linear
+from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
+from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
+
+
+class CoreLinear(nn.Module):
+    """A frozen linear layer with a trainable core beside it: W + Q_out S Q_in'.
+
+    Args:
+        weight: the frozen parameter of the layer it replaces: (out, in), or its transpose.
+        bias: its bias parameter or None.
+        basis: truncated bases; kept by the layer's side, not in the state dict.
+        support: (k,) flat positions in S that train; None trains all of S.
+        transposed: the weight holds W'.
+    """
+
+    q_out: Tensor
+    q_in: Tensor
+    support: Tensor
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        basis: Basis,
+        support: Tensor | None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.transposed = weight, bias, transposed
+        self.register_buffer("q_out", basis.q_out, persistent=False)
+        self.register_buffer("q_in", basis.q_in, persistent=False)
+        self.shape = (basis.q_out.shape[1], basis.q_in.shape[1])
+        # The core is float32 or wider whatever the weight is: small increments must not be lost.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if support is None:
+            self.core = nn.Parameter(torch.zeros(self.shape, dtype=dtype, device=weight.device))
+        else:
+            # Persistent: an adapter without its positions is worth nothing.
+            self.register_buffer("support", support.to(weight.device))
+            zeros = torch.zeros(len(support), dtype=dtype, device=weight.device)
+            self.values = nn.Parameter(zeros)
+
+    def core_RS(self) -> Tensor:
+        """S, (r_out, r_in)."""
+        if "core" in self._parameters:
+            return self.core
+        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return flat.scatter(0, self.support, self.values).view(self.shape)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter that holds S or its values."""
+        return self.core if "core" in self._parameters else self.values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The plain layer's output while S is zero."""
+        weight = self.weight.T if self.transposed else self.weight
+        return core_linear(x, weight, self.bias, self.core_RS(), self.q_out, self.q_in)
+
+
+class SparsegradCore:
+    """See :class:`sparsegrad_cli.methods.base.Method`."""
+
+    name = "sparsegrad"
+    needs_basis = True
+
+    def __init__(self, settings: SparsegradMethod) -> None:
+        self.settings = settings
+        self._layers: dict[str, CoreLinear] = {}
+        self._counts: dict[str, int] = {}
+
+    def prepare(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        *,
+        scope: str,
+        bases: Mapping[str, Basis] | None = None,
+    ) -> Prepared:
+        """Put a core beside every target; S starts at zero, so the function is unchanged."""
+        if bases is None:
+            raise ValueError("SparseGrad needs bases")
+        total = sum(p.numel() for p in model.parameters())
+        head, rest = open_scope(model, targets, scope)
+        shared: dict[int, Basis] = {}  # targets that share a basis share its copy
+        for target in targets:
+            given = bases[target.name]
+            layer = model.get_submodule(target.name)
+            weight, bias = layer.weight, layer.bias
+            assert isinstance(weight, nn.Parameter)
+            assert bias is None or isinstance(bias, nn.Parameter)
+            if id(given) not in shared:
+                shared[id(given)] = self._fitted(given, weight)
+            core = self._core(target, weight, bias, shared[id(given)])
+            model.set_submodule(target.name, core)
+        entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
+        requested = None
+        if self.settings.support != "dense":
+            requested = sum(self._asked(t) for t in targets)
+        ranks = sorted({"x".join(map(str, layer.shape)) for layer in self._layers.values()})
+        counts = Counts(
+            entries,
+            count_parameters(head),
+            count_parameters(rest),
+            total,
+            requested,
+            f"core {', '.join(ranks)}",
+        )
+        tensors = [q for b in shared.values() for q in (b.q_out, b.q_in)]
+        return Prepared(counts, tensors)
+
+    def _asked(self, target: Target) -> int:
+        return entries_for(self.settings.density, target.out_features, target.in_features)
+
+    def _fitted(self, basis: Basis, weight: Tensor) -> Basis:
+        cut = truncated(basis, self.settings.rank)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return Basis(
+            cut.q_out.to(device=weight.device, dtype=dtype),
+            cut.q_in.to(device=weight.device, dtype=dtype),
+            cut.singular_out,
+            cut.singular_in,
+        )
+
+    def _core(
+        self, target: Target, weight: nn.Parameter, bias: nn.Parameter | None, basis: Basis
+    ) -> CoreLinear:
+        room = basis.q_out.shape[1] * basis.q_in.shape[1]
+        count = min(self._asked(target), room)
+        support = None
+        if self.settings.support == "static":
+            support = largest_entries(spectral_scores(basis), count)
+        core = CoreLinear(weight, bias, basis, support, transposed=target.transposed)
+        self._layers[target.name] = core
+        self._counts[target.name] = room if self.settings.support == "dense" else count
+        return core
+
+    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+        """torch's AdamW; with dynamic support, AdamW on the largest entries of dL/dS."""
+        if self.settings.support != "dynamic":
+            return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
+        selections = {
+            layer.trained: Selection(self._counts[name]) for name, layer in self._layers.items()
+        }
+        plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
+        return SelectiveAdamW(selections, plain, **adamw_settings(train))
+
+    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Values (or S), their positions, and what the scope opens."""
+        tensors = trainable_state(model)
+        for name, layer in self._layers.items():
+            if "support" in layer._buffers:
+                tensors[f"{name}.support"] = layer.support.to(torch.int32).cpu()
+        return tensors
+
+    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Copy back by name; positions too, so that the adapter does not depend on its making."""
+        positions = {n: t for n, t in tensors.items() if n.endswith(".support")}
+        load_by_name(model, {n: t for n, t in tensors.items() if n not in positions})
+        for name, layer in self._layers.items():
+            if "support" in layer._buffers:
+                layer.support.copy_(positions[f"{name}.support"])
