@@ -66,6 +66,23 @@ class GramStream:
         self.gram_in.addmm_(grad_OI.T, grad_OI)  # (in, out) @ (out, in)
         self.count += 1
 
+    def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
+        """Add the tokens of a batch: sum g'g and sum x'x in place of the batch gradient's Grams.
+
+        G = g' x summed over tokens lets tokens cancel; here none does. The eigenvectors are those
+        of a Kronecker-factored second moment of the per-token gradients. Tokens that the loss does
+        not depend on (padding) have g = 0 and are left out.
+
+        Args:
+            g_NO: (N, out) dL/dy.
+            x_NI: (N, in) input of the layer.
+        """
+        counts = (g_NO != 0).any(1)
+        g_NO, x_NI = (t[counts].to(self.gram_out.dtype) for t in (g_NO, x_NI))
+        self.gram_out.addmm_(g_NO.T, g_NO)  # (out, N) @ (N, out)
+        self.gram_in.addmm_(x_NI.T, x_NI)  # (in, N) @ (N, in)
+        self.count += 1
+
     def merge(self, other: GramStream) -> None:
         """Add the sums of another stream of the same shape: Grams of unions are sums."""
         self.gram_out += other.gram_out

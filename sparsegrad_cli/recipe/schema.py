@@ -169,6 +169,15 @@ class CalibrationSection(Section):
     basis_per: Literal["layer", "kind"] = Field(
         "layer", description="one basis per target, or one per layer kind (the paper)"
     )
+    source: Literal["batch", "token"] = Field(
+        "batch",
+        description="Grams of the batch's gradients (the paper), or over tokens of g and x",
+    )
+    warmup_steps: NonNegativeInt = Field(
+        0, description="steps of the head alone before calibration, undone afterwards"
+    )
+    warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    keep_head: bool = Field(False, description="training starts from the warmed head")
     basis: str | None = Field(None, description="a basis.safetensors made by calibrate")
     energy_steps: NonNegativeInt = Field(
         4, description="held-out gradient steps for the energy table; 0 leaves it out"

@@ -56,6 +56,7 @@ def calibrate(
     steps: int,
     basis_per: str,
     seed: int,
+    source: str = "batch",
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Calibration:
@@ -66,6 +67,7 @@ def calibrate(
         batches: yields at least ``steps`` batches on the model's device.
         basis_per: ``layer`` (one basis per target) or ``kind`` (the paper: per layer kind).
         seed: for dropout during calibration; the global random state is restored.
+        source: ``batch`` (Grams of the batch's gradients, the paper) or ``token`` (of its tokens).
         meter: context in which the first two steps and the eigenvectors are measured.
         on_step: told after each step: number from 1, loss.
 
@@ -85,8 +87,16 @@ def calibrate(
     def collect(target: Target, grad_OI: Tensor) -> None:
         streams[keys[target.name]].add(grad_OI)
 
+    def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
+        streams[keys[target.name]].add_tokens(g_NO, x_NI)
+
+    hooks = (
+        gradients_only(model, targets, collect)
+        if source == "batch"
+        else tokens_only(model, targets, collect_tokens)
+    )
     losses = []
-    with gradients_only(model, targets, collect), forked_random(seed):
+    with hooks, forked_random(seed):
         for step in range(1, steps + 1):
             with meter() if step <= 2 else nullcontext():
                 losses.append(gradient_step(model, next(batches), step))
@@ -131,14 +141,9 @@ def gradients_only(
     """Inside, only the targets' weights get gradients; each is handed over and freed at once.
 
     ``collect(target, grad_OI)`` is called per target and backward pass with dL/dW (out, in), during
-    the backward pass, so that never more than one of them is alive. On the way out, requires_grad,
-    gradients and mode (train/eval) are what they were.
+    the backward pass, so that never more than one of them is alive. The model comes out as it went
+    in (:func:`frozen_for_a_while`).
     """
-    parameters = list(model.parameters())
-    wanted = [p.requires_grad for p in parameters]
-    kept = [p.grad for p in parameters]
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
     weights = {}
     for target in targets:
         weight = model.get_submodule(target.name).weight
@@ -154,19 +159,71 @@ def gradients_only(
 
         return hook
 
+    handles = []
+    with frozen_for_a_while(model):
+        try:
+            for target in targets:
+                weight = weights[target.name]
+                weight.requires_grad_(True)
+                handles.append(weight.register_post_accumulate_grad_hook(hook_for(target)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def tokens_only(
+    model: nn.Module, targets: list[Target], collect: Callable[[Target, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside, no parameter gets a gradient; inputs and output gradients of targets are handed over.
+
+    ``collect(target, g_NO, x_NI)`` is called per target and backward pass with dL/dy (N, out) and x
+    (N, in). No weight gradient is ever formed.
+    """
+
+    def hook_for(target: Target) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x_NI = inputs[0].detach().reshape(-1, target.in_features)
+            if not output.requires_grad:  # the first target: nothing before it wants a gradient
+                output = output.detach().requires_grad_()
+            if torch.is_grad_enabled():
+                output.register_hook(
+                    lambda g: collect(target, g.reshape(-1, target.out_features), x_NI)
+                )
+            return output
+
+        return hook
+
+    handles = []
+    with frozen_for_a_while(model):
+        try:
+            for target in targets:
+                layer = model.get_submodule(target.name)
+                handles.append(layer.register_forward_hook(hook_for(target)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def frozen_for_a_while(model: nn.Module) -> Iterator[None]:
+    """Inside, the model trains (dropout) and no parameter wants a gradient.
+
+    On the way out, requires_grad, gradients and mode (train/eval) are what they were.
+    """
+    parameters = list(model.parameters())
+    wanted = [p.requires_grad for p in parameters]
+    kept = [p.grad for p in parameters]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for target in targets:
-            weight = weights[target.name]
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(hook_for(target)))
         model.train()
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, requires, grad in zip(parameters, wanted, kept, strict=True):
             parameter.grad = grad
             parameter.requires_grad_(requires)

@@ -18,6 +18,7 @@ from sparsegrad_cli.training.basis_file import (
 from sparsegrad_cli.training.calibration import Calibration, calibrate
 from sparsegrad_cli.training.diagnostics import energy_table, spectra
 from sparsegrad_cli.training.setup import Setup, calibration_batches, make_setup
+from sparsegrad_cli.training.warmup import warmed_head
 
 BASIS_NAME = "basis.safetensors"
 
@@ -74,22 +75,36 @@ class Session:
         batch_size = settings.batch_size or self.recipe.train.per_device_train_batch_size
         self.observer.phase("calibrate", f"{settings.steps} steps, no update")
         self.observer.total_steps("calibrate", settings.steps)
-        calibration = calibrate(
+        batches = calibration_batches(setup, batch_size, self.recipe.seed)
+        started = time.perf_counter()
+        with warmed_head(
             setup.model,
-            setup.targets,
-            calibration_batches(setup, batch_size, self.recipe.seed),
-            steps=settings.steps,
-            basis_per=settings.basis_per,
+            batches,
+            steps=settings.warmup_steps,
+            learning_rate=settings.warmup_learning_rate,
             seed=self.recipe.seed,
-            meter=lambda: self.meter.phase("calibrate"),
-            on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
-        )
+            keep=settings.keep_head,
+        ):
+            warmup_seconds = time.perf_counter() - started
+            calibration = calibrate(
+                setup.model,
+                setup.targets,
+                batches,
+                steps=settings.steps,
+                basis_per=settings.basis_per,
+                seed=self.recipe.seed,
+                source=settings.source,
+                meter=lambda: self.meter.phase("calibrate"),
+                on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
+            )
+        calibration.seconds += warmup_seconds
         self.seconds["calibrate_s"] = calibration.seconds
         made_with: dict[str, Any] = {
             "steps": settings.steps,
             "batch_size": batch_size,
             "basis_per": settings.basis_per,
-            "source": "batch",
+            "source": settings.source,
+            "warmup_steps": settings.warmup_steps,
             "seed": self.recipe.seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")

@@ -1,0 +1,76 @@
+"""A few steps of the head alone, so that calibration sees gradients that mean something.
+
+At a new head, all that flows back into the model is that head's noise. Only the head learns here;
+the body runs forward only, which costs a third of a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sparsegrad_cli.modeling.targets import head_parameters
+from sparsegrad_cli.training.calibration import (
+    Batch,
+    forked_random,
+    frozen_for_a_while,
+    gradient_step,
+)
+
+
+@contextmanager
+def warmed_head(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    keep: bool = False,
+) -> Iterator[None]:
+    """Inside, the head has been trained for ``steps``; outside it is what it was.
+
+    Args:
+        model: any model whose output has ``loss``.
+        batches: yields at least ``steps`` batches on the model's device.
+        learning_rate: of AdamW, constant.
+        seed: for dropout; the global random state is restored.
+        keep: whether the head stays warm on the way out.
+
+    Raises:
+        SparsegradError: a loss is not finite; the head is then restored.
+    """
+    head = list(head_parameters(model).values()) if steps else []
+    before = [parameter.detach().clone() for parameter in head]
+    warm = False
+    try:
+        if head:
+            _train(model, head, batches, steps, learning_rate, seed)
+        warm = True
+        yield
+    finally:
+        if not (keep and warm):
+            with torch.no_grad():
+                for parameter, value in zip(head, before, strict=True):
+                    parameter.copy_(value)
+
+
+def _train(
+    model: nn.Module,
+    head: list[nn.Parameter],
+    batches: Iterator[Batch],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    optimizer = torch.optim.AdamW(head, lr=learning_rate, weight_decay=0.0)
+    with frozen_for_a_while(model), forked_random(seed):
+        for parameter in head:
+            parameter.requires_grad_(True)
+        for step in range(1, steps + 1):
+            gradient_step(model, next(batches), step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
