@@ -144,9 +144,10 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
         return basis
     r_out = _kept(basis.singular_out, basis.q_out.shape[1], rank)
     r_in = _kept(basis.singular_in, basis.q_in.shape[1], rank)
+    # Copies: a view of the leading columns would keep the whole basis alive.
     return Basis(
-        by_columns(basis.q_out[:, :r_out]),
-        by_columns(basis.q_in[:, :r_in]),
+        by_columns(basis.q_out)[:, :r_out].clone(),
+        by_columns(basis.q_in)[:, :r_in].clone(),
         basis.singular_out[:r_out].clone(),
         basis.singular_in[:r_in].clone(),
     )

@@ -226,6 +226,11 @@ class TrainSection(Section):
     torch_compile: bool = False
     report_to: str | tuple[str, ...] = "none"
 
+    @field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
     @field_validator("max_steps")
     @classmethod
     def _steps_or_epochs(cls, value: int) -> int:

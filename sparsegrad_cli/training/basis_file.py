@@ -155,6 +155,27 @@ def check_belongs(
         )
 
 
+def check_rank(basis: BasisFile, rank: int | None, where: str | None = None) -> None:
+    """Refuse a basis with fewer directions than a method needs.
+
+    Args:
+        rank: directions needed on either side (or all of a side that has fewer); None: all.
+
+    Raises:
+        UsageError: says how many there are.
+    """
+    for key, one in basis.bases.items():
+        for side, q in (("output", one.q_out), ("input", one.q_in)):
+            needed = q.shape[0] if rank is None else min(rank, q.shape[0])
+            if q.shape[1] < needed:
+                raise UsageError(
+                    f"the basis of {key} holds {q.shape[1]} directions of the {side} side, "
+                    f"{needed} are needed",
+                    where=where,
+                    fix="make it with this recipe's method, or ask for a smaller method.rank",
+                )
+
+
 def tensors_digest(bases: Mapping[str, Basis]) -> str:
     """sha256 (hex) over all tensors in key order."""
     sha = hashlib.sha256()

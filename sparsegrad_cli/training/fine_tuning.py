@@ -16,10 +16,11 @@ from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.schema import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.arguments import training_arguments
-from sparsegrad_cli.training.basis_file import check_belongs, read_basis
+from sparsegrad_cli.training.basis_file import check_belongs, check_rank, read_basis
 from sparsegrad_cli.training.calibration import forked_random
 from sparsegrad_cli.training.callbacks import (
     InterruptCallback,
@@ -48,15 +49,17 @@ class TrainingSession(Session):
         with graceful_interrupt() as asked:
             setup = self.load()
             method = make_method(self.recipe.method)
-            bases = self._bases(setup) if method.needs_basis else None
-            if asked.is_set():
-                raise InterruptedRunError("stopped before training began", fix="--resume starts it")
-            with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing
-                prepared = method.prepare(
-                    setup.model, setup.targets, scope=self.recipe.scope, bases=bases
-                )
+            prepared = self._prepared(setup, method, asked)
             self._record_method(prepared)
             self._train(setup, method, prepared, asked)
+
+    def _prepared(self, setup: Setup, method: Method, asked: threading.Event) -> Prepared:
+        """The model made ready. Bases live on only in what the method keeps of them."""
+        bases = self._bases(setup) if method.needs_basis else None
+        if asked.is_set():
+            raise InterruptedRunError("stopped before training began", fix="--resume starts it")
+        with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing
+            return method.prepare(setup.model, setup.targets, scope=self.recipe.scope, bases=bases)
 
     def _bases(self, setup: Setup) -> dict[str, Basis]:
         """The recipe's basis, this run's own when resuming, or a fresh one."""
@@ -68,6 +71,11 @@ class TrainingSession(Session):
         basis = read_basis(path)
         where = self.loaded.where("calibration.basis") if given else str(own)
         check_belongs(basis, setup.targets, setup.fingerprint, where)
+        method = self.recipe.method
+        if not isinstance(method, SparsegradMethod) or method.form != "core":
+            check_rank(basis, None, where)
+        elif isinstance(method.rank, int):
+            check_rank(basis, method.rank, where)
         # What the basis cost when it was made is charged to this run too.
         self.seconds["calibrate_s"] = float(basis.settings.get("seconds") or 0.0)
         self.record.save(

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
+from sparsegrad_cli.recipe.schema import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.training.basis_file import (
     BasisFile,
@@ -109,14 +110,15 @@ class Session:
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
         made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
+        kept = self._kept(calibration.bases)
         file = BasisFile(
-            calibration.bases,
+            kept,
             calibration.keys,
             self.recipe.model.name,
             setup.fingerprint,
             made_with,
             digest(self.recipe),
-            tensors_digest(calibration.bases),
+            tensors_digest(kept),
         )
         path = self.record.path / BASIS_NAME
         write_basis(path, file)
@@ -125,13 +127,20 @@ class Session:
                 **made_with,
                 "stream_bytes": calibration.stream_bytes,
                 "basis_file": BASIS_NAME,
-                "basis_bytes": sum(b.nbytes() for b in calibration.bases.values()),
+                "basis_bytes": sum(b.nbytes() for b in kept.values()),
                 "reused": False,
                 "digest": file.digest,
                 "spectra": spectra(one_per_kind(calibration.bases, setup)),
             }
         )
         return calibration
+
+    def _kept(self, bases: dict[str, Basis]) -> dict[str, Basis]:
+        """The directions that the method will use: all, or the leading ones for a core."""
+        method = self.recipe.method
+        if not isinstance(method, SparsegradMethod) or method.form != "core":
+            return bases
+        return {key: truncated(basis, method.rank) for key, basis in bases.items()}
 
 
 def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:

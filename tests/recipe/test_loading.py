@@ -63,6 +63,12 @@ def test_numbers_are_numbers(text: str, value: float) -> None:
     assert parse_yaml(f"x: '{text}'", "t").data["x"] == text
 
 
+@pytest.mark.parametrize("key", ["eval_strategy", "save_strategy"])
+def test_a_bare_no_is_the_word(key: str) -> None:
+    recipe = load_recipe(None, [f"train.{key}=no"]).recipe
+    assert getattr(recipe.train, key) == "no"
+
+
 def test_all_problems_are_reported_together_with_line_and_suggestion(tmp_path: Path) -> None:
     path = write(
         tmp_path,

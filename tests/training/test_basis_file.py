@@ -17,9 +17,11 @@ from tiny import batches, classifier, one_thread, targets_of
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.modeling.targets import Target, fingerprint
+from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.training.basis_file import (
     BasisFile,
     check_belongs,
+    check_rank,
     read_basis,
     tensors_digest,
     write_basis,
@@ -250,3 +252,14 @@ def test_the_digest_depends_on_every_tensor_and_key() -> None:
             changed[(0,) * changed.dim()] += 1e-6
             bases = {**basis.bases, key: dataclasses.replace(one, **{part: changed})}
             assert tensors_digest(bases) != first
+
+
+def test_too_few_directions_are_refused(tmp_path: Path) -> None:
+    basis, _, _ = made("layer")
+    cut = dataclasses.replace(basis, bases={k: truncated(b, 4) for k, b in basis.bases.items()})
+    check_rank(basis, None)
+    check_rank(cut, 4)
+    with pytest.raises(UsageError, match="holds 4 directions of the output side, 5 are needed"):
+        check_rank(cut, 5)
+    with pytest.raises(UsageError, match="are needed"):
+        check_rank(cut, None)
