@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import interleave, ratios, save
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, to_core
 from sparsegrad_cli.numerics.supports import entries_for, largest_entries
 
@@ -21,8 +21,8 @@ def measure(out_features: int, in_features: int, rounds: int) -> dict[str, objec
     grad = torch.randn(out_features, in_features)
     ones = torch.ones(1)
     basis = Basis(
-        torch.linalg.qr(torch.randn(out_features, out_features)).Q,
-        torch.linalg.qr(torch.randn(in_features, in_features)).Q,
+        by_columns(torch.linalg.qr(torch.randn(out_features, out_features)).Q),
+        by_columns(torch.linalg.qr(torch.randn(in_features, in_features)).Q),
         ones,
         ones,
     )

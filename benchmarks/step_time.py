@@ -36,9 +36,14 @@ def random_bases(targets: list[Target]) -> dict[str, Basis]:
     def square(size: int) -> torch.Tensor:
         return by_columns(torch.linalg.qr(torch.randn(size, size)).Q)
 
-    ones = torch.ones(1)
     return {
-        t.name: Basis(square(t.out_features), square(t.in_features), ones, ones) for t in targets
+        t.name: Basis(
+            square(t.out_features),
+            square(t.in_features),
+            torch.linspace(1, 0, t.out_features),
+            torch.linspace(1, 0, t.in_features),
+        )
+        for t in targets
     }
 
 
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--rank", type=int, default=128, help="of the core form")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -81,6 +87,9 @@ def main() -> None:
         "full": FullMethod(name="full"),
         "meprop entries": MepropMethod(name="meprop", density=density),
         "sparsegrad materialized": SparsegradMethod(name="sparsegrad", density=density),
+        "sparsegrad core": SparsegradMethod(
+            name="sparsegrad", density=density, form="core", support="static", rank=options.rank
+        ),
         "sparsegrad rotated": SparsegradMethod(name="sparsegrad", density=density, form="rotated"),
     }
     sides = {

@@ -19,6 +19,15 @@ SMALL = (
     "calibration.basis_per=kind",
 )
 
+# What a user types for each method and form.
+METHODS = {
+    "full": ("method=full",),
+    "lora": ("method=lora",),
+    "meprop": ("method=meprop",),
+    "sparsegrad": ("method=sparsegrad",),
+    "core": ("method.form=core", "method.support=static", "method.rank=64"),
+}
+
 
 @dataclass
 class Outcome:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from paths import REPO
-from small import SMALL, Cli
+from small import METHODS, SMALL, Cli
 
 from sparsegrad_cli import __version__
 
@@ -61,9 +61,9 @@ def test_calibrate_then_train_on_its_basis(cli: Cli, tmp_path: Path) -> None:
     assert record["time"]["steps"] == 6
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
+@pytest.mark.parametrize("method", METHODS)
 def test_train_leaves_a_whole_run(cli: Cli, tmp_path: Path, method: str) -> None:
-    outcome = cli("train", f"method={method}", *SMALL, "-o", "run")
+    outcome = cli("train", *METHODS[method], *SMALL, "-o", "run")
     assert outcome.code == 0, outcome.err
     assert "report.html" in outcome.out
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -72,7 +72,7 @@ def test_train_leaves_a_whole_run(cli: Cli, tmp_path: Path, method: str) -> None
     assert [r["step"] for r in run["metrics"]["train"]] == [2, 4, 6]
     phases = run["memory"]["phases"]
     assert {"load", "forward", "backward", "optimizer", "evaluate"} <= set(phases)
-    assert ("calibrate" in phases) == (method == "sparsegrad")
+    assert ("calibrate" in phases) == (method in ("sparsegrad", "core"))
     for phase in phases.values():
         assert sum(phase["categories"].values()) == phase["peak_bytes"]
         assert phase["categories"]["weights"] > 80e6
