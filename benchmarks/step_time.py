@@ -14,37 +14,22 @@ import torch
 from torch import nn
 
 from benchmarks.common import interleave, ratios, save
-from sparsegrad_cli.data.spec import GLUE_TASKS
+from benchmarks.models import batch_of, methods_at, model_of, random_bases
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.loading import load_classifier
-from sparsegrad_cli.modeling.targets import Target, find_targets
-from sparsegrad_cli.numerics.hosvd import Basis, by_columns
-from sparsegrad_cli.recipe.schema import (
-    FullMethod,
-    LoraMethod,
-    MepropMethod,
-    ModelSection,
-    SparsegradMethod,
-    TargetsSection,
-    TrainSection,
+from sparsegrad_cli.modeling.targets import Target, find_targets, freeze
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.recipe.schema import TargetsSection, TrainSection
+
+METHODS = (
+    "lora",
+    "floor",
+    "full",
+    "meprop entries",
+    "core",
+    "core recomputed",
+    "materialized",
+    "rotated",
 )
-
-
-def random_bases(targets: list[Target]) -> dict[str, Basis]:
-    """Orthonormal bases of the right shapes: time does not depend on their content."""
-
-    def square(size: int) -> torch.Tensor:
-        return by_columns(torch.linalg.qr(torch.randn(size, size)).Q)
-
-    return {
-        t.name: Basis(
-            square(t.out_features),
-            square(t.in_features),
-            torch.linspace(1, 0, t.out_features),
-            torch.linspace(1, 0, t.in_features),
-        )
-        for t in targets
-    }
 
 
 def step_of(
@@ -64,6 +49,22 @@ def step_of(
     return step
 
 
+def floor_of(model: nn.Module, targets: list[Target], batch: dict) -> Callable[[], None]:
+    """Forward and input gradients through the frozen model down to the first target: no less."""
+    freeze(model)
+    model.train()
+
+    def wants_gradient(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_()
+
+    model.get_submodule(targets[0].name).register_forward_hook(wants_gradient)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+
+    return step
+
+
 def main() -> None:
     """Parse, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,31 +72,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--density", type=float, default=0.01)
-    parser.add_argument("--rank", type=int, default=128, help="of the core form")
+    parser.add_argument("--rank", type=int, default=160, help="of the core form")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = load_classifier(ModelSection(name=options.model), GLUE_TASKS["cola"], seed=0)
+    model = model_of(options.model)
     targets = find_targets(model, TargetsSection())
-    bases = random_bases(targets)
-    ids = torch.randint(5, 1000, (options.batch, options.length))
-    batch = {"input_ids": ids, "labels": ids[:, 0] % 2}
-    density = options.density
-    methods = {
-        "lora": LoraMethod(name="lora", density=density),
-        "full": FullMethod(name="full"),
-        "meprop entries": MepropMethod(name="meprop", density=density),
-        "sparsegrad materialized": SparsegradMethod(name="sparsegrad", density=density),
-        "sparsegrad core": SparsegradMethod(
-            name="sparsegrad", density=density, form="core", support="static", rank=options.rank
-        ),
-        "sparsegrad rotated": SparsegradMethod(name="sparsegrad", density=density, form="rotated"),
-    }
-    sides = {
-        name: step_of(method, copy.deepcopy(model), targets, bases, batch)
-        for name, method in methods.items()
-    }
+    names = options.methods.split(",")
+    full_rank = {"materialized", "rotated"} & set(names)
+    bases = random_bases(targets, None if full_rank else options.rank)
+    batch = batch_of(options.batch, options.length)
+    methods = methods_at(options.density, options.rank)
+    sides = {}
+    for name in names:
+        copied = copy.deepcopy(model)
+        sides[name] = (
+            floor_of(copied, targets, batch)
+            if name == "floor"
+            else step_of(methods[name], copied, targets, bases, batch)
+        )
     table = ratios(interleave(sides, options.rounds), against="lora")
     for name, row in table.items():
         print(

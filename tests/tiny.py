@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import (
+    CalibrationSection,
     FullMethod,
     LoraMethod,
     MepropMethod,
@@ -22,7 +23,8 @@ from sparsegrad_cli.recipe.schema import (
     TargetsSection,
     TrainSection,
 )
-from sparsegrad_cli.training.calibration import calibrate, forked_random
+from sparsegrad_cli.training.calibration import Calibration, calibrate
+from sparsegrad_cli.training.gradients import forked_random
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
 
@@ -160,6 +162,21 @@ def targets_of(model: nn.Module, **section: Any) -> list[Target]:
     return find_targets(model, TargetsSection(**section))
 
 
+def calibrated(
+    model: nn.Module,
+    targets: list[Target],
+    stream: Callable[[], Iterator[dict[str, Tensor]]] = batches,
+    *,
+    seed: int = 0,
+    rank: int | float | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    **section: Any,
+) -> Calibration:
+    """Calibration with the settings of a recipe's section."""
+    settings = CalibrationSection(**section)
+    return calibrate(model, targets, stream, settings, seed=seed, rank=rank, on_step=on_step)
+
+
 def orthogonal_bases(
     targets: list[Target], dtype: torch.dtype = torch.float64, seed: int = 5
 ) -> dict[str, Basis]:
@@ -239,8 +256,8 @@ class Tuned:
         self.targets = targets_of(self.model)
         bases = None
         if basis_per is not None:
-            bases = calibrate(
-                self.model, self.targets, batches(), steps=3, basis_per=basis_per, seed=seed
+            bases = calibrated(
+                self.model, self.targets, steps=3, basis_per=basis_per, seed=seed
             ).by_target()
         self.method: Any = make_method(settings)
         with forked_random(seed):

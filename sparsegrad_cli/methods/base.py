@@ -99,10 +99,12 @@ class Method(Protocol):
         *,
         scope: str,
         bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
         """Freeze the model, change its targets, mark what trains.
 
-        ``bases`` maps target names to bases for methods with ``needs_basis``.
+        ``bases`` maps target names to bases for methods with ``needs_basis``; ``scores`` to
+        (r_out, r_in) scores of core entries, where calibration made them.
         """
         ...
 

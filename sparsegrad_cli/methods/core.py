@@ -28,10 +28,16 @@ from sparsegrad_cli.methods.optimizer import (
     adamw_settings,
     plain_adamw,
 )
+from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
-from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
+from sparsegrad_cli.numerics.supports import (
+    allocate,
+    entries_for,
+    largest_entries,
+    spectral_scores,
+)
 from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
 
 
@@ -42,7 +48,7 @@ class CoreLinear(nn.Module):
         weight: the frozen parameter of the layer it replaces: (out, in), or its transpose.
         bias: its bias parameter or None.
         basis: truncated bases; kept by the layer's side, not in the state dict.
-        support: (k,) flat positions in S that train; None trains all of S.
+        support: (k,) flat positions in S (below 2^31) that train; None trains all of S.
         transposed: the weight holds W'.
     """
 
@@ -69,8 +75,8 @@ class CoreLinear(nn.Module):
         if support is None:
             self.core = nn.Parameter(torch.zeros(self.shape, dtype=dtype, device=weight.device))
         else:
-            # Persistent: an adapter without its positions is worth nothing.
-            self.register_buffer("support", support.to(weight.device))
+            # Persistent: an adapter without its positions is worth nothing. Four bytes each.
+            self.register_buffer("support", support.to(weight.device, torch.int32))
             zeros = torch.zeros(len(support), dtype=dtype, device=weight.device)
             self.values = nn.Parameter(zeros)
 
@@ -79,7 +85,7 @@ class CoreLinear(nn.Module):
         if "core" in self._parameters:
             return self.core
         flat = self.values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.scatter(0, self.support, self.values).view(self.shape)
+        return flat.index_put((self.support,), self.values).view(self.shape)
 
     @property
     def trained(self) -> nn.Parameter:
@@ -110,6 +116,7 @@ class SparsegradCore:
         *,
         scope: str,
         bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
         """Put a core beside every target; S starts at zero, so the function is unchanged."""
         if bases is None:
@@ -117,16 +124,21 @@ class SparsegradCore:
         total = sum(p.numel() for p in model.parameters())
         head, rest = open_scope(model, targets, scope)
         shared: dict[int, Basis] = {}  # targets that share a basis share its copy
+        fitted: dict[str, Basis] = {}
         for target in targets:
             given = bases[target.name]
-            layer = model.get_submodule(target.name)
-            weight, bias = layer.weight, layer.bias
-            assert isinstance(weight, nn.Parameter)
-            assert bias is None or isinstance(bias, nn.Parameter)
             if id(given) not in shared:
+                weight = model.get_submodule(target.name).weight
+                assert isinstance(weight, nn.Parameter)
                 shared[id(given)] = self._fitted(given, weight)
-            core = self._core(target, weight, bias, shared[id(given)])
+            fitted[target.name] = shared[id(given)]
+        supports = self._supports(targets, fitted, scores or {})
+        for target in targets:
+            core = self._core(model, target, fitted[target.name], supports.get(target.name))
             model.set_submodule(target.name, core)
+        use_byte_masks(model)
+        if self.settings.recompute == "activation":
+            recompute_activations(model, targets)
         entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
         requested = None
         if self.settings.support != "dense":
@@ -156,17 +168,34 @@ class SparsegradCore:
             cut.singular_in,
         )
 
+    def _supports(
+        self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Flat positions of a static support in each target's core."""
+        if self.settings.support != "static":
+            return {}
+        worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)) for t in targets}
+        asked = {t.name: min(self._asked(t), worth[t.name].numel()) for t in targets}
+        if self.settings.allocation == "model":
+            chosen = allocate(list(worth.values()), sum(asked.values()))
+            return dict(zip(worth, chosen, strict=True))
+        return {name: largest_entries(score, asked[name]) for name, score in worth.items()}
+
     def _core(
-        self, target: Target, weight: nn.Parameter, bias: nn.Parameter | None, basis: Basis
+        self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None
     ) -> CoreLinear:
-        room = basis.q_out.shape[1] * basis.q_in.shape[1]
-        count = min(self._asked(target), room)
-        support = None
-        if self.settings.support == "static":
-            support = largest_entries(spectral_scores(basis), count)
+        layer = model.get_submodule(target.name)
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
         core = CoreLinear(weight, bias, basis, support, transposed=target.transposed)
+        room = core.shape[0] * core.shape[1]
         self._layers[target.name] = core
-        self._counts[target.name] = room if self.settings.support == "dense" else count
+        if support is not None:
+            self._counts[target.name] = len(support)
+        else:
+            dense = self.settings.support == "dense"
+            self._counts[target.name] = room if dense else min(self._asked(target), room)
         return core
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
@@ -184,7 +213,7 @@ class SparsegradCore:
         tensors = trainable_state(model)
         for name, layer in self._layers.items():
             if "support" in layer._buffers:
-                tensors[f"{name}.support"] = layer.support.to(torch.int32).cpu()
+                tensors[f"{name}.support"] = layer.support.cpu()
         return tensors
 
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -194,3 +223,10 @@ class SparsegradCore:
         for name, layer in self._layers.items():
             if "support" in layer._buffers:
                 layer.support.copy_(positions[f"{name}.support"])
+
+
+def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
+    """(r_out, r_in) scores: calibration's, cut to the core's directions, or the spectra's."""
+    if score is None:
+        return spectral_scores(basis)
+    return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]

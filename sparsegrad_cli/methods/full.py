@@ -38,6 +38,7 @@ class Full:
         *,
         scope: str,
         bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
         """Open the targets' weights; the model itself is unchanged."""
         total = sum(p.numel() for p in model.parameters())

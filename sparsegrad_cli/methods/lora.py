@@ -55,6 +55,7 @@ class Lora:
         *,
         scope: str,
         bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
         """Put peft's adapters into the targets; B starts at zero, so the function is unchanged."""
         from peft import LoraConfig, inject_adapter_in_model

@@ -66,6 +66,7 @@ class Meprop:
         *,
         scope: str,
         bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
         """Open the targets' weights; with ``rows``, swap the layers for ones that prune dL/dy."""
         total = sum(p.numel() for p in model.parameters())

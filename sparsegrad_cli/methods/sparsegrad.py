@@ -87,6 +87,7 @@ class Sparsegrad:
         *,
         scope: str,
         bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
         """Open the targets; with ``rotated``, swap them for layers that hold their core."""
         if bases is None:

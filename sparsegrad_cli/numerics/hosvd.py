@@ -11,6 +11,7 @@ so nothing is ever stacked: two Gram matrices hold all that is needed, whatever 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,40 @@ class Basis:
         return sum(q.numel() * q.element_size() for q in (self.q_out, self.q_in))
 
 
+class Stream(Protocol):
+    """Sums over a stream of gradients, from which a basis comes.
+
+    The data is gone over ``passes`` times, with :meth:`next_pass` between two passes.
+    """
+
+    passes: int
+    count: int
+
+    def add(self, grad_OI: Tensor) -> None:
+        """Add one gradient, (out, in)."""
+        ...
+
+    def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
+        """Add the tokens of a batch: dL/dy (N, out) and x (N, in)."""
+        ...
+
+    def next_pass(self) -> None:
+        """Start the next pass from what the last one found."""
+        ...
+
+    def basis(self) -> Basis:
+        """Bases after the last pass."""
+        ...
+
+    def sums(self) -> list[Tensor]:
+        """What is a sum over the stream: to be added up where several processes share it."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        ...
+
+
 class GramStream:
     """The two Gram matrices of a stream of gradients; memory does not grow with the stream.
 
@@ -46,6 +81,8 @@ class GramStream:
         out_features, in_features: shape of every gradient.
         device, dtype: where and in what the sums are kept; float32 by default.
     """
+
+    passes = 1
 
     def __init__(
         self,
@@ -77,8 +114,7 @@ class GramStream:
             g_NO: (N, out) dL/dy.
             x_NI: (N, in) input of the layer.
         """
-        counts = (g_NO != 0).any(1)
-        g_NO, x_NI = (t[counts].to(self.gram_out.dtype) for t in (g_NO, x_NI))
+        g_NO, x_NI = live_tokens(g_NO, x_NI, self.gram_out.dtype)
         self.gram_out.addmm_(g_NO.T, g_NO)  # (out, N) @ (N, out)
         self.gram_in.addmm_(x_NI.T, x_NI)  # (in, N) @ (N, in)
         self.count += 1
@@ -101,9 +137,23 @@ class GramStream:
         q_in, singular_in = principal_directions(self.gram_in)
         return Basis(q_out, q_in, singular_out, singular_in)
 
+    def next_pass(self) -> None:
+        """There is one pass only."""
+        raise ValueError("Gram matrices are made in one pass")
+
+    def sums(self) -> list[Tensor]:
+        """What is a sum over the stream: to be added up where several processes share it."""
+        return [self.gram_out, self.gram_in]
+
     def nbytes(self) -> int:
         """Bytes of the two sums."""
         return sum(g.numel() * g.element_size() for g in (self.gram_out, self.gram_in))
+
+
+def live_tokens(g_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows on which the loss depends (g is not all zero: no padding), in ``dtype``."""
+    live = (g_NO != 0).any(1)
+    return g_NO[live].to(dtype), x_NI[live].to(dtype)
 
 
 def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +168,13 @@ def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(gram_DD).all():
         raise ValueError("the Gram matrix is not finite: a gradient overflowed")
     values, vectors = torch.linalg.eigh(gram_DD)  # ascending
-    vectors = vectors.flip(1)
-    largest = vectors.abs().argmax(dim=0, keepdim=True)
-    signs = torch.sign(vectors.gather(0, largest))
-    return by_columns(vectors * signs), values.flip(0).clamp_min(0).sqrt()
+    return by_columns(signed(vectors.flip(1))), values.flip(0).clamp_min(0).sqrt()
+
+
+def signed(vectors_DR: Tensor) -> Tensor:
+    """The same columns, each with the sign that makes its largest entry positive."""
+    largest = vectors_DR.abs().argmax(dim=0, keepdim=True)
+    return vectors_DR * torch.sign(vectors_DR.gather(0, largest))
 
 
 def by_columns(matrix: Tensor) -> Tensor:
@@ -142,8 +195,8 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
     """
     if rank is None:
         return basis
-    r_out = _kept(basis.singular_out, basis.q_out.shape[1], rank)
-    r_in = _kept(basis.singular_in, basis.q_in.shape[1], rank)
+    r_out = kept_columns(basis.singular_out, basis.q_out.shape[1], rank)
+    r_in = kept_columns(basis.singular_in, basis.q_in.shape[1], rank)
     # Copies: a view of the leading columns would keep the whole basis alive.
     return Basis(
         by_columns(basis.q_out)[:, :r_out].clone(),
@@ -153,7 +206,10 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
     )
 
 
-def _kept(singular: Tensor, columns: int, rank: int | float) -> int:
+def kept_columns(singular: Tensor, columns: int, rank: int | float | None) -> int:
+    """How many of ``columns`` directions a rank keeps; see :func:`truncated`."""
+    if rank is None:
+        return columns
     if isinstance(rank, int):
         return min(rank, columns)
     energy = singular.double().square().cumsum(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,11 +52,19 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
     return torch.topk(flat, count, sorted=False).indices.sort().values
 
 
-def energy_share(matrix: Tensor, fraction: float) -> float:
-    """Share of the squared entries that the largest ``fraction`` of entries hold, 0 to 1."""
-    count = max(1, round(fraction * matrix.numel()))
+def energy_share(matrix: Tensor, fraction: float, whole: Tensor | None = None) -> float:
+    """Share of the squared entries that the largest ``fraction`` of entries hold, 0 to 1.
+
+    Args:
+        matrix: any shape.
+        fraction: of the entries of ``whole``.
+        whole: what ``matrix`` is a part of (a gradient of which it is a truncated core); itself by
+            default.
+    """
+    whole = matrix if whole is None else whole
+    count = min(matrix.numel(), max(1, round(fraction * whole.numel())))
     squares = matrix.reshape(-1).double().square()
-    total = squares.sum()
+    total = whole.double().square().sum()
     if total == 0:
         return 0.0
     return float(torch.topk(squares, count, sorted=False).values.sum() / total)
@@ -67,3 +78,32 @@ def spectral_scores(basis: Basis) -> Tensor:
     needs no second pass over the data.
     """
     return torch.outer(basis.singular_out, basis.singular_in)
+
+
+def allocate(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The ``count`` best entries over all targets at once, at least one in each.
+
+    Args:
+        scores: per target, any shape; comparable across targets.
+        count: from the number of targets to the number of all entries.
+
+    Returns:
+        Per target flat positions, ascending; together exactly ``count``.
+
+    Raises:
+        ValueError: ``count`` is out of range.
+    """
+    room = sum(score.numel() for score in scores)
+    if not len(scores) <= count <= room:
+        raise ValueError(f"cannot choose {count} of {room} entries in {len(scores)} targets")
+    flat = torch.cat([score.reshape(-1).float().cpu() for score in scores])
+    starts = torch.tensor([0, *(score.numel() for score in scores)]).cumsum(0)
+    # Each target's best entry comes first, whatever the others hold.
+    for begin, end in pairwise(starts.tolist()):
+        flat[begin + flat[begin:end].argmax()] = torch.inf
+    chosen = largest_entries(flat, count)
+    owner = torch.bucketize(chosen, starts[1:], right=True)
+    return [
+        (chosen[owner == number] - starts[number]).to(score.device)
+        for number, score in enumerate(scores)
+    ]

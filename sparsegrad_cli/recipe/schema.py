@@ -111,15 +111,28 @@ class SparsegradMethod(Section):
     rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="core: directions kept a side, or the share of energy they hold"
     )
+    allocation: Literal["target", "model"] = Field(
+        "target",
+        description="static: the density holds in every target, or over all of them together",
+    )
+    recompute: Literal["none", "activation"] = Field(
+        "none",
+        description="core: compute the MLP's activation anew in the backward pass: less memory, "
+        "one product more",
+    )
 
     @model_validator(mode="after")
     def _fits_the_form(self) -> SparsegradMethod:
+        if self.allocation == "model" and self.support != "static":
+            raise ValueError("allocation 'model' is for support 'static'")
         if self.form == "core":
             return self
         if self.support != "dynamic":
             raise ValueError(f"form {self.form} chooses in every step: support is dynamic")
         if self.rank is not None:
             raise ValueError(f"form {self.form} is of full rank: rank is for form core")
+        if self.recompute != "none":
+            raise ValueError("recompute is for form core")
         return self
 
 
@@ -169,9 +182,21 @@ class CalibrationSection(Section):
     basis_per: Literal["layer", "kind"] = Field(
         "layer", description="one basis per target, or one per layer kind (the paper)"
     )
-    source: Literal["batch", "token"] = Field(
+    source: Literal["batch", "token", "random", "original"] = Field(
         "batch",
-        description="Grams of the batch's gradients (the paper), or over tokens of g and x",
+        description="batch: gradients of batches (the paper); token: g and x of every token; "
+        "random, original: bases that know nothing of the data, to compare with",
+    )
+    decomposition: Literal["exact", "sequential", "randomized"] = Field(
+        "exact",
+        description="exact: Gram matrices; sequential: the narrow side first, then the wide one "
+        "projected; randomized: thin products only, no Gram matrix",
+    )
+    power_steps: NonNegativeInt = Field(0, description="randomized: passes beyond the first")
+    score: Literal["spectral", "gradient", "square", "token_square"] = Field(
+        "spectral",
+        description="what chooses a static support: the two spectra, or a second pass for the mean "
+        "of |core gradient|, of its square, or of its square by token",
     )
     warmup_steps: NonNegativeInt = Field(
         0, description="steps of the head alone before calibration, undone afterwards"
@@ -182,6 +207,14 @@ class CalibrationSection(Section):
     energy_steps: NonNegativeInt = Field(
         4, description="held-out gradient steps for the energy table; 0 leaves it out"
     )
+
+    @model_validator(mode="after")
+    def _ways_that_exist(self) -> CalibrationSection:
+        if self.source == "token" and self.decomposition == "sequential":
+            raise ValueError("decomposition 'sequential' needs source 'batch'")
+        if self.power_steps and self.decomposition != "randomized":
+            raise ValueError("power_steps goes with decomposition 'randomized'")
+        return self
 
 
 class TrainSection(Section):
@@ -284,6 +317,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         method = self.method
+        if isinstance(method, SparsegradMethod):
+            self._check_sparsegrad(method)
         if isinstance(method, LoraMethod):
             if self.match and method.density is None:
                 raise ValueError("match: trainable solves LoRA's rank from method.density: give it")
@@ -300,3 +335,22 @@ class Recipe(Section):
                     "accumulated: use gradient_accumulation_steps: 1 or unified: false"
                 )
         return self
+
+    def _check_sparsegrad(self, method: SparsegradMethod) -> None:
+        calibration = self.calibration
+        thin = method.form == "core" and isinstance(method.rank, int)
+        if calibration.decomposition == "randomized" and not thin:
+            raise ValueError(
+                "calibration.decomposition 'randomized' finds a given number of directions: it "
+                "needs method.form 'core' and method.rank as a whole number"
+            )
+        if calibration.decomposition == "sequential" and method.form != "core":
+            raise ValueError(
+                "calibration.decomposition 'sequential' truncates: it needs method.form 'core'"
+            )
+        comparable = calibration.score != "spectral" or calibration.source == "token"
+        if method.allocation == "model" and not comparable:
+            raise ValueError(
+                "method.allocation 'model' compares targets: it needs a calibration.score from "
+                "gradients, or calibration.source 'token'"
+            )

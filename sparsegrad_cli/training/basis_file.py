@@ -2,6 +2,7 @@
 
 Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
 ``singular_in/<key>``; a key is a target's name, or a layer kind when targets share a basis.
+``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
 Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
 recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sparsegrad_cli.training.checkpoint import save_tensors
 
 _FORMAT = "sparsegrad-basis-1"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
+_SCORE = "score/"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class BasisFile:
         settings: of the calibration: steps, batch_size, basis_per, seed.
         recipe_digest: of the recipe it was made from.
         digest: sha256 of the tensors.
+        scores: target name -> scores of its core's entries; empty if the spectra do.
     """
 
     bases: Mapping[str, Basis]
@@ -48,6 +51,7 @@ class BasisFile:
     settings: Mapping[str, Any]
     recipe_digest: str
     digest: str
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_target(self) -> dict[str, Basis]:
         """Target name -> basis; targets of one key share the object."""
@@ -66,7 +70,7 @@ def write_basis(path: Path, basis: BasisFile) -> None:
         "digest": basis.digest,
     }
     metadata["check"] = _check(metadata)
-    save_tensors(path, _tensors(basis.bases), metadata)
+    save_tensors(path, _tensors(basis.bases, basis.scores), metadata)
 
 
 def read_basis(path: Path) -> BasisFile:
@@ -94,6 +98,9 @@ def read_basis(path: Path) -> BasisFile:
         keys = json.loads(metadata["targets"])
         settings = json.loads(metadata["settings"])
         bases = {key: _basis(tensors, key) for key in set(keys.values())}
+        scores = {
+            name.removeprefix(_SCORE): t for name, t in tensors.items() if name.startswith(_SCORE)
+        }
         found = BasisFile(
             bases,
             keys,
@@ -102,12 +109,13 @@ def read_basis(path: Path) -> BasisFile:
             settings,
             metadata["recipe_digest"],
             metadata["digest"],
+            scores,
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(
             f"the basis file is incomplete: {error}", where=str(path), fix=fix
         ) from error
-    if tensors_digest(bases) != found.digest:
+    if tensors_digest(bases, scores) != found.digest:
         raise FileFormatError(
             "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
         )
@@ -176,10 +184,10 @@ def check_rank(basis: BasisFile, rank: int | None, where: str | None = None) -> 
                 )
 
 
-def tensors_digest(bases: Mapping[str, Basis]) -> str:
+def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over all tensors in key order."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(_tensors(bases).items()):
+    for name, tensor in sorted(_tensors(bases, scores).items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
@@ -190,5 +198,6 @@ def _check(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
-    return {f"{part}/{key}": getattr(b, part) for key, b in bases.items() for part in _PARTS}
+def _tensors(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = {f"{part}/{key}": getattr(b, part) for key, b in bases.items() for part in _PARTS}
+    return parts | {_SCORE + name: score for name, score in scores.items()}

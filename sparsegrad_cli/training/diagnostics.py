@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.supports import energy_share
-from sparsegrad_cli.training.calibration import (
+from sparsegrad_cli.training.calibration import Calibration
+from sparsegrad_cli.training.gradients import (
     Batch,
-    Calibration,
     forked_random,
     gradient_step,
     gradients_only,
@@ -28,15 +29,18 @@ _SPECTRUM_LENGTH = 256
 
 
 def kind_bases(calibration: Calibration, targets: list[Target]) -> dict[str, Basis]:
-    """One basis per layer kind from per-target Grams: the Gram of a union is the sum of Grams."""
+    """One basis per layer kind from per-target Grams: the Gram of a union is the sum of Grams.
+
+    Empty where calibration kept no Grams.
+    """
     merged: dict[str, GramStream] = {}
     seen: set[str] = set()
     for target in targets:
         key = calibration.keys[target.name]
-        if key in seen:
+        stream = calibration.streams.get(key)
+        if key in seen or not isinstance(stream, GramStream):
             continue
         seen.add(key)
-        stream = calibration.streams[key]
         if target.kind not in merged:
             merged[target.kind] = GramStream(
                 target.out_features, target.in_features, device=stream.gram_in.device
@@ -56,32 +60,34 @@ def energy_table(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean share of squared entries in the top 1 % of held-out gradients, per target.
 
-    Columns: ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code),
-    ``kind_basis`` and, when calibrated per layer, ``layer_basis``.
+    Columns: ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code; needs a
+    basis of full rank), ``kind_basis`` (needs Grams, or a basis per kind) and, when calibrated per
+    layer, ``layer_basis``. The 1 % is of the target's entries, and the share is of all its energy,
+    also where the basis is truncated.
 
     Returns:
         (``energy`` block, ``heat_map`` block) of run.json.
     """
     per_kind = kind_bases(calibration, targets)
     per_target = calibration.by_target()
-    by_layer = any(key not in per_kind for key in calibration.keys.values())
+    by_layer = any(calibration.keys[t.name] != t.kind for t in targets)
     sums: dict[str, dict[str, float]] = {t.name: defaultdict(float) for t in targets}
     maps: dict[str, Tensor] = {}
     shown = targets[len(targets) // 2].name
 
     def collect(target: Target, grad_OI: Tensor) -> None:
-        grad = grad_OI.float()
-        kind, own = per_kind[target.kind], per_target[target.name]
-        best = own if by_layer else kind
-        transposed = Basis(best.q_out, best.q_in.T, best.singular_out, best.singular_in)
-        cores = {"original": grad, "transposed": to_core(grad, transposed)}
-        cores["kind_basis"] = to_core(grad, kind)
-        if by_layer:
-            cores["layer_basis"] = to_core(grad, own)
+        grad, own = grad_OI.float(), per_target[target.name]
+        bases = {"layer_basis" if by_layer else "kind_basis": own}
+        if by_layer and target.kind in per_kind:
+            bases["kind_basis"] = per_kind[target.kind]
+        if own.q_in.shape[0] == own.q_in.shape[1]:
+            bases["transposed"] = replace(own, q_in=own.q_in.T)
+        cores = {name: to_core(grad, basis) for name, basis in bases.items()}
+        cores["original"] = grad
         for name, core in cores.items():
-            sums[target.name][name] += energy_share(core, TOP) / steps
+            sums[target.name][name] += energy_share(core, TOP, whole=grad) / steps
         if target.name == shown:
-            for name, core in (("original", grad), ("basis", to_core(grad, best))):
+            for name, core in (("original", grad), ("basis", to_core(grad, own))):
                 pooled = _pool(core.abs())
                 maps[name] = maps[name] + pooled if name in maps else pooled
 

@@ -13,15 +13,19 @@ from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.schema import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.arguments import training_arguments
-from sparsegrad_cli.training.basis_file import check_belongs, check_rank, read_basis
-from sparsegrad_cli.training.calibration import forked_random
+from sparsegrad_cli.training.basis_file import (
+    BasisFile,
+    check_belongs,
+    check_rank,
+    read_basis,
+)
+from sparsegrad_cli.training.calibration import Calibration
 from sparsegrad_cli.training.callbacks import (
     InterruptCallback,
     ProbeCallback,
@@ -29,6 +33,7 @@ from sparsegrad_cli.training.callbacks import (
     graceful_interrupt,
 )
 from sparsegrad_cli.training.diagnostics import spectra
+from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
 from sparsegrad_cli.training.setup import Setup, to_device
 from sparsegrad_cli.training.trainer import SparsegradTrainer
@@ -55,19 +60,25 @@ class TrainingSession(Session):
 
     def _prepared(self, setup: Setup, method: Method, asked: threading.Event) -> Prepared:
         """The model made ready. Bases live on only in what the method keeps of them."""
-        bases = self._bases(setup) if method.needs_basis else None
+        found = self._calibrated(setup) if method.needs_basis else None
         if asked.is_set():
             raise InterruptedRunError("stopped before training began", fix="--resume starts it")
         with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing
-            return method.prepare(setup.model, setup.targets, scope=self.recipe.scope, bases=bases)
+            return method.prepare(
+                setup.model,
+                setup.targets,
+                scope=self.recipe.scope,
+                bases=found.by_target() if found else None,
+                scores=found.scores if found else None,
+            )
 
-    def _bases(self, setup: Setup) -> dict[str, Basis]:
+    def _calibrated(self, setup: Setup) -> Calibration | BasisFile:
         """The recipe's basis, this run's own when resuming, or a fresh one."""
         given = self.recipe.calibration.basis
         own = self.record.path / BASIS_NAME
         path = Path(given).expanduser() if given else own
         if not given and not (self.resume and own.is_file()):
-            return self.calibrated(setup).by_target()
+            return self.calibrated(setup)
         basis = read_basis(path)
         where = self.loaded.where("calibration.basis") if given else str(own)
         check_belongs(basis, setup.targets, setup.fingerprint, where)
@@ -88,7 +99,10 @@ class TrainingSession(Session):
                 "spectra": spectra(one_per_kind(dict(basis.bases), setup)),
             }
         )
-        return basis.by_target()
+        if self.recipe.calibration.keep_head and not self.resume:
+            with self.warmed_head(setup):
+                pass
+        return basis
 
     def _record_method(self, prepared: Prepared) -> None:
         settings = self.recipe.method.model_dump()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
+from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
@@ -16,9 +19,14 @@ from sparsegrad_cli.training.basis_file import (
     tensors_digest,
     write_basis,
 )
-from sparsegrad_cli.training.calibration import Calibration, calibrate
+from sparsegrad_cli.training.calibration import Calibration, calibrate, passes_of
 from sparsegrad_cli.training.diagnostics import energy_table, spectra
-from sparsegrad_cli.training.setup import Setup, calibration_batches, make_setup
+from sparsegrad_cli.training.setup import (
+    Setup,
+    calibration_batches,
+    hash_parameters,
+    make_setup,
+)
 from sparsegrad_cli.training.warmup import warmed_head
 
 BASIS_NAME = "basis.safetensors"
@@ -72,45 +80,36 @@ class Session:
 
     def calibrated(self, setup: Setup) -> Calibration:
         """Stream gradients and make bases; fills the calibration block, writes the basis file."""
-        settings = self.recipe.calibration
-        batch_size = settings.batch_size or self.recipe.train.per_device_train_batch_size
-        self.observer.phase("calibrate", f"{settings.steps} steps, no update")
-        self.observer.total_steps("calibrate", settings.steps)
-        batches = calibration_batches(setup, batch_size, self.recipe.seed)
+        settings, seed = self.recipe.calibration, self.recipe.seed
+        passes = passes_of(settings)
+        again = f", {passes} passes" if passes > 1 else ""
+        self.observer.phase("calibrate", f"{settings.steps} steps, no update{again}")
+        self.observer.total_steps("calibrate", settings.steps * passes)
         started = time.perf_counter()
-        with warmed_head(
-            setup.model,
-            batches,
-            steps=settings.warmup_steps,
-            learning_rate=settings.warmup_learning_rate,
-            seed=self.recipe.seed,
-            keep=settings.keep_head,
-        ):
+        with self.warmed_head(setup):
             warmup_seconds = time.perf_counter() - started
             calibration = calibrate(
                 setup.model,
                 setup.targets,
-                batches,
-                steps=settings.steps,
-                basis_per=settings.basis_per,
-                seed=self.recipe.seed,
-                source=settings.source,
+                lambda: calibration_batches(setup, self.calibration_batch, seed),
+                settings,
+                seed=seed,
+                rank=self._rank,
                 meter=lambda: self.meter.phase("calibrate"),
                 on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
             )
         calibration.seconds += warmup_seconds
         self.seconds["calibrate_s"] = calibration.seconds
+        names = ("steps", "basis_per", "source", "decomposition", "score", "warmup_steps")
         made_with: dict[str, Any] = {
-            "steps": settings.steps,
-            "batch_size": batch_size,
-            "basis_per": settings.basis_per,
-            "source": settings.source,
-            "warmup_steps": settings.warmup_steps,
-            "seed": self.recipe.seed,
+            **{name: getattr(settings, name) for name in names},
+            "batch_size": self.calibration_batch,
+            "passes": passes,
+            "seed": seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
         made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
-        kept = self._kept(calibration.bases)
+        kept = {key: truncated(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
             calibration.keys,
@@ -118,7 +117,8 @@ class Session:
             setup.fingerprint,
             made_with,
             digest(self.recipe),
-            tensors_digest(kept),
+            tensors_digest(kept, calibration.scores),
+            calibration.scores,
         )
         path = self.record.path / BASIS_NAME
         write_basis(path, file)
@@ -135,12 +135,37 @@ class Session:
         )
         return calibration
 
-    def _kept(self, bases: dict[str, Basis]) -> dict[str, Basis]:
+    @contextmanager
+    def warmed_head(self, setup: Setup) -> Iterator[None]:
+        """Inside, the head is warm; outside too if the recipe keeps it (the hash then says so)."""
+        settings, seed = self.recipe.calibration, self.recipe.seed
+        with warmed_head(
+            setup.model,
+            # Other batches than those that calibration sees.
+            calibration_batches(setup, self.calibration_batch, seed + 2),
+            steps=settings.warmup_steps,
+            learning_rate=settings.warmup_learning_rate,
+            seed=seed,
+            keep=settings.keep_head,
+        ):
+            yield
+        if settings.keep_head and settings.warmup_steps:
+            kept = hash_parameters(head_parameters(setup.model))
+            self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
+
+    @property
+    def calibration_batch(self) -> int:
+        """Examples of one calibration step."""
+        train = self.recipe.train.per_device_train_batch_size
+        return self.recipe.calibration.batch_size or train
+
+    @property
+    def _rank(self) -> int | float | None:
         """The directions that the method will use: all, or the leading ones for a core."""
         method = self.recipe.method
         if not isinstance(method, SparsegradMethod) or method.form != "core":
-            return bases
-        return {key: truncated(basis, method.rank) for key, basis in bases.items()}
+            return None
+        return method.rank
 
 
 def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:
@@ -163,8 +188,7 @@ class CalibrationSession(Session):
         if settings.energy_steps:
             self.observer.phase("energy", f"{settings.energy_steps} held-out steps")
             started = time.perf_counter()
-            batch_size = settings.batch_size or self.recipe.train.per_device_train_batch_size
-            held_out = calibration_batches(setup, batch_size, self.recipe.seed + 1)
+            held_out = calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1)
             energy, heat_map = energy_table(
                 setup.model,
                 setup.targets,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparsegrad_cli.modeling.targets import head_parameters
-from sparsegrad_cli.training.calibration import (
+from sparsegrad_cli.training.gradients import (
     Batch,
     forked_random,
     frozen_for_a_while,

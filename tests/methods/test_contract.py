@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
 from sparsegrad_cli.numerics.rotation import to_core
-from sparsegrad_cli.training.calibration import forked_random
 from sparsegrad_cli.training.checkpoint import (
     load_optimizer,
     load_random,
@@ -30,6 +29,7 @@ from sparsegrad_cli.training.checkpoint import (
     save_tensors,
     save_training_state,
 )
+from sparsegrad_cli.training.gradients import forked_random
 
 every_method = pytest.mark.parametrize("name", METHODS)
 both_scopes = pytest.mark.parametrize("scope", ["head", "rest"])

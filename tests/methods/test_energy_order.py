@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import targets_of, weight_of
+from tiny import calibrated, targets_of, weight_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.training.calibration import calibrate
 from sparsegrad_cli.training.diagnostics import energy_table
 
 WIDTH, INNER_WIDTH, RANK, LAYERS = 24, 72, 3, 4
@@ -79,7 +78,9 @@ def test_order_on_a_problem_of_low_rank() -> None:
     model = Parallel()
     targets = targets_of(model)
     assert [t.kind for t in targets] == ["up", "down"] * LAYERS
-    found = calibrate(model, targets, low_rank_batches(1), steps=16, basis_per="layer", seed=0)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=16, basis_per="layer", seed=0
+    )
     energy, heat_map = energy_table(model, targets, found, low_rank_batches(2), steps=4, seed=1)
     assert_order(energy)
     assert mean_of(energy, "layer_basis") > 2 * mean_of(energy, "original")
@@ -91,7 +92,9 @@ def test_order_on_a_problem_of_low_rank() -> None:
 def test_shares_are_shares_and_means_are_means() -> None:
     model = Parallel()
     targets = targets_of(model)
-    found = calibrate(model, targets, low_rank_batches(1), steps=4, basis_per="layer", seed=0)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
+    )
     energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=2, seed=1)
     columns = {"original", "transposed", "kind_basis", "layer_basis"}
     for row in energy["rows"]:
@@ -108,7 +111,9 @@ def test_one_held_out_step_by_hand() -> None:
     """The shares of one gradient, computed again with plain autograd and sorting."""
     model = Parallel()
     targets = targets_of(model)
-    found = calibrate(model, targets, low_rank_batches(1), steps=4, basis_per="layer", seed=0)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
+    )
     energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=1, seed=1)
     model.zero_grad()
     model(**next(low_rank_batches(2))).loss.backward()
@@ -131,7 +136,9 @@ def test_one_held_out_step_by_hand() -> None:
 def test_a_basis_per_kind_has_no_layer_column() -> None:
     model = Parallel()
     targets = targets_of(model)
-    found = calibrate(model, targets, low_rank_batches(1), steps=8, basis_per="kind", seed=0)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=8, basis_per="kind", seed=0
+    )
     energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=2, seed=1)
     assert all("layer_basis" not in row for row in energy["rows"])
     assert mean_of(energy, "kind_basis") > mean_of(energy, "original")
@@ -140,7 +147,9 @@ def test_a_basis_per_kind_has_no_layer_column() -> None:
 def test_the_energy_table_leaves_the_model_alone() -> None:
     model = Parallel().eval()
     targets = targets_of(model)
-    found = calibrate(model, targets, low_rank_batches(1), steps=2, basis_per="layer", seed=0)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=2, basis_per="layer", seed=0
+    )
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state = torch.get_rng_state()
     energy_table(model, targets, found, low_rank_batches(2), steps=1, seed=1)
@@ -189,6 +198,8 @@ def test_order_on_gradients_of_a_real_bert() -> None:
             yield {**encoded, "labels": torch.tensor(labels)}
 
     rows = sentences()
-    found = calibrate(model, targets, eights(rows[:48]), steps=6, basis_per="layer", seed=0)
+    found = calibrated(
+        model, targets, lambda: eights(rows[:48]), steps=6, basis_per="layer", seed=0
+    )
     energy, _ = energy_table(model, targets, found, eights(rows[48:]), steps=2, seed=1)
     assert_order(energy)

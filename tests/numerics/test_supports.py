@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from sparsegrad_cli.numerics.supports import energy_share, entries_for, largest_entries
+from sparsegrad_cli.numerics.supports import (
+    allocate,
+    energy_share,
+    entries_for,
+    largest_entries,
+)
 
 
 @pytest.mark.parametrize("count", range(1, 13))
@@ -105,3 +111,43 @@ def test_energy_share_of_equal_entries_is_the_fraction() -> None:
 
 def test_energy_share_sees_what_float32_squares_would_lose() -> None:
     assert energy_share(torch.full((10, 10), 1e-30), 0.1) == pytest.approx(0.1)
+
+
+def worth(*shapes: tuple[int, int], seed: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(0.1, 5, len(shapes))
+    return [a * torch.rand(s, generator=generator) for a, s in zip(scales, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("count", [3, 4, 20, 61, 62])
+def test_over_all_targets_the_best_are_chosen_and_each_has_one(count: int) -> None:
+    scores = worth((4, 5), (3, 4), (5, 6))
+    chosen = allocate(scores, count)
+    assert sum(len(c) for c in chosen) == count
+    everything = torch.cat([s.reshape(-1) for s in scores])
+    forced = sum(
+        float(s.max()) < float(everything.sort(descending=True).values[count - 1]) for s in scores
+    )
+    best = everything.sort(descending=True).values[: count - forced]
+    taken = torch.cat([s.reshape(-1)[c] for s, c in zip(scores, chosen, strict=True)])
+    assert torch.equal(taken.sort(descending=True).values[: count - forced], best)
+    for score, positions in zip(scores, chosen, strict=True):
+        assert int(score.argmax()) in positions.tolist()
+        assert positions.tolist() == sorted(set(positions.tolist()))
+
+
+def test_a_target_of_no_worth_still_has_an_entry() -> None:
+    scores = [torch.zeros(3, 3), torch.ones(3, 3)]
+    assert [len(c) for c in allocate(scores, 6)] == [1, 5]
+
+
+@pytest.mark.parametrize("count", [0, 1, 19])
+def test_an_impossible_allocation_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="cannot choose"):
+        allocate([torch.ones(3, 3), torch.ones(3, 3)], count)
+
+
+def test_the_share_of_a_part_is_of_the_whole() -> None:
+    whole = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert energy_share(torch.tensor([[3.0]]), 0.25, whole) == pytest.approx(9 / 25)
+    assert energy_share(torch.tensor([[3.0]]), 1.0, whole) == pytest.approx(9 / 25)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import batches, classifier, one_thread, targets_of
+from tiny import calibrated, classifier, one_thread, targets_of
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.modeling.targets import Target, fingerprint
@@ -26,7 +26,6 @@ from sparsegrad_cli.training.basis_file import (
     tensors_digest,
     write_basis,
 )
-from sparsegrad_cli.training.calibration import calibrate
 
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
@@ -37,15 +36,26 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def made(basis_per: str = "layer", seed: int = 0) -> tuple[BasisFile, list[Target], str]:
+def made(
+    basis_per: str = "layer", seed: int = 0, score: str = "spectral"
+) -> tuple[BasisFile, list[Target], str]:
     model = classifier(seed=seed)
     targets = targets_of(model)
-    found = calibrate(model, targets, batches(), steps=2, basis_per=basis_per, seed=0)
+    found = calibrated(model, targets, steps=2, basis_per=basis_per, score=score)
     mark = fingerprint(model, targets)
     settings = {"steps": 2, "batch_size": 8, "basis_per": basis_per, "seed": 0}
-    digest = tensors_digest(found.bases)
+    digest = tensors_digest(found.bases, found.scores)
     return (
-        BasisFile(found.bases, found.keys, "tiny-bert", mark, settings, "abc123", digest),
+        BasisFile(
+            found.bases,
+            found.keys,
+            "tiny-bert",
+            mark,
+            settings,
+            "abc123",
+            digest,
+            found.scores,
+        ),
         targets,
         mark,
     )
@@ -242,16 +252,16 @@ def test_an_exchanged_tensor_is_refused(written: Path) -> None:
 
 def test_the_digest_depends_on_every_tensor_and_key() -> None:
     basis, _, _ = made("kind")
-    first = tensors_digest(basis.bases)
-    assert tensors_digest(dict(reversed(list(basis.bases.items())))) == first
+    first = tensors_digest(basis.bases, {})
+    assert tensors_digest(dict(reversed(list(basis.bases.items()))), {}) == first
     renamed = {f"x{k}": b for k, b in basis.bases.items()}
-    assert tensors_digest(renamed) != first
+    assert tensors_digest(renamed, {}) != first
     for key, one in basis.bases.items():
         for part in PARTS:
             changed = getattr(one, part).clone()
             changed[(0,) * changed.dim()] += 1e-6
             bases = {**basis.bases, key: dataclasses.replace(one, **{part: changed})}
-            assert tensors_digest(bases) != first
+            assert tensors_digest(bases, {}) != first
 
 
 def test_too_few_directions_are_refused(tmp_path: Path) -> None:
@@ -263,3 +273,16 @@ def test_too_few_directions_are_refused(tmp_path: Path) -> None:
         check_rank(cut, 5)
     with pytest.raises(UsageError, match="are needed"):
         check_rank(cut, None)
+
+
+def test_scores_are_kept_and_covered_by_the_digest(tmp_path: Path) -> None:
+    basis, targets, _ = made(score="square")
+    path = tmp_path / "basis.safetensors"
+    write_basis(path, basis)
+    back = read_basis(path)
+    assert set(back.scores) == {t.name for t in targets}
+    for name, score in basis.scores.items():
+        assert torch.equal(back.scores[name], score)
+    name = targets[0].name
+    rewrite(path, lambda t, m: t.update({f"score/{name}": t[f"score/{name}"] + 1}))
+    assert_refused(path, "digest")

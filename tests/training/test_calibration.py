@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,14 +26,11 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.training.calibration import (
-    Calibration,
-    calibrate,
-    forked_random,
-    gradient_step,
-    gradients_only,
-)
+from sparsegrad_cli.numerics.hosvd import GramStream
+from sparsegrad_cli.recipe.schema import CalibrationSection
+from sparsegrad_cli.training.calibration import Calibration, calibrate
 from sparsegrad_cli.training.diagnostics import kind_bases, spectra
+from sparsegrad_cli.training.gradients import forked_random, gradient_step, gradients_only
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -49,15 +46,20 @@ def run(
     source: Iterator[dict[str, Tensor]] | None = None,
     *,
     steps: int = 3,
-    basis_per: str = "layer",
+    basis_per: Literal["layer", "kind"] = "layer",
     seed: int = 0,
     **more: Any,
 ) -> tuple[Calibration, list[Target]]:
     targets = targets_of(model)
-    found = calibrate(
-        model, targets, source or batches(), steps=steps, basis_per=basis_per, seed=seed, **more
-    )
+    settings = CalibrationSection(steps=steps, basis_per=basis_per)
+    found = calibrate(model, targets, lambda: source or batches(), settings, seed=seed, **more)
     return found, targets
+
+
+def gram_of(found: Calibration, key: str) -> GramStream:
+    stream = found.streams[key]
+    assert isinstance(stream, GramStream)
+    return stream
 
 
 def random_state() -> tuple[Any, ...]:
@@ -87,7 +89,7 @@ def test_grams_are_those_of_the_plain_gradients(architecture: str) -> None:
             grad_OI = grad.T if target.transposed else grad
             expected[target.name] += grad_OI @ grad_OI.T
     for target in targets:
-        stream = found.streams[target.name]
+        stream = gram_of(found, target.name)
         assert stream.count == 4
         torch.testing.assert_close(
             stream.gram_out,
@@ -248,8 +250,9 @@ def test_kind_grams_are_the_sums_of_layer_grams() -> None:
     model = classifier()
     layer, targets = run(model)
     kind, _ = run(model, basis_per="kind")
-    for name, stream in kind.streams.items():
-        own = [layer.streams[t.name] for t in targets if t.kind == name]
+    for name in kind.streams:
+        stream = gram_of(kind, name)
+        own = [gram_of(layer, t.name) for t in targets if t.kind == name]
         total = sum((s.gram_in for s in own), torch.zeros_like(stream.gram_in))
         scale = float(total.abs().max())
         torch.testing.assert_close(stream.gram_in, total, rtol=1e-4, atol=1e-6 * scale)
@@ -269,7 +272,7 @@ def test_kind_bases_of_a_kind_calibration_count_each_stream_once() -> None:
 
 
 @pytest.mark.parametrize("basis_per", ["layer", "kind"])
-def test_bytes_of_the_streams_do_not_depend_on_steps(basis_per: str) -> None:
+def test_bytes_of_the_streams_do_not_depend_on_steps(basis_per: Literal["layer", "kind"]) -> None:
     model = classifier()
     sizes = {run(model, steps=n, basis_per=basis_per)[0].stream_bytes for n in (1, 2, 9)}
     streams = 2 * BLOCKS if basis_per == "layer" else 2

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, batches, classifier, one_thread, snapshot, targets_of
+from tiny import batch, batches, calibrated, classifier, one_thread, snapshot, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.modeling.targets import head_parameters
-from sparsegrad_cli.training.calibration import calibrate, forked_random, tokens_only
+from sparsegrad_cli.numerics.hosvd import GramStream
+from sparsegrad_cli.training.gradients import forked_random, tokens_only
 from sparsegrad_cli.training.warmup import warmed_head
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -50,9 +51,7 @@ def pairs_by_autograd(
 def test_grams_are_sums_over_tokens(architecture: str, basis_per: str) -> None:
     model = classifier(architecture, **(DROPLESS if architecture == "bert" else GPT2_DROPLESS))
     targets = targets_of(model)
-    found = calibrate(
-        model, targets, batches(), steps=2, basis_per=basis_per, seed=0, source="token"
-    )
+    found = calibrated(model, targets, steps=2, basis_per=basis_per, source="token")
     expected: dict[str, list[Tensor]] = {}
     source = batches()
     for _ in range(2):
@@ -68,6 +67,7 @@ def test_grams_are_sums_over_tokens(architecture: str, basis_per: str) -> None:
     assert set(found.streams) == set(expected)
     for key, (gram_out, gram_in) in expected.items():
         stream = found.streams[key]
+        assert isinstance(stream, GramStream)
         for got, wanted in ((stream.gram_out, gram_out), (stream.gram_in, gram_in)):
             tolerance = 1e-5 * float(wanted.abs().max())
             torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=tolerance)
@@ -83,16 +83,11 @@ def test_padding_does_not_count() -> None:
     }
     grams = []
     for inputs in (plain, padded):
-        found = calibrate(
-            model,
-            targets_of(model),
-            iter([inputs]),
-            steps=1,
-            basis_per="layer",
-            seed=0,
-            source="token",
+        found = calibrated(
+            model, targets_of(model), lambda inputs=inputs: iter([inputs]), steps=1, source="token"
         )
-        grams.append({key: stream.gram_in for key, stream in found.streams.items()})
+        streams = found.streams.items()
+        grams.append({key: s.gram_in for key, s in streams if isinstance(s, GramStream)})
     for key, gram in grams[0].items():
         torch.testing.assert_close(grams[1][key], gram, rtol=1e-4, atol=1e-4)
 

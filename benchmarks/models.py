@@ -1,0 +1,101 @@
+"""The models and methods that benchmarks measure: real shapes, weights from a seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.data.spec import GLUE_TASKS
+from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns
+from sparsegrad_cli.recipe.schema import (
+    FullMethod,
+    LoraMethod,
+    MepropMethod,
+    ModelSection,
+    SparsegradMethod,
+)
+
+# name -> (model_type of transformers, what differs from its defaults). Time and memory depend on
+# shapes alone, so the weights are random.
+SHAPES: dict[str, tuple[str, dict[str, object]]] = {
+    "shapes:bert-base": ("bert", {}),
+    "shapes:roberta-large": (
+        "roberta",
+        {
+            "vocab_size": 50265,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "max_position_embeddings": 514,
+        },
+    ),
+    "shapes:smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "pad_token_id": 0,
+        },
+    ),
+}
+
+
+def model_of(name: str) -> nn.Module:
+    """A classifier: a recipe's model, or random weights of one of ``SHAPES``."""
+    if name not in SHAPES:
+        return load_classifier(ModelSection(name=name), GLUE_TASKS["cola"], seed=0)
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    model_type, settings = SHAPES[name]
+    config = AutoConfig.for_model(model_type, num_labels=2, **settings)
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    return model
+
+
+def batch_of(batch: int, length: int) -> dict[str, Tensor]:
+    """Token ids without padding, and labels."""
+    ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+
+
+def random_bases(targets: list[Target], rank: int | None = None) -> dict[str, Basis]:
+    """Orthonormal bases of the right shapes: time and memory do not depend on their content."""
+
+    def columns(size: int) -> Tensor:
+        kept = size if rank is None else min(rank, size)
+        return by_columns(torch.linalg.qr(torch.randn(size, kept)).Q)
+
+    return {
+        t.name: Basis(q_out, q_in, *(torch.linspace(1, 0, q.shape[1]) for q in (q_out, q_in)))
+        for t in targets
+        for q_out, q_in in [(columns(t.out_features), columns(t.in_features))]
+    }
+
+
+def methods_at(
+    density: float, rank: int
+) -> dict[str, FullMethod | LoraMethod | MepropMethod | SparsegradMethod]:
+    """All methods at equal trainable entries; ``rank`` is the core form's."""
+
+    def sparsegrad(form: str, **more: object) -> SparsegradMethod:
+        settings = {"name": "sparsegrad", "density": density, "form": form, **more}
+        return SparsegradMethod.model_validate(settings)
+
+    return {
+        "lora": LoraMethod(name="lora", density=density),
+        "full": FullMethod(name="full"),
+        "meprop entries": MepropMethod(name="meprop", density=density),
+        "core": sparsegrad("core", support="static", rank=rank),
+        "core dense": sparsegrad("core", support="dense", rank=rank),
+        "core recomputed": sparsegrad("core", support="static", rank=rank, recompute="activation"),
+        "materialized": sparsegrad("materialized"),
+        "rotated": sparsegrad("rotated"),
+    }

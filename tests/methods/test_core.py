@@ -1,0 +1,203 @@
+"""The core form as a method: supports, allocation, and exact bytes against LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import batch, calibrated, classifier, one_thread, orthogonal_bases, targets_of
+from torch import Tensor, nn
+
+from benchmarks.memory import step_bytes
+from benchmarks.models import methods_at
+from sparsegrad_cli.methods.core import CoreLinear, SparsegradCore
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.numerics.hosvd import truncated
+from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
+from sparsegrad_cli.recipe.schema import SparsegradMethod
+
+RANK = 8
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def settings(**more: Any) -> SparsegradMethod:
+    plain = {"name": "sparsegrad", "form": "core", "support": "static", "rank": RANK}
+    return SparsegradMethod.model_validate({**plain, "density": 0.03, **more})
+
+
+def prepared(
+    bases: Any, scores: Any = None, **more: Any
+) -> tuple[nn.Module, dict[str, CoreLinear], SparsegradCore]:
+    model = classifier()
+    targets = targets_of(model)
+    method = SparsegradCore(settings(**more))
+    method.prepare(model, targets, scope="head", bases=bases, scores=scores)
+    layers = {t.name: model.get_submodule(t.name) for t in targets}
+    assert all(isinstance(layer, CoreLinear) for layer in layers.values())
+    return model, layers, method  # type: ignore[return-value]
+
+
+def positive(targets: Any, rank: int = RANK) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {t.name: torch.rand(rank, rank, generator=generator) * (1 + t.block) for t in targets}
+
+
+def test_without_scores_the_spectra_choose() -> None:
+    model = classifier()
+    bases = calibrated(model, targets_of(model), source="token", steps=2).by_target()
+    _, layers, _ = prepared(bases)
+    for target in targets_of(model):
+        expected = largest_entries(
+            spectral_scores(truncated(bases[target.name], RANK)),
+            entries_for(0.03, target.out_features, target.in_features),
+        )
+        assert torch.equal(layers[target.name].support.long(), expected)
+
+
+@pytest.mark.parametrize("rank", [RANK, 12])
+def test_scores_choose_and_are_cut_to_the_rank(rank: int) -> None:
+    targets = targets_of(classifier())
+    scores = positive(targets, rank)
+    _, layers, _ = prepared(orthogonal_bases(targets, torch.float32), scores)
+    for target in targets:
+        count = entries_for(0.03, target.out_features, target.in_features)
+        expected = largest_entries(scores[target.name][:RANK, :RANK], count)
+        assert torch.equal(layers[target.name].support.long(), expected)
+
+
+def test_allocation_over_the_model_gives_more_to_those_who_matter() -> None:
+    targets = targets_of(classifier())
+    scores = positive(targets)  # later blocks have larger scores
+    bases = orthogonal_bases(targets, torch.float32)
+    _, alone, _ = prepared(bases, scores)
+    _, together, _ = prepared(bases, scores, allocation="model")
+    sizes = [layer.values.numel() for layer in together.values()]
+    assert sum(sizes) == sum(layer.values.numel() for layer in alone.values())
+    assert sizes[0] < sizes[-1]
+    assert min(sizes) >= 1
+    flat = torch.cat([s.reshape(-1) for s in scores.values()])
+    threshold = flat.sort(descending=True).values[sum(sizes) - 1]
+    for name, layer in together.items():
+        chosen = scores[name].reshape(-1)[layer.support.long()]
+        assert bool((chosen >= threshold).all()) or len(chosen) == 1
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    bases = orthogonal_bases(targets_of(classifier()), torch.float32)
+    found = []
+    for recompute in ("none", "activation"):
+        model, _, _ = prepared(bases, recompute=recompute)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        model.train()
+        torch.manual_seed(0)
+        model(**batch()).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_nothing_below_the_first_adapted_layer_gets_a_gradient() -> None:
+    """Its input wants none, so that neither dL/dx there nor any attention below is computed."""
+    model = classifier()
+    targets = targets_of(model)
+    bases = orthogonal_bases(targets, torch.float32)
+    SparsegradCore(settings()).prepare(model, targets, scope="head", bases=bases)
+    first = model.get_submodule(targets[0].name)
+    wanted: list[bool] = []
+    first.register_forward_pre_hook(lambda _, args: wanted.append(args[0].requires_grad))
+    loss = model(**batch()).loss
+    names: set[str] = set()
+    queue = [loss.grad_fn]
+    while queue:
+        node = queue.pop()
+        names.add(f"{node.name()}@{id(node)}")
+        queue += [n for n, _ in node.next_functions if n and f"{n.name()}@{id(n)}" not in names]
+    assert wanted == [False]
+    softmaxes = [n for n in names if "Softmax" in n or "ScaledDot" in n]
+    # One a block above the first, and the loss.
+    assert len([n for n in softmaxes if "LogSoftmax" not in n]) == len(targets) // 2 - 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_compiles_without_graph_breaks(backend: str) -> None:
+    targets = targets_of(classifier())
+    _, layers, _ = prepared(orthogonal_bases(targets, torch.float32))
+    layer = layers[targets[0].name]
+    with torch.no_grad():
+        layer.values.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 5, targets[0].in_features, requires_grad=True)
+    compiled: Any = torch.compile(layer, backend=backend, fullgraph=True)
+    results = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        x.grad = None
+        run(x).square().sum().backward()
+        assert x.grad is not None and layer.values.grad is not None
+        results.append((x.grad.clone(), layer.values.grad.clone()))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+# BERT-base's widths, two blocks of it, 16 x 128 tokens. Counts are exact, so they are asserted.
+WIDE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+
+
+@pytest.fixture(scope="module")
+def bytes_of() -> dict[str, dict[str, int]]:
+    from benchmarks import models
+
+    models.SHAPES["two-blocks"] = ("bert", {**WIDE, "num_hidden_layers": 2, "vocab_size": 1000})
+    methods = methods_at(0.01, rank=160)
+    try:
+        return {
+            name: step_bytes(methods[name], "two-blocks", 16, 128)
+            for name in ("lora", "core", "core recomputed")
+        }
+    finally:
+        del models.SHAPES["two-blocks"]
+
+
+def test_peak_bytes_beyond_the_weights_are_below_loras(bytes_of: Any) -> None:
+    lora, core, lean = (bytes_of[n]["beyond"] for n in ("lora", "core", "core recomputed"))
+    assert abs(bytes_of["core"]["trainable"] / bytes_of["lora"]["trainable"] - 1) < 0.03
+    assert core <= 0.78 * lora
+    assert lean <= 0.69 * lora
+
+
+@pytest.mark.slow
+def test_peak_bytes_of_all_of_bert_base() -> None:
+    """Twelve blocks: what is transient weighs less than in two."""
+    methods = methods_at(0.01, rank=160)
+    lora, core, lean = (
+        step_bytes(methods[name], "shapes:bert-base", 16, 128)
+        for name in ("lora", "core", "core recomputed")
+    )
+    assert core["beyond"] <= 0.74 * lora["beyond"]
+    assert core["beyond"] + core["bases"] <= 0.78 * lora["beyond"]
+    assert lean["beyond"] <= 0.60 * lora["beyond"]
+
+
+def test_saved_bytes_are_those_of_the_written_count(bytes_of: Any) -> None:
+    """Of LoRA's saved activations the core form drops x, h and three of four bytes of each mask."""
+    tokens, hidden, inner, rank, lora_rank = 16 * 128, 768, 3072, 160, 6
+    lora = bytes_of["lora"]["saved_after_forward"]
+    core = bytes_of["core"]["saved_after_forward"]
+    dropped = 4 * tokens * (hidden + inner) * 2  # x of the up and the down projection, two blocks
+    # Dropout after attention and MLP of each block; the first block's attention needs no gradient.
+    dropped += 3 * tokens * hidden * 3
+    dropped += 3 * 16 * hidden  # the classifier's
+    kept = 4 * tokens * (rank - lora_rank) * 4  # u = x Q_in in place of x A', four targets
+    # S itself, per target; LoRA saves its scale as a scalar tensor instead.
+    kept += 4 * 4 * rank * rank
+    assert lora - core == pytest.approx(dropped - kept, abs=4096)
+    assert make_method(methods_at(0.01, rank)["core"]).needs_basis

@@ -1,0 +1,88 @@
+"""Keeping less changes no number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, batch, classifier, one_thread, targets_of
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks
+from sparsegrad_cli.numerics.dropout import ByteDropout
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of all parameters, in training mode with dropout."""
+    model.train()
+    torch.manual_seed(11)
+    model(**batch()).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "gpt2", "electra", "deberta-v3"])
+def test_byte_masks_change_nothing(architecture: str) -> None:
+    plain = classifier(architecture)
+    lean = copy.deepcopy(plain)
+    count = use_byte_masks(lean)
+    assert count == sum(isinstance(m, ByteDropout) for m in lean.modules()) > 0
+    assert not any(type(m) is nn.Dropout for m in lean.modules())
+    assert [n for n, _ in lean.named_modules()] == [n for n, _ in plain.named_modules()]
+    expected, got = gradients(plain), gradients(lean)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+# OPT's blocks hold their MLP's layers themselves.
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"opt", "t5"}))
+def test_recomputing_changes_nothing_and_keeps_less(architecture: str) -> None:
+    plain = classifier(architecture)
+    lean = copy.deepcopy(plain)
+    owners = recompute_activations(lean, targets_of(lean))
+    assert len(owners) == len({t.block for t in targets_of(plain)})
+    assert kept(lean) < kept(plain)
+    expected, got = gradients(plain), gradients(lean)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    names = [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in lean.named_parameters()] == names
+
+
+def kept(model: nn.Module) -> int:
+    """Bytes of distinct tensors that autograd saves in a forward pass."""
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch()).loss
+    del loss
+    return sum(storages.values())
+
+
+def test_an_mlp_without_a_module_of_its_own_is_refused() -> None:
+    model = classifier("opt")
+    with pytest.raises(UsageError, match="no module of its own"):
+        recompute_activations(model, targets_of(model))
+
+
+def test_nothing_is_changed_on_classes() -> None:
+    lean, other = classifier(), classifier()
+    recompute_activations(lean, targets_of(lean))
+    use_byte_masks(lean)
+    assert "forward" not in vars(other.get_submodule("bert.encoder.layer.0.intermediate"))
+    assert any(type(m) is nn.Dropout for m in other.modules())

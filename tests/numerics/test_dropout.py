@@ -1,0 +1,62 @@
+"""Dropout with byte masks against torch's own, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.numerics.dropout import ByteDropout
+
+
+def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient of the sum of its squares, and the next random number."""
+    torch.manual_seed(3)
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    return y.detach(), grad, torch.rand(1)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_it_is_torchs_dropout(p: float, dtype: torch.dtype, training: bool) -> None:
+    x = torch.randn(37, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain, lean = nn.Dropout(p).train(training), ByteDropout(p).train(training)
+    for expected, got in zip(run(plain, x), run(lean, x), strict=True):
+        assert torch.equal(expected, got)
+        assert expected.dtype == got.dtype
+
+
+def test_without_a_gradient_nothing_is_saved_and_nothing_differs() -> None:
+    x = torch.ones(50)
+    torch.manual_seed(0)
+    expected = nn.Dropout(0.5)(x)
+    torch.manual_seed(0)
+    assert torch.equal(ByteDropout(0.5)(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, ByteDropout])
+def test_bytes_kept(kind: type[nn.Dropout]) -> None:
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    x = torch.ones(1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kind(0.1)(x).sum()
+    assert sum(saved) == (1000 if kind is ByteDropout else 4000)
+
+
+def test_gradients_in_float64() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def fixed(value: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        out: Tensor = ByteDropout(0.3)(value)
+        return out
+
+    assert torch.autograd.gradcheck(fixed, (x,))
