@@ -225,6 +225,26 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         "layer",
     ),
     "core-dynamic": (SparsegradMethod(name="sparsegrad", density=0.05, form="core"), "kind"),
+    "core-refresh": (
+        SparsegradMethod(
+            name="sparsegrad",
+            density=0.05,
+            form="core",
+            support="refresh",
+            refresh_steps=2,
+            rank=8,
+        ),
+        "layer",
+    ),
+    "core-bounded": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="core", rank=9, state_capacity=1.5),
+        "layer",
+    ),
+    "meprop-bounded": (MepropMethod(name="meprop", density=0.05, state_capacity=1.5), None),
+    "materialized-bounded": (
+        SparsegradMethod(name="sparsegrad", density=0.05, state_capacity=1.5),
+        "layer",
+    ),
     "core-dense": (
         SparsegradMethod(name="sparsegrad", form="core", support="dense", rank=6),
         "layer",

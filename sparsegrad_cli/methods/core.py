@@ -2,8 +2,8 @@
 
 What trains is small in truth: a flat vector of values (``support: static``), or the whole of S
 (``dense``), or S with a few entries stepped at a time (``dynamic``, the paper's choice by magnitude
-within the truncated basis). Optimizer state is of the same size, and any optimizer will do for the
-first two.
+within the truncated basis; ``refresh``, a static choice made anew every so many steps: what was
+left keeps its value and loses its state). Any optimizer will do for the first two.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.numerics.supports import (
     allocate,
+    bounded,
     entries_for,
     largest_entries,
     spectral_scores,
 )
 from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
+
+REFRESH_STEPS = 100
 
 
 class CoreLinear(nn.Module):
@@ -108,6 +111,7 @@ class SparsegradCore:
         self.settings = settings
         self._layers: dict[str, CoreLinear] = {}
         self._counts: dict[str, int] = {}
+        self._first: dict[str, Tensor] = {}
 
     def prepare(
         self,
@@ -132,9 +136,10 @@ class SparsegradCore:
                 assert isinstance(weight, nn.Parameter)
                 shared[id(given)] = self._fitted(given, weight)
             fitted[target.name] = shared[id(given)]
-        supports = self._supports(targets, fitted, scores or {})
+        self._first = self._supports(targets, fitted, scores or {})
+        fixed = self._first if self.settings.support == "static" else {}
         for target in targets:
-            core = self._core(model, target, fitted[target.name], supports.get(target.name))
+            core = self._core(model, target, fitted[target.name], fixed.get(target.name))
             model.set_submodule(target.name, core)
         use_byte_masks(model)
         if self.settings.recompute == "activation":
@@ -171,8 +176,8 @@ class SparsegradCore:
     def _supports(
         self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Flat positions of a static support in each target's core."""
-        if self.settings.support != "static":
+        """Flat positions in each target's core that calibration would choose."""
+        if self.settings.support not in ("static", "refresh"):
             return {}
         worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)) for t in targets}
         asked = {t.name: min(self._asked(t), worth[t.name].numel()) for t in targets}
@@ -200,13 +205,21 @@ class SparsegradCore:
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """torch's AdamW; with dynamic support, AdamW on the largest entries of dL/dS."""
-        if self.settings.support != "dynamic":
+        if self.settings.support in ("static", "dense"):
             return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
         selections = {
-            layer.trained: Selection(self._counts[name]) for name, layer in self._layers.items()
+            layer.trained: self._selection(name, layer) for name, layer in self._layers.items()
         }
         plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
         return SelectiveAdamW(selections, plain, **adamw_settings(train))
+
+    def _selection(self, name: str, layer: CoreLinear) -> Selection:
+        count = self._counts[name]
+        if self.settings.support == "refresh":
+            steps = self.settings.refresh_steps or REFRESH_STEPS
+            return Selection(count, capacity=count, refresh=steps, first=self._first[name])
+        room = bounded(self.settings.state_capacity, count, layer.trained.numel())
+        return Selection(count, capacity=room)
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Values (or S), their positions, and what the scope opens."""

@@ -24,7 +24,7 @@ from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_se
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
-from sparsegrad_cli.numerics.supports import entries_for
+from sparsegrad_cli.numerics.supports import bounded, entries_for
 from sparsegrad_cli.recipe.schema import MepropMethod, TrainSection
 
 
@@ -116,7 +116,8 @@ class Meprop:
             weight = model.get_submodule(target.name).weight
             assert isinstance(weight, nn.Parameter)
             count = None if self.settings.select == "rows" else self._entries(target)
-            selections[weight] = Selection(count)
+            room = bounded(self.settings.state_capacity, count or 0, target.size)
+            selections[weight] = Selection(count, capacity=room)
         plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
         self._optimizer = SelectiveAdamW(selections, plain, **adamw_settings(train))
         return self._optimizer

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
+from sparsegrad_cli.numerics.bounded_moments import BoundedMoments
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_sparse_core, to_core
 from sparsegrad_cli.numerics.selective_adamw import AdamW, Moments, sparse_step, step_on_entries
@@ -29,17 +30,27 @@ class Selection:
         count: entries per step, the largest by magnitude; None takes the non-zero ones.
         basis: choose and step in this basis, while the parameter itself stays in the original one.
         transposed: the parameter holds W' (in, out).
+        capacity: entries that have optimizer state, at most; None keeps state for all.
+        refresh: hold a choice for this many steps, then choose by the mean |gradient| of them.
+        first: with ``refresh``, the choice to begin with.
     """
 
     count: int | None
     basis: Basis | None = None
     transposed: bool = False
+    capacity: int | None = None
+    refresh: int | None = None
+    first: Tensor | None = None
 
     def choose(self, grad: Tensor) -> Tensor:
         """Flat positions in ``grad``."""
         if self.count is None:
             return torch.nonzero(grad.reshape(-1)).squeeze(1)
         return largest_entries(grad, self.count)
+
+
+# Names of bounded state in checkpoints, in the order of BoundedMoments' attributes.
+_BOUNDED = ("positions", "exp_avg", "exp_avg_sq", "age", "last", "clock")
 
 
 class SelectiveAdamW(torch.optim.Optimizer):
@@ -89,38 +100,88 @@ class SelectiveAdamW(torch.optim.Optimizer):
                     self._step_chosen(parameter, selection, adamw)
         return loss
 
-    def _moments(self, parameter: nn.Parameter) -> Moments:
-        state = self.state[parameter]
-        if not state:
-            fresh = Moments.like(parameter)
-            state.update(exp_avg=fresh.first, exp_avg_sq=fresh.second, age=fresh.age)
-        return Moments(state["exp_avg"], state["exp_avg_sq"], state["age"])
-
     def _step_chosen(self, parameter: nn.Parameter, how: Selection, adamw: AdamW) -> None:
         assert parameter.grad is not None
         if how.basis is None:
-            moments = self._moments(parameter)
-            sparse_step(parameter.data, parameter.grad, moments, adamw, how.choose)
+            moments = self._moments(parameter, how, parameter)
+            indices = sparse_step(
+                parameter.data,
+                parameter.grad,
+                moments,
+                adamw,
+                lambda grad: self._choose(parameter, how, grad),
+            )
+            self._keep(parameter, moments, indices, parameter.numel())
             return
         weight, grad = parameter.data, parameter.grad
         if how.transposed:
             weight, grad = weight.T, grad.T
-        moments = self._core_moments(parameter, how.basis)
         core_grad = to_core(grad, how.basis)
-        indices = how.choose(core_grad)
+        moments = self._moments(parameter, how, core_grad)
+        indices = self._choose(parameter, how, core_grad)
         values = core_grad.new_zeros(len(indices))
         if adamw.weight_decay:  # decay acts on the core's values, which are not kept: recompute
             values = to_core(weight, how.basis).reshape(-1)[indices]
         update = step_on_entries(indices, core_grad.reshape(-1)[indices], values, moments, adamw)
         weight += from_sparse_core(indices, update, how.basis)
+        self._keep(parameter, moments, indices, core_grad.numel())
 
-    def _core_moments(self, parameter: nn.Parameter, basis: Basis) -> Moments:
+    def _choose(self, parameter: nn.Parameter, how: Selection, grad: Tensor) -> Tensor:
+        """Flat positions to step now: the largest, or those that are held for a while."""
+        if how.refresh is None:
+            return how.choose(grad)
+        assert how.first is not None
         state = self.state[parameter]
-        if not state:
-            shape = (basis.q_out.shape[1], basis.q_in.shape[1])
-            fresh = Moments.like(parameter.new_zeros(shape))
+        if "held" not in state:
+            state["held"] = how.first.to(grad.device, torch.int64)
+            state["score"] = torch.zeros_like(grad)
+            state["since"] = torch.zeros((), dtype=torch.int32, device=grad.device)
+        held: Tensor = state["held"]
+        state["score"] += grad.abs()
+        state["since"] += 1
+        if int(state["since"]) == how.refresh:  # holds from the next step on
+            state["held"] = largest_entries(state["score"], len(held))
+            state["score"].zero_()
+            state["since"].zero_()
+        return held
+
+    def _moments(
+        self, parameter: nn.Parameter, how: Selection, like: Tensor
+    ) -> Moments | BoundedMoments:
+        """State of a parameter that is stepped in the shape of ``like``."""
+        state = self.state[parameter]
+        if how.capacity is not None:
+            if "positions" not in state:
+                return BoundedMoments.empty(how.capacity, like)
+            return BoundedMoments(how.capacity, *(state[name] for name in _BOUNDED))
+        if "exp_avg" not in state:
+            fresh = Moments.like(like)
             state.update(exp_avg=fresh.first, exp_avg_sq=fresh.second, age=fresh.age)
         return Moments(state["exp_avg"], state["exp_avg_sq"], state["age"])
+
+    def _keep(
+        self,
+        parameter: nn.Parameter,
+        moments: Moments | BoundedMoments,
+        indices: Tensor,
+        entries: int,
+    ) -> None:
+        """Bounded state is new tensors after a step; and it forgets, so what moved is noted."""
+        if isinstance(moments, Moments):
+            return
+        state = self.state[parameter]
+        if "touched" not in state:
+            state["touched"] = torch.zeros(entries, dtype=torch.bool, device=parameter.device)
+        state["touched"][indices] = True
+        kept = (
+            moments.positions,
+            moments.first,
+            moments.second,
+            moments.age,
+            moments.last,
+            moments.clock,
+        )
+        state.update(zip(_BOUNDED, kept, strict=True))
 
     def _step_whole(self, parameter: nn.Parameter, adamw: AdamW) -> None:
         """Plain AdamW; the same arithmetic as ``torch.optim.AdamW``, one shared counter."""
@@ -163,10 +224,11 @@ class SelectiveAdamW(torch.optim.Optimizer):
 
     def touched(self, parameter: nn.Parameter) -> Tensor:
         """Flat positions stepped at least once, ascending; empty before the first step."""
-        age = self.state.get(parameter, {}).get("age")
-        if age is None:
+        state = self.state.get(parameter, {})
+        moved = state.get("touched", state.get("age"))
+        if moved is None:
             return torch.empty(0, dtype=torch.int64)
-        return torch.nonzero(age.reshape(-1)).squeeze(1)
+        return torch.nonzero(moved.reshape(-1)).squeeze(1)
 
 
 def plain_adamw(parameters: Iterable[nn.Parameter], train: TrainSection) -> torch.optim.AdamW:

@@ -29,7 +29,7 @@ from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_se
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_sparse_core, rotated_linear, to_core
-from sparsegrad_cli.numerics.supports import entries_for
+from sparsegrad_cli.numerics.supports import bounded, entries_for
 from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
 
 
@@ -130,7 +130,9 @@ class Sparsegrad:
         selections = {}
         for target in self._targets:
             basis = None if self._rotated else self._bases[target.name]
-            selection = Selection(self._entries(target), basis, target.transposed)
+            count = self._entries(target)
+            room = bounded(self.settings.state_capacity, count, target.size)
+            selection = Selection(count, basis, target.transposed, capacity=room)
             selections[self._weight(model, target)] = selection
         plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
         self._optimizer = SelectiveAdamW(selections, plain, **adamw_settings(train))

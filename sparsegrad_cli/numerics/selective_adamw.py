@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsegrad_cli.numerics.bounded_moments import BoundedMoments
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -47,9 +49,17 @@ class Moments:
         zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
         return Moments(zeros, torch.zeros_like(zeros), torch.zeros_like(zeros, dtype=torch.int32))
 
+    def places(self, indices: Tensor) -> Tensor:
+        """Where the state of these entries is: at their own positions."""
+        return indices
+
 
 def step_on_entries(
-    indices: Tensor, grad_k: Tensor, value_k: Tensor, moments: Moments, adamw: AdamW
+    indices: Tensor,
+    grad_k: Tensor,
+    value_k: Tensor,
+    moments: Moments | BoundedMoments,
+    adamw: AdamW,
 ) -> Tensor:
     """One AdamW step on chosen entries; updates their moments in place.
 
@@ -57,18 +67,19 @@ def step_on_entries(
         indices: (k,) int64 flat positions, without repeats.
         grad_k: (k,) gradient there.
         value_k: (k,) parameter values there (weight decay acts on them).
-        moments: contiguous state of the whole target.
+        moments: state of the target, contiguous.
         adamw: hyper-parameters.
 
     Returns:
         (k,) what to add to the values.
     """
+    places = moments.places(indices)  # first: it may make room
     first, second, age = (m.view(-1) for m in (moments.first, moments.second, moments.age))
     grad_k = grad_k.to(first.dtype)
-    m_k = torch.lerp(first[indices], grad_k, 1 - adamw.beta1)
-    v_k = second[indices].mul_(adamw.beta2).addcmul_(grad_k, grad_k, value=1 - adamw.beta2)
-    age_k = age[indices] + 1
-    first[indices], second[indices], age[indices] = m_k, v_k, age_k
+    m_k = torch.lerp(first[places], grad_k, 1 - adamw.beta1)
+    v_k = second[places].mul_(adamw.beta2).addcmul_(grad_k, grad_k, value=1 - adamw.beta2)
+    age_k = age[places] + 1
+    first[places], second[places], age[places] = m_k, v_k, age_k
     age_k = age_k.to(first.dtype)
     correction1 = 1 - torch.pow(adamw.beta1, age_k)
     correction2 = 1 - torch.pow(adamw.beta2, age_k)
@@ -82,7 +93,7 @@ def step_on_entries(
 def sparse_step(
     parameter: Tensor,
     grad: Tensor,
-    moments: Moments,
+    moments: Moments | BoundedMoments,
     adamw: AdamW,
     choose: Callable[[Tensor], Tensor],
 ) -> Tensor:

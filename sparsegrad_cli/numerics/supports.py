@@ -52,6 +52,11 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
     return torch.topk(flat, count, sorted=False).indices.sort().values
 
 
+def bounded(capacity: float | None, count: int, room: int) -> int | None:
+    """Entries that may have optimizer state: ``capacity`` times ``count``, within what there is."""
+    return None if capacity is None else min(room, round(capacity * count))
+
+
 def energy_share(matrix: Tensor, fraction: float, whole: Tensor | None = None) -> float:
     """Share of the squared entries that the largest ``fraction`` of entries hold, 0 to 1.
 

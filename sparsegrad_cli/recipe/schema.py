@@ -89,6 +89,9 @@ class MepropMethod(Section):
     name: Literal["meprop"]
     density: Density = 0.01
     select: Literal["entries", "rows"] = "entries"
+    state_capacity: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="entries: as in sparsegrad"
+    )
     unified: bool = Field(
         False, description="rows: one choice for the whole batch instead of one per example"
     )
@@ -104,9 +107,18 @@ class SparsegradMethod(Section):
         description="core: W frozen, a small core beside it; rotated: the paper's layer; "
         "materialized: its updates on the plain layer",
     )
-    support: Literal["static", "dynamic", "dense"] = Field(
+    support: Literal["static", "dynamic", "refresh", "dense"] = Field(
         "dynamic",
-        description="static: chosen once; dynamic: anew in every step; dense: all of the core",
+        description="static: chosen once; dynamic: anew in every step; refresh: anew every "
+        "refresh_steps; dense: all of the core",
+    )
+    refresh_steps: PositiveInt | None = Field(
+        None, description="refresh: optimizer steps that a choice holds; 100 by default"
+    )
+    state_capacity: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="dynamic: entries with optimizer state, in multiples of those chosen in a "
+        "step; at the limit the longest untouched are forgotten; null keeps state for all",
     )
     rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="core: directions kept a side, or the share of energy they hold"
@@ -125,6 +137,10 @@ class SparsegradMethod(Section):
     def _fits_the_form(self) -> SparsegradMethod:
         if self.allocation == "model" and self.support != "static":
             raise ValueError("allocation 'model' is for support 'static'")
+        if self.refresh_steps is not None and self.support != "refresh":
+            raise ValueError("refresh_steps is for support 'refresh'")
+        if self.state_capacity is not None and self.support != "dynamic":
+            raise ValueError("state_capacity is for support 'dynamic'")
         if self.form == "core":
             return self
         if self.support != "dynamic":
@@ -327,6 +343,8 @@ class Recipe(Section):
             if self.match and method.rank is not None:
                 raise ValueError("match: trainable solves method.rank: give one of the two")
         if isinstance(method, MepropMethod):
+            if method.state_capacity is not None and method.select != "entries":
+                raise ValueError("method.state_capacity goes with method.select: entries")
             if method.unified and method.select != "rows":
                 raise ValueError("method.unified goes with method.select: rows")
             if method.unified and self.train.gradient_accumulation_steps > 1:

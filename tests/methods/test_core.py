@@ -16,7 +16,7 @@ from sparsegrad_cli.methods.core import CoreLinear, SparsegradCore
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
-from sparsegrad_cli.recipe.schema import SparsegradMethod
+from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
 
 RANK = 8
 
@@ -126,6 +126,33 @@ def test_nothing_below_the_first_adapted_layer_gets_a_gradient() -> None:
     softmaxes = [n for n in names if "Softmax" in n or "ScaledDot" in n]
     # One a block above the first, and the loss.
     assert len([n for n in softmaxes if "LogSoftmax" not in n]) == len(targets) // 2 - 1
+
+
+def test_a_refreshed_support_holds_and_then_follows_the_mean_gradient() -> None:
+    targets = targets_of(classifier())
+    scores = positive(targets)
+    model, layers, method = prepared(
+        orthogonal_bases(targets, torch.float32), scores, support="refresh", refresh_steps=3
+    )
+    optimizer = method.optimizer(model, TrainSection(learning_rate=1e-2))
+    name, layer = next(iter(layers.items()))
+    count = entries_for(0.03, targets[0].out_features, targets[0].in_features)
+    expected = largest_entries(scores[name], count)
+    total = torch.zeros(RANK, RANK)
+    for step in range(1, 8):
+        before = layer.core.detach().clone()
+        optimizer.zero_grad()
+        model(**batch(seed=step)).loss.backward()
+        assert layer.core.grad is not None
+        total += layer.core.grad.abs()
+        optimizer.step()
+        moved = torch.nonzero((layer.core - before).view(-1)).squeeze(1)
+        assert set(moved.tolist()) <= set(expected.tolist())
+        assert len(moved) >= count - 1
+        state = optimizer.state[layer.core]
+        assert state["positions"].tolist() == expected.tolist()  # state on those entries only
+        if step % 3 == 0:
+            expected, total = largest_entries(total, count), torch.zeros(RANK, RANK)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
