@@ -31,9 +31,17 @@ def calibration_facts(run: Any) -> list[Fact]:
     shown.append(Fact("Basis on disk", format_bytes(size), text(found, "basis_file") or ""))
     steps, batch = number(found, "steps"), number(found, "batch_size")
     of = f"batches of {format_count(batch)}" if batch is not None else ""
+    passes = number(found, "passes")
+    if passes is not None and passes > 1:
+        of += f", {format_count(passes)} passes"
     shown.append(Fact("Gradient steps", format_count(steps), of))
     per, source = text(found, "basis_per"), text(found, "source")
-    shown.append(Fact("One basis per", per or "not recorded", f"Gram source: {source or '?'}"))
+    way = text(found, "decomposition")
+    made = f"from {source or '?'} gradients" + (f", {way}" if way else "")
+    shown.append(Fact("One basis per", per or "not recorded", made))
+    score = text(found, "score")
+    if score and score != "spectral":
+        shown.append(Fact("Support by", score))
     reused = dig(found, "reused")
     if reused is not None:
         shown.append(Fact("Reused", "yes" if reused else "no"))

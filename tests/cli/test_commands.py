@@ -61,6 +61,34 @@ def test_calibrate_then_train_on_its_basis(cli: Cli, tmp_path: Path) -> None:
     assert record["time"]["steps"] == 6
 
 
+def test_a_reused_basis_gives_the_run_that_makes_it_itself(cli: Cli, tmp_path: Path) -> None:
+    """Thin basis, scores and warm head included: nothing but the calibration block differs."""
+    common = (
+        *METHODS["core"],
+        *SMALL,
+        "calibration.source=token",
+        "calibration.decomposition=randomized",
+        "calibration.score=square",
+        "calibration.warmup_steps=3",
+        "calibration.keep_head=true",
+    )
+    made = cli("calibrate", *common, "-o", "basis")
+    assert made.code == 0, made.err
+    energy = json.loads((tmp_path / "basis" / "run.json").read_text())["calibration"]["energy"]
+    assert 0 < energy["rows"][0]["kind_basis"] < 1
+    assert cli("train", *common, "-o", "own").code == 0
+    basis = tmp_path / "basis" / "basis.safetensors"
+    assert cli("train", *common, f"calibration.basis={basis}", "-o", "reused").code == 0
+    own, reused = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("own", "reused"))
+    assert reused["calibration"]["reused"] and not own["calibration"]["reused"]
+    assert reused["metrics"]["history"] == own["metrics"]["history"]
+    assert reused["hashes"] == own["hashes"]
+    cold = cli("train", *METHODS["core"], *SMALL, "-o", "cold")
+    assert cold.code == 0
+    other = json.loads((tmp_path / "cold" / "run.json").read_text())
+    assert other["hashes"]["head_init"] != own["hashes"]["head_init"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_train_leaves_a_whole_run(cli: Cli, tmp_path: Path, method: str) -> None:
     outcome = cli("train", *METHODS[method], *SMALL, "-o", "run")

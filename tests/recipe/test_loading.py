@@ -122,6 +122,47 @@ def test_bad_values_are_named(override: str, key: str, says: str) -> None:
     assert "command line" in found[key]
 
 
+CORE = ("method.form=core", "method.support=static")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("calibration.source=token", "calibration.decomposition=sequential"), "needs source"),
+        (("calibration.power_steps=1",), "decomposition 'randomized'"),
+        (("calibration.decomposition=randomized",), "method.rank as a whole number"),
+        (("calibration.decomposition=randomized", *CORE, "method.rank=0.9"), "whole number"),
+        (("calibration.decomposition=sequential",), "needs method.form 'core'"),
+        ((*CORE, "method.allocation=model"), "compares targets"),
+        (("method.form=core", "method.allocation=model"), "support 'static'"),
+        (("method.form=core", "method.refresh_steps=5"), "support 'refresh'"),
+        ((*CORE, "method.state_capacity=2"), "support 'dynamic'"),
+        (("method.support=refresh",), "support is dynamic"),
+        (("method.recompute=activation",), "for form core"),
+        (("method.rank=8",), "for form core"),
+        (("method={name: meprop, select: rows, state_capacity: 2}",), "select: entries"),
+    ],
+)
+def test_settings_that_do_not_go_together(overrides: tuple[str, ...], says: str) -> None:
+    assert says in "".join(problems_of(None, *overrides).values())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*CORE, "method.rank=64", "calibration.decomposition=randomized"),
+        (*CORE, "method.rank=0.9", "calibration.decomposition=sequential"),
+        (*CORE, "method.allocation=model", "calibration.source=token"),
+        (*CORE, "method.allocation=model", "calibration.score=square"),
+        ("method.form=core", "method.support=refresh", "method.refresh_steps=7"),
+        ("method.state_capacity=4",),
+        ("method={name: meprop, state_capacity: 2}",),
+    ],
+)
+def test_settings_that_do(overrides: tuple[str, ...]) -> None:
+    assert load_recipe(None, overrides).recipe.method.name in ("sparsegrad", "meprop")
+
+
 def test_override_without_equals_and_bad_yaml(tmp_path: Path) -> None:
     assert "not an override" in next(iter(problems_of(None, "seed").values()))
     assert "not valid YAML" in next(iter(problems_of(None, "seed=[1").values()))

@@ -64,6 +64,32 @@ def test_a_study_may_change_what_it_likes_per_method_and_task(tmp_path: Path) ->
     assert all(recipe.train.max_steps == 5 for recipe in cells.values())
 
 
+def test_a_method_may_have_its_own_rate_on_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    text = (
+        "methods:\n"
+        "  - {label: full, method: full, train: {learning_rate: 1e-4}}\n"
+        "  - lora\n"
+        "tasks:\n"
+        "  - {name: glue/rte, methods: {full: {learning_rate: 3e-4}}}\n"
+        "  - {name: glue/cola, train: {learning_rate: 2e-3}, methods: {lora: {warmup_steps: 9}}}\n"
+        "seeds: [1]\n"
+    )
+    path.write_text(text, encoding="utf-8")
+    trains = {(c.task, c.label): c.loaded.recipe.train for c in load_study(path).cells}
+    rates = {key: train.learning_rate for key, train in trains.items()}
+    assert rates == {
+        ("glue/rte", "full"): 3e-4,
+        ("glue/rte", "lora"): 1e-3,
+        ("glue/cola", "full"): 1e-4,
+        ("glue/cola", "lora"): 2e-3,
+    }
+    assert trains["glue/cola", "lora"].warmup_steps == 9
+    path.write_text(text.replace("methods: {lora", "methods: {lorra"), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"(?s)tasks\[1\]\.methods.*did you mean lora"):
+        load_study(path)
+
+
 def test_errors_name_method_row_and_are_not_repeated_per_cell(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         make_study(None, ("lora", "merop"), 2, ())
