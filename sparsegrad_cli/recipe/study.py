@@ -24,7 +24,8 @@ SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
 class MethodEntry(Section):
     """One row of the comparison: a method, and what it changes in the recipe.
 
-    ``lora`` alone is short for ``{label: lora, method: {name: lora}}``.
+    ``lora`` alone is short for ``{label: lora, method: {name: lora}}``; an entry with
+    ``learning_rates: [1e-3, 2e-3]`` is short for two rows, ``lora-1e-3`` and ``lora-2e-3``.
     """
 
     label: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
@@ -72,7 +73,9 @@ class Study(Section):
     @field_validator("methods", mode="before")
     @classmethod
     def _short_methods(cls, value: Any) -> Any:
-        return tuple(_method_entry(v) for v in value) if isinstance(value, tuple) else value
+        if not isinstance(value, tuple):
+            return value
+        return tuple(row for v in value for row in _by_rate(_method_entry(v)))
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -92,6 +95,30 @@ def _method_entry(value: Any) -> Any:
         if "label" not in value and isinstance(value.get("method"), dict):
             value["label"] = str(value["method"].get("name", ""))
     return value
+
+
+def _by_rate(entry: Any) -> list[Any]:
+    """One row per learning rate, if the entry names several."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("learning_rates"), tuple):
+        return [entry]
+    rest = {key: value for key, value in entry.items() if key != "learning_rates"}
+    train = rest.get("train") or {}
+    return [
+        {
+            **rest,
+            "label": f"{rest.get('label', '')}-{_short(rate)}",
+            "train": {**train, "learning_rate": rate},
+        }
+        for rate in entry["learning_rates"]
+    ]
+
+
+def _short(rate: Any) -> str:
+    """0.0005 -> 5e-4."""
+    if not isinstance(rate, float):
+        return str(rate)
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,28 @@ def test_a_study_may_change_what_it_likes_per_method_and_task(tmp_path: Path) ->
     assert all(recipe.train.max_steps == 5 for recipe in cells.values())
 
 
+def test_several_learning_rates_are_several_rows(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "methods:\n"
+        "  - {method: lora, learning_rates: [5e-4, 0.001, 1.25e-2], train: {warmup_steps: 3}}\n"
+        "  - {label: all, method: full, learning_rates: [1e-4]}\n"
+        "seeds: [1]\n",
+        encoding="utf-8",
+    )
+    trains = {c.label: c.loaded.recipe.train for c in load_study(path).cells}
+    assert {label: train.learning_rate for label, train in trains.items()} == {
+        "lora-5e-4": 5e-4,
+        "lora-1e-3": 1e-3,
+        "lora-1.25e-2": 1.25e-2,
+        "all-1e-4": 1e-4,
+    }
+    assert trains["lora-1e-3"].warmup_steps == 3
+    path.write_text("methods: [{method: lora, learning_rates: [fast]}]\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"learning_rate"):
+        load_study(path)
+
+
 def test_a_method_may_have_its_own_rate_on_a_task(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     text = (
