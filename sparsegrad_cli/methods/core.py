@@ -165,10 +165,10 @@ class SparsegradCore:
 
     def _fitted(self, basis: Basis, weight: Tensor) -> Basis:
         cut = truncated(basis, self.settings.rank)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        # In the weight's dtype, in which the products are made: half the bytes for half precision.
         return Basis(
-            cut.q_out.to(device=weight.device, dtype=dtype),
-            cut.q_in.to(device=weight.device, dtype=dtype),
+            cut.q_out.to(weight),
+            cut.q_in.to(weight),
             cut.singular_out,
             cut.singular_in,
         )

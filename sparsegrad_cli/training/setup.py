@@ -17,7 +17,7 @@ from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recipe.schema import LoraMethod, Recipe
+from sparsegrad_cli.recipe.schema import LoraMethod, Recipe, SparsegradMethod
 from sparsegrad_cli.training.order import EpochSampler
 
 
@@ -88,15 +88,17 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
 
 def _check_precision(loaded: LoadedRecipe) -> None:
     """Small increments vanish in half-precision weights: only frozen ones may have it."""
-    recipe = loaded.recipe
-    if recipe.model.dtype != "float32" and not (
-        isinstance(recipe.method, LoraMethod) and recipe.scope == "head"
-    ):
+    recipe, method = loaded.recipe, loaded.recipe.method
+    beside = isinstance(method, LoraMethod) or (
+        isinstance(method, SparsegradMethod) and method.form == "core"
+    )
+    if recipe.model.dtype != "float32" and not (beside and recipe.scope == "head"):
         raise UsageError(
             f"method {recipe.method.name} trains the model's own weights, and small increments are "
             f"lost in {recipe.model.dtype}",
             where=loaded.where("model.dtype"),
-            fix="model.dtype: float32 with train.bf16: true computes in bf16 and keeps the weights",
+            fix="model.dtype: float32 with train.bf16: true computes in bf16 and keeps the "
+            "weights; lora and sparsegrad's form: core leave the weights alone",
         )
 
 

@@ -128,6 +128,29 @@ def test_nothing_below_the_first_adapted_layer_gets_a_gradient() -> None:
     assert len([n for n in softmaxes if "LogSoftmax" not in n]) == len(targets) // 2 - 1
 
 
+@pytest.mark.parametrize("support", ["static", "dynamic", "dense"])
+def test_beside_half_precision_weights_the_core_trains_in_float32(support: str) -> None:
+    model = classifier(dtype=torch.bfloat16)
+    targets = targets_of(model)
+    method = SparsegradCore(settings(support=support))
+    bases = orthogonal_bases(targets, torch.float32)
+    method.prepare(model, targets, scope="head", bases=bases)
+    layer = model.get_submodule(targets[0].name)
+    assert isinstance(layer, CoreLinear)
+    assert layer.trained.dtype == torch.float32
+    assert layer.q_in.dtype == layer.weight.dtype == torch.bfloat16
+    frozen = layer.weight.detach().clone()
+    optimizer = method.optimizer(model, TrainSection(learning_rate=1e-5))  # lost in bfloat16
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        optimizer.step()
+    moved = layer.trained.detach().abs()
+    assert 0 < float(moved.max()) < 1e-4
+    assert torch.equal(layer.weight, frozen)
+    assert {t.dtype for s in optimizer.state.values() for t in s.values()} & {torch.float32}
+
+
 def test_a_refreshed_support_holds_and_then_follows_the_mean_gradient() -> None:
     targets = targets_of(classifier())
     scores = positive(targets)
