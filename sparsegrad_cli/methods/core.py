@@ -8,11 +8,13 @@ left keeps its value and loses its state). Any optimizer will do for the first t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import (
     Counts,
     Prepared,
@@ -28,7 +30,7 @@ from sparsegrad_cli.methods.optimizer import (
     adamw_settings,
     plain_adamw,
 )
-from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks
+from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks, use_lean_gates
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
@@ -39,7 +41,7 @@ from sparsegrad_cli.numerics.supports import (
     largest_entries,
     spectral_scores,
 )
-from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
+from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection, parse_bytes
 
 REFRESH_STEPS = 100
 
@@ -142,6 +144,7 @@ class SparsegradCore:
             core = self._core(model, target, fitted[target.name], fixed.get(target.name))
             model.set_submodule(target.name, core)
         use_byte_masks(model)
+        use_lean_gates(model, targets)
         if self.settings.recompute == "activation":
             recompute_activations(model, targets)
         entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
@@ -164,7 +167,9 @@ class SparsegradCore:
         return entries_for(self.settings.density, target.out_features, target.in_features)
 
     def _fitted(self, basis: Basis, weight: Tensor) -> Basis:
-        cut = truncated(basis, self.settings.rank)
+        rank = self.settings.rank
+        assert not isinstance(rank, str)  # resolved by with_rank_in_budget
+        cut = truncated(basis, rank)
         # In the weight's dtype, in which the products are made: half the bytes for half precision.
         return Basis(
             cut.q_out.to(weight),
@@ -236,6 +241,43 @@ class SparsegradCore:
         for name, layer in self._layers.items():
             if "support" in layer._buffers:
                 layer.support.copy_(positions[f"{name}.support"])
+
+
+def with_rank_in_budget(
+    settings: SparsegradMethod, targets: list[Target], keys: Mapping[str, str], where: str
+) -> SparsegradMethod:
+    """Settings whose rank, if it was given in bytes, is the largest that fits.
+
+    Bases are counted once per key and four numbers per entry of a core (value, gradient, two
+    moments), all in float32: what stays in memory whatever the batch is.
+
+    Args:
+        keys: target name -> key of its basis.
+        where: the place to blame.
+
+    Raises:
+        UsageError: not even rank 1 fits; says what it takes.
+    """
+    if not isinstance(settings.rank, str):
+        return settings
+    budget = parse_bytes(settings.rank)
+    sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
+
+    def taken(rank: int) -> int:
+        bases = sum(min(rank, side) * side for pair in sides.values() for side in pair)
+        cores = sum(min(rank, t.out_features) * min(rank, t.in_features) for t in targets)
+        return 4 * (bases + 4 * cores)
+
+    widest = max(side for pair in sides.values() for side in pair)
+    # taken() grows with the rank: the first that does not fit.
+    rank = bisect_right(range(1, widest + 1), budget, key=taken)
+    if rank == 0:
+        raise UsageError(
+            f"bases and cores of rank 1 take {taken(1)} bytes, {settings.rank} are allowed",
+            where=where,
+            fix="allow more, or calibration.basis_per: kind, which shares bases",
+        )
+    return settings.model_copy(update={"rank": rank})
 
 
 def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:

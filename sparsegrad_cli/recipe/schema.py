@@ -13,6 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[KMG]iB$")]
+
+
+def parse_bytes(text: str) -> int:
+    """``64MiB`` -> 67108864."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return int(float(text[:-3]) * units[text[-3:]])
 
 
 class Section(BaseModel):
@@ -120,8 +127,10 @@ class SparsegradMethod(Section):
         description="dynamic: entries with optimizer state, in multiples of those chosen in a "
         "step; at the limit the longest untouched are forgotten; null keeps state for all",
     )
-    rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="core: directions kept a side, or the share of energy they hold"
+    rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Bytes | None = Field(
+        None,
+        description="core: directions kept a side, the share of energy they hold, or the bytes "
+        "that bases and cores of all targets may take, such as 64MiB",
     )
     allocation: Literal["target", "model"] = Field(
         "target",
@@ -356,11 +365,11 @@ class Recipe(Section):
 
     def _check_sparsegrad(self, method: SparsegradMethod) -> None:
         calibration = self.calibration
-        thin = method.form == "core" and isinstance(method.rank, int)
+        thin = method.form == "core" and isinstance(method.rank, int | str)
         if calibration.decomposition == "randomized" and not thin:
             raise ValueError(
                 "calibration.decomposition 'randomized' finds a given number of directions: it "
-                "needs method.form 'core' and method.rank as a whole number"
+                "needs method.form 'core' and method.rank as a whole number or bytes"
             )
         if calibration.decomposition == "sequential" and method.form != "core":
             raise ValueError(

@@ -87,6 +87,11 @@ class _Passes:
                 self.on_step(len(self.losses), self.losses[-1])
 
 
+def basis_keys(targets: list[Target], basis_per: str) -> dict[str, str]:
+    """Target name -> key of its basis: its own name, or its kind where a kind shares one."""
+    return {t.name: t.name if basis_per == "layer" else t.kind for t in targets}
+
+
 def passes_of(settings: CalibrationSection) -> int:
     """How often calibration goes over its batches."""
     count = int(settings.score != "spectral")
@@ -123,8 +128,7 @@ def calibrate(
     Raises:
         SparsegradError: a loss or gradient is not finite.
     """
-    by_layer = settings.basis_per == "layer"
-    keys = {t.name: t.name if by_layer else t.kind for t in targets}
+    keys = basis_keys(targets, settings.basis_per)
     started = time.perf_counter()
     passes = _Passes(model, batches, settings.steps, seed, meter, on_step)
     device = next(model.parameters()).device

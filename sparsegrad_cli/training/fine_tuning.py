@@ -53,7 +53,7 @@ class TrainingSession(Session):
         """Do it all."""
         with graceful_interrupt() as asked:
             setup = self.load()
-            method = make_method(self.recipe.method)
+            method = make_method(self.method)
             prepared = self._prepared(setup, method, asked)
             self._record_method(prepared)
             self._train(setup, method, prepared, asked)
@@ -82,7 +82,7 @@ class TrainingSession(Session):
         basis = read_basis(path)
         where = self.loaded.where("calibration.basis") if given else str(own)
         check_belongs(basis, setup.targets, setup.fingerprint, where)
-        method = self.recipe.method
+        method = self.method
         if not isinstance(method, SparsegradMethod) or method.form != "core":
             check_rank(basis, None, where)
         elif isinstance(method.rank, int):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
+from sparsegrad_cli.methods.core import with_rank_in_budget
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
@@ -19,7 +20,12 @@ from sparsegrad_cli.training.basis_file import (
     tensors_digest,
     write_basis,
 )
-from sparsegrad_cli.training.calibration import Calibration, calibrate, passes_of
+from sparsegrad_cli.training.calibration import (
+    Calibration,
+    basis_keys,
+    calibrate,
+    passes_of,
+)
 from sparsegrad_cli.training.diagnostics import energy_table, spectra
 from sparsegrad_cli.training.setup import (
     Setup,
@@ -46,6 +52,11 @@ class Session:
         started = time.perf_counter()
         setup = make_setup(self.loaded, self.observer)
         self.seconds["load_s"] = time.perf_counter() - started
+        self.method = self.recipe.method
+        if isinstance(self.method, SparsegradMethod):
+            keys = basis_keys(setup.targets, self.recipe.calibration.basis_per)
+            where = self.loaded.where("method.rank")
+            self.method = with_rank_in_budget(self.method, setup.targets, keys, where)
         self.meter = make_meter(setup.device)
         self.meter.watch(setup.model)
         with self.meter.phase("load"):
@@ -162,9 +173,10 @@ class Session:
     @property
     def _rank(self) -> int | float | None:
         """The directions that the method will use: all, or the leading ones for a core."""
-        method = self.recipe.method
+        method = self.method
         if not isinstance(method, SparsegradMethod) or method.form != "core":
             return None
+        assert not isinstance(method.rank, str)
         return method.rank
 
 

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, calibrated, classifier, one_thread, orthogonal_bases, targets_of
+from tiny import INNER, batch, calibrated, classifier, one_thread, orthogonal_bases, targets_of
 from torch import Tensor, nn
 
 from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
-from sparsegrad_cli.methods.core import CoreLinear, SparsegradCore
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.methods.core import CoreLinear, SparsegradCore, with_rank_in_budget
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
-from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
+from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection, parse_bytes
+from sparsegrad_cli.training.calibration import basis_keys
 
 RANK = 8
 
@@ -70,6 +72,33 @@ def test_scores_choose_and_are_cut_to_the_rank(rank: int) -> None:
         count = entries_for(0.03, target.out_features, target.in_features)
         expected = largest_entries(scores[target.name][:RANK, :RANK], count)
         assert torch.equal(layers[target.name].support.long(), expected)
+
+
+@pytest.mark.parametrize("per", ["layer", "kind"])
+@pytest.mark.parametrize("budget", ["20KiB", "33.5KiB", "1MiB"])
+def test_a_rank_in_bytes_is_the_largest_that_fits(per: str, budget: str) -> None:
+    targets = targets_of(classifier())
+    keys = basis_keys(targets, per)
+
+    def taken(rank: int) -> int:
+        """Counted on a prepared model: bases once each, and four numbers an entry of a core."""
+        bases = orthogonal_bases(targets, torch.float32)
+        first: dict[str, Any] = {}
+        shared = {t.name: first.setdefault(keys[t.name], bases[t.name]) for t in targets}
+        method = SparsegradCore(settings(rank=rank, support="dense"))
+        found = method.prepare(classifier(), targets, scope="head", bases=shared)
+        return 4 * sum(q.numel() for q in found.bases) + 16 * found.counts.trainable_targets
+
+    rank = with_rank_in_budget(settings(rank=budget), targets, keys, "here").rank
+    assert isinstance(rank, int)
+    assert taken(rank) <= parse_bytes(budget)
+    assert rank == INNER or taken(rank + 1) > parse_bytes(budget)
+
+
+def test_a_rank_that_does_not_fit_is_refused() -> None:
+    targets = targets_of(classifier())
+    with pytest.raises(UsageError, match="rank 1 take 1440 bytes"):
+        with_rank_in_budget(settings(rank="1KiB"), targets, basis_keys(targets, "layer"), "here")
 
 
 def test_allocation_over_the_model_gives_more_to_those_who_matter() -> None:

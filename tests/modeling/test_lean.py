@@ -7,11 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, batch, classifier, one_thread, targets_of
+from tiny import ARCHITECTURES, BLOCKS, INNER, batch, classifier, one_thread, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks
+from sparsegrad_cli.modeling.lean import (
+    recompute_activations,
+    use_byte_masks,
+    use_lean_gates,
+)
 from sparsegrad_cli.numerics.dropout import ByteDropout
 
 
@@ -55,6 +59,25 @@ def test_recomputing_changes_nothing_and_keeps_less(architecture: str) -> None:
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     names = [n for n, _ in plain.named_parameters()]
     assert [n for n, _ in lean.named_parameters()] == names
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_lean_gates_change_nothing_and_keep_less(architecture: str) -> None:
+    plain = classifier(architecture)
+    lean = copy.deepcopy(plain)
+    assert use_lean_gates(lean, targets_of(lean)) == BLOCKS
+    assert kept(plain) - kept(lean) == BLOCKS * 4 * 8 * 6 * INNER  # batch x length x width
+    expected, got = gradients(plain), gradients(lean)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_what_only_looks_like_a_gated_mlp_is_left_alone() -> None:
+    assert use_lean_gates(classifier("bert"), targets_of(classifier("bert"))) == 0
+    model = classifier("llama")
+    mlp = model.get_submodule("model.layers.1.mlp")
+    plain = mlp.forward
+    mlp.forward = lambda x: 2 * plain(x)
+    assert use_lean_gates(model, targets_of(model)) == BLOCKS - 1
 
 
 def kept(model: nn.Module) -> int:

@@ -156,6 +156,8 @@ def test_settings_that_do_not_go_together(overrides: tuple[str, ...], says: str)
         (*CORE, "method.allocation=model", "calibration.score=square"),
         ("method.form=core", "method.support=refresh", "method.refresh_steps=7"),
         ("method.state_capacity=4",),
+        ("method.form=core", "method.rank=64MiB", "calibration.decomposition=randomized"),
+        ("method.form=core", "method.rank='1.5 GiB'"),
         ("method={name: meprop, state_capacity: 2}",),
     ],
 )
