@@ -9,13 +9,13 @@ from sparsegrad_cli.data.spec import GLUE_TASKS
 from sparsegrad_cli.modeling.loading import load_classifier
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
-from sparsegrad_cli.recipe.schema import (
+from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
     MepropMethod,
-    ModelSection,
     SparsegradMethod,
 )
+from sparsegrad_cli.recipe.schema import ModelSection
 
 # name -> (model_type of transformers, what differs from its defaults). Time and memory depend on
 # shapes alone, so the weights are random.

@@ -14,15 +14,13 @@ from sparsegrad_cli.methods.core import CoreLinear
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.schema import (
-    CalibrationSection,
+from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
     MepropMethod,
     SparsegradMethod,
-    TargetsSection,
-    TrainSection,
 )
+from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection, TrainSection
 from sparsegrad_cli.training.calibration import Calibration, calibrate
 from sparsegrad_cli.training.gradients import forked_random
 

@@ -8,13 +8,11 @@ left keeps its value and loses its state). Any optimizer will do for the first t
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import (
     Counts,
     Prepared,
@@ -24,6 +22,7 @@ from sparsegrad_cli.methods.base import (
     open_scope,
     trainable_state,
 )
+from sparsegrad_cli.methods.core_plan import asked_entries, planned_supports
 from sparsegrad_cli.methods.optimizer import (
     Selection,
     SelectiveAdamW,
@@ -35,13 +34,10 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.numerics.supports import (
-    allocate,
     bounded,
-    entries_for,
-    largest_entries,
-    spectral_scores,
 )
-from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection, parse_bytes
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 REFRESH_STEPS = 100
 
@@ -138,7 +134,7 @@ class SparsegradCore:
                 assert isinstance(weight, nn.Parameter)
                 shared[id(given)] = self._fitted(given, weight)
             fitted[target.name] = shared[id(given)]
-        self._first = self._supports(targets, fitted, scores or {})
+        self._first = planned_supports(self.settings, targets, fitted, scores or {})
         fixed = self._first if self.settings.support == "static" else {}
         for target in targets:
             core = self._core(model, target, fitted[target.name], fixed.get(target.name))
@@ -150,7 +146,7 @@ class SparsegradCore:
         entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
         requested = None
         if self.settings.support != "dense":
-            requested = sum(self._asked(t) for t in targets)
+            requested = sum(asked_entries(self.settings, t) for t in targets)
         ranks = sorted({"x".join(map(str, layer.shape)) for layer in self._layers.values()})
         counts = Counts(
             entries,
@@ -163,9 +159,6 @@ class SparsegradCore:
         tensors = [q for b in shared.values() for q in (b.q_out, b.q_in)]
         return Prepared(counts, tensors)
 
-    def _asked(self, target: Target) -> int:
-        return entries_for(self.settings.density, target.out_features, target.in_features)
-
     def _fitted(self, basis: Basis, weight: Tensor) -> Basis:
         rank = self.settings.rank
         assert not isinstance(rank, str)  # resolved by with_rank_in_budget
@@ -177,19 +170,6 @@ class SparsegradCore:
             cut.singular_out,
             cut.singular_in,
         )
-
-    def _supports(
-        self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Flat positions in each target's core that calibration would choose."""
-        if self.settings.support not in ("static", "refresh"):
-            return {}
-        worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)) for t in targets}
-        asked = {t.name: min(self._asked(t), worth[t.name].numel()) for t in targets}
-        if self.settings.allocation == "model":
-            chosen = allocate(list(worth.values()), sum(asked.values()))
-            return dict(zip(worth, chosen, strict=True))
-        return {name: largest_entries(score, asked[name]) for name, score in worth.items()}
 
     def _core(
         self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None
@@ -205,7 +185,9 @@ class SparsegradCore:
             self._counts[target.name] = len(support)
         else:
             dense = self.settings.support == "dense"
-            self._counts[target.name] = room if dense else min(self._asked(target), room)
+            self._counts[target.name] = (
+                room if dense else min(asked_entries(self.settings, target), room)
+            )
         return core
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
@@ -241,47 +223,3 @@ class SparsegradCore:
         for name, layer in self._layers.items():
             if "support" in layer._buffers:
                 layer.support.copy_(positions[f"{name}.support"])
-
-
-def with_rank_in_budget(
-    settings: SparsegradMethod, targets: list[Target], keys: Mapping[str, str], where: str
-) -> SparsegradMethod:
-    """Settings whose rank, if it was given in bytes, is the largest that fits.
-
-    Bases are counted once per key and four numbers per entry of a core (value, gradient, two
-    moments), all in float32: what stays in memory whatever the batch is.
-
-    Args:
-        keys: target name -> key of its basis.
-        where: the place to blame.
-
-    Raises:
-        UsageError: not even rank 1 fits; says what it takes.
-    """
-    if not isinstance(settings.rank, str):
-        return settings
-    budget = parse_bytes(settings.rank)
-    sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
-
-    def taken(rank: int) -> int:
-        bases = sum(min(rank, side) * side for pair in sides.values() for side in pair)
-        cores = sum(min(rank, t.out_features) * min(rank, t.in_features) for t in targets)
-        return 4 * (bases + 4 * cores)
-
-    widest = max(side for pair in sides.values() for side in pair)
-    # taken() grows with the rank: the first that does not fit.
-    rank = bisect_right(range(1, widest + 1), budget, key=taken)
-    if rank == 0:
-        raise UsageError(
-            f"bases and cores of rank 1 take {taken(1)} bytes, {settings.rank} are allowed",
-            where=where,
-            fix="allow more, or calibration.basis_per: kind, which shares bases",
-        )
-    return settings.model_copy(update={"rank": rank})
-
-
-def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
-    """(r_out, r_in) scores: calibration's, cut to the core's directions, or the spectra's."""
-    if score is None:
-        return spectral_scores(basis)
-    return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]

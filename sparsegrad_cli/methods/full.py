@@ -19,7 +19,8 @@ from sparsegrad_cli.methods.base import (
 from sparsegrad_cli.methods.optimizer import plain_adamw
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.schema import FullMethod, TrainSection
+from sparsegrad_cli.recipe.method_section import FullMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 
 class Full:

@@ -20,7 +20,8 @@ from sparsegrad_cli.methods.optimizer import plain_adamw
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import entries_for
-from sparsegrad_cli.recipe.schema import LoraMethod, TrainSection
+from sparsegrad_cli.recipe.method_section import LoraMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 DEFAULT_RANK = 8
 

@@ -25,7 +25,8 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
 from sparsegrad_cli.numerics.supports import bounded, entries_for
-from sparsegrad_cli.recipe.schema import MepropMethod, TrainSection
+from sparsegrad_cli.recipe.method_section import MepropMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 
 class MepropLinear(nn.Module):

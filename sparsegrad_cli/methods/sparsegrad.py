@@ -30,7 +30,8 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_sparse_core, rotated_linear, to_core
 from sparsegrad_cli.numerics.supports import bounded, entries_for
-from sparsegrad_cli.recipe.schema import SparsegradMethod, TrainSection
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 
 class RotatedLinear(nn.Module):

@@ -8,7 +8,7 @@ from sparsegrad_cli.methods.full import Full
 from sparsegrad_cli.methods.lora import Lora
 from sparsegrad_cli.methods.meprop import Meprop
 from sparsegrad_cli.methods.sparsegrad import Sparsegrad
-from sparsegrad_cli.recipe.schema import (
+from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
     MepropMethod,

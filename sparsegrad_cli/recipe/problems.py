@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel
 
-from sparsegrad_cli.recipe.schema import METHOD_NAMES
+from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.source import KeyPath
 
 # Keys that people bring along from elsewhere, and where they live here.

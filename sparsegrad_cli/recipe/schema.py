@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Density = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[KMG]iB$")]
-
-
-def parse_bytes(text: str) -> int:
-    """``64MiB`` -> 67108864."""
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    return int(float(text[:-3]) * units[text[-3:]])
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from sparsegrad_cli.recipe.method_section import (
+    LoraMethod,
+    MepropMethod,
+    MethodSection,
+    SparsegradMethod,
+)
+from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
 
 
 class ModelSection(Section):
@@ -69,102 +60,6 @@ class TaskSection(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="share split off when the user's files have no validation part"
     )
-
-
-class FullMethod(Section):
-    """Every entry of every target trains."""
-
-    name: Literal["full"]
-
-
-class LoraMethod(Section):
-    """LoRA (Hu et al. 2021) by the peft library."""
-
-    name: Literal["lora"]
-    rank: PositiveInt | None = Field(None, description="8 unless density solves it")
-    density: Density | None = Field(
-        None, description="with match: trainable, rank is solved from this"
-    )
-    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="2 x rank by default")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = False
-
-
-class MepropMethod(Section):
-    """MeProp: ``entries`` keeps the largest |dL/dW|; ``rows`` (Sun et al. 2017) of |dL/dy|."""
-
-    name: Literal["meprop"]
-    density: Density = 0.01
-    select: Literal["entries", "rows"] = "entries"
-    state_capacity: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="entries: as in sparsegrad"
-    )
-    unified: bool = Field(
-        False, description="rows: one choice for the whole batch instead of one per example"
-    )
-
-
-class SparsegradMethod(Section):
-    """SparseGrad (Chekalina et al. 2024): the largest entries of Q_out' G Q_in."""
-
-    name: Literal["sparsegrad"]
-    density: Density = 0.01
-    form: Literal["core", "rotated", "materialized"] = Field(
-        "materialized",
-        description="core: W frozen, a small core beside it; rotated: the paper's layer; "
-        "materialized: its updates on the plain layer",
-    )
-    support: Literal["static", "dynamic", "refresh", "dense"] = Field(
-        "dynamic",
-        description="static: chosen once; dynamic: anew in every step; refresh: anew every "
-        "refresh_steps; dense: all of the core",
-    )
-    refresh_steps: PositiveInt | None = Field(
-        None, description="refresh: optimizer steps that a choice holds; 100 by default"
-    )
-    state_capacity: Annotated[float, Field(ge=1)] | None = Field(
-        None,
-        description="dynamic: entries with optimizer state, in multiples of those chosen in a "
-        "step; at the limit the longest untouched are forgotten; null keeps state for all",
-    )
-    rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Bytes | None = Field(
-        None,
-        description="core: directions kept a side, the share of energy they hold, or the bytes "
-        "that bases and cores of all targets may take, such as 64MiB",
-    )
-    allocation: Literal["target", "model"] = Field(
-        "target",
-        description="static: the density holds in every target, or over all of them together",
-    )
-    recompute: Literal["none", "activation"] = Field(
-        "none",
-        description="core: compute the MLP's activation anew in the backward pass: less memory, "
-        "one product more",
-    )
-
-    @model_validator(mode="after")
-    def _fits_the_form(self) -> SparsegradMethod:
-        if self.allocation == "model" and self.support != "static":
-            raise ValueError("allocation 'model' is for support 'static'")
-        if self.refresh_steps is not None and self.support != "refresh":
-            raise ValueError("refresh_steps is for support 'refresh'")
-        if self.state_capacity is not None and self.support != "dynamic":
-            raise ValueError("state_capacity is for support 'dynamic'")
-        if self.form == "core":
-            return self
-        if self.support != "dynamic":
-            raise ValueError(f"form {self.form} chooses in every step: support is dynamic")
-        if self.rank is not None:
-            raise ValueError(f"form {self.form} is of full rank: rank is for form core")
-        if self.recompute != "none":
-            raise ValueError("recompute is for form core")
-        return self
-
-
-MethodSection = Annotated[
-    FullMethod | LoraMethod | MepropMethod | SparsegradMethod, Field(discriminator="name")
-]
-METHOD_NAMES = ("full", "lora", "meprop", "sparsegrad")
 
 
 class TargetsSection(Section):

@@ -12,8 +12,10 @@ from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.layers import read_layers, stack
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
+from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
-from sparsegrad_cli.recipe.schema import METHOD_NAMES, NonNegativeInt, Recipe, Section
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.section import NonNegativeInt, Section
 from sparsegrad_cli.recipe.shipped import find_recipe
 from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, parse_override, read_yaml
 

@@ -15,7 +15,7 @@ from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recipe.schema import SparsegradMethod
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.arguments import training_arguments

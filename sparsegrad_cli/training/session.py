@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
-from sparsegrad_cli.methods.core import with_rank_in_budget
+from sparsegrad_cli.methods.core_plan import with_rank_in_budget
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
-from sparsegrad_cli.recipe.schema import SparsegradMethod
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.training.basis_file import (
     BasisFile,

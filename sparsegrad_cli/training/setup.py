@@ -17,7 +17,8 @@ from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recipe.schema import LoraMethod, Recipe, SparsegradMethod
+from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
+from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training.order import EpochSampler
 
 

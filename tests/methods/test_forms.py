@@ -14,7 +14,8 @@ from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import to_core
-from sparsegrad_cli.recipe.schema import MepropMethod, SparsegradMethod, TrainSection
+from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 STEPS = 20
 
@@ -122,7 +123,7 @@ def test_meprop_entries_is_sparsegrad_in_the_identity_basis(
 
 
 def test_full_density_in_the_identity_basis_is_full_fine_tuning() -> None:
-    from sparsegrad_cli.recipe.schema import FullMethod
+    from sparsegrad_cli.recipe.method_section import FullMethod
 
     sparse, targets, _, losses = trained(form("materialized", 1.0), "bert", identity=True)
     full, _, _, losses_of_full = trained(FullMethod(name="full"), "bert")  # type: ignore[arg-type]

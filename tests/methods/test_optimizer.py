@@ -14,7 +14,8 @@ from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.methods.sparsegrad import Sparsegrad
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.schema import MepropMethod, SparsegradMethod, TrainSection
+from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -11,7 +11,7 @@ from paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
-from sparsegrad_cli.recipe.schema import LoraMethod, SparsegradMethod
+from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.source import parse_yaml
 
 

@@ -8,7 +8,7 @@ import pytest
 from paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.schema import LoraMethod
+from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.study import load_study, make_study
 
 

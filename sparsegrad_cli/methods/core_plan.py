@@ -1,0 +1,91 @@
+"""What a core will be before there is one: its rank within a budget, and its support."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.supports import (
+    allocate,
+    entries_for,
+    largest_entries,
+    spectral_scores,
+)
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.recipe.section import parse_bytes
+
+
+def with_rank_in_budget(
+    settings: SparsegradMethod, targets: list[Target], keys: Mapping[str, str], where: str
+) -> SparsegradMethod:
+    """Settings whose rank, if it was given in bytes, is the largest that fits.
+
+    Bases are counted once per key and four numbers per entry of a core (value, gradient, two
+    moments), all in float32: what stays in memory whatever the batch is.
+
+    Args:
+        keys: target name -> key of its basis.
+        where: the place to blame.
+
+    Raises:
+        UsageError: not even rank 1 fits; says what it takes.
+    """
+    if not isinstance(settings.rank, str):
+        return settings
+    budget = parse_bytes(settings.rank)
+    sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
+
+    def taken(rank: int) -> int:
+        bases = sum(min(rank, side) * side for pair in sides.values() for side in pair)
+        cores = sum(min(rank, t.out_features) * min(rank, t.in_features) for t in targets)
+        return 4 * (bases + 4 * cores)
+
+    widest = max(side for pair in sides.values() for side in pair)
+    # taken() grows with the rank: the first that does not fit.
+    rank = bisect_right(range(1, widest + 1), budget, key=taken)
+    if rank == 0:
+        raise UsageError(
+            f"bases and cores of rank 1 take {taken(1)} bytes, {settings.rank} are allowed",
+            where=where,
+            fix="allow more, or calibration.basis_per: kind, which shares bases",
+        )
+    return settings.model_copy(update={"rank": rank})
+
+
+def asked_entries(settings: SparsegradMethod, target: Target) -> int:
+    """What density asks for in a target."""
+    return entries_for(settings.density, target.out_features, target.in_features)
+
+
+def planned_supports(
+    settings: SparsegradMethod,
+    targets: list[Target],
+    bases: Mapping[str, Basis],
+    scores: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Flat positions in each target's core that calibration chooses; none if training will.
+
+    Args:
+        bases: target name -> basis of the core's rank.
+        scores: target name -> scores of the core's entries; without, the spectra choose.
+    """
+    if settings.support not in ("static", "refresh"):
+        return {}
+    worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)) for t in targets}
+    asked = {t.name: min(asked_entries(settings, t), worth[t.name].numel()) for t in targets}
+    if settings.allocation == "model":
+        chosen = allocate(list(worth.values()), sum(asked.values()))
+        return dict(zip(worth, chosen, strict=True))
+    return {name: largest_entries(score, asked[name]) for name, score in worth.items()}
+
+
+def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
+    """(r_out, r_in) scores: calibration's, cut to the core's directions, or the spectra's."""
+    if score is None:
+        return spectral_scores(basis)
+    return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]

@@ -1,0 +1,24 @@
+"""What every section of a recipe is, and the types they share. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Density = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[KMG]iB$")]
+
+
+def parse_bytes(text: str) -> int:
+    """``64MiB`` -> 67108864."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return int(float(text[:-3]) * units[text[-3:]])
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
