@@ -222,7 +222,10 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="static", rank=8),
         "layer",
     ),
-    "core-dynamic": (SparsegradMethod(name="sparsegrad", density=0.05, form="core"), "kind"),
+    "core-dynamic": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="dynamic", rank=1.0),
+        "kind",
+    ),
     "core-refresh": (
         SparsegradMethod(
             name="sparsegrad",
@@ -235,7 +238,14 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         "layer",
     ),
     "core-bounded": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="core", rank=9, state_capacity=1.5),
+        SparsegradMethod(
+            name="sparsegrad",
+            density=0.05,
+            form="core",
+            support="dynamic",
+            rank=9,
+            state_capacity=1.5,
+        ),
         "layer",
     ),
     "meprop-bounded": (MepropMethod(name="meprop", density=0.05, state_capacity=1.5), None),

@@ -161,7 +161,7 @@ class SparsegradCore:
 
     def _fitted(self, basis: Basis, weight: Tensor) -> Basis:
         rank = self.settings.rank
-        assert not isinstance(rank, str)  # resolved by with_rank_in_budget
+        assert isinstance(rank, int | float)  # with_rank has settled it
         cut = truncated(basis, rank)
         # In the weight's dtype, in which the products are made: half the bytes for half precision.
         return Basis(

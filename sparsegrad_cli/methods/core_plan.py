@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 
@@ -19,25 +20,51 @@ from sparsegrad_cli.numerics.supports import (
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.section import parse_bytes
 
+# A support fills this share of the core, so that there is something to choose from.
+FILL = 1 / 3
 
-def with_rank_in_budget(
+
+def with_rank(
     settings: SparsegradMethod, targets: list[Target], keys: Mapping[str, str], where: str
 ) -> SparsegradMethod:
-    """Settings whose rank, if it was given in bytes, is the largest that fits.
-
-    Bases are counted once per key and four numbers per entry of a core (value, gradient, two
-    moments), all in float32: what stays in memory whatever the batch is.
+    """Settings of a core whose rank is a number or a share: what was left open or given in bytes.
 
     Args:
         keys: target name -> key of its basis.
         where: the place to blame.
 
     Raises:
-        UsageError: not even rank 1 fits; says what it takes.
+        UsageError: not even rank 1 fits the bytes; says what it takes.
     """
-    if not isinstance(settings.rank, str):
+    if settings.form != "core" or isinstance(settings.rank, int | float):
         return settings
-    budget = parse_bytes(settings.rank)
+    if settings.rank is None:
+        rank = rank_for_density(settings, targets)
+    else:
+        rank = rank_in_budget(parse_bytes(settings.rank), targets, keys)
+        if rank == 0:
+            raise UsageError(
+                f"method.rank: bases and cores of rank 1 take more than {settings.rank}",
+                where=where,
+                fix="allow more, or calibration.basis_per: kind, which shares bases",
+            )
+    return settings.model_copy(update={"rank": rank})
+
+
+def rank_for_density(settings: SparsegradMethod, targets: list[Target]) -> int:
+    """The smallest multiple of 8 whose core the density fills to a third (dense: wholly)."""
+    most = max(asked_entries(settings, t) for t in targets)
+    side = math.sqrt(most / (1 if settings.support == "dense" else FILL))
+    widest = max(max(t.out_features, t.in_features) for t in targets)
+    return min(widest, 8 * math.ceil(side / 8))
+
+
+def rank_in_budget(budget: int, targets: list[Target], keys: Mapping[str, str]) -> int:
+    """The largest rank whose bases and cores take at most ``budget`` bytes; 0 if none does.
+
+    Bases are counted once per key and four numbers per entry of a core (value, gradient, two
+    moments), all in float32: what stays in memory whatever the batch is.
+    """
     sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
 
     def taken(rank: int) -> int:
@@ -46,15 +73,7 @@ def with_rank_in_budget(
         return 4 * (bases + 4 * cores)
 
     widest = max(side for pair in sides.values() for side in pair)
-    # taken() grows with the rank: the first that does not fit.
-    rank = bisect_right(range(1, widest + 1), budget, key=taken)
-    if rank == 0:
-        raise UsageError(
-            f"bases and cores of rank 1 take {taken(1)} bytes, {settings.rank} are allowed",
-            where=where,
-            fix="allow more, or calibration.basis_per: kind, which shares bases",
-        )
-    return settings.model_copy(update={"rank": rank})
+    return bisect_right(range(1, widest + 1), budget, key=taken)  # taken() grows with the rank
 
 
 def asked_entries(settings: SparsegradMethod, target: Target) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,8 +54,8 @@ class SparsegradMethod(Section):
     )
     support: Literal["static", "dynamic", "refresh", "dense"] = Field(
         "dynamic",
-        description="static: chosen once; dynamic: anew in every step; refresh: anew every "
-        "refresh_steps; dense: all of the core",
+        description="static: chosen once (core's default); dynamic: anew in every step (the other "
+        "forms' only way); refresh: anew every refresh_steps; dense: all of the core",
     )
     refresh_steps: PositiveInt | None = Field(
         None, description="refresh: optimizer steps that a choice holds; 100 by default"
@@ -68,7 +68,8 @@ class SparsegradMethod(Section):
     rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Bytes | None = Field(
         None,
         description="core: directions kept a side, the share of energy they hold, or the bytes "
-        "that bases and cores of all targets may take, such as 64MiB",
+        "that bases and cores of all targets may take, such as 64MiB; by default as many as make "
+        "the density fill a third of the core (all of it with support dense)",
     )
     allocation: Literal["target", "model"] = Field(
         "target",
@@ -79,6 +80,15 @@ class SparsegradMethod(Section):
         description="core: compute the MLP's activation anew in the backward pass: less memory, "
         "one product more",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _support_of_the_form(cls, data: Any) -> Any:
+        """What is not said follows the form, so that a resolved recipe says it."""
+        if isinstance(data, dict) and "support" not in data:
+            form = data.get("form", cls.model_fields["form"].default)
+            return {**data, "support": "static" if form == "core" else "dynamic"}
+        return data
 
     @model_validator(mode="after")
     def _fits_the_form(self) -> SparsegradMethod:

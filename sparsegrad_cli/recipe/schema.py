@@ -260,11 +260,11 @@ class Recipe(Section):
 
     def _check_sparsegrad(self, method: SparsegradMethod) -> None:
         calibration = self.calibration
-        thin = method.form == "core" and isinstance(method.rank, int | str)
+        thin = method.form == "core" and not isinstance(method.rank, float)
         if calibration.decomposition == "randomized" and not thin:
             raise ValueError(
                 "calibration.decomposition 'randomized' finds a given number of directions: it "
-                "needs method.form 'core' and method.rank as a whole number or bytes"
+                "needs method.form 'core', and a method.rank that is no share of energy"
             )
         if calibration.decomposition == "sequential" and method.form != "core":
             raise ValueError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
-from sparsegrad_cli.methods.core_plan import with_rank_in_budget
+from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
@@ -56,7 +56,7 @@ class Session:
         if isinstance(self.method, SparsegradMethod):
             keys = basis_keys(setup.targets, self.recipe.calibration.basis_per)
             where = self.loaded.where("method.rank")
-            self.method = with_rank_in_budget(self.method, setup.targets, keys, where)
+            self.method = with_rank(self.method, setup.targets, keys, where)
         self.meter = make_meter(setup.device)
         self.meter.watch(setup.model)
         with self.meter.phase("load"):

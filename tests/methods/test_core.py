@@ -14,7 +14,7 @@ from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.core import CoreLinear, SparsegradCore
-from sparsegrad_cli.methods.core_plan import with_rank_in_budget
+from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
@@ -92,7 +92,7 @@ def test_a_rank_in_bytes_is_the_largest_that_fits(per: str, budget: str) -> None
         found = method.prepare(classifier(), targets, scope="head", bases=shared)
         return 4 * sum(q.numel() for q in found.bases) + 16 * found.counts.trainable_targets
 
-    rank = with_rank_in_budget(settings(rank=budget), targets, keys, "here").rank
+    rank = with_rank(settings(rank=budget), targets, keys, "here").rank
     assert isinstance(rank, int)
     assert taken(rank) <= parse_bytes(budget)
     assert rank == INNER or taken(rank + 1) > parse_bytes(budget)
@@ -100,8 +100,32 @@ def test_a_rank_in_bytes_is_the_largest_that_fits(per: str, budget: str) -> None
 
 def test_a_rank_that_does_not_fit_is_refused() -> None:
     targets = targets_of(classifier())
-    with pytest.raises(UsageError, match="rank 1 take 1440 bytes"):
-        with_rank_in_budget(settings(rank="1KiB"), targets, basis_keys(targets, "layer"), "here")
+    with pytest.raises(UsageError, match="rank 1 take more than 1KiB"):
+        with_rank(settings(rank="1KiB"), targets, basis_keys(targets, "layer"), "here")
+
+
+@pytest.mark.parametrize(
+    ("support", "density", "rank"),
+    # 40 x 16 = 640 entries: 1 % are 6, a third of 18 <= 8 x 8; 30 % are 192, a third of 24 x 24
+    [("static", 0.01, 8), ("static", 0.3, 24), ("dense", 0.3, 16), ("dynamic", 1.0, 40)],
+)
+def test_a_rank_that_is_left_open_follows_the_density(
+    support: str, density: float, rank: int
+) -> None:
+    targets = targets_of(classifier())
+    asked = settings(support=support, density=density, rank=None)
+    assert with_rank(asked, targets, basis_keys(targets, "layer"), "here").rank == rank
+
+
+def test_other_forms_and_shares_keep_their_rank() -> None:
+    targets = targets_of(classifier())
+    keys = basis_keys(targets, "layer")
+    share = settings(rank=0.9)
+    assert with_rank(share, targets, keys, "here") is share
+    paper = SparsegradMethod(name="sparsegrad", form="rotated")
+    assert with_rank(paper, targets, keys, "here") is paper
+    assert (paper.support, settings(rank=4).support) == ("dynamic", "static")
+    assert SparsegradMethod(name="sparsegrad", form="core").support == "static"
 
 
 def test_allocation_over_the_model_gives_more_to_those_who_matter() -> None:

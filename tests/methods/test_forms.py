@@ -56,7 +56,10 @@ def trained(
 
 
 def form(name: str, density: float = 0.05) -> SparsegradMethod:
-    return SparsegradMethod.model_validate({"name": "sparsegrad", "form": name, "density": density})
+    """A form at full rank that chooses in every step."""
+    rank = {"rank": 1.0} if name == "core" else {}
+    settings = {"name": "sparsegrad", "form": name, "density": density, "support": "dynamic"}
+    return SparsegradMethod.model_validate({**settings, **rank})
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
