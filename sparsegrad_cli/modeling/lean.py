@@ -93,9 +93,9 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor]) -> bool:
     """Whether both give the same on a few numbers."""
-    weight = next(module.parameters())
-    width = module.gate_proj.in_features  # type: ignore[union-attr]
-    x = torch.linspace(-1, 1, 2 * int(width)).reshape(1, 2, -1).to(weight)  # type: ignore[arg-type]
+    weight = module.gate_proj.weight  # type: ignore[union-attr]
+    assert isinstance(weight, Tensor)
+    x = torch.linspace(-1, 1, 2 * weight.shape[1]).reshape(1, 2, -1).to(weight)
     try:
         return torch.equal(module(x), lean(x))
     except (TypeError, ValueError, RuntimeError):
