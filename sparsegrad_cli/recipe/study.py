@@ -34,11 +34,16 @@ class MethodEntry(Section):
 
 
 class TaskEntry(Section):
-    """One task: its name, and what it changes in the recipe (``task``, ``train``)."""
+    """One task: its name, and what it changes in the recipe (``task``, ``train``).
+
+    ``methods`` maps a method's label to what ``train`` is for it on this task: a learning rate
+    that was tuned there.
+    """
 
     name: str
     task: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
 
 
 class Figure(Section):
@@ -175,12 +180,22 @@ def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -
             for entry in study.methods:
                 layers = [*base, *_cell_layers(study, source, task, seed, over)]
                 layers.append(_method_layer(entry, source, stack(layers).data, study.match))
+                if task is not None and entry.label in task.methods:
+                    where = f"tasks ({task.name}), methods ({entry.label})"
+                    layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
                 try:
                     loaded = _checked(layers, source)
                     cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
                 except RecipeError as error:
                     problems.update({f"{p.where} {p.what}": p for p in error.problems})
     labels = [entry.label for entry in study.methods]
+    for number, task in enumerate(study.tasks):
+        for label in sorted(set(task.methods) - set(labels)):
+            what = f"{label!r} is no row of this study"
+            hint = did_you_mean(label, tuple(labels))
+            problems[f"{number} {label}"] = Problem(
+                f"tasks[{number}].methods", what, source, None, hint
+            )
     if len(set(labels)) != len(labels):
         problems["labels"] = Problem(
             "methods", "two rows have one label: give each its own", source
