@@ -193,7 +193,7 @@ class Comparison:
     def _run_cell(self, cell: Cell) -> None:
         folder = self._cell_dir(cell)
         plain = {**to_plain(cell.loaded.recipe), "output_dir": str(folder)}
-        recipe = folder.with_suffix(".yaml")
+        recipe = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
         recipe.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         run = self._run_of(cell)
         same = run is not None and run.get("recipe_digest") == digest(cell.loaded.recipe)

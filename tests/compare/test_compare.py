@@ -135,3 +135,20 @@ def test_a_cell_that_fails_is_a_row_that_says_so(
     assert rows["wild"]["status"] == "failed" and rows["full"]["status"] == "done"
     assert "diverged" in rows["wild"]["note"] or "finite" in rows["wild"]["note"]
     assert record["status"] == "failed"
+
+
+def test_labels_with_a_dot_keep_their_recipes_apart(
+    cli: Cli, tmp_path: Path, quick: tuple[str, ...]
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "name: s\n"
+        "methods: [{method: full, learning_rates: [2.5e-4, 2.25e-4]}]\n"
+        "seeds: [1]\n",
+        encoding="utf-8",
+    )
+    outcome = cli("compare", str(study), "-o", "c", "-q", *quick)
+    assert outcome.code == 0, outcome.err
+    recipes = sorted((tmp_path / "c" / "cells").glob("*.yaml"))
+    assert len(recipes) == 2
+    assert all((recipe.parent / recipe.name.removesuffix(".yaml")).is_dir() for recipe in recipes)
