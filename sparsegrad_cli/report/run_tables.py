@@ -24,8 +24,8 @@ from sparsegrad_cli.report.words import (
     TIMES,
     TRAIN_STEP,
     method_words,
-    metric_words,
 )
+from sparsegrad_cli.scales import scale_of
 
 
 def title_of(record: Any) -> str:
@@ -60,8 +60,8 @@ def facts(run: Any) -> list[Fact]:
 
 
 def _score(run: Any) -> Fact:
-    best = number(run, "metrics", "best", "score")
-    parts = [f"{metric_words(text(run, 'task', 'metric'))} ×100"]
+    best, scale = number(run, "metrics", "best", "score"), scale_of(text(run, "task", "metric"))
+    parts = [scale.label]
     for label, keys in (
         ("majority class", ("task", "majority_score")),
         ("before training", ("metrics", "initial", "score")),
@@ -69,11 +69,11 @@ def _score(run: Any) -> Fact:
     ):
         value = number(run, *keys)
         if value is not None:
-            parts.append(f"{label} {format_score(value)}")
+            parts.append(f"{label} {format_score(value, scale)}")
     step, steps = number(run, "metrics", "best", "step"), number(run, "time", "steps")
     if step is not None:
         parts.append(f"at step {step:,.0f}" + (f" of {steps:,.0f}" if steps is not None else ""))
-    return Fact("Best validation score", format_score(best), "; ".join(parts))
+    return Fact("Best validation score", format_score(best, scale), "; ".join(parts))
 
 
 def _loss(run: Any) -> Fact:

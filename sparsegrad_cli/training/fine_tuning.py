@@ -17,6 +17,7 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
+from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.basis_file import (
@@ -136,7 +137,7 @@ class TrainingSession(Session):
             spec=setup.task.spec,
             validation=setup.validation,
             model=setup.model,
-            args=training_arguments(self.recipe, self.record.path),
+            args=training_arguments(self.recipe, self.record.path, setup.task.spec.metric),
             train_dataset=setup.train_data,
             data_collator=setup.collator,
             processing_class=setup.tokenizer,
@@ -178,7 +179,10 @@ class TrainingSession(Session):
             trainer.evaluate()
         final = history[-1]
         best_kept = trainer.args.load_best_model_at_end
-        best = max(history, key=lambda r: r["score"]) if best_kept else final
+        best = final
+        if best_kept:
+            chosen = scale_of(setup.task.spec.metric).best(record["score"] for record in history)
+            best = next(record for record in history if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
         adapter = self.record.path / "adapter" / "adapter.safetensors"

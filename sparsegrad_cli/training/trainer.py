@@ -122,6 +122,7 @@ class SparsegradTrainer(Trainer):
         self.last_evaluation = {
             "step": self.state.global_step,
             "epoch": flat["epoch"],
+            "metric": self.spec.metric,
             "score": flat["eval_score"],
             "loss": flat["eval_loss"],
             "values": values,
