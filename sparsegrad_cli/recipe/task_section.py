@@ -23,7 +23,7 @@ class ChatSection(Section):
 
     paths: Literal["threads", "best", "replies"] = Field(
         "threads",
-        description="threads: every path from the root to a leaf (the paper); best: the best-ranked "
+        description="threads: every path from root to leaf (the paper); best: the best-ranked "
         "reply at every step; replies: every reply once, what leads to it unlabelled",
     )
     languages: tuple[str, ...] | None = Field(
