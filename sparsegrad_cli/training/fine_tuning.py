@@ -134,10 +134,10 @@ class TrainingSession(Session):
         trainer = SparsegradTrainer(
             recipe=self.recipe,
             method=method,
-            spec=setup.task.spec,
+            objective=setup.objective,
             validation=setup.validation,
             model=setup.model,
-            args=training_arguments(self.recipe, self.record.path, setup.task.spec.metric),
+            args=training_arguments(self.recipe, self.record.path, setup.objective.metric),
             train_dataset=setup.train_data,
             data_collator=setup.collator,
             processing_class=setup.tokenizer,
@@ -181,7 +181,7 @@ class TrainingSession(Session):
         best_kept = trainer.args.load_best_model_at_end
         best = final
         if best_kept:
-            chosen = scale_of(setup.task.spec.metric).best(record["score"] for record in history)
+            chosen = scale_of(setup.objective.metric).best(record["score"] for record in history)
             best = next(record for record in history if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()

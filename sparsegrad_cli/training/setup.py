@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.loading import load_task
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
@@ -19,6 +19,7 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
 from sparsegrad_cli.training.order import EpochSampler
 
 
@@ -26,7 +27,8 @@ from sparsegrad_cli.training.order import EpochSampler
 class Setup:
     """A recipe made real, before any method has touched the model."""
 
-    task: LoadedTask
+    task: TaskFacts
+    objective: Objective
     train_data: Any
     validation: dict[str, Any]
     tokenizer: Any
@@ -74,7 +76,8 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     device = _device(recipe)
     head_hash = hash_parameters(head_parameters(model))
     return Setup(
-        task,
+        TaskFacts.of(task),
+        Classification(task.spec),
         train_data,
         validation,
         tokenizer,

@@ -1,0 +1,86 @@
+"""How a model is judged on a task, and what the run's record says of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparsegrad_cli.data.loading import LoadedTask
+from sparsegrad_cli.data.spec import TaskSpec
+from sparsegrad_cli.measure.metrics import score
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One evaluation of one split: metric values, mean loss, and what holds by definition only."""
+
+    values: dict[str, float]
+    loss: float
+    notes: tuple[str, ...] = ()
+
+
+class Objective(Protocol):
+    """What training is for."""
+
+    metric: str
+    """The metric that selects the best model; sparsegrad_cli/scales.py says which way is up."""
+
+    by_token: bool
+    """The loss of an optimizer step is a mean over its labelled tokens, not over micro-batches."""
+
+    def judge(self, trainer: Any, name: str, data: Any) -> Judgement:
+        """Evaluate the trainer's model on a split, over all processes."""
+        ...
+
+
+class Classification:
+    """Classes or scores of whole texts, by the task's metrics."""
+
+    by_token = False
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self.spec, self.metric = spec, spec.metric
+
+    def judge(self, trainer: Any, name: str, data: Any) -> Judgement:
+        """All metrics of the task; see :class:`Objective`."""
+        loader = trainer.get_eval_dataloader(data)
+        output = trainer.evaluation_loop(loader, description=name)
+        predictions = output.predictions
+        if isinstance(predictions, tuple):
+            predictions = predictions[0]
+        found = score(self.spec, np.asarray(predictions), np.asarray(output.label_ids))
+        loss = float((output.metrics or {}).get("eval_loss", float("nan")))
+        return Judgement(dict(found.values), loss, found.notes)
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a record says of a task.
+
+    Attributes:
+        name: as in the recipe.
+        kind: ``classification``, ``regression`` or ``chat``.
+        label_names: of a classification.
+        majority: metric -> its value for always giving the commonest answer; empty for chat.
+        notes: what was left out or split off.
+        counts: conversations read, kept and dropped, each with its reason; empty but for chat.
+        data_hash: sha256 (hex) over everything used, in order.
+    """
+
+    name: str
+    kind: str
+    label_names: tuple[str, ...] | None
+    majority: Mapping[str, float]
+    notes: tuple[str, ...]
+    counts: Mapping[str, int]
+    data_hash: str
+
+    @classmethod
+    def of(cls, task: LoadedTask) -> TaskFacts:
+        """Facts of a task of whole texts."""
+        spec = task.spec
+        kind = "regression" if spec.regression else "classification"
+        return cls(spec.name, kind, spec.label_names, task.majority, task.notes, {}, task.data_hash)
