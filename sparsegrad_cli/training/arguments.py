@@ -45,7 +45,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
         dataloader_pin_memory=torch.cuda.is_available() and not train.use_cpu,
         # A loss that is not finite ends the run with a message; it is not averaged away.
         logging_nan_inf_filter=False,
-        remove_unused_columns=True,
+        # Data sets hold what the collator wants and nothing else.
+        remove_unused_columns=False,
         save_only_model=False,
         **settings,
     )

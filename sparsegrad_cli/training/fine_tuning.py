@@ -218,7 +218,7 @@ class TrainingSession(Session):
         train = self.recipe.train
         model = setup.model
         rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
-        batch = to_device(setup.collator([_inputs(r) for r in rows]), setup.device)
+        batch = to_device(setup.collator(rows), setup.device)
         self.batch_shape = list(batch["input_ids"].shape)
         with forked_random(self.recipe.seed):
             model.train()
@@ -230,16 +230,11 @@ class TrainingSession(Session):
         model.zero_grad(set_to_none=True)
         validation = next(iter(setup.validation.values()))
         rows = longest_batch(validation, train.per_device_eval_batch_size)
-        batch = to_device(setup.collator([_inputs(r) for r in rows]), setup.device)
+        batch = to_device(setup.collator(rows), setup.device)
         model.eval()
         with torch.no_grad(), self.meter.phase("evaluate"), trainer.compute_loss_context_manager():
             trainer.compute_loss(model, dict(batch))
         model.train()
-
-
-def _inputs(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-    return {name: row[name] for name in names if name in row}
 
 
 def _quiet(trainer: SparsegradTrainer) -> None:
