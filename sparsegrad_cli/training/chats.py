@@ -10,7 +10,8 @@ from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.causal import lean_loss
+from sparsegrad_cli.modeling.lm_head import check_packing
+from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
@@ -19,7 +20,7 @@ from sparsegrad_cli.training.texts import Parts, fitting_length
 
 
 def load_chats(recipe: Recipe) -> Parts:
-    """Conversations as rows of token ids, tokenizer, and a model whose loss is lean.
+    """Conversations as rows of token ids, tokenizer, and a model that makes labelled tokens' logits alone.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
@@ -54,11 +55,15 @@ def load_chats(recipe: Recipe) -> Parts:
     for name, split in (("training", train), ("validation", held_out)):
         counts |= {f"{name}: {what}": count for what, count in split.counts.items()}
         counts[f"{name}: labelled tokens"] = split.labelled
-    notes = [*data.notes, *encoder.notes, *([cut] if cut else []), *lean_loss(model)]
+    if chat.packing == "pack":
+        check_packing(model)
+    head = use_lm_loss(model)
+    whole = f"all logits are made, because {head.reason}" if head.reason else None
+    notes = [*data.notes, *encoder.notes, *(note for note in (cut, whole) if note)]
     task = TaskFacts(section.name, "chat", None, {}, tuple(notes), counts, data.data_hash)
     return Parts(
         task,
-        LanguageModelling(metric),
+        LanguageModelling(metric, head),
         _packed(train.data, chat.packing, max_length, tokenizer),
         {"validation": held_out.data},
         tokenizer,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from sparsegrad_cli.data.loading import LoadedTask
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.measure.metrics import score
+from sparsegrad_cli.modeling.lm_head import LmHead
+from sparsegrad_cli.modeling.lm_loss import LmSums, lm_sums
+
+_WORST = 1e9  # for what is not a number: JSON has none
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,47 @@ class Classification:
         found = score(self.spec, np.asarray(predictions), np.asarray(output.label_ids))
         loss = float((output.metrics or {}).get("eval_loss", float("nan")))
         return Judgement(dict(found.values), loss, found.notes)
+
+
+class LanguageModelling:
+    """Answers token by token: loss, perplexity and next-token accuracy per labelled token.
+
+    Sums are kept, not logits; every conversation counts once, over however many processes.
+    """
+
+    by_token = True
+
+    def __init__(self, metric: str, head: LmHead) -> None:
+        self.metric, self._head = metric, head
+
+    def judge(self, trainer: Any, name: str, data: Any) -> Judgement:
+        """Over the labelled tokens of a split; see :class:`Objective`."""
+        model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+        rows = range(args.process_index, len(data), args.world_size)
+        size = args.eval_batch_size
+        sums = LmSums()
+        was_training = model.training
+        model.eval()
+        for start in range(0, len(rows), size):
+            batch = trainer.data_collator([data[row] for row in rows[start : start + size]])
+            batch = {key: value.to(args.device) for key, value in batch.items()}
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                sums += lm_sums(model, batch, head=self._head)
+        model.train(was_training)
+        here = torch.tensor([sums.loss, sums.tokens, sums.correct], dtype=torch.float64)
+        nll, tokens, correct = trainer.accelerator.reduce(here.to(args.device), "sum").tolist()
+        loss = nll / tokens
+        if not math.isfinite(loss):
+            note = "the validation loss is not a number: it is given its highest value"
+            return Judgement(
+                {"loss": _WORST, "perplexity": _WORST, "token_accuracy": 0.0}, _WORST, (note,)
+            )
+        values = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, math.log(_WORST))),
+            "token_accuracy": correct / tokens,
+        }
+        return Judgement(values, loss)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def _check_precision(loaded: LoadedRecipe) -> None:
     autocast = recipe.train.bf16 or recipe.train.fp16
     if recipe.model.dtype != "float32" and not autocast and not (beside and recipe.scope == "head"):
         raise UsageError(
-            f"method {recipe.method.name} trains the model's own weights, which are kept in float32 "
-            f"among the others in {recipe.model.dtype}: products of the two need autocast",
+            f"method {recipe.method.name} trains the model's own weights, kept in float32 "
+            f"beside others in {recipe.model.dtype}: products of the two need autocast",
             where=loaded.where("model.dtype"),
             fix="train.bf16: true, or model.dtype: float32; lora and sparsegrad's form: core leave "
             "the weights alone",
