@@ -20,7 +20,7 @@ from sparsegrad_cli.training.texts import Parts, fitting_length
 
 
 def load_chats(recipe: Recipe) -> Parts:
-    """Conversations as rows of token ids, tokenizer, and a model that makes labelled tokens' logits alone.
+    """Conversations as rows of token ids, tokenizer, and a model that makes few logits.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
