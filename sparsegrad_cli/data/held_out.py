@@ -36,7 +36,7 @@ def held_out(groups: Iterable[str], fraction: float, unit: str) -> tuple[set[str
     ordered = sorted(set(groups), key=lambda group: (position(group), group))
     if len(ordered) < 2:
         raise DataError(
-            f"one of the {unit} cannot be split into training and validation",
+            f"of the {unit} one is left, which cannot be split into training and validation",
             where="task",
             fix="give more data, or a folder with train and validation files",
         )
