@@ -56,13 +56,13 @@ def _lexicon(**lists: str) -> Lexicon:
 
 TRAIN = _lexicon(
     stains="red wine | grass | candle wax | ink | coffee | tomato sauce | mud | chocolate",
-    cloths="linen shirt | wool rug | cotton apron | denim jacket | white napkin | canvas bag",
-    cleaners="salt | vinegar | baking soda | dish soap | lemon juice | cold milk",
+    cloths="linen shirt | wool rug | cotton apron | denim jacket | white napkin | canvas shoe",
+    cleaners="salt | vinegar | baking soda | dish soap | lemon juice | warm milk",
     places="Lisbon | Oslo | the desert | a mountain hut | Vienna | the coast | Cairo | a farm",
     clothes="shirts | warm socks | light trousers | scarves | sweaters | vests",
-    gear="a torch | a paper map | sunglasses | a water bottle | a pocket knife | an umbrella",
-    errands="call the bank | water the tomatoes | buy stamps | mend the fence | bake bread | "
-    "feed the hens | fetch the parcel | sweep the yard | pay the rent | oil the bicycle",
+    gear="a torch | a paper map | sunglasses | a thermos bottle | a pocket knife | an umbrella",
+    errands="call the bank | prune the tomatoes | stamp the letters | mend the fence | "
+    "bake bread | feed the hens | fetch the parcel | sweep the yard | fix the roof | oil the bicycle",
     words="apple | harbor | violin | candle | meadow | thunder | ribbon | ladder | oyster | "
     "garden | window | silver | cabin | bridge | needle",
     goods="pears | eggs | tulips | pencils | nails | candles | walnuts | oranges",
