@@ -80,16 +80,17 @@ def small() -> dict[str, Any]:
     return node("q1", node("a7"))
 
 
+# Lists, for they stand in source order.
 EXPECTED = {
-    "threads": {
+    "threads": [
         "p1 a1*",
         "p1 a2* p2 a3*",
         "p1 a4* p5 a5*",
         "p1 a4* p5 a6*",
         "q1 a7*",
-    },
-    "best": {"p1 a4* p5 a6*", "q1 a7*"},
-    "replies": {
+    ],
+    "best": ["p1 a4* p5 a6*", "q1 a7*"],
+    "replies": [
         "p1 a1*",
         "p1 a2*",
         "p1 a2 p2 a3*",
@@ -97,7 +98,7 @@ EXPECTED = {
         "p1 a4 p5 a5*",
         "p1 a4 p5 a6*",
         "q1 a7*",
-    },
+    ],
 }
 
 

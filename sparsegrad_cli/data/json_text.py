@@ -13,6 +13,7 @@ from sparsegrad_cli.data.text_files import read_text, text_lines
 from sparsegrad_cli.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_SCALAR = json.JSONDecoder().raw_decode  # does not recurse at a string, number or literal
 
 
 def parse_json(text: str) -> Any:
@@ -96,7 +97,6 @@ def _whole_array(path: Path) -> list[Any] | None:
 
 def _parse_deep(text: str) -> Any:
     """As json.loads, with a list for a stack instead of the interpreter's."""
-    scalar = json.JSONDecoder().raw_decode
     open_: list[tuple[Any, str]] = []  # containers that are not closed yet, with the key in hand
     at = _skip(text, 0)
     while True:
@@ -110,7 +110,7 @@ def _parse_deep(text: str) -> Any:
                 continue
             value, at = container, at + 1
         else:
-            value, at = scalar(text, at)
+            value, at = _SCALAR(text, at)
         while open_:  # the value is whole: hang it up, and close what ends with it
             container, key = open_.pop()
             if isinstance(container, dict):
@@ -141,7 +141,7 @@ def _key(text: str, at: int) -> tuple[str, int]:
     """A member's name and where its value begins."""
     if text[at : at + 1] != '"':
         raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
-    key, at = json.JSONDecoder().raw_decode(text, at)
+    key, at = _SCALAR(text, at)
     at = _skip(text, at)
     if text[at : at + 1] != ":":
         raise json.JSONDecodeError("Expecting ':' delimiter", text, at)

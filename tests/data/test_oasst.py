@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import EXPECTED, big, everything, flat, node, read, small, tree, write
+from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.raw_chat import learnt_turns
@@ -33,13 +33,21 @@ def test_paths_are_the_hand_written_ones(tmp_path: Path, paths: str, shape: str)
         "array": [json.dumps([tree(big()), tree(small())])],
     }.get(shape, rows)
     data = read(write(file, *records), paths=paths, validation_fraction=0.5)
-    assert everything(data) == EXPECTED[paths]
+    assert everything(data) == set(EXPECTED[paths])
     assert data.counts["messages read"] == 14 and data.counts["messages kept"] == 14
     assert data.counts["prompts cut, nothing answers them"] == 3  # p3, p4, p6
     used = {"threads": 11, "best": 6, "replies": 11}[paths]
     assert data.counts["messages in conversations"] == used
     assert data.counts.get("messages off the chosen paths", 0) == 11 - used
     assert data.counts.get("message met again, read once", 0) == (12 if shape == "mixed" else 0)
+
+
+@pytest.mark.parametrize("paths", EXPECTED)
+def test_conversations_come_in_source_order(tmp_path: Path, paths: str) -> None:
+    data = read(write(tmp_path / "x.jsonl", tree(big()), tree(small())), paths=paths)
+    part = next(part for part in (data.train, data.validation) if part[0].group == "p1")
+    # As written above: depth first, every reply before those that are nested in it.
+    assert [spoken(each) for each in part] == [each for each in EXPECTED[paths] if each[0] == "p"]
 
 
 def test_counts_tell_repeated_turns_from_distinct_ones(tmp_path: Path) -> None:
@@ -157,6 +165,11 @@ def test_max_rank_is_for_the_assistant_and_drops_what_is_not_ranked(tmp_path: Pa
         "filter max_rank: not ranked among its siblings": 1,
         "below a dropped message": 2,
     }
+
+
+def test_only_reply_left_needs_no_rank(tmp_path: Path) -> None:
+    root = node("p", node("a1"), node("a2", deleted=True), node("p2"))
+    assert filtered(tmp_path, root, max_rank=0)[0] == {"p a1*"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import shared_data
+from paths import REPO, shared_data
 from talk import EXPECTED, everything, flat, read, sides, write
 
 # --- the real files
@@ -78,6 +78,25 @@ def test_real_export_against_a_naive_count(name: str) -> None:
     assert len(every["best"]) == 100
     for paths, each in data.items():
         print(name, paths, dict(each.counts))
+
+
+def test_counts_of_the_documentation() -> None:
+    file = shared_data() / "oasst" / "en_100_trees.jsonl"
+    if not file.is_file():
+        pytest.skip("en_100_trees.jsonl is not on this machine")
+    page = (REPO / "docs" / "chat_data.md").read_text(encoding="utf-8")
+    table = page[page.index("| | `threads` | `best` | `replies` |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in table.splitlines()[2:]]
+    for paths, column in zip(EXPECTED, zip(*rows, strict=True), strict=True):
+        counts = read(file, paths=paths).counts
+        names = ["trees found", "messages read", None, "prompts cut, nothing answers them"]
+        names += ["messages off the chosen paths", "messages in conversations"]
+        for side in ("training", "validation"):
+            names += [f"{side} trees", f"{side} conversations"]
+            names += [f"{side} assistant turns learnt", f"{side} assistant turns learnt, distinct"]
+        written = [int(number) for cell in column for number in cell.split(" / ")]
+        assert written == [counts.get(name, 0) if name else 0 for name in names]
+        assert not any("dropped" in name for name in counts)
 
 
 def test_both_real_files_give_the_same_conversations() -> None:

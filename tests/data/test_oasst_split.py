@@ -110,7 +110,9 @@ def test_hash_knows_everything_that_is_learnt_from() -> None:
         hashed([two, one], [one]),  # order
         hashed([one, two], [two]),  # validation
         hashed([one], [two, one]),  # the split
-        hashed([[p, a, q, b]], [one]),  # where a conversation ends
+        hashed([[p, a, q, b], one], [one]),  # where a conversation ends ...
+        hashed([one, [q, b, p, a]], [one]),  # ... of
+        hashed([one, two, one], [one]),  # ... these three
         hashed([one, [q, Turn("assistant", "b!", True)]], [one]),  # a text
         hashed([one, [Turn("system", "q"), b]], [one]),  # a role
         hashed([[p, Turn("assistant", "a"), q, b]], [one]),  # what is learnt

@@ -62,7 +62,8 @@ TRAIN = _lexicon(
     clothes="shirts | warm socks | light trousers | scarves | sweaters | vests",
     gear="a torch | a paper map | sunglasses | a thermos bottle | a pocket knife | an umbrella",
     errands="call the bank | prune the tomatoes | stamp the letters | mend the fence | "
-    "bake bread | feed the hens | fetch the parcel | sweep the yard | fix the roof | oil the bicycle",
+    "bake bread | feed the hens | fetch the parcel | sweep the yard | fix the roof | "
+    "oil the bicycle",
     words="apple | harbor | violin | candle | meadow | thunder | ribbon | ladder | oyster | "
     "garden | window | silver | cabin | bridge | needle",
     goods="pears | eggs | tulips | pencils | nails | candles | walnuts | oranges",
