@@ -40,7 +40,7 @@ def load_chat(
     settings.check(name)
     if path is not None and settings.hub is not None:
         raise UsageError(
-            "the data comes from a path or from the hub, not from both", where="task.hub"
+            "the data comes from a path or from the hub, not from both", where="task.chat.hub"
         )
     raw = _load(name, Path(path).expanduser() if path is not None else None, settings)
     return finish(raw, train_limit, eval_limit)
@@ -58,7 +58,7 @@ def _load(name: str, path: Path | None, settings: ChatSettings) -> RawChat:
             raise UsageError(
                 "task chat needs a path or a data set of the hub",
                 where="task.path",
-                fix="the file, a folder with train and validation files, or task.hub: owner/name",
+                fix="the file, a folder with train and validation files, or task.chat.hub: owner/name",
             )
         return load_chat_files(path, settings) if path is not None else load_hub_chat(settings)
     if path is not None:

@@ -93,9 +93,9 @@ def load_hub_chat(settings: ChatSettings) -> RawChat:
         hub_id,
         None,
         config=settings.config,
-        called=f"task.hub: {hub_id}",
+        called=f"task.chat.hub: {hub_id}",
         fix="point task.path at local files instead, or connect once to fill the cache; a data set "
-        "with several configurations needs task.config",
+        "with several configurations needs task.chat.config",
     )
     names = {"train": settings.train_split, "validation": settings.validation_split}
     if names["validation"] is None and "validation" in loaded:
@@ -107,7 +107,7 @@ def load_hub_chat(settings: ChatSettings) -> RawChat:
         if name not in loaded:
             raise UsageError(
                 f"{hub_id} has no split {name!r}",
-                where=f"task.{part}_split",
+                where=f"task.chat.{part}_split",
                 fix=suggest(name, list(loaded)),
             )
         tables[part] = Table(loaded[name].to_dict(), f"{hub_id} {name}")
@@ -133,7 +133,7 @@ def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) 
     if settings.split == "source" and "validation" not in parts:
         raise UsageError(
             "there is no validation part",
-            where="task.split",
+            where="task.chat.split",
             fix="split: hash; or a folder with train and validation files",
         )
     if settings.split != "hash" and "validation" in parts:
@@ -164,13 +164,13 @@ def _reader(table: Table, settings: ChatSettings) -> _Turns:
     if column is not None and column not in names:
         raise UsageError(
             f"there is no column {column!r} in {table.source}",
-            where="task.column",
+            where="task.chat.column",
             fix=suggest(column, names),
         )
     if column is not None and settings.kind not in ("auto", "messages"):
         raise UsageError(
             f"kind {settings.kind} has its own columns: {', '.join(_KINDS[settings.kind])}",
-            where="task.column",
+            where="task.chat.column",
         )
     found = {name: "messages" for name in _CHAT_COLUMNS if name in names}
     if column is not None:
@@ -193,14 +193,14 @@ def _which_columns(table: Table, found: list[str]) -> UsageError:
     if found:
         return UsageError(
             f"{table.source} has {' as well as '.join(found)}",
-            where="task.kind",
-            fix="choose by task.kind (messages, prompt_completion, instruction) or task.column",
+            where="task.chat.kind",
+            fix="choose by task.chat.kind (messages, prompt_completion, instruction) or task.chat.column",
         )
     return UsageError(
         f"no conversation among the columns of {table.source}: {', '.join(table.columns)}",
-        where="task.column",
+        where="task.chat.column",
         fix=f"{' or '.join(_CHAT_COLUMNS)} (a list of messages), prompt and completion, "
-        "instruction, input and output; or name the column of messages by task.column",
+        "instruction, input and output; or name the column of messages by task.chat.column",
     )
 
 

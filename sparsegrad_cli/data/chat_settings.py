@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from sparsegrad_cli.data.spec import suggest
+from sparsegrad_cli.data.spec import CHAT_TASKS, suggest
 from sparsegrad_cli.errors import UsageError
 
-CHAT_TASKS = ("oasst", "chat", "builtin:dialogues")
 PATHS = ("threads", "best", "replies")
 SPLITS = ("auto", "hash", "source")
 KINDS = ("auto", "messages", "prompt_completion", "instruction")
@@ -81,22 +80,24 @@ class ChatSettings:
             if task not in tasks and getattr(self, setting.name) != setting.default:
                 raise UsageError(
                     f"{setting.name} does not go with {task}",
-                    where=f"task.{setting.name}",
+                    where=f"task.chat.{setting.name}",
                     fix=f"it goes with {' and '.join(tasks)}",
                 )
         for name, choices in (("paths", PATHS), ("split", SPLITS), ("kind", KINDS)):
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(
-                    f"{name} is {value!r}", where=f"task.{name}", fix=suggest(str(value), choices)
+                    f"{name} is {value!r}",
+                    where=f"task.chat.{name}",
+                    fix=suggest(str(value), choices),
                 )
         self._check_numbers()
         for name in ("languages", "tree_states"):
             if getattr(self, name) is not None and not getattr(self, name):
-                raise UsageError(f"{name} is an empty list", where=f"task.{name}")
+                raise UsageError(f"{name} is an empty list", where=f"task.chat.{name}")
         if self.hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub):
             raise UsageError(
-                f"{self.hub!r} is no data set of the hub", where="task.hub", fix="owner/name"
+                f"{self.hub!r} is no data set of the hub", where="task.chat.hub", fix="owner/name"
             )
 
     def _check_numbers(self) -> None:
@@ -107,10 +108,11 @@ class ChatSettings:
             )
         if self.max_rank is not None and self.max_rank < 0:
             raise UsageError(
-                f"max_rank is {self.max_rank}, the best rank is 0", where="task.max_rank"
+                f"max_rank is {self.max_rank}, the best rank is 0", where="task.chat.max_rank"
             )
         quality = self.min_quality
         if quality is not None and not (math.isfinite(quality) and 0 <= quality <= 1):
             raise UsageError(
-                f"min_quality is {quality:g}, it must lie between 0 and 1", where="task.min_quality"
+                f"min_quality is {quality:g}, it must lie between 0 and 1",
+                where="task.chat.min_quality",
             )

@@ -159,7 +159,7 @@ def _by_source(
         if tree.split not in parts:
             raise UsageError(
                 f"{where} is not split into training and validation",
-                where="task.split",
+                where="task.chat.split",
                 fix="split: hash; or a folder with train and validation files",
             )
         parts[tree.split] += conversations

@@ -11,7 +11,7 @@ from sparsegrad_cli.errors import UsageError
 CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
 SCORE_METRICS = ("pearson", "spearmanr")
 FILE_TASKS = ("csv", "json", "parquet")
-CHAT_TASKS = ("oasst", "builtin:dialogues", "chat")
+CHAT_TASKS = ("oasst", "chat", "builtin:dialogues")
 CHAT_METRICS = ("loss", "perplexity", "token_accuracy")
 
 
