@@ -194,7 +194,8 @@ def _which_columns(table: Table, found: list[str]) -> UsageError:
         return UsageError(
             f"{table.source} has {' as well as '.join(found)}",
             where="task.chat.kind",
-            fix="choose by task.chat.kind (messages, prompt_completion, instruction) or task.chat.column",
+            fix="choose by task.chat.kind (messages, prompt_completion, instruction) or by "
+            "task.chat.column",
         )
     return UsageError(
         f"no conversation among the columns of {table.source}: {', '.join(table.columns)}",
