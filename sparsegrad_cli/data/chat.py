@@ -58,7 +58,7 @@ def _load(name: str, path: Path | None, settings: ChatSettings) -> RawChat:
             raise UsageError(
                 "task chat needs a path or a data set of the hub",
                 where="task.path",
-                fix="a file, a folder with train and validation files, or task.chat.hub: owner/name",
+                fix="a file, a folder with train and validation files, or task.chat.hub",
             )
         return load_chat_files(path, settings) if path is not None else load_hub_chat(settings)
     if path is not None:

@@ -77,9 +77,28 @@ def _score(run: Any) -> Fact:
 
 
 def _loss(run: Any) -> Fact:
+    if text(run, "task", "kind") == "chat":
+        return _perplexity(run)
     last = number(run, "metrics", "final", "loss")
     detail = f"last {format_number(last)}" if last is not None else ""
     return Fact("Validation loss", format_number(number(run, "metrics", "best", "loss")), detail)
+
+
+def _perplexity(run: Any) -> Fact:
+    """Of a language model, whose score is its loss."""
+
+    def value(when: str, metric: str) -> float | None:
+        splits = block(run, "metrics", when, "values")
+        return number(block(splits, next(iter(splits), "")), metric)
+
+    parts = []
+    for label, when in (("before training", "initial"), ("last", "final")):
+        if value(when, "perplexity") is not None:
+            parts.append(f"{label} {format_number(value(when, 'perplexity'))}")
+    accuracy = value("best", "token_accuracy")
+    if accuracy is not None:
+        parts.append(f"next token right {format_share(accuracy)}")
+    return Fact("Perplexity", format_number(value("best", "perplexity")), "; ".join(parts))
 
 
 def _trainable(run: Any) -> Fact:
