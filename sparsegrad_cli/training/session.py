@@ -113,9 +113,11 @@ class Session:
             )
         calibration.seconds += warmup_seconds
         self.seconds["calibrate_s"] = calibration.seconds
-        names = ("steps", "basis_per", "source", "decomposition", "score", "warmup_steps")
+        names = ("steps", "basis_per", "source", "decomposition", "score")
         made_with: dict[str, Any] = {
             **{name: getattr(settings, name) for name in names},
+            # A language model has no new head to warm.
+            "warmup_steps": settings.warmup_steps if head_parameters(setup.model) else 0,
             "batch_size": self.calibration_batch,
             "passes": passes,
             "seed": seed,
