@@ -35,6 +35,9 @@ def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Pr
         found.append((("train", "label_smoothing_factor"), what, "leave it out"))
     if task.path is not None and not Path(task.path).expanduser().exists():
         found.append((("task", "path"), f"no such file or folder: {task.path}", None))
+    forgetting = task.chat.forgetting if task.chat else None
+    if forgetting is not None and not Path(forgetting).expanduser().is_file():
+        found.append((("task", "chat", "forgetting"), f"no such file: {forgetting}", None))
     model = recipe.model.name
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:
         what = f"unknown built-in model {model!r}"

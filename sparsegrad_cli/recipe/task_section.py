@@ -54,6 +54,9 @@ class ChatSection(Section):
         description="none: one conversation a row; pack: several, none sees another; concatenate: "
         "one long text cut into rows of max_length (the paper)",
     )
+    forgetting: str | None = Field(
+        None, description="a plain text file: its loss is measured too, but selects nothing"
+    )
 
 
 class TaskSection(Section):

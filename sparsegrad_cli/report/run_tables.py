@@ -95,6 +95,15 @@ def _perplexity(run: Any) -> Fact:
     for label, when in (("before training", "initial"), ("last", "final")):
         if value(when, "perplexity") is not None:
             parts.append(f"{label} {format_number(value(when, 'perplexity'))}")
+    plain = {
+        when: number(block(run, "metrics", when, "values", "plain text"), "loss")
+        for when in ("initial", "best")
+    }
+    if plain["initial"] is not None and plain["best"] is not None:
+        change = plain["best"] - plain["initial"]
+        parts.append(
+            f"plain text {format_number(plain['best'])} in loss, {change:+.3f} by training"
+        )
     accuracy = value("best", "token_accuracy")
     if accuracy is not None:
         parts.append(f"next token right {format_share(accuracy)}")

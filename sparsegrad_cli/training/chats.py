@@ -8,6 +8,7 @@ from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
+from sparsegrad_cli.data.plain_text import plain_text_rows
 from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.lm_head import check_packing
@@ -34,7 +35,7 @@ def load_chats(recipe: Recipe) -> Parts:
             where="task.metric",
             fix=suggest(metric, CHAT_METRICS),
         )
-    settings = chat.model_dump(exclude={"packing"})
+    settings = chat.model_dump(exclude={"packing", "forgetting"})
     data = load_chat(
         section.name,
         path=section.path,
@@ -59,13 +60,18 @@ def load_chats(recipe: Recipe) -> Parts:
         check_packing(model)
     head = use_lm_loss(model)
     whole = f"all logits are made, because {head.reason}" if head.reason else None
+    validation = {"validation": held_out.data}
+    if chat.forgetting is not None:
+        validation["plain text"] = plain_text_rows(
+            tokenizer, chat.forgetting, max_length=max_length, limit=section.eval_limit
+        )
     notes = [*data.notes, *encoder.notes, *(note for note in (cut, whole) if note)]
     task = TaskFacts(section.name, "chat", None, {}, tuple(notes), counts, data.data_hash)
     return Parts(
         task,
         LanguageModelling(metric, head),
         _packed(train.data, chat.packing, max_length, tokenizer),
-        {"validation": held_out.data},
+        validation,
         tokenizer,
         make_lm_collator(
             _pad_id(tokenizer), fixed_length=max_length if section.padding == "fixed" else None
