@@ -17,49 +17,22 @@ from sparsegrad_cli.recipe.method_section import (
     SparsegradMethod,
 )
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+from sparsegrad_cli.recipe.task_section import TaskSection
 
 
 class ModelSection(Section):
     """``model: NAME`` is short for ``model: {name: NAME}``."""
 
     name: str = Field(
-        "builtin:minilm", description="hub id, local folder, or builtin:minilm", min_length=1
+        "builtin:minilm",
+        description="hub id, local folder, builtin:minilm or builtin:smollm2",
+        min_length=1,
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the frozen weights"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-
-
-class ColumnsSection(Section):
-    """Names of the columns in the user's own files."""
-
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-
-
-class TaskSection(Section):
-    """``task: NAME`` is short for ``task: {name: NAME}``."""
-
-    name: str = Field(
-        "builtin:acceptability",
-        description="glue/<task>, builtin:acceptability, csv, json or parquet",
-        min_length=1,
-    )
-    path: str | None = Field(None, description="local file or folder that holds the task")
-    columns: ColumnsSection | None = None
-    metric: str | None = Field(None, description="score to select by; the task's own by default")
-    max_length: Annotated[int, Field(ge=1)] = Field(128, description="tokens kept of an example")
-    padding: Literal["dynamic", "fixed"] = Field(
-        "dynamic", description="pad to the batch's longest, or always to max_length (the paper)"
-    )
-    train_limit: PositiveInt | None = Field(None, description="first n training examples only")
-    eval_limit: PositiveInt | None = Field(None, description="first n validation examples only")
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share split off when the user's files have no validation part"
-    )
 
 
 class TargetsSection(Section):
