@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tiny import build, config
 from torch import Tensor, nn
 
@@ -129,3 +130,33 @@ def answers(model: nn.Module, tokenizer: Any) -> tuple[Tensor, float]:
     )
     logits: Tensor = model.eval()(**inputs).logits
     return logits, float(nn.functional.cross_entropy(logits.float(), labels))
+
+
+def base_of(run: Path) -> str:
+    """The folder of the run's base model."""
+    name: str = yaml.safe_load((run / "recipe.yaml").read_text())["model"]["name"]
+    return name
+
+
+def by_transformers(folder: Path | str, **settings: Any) -> nn.Module:
+    """A sequence classifier, as any user of transformers loads one."""
+    from transformers import AutoModelForSequenceClassification
+
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+    return model
+
+
+def by_peft(run: Path, folder: Path) -> nn.Module:
+    """The run's base model with a fresh head, and a LoRA folder on it, by peft alone."""
+    from peft import PeftModel
+
+    base: Any = by_transformers(base_of(run), num_labels=2, pad_token_id=0)
+    model: nn.Module = PeftModel.from_pretrained(base, str(folder))
+    return model
+
+
+def tokenizer_of(run: Path) -> Any:
+    """Of the run's base model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_of(run))
