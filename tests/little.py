@@ -77,12 +77,15 @@ def data_folder(folder: Path) -> Path:
     return folder
 
 
-def train(run: Path, base: Path, data: Path, *overrides: str, stop: bool = False) -> Path:
+def train(
+    run: Path, base: Path, data: Path, *overrides: str, stop: bool = False, resume: bool = False
+) -> Path:
     """A run of six steps as the runner makes it, less its report, which takes longer than the rest.
 
     Args:
         overrides: as on the command line.
         stop: leave it as Ctrl-C after the last step does: checkpoints, no adapter.
+        resume: go on with the run that lies there.
     """
     settings = (
         f"model={base}",
@@ -100,10 +103,10 @@ def train(run: Path, base: Path, data: Path, *overrides: str, stop: bool = False
         f"output_dir={run}",
     )
     loaded = load_recipe(None, (*settings, *overrides))
-    open_run_dir(run, loaded.recipe, resume=False, overwrite=False)
+    open_run_dir(run, loaded.recipe, resume=resume, overwrite=False)
     about = {"recipe_digest": digest(loaded.recipe), "seed": loaded.recipe.seed}
     kept = RunRecord(run, {"command": "train", "name": run.name, **about})
-    TrainingSession(loaded, kept, Observer(), resume=False).run()
+    TrainingSession(loaded, kept, Observer(), resume=resume).run()
     if stop:
         shutil.rmtree(run / "adapter")
     kept.finish(InterruptedRunError("stopped") if stop else None)

@@ -27,7 +27,7 @@ from sparsegrad_cli.export.adapter_file import (
     tensors_digest,
     write_settings,
 )
-from sparsegrad_cli.export.plain import auto_class, differing, put, task_settings
+from sparsegrad_cli.export.plain import auto_class, base_name, differing, put, task_settings
 from sparsegrad_cli.export.rebuild import Trained, load_checked, widest
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
@@ -75,7 +75,7 @@ def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSetting
         method = method.model_copy(update={"rank": widest(trained.bases.values())})
     task = task_settings(plain)
     base = AdapterBase(
-        name=recipe.model.name,
+        name=base_name(recipe.model),
         revision=recipe.model.revision,
         dtype=recipe.model.dtype,
         auto_class=auto_class(plain),  # type: ignore[arg-type]

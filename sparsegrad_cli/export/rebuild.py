@@ -20,6 +20,7 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.training.basis_file import BasisFile, check_belongs, check_rank, read_basis
 from sparsegrad_cli.training.calibration import basis_keys
 from sparsegrad_cli.training.checkpoint import read_tensors
@@ -141,8 +142,8 @@ def _setup(files: RunFiles, examples: int) -> Setup:
             where=loaded.where("model.name"),
             fix="put the original back, or say where it is now: model.name=FOLDER",
         )
-    labels, spec = files.recorded("task", "label_names"), setup.task.spec
-    if labels is not None and list(spec.label_names or ()) != labels:
+    labels, spec = dig(files.record, "task", "label_names"), setup.task.spec
+    if isinstance(labels, list) and list(spec.label_names or ()) != labels:
         raise UsageError(
             "the data has other labels than this run was trained on: "
             f"{', '.join(spec.label_names or ())} instead of {', '.join(map(str, labels))}",

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from little import answers, base_folder, base_of, by_transformers, tokenizer_of
+from little import (
+    answers,
+    base_folder,
+    base_of,
+    by_transformers,
+    data_folder,
+    tokenizer_of,
+    train,
+)
 from safetensors.torch import load_file, save_file
 from tiny import batch
 from torch import Tensor
@@ -188,3 +196,19 @@ def test_what_the_rewritten_adapter_of_the_tests_is_without_a_change(
     expected = answers(load_adapter(folder), tokenizer_of(runs(*STATIC)))[0]
     rewrite(folder, lambda tensors: None)
     assert torch.equal(answers(load_adapter(folder), tokenizer_of(runs(*STATIC)))[0], expected)
+
+
+def test_a_base_of_a_relative_path_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftConfig
+
+    monkeypatch.chdir(tmp_path)
+    base = base_folder(Path("base")).resolve()
+    run = train(Path("run"), Path("base"), data_folder(Path("data")), *STATIC, "train.max_steps=1")
+    for form in ("adapter", "lora"):
+        runner.export(run, ExportOptions(form, Path(form)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_adapter(tmp_path / "adapter") is not None
+    assert PeftConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path == str(base)

@@ -29,7 +29,11 @@ from tiny import BLOCKS, HIDDEN, INNER
 from torch import Tensor, nn
 
 import sparsegrad_cli
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.export.lora import modules_to_save
 from sparsegrad_cli.methods.core import CoreLinear
+from sparsegrad_cli.modeling.targets import find_targets
+from sparsegrad_cli.recipe.schema import TargetsSection
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 
@@ -237,7 +241,7 @@ def test_half_precision_weights_keep_their_dtype(
         @ parts[f"base_model.model.{name}.lora_A.weight"].double()
     )
     exact = base.get_parameter(f"{name}.weight").double() + product
-    error = plain.get_parameter(f"{name}.weight").double() - exact
+    error = (plain.get_parameter(f"{name}.weight").double() - exact).detach()
     row = said["targets"][0]
     assert row["rounding"] == pytest.approx(float(error.norm() / product.norm()), rel=1e-3)
     assert row["rounding_max"] == pytest.approx(float(error.abs().max()), rel=1e-3)
@@ -262,3 +266,47 @@ def test_what_was_exported_can_be_the_base_of_the_next_run(
     assert record(again)["metrics"]["initial"]["loss"] == pytest.approx(
         record(runs(*MATRIX["core-static"][0]))["metrics"]["final"]["loss"], abs=2e-5
     )
+
+
+def test_a_large_model_is_written_in_shards(
+    runs: Callable[..., Path], exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsegrad_cli.export.plain._SHARD", "20KB")
+    run = runs("method=full")
+    folder, said = exported(run, "merged")
+    shards = [name for name in said["files"] if name.startswith("model-")]
+    assert len(shards) > 2 and "model.safetensors.index.json" in said["files"]
+    assert said["bytes"] == sum((folder / name).stat().st_size for name in said["files"])
+    assert_answers_as_trained(by_transformers(folder), run)
+
+
+def test_a_regression_has_a_score_and_no_answer(
+    runs: Callable[..., Path], exported: Exported, cli: Any, tmp_path: Path
+) -> None:
+    data = data_folder(tmp_path / "data")
+    for name in ("train.csv", "validation.csv"):
+        path = data / name
+        path.write_text(path.read_text().replace(",low", ",0.25").replace(",high", ",1.5"))
+    base = Path(base_of(runs("method=full")))
+    run = train(tmp_path / "run", base, data, *MATRIX["core-static"][0])
+    for form in ("merged", "lora", "adapter"):
+        folder, said = exported(run, form)
+        assert said["check"]["same_answers"] is None and said["check"]["answers"] == ROWS
+    assert by_transformers(tmp_path / "run-merged").config.num_labels == 1  # type: ignore[union-attr]
+    shown = cli("export", str(run), "--to", "lora", "-o", str(folder.parent / "again"))
+    assert "Same answers" not in shown.out and "Logits differ by" in shown.out
+
+
+def test_a_parameter_beside_the_targets_cannot_go_along(runs: Callable[..., Path]) -> None:
+    """peft carries whole modules: the one that holds this parameter holds a target too."""
+    model = by_transformers(base_of(runs("method=full")), num_labels=2)
+    block = model.get_submodule("bert.encoder.layer.0")
+    block.register_parameter("gate", nn.Parameter(torch.ones(3)))
+    targets = {target.name: target for target in find_targets(model, TargetsSection())}
+    with pytest.raises(UsageError, match=r"cannot hold bert.encoder.layer.0.gate") as caught:
+        modules_to_save(model, {"bert.encoder.layer.0.gate": torch.zeros(3)}, targets)
+    assert "--to merged" in str(caught.value.fix)
+    norm = "bert.encoder.layer.0.output.LayerNorm"
+    changed = {f"{norm}.{part}": torch.zeros(16) for part in ("weight", "bias")}
+    head = {"classifier.weight": torch.zeros(2, 16)}
+    assert modules_to_save(model, changed | head, targets) == [norm, "classifier"]
