@@ -124,7 +124,7 @@ class Session:
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
         made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
-        kept = {key: truncated(basis, self._rank) for key, basis in calibration.bases.items()}
+        kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
             calibration.keys,
@@ -182,6 +182,15 @@ class Session:
             return None
         assert not isinstance(method.rank, str)
         return method.rank
+
+
+def _cut(basis: Basis, rank: int | float | None) -> Basis:
+    """The leading directions with all singular values: a share of energy is one of the whole.
+
+    With theirs alone, whoever reads the file would cut to the same share once more.
+    """
+    cut = truncated(basis, rank)
+    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in)
 
 
 def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:

@@ -103,6 +103,14 @@ def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[di
         epoch += 1
 
 
+def validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Tensor]]:
+    """The first ``count`` rows of the selecting validation split, ``size`` a batch."""
+    data = next(iter(setup.validation.values()))
+    rows = [data[row] for row in range(min(count, len(data)))]
+    starts = range(0, len(rows), size)
+    return [to_device(setup.collator(rows[i : i + size]), setup.device) for i in starts]
+
+
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The tensors of a batch, on a device."""
     return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
