@@ -46,7 +46,8 @@ def export_run(
         raise UsageError(f"--to {options.to} has no rank", where="--rank", fix="--to lora")
     files = open_run(run, overrides)
     wanted = options.output_dir or files.folder / f"export-{options.to}"
-    needed = [files.folder, Path(locate(files.loaded.recipe.model.name))]
+    base = Path(locate(files.loaded.recipe.model.name))
+    needed = [files.folder, *([base] if base.is_dir() else [])]
     folder = free_folder(wanted, needed, overwrite=options.overwrite)
     work = _Export(files, folder, options, observer)
     write_folder(folder, work.fill, fix="free some space, or name another --output-dir")
