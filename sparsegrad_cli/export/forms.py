@@ -40,12 +40,15 @@ class Written:
         load: the folder's model, by libraries that know nothing of the run.
         snippet: the same in the user's words.
         cut: logits of a change that was cut, which the folder must give exactly.
+        as_trained: it is the form it was trained in, and computes under autocast if that did.
+        notes: what the user should know.
     """
 
     details: dict[str, Any]
     load: Callable[[], nn.Module]
     snippet: str
     cut: list[Tensor] | None = None
+    as_trained: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -106,6 +109,7 @@ def _adapter(
         details,
         lambda: load_adapter(partial, trust_remote_code=trust).to(device),
         f'sparsegrad_cli.load_adapter("{folder}")',
+        as_trained=True,
         notes=notes,
     )
 

@@ -55,6 +55,14 @@ class Trained:
     bases: dict[str, Basis] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What float32 parameters that trained beside half-precision ones need to compute."""
+        train = self.recipe.train
+        if self.recipe.model.dtype == "float32":
+            return None
+        return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
+
 
 def rebuild(files: RunFiles, examples: int) -> Trained:
     """Load the base model and the first validation rows, prepare as the run did, load what it left.
@@ -142,11 +150,11 @@ def _setup(files: RunFiles, examples: int) -> Setup:
             where=loaded.where("model.name"),
             fix="put the original back, or say where it is now: model.name=FOLDER",
         )
-    labels, names = dig(files.record, "task", "label_names"), setup.task.label_names or ()
-    if isinstance(labels, list) and list(names) != labels:
+    labels, there = dig(files.record, "task", "label_names"), list(setup.task.label_names or ())
+    if isinstance(labels, list) and there != labels:
         raise UsageError(
             "the data has other labels than this run was trained on: "
-            f"{', '.join(names)} instead of {', '.join(map(str, labels))}",
+            f"{', '.join(there)} instead of {', '.join(map(str, labels))}",
             where=loaded.where("task"),
             fix="put the original data back, or say where it is now: task.path=PATH",
         )
@@ -230,7 +238,9 @@ def check_alike(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
         if tensor.ndim != like.ndim or (tensor.shape != like.shape and not listed):
             shapes = f"{tuple(tensor.shape)} instead of {tuple(like.shape)}"
             raise _unfit(f"{name} has shape {shapes}", where)
-        if tensor.dtype != like.dtype:
+        if tensor.dtype != like.dtype and not (
+            tensor.is_floating_point() and like.is_floating_point()
+        ):
             raise _unfit(f"{name} holds {tensor.dtype} instead of {like.dtype}", where)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise _unfit(f"{name} holds values that are not finite", where)
