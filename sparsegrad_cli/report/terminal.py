@@ -29,6 +29,12 @@ from sparsegrad_cli.report.compare_tables import (
     note_cell,
     overview_table,
 )
+from sparsegrad_cli.report.judge_tables import (
+    judge_failures,
+    judge_scores,
+    judge_subtitle,
+    judge_title,
+)
 from sparsegrad_cli.report.record_tables import calibration_facts, energy_by_kind, spectra_table
 from sparsegrad_cli.report.run_tables import (
     facts,
@@ -90,6 +96,17 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
         mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))
     return Group(*parts)
+
+
+def judge_table(record: dict[str, Any]) -> RenderableType:
+    """Grades or wins by model and category; what failed, below."""
+    head = Text.assemble((judge_title(record), "bold"), "  ")
+    status = text(record, "status") or "?"
+    head.append(status, style=_STATUS_STYLE.get(status, "yellow"))
+    parts: list[RenderableType] = [Text(), head, Text(judge_subtitle(record), style="dim")]
+    parts.append(_table(judge_scores(record)) or "")
+    failures = [_labelled("failed", line, "red") for line in judge_failures(record)]
+    return Group(*parts, *failures)
 
 
 def _below(compare: Any, task: str) -> list[RenderableType]:
