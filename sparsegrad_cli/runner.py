@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import (
     InterruptedRunError,
@@ -16,6 +16,9 @@ from sparsegrad_cli.errors import (
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.export.options import ExportOptions
 
 
 def train(
@@ -52,6 +55,34 @@ def calibrate(
         CalibrationSession(loaded, record, observer).run()
 
     return _run(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
+
+
+def export(
+    run: Path,
+    options: ExportOptions,
+    observer: Observer | None = None,
+    *,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Write a run's model in a form that runs elsewhere, and check that it answers alike.
+
+    Returns:
+        The content of export.json, with ``output_dir``.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; nothing is left of the attempt.
+    """
+    from sparsegrad_cli.export.session import export_run
+
+    observer = observer or Observer()
+    try:
+        with _known_errors(
+            again="run the same command again",
+            memory=("--check-examples", "fewer examples, or train.use_cpu=true"),
+        ):
+            return export_run(run, overrides, options, observer)
+    finally:
+        observer.close()
 
 
 def _run(
@@ -119,8 +150,20 @@ def _write_report(record: RunRecord, observer: Observer) -> None:
 
 
 @contextmanager
-def _known_errors() -> Iterator[None]:
-    """Ctrl-C and failed allocations as errors of ours, with their exit codes."""
+def _known_errors(
+    again: str = "--resume goes on from the last checkpoint, if there is one",
+    memory: tuple[str, str] = (
+        "train.per_device_train_batch_size",
+        "a smaller batch with more gradient_accumulation_steps, "
+        "train.gradient_checkpointing: true, a shorter task.max_length",
+    ),
+) -> Iterator[None]:
+    """Ctrl-C and failed allocations as errors of ours, with their exit codes.
+
+    Args:
+        again: what to do after Ctrl-C.
+        memory: what to blame for a failed allocation, and what to do.
+    """
     from sparsegrad_cli.training.callbacks import is_out_of_memory
 
     try:
@@ -128,16 +171,13 @@ def _known_errors() -> Iterator[None]:
     except SparsegradError:
         raise
     except KeyboardInterrupt:
-        raise InterruptedRunError(
-            "stopped by the user", fix="--resume goes on from the last checkpoint, if there is one"
-        ) from None
+        raise InterruptedRunError("stopped by the user", fix=again) from None
     except Exception as error:
         if is_out_of_memory(error):
             reason = (str(error).splitlines() or ["an allocation failed"])[0]
             raise OutOfMemoryError(
                 f"memory ran out: {reason}",
-                where="train.per_device_train_batch_size",
-                fix="a smaller batch with more gradient_accumulation_steps, "
-                "train.gradient_checkpointing: true, a shorter task.max_length",
+                where=memory[0],
+                fix=memory[1],
             ) from error
         raise

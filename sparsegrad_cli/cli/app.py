@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsegrad_cli.cli import compare as compare_command
+from sparsegrad_cli.cli import export as export_command
 from sparsegrad_cli.cli import recipes as recipe_commands
 from sparsegrad_cli.cli import runs as run_commands
 from sparsegrad_cli.cli.errors import run_guarded
@@ -27,6 +28,7 @@ app.command("calibrate")(run_commands.calibrate)
 app.command("compare")(compare_command.compare)
 app.command("validate")(recipe_commands.validate)
 app.command("report")(run_commands.report)
+app.command("export")(export_command.export)
 app.add_typer(recipe_commands.configs_app, name="configs")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -63,3 +64,11 @@ class Full:
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Copy back by name."""
         load_by_name(model, tensors)
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """The weight as it is."""
+        return target.weight_OI(model).detach().double()
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """None: W itself has changed."""
+        return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -144,3 +145,11 @@ class Meprop:
                 weight = model.get_submodule(name).weight
                 assert isinstance(weight, nn.Parameter)
                 weight.view(-1)[positions.to(weight.device)] = values.to(weight)
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """The weight as it is."""
+        return target.weight_OI(model).detach().double()
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """None: W itself has changed."""
+        return None

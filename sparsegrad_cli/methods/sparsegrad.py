@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -28,7 +29,7 @@ from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_settings
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.numerics.rotation import from_sparse_core, rotated_linear, to_core
+from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
 from sparsegrad_cli.numerics.supports import bounded, entries_for
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -171,6 +172,23 @@ class Sparsegrad:
                 delta = values - core[positions]
                 weight_OI = target.weight_OI(model)
                 weight_OI += from_sparse_core(positions, delta, self._bases[target.name])
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """W, or the core rotated back."""
+        weight_OI = target.weight_OI(model).detach().double()
+        if not self._rotated:
+            return weight_OI
+        return from_core(self._weight(model, target).detach().double(), self._exact(target))
+
+    def _exact(self, target: Target) -> Basis:
+        basis = self._bases[target.name]
+        return Basis(
+            basis.q_out.double(), basis.q_in.double(), basis.singular_out, basis.singular_in
+        )
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """None: W itself has changed, in directions that add up to full rank."""
+        return None
 
 
 def _on(basis: Basis, like: Tensor) -> Basis:

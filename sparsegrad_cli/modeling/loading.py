@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,55 @@ def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Modu
     set_seed(seed)
     model: nn.Module = _from_pretrained(
         AutoModelForSequenceClassification.from_pretrained,
+        section,
+        what="model",
+        config=config,
+        dtype=getattr(torch, section.dtype),
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+    )
+    return model
+
+
+def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
+    """The plain model of the class and configuration of ``like``, anew from its files.
+
+    What the files do not hold (a task head) is drawn with ``seed``.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    kind: Any = type(like)
+    model: nn.Module = _from_pretrained(
+        kind.from_pretrained,
+        section,
+        what="model",
+        config=copy.deepcopy(like.config),
+        dtype=getattr(torch, section.dtype),
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+    )
+    return model
+
+
+def load_as(auto: str, section: ModelSection, settings: Mapping[str, Any]) -> nn.Module:
+    """A model by the name of an Auto class of transformers, with changes to its configuration.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    import transformers
+
+    config = _from_pretrained(
+        transformers.AutoConfig.from_pretrained, section, what="configuration"
+    )
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model: nn.Module = _from_pretrained(
+        getattr(transformers, auto).from_pretrained,
         section,
         what="model",
         config=config,

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import text
+from sparsegrad_cli.report.access import items, text
 from sparsegrad_cli.report.compare_record import (
     check_lines,
     difference_cell,
@@ -29,6 +29,7 @@ from sparsegrad_cli.report.compare_tables import (
     note_cell,
     overview_table,
 )
+from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
 from sparsegrad_cli.report.judge_tables import (
     judge_failures,
     judge_scores,
@@ -96,6 +97,19 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
         mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))
     return Group(*parts)
+
+
+def export_table(record: dict[str, Any]) -> RenderableType:
+    """An export: how alike it answers, what was lost, how to load it."""
+    return Group(
+        Text(),
+        Text.assemble((export_title(record), "bold"), "  ", ("checked", "green")),
+        Text(export_subtitle(record), style="dim"),
+        Text(),
+        _facts(export_facts(record)),
+        _labelled("load", text(record, "load") or "not recorded"),
+        *_notes([note for note in map(text, items(record, "notes")) if note]),
+    )
 
 
 def judge_table(record: dict[str, Any]) -> RenderableType:

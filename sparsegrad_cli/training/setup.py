@@ -147,6 +147,15 @@ def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[di
         epoch += 1
 
 
+def validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Tensor]]:
+    """The first ``count`` rows of the selecting validation split, ``size`` a batch."""
+    data = next(iter(setup.validation.values()))
+    data = data.select_columns([c for c in data.column_names if c in _MODEL_INPUTS])
+    rows = [data[row] for row in range(min(count, len(data)))]
+    starts = range(0, len(rows), size)
+    return [to_device(setup.collator(rows[i : i + size]), setup.device) for i in starts]
+
+
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
