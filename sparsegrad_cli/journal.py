@@ -1,7 +1,7 @@
 """Files of one JSON object a line that grow while a command runs, and outlive its being killed.
 
-A line is written by one call and then synchronised, so that a kill leaves at most one torn line, the
-last. It is recognised, cut off, and what it was about is done again. Imports nothing heavy.
+A line is written by one call and then synchronised, so that a kill leaves at most one torn line,
+the last. It is recognised, cut off, and what it was about is done again. Imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
 
 if TYPE_CHECKING:
     from sparsegrad_cli.export.options import ExportOptions
+    from sparsegrad_cli.judge.session import JudgeOptions
 
 
 def train(
@@ -81,6 +82,28 @@ def export(
             memory=("--check-examples", "fewer examples, or train.use_cpu=true"),
         ):
             return export_run(run, overrides, options, observer)
+    finally:
+        observer.close()
+
+
+def judge(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:
+    """Have answers graded, or compared, by a language model behind an endpoint. Needs no torch.
+
+    Returns:
+        The content of judge.json; ``status`` is failed if a request failed for good.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; verdicts so far are kept.
+    """
+    from sparsegrad_cli.judge.session import judge_answers
+
+    observer = observer or Observer()
+    try:
+        return judge_answers(options, observer)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "stopped by the user", fix="the same command goes on where it stopped"
+        ) from None
     finally:
         observer.close()
 

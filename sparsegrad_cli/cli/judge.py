@@ -59,7 +59,9 @@ def judge(
     retries: Annotated[
         int,
         typer.Option(
-            "--retries", min=0, help="Further tries: without a verdict, on 429, 5xx, network errors."
+            "--retries",
+            min=0,
+            help="Further tries without a verdict, or on 429, 5xx, network errors.",
         ),
     ] = 2,
     timeout: Annotated[
@@ -67,7 +69,7 @@ def judge(
     ] = 120.0,
     backoff: Annotated[
         float,
-        typer.Option("--backoff", min=0.0, help="Seconds before a request is tried again; doubles."),
+        typer.Option("--backoff", min=0.0, help="Seconds before a further try; doubles."),
     ] = 2.0,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Requests at a time.")] = 4,
     max_tokens: Annotated[

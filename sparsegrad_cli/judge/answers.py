@@ -82,7 +82,9 @@ def _answer(
         )
     name = str(record["question_id"])
     if name not in asked:
-        raise DataError(f"--questions has no question {name!r}, which is answered here", where=where)
+        raise DataError(
+            f"--questions has no question {name!r}, which is answered here", where=where
+        )
     turns = record.get("turns", list(asked[name].turns))
     if turns != list(asked[name].turns):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Asking the judge, several prompts at a time; every verdict is on disk before the next is awaited."""
+"""Asking the judge, several prompts at a time, and reading what it replies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsegrad_cli.judge.endpoint import Endpoint, Unanswered
+from sparsegrad_cli.judge.endpoint import Endpoint, UnansweredError
 from sparsegrad_cli.judge.tasks import Task
 from sparsegrad_cli.judge.verdicts import parse_rating, parse_winner
 from sparsegrad_cli.rundir import now
@@ -54,7 +54,7 @@ class Judge:
         for _ in range(self.retries + 1):
             try:
                 reply = self.endpoint.ask(body)
-            except Unanswered as error:
+            except UnansweredError as error:
                 status, reason = FAILED, str(error)
                 break
             text = self.endpoint.without_key(reply.text)

@@ -2,8 +2,8 @@
 
 Not huggingface_hub's InferenceClient: without a key it sends the user's Hugging Face token to
 whatever server it is pointed at (version 2.4), it follows redirects, refuses a server on this very
-machine under HF_HUB_OFFLINE, and puts /v1 behind paths that have another version. What is left to do
-is one request; the standard library does it, through the proxies of the environment as ever.
+machine under HF_HUB_OFFLINE, and puts /v1 behind paths that have another version. What is left to
+do is one request; the standard library does it, through the proxies of the environment as ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOPELESS = {401: "refuses the key", 403: "forbids the request", 404: "knows no 
 _AGAIN = (408, 409, 425, 429)  # and 500 to 599
 
 
-class Unanswered(Exception):
+class UnansweredError(Exception):
     """A request that brought no answer; the text says why.
 
     Args:
@@ -107,14 +107,14 @@ class Endpoint:
             body: ``model``, ``messages`` and settings.
 
         Raises:
-            Unanswered: no answer after all tries.
+            UnansweredError: no answer after all tries.
             SparsegradError: no request can succeed: 401, 403, 404 or a redirect.
         """
         data = json.dumps(body).encode()
         for number in range(self._retries + 1):
             try:
                 return self._once(data)
-            except Unanswered as error:
+            except UnansweredError as error:
                 if not error.again or number == self._retries or self._stopped.is_set():
                     raise
                 wait = self._backoff * 2**number if error.wait is None else error.wait
@@ -125,7 +125,7 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "User-Agent": "sparsegrad"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url, data, headers)  # noqa: S310
+        request = urllib.request.Request(self._url, data, headers)
         deadline = time.monotonic() + self._timeout
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
@@ -134,13 +134,13 @@ class Endpoint:
             with error:
                 raise self._refused(error, deadline) from error
         except TimeoutError as error:
-            raise Unanswered(f"no answer within {self._timeout:g} s", again=True) from error
+            raise UnansweredError(f"no answer within {self._timeout:g} s", again=True) from error
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
                 reason = f"no answer within {self._timeout:g} s"
             said = str(reason).strip() or type(reason).__name__
-            raise Unanswered(self.without_key(f"network: {said}"), again=True) from error
+            raise UnansweredError(self.without_key(f"network: {said}"), again=True) from error
 
     def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         """A status that is no success, as the error that fits."""
@@ -163,7 +163,7 @@ class Endpoint:
                 fix="give --endpoint the address that it redirects to, if you trust it",
             )
         again = code in _AGAIN or code >= 500
-        return Unanswered(reason, again=again, wait=_asked_to_wait(error.headers))
+        return UnansweredError(reason, again=again, wait=_asked_to_wait(error.headers))
 
     def without_key(self, text: str) -> str:
         """A text in which a server may have quoted the key, without it."""
@@ -201,7 +201,7 @@ def _read(response: Any, deadline: float) -> bytes:
     """The body, if it comes within the time: a socket's timeout would start anew with every byte.
 
     Raises:
-        TimeoutError, Unanswered: too slow, too large.
+        TimeoutError, UnansweredError: too slow, too large.
     """
     parts, size = [], 0
     while part := response.read1(65536):
@@ -210,7 +210,7 @@ def _read(response: Any, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
         if size > _LARGEST:
-            raise Unanswered("the response is too large to be an answer", again=False)
+            raise UnansweredError("the response is too large to be an answer", again=False)
     length = response.headers.get("Content-Length")
     if length is not None and length.isdigit() and size < int(length):
         raise http.client.IncompleteRead(b"".join(parts), int(length) - size)
@@ -223,7 +223,7 @@ def _reply(content: bytes) -> Reply:
         choice = found["choices"][0]
         text = choice["message"].get("content")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise Unanswered("the response is no chat completion", again=True) from error
+        raise UnansweredError("the response is no chat completion", again=True) from error
     if isinstance(text, list):  # parts of a message
         text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
     usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}

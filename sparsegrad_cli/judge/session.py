@@ -174,8 +174,9 @@ def _decided(record: Mapping[str, Any] | None, task: Task) -> bool:
     verdict = record.get("verdict")
     if task.pairwise:
         return verdict in ("A", "B", "C")
-    number = isinstance(verdict, int | float) and not isinstance(verdict, bool)
-    return number and LOWEST <= verdict <= HIGHEST
+    if isinstance(verdict, bool) or not isinstance(verdict, int | float):
+        return False
+    return LOWEST <= verdict <= HIGHEST
 
 
 def _failure(record: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import re
 
 LOWEST, HIGHEST = 1.0, 10.0
 _BRACKETS = re.compile(r"\[\[([^\[\]]{1,20})\]\]")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 def parse_rating(reply: str) -> float | None:
