@@ -93,7 +93,7 @@ def _from_json(path: Path) -> list[Question]:
     _text(path)  # says what is wrong with a file that cannot be read
     records, torn = read_records(path)
     if torn:
-        raise FileFormatError("its last line is torn", where=str(path))
+        raise FileFormatError("the last line is torn, or no JSON object", where=str(path))
     return [_question(r, n, f"{path}, question {n}") for n, r in enumerate(records, start=1)]
 
 
