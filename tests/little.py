@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tiny import build, config
 from torch import Tensor, nn
 
@@ -76,12 +77,15 @@ def data_folder(folder: Path) -> Path:
     return folder
 
 
-def train(run: Path, base: Path, data: Path, *overrides: str, stop: bool = False) -> Path:
+def train(
+    run: Path, base: Path, data: Path, *overrides: str, stop: bool = False, resume: bool = False
+) -> Path:
     """A run of six steps as the runner makes it, less its report, which takes longer than the rest.
 
     Args:
         overrides: as on the command line.
         stop: leave it as Ctrl-C after the last step does: checkpoints, no adapter.
+        resume: go on with the run that lies there.
     """
     settings = (
         f"model={base}",
@@ -99,10 +103,10 @@ def train(run: Path, base: Path, data: Path, *overrides: str, stop: bool = False
         f"output_dir={run}",
     )
     loaded = load_recipe(None, (*settings, *overrides))
-    open_run_dir(run, loaded.recipe, resume=False, overwrite=False)
+    open_run_dir(run, loaded.recipe, resume=resume, overwrite=False)
     about = {"recipe_digest": digest(loaded.recipe), "seed": loaded.recipe.seed}
     kept = RunRecord(run, {"command": "train", "name": run.name, **about})
-    TrainingSession(loaded, kept, Observer(), resume=False).run()
+    TrainingSession(loaded, kept, Observer(), resume=resume).run()
     if stop:
         shutil.rmtree(run / "adapter")
     kept.finish(InterruptedRunError("stopped") if stop else None)
@@ -129,3 +133,33 @@ def answers(model: nn.Module, tokenizer: Any) -> tuple[Tensor, float]:
     )
     logits: Tensor = model.eval()(**inputs).logits
     return logits, float(nn.functional.cross_entropy(logits.float(), labels))
+
+
+def base_of(run: Path) -> str:
+    """The folder of the run's base model."""
+    name: str = yaml.safe_load((run / "recipe.yaml").read_text())["model"]["name"]
+    return name
+
+
+def by_transformers(folder: Path | str, **settings: Any) -> nn.Module:
+    """A sequence classifier, as any user of transformers loads one."""
+    from transformers import AutoModelForSequenceClassification
+
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+    return model
+
+
+def by_peft(run: Path, folder: Path) -> nn.Module:
+    """The run's base model with a fresh head, and a LoRA folder on it, by peft alone."""
+    from peft import PeftModel
+
+    base: Any = by_transformers(base_of(run), num_labels=2, pad_token_id=0)
+    model: nn.Module = PeftModel.from_pretrained(base, str(folder))
+    return model
+
+
+def tokenizer_of(run: Path) -> Any:
+    """Of the run's base model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_of(run))

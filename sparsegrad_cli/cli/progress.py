@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.report.units import format_bytes
+from sparsegrad_cli.report.units import format_bytes, format_score
+from sparsegrad_cli.scales import METRICS, scale_of
 
 
 class QuietObserver(Observer):
@@ -77,9 +78,12 @@ class ProgressObserver(Observer):
 
     def evaluated(self, record: dict[str, Any]) -> None:
         """A line per evaluation."""
-        self._state["score"] = f"score {100 * record['score']:.1f}"
+        scale = scale_of(record.get("metric"))
+        name = scale.words if scale.lower_is_better else "score"
+        score = f"{name} {format_score(record['score'], scale)}"
+        self._state["score"] = score
+        loss = "" if scale is METRICS["loss"] else f"  loss {record['loss']:.4f}"
         self._progress.console.print(
-            f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  "
-            f"score {100 * record['score']:.1f}  loss {record['loss']:.4f}",
+            f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  {score}{loss}",
             highlight=False,
         )

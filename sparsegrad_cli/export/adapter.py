@@ -27,8 +27,8 @@ from sparsegrad_cli.export.adapter_file import (
     tensors_digest,
     write_settings,
 )
-from sparsegrad_cli.export.plain import auto_class, differing, put, task_settings
-from sparsegrad_cli.export.rebuild import Trained, load_checked
+from sparsegrad_cli.export.plain import auto_class, base_name, differing, put, task_settings
+from sparsegrad_cli.export.rebuild import Trained, load_checked, widest
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.loading import load_as
@@ -72,11 +72,10 @@ def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSetting
     method = trained.settings
     if trained.bases and method.form == "core":
         # The bases are cut: whatever said how far, all that is there is used.
-        sides = [q.shape[1] for b in trained.bases.values() for q in (b.q_out, b.q_in)]
-        method = method.model_copy(update={"rank": max(sides)})
+        method = method.model_copy(update={"rank": widest(trained.bases.values())})
     task = task_settings(plain)
     base = AdapterBase(
-        name=recipe.model.name,
+        name=base_name(recipe.model),
         revision=recipe.model.revision,
         dtype=recipe.model.dtype,
         auto_class=auto_class(plain),  # type: ignore[arg-type]
@@ -179,6 +178,13 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
         shape = (target.out_features, target.in_features)
         if tuple(target.weight_OI(model).shape) != shape:
             raise UsageError(f"{target.name} is no {shape[0]} x {shape[1]} layer", where=where)
+    labels = getattr(model.config, "num_labels", base.num_labels)
+    if base.auto_class == "AutoModelForSequenceClassification" and labels != base.num_labels:
+        raise UsageError(
+            f"the model has {labels} labels, the adapter {base.num_labels}",
+            where=where,
+            fix=f"load it with num_labels={base.num_labels}",
+        )
     if fingerprint(model, targets) != base.fingerprint:
         raise UsageError(
             f"the adapter was trained on other weights: {base.name} in {base.dtype}",
@@ -198,15 +204,14 @@ def _bases(
     made: dict[str, Basis] = {}
     for target in targets if keys else ():
         key = keys[target.name]
-        if key not in made:
-            parts = [tensors[f"{_BASIS}{part}/{key}"] for part in _PARTS]
-            made[key] = Basis(by_columns(parts[0]), by_columns(parts[1]), parts[2], parts[3])
-        sides = ((target.out_features, made[key].q_out), (target.in_features, made[key].q_in))
-        for side, q in sides:
+        parts = [tensors[f"{_BASIS}{part}/{key}"] for part in _PARTS]
+        for side, q in zip((target.out_features, target.in_features), parts[:2], strict=True):
             if q.ndim != 2 or q.shape[0] != side or not 1 <= q.shape[1] <= side:
                 raise ValueError(f"the basis of {target.name} has shape {tuple(q.shape)}")
             if not bool(torch.isfinite(q).all()):
                 raise ValueError(f"the basis of {target.name} holds values that are not finite")
+        if key not in made:
+            made[key] = Basis(by_columns(parts[0]), by_columns(parts[1]), parts[2], parts[3])
     return {target.name: made[keys[target.name]] for target in targets if keys}
 
 

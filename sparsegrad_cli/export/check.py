@@ -80,8 +80,11 @@ def allowed(dtype: torch.dtype, largest: float) -> float:
     return TOLERANCES.get(dtype, TOLERANCES[torch.float32]) * max(_SMALLEST, largest)
 
 
-def judge(found: Agreement, tolerance: float) -> None:
+def judge(found: Agreement, tolerance: float, *, fix: str) -> None:
     """Refuse logits that lie further apart than ``tolerance``.
+
+    Args:
+        fix: what to do about it.
 
     Raises:
         SparsegradError: they do.
@@ -93,5 +96,5 @@ def judge(found: Agreement, tolerance: float) -> None:
         f"the exported model does not answer as the trained one: logits differ by up to "
         f"{found.difference:.3g}, {tolerance:.3g} is allowed{same}; nothing was written",
         where="check",
-        fix="--to lora keeps the change apart from rounded weights; --tolerance allows more",
+        fix=fix,
     )

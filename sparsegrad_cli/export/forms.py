@@ -16,6 +16,7 @@ from sparsegrad_cli.export.lora import load_lora, lora_parts, reference, write_l
 from sparsegrad_cli.export.options import ExportOptions
 from sparsegrad_cli.export.plain import (
     auto_class,
+    base_name,
     load_plain,
     merge,
     plain_model,
@@ -79,12 +80,12 @@ def _lora(
     cut = logits_of(reference(trained, parts), batches) if parts.truncated else None
     section, device = trained.recipe.model, trained.setup.device
     auto, settings = auto_class(trained.setup.model), task_settings(trained.setup.model)
+    base = locate(base_name(section))
     labels = f", num_labels={settings['num_labels']}" if "Sequence" in auto else ""
     return Written(
         parts.record,
         lambda: load_lora(auto, section, settings, partial).to(device),
-        f'PeftModel.from_pretrained({auto}.from_pretrained("{locate(section.name)}"{labels}), '
-        f'"{folder}")',
+        f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{folder}")',
         cut,
     )
 

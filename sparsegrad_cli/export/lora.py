@@ -18,6 +18,7 @@ from sparsegrad_cli.export.plain import (
     AUTO_CLASSES,
     Distance,
     auto_class,
+    base_name,
     differing,
     plain_model,
     put,
@@ -25,7 +26,7 @@ from sparsegrad_cli.export.plain import (
 )
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
-from sparsegrad_cli.modeling.loading import load_as
+from sparsegrad_cli.modeling.loading import load_as, locate
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -73,7 +74,7 @@ def lora_parts(trained: Trained, plain: nn.Module, rank: int | None) -> LoraPart
         for name in targets
         if f"{name}.bias" in changed
     }
-    modules = _modules(plain, changed, targets)
+    modules = modules_to_save(plain, changed, targets)
     factors: dict[str, Factors] = {}
     whole, rows, cut = Distance(), [], False
     for name, target in targets.items():
@@ -103,7 +104,9 @@ def _cut(exact: Factors | None, change_OI: Tensor, rank: int | None) -> Factors:
     return Factors(b_OR.float(), a_RI.float(), a_RI.shape[0])
 
 
-def _modules(plain: nn.Module, changed: dict[str, Tensor], targets: dict[str, Target]) -> list[str]:
+def modules_to_save(
+    plain: nn.Module, changed: dict[str, Tensor], targets: dict[str, Target]
+) -> list[str]:
     """Modules for peft's ``modules_to_save``: the nearest ones that hold what has changed.
 
     Raises:
@@ -161,6 +164,9 @@ def write_lora(plain: nn.Module, parts: LoraParts, trained: Trained, folder: Pat
                 if name in parts.biases:  # B's bias is scaled as its weight is
                     scale = layer.scaling["default"]
                     layer.lora_B["default"].bias.data = (parts.biases[name] / scale).float()
+        # get_peft_model writes the name as it was given: a relative path leads nowhere elsewhere.
+        about = wrapped.peft_config["default"]
+        about.base_model_name_or_path = locate(base_name(trained.recipe.model))
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     trained.setup.tokenizer.save_pretrained(folder)
 

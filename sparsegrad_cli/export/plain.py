@@ -13,6 +13,7 @@ from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.modeling.loading import load_again
 from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.recipe.schema import ModelSection
 
 # Auto classes that an export can be loaded by, with peft's name for the task.
 AUTO_CLASSES = {
@@ -173,3 +174,9 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
         "problem_type": getattr(config, "problem_type", None),
         "pad_token_id": getattr(config, "pad_token_id", None),
     }
+
+
+def base_name(section: ModelSection) -> str:
+    """How the base model is found from anywhere: a hub id, a built-in's name, or a whole path."""
+    folder = Path(section.name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else section.name

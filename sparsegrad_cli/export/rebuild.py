@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
@@ -17,8 +18,9 @@ from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.training.basis_file import BasisFile, check_belongs, check_rank, read_basis
 from sparsegrad_cli.training.calibration import basis_keys
 from sparsegrad_cli.training.checkpoint import read_tensors
@@ -65,12 +67,11 @@ def rebuild(files: RunFiles, examples: int) -> Trained:
         DownloadError, FileFormatError: it is gone, or a file of the run is damaged.
     """
     setup = _setup(files, examples)
-    settings = files.loaded.recipe.method
+    settings: MethodSection = files.loaded.recipe.method
+    basis = None
     if isinstance(settings, SparsegradMethod):
-        keys = basis_keys(setup.targets, files.loaded.recipe.calibration.basis_per)
-        settings = with_rank(settings, setup.targets, keys, files.loaded.where("method.rank"))
+        settings, basis = _settled(files, setup, settings)
     method = make_method(settings)
-    basis = _basis(files, setup, settings) if method.needs_basis else None
     with forked_random(files.loaded.recipe.seed):
         method.prepare(
             setup.model,
@@ -87,6 +88,19 @@ def rebuild(files: RunFiles, examples: int) -> Trained:
     return trained
 
 
+def _settled(
+    files: RunFiles, setup: Setup, settings: SparsegradMethod
+) -> tuple[SparsegradMethod, BasisFile]:
+    """The settings with a core's rank as the run used it, and the basis."""
+    keys = basis_keys(setup.targets, files.loaded.recipe.calibration.basis_per)
+    settings = with_rank(settings, setup.targets, keys, files.loaded.where("method.rank"))
+    basis = _basis(files, setup, settings)
+    if isinstance(settings.rank, float) and files.owns_basis:
+        # It was cut to that share when it was written: all that is left of it was used.
+        settings = settings.model_copy(update={"rank": widest(basis.bases.values())})
+    return settings, basis
+
+
 def _cut(basis: BasisFile, trained: Trained) -> dict[str, Basis]:
     """Key -> the directions that the method uses, in the weights' dtype, in which it uses them."""
     settings = trained.settings
@@ -99,6 +113,11 @@ def _cut(basis: BasisFile, trained: Trained) -> dict[str, Basis]:
         sides = (cut.q_out.to(weight.dtype), cut.q_in.to(weight.dtype))
         made[key] = Basis(*sides, cut.singular_out, cut.singular_in)
     return made
+
+
+def widest(bases: Iterable[Basis]) -> int:
+    """The most directions that any of them holds of a side."""
+    return max(q.shape[1] for basis in bases for q in (basis.q_out, basis.q_in))
 
 
 def _setup(files: RunFiles, examples: int) -> Setup:
@@ -115,19 +134,19 @@ def _setup(files: RunFiles, examples: int) -> Setup:
             fix="put it back, or say where it is now: model.name=FOLDER",
         ) from error
     recorded = files.recorded("model", "fingerprint")
-    names = files.target_names
-    if names != [target.name for target in setup.targets] or recorded != setup.fingerprint:
+    targets = files.target_names
+    if targets != [target.name for target in setup.targets] or recorded != setup.fingerprint:
         raise UsageError(
             f"the base model has changed: {loaded.recipe.model.name} does not hold the weights "
             "that this run started from",
             where=loaded.where("model.name"),
             fix="put the original back, or say where it is now: model.name=FOLDER",
         )
-    labels, spec = files.recorded("task", "label_names"), setup.task.spec
-    if labels is not None and list(spec.label_names or ()) != labels:
+    labels, names = dig(files.record, "task", "label_names"), setup.task.label_names or ()
+    if isinstance(labels, list) and list(names) != labels:
         raise UsageError(
             "the data has other labels than this run was trained on: "
-            f"{', '.join(spec.label_names or ())} instead of {', '.join(map(str, labels))}",
+            f"{', '.join(names)} instead of {', '.join(map(str, labels))}",
             where=loaded.where("task"),
             fix="put the original data back, or say where it is now: task.path=PATH",
         )
@@ -144,13 +163,13 @@ def _with_few_rows(loaded: LoadedRecipe, examples: int) -> LoadedRecipe:
     return LoadedRecipe(few, loaded.source, loaded.places)
 
 
-def _basis(files: RunFiles, setup: Setup, settings: Any) -> BasisFile:
+def _basis(files: RunFiles, setup: Setup, settings: SparsegradMethod) -> BasisFile:
     """The basis the run was trained with, and no other."""
     path, where = files.basis
     basis = read_basis(path)
     check_belongs(basis, setup.targets, setup.fingerprint, where)
     rank = settings.rank if settings.form == "core" else None
-    if not isinstance(rank, float):
+    if not isinstance(rank, float | str):
         check_rank(basis, rank, where)
     if basis.digest != files.recorded("calibration", "digest"):
         raise FileFormatError(
@@ -166,6 +185,10 @@ def _load(files: RunFiles, setup: Setup, method: Method) -> dict[str, Tensor]:
     tensors = read_tensors(files.tensors)
     where = str(files.tensors)
     if files.from_adapter:
+        with safe_open(files.tensors, framework="pt") as file:
+            digest = (file.metadata() or {}).get("recipe_digest")
+        if digest != files.record.get("recipe_digest"):
+            raise _unfit("it was left by another run", where)
         load_checked(method, setup.model, tensors, where)
         return tensors
     state = trainable_state(setup.model)
@@ -215,7 +238,7 @@ def check_alike(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 
 def _unfit(reason: str, where: str) -> FileFormatError:
     return FileFormatError(
-        f"does not fit this run's model: {reason}",
+        f"what was trained does not fit its model: {reason}",
         where=where,
         fix="bring the file back from a copy, or train again",
     )

@@ -48,6 +48,11 @@ class RunFiles:
         return self.source == "adapter"
 
     @property
+    def owns_basis(self) -> bool:
+        """Whether the run made its basis itself."""
+        return not self.loaded.recipe.calibration.basis
+
+    @property
     def basis(self) -> tuple[Path, str]:
         """The basis file of the run, and the place to blame."""
         given = self.loaded.recipe.calibration.basis

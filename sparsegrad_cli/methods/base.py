@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.modeling.precision import HALF, accept_half_inputs, open_parameter
 from sparsegrad_cli.modeling.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -181,8 +182,11 @@ def open_scope(
             for name, parameter in model.named_parameters()
             if id(parameter) not in adapted and name not in head
         }
+    half = any(parameter.dtype in HALF for parameter in model.parameters())
     for parameter in (*head.values(), *rest.values()):
-        parameter.requires_grad_(True)
+        open_parameter(parameter)
+    if half:
+        accept_half_inputs(model, head.values())
     return head, rest
 
 

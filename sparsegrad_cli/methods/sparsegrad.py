@@ -27,6 +27,7 @@ from sparsegrad_cli.methods.base import (
 )
 from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_settings
+from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
@@ -102,6 +103,7 @@ class Sparsegrad:
         for target in targets:
             layer = model.get_submodule(target.name)
             assert isinstance(layer.weight, nn.Parameter)
+            open_parameter(layer.weight)  # before the bases take its dtype
             given = bases[target.name]
             if id(given) not in moved:
                 moved[id(given)] = _on(given, layer.weight)
@@ -111,7 +113,6 @@ class Sparsegrad:
                 bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
                 layer = RotatedLinear(target.weight_OI(model), bias, basis)
                 model.set_submodule(target.name, layer)
-            self._weight(model, target).requires_grad_(True)
         counts = tuple(TargetCount(t, self._entries(t)) for t in targets)
         requested = sum(count.entries for count in counts)
         return Prepared(

@@ -119,6 +119,7 @@ def load_causal_lm(section: ModelSection) -> nn.Module:
         dtype=getattr(torch, section.dtype),
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with their names
     )
     # transformers fills what a file lacks with random numbers, and training would go on from them.
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
