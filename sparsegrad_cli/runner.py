@@ -151,6 +151,8 @@ def _answerer(
 
     observer.phase("load", model.source)
     loaded, tokenizer, about = load_run(model)
+    if about.get("source") not in (None, "adapter"):
+        observer.note(f"the run left no adapter yet: {about['source']} answers")
     return Answerer(loaded, tokenizer, settings), about
 
 

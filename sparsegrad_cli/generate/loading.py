@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer, locate
+from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -61,21 +64,42 @@ Loaded = tuple[Any, Any, dict[str, Any]]
 
 
 def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Loaded:
-    """A run's model in the form it was trained in, as an export takes it."""
-    from sparsegrad_cli.export.rebuild import rebuild
+    """A run's model in the form it was trained in, as an export takes it, without its data."""
+    from sparsegrad_cli.export.restore import blaming_base, check_base, restore
     from sparsegrad_cli.export.run_files import open_run
 
     _no_dtype(options, "a run has its own: model.dtype of its recipe")
-    on_cpu = ("train.use_cpu=true",) if device.type == "cpu" else ()
-    files = open_run(folder, (*options.overrides, *on_cpu))
-    trained = rebuild(files, examples=1)
+    files = open_run(folder, options.overrides, data=False)
+    recipe = files.loaded.recipe
+    if recipe.task.name not in CHAT_TASKS:
+        raise UsageError(
+            f"{folder} generates nothing: it is a run of {recipe.task.name}",
+            fix=f"a run of a chat task: {', '.join(CHAT_TASKS)}",
+        )
+    with blaming_base(files.loaded):
+        tokenizer = load_tokenizer(recipe.model)
+        model = load_causal_lm(recipe.model).to(device)
+    targets = find_targets(model, recipe.targets)
+    base = _Base(model, targets, fingerprint(model, targets))
+    check_base(files, base)
+    restore(files, base)
     about = {
         "kind": "run",
         "source": files.source,
         "recipe_digest": files.record.get("recipe_digest"),
-        "method": trained.recipe.method.name,
+        "method": recipe.method.name,
+        "base": recipe.model.name,
     }
-    return trained.setup.model, trained.setup.tokenizer, about
+    return model, tokenizer, about
+
+
+@dataclass
+class _Base:
+    """As :class:`sparsegrad_cli.export.restore.Base`."""
+
+    model: nn.Module
+    targets: list[Target]
+    fingerprint: str
 
 
 def _from_adapter(options: ModelOptions, folder: Path) -> Loaded:

@@ -33,7 +33,7 @@ class ChatPrompts:
     def __init__(self, tokenizer: Any) -> None:
         self._pieces = PieceEncoder(tokenizer)
         self._template = ChatTemplate(tokenizer, self._pieces.control)
-        self._pieces.learn(self._template.prompt(_TOLD))
+        self._pieces.prove(self._template.prompt(_TOLD))
         own = tokenizer.eos_token_id
         self.end = self._ends_of_turn() | ({own} if own is not None else set())
 
