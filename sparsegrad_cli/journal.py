@@ -109,11 +109,13 @@ class Journal:
             raise UsageError(f"{self.path} is no ordinary file", where="--output")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UsageError(
                 f"another process is writing to {self.path}",
                 fix="wait for it, or name another --output",
             ) from error
+        except OSError:
+            return  # a file system without locks
 
     def _read(self) -> tuple[list[dict[str, Any]], bytes]:
         """Only our own lines: a torn one is cut off, and somebody's notes must not be."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sparsegrad_cli.data.conversation import Turn
@@ -28,13 +27,7 @@ class Chat:
         err: where everything else goes.
     """
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        source: TextIO = sys.stdin,
-        out: TextIO = sys.stdout,
-        err: TextIO = sys.stderr,
-    ) -> None:
+    def __init__(self, answerer: Answerer, *, source: TextIO, out: TextIO, err: TextIO) -> None:
         self._answerer, self._source, self._out, self._err = answerer, source, out, err
         self._typed = source.isatty() and out.isatty()
         self._turns: list[Turn] = []

@@ -14,6 +14,7 @@ from sparsegrad_cli.cli.arguments import Debug, Json, Quiet
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.generate.answering import Answerer
     from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 
 
@@ -130,15 +131,20 @@ def _talk(model: ModelOptions, settings: GenerationSettings, quiet: bool) -> Non
     from sparsegrad_cli import runner
     from sparsegrad_cli.cli.chat import Chat
 
-    # Bytes that are no text must not end a conversation.
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", fix="--prompt TEXT or --prompts FILE")
+    # What is no text in this terminal's encoding must not end a conversation.
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history for input()
+
+    def talk(answerer: Answerer, about: dict[str, Any]) -> None:
+        Chat(answerer, source=sys.stdin, out=sys.stdout, err=sys.stderr).run(about)
+
     with _observer(quiet) as observer:
-        runner.converse(
-            model, settings, lambda answerer, about: Chat(answerer).run(about), observer
-        )
+        runner.converse(model, settings, talk, observer)
 
 
 def _observer(quiet: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
     """
     device = _device(options.device)
     folder = Path(options.source).expanduser()
+    _check_there(options.source, folder)
     if (folder / "run.json").is_file() or (folder / "compare.json").is_file():
         model, tokenizer, about = _from_run(options, folder, device)
     elif options.overrides:
@@ -58,6 +60,17 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
     record = {"model": name, **about, "digest": weights_digest(model)}
     record["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     return model, tokenizer, record
+
+
+def _check_there(source: str, folder: Path) -> None:
+    """Refuse a path to nothing: nobody wants a mistyped folder looked up on the hub."""
+    local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    beside = folder.parent != Path() and folder.parent.is_dir()
+    if not folder.exists() and not source.startswith("builtin:") and (local or beside):
+        raise UsageError(
+            f"there is no folder {source}",
+            fix="a run, an exported folder or a model's folder, a hub id, or builtin:smollm2",
+        )
 
 
 Loaded = tuple[Any, Any, dict[str, Any]]
@@ -127,7 +140,9 @@ def _from_lora(options: ModelOptions, folder: Path) -> Loaded:
         raise FileFormatError(f"is no adapter_config.json: {error}", where=str(path)) from error
     model, tokenizer, _ = _plain(str(base), options.dtype, revision=revision)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft and transformers about each other
+            wrapped = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # of peft, torch or safetensors: whatever they make of the files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileFormatError(f"peft cannot load it: {reason}", where=str(folder)) from error

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.report.access import clean
 
 _LARGEST = 8 * 1024**2  # bytes of a response
 _LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server says
@@ -139,7 +140,7 @@ class Endpoint:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
                 reason = f"no answer within {self._timeout:g} s"
-            said = str(reason).strip() or type(reason).__name__
+            said = clean(str(reason)) or type(reason).__name__
             raise UnansweredError(self.without_key(f"network: {said}"), again=True) from error
 
     def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
@@ -240,7 +241,7 @@ def _message(content: bytes) -> str:
         said = inner.get("message", "") if isinstance(inner, dict) else inner
     except (ValueError, RecursionError):
         said = content.decode("utf-8", "replace")
-    return " ".join(str(said).split())[:300]
+    return clean(str(said)[:1000])[:300]
 
 
 def _asked_to_wait(headers: Any) -> float | None:

@@ -11,11 +11,12 @@ from sparsegrad_cli.report.units import format_count, format_share
 
 _MOST_FAILURES = 20
 _ALL = "all"
+_NOTHING = "–"  # there is no mean of nothing, and no error of one
 
 
 def judge_title(record: Any) -> str:
     """What was judged, by whom."""
-    words = "comparison" if _is_pairwise(record) else "grades"
+    words = "Comparison" if _is_pairwise(record) else "Grades"
     return f"{words} by {text(record, 'judge') or 'an unnamed judge'}"
 
 
@@ -50,7 +51,7 @@ def _grade_table(record: Any) -> Table:
                 *_wrong(row),
             )
         )
-    header = ("model", "category", "grade", "std error", *turn_names, "questions")
+    header = ("model", "category", "grade", "std error", *turn_names, "n")
     whole = frozenset((r, 2) for r, row in enumerate(rows) if text(row, "category") is None)
     return Table(
         "Grades from 1 to 10",
@@ -58,9 +59,7 @@ def _grade_table(record: Any) -> Table:
         cells,
         left=2,
         strong=whole,
-        notes=(
-            "A question's grade is the mean over its turns; the standard error counts questions.",
-        ),
+        notes=("A question's grade is the mean over its turns; n and the error count questions.",),
     )
 
 
@@ -73,8 +72,8 @@ def _pair_table(record: Any) -> Table:
             format_count(number(row, "wins")),
             format_count(number(row, "ties")),
             format_count(number(row, "losses")),
-            format_share(number(row, "share")),
-            format_share(number(row, "standard_error")),
+            _share(number(row, "share")),
+            _share(number(row, "standard_error")),
             format_count(number(row, "flips")),
             format_count(number(row, "one_order")),
             *_wrong(row),
@@ -133,8 +132,12 @@ def _wrong(row: Any) -> tuple[str, str]:
     return format_count(number(row, "unreadable")), format_count(number(row, "failed"))
 
 
-def _grade(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}"
+def _grade(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return _NOTHING if value is None else format_share(value)
 
 
 def _is_pairwise(record: Any) -> bool:

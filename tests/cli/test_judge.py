@@ -169,14 +169,16 @@ def test_failed_requests_are_reported_and_all_else_is_kept(
 ) -> None:
     def judges(body: dict[str, Any], number: int) -> Said:
         if "one-w-0" in body["messages"][-1]["content"]:
-            return Said(status=500, body=f'{{"error": {{"message": "key {KEY}"}}}}'.encode())
+            error = {"error": {"message": f"[/dim]\x1b[31m key {KEY}"}}
+            return Said(status=500, body=json.dumps(error).encode())
         return Said("Rating: [[6]]")
 
     with judge_server(judges) as server:
         outcome = judge(server.url, files[0], "-o", "out", "--retries", "1", "-j", "2")
         assert len(server.requests) == 5
     assert outcome.code == 1
-    assert "one, question w, turn 1: HTTP 500: key [key]" in outcome.out
+    assert "one, question w, turn 1: HTTP 500: [/dim] [31m key [key]" in outcome.out
+    assert "HTTP 500: [/dim]" in outcome.flat and "\x1b[31m key" not in outcome.err
     record = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert record["status"] == "failed" and len(record["failures"]) == 1
     assert row(record, model="one", category="math")["mean"] == 6.0

@@ -104,12 +104,17 @@ def empty(folder: Path) -> str:
         (lambda folder: "builtin:minilm", FileFormatError, "no whole causal language model"),
         (lambda folder: "no-such/model", DownloadError, "local folder"),
         (lambda folder: "builtin:other", SparsegradError, "builtin"),
+        (lambda folder: str(folder), UsageError, "no folder"),
+        (lambda folder: "./x", UsageError, "no folder"),
+        (lambda folder: "runs/no-such-run", UsageError, "no folder"),
     ],
 )
 def test_what_cannot_be_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, error: Any, says: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     with pytest.raises(error, match=says):
         load(make(tmp_path / "m"))
 
