@@ -82,9 +82,20 @@ def make(folder: Path, name: str, architecture: str, scope: str) -> Trained:
         optimizer.zero_grad()
         model.train()(**tokens(seed)).loss.backward()
         optimizer.step()
+    nothing: Any = None
     setup = Setup(
-        None, None, {}, tokenizer, None, model.eval(), targets, mark, "", torch.device("cpu")
-    )  # type: ignore[arg-type]
+        task=nothing,
+        objective=nothing,
+        train_data=nothing,
+        validation={},
+        tokenizer=tokenizer,
+        collator=nothing,
+        model=model.eval(),
+        targets=targets,
+        fingerprint=mark,
+        head_hash="",
+        device=torch.device("cpu"),
+    )
     recipe = Recipe(model=ModelSection(name=str(folder)), method=METHODS[name], scope=scope, seed=1)
     adapter = method.adapter_tensors(model)
     keys = {t.name: t.name for t in targets} if bases else {}

@@ -56,7 +56,15 @@ MATRIX: dict[str, tuple[tuple[str, ...], str]] = {
         "gpt2",
     ),
     "core-dense-energy": (
-        (*CORE, "method.support=dense", "method.rank=0.9", "calibration.basis_per=kind"),
+        # Gradients of batches: the two kinds then need different ranks for that share.
+        (
+            *CORE,
+            "method.support=dense",
+            "method.rank=0.9",
+            "calibration.basis_per=kind",
+            "calibration.source=batch",
+            "calibration.warmup_steps=0",
+        ),
         "bert",
     ),
     "core-dynamic": ((*CORE, "method.support=dynamic", "method.rank=5", "scope=rest"), "bert"),
