@@ -129,7 +129,7 @@ def test_a_conversation_through_a_pipe(tmp_path: Path) -> None:
         assert process.stderr.readline() == b"stopped\n"
         # All of the first answer has been written by now: what comes next is of the second.
         while select.select([process.stdout], [], [], 0)[0]:
-            os.read(process.stdout.fileno(), 65536)  # type: ignore[union-attr]
+            os.read(process.stdout.fileno(), 65536)
         process.stdin.write(b"\n  \n/reset\n/what\nAnd \xff now?\n")
         process.stdin.flush()
         assert process.stderr.readline() == b"a new conversation\n"
