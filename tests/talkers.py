@@ -22,6 +22,12 @@ CHATML = (
 )
 
 
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
 @functools.cache
 def _smollm2() -> Any:
     try:
@@ -49,8 +55,8 @@ def asks(*texts: str) -> list[Turn]:
     return [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
 
 
-def byte_tokenizer(template: str | None = CHATML) -> Any:
-    """One token a byte; the first four are special."""
+def byte_tokenizer(template: str | None = CHATML, *, endless: bool = False) -> Any:
+    """One token a byte; the first four are special. ``endless``: none of them ends a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +70,7 @@ def byte_tokenizer(template: str | None = CHATML) -> Any:
         tokenizer_object=backend,
         chat_template=template,
         bos_token="<s>",
-        eos_token="</s>",
+        eos_token=None if endless else "</s>",
         clean_up_tokenization_spaces=False,
     )
 
@@ -76,16 +82,20 @@ def talker(
     dtype: torch.dtype = torch.float32,
     template: str | None = CHATML,
     seed: int = 3,
+    endless: bool = False,
 ) -> Path:
-    """A folder with a tiny random LLaMA, which babbles bytes."""
+    """A folder with a tiny random LLaMA, which babbles bytes; ``endless``: and never stops."""
     from transformers import AutoModelForCausalLM
 
     settings = config(
         "llama", vocab_size=260, initializer_range=0.3, max_position_embeddings=positions
     )
+    if endless:
+        settings.eos_token_id = None
+        template = PLAIN
     model: Any = build(AutoModelForCausalLM, settings, seed).to(dtype)
     model.save_pretrained(folder)
-    byte_tokenizer(template).save_pretrained(folder)
+    byte_tokenizer(template, endless=endless).save_pretrained(folder)
     return folder
 
 

@@ -65,7 +65,9 @@ class Answerer:
         pad = tokenizer.pad_token_id
         # Any token does: attention never looks at padding.
         self._pad = int(pad if pad is not None else (self._end or [0])[0])
-        model.generation_config = GenerationConfig(eos_token_id=self._end, pad_token_id=self._pad)
+        model.generation_config = GenerationConfig(
+            eos_token_id=self._end or None, pad_token_id=self._pad
+        )
 
     @property
     def notes(self) -> list[str]:
