@@ -50,7 +50,7 @@ class Trained:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What float32 parameters that trained beside half-precision ones need to compute."""
+        """What float32 parameters among half-precision ones need, to compute at all."""
         train = self.recipe.train
         if self.recipe.model.dtype == "float32":
             return None
