@@ -156,9 +156,7 @@ def test_the_best_evaluation_is_one_that_a_checkpoint_was_kept_of(
     cli: Cli, settings: tuple[str, ...]
 ) -> None:
     """Training that makes a model worse all the way: its adapter is not the untrained model."""
-    outcome = cli(
-        "train", *settings, "method=full", "train.learning_rate=0.5", "-o", "run", "--json"
-    )
+    outcome = cli("train", *settings, "method=full", "train.learning_rate=5", "-o", "run", "--json")
     assert outcome.code == 0, outcome.err
     metrics = json.loads(outcome.out)["metrics"]
     assert metrics["initial"]["score"] < min(e["score"] for e in metrics["history"][1:])
