@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,10 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(
             [sys.executable, "-m", "sparsegrad_cli", *arguments], cwd=tmp_path, env=dict(os.environ)
         )
         assert third.wait(60)
+        # The third is asked while the second verdict is being written.
+        deadline = time.monotonic() + 30
+        while len(verdicts(tmp_path / "out")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL
         release.set()
