@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from torch import Tensor
+
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.targets import head_parameters
@@ -30,6 +32,7 @@ from sparsegrad_cli.training.diagnostics import energy_table, spectra
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
+    hash_facts,
     hash_parameters,
     make_setup,
 )
@@ -45,6 +48,7 @@ class Session:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
+        self.tokens = 0  # that calibration and its warm-up have read, padding left out
 
     def load(self) -> Setup:
         """Model, data and targets; fills model, task, hashes and memory's load phase."""
@@ -87,7 +91,13 @@ class Session:
                 "notes": list(task.notes),
                 "counts": dict(task.counts),
             },
-            hashes={"data": task.data_hash, "head_init": setup.head_hash, "order": {}},
+            precision=setup.precision,
+            hashes={
+                "data": task.data_hash,
+                "head_init": setup.head_hash,
+                "precision": hash_facts(setup.precision),
+                "order": {},
+            },
         )
         return setup
 
@@ -104,7 +114,7 @@ class Session:
             calibration = calibrate(
                 setup.model,
                 setup.targets,
-                lambda: calibration_batches(setup, self.calibration_batch, seed),
+                lambda: self._counted(setup, seed),
                 settings,
                 seed=seed,
                 rank=self._rank,
@@ -123,7 +133,7 @@ class Session:
             "seed": seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
-        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
+        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": self.tokens}
         kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
@@ -157,7 +167,7 @@ class Session:
         with warmed_head(
             setup.model,
             # Other batches than those that calibration sees.
-            calibration_batches(setup, self.calibration_batch, seed + 2),
+            self._counted(setup, seed + 2),
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
             seed=seed,
@@ -167,6 +177,13 @@ class Session:
         if settings.keep_head and settings.warmup_steps:
             kept = hash_parameters(head_parameters(setup.model))
             self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
+
+    def _counted(self, setup: Setup, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Calibration's batches, their tokens counted as they are asked for."""
+        for batch in calibration_batches(setup, self.calibration_batch, seed):
+            mask = batch.get("attention_mask")
+            self.tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
+            yield batch
 
     @property
     def calibration_batch(self) -> int:
