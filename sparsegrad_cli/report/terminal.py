@@ -15,21 +15,17 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsegrad_cli.report.access import items, text
+from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import (
-    check_lines,
     difference_cell,
     reference_of,
     rows_of,
     seeds_remark,
     tasks_of,
 )
-from sparsegrad_cli.report.compare_tables import (
-    figures_table,
-    method_table,
-    note_cell,
-    overview_table,
-)
+from sparsegrad_cli.report.compare_tables import method_table, note_cell, overview_table
 from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
+from sparsegrad_cli.report.fairness import check_lines
 from sparsegrad_cli.report.judge_tables import (
     judge_failures,
     judge_scores,
@@ -46,6 +42,7 @@ from sparsegrad_cli.report.run_tables import (
     title_of,
 )
 from sparsegrad_cli.report.tables import Fact, Table
+from sparsegrad_cli.report.verdicts import verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
@@ -93,6 +90,7 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
     for extra in (overview_table(compare), figures_table(compare)):
         if extra is not None:
             parts += [_table(extra) or ""]
+    parts += [Text(), *(Text(line) for line in verdict_lines(compare)), Text()]
     for held, line in check_lines(compare):
         mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from samples import compare_record, damaged, run_record
 
-from sparsegrad_cli.report.html import write_compare_html, write_run_html
+from sparsegrad_cli.report.compare_page import write_compare_html
+from sparsegrad_cli.report.html import write_run_html
 
 VOID = {"meta", "br", "use", "image", "path", "line", "rect", "hr", "img", "link"}
 
