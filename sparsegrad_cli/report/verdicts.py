@@ -23,13 +23,13 @@ def verdict_lines(compare: Any) -> list[str]:
     pairs = mappings(tests, "pairs")
     if not pairs:
         return [_untested(compare)] if number(tests, "untested") else []
-    level = number(tests, "level") or 0.05
+    level = number(tests, "level") or 0.0
     shown = [pair for pair in pairs if text(pair, "better")]
     lines = [_shown(pair) for pair in shown]
     rest = len(pairs) - len(shown)
     if rest:
         other = "other " if shown else ""
-        where = f"any of the {other}{rest} pairs" if rest > 1 else f"the {other}one pair"
+        where = f"any of the {other}{rest} pairs" if rest > 1 else f"the {other or 'one '}pair"
         lines.append(
             f"No difference shown in {where} of methods, which does not mean that there is none "
             f"(level {level:g} over all pairs together)."
@@ -48,23 +48,14 @@ def _untested(compare: Any) -> str:
 def _shown(pair: Mapping[str, Any]) -> str:
     better = text(pair, "better")
     worse = text(pair, "b") if better == text(pair, "a") else text(pair, "a")
-    gap = _gap(pair)
-    by = f" by {gap}" if gap else ""
-    return f"{better} is better than {worse}{by} ({_cells(pair)}; Holm's p {_p(pair, 'p_holm')})."
-
-
-def _gap(pair: Mapping[str, Any]) -> str:
     mean, scale = number(pair, "mean"), scale_of(text(pair, "metric"))
-    if mean is None:
-        return ""
-    ends = interval_of(pair, "interval")
-    low, high = ends if mean > 0 else (_negated(ends[1]), _negated(ends[0]))
-    shown, interval = format_score(abs(mean), scale), format_interval(low, high, scale)
-    return f"{shown} (95 % interval {interval})" if interval else shown
-
-
-def _negated(value: float | None) -> float | None:
-    return None if value is None else -value
+    by = f" by {format_score(abs(mean), scale)}" if mean is not None else ""
+    facts = [_cells(pair), f"Holm's p {_p(pair, 'p_holm')}"]
+    low, high = interval_of(pair, "interval")
+    if mean is not None and low is not None and high is not None:
+        low, high = (low, high) if mean > 0 else (-high, -low)
+        facts.insert(0, f"95 % interval {format_interval(low, high, scale)}")
+    return f"{better} is better than {worse}{by} ({'; '.join(facts)})."
 
 
 def _cells(pair: Mapping[str, Any]) -> str:
@@ -85,7 +76,7 @@ def _hopeless(pairs: Sequence[Mapping[str, Any]], level: float) -> list[str]:
     """Says so where no data whatever could have shown a difference, and how many seeds could."""
     least = min((p for p in (number(pair, "smallest_p") for pair in pairs) if p), default=0.0)
     most_p = min(1.0, least * len(pairs))
-    if most_p <= level:
+    if most_p <= level or level <= 0:
         return []
     tasks = max(number(pair, "tasks") or 1 for pair in pairs)
     needed = math.ceil((1 + math.log2(len(pairs) / level)) / tasks)

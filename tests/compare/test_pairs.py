@@ -104,9 +104,9 @@ def test_differences_and_their_absence_are_said_in_words() -> None:
     }
     compare = evidence(study_cells({"t": scores}))
     lines = verdict_lines(compare)
-    assert lines[0].startswith("a is better than b by 9.9 (95 % interval 9.9 to 10.0) (9 paired")
+    assert lines[0].startswith("a is better than b by 9.9 (95 % interval 9.9 to 10.0; 9 paired")
     assert lines[1].startswith("a is better than c by ")
-    assert lines[2].startswith("No difference shown in the other one pair of methods, which does")
+    assert lines[2].startswith("No difference shown in the other pair of methods, which does not")
     assert len(lines) == 3
     table = pairs_table(compare)
     assert table is not None
