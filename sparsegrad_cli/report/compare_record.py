@@ -110,13 +110,16 @@ def best_rows(rows: Sequence[Row]) -> list[int]:
 
 
 def seeds_remark(rows: Sequence[Row]) -> str | None:
-    """Says plainly where one seed ranks nothing, and what bold type means where there are more."""
+    """Says plainly where a score is one seed's."""
     counts = [number(r, "seeds_done") for r in rows if number(r, "score_mean") is not None]
-    fewest = min((count for count in counts if count is not None), default=None)
-    if fewest is None:
+    fewest = min((count for count in counts if count is not None), default=MIN_SEEDS)
+    if fewest >= MIN_SEEDS:
         return None
-    if fewest < MIN_SEEDS:
-        return "n = 1: one seed ranks nothing, and its score has no interval"
+    return "n = 1: one seed ranks nothing, and its score has no interval"
+
+
+def bold_remark(rows: Sequence[Row]) -> str | None:
+    """What bold type means, where there is any."""
     if not best_rows(rows):
         return None
     return "bold is the best mean; whether it is better than another is said under Differences"

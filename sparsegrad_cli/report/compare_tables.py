@@ -18,6 +18,7 @@ from sparsegrad_cli.report.columns import (
 )
 from sparsegrad_cli.report.compare_record import (
     Row,
+    bold_remark,
     difference_cell,
     figures_of,
     interval_of,
@@ -123,7 +124,7 @@ def score_table(compare: Any, task: str) -> Table | None:
     rows = rows_of(compare, task)
     if not rows:
         return None
-    notes = [remark] if (remark := seeds_remark(rows)) else []
+    notes = [remark for remark in (seeds_remark(rows), bold_remark(rows)) if remark]
     notes += [f"{method_name(row)}: {note_cell(row)}" for row in rows if note_cell(row)]
     return rows_table(rows, _score_columns(compare, rows), _caption(rows, task), notes)
 

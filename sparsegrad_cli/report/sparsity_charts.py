@@ -96,6 +96,8 @@ def touched_by_target(compare: Any, task: str) -> str | None:
         axes.tick_params(length=0)
         axes.set(xticks=[], xlabel=f"{len(names)} targets, in the model's order")
         bar = canvas.figure.colorbar(image, ax=axes)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         bar.set_label("% touched")
     return canvas.svg()
 

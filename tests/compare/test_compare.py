@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,12 +19,46 @@ def quick() -> tuple[str, ...]:
     return (*SMALL, "train.max_steps=3", "train.eval_steps=3", "train.logging_steps=1")
 
 
+@contextmanager
+def watched(page: Path) -> Iterator[list[tuple[int, bool]]]:
+    """Inside, (cells done, looks again) of every version of a page, looked at all the time."""
+    seen: list[tuple[int, bool]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while True:
+            last = over.is_set()
+            if page.is_file():
+                text = page.read_text(encoding="utf-8")
+                assert text.endswith("</html>\n")  # whole at every moment
+                done = re.search(r"(\d+) of 2 cells done", text)
+                assert done is not None
+                found = (int(done[1]), 'http-equiv="refresh"' in text)
+                if seen[-1:] != [found]:
+                    seen.append(found)
+            if last:
+                return
+            over.wait(0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(look)
+        try:
+            yield seen
+        finally:
+            over.set()
+        watching.result()
+
+
 def test_comparison_is_fair_complete_and_goes_on(
     cli: Cli, tmp_path: Path, quick: tuple[str, ...]
 ) -> None:
     command = ("compare", "--methods", "lora,meprop", "--seeds", "1", "-o", "c", "-q", *quick)
-    outcome = cli(*command)
+    with watched(tmp_path / "c" / "report.html") as seen:
+        outcome = cli(*command)
     assert outcome.code == 0, outcome.err
+    # The page was there from the first cell on, renewed itself, and stands still in the end.
+    assert [(cells, alive) for cells, alive in seen if alive] == [(0, True), (1, True), (2, True)]
+    assert seen[-1] == (2, False)
     record = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert record["status"] == "done"
     assert [row["method"] for row in record["rows"]] == ["lora", "meprop"]
