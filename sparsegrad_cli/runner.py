@@ -96,12 +96,14 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
     """Have a model answer questions, into a file that a later call goes on with.
 
     Returns:
-        The model, the settings, what was asked and kept, and ``answers``, a line a question.
+        The model, the settings, what was asked and kept, and ``answers``, a line a question. Of a
+        comparison, whose models all answer: the content of answers/<questions>.json.
 
     Raises:
         SparsegradError: of the kind that says what happened; answers so far are kept.
     """
     from sparsegrad_cli.generate.questions import Question, read_questions
+    from sparsegrad_cli.generate.side_by_side import is_study
 
     observer = observer or Observer()
     if options.prompt is not None:
@@ -110,6 +112,10 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
         questions = read_questions(options.questions or "")
     try:
         with _generating():
+            if is_study(options.model.source):
+                from sparsegrad_cli.generate.study import answer_study
+
+                return answer_study(options, questions, observer)
             from sparsegrad_cli.generate.session import answer_questions
 
             answerer, about = _answerer(options.model, options.settings, observer)

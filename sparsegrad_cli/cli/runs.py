@@ -77,16 +77,16 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show a run or a comparison again, and write its HTML and Markdown anew."""
-    from sparsegrad_cli.report.html import write_compare_html, write_run_html
-    from sparsegrad_cli.report.markdown import compare_markdown, run_markdown
+    from sparsegrad_cli.report.compare_files import write_compare_report
+    from sparsegrad_cli.report.html import write_run_html
+    from sparsegrad_cli.report.markdown import run_markdown
     from sparsegrad_cli.report.records import load_record
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
 
     record = load_record(run)
     folder = run if run.is_dir() else run.parent
     if "cells" in record:
-        write_compare_html(record, folder / "report.html")
-        (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")
+        write_compare_report(folder, record)
         _show({**record, "output_dir": str(folder)}, compare_table, as_json)
         return
     write_run_html(record, folder / "report.html")
