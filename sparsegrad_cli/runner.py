@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import (
     InterruptedRunError,
     OutOfMemoryError,
@@ -204,8 +205,14 @@ def _run(
 
     observer = observer or Observer()
     recipe = loaded.recipe
-    run_dir = choose_run_dir(recipe, command)
-    open_run_dir(run_dir, recipe, resume=resume, overwrite=overwrite)
+    ranks.join(use_cpu=recipe.train.use_cpu)
+
+    def opened() -> Path:
+        path = choose_run_dir(recipe, command)
+        open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
+        return path
+
+    run_dir = ranks.from_first(opened)
     record = RunRecord(
         run_dir,
         {
@@ -214,6 +221,7 @@ def _run(
             "recipe_digest": digest(recipe),
             "seed": recipe.seed,
             "output_dir": str(run_dir),
+            "processes": ranks.count(),
             "environment": collect("cpu" if recipe.train.use_cpu else None),
             "git": git_state(Path.cwd()),
         },
@@ -225,7 +233,8 @@ def _run(
             work(record, observer)
             record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
             record.finish()
-            _write_report(record, observer)
+            if ranks.is_first():
+                _write_report(record, observer)
     except SparsegradError as error:
         _record_failure(record, error)
         raise
