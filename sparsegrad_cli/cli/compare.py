@@ -49,8 +49,7 @@ def compare(
     from rich.console import Console
 
     from sparsegrad_cli.compare.grid import Comparison, open_folder
-    from sparsegrad_cli.report.html import write_compare_html
-    from sparsegrad_cli.report.markdown import compare_markdown
+    from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.terminal import compare_table
 
     study = _study(recipe, methods, seeds)
@@ -67,8 +66,7 @@ def compare(
         jobs=jobs,
     )
     record = comparison.run()
-    (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")
-    write_compare_html(record, folder / "report.html")
+    write_compare_report(folder, record)
     if as_json:
         typer.echo(json.dumps(record))
     else:

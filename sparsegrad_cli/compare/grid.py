@@ -247,7 +247,8 @@ def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
     if overwrite:
         import shutil
 
-        shutil.rmtree(folder / "cells", ignore_errors=True)
+        for name in ("cells", "answers"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("compare.json", "report.html", "report.md"):
             (folder / name).unlink(missing_ok=True)
         return

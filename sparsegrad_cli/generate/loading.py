@@ -21,6 +21,8 @@ from sparsegrad_cli.recipe.schema import ModelSection
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
+Loaded = tuple[Any, Any, dict[str, Any]]
+
 
 def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
     """A model that answers, on its device, with its tokenizer and what answers say of it.
@@ -28,7 +30,8 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
     Returns:
         (model, tokenizer, record). The record has ``model`` (as the user named it), ``kind``
         (run, adapter, lora or model), ``digest`` (sha256 of all weights as they are loaded),
-        ``dtype``, and of a run ``recipe_digest`` and ``method``.
+        ``dtype``, and of a run ``recipe_digest``, ``method`` and ``trained`` (sha256 of the file
+        with what was trained).
 
     Raises:
         UsageError: a device or dtype that cannot be, a calibration, a comparison, a classifier.
@@ -50,13 +53,26 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
         model, tokenizer, about = _from_lora(options, folder)
     else:
         model, tokenizer, about = _plain(options.source, options.dtype)
+    return _ready(options.source, device, (model, tokenizer, about))
+
+
+def load_base(section: ModelSection, device: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model that a run began as, loaded as its recipe loads it; see :func:`load_run`."""
+    there = _device(device)
+    loaded = load_causal_lm(section), load_tokenizer(section), {"kind": "model"}
+    return _ready(section.name, there, loaded)
+
+
+def _ready(source: str, device: torch.device, loaded: Loaded) -> Loaded:
+    """On its device, with its record complete."""
+    model, tokenizer, about = loaded
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(
-            f"{options.source} generates nothing: it is a {type(model).__name__}",
+            f"{source} generates nothing: it is a {type(model).__name__}",
             fix="a language model, or a run of a chat task",
         )
     model = model.to(device).eval()
-    name = str(Path(options.source)) if folder.exists() else options.source
+    name = str(Path(source)) if Path(source).expanduser().exists() else source
     record = {"model": name, **about, "digest": weights_digest(model)}
     record["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     return model, tokenizer, record
@@ -71,9 +87,6 @@ def _check_there(source: str, folder: Path) -> None:
             f"there is no folder {source}",
             fix="a run, an exported folder or a model's folder, a hub id, or builtin:smollm2",
         )
-
-
-Loaded = tuple[Any, Any, dict[str, Any]]
 
 
 def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Loaded:
@@ -99,6 +112,7 @@ def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Load
     about = {
         "kind": "run",
         "source": files.source,
+        "trained": file_digest(files.tensors),
         "recipe_digest": files.record.get("recipe_digest"),
         "method": recipe.method.name,
         "base": recipe.model.name,
@@ -210,3 +224,16 @@ def weights_digest(model: nn.Module) -> str:
         flat: Any = tensor.detach().to("cpu").contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy())  # numpy has no bfloat16
     return sha.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes.
+
+    Raises:
+        FileFormatError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error

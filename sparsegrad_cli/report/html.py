@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.report import compare_charts, run_charts
 from sparsegrad_cli.report.access import mappings, text
+from sparsegrad_cli.report.answers_page import answers_section
+from sparsegrad_cli.report.answers_record import SideBySide
 from sparsegrad_cli.report.compare_record import check_lines, tasks_of
 from sparsegrad_cli.report.compare_tables import (
     cells_table,
@@ -151,12 +153,15 @@ def _heat_caption(record: Mapping[str, Any]) -> str:
     return f"{_HEAT} Target: {target}." if target else _HEAT
 
 
-def write_compare_html(compare: Mapping[str, Any], path: Path) -> None:
+def write_compare_html(
+    compare: Mapping[str, Any], path: Path, answers: Sequence[SideBySide] = ()
+) -> None:
     """Write the page of a comparison.
 
     Args:
         compare: ``compare.json`` as loaded; anything may be missing.
         path: the file to write.
+        answers: what its models answered to the same questions.
 
     Raises:
         DiskError: the file could not be written.
@@ -167,6 +172,7 @@ def write_compare_html(compare: Mapping[str, Any], path: Path) -> None:
     overview = overview_table(compare)
     lead += html_table(overview) if overview else ""
     sections = [(task, _task(compare, task)) for task in tasks_of(compare)]
+    sections += [answers_section(each, alone=len(answers) == 1) for each in answers]
     sections += [
         ("Published figures", html_table(figures_table(compare))),
         ("Cells that are not done", html_table(failures_table(compare))),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsegrad_cli.report.access import mappings, text
+from sparsegrad_cli.report.answers_page import answers_markdown
+from sparsegrad_cli.report.answers_record import SideBySide
 from sparsegrad_cli.report.compare_record import check_lines, tasks_of
 from sparsegrad_cli.report.compare_tables import (
     cost_table,
@@ -55,8 +57,8 @@ def run_markdown(run: Mapping[str, Any]) -> str:
     return _join([*parts, "## Provenance", table_markdown(provenance(run))])
 
 
-def compare_markdown(compare: Mapping[str, Any]) -> str:
-    """A comparison: tables by task, published figures, failures, checks."""
+def compare_markdown(compare: Mapping[str, Any], answers: Sequence[SideBySide] = ()) -> str:
+    """A comparison: tables by task, answers side by side, published figures, failures, checks."""
     cells = mappings(compare, "cells")
     done = sum(status_of(cell) == "done" for cell in cells)
     parts = [*_heading(compare), f"{done} of {len(cells)} cells done. {_SCALE}"]
@@ -66,6 +68,7 @@ def compare_markdown(compare: Mapping[str, Any]) -> str:
         parts.append(_or_absent(task, score_table(compare, task)))
         costs = cost_table(compare, task)
         parts += [table_markdown(costs)] if costs else []
+    parts += [answers_markdown(each, alone=len(answers) == 1) for each in answers]
     for table in (figures_table(compare), failures_table(compare)):
         parts += [table_markdown(table)] if table else []
     marks = {True: "yes", False: "**NO**", None: "unknown"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.targets import head_parameters
@@ -97,15 +99,21 @@ class Session:
         passes = passes_of(settings)
         again = f", {passes} passes" if passes > 1 else ""
         self.observer.phase("calibrate", f"{settings.steps} steps, no update{again}")
-        self.observer.total_steps("calibrate", settings.steps * passes)
+        own = range(ranks.number(), settings.steps, ranks.count())  # of the steps
+        self.observer.total_steps("calibrate", len(own) * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
             warmup_seconds = time.perf_counter() - started
             calibration = calibrate(
                 setup.model,
                 setup.targets,
-                lambda: calibration_batches(setup, self.calibration_batch, seed),
-                settings,
+                lambda: islice(
+                    calibration_batches(setup, self.calibration_batch, seed),
+                    own.start,
+                    None,
+                    own.step,
+                ),
+                settings.model_copy(update={"steps": len(own)}),
                 seed=seed,
                 rank=self._rank,
                 meter=lambda: self.meter.phase("calibrate"),
@@ -135,8 +143,8 @@ class Session:
             tensors_digest(kept, calibration.scores),
             calibration.scores,
         )
-        path = self.record.path / BASIS_NAME
-        write_basis(path, file)
+        if ranks.is_first():
+            write_basis(self.record.path / BASIS_NAME, file)
         self.record.save(
             calibration={
                 **made_with,

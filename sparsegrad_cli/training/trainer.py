@@ -72,6 +72,7 @@ class SparsegradTrainer(Trainer):
         if strategy == "group_by_length":
             lengths = [len(ids) for ids in data["input_ids"]]
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        per_step *= self.args.world_size
         return EpochSampler(
             data, seed=self.recipe.seed, strategy=strategy, lengths=lengths, batch_size=per_step
         )
