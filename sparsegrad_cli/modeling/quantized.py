@@ -64,6 +64,17 @@ def quantization_config(bits: str, dtype: torch.dtype, plain: nn.Module) -> Any:
     )
 
 
+def quantization_snippet(model: nn.Module) -> str:
+    """What a user writes to quantize the base model as this one is."""
+    config: Any = model.config
+    made = config.quantization_config.to_dict()
+    names = ["load_in_8bit", "load_in_4bit"]
+    if made["load_in_4bit"]:
+        names += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"]
+    said = [f"{name}={made[name]!r}" for name in (*names, "llm_int8_skip_modules") if made[name]]
+    return f"BitsAndBytesConfig({', '.join(said)})"
+
+
 def _outside_blocks(plain: nn.Module) -> list[str]:
     from sparsegrad_cli.modeling.targets import find_blocks, is_linear
 
@@ -79,7 +90,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def quantized_in(module: nn.Module) -> nn.Module | None:
-    """The quantized layer that a module is, or holds as ``base_layer`` (peft's layers, a core's)."""
+    """The quantized layer that a module is, or holds as ``base_layer`` (peft's, a core's)."""
     held = getattr(module, "base_layer", module)
     return held if is_quantized(held) else None
 
