@@ -112,8 +112,7 @@ def load_adapter(
         folder: with adapter.safetensors and adapter.json.
         model: the plain base model, changed in place; by default it is loaded by the name that
             the adapter holds.
-        device: where the base model goes, where that is loaded here; a quantized one cannot be moved
-            afterwards.
+        device: where a base model that is loaded here goes; a quantized one cannot be moved later.
         trust_remote_code: run code that comes with the base model, where that is loaded here.
 
     Returns:

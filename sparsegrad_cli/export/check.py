@@ -16,8 +16,8 @@ from sparsegrad_cli.training.setup import Setup, validation_batches
 # Largest difference allowed, as a share of the largest logit. It is some roundings of a number of
 # that size: products in another order differ by about a tenth of it through six layers (measured).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# 8-bit products of bitsandbytes round x to 127 steps a token, and others than these do not: measured
-# through three blocks of random weights, up to .05 of the largest logit.
+# 8-bit products of bitsandbytes round x to 127 steps a token where the run's did not: up to .05 of
+# the largest logit through three blocks of random weights (measured).
 _ROUNDED = 2e-1
 _SMALLEST = 1e-2  # logits that are nearly all zero are no measure of what made them
 # Of a token-level model's logits the last positions of each example are kept: a vocabulary is wide.
