@@ -107,8 +107,9 @@ class SparsegradCore:
         assert isinstance(rank, int | float)  # with_rank has settled it
         cut = truncated(basis, rank)
         # In the dtype in which the products are made: half the bytes for half precision.
-        to = {"device": next(layer.parameters()).device, "dtype": dtype_of(layer)}
-        return Basis(cut.q_out.to(**to), cut.q_in.to(**to), cut.singular_out, cut.singular_in)
+        device, dtype = next(layer.parameters()).device, dtype_of(layer)
+        sides = (cut.q_out.to(device, dtype), cut.q_in.to(device, dtype))
+        return Basis(*sides, cut.singular_out, cut.singular_in)
 
     def _core(
         self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.quantized import dtype_of, quantized_in
+from sparsegrad_cli.modeling.quantized import dtype_of, is_quantized, quantized_in
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.dropout import ByteDropout
 from sparsegrad_cli.numerics.gated import gated
@@ -96,8 +96,8 @@ def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor]) -> bool:
     """Whether both give the same on a few numbers."""
     gate = module.gate_proj
     assert isinstance(gate, nn.Module)
-    packed: Any = quantized_in(gate)
-    width = packed.in_features if packed is not None else gate.weight.shape[1]  # type: ignore[union-attr,index]
+    layer: Any = quantized_in(gate) or gate
+    width = layer.in_features if is_quantized(layer) else layer.weight.shape[1]
     x = torch.linspace(-1, 1, 2 * width).reshape(1, 2, -1)
     x = x.to(next(gate.parameters()).device, dtype_of(gate))
     try:

@@ -7,12 +7,13 @@ linear layers of the model's blocks; embeddings, norms, poolers and heads stay a
 bitsandbytes' own layers keep x for the backward pass in 8 bits, and compute in evaluation something
 else than in training (8 bits on the CPU: x rounded to int8; 4 bits on CPUs with bfloat16 units: W
 packed anew). The layers of a loaded model are therefore called through
-:func:`sparsegrad_cli.numerics.frozen_linear.frozen_linear`: bitsandbytes' products as in training,
-nothing kept.
+:func:`sparsegrad_cli.numerics.frozen_linear.frozen_linear`, which keeps nothing. Products are those
+of bitsandbytes' kernels on CUDA; on the CPU, as in its own training, W is dequantized for one.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import logging
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.numerics.frozen_linear import frozen_linear
@@ -123,7 +125,10 @@ def dequantized(module: nn.Module) -> Tensor:
     layer: Any = quantized_in(module)
     assert layer is not None
     if isinstance(layer, bnb.nn.Linear4bit):
-        made: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        packed, state = layer.weight.data, copy.copy(layer.weight.quant_state)
+        sides, state.shape = state.shape, torch.Size((1, entries(layer.weight)))
+        # As one long row: on the CPU, 0.50.2 takes wrong scales where a row ends inside a block.
+        made: Tensor = bnb.functional.dequantize_4bit(packed, state).view(sides)
         return made
     codes_OI, scale_O = layer.weight.data, _row_scales(layer)
     # Codes are exact in any of the dtypes; each entry is rounded once.
@@ -166,7 +171,7 @@ def use_frozen_products(model: nn.Module, dtype: torch.dtype) -> int:
     """
     layers = quantized_layers(model)
     for layer in layers.values():
-        layer.frozen_dtype = dtype
+        layer.frozen_dtype = dtype  # type: ignore[assignment]
         # On the instance, as elsewhere: a wrapper module would rename parameters.
         layer.forward = functools.partial(_forward, layer)
     if layers:
@@ -180,20 +185,21 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _product(layer: Any, x_NI: Tensor) -> Tensor:
-    """x W' + b by bitsandbytes; called where autograd does not look."""
+    """x W' + b; called where autograd does not look."""
     import bitsandbytes as bnb
 
     bias = None if layer.bias is None else layer.bias.to(x_NI.dtype)
+    if x_NI.device.type == "cpu":
+        return F.linear(x_NI, dequantized(layer).to(x_NI.dtype), bias)
     weight = layer.weight
-    y_NO: Tensor
+    made: Tensor
     if isinstance(layer, bnb.nn.Linear4bit):
-        y_NO = bnb.matmul_4bit(x_NI, weight.data, quant_state=weight.quant_state, bias=bias)
+        made = bnb.matmul_4bit(x_NI, weight.data, quant_state=weight.quant_state, bias=bias)
     else:
         if weight.CB is not None:
             layer.init_8bit_state()
-        layer.state.is_training = True  # on the CPU: x unrounded, W as it is dequantized
-        y_NO = bnb.matmul(x_NI, weight, bias=bias, state=layer.state)
-    return y_NO
+        made = bnb.matmul(x_NI, weight, bias=bias, state=layer.state)
+    return made
 
 
 def _quiet() -> None:
