@@ -12,7 +12,7 @@ def quantization_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
     bits, method = recipe.model.quantization, recipe.method
     if bits is None:
         return []
-    frozen = f"model.quantization {bits!r} freezes the weights"
+    frozen = f"model.quantization {bits!r} freezes them"
     plain = "or leave model.quantization out"
     found: list[tuple[KeyPath, str, str]] = []
     if isinstance(method, SparsegradMethod):
