@@ -107,7 +107,7 @@ def test_a_lora_folder_goes_onto_the_base_quantized_that_way(
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
     run = trained(name, bits, architecture)
-    folder, said = exported(run, "lora")
+    _, said = exported(run, "lora")
     check = said["check"]
     assert check["difference"] <= check["judged"]["tolerance"] and not said["truncated"]
     assert check["on_plain_base"]["difference"] > 10 * (bits == "4bit") * check["difference"]
