@@ -39,6 +39,11 @@ METHODS: dict[str, Any] = {
 def need_bitsandbytes() -> None:
     """Skip all tests of a module where the library is missing."""
     pytest.importorskip("bitsandbytes", reason=WHY)
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+    from transformers.utils import is_bitsandbytes_available
+
+    # They remember their first answer, which must not fall into a test that hides the library.
+    assert is_bnb_available() and is_bnb_4bit_available() and is_bitsandbytes_available()
 
 
 def body_folder(folder: Path, architecture: str) -> Path:
