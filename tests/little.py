@@ -83,15 +83,16 @@ def train(
     """A run of six steps as the runner makes it, less its report, which takes longer than the rest.
 
     Args:
+        data: a folder of classes, or a file of conversations.
         overrides: as on the command line.
         stop: leave it as Ctrl-C after the last step does: checkpoints, no adapter.
         resume: go on with the run that lies there.
     """
+    task = ("task=csv", "task.max_length=16") if data.is_dir() else ("task=chat",)
     settings = (
         f"model={base}",
-        "task=csv",
+        *task,
         f"task.path={data}",
-        "task.max_length=16",
         "train.per_device_train_batch_size=8",
         "train.learning_rate=3e-2",
         "train.max_steps=6",
@@ -99,6 +100,9 @@ def train(
         "train.eval_steps=3",
         "train.load_best_model_at_end=false",
         "calibration.steps=3",
+        "calibration.source=batch",
+        "calibration.decomposition=exact",
+        "calibration.warmup_steps=0",
         "train.use_cpu=true",
         f"output_dir={run}",
     )

@@ -6,8 +6,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.report.access import clean
 from sparsegrad_cli.report.units import format_bytes, format_score
 from sparsegrad_cli.scales import METRICS, scale_of
 
@@ -52,11 +54,12 @@ class ProgressObserver(Observer):
 
     def phase(self, name: str, detail: str = "") -> None:
         """A line per phase."""
-        self._progress.console.print(f"[bold]{name}[/bold] [dim]{detail}[/dim]", highlight=False)
+        self._progress.console.print(Text.assemble((name, "bold"), " ", (clean(detail), "dim")))
 
     def note(self, text: str) -> None:
         """A dim line."""
-        self._progress.console.print(f"  [dim]note: {text}[/dim]", highlight=False)
+        # A note may quote files and servers: it is no markup.
+        self._progress.console.print(Text(f"  note: {clean(text)}", style="dim"))
 
     def total_steps(self, phase: str, steps: int) -> None:
         """A bar per phase with steps."""

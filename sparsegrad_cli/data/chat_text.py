@@ -123,6 +123,17 @@ class ChatTemplate:
             )
         return ChatText(text, learnt, masks)
 
+    def prompt(self, turns: Sequence[Turn]) -> ChatText:
+        """What the template writes to ask for an answer to the turns; nothing in it is learnt.
+
+        Raises:
+            DataError: the template refuses them.
+        """
+        asked = Conversation(tuple(turns), "to be answered")
+        masked, masks = self._mask(self._with_system_where_it_goes(asked))
+        text, _ = self._write(masked, where="the conversation", prompt=True)
+        return ChatText(text, [], masks)
+
     def _turn(self, turns: Sequence[Turn], i: int, text: str, where: str) -> tuple[int, int]:
         """Where turn i stands in the text, from the texts of the turns before and up to it."""
         if i == 0:

@@ -28,7 +28,8 @@ from sparsegrad_cli.export.adapter_file import (
     write_settings,
 )
 from sparsegrad_cli.export.plain import auto_class, base_name, differing, put, task_settings
-from sparsegrad_cli.export.rebuild import Trained, load_checked, widest
+from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.loading import load_as

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ _SMALLEST = 1e-2  # logits that are nearly all zero are no measure of what made 
 # Of a token-level model's logits the last positions of each example are kept: a vocabulary is wide.
 _POSITIONS = 16
 _ROWS = 8
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,21 @@ def inputs_of(setup: Setup, count: int) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-    """Per example (positions, classes) or (1, classes), float32 on the CPU."""
+def logits_of(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], autocast: torch.dtype | None = None
+) -> list[Tensor]:
+    """Per example (positions, classes) or (1, classes), float32 on the CPU.
+
+    Args:
+        autocast: compute in this dtype, as training did.
+    """
     model.eval()
     rows: list[Tensor] = []
     for batch in batches:
-        inputs: dict[str, Any] = {name: t for name, t in batch.items() if name != "labels"}
-        logits = model(**inputs).logits
+        inputs: dict[str, Any] = {name: t for name, t in batch.items() if name in _INPUTS}
+        kind = batch["input_ids"].device.type
+        with torch.autocast(kind, autocast) if autocast else nullcontext():
+            logits = model(**inputs).logits
         for number, row in enumerate(logits):
             if row.ndim == 2:  # (length, vocabulary): padding says nothing
                 row = row[batch["attention_mask"][number].bool()][-_POSITIONS:]

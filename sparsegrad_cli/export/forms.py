@@ -43,6 +43,8 @@ class Written:
         cut: logits of a change that was cut, which the folder must give exactly.
         rounded: products are others than the run's, which round x to int8.
         on_plain: the folder on the base model as it was before it was quantized.
+        as_trained: it is the form it was trained in, and computes under autocast if that did.
+        notes: what the user should know.
     """
 
     details: dict[str, Any]
@@ -51,6 +53,7 @@ class Written:
     cut: list[Tensor] | None = None
     rounded: bool = False
     on_plain: Callable[[], nn.Module] | None = None
+    as_trained: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -127,6 +130,7 @@ def _adapter(
         details,
         lambda: load_adapter(partial, device=device, trust_remote_code=trust),
         f'sparsegrad_cli.load_adapter("{folder}")',
+        as_trained=True,
         notes=notes,
     )
 

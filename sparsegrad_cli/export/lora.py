@@ -45,7 +45,7 @@ class LoraParts:
         modules: full names of the modules that go along whole.
         tensors: plain name -> what the parameters in them hold.
         truncated: some change is of a higher rank than its factors.
-        record: ``rank``, ``error`` and one row a target, for export.json.
+        record: ``truncated``, ``error``, ``modules`` and one row a target, for export.json.
     """
 
     factors: dict[str, Factors]
@@ -70,7 +70,8 @@ def lora_parts(trained: Trained, plain: nn.Module, rank: int | None) -> LoraPart
     targets = {target.name: target for target in trained.setup.targets}
     changed = differing(plain, trained)
     biases = {
-        name: changed.pop(f"{name}.bias").double() - plain.get_parameter(f"{name}.bias").double()
+        name: changed.pop(f"{name}.bias").detach().double()
+        - plain.get_parameter(f"{name}.bias").detach().double()
         for name in targets
         if f"{name}.bias" in changed
     }

@@ -81,7 +81,8 @@ def differing(plain: nn.Module, trained: Trained) -> dict[str, Tensor]:
         path, _, last = name.rpartition(".")
         # By attribute, not by name: peft's layers keep the plain one's bias a level deeper.
         there = getattr(trained.setup.model.get_submodule(path), last)
-        if not torch.equal(there, parameter):
+        # What trains among half-precision weights is float32: the value counts, not the dtype.
+        if not torch.equal(there.float(), parameter.float()):
             found[name] = there
     return found
 

@@ -77,12 +77,13 @@ class RunFiles:
         return _recorded(self.record, self.folder, block, key)
 
 
-def open_run(run: Path, overrides: tuple[str, ...] = ()) -> RunFiles:
+def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -> RunFiles:
     """Look through a run's folder.
 
     Args:
         run: the folder, or its run.json.
         overrides: ``key.path=value`` for what lies elsewhere now.
+        data: its data must be there.
 
     Raises:
         UsageError: no run, not a training run, nothing trained yet, or an override of what was
@@ -107,17 +108,17 @@ def open_run(run: Path, overrides: tuple[str, ...] = ()) -> RunFiles:
                 where="command line",
                 fix=f"what may lie elsewhere by now: {', '.join(_MOVABLE[1:])}",
             )
-    loaded = _load_recipe(folder / "recipe.yaml", overrides)
+    loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
     keep_best = loaded.recipe.train.load_best_model_at_end
     tensors, source, notes = _trained(folder, record, keep_best=keep_best)
     _check_unchanged(record, folder, loaded)
     return RunFiles(folder, record, loaded, tensors, source, notes)
 
 
-def _load_recipe(path: Path, overrides: tuple[str, ...]) -> LoadedRecipe:
+def _load_recipe(path: Path, overrides: tuple[str, ...], *, data: bool) -> LoadedRecipe:
     """The recipe; of what has gone since the run, the user is told that it can be named anew."""
     try:
-        return load_recipe(path, overrides)
+        return load_recipe(path, overrides, data=data)
     except RecipeError as error:
         raise RecipeError(
             [

@@ -46,7 +46,8 @@ def export_run(
         raise UsageError(f"--to {options.to} has no rank", where="--rank", fix="--to lora")
     files = open_run(run, overrides)
     wanted = options.output_dir or files.folder / f"export-{options.to}"
-    needed = [files.folder, Path(locate(files.loaded.recipe.model.name))]
+    base = Path(locate(files.loaded.recipe.model.name))
+    needed = [files.folder, *([base] if base.is_dir() else [])]
     folder = free_folder(wanted, needed, overwrite=options.overwrite)
     work = _Export(files, folder, options, observer)
     write_folder(folder, work.fill, fix="free some space, or name another --output-dir")
@@ -72,7 +73,8 @@ class _Export:
         self.trained: Trained | None = rebuild(files, options.examples)
         self.batches = inputs_of(self.trained.setup, options.examples)
         self.dtype: torch.dtype = getattr(torch, self.trained.recipe.model.dtype)
-        self.expected = logits_of(self.trained.setup.model, self.batches)
+        self.autocast = self.trained.autocast
+        self.expected = logits_of(self.trained.setup.model, self.batches, self.autocast)
         self.about = _about(self.trained, files)
 
     def fill(self, partial: Path) -> None:
@@ -86,7 +88,8 @@ class _Export:
         self.trained = None  # before the same model is loaded once more
         gc.collect()
         self.observer.phase("check", f"{len(self.expected)} examples, loaded back from the files")
-        got = logits_of(_loaded_back(written.load), self.batches)
+        autocast = self.autocast if written.as_trained else None
+        got = logits_of(_loaded_back(written.load), self.batches, autocast)
         checked = self._checked(got, written)
         if written.on_plain is not None:
             checked["on_plain_base"] = self._on_plain(written.on_plain)

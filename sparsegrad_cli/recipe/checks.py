@@ -16,8 +16,14 @@ BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 _FILE_TASKS = ("csv", "json", "parquet")
 
 
-def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Problem]:
-    """Unknown task or built-in model, files that are not there, what no quantized model can do."""
+def outside_problems(
+    recipe: Recipe, places: Mapping[KeyPath, Place], *, data: bool = True
+) -> list[Problem]:
+    """Unknown task or built-in model, files that are not there, what no quantized model can do.
+
+    Args:
+        data: the task's files count, too.
+    """
     found: list[tuple[KeyPath, str, str | None]] = []
     task = recipe.task
     names = known_task_names()
@@ -34,10 +40,10 @@ def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Pr
     if task.name in CHAT_TASKS and recipe.train.label_smoothing_factor:
         what = f"label smoothing needs all logits, which {task.name} never makes"
         found.append((("train", "label_smoothing_factor"), what, "leave it out"))
-    if task.path is not None and not Path(task.path).expanduser().exists():
+    if data and task.path is not None and not Path(task.path).expanduser().exists():
         found.append((("task", "path"), f"no such file or folder: {task.path}", None))
     forgetting = task.chat.forgetting if task.chat else None
-    if forgetting is not None and not Path(forgetting).expanduser().is_file():
+    if data and forgetting is not None and not Path(forgetting).expanduser().is_file():
         found.append((("task", "chat", "forgetting"), f"no such file: {forgetting}", None))
     model = recipe.model.name
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:

@@ -30,6 +30,12 @@ from sparsegrad_cli.report.compare_tables import (
     overview_table,
 )
 from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
+from sparsegrad_cli.report.judge_tables import (
+    judge_failures,
+    judge_scores,
+    judge_subtitle,
+    judge_title,
+)
 from sparsegrad_cli.report.record_tables import calibration_facts, energy_by_kind, spectra_table
 from sparsegrad_cli.report.run_tables import (
     facts,
@@ -104,6 +110,17 @@ def export_table(record: dict[str, Any]) -> RenderableType:
         _labelled("load", text(record, "load") or "not recorded"),
         *_notes([note for note in map(text, items(record, "notes")) if note]),
     )
+
+
+def judge_table(record: dict[str, Any]) -> RenderableType:
+    """Grades or wins by model and category; what failed, below."""
+    head = Text.assemble((judge_title(record), "bold"), "  ")
+    status = text(record, "status") or "?"
+    head.append(status, style=_STATUS_STYLE.get(status, "yellow"))
+    parts: list[RenderableType] = [Text(), head, Text(judge_subtitle(record), style="dim")]
+    parts.append(_table(judge_scores(record)) or "")
+    failures = [_labelled("failed", line, "red") for line in judge_failures(record)]
+    return Group(*parts, *failures)
 
 
 def _below(compare: Any, task: str) -> list[RenderableType]:

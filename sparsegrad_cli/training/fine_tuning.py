@@ -180,9 +180,11 @@ class TrainingSession(Session):
         final = history[-1]
         best_kept = trainer.args.load_best_model_at_end
         best = final
-        if best_kept:
-            chosen = scale_of(setup.objective.metric).best(record["score"] for record in history)
-            best = next(record for record in history if record["score"] == chosen)
+        # Of what was trained: before the first step there is nothing that could be kept.
+        trained = [record for record in history if record["step"] > 0]
+        if best_kept and trained:
+            chosen = scale_of(setup.objective.metric).best(record["score"] for record in trained)
+            best = next(record for record in trained if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
         adapter = self.record.path / "adapter" / "adapter.safetensors"

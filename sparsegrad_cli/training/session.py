@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
@@ -216,14 +216,16 @@ class CalibrationSession(Session):
             self.observer.phase("energy", f"{settings.energy_steps} held-out steps")
             started = time.perf_counter()
             held_out = calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1)
-            energy, heat_map = energy_table(
-                setup.model,
-                setup.targets,
-                calibration,
-                held_out,
-                steps=settings.energy_steps,
-                seed=self.recipe.seed + 1,
-            )
+            # At the head that the basis was made at; a kept one is warm already.
+            with nullcontext() if settings.keep_head else self.warmed_head(setup):
+                energy, heat_map = energy_table(
+                    setup.model,
+                    setup.targets,
+                    calibration,
+                    held_out,
+                    steps=settings.energy_steps,
+                    seed=self.recipe.seed + 1,
+                )
             self.seconds["diagnostics_s"] = time.perf_counter() - started
             self.record.data["calibration"].update(energy=energy, heat_map=heat_map)
         self.record.save(time=dict(self.seconds), memory=self.meter.report())

@@ -152,6 +152,20 @@ def test_forgetting_is_measured_on_plain_text(
     assert "plain text" in Path("run/report.html").read_text(encoding="utf-8")
 
 
+def test_the_best_evaluation_is_one_that_a_checkpoint_was_kept_of(
+    cli: Cli, settings: tuple[str, ...]
+) -> None:
+    """Where training improves nothing, the record still speaks of a model that was saved."""
+    outcome = cli(
+        "train", *settings, "method=full", "train.learning_rate=1e-30", "-o", "run", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads(outcome.out)["metrics"]
+    assert metrics["best"]["score"] == metrics["initial"]["score"]
+    assert metrics["best"]["step"] == 4
+    assert Path("run/checkpoint-4").is_dir()
+
+
 def test_methods_are_compared_by_loss(cli: Cli, settings: tuple[str, ...]) -> None:
     outcome = cli("compare", "--methods", "full,lora", "--seeds", "2", "-o", "c", "-q", *settings)
     assert outcome.code == 0, outcome.err

@@ -17,7 +17,8 @@ from sparsegrad_cli import __version__
 
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version").out.strip() == f"sparsegrad {__version__}"
-    for command in ("train", "calibrate", "compare", "validate", "report", "export", "configs"):
+    commands = ("train", "calibrate", "compare", "validate", "report", "export", "configs")
+    for command in (*commands, "generate", "judge"):
         outcome = cli(command, "--help")
         assert outcome.code == 0 and "Usage" in outcome.out
 
@@ -136,7 +137,7 @@ def test_runs_without_a_name_are_numbered(cli: Cli, tmp_path: Path) -> None:
 
 def test_help_is_quick_to_import_nothing_heavy() -> None:
     code = (
-        "import sys\nimport sparsegrad_cli.cli.app\n"
+        "import sys\nimport sparsegrad_cli.cli.app\nimport sparsegrad_cli.judge.session\n"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,153 +1,166 @@
-"""Causal language models: the same parts around a model whose head is its vocabulary."""
+"""Language models trained on conversations: the same forms around a model whose head is its words.
+
+As in test_forms.py the run is the judge: its recorded validation loss must come out of the files.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from little import byte_tokenizer
+from chats import byte_level
+from little import base_of, record, train
 from safetensors.torch import load_file
-from tiny import batch, build, calibrated, config, targets_of
+from tiny import build, config
 from torch import Tensor, nn
 
-from sparsegrad_cli import load_adapter
-from sparsegrad_cli.export.adapter import write_adapter
-from sparsegrad_cli.export.lora import load_lora, lora_parts, write_lora
-from sparsegrad_cli.export.plain import (
-    auto_class,
-    load_plain,
-    merge,
-    plain_model,
-    task_settings,
-    write_plain,
-)
-from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import fingerprint
-from sparsegrad_cli.numerics.hosvd import truncated
-from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod, SparsegradMethod
-from sparsegrad_cli.recipe.schema import ModelSection, Recipe, TrainSection
-from sparsegrad_cli.training.setup import Setup
+import sparsegrad_cli
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.training.setup import make_setup, validation_batches
 
-METHODS: dict[str, Any] = {
-    "core": SparsegradMethod(
-        name="sparsegrad", density=0.05, form="core", support="static", rank=6
-    ),
-    "lora": LoraMethod(name="lora", rank=2),
-    "meprop": MepropMethod(name="meprop", density=0.05),
+Exported = Callable[..., tuple[Path, dict[str, Any]]]
+
+QUESTIONS = ("Is 12 more than 7?", "And 7?", "Who came home?", "What was old?", "Nobody?")
+ANSWERS = ("It is, by 5.", "No: they are equal.", "The children were asleep.", "The ship.")
+CASES = {
+    "core": (("method.form=core", "method.rank=6"), "llama"),
+    "core-rest": (("method.form=core", "method.rank=6", "scope=rest"), "gpt2"),
+    "lora-rest": (("method=lora", "method.rank=2", "scope=rest"), "llama"),
+    "meprop-rest": (("method=meprop", "method.density=0.05", "scope=rest"), "llama"),
+    "packed": (("method.form=rotated", "task.chat.packing=pack"), "llama"),
 }
-CASES = [
-    ("core", "llama", "head"),
-    ("core", "gpt2", "rest"),
-    ("lora", "llama", "rest"),
-    ("meprop", "llama", "rest"),
-]
 
 
-def tokens(seed: int) -> dict[str, Tensor]:
-    inputs = batch(seed=seed)
-    return {**inputs, "labels": inputs["input_ids"]}
-
-
-def make(folder: Path, name: str, architecture: str, scope: str) -> Trained:
-    """A tiny causal model, its embeddings tied to its head, trained for a few steps."""
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``talks("method=lora", architecture="llama")``: a run on conversations."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    shape = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "tie_word_embeddings": True}
-    plain: Any = build(AutoModelForCausalLM, config(architecture, **shape), seed=3)
-    plain.generation_config.max_new_tokens = 9
-    plain.save_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    targets = targets_of(model)
-    method = make_method(METHODS[name])
-    bases = None
-    if method.needs_basis:
+    place = tmp_path_factory.mktemp("talks")
+    rows = [{"prompt": f"{n}. {QUESTIONS[n % 5]}", "completion": ANSWERS[n % 4]} for n in range(40)]
+    data = place / "talk.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    count = 0
 
-        def stream() -> Any:
-            seed = 0
-            while True:
-                yield tokens(seed)
-                seed += 1
+    def run(*overrides: str, architecture: str) -> Path:
+        nonlocal count
+        count += 1
+        base = place / f"{architecture}-{count}"
+        tokenizer = byte_level()
+        room = {"n_positions": 96} if architecture == "gpt2" else {"max_position_embeddings": 96}
+        shape = {"vocab_size": len(tokenizer), "initializer_range": 0.3, **room}
+        settings = config(architecture, tie_word_embeddings=True, **shape)
+        model: Any = build(AutoModelForCausalLM, settings, seed=3)
+        model.generation_config.max_new_tokens = 9
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        limits = ("task.max_length=96", "task.validation_fraction=0.25")
+        return train(place / f"run-{count}", base, data, *limits, *overrides)
 
-        whole = calibrated(model, targets, stream, steps=2, basis_per="layer").by_target()
-        bases = {name: truncated(basis, 6) for name, basis in whole.items()}
-    mark = fingerprint(model, targets)
-    method.prepare(model, targets, scope=scope, bases=bases)
-    optimizer = method.optimizer(model, TrainSection(learning_rate=3e-2))
-    for seed in range(5):
-        optimizer.zero_grad()
-        model.train()(**tokens(seed)).loss.backward()
-        optimizer.step()
-    nothing: Any = None
-    setup = Setup(
-        task=nothing,
-        objective=nothing,
-        train_data=nothing,
-        validation={},
-        tokenizer=tokenizer,
-        collator=nothing,
-        model=model.eval(),
-        targets=targets,
-        fingerprint=mark,
-        head_hash="",
-        device=torch.device("cpu"),
-    )
-    recipe = Recipe(model=ModelSection(name=str(folder)), method=METHODS[name], scope=scope, seed=1)
-    adapter = method.adapter_tensors(model)
-    keys = {t.name: t.name for t in targets} if bases else {}
-    return Trained(recipe, setup, method, METHODS[name], True, adapter, bases or {}, keys)
+    return run
 
 
-def greedy(model: nn.Module) -> Tensor:
-    inputs = batch(seed=9)
-    out: Tensor = model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False
-    )
-    return out
+def held_out(run: Path) -> list[dict[str, Tensor]]:
+    setup = make_setup(load_recipe(run / "recipe.yaml"), Observer())
+    return validation_batches(setup, 1000, 4)
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    inputs = batch(seed=9)
-    del inputs["labels"]
-    found: Tensor = model.eval()(**inputs).logits
-    return found
+def loss_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
+    """Per labelled token, by the definition."""
+    total = count = 0.0
+    for batch in batches:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        said = model.eval()(**inputs).logits[:, :-1].float().log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        learnt = labels != -100
+        total -= float(said[learnt].gather(1, labels[learnt][:, None]).sum())
+        count += int(learnt.sum())
+    return total / count
 
 
-@pytest.mark.parametrize(("name", "architecture", "scope"), CASES)
-def test_all_forms_continue_a_text_alike(
-    name: str, architecture: str, scope: str, tmp_path: Path
+def by_transformers(folder: Path | str, **settings: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    return model
+
+
+def by_peft(run: Path, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    base: Any = by_transformers(base_of(run))
+    model: nn.Module = PeftModel.from_pretrained(base, str(folder))
+    return model
+
+
+def greedy(model: Any, tokenizer: Any) -> list[int]:
+    chat = [{"role": "user", "content": "3. What was old?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    ids = ids["input_ids"] if not isinstance(ids, Tensor) else ids
+    mask = torch.ones_like(ids)
+    said = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=9, pad_token_id=0
+    )
+    return [int(token) for token in said[0]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_gives_the_loss_that_training_recorded(
+    name: str, talks: Callable[..., Path], exported: Exported
 ) -> None:
-    trained = make(tmp_path / "base", name, architecture, scope)
-    auto = auto_class(trained.setup.model)
-    assert auto == "AutoModelForCausalLM"
-    expected, text = logits(trained.setup.model), greedy(trained.setup.model)
-    assert float((logits(plain_model(trained)) - expected).abs().max()) > 0.1
+    from transformers import AutoTokenizer
 
-    plain, _ = merge(trained)
-    write_plain(plain, trained, tmp_path / "merged")
-    merged: Any = load_plain(auto, tmp_path / "merged", trust_remote_code=False)
-    assert merged.generation_config.max_new_tokens == 9
-    assert (tmp_path / "merged" / "chat_template.jinja").is_file()
-    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-    assert tied and "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    overrides, architecture = CASES[name]
+    run = talks(*overrides, architecture=architecture)
+    rank = () if name.startswith(("core", "lora")) else ("--rank", "16")
+    merged, said = exported(run, "merged")
+    assert said["model"]["auto_class"] == "AutoModelForCausalLM"
+    assert said["check"]["answers"] > said["check"]["examples"], "an answer a token"
+    lora, about = exported(run, "lora", *rank)
+    own, _ = exported(run, "adapter", "--tolerance", "0")
+    models = (
+        by_transformers(merged),
+        by_peft(run, lora),
+        sparsegrad_cli.load_adapter(own),
+    )
+    batches = held_out(run)
+    trained = record(run)["metrics"]["final"]["loss"]
+    assert abs(loss_of(by_transformers(base_of(run)), batches) - trained) > 0.05
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    said_first = greedy(models[0], tokenizer)
+    for model in models:
+        assert loss_of(model, batches) == pytest.approx(trained, abs=5e-5)
+        assert greedy(model, tokenizer) == said_first
+    # What makes it talk goes along, and tied weights stay tied, or are carried at both ends.
+    plain: Any = models[0]
+    assert tokenizer.chat_template and plain.generation_config.max_new_tokens == 9
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    assert "lm_head.weight" not in load_file(merged / "model.safetensors")
+    ends = {m for m in about["modules"] if m.endswith(("lm_head", "embed_tokens", "wte"))}
+    assert len(ends) == (2 if "scope=rest" in overrides else 0)
 
-    plain = plain_model(trained)
-    rank = 16 if name == "meprop" else None
-    parts = lora_parts(trained, plain, rank)
-    head = {m for m in parts.modules if m.endswith(("lm_head", "embed_tokens", "wte"))}
-    assert len(head) == (2 if scope == "rest" else 0), "tied weights are carried at both ends"
-    write_lora(plain, parts, trained, tmp_path / "lora")
-    settings = task_settings(trained.setup.model)
-    lora = load_lora(auto, trained.recipe.model, settings, tmp_path / "lora")
 
-    (tmp_path / "own").mkdir()
-    write_adapter(trained, plain_model(trained), tmp_path / "own")
-    own = load_adapter(tmp_path / "own")
-    for model in (merged, lora, own):
-        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-5)
-        assert torch.equal(greedy(model), text)
+@pytest.mark.parametrize("method", [("method=full",), ("method.form=core", "method.rank=6")])
+def test_float32_that_trained_in_a_half_precision_model(
+    method: tuple[str, ...], talks: Callable[..., Path], exported: Exported
+) -> None:
+    """Weights that train are float32 there: the base's dtype is what they are rounded to."""
+    mixed = ("model.dtype=bfloat16", "train.bf16=true", "scope=rest", *method)
+    run = talks(*mixed, architecture="llama")
+    trained = load_file(run / "adapter" / "adapter.safetensors")
+    assert trained["model.norm.weight"].dtype == torch.float32
+    merged, said = exported(run, "merged")
+    assert said["dtype"] == "bfloat16" and 1e-4 < said["rounding"] < 0.5
+    plain = by_transformers(merged)
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    exported(run, "lora", *(("--rank", "16") if "full" in method[0] else ()))
+    _, exact = exported(run, "adapter", "--tolerance", "0")
+    assert exact["check"]["difference"] == 0.0
+    loss = record(run)["metrics"]["final"]["loss"]
+    assert loss_of(plain, held_out(run)) == pytest.approx(loss, rel=0.03)

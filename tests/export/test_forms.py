@@ -46,8 +46,11 @@ MATRIX: dict[str, tuple[tuple[str, ...], str]] = {
     "lora-rslora-conv1d": (("method=lora", "method.rslora=true", "scope=rest"), "gpt2"),
     "meprop-entries": (("method=meprop", "method.density=0.05"), "bert"),
     "meprop-rows-conv1d": (("method=meprop", "method.select=rows", "method.density=0.1"), "gpt2"),
-    "materialized": (("method.density=0.05",), "bert"),
-    "materialized-conv1d": (("method.density=0.05", "scope=rest"), "gpt2"),
+    "materialized": (("method.form=materialized", "method.density=0.05"), "bert"),
+    "materialized-conv1d": (
+        ("method.form=materialized", "method.density=0.05", "scope=rest"),
+        "gpt2",
+    ),
     "rotated": (("method.form=rotated", "method.density=0.05"), "bert"),
     "rotated-conv1d": (("method.form=rotated", "calibration.basis_per=kind"), "gpt2"),
     "core-static": ((*CORE, "method.rank=7"), "bert"),

@@ -23,9 +23,11 @@ from sparsegrad_cli.modeling.quantized import quantized_layers
 need_bitsandbytes()
 # Rows of whole blocks of scales: bitsandbytes' own CPU kernel is right for these alone.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+# A quantized weight has no gradient that a basis could be made of.
+CORE = ("method.density=0.05", "method.rank=7", "calibration.source=token")
 METHODS = {
-    "core": ("method.density=0.05", "method.rank=7"),
-    "dynamic": ("method.support=dynamic", "method.rank=7", "method.density=0.05"),
+    "core": CORE,
+    "dynamic": ("method.support=dynamic", *CORE),
     "lora": ("method=lora", "method.rank=3"),
 }
 Exported = Callable[..., tuple[Path, dict[str, Any]]]

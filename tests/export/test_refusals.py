@@ -197,7 +197,7 @@ HOSTILE: dict[str, tuple[tuple[str, ...], Any, str]] = {
         set_to(f"positions/{UP}", lambda t: t[None]),
         "has shape (1,",
     ),
-    "values in half precision": (SPARSE, set_to(f"values/{UP}", Tensor.half), "torch.float16"),
+    "values in whole numbers": (SPARSE, set_to(f"values/{UP}", Tensor.long), "torch.int64"),
 }
 
 
