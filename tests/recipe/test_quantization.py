@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 from small import Cli
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain
 
+BITS = ("8bit", "4bit")
 FOUR = "model={name: builtin:minilm, quantization: 4bit}"
 
 
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     "method",
     [
@@ -60,3 +64,15 @@ def test_the_refusal_says_where_and_what_to_do(cli: Cli) -> None:
     assert "sparsegrad (form core) or lora" in outcome.flat
     other = cli("validate", "quickstart", "model.quantization=3bit")
     assert other.code == 2 and "8bit" in other.flat and "4bit" in other.flat
+
+
+def test_recipes_without_it_are_called_what_they_were_before_there_was_the_key() -> None:
+    """sha256 of the sorted JSON without output_dir, as of a version that knew no such key."""
+    plain = load_recipe(None).recipe
+    before = to_plain(plain)
+    del before["output_dir"], before["model"]["quantization"]
+    text = json.dumps(before, sort_keys=True, separators=(",", ":"))
+    assert digest(plain) == hashlib.sha256(text.encode()).hexdigest()
+    assert digest(load_recipe(None, ("model.quantization=null",)).recipe) == digest(plain)
+    packed = [digest(load_recipe(None, (f"model.quantization={b}",)).recipe) for b in BITS]
+    assert len({digest(plain), *packed}) == 3
