@@ -33,7 +33,7 @@ from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.loading import load_as
-from sparsegrad_cli.modeling.quantized import use_frozen_products
+from sparsegrad_cli.modeling.quantized import placed, use_frozen_products
 from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -169,8 +169,7 @@ def _base(base: AdapterBase, device: torch.device, *, trust_remote_code: bool) -
         "pad_token_id": base.pad_token_id,
     }
     with forked_random(0):
-        model = load_as(base.auto_class, section, config, device)
-    return model if base.quantization is not None else model.to(device)
+        return placed(load_as(base.auto_class, section, config, device), device)
 
 
 def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, where: str) -> None:

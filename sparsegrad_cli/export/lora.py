@@ -27,6 +27,7 @@ from sparsegrad_cli.export.plain import (
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
 from sparsegrad_cli.modeling.loading import load_as, locate
+from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -208,4 +209,4 @@ def load_lora(
         warnings.simplefilter("ignore")
         base: Any = load_as(auto, section, settings, torch.device(device), frozen_products=False)
         loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
-    return loaded if section.quantization is not None else loaded.to(device)
+    return placed(loaded, device)

@@ -99,11 +99,14 @@ def load_classifier(
     return model
 
 
-def load_causal_lm(section: ModelSection, device: torch.device = _CPU) -> nn.Module:
+def load_causal_lm(
+    section: ModelSection, device: torch.device = _CPU, *, packed: bool = False
+) -> nn.Module:
     """A causal language model as it was trained: no head is added, nothing is drawn at random.
 
     Args:
         device: as in :func:`load_classifier`.
+        packed: weights may lie quantized on disk: who only asks a model needs no others.
 
     Raises:
         UsageError: an encoder-decoder, which has no place for a conversation's one sequence; or as
@@ -120,7 +123,8 @@ def load_causal_lm(section: ModelSection, device: torch.device = _CPU) -> nn.Mod
             where="model.name",
             fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
         )
-    model, report = _model(AutoModelForCausalLM, section, config, device, output_loading_info=True)
+    kind: Any = AutoModelForCausalLM
+    model, report = _model(kind, section, config, device, packed=packed, output_loading_info=True)
     # transformers fills what a file lacks with random numbers, and training would go on from them.
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:
@@ -190,6 +194,7 @@ def _model(
     device: torch.device = _CPU,
     *,
     frozen_products: bool = True,
+    packed: bool = False,
     **more: Any,
 ) -> Any:
     """``kind.from_pretrained``, quantized where the section says so.
@@ -198,7 +203,8 @@ def _model(
         UsageError: the folder holds quantized weights, or bitsandbytes is missing.
         DownloadError, FileFormatError: as :func:`load_tokenizer`.
     """
-    if getattr(config, "quantization_config", None) is not None:
+    stored = getattr(config, "quantization_config", None) is not None
+    if stored and (section.quantization is not None or not packed):
         raise UsageError(
             f"{section.name} holds weights that are quantized already",
             where="model.name",
@@ -212,9 +218,11 @@ def _model(
         settings = quantization_config(
             section.quantization, dtype, _weightless(kind, config, section)
         )
-        more |= {"quantization_config": settings, "device_map": {"": device}}
+        more["quantization_config"] = settings
+    if stored or section.quantization is not None:
+        more["device_map"] = {"": device}
     made = _from_pretrained(kind.from_pretrained, section, what="model", config=config, **more)
-    if section.quantization is not None and frozen_products:
+    if frozen_products:
         use_frozen_products(made[0] if isinstance(made, tuple) else made, dtype)
     return made
 
@@ -249,6 +257,11 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
         return load(source, trust_remote_code=section.trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, section, what, local) from error
+    except ImportError as error:  # of a package that the model's own files ask for
+        raise UsageError(
+            f"the {what} of {section.name} needs what is not installed: {_first_line(error)}",
+            where="model.name",
+        ) from error
     except Exception as error:  # safetensors raises its own class on damaged files
         if type(error).__module__.startswith("safetensors"):
             raise FileFormatError(
@@ -260,7 +273,7 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
 
 
 def _explain(error: Exception, section: ModelSection, what: str, local: bool) -> Exception:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = _first_line(error)
     if local:
         return FileFormatError(
             f"the {what} in {section.name} cannot be read: {text}", where="model.name"
@@ -274,3 +287,7 @@ def _explain(error: Exception, section: ModelSection, what: str, local: bool) ->
         "(config.json, model.safetensors, tokenizer files); builtin:minilm and builtin:smollm2 "
         "need no download",
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

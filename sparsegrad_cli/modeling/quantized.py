@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.numerics.frozen_linear import frozen_linear
 
-INSTALL = "pip install 'bitsandbytes>=0.46'"
+INSTALL = "pip install 'bitsandbytes>=0.46.1'"
 
 
 def require_bitsandbytes() -> None:
@@ -106,6 +106,19 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def placed(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model on a device; one with quantized layers was made there, and cannot be moved."""
+    return model if quantized_layers(model) else model.to(device)
+
+
+def bits_of(model: nn.Module) -> str | None:
+    """``8bit`` or ``4bit``, as its quantized layers are held; None where it has none."""
+    layer = next(iter(quantized_layers(model).values()), None)
+    if layer is None:
+        return None
+    return "4bit" if hasattr(layer.weight, "quant_state") else "8bit"
+
+
 def dtype_of(module: nn.Module) -> torch.dtype:
     """In which a linear layer's products are made: its weight's dtype, or what it was made for."""
     layer: Any = quantized_in(module)
@@ -159,7 +172,7 @@ def quantization_state(model: nn.Module) -> Iterator[Tensor]:
         if state is None:
             yield _row_scales(layer)
             continue
-        for part in (state, state.state2):
+        for part in filter(None, (state, state.state2)):  # scales that are themselves quantized
             yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 

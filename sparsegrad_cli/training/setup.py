@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
@@ -48,10 +49,8 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     targets = find_targets(model, recipe.targets)
     device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
-    if recipe.model.quantization is None:  # a quantized model was made where it is to be
-        model = model.to(device)
     return Setup(
-        **vars(parts) | {"model": model},
+        **vars(parts) | {"model": placed(model, device)},
         targets=targets,
         fingerprint=fingerprint(model, targets),
         head_hash=head_hash,
