@@ -11,6 +11,7 @@ from typing import Any
 from sparsegrad_cli import ranks
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.modeling.quantized import count_entries, quantization_state
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
@@ -60,7 +61,7 @@ class Session:
             where = self.loaded.where("method.rank")
             self.method = with_rank(self.method, setup.targets, keys, where)
         self.meter = make_meter(setup.device)
-        self.meter.watch(setup.model)
+        self.meter.watch(setup.model, weights=quantization_state(setup.model))
         with self.meter.phase("load"):
             pass
         config: Any = setup.model.config
@@ -70,8 +71,9 @@ class Session:
                 "name": self.recipe.model.name,
                 "architecture": type(setup.model).__name__,
                 "model_type": getattr(config, "model_type", None),
-                "parameters": sum(p.numel() for p in setup.model.parameters()),
+                "parameters": count_entries(setup.model),
                 "dtype": self.recipe.model.dtype,
+                "quantization": self.recipe.model.quantization,
                 "fingerprint": setup.fingerprint,
             },
             task={
