@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.recipe.loading import digest, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic
 
 SCHEMA = 1
-_OURS = ("checkpoint-*", "adapter", "model", "export-*")
+_OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers")
 _OUR_FILES = (
     "run.json",
     "recipe.yaml",
@@ -86,6 +87,8 @@ def _check_resumable(path: Path, recipe: Recipe) -> None:
 class RunRecord:
     """run.json of a living run: written whole at every milestone, so that it is never missing.
 
+    Of several processes the first alone writes.
+
     Args:
         path: the run directory.
         data: the first content; ``status`` is set to ``running``.
@@ -105,7 +108,8 @@ class RunRecord:
     def save(self, **changes: Any) -> None:
         """Merge changes and write."""
         self.data.update(changes)
-        write_json_atomic(self.path / "run.json", self.data)
+        if ranks.is_first():
+            write_json_atomic(self.path / "run.json", self.data)
 
     def finish(self, error: SparsegradError | None = None) -> None:
         """Set the final status and write."""

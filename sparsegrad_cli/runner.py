@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import (
     InterruptedRunError,
     OutOfMemoryError,
@@ -96,12 +97,14 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
     """Have a model answer questions, into a file that a later call goes on with.
 
     Returns:
-        The model, the settings, what was asked and kept, and ``answers``, a line a question.
+        The model, the settings, what was asked and kept, and ``answers``, a line a question. Of a
+        comparison, whose models all answer: the content of answers/<questions>.json.
 
     Raises:
         SparsegradError: of the kind that says what happened; answers so far are kept.
     """
     from sparsegrad_cli.generate.questions import Question, read_questions
+    from sparsegrad_cli.generate.side_by_side import is_study
 
     observer = observer or Observer()
     if options.prompt is not None:
@@ -110,6 +113,10 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
         questions = read_questions(options.questions or "")
     try:
         with _generating():
+            if is_study(options.model.source):
+                from sparsegrad_cli.generate.study import answer_study
+
+                return answer_study(options, questions, observer)
             from sparsegrad_cli.generate.session import answer_questions
 
             answerer, about = _answerer(options.model, options.settings, observer)
@@ -198,8 +205,14 @@ def _run(
 
     observer = observer or Observer()
     recipe = loaded.recipe
-    run_dir = choose_run_dir(recipe, command)
-    open_run_dir(run_dir, recipe, resume=resume, overwrite=overwrite)
+    ranks.join(use_cpu=recipe.train.use_cpu)
+
+    def opened() -> Path:
+        path = choose_run_dir(recipe, command)
+        open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
+        return path
+
+    run_dir = ranks.from_first(opened)
     record = RunRecord(
         run_dir,
         {
@@ -208,6 +221,7 @@ def _run(
             "recipe_digest": digest(recipe),
             "seed": recipe.seed,
             "output_dir": str(run_dir),
+            "processes": ranks.count(),
             "environment": collect("cpu" if recipe.train.use_cpu else None),
             "git": git_state(Path.cwd()),
         },
@@ -219,7 +233,8 @@ def _run(
             work(record, observer)
             record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
             record.finish()
-            _write_report(record, observer)
+            if ranks.is_first():
+                _write_report(record, observer)
     except SparsegradError as error:
         _record_failure(record, error)
         raise

@@ -51,7 +51,7 @@ def compare(
 
     from sparsegrad_cli.compare.grid import Comparison, open_folder
     from sparsegrad_cli.compare.parity import check_parity
-    from sparsegrad_cli.report.comparison import LiveReport
+    from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table
 
     study = _study(recipe, methods, seeds)

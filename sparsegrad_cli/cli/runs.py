@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.cli.arguments import (
     Debug,
     Json,
@@ -50,6 +51,7 @@ def train(
         raise UsageError("--resume and --overwrite exclude each other")
     with _observer(quiet or as_json) as observer:
         record = runner.train(loaded, observer, resume=resume, overwrite=overwrite)
+    ranks.leave()
     _show(record, run_table, as_json)
 
 
@@ -68,6 +70,7 @@ def calibrate(
     loaded = load(recipe, output_dir)
     with _observer(quiet or as_json) as observer:
         record = runner.calibrate(loaded, observer, overwrite=overwrite)
+    ranks.leave()
     _show(record, calibration_table, as_json)
 
 
@@ -78,7 +81,7 @@ def report(
 ) -> None:
     """Show a run or a comparison again, and write its HTML, Markdown and LaTeX anew."""
     from sparsegrad_cli.compare.evidence import up_to_date
-    from sparsegrad_cli.report.comparison import write_reports
+    from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
     from sparsegrad_cli.report.records import load_record
@@ -88,7 +91,7 @@ def report(
     folder = run if run.is_dir() else run.parent
     if "cells" in record:
         record = up_to_date(record)
-        write_reports(record, folder)
+        write_compare_report(folder, record)
         _show({**record, "output_dir": str(folder)}, compare_table, as_json)
         return
     write_run_html(record, folder / "report.html")
@@ -100,10 +103,12 @@ def report(
 def _observer(quiet: bool) -> Any:
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
 
-    return QuietObserver() if quiet else ProgressObserver()
+    return QuietObserver() if quiet or not ranks.is_first() else ProgressObserver()
 
 
 def _show(record: dict[str, Any], table: Any, as_json: bool) -> None:
+    if not ranks.is_first():
+        return
     if as_json:
         typer.echo(json.dumps(record))
         return

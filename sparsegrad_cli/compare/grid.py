@@ -249,25 +249,45 @@ class Comparison:
 def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder with something else in it; with ``overwrite``, forget what is done there.
 
+    A comparison may grow by methods, tasks and seeds, and cells that are not done may change: what
+    is done there has to be part of this study just as it is.
+
     Raises:
         UsageError: another comparison, or foreign files.
     """
     if overwrite:
         import shutil
 
-        shutil.rmtree(folder / "cells", ignore_errors=True)
+        for name in ("cells", "answers"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("compare.json", *REPORTS):
             (folder / name).unlink(missing_ok=True)
         return
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if (folder / "compare.json").is_file():
-        if load_record(folder).get("digest") == study_digest(study):
+        strange = _strangers(study, load_record(folder))
+        if not strange:
             return
-        what = f"{folder} holds another comparison (other recipe, methods, tasks or seeds)"
+        what = (
+            f"{folder} holds another comparison: done there and not part of this one, or with "
+            f"other settings, {'is' if len(strange) == 1 else 'are'} {', '.join(strange[:3])}"
+            f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}"
+        )
     else:
         what = f"the folder {folder} is not empty"
     raise UsageError(what, where="output_dir", fix="--overwrite, or another --output-dir")
+
+
+def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
+    """Finished cells of a record that the study does not have, or not with these settings."""
+    here = {(c.task, c.label, c.seed): digest(c.loaded.recipe) for c in study.cells}
+    return [
+        f"{cell['task']} {cell['method']} seed {cell['seed']}"
+        for cell in record.get("cells") or []
+        if cell["status"] == "done"
+        and here.get((cell["task"], cell["method"], cell["seed"])) != cell["run"]["recipe_digest"]
+    ]
 
 
 def study_digest(study: LoadedStudy) -> str:

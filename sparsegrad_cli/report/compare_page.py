@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.report import compare_charts, memory_charts, sparsity_charts
 from sparsegrad_cli.report.access import items, mappings, text
+from sparsegrad_cli.report.answers_page import answers_section
+from sparsegrad_cli.report.answers_record import SideBySide
 from sparsegrad_cli.report.cell_tables import cells_table, failures_table, figures_table
 from sparsegrad_cli.report.compare_record import figures_in, rows_of, tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
@@ -124,13 +126,17 @@ def task_key(compare: Mapping[str, Any], task: str) -> str:
 
 
 def write_compare_html(
-    compare: Mapping[str, Any], path: Path, drawings: Drawings | None = None
+    compare: Mapping[str, Any],
+    path: Path,
+    answers: Sequence[SideBySide] = (),
+    drawings: Drawings | None = None,
 ) -> None:
     """Write the page of a comparison; of one that is running, a page that looks again.
 
     Args:
         compare: ``compare.json`` as loaded; anything may be missing.
         path: the file to write.
+        answers: what its models answered to the same questions.
         drawings: what was drawn for the page before.
 
     Raises:
@@ -143,6 +149,7 @@ def write_compare_html(
     pairs = pairs_table(compare)
     sections = [("Differences", paragraph(_TESTS) + html_table(pairs) if pairs else "")]
     sections += [(task, _task(compare, task, drawings)) for task in tasks_of(compare)]
+    sections += [answers_section(each, alone=len(answers) == 1) for each in answers]
     fair = paragraph(_FAIR) + checked(check_lines(compare))
     parity = parity_table(compare)
     sections += [

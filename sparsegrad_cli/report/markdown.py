@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsegrad_cli.report.access import mappings, text
+from sparsegrad_cli.report.answers_page import answers_markdown
+from sparsegrad_cli.report.answers_record import SideBySide
 from sparsegrad_cli.report.cell_tables import failures_table, figures_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
@@ -53,8 +55,8 @@ def run_markdown(run: Mapping[str, Any]) -> str:
     return _join([*parts, "## Provenance", table_markdown(provenance(run))])
 
 
-def compare_markdown(compare: Mapping[str, Any]) -> str:
-    """A comparison: what the tests show, tables by task, published figures, failures, checks."""
+def compare_markdown(compare: Mapping[str, Any], answers: Sequence[SideBySide] = ()) -> str:
+    """A comparison: what the tests show, tables by task, answers side by side, failures, checks."""
     cells = mappings(compare, "cells")
     done = sum(status_of(cell) == "done" for cell in cells)
     parts = [*_heading(compare), f"{done} of {len(cells)} cells done. {_SCALE}"]
@@ -65,6 +67,7 @@ def compare_markdown(compare: Mapping[str, Any]) -> str:
         parts.append(_or_absent(task, score_table(compare, task)))
         for costs in (counters_table(compare, task), calibration_costs(compare, task)):
             parts += [table_markdown(costs)] if costs else []
+    parts += [answers_markdown(each, alone=len(answers) == 1) for each in answers]
     for table in (pairs_table(compare), figures_table(compare), failures_table(compare)):
         parts += [table_markdown(table)] if table else []
     marks = {True: "yes", False: "**NO**", None: "unknown"}

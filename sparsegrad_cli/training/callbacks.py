@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import DiskError, InterruptedRunError
 from sparsegrad_cli.measure.environment import rss_bytes
 from sparsegrad_cli.measure.timing import StepTimer
@@ -38,7 +39,10 @@ class RecordCallback(TrainerCallback):
         if start and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= start]
-            self._path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            ranks.wait()  # all have read it
+            if ranks.is_first():
+                text = "".join(json.dumps(r) + "\n" for r in kept)
+                self._path.write_text(text, encoding="utf-8")
             self.history[:] = [r["eval"] for r in kept if "eval" in r]
             self.train_log = [
                 {k: r[k] for k in ("step", "epoch", "loss", "learning_rate")}
@@ -89,6 +93,8 @@ class RecordCallback(TrainerCallback):
         self._observer.evaluated(record)
 
     def _append(self, record: dict[str, Any]) -> None:
+        if not ranks.is_first():
+            return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.methods.base import Method, Prepared
@@ -194,12 +195,8 @@ class TrainingSession(Session):
             best = next(record for record in trained if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
-        adapter = self.record.path / "adapter" / "adapter.safetensors"
-        files.save_tensors(
-            adapter,
-            method.adapter_tensors(setup.model),
-            {"method": method.name, "recipe_digest": self.record.data["recipe_digest"]},
-        )
+        if ranks.is_first():
+            self._save_adapter(setup, method)
         steps = trainer.state.global_step
         self.record.save(
             metrics={
@@ -216,11 +213,20 @@ class TrainingSession(Session):
                 **timing,
                 "examples_per_s": timing["steps_per_s"]
                 * trainer.args.train_batch_size
-                * trainer.args.gradient_accumulation_steps,
+                * trainer.args.gradient_accumulation_steps
+                * ranks.count(),
             },
             hashes={**self.record.data["hashes"], "order": trainer.order.kept},
-            sizes={"adapter_bytes": adapter.stat().st_size},
         )
+
+    def _save_adapter(self, setup: Setup, method: Method) -> None:
+        path = self.record.path / "adapter" / "adapter.safetensors"
+        files.save_tensors(
+            path,
+            method.adapter_tensors(setup.model),
+            {"method": method.name, "recipe_digest": self.record.data["recipe_digest"]},
+        )
+        self.record.save(sizes={"adapter_bytes": path.stat().st_size})
 
     def _probe(self, setup: Setup, trainer: SparsegradTrainer) -> None:
         """Forward, backward and evaluation on the longest examples; see ProbeCallback."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.modeling.quantized import count_entries, quantization_state
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
@@ -48,7 +52,7 @@ class Session:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
-        self.tokens = 0  # that calibration and its warm-up have read, padding left out
+        self._tokens = 0  # that calibration and its warm-up have read in this process
 
     def load(self) -> Setup:
         """Model, data and targets; fills model, task, hashes and memory's load phase."""
@@ -62,7 +66,7 @@ class Session:
             where = self.loaded.where("method.rank")
             self.method = with_rank(self.method, setup.targets, keys, where)
         self.meter = make_meter(setup.device)
-        self.meter.watch(setup.model)
+        self.meter.watch(setup.model, weights=quantization_state(setup.model))
         with self.meter.phase("load"):
             pass
         config: Any = setup.model.config
@@ -72,8 +76,9 @@ class Session:
                 "name": self.recipe.model.name,
                 "architecture": type(setup.model).__name__,
                 "model_type": getattr(config, "model_type", None),
-                "parameters": sum(p.numel() for p in setup.model.parameters()),
+                "parameters": count_entries(setup.model),
                 "dtype": self.recipe.model.dtype,
+                "quantization": self.recipe.model.quantization,
                 "fingerprint": setup.fingerprint,
             },
             task={
@@ -107,15 +112,23 @@ class Session:
         passes = passes_of(settings)
         again = f", {passes} passes" if passes > 1 else ""
         self.observer.phase("calibrate", f"{settings.steps} steps, no update{again}")
-        self.observer.total_steps("calibrate", settings.steps * passes)
+        own = range(ranks.number(), settings.steps, ranks.count())  # of the steps
+        self.observer.total_steps("calibrate", len(own) * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
-            warmup_seconds = time.perf_counter() - started
+            warmup_seconds, warmup_tokens = time.perf_counter() - started, self._tokens
             calibration = calibrate(
                 setup.model,
                 setup.targets,
-                lambda: self._counted(setup, seed),
-                settings,
+                lambda: self._counted(
+                    islice(
+                        calibration_batches(setup, self.calibration_batch, seed),
+                        own.start,
+                        None,
+                        own.step,
+                    )
+                ),
+                settings.model_copy(update={"steps": len(own)}),
                 seed=seed,
                 rank=self._rank,
                 meter=lambda: self.meter.phase("calibrate"),
@@ -133,7 +146,11 @@ class Session:
             "seed": seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
-        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": self.tokens}
+        # Every process warms the head by itself, and calibrates on its share.
+        read = torch.tensor(self._tokens - warmup_tokens, device=setup.device)
+        ranks.add_up([read])
+        tokens = warmup_tokens + int(read)
+        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": tokens}
         kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
@@ -145,8 +162,8 @@ class Session:
             tensors_digest(kept, calibration.scores),
             calibration.scores,
         )
-        path = self.record.path / BASIS_NAME
-        write_basis(path, file)
+        if ranks.is_first():
+            write_basis(self.record.path / BASIS_NAME, file)
         self.record.save(
             calibration={
                 **made_with,
@@ -167,7 +184,7 @@ class Session:
         with warmed_head(
             setup.model,
             # Other batches than those that calibration sees.
-            self._counted(setup, seed + 2),
+            self._counted(calibration_batches(setup, self.calibration_batch, seed + 2)),
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
             seed=seed,
@@ -178,11 +195,11 @@ class Session:
             kept = hash_parameters(head_parameters(setup.model))
             self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
 
-    def _counted(self, setup: Setup, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Calibration's batches, their tokens counted as they are asked for."""
-        for batch in calibration_batches(setup, self.calibration_batch, seed):
+    def _counted(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The batches, their tokens counted as they are asked for, padding left out."""
+        for batch in batches:
             mask = batch.get("attention_mask")
-            self.tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
+            self._tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
             yield batch
 
     @property

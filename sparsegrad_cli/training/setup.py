@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
-from sparsegrad_cli.recipe.schema import Recipe, TrainSection
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.chats import load_chats
+from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.order import EpochSampler
 from sparsegrad_cli.training.texts import Parts, load_texts
 
@@ -49,10 +51,10 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
         observer.note(note)
     model = parts.model
     targets = find_targets(model, recipe.targets)
-    device = _device(recipe)
+    device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
     return Setup(
-        **vars(parts) | {"model": model.to(device)},
+        **vars(parts) | {"model": placed(model, device)},
         targets=targets,
         fingerprint=fingerprint(model, targets),
         head_hash=head_hash,
@@ -76,12 +78,6 @@ def _check_precision(loaded: LoadedRecipe) -> None:
             fix="train.bf16: true, or model.dtype: float32; lora and sparsegrad's form: core leave "
             "the weights alone",
         )
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.train.use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:

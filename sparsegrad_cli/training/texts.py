@@ -11,6 +11,7 @@ from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokeniz
 from sparsegrad_cli.data.loading import load_task
 from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
 
 
@@ -47,7 +48,7 @@ def load_texts(recipe: Recipe) -> Parts:
         seed=0,
     )
     tokenizer = load_tokenizer(recipe.model)
-    model = load_classifier(recipe.model, task.spec, recipe.seed)
+    model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
     max_length, cut = fitting_length(section.max_length, model)
     notes = [*task.notes, ensure_pad_token(tokenizer, model.config), cut]
     train_data, validation = tokenize(

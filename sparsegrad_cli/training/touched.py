@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import Counts
-from sparsegrad_cli.methods.core import CoreLinear
+from sparsegrad_cli.methods.core_layers import CoreLinear
 from sparsegrad_cli.methods.optimizer import SelectiveAdamW
 from sparsegrad_cli.modeling.targets import Target
 

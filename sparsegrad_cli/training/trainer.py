@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sparsegrad_cli.errors import FileFormatError, SparsegradError
 from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
+from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.objective import Objective
@@ -50,7 +52,8 @@ class SparsegradTrainer(Trainer):
         self.score_notes: list[str] = []
         self.last_evaluation: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0  # of all evaluations so far
-        super().__init__(eval_dataset=next(iter(self.validation.values())), **kwargs)
+        with _adapters_declared(kwargs["model"]):
+            super().__init__(eval_dataset=next(iter(self.validation.values())), **kwargs)
         # By token, the model divides by the labelled tokens of the whole step; else it divides by
         # the batch, and Trainer averages the micro-batches.
         self.model_accepts_loss_kwargs = objective.by_token
@@ -72,6 +75,7 @@ class SparsegradTrainer(Trainer):
         if strategy == "group_by_length":
             lengths = [len(ids) for ids in data["input_ids"]]
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        per_step *= self.args.world_size
         return EpochSampler(
             data, seed=self.recipe.seed, strategy=strategy, lengths=lengths, batch_size=per_step
         )
@@ -211,6 +215,27 @@ class SparsegradTrainer(Trainer):
         """Remove all checkpoints of a finished run whose adapter is saved."""
         for folder in Path(self.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _adapters_declared(model: nn.Module) -> Iterator[None]:
+    """Say to Trainer what it asks a quantized model for: that something trains beside its weights.
+
+    It knows of adapters only those that peft has hung onto the model as a whole, and refuses any
+    other. A core, and LoRA's layers put into the targets one by one, are adapters all the same;
+    recipe.quantization has refused what is not. The mark is taken off again: nothing else of what
+    transformers does with its own adapters holds here.
+    """
+    if not quantized_layers(model):
+        yield
+        return
+    marked: Any = model
+    before = marked._hf_peft_config_loaded
+    marked._hf_peft_config_loaded = any(p.requires_grad for p in model.parameters())
+    try:
+        yield
+    finally:
+        marked._hf_peft_config_loaded = before
 
 
 def check_finite(loss: float, step: int, learning_rate: float) -> None:

@@ -196,3 +196,17 @@ def test_what_cannot_be_is_said(
     outcome = cli("train", *settings, *overrides, "-o", "r")
     assert outcome.code == 2
     assert says in outcome.flat
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantized_language_model_learns(
+    bits: str, cli: Cli, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    more = (f"model.quantization={bits}", "method.rank=16", "task.chat.packing=pack")
+    outcome = cli("train", *settings, *more, "-o", "run")
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["calibration"]["source"] == "token"
+    assert record["metrics"]["final"]["loss"] < record["metrics"]["initial"]["loss"]
+    assert "cast from" not in outcome.err

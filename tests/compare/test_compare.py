@@ -66,7 +66,7 @@ def test_comparison_is_fair_complete_and_goes_on(
     assert check["same_order"] and check["same_head_init"] and check["same_data"]
     assert check["same_model"] and check["same_precision"] and check["same_code"]
     assert check["steps_compared"] == 3
-    assert record["parity"] == {"compared": 48, "declared": [], "flagged": []}
+    assert record["parity"] == {"compared": 49, "declared": [], "flagged": []}
     assert record["tests"]["pairs"] == [] and record["tests"]["untested"] == 1
     lora, meprop = record["rows"]
     assert lora["touched_targets"] == lora["trainable_targets"]
@@ -86,8 +86,19 @@ def test_comparison_is_fair_complete_and_goes_on(
     assert after["status"] == "done"
     assert after["cells"][0]["run"]["finished"] == before[after["cells"][0]["run_dir"]]
     # Another comparison does not write over it.
-    other = cli("compare", "--methods", "full", "--seeds", "1", "-o", "c", "-q", *quick)
-    assert other.code == 2 and "another comparison" in other.flat
+    for others in (
+        ("--methods", "full", *quick),
+        ("--methods", "lora,meprop", *quick, "task.max_length=19"),
+    ):
+        other = cli("compare", "--seeds", "1", "-o", "c", "-q", *others)
+        assert other.code == 2 and "another comparison" in other.flat
+        assert "acceptability lora seed" in other.flat
+    # But it may grow.
+    assert cli("compare", "--methods", "meprop,full,lora", *command[3:]).code == 0
+    grown = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert [row["method"] for row in grown["rows"]] == ["meprop", "full", "lora"]
+    kept = {c["run_dir"]: c["run"]["finished"] for c in grown["cells"]}
+    assert all(kept[c["run_dir"]] == c["run"]["finished"] for c in after["cells"])
 
 
 def test_a_cell_that_fails_is_a_row_that_says_so(

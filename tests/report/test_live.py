@@ -13,8 +13,8 @@ from samples import compare_record, study_record
 
 from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.report import compare_page
+from sparsegrad_cli.report.compare_files import LiveReport, write_compare_report
 from sparsegrad_cli.report.compare_page import Drawings, write_compare_html
-from sparsegrad_cli.report.comparison import LiveReport, write_reports
 from sparsegrad_cli.report.latex import escape_latex
 from sparsegrad_cli.report.tables import escape_markdown
 
@@ -62,11 +62,11 @@ def test_only_tasks_in_which_something_finished_are_drawn_again(
     drawings, record = Drawings(), study_record()
     page = tmp_path / "r.html"
     before = running(record, 2)
-    write_compare_html(before, page, drawings)
+    write_compare_html(before, page, (), drawings)
     assert drawn == ["glue/rte", "glue/cola"]
-    write_compare_html(before | {"finished": "later", "git": {"commit": "x"}}, page, drawings)
+    write_compare_html(before | {"finished": "later", "git": {"commit": "x"}}, page, (), drawings)
     assert drawn == ["glue/rte", "glue/cola"]
-    write_compare_html(record, page, drawings)  # two cells of cola have finished
+    write_compare_html(record, page, (), drawings)  # two cells of cola have finished
     assert drawn == ["glue/rte", "glue/cola", "glue/cola"]
     assert page.read_text(encoding="utf-8").count("<svg>") == 2
 
@@ -97,7 +97,7 @@ def cells_of_html(text: str) -> list[str]:
 def test_html_markdown_and_latex_hold_the_same_numbers(tmp_path: Path) -> None:
     """Every table cell of the Markdown is one of the page, and of the LaTeX where that has it."""
     record = study_record()
-    write_reports(record, tmp_path)
+    write_compare_report(tmp_path, record)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     latex = (tmp_path / "report.tex").read_text(encoding="utf-8")

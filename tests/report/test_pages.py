@@ -4,59 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import outline
 from samples import compare_record, damaged, run_record, study_record
 
 from sparsegrad_cli.report.compare_page import write_compare_html
 from sparsegrad_cli.report.html import write_run_html
 from sparsegrad_cli.report.latex import compare_latex
 from sparsegrad_cli.report.markdown import compare_markdown
-
-VOID = {"meta", "br", "use", "image", "path", "line", "rect", "hr", "img", "link"}
-
-
-class Outline(HTMLParser):
-    """Every tag closed in order; collects text, ids and what the page refers to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.ids: list[str] = []
-        self.refers: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        values = dict(attrs)
-        self.ids += [str(values["id"])] if values.get("id") else []
-        self.refers += [str(values[k]) for k in ("href", "src", "xlink:href") if values.get(k)]
-
-
-def outline(page: str) -> Outline:
-    parser = Outline()
-    parser.feed(page)
-    assert not parser.open
-    return parser
 
 
 def written(record: dict[str, Any], folder: Path, *, compare: bool = False) -> str:
