@@ -56,6 +56,26 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
+def load_configuration(section: ModelSection) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
+
+
+def name_labels(config: Any, spec: TaskSpec) -> None:
+    """Tell a configuration what a task's classes are, or that it is a regression."""
+    names = spec.label_names or ("score",)
+    config.num_labels = 1 if spec.regression else len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = "regression" if spec.regression else "single_label_classification"
+
+
 def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Module:
     """A sequence classifier (or regressor) with a freshly initialised head.
 
@@ -65,14 +85,10 @@ def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Modu
     Raises:
         DownloadError, FileFormatError: as :func:`load_tokenizer`.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+    from transformers import AutoModelForSequenceClassification, set_seed
 
-    names = spec.label_names or ("score",)
-    config = _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
-    config.num_labels = 1 if spec.regression else len(names)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
-    config.problem_type = "regression" if spec.regression else "single_label_classification"
+    config = load_configuration(section)
+    name_labels(config, spec)
     set_seed(seed)
     model: nn.Module = _from_pretrained(
         AutoModelForSequenceClassification.from_pretrained,

@@ -45,7 +45,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
         SparsegradError: of the kind that fits; see the loaders.
     """
     recipe = loaded.recipe
-    _check_precision(loaded)
+    check_precision(loaded)
     section = recipe.task
     columns = section.columns.model_dump(exclude_none=True) if section.columns else None
     task = load_task(
@@ -66,7 +66,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     padding_note = ensure_pad_token(tokenizer, model.config)
     if padding_note:
         observer.note(padding_note)
-    max_length = _fitting_length(recipe, model, observer)
+    max_length = fitting_length(recipe, model.config, observer)
     train_data, validation = tokenize(
         task, tokenizer, max_length=max_length, padding=section.padding
     )
@@ -87,7 +87,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     )
 
 
-def _check_precision(loaded: LoadedRecipe) -> None:
+def check_precision(loaded: LoadedRecipe) -> None:
     """Small increments vanish in half-precision weights: only frozen ones may have it."""
     recipe, method = loaded.recipe, loaded.recipe.method
     beside = isinstance(method, LoraMethod) or (
@@ -103,9 +103,8 @@ def _check_precision(loaded: LoadedRecipe) -> None:
         )
 
 
-def _fitting_length(recipe: Recipe, model: nn.Module, observer: Observer) -> int:
+def fitting_length(recipe: Recipe, config: Any, observer: Observer) -> int:
     """task.max_length, or less where the model has fewer positions."""
-    config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None)
     offset = (
         2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
