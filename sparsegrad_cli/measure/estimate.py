@@ -1,0 +1,230 @@
+"""What a training step will need, before anything is downloaded but a configuration.
+
+One row a recipe: the peak of forward, backward and optimizer by category, counted in a rehearsal
+(:mod:`sparsegrad_cli.measure.rehearsal`); and, for a given device, the largest batch that fits.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsegrad_cli.data.spec import BUILTIN_TASKS, GLUE_TASKS, TaskSpec
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.measure.fit import MOST, largest_batch
+from sparsegrad_cli.measure.ledger import PhasePeak
+from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.measure.rehearsal import STEP, Conditions, Rehearsal
+from sparsegrad_cli.modeling.architectures import configuration_of
+from sparsegrad_cli.modeling.loading import name_labels
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.setup import check_precision, fitting_length
+
+# Of a recipe's train section, what memory depends on.
+_TRAIN = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device's memory.
+
+    Attributes:
+        total_bytes: what it has.
+        overhead_bytes: what is taken before any tensor is: the context, kernels, workspaces.
+    """
+
+    total_bytes: int
+    overhead_bytes: int
+
+    @property
+    def for_tensors(self) -> int:
+        """What is left for tensors."""
+        return self.total_bytes - self.overhead_bytes
+
+
+def estimate(
+    cells: Sequence[tuple[str, LoadedRecipe]],
+    conditions: Conditions,
+    room: Room | None = None,
+    tell: Callable[[str], None] = lambda label: None,
+) -> dict[str, Any]:
+    """Peaks of a training step of every recipe.
+
+    Args:
+        cells: label and recipe of every row.
+        conditions: what is supposed beside the recipes.
+        room: also find the largest batch that fits there.
+        tell: called with each label before its rehearsal.
+
+    Returns:
+        The record that ``--json`` prints: ``conditions``, ``room``, ``rows``, ``seconds``.
+
+    Raises:
+        UsageError, DownloadError, FileFormatError: a recipe that no step can be made of.
+    """
+    started = time.perf_counter()
+    known: dict[str, dict[str, Any]] = {}
+    rows = []
+    for label, loaded in cells:
+        key = _what_memory_depends_on(loaded.recipe)
+        if key not in known:
+            tell(label)
+            known[key] = _row(loaded, conditions, room)
+        rows.append({"label": label, "task": loaded.recipe.task.name, **known[key]})
+    return {
+        "command": "estimate",
+        "conditions": {
+            "kind": conditions.kind,
+            "kernels": conditions.kernels,
+            "padded": conditions.padded,
+        },
+        "room": None if room is None else {**vars(room), "most_examples": MOST},
+        "rows": rows,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _what_memory_depends_on(recipe: Recipe) -> str:
+    plain = to_plain(recipe)
+    train = {key: plain["train"][key] for key in _TRAIN}
+    kept = ("model", "task", "method", "targets", "scope", "calibration")
+    return json.dumps([{key: plain[key] for key in kept}, train])
+
+
+def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    notes = _Notes()
+    config, source = configuration_of(loaded.recipe.model)
+    if conditions.kind == "classifier":
+        name_labels(config, _task(loaded.recipe.task.name, notes))
+        _ensure_padding(config)
+    length = fitting_length(loaded.recipe, config, notes)
+    recipe = loaded.recipe.model_copy(
+        update={"task": loaded.recipe.task.model_copy(update={"max_length": length})}
+    )
+    loaded = replace(loaded, recipe=recipe)
+    _note_what_is_left_out(loaded, notes)
+    train = recipe.train
+    rehearsal = Rehearsal(loaded, config, conditions)
+    size = train.per_device_train_batch_size
+    with _all_here_to_stay():
+        meter = rehearsal.step(size, length)
+        evaluation = rehearsal.evaluation(train.per_device_eval_batch_size, length)
+        fit = None if room is None else _fit(rehearsal, length, room)
+    return {
+        "model": {
+            "name": recipe.model.name,
+            "configuration": source,
+            "parameters": rehearsal.parameters,
+            "dtype": recipe.model.dtype,
+        },
+        "method": recipe.method.model_dump(exclude_none=True),
+        "counts": {
+            "trainable_targets": rehearsal.prepared.counts.trainable_targets,
+            "trainable_head": rehearsal.prepared.counts.trainable_head,
+            "trainable_rest": rehearsal.prepared.counts.trainable_rest,
+            "note": rehearsal.prepared.counts.note,
+        },
+        "batch_shape": [size, length],
+        "gradient_checkpointing": train.gradient_checkpointing,
+        **_step(meter, rehearsal.weights_bytes),
+        "calibrate_peak_bytes": _bytes(rehearsal.calibration),
+        "evaluate_peak_bytes": _bytes(evaluation.peak("evaluate")),
+        "evaluate_batch": train.per_device_eval_batch_size,
+        "fit": fit,
+        "notes": [*notes.lines, *rehearsal.notes],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+@contextmanager
+def _all_here_to_stay() -> Iterator[None]:
+    """Inside, what is there already is not searched for garbage, which the meter does a lot."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _bytes(peak: PhasePeak | None) -> int | None:
+    return None if peak is None else peak.peak_bytes
+
+
+def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
+    """The phase of the step that needs most, its categories, and every phase's peak."""
+    peaks = {name: peak for name in STEP if (peak := meter.peak(name)) is not None}
+    highest = max(peaks, key=lambda name: peaks[name].peak_bytes)
+    categories = dict(peaks[highest].categories)
+    # What the method has added to the model: values of an adapter, positions of a support.
+    categories["adapter"] = categories["weights"] - weights_bytes
+    categories["weights"] = weights_bytes
+    return {
+        "peak_bytes": peaks[highest].peak_bytes,
+        "peak_phase": highest,
+        "beyond_weights_bytes": peaks[highest].peak_bytes - weights_bytes,
+        "categories": categories,
+        "phases": {name: peak.peak_bytes for name, peak in peaks.items()},
+    }
+
+
+def _fit(rehearsal: Rehearsal, length: int, room: Room) -> dict[str, Any]:
+    def peak(size: int) -> int:
+        meter = rehearsal.step(size, length)
+        return max(p.peak_bytes for name in STEP if (p := meter.peak(name)) is not None)
+
+    batch, taken = largest_batch(peak, room.for_tensors)
+    return {"batch": batch, "length": length, "peak_bytes": taken}
+
+
+class _Notes(Observer):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def _task(name: str, notes: _Notes) -> TaskSpec:
+    """The task's labels, where they are known without reading it."""
+    known = BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
+    if known is not None:
+        return known
+    notes.note("two classes supposed: the task's files are not read")
+    return TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
+
+
+def _ensure_padding(config: Any) -> None:
+    """As the tokenizer's end token would do it: classifiers of decoders want to know."""
+    if getattr(config, "pad_token_id", None) is None:
+        end = getattr(config, "eos_token_id", None)
+        config.pad_token_id = end if isinstance(end, int) else 0
+
+
+def _note_what_is_left_out(loaded: LoadedRecipe, notes: _Notes) -> None:
+    train = loaded.recipe.train
+    try:
+        check_precision(loaded)
+    except UsageError as error:
+        notes.note(f"`train` refuses this recipe: {error.what}")
+    if train.gradient_accumulation_steps > 1:
+        notes.note("gradients of earlier micro-batches are there in forward and backward")
+    if train.torch_compile:
+        notes.note("train.torch_compile is left out: what a compiler fuses is not known here")
+    if train.label_smoothing_factor:
+        notes.note("train.label_smoothing_factor is left out")
