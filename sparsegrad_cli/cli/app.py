@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsegrad_cli.cli import compare as compare_command
+from sparsegrad_cli.cli import estimate as estimate_command
 from sparsegrad_cli.cli import recipes as recipe_commands
 from sparsegrad_cli.cli import runs as run_commands
 from sparsegrad_cli.cli.errors import run_guarded
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("train")(run_commands.train)
 app.command("calibrate")(run_commands.calibrate)
 app.command("compare")(compare_command.compare)
+app.command("estimate")(estimate_command.estimate)
 app.command("validate")(recipe_commands.validate)
 app.command("report")(run_commands.report)
 app.add_typer(recipe_commands.configs_app, name="configs")

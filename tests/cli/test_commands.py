@@ -17,7 +17,7 @@ from sparsegrad_cli import __version__
 
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version").out.strip() == f"sparsegrad {__version__}"
-    for command in ("train", "calibrate", "compare", "validate", "report", "configs"):
+    for command in ("train", "calibrate", "compare", "estimate", "validate", "report", "configs"):
         outcome = cli(command, "--help")
         assert outcome.code == 0 and "Usage" in outcome.out
 
