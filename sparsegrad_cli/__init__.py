@@ -2,6 +2,24 @@
 
 The command line is ``sparsegrad`` (:mod:`sparsegrad_cli.cli`). Data flows one way:
 recipe -> model + data -> method -> training -> run records -> report.
+:func:`load_adapter` takes up what ``sparsegrad export --to adapter`` wrote.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
 __version__ = "0.1.0"
+
+
+def load_adapter(
+    folder: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of an exported adapter; see :func:`sparsegrad_cli.export.adapter.load_adapter`."""
+    from sparsegrad_cli.export.adapter import load_adapter as load
+
+    return load(folder, model, trust_remote_code=trust_remote_code)

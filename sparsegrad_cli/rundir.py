@@ -13,7 +13,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic
 
 SCHEMA = 1
-_OURS = ("checkpoint-*", "adapter", "model")
+_OURS = ("checkpoint-*", "adapter", "model", "export-*")
 _OUR_FILES = (
     "run.json",
     "recipe.yaml",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import (
     InterruptedRunError,
@@ -16,6 +16,16 @@ from sparsegrad_cli.errors import (
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.export.options import ExportOptions
+    from sparsegrad_cli.generate.answering import Answerer
+    from sparsegrad_cli.generate.options import (
+        GenerateOptions,
+        GenerationSettings,
+        ModelOptions,
+    )
+    from sparsegrad_cli.judge.session import JudgeOptions
 
 
 def train(
@@ -52,6 +62,127 @@ def calibrate(
         CalibrationSession(loaded, record, observer).run()
 
     return _run(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
+
+
+def export(
+    run: Path,
+    options: ExportOptions,
+    observer: Observer | None = None,
+    *,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Write a run's model in a form that runs elsewhere, and check that it answers alike.
+
+    Returns:
+        The content of export.json, with ``output_dir``.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; nothing is left of the attempt.
+    """
+    from sparsegrad_cli.export.session import export_run
+
+    observer = observer or Observer()
+    try:
+        with _known_errors(
+            again="run the same command again",
+            memory=("--check-examples", "fewer examples, or train.use_cpu=true"),
+        ):
+            return export_run(run, overrides, options, observer)
+    finally:
+        observer.close()
+
+
+def generate(options: GenerateOptions, observer: Observer | None = None) -> dict[str, Any]:
+    """Have a model answer questions, into a file that a later call goes on with.
+
+    Returns:
+        The model, the settings, what was asked and kept, and ``answers``, a line a question.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; answers so far are kept.
+    """
+    from sparsegrad_cli.generate.questions import Question, read_questions
+
+    observer = observer or Observer()
+    if options.prompt is not None:
+        questions = [Question(1, None, (options.prompt,))]
+    else:
+        questions = read_questions(options.questions or "")
+    try:
+        with _generating():
+            from sparsegrad_cli.generate.session import answer_questions
+
+            answerer, about = _answerer(options.model, options.settings, observer)
+            return answer_questions(answerer, about, questions, options, observer)
+    finally:
+        observer.close()
+
+
+def converse(
+    model: ModelOptions,
+    settings: GenerationSettings,
+    talk: Callable[[Answerer, dict[str, Any]], None],
+    observer: Observer | None = None,
+) -> None:
+    """Load a model and hand it to a conversation.
+
+    Args:
+        talk: called with what answers, and the model's record, once the observer is closed.
+
+    Raises:
+        SparsegradError: of the kind that says what happened.
+    """
+    observer = observer or Observer()
+    with _generating():
+        try:
+            answerer, about = _answerer(model, settings, observer)
+            for note in answerer.notes:
+                observer.note(note)
+        finally:
+            observer.close()
+        talk(answerer, about)
+
+
+def _answerer(
+    model: ModelOptions, settings: GenerationSettings, observer: Observer
+) -> tuple[Answerer, dict[str, Any]]:
+    from sparsegrad_cli.generate.answering import Answerer
+    from sparsegrad_cli.generate.loading import load_run
+
+    observer.phase("load", model.source)
+    loaded, tokenizer, about = load_run(model)
+    if about.get("source") not in (None, "adapter"):
+        observer.note(f"the run left no adapter yet: {about['source']} answers")
+    return Answerer(loaded, tokenizer, settings), about
+
+
+def _generating() -> AbstractContextManager[None]:
+    return _known_errors(
+        again="the same command goes on where it stopped",
+        memory=("--batch-size", "a smaller batch, fewer --max-new-tokens, or --device cpu"),
+    )
+
+
+def judge(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:
+    """Have answers graded, or compared, by a language model behind an endpoint. Needs no torch.
+
+    Returns:
+        The content of judge.json; ``status`` is failed if a request failed for good.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; verdicts so far are kept.
+    """
+    from sparsegrad_cli.judge.session import judge_answers
+
+    observer = observer or Observer()
+    try:
+        return judge_answers(options, observer)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "stopped by the user", fix="the same command goes on where it stopped"
+        ) from None
+    finally:
+        observer.close()
 
 
 def _run(
@@ -119,8 +250,20 @@ def _write_report(record: RunRecord, observer: Observer) -> None:
 
 
 @contextmanager
-def _known_errors() -> Iterator[None]:
-    """Ctrl-C and failed allocations as errors of ours, with their exit codes."""
+def _known_errors(
+    again: str = "--resume goes on from the last checkpoint, if there is one",
+    memory: tuple[str, str] = (
+        "train.per_device_train_batch_size",
+        "a smaller batch with more gradient_accumulation_steps, "
+        "train.gradient_checkpointing: true, a shorter task.max_length",
+    ),
+) -> Iterator[None]:
+    """Ctrl-C and failed allocations as errors of ours, with their exit codes.
+
+    Args:
+        again: what to do after Ctrl-C.
+        memory: what to blame for a failed allocation, and what to do.
+    """
     from sparsegrad_cli.training.callbacks import is_out_of_memory
 
     try:
@@ -128,16 +271,13 @@ def _known_errors() -> Iterator[None]:
     except SparsegradError:
         raise
     except KeyboardInterrupt:
-        raise InterruptedRunError(
-            "stopped by the user", fix="--resume goes on from the last checkpoint, if there is one"
-        ) from None
+        raise InterruptedRunError("stopped by the user", fix=again) from None
     except Exception as error:
         if is_out_of_memory(error):
             reason = (str(error).splitlines() or ["an allocation failed"])[0]
             raise OutOfMemoryError(
                 f"memory ran out: {reason}",
-                where="train.per_device_train_batch_size",
-                fix="a smaller batch with more gradient_accumulation_steps, "
-                "train.gradient_checkpointing: true, a shorter task.max_length",
+                where=memory[0],
+                fix=memory[1],
             ) from error
         raise

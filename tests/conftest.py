@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from small import Cli, Outcome
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ METHODS = {
     "full": ("method=full",),
     "lora": ("method=lora",),
     "meprop": ("method=meprop",),
-    "sparsegrad": ("method=sparsegrad",),
-    "core": ("method.form=core", "method.support=static", "method.rank=64"),
+    "sparsegrad": ("method.form=materialized",),
+    "core": ("method.rank=64",),
 }
 
 

@@ -208,8 +208,14 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         MepropMethod(name="meprop", density=0.1, select="rows", unified=True),
         None,
     ),
-    "materialized-layer": (SparsegradMethod(name="sparsegrad", density=0.05), "layer"),
-    "materialized-kind": (SparsegradMethod(name="sparsegrad", density=0.05), "kind"),
+    "materialized-layer": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized"),
+        "layer",
+    ),
+    "materialized-kind": (
+        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized"),
+        "kind",
+    ),
     "rotated-layer": (
         SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
         "layer",
@@ -250,7 +256,7 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     ),
     "meprop-bounded": (MepropMethod(name="meprop", density=0.05, state_capacity=1.5), None),
     "materialized-bounded": (
-        SparsegradMethod(name="sparsegrad", density=0.05, state_capacity=1.5),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized", state_capacity=1.5),
         "layer",
     ),
     "core-dense": (

@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
+from sparsegrad_cli.report.access import harmless
 
 DEBUG_FLAG = "--debug"
 
@@ -55,11 +56,12 @@ def show(error: SparsegradError) -> None:
             body.append("\n" if number else "")
             _append_problem(body, problem)
     else:
-        body.append(error.what.strip())
+        # An error may quote files and servers: what they say is shown and not obeyed.
+        body.append(harmless(error.what.strip()))
         if error.where:
-            body.append(f"\nwhere  {error.where}", style="dim")
+            body.append(harmless(f"\nwhere  {error.where}"), style="dim")
         if error.fix:
-            body.append(f"\nfix    {error.fix}", style="bold")
+            body.append(harmless(f"\nfix    {error.fix}"), style="bold")
     console.print(Panel(body, title=error.title, title_align="left", border_style=colour))
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.report.units import format_bytes
+from sparsegrad_cli.report.access import clean
+from sparsegrad_cli.report.units import format_bytes, format_score
+from sparsegrad_cli.scales import METRICS, scale_of
 
 
 class QuietObserver(Observer):
@@ -51,11 +54,12 @@ class ProgressObserver(Observer):
 
     def phase(self, name: str, detail: str = "") -> None:
         """A line per phase."""
-        self._progress.console.print(f"[bold]{name}[/bold] [dim]{detail}[/dim]", highlight=False)
+        self._progress.console.print(Text.assemble((name, "bold"), " ", (clean(detail), "dim")))
 
     def note(self, text: str) -> None:
         """A dim line."""
-        self._progress.console.print(f"  [dim]note: {text}[/dim]", highlight=False)
+        # A note may quote files and servers: it is no markup.
+        self._progress.console.print(Text(f"  note: {clean(text)}", style="dim"))
 
     def total_steps(self, phase: str, steps: int) -> None:
         """A bar per phase with steps."""
@@ -77,9 +81,12 @@ class ProgressObserver(Observer):
 
     def evaluated(self, record: dict[str, Any]) -> None:
         """A line per evaluation."""
-        self._state["score"] = f"score {100 * record['score']:.1f}"
+        scale = scale_of(record.get("metric"))
+        name = scale.words if scale.lower_is_better else "score"
+        score = f"{name} {format_score(record['score'], scale)}"
+        self._state["score"] = score
+        loss = "" if scale is METRICS["loss"] else f"  loss {record['loss']:.4f}"
         self._progress.console.print(
-            f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  "
-            f"score {100 * record['score']:.1f}  loss {record['loss']:.4f}",
+            f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  {score}{loss}",
             highlight=False,
         )

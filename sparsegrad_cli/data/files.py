@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.data.json_text import json_records
+from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TRAIN_STEMS = ("train",)
+VALIDATION_STEMS = ("validation", "dev", "valid", "val")
 PREFERRED = {
     "csv": (".csv", ".tsv"),
     "json": (".jsonl", ".json"),
@@ -70,7 +73,8 @@ def read_table(files: Path | Sequence[Path], kind: str | None = None) -> Table:
 
 
 def _read_one(path: Path, kind: str | None) -> Table:
-    suffix = path.suffix.lower()
+    name = path.name.lower().removesuffix(".gz")
+    suffix = Path(name).suffix
     if suffix not in SUFFIXES:
         suffix = PREFERRED[kind][0] if kind else suffix
     if suffix == ".parquet":
@@ -88,27 +92,6 @@ def _read_one(path: Path, kind: str | None) -> Table:
     if not len(table):
         raise DataError("the file holds no rows", where=str(path))
     return table
-
-
-def read_text(path: Path) -> str:
-    """The file as UTF-8, without a byte-order mark; line ends untouched.
-
-    Raises:
-        DataError: it cannot be read or is not UTF-8.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the file is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}",
-            where=str(path),
-            fix="save it as UTF-8",
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"the file cannot be read: {error.strerror or error}", where=str(path)
-        ) from None
 
 
 def tab_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -186,40 +169,18 @@ def _consistently_quoted(path: Path) -> list[tuple[int, list[str]]] | None:
 
 
 def _read_json(path: Path) -> Table:
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            records = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
-            raise DataError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-        lines = None
-    else:
-        records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                records.append((number, _parse_line(path, number, line)))
-        lines = [number for number, _ in records]
+    records = list(json_records(path))
     names: dict[str, None] = {}
-    for number, record in records:
-        if not isinstance(record, dict):
+    for record in records:
+        if not isinstance(record.value, dict):
             raise DataError(
-                f"expected an object with named fields, found {type(record).__name__}",
-                where=f"{path}:{number}" if lines else f"{path}, row {number}",
+                f"expected an object with named fields, found {type(record.value).__name__}",
+                where=record.place,
             )
-        names.update(dict.fromkeys(record))
-    columns = {name: [record.get(name) for _, record in records] for name in names}
-    return Table(columns, str(path), lines)
-
-
-def _parse_line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not JSON: {error.msg} at column {error.colno}",
-            where=f"{path}:{number}",
-            fix="one object a line, or one array of objects",
-        ) from None
+        names.update(dict.fromkeys(record.value))
+    columns = {name: [record.value.get(name) for record in records] for name in names}
+    lines = [record.line for record in records if record.line is not None]
+    return Table(columns, str(path), lines or None)
 
 
 def _read_parquet(path: Path) -> Table:

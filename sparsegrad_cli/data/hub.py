@@ -1,16 +1,20 @@
-"""GLUE from the Hugging Face hub or its local cache."""
+"""Data sets from the Hugging Face hub or its local cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from sparsegrad_cli.data.files import Table
 from sparsegrad_cli.data.glue import examples_from_table
-from sparsegrad_cli.data.spec import GLUE_TASKS, RawTask
-from sparsegrad_cli.errors import DownloadError
+from sparsegrad_cli.data.spec import GLUE_TASKS, RawTask, suggest
+from sparsegrad_cli.errors import DownloadError, UsageError
 
-_HUB_ID = "nyu-mll/glue"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_GLUE = "nyu-mll/glue"
 
 
 def load_hub_glue(task: str) -> RawTask:
@@ -22,38 +26,69 @@ def load_hub_glue(task: str) -> RawTask:
     Raises:
         DownloadError: it is neither cached nor reachable; says how to go local.
     """
-    import datasets
-
     spec = GLUE_TASKS[task]
-    notes: list[str] = []
-    unreachable = _why_unreachable()
-    try:
-        with _cache_only(unreachable is not None):
-            loaded = [
-                datasets.load_dataset(_HUB_ID, task, split=split)
-                for split in ("train", *spec.eval_splits)
-            ]
-    except (OSError, ValueError, RuntimeError) as error:
-        text = str(error).strip()
-        reason = unreachable or (text.splitlines()[0] if text else type(error).__name__)
-        raise DownloadError(
-            f"{spec.name} ({_HUB_ID} on the Hugging Face hub) is not in the local cache and "
-            f"cannot be fetched: {reason}",
-            where="task.name",
-            fix=f"point task.path at a local folder that holds {task}'s train and dev files (the "
-            "original TSV files, or Parquet, CSV or JSON lines), or connect once to fill the cache",
-        ) from error
-    if unreachable:
-        notes.append(f"the hub cannot be reached ({unreachable}): {spec.name} is the cached copy")
+    fix = (
+        f"point task.path at a local folder that holds {task}'s train and dev files (the original "
+        "TSV files, or Parquet, CSV or JSON lines), or connect once to fill the cache"
+    )
+    splits = ("train", *spec.eval_splits)
+    loaded, notes = load_hub_splits(_GLUE, splits, config=task, called=spec.name, fix=fix)
     parts = {}
-    for split, data in zip(("train", *spec.eval_splits), loaded, strict=True):
-        table = Table(data.to_dict(), f"{_HUB_ID} {task} {split}")
+    for split, data in loaded.items():
+        table = Table(data.to_dict(), f"{_GLUE} {task} {split}")
         parts[split] = examples_from_table(spec, table, split, notes)
     train = parts.pop("train")
     return RawTask(spec, train, parts, notes)
 
 
-def _why_unreachable() -> str | None:
+def load_hub_splits(
+    hub_id: str,
+    splits: Sequence[str] | None,
+    *,
+    called: str,
+    fix: str,
+    config: str | None = None,
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Splits of a data set by name, and notes for the user.
+
+    Args:
+        hub_id: ``owner/name``.
+        splits: their names; None takes all there are.
+        called: what the user calls the data set.
+        fix: how to do without the hub.
+        config: the data set's configuration, where it has several.
+
+    Raises:
+        UsageError: it has no split of such a name.
+        DownloadError: it is neither cached nor reachable.
+    """
+    import datasets
+
+    unreachable = _why_unreachable(hub_id)
+    try:
+        with _cache_only(unreachable is not None):
+            found = datasets.load_dataset(hub_id, config)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error).strip()
+        reason = unreachable or (text.splitlines()[0] if text else type(error).__name__)
+        raise DownloadError(
+            f"{called} ({hub_id} on the Hugging Face hub) is not in the local cache and "
+            f"cannot be fetched: {reason}",
+            where="task.name",
+            fix=fix,
+        ) from error
+    for split in splits or ():
+        if split not in found:
+            raise UsageError(
+                f"{hub_id} has no split {split!r}", where="task", fix=suggest(split, list(found))
+            )
+    notes = []
+    if unreachable:
+        notes.append(f"the hub cannot be reached ({unreachable}): {called} is the cached copy")
+    return {split: found[split] for split in splits or found}, notes
+
+
+def _why_unreachable(hub_id: str) -> str | None:
     """None when the hub answers, else the reason in words.
 
     One request of at most ten seconds, because load_dataset itself tries for half a minute before
@@ -62,7 +97,7 @@ def _why_unreachable() -> str | None:
     import huggingface_hub
 
     try:
-        huggingface_hub.dataset_info(_HUB_ID, timeout=10)
+        huggingface_hub.dataset_info(hub_id, timeout=10)
     except Exception as error:
         if getattr(error, "response", None) is not None:
             return None  # it answered, if with an error: load_dataset says what to make of that

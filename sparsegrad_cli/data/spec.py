@@ -11,6 +11,8 @@ from sparsegrad_cli.errors import UsageError
 CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
 SCORE_METRICS = ("pearson", "spearmanr")
 FILE_TASKS = ("csv", "json", "parquet")
+CHAT_TASKS = ("oasst", "chat", "builtin:dialogues")
+CHAT_METRICS = ("loss", "perplexity", "token_accuracy")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ BUILTIN_TASKS: dict[str, TaskSpec] = {
 
 def known_task_names() -> list[str]:
     """Every name that ``task.name`` takes."""
-    return [*(f"glue/{name}" for name in GLUE_TASKS), *BUILTIN_TASKS, *FILE_TASKS]
+    return [*(f"glue/{name}" for name in GLUE_TASKS), *BUILTIN_TASKS, *FILE_TASKS, *CHAT_TASKS]
 
 
 def with_metric(spec: TaskSpec, metric: str | None) -> TaskSpec:

@@ -12,6 +12,8 @@ from typing import Any
 from sparsegrad_cli.data.files import (
     PREFERRED,
     SUFFIXES,
+    TRAIN_STEMS,
+    VALIDATION_STEMS,
     Table,
     find_split,
     looked_for,
@@ -28,8 +30,6 @@ from sparsegrad_cli.data.spec import (
 )
 from sparsegrad_cli.errors import DataError, UsageError
 
-_TRAIN = ("train",)
-_VALIDATION = ("validation", "dev", "valid", "val")
 _ROLES = ("text", "text_pair", "label")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -105,15 +105,16 @@ def _find_tables(name: str, path: Path) -> tuple[Table, Table | None]:
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}", where="task.path")
     suffixes = (*PREFERRED[name], *(s for s in SUFFIXES if s not in PREFERRED[name]))
-    train_files = find_split(path, _TRAIN, suffixes)
+    train_files = find_split(path, TRAIN_STEMS, suffixes)
     if not train_files:
         raise DataError(
             "the folder has no training file",
             where=str(path),
-            fix=f"looked for: {looked_for(_TRAIN, suffixes)}; or let task.path be the file itself",
+            fix=f"looked for: {looked_for(TRAIN_STEMS, suffixes)}; or let task.path be the file "
+            "itself",
         )
     train = read_table(train_files)
-    validation_files = find_split(path, _VALIDATION, suffixes)
+    validation_files = find_split(path, VALIDATION_STEMS, suffixes)
     return train, read_table(validation_files) if validation_files else None
 
 

@@ -25,7 +25,8 @@ from sparsegrad_cli.modeling.loading import name_labels
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.training.setup import check_precision, fitting_length
+from sparsegrad_cli.training.setup import check_precision
+from sparsegrad_cli.training.texts import fitting_length
 
 # Of a recipe's train section, what memory depends on.
 _TRAIN = (
@@ -112,7 +113,9 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
     if conditions.kind == "classifier":
         name_labels(config, _task(loaded.recipe.task.name, notes))
         _ensure_padding(config)
-    length = fitting_length(loaded.recipe, config, notes)
+    length, cut = fitting_length(loaded.recipe.task.max_length, config)
+    if cut:
+        notes.note(cut)
     recipe = loaded.recipe.model_copy(
         update={"task": loaded.recipe.task.model_copy(update={"max_length": length})}
     )

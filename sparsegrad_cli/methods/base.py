@@ -2,12 +2,14 @@
 
 Life of a method: ``prepare`` (freeze, change the model, say what trains) -> ``optimizer`` ->
 training -> ``adapter_tensors`` (what is worth keeping) / ``load_adapter`` (put it back onto a
-freshly loaded model). ``prepare`` must not change what the model computes, nor draw from the
+freshly loaded model) -> ``merged_OI`` and ``factors`` (what a plain layer, or a LoRA adapter, must
+hold to compute the same). ``prepare`` must not change what the model computes, nor draw from the
 global random state in a way that depends on the method: the caller forks it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.modeling.precision import HALF, accept_half_inputs, open_parameter
 from sparsegrad_cli.modeling.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -86,6 +89,33 @@ class Prepared:
     bases: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A target's change as LoRA writes it: W + s B A.
+
+    Attributes:
+        b: B, (out, r).
+        a: A, (r, in).
+        alpha: s is alpha / r.
+        rslora: s is alpha / sqrt(r) instead (Kalajdzievski 2023).
+    """
+
+    b: Tensor
+    a: Tensor
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    def product_OI(self) -> Tensor:
+        """s B A in float64, (out, r) @ (r, in)."""
+        scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scale * (self.b.double() @ self.a.double())
+
+
 class Method(Protocol):
     """The contract. One object serves one model."""
 
@@ -121,7 +151,16 @@ class Method(Protocol):
 
         Raises:
             KeyError: names do not belong to this model and method.
+            ValueError: positions do not fit their target.
         """
+        ...
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """What a plain layer must hold to compute what the target does: (out, in), float64."""
+        ...
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """The target's change of low rank, exactly; None where W itself has changed."""
         ...
 
 
@@ -143,8 +182,11 @@ def open_scope(
             for name, parameter in model.named_parameters()
             if id(parameter) not in adapted and name not in head
         }
+    half = any(parameter.dtype in HALF for parameter in model.parameters())
     for parameter in (*head.values(), *rest.values()):
-        parameter.requires_grad_(True)
+        open_parameter(parameter)
+    if half:
+        accept_half_inputs(model, head.values())
     return head, rest
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -23,6 +24,7 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.core_plan import asked_entries, planned_supports
+from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.optimizer import (
     Selection,
     SelectiveAdamW,
@@ -31,7 +33,7 @@ from sparsegrad_cli.methods.optimizer import (
 )
 from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks, use_lean_gates
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.numerics.core_linear import core_linear
+from sparsegrad_cli.numerics.core_linear import core_linear, effective_weight
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.numerics.supports import (
     bounded,
@@ -219,7 +221,27 @@ class SparsegradCore:
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Copy back by name; positions too, so that the adapter does not depend on its making."""
         positions = {n: t for n, t in tensors.items() if n.endswith(".support")}
+        fixed = {n: layer for n, layer in self._layers.items() if "support" in layer._buffers}
+        for name, layer in fixed.items():
+            room = layer.shape[0] * layer.shape[1]
+            check_positions(name, positions[f"{name}.support"], layer.values, room)
         load_by_name(model, {n: t for n, t in tensors.items() if n not in positions})
-        for name, layer in self._layers.items():
-            if "support" in layer._buffers:
-                layer.support.copy_(positions[f"{name}.support"])
+        for name, layer in fixed.items():
+            layer.support.copy_(positions[f"{name}.support"])
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """W + Q_out S Q_in'."""
+        layer = self._layers[target.name]
+        weight_OI = target.weight_OI(model).detach().double()
+        core_RS = layer.core_RS().detach().double()
+        return effective_weight(weight_OI, core_RS, layer.q_out.double(), layer.q_in.double())
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """B = Q_out S, A = Q_in', or B = Q_out, A = S Q_in': whichever has the lower rank."""
+        layer = self._layers[target.name]
+        core_RS = layer.core_RS().detach().double()
+        q_out, q_in = layer.q_out.double(), layer.q_in.double()
+        r_out, r_in = layer.shape
+        if r_in <= r_out:
+            return Factors(q_out @ core_RS, q_in.T, r_in)
+        return Factors(q_out, core_RS @ q_in.T, r_out)

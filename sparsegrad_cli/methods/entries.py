@@ -40,10 +40,32 @@ def unpack_entries(
 
     Raises:
         KeyError: a target without entries, or a name the model does not have.
+        ValueError: positions that no adapter of this target can have.
     """
     plain = {n: t for n, t in tensors.items() if not n.startswith((_POSITIONS, _VALUES))}
+    found = {t.name: (tensors[_POSITIONS + t.name], tensors[_VALUES + t.name]) for t in targets}
+    for target in targets:
+        positions, values = found[target.name]
+        check_positions(target.name, positions, values, target.size)
     load_by_name(model, plain)
-    return {
-        t.name: (tensors[_POSITIONS + t.name].to(torch.int64), tensors[_VALUES + t.name])
-        for t in targets
-    }
+    return {name: (positions.long(), values) for name, (positions, values) in found.items()}
+
+
+def check_positions(name: str, positions: Tensor, values: Tensor, room: int) -> None:
+    """Refuse positions that are not those of ``values`` in a matrix of ``room`` entries.
+
+    An index that is negative or too large would write elsewhere or fail halfway.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if positions.dtype not in (torch.int32, torch.int64) or positions.ndim != 1:
+        raise ValueError(f"positions of {name} are no list of whole numbers")
+    if positions.shape != values.shape:
+        raise ValueError(f"{name} has {len(positions)} positions for {values.numel()} values")
+    if not len(positions):
+        return
+    if int(positions.min()) < 0 or int(positions.max()) >= room:
+        raise ValueError(f"positions of {name} lie outside its {room} entries")
+    if not bool((positions[1:] > positions[:-1]).all()):
+        raise ValueError(f"positions of {name} do not ascend: one may be there twice")

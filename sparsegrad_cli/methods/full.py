@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -17,6 +18,7 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.method_section import FullMethod
@@ -47,7 +49,7 @@ class Full:
         for target in targets:
             weight = model.get_submodule(target.name).weight
             assert isinstance(weight, nn.Parameter)
-            weight.requires_grad_(True)
+            open_parameter(weight)
         entries = tuple(TargetCount(target, target.size) for target in targets)
         counts = Counts(entries, count_parameters(head), count_parameters(rest), total)
         return Prepared(counts)
@@ -63,3 +65,11 @@ class Full:
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Copy back by name."""
         load_by_name(model, tensors)
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """The weight as it is."""
+        return target.weight_OI(model).detach().double()
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """None: W itself has changed."""
+        return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -102,3 +104,21 @@ class Lora:
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Copy back by name."""
         load_by_name(model, tensors)
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """W and what peft itself would merge into it."""
+        layer: Any = model.get_submodule(target.name)
+        delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
+        delta_OI = delta.T if target.transposed else delta
+        return target.weight_OI(model).detach().double() + delta_OI.double()
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """B and A as they are, with the recipe's alpha."""
+        layer: Any = model.get_submodule(target.name)
+        name = layer.active_adapters[0]
+        return Factors(
+            layer.lora_B[name].weight.detach(),
+            layer.lora_A[name].weight.detach(),
+            layer.lora_alpha[name],
+            layer.use_rslora[name],
+        )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -21,6 +22,7 @@ from sparsegrad_cli.methods.base import (
 )
 from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_settings
+from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
@@ -77,7 +79,7 @@ class Meprop:
         for target in targets:
             layer = model.get_submodule(target.name)
             assert isinstance(layer.weight, nn.Parameter)
-            layer.weight.requires_grad_(True)
+            open_parameter(layer.weight)
             if self.settings.select == "rows":
                 k = self._rows(target)
                 swapped = MepropLinear(
@@ -144,3 +146,11 @@ class Meprop:
                 weight = model.get_submodule(name).weight
                 assert isinstance(weight, nn.Parameter)
                 weight.view(-1)[positions.to(weight.device)] = values.to(weight)
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """The weight as it is."""
+        return target.weight_OI(model).detach().double()
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """None: W itself has changed."""
+        return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import (
     Counts,
+    Factors,
     Prepared,
     TargetCount,
     count_parameters,
@@ -26,9 +27,10 @@ from sparsegrad_cli.methods.base import (
 )
 from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_settings
+from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.numerics.rotation import from_sparse_core, rotated_linear, to_core
+from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
 from sparsegrad_cli.numerics.supports import bounded, entries_for
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -101,6 +103,7 @@ class Sparsegrad:
         for target in targets:
             layer = model.get_submodule(target.name)
             assert isinstance(layer.weight, nn.Parameter)
+            open_parameter(layer.weight)  # before the bases take its dtype
             given = bases[target.name]
             if id(given) not in moved:
                 moved[id(given)] = _on(given, layer.weight)
@@ -110,7 +113,6 @@ class Sparsegrad:
                 bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
                 layer = RotatedLinear(target.weight_OI(model), bias, basis)
                 model.set_submodule(target.name, layer)
-            self._weight(model, target).requires_grad_(True)
         counts = tuple(TargetCount(t, self._entries(t)) for t in targets)
         requested = sum(count.entries for count in counts)
         return Prepared(
@@ -171,6 +173,23 @@ class Sparsegrad:
                 delta = values - core[positions]
                 weight_OI = target.weight_OI(model)
                 weight_OI += from_sparse_core(positions, delta, self._bases[target.name])
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """W, or the core rotated back."""
+        weight_OI = target.weight_OI(model).detach().double()
+        if not self._rotated:
+            return weight_OI
+        return from_core(self._weight(model, target).detach().double(), self._exact(target))
+
+    def _exact(self, target: Target) -> Basis:
+        basis = self._bases[target.name]
+        return Basis(
+            basis.q_out.double(), basis.q_in.double(), basis.singular_out, basis.singular_in
+        )
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """None: W itself has changed, in directions that add up to full rank."""
+        return None
 
 
 def _on(basis: Basis, like: Tensor) -> Basis:

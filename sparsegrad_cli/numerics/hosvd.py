@@ -26,7 +26,8 @@ class Basis:
     Attributes:
         q_out: (out, r_out), columns orthonormal.
         q_in: (in, r_in), columns orthonormal.
-        singular_out: (r_out,) singular values of the stack unfolded along out, descending.
+        singular_out: (r_out,) singular values of the stack unfolded along out, descending. Read
+            from a file there may be more: those of the directions that were left out follow.
         singular_in: (r_in,) the same along in.
     """
 

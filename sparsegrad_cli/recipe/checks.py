@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparsegrad_cli.data.spec import known_task_names
+from sparsegrad_cli.data.spec import CHAT_TASKS, known_task_names
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Place, dotted, find_place
 
-BUILTIN_MODELS = ("builtin:minilm",)
+BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 _FILE_TASKS = ("csv", "json", "parquet")
 
 
-def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Problem]:
-    """Unknown task or built-in model, and files or folders that are not there."""
+def outside_problems(
+    recipe: Recipe, places: Mapping[KeyPath, Place], *, data: bool = True
+) -> list[Problem]:
+    """Unknown task or built-in model, and files or folders that are not there.
+
+    Args:
+        data: the task's files count, too.
+    """
     found: list[tuple[KeyPath, str, str | None]] = []
     task = recipe.task
     names = known_task_names()
@@ -27,8 +33,17 @@ def outside_problems(recipe: Recipe, places: Mapping[KeyPath, Place]) -> list[Pr
     elif task.name in _FILE_TASKS and task.path is None:
         fix = f"give task.path: the {task.name} file, or a folder with train and validation files"
         found.append((("task", "path"), f"is missing for task {task.name}", fix))
-    if task.path is not None and not Path(task.path).expanduser().exists():
+    elif task.name == "chat" and task.path is None and not (task.chat and task.chat.hub):
+        fix = "give task.path (a file or folder) or task.chat.hub (owner/name)"
+        found.append((("task", "path"), "is missing for task chat", fix))
+    if task.name in CHAT_TASKS and recipe.train.label_smoothing_factor:
+        what = f"label smoothing needs all logits, which {task.name} never makes"
+        found.append((("train", "label_smoothing_factor"), what, "leave it out"))
+    if data and task.path is not None and not Path(task.path).expanduser().exists():
         found.append((("task", "path"), f"no such file or folder: {task.path}", None))
+    forgetting = task.chat.forgetting if task.chat else None
+    if data and forgetting is not None and not Path(forgetting).expanduser().is_file():
+        found.append((("task", "chat", "forgetting"), f"no such file: {forgetting}", None))
     model = recipe.model.name
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:
         what = f"unknown built-in model {model!r}"

@@ -18,7 +18,11 @@ from sparsegrad_cli.recipe.source import (
 )
 
 # A file name that is relative in a recipe means relative to that recipe's folder.
-_PATH_KEYS: tuple[KeyPath, ...] = (("task", "path"), ("calibration", "basis"))
+_PATH_KEYS: tuple[KeyPath, ...] = (
+    ("task", "path"),
+    ("task", "chat", "forgetting"),
+    ("calibration", "basis"),
+)
 _SELECTS_BY_DENSITY = ("meprop", "sparsegrad")
 
 
@@ -71,8 +75,10 @@ def _read_with_parents(
 
 def _anchor_paths(layer: Layer, folder: Path) -> None:
     for keys in _PATH_KEYS:
-        section = layer.data.get(str(keys[0]))
-        name = str(keys[1])
+        section: Any = layer.data
+        for key in keys[:-1]:
+            section = section.get(key) if isinstance(section, dict) else None
+        name = str(keys[-1])
         if isinstance(section, dict) and isinstance(section.get(name), str):
             path = Path(section[name]).expanduser()
             if not path.is_absolute() and (folder / path).exists():

@@ -43,12 +43,15 @@ class LoadedRecipe:
         return f"{place.file}{line}: {key}"
 
 
-def load_recipe(source: str | Path | None, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
+def load_recipe(
+    source: str | Path | None, overrides: tuple[str, ...] = (), *, data: bool = True
+) -> LoadedRecipe:
     """Read, stack and check a recipe; without a source, the shipped ``quickstart``.
 
     Args:
         source: a YAML file, or the name of a shipped recipe.
         overrides: ``key.path=value`` texts, strongest.
+        data: the task's files must be there.
 
     Raises:
         RecipeError: everything that is wrong, together, each with file, line and key.
@@ -56,7 +59,7 @@ def load_recipe(source: str | Path | None, overrides: tuple[str, ...] = ()) -> L
     name = str(source) if source is not None else "configs/quickstart.yaml"
     layer = stack(read_layers(name, overrides))
     recipe = check(layer, Recipe)
-    problems = outside_problems(recipe, layer.places)
+    problems = outside_problems(recipe, layer.places, data=data)
     if problems:
         raise RecipeError(problems)
     return LoadedRecipe(recipe, name, layer.places)

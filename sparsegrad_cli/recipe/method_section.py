@@ -48,12 +48,12 @@ class SparsegradMethod(Section):
     name: Literal["sparsegrad"]
     density: Density = 0.01
     form: Literal["core", "rotated", "materialized"] = Field(
-        "materialized",
+        "core",
         description="core: W frozen, a small core beside it; rotated: the paper's layer; "
         "materialized: its updates on the plain layer",
     )
     support: Literal["static", "dynamic", "refresh", "dense"] = Field(
-        "dynamic",
+        "static",
         description="static: chosen once (core's default); dynamic: anew in every step (the other "
         "forms' only way); refresh: anew every refresh_steps; dense: all of the core",
     )

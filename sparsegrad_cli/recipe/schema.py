@@ -17,49 +17,22 @@ from sparsegrad_cli.recipe.method_section import (
     SparsegradMethod,
 )
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+from sparsegrad_cli.recipe.task_section import TaskSection
 
 
 class ModelSection(Section):
     """``model: NAME`` is short for ``model: {name: NAME}``."""
 
     name: str = Field(
-        "builtin:minilm", description="hub id, local folder, or builtin:minilm", min_length=1
+        "builtin:minilm",
+        description="hub id, local folder, builtin:minilm or builtin:smollm2",
+        min_length=1,
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the frozen weights"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-
-
-class ColumnsSection(Section):
-    """Names of the columns in the user's own files."""
-
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-
-
-class TaskSection(Section):
-    """``task: NAME`` is short for ``task: {name: NAME}``."""
-
-    name: str = Field(
-        "builtin:acceptability",
-        description="glue/<task>, builtin:acceptability, csv, json or parquet",
-        min_length=1,
-    )
-    path: str | None = Field(None, description="local file or folder that holds the task")
-    columns: ColumnsSection | None = None
-    metric: str | None = Field(None, description="score to select by; the task's own by default")
-    max_length: Annotated[int, Field(ge=1)] = Field(128, description="tokens kept of an example")
-    padding: Literal["dynamic", "fixed"] = Field(
-        "dynamic", description="pad to the batch's longest, or always to max_length (the paper)"
-    )
-    train_limit: PositiveInt | None = Field(None, description="first n training examples only")
-    eval_limit: PositiveInt | None = Field(None, description="first n validation examples only")
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share split off when the user's files have no validation part"
-    )
 
 
 class TargetsSection(Section):
@@ -95,7 +68,11 @@ def parse_slice(text: str) -> slice:
 
 
 class CalibrationSection(Section):
-    """Gradient steps with no update, from which the bases are made."""
+    """Gradient steps with no update, from which the bases are made.
+
+    The defaults of source, decomposition and warmup_steps here are the paper's; a recipe with the
+    core form has others (:func:`calibration_of_the_form`).
+    """
 
     steps: PositiveInt = 32
     batch_size: PositiveInt | None = Field(None, description="the training batch size by default")
@@ -104,13 +81,14 @@ class CalibrationSection(Section):
     )
     source: Literal["batch", "token", "random", "original"] = Field(
         "batch",
-        description="batch: gradients of batches (the paper); token: g and x of every token; "
+        description="batch: gradients of batches (the paper); token: g and x of every token (with "
+        "the core form by default); "
         "random, original: bases that know nothing of the data, to compare with",
     )
     decomposition: Literal["exact", "sequential", "randomized"] = Field(
         "exact",
         description="exact: Gram matrices; sequential: the narrow side first, then the wide one "
-        "projected; randomized: thin products only, no Gram matrix",
+        "projected; randomized: thin products only, no Gram matrix (with the core form by default)",
     )
     power_steps: NonNegativeInt = Field(0, description="randomized: passes beyond the first")
     score: Literal["spectral", "gradient", "square", "token_square"] = Field(
@@ -119,7 +97,9 @@ class CalibrationSection(Section):
         "of |core gradient|, of its square, or of its square by token",
     )
     warmup_steps: NonNegativeInt = Field(
-        0, description="steps of the head alone before calibration, undone afterwards"
+        0,
+        description="steps of the head alone before calibration, undone afterwards; with the core "
+        "form 50 by default",
     )
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     keep_head: bool = Field(False, description="training starts from the warmed head")
@@ -202,12 +182,35 @@ class TrainSection(Section):
         return self
 
 
+def calibration_of_the_form(method: Any, calibration: dict[str, Any]) -> dict[str, Any]:
+    """The calibration section with what is not said filled in for the core form.
+
+    Tokens, a warm head and thin products score best and cost least there (docs/results.md). The
+    other forms keep what the paper does.
+
+    Args:
+        method, calibration: as a recipe says them, not yet checked.
+    """
+    said = {"name": method} if isinstance(method, str) else method
+    said = said if isinstance(said, dict) else {}
+    form = said.get("form", SparsegradMethod.model_fields["form"].default)
+    if said.get("name", "sparsegrad") != "sparsegrad" or form != "core":
+        return calibration
+    filled = {"warmup_steps": 50, **calibration}
+    if filled.get("decomposition") != "sequential":
+        filled.setdefault("source", "token")
+    # A share of the energy can only be told from all of it.
+    if not isinstance(said.get("rank"), float) and filled.get("source") in ("batch", "token"):
+        filled.setdefault("decomposition", "randomized")
+    return filled
+
+
 class Recipe(Section):
     """One run, wholly described."""
 
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
-    method: MethodSection = SparsegradMethod(name="sparsegrad")
+    method: MethodSection = SparsegradMethod(name="sparsegrad", support="static")
     targets: TargetsSection = TargetsSection()
     scope: Literal["head", "rest"] = Field(
         "head", description="what trains beside the targets: the head, or everything else"
@@ -219,6 +222,17 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     seed: NonNegativeInt = 42
     output_dir: str | None = Field(None, description="runs/<task>-<method>-<n> by default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_the_form_calibrates_with(cls, data: Any) -> Any:
+        """What is not said follows the form, so that a resolved recipe says it."""
+        if not isinstance(data, dict):
+            return data
+        calibration = data.get("calibration", {})
+        if not isinstance(calibration, dict):
+            return data
+        return data | {"calibration": calibration_of_the_form(data.get("method", {}), calibration)}
 
     @field_validator("model", "task", mode="before")
     @classmethod

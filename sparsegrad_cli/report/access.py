@@ -11,6 +11,9 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+# Embeddings, overrides and isolates: what follows is written backwards until further notice.
+_TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
+
 
 def dig(data: Any, *keys: str) -> Any:
     """The value under nested keys, or None where a key is missing or its parent no mapping."""
@@ -71,6 +74,23 @@ def text(data: Any, *keys: str) -> str | None:
     if isinstance(found, bool):
         return "yes" if found else "no"
     return clean(str(found)) or None
+
+
+def harmless(raw: str) -> str:
+    """Text of several lines that a terminal shows and does not obey.
+
+    Control characters become their pictures, ESC becomes ␛; those that have none, the marks that
+    turn the direction of writing, and lone surrogates become U+FFFD. Line breaks and tabs stay.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else _shown(c) for c in raw)
+
+
+def _shown(character: str) -> str:
+    code, kind = ord(character), unicodedata.category(character)
+    if code < 0x20 or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    turns = unicodedata.bidirectional(character) in _TURNING
+    return "\ufffd" if kind in ("Cc", "Cs") or turns else character
 
 
 def clean(raw: str) -> str:

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from sparsegrad_cli.report.access import number, numbers, text
-from sparsegrad_cli.report.compare_record import cells_of, figures_of, methods_of, rows_of
+from sparsegrad_cli.report.compare_record import (
+    cells_of,
+    figures_of,
+    methods_of,
+    rows_of,
+    scale_of_rows,
+)
 from sparsegrad_cli.report.run_charts import MIB, score_points
 from sparsegrad_cli.report.svg import (
     INK,
@@ -20,7 +26,7 @@ from sparsegrad_cli.report.svg import (
     stacked,
     whole_steps,
 )
-from sparsegrad_cli.report.words import CATEGORIES, metric_words
+from sparsegrad_cli.report.words import CATEGORIES
 
 
 def score_dots(compare: Any, task: str) -> str | None:
@@ -28,30 +34,30 @@ def score_dots(compare: Any, task: str) -> str | None:
     rows = [row for row in rows_of(compare, task) if number(row, "score_mean") is not None]
     if not rows:
         return None
+    times = scale_of_rows(rows).times
     with Canvas(7.2, 3.0) as canvas:
         axes = canvas.axes
         for at, row in enumerate(rows):
-            mean, spread = 100 * (number(row, "score_mean") or 0), number(row, "score_std") or 0
+            mean, spread = number(row, "score_mean") or 0, number(row, "score_std") or 0
             tint = colour(_place(compare, row))
-            scores = [100 * score for score in numbers(row, "scores")]
+            scores = [times * score for score in numbers(row, "scores")]
             if len(scores) > 1:
-                axes.errorbar(
-                    [at + 0.12], [mean], [100 * spread], fmt="_", ms=16, capsize=4, color=tint
-                )
+                bar = ([at + 0.12], [times * mean], [times * spread])
+                axes.errorbar(*bar, fmt="_", ms=16, capsize=4, color=tint)
             axes.plot([at - 0.08] * len(scores), scores, "o", ms=6, alpha=0.8, color=tint)
             for figure in figures_of(compare, task, text(row, "method")):
                 axes.plot(
                     [at + 0.28],
-                    [100 * (number(figure, "score") or 0)],
+                    [times * (number(figure, "score") or 0)],
                     "D",
                     ms=5,
                     mfc="none",
                     mec=INK,
                 )
         for level in _majorities(compare, task):
-            axes.axhline(100 * level, color=INK, lw=1, ls=":", label="majority class")
+            axes.axhline(times * level, color=INK, lw=1, ls=":", label="majority class")
         name_ticks(axes, [text(row, "method") or "?" for row in rows])
-        axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=f"{_metric(rows)} ×100")
+        axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=scale_of_rows(rows).label)
         grid(axes)
         legend(axes)
     return canvas.svg()
@@ -67,6 +73,8 @@ def learning_curves(compare: Any, task: str) -> str | None:
             drawn.append((at, method, curves))
     if not drawn:
         return None
+    scale = scale_of_rows(rows_of(compare, task))
+    times = scale.times
     with Canvas(7.2, 3.2) as canvas:
         axes = canvas.axes
         for at, method, curves in drawn:
@@ -76,8 +84,8 @@ def learning_curves(compare: Any, task: str) -> str | None:
             means = [float(np.mean([curve[step] for curve in curves])) for step in shared]
             axes.plot(shared, means, marker="o", ms=3.5, color=colour(at), label=plain(method))
         for level in _majorities(compare, task):
-            axes.axhline(100 * level, color=INK, lw=1, ls=":", label="majority class")
-        axes.set(xlabel="optimizer step", ylabel=f"{_metric(rows_of(compare, task))} ×100")
+            axes.axhline(times * level, color=INK, lw=1, ls=":", label="majority class")
+        axes.set(xlabel="optimizer step", ylabel=scale.label)
         whole_steps(axes)
         grid(axes)
         legend(axes)
@@ -85,7 +93,7 @@ def learning_curves(compare: Any, task: str) -> str | None:
 
 
 def score_against_memory(compare: Any, task: str) -> str | None:
-    """Score over peak memory beyond the weights: up and to the left is better."""
+    """Score over peak memory beyond the weights."""
     found = [
         (row, number(row, "beyond_weights_bytes"), number(row, "score_mean"))
         for row in rows_of(compare, task)
@@ -97,14 +105,15 @@ def score_against_memory(compare: Any, task: str) -> str | None:
     ]
     if len(there) < 2 or not any(memory for _, memory, _ in there):
         return None
+    scale = scale_of_rows([row for row, _, _ in there])
     with Canvas(7.2, 3.0) as canvas:
         axes = canvas.axes
         for row, memory, score in there:
-            spread = 100 * (number(row, "score_std") or 0.0)
+            spread = scale.times * (number(row, "score_std") or 0.0)
             name, tint = plain(text(row, "method") or "?"), colour(_place(compare, row))
             axes.errorbar(
                 [memory / MIB],
-                [100 * score],
+                [scale.times * score],
                 [spread],
                 fmt="o",
                 ms=7,
@@ -115,7 +124,7 @@ def score_against_memory(compare: Any, task: str) -> str | None:
         axes.set_xlim(left=0, right=1.1 * max(memory for _, memory, _ in there) / MIB)
         axes.set(
             xlabel="peak beyond the weights, MiB",
-            ylabel=f"{_metric([row for row, _, _ in there])} ×100",
+            ylabel=scale.label,
         )
         grid(axes, "both")
         legend(axes)
@@ -154,10 +163,6 @@ def speed_bars(compare: Any, task: str) -> str | None:
         axes.set_xlabel("optimizer steps/s")
         grid(axes, "x")
     return canvas.svg()
-
-
-def _metric(rows: Any) -> str:
-    return metric_words(next((text(row, "metric") for row in rows if text(row, "metric")), None))
 
 
 def _place(compare: Any, row: Any) -> int:

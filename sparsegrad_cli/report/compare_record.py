@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsegrad_cli.report.access import dig, items, mappings, number, text
 from sparsegrad_cli.report.units import format_p, format_score
+from sparsegrad_cli.scales import Scale, scale_of
 
 FEW_SEEDS = 3  # below: no test can tell; up to WEAK_TEST: only a large, steady difference shows
 WEAK_TEST = 5
@@ -32,6 +33,11 @@ def methods_of(compare: Any) -> list[str]:
 def rows_of(compare: Any, task: str) -> list[Row]:
     """The rows of a task, one a method."""
     return [row for row in mappings(compare, "rows") if text(row, "task") == task]
+
+
+def scale_of_rows(rows: Sequence[Row]) -> Scale:
+    """The scale of a task's scores."""
+    return scale_of(next((text(row, "metric") for row in rows if text(row, "metric")), None))
 
 
 def cells_of(compare: Any, task: str, method: str) -> list[Row]:
@@ -63,7 +69,8 @@ def difference_cell(row: Row) -> str:
     parts = [f"p {format_p(p)}" if p is not None else "no p"]
     if n is not None:
         parts.append(f"n {n:.0f}")
-    return f"{format_score(mean, sign=True)} ({', '.join(parts)})"
+    shown = format_score(mean, scale_of(text(row, "metric")), sign=True)
+    return f"{shown} ({', '.join(parts)})"
 
 
 def reference_of(rows: Sequence[Row]) -> str | None:

@@ -14,6 +14,7 @@ from sparsegrad_cli.report.compare_record import (
     methods_of,
     reference_of,
     rows_of,
+    scale_of_rows,
     seeds_remark,
     tasks_of,
 )
@@ -25,7 +26,8 @@ from sparsegrad_cli.report.units import (
     format_score,
     format_spread,
 )
-from sparsegrad_cli.report.words import metric_words, reason, status_of, status_words
+from sparsegrad_cli.report.words import reason, status_of, status_words
+from sparsegrad_cli.scales import METRICS, Scale, scale_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def _score(row: Row) -> Cell:
     mean = number(row, "score_mean")
     if mean is None:
         return status_cell(row) or None
-    return format_spread(mean, number(row, "score_std"))
+    return format_spread(mean, number(row, "score_std"), scale_of(text(row, "metric")))
 
 
 def _seeds(row: Row) -> Cell:
@@ -93,7 +95,8 @@ def _plain(key: str, digits: int) -> Callable[[Row], Cell]:
 def _published(compare: Any) -> Callable[[Row], Cell]:
     def cell(row: Row) -> Cell:
         found = figures_of(compare, text(row, "task"), text(row, "method"))
-        shown = [format_spread(number(f, "score"), number(f, "std")) for f in found]
+        scale = scale_of(text(row, "metric"))
+        shown = [format_spread(number(f, "score"), number(f, "std"), scale) for f in found]
         return "; ".join(shown)
 
     return cell
@@ -118,10 +121,9 @@ _COSTS = (
     Column("calibration, s", _plain("calibrate_s", 1)),
     Column("adapter, MiB", _mib("adapter_bytes")),
 )
+_METHOD = Column("method", _name)
 # The same in a hundred characters; published figures have a table of their own there.
 _NARROW = (
-    Column("method", _name),
-    Column("score ×100", _score_and_seeds),
     Column("trainable", _count("trainable")),
     Column("peak\nMiB", _mib("peak_bytes")),
     Column("beyond\nMiB", _mib("beyond_weights_bytes")),
@@ -133,15 +135,16 @@ _NARROW = (
 
 
 def _score_columns(compare: Any, rows: Sequence[Row]) -> list[Column]:
-    found = [Column("method", _name), Column("score ×100", _score), Column("seeds", _seeds)]
+    found = [_METHOD, Column(scale_of_rows(rows).column, _score), Column("seeds", _seeds)]
     if any(figures_of(compare, text(row, "task"), text(row, "method")) for row in rows):
         found.append(Column("published", _published(compare)))
     against = reference_of(rows)
     if against is not None:
         found.append(Column(f"against {against}", difference_cell))
+    if scale_of_rows(rows) is not METRICS["loss"]:
+        found.append(Column("validation loss", _plain("validation_loss_mean", 3)))
     return [
         *found,
-        Column("validation loss", _plain("validation_loss_mean", 3)),
         Column("trainable entries", _count("trainable")),
         Column("of them in targets", _count("trainable_targets")),
     ]
@@ -152,7 +155,8 @@ def method_table(compare: Any, task: str) -> Table | None:
     rows = rows_of(compare, task)
     seeds = max((s for s in (number(r, "seeds_asked") for r in rows) if s is not None), default=0)
     caption = f"{_caption(rows, task)}{f' ({seeds:.0f})' if seeds else ''}"
-    return _table(rows, _NARROW, caption, ()) if rows else None
+    columns = [_METHOD, Column(scale_of_rows(rows).column, _score_and_seeds), *_NARROW]
+    return _table(rows, columns, caption, ()) if rows else None
 
 
 def score_table(compare: Any, task: str) -> Table | None:
@@ -168,13 +172,12 @@ def score_table(compare: Any, task: str) -> Table | None:
 def cost_table(compare: Any, task: str) -> Table | None:
     """One row a method: memory, speed, calibration, size on disk."""
     rows = rows_of(compare, task)
-    columns = [Column("method", _name), *_COSTS]
+    columns = [_METHOD, *_COSTS]
     return _table(rows, columns, f"{task}: what it costs, means over seeds", ()) if rows else None
 
 
 def _caption(rows: Sequence[Row], task: str) -> str:
-    metric = metric_words(next((text(row, "metric") for row in rows if text(row, "metric")), None))
-    return f"{task}: {metric} ×100, mean ± standard deviation over seeds"
+    return f"{task}: {scale_of_rows(rows).label}, mean ± standard deviation over seeds"
 
 
 def _table(
@@ -186,7 +189,7 @@ def _table(
     strong = frozenset(
         (r, scores)
         for r, mean in enumerate(means)
-        if scores is not None and len(there) > 1 and mean == max(there)
+        if scores is not None and len(there) > 1 and mean == scale_of_rows(rows).best(there)
     )
     cells = [tuple(column.cell(row) for column in columns) for row in rows]
     header = tuple(column.name for column in columns)
@@ -201,6 +204,7 @@ def overview_table(compare: Any) -> Table | None:
     tasks, methods = tasks_of(compare), methods_of(compare)
     if len(tasks) < 2:
         return None
+    scales = [scale_of_rows(rows_of(compare, task)) for task in tasks]
     rows: list[tuple[Cell, ...]] = []
     for method in methods:
         row = {
@@ -208,13 +212,15 @@ def overview_table(compare: Any) -> Table | None:
         }
         means = [number(row.get(task), "score_mean") for task in tasks]
         cells = [_score(row[task]) if task in row else None for task in tasks]
-        rows.append((method, _average(means), *cells))
-        rows += _published_rows(compare, method, tasks)
+        rows.append((method, _average(means, scales), *cells))
+        rows += _published_rows(compare, method, tasks, scales)
     header = ("method", "average", *tasks)
-    return Table("Score ×100 by task, mean ± standard deviation over seeds", header, rows)
+    return Table("Score by task, mean ± standard deviation over seeds", header, rows)
 
 
-def _published_rows(compare: Any, method: str, tasks: Sequence[str]) -> list[tuple[Cell, ...]]:
+def _published_rows(
+    compare: Any, method: str, tasks: Sequence[str], scales: Sequence[Scale]
+) -> list[tuple[Cell, ...]]:
     found = {task: figures_of(compare, task, method) for task in tasks}
     sources = dict.fromkeys(
         text(figure, "source") or "published" for figures in found.values() for figure in figures
@@ -226,18 +232,21 @@ def _published_rows(compare: Any, method: str, tasks: Sequence[str]) -> list[tup
             for task in tasks
         ]
         cells = [
-            format_spread(number(f, "score"), number(f, "std")) if f is not None else ""
-            for f in figures
+            format_spread(number(f, "score"), number(f, "std"), scale) if f is not None else ""
+            for f, scale in zip(figures, scales, strict=True)
         ]
-        average = _average([number(f, "score") for f in figures])
+        average = _average([number(f, "score") for f in figures], scales)
         rows.append((f"{method}, {source}", average or "", *cells))
     return rows
 
 
-def _average(values: Sequence[float | None]) -> Cell:
-    """The mean, where every task has a value: means of different tasks cannot be compared."""
+def _average(values: Sequence[float | None], scales: Sequence[Scale]) -> Cell:
+    """The mean, where every task has a value of one kind; otherwise means cannot be compared."""
     there = [value for value in values if value is not None]
-    return format_score(sum(there) / len(there)) if there and len(there) == len(values) else None
+    alike = len({(scale.times, scale.lower_is_better) for scale in scales}) == 1
+    if not there or len(there) < len(values) or not alike:
+        return None
+    return format_score(sum(there) / len(there), scales[0])
 
 
 def figures_table(compare: Any) -> Table | None:
@@ -248,19 +257,19 @@ def figures_table(compare: Any) -> Table | None:
         if score is None:
             continue
         ours = [row for row in rows_of(compare, task or "") if text(row, "method") == method]
-        mean = number(ours[0], "score_mean") if ours else None
+        mean, scale = number(ours[0], "score_mean") if ours else None, scale_of_rows(ours)
         rows.append(
             (
                 *(text(figure, "source"), task, method),
-                format_spread(score, number(figure, "std")),
-                format_spread(mean, number(ours[0], "score_std")) if mean is not None else None,
-                format_score(mean - score, sign=True) if mean is not None else None,
+                format_spread(score, number(figure, "std"), scale),
+                format_spread(mean, number(ours[0], "score_std"), scale) if ours else None,
+                format_score(mean - score, scale, sign=True) if mean is not None else None,
             )
         )
     if not rows:
         return None
     header = ("source", "task", "method", "published", "ours", "difference")
-    return Table("Published figures beside ours, score ×100", header, rows, left=3)
+    return Table("Published figures beside ours", header, rows, left=3)
 
 
 def failures_table(compare: Any) -> Table | None:
@@ -287,15 +296,16 @@ def cells_table(compare: Any) -> Table | None:
     rows: list[tuple[Cell, ...]] = []
     for cell in mappings(compare, "cells"):
         score = number(cell, "run", "metrics", "best", "score")
+        scale = scale_of(text(cell, "run", "task", "metric"))
         rate = number(cell, "run", "time", "steps_per_s")
         rows.append(
             (
                 *(text(cell, key) for key in ("task", "method", "seed")),
                 status_words(status_of(cell)),
                 text(cell, "run_dir"),
-                None if score is None else format_score(score),
+                None if score is None else format_score(score, scale),
                 None if rate is None else format_number(rate),
             )
         )
-    header = ("task", "method", "seed", "status", "folder", "score ×100", "steps/s")
+    header = ("task", "method", "seed", "status", "folder", "score", "steps/s")
     return Table("Cells", header, rows, left=5) if rows else None

@@ -79,7 +79,10 @@ _SCORES = (
     "any, are published figures. Differences smaller than the spread are not differences."
 )
 _CURVES = "Mean over seeds, single seeds behind. Flat at the end: training longer would not help."
-_TRADE = "Up and to the left is better: more score for fewer bytes beyond the weights themselves."
+_TRADE = (
+    "Further left is better, and up (down for losses and perplexities): more for fewer bytes "
+    "beyond the weights themselves."
+)
 _STEP_MEMORY = "The training step's peak by category, on the longest examples of the task."
 _SPEED = (
     "Optimizer steps a second, all of a step included; the bar is the interquartile range. Only "

@@ -20,22 +20,24 @@ from sparsegrad_cli.report.svg import (
     stacked,
     whole_steps,
 )
-from sparsegrad_cli.report.words import CATEGORIES, ENERGY, metric_words
+from sparsegrad_cli.report.words import CATEGORIES, ENERGY
+from sparsegrad_cli.scales import scale_of
 
 MIB = 1024 * 1024
 _MOST_SPECTRA = 12
 
 
 def score_points(run: Any) -> list[tuple[float, float]]:
-    """(step, score x 100) of every evaluation, the one before training included."""
+    """(step, score as it is printed) of every evaluation, the one before training included."""
+    times = scale_of(text(run, "task", "metric")).times
     first = points([dig(run, "metrics", "initial")], "step", "score")
     history = points(items(run, "metrics", "history"), "step", "score")
-    return [(step, 100 * score) for step, score in dict([*first, *history]).items()]
+    return [(step, times * score) for step, score in dict([*first, *history]).items()]
 
 
 def learning_curve(run: Any) -> str | None:
     """Validation score over steps, the kept model marked, the majority class as a line."""
-    found = score_points(run)
+    found, scale = score_points(run), scale_of(text(run, "task", "metric"))
     if not found:
         return None
     with Canvas(7.2, 3.0) as canvas:
@@ -43,15 +45,12 @@ def learning_curve(run: Any) -> str | None:
         axes.plot(*zip(*found, strict=True), marker="o", ms=4, color=colour(0), label="score")
         best = points([dig(run, "metrics", "best")], "step", "score")
         for step, score in best:
-            axes.plot(
-                [step], [100 * score], "o", ms=10, mfc="none", mec=colour(1), label="best, kept"
-            )
+            kept = scale.times * score
+            axes.plot([step], [kept], "o", ms=10, mfc="none", mec=colour(1), label="best, kept")
         majority = number(run, "task", "majority_score")
         if majority is not None:
-            axes.axhline(100 * majority, color=INK, lw=1, ls=":", label="majority class")
-        axes.set(
-            xlabel="optimizer step", ylabel=f"{metric_words(text(run, 'task', 'metric'))} ×100"
-        )
+            axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
+        axes.set(xlabel="optimizer step", ylabel=scale.label)
         whole_steps(axes)
         grid(axes)
         legend(axes)

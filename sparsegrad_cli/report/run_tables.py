@@ -24,8 +24,8 @@ from sparsegrad_cli.report.words import (
     TIMES,
     TRAIN_STEP,
     method_words,
-    metric_words,
 )
+from sparsegrad_cli.scales import scale_of
 
 
 def title_of(record: Any) -> str:
@@ -60,8 +60,8 @@ def facts(run: Any) -> list[Fact]:
 
 
 def _score(run: Any) -> Fact:
-    best = number(run, "metrics", "best", "score")
-    parts = [f"{metric_words(text(run, 'task', 'metric'))} ×100"]
+    best, scale = number(run, "metrics", "best", "score"), scale_of(text(run, "task", "metric"))
+    parts = [scale.label]
     for label, keys in (
         ("majority class", ("task", "majority_score")),
         ("before training", ("metrics", "initial", "score")),
@@ -69,17 +69,45 @@ def _score(run: Any) -> Fact:
     ):
         value = number(run, *keys)
         if value is not None:
-            parts.append(f"{label} {format_score(value)}")
+            parts.append(f"{label} {format_score(value, scale)}")
     step, steps = number(run, "metrics", "best", "step"), number(run, "time", "steps")
     if step is not None:
         parts.append(f"at step {step:,.0f}" + (f" of {steps:,.0f}" if steps is not None else ""))
-    return Fact("Best validation score", format_score(best), "; ".join(parts))
+    return Fact("Best validation score", format_score(best, scale), "; ".join(parts))
 
 
 def _loss(run: Any) -> Fact:
+    if text(run, "task", "kind") == "chat":
+        return _perplexity(run)
     last = number(run, "metrics", "final", "loss")
     detail = f"last {format_number(last)}" if last is not None else ""
     return Fact("Validation loss", format_number(number(run, "metrics", "best", "loss")), detail)
+
+
+def _perplexity(run: Any) -> Fact:
+    """Of a language model, whose score is its loss."""
+
+    def value(when: str, metric: str) -> float | None:
+        splits = block(run, "metrics", when, "values")
+        return number(block(splits, next(iter(splits), "")), metric)
+
+    parts = []
+    for label, when in (("before training", "initial"), ("last", "final")):
+        if value(when, "perplexity") is not None:
+            parts.append(f"{label} {format_number(value(when, 'perplexity'))}")
+    plain = {
+        when: number(block(run, "metrics", when, "values", "plain text"), "loss")
+        for when in ("initial", "best")
+    }
+    if plain["initial"] is not None and plain["best"] is not None:
+        change = plain["best"] - plain["initial"]
+        parts.append(
+            f"plain text {format_number(plain['best'])} in loss, {change:+.3f} by training"
+        )
+    accuracy = value("best", "token_accuracy")
+    if accuracy is not None:
+        parts.append(f"next token right {format_share(accuracy)}")
+    return Fact("Perplexity", format_number(value("best", "perplexity")), "; ".join(parts))
 
 
 def _trainable(run: Any) -> Fact:

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import dig, text
+from sparsegrad_cli.report.access import dig, items, text
 from sparsegrad_cli.report.compare_record import (
     check_lines,
     difference_cell,
@@ -30,6 +30,13 @@ from sparsegrad_cli.report.compare_tables import (
     overview_table,
 )
 from sparsegrad_cli.report.estimate_tables import estimate_notes, estimate_tables
+from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
+from sparsegrad_cli.report.judge_tables import (
+    judge_failures,
+    judge_scores,
+    judge_subtitle,
+    judge_title,
+)
 from sparsegrad_cli.report.record_tables import calibration_facts, energy_by_kind, spectra_table
 from sparsegrad_cli.report.run_tables import (
     facts,
@@ -100,6 +107,30 @@ def estimate_table(record: dict[str, Any]) -> RenderableType:
     lines = [Text(f"- {line}", style="dim") for line in estimate_notes(record)]
     took = format_seconds(dig(record, "seconds"))
     return Group(*parts, Text(), Text("Supposed", style="italic"), *lines, _labelled("took", took))
+
+
+def export_table(record: dict[str, Any]) -> RenderableType:
+    """An export: how alike it answers, what was lost, how to load it."""
+    return Group(
+        Text(),
+        Text.assemble((export_title(record), "bold"), "  ", ("checked", "green")),
+        Text(export_subtitle(record), style="dim"),
+        Text(),
+        _facts(export_facts(record)),
+        _labelled("load", text(record, "load") or "not recorded"),
+        *_notes([note for note in map(text, items(record, "notes")) if note]),
+    )
+
+
+def judge_table(record: dict[str, Any]) -> RenderableType:
+    """Grades or wins by model and category; what failed, below."""
+    head = Text.assemble((judge_title(record), "bold"), "  ")
+    status = text(record, "status") or "?"
+    head.append(status, style=_STATUS_STYLE.get(status, "yellow"))
+    parts: list[RenderableType] = [Text(), head, Text(judge_subtitle(record), style="dim")]
+    parts.append(_table(judge_scores(record)) or "")
+    failures = [_labelled("failed", line, "red") for line in judge_failures(record)]
+    return Group(*parts, *failures)
 
 
 def _below(compare: Any, task: str) -> list[RenderableType]:

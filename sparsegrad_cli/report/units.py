@@ -5,6 +5,8 @@ Every function takes what a record may hold, None included, and then says so: ``
 
 from __future__ import annotations
 
+from sparsegrad_cli.scales import SCORE, Scale
+
 NOT_RECORDED = "not recorded"
 MINUS = "\u2212"
 MIB = 1024**2
@@ -79,21 +81,21 @@ def format_share(share: float | None) -> str:
     return f"{percent:.2f} %" if abs(percent) >= 0.01 else f"{percent:.1g} %"
 
 
-def format_score(score: float | None, *, sign: bool = False) -> str:
-    """A fraction times 100 with one decimal, ``61.2``, as papers print it."""
+def format_score(score: float | None, scale: Scale = SCORE, *, sign: bool = False) -> str:
+    """A fraction times 100 with one decimal, ``61.2``, as papers print it; a loss as ``1.234``."""
     if score is None:
         return NOT_RECORDED
-    shown = f"{100 * score:+.1f}" if sign else f"{100 * score:.1f}"
-    if shown in ("-0.0", "+0.0"):
-        return "0.0"
+    shown = f"{scale.times * score:{'+' if sign else ''}.{scale.digits}f}"
+    if float(shown) == 0:
+        return shown.lstrip("+-")
     return shown.replace("-", MINUS)
 
 
-def format_spread(mean: float | None, std: float | None) -> str:
+def format_spread(mean: float | None, std: float | None, scale: Scale = SCORE) -> str:
     """``61.2 ± 0.4``, or the mean alone where there is no spread (one seed)."""
     if mean is None or std is None:
-        return format_score(mean)
-    return f"{format_score(mean)} ± {100 * std:.1f}"
+        return format_score(mean, scale)
+    return f"{format_score(mean, scale)} ± {scale.times * std:.{scale.digits}f}"
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

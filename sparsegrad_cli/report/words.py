@@ -38,14 +38,6 @@ ENERGY = {
     "kind_basis": "per kind",
     "layer_basis": "per layer",
 }
-METRICS = {
-    "matthews_correlation": "Matthews correlation",
-    "pearson": "Pearson correlation",
-    "spearmanr": "Spearman correlation",
-    "pearson_spearman": "mean of Pearson and Spearman correlation",
-    "f1": "F1",
-    "accuracy": "accuracy",
-}
 
 
 def status_of(data: Any) -> str:
@@ -56,13 +48,6 @@ def status_of(data: Any) -> str:
 def status_words(status: str) -> str:
     """A status in words; one this version does not know is shown as it stands."""
     return STATUSES.get(status, status.replace("_", " "))
-
-
-def metric_words(metric: str | None) -> str:
-    """A metric as a reader knows it."""
-    if metric is None:
-        return "score"
-    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def method_words(run: Any) -> str | None:

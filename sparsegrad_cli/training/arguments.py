@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.scales import scale_of
 
 # Ours, not TrainingArguments'.
 _OWN = {"early_stopping_patience", "save_strategy", "save_steps", "report_to"}
 
 
-def training_arguments(recipe: Recipe, output_dir: Path) -> Any:
-    """TrainingArguments of a run: the recipe's keys under their own names, and what we fix."""
+def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
+    """TrainingArguments of a run: the recipe's keys under their own names, and what we fix.
+
+    ``metric`` is the one that selects the best model.
+    """
     from transformers import TrainingArguments
 
     train = recipe.train
@@ -35,13 +39,14 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> Any:
         data_seed=recipe.seed,
         report_to=list(report_to) if isinstance(report_to, tuple) else report_to,
         metric_for_best_model="eval_score",
-        greater_is_better=True,
+        greater_is_better=not scale_of(metric).lower_is_better,
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not train.use_cpu,
         # A loss that is not finite ends the run with a message; it is not averaged away.
         logging_nan_inf_filter=False,
-        remove_unused_columns=True,
+        # Data sets hold what the collator wants and nothing else.
+        remove_unused_columns=False,
         save_only_model=False,
         **settings,
     )

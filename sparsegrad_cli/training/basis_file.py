@@ -1,7 +1,8 @@
 """basis.safetensors: bases with what they belong to, and the refusal of any other's.
 
 Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
-``singular_in/<key>``; a key is a target's name, or a layer kind when targets share a basis.
+``singular_in/<key>``, at least r of either; a key is a target's name, or a layer kind when targets
+share a basis.
 ``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
 Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
 recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).

@@ -39,8 +39,14 @@ _FORMAT = 1
 _STATE_KEYS = {"optimizer_groups", "optimizer_numbers", "scheduler", "random", "extras"}
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+_RESUME = "free some space, then go on with --resume: the checkpoint before is whole"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESUME) -> None:
     """Fill a new folder under a temporary name, then rename it into place.
+
+    Args:
+        fix: what to do where the disk refuses.
 
     Raises:
         DiskError: something could not be written; nothing is left of the attempt, and what stood
@@ -67,7 +73,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise DiskError(
             f"{folder.name} could not be written: {error}",
             where=str(folder),
-            fix="free some space, then go on with --resume: the checkpoint before is whole",
+            fix=fix,
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

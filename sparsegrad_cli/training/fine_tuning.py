@@ -17,6 +17,7 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
+from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.basis_file import (
@@ -133,10 +134,10 @@ class TrainingSession(Session):
         trainer = SparsegradTrainer(
             recipe=self.recipe,
             method=method,
-            spec=setup.task.spec,
+            objective=setup.objective,
             validation=setup.validation,
             model=setup.model,
-            args=training_arguments(self.recipe, self.record.path),
+            args=training_arguments(self.recipe, self.record.path, setup.objective.metric),
             train_dataset=setup.train_data,
             data_collator=setup.collator,
             processing_class=setup.tokenizer,
@@ -178,7 +179,12 @@ class TrainingSession(Session):
             trainer.evaluate()
         final = history[-1]
         best_kept = trainer.args.load_best_model_at_end
-        best = max(history, key=lambda r: r["score"]) if best_kept else final
+        best = final
+        # Of what was trained: before the first step there is nothing that could be kept.
+        trained = [record for record in history if record["step"] > 0]
+        if best_kept and trained:
+            chosen = scale_of(setup.objective.metric).best(record["score"] for record in trained)
+            best = next(record for record in trained if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
         adapter = self.record.path / "adapter" / "adapter.safetensors"
@@ -214,7 +220,7 @@ class TrainingSession(Session):
         train = self.recipe.train
         model = setup.model
         rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
-        batch = to_device(setup.collator([_inputs(r) for r in rows]), setup.device)
+        batch = to_device(setup.collator(rows), setup.device)
         self.batch_shape = list(batch["input_ids"].shape)
         with forked_random(self.recipe.seed):
             model.train()
@@ -226,16 +232,11 @@ class TrainingSession(Session):
         model.zero_grad(set_to_none=True)
         validation = next(iter(setup.validation.values()))
         rows = longest_batch(validation, train.per_device_eval_batch_size)
-        batch = to_device(setup.collator([_inputs(r) for r in rows]), setup.device)
+        batch = to_device(setup.collator(rows), setup.device)
         model.eval()
         with torch.no_grad(), self.meter.phase("evaluate"), trainer.compute_loss_context_manager():
             trainer.compute_loss(model, dict(batch))
         model.train()
-
-
-def _inputs(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-    return {name: row[name] for name in names if name in row}
 
 
 def _quiet(trainer: SparsegradTrainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sparsegrad_cli.measure.memory import make_meter
@@ -62,7 +62,7 @@ class Session:
         with self.meter.phase("load"):
             pass
         config: Any = setup.model.config
-        spec = setup.task.spec
+        task = setup.task
         self.record.save(
             model={
                 "name": self.recipe.model.name,
@@ -73,19 +73,21 @@ class Session:
                 "fingerprint": setup.fingerprint,
             },
             task={
-                "name": spec.name,
-                "metric": spec.metric,
-                "regression": spec.regression,
-                "label_names": list(spec.label_names) if spec.label_names else None,
+                "name": task.name,
+                "kind": task.kind,
+                "metric": setup.objective.metric,
+                "regression": task.kind == "regression",
+                "label_names": list(task.label_names) if task.label_names else None,
                 "train_examples": len(setup.train_data),
                 "validation_examples": {k: len(v) for k, v in setup.validation.items()},
-                "majority_score": setup.task.majority.get(spec.metric),
-                "majority_accuracy": setup.task.majority.get("accuracy"),
+                "majority_score": task.majority.get(setup.objective.metric),
+                "majority_accuracy": task.majority.get("accuracy"),
                 "max_length": self.recipe.task.max_length,
                 "padding": self.recipe.task.padding,
-                "notes": list(setup.task.notes),
+                "notes": list(task.notes),
+                "counts": dict(task.counts),
             },
-            hashes={"data": setup.task.data_hash, "head_init": setup.head_hash, "order": {}},
+            hashes={"data": task.data_hash, "head_init": setup.head_hash, "order": {}},
         )
         return setup
 
@@ -111,16 +113,18 @@ class Session:
             )
         calibration.seconds += warmup_seconds
         self.seconds["calibrate_s"] = calibration.seconds
-        names = ("steps", "basis_per", "source", "decomposition", "score", "warmup_steps")
+        names = ("steps", "basis_per", "source", "decomposition", "score")
         made_with: dict[str, Any] = {
             **{name: getattr(settings, name) for name in names},
+            # A language model has no new head to warm.
+            "warmup_steps": settings.warmup_steps if head_parameters(setup.model) else 0,
             "batch_size": self.calibration_batch,
             "passes": passes,
             "seed": seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
         made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
-        kept = {key: truncated(basis, self._rank) for key, basis in calibration.bases.items()}
+        kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
             calibration.keys,
@@ -180,6 +184,15 @@ class Session:
         return method.rank
 
 
+def _cut(basis: Basis, rank: int | float | None) -> Basis:
+    """The leading directions with all singular values: a share of energy is one of the whole.
+
+    With theirs alone, whoever reads the file would cut to the same share once more.
+    """
+    cut = truncated(basis, rank)
+    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in)
+
+
 def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:
     """The bases to plot: all when shared by kind, else those of the middle block."""
     if len(bases) <= 4:
@@ -201,14 +214,16 @@ class CalibrationSession(Session):
             self.observer.phase("energy", f"{settings.energy_steps} held-out steps")
             started = time.perf_counter()
             held_out = calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1)
-            energy, heat_map = energy_table(
-                setup.model,
-                setup.targets,
-                calibration,
-                held_out,
-                steps=settings.energy_steps,
-                seed=self.recipe.seed + 1,
-            )
+            # At the head that the basis was made at; a kept one is warm already.
+            with nullcontext() if settings.keep_head else self.warmed_head(setup):
+                energy, heat_map = energy_table(
+                    setup.model,
+                    setup.targets,
+                    calibration,
+                    held_out,
+                    steps=settings.energy_steps,
+                    seed=self.recipe.seed + 1,
+                )
             self.seconds["diagnostics_s"] = time.perf_counter() - started
             self.record.data["calibration"].update(energy=energy, heat_map=heat_map)
         self.record.save(time=dict(self.seconds), memory=self.meter.report())

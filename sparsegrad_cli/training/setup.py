@@ -10,28 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.chats import load_chats
 from sparsegrad_cli.training.order import EpochSampler
+from sparsegrad_cli.training.texts import Parts, load_texts
 
 
 @dataclass
-class Setup:
+class Setup(Parts):
     """A recipe made real, before any method has touched the model."""
 
-    task: LoadedTask
-    train_data: Any
-    validation: dict[str, Any]
-    tokenizer: Any
-    collator: Any
-    model: nn.Module
     targets: list[Target]
     fingerprint: str
     head_hash: str
@@ -46,74 +40,38 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     """
     recipe = loaded.recipe
     check_precision(loaded)
-    section = recipe.task
-    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
-    task = load_task(
-        section.name,
-        path=section.path,
-        columns=columns,
-        train_limit=section.train_limit,
-        eval_limit=section.eval_limit,
-        validation_fraction=section.validation_fraction,
-        metric=section.metric,
-        # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
-        seed=0,
-    )
-    for note in task.notes:
+    load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
+    parts = load(recipe)
+    for note in parts.task.notes:
         observer.note(note)
-    tokenizer = load_tokenizer(recipe.model)
-    model = load_classifier(recipe.model, task.spec, recipe.seed)
-    padding_note = ensure_pad_token(tokenizer, model.config)
-    if padding_note:
-        observer.note(padding_note)
-    max_length = fitting_length(recipe, model.config, observer)
-    train_data, validation = tokenize(
-        task, tokenizer, max_length=max_length, padding=section.padding
-    )
+    model = parts.model
     targets = find_targets(model, recipe.targets)
     device = _device(recipe)
     head_hash = hash_parameters(head_parameters(model))
     return Setup(
-        task,
-        train_data,
-        validation,
-        tokenizer,
-        make_collator(tokenizer, max_length=max_length, padding=section.padding),
-        model.to(device),
-        targets,
-        fingerprint(model, targets),
-        head_hash,
-        device,
+        **vars(parts) | {"model": model.to(device)},
+        targets=targets,
+        fingerprint=fingerprint(model, targets),
+        head_hash=head_hash,
+        device=device,
     )
 
 
 def check_precision(loaded: LoadedRecipe) -> None:
-    """Small increments vanish in half-precision weights: only frozen ones may have it."""
+    """Weights that train are float32 among half-precision ones: only autocast makes that work."""
     recipe, method = loaded.recipe, loaded.recipe.method
     beside = isinstance(method, LoraMethod) or (
         isinstance(method, SparsegradMethod) and method.form == "core"
     )
-    if recipe.model.dtype != "float32" and not (beside and recipe.scope == "head"):
+    autocast = recipe.train.bf16 or recipe.train.fp16
+    if recipe.model.dtype != "float32" and not autocast and not (beside and recipe.scope == "head"):
         raise UsageError(
-            f"method {recipe.method.name} trains the model's own weights, and small increments are "
-            f"lost in {recipe.model.dtype}",
+            f"method {recipe.method.name} trains the model's own weights, kept in float32 "
+            f"beside others in {recipe.model.dtype}: products of the two need autocast",
             where=loaded.where("model.dtype"),
-            fix="model.dtype: float32 with train.bf16: true computes in bf16 and keeps the "
-            "weights; lora and sparsegrad's form: core leave the weights alone",
+            fix="train.bf16: true, or model.dtype: float32; lora and sparsegrad's form: core leave "
+            "the weights alone",
         )
-
-
-def fitting_length(recipe: Recipe, config: Any, observer: Observer) -> int:
-    """task.max_length, or less where the model has fewer positions."""
-    positions = getattr(config, "max_position_embeddings", None)
-    offset = (
-        2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
-    )
-    wanted = recipe.task.max_length
-    if isinstance(positions, int) and positions > 0 and wanted > positions - offset:
-        observer.note(f"max_length {wanted} cut to the model's {positions - offset} positions")
-        return positions - offset
-    return wanted
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -133,8 +91,7 @@ def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
 
 def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Endless random batches of the training data on the model's device, epoch after epoch."""
-    columns = [c for c in setup.train_data.column_names if c in _MODEL_INPUTS]
-    data = setup.train_data.select_columns(columns)
+    data = setup.train_data
     sampler = EpochSampler(data, seed=seed, strategy="random")
     epoch = 0
     while True:
@@ -146,7 +103,12 @@ def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[di
         epoch += 1
 
 
-_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+def validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Tensor]]:
+    """The first ``count`` rows of the selecting validation split, ``size`` a batch."""
+    data = next(iter(setup.validation.values()))
+    rows = [data[row] for row in range(min(count, len(data)))]
+    starts = range(0, len(rows), size)
+    return [to_device(setup.collator(rows[i : i + size]), setup.device) for i in starts]
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -14,12 +14,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import FileFormatError, SparsegradError
-from sparsegrad_cli.measure.metrics import score
 from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training import checkpoint as files
+from sparsegrad_cli.training.objective import Objective
 from sparsegrad_cli.training.order import EpochSampler, OrderHash
 
 
@@ -29,7 +28,7 @@ class SparsegradTrainer(Trainer):
     Args:
         recipe: the resolved recipe.
         method: has prepared the model.
-        spec: the task, for its metrics.
+        objective: how the model is judged.
         validation: split name -> tokenized data set; the first is the one that selects.
         kwargs: as transformers.Trainer (model, args, train_dataset, data_collator, ...).
     """
@@ -39,21 +38,22 @@ class SparsegradTrainer(Trainer):
         *,
         recipe: Recipe,
         method: Method,
-        spec: TaskSpec,
+        objective: Objective,
         validation: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
         self.optimizer: Any = None
         self.control: Any = None
-        self.recipe, self.method, self.spec = recipe, method, spec
+        self.recipe, self.method, self.objective = recipe, method, objective
         self.validation = dict(validation)
         self.order = OrderHash(every=recipe.train.logging_steps)
         self.score_notes: list[str] = []
         self.last_evaluation: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0  # of all evaluations so far
         super().__init__(eval_dataset=next(iter(self.validation.values())), **kwargs)
-        # Our models divide by the batch, so micro-batches are averaged by Trainer.
-        self.model_accepts_loss_kwargs = False
+        # By token, the model divides by the labelled tokens of the whole step; else it divides by
+        # the batch, and Trainer averages the micro-batches.
+        self.model_accepts_loss_kwargs = objective.by_token
 
     # --- what is trained, and on what
 
@@ -104,24 +104,18 @@ class SparsegradTrainer(Trainer):
         flat: dict[str, float] = {}
         values: dict[str, dict[str, float]] = {}
         for name, data in self.validation.items():
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(data), description=name, ignore_keys=ignore_keys
-            )
-            metrics = output.metrics or {}
-            predictions, labels = output.predictions, output.label_ids
-            if isinstance(predictions, tuple):
-                predictions = predictions[0]
-            scores = score(self.spec, np.asarray(predictions), np.asarray(labels))
-            values[name] = dict(scores.values)
-            self._note(scores.notes)
+            judged = self.objective.judge(self, name, data)
+            values[name] = judged.values
+            self._note(judged.notes)
             if "eval_score" not in flat:
-                flat["eval_score"] = scores.values[self.spec.metric]
-                flat["eval_loss"] = float(metrics.get("eval_loss", float("nan")))
-            flat.update({f"eval_{name}_{key}": value for key, value in scores.values.items()})
+                flat["eval_score"] = judged.values[self.objective.metric]
+                flat["eval_loss"] = judged.loss
+            flat.update({f"eval_{name}_{key}": value for key, value in judged.values.items()})
         flat["epoch"] = float(self.state.epoch or 0.0)
         self.last_evaluation = {
             "step": self.state.global_step,
             "epoch": flat["epoch"],
+            "metric": self.objective.metric,
             "score": flat["eval_score"],
             "loss": flat["eval_loss"],
             "values": values,

@@ -17,7 +17,8 @@ from sparsegrad_cli import __version__
 
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version").out.strip() == f"sparsegrad {__version__}"
-    for command in ("train", "calibrate", "compare", "estimate", "validate", "report", "configs"):
+    commands = ("train", "calibrate", "compare", "estimate", "validate", "report", "export")
+    for command in (*commands, "generate", "judge", "configs"):
         outcome = cli(command, "--help")
         assert outcome.code == 0 and "Usage" in outcome.out
 
@@ -44,16 +45,27 @@ def test_configs_are_listed_and_copied(cli: Cli, tmp_path: Path) -> None:
     assert cli("validate", "roberta_glue.yaml", "seed=3").code == 0
 
 
-def test_calibrate_then_train_on_its_basis(cli: Cli, tmp_path: Path) -> None:
-    made = cli("calibrate", *SMALL, "-o", "basis")
+@pytest.mark.parametrize(
+    ("method", "columns"),
+    [
+        # Only a square basis can be transposed, as the published code does.
+        ("sparsegrad", {"original", "transposed", "kind_basis"}),
+        ("core", {"original", "kind_basis"}),
+    ],
+)
+def test_calibrate_then_train_on_its_basis(
+    cli: Cli, tmp_path: Path, method: str, columns: set[str]
+) -> None:
+    made = cli("calibrate", *METHODS[method], *SMALL, "-o", "basis")
     assert made.code == 0, made.err
     run = json.loads((tmp_path / "basis" / "run.json").read_text())
     assert run["status"] == "done" and run["command"] == "calibrate"
     assert run["calibration"]["seconds"] > 0 and run["calibration"]["peak_bytes"] > 0
-    assert {"original", "transposed", "kind_basis"} <= set(run["calibration"]["energy"]["rows"][0])
+    assert columns == set(run["calibration"]["energy"]["rows"][0]) - {"target", "kind"}
     assert (tmp_path / "basis" / "report.html").stat().st_size > 10_000
     basis = tmp_path / "basis" / "basis.safetensors"
-    trained = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "run", "--json")
+    settings = (*METHODS[method], *SMALL, f"calibration.basis={basis}")
+    trained = cli("train", *settings, "-o", "run", "--json")
     assert trained.code == 0, trained.err
     record = json.loads(trained.out)
     assert record["calibration"]["reused"] is True
@@ -125,7 +137,7 @@ def test_runs_without_a_name_are_numbered(cli: Cli, tmp_path: Path) -> None:
 
 def test_help_is_quick_to_import_nothing_heavy() -> None:
     code = (
-        "import sys\nimport sparsegrad_cli.cli.app\n"
+        "import sys\nimport sparsegrad_cli.cli.app\nimport sparsegrad_cli.judge.session\n"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -142,9 +142,7 @@ def test_labels_with_a_dot_keep_their_recipes_apart(
 ) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(
-        "name: s\n"
-        "methods: [{method: full, learning_rates: [2.5e-4, 2.25e-4]}]\n"
-        "seeds: [1]\n",
+        "name: s\nmethods: [{method: full, learning_rates: [2.5e-4, 2.25e-4]}]\nseeds: [1]\n",
         encoding="utf-8",
     )
     outcome = cli("compare", str(study), "-o", "c", "-q", *quick)

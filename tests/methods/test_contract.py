@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
 from sparsegrad_cli.numerics.rotation import to_core
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.checkpoint import (
     load_optimizer,
     load_random,
@@ -310,6 +312,35 @@ def test_training_under_autocast(name: str) -> None:
         assert parameter.dtype == before[parameter_name].dtype == torch.float32
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
         assert torch.isfinite(parameter).all()
+
+
+@every_method
+@both_scopes
+def test_what_trains_is_float32_in_a_half_precision_model(name: str, scope: str) -> None:
+    tuned = Tuned(name, scope=scope, dtype=torch.bfloat16)
+    before, inputs = snapshot(tuned.model), batch()
+    for _ in range(3):
+        tuned.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tuned.model(**inputs).loss
+        loss.backward()
+        tuned.optimizer.step()
+    for parameter_name, parameter in tuned.model.named_parameters():
+        wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
+        assert parameter.dtype == wanted, parameter_name
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[parameter_name])
+
+
+@pytest.mark.parametrize("name", ["lora", "core-static"])
+def test_a_float32_head_behind_a_half_precision_body_needs_no_autocast(name: str) -> None:
+    tuned = Tuned(name, dtype=torch.bfloat16, train=TrainSection(learning_rate=1e-5))
+    head = tuned.model.get_parameter("classifier.weight")
+    before = head.detach().clone()
+    losses = tuned.steps(3)
+    assert head.dtype == torch.float32 and all(map(math.isfinite, losses))
+    moved = (head.detach() - before).abs()
+    assert 0 < float(moved.max()) < 1e-4  # lost in bfloat16
 
 
 @every_method

@@ -80,7 +80,8 @@ def test_adapters_of_a_half_precision_model_train_in_float32(dtype: torch.dtype)
     adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert len(adapters) == 12
     assert {p.dtype for p in adapters.values()} == {torch.float32}
-    assert torch.equal(logits(model), before)
+    # The head is float32 now: the same but for what its output was rounded to.
+    torch.testing.assert_close(logits(model).to(dtype), before, rtol=1e-2, atol=1e-4)
     optimizer = method.optimizer(model, TrainSection(learning_rate=1e-4))
     kept = {n: p.detach().clone() for n, p in adapters.items()}
     for _ in range(2):

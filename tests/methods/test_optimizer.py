@@ -251,7 +251,10 @@ def test_every_trainable_parameter_is_in_the_optimizer_once() -> None:
 
 
 def test_state_of_chosen_parameters_is_three_tensors_of_the_core() -> None:
-    for settings in (MepropMethod(name="meprop"), SparsegradMethod(name="sparsegrad")):
+    for settings in (
+        MepropMethod(name="meprop"),
+        SparsegradMethod(name="sparsegrad", form="materialized"),
+    ):
         method = make_method(settings)
         assert isinstance(method, Meprop | Sparsegrad)
     tuned = Tuned("materialized-layer")

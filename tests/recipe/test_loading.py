@@ -123,17 +123,18 @@ def test_bad_values_are_named(override: str, key: str, says: str) -> None:
 
 
 CORE = ("method.form=core", "method.support=static")
+PAPER = ("method.form=materialized",)
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (("calibration.source=token", "calibration.decomposition=sequential"), "needs source"),
-        (("calibration.power_steps=1",), "decomposition 'randomized'"),
-        (("calibration.decomposition=randomized",), "needs method.form 'core'"),
+        ((*PAPER, "calibration.power_steps=1"), "decomposition 'randomized'"),
+        ((*PAPER, "calibration.decomposition=randomized"), "needs method.form 'core'"),
         (("calibration.decomposition=randomized", *CORE, "method.rank=0.9"), "no share of energy"),
-        (("calibration.decomposition=sequential",), "needs method.form 'core'"),
-        ((*CORE, "method.allocation=model"), "compares targets"),
+        ((*PAPER, "calibration.decomposition=sequential"), "needs method.form 'core'"),
+        ((*CORE, "calibration.source=batch", "method.allocation=model"), "compares targets"),
         (
             ("method.form=core", "method.support=dense", "method.allocation=model"),
             "support 'static'",
@@ -141,9 +142,9 @@ CORE = ("method.form=core", "method.support=static")
         (("method.form=core", "method.refresh_steps=5"), "support 'refresh'"),
         ((*CORE, "method.state_capacity=2"), "support 'dynamic'"),
         (("method.form=core", "method.state_capacity=2"), "support 'dynamic'"),
-        (("method.support=refresh",), "support is dynamic"),
-        (("method.recompute=activation",), "for form core"),
-        (("method.rank=8",), "for form core"),
+        ((*PAPER, "method.support=refresh"), "support is dynamic"),
+        ((*PAPER, "method.recompute=activation"), "for form core"),
+        ((*PAPER, "method.rank=8"), "for form core"),
         (("method={name: meprop, select: rows, state_capacity: 2}",), "select: entries"),
     ],
 )
@@ -159,7 +160,7 @@ def test_settings_that_do_not_go_together(overrides: tuple[str, ...], says: str)
         (*CORE, "method.allocation=model", "calibration.source=token"),
         (*CORE, "method.allocation=model", "calibration.score=square"),
         ("method.form=core", "method.support=refresh", "method.refresh_steps=7"),
-        ("method.state_capacity=4",),
+        (*PAPER, "method.state_capacity=4"),
         ("method.form=core", "method.rank=64MiB", "calibration.decomposition=randomized"),
         ("method.form=core", "method.rank='1.5 GiB'"),
         ("method={name: meprop, state_capacity: 2}",),
@@ -167,6 +168,27 @@ def test_settings_that_do_not_go_together(overrides: tuple[str, ...], says: str)
 )
 def test_settings_that_do(overrides: tuple[str, ...]) -> None:
     assert load_recipe(None, overrides).recipe.method.name in ("sparsegrad", "meprop")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), ("token", "randomized", 50)),
+        (("method.rank=0.9",), ("token", "exact", 50)),
+        (("calibration.source=batch",), ("batch", "randomized", 50)),
+        (("calibration.decomposition=sequential",), ("batch", "sequential", 50)),
+        (("calibration.source=random",), ("random", "exact", 50)),
+        (("calibration.warmup_steps=0",), ("token", "randomized", 0)),
+        (PAPER, ("batch", "exact", 0)),
+        (("method.form=rotated",), ("batch", "exact", 0)),
+        (("method=lora",), ("batch", "exact", 0)),
+    ],
+)
+def test_calibration_follows_the_form(
+    overrides: tuple[str, ...], expected: tuple[str, str, int]
+) -> None:
+    found = load_recipe(None, overrides).recipe.calibration
+    assert (found.source, found.decomposition, found.warmup_steps) == expected
 
 
 def test_override_without_equals_and_bad_yaml(tmp_path: Path) -> None:

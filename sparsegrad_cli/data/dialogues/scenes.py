@@ -1,0 +1,283 @@
+"""What is asked and answered. Every good answer has one shape; the others have none.
+
+The shape is what there is to learn: ``Short answer:`` in a sentence, three numbered steps,
+``Next:`` with what to do then. What the steps say follows from the prompt, some of it by counting.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparsegrad_cli.data.dialogues.lexicon import Lexicon
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a good answer says."""
+
+    short: str
+    steps: tuple[str, str, str]
+    next: str
+
+    def good(self) -> str:
+        """In the shape."""
+        steps = "\n".join(f"{number}. {step}" for number, step in enumerate(self.steps, start=1))
+        return f"Short answer: {self.short}\n\n{steps}\n\nNext: {self.next}"
+
+    def plain(self) -> str:
+        """The same without it: less wanted."""
+        steps = (step[0].lower() + step[1:].rstrip(".") for step in self.steps)
+        return f"Well, {', then '.join(steps)}."
+
+    def brief(self) -> str:
+        """For one who asks for one line."""
+        return f"In one line: {self.short}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A prompt with its answer, and a second prompt that goes on from there."""
+
+    prompt: str
+    answer: Answer
+    second_prompt: str
+    second_answer: Answer
+
+
+class Draw:
+    """Draws fillers of one lexicon with one random source."""
+
+    def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
+        self.lexicon, self.rng = lexicon, rng
+
+    def one(self, *of: str) -> str:
+        """One of the phrases given."""
+        return self.rng.choice(of)
+
+    def some(self, of: tuple[str, ...], count: int) -> list[str]:
+        """``count`` different fillers."""
+        return self.rng.sample(of, count)
+
+
+def stain(draw: Draw) -> Scene:
+    """Get something out of something."""
+    what, cloth = draw.one(*draw.lexicon.stains), draw.one(*draw.lexicon.cloths)
+    first, other = draw.some(draw.lexicon.cleaners, 2)
+    minutes = draw.rng.choice((5, 10, 15, 20))
+
+    def answer(cleaner: str) -> Answer:
+        return Answer(
+            f"use {cleaner} and be quick.",
+            (
+                f"Dab the {what} with a clean towel; do not rub.",
+                f"Put {cleaner} on the {cloth} and wait {minutes} minutes.",
+                "Rinse with cold water and look again.",
+            ),
+            f"if you still see {what}, repeat step 2 before the {cloth} dries.",
+        )
+
+    prompt = draw.one(
+        f"How do I get {what} out of my {cloth}? I have {first} at home.",
+        f"There is {what} on my {cloth}. Can {first} help?",
+    )
+    return Scene(prompt, answer(first), f"I only found {other}. Does that work?", answer(other))
+
+
+def packing(draw: Draw) -> Scene:
+    """What to take on a journey of so many days."""
+    place = draw.one(*draw.lexicon.places)
+    clothes, gear = draw.one(*draw.lexicon.clothes), draw.some(draw.lexicon.gear, 2)
+    days, owned = draw.rng.randint(2, 7), f"{clothes}, {gear[0]} and {gear[1]}"
+
+    def answer(days: int) -> Answer:
+        return Answer(
+            f"for {days} days, take {days + 1} {clothes} and little else.",
+            (
+                f"Pack {days + 1} {clothes}, one more than there are days.",
+                f"Add {gear[0]} and {gear[1]}.",
+                "Leave a third of the bag empty.",
+            ),
+            f"look up the weather for {place} the evening before.",
+        )
+
+    prompt = draw.one(
+        f"I am going to {place} for {days} days. I own {owned}. What should I pack?",
+        f"Help me pack: {days} days, going to {place}. I can take {owned}.",
+    )
+    return Scene(prompt, answer(days), "And if I stay two days longer?", answer(days + 2))
+
+
+def agenda(draw: Draw) -> Scene:
+    """Three errands after one another, with the hours counted."""
+    errands = draw.some(draw.lexicon.errands, 3)
+    hour, minutes = draw.rng.randint(8, 15), draw.rng.choice((30, 40, 45, 60))
+
+    def at(hour: int, number: int) -> str:
+        passed = hour * 60 + number * minutes
+        return f"{passed // 60}:{passed % 60:02d}"
+
+    def answer(hour: int) -> Answer:
+        times = [at(hour, number) for number in range(4)]
+        first, second, third = (
+            f"{time} {errand}." for time, errand in zip(times, errands, strict=False)
+        )
+        return Answer(
+            f"you will be done at {times[3]}.",
+            (first, second, third),
+            f"set an alarm for {times[0]}.",
+        )
+
+    listed = f"{errands[0]}, {errands[1]} and {errands[2]}"
+    prompt = draw.one(
+        f"I have to {listed}. Each takes {minutes} minutes and I start at {hour}:00. Make a plan.",
+        f"Plan my day from {hour}:00, {minutes} minutes each: {listed}.",
+    )
+    second = f"I can only start at {hour + 1}:00."
+    return Scene(prompt, answer(hour), second, answer(hour + 1))
+
+
+def order(draw: Draw) -> Scene:
+    """Words by the alphabet."""
+    words = draw.some(draw.lexicon.words, 3)
+
+    def answer(words: list[str], how: str) -> Answer:
+        return Answer(
+            f"{words[0]}, {words[1]}, {words[2]}.",
+            (f"{words[0]}", f"{words[1]}", f"{words[2]}"),
+            f"tell me if you want them {how}.",
+        )
+
+    given = ", ".join(words)
+    prompt = draw.one(
+        f"Put these words in alphabetical order: {given}.",
+        f"Sort from A to Z: {given}",
+    )
+    ordered = sorted(words)
+    backwards = answer(ordered[::-1], "from A to Z")
+    return Scene(prompt, answer(ordered, "from Z to A"), "Now the other way round.", backwards)
+
+
+def purchase(draw: Draw) -> Scene:
+    """So many containers of so many things at a price."""
+    goods, containers = draw.one(*draw.lexicon.goods), draw.one(*draw.lexicon.containers)
+    count, each, price = draw.rng.randint(2, 9), draw.rng.randint(4, 12), draw.rng.randint(2, 9)
+
+    def answer(count: int) -> Answer:
+        return Answer(
+            f"{count * each} {goods} for {count * price} coins.",
+            (
+                f"Count the {containers}: {count}.",
+                f"{count} times {each} is {count * each} {goods}.",
+                f"{count} times {price} is {count * price} coins.",
+            ),
+            "check the sum before you pay.",
+        )
+
+    prompt = draw.one(
+        f"I buy {count} {containers} with {each} {goods} each, at {price} coins for one of the "
+        f"{containers}. How many {goods} is that, and what do I pay?",
+        f"{count} {containers}, {each} {goods} in each, {price} coins apiece: what do I pay?",
+    )
+    second = f"Make it {count + 1} {containers}."
+    return Scene(prompt, answer(count), second, answer(count + 1))
+
+
+def reminder(draw: Draw) -> Scene:
+    """A message to somebody who has something of mine."""
+    name, other = draw.some(draw.lexicon.names, 2)
+    thing, day = draw.one(*draw.lexicon.things), draw.one(*draw.lexicon.days)
+
+    def answer(name: str) -> Answer:
+        return Answer(
+            f"ask {name} kindly and name the day.",
+            (
+                f"Hello {name}, I hope you are well.",
+                f"Could you bring back my {thing} by {day}?",
+                "Thank you, and see you soon.",
+            ),
+            f"send it now; {day} is not far away.",
+        )
+
+    prompt = draw.one(
+        f"{name} still has my {thing}. Write a note: I need it by {day}.",
+        f"Write to {name} that I want my {thing} back by {day}.",
+    )
+    second = f"It was {other} who had it. Change the note."
+    return Scene(prompt, answer(name), second, answer(other))
+
+
+def tool(draw: Draw) -> Scene:
+    """What something is for."""
+    pairs = list(zip(draw.lexicon.tools, draw.lexicon.uses, strict=True))
+    (what, use), (other, other_use) = draw.rng.sample(pairs, 2)
+
+    def answer(what: str, use: str) -> Answer:
+        return Answer(
+            f"a {what} is made to {use}.",
+            (
+                f"Hold the {what} by its handle.",
+                f"Use it to {use}, slowly at first.",
+                f"Wipe the {what} and put it away dry.",
+            ),
+            f"try to {use} once with somebody who knows how.",
+        )
+
+    name, day = draw.one(*draw.lexicon.names), draw.one(*draw.lexicon.days)
+    prompt = draw.one(
+        f"{name} gave me a {what} on {day}. What do I do with it?",
+        f"What is a {what} for? {name} left one here on {day}.",
+    )
+    return Scene(prompt, answer(what, use), f"And a {other}?", answer(other, other_use))
+
+
+def ride(draw: Draw) -> Scene:
+    """Which of two ways to travel, by time and by price."""
+    slow, fast = draw.some(draw.lexicon.rides, 2)
+    place = draw.one(*draw.lexicon.places)
+    long, saved = draw.rng.choice((40, 50, 60, 75)), draw.rng.choice((5, 10, 15, 20))
+    cheap, extra = draw.rng.randint(2, 6), draw.rng.randint(1, 5)
+
+    def answer(chosen: str, why: str, other: str) -> Answer:
+        return Answer(
+            f"take {chosen}, it is {why}.",
+            (
+                f"By time: {fast} is {saved} minutes faster.",
+                f"By price: {slow} is {extra} coins cheaper.",
+                f"So {chosen} wins if it must be {why}.",
+            ),
+            f"keep {other} in mind in case of delay.",
+        )
+
+    told = (
+        f"{slow} takes {long} minutes and costs {cheap} coins, {fast} takes {long - saved} minutes "
+        f"and costs {cheap + extra}."
+    )
+    told = told[0].upper() + told[1:]
+    prompt = draw.one(
+        f"How do I get to {place} soonest? {told}", f"{told} I am in a hurry to reach {place}."
+    )
+    second = "No hurry after all, but I am short of money."
+    return Scene(prompt, answer(fast, "faster", slow), second, answer(slow, "cheaper", fast))
+
+
+SCENES: tuple[Callable[[Draw], Scene], ...] = (
+    stain,
+    packing,
+    agenda,
+    order,
+    purchase,
+    reminder,
+    tool,
+    ride,
+)
+
+VAGUE = (
+    "That depends on many things. It is hard to say without knowing more.",
+    "I am not sure what you mean, sorry.",
+    "Many people ask themselves this. Opinions differ a lot!!!",
+    "You could look it up somewhere, there are websites for such questions.",
+)
+SHORTER = ("Can you say that in one line?", "Shorter, please.")
+THANKS = ("Thank you!", "Great, that helps.")

@@ -1,0 +1,1 @@
+"""From a run to something that runs elsewhere, and the check that both answer alike."""

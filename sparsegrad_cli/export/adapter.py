@@ -1,0 +1,237 @@
+"""An adapter that needs no run folder: values, positions and bases in one file, and what they need.
+
+adapter.safetensors   what training changed, by the method's own names
+                      ``basis/<part>/<key>``: bases, one a key, cut to what the method uses
+                      ``fresh/<name>``: what neither the base model's files nor training determine
+adapter.json          :class:`sparsegrad_cli.export.adapter_file.AdapterSettings`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.export.adapter_file import (
+    FORMAT,
+    TENSORS,
+    AdapterBase,
+    AdapterSettings,
+    AdapterTarget,
+    read_settings,
+    tensors_digest,
+    write_settings,
+)
+from sparsegrad_cli.export.plain import auto_class, base_name, differing, put, task_settings
+from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.export.restore import load_checked, widest
+from sparsegrad_cli.methods.entries import check_positions
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.loading import load_as
+from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns
+from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.training.checkpoint import read_tensors, save_tensors
+from sparsegrad_cli.training.gradients import forked_random
+
+_BASIS, _FRESH = "basis/", "fresh/"
+_PARTS = ("q_out", "q_in", "singular_out", "singular_in")
+
+
+def write_adapter(trained: Trained, plain: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write both files.
+
+    Args:
+        plain: the base model, with other random numbers than the run's where its files are silent.
+
+    Raises:
+        UsageError: the run is unfinished, and its method keeps no list of what it changed.
+    """
+    if not trained.finished and any(n.startswith("positions/") for n in trained.tensors):
+        raise UsageError(
+            "which entries this run has changed is known only when it ends",
+            where="--to adapter",
+            fix="finish it with --resume, or --to merged",
+        )
+    tensors = dict(trained.tensors)
+    fresh = {n: t for n, t in differing(plain, trained).items() if not t.requires_grad}
+    tensors |= {_FRESH + name: tensor for name, tensor in fresh.items()}
+    for key, basis in trained.bases.items():
+        tensors |= {f"{_BASIS}{part}/{key}": getattr(basis, part) for part in _PARTS}
+    save_tensors(folder / TENSORS, tensors, {"format": FORMAT})
+    write_settings(folder, _settings(trained, plain, tensors_digest(tensors)))
+    return {"fresh": sorted(fresh), "bases_bytes": sum(b.nbytes() for b in trained.bases.values())}
+
+
+def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSettings:
+    recipe = trained.recipe
+    method = trained.settings
+    if trained.bases and method.form == "core":
+        # The bases are cut: whatever said how far, all that is there is used.
+        method = method.model_copy(update={"rank": widest(trained.bases.values())})
+    task = task_settings(plain)
+    base = AdapterBase(
+        name=base_name(recipe.model),
+        revision=recipe.model.revision,
+        dtype=recipe.model.dtype,
+        auto_class=auto_class(plain),  # type: ignore[arg-type]
+        fingerprint=trained.setup.fingerprint,
+        num_labels=task["num_labels"],
+        id2label={str(number): name for number, name in task["id2label"].items()},
+        problem_type=task["problem_type"],
+        pad_token_id=task["pad_token_id"],
+    )
+    return AdapterSettings(
+        format="sparsegrad-adapter-1",
+        model=base,
+        method=method,
+        scope=recipe.scope,
+        seed=recipe.seed,
+        targets=tuple(AdapterTarget(**asdict(target)) for target in trained.setup.targets),
+        keys=trained.keys,
+        digest=digest,
+    )
+
+
+def load_adapter(
+    folder: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model that ``sparsegrad export --to adapter`` wrote down, in the form it was trained in.
+
+    Args:
+        folder: with adapter.safetensors and adapter.json.
+        model: the plain base model, changed in place; by default it is loaded by the name that
+            the adapter holds.
+        trust_remote_code: run code that comes with the base model, where that is loaded here.
+
+    Returns:
+        The model in eval mode. What the method trains requires gradients, so it can go on.
+
+    Raises:
+        FileFormatError: the adapter is damaged, or holds what cannot be.
+        UsageError: the model is not the one that it was trained on.
+        DownloadError: the base model must come from the hub and cannot.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    where = str(folder / TENSORS)
+    tensors = read_tensors(folder / TENSORS)
+    if tensors_digest(tensors) != settings.digest:
+        raise FileFormatError("is damaged: its digest does not fit adapter.json", where=where)
+    if model is None:
+        model = _base(settings.model, trust_remote_code=trust_remote_code)
+    targets = [target.target() for target in settings.targets]
+    _check_base(model, targets, settings.model, str(folder))
+    try:
+        bases = _bases(tensors, settings.keys, targets)
+        fresh = {n.removeprefix(_FRESH): t for n, t in tensors.items() if n.startswith(_FRESH)}
+        put(model, fresh)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith((_BASIS, _FRESH))}
+        scores = _scores(tensors, bases, targets)
+    except (KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileFormatError(f"holds what cannot be: {error}", where=where) from error
+    method = make_method(settings.method)
+    with forked_random(settings.seed):
+        method.prepare(
+            model, targets, scope=settings.scope, bases=bases or None, scores=scores or None
+        )
+    load_checked(method, model, tensors, where)
+    return model.eval()
+
+
+def _base(base: AdapterBase, *, trust_remote_code: bool) -> nn.Module:
+    section = ModelSection(
+        name=base.name,
+        revision=base.revision,
+        dtype=base.dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    names = {int(number): name for number, name in base.id2label.items()}
+    config = {
+        "num_labels": base.num_labels,
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+        "problem_type": base.problem_type,
+        "pad_token_id": base.pad_token_id,
+    }
+    with forked_random(0):
+        return load_as(base.auto_class, section, config)
+
+
+def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, where: str) -> None:
+    """Refuse a model without the targets, or with other weights in them."""
+    for target in targets:
+        try:
+            layer = model.get_submodule(target.name)
+        except AttributeError:
+            layer = None
+        if layer is None or not is_linear(layer):
+            raise UsageError(
+                f"the model has no plain linear layer {target.name}: it is not the base model of "
+                "this adapter, or it has an adapter already",
+                where=where,
+            )
+        shape = (target.out_features, target.in_features)
+        if tuple(target.weight_OI(model).shape) != shape:
+            raise UsageError(f"{target.name} is no {shape[0]} x {shape[1]} layer", where=where)
+    labels = getattr(model.config, "num_labels", base.num_labels)
+    if base.auto_class == "AutoModelForSequenceClassification" and labels != base.num_labels:
+        raise UsageError(
+            f"the model has {labels} labels, the adapter {base.num_labels}",
+            where=where,
+            fix=f"load it with num_labels={base.num_labels}",
+        )
+    if fingerprint(model, targets) != base.fingerprint:
+        raise UsageError(
+            f"the adapter was trained on other weights: {base.name} in {base.dtype}",
+            where=where,
+            fix="load that model, in that dtype",
+        )
+
+
+def _bases(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, str], targets: list[Target]
+) -> dict[str, Basis]:
+    """Target name -> basis; targets of one key share the object.
+
+    Raises:
+        KeyError, ValueError: a basis is missing, or no basis of its target.
+    """
+    made: dict[str, Basis] = {}
+    for target in targets if keys else ():
+        key = keys[target.name]
+        parts = [tensors[f"{_BASIS}{part}/{key}"] for part in _PARTS]
+        for side, q in zip((target.out_features, target.in_features), parts[:2], strict=True):
+            if q.ndim != 2 or q.shape[0] != side or not 1 <= q.shape[1] <= side:
+                raise ValueError(f"the basis of {target.name} has shape {tuple(q.shape)}")
+            if not bool(torch.isfinite(q).all()):
+                raise ValueError(f"the basis of {target.name} holds values that are not finite")
+        if key not in made:
+            made[key] = Basis(by_columns(parts[0]), by_columns(parts[1]), parts[2], parts[3])
+    return {target.name: made[keys[target.name]] for target in targets if keys}
+
+
+def _scores(
+    tensors: Mapping[str, Tensor], bases: Mapping[str, Basis], targets: list[Target]
+) -> dict[str, Tensor]:
+    """Scores that make a static core choose the stored positions again: 1 there, 0 elsewhere.
+
+    Raises:
+        ValueError: positions outside the core.
+    """
+    scores = {}
+    for target in targets:
+        positions = tensors.get(f"{target.name}.support")
+        if positions is None:
+            continue
+        basis = bases[target.name]
+        score = torch.zeros(basis.q_out.shape[1], basis.q_in.shape[1])
+        check_positions(target.name, positions, positions, score.numel())
+        score.view(-1)[positions.long()] = 1.0
+        scores[target.name] = score
+    return scores

@@ -1,0 +1,110 @@
+"""adapter.json: what an adapter belongs to; typed, so that a file from anywhere is checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.recipe.method_section import MethodSection
+from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+
+FORMAT = "sparsegrad-adapter-1"
+TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
+
+
+class AdapterTarget(Section):
+    """As :class:`sparsegrad_cli.modeling.targets.Target`."""
+
+    name: str = Field(min_length=1)
+    kind: str
+    block: NonNegativeInt
+    out_features: PositiveInt
+    in_features: PositiveInt
+    transposed: bool
+
+    def target(self) -> Target:
+        """The target itself."""
+        return Target(**self.model_dump())
+
+
+class AdapterBase(Section):
+    """The base model, and what the task added to its configuration."""
+
+    name: str = Field(min_length=1)
+    revision: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    auto_class: Literal["AutoModelForSequenceClassification", "AutoModelForCausalLM"]
+    fingerprint: str
+    num_labels: PositiveInt
+    id2label: dict[str, str]
+    problem_type: str | None
+    pad_token_id: NonNegativeInt | None
+
+
+class AdapterSettings(Section):
+    """The whole file."""
+
+    format: Literal["sparsegrad-adapter-1"]
+    model: AdapterBase
+    method: MethodSection
+    scope: Literal["head", "rest"]
+    seed: NonNegativeInt
+    targets: tuple[AdapterTarget, ...] = Field(min_length=1)
+    keys: dict[str, str] = Field(description="target name -> key of its basis")
+    digest: str = Field(description="sha256 of the tensors")
+
+
+def write_settings(folder: Path, settings: AdapterSettings) -> None:
+    """Write adapter.json.
+
+    Raises:
+        DiskError: it could not be written.
+    """
+    try:
+        text = settings.model_dump_json(indent=1) + "\n"
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DiskError(
+            f"{SETTINGS} could not be written: {error}", where=str(folder), fix="free some space"
+        ) from error
+
+
+def read_settings(folder: Path) -> AdapterSettings:
+    """Read and check adapter.json.
+
+    Raises:
+        FileFormatError: it is missing, no JSON, of another version, or says what cannot be.
+    """
+    path = folder / SETTINGS
+    fix = "export it anew with `sparsegrad export RUN --to adapter`"
+    try:
+        return AdapterSettings.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise FileFormatError(
+            f"the adapter cannot be read: {error.strerror or error}", where=str(path), fix=fix
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise FileFormatError(
+            f"is no adapter.json of this version: {key}: {first['msg']}", where=str(path), fix=fix
+        ) from error
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over names, shapes, dtypes and bytes, in the order of names."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+    return sha.hexdigest()

@@ -1,0 +1,117 @@
+"""The forms that a run can be exported to: each written, and a way to read it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.export.adapter import load_adapter, write_adapter
+from sparsegrad_cli.export.check import logits_of
+from sparsegrad_cli.export.lora import load_lora, lora_parts, reference, write_lora
+from sparsegrad_cli.export.options import ExportOptions
+from sparsegrad_cli.export.plain import (
+    auto_class,
+    base_name,
+    load_plain,
+    merge,
+    plain_model,
+    task_settings,
+    write_plain,
+)
+from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.modeling.loading import locate
+from sparsegrad_cli.report.units import format_bytes
+
+# Above this share of the change, what rounding takes away is worth a word.
+_ROUNDED_AWAY = 0.05
+
+
+@dataclass
+class Written:
+    """What was written, and how to read it again.
+
+    Attributes:
+        details: for export.json.
+        load: the folder's model, by libraries that know nothing of the run.
+        snippet: the same in the user's words.
+        cut: logits of a change that was cut, which the folder must give exactly.
+        as_trained: it is the form it was trained in, and computes under autocast if that did.
+        notes: what the user should know.
+    """
+
+    details: dict[str, Any]
+    load: Callable[[], nn.Module]
+    snippet: str
+    cut: list[Tensor] | None = None
+    as_trained: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def _merged(
+    trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
+) -> Written:
+    plain, details = merge(trained)
+    write_plain(plain, trained, partial)
+    auto, device = auto_class(plain), trained.setup.device
+    trust = trained.recipe.model.trust_remote_code
+    notes = []
+    if details["rounding"] > _ROUNDED_AWAY:
+        notes.append(
+            f"{details['dtype']} rounds away {details['rounding']:.0%} of the change: "
+            "--to lora keeps it apart from the weights, unrounded"
+        )
+    return Written(
+        details,
+        lambda: load_plain(auto, partial, trust_remote_code=trust).to(device),
+        f'{auto}.from_pretrained("{folder}")',
+        notes=notes,
+    )
+
+
+def _lora(
+    trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
+) -> Written:
+    plain = plain_model(trained)
+    parts = lora_parts(trained, plain, options.rank)
+    write_lora(plain, parts, trained, partial)
+    del plain
+    cut = logits_of(reference(trained, parts), batches) if parts.truncated else None
+    section, device = trained.recipe.model, trained.setup.device
+    auto, settings = auto_class(trained.setup.model), task_settings(trained.setup.model)
+    base = locate(base_name(section))
+    labels = f", num_labels={settings['num_labels']}" if "Sequence" in auto else ""
+    return Written(
+        parts.record,
+        lambda: load_lora(auto, section, settings, partial).to(device),
+        f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{folder}")',
+        cut,
+    )
+
+
+def _adapter(
+    trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
+) -> Written:
+    details = write_adapter(trained, plain_model(trained), partial)
+    notes = []
+    weights = sum(target.size for target in trained.setup.targets)
+    if details["bases_bytes"] > weights * getattr(torch, trained.recipe.model.dtype).itemsize:
+        size = format_bytes(details["bases_bytes"])
+        notes.append(
+            f"its bases take {size}, more than the targets' weights: --to merged is smaller"
+        )
+    device, trust = trained.setup.device, trained.recipe.model.trust_remote_code
+    return Written(
+        details,
+        lambda: load_adapter(partial, trust_remote_code=trust).to(device),
+        f'sparsegrad_cli.load_adapter("{folder}")',
+        as_trained=True,
+        notes=notes,
+    )
+
+
+WRITERS = {"merged": _merged, "lora": _lora, "adapter": _adapter}

@@ -1,0 +1,209 @@
+"""A PEFT LoRA folder: factors of each target's change, and whole modules for what else changed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.export.plain import (
+    AUTO_CLASSES,
+    Distance,
+    auto_class,
+    base_name,
+    differing,
+    plain_model,
+    put,
+    put_weight,
+)
+from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.methods.base import Factors
+from sparsegrad_cli.modeling.loading import load_as, locate
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.lowrank import nearest_of_rank
+from sparsegrad_cli.recipe.schema import ModelSection
+
+# peft wraps modules of these names whole when the task is sequence classification.
+_PEFT_HEADS = ("classifier", "score")
+
+
+@dataclass
+class LoraParts:
+    """What a LoRA folder will hold.
+
+    Attributes:
+        factors: target name -> its change.
+        biases: target name -> change of its bias, (out,).
+        modules: full names of the modules that go along whole.
+        tensors: plain name -> what the parameters in them hold.
+        truncated: some change is of a higher rank than its factors.
+        record: ``truncated``, ``error``, ``modules`` and one row a target, for export.json.
+    """
+
+    factors: dict[str, Factors]
+    biases: dict[str, Tensor]
+    modules: list[str]
+    tensors: dict[str, Tensor]
+    truncated: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def lora_parts(trained: Trained, plain: nn.Module, rank: int | None) -> LoraParts:
+    """Factors of every target's change, cut to ``rank``, and what must go along.
+
+    Args:
+        plain: the base model.
+        rank: None keeps what is exact.
+
+    Raises:
+        UsageError: the change is of full rank and no rank was given, or a parameter changed that
+            no LoRA folder can hold.
+    """
+    targets = {target.name: target for target in trained.setup.targets}
+    changed = differing(plain, trained)
+    biases = {
+        name: changed.pop(f"{name}.bias").detach().double()
+        - plain.get_parameter(f"{name}.bias").detach().double()
+        for name in targets
+        if f"{name}.bias" in changed
+    }
+    modules = modules_to_save(plain, changed, targets)
+    factors: dict[str, Factors] = {}
+    whole, rows, cut = Distance(), [], False
+    for name, target in targets.items():
+        exact = trained.method.factors(trained.setup.model, target)
+        base_OI = target.weight_OI(plain).detach().double()
+        change_OI = trained.method.merged_OI(trained.setup.model, target) - base_OI
+        factors[name] = _cut(exact, change_OI, rank)
+        full = exact.rank if exact is not None else min(change_OI.shape)
+        cut = cut or factors[name].rank < full
+        error = whole.add(factors[name].product_OI() - change_OI, change_OI)
+        rows.append({"name": name, "rank": factors[name].rank, "error": error})
+    record = {"truncated": cut, "error": whole.relative, "targets": rows, "modules": modules}
+    return LoraParts(factors, biases, modules, changed, cut, record)
+
+
+def _cut(exact: Factors | None, change_OI: Tensor, rank: int | None) -> Factors:
+    """Factors in float32, of at most ``rank``."""
+    if exact is not None and (rank is None or exact.rank <= rank):
+        return Factors(exact.b.float(), exact.a.float(), exact.alpha, exact.rslora)
+    if rank is None:
+        raise UsageError(
+            "this method changes the weights themselves: the change is of full rank",
+            where="--rank",
+            fix="give --rank, at which the change is cut (the error is stated), or --to merged",
+        )
+    b_OR, a_RI = nearest_of_rank(change_OI, rank)
+    return Factors(b_OR.float(), a_RI.float(), a_RI.shape[0])
+
+
+def modules_to_save(
+    plain: nn.Module, changed: dict[str, Tensor], targets: dict[str, Target]
+) -> list[str]:
+    """Modules for peft's ``modules_to_save``: the nearest ones that hold what has changed.
+
+    Raises:
+        UsageError: such a module holds a target as well, which peft would then adapt twice.
+    """
+    heads = _PEFT_HEADS if AUTO_CLASSES[auto_class(plain)] == "SEQ_CLS" else ()
+    owners: set[str] = set()
+    for name in changed:
+        owner = name.rpartition(".")[0]
+        parts = owner.split(".")
+        # peft takes its heads whole: a part of one must not be named again.
+        tops = [".".join(parts[: n + 1]) for n, part in enumerate(parts) if part.endswith(heads)]
+        owner = tops[0] if heads and tops else owner
+        inside = f"{owner}." if owner else ""
+        if any(target.startswith(inside) or target == owner for target in targets):
+            raise UsageError(
+                f"a LoRA folder cannot hold {name}, which training changed: it can carry whole "
+                "modules only, and this one holds a target",
+                where="--to lora",
+                fix="--to merged",
+            )
+        owners.add(owner)
+    outer = {o for o in owners if not any(o.startswith(f"{other}.") for other in owners)}
+    order = [name for name, _ in plain.named_modules(remove_duplicate=False)]
+    return [name for name in order if name in outer]
+
+
+def reference(trained: Trained, parts: LoraParts) -> nn.Module:
+    """The plain model with the cut change in its weights: what the folder must compute exactly."""
+    plain = plain_model(trained)
+    put(plain, parts.tensors)
+    for target in trained.setup.targets:
+        base_OI = target.weight_OI(plain).detach().double()
+        put_weight(plain, target, base_OI + parts.factors[target.name].product_OI())
+        if target.name in parts.biases:
+            bias = plain.get_parameter(f"{target.name}.bias")
+            put(plain, {f"{target.name}.bias": bias.double() + parts.biases[target.name]})
+    return plain
+
+
+def write_lora(plain: nn.Module, parts: LoraParts, trained: Trained, folder: Path) -> None:
+    """Put the parts into a peft model around ``plain`` (which is used up) and let peft save it."""
+    from peft import get_peft_model
+
+    put(plain, parts.tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, and tied embeddings
+        wrapped = get_peft_model(plain, _config(plain, parts, trained))
+        inner = wrapped.get_base_model()
+        with torch.no_grad():
+            for name, factors in parts.factors.items():
+                layer: Any = inner.get_submodule(name)
+                layer.lora_A["default"].weight.data = factors.a.contiguous()
+                layer.lora_B["default"].weight.data = factors.b.contiguous()
+                if name in parts.biases:  # B's bias is scaled as its weight is
+                    scale = layer.scaling["default"]
+                    layer.lora_B["default"].bias.data = (parts.biases[name] / scale).float()
+        # get_peft_model writes the name as it was given: a relative path leads nowhere elsewhere.
+        about = wrapped.peft_config["default"]
+        about.base_model_name_or_path = locate(base_name(trained.recipe.model))
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    trained.setup.tokenizer.save_pretrained(folder)
+
+
+def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
+    """peft's configuration: the commonest rank and alpha, patterns for targets with others."""
+    from peft import LoraConfig
+
+    pairs = Counter((f.rank, f.alpha) for f in parts.factors.values())
+    (rank, alpha), _ = pairs.most_common(1)[0]
+    others = {n: f for n, f in parts.factors.items() if (f.rank, f.alpha) != (rank, alpha)}
+    return LoraConfig(
+        task_type=AUTO_CLASSES[auto_class(plain)],
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=any(f.rslora for f in parts.factors.values()),
+        lora_dropout=getattr(trained.settings, "dropout", 0.0),
+        target_modules=list(parts.factors),
+        rank_pattern={re.escape(name): f.rank for name, f in others.items()},
+        alpha_pattern={re.escape(name): f.alpha for name, f in others.items()},
+        lora_bias=bool(parts.biases),
+        modules_to_save=list(parts.modules) or None,
+        fan_in_fan_out=any(target.transposed for target in trained.setup.targets),
+    )
+
+
+def load_lora(
+    auto: str, section: ModelSection, settings: Mapping[str, Any], folder: Path
+) -> nn.Module:
+    """Load a written folder as anyone would: by peft, onto the plain base model."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: nn.Module = PeftModel.from_pretrained(
+            load_as(auto, section, settings),
+            str(folder),
+        )
+    return loaded

@@ -1,0 +1,172 @@
+"""One export: rebuild, write beside the place, load back, compare, and only then put it there."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.export.check import allowed, compare, inputs_of, judge, logits_of
+from sparsegrad_cli.export.forms import WRITERS
+from sparsegrad_cli.export.options import ExportOptions
+from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to_readers
+from sparsegrad_cli.export.plain import auto_class
+from sparsegrad_cli.export.rebuild import Trained, rebuild
+from sparsegrad_cli.export.run_files import RunFiles, open_run
+from sparsegrad_cli.modeling.loading import locate
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.report.records import write_json_atomic
+from sparsegrad_cli.rundir import now
+from sparsegrad_cli.training.callbacks import is_out_of_memory
+from sparsegrad_cli.training.checkpoint import write_folder
+
+SCHEMA = 1
+
+
+def export_run(
+    run: Path, overrides: tuple[str, ...], options: ExportOptions, observer: Observer
+) -> dict[str, Any]:
+    """Export a run.
+
+    Returns:
+        The content of export.json, with ``output_dir``.
+
+    Raises:
+        UsageError: no run, a target folder that is not free, or a form that cannot hold it.
+        SparsegradError: the check failed, or a file is gone, damaged or cannot be written. Nothing
+            is left of the attempt, and what stood in the target folder is untouched.
+    """
+    if options.rank is not None and options.to != "lora":
+        raise UsageError(f"--to {options.to} has no rank", where="--rank", fix="--to lora")
+    files = open_run(run, overrides)
+    wanted = options.output_dir or files.folder / f"export-{options.to}"
+    base = Path(locate(files.loaded.recipe.model.name))
+    needed = [files.folder, *([base] if base.is_dir() else [])]
+    folder = free_folder(wanted, needed, overwrite=options.overwrite)
+    work = _Export(files, folder, options, observer)
+    write_folder(folder, work.fill, fix="free some space, or name another --output-dir")
+    return {**work.record, "output_dir": str(folder)}
+
+
+class _Export:
+    """Fills a folder that is not yet in its place.
+
+    Args:
+        folder: where it will be.
+    """
+
+    def __init__(
+        self, files: RunFiles, folder: Path, options: ExportOptions, observer: Observer
+    ) -> None:
+        self.files, self.folder, self.options, self.observer = files, folder, options, observer
+        self.record: dict[str, Any] = {}
+        for note in files.notes:
+            observer.note(note)
+        observer.phase("load", f"{files.loaded.recipe.model.name}, {files.source}")
+        # Before any folder is made: what fails to be read is no failure to write.
+        self.trained: Trained | None = rebuild(files, options.examples)
+        self.batches = inputs_of(self.trained.setup, options.examples)
+        self.dtype: torch.dtype = getattr(torch, self.trained.recipe.model.dtype)
+        self.autocast = self.trained.autocast
+        self.expected = logits_of(self.trained.setup.model, self.batches, self.autocast)
+        self.about = _about(self.trained, files)
+
+    def fill(self, partial: Path) -> None:
+        """Write, load back, compare, record; nothing stays if any of it fails."""
+        assert self.trained is not None
+        self.observer.phase("write", self.options.to)
+        write = WRITERS[self.options.to]
+        written = write(self.trained, partial, self.folder, self.options, self.batches)
+        for note in written.notes:
+            self.observer.note(note)
+        self.trained = None  # before the same model is loaded once more
+        gc.collect()
+        self.observer.phase("check", f"{len(self.expected)} examples, loaded back from the files")
+        autocast = self.autocast if written.as_trained else None
+        got = logits_of(_loaded_back(written.load), self.batches, autocast)
+        checked = self._checked(got, written.cut)
+        sizes = file_sizes(partial)
+        self.record = {
+            "schema": SCHEMA,
+            "to": self.options.to,
+            "created": now(),
+            **self.about,
+            **written.details,
+            "check": checked,
+            "files": sizes,
+            "bytes": sum(sizes.values()),
+            "load": written.snippet,
+            "notes": [*self.files.notes, *written.notes],
+        }
+        write_json_atomic(partial / RECORD, self.record)
+        open_to_readers(partial)
+
+    def _checked(self, got: list[Tensor], cut: list[Tensor] | None) -> dict[str, Any]:
+        """The comparison, or its refusal: with the run, or with the change that was cut."""
+        found = compare(self.expected, got)
+        judged = found if cut is None else compare(cut, got)
+        tolerance = self.options.tolerance
+        if tolerance is None:
+            tolerance = allowed(self.dtype, judged.largest)
+        fix = "--tolerance allows more"
+        if self.options.to == "merged" and self.dtype != torch.float32:
+            fix = f"--to lora keeps the change apart from weights in half precision; {fix}"
+        judge(judged, tolerance, fix=fix)
+        return {
+            "examples": len(got),
+            "answers": found.answers,
+            "same_answers": found.same,
+            "largest_logit": found.largest,
+            "difference": found.difference,
+            "judged": {
+                "against": "the run" if cut is None else "the cut change",
+                "difference": judged.difference,
+                "tolerance": tolerance,
+            },
+        }
+
+
+def _about(trained: Trained, files: RunFiles) -> dict[str, Any]:
+    """What the export was made from."""
+    names = ("sparsegrad", "torch", "transformers", "peft")
+    method = trained.settings.model_dump(mode="json")
+    return {
+        "run": str(files.folder),
+        "source": files.source,
+        "model": {
+            "name": trained.recipe.model.name,
+            "auto_class": auto_class(trained.setup.model),
+            "architecture": type(trained.setup.model).__name__,
+            "dtype": trained.recipe.model.dtype,
+            "fingerprint": trained.setup.fingerprint,
+        },
+        "method": {key: method.get(key) for key in ("name", "form", "support", "density")},
+        "scope": trained.recipe.scope,
+        "versions": {name: _version(name) for name in names},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _loaded_back(load: Callable[[], nn.Module]) -> nn.Module:
+    """What was written, read by others; whatever they say of it is one error."""
+    try:
+        return load()
+    except SparsegradError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SparsegradError(f"what was written cannot be loaded back: {reason}") from error

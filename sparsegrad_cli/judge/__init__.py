@@ -1,0 +1,1 @@
+"""Grading answers by a language model behind an OpenAI-compatible endpoint."""

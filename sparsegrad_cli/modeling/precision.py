@@ -1,0 +1,39 @@
+"""What trains is float32 at least: small increments are lost in half-precision weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def open_parameter(parameter: nn.Parameter) -> None:
+    """Let it train; a half-precision one becomes float32 first, in place."""
+    if parameter.dtype in HALF:
+        parameter.data = parameter.data.float()
+    parameter.requires_grad_(True)
+
+
+def accept_half_inputs(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let the layers that own these float32 parameters take half-precision inputs.
+
+    For a head behind a half-precision body. Under autocast, which casts by itself, nothing is done.
+    """
+    opened = {id(parameter) for parameter in parameters if parameter.dtype == torch.float32}
+    for module in model.modules():
+        if any(id(own) in opened for own in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_widen)
+
+
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widened(value: Any) -> Any:
+        half = isinstance(value, torch.Tensor) and value.dtype in HALF
+        if not half or torch.is_autocast_enabled(value.device.type):
+            return value
+        return value.float()
+
+    return tuple(widened(value) for value in inputs)

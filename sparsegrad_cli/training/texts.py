@@ -1,0 +1,75 @@
+"""Model and data of a task of whole texts: classes or scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
+from sparsegrad_cli.data.loading import load_task
+from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
+
+
+@dataclass
+class Parts:
+    """What a task gives to a run: the data sets hold what the collator takes, and nothing else."""
+
+    task: TaskFacts
+    objective: Objective
+    train_data: Any
+    validation: dict[str, Any]
+    tokenizer: Any
+    collator: Any
+    model: nn.Module
+
+
+def load_texts(recipe: Recipe) -> Parts:
+    """Data, tokenizer and classifier; the head is drawn from the recipe's seed.
+
+    Raises:
+        SparsegradError: of the kind that fits; see the loaders.
+    """
+    section = recipe.task
+    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
+    task = load_task(
+        section.name,
+        path=section.path,
+        columns=columns,
+        train_limit=section.train_limit,
+        eval_limit=section.eval_limit,
+        validation_fraction=section.validation_fraction,
+        metric=section.metric,
+        # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
+        seed=0,
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_classifier(recipe.model, task.spec, recipe.seed)
+    max_length, cut = fitting_length(section.max_length, model.config)
+    notes = [*task.notes, ensure_pad_token(tokenizer, model.config), cut]
+    train_data, validation = tokenize(
+        task, tokenizer, max_length=max_length, padding=section.padding
+    )
+    return Parts(
+        replace(TaskFacts.of(task), notes=tuple(note for note in notes if note)),
+        Classification(task.spec),
+        train_data,
+        validation,
+        tokenizer,
+        make_collator(tokenizer, max_length=max_length, padding=section.padding),
+        model,
+    )
+
+
+def fitting_length(wanted: int, config: Any) -> tuple[int, str | None]:
+    """``wanted``, or less where the model has fewer positions, and then a note."""
+    positions = getattr(config, "max_position_embeddings", None)
+    kind = getattr(config, "model_type", "")
+    offset = 2 if kind in ("roberta", "xlm-roberta", "camembert") else 0
+    if isinstance(positions, int) and positions > 0 and wanted > positions - offset:
+        room = positions - offset
+        return room, f"max_length {wanted} cut to the model's {room} positions"
+    return wanted, None

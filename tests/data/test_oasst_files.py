@@ -1,0 +1,161 @@
+"""Where OpenAssistant data lies: files, folders, the hub; settings that cannot be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
+
+from sparsegrad_cli.data.chat import load_chat
+from sparsegrad_cli.data.chat_settings import ChatSettings
+from sparsegrad_cli.errors import DataError, DownloadError, UsageError
+
+# --- where files lie
+
+
+def test_gzip_and_byte_order_mark(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(tree(root)) + "\n" for root in (big(), small()))
+    packed = tmp_path / "x.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode()))
+    plain = tmp_path / "misnamed.jsonl"
+    plain.write_bytes(packed.read_bytes())
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(b"\xef\xbb\xbf\r\n" + lines.replace("\n", "\r\n\r\n").encode())
+    for file in (packed, plain, windows):
+        assert everything(read(file)) == set(EXPECTED["threads"])
+
+
+def test_parquet_as_the_hub_has_it(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, root in (("train", big()), ("validation", small())):
+        rows = [{"rank": None, "labels": None} | row | {"tree_state": "x"} for row in flat(root)]
+        labels = {"name": ["quality"], "value": [0.5], "count": [3]}
+        rows = [row | {"labels": labels, "message_tree_id": root["message_id"]} for row in rows]
+        Dataset.from_list(rows).to_parquet(folder / f"{split}-00000-of-00001-abc.parquet")
+    settings: dict[str, Any] = {"tree_states": ("x",), "min_quality": 0.5, "split": "source"}
+    data = read(tmp_path, **settings)
+    assert {spoken(each) for each in data.train} == set(EXPECTED["threads"]) - {"q1 a7*"}
+    assert [spoken(each) for each in data.validation] == ["q1 a7*"]
+
+
+def test_folder_takes_ready_trees_first(tmp_path: Path) -> None:
+    write(tmp_path / "2023_oasst_all.messages.jsonl", *flat(node("m", node("a"))), small())
+    write(tmp_path / "2023_oasst_spam.messages.jsonl", node("spam", node("a")))
+    assert "m a*" in everything(read(tmp_path))
+    write(tmp_path / "2023_oasst_ready.trees.jsonl", tree(node("r", node("a"))), tree(small()))
+    data = read(tmp_path)
+    assert "r a*" in everything(data) and "read 2023_oasst_ready.trees.jsonl" in data.notes
+    write(tmp_path / "2024_oasst_ready.trees.jsonl", tree(node("r", node("a"))))
+    with pytest.raises(DataError, match=r"several: 2023_oasst.*, 2024_oasst"):
+        read(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match=r"no OpenAssistant file\n.*\n.*ready\.trees"):
+        read(empty)
+    with pytest.raises(DataError, match="no such file or folder"):
+        read(tmp_path / "gone")
+
+
+# --- the hub
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The hub's libraries told to stay offline, with an empty cache of their own."""
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_hub_unreachable_says_how_to_go_local(offline: Path) -> None:
+    with pytest.raises(DownloadError) as caught:
+        load_chat("oasst")
+    text = str(caught.value)
+    assert "OpenAssistant/oasst1" in text and "HF_HUB_OFFLINE is set" in text
+    assert "task.path" in text
+
+
+def test_hub_cache_is_read_like_the_export(offline: Path) -> None:
+    fill_cache(offline, {"train": [big(), node("p9", node("a9"))], "validation": [small()]})
+    data = load_chat("oasst")
+    assert everything(data) == set(EXPECTED["threads"]) | {"p9 a9*"}
+    assert "cached copy" in data.notes[0]
+    own = load_chat("oasst", settings=ChatSettings(split="source", min_quality=0.5))
+    assert [spoken(each) for each in own.validation] == ["q1 a7*"]
+
+
+def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """What the hub's library leaves behind after a download of oasst1, its columns and all."""
+    from datasets import DatasetInfo, Features, Sequence, SplitDict, SplitInfo, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    words = ["message_id", "parent_id", "text", "role", "lang", "message_tree_id", "tree_state"]
+    counts = {"name": Value("string"), "value": Value("float64"), "count": Value("int32")}
+    features = Features(
+        {name: Value("string") for name in words}
+        | {name: Value("bool") for name in ("review_result", "deleted")}
+        | {"rank": Value("int32"), "labels": Sequence(counts), "user_id": Value("string")}
+    )
+    folder = folder / "OpenAssistant___oasst1" / "default" / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    infos = SplitDict()
+    labels = {"name": ["quality"], "value": [0.8], "count": [3]}
+    for split, roots in splits.items():
+        writer = ArrowWriter(path=str(folder / f"oasst1-{split}.arrow"), features=features)
+        for root in roots:
+            for row in flat(root):
+                more = {"rank": None, "tree_state": "ready_for_export", "labels": labels}
+                writer.write(more | row | {"message_tree_id": root["message_id"], "user_id": "u"})
+        count, size = writer.finalize()
+        infos.add(SplitInfo(split, num_examples=count, num_bytes=size))
+    info = DatasetInfo(
+        features=features,
+        builder_name="parquet",
+        dataset_name="oasst1",
+        config_name="default",
+        version="0.0.0",
+        splits=infos,
+    )
+    info.write_to_directory(str(folder))
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("oasst", {"paths": "all"}, "paths is 'all'"),
+        ("oasst", {"validation_fraction": 1.0}, "validation_fraction is 1"),
+        ("oasst", {"max_rank": -1}, "max_rank is -1"),
+        ("oasst", {"min_quality": 2.0}, "min_quality is 2"),
+        ("oasst", {"min_quality": float("nan")}, "min_quality is nan"),
+        ("oasst", {"languages": ()}, "languages is an empty list"),
+        ("oasst", {"column": "chat"}, "column does not go with oasst"),
+        ("chat", {"languages": ("en",)}, "languages does not go with chat"),
+        ("chat", {"hub": "just-a-name"}, "no data set of the hub"),
+        ("chat", {}, "needs a path or a data set of the hub"),
+        ("builtin:dialogues", {"hub": "a/b"}, "hub does not go with builtin:dialogues"),
+        ("oast", {}, "did you mean oasst"),
+    ],
+)
+def test_settings_that_cannot_be(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_chat(name, settings=ChatSettings(**settings))
+
+
+def test_path_and_hub_together(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not from both"):
+        read(tmp_path, hub="a/b")
+    with pytest.raises(UsageError, match="takes no path"):
+        read(tmp_path, "builtin:dialogues")

@@ -1,0 +1,323 @@
+"""Every method and form, exported to everything, read by plain transformers and plain peft.
+
+The judge is the run itself: the loss on the validation data that training recorded must come out
+of the exported files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from little import (
+    ROWS,
+    answers,
+    base_of,
+    by_peft,
+    by_transformers,
+    data_folder,
+    record,
+    tokenizer_of,
+    train,
+)
+from safetensors.torch import load_file
+from tiny import BLOCKS, HIDDEN, INNER
+from torch import Tensor, nn
+
+import sparsegrad_cli
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.export.lora import modules_to_save
+from sparsegrad_cli.methods.core import CoreLinear
+from sparsegrad_cli.modeling.targets import find_targets
+from sparsegrad_cli.recipe.schema import TargetsSection
+
+Exported = Callable[..., tuple[Path, dict[str, Any]]]
+
+CORE = ("method.form=core", "method.density=0.05")
+# name -> (overrides, architecture). The narrow side has 16 entries: rank 16 loses nothing.
+MATRIX: dict[str, tuple[tuple[str, ...], str]] = {
+    "full": (("method=full",), "bert"),
+    "full-rest": (("method=full", "scope=rest"), "bert"),
+    "lora": (("method=lora", "method.rank=3", "method.alpha=5"), "bert"),
+    "lora-rslora-conv1d": (("method=lora", "method.rslora=true", "scope=rest"), "gpt2"),
+    "meprop-entries": (("method=meprop", "method.density=0.05"), "bert"),
+    "meprop-rows-conv1d": (("method=meprop", "method.select=rows", "method.density=0.1"), "gpt2"),
+    "materialized": (("method.form=materialized", "method.density=0.05"), "bert"),
+    "materialized-conv1d": (
+        ("method.form=materialized", "method.density=0.05", "scope=rest"),
+        "gpt2",
+    ),
+    "rotated": (("method.form=rotated", "method.density=0.05"), "bert"),
+    "rotated-conv1d": (("method.form=rotated", "calibration.basis_per=kind"), "gpt2"),
+    "core-static": ((*CORE, "method.rank=7"), "bert"),
+    "core-static-model": (
+        (*CORE, "method.allocation=model", "calibration.score=square", "scope=rest"),
+        "gpt2",
+    ),
+    "core-dense-energy": (
+        # Gradients of batches: the two kinds then need different ranks for that share.
+        (
+            *CORE,
+            "method.support=dense",
+            "method.rank=0.9",
+            "calibration.basis_per=kind",
+            "calibration.source=batch",
+            "calibration.warmup_steps=0",
+        ),
+        "bert",
+    ),
+    "core-dynamic": ((*CORE, "method.support=dynamic", "method.rank=5", "scope=rest"), "bert"),
+    "core-refresh": ((*CORE, "method.support=refresh", "method.refresh_steps=2"), "bert"),
+    "core-gated": ((*CORE, "method.recompute=activation"), "llama"),
+}
+PATHS = {
+    "bert": ("bert.encoder.layer", ("intermediate.dense", "output.dense")),
+    "gpt2": ("transformer.h", ("mlp.c_fc", "mlp.c_proj")),
+    "llama": ("model.layers", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+}
+
+
+def targets_of(architecture: str) -> list[str]:
+    blocks, kinds = PATHS[architecture]
+    return [f"{blocks}.{number}.{kind}" for number in range(BLOCKS) for kind in kinds]
+
+
+def assert_answers_as_trained(model: nn.Module, run: Path) -> Tensor:
+    logits, loss = answers(model, tokenizer_of(run))
+    trained = record(run)["metrics"]["final"]["loss"]
+    assert loss == pytest.approx(trained, abs=2e-5)
+    assert abs(trained - record(run)["metrics"]["initial"]["loss"]) > 1e-2, "training did nothing"
+    return logits
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_export_gives_the_loss_that_training_recorded(
+    name: str, runs: Callable[..., Path], exported: Exported
+) -> None:
+    overrides, architecture = MATRIX[name]
+    run = runs(*overrides, architecture=architecture)
+    narrow = () if name.startswith(("lora", "core")) else ("--rank", str(HIDDEN))
+
+    merged, said = exported(run, "merged")
+    assert said["check"]["difference"] <= said["check"]["judged"]["tolerance"]
+    assert said["check"]["examples"] == said["check"]["same_answers"] == ROWS
+    assert said["rounding"] < 1e-5
+    plain = by_transformers(merged)
+    expected = assert_answers_as_trained(plain, run)
+    fresh = type(plain)(plain.config)
+    assert {n: t.shape for n, t in load_file(merged / "model.safetensors").items()} == {
+        n: t.shape for n, t in fresh.state_dict().items()
+    }
+
+    adapter, said = exported(run, "lora", *narrow)
+    assert said["check"]["judged"]["against"] == "the run" and not said["truncated"]
+    assert said["error"] < 1e-5
+    logits = assert_answers_as_trained(by_peft(run, adapter), run)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits.argmax(1), expected.argmax(1))
+
+    own, said = exported(run, "adapter")
+    assert said["check"]["difference"] == 0.0
+    logits = assert_answers_as_trained(sparsegrad_cli.load_adapter(own), run)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    base = by_transformers(base_of(run), num_labels=2, pad_token_id=0)
+    again = sparsegrad_cli.load_adapter(own, base)
+    assert again is base
+    assert torch.equal(answers(again, tokenizer_of(run))[0], logits)
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_cut_change_is_the_nearest_of_its_rank(
+    rank: int, runs: Callable[..., Path], exported: Exported
+) -> None:
+    """Against torch's singular value decomposition of what the merged model holds."""
+    run = runs("method=full")
+    folder, said = exported(run, "lora", "--rank", str(rank))
+    whole = load_file(exported(run, "merged")[0] / "model.safetensors")
+    base = load_file(Path(base_of(run)) / "model.safetensors")
+    parts = load_file(folder / "adapter_model.safetensors")
+    lost = total = 0.0
+    for row in said["targets"]:
+        name = row["name"]
+        change = whole[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
+        prefix = f"base_model.model.{name}.lora"
+        product = parts[f"{prefix}_B.weight"].double() @ parts[f"{prefix}_A.weight"].double()
+        torch.testing.assert_close(product, nearest, atol=1e-6, rtol=0)
+        relative = float(s[rank:].norm() / s.norm())
+        assert row["error"] == pytest.approx(relative, rel=1e-4) and relative > 0.05
+        assert row["rank"] == rank
+        lost += float(s[rank:].square().sum())
+        total += float(s.square().sum())
+    assert said["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    # Cut, it does not answer as the run did: that is said; but it holds exactly what was cut.
+    check = said["check"]
+    assert check["difference"] > 1e-3 > check["judged"]["difference"]
+    assert check["judged"]["against"] == "the cut change"
+
+
+def test_a_lora_run_is_passed_through(runs: Callable[..., Path], exported: Exported) -> None:
+    run = runs(*MATRIX["lora-rslora-conv1d"][0], architecture="gpt2")
+    folder, _ = exported(run, "lora")
+    trained = load_file(run / "adapter" / "adapter.safetensors")
+    written = load_file(folder / "adapter_model.safetensors")
+    for name in targets_of("gpt2"):
+        for part in ("lora_A", "lora_B"):
+            ours = trained[f"{name}.{part}.default.weight"]
+            assert torch.equal(written[f"base_model.model.{name}.{part}.weight"], ours)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 16, True)
+    assert not config["rank_pattern"] and config["fan_in_fan_out"] is True
+
+
+def test_the_core_is_a_lora_of_its_rank(runs: Callable[..., Path], exported: Exported) -> None:
+    run = runs(*MATRIX["core-static"][0])
+    folder, said = exported(run, "lora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 7 and config["lora_bias"] is False
+    assert {row["rank"] for row in said["targets"]} == {7}
+    _, cut = exported(run, "lora", "--rank", "2", "--overwrite")
+    assert cut["truncated"] and {row["rank"] for row in cut["targets"]} == {2}
+    _, same = exported(run, "lora", "--rank", "7", "--overwrite")
+    assert not same["truncated"] and same["error"] == said["error"]
+
+
+def test_ranks_that_differ_are_written_as_patterns(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
+    run = runs(*MATRIX["core-dense-energy"][0])
+    folder, said = exported(run, "lora")
+    ranks = {row["name"]: row["rank"] for row in said["targets"]}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert len(set(ranks.values())) > 1, "this run is meant to have several"
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    written = load_file(folder / "adapter_model.safetensors")
+    for name, rank in ranks.items():
+        assert written[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
+
+
+def test_what_peft_cannot_factor_goes_along_whole(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
+    """BERT's files hold no pooler: what was drawn for it belongs to the export too."""
+    head, said = exported(runs(*MATRIX["core-static"][0]), "lora")
+    assert said["modules"] == ["bert.pooler.dense", "classifier"]
+    rest, said = exported(runs(*MATRIX["core-dynamic"][0]), "lora")
+    assert "bert.embeddings.word_embeddings" in said["modules"]
+    assert "bert.encoder.layer.2.attention.output.LayerNorm" in said["modules"]
+    assert not any(name in said["modules"] for name in targets_of("bert"))
+    config = json.loads((rest / "adapter_config.json").read_text())
+    assert config["lora_bias"] is True, "biases of targets train under scope rest"
+    written = load_file(head / "adapter_model.safetensors")
+    trained = load_file(runs(*MATRIX["core-static"][0]) / "adapter" / "adapter.safetensors")
+    assert torch.equal(written["base_model.model.classifier.weight"], trained["classifier.weight"])
+
+
+def test_an_adapter_shares_bases_and_says_what_it_carries(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
+    folder, said = exported(runs(*MATRIX["core-dense-energy"][0]), "adapter")
+    tensors = load_file(folder / "adapter.safetensors")
+    kinds = {"intermediate.dense", "output.dense"}
+    assert {n.removeprefix("basis/q_out/") for n in tensors if n.startswith("basis/q_o")} == kinds
+    assert said["fresh"] == ["bert.pooler.dense.weight"]
+    model = sparsegrad_cli.load_adapter(folder)
+    layers = [model.get_submodule(name) for name in targets_of("bert")]
+    assert all(isinstance(layer, CoreLinear) for layer in layers)
+    assert layers[0].q_out is layers[2].q_out and layers[0].q_out is not layers[1].q_out
+    assert layers[0].core.requires_grad and not layers[0].weight.requires_grad  # type: ignore[union-attr]
+    assert not model.training
+
+
+def test_half_precision_weights_keep_their_dtype(
+    runs: Callable[..., Path], exported: Exported, cli: Any
+) -> None:
+    run = runs("model.dtype=bfloat16", *MATRIX["core-static"][0])
+    merged, said = exported(run, "merged")
+    plain = by_transformers(merged)
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    # 8 bits of mantissa: what rounding does to W + change is up to 2^-8 of |W|, not of the change.
+    base = by_transformers(base_of(run), dtype=torch.bfloat16)
+    name = targets_of("bert")[0]
+    lora, about = exported(run, "lora")
+    parts = load_file(lora / "adapter_model.safetensors")
+    assert {t.dtype for n, t in parts.items() if "lora_" in n} == {torch.float32}
+    product = (
+        parts[f"base_model.model.{name}.lora_B.weight"].double()
+        @ parts[f"base_model.model.{name}.lora_A.weight"].double()
+    )
+    exact = base.get_parameter(f"{name}.weight").double() + product
+    error = (plain.get_parameter(f"{name}.weight").double() - exact).detach()
+    row = said["targets"][0]
+    assert row["rounding"] == pytest.approx(float(error.norm() / product.norm()), rel=1e-3)
+    assert row["rounding_max"] == pytest.approx(float(error.abs().max()), rel=1e-3)
+    assert 1e-3 < said["rounding"] < 0.5
+    assert about["error"] < 1e-6, "beside the weights nothing is rounded away"
+    own, exact_again = exported(run, "adapter")
+    assert exact_again["check"]["difference"] == 0.0
+    tensors = load_file(own / "adapter.safetensors")
+    assert {t.dtype for n, t in tensors.items() if n.startswith("basis/q")} == {torch.bfloat16}
+    expected = answers(sparsegrad_cli.load_adapter(own), tokenizer_of(run))[0].float()
+    for model in (plain, by_peft(run, lora).to(torch.bfloat16)):
+        got = answers(model, tokenizer_of(run))[0].float()
+        assert float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_what_was_exported_can_be_the_base_of_the_next_run(
+    runs: Callable[..., Path], exported: Exported, tmp_path: Path
+) -> None:
+    merged, said = exported(runs(*MATRIX["core-static"][0]), "merged")
+    assert INNER * HIDDEN and said["model"]["auto_class"] == "AutoModelForSequenceClassification"
+    again = train(tmp_path / "next", merged, data_folder(tmp_path / "data"), "method=lora")
+    assert record(again)["metrics"]["initial"]["loss"] == pytest.approx(
+        record(runs(*MATRIX["core-static"][0]))["metrics"]["final"]["loss"], abs=2e-5
+    )
+
+
+def test_a_large_model_is_written_in_shards(
+    runs: Callable[..., Path], exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsegrad_cli.export.plain._SHARD", "20KB")
+    run = runs("method=full")
+    folder, said = exported(run, "merged")
+    shards = [name for name in said["files"] if name.startswith("model-")]
+    assert len(shards) > 2 and "model.safetensors.index.json" in said["files"]
+    assert said["bytes"] == sum((folder / name).stat().st_size for name in said["files"])
+    assert_answers_as_trained(by_transformers(folder), run)
+
+
+def test_a_regression_has_a_score_and_no_answer(
+    runs: Callable[..., Path], exported: Exported, cli: Any, tmp_path: Path
+) -> None:
+    data = data_folder(tmp_path / "data")
+    for name in ("train.csv", "validation.csv"):
+        path = data / name
+        path.write_text(path.read_text().replace(",low", ",0.25").replace(",high", ",1.5"))
+    base = Path(base_of(runs("method=full")))
+    run = train(tmp_path / "run", base, data, *MATRIX["core-static"][0])
+    for form in ("merged", "lora", "adapter"):
+        folder, said = exported(run, form)
+        assert said["check"]["same_answers"] is None and said["check"]["answers"] == ROWS
+    assert by_transformers(tmp_path / "run-merged").config.num_labels == 1  # type: ignore[union-attr]
+    shown = cli("export", str(run), "--to", "lora", "-o", str(folder.parent / "again"))
+    assert "Same answers" not in shown.out and "Logits differ by" in shown.out
+
+
+def test_a_parameter_beside_the_targets_cannot_go_along(runs: Callable[..., Path]) -> None:
+    """peft carries whole modules: the one that holds this parameter holds a target too."""
+    model = by_transformers(base_of(runs("method=full")), num_labels=2)
+    block = model.get_submodule("bert.encoder.layer.0")
+    block.register_parameter("gate", nn.Parameter(torch.ones(3)))
+    targets = {target.name: target for target in find_targets(model, TargetsSection())}
+    with pytest.raises(UsageError, match=r"cannot hold bert.encoder.layer.0.gate") as caught:
+        modules_to_save(model, {"bert.encoder.layer.0.gate": torch.zeros(3)}, targets)
+    assert "--to merged" in str(caught.value.fix)
+    norm = "bert.encoder.layer.0.output.LayerNorm"
+    changed = {f"{norm}.{part}": torch.zeros(16) for part in ("weight", "bias")}
+    head = {"classifier.weight": torch.zeros(2, 16)}
+    assert modules_to_save(model, changed | head, targets) == [norm, "classifier"]

@@ -1,0 +1,161 @@
+"""Answers: the likeliest tokens, whatever they are batched with; drawn ones by their seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from talkers import asks, load, real_answerer, smollm2, talker
+
+from sparsegrad_cli.data.conversation import Turn
+from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.options import GenerationSettings
+from sparsegrad_cli.generate.prompting import ChatPrompts
+
+TALKS = [
+    asks("What is the capital of France?"),
+    asks("Hi"),
+    asks("Name a colour.", "Blue.", "Now name another one, and a fruit that has it."),
+]
+
+
+@pytest.fixture
+def babbler(tmp_path: Path) -> tuple[Any, Any]:
+    """A tiny random model and its tokenizer; it has 120 positions."""
+    return load(talker(tmp_path / "m", positions=120))[:2]
+
+
+def tiny(babbler: tuple[Any, Any], **settings: Any) -> Answerer:
+    return Answerer(*babbler, GenerationSettings(**{"max_new_tokens": 12, **settings}))
+
+
+@torch.no_grad()
+def by_hand(prompt: list[int], count: int, end: set[int]) -> list[int]:
+    """The likeliest token after all before, one forward pass each: no cache, no padding."""
+    model = smollm2()[0]
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and not (ids[len(prompt) :] and ids[-1] in end):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_batched_single_streamed_and_by_hand_are_one_answer() -> None:
+    """SmolLM2 in float32, with short prompts: no cache, no padding by hand."""
+    tokenizer = smollm2()[1]
+    answerer = real_answerer(max_new_tokens=8, system="Be brief.")
+    prompts = ChatPrompts(tokenizer)
+    batched = answerer.answer(TALKS)
+    lengths = {answer.prompt_tokens for answer in batched}
+    assert len(lengths) == len(TALKS)  # so that all but one were padded
+    for talk, together in zip(TALKS, batched, strict=True):
+        told: list[str] = []
+        streamed = answerer.stream(talk, told.append)
+        prompt = prompts.ids([Turn("system", "Be brief."), *talk])
+        ids = by_hand(prompt, 8, prompts.end)
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert together.text == streamed.text == "".join(told).strip() == text != ""
+        assert together.stopped == streamed.stopped
+        assert together.stopped == ("end" if ids[-1] in prompts.end else "length")
+        for answer in (together, streamed):
+            assert (answer.prompt_tokens, answer.tokens) == (len(prompt), len(ids))
+    assert batched[0].text == "The capital of France is Paris." and batched[0].stopped == "end"
+    assert {answer.stopped for answer in batched} == {"end", "length"}
+
+
+def test_rows_of_a_batch_do_not_see_each_other(babbler: tuple[Any, Any]) -> None:
+    answerer = tiny(babbler)
+    talks = [asks("a" * count) for count in (1, 30, 7, 18)]
+    alone = [answerer.answer([talk])[0] for talk in talks]
+    for talk_order in ([0, 1, 2, 3], [3, 1], [2, 0, 1]):
+        together = answerer.answer([talks[k] for k in talk_order])
+        assert [a.text for a in together] == [alone[k].text for k in talk_order]
+
+
+def test_the_system_prompt_comes_first(babbler: tuple[Any, Any]) -> None:
+    (told,) = tiny(babbler, system="Be brief.").answer([asks("Hi")])
+    (same,) = tiny(babbler).answer([[Turn("system", "Be brief."), *asks("Hi")]])
+    (plain,) = tiny(babbler).answer([asks("Hi")])
+    assert told.text == same.text != plain.text
+    assert told.prompt_tokens == same.prompt_tokens > plain.prompt_tokens
+
+
+def test_what_the_models_own_generation_config_says_of_drawing_is_set_aside(
+    babbler: tuple[Any, Any],
+) -> None:
+    (plain,) = tiny(babbler).answer([asks("Hi")])
+    babbler[0].generation_config.update(
+        do_sample=True, temperature=3.0, top_k=5, repetition_penalty=1.9, min_new_tokens=9
+    )
+    assert tiny(babbler).answer([asks("Hi")])[0].text == plain.text
+
+
+def test_the_models_own_end_tokens_count(babbler: tuple[Any, Any]) -> None:
+    """What it says first, named as an end token, ends it there."""
+    model, tokenizer = babbler
+    prompt = ChatPrompts(tokenizer).ids(asks("a"))
+    first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [first, 0]
+    (answer,) = tiny(babbler).answer([asks("a")])
+    assert (answer.stopped, answer.tokens, answer.text) == ("end", 1, "")
+
+
+def test_drawing_goes_by_the_seed_and_narrows_to_the_likeliest(babbler: tuple[Any, Any]) -> None:
+    talks = [asks("Write a line about rain."), asks("Hi")]
+
+    def texts(**settings: float) -> list[str]:
+        return [answer.text for answer in tiny(babbler, **settings).answer(talks, "batch")]
+
+    drawn = texts(temperature=1.5, seed=1)
+    assert texts(temperature=1.5, seed=1) == drawn
+    assert texts(temperature=1.5, seed=2) != drawn
+    greedy = texts()
+    assert drawn != greedy
+    assert texts(temperature=1.5, top_p=1e-6) == greedy
+    assert texts(temperature=1e-4) == greedy
+
+
+def test_everything_may_be_drawn(babbler: tuple[Any, Any]) -> None:
+    """Hot enough all 260 tokens are alike: more than the 50 that transformers keeps by itself."""
+    ids: set[int] = set()
+    for seed in range(40):
+        answerer = tiny(babbler, temperature=1e4, seed=seed, max_new_tokens=8)
+        ids.update(i for row in answerer._run([[4, 5, 6]] * 4, "x") for i in row)
+    assert len(ids) > 200
+
+
+def test_the_global_random_state_is_left_as_it_was(babbler: tuple[Any, Any]) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tiny(babbler, temperature=1.0).answer([asks("Hi")])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_where_positions_end_a_row_is_cut_and_no_other_with_it(babbler: tuple[Any, Any]) -> None:
+    answerer = tiny(babbler, max_new_tokens=40)
+    short, long, endless = asks("a"), asks("b" * 77), asks("c" * 200)
+    alone = [answerer.answer([talk])[0] for talk in (short, long, endless)]
+    together = answerer.answer([short, long, endless])
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    assert alone[0].stopped in ("end", "length")
+    assert alone[1].prompt_tokens + alone[1].tokens == 120 and alone[1].stopped == "full"
+    assert (alone[2].text, alone[2].tokens, alone[2].stopped) == ("", 0, "full")
+    assert answerer.stream(endless, lambda text: None).stopped == "full"
+
+
+def test_ctrl_c_in_an_answer_leaves_the_model_usable(babbler: tuple[Any, Any]) -> None:
+    answerer = tiny(babbler, max_new_tokens=40, temperature=1.0)
+    whole: list[str] = []
+    answerer.stream(asks("a"), whole.append)
+
+    def press(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answerer.stream(asks("a"), press)
+    again: list[str] = []
+    answerer.stream(asks("a"), again.append)
+    assert again == whole != []

@@ -1,0 +1,159 @@
+"""One request against a real server: what is sent, and what becomes of every kind of failure."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+from judging import Said, always, judge_server
+
+from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.judge.endpoint import Endpoint, UnansweredError
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "é😀"}], "temperature": 0}
+KEY = "sk-secret-123"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+
+
+def endpoint(url: str, key: str | None = KEY, **settings: Any) -> Endpoint:
+    chosen = {"timeout": 5.0, "retries": 2, "backoff": 0.0, **settings}
+    return Endpoint(url, key=key, **chosen)
+
+
+def test_what_is_sent_and_what_comes_back() -> None:
+    with judge_server(always("Rating: [[7]]")) as server:
+        reply = endpoint(server.url).ask(BODY)
+        endpoint(f"{server.url}/chat/completions", key=None).ask(BODY)
+        endpoint(server.url.removesuffix("/v1")).ask(BODY)
+        endpoint(server.url.replace("/v1", "/api/v4?version=2")).ask(BODY)
+    assert (reply.text, reply.finish, reply.usage) == ("Rating: [[7]]", "stop", {"total_tokens": 7})
+    first, second, third, fourth = server.requests
+    assert first["body"] == {**BODY, "messages": [{"role": "user", "content": "é😀"}]}
+    assert first["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert [r["path"] for r in (first, second, third)] == ["/v1/chat/completions"] * 3
+    assert fourth["path"] == "/api/v4/chat/completions?version=2"
+    # Without a key nothing is sent in its place, the token of the Hugging Face hub least of all.
+    assert "Authorization" not in second["headers"]
+    assert "hf_of_the_user" not in str(server.requests)
+
+
+def test_too_many_requests_then_success() -> None:
+    wait = (("Retry-After", "0.2"),)
+    with judge_server(lambda b, n: Said("ok") if n else Said(status=429, headers=wait)) as server:
+        started = time.monotonic()
+        assert endpoint(server.url, backoff=60.0).ask(BODY).text == "ok"
+        assert time.monotonic() - started >= 0.2
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "tries"),
+    [
+        (Said(status=500, body=b'{"error": {"message": "boom"}}'), "HTTP 500: boom", 3),
+        (Said(status=503, body=b"<html><b>down</b></html>"), "HTTP 503: <html><b>down", 3),
+        (Said("cut", cut=True), "network: IncompleteRead", 3),
+        (Said("late", delay=1.0), "no answer within 0.3 s", 3),
+        (Said("slow", drip=0.05), "no answer within 0.3 s", 3),
+        (Said(body=b"<html>it works</html>"), "no chat completion", 3),
+        (Said(body=b'{"choices": []}'), "no chat completion", 3),
+        (Said(body=b'{"choices": [{"message": null}]}'), "no chat completion", 3),
+        (Said(status=400, body=b'{"error": "context too long"}'), "400: context too long", 1),
+        (Said(status=422, body=b"\xff\xfe"), "HTTP 422", 1),
+    ],
+)
+def test_failures_are_tried_again_where_that_may_help(said: Said, reason: str, tries: int) -> None:
+    with judge_server(lambda body, number: said) as server:
+        with pytest.raises(UnansweredError, match=re.escape(reason)):
+            endpoint(server.url, timeout=0.3).ask(BODY)
+        assert len(server.requests) == tries
+
+
+def test_a_response_without_end_is_not_read_to_the_end() -> None:
+    with (
+        judge_server(lambda b, n: Said(body=b"x" * (9 * 1024**2))) as server,
+        pytest.raises(UnansweredError, match="too large"),
+    ):
+        endpoint(server.url).ask(BODY)
+
+
+def test_nobody_listens() -> None:
+    with judge_server(always("")) as server:
+        pass
+    with pytest.raises(UnansweredError, match=r"network: .*refused"):
+        endpoint(server.url).ask(BODY)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_cannot_get_better_stops_at_once(status: int) -> None:
+    body = f'{{"error": {{"message": "wrong\\u001b[2J key {KEY}"}}}}'.encode()
+    with judge_server(lambda b, n: Said(status=status, body=body)) as server:
+        with pytest.raises(SparsegradError, match=f"HTTP {status}: wrong .2J key .key.") as caught:
+            endpoint(server.url).ask(BODY)
+        assert len(server.requests) == 1
+    assert KEY not in str(caught.value) and "--key-env" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_is_followed(status: int) -> None:
+    with judge_server(always("stolen")) as other:
+        there = (("Location", f"{other.url}/chat/completions"),)
+        with (
+            judge_server(lambda b, n: Said(status=status, headers=there)) as server,
+            pytest.raises(SparsegradError, match="redirect"),
+        ):
+            endpoint(server.url).ask(BODY)
+    assert other.requests == []
+
+
+def test_odd_but_valid_replies() -> None:
+    parts = (
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}}]}'
+    )
+    empty = b'{"choices": [{"message": {"content": null}}], "usage": 3}'
+    with judge_server(lambda b, n: Said(body=(parts, empty)[n])) as server:
+        judge = endpoint(server.url)
+        assert judge.ask(BODY).text == "ab"
+        reply = judge.ask(BODY)
+        assert (reply.text, reply.usage, reply.finish) == ("", {}, None)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8000/v1",
+        "ftp://host/v1",
+        "http://",
+        "http://[::1/v1",
+        "http://host:0/v1",
+        "http://host:99999999/v1",
+        "http://ho st/v1",
+        "http://host/\x1b[31m",
+        "http://hôst/v1",
+        "http://user:sk-1@host/v1",
+    ],
+)
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        endpoint(url)
+    assert caught.value.where == "--endpoint"
+    assert "sk-1" not in str(caught.value)
+
+
+def test_what_is_shown_of_an_address() -> None:
+    assert endpoint("https://host:8/v1/?key=sk-1#x").shown == "https://host:8/v1/chat/completions"
+
+
+@pytest.mark.parametrize("key", ["sk-1\r\nHost: evil", "clé"])
+def test_a_key_that_no_header_can_hold(key: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        endpoint("http://localhost/v1", key=key)
+    assert key not in str(caught.value)

@@ -1,0 +1,104 @@
+"""Models that answer: the real small one, and tiny random ones that lie in folders."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build, config
+
+from sparsegrad_cli.data.conversation import Turn
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.loading import load_run
+from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+@functools.cache
+def _smollm2() -> Any:
+    try:
+        return load_run(ModelOptions("builtin:smollm2", device="cpu"))
+    except UsageError as error:
+        return error
+
+
+def smollm2() -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer and record of builtin:smollm2, loaded once for all tests, or skip."""
+    found = _smollm2()
+    if isinstance(found, UsageError):
+        pytest.skip(f"{found.what}: {found.fix}")
+    return found  # type: ignore[no-any-return]
+
+
+def real_answerer(**settings: Any) -> Answerer:
+    """SmolLM2, greedy and brief unless told otherwise."""
+    model, tokenizer, _ = smollm2()
+    return Answerer(model, tokenizer, GenerationSettings(**{"max_new_tokens": 16, **settings}))
+
+
+def asks(*texts: str) -> list[Turn]:
+    """User and assistant in turn."""
+    return [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
+
+
+def byte_tokenizer(template: str | None = CHATML, *, endless: bool = False) -> Any:
+    """One token a byte; the first four are special. ``endless``: none of them ends a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate([*specials, *letters])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template,
+        bos_token="<s>",
+        eos_token=None if endless else "</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def talker(
+    folder: Path,
+    *,
+    positions: int = 512,
+    dtype: torch.dtype = torch.float32,
+    template: str | None = CHATML,
+    seed: int = 3,
+    endless: bool = False,
+) -> Path:
+    """A folder with a tiny random LLaMA, which babbles bytes; ``endless``: and never stops."""
+    from transformers import AutoModelForCausalLM
+
+    settings = config(
+        "llama", vocab_size=260, initializer_range=0.3, max_position_embeddings=positions
+    )
+    if endless:
+        settings.eos_token_id = None
+        template = PLAIN
+    model: Any = build(AutoModelForCausalLM, settings, seed).to(dtype)
+    model.save_pretrained(folder)
+    byte_tokenizer(template, endless=endless).save_pretrained(folder)
+    return folder
+
+
+def load(source: Path | str, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """As the command loads it, on the CPU."""
+    return load_run(ModelOptions(str(source), device="cpu", **options))
