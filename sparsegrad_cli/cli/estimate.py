@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,9 +20,16 @@ from sparsegrad_cli.cli.arguments import (
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.measure.estimate import Room
-    from sparsegrad_cli.measure.rehearsal import Kernels
+    from sparsegrad_cli.estimate.rehearsal import Kernels
+    from sparsegrad_cli.estimate.session import Room
     from sparsegrad_cli.recipe.loading import LoadedRecipe
+
+
+class Device(StrEnum):
+    """Whose kernels save for the backward pass."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 def estimate(
@@ -39,7 +47,8 @@ def estimate(
         int | None, typer.Option("--batch", "-b", min=1, help="Examples; the recipe's by default.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option("--length", "-l", min=1, help="Tokens; task.max_length otherwise.")
+        int | None,
+        typer.Option("--length", "-l", min=1, help="Tokens; max_length by default."),
     ] = None,
     gpu: Annotated[
         str | None,
@@ -49,39 +58,43 @@ def estimate(
         str, typer.Option("--overhead", help="What a GPU has given away before any tensor.")
     ] = "0.5GiB",
     device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu or cuda; cuda with --gpu, else what train would use."),
+        Device | None,
+        typer.Option(
+            "--device",
+            help="Whose kernels: cuda with --gpu, else those of what train would use.",
+            show_default=False,
+        ),
     ] = None,
-    lm: Annotated[
-        bool, typer.Option("--lm", help="A causal language model, every token labelled.")
-    ] = False,
     no_padding: Annotated[
-        bool, typer.Option("--no-padding", help="All rows are of one length: no attention mask.")
+        bool, typer.Option("--no-padding", help="Rows are of one length: attention has no mask.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Memory of a training step by category, without the model: only its configuration is read.
+    """Memory of a training step by category, without weights and data.
 
-    [bold]sparsegrad estimate roberta_glue --method full,lora,meprop,sparsegrad --gpu 24GiB[/bold]
+    The real step runs on tensors that have shapes and no memory; of the model only the
+    configuration is needed, which is built in for the paper's models. A study gives a row for
+    each of its methods.
+
+    [bold]sparsegrad estimate my_task.yaml --method full,lora,meprop,sparsegrad --gpu 24GiB[/bold]
+    [bold]sparsegrad estimate recipes/llama2_oasst.yaml --gpu 48GiB[/bold]
     """
     from rich.console import Console
 
-    from sparsegrad_cli.measure.estimate import estimate as measure
-    from sparsegrad_cli.measure.rehearsal import Conditions
+    from sparsegrad_cli import runner
+    from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
+    from sparsegrad_cli.estimate.rehearsal import Conditions
     from sparsegrad_cli.report.terminal import estimate_table
 
     room = _room(gpu, overhead)
     cells = _cells(recipe, methods or [], batch, length)
     conditions = Conditions(
-        kind="language model" if lm else "classifier",
-        kernels=_kernels(device, gpu is not None, cells[0][1]),
-        padded=not no_padding,
+        kernels=_kernels(device, gpu is not None, cells[0][1]), padded=not no_padding
     )
-    err = Console(stderr=True, quiet=quiet or as_json)
-    with err.status("") as status:
-        record = measure(cells, conditions, room, lambda label: status.update(f"step of {label}"))
+    with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
+        record = runner.estimate(cells, conditions, room, observer)
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -113,7 +126,7 @@ def _cells(
     elif names:
         if source is not None and (Path(source) / "recipe.yaml").is_file():
             source = str(Path(source) / "recipe.yaml")
-        study = make_study(source, names, 1, overrides)
+        study = make_study(source, names, 1, overrides, option="--method")
     else:
         loaded = load(arguments, None)
         return [(loaded.recipe.method.name, loaded)]
@@ -122,7 +135,7 @@ def _cells(
 
 
 def _room(gpu: str | None, overhead: str) -> Room | None:
-    from sparsegrad_cli.measure.estimate import Room
+    from sparsegrad_cli.estimate.session import Room
 
     if gpu is None:
         return None
@@ -146,13 +159,11 @@ def _bytes(text: str, option: str) -> int:
     return parse_bytes(text)
 
 
-def _kernels(device: str | None, has_gpu: bool, loaded: LoadedRecipe) -> Kernels:
+def _kernels(device: Device | None, has_gpu: bool, loaded: LoadedRecipe) -> Kernels:
     import torch
 
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device is cpu or cuda, not {device!r}", where="command line")
     if device is not None:
-        return cast("Kernels", device)
+        return "cpu" if device is Device.cpu else "cuda"
     if has_gpu or (torch.cuda.is_available() and not loaded.recipe.train.use_cpu):
         return "cuda"
     return "cpu"

@@ -1,7 +1,7 @@
 """What CUDA keeps for the backward pass where the CPU keeps something else, on tensors of any kind.
 
 torch can fake a CUDA device only in a build that has CUDA. So the rehearsal of a step on a GPU runs
-on fake CPU tensors, and the two functions whose kernels differ in what they save call CUDA's
+on fake CPU tensors, and dropout and attention, which save other things there, call CUDA's
 operators by name. Their shapes are known without a GPU; nothing can be computed with them.
 
 - Dropout: one mask of a byte an entry; the CPU keeps the scaled mask in the input's dtype.
@@ -10,6 +10,7 @@ operators by name. Their shapes are known without a GPU; nothing can be computed
   products where heads are shared and the efficient kernel cannot. The first two keep queries, keys,
   values, output and one number a row, never the (length x length) weights, dropout or not; on the
   CPU dropout in attention forces the plain products, which keep them.
+- The loss of a language model: our own function, which makes larger blocks of logits on a GPU.
 """
 
 from __future__ import annotations
@@ -21,28 +22,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsegrad_cli.numerics import linear_cross_entropy
+
 _aten = torch.ops.aten
 _HALVES = (torch.float16, torch.bfloat16)
 _WIDEST_FLASH_HEAD = 256
 _plain_dropout = F.dropout
+_plain_rows = linear_cross_entropy.block_rows
 
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Inside, dropout and attention are those of CUDA; for tensors without values.
+    """Inside, dropout, attention and blocks of logits are CUDA's; for tensors without values.
 
     The functions themselves are replaced, for the whole process: where a backward pass computes a
     block again, torch switches its function modes off.
     """
-    ours = {"dropout": _dropout, "scaled_dot_product_attention": _attention}
-    theirs = {name: getattr(F, name) for name in ours}
+    ours = (
+        (F, "dropout", _dropout),
+        (F, "scaled_dot_product_attention", _attention),
+        (linear_cross_entropy, "block_rows", _rows),
+    )
+    theirs = [(module, name, getattr(module, name)) for module, name, _ in ours]
     try:
-        for name, function in ours.items():
-            setattr(F, name, function)
+        for module, name, function in ours:
+            setattr(module, name, function)
         yield
     finally:
-        for name, function in theirs.items():
-            setattr(F, name, function)
+        for module, name, function in theirs:
+            setattr(module, name, function)
+
+
+def _rows(vocabulary: int, device: torch.device) -> int:
+    return _plain_rows(vocabulary, torch.device("cuda"))
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

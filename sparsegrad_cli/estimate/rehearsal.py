@@ -3,24 +3,31 @@
 Nothing here knows a formula for memory. The model is built from its configuration, calibration
 makes the bases, the method prepares the model and makes the optimizer, and forward, backward and
 optimizer step run under :class:`~sparsegrad_cli.measure.memory.MemoryMeter`, all on tensors without
-memory (:mod:`sparsegrad_cli.measure.shapes`). So what is counted is what a real step would need.
+memory (:mod:`sparsegrad_cli.estimate.shapes`). So what is counted is what a real step would need.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
-from sparsegrad_cli.measure.cuda_kernels import cuda_kernels
+from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
+from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
+from sparsegrad_cli.estimate.stand_ins import (
+    Batch,
+    Mask,
+    bare_batch,
+    bare_model,
+    mask_of,
+    transformers_sees,
+)
 from sparsegrad_cli.measure.memory import MemoryMeter
-from sparsegrad_cli.measure.shapes import DEVICE, NeedsValues, ShapesOnly
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.methods.table import make_method
@@ -30,22 +37,9 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.training.calibration import basis_keys, calibrate
 
-Batch = dict[str, Tensor]
-Loss = Callable[[nn.Module, Batch], Tensor]
-Kind = Literal["classifier", "language model"]
 Kernels = Literal["cpu", "cuda"]
 
 STEP = ("forward", "backward", "optimizer")
-
-
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that the model itself computes from labels."""
-    loss: Tensor = model(**batch).loss
-    return loss
-
-
-# What a step minimises. A language model's loss in chunks belongs here once training has one.
-LOSSES: dict[Kind, Loss] = {"classifier": own_loss, "language model": own_loss}
 
 
 @dataclass(frozen=True)
@@ -53,12 +47,10 @@ class Conditions:
     """What a rehearsal supposes beside the recipe.
 
     Attributes:
-        kind: what is trained.
         kernels: whose kernels save for the backward pass.
-        padded: some rows of a batch are padded, so that attention needs a mask.
+        padded: where rows have several lengths, some are padded, so that attention needs a mask.
     """
 
-    kind: Kind = "classifier"
     kernels: Kernels = "cpu"
     padded: bool = True
 
@@ -68,7 +60,7 @@ class Rehearsal:
 
     Args:
         loaded: the recipe.
-        config: the model's configuration, its labels named.
+        config: the model's configuration, told of the task (:func:`name_task`).
         conditions: see there.
 
     Attributes:
@@ -88,13 +80,11 @@ class Rehearsal:
         self.recipe, self.conditions = loaded.recipe, conditions
         self.notes: list[str] = []
         self._loaded = loaded
-        self._loss = LOSSES[conditions.kind]
+        self._config = config
         self._shapes = ShapesOnly()
-        self._token_types = getattr(config, "type_vocab_size", 0) > 1
-        self._regression = getattr(config, "problem_type", None) == "regression"
         meter = MemoryMeter(DEVICE)
         with self._inside():
-            self.model = self._build(config)
+            self.model = bare_model(loaded, config)
             meter.watch(self.model)
             self.weights_bytes = meter.live()["weights"]
             self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -104,10 +94,14 @@ class Rehearsal:
             self._enable()
             self._fill_state()
 
+    def _mask(self, evaluating: bool) -> Mask:
+        return mask_of(self.recipe, padded=self.conditions.padded, evaluating=evaluating)
+
     @contextmanager
-    def _inside(self) -> Iterator[None]:
+    def _inside(self, *, evaluating: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self._shapes)
+            stack.enter_context(transformers_sees(self._mask(evaluating)))
             if self.conditions.kernels == "cuda":
                 stack.enter_context(cuda_kernels())
             try:
@@ -119,18 +113,6 @@ class Rehearsal:
                     where=self._loaded.where("model.name"),
                     fix="count a real one: `sparsegrad train` with train.max_steps=2",
                 ) from error
-
-    def _build(self, config: Any) -> nn.Module:
-        import transformers
-
-        loader = (
-            transformers.AutoModelForSequenceClassification
-            if self.conditions.kind == "classifier"
-            else transformers.AutoModelForCausalLM
-        )
-        dtype = getattr(torch, self.recipe.model.dtype)
-        model: nn.Module = loader.from_config(copy.deepcopy(config), dtype=dtype)
-        return model
 
     # --- what the run does before its first step
 
@@ -208,58 +190,64 @@ class Rehearsal:
         Training reaches this after as many steps: bounded state fills up in its own time.
         """
         self.model.train()
-        self._loss(self.model, self._batch(1, 8)).backward()
+        self._loss(self._batch(1, 8)).backward()
         meter, size = MemoryMeter(DEVICE), -1
         meter.watch(self.model, optimizer=self.optimizer)
         while size != meter.live()["optimizer_state"]:
             size = meter.live()["optimizer_state"]
             self.optimizer.step()
             meter.watch(self.model)
-        self.model.zero_grad(set_to_none=True)
+        if not self._accumulates:
+            self.model.zero_grad(set_to_none=True)
 
     # --- steps
 
-    def _batch(self, size: int, length: int) -> Batch:
-        """(size, length) token ids and what goes with them, as the collator makes them."""
-        ids = torch.zeros(size, length, dtype=torch.int64)
-        batch = {"input_ids": ids}
-        if self.conditions.padded:
-            batch["attention_mask"] = torch.ones_like(ids)
-        if self._token_types:
-            batch["token_type_ids"] = torch.zeros_like(ids)
-        if self.conditions.kind == "language model":
-            batch["labels"] = torch.zeros_like(ids)
-        else:
-            kind = torch.float32 if self._regression else torch.int64
-            batch["labels"] = torch.zeros(size, dtype=kind)
-        return batch
+    def _batch(self, size: int, length: int, *, evaluating: bool = False) -> Batch:
+        return bare_batch(self.recipe, self._config, size, length, self._mask(evaluating))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
 
     def step(self, size: int, length: int) -> MemoryMeter:
-        """Forward, backward and optimizer on one batch, measured; nothing is left behind."""
+        """Forward, backward and optimizer on one batch, measured.
+
+        Nothing is left behind but, where they accumulate, gradients: the next step has them too.
+        """
         meter = MemoryMeter(DEVICE)
         with self._inside():
             batch = self._batch(size, length)
             self.model.train()
             meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
-            if self.recipe.train.gradient_accumulation_steps > 1:
-                self._loss(self.model, batch).backward()  # gradients lie there from the second on
+            if self._accumulates and not self._have_gradients():
+                self._loss(self._batch(1, 8)).backward()  # they lie there from the second on
             with meter.phase("forward"):
-                loss = self._loss(self.model, batch)
+                loss = self._loss(batch)
             with meter.phase("backward"):
                 loss.backward()
+            del loss  # as the trainer: what a recomputed block was made of lies behind it
             with meter.phase("optimizer"):
                 self.optimizer.step()
-            self.model.zero_grad(set_to_none=True)
+            if not self._accumulates:
+                self.model.zero_grad(set_to_none=True)
         return meter
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.recipe.train.gradient_accumulation_steps > 1
+
+    def _have_gradients(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.model.parameters())
 
     def evaluation(self, size: int, length: int) -> MemoryMeter:
         """Forward alone on one batch, without gradients, measured."""
         meter = MemoryMeter(DEVICE)
-        with self._inside(), torch.no_grad():
-            batch = self._batch(size, length)
+        with self._inside(evaluating=True), torch.no_grad():
+            self.model.zero_grad(set_to_none=True)
+            batch = self._batch(size, length, evaluating=True)
             self.model.eval()
             meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
             with meter.phase("evaluate"):
-                self._loss(self.model, batch)
+                self._loss(batch)
             self.model.train()
         return meter

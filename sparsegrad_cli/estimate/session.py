@@ -1,7 +1,7 @@
 """What a training step will need, before anything is downloaded but a configuration.
 
 One row a recipe: the peak of forward, backward and optimizer by category, counted in a rehearsal
-(:mod:`sparsegrad_cli.measure.rehearsal`); and, for a given device, the largest batch that fits.
+(:mod:`sparsegrad_cli.estimate.rehearsal`); and, for a given device, the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsegrad_cli.data.spec import BUILTIN_TASKS, GLUE_TASKS, TaskSpec
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.measure.fit import MOST, largest_batch
+from sparsegrad_cli.estimate.fit import MOST, largest_batch
+from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
+from sparsegrad_cli.estimate.stand_ins import mask_of, name_task
 from sparsegrad_cli.measure.ledger import PhasePeak
 from sparsegrad_cli.measure.memory import MemoryMeter
-from sparsegrad_cli.measure.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.modeling.architectures import configuration_of
-from sparsegrad_cli.modeling.loading import name_labels
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
@@ -57,11 +56,11 @@ class Room:
         return self.total_bytes - self.overhead_bytes
 
 
-def estimate(
+def estimate_steps(
     cells: Sequence[tuple[str, LoadedRecipe]],
     conditions: Conditions,
     room: Room | None = None,
-    tell: Callable[[str], None] = lambda label: None,
+    observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Peaks of a training step of every recipe.
 
@@ -69,7 +68,7 @@ def estimate(
         cells: label and recipe of every row.
         conditions: what is supposed beside the recipes.
         room: also find the largest batch that fits there.
-        tell: called with each label before its rehearsal.
+        observer: told of each row before its rehearsal.
 
     Returns:
         The record that ``--json`` prints: ``conditions``, ``room``, ``rows``, ``seconds``.
@@ -77,22 +76,19 @@ def estimate(
     Raises:
         UsageError, DownloadError, FileFormatError: a recipe that no step can be made of.
     """
+    observer = observer or Observer()
     started = time.perf_counter()
     known: dict[str, dict[str, Any]] = {}
     rows = []
     for label, loaded in cells:
         key = _what_memory_depends_on(loaded.recipe)
         if key not in known:
-            tell(label)
+            observer.phase("estimate", label)
             known[key] = _row(loaded, conditions, room)
         rows.append({"label": label, "task": loaded.recipe.task.name, **known[key]})
     return {
         "command": "estimate",
-        "conditions": {
-            "kind": conditions.kind,
-            "kernels": conditions.kernels,
-            "padded": conditions.padded,
-        },
+        "conditions": {"kernels": conditions.kernels, "padded": conditions.padded},
         "room": None if room is None else {**vars(room), "most_examples": MOST},
         "rows": rows,
         "seconds": time.perf_counter() - started,
@@ -108,26 +104,21 @@ def _what_memory_depends_on(recipe: Recipe) -> str:
 
 def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dict[str, Any]:
     started = time.perf_counter()
-    notes = _Notes()
     config, source = configuration_of(loaded.recipe.model)
-    if conditions.kind == "classifier":
-        name_labels(config, _task(loaded.recipe.task.name, notes))
-        _ensure_padding(config)
+    notes = name_task(loaded.recipe, config)
     length, cut = fitting_length(loaded.recipe.task.max_length, config)
-    if cut:
-        notes.note(cut)
-    recipe = loaded.recipe.model_copy(
-        update={"task": loaded.recipe.task.model_copy(update={"max_length": length})}
-    )
-    loaded = replace(loaded, recipe=recipe)
-    _note_what_is_left_out(loaded, notes)
-    train = recipe.train
+    notes += [cut] if cut else []
+    loaded = _changed(loaded, "task", max_length=length)
+    loaded, autocast = _with_autocast(loaded)
+    notes += [*autocast, *_left_out(loaded.recipe)]
+    recipe, train = loaded.recipe, loaded.recipe.train
     rehearsal = Rehearsal(loaded, config, conditions)
     size = train.per_device_train_batch_size
     with _all_here_to_stay():
         meter = rehearsal.step(size, length)
+        step = _step(meter, rehearsal.weights_bytes)
+        fit = None if room is None else _fit(rehearsal, length, room, {size: step["peak_bytes"]})
         evaluation = rehearsal.evaluation(train.per_device_eval_batch_size, length)
-        fit = None if room is None else _fit(rehearsal, length, room)
     return {
         "model": {
             "name": recipe.model.name,
@@ -143,13 +134,15 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
             "note": rehearsal.prepared.counts.note,
         },
         "batch_shape": [size, length],
+        "mask": mask_of(recipe, padded=conditions.padded),
+        "autocast": "bfloat16" if train.bf16 else "float16" if train.fp16 else None,
         "gradient_checkpointing": train.gradient_checkpointing,
-        **_step(meter, rehearsal.weights_bytes),
+        **step,
         "calibrate_peak_bytes": _bytes(rehearsal.calibration),
         "evaluate_peak_bytes": _bytes(evaluation.peak("evaluate")),
         "evaluate_batch": train.per_device_eval_batch_size,
         "fit": fit,
-        "notes": [*notes.lines, *rehearsal.notes],
+        "notes": [*notes, *rehearsal.notes],
         "seconds": time.perf_counter() - started,
     }
 
@@ -186,8 +179,12 @@ def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
     }
 
 
-def _fit(rehearsal: Rehearsal, length: int, room: Room) -> dict[str, Any]:
+def _fit(rehearsal: Rehearsal, length: int, room: Room, known: Mapping[int, int]) -> dict[str, Any]:
+    """The largest batch; ``known`` peaks need no rehearsal."""
+
     def peak(size: int) -> int:
+        if size in known:
+            return known[size]
         meter = rehearsal.step(size, length)
         return max(p.peak_bytes for name in STEP if (p := meter.peak(name)) is not None)
 
@@ -195,39 +192,30 @@ def _fit(rehearsal: Rehearsal, length: int, room: Room) -> dict[str, Any]:
     return {"batch": batch, "length": length, "peak_bytes": taken}
 
 
-class _Notes(Observer):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def _task(name: str, notes: _Notes) -> TaskSpec:
-    """The task's labels, where they are known without reading it."""
-    known = BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
-    if known is not None:
-        return known
-    notes.note("two classes supposed: the task's files are not read")
-    return TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
+def _changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:
+    """The recipe with other settings in one of its sections."""
+    before = getattr(loaded.recipe, section)
+    changed = loaded.recipe.model_copy(update={section: before.model_copy(update=settings)})
+    return replace(loaded, recipe=changed)
 
 
-def _ensure_padding(config: Any) -> None:
-    """As the tokenizer's end token would do it: classifiers of decoders want to know."""
-    if getattr(config, "pad_token_id", None) is None:
-        end = getattr(config, "eos_token_id", None)
-        config.pad_token_id = end if isinstance(end, int) else 0
-
-
-def _note_what_is_left_out(loaded: LoadedRecipe, notes: _Notes) -> None:
-    train = loaded.recipe.train
+def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
+    """A recipe that `train` takes: weights that train beside half-precision ones need autocast."""
     try:
         check_precision(loaded)
-    except UsageError as error:
-        notes.note(f"`train` refuses this recipe: {error.what}")
-    if train.gradient_accumulation_steps > 1:
-        notes.note("gradients of earlier micro-batches are there in forward and backward")
-    if train.torch_compile:
-        notes.note("train.torch_compile is left out: what a compiler fuses is not known here")
-    if train.label_smoothing_factor:
-        notes.note("train.label_smoothing_factor is left out")
+    except UsageError:
+        switch = "bf16" if loaded.recipe.model.dtype == "bfloat16" else "fp16"
+        note = f"train.{switch}: true supposed, without which `train` refuses this method"
+        return _changed(loaded, "train", **{switch: True}), [note]
+    return loaded, []
+
+
+def _left_out(recipe: Recipe) -> list[str]:
+    notes = []
+    if recipe.train.gradient_accumulation_steps > 1:
+        notes.append("gradients of earlier micro-batches are there in forward and backward")
+    if recipe.train.torch_compile:
+        notes.append("train.torch_compile is left out: what a compiler fuses is not known here")
+    if recipe.train.label_smoothing_factor:
+        notes.append("train.label_smoothing_factor is left out")
+    return notes

@@ -53,7 +53,7 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
 
 
 # An operator, not a function: torch then knows what shape comes out without looking at values, and
-# a step can be rehearsed on shapes alone (measure/shapes.py).
+# a step can be rehearsed on shapes alone (estimate/shapes.py).
 @torch.library.custom_op("sparsegrad::largest_unsorted", mutates_args=(), device_types="cpu")
 def _largest_unsorted(flat: Tensor, count: int) -> Tensor:
     """Positions of the ``count`` largest of (n,) float32 or float64 numbers, in any order."""

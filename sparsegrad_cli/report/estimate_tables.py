@@ -21,7 +21,15 @@ _COLUMNS = {
     "saved_activations": "saved",
     "other": "other",
 }
-_LEGEND = "adapter: what the method adds to the model; state: the optimizer's; saved: for backward"
+_LEGEND = (
+    "adapter: what the method adds to the model, or makes float32 of it; state: the optimizer's; "
+    "saved: for backward"
+)
+_MASKS = {
+    "none": "no row of a batch is padded: attention has no mask",
+    "padding": "some rows of a batch are padded, so attention has a mask",
+    "packing": "rows hold several conversations, so attention has a mask",
+}
 _KERNELS = {
     "cpu": "CPU: attention keeps queries, keys, values, output and a number a row, but all of its "
     "weights where dropout acts on them; dropout keeps scaled masks in the input's dtype",
@@ -77,7 +85,8 @@ def _shapes(rows: Rows) -> list[str]:
     """Models and where their configurations came from, and the shapes of the batches."""
     models = {
         f"{text(row, 'model', 'name')}, {format_count(number(row, 'model', 'parameters'))} "
-        f"parameters in {text(row, 'model', 'dtype')}, by {text(row, 'model', 'configuration')}"
+        f"parameters in {text(row, 'model', 'dtype')}{_autocast(row)}, by "
+        f"{text(row, 'model', 'configuration')}"
         for row in rows
     }
     shapes = {
@@ -88,14 +97,20 @@ def _shapes(rows: Rows) -> list[str]:
     return [*sorted(models), f"batches of {', '.join(sorted(shapes))} tokens{also}"]
 
 
+def _autocast(row: Mapping[str, Any]) -> str:
+    half = text(row, "autocast")
+    return f" under {half} autocast" if half else ""
+
+
 def _phase_table(rows: Rows, unit: str, show: Show) -> Table:
     header, labels = _labelled(rows)
     cells: list[tuple[Cell, ...]] = []
     strong = set()
+    some = any(number(row, "calibrate_peak_bytes") is not None for row in rows)
     for place, (label, row) in enumerate(zip(labels, rows, strict=True)):
         step = [show(number(row, "phases", phase)) for phase in TRAIN_STEP]
-        beside = [show(number(row, f"{phase}_peak_bytes")) for phase in ("calibrate", "evaluate")]
-        cells.append((*label, *step, *beside))
+        calibrates = show(number(row, "calibrate_peak_bytes")) or ("none" if some else None)
+        cells.append((*label, *step, calibrates, show(number(row, "evaluate_peak_bytes"))))
         highest = text(row, "peak_phase")
         if highest in TRAIN_STEP:
             strong.add((place, len(header) + TRAIN_STEP.index(highest)))
@@ -161,15 +176,15 @@ def _fit_notes(rows: Rows, room: Mapping[str, Any]) -> list[str]:
 def estimate_notes(record: Any) -> list[str]:
     """What was supposed: for all rows, then row by row."""
     conditions = block(record, "conditions")
+    rows = mappings(record, "rows")
+    masks = dict.fromkeys(text(row, "mask") or "" for row in rows)
     lines = [_KERNELS.get(text(conditions, "kernels") or "", "")]
-    lines.append(
-        "some rows of a batch are padded, so attention has a mask"
-        if conditions.get("padded")
-        else "no row of a batch is padded: attention has no mask"
-    )
-    for row in mappings(record, "rows"):
+    lines += [_MASKS.get(mask, "") for mask in masks]
+    said: dict[str, list[str]] = {}
+    for row in rows:
         for note in items(row, "notes"):
-            line = f"{text(row, 'label')}: {note}"
-            if line not in lines:
-                lines.append(line)
+            said.setdefault(str(note), []).append(text(row, "label") or "?")
+    for note, labels in said.items():
+        whose = "" if len(labels) == len(rows) else f"{', '.join(labels)}: "
+        lines.append(whose + note)
     return [line for line in lines if line]

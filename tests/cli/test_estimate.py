@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from small import METHODS, SMALL, Cli
 
+from sparsegrad_cli.measure.environment import rss_bytes
 from sparsegrad_cli.report.terminal import estimate_table
 
 TINY = {
@@ -33,8 +34,7 @@ def tiny(tmp_path: Path) -> str:
 
 
 def test_it_says_what_a_run_then_counts(cli: Cli, tmp_path: Path) -> None:
-    sparse = (*METHODS["core"], "calibration.decomposition=randomized")
-    assert cli("train", *sparse, *SMALL, "train.max_steps=2", "-o", "run").code == 0
+    assert cli("train", *METHODS["core"], *SMALL, "train.max_steps=2", "-o", "run").code == 0
     counted = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]
     batch, length = counted["batch_shape"]
     shape = ("--batch", str(batch), "--length", str(length), "--device", "cpu")
@@ -100,6 +100,20 @@ def test_a_study_has_a_row_for_every_task_and_method(cli: Cli, tiny: str, tmp_pa
     assert refused.code == 2 and "names its own methods" in refused.flat
 
 
+def test_the_papers_recipe_needs_no_download(cli: Cli) -> None:
+    """LLaMA-2 7B with one block adapted: sizes are all that is needed, and they are built in."""
+    before = rss_bytes()
+    outcome = cli("estimate", "configs/llama2_oasst.yaml", "targets.blocks=[0]", "--json")
+    assert outcome.code == 0, outcome.err
+    assert rss_bytes() - before < 2**30
+    (row,) = json.loads(outcome.out)["rows"]
+    assert row["model"]["parameters"] == 6_738_415_616 and row["model"]["dtype"] == "bfloat16"
+    assert "built-in table" in row["model"]["configuration"]
+    assert row["batch_shape"] == [2, 512] and row["mask"] == "none"  # one text, cut every 512
+    assert row["categories"]["weights"] == pytest.approx(2 * 6_738_415_616, rel=1e-6)
+    assert row["counts"]["trainable_targets"] == 2 * round(0.0022 * 4096 * 11008)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,11 +121,13 @@ def test_a_study_has_a_row_for_every_task_and_method(cli: Cli, tiny: str, tmp_pa
         (("--gpu", "24GB"), "write 24GiB"),
         (("--gpu", "1GiB", "--overhead", "1GiB"), "leaves nothing"),
         (("--gpu", "1GiB", "--overhead", "much"), "'much' is not a size"),
-        (("--device", "tpu"), "cpu or cuda"),
+        (("--device", "tpu"), "'tpu' is not one of 'cpu', 'cuda'"),
+        (("--length", "0"), "--length"),
         (("--batch", "0"), "--batch"),
-        (("-m", "lora,sparsgrad"), "sparsegrad"),
-        (("-m", "lora,lora"), "names a method twice"),
-        (("method.form=core", "method.rank=0.5"), "share of energy"),
+        (("-m", "lora,sparsgrad"), "--method 'sparsgrad' is not a method"),
+        (("-m", "lora,lora"), "--method names a method twice"),
+        (("calibration.decomposition=exact", "method.rank=0.5"), "share of energy"),
+        (("task=builtin:dialogues",), "no causal language model"),
         (("targets.blocks=[7]",), "blocks with targets: 0 to 0"),
         (("task.name=glue/nothing",), "unknown task"),
     ],

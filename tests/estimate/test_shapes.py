@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsegrad_cli.measure.cuda_kernels import cuda_kernels
-from sparsegrad_cli.measure.fit import MOST, largest_batch
+from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
+from sparsegrad_cli.estimate.fit import MOST, largest_batch
+from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
 from sparsegrad_cli.measure.memory import MemoryMeter
-from sparsegrad_cli.measure.shapes import DEVICE, NeedsValues, ShapesOnly
 from sparsegrad_cli.numerics.supports import _largest_unsorted, largest_entries
 
 B, H, L, D = 2, 3, 40, 8  # batch, heads, length, head
