@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import items, text
+from sparsegrad_cli.report.access import dig, items, text
 from sparsegrad_cli.report.compare_record import (
     check_lines,
     difference_cell,
@@ -29,6 +29,7 @@ from sparsegrad_cli.report.compare_tables import (
     note_cell,
     overview_table,
 )
+from sparsegrad_cli.report.estimate_tables import estimate_notes, estimate_tables
 from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
 from sparsegrad_cli.report.judge_tables import (
     judge_failures,
@@ -46,6 +47,7 @@ from sparsegrad_cli.report.run_tables import (
     title_of,
 )
 from sparsegrad_cli.report.tables import Fact, Table
+from sparsegrad_cli.report.units import format_seconds
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
@@ -97,6 +99,14 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
         mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))
     return Group(*parts)
+
+
+def estimate_table(record: dict[str, Any]) -> RenderableType:
+    """An estimate: a row a method, the largest batches, and what was supposed."""
+    parts = [_table(table) or "" for table in estimate_tables(record)]
+    lines = [Text(f"- {line}", style="dim") for line in estimate_notes(record)]
+    took = format_seconds(dig(record, "seconds"))
+    return Group(*parts, Text(), Text("Supposed", style="italic"), *lines, _labelled("took", took))
 
 
 def export_table(record: dict[str, Any]) -> RenderableType:
