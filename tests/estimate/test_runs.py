@@ -14,7 +14,8 @@ from paths import REPO
 from talkers import byte_tokenizer
 from tiny import build, one_thread
 
-from sparsegrad_cli.estimate.rehearsal import Conditions
+from sparsegrad_cli import runner
+from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
 from sparsegrad_cli.estimate.session import estimate_steps
 from sparsegrad_cli.recipe.loading import load_recipe
 
@@ -78,6 +79,16 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return place / "base", data
 
 
+def estimated(run: Path, counted: dict[str, Any], kernels: Kernels) -> dict[str, Any]:
+    """The row of a run's own recipe, at the batch and length that were measured."""
+    size, length = counted["batch_shape"]
+    shape = (f"train.per_device_train_batch_size={size}", f"task.max_length={length}")
+    loaded = load_recipe(run / "recipe.yaml", shape)
+    (row,) = estimate_steps([(run.name, loaded)], Conditions(kernels=kernels))["rows"]
+    assert isinstance(row, dict)
+    return row
+
+
 @pytest.mark.parametrize(
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
@@ -87,11 +98,8 @@ def test_what_a_run_counts_was_estimated(
     limits = ("task.max_length=160", "task.validation_fraction=0.25", "calibration.steps=1")
     brief = ("train.max_steps=2", "train.eval_steps=2", *limits)
     counted = record(train(tmp_path / "run", *talk, *brief, *(CASES | MORE)[name]))["memory"]
-    size, length = counted["batch_shape"]
-    assert size == 8 and length >= 64
-    shape = (f"train.per_device_train_batch_size={size}", f"task.max_length={length}")
-    loaded = load_recipe(tmp_path / "run" / "recipe.yaml", shape)
-    (row,) = estimate_steps([(name, loaded)], Conditions())["rows"]
+    assert counted["batch_shape"][0] == 8 and counted["batch_shape"][1] >= 64
+    row = estimated(tmp_path / "run", counted, "cpu")
     weights = counted["phases"]["load"]["peak_bytes"]
     assert row["categories"]["weights"] == weights
     for phase in ("forward", "backward", "optimizer"):
@@ -106,18 +114,12 @@ def test_what_a_run_counts_was_estimated(
 @pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
 def test_what_the_allocator_counts_was_estimated(tmp_path: Path, method: str) -> None:
     """SmolLM2 whole, at a batch that makes what is not counted (rounding, workspaces) small."""
-    source = str(REPO / "configs" / "smollm2_dialogues.yaml")
     shape = ("task.train_limit=64", "task.eval_limit=8", "task.max_length=512")
     brief = ("train.per_device_train_batch_size=8", "train.max_steps=2", "calibration.steps=1")
-    run = tmp_path / "run"
-    from sparsegrad_cli import runner
-
-    loaded = load_recipe(source, (*shape, *brief, f"method.name={method}", f"output_dir={run}"))
-    counted = runner.train(loaded)["memory"]
-    size, length = counted["batch_shape"]
-    shape = (f"train.per_device_train_batch_size={size}", f"task.max_length={length}")
-    again = load_recipe(run / "recipe.yaml", shape)
-    (row,) = estimate_steps([(method, again)], Conditions(kernels="cuda"))["rows"]
+    source = REPO / "configs" / "smollm2_dialogues.yaml"
+    overrides = (*shape, *brief, f"method={method}", f"output_dir={tmp_path / 'run'}")
+    counted = runner.train(load_recipe(source, overrides))["memory"]
+    row = estimated(tmp_path / "run", counted, "cuda")
     for phase in ("forward", "backward"):
         expected = counted["phases"][phase]["peak_bytes"]
         assert row["phases"][phase] == pytest.approx(expected, rel=0.1)
