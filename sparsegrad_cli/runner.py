@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.estimate.rehearsal import Conditions
+    from sparsegrad_cli.estimate.session import Room
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.generate.answering import Answerer
     from sparsegrad_cli.generate.options import (
@@ -168,6 +170,35 @@ def _generating() -> AbstractContextManager[None]:
         again="the same command goes on where it stopped",
         memory=("--batch-size", "a smaller batch, fewer --max-new-tokens, or --device cpu"),
     )
+
+
+def estimate(
+    cells: Sequence[tuple[str, LoadedRecipe]],
+    conditions: Conditions,
+    room: Room | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """What a training step of each recipe will need; see :func:`estimate_steps`.
+
+    Args:
+        cells: label and recipe of every row.
+        conditions: what is supposed beside the recipes.
+        room: also find the largest batch that fits there.
+
+    Raises:
+        SparsegradError: of the kind that says what happened.
+    """
+    from sparsegrad_cli.estimate.session import estimate_steps
+
+    observer = observer or Observer()
+    try:
+        with _known_errors(
+            again="run the same command again",
+            memory=("estimate", "fewer methods at a time: shapes alone take a few hundred MiB"),
+        ):
+            return estimate_steps(cells, conditions, room, observer)
+    finally:
+        observer.close()
 
 
 def judge(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:

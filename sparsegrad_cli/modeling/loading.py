@@ -70,6 +70,26 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
+def load_configuration(section: ModelSection) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
+
+
+def name_labels(config: Any, spec: TaskSpec) -> None:
+    """Tell a configuration what a task's classes are, or that it is a regression."""
+    names = spec.label_names or ("score",)
+    config.num_labels = 1 if spec.regression else len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = "regression" if spec.regression else "single_label_classification"
+
+
 def load_classifier(
     section: ModelSection, spec: TaskSpec, seed: int, device: torch.device = _CPU
 ) -> nn.Module:
@@ -86,14 +106,10 @@ def load_classifier(
         UsageError: as :func:`_model`.
         DownloadError, FileFormatError: as :func:`load_tokenizer`.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+    from transformers import AutoModelForSequenceClassification, set_seed
 
-    names = spec.label_names or ("score",)
-    config = _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
-    config.num_labels = 1 if spec.regression else len(names)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
-    config.problem_type = "regression" if spec.regression else "single_label_classification"
+    config = load_configuration(section)
+    name_labels(config, spec)
     set_seed(seed)
     model: nn.Module = _model(AutoModelForSequenceClassification, section, config, device)
     return model
@@ -114,9 +130,9 @@ def load_causal_lm(
         DownloadError, FileFormatError: as :func:`load_tokenizer`; also where weights are missing,
             such as the head of a model that was saved without it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
+    config = load_configuration(section)
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"{section.name} is an encoder-decoder ({config.model_type}), no causal language model",

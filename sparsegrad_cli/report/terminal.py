@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import items, text
+from sparsegrad_cli.report.access import dig, items, text
 from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import (
     difference_cell,
@@ -24,6 +24,7 @@ from sparsegrad_cli.report.compare_record import (
     tasks_of,
 )
 from sparsegrad_cli.report.compare_tables import method_table, note_cell, overview_table
+from sparsegrad_cli.report.estimate_tables import estimate_notes, estimate_tables
 from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
 from sparsegrad_cli.report.fairness import check_lines
 from sparsegrad_cli.report.judge_tables import (
@@ -42,6 +43,7 @@ from sparsegrad_cli.report.run_tables import (
     title_of,
 )
 from sparsegrad_cli.report.tables import Fact, Table
+from sparsegrad_cli.report.units import format_seconds
 from sparsegrad_cli.report.verdicts import verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
@@ -95,6 +97,14 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
         mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))
     return Group(*parts)
+
+
+def estimate_table(record: dict[str, Any]) -> RenderableType:
+    """An estimate: a row a method, the largest batches, and what was supposed."""
+    parts = [_table(table) or "" for table in estimate_tables(record)]
+    lines = [Text(f"- {line}", style="dim") for line in estimate_notes(record)]
+    took = format_seconds(dig(record, "seconds"))
+    return Group(*parts, Text(), Text("Supposed", style="italic"), *lines, _labelled("took", took))
 
 
 def export_table(record: dict[str, Any]) -> RenderableType:

@@ -32,6 +32,11 @@ def format_mib(count: float | None) -> str | None:
     return None if count is None else f"{count / MIB:,.1f}"
 
 
+def format_gib(count: float | None) -> str | None:
+    """Bytes as a bare number of GiB, ``12.55``, for columns that name the unit."""
+    return None if count is None else f"{count / MIB / 1024:,.2f}"
+
+
 def format_seconds(seconds: float | None) -> str:
     """``1 min 12 s``; milliseconds below a tenth of a second, hours and days above."""
     if seconds is None:

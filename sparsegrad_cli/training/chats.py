@@ -46,7 +46,7 @@ def load_chats(recipe: Recipe) -> Parts:
     )
     tokenizer = load_tokenizer(recipe.model)
     model = load_causal_lm(recipe.model, device_of(recipe))
-    max_length, cut = fitting_length(section.max_length, model)
+    max_length, cut = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
     train = encode_conversations(encoder, data.train, max_length=max_length)
     # Packed or not, validation is by conversation: what it measures must not depend on packing.

@@ -44,7 +44,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
         SparsegradError: of the kind that fits; see the loaders.
     """
     recipe = loaded.recipe
-    _check_precision(loaded)
+    check_precision(loaded)
     load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
     parts = load(recipe)
     for note in parts.task.notes:
@@ -63,7 +63,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     )
 
 
-def _check_precision(loaded: LoadedRecipe) -> None:
+def check_precision(loaded: LoadedRecipe) -> None:
     """Weights that train are float32 among half-precision ones: only autocast makes that work."""
     recipe, method = loaded.recipe, loaded.recipe.method
     beside = isinstance(method, LoraMethod) or (

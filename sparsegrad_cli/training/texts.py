@@ -49,7 +49,7 @@ def load_texts(recipe: Recipe) -> Parts:
     )
     tokenizer = load_tokenizer(recipe.model)
     model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
-    max_length, cut = fitting_length(section.max_length, model)
+    max_length, cut = fitting_length(section.max_length, model.config)
     notes = [*task.notes, ensure_pad_token(tokenizer, model.config), cut]
     train_data, validation = tokenize(
         task, tokenizer, max_length=max_length, padding=section.padding
@@ -65,9 +65,8 @@ def load_texts(recipe: Recipe) -> Parts:
     )
 
 
-def fitting_length(wanted: int, model: nn.Module) -> tuple[int, str | None]:
+def fitting_length(wanted: int, config: Any) -> tuple[int, str | None]:
     """``wanted``, or less where the model has fewer positions, and then a note."""
-    config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None)
     kind = getattr(config, "model_type", "")
     offset = 2 if kind in ("roberta", "xlm-roberta", "camembert") else 0

@@ -86,6 +86,17 @@ def test_every_method_learns_to_answer(cli: Cli, settings: tuple[str, ...], name
     assert "Perplexity" in Path("run/report.html").read_text(encoding="utf-8")
 
 
+def test_float32_targets_in_a_half_precision_model_are_evaluated_too(
+    cli: Cli, settings: tuple[str, ...]
+) -> None:
+    """Products of the two need autocast: in training as in every evaluation, the first one too."""
+    mixed = ("model.dtype=bfloat16", "train.bf16=true", "train.use_cpu=true")
+    outcome = cli("train", *settings, *mixed, "method=full", "-o", "run", "--json")
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads(outcome.out)["metrics"]
+    assert metrics["final"]["score"] < metrics["initial"]["score"] < 8
+
+
 @pytest.mark.parametrize("name", ["lora", "core"])
 def test_eight_micro_batches_of_one_are_one_batch_of_eight(
     cli: Cli, settings: tuple[str, ...], name: str
