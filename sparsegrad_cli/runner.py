@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ModelOptions,
     )
     from sparsegrad_cli.judge.session import JudgeOptions
+    from sparsegrad_cli.recipe.study import LoadedStudy
 
 
 def train(
@@ -197,6 +198,33 @@ def estimate(
             memory=("estimate", "fewer methods at a time: shapes alone take a few hundred MiB"),
         ):
             return estimate_steps(cells, conditions, room, observer)
+    finally:
+        observer.close()
+
+
+def solve(
+    study: LoadedStudy,
+    observer: Observer | None = None,
+    *,
+    kept: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+) -> LoadedStudy:
+    """A study with every method at the size that its budget allows; see :func:`solve_study`.
+
+    Raises:
+        SparsegradError: of the kind that says what happened.
+    """
+    if study.study.budget is None:
+        return study
+    from sparsegrad_cli.budget.session import solve_study
+
+    observer = observer or Observer()
+    try:
+        with _known_errors(
+            again="run the same command again",
+            memory=("match", "a method at a time: shapes alone take a few hundred MiB"),
+        ):
+            return solve_study(study, kept=kept, jobs=jobs, observer=observer)
     finally:
         observer.close()
 

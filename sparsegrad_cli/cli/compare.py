@@ -35,6 +35,19 @@ def compare(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Cells at once; they share the cores.")
     ] = 1,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            "--match",
+            help="What all spend alike: trainable (entries, by the recipe's density), a budget "
+            "that sizes are solved for (trainable=70k, optimizer_state=64MiB, peak=2GiB, "
+            "seconds=600), or none. A study's own by default.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Solve the budget, show what would run, run nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -46,6 +59,7 @@ def compare(
 
     [bold]sparsegrad compare --methods lora,meprop,sparsegrad[/bold]
     [bold]sparsegrad compare recipes/quickstart.yaml[/bold]
+    [bold]sparsegrad compare --methods full,lora,sparsegrad --match peak=512MiB --dry-run[/bold]
     """
     from rich.console import Console
 
@@ -54,9 +68,13 @@ def compare(
     from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table
 
-    study = _study(recipe, methods, seeds)
-    check_parity(study)  # before --overwrite forgets anything
+    study = _study(recipe, methods, seeds, match)
+    check_parity(study)  # before --overwrite forgets anything, and before anything is solved
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
+    study = _solved(study, folder, jobs, quiet=quiet or as_json, afresh=overwrite)
+    if dry_run:
+        _show_plan(study, as_json)
+        return
     open_folder(study, folder, overwrite=overwrite)
     err = Console(stderr=True, quiet=quiet or as_json)
     command = shlex.join(["sparsegrad", *sys.argv[1:]])
@@ -80,7 +98,40 @@ def compare(
         raise typer.Exit(1)
 
 
-def _study(recipe: list[str] | None, methods: str | None, seeds: int | None) -> LoadedStudy:
+def _solved(
+    study: LoadedStudy, folder: Path, jobs: int, *, quiet: bool, afresh: bool
+) -> LoadedStudy:
+    """At the sizes that its budget allows; a comparison that goes on keeps those that it has."""
+    from sparsegrad_cli import runner
+    from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
+    from sparsegrad_cli.report.access import block
+    from sparsegrad_cli.report.records import load_record
+
+    if study.study.budget is None:
+        return study
+    there = (folder / "compare.json").is_file() and not afresh
+    kept = block(load_record(folder), "budget") if there else {}
+    with QuietObserver() if quiet else ProgressObserver() as observer:
+        return runner.solve(study, observer, kept=kept, jobs=jobs)
+
+
+def _show_plan(study: LoadedStudy, as_json: bool) -> None:
+    """What would run, on stdout."""
+    from rich.console import Console
+
+    from sparsegrad_cli.compare.plan import plan_of
+    from sparsegrad_cli.report.terminal import plan_table
+
+    plan = plan_of(study)
+    if as_json:
+        typer.echo(json.dumps(plan))
+    else:
+        Console().print(plan_table(plan))
+
+
+def _study(
+    recipe: list[str] | None, methods: str | None, seeds: int | None, match: str | None
+) -> LoadedStudy:
     from sparsegrad_cli.cli.recipes import is_study
     from sparsegrad_cli.recipe.study import load_study, make_study
 
@@ -92,10 +143,10 @@ def _study(recipe: list[str] | None, methods: str | None, seeds: int | None) -> 
                 where=source,
                 fix="copy it and change it there, or compare a recipe with --methods and --seeds",
             )
-        return load_study(source, overrides)
+        return load_study(source, overrides, match)
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     if not names:
         raise UsageError(
             "which methods?", where="--methods", fix="--methods lora,meprop,sparsegrad"
         )
-    return make_study(source, names, seeds or 2, overrides)
+    return make_study(source, names, seeds or 2, overrides, match=match)

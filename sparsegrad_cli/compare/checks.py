@@ -21,8 +21,8 @@ SAME = {
 def make_checks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Per task and seed: did all methods have one model, head, data set, order and precision?
 
-    True, False, or None where fewer than two runs say it. ``order`` is compared at the last step
-    that all have in common.
+    True, False, or None where fewer than two runs say it. The order is compared at the last step
+    that all have in common: of batches, or of their rows where some run cut its batches up.
     """
     return [
         _check(task, seed, [c for c in cells if (c["task"], c["seed"]) == (task, seed)])
@@ -32,18 +32,32 @@ def make_checks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _check(task: str, seed: int, cells: Sequence[Cell]) -> dict[str, Any]:
     runs = [c["run"] for c in cells if c["status"] == "done" and c["run"]]
-    orders = [block(run, "hashes", "order") for run in runs]
-    common = set.intersection(*(set(order) for order in orders)) if orders else set()
-    last = max((step for step in common if step.isdigit()), key=int, default=None)
+    same_order, last = _order(runs)
     return {
         "task": task,
         "seed": seed,
         "methods": len(runs),
         **{key: _same([text(run, *where) for run in runs]) for key, where in SAME.items()},
-        "same_order": _same([text(order, last) for order in orders]) if last else None,
-        "steps_compared": int(last) if last else 0,
+        "same_order": same_order,
+        "steps_compared": last,
         "same_code": _same([_code(run) for run in runs]),
     }
+
+
+def _order(runs: Sequence[Mapping[str, Any]]) -> tuple[bool | None, int]:
+    """Whether all met the same in the same order, and up to which step."""
+    same, steps = _chain(runs, "order")
+    rows = _chain(runs, "rows") if same is False else (None, 0)
+    return (same, steps) if rows[0] is None else rows
+
+
+def _chain(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[bool | None, int]:
+    orders = [block(run, "hashes", name) for run in runs]
+    common = set.intersection(*(set(order) for order in orders)) if orders else set()
+    last = max((step for step in common if step.isdigit()), key=int, default=None)
+    if last is None:
+        return None, 0
+    return _same([text(order, last) for order in orders]), int(last)
 
 
 def _same(values: Sequence[str | None]) -> bool | None:

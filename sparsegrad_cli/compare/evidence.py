@@ -8,7 +8,8 @@ from typing import Any
 from sparsegrad_cli.compare.checks import make_checks
 from sparsegrad_cli.compare.pairs import pair_tests
 from sparsegrad_cli.compare.rows import make_rows
-from sparsegrad_cli.report.access import mappings
+from sparsegrad_cli.compare.spent import with_measured
+from sparsegrad_cli.report.access import block, mappings
 
 
 def evidence(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -27,4 +28,8 @@ def up_to_date(compare: Mapping[str, Any]) -> dict[str, Any]:
         and all(isinstance(cell.get(key), str) for key in ("task", "method", "status"))
         for cell in cells
     )
-    return {**compare, **evidence(cells)} if cells and told else dict(compare)
+    if not cells or not told:
+        return dict(compare)
+    budget = block(compare, "budget")
+    spent = {"budget": with_measured(budget, cells)} if budget else {}
+    return {**compare, **spent, **evidence(cells)}

@@ -24,6 +24,7 @@ import yaml
 
 from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.compare.parity import check_parity
+from sparsegrad_cli.compare.spent import with_measured
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
@@ -39,7 +40,7 @@ class Comparison:
     """One comparison in one directory.
 
     Args:
-        study: the checked study.
+        study: the checked study, its budget solved.
         folder: where it lives; cells in ``cells/``.
         command: how it was started, for the record.
         tell: called with a line before each cell.
@@ -76,6 +77,7 @@ class Comparison:
             "started": now(),
             "finished": None,
             "match": study.study.match,
+            "budget": study.budget,
             "parity": check_parity(study),
             "jobs": jobs,
             "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
@@ -151,6 +153,8 @@ class Comparison:
                 cells=cells,
                 **evidence(cells),
             )
+            if self.study.budget is not None:
+                self.record["budget"] = with_measured(self.study.budget, cells)
             write_json_atomic(self.folder / "compare.json", self.record)
             self._saved(self.record)
 
@@ -213,7 +217,7 @@ class Comparison:
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL if self._quiet else None,
-            env=os.environ | self._environment(),
+            env=os.environ | shared_cores(self._jobs),
             # The terminal's Ctrl-C reaches us alone; we pass it on, once.
             start_new_session=True,
         )
@@ -222,11 +226,6 @@ class Comparison:
         code = process.wait()
         del self._running[folder]
         self._note_exit(folder, code)
-
-    def _environment(self) -> dict[str, str]:
-        if self._jobs == 1:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._jobs))}
 
     def _note_exit(self, folder: Path, code: int) -> None:
         """A cell that died without writing its status gets one here."""
@@ -244,6 +243,13 @@ class Comparison:
         run["error"] = {"title": "Cell", "what": what, "where": str(folder), "fix": None}
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / "run.json", run)
+
+
+def shared_cores(jobs: int) -> dict[str, str]:
+    """What to set in the environment of each of so many processes at once."""
+    if jobs == 1:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
 def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:

@@ -19,10 +19,13 @@ from sparsegrad_cli.recipe.loading import to_plain
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
+from sparsegrad_cli.report.access import block, mappings
 
 DECLARED = "train.learning_rate"
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
+_BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_STEPS = "train.max_steps"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
 
     Returns:
         The ``parity`` block of compare.json: how many keys were compared, what differs as the study
-        declares it (learning rates), and what differs beyond that and is flagged.
+        declares it (learning rates) or as its budget was solved, and what differs beyond that and
+        is flagged.
 
     Raises:
         RecipeError: a difference the study does not name under ``differ``, or a name there that is
@@ -103,16 +107,37 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
     allowed = study.study.differ
     found = differences(study)
     problems = _unknown(study, allowed)
-    flagged = [d for d in found if d.key != DECLARED]
+    solved = _solved(study)
+    declared = [d for d in found if d.key == DECLARED or (d.task, d.key) in solved]
+    flagged = [d for d in found if d not in declared]
     problems += _refusals(study, [d for d in flagged if d.key not in allowed])
     if problems:
         raise RecipeError(problems)
     keys = {key for cell in study.cells for key in compared(cell.loaded.recipe)}
     return {
         "compared": len(keys),
-        "declared": [_plain(d) for d in found if d.key == DECLARED],
+        "declared": [
+            _plain(d) | ({} if d.key == DECLARED else {"why": "budget"}) for d in declared
+        ],
         "flagged": [_plain(d) for d in flagged],
     }
+
+
+def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
+    """(task, key) of what the budget has set and what may differ for that reason.
+
+    Batches may, as long as as many examples make an update for every method of the task; and steps,
+    where seconds are shared.
+    """
+    found: set[tuple[str, str]] = set()
+    for row in mappings(study.budget, "rows"):
+        found |= {(str(row.get("task")), key) for key in block(row, "set")}
+    for task in {task for task, _ in found}:
+        trains = [cell.loaded.recipe.train for cell in study.cells if cell.task == task]
+        examples = {t.per_device_train_batch_size * t.gradient_accumulation_steps for t in trains}
+        if len(examples) > 1:
+            found -= {(task, key) for key in _BATCH}
+    return {(task, key) for task, key in found if key in (*_BATCH, _STEPS)}
 
 
 def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
 from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
 from sparsegrad_cli.estimate.stand_ins import (
@@ -29,7 +29,7 @@ from sparsegrad_cli.estimate.stand_ins import (
 )
 from sparsegrad_cli.measure.memory import MemoryMeter
 from sparsegrad_cli.methods.base import Prepared
-from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.methods.core_plan import with_known_rank
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -69,6 +69,7 @@ class Rehearsal:
         weights_bytes: parameters and buffers before the method came.
         parameters: entries of the model's parameters before the method came.
         calibration: the peak of calibration (:class:`PhasePeak`); None where there is none.
+        state_bytes: what the optimizer keeps, once it keeps all that it will.
         notes: what was supposed, for this recipe.
 
     Raises:
@@ -133,18 +134,11 @@ class Rehearsal:
 
     def _settled(self, settings: SparsegradMethod, targets: list[Target]) -> SparsegradMethod:
         """Settings that need no values: the rank is a number, the support is shared out evenly."""
-        if isinstance(settings.rank, float):
-            raise UsageError(
-                f"method.rank {settings.rank:g} is a share of energy: which rank that is, only "
-                "calibration on real data can say",
-                where=self._loaded.where("method.rank"),
-                fix="give a number of directions, or the bytes they may take, for the estimate",
-            )
         if settings.allocation == "model":
             self.notes.append("allocation: entries shared out evenly over the targets, as many")
             settings = settings.model_copy(update={"allocation": "target"})
         keys = basis_keys(targets, self.recipe.calibration.basis_per)
-        return with_rank(settings, targets, keys, self._loaded.where("method.rank"))
+        return with_known_rank(settings, targets, keys, self._loaded.where("method.rank"))
 
     def _calibrated(
         self, settings: SparsegradMethod, targets: list[Target], meter: MemoryMeter
@@ -197,6 +191,7 @@ class Rehearsal:
             size = meter.live()["optimizer_state"]
             self.optimizer.step()
             meter.watch(self.model)
+        self.state_bytes = size
         if not self._accumulates:
             self.model.zero_grad(set_to_none=True)
 

@@ -81,7 +81,7 @@ def estimate_steps(
     known: dict[str, dict[str, Any]] = {}
     rows = []
     for label, loaded in cells:
-        key = _what_memory_depends_on(loaded.recipe)
+        key = what_memory_depends_on(loaded.recipe)
         if key not in known:
             observer.phase("estimate", label)
             known[key] = _row(loaded, conditions, room)
@@ -95,7 +95,8 @@ def estimate_steps(
     }
 
 
-def _what_memory_depends_on(recipe: Recipe) -> str:
+def what_memory_depends_on(recipe: Recipe) -> str:
+    """Two recipes of which it is equal need the same memory in a step."""
     plain = to_plain(recipe)
     train = {key: plain["train"][key] for key in _TRAIN}
     kept = ("model", "task", "method", "targets", "scope", "calibration")
@@ -104,23 +105,18 @@ def _what_memory_depends_on(recipe: Recipe) -> str:
 
 def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dict[str, Any]:
     started = time.perf_counter()
-    if loaded.recipe.model.quantization is not None:
-        raise UsageError(
-            "a quantized base cannot be rehearsed: bitsandbytes packs real numbers only",
-            where="model.quantization",
-            fix="estimate without it; docs/quantized.md says what the weights then take",
-        )
+    check_rehearsable(loaded.recipe)
     config, source = configuration_of(loaded.recipe.model)
     notes = name_task(loaded.recipe, config)
     length, cut = fitting_length(loaded.recipe.task.max_length, config)
     notes += [cut] if cut else []
-    loaded = _changed(loaded, "task", max_length=length)
+    loaded = changed(loaded, "task", max_length=length)
     loaded, autocast = _with_autocast(loaded)
-    notes += [*autocast, *_left_out(loaded.recipe)]
+    notes += [*autocast, *left_out(loaded.recipe)]
     recipe, train = loaded.recipe, loaded.recipe.train
     rehearsal = Rehearsal(loaded, config, conditions)
     size = train.per_device_train_batch_size
-    with _all_here_to_stay():
+    with all_here_to_stay():
         meter = rehearsal.step(size, length)
         step = _step(meter, rehearsal.weights_bytes)
         fit = None if room is None else _fit(rehearsal, length, room, {size: step["peak_bytes"]})
@@ -153,8 +149,18 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
     }
 
 
+def check_rehearsable(recipe: Recipe) -> None:
+    """Raises UsageError where a step cannot be rehearsed."""
+    if recipe.model.quantization is not None:
+        raise UsageError(
+            "a quantized base cannot be rehearsed: bitsandbytes packs real numbers only",
+            where="model.quantization",
+            fix="leave it out here; docs/quantized.md says what the weights then take",
+        )
+
+
 @contextmanager
-def _all_here_to_stay() -> Iterator[None]:
+def all_here_to_stay() -> Iterator[None]:
     """Inside, what is there already is not searched for garbage, which the meter does a lot."""
     gc.collect()
     gc.freeze()
@@ -198,7 +204,7 @@ def _fit(rehearsal: Rehearsal, length: int, room: Room, known: Mapping[int, int]
     return {"batch": batch, "length": length, "peak_bytes": taken}
 
 
-def _changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:
+def changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:
     """The recipe with other settings in one of its sections."""
     before = getattr(loaded.recipe, section)
     changed = loaded.recipe.model_copy(update={section: before.model_copy(update=settings)})
@@ -212,11 +218,12 @@ def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
     except UsageError:
         switch = "bf16" if loaded.recipe.model.dtype == "bfloat16" else "fp16"
         note = f"train.{switch}: true supposed, without which `train` refuses this method"
-        return _changed(loaded, "train", **{switch: True}), [note]
+        return changed(loaded, "train", **{switch: True}), [note]
     return loaded, []
 
 
-def _left_out(recipe: Recipe) -> list[str]:
+def left_out(recipe: Recipe) -> list[str]:
+    """What a rehearsal of the recipe leaves out or supposes, in words."""
     notes = []
     if recipe.train.gradient_accumulation_steps > 1:
         notes.append("gradients of earlier micro-batches are there in forward and backward")

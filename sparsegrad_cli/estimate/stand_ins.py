@@ -21,15 +21,18 @@ Batch = dict[str, Tensor]
 Mask = Literal["none", "padding", "packing"]
 
 
-def name_task(recipe: Recipe, config: Any) -> list[str]:
+def name_task(recipe: Recipe, config: Any, known: TaskSpec | None = None) -> list[str]:
     """Tell a model's configuration what the task's classes are; gives notes on what was supposed.
 
     A language model has no classes: its configuration stays as it is.
+
+    Args:
+        known: the task, where its files were read.
     """
     name = recipe.task.name
     if name in CHAT_TASKS:
         return ["every token labelled, as in no conversation: the most there could be"]
-    spec = BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
+    spec = known or BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
     notes = []
     if spec is None:
         notes = ["two classes supposed: the task's files are not read"]

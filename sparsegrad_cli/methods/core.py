@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.methods.asked import asked_entries
 from sparsegrad_cli.methods.base import (
     Counts,
     Factors,
@@ -24,7 +25,7 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.core_layers import CoreLinear, QuantizedCoreLinear
-from sparsegrad_cli.methods.core_plan import asked_entries, planned_supports
+from sparsegrad_cli.methods.core_plan import planned_supports
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.optimizer import (
     Selection,
@@ -53,6 +54,7 @@ class SparsegradCore:
     def __init__(self, settings: SparsegradMethod) -> None:
         self.settings = settings
         self._layers: dict[str, CoreLinear] = {}
+        self._asked: Mapping[str, int] = {}
         self._counts: dict[str, int] = {}
         self._first: dict[str, Tensor] = {}
 
@@ -77,6 +79,7 @@ class SparsegradCore:
             if id(given) not in shared:
                 shared[id(given)] = self._fitted(given, model.get_submodule(target.name))
             fitted[target.name] = shared[id(given)]
+        self._asked = asked_entries(self.settings, targets)
         self._first = planned_supports(self.settings, targets, fitted, scores or {})
         fixed = self._first if self.settings.support == "static" else {}
         for target in targets:
@@ -89,7 +92,7 @@ class SparsegradCore:
         entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
         requested = None
         if self.settings.support != "dense":
-            requested = sum(asked_entries(self.settings, t) for t in targets)
+            requested = sum(self._asked.values())
         ranks = sorted({"x".join(map(str, layer.shape)) for layer in self._layers.values()})
         counts = Counts(
             entries,
@@ -129,9 +132,7 @@ class SparsegradCore:
             self._counts[target.name] = len(support)
         else:
             dense = self.settings.support == "dense"
-            self._counts[target.name] = (
-                room if dense else min(asked_entries(self.settings, target), room)
-            )
+            self._counts[target.name] = room if dense else min(self._asked[target.name], room)
         return core
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.methods.asked import asked_entries
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import (
     allocate,
-    entries_for,
     largest_entries,
     spectral_scores,
 )
@@ -51,9 +51,27 @@ def with_rank(
     return settings.model_copy(update={"rank": rank})
 
 
+def with_known_rank(
+    settings: SparsegradMethod, targets: list[Target], keys: Mapping[str, str], where: str
+) -> SparsegradMethod:
+    """:func:`with_rank` before anything was calibrated: the rank is a number.
+
+    Raises:
+        UsageError: it is a share of energy; or as :func:`with_rank`.
+    """
+    if isinstance(settings.rank, float):
+        raise UsageError(
+            f"method.rank {settings.rank:g} is a share of energy: which rank that is, only "
+            "calibration on real data can say",
+            where=where,
+            fix="give a number of directions, or the bytes they may take",
+        )
+    return with_rank(settings, targets, keys, where)
+
+
 def rank_for_density(settings: SparsegradMethod, targets: list[Target]) -> int:
     """The smallest multiple of 8 whose core the density fills to a third (dense: wholly)."""
-    most = max(asked_entries(settings, t) for t in targets)
+    most = max(asked_entries(settings, targets).values())
     side = math.sqrt(most / (1 if settings.support == "dense" else FILL))
     widest = max(max(t.out_features, t.in_features) for t in targets)
     return min(widest, 8 * math.ceil(side / 8))
@@ -76,11 +94,6 @@ def rank_in_budget(budget: int, targets: list[Target], keys: Mapping[str, str]) 
     return bisect_right(range(1, widest + 1), budget, key=taken)  # taken() grows with the rank
 
 
-def asked_entries(settings: SparsegradMethod, target: Target) -> int:
-    """What density asks for in a target."""
-    return entries_for(settings.density, target.out_features, target.in_features)
-
-
 def planned_supports(
     settings: SparsegradMethod,
     targets: list[Target],
@@ -96,7 +109,8 @@ def planned_supports(
     if settings.support not in ("static", "refresh"):
         return {}
     worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)) for t in targets}
-    asked = {t.name: min(asked_entries(settings, t), worth[t.name].numel()) for t in targets}
+    wanted = asked_entries(settings, targets)
+    asked = {t.name: min(wanted[t.name], worth[t.name].numel()) for t in targets}
     if settings.allocation == "model":
         chosen = allocate(list(worth.values()), sum(asked.values()))
         return dict(zip(worth, chosen, strict=True))

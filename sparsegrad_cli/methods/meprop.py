@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.methods.asked import asked_entries, asked_rows
 from sparsegrad_cli.methods.base import (
     Counts,
     Factors,
@@ -26,7 +27,7 @@ from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
-from sparsegrad_cli.numerics.supports import bounded, entries_for
+from sparsegrad_cli.numerics.supports import bounded
 from sparsegrad_cli.recipe.method_section import MepropMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -60,6 +61,7 @@ class Meprop:
     def __init__(self, settings: MepropMethod) -> None:
         self.settings = settings
         self._targets: list[Target] = []
+        self._asked: Mapping[str, int] = {}
         self._optimizer: SelectiveAdamW | None = None
 
     def prepare(
@@ -74,22 +76,23 @@ class Meprop:
         """Open the targets' weights; with ``rows``, swap the layers for ones that prune dL/dy."""
         total = sum(p.numel() for p in model.parameters())
         head, rest = open_scope(model, targets, scope)
-        self._targets = targets
+        self._targets, self._asked = targets, asked_entries(self.settings, targets)
+        rows = asked_rows(self.settings, targets)
         counts = []
         for target in targets:
             layer = model.get_submodule(target.name)
             assert isinstance(layer.weight, nn.Parameter)
             open_parameter(layer.weight)
             if self.settings.select == "rows":
-                k = self._rows(target)
+                k = rows[target.name]
                 swapped = MepropLinear(
                     layer, k, unified=self.settings.unified, transposed=target.transposed
                 )
                 model.set_submodule(target.name, swapped)
                 counts.append(TargetCount(target, k * target.in_features))
             else:
-                counts.append(TargetCount(target, self._entries(target)))
-        requested = sum(self._entries(target) for target in targets)
+                counts.append(TargetCount(target, self._asked[target.name]))
+        requested = sum(self._asked.values())
         note = "rows: entries per example; a batch may touch more" if self._per_example else ""
         return Prepared(
             Counts(
@@ -106,19 +109,13 @@ class Meprop:
     def _per_example(self) -> bool:
         return self.settings.select == "rows" and not self.settings.unified
 
-    def _entries(self, target: Target) -> int:
-        return entries_for(self.settings.density, target.out_features, target.in_features)
-
-    def _rows(self, target: Target) -> int:
-        return max(1, round(self.settings.density * target.out_features))
-
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """AdamW on the chosen entries; with ``rows``, on those that got a gradient at all."""
         selections = {}
         for target in self._targets:
             weight = model.get_submodule(target.name).weight
             assert isinstance(weight, nn.Parameter)
-            count = None if self.settings.select == "rows" else self._entries(target)
+            count = None if self.settings.select == "rows" else self._asked[target.name]
             room = bounded(self.settings.state_capacity, count or 0, target.size)
             selections[weight] = Selection(count, capacity=room)
         plain = [p for p in model.parameters() if p.requires_grad and p not in selections]

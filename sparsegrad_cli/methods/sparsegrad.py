@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.methods.asked import asked_entries
 from sparsegrad_cli.methods.base import (
     Counts,
     Factors,
@@ -31,7 +32,7 @@ from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
-from sparsegrad_cli.numerics.supports import bounded, entries_for
+from sparsegrad_cli.numerics.supports import bounded
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -76,6 +77,7 @@ class Sparsegrad:
     def __init__(self, settings: SparsegradMethod) -> None:
         self.settings = settings
         self._targets: list[Target] = []
+        self._asked: Mapping[str, int] = {}
         self._bases: dict[str, Basis] = {}
         self._optimizer: SelectiveAdamW | None = None
 
@@ -97,7 +99,7 @@ class Sparsegrad:
             raise ValueError("SparseGrad needs bases")
         total = sum(p.numel() for p in model.parameters())
         head, rest = open_scope(model, targets, scope)
-        self._targets = targets
+        self._targets, self._asked = targets, asked_entries(self.settings, targets)
         tensors: dict[int, Tensor] = {}
         moved: dict[int, Basis] = {}  # targets that share a basis share its copy on the device
         for target in targets:
@@ -113,15 +115,12 @@ class Sparsegrad:
                 bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
                 layer = RotatedLinear(target.weight_OI(model), bias, basis)
                 model.set_submodule(target.name, layer)
-        counts = tuple(TargetCount(t, self._entries(t)) for t in targets)
+        counts = tuple(TargetCount(t, self._asked[t.name]) for t in targets)
         requested = sum(count.entries for count in counts)
         return Prepared(
             Counts(counts, count_parameters(head), count_parameters(rest), total, requested),
             list(tensors.values()),
         )
-
-    def _entries(self, target: Target) -> int:
-        return entries_for(self.settings.density, target.out_features, target.in_features)
 
     def _weight(self, model: nn.Module, target: Target) -> nn.Parameter:
         weight = model.get_submodule(target.name).weight
@@ -133,7 +132,7 @@ class Sparsegrad:
         selections = {}
         for target in self._targets:
             basis = None if self._rotated else self._bases[target.name]
-            count = self._entries(target)
+            count = self._asked[target.name]
             room = bounded(self.settings.state_capacity, count, target.size)
             selection = Selection(count, basis, target.transposed, capacity=room)
             selections[self._weight(model, target)] = selection

@@ -23,6 +23,30 @@ def entries_for(density: float, out_features: int, in_features: int) -> int:
     return max(1, round(density * out_features * in_features))
 
 
+def shared_out(total: int, sizes: Sequence[int]) -> list[int]:
+    """``total`` entries over matrices in proportion to their sizes, together exactly so many.
+
+    One goes to each; the others by largest remainders, of equal ones to the first.
+
+    Args:
+        total: from the number of matrices to the sum of their sizes.
+        sizes: entries of each matrix.
+
+    Raises:
+        ValueError: ``total`` is out of range.
+    """
+    room = sum(sizes)
+    if not len(sizes) <= total <= room:
+        raise ValueError(f"cannot share {total} of {room} entries out over {len(sizes)} matrices")
+    rest, left = total - len(sizes), max(1, room - len(sizes))
+    parts = [divmod(rest * (size - 1), left) for size in sizes]
+    shares = [1 + whole for whole, _ in parts]
+    by_remainder = sorted(range(len(sizes)), key=lambda at: -parts[at][1])
+    for at in by_remainder[: total - sum(shares)]:
+        shares[at] += 1
+    return shares
+
+
 def largest_entries(values: Tensor, count: int) -> Tensor:
     """Flat positions of the ``count`` entries of largest magnitude, ascending, exactly ``count``.
 

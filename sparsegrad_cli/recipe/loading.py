@@ -113,5 +113,7 @@ def digest(recipe: Recipe) -> str:
     plain.pop("output_dir")
     if recipe.model.quantization is None:
         del plain["model"]["quantization"]
+    if plain["method"].get("entries", 0) is None:
+        del plain["method"]["entries"]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,11 +28,34 @@ class LoraMethod(Section):
     rslora: bool = False
 
 
-class MepropMethod(Section):
+class _SparseMethod(Section):
+    """What a method says that chooses entries: how many."""
+
+    name: str
+    density: Density | None = 0.01
+    entries: PositiveInt | None = Field(
+        None, description="in place of density: entries of all targets together, shared by size"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _entries_or_density(cls, data: Any) -> Any:
+        """With ``entries``, the density's default says nothing."""
+        if isinstance(data, dict) and data.get("entries") is not None:
+            return {"density": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> Self:
+        if (self.density is None) == (self.entries is None):
+            raise ValueError("density or entries says how many entries train: give one of the two")
+        return self
+
+
+class MepropMethod(_SparseMethod):
     """MeProp: ``entries`` keeps the largest |dL/dW|; ``rows`` (Sun et al. 2017) of |dL/dy|."""
 
     name: Literal["meprop"]
-    density: Density = 0.01
     select: Literal["entries", "rows"] = "entries"
     state_capacity: Annotated[float, Field(ge=1)] | None = Field(
         None, description="entries: as in sparsegrad"
@@ -42,11 +65,10 @@ class MepropMethod(Section):
     )
 
 
-class SparsegradMethod(Section):
+class SparsegradMethod(_SparseMethod):
     """SparseGrad (Chekalina et al. 2024): the largest entries of Q_out' G Q_in."""
 
     name: Literal["sparsegrad"]
-    density: Density = 0.01
     form: Literal["core", "rotated", "materialized"] = Field(
         "core",
         description="core: W frozen, a small core beside it; rotated: the paper's layer; "

@@ -55,7 +55,8 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
     if kind == "missing":
         return path, "is missing", None
     if kind == "value_error":
-        return path, str(context.get("error", detail["msg"])), None
+        error = context.get("error")
+        return path, str(error or detail["msg"]), getattr(error, "fix", None)
     given = detail.get("input")
     message = str(detail["msg"]).removeprefix("Input ")
     return path, f"{_shorten(given)} {message}", _type_fix(kind, given)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.budget import Budget, MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.layers import read_layers, stack
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
@@ -34,6 +36,9 @@ class MethodEntry(Section):
     method: dict[str, Any]
     train: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
+    matched: bool = Field(
+        True, description="false: runs as the recipe says, outside of what the others are held to"
+    )
 
 
 class TaskEntry(Section):
@@ -67,7 +72,12 @@ class Study(Section):
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     tasks: tuple[TaskEntry, ...] = ()
     seeds: tuple[NonNegativeInt, ...] = Field(SEEDS[:2], min_length=1)
-    match: Literal["trainable"] | None = "trainable"
+    match: str | None = Field(
+        "trainable",
+        description="trainable: as many entries as the recipe's density says; a budget that each "
+        "method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB, "
+        "seconds=600; null: as each row says",
+    )
     settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
     differ: tuple[str, ...] = Field(
         (),
@@ -76,6 +86,21 @@ class Study(Section):
     )
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _says_something(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise MisspeltError(f"{value!r} is no text", "such as peak=2GiB, or trainable")
+        parse_match(value)
+        return value
+
+    @property
+    def budget(self) -> Budget | None:
+        """What every matched method may spend, where ``match`` names an amount."""
+        return parse_match(self.match) if self.match is not None else None
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -138,19 +163,31 @@ class Cell:
     loaded: LoadedRecipe
 
 
+_DEFAULTS, _OPTION = Place("defaults"), Place("command line")
+
+
 @dataclass(frozen=True)
 class LoadedStudy:
-    """A checked study with a checked recipe for every cell, tasks outermost, then seeds."""
+    """A checked study with a checked recipe for every cell, tasks outermost, then seeds.
+
+    Attributes:
+        match_place: where ``match`` was written.
+        budget: once the budget is solved, what was picked: that block of compare.json.
+    """
 
     study: Study
     source: str
     cells: tuple[Cell, ...]
+    match_place: Place = _DEFAULTS
+    budget: Mapping[str, Any] | None = None
 
 
-def load_study(source: str | Path, overrides: tuple[str, ...] = ()) -> LoadedStudy:
+def load_study(
+    source: str | Path, overrides: tuple[str, ...] = (), match: str | None = None
+) -> LoadedStudy:
     """Read a study file and check every cell's recipe.
 
-    ``overrides`` are recipe keys for every cell.
+    ``overrides`` are recipe keys for every cell; ``match`` is stronger than the file's.
 
     Raises:
         RecipeError: everything that is wrong, together.
@@ -159,13 +196,14 @@ def load_study(source: str | Path, overrides: tuple[str, ...] = ()) -> LoadedStu
     if path is None:
         raise RecipeError([Problem("(file)", "no such file", file=str(source))])
     layer = read_yaml(path, str(source))
-    study = check(layer, Study)
+    study = _with_match(check(layer, Study), match)
     place = layer.places.get(("recipe",), Place(str(source)))
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
     if recipe is None:
         what = f"no such file: {study.recipe}"
         raise RecipeError([Problem("recipe", what, place.file, place.line)])
-    return expand(study, str(source), str(recipe), overrides)
+    matched = _OPTION if match else layer.places.get(("match",), Place(str(source)))
+    return expand(study, str(source), str(recipe), overrides, matched)
 
 
 def make_study(
@@ -174,11 +212,12 @@ def make_study(
     seeds: int,
     overrides: tuple[str, ...],
     *,
+    match: str | None = None,
     option: str = "--methods",
 ) -> LoadedStudy:
     """A study from the command line: one recipe, some methods by name, the first n seeds.
 
-    ``option`` is what to blame for the methods.
+    ``match`` is as in a file, ``trainable`` by default; ``option`` is to blame for the methods.
 
     Raises:
         RecipeError: an unknown or repeated method, or a broken recipe.
@@ -203,10 +242,26 @@ def make_study(
     recipe = source or "configs/quickstart.yaml"
     name = Path(recipe).stem
     data = {"name": name, "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
-    return expand(Study.model_validate(data), f"{name} from the command line", recipe, overrides)
+    study = _with_match(Study.model_validate(data), match)
+    return expand(study, f"{name} from the command line", recipe, overrides, _OPTION)
 
 
-def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -> LoadedStudy:
+def _with_match(study: Study, match: str | None) -> Study:
+    """With what the command line matches by; ``none`` there is null in a file."""
+    if match is None:
+        return study
+    try:
+        if match != "none":
+            parse_match(match)
+    except MisspeltError as error:
+        problem = Problem("--match", str(error), _OPTION.file, None, error.fix)
+        raise RecipeError([problem]) from None
+    return study.model_copy(update={"match": None if match == "none" else match})
+
+
+def expand(
+    study: Study, source: str, recipe: str, overrides: tuple[str, ...], match_place: Place
+) -> LoadedStudy:
     """One checked recipe per cell; problems of all cells are reported once each."""
     base = read_layers(recipe)
     over = [parse_override(text) for text in overrides]
@@ -217,7 +272,8 @@ def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -
         for seed in study.seeds:
             for entry in study.methods:
                 layers = [*base, *_cell_layers(study, source, task, seed, over)]
-                layers.append(_method_layer(entry, source, stack(layers).data, study.match))
+                match = study.match if entry.matched else None
+                layers.append(_method_layer(entry, source, stack(layers).data, match))
                 if task is not None and entry.label in task.methods:
                     where = f"tasks ({task.name}), methods ({entry.label})"
                     layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
@@ -240,7 +296,7 @@ def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -
         )
     if problems:
         raise RecipeError(list(problems.values()))
-    return LoadedStudy(study, source, tuple(cells))
+    return LoadedStudy(study, source, tuple(cells), match_place)
 
 
 def _cell_layers(
@@ -258,15 +314,21 @@ def _cell_layers(
 def _method_layer(
     entry: MethodEntry, source: str, resolved: dict[str, Any], match: str | None
 ) -> Layer:
-    """The method's own settings; with ``match``, the recipe's density is everyone's one number."""
+    """The method's own settings; with ``match``, the recipe's density is everyone's one number.
+
+    A budget starts from there.
+    """
     method = dict(entry.method)
     settings = resolved.get("method")
     if isinstance(settings, dict) and method.get("name") == settings.get("name"):
         method = {**settings, **method}
-    density = settings.get("density") if isinstance(settings, dict) else None
-    matched = match is not None and "rank" not in method and "density" not in method
+    said = settings if isinstance(settings, dict) else {}
+    matched = match is not None and not {"rank", "density", "entries"} & set(method)
     if matched and method.get("name") != "full":
-        method["density"] = density if density is not None else 0.01
+        if said.get("entries") is not None:  # which LoRA then refuses: it has ranks
+            method["entries"] = said["entries"]
+        else:
+            method["density"] = said.get("density") or 0.01
     data: dict[str, Any] = {"method": method, "train": dict(entry.train)}
     data["calibration"] = dict(entry.calibration)
     if method.get("name") == "lora":

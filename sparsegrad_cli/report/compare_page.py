@@ -12,6 +12,7 @@ from sparsegrad_cli.report import compare_charts, memory_charts, sparsity_charts
 from sparsegrad_cli.report.access import items, mappings, text
 from sparsegrad_cli.report.answers_page import answers_section
 from sparsegrad_cli.report.answers_record import SideBySide
+from sparsegrad_cli.report.budget_tables import budget_table
 from sparsegrad_cli.report.cell_tables import cells_table, failures_table, figures_table
 from sparsegrad_cli.report.compare_record import figures_in, rows_of, tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
@@ -148,6 +149,7 @@ def write_compare_html(
     lead += html_table(overview) if overview else ""
     pairs = pairs_table(compare)
     sections = [("Differences", paragraph(_TESTS) + html_table(pairs) if pairs else "")]
+    sections.append(("Budget", html_table(budget_table(compare))))
     sections += [(task, _task(compare, task, drawings)) for task in tasks_of(compare)]
     sections += [answers_section(each, alone=len(answers) == 1) for each in answers]
     fair = paragraph(_FAIR) + checked(check_lines(compare))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsegrad_cli.report.access import block, dig, mappings, number, text
+from sparsegrad_cli.report.budget_tables import budget_lines
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.tables import Cell, Table
 
@@ -16,12 +17,17 @@ _SAME = {
     "same_data": "data",
     "same_precision": "precision",
 }
+_DECLARED = {
+    "train.learning_rate": "learning rates as tuned for each",
+    "train.per_device_train_batch_size": "batches cut up for the budget, as many examples a step",
+    "train.max_steps": "steps as the budget has time for",
+}
 Line = tuple[bool | None, str]
 
 
 def check_lines(compare: Any) -> list[Line]:
-    """(held, sentence) of the hashes and of the recipes' diff: what held is said together."""
-    return [*_hash_lines(compare), *_parity_lines(compare)]
+    """(held, sentence) of hashes, of the recipes' diff and of the budget, what held together."""
+    return [*_hash_lines(compare), *_parity_lines(compare), *budget_lines(compare)]
 
 
 def _hash_lines(compare: Any) -> list[Line]:
@@ -70,8 +76,10 @@ def _parity_lines(compare: Any) -> list[Line]:
     if not lines:
         count = number(parity, "compared")
         keys = f"{count:.0f} keys " if count is not None else ""
-        rates = ", learning rates as tuned for each" if mappings(parity, "declared") else ""
-        said = f"recipes compared before the first run: {keys}outside the methods equal{rates}"
+        declared = {text(found, "key") for found in mappings(parity, "declared")}
+        but = [words for key, words in _DECLARED.items() if key in declared]
+        said = f"recipes compared before the first run: {keys}outside the methods equal"
+        said = ", ".join([said, *but])
         lines.append((True, f"{said[0].upper()}{said[1:]}."))
     return lines
 
@@ -87,7 +95,8 @@ def parity_table(compare: Any) -> Table | None:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for kind, word in (("flagged", "allowed by the study"), ("declared", "tuned by method")):
         for found in mappings(parity, kind):
-            key = (text(found, "key") or "?", word, _values(found))
+            why = "set for the budget" if text(found, "why") == "budget" else word
+            key = (text(found, "key") or "?", why, _values(found))
             rows.setdefault(key, []).append(text(found, "task") or "?")
     if not rows:
         return None

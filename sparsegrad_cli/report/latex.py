@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsegrad_cli.report.access import text
+from sparsegrad_cli.report.budget_tables import budget_table
 from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
@@ -107,7 +108,7 @@ def compare_latex(compare: Mapping[str, Any]) -> str:
     """``report.tex`` of a comparison: the tables of ``report.md``, and what the tests show."""
     name, finished = escape_latex(title_of(compare)), escape_latex(text(compare, "finished") or "")
     head = f"% {name} {finished}, by sparsegrad: \\input it where booktabs is loaded"
-    tables: list[Table | None] = [overview_table(compare)]
+    tables: list[Table | None] = [overview_table(compare), budget_table(compare)]
     for task in tasks_of(compare):
         tables += [make(compare, task) for make in (score_table, counters_table, calibration_costs)]
     tables += [pairs_table(compare), figures_table(compare)]

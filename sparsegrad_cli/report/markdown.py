@@ -8,6 +8,7 @@ from typing import Any
 from sparsegrad_cli.report.access import mappings, text
 from sparsegrad_cli.report.answers_page import answers_markdown
 from sparsegrad_cli.report.answers_record import SideBySide
+from sparsegrad_cli.report.budget_tables import budget_table
 from sparsegrad_cli.report.cell_tables import failures_table, figures_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
@@ -63,6 +64,8 @@ def compare_markdown(compare: Mapping[str, Any], answers: Sequence[SideBySide] =
     overview = overview_table(compare)
     parts += [escape_markdown(line) for line in verdict_lines(compare)]
     parts += [table_markdown(overview)] if overview else []
+    budget = budget_table(compare)
+    parts += [table_markdown(budget)] if budget else []
     for task in tasks_of(compare):
         parts.append(_or_absent(task, score_table(compare, task)))
         for costs in (counters_table(compare, task), calibration_costs(compare, task)):

@@ -150,7 +150,7 @@ def provenance(record: Any) -> Table:
         ("recipe digest", ("recipe_digest",)),
         ("model fingerprint", ("model", "fingerprint")),
         ("output_dir", ("output_dir",)),
-        ("entries matched by", ("match",)),
+        ("matched by", ("match",)),
         ("cells at once", ("jobs",)),
         ("commit", ("git", "commit")),
     ):

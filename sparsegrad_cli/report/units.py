@@ -116,6 +116,15 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return shown.replace("-", MINUS, 1) if shown.startswith("-") else shown
 
 
+def format_amount(amount: float | None, kind: str | None) -> str:
+    """What is spent of a budget, in its unit: ``69,120 entries``, ``1,036.2 MiB``, ``10 min``."""
+    if amount is None:
+        return NOT_RECORDED
+    if kind == "trainable":
+        return f"{format_count(amount)} entries"
+    return format_seconds(amount) if kind == "seconds" else format_bytes(amount)
+
+
 def format_p(p: float | None) -> str:
     """``0.030``; never a bare zero."""
     if p is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad_cli.report.access import block, text
+from sparsegrad_cli.report.access import block, number, text
 
 STATUSES = {
     "done": "done",
@@ -61,6 +61,8 @@ def method_words(run: Any) -> str | None:
         for key, word in (("form", "form"), ("support", "support"))
         if text(method, key)
     ]
+    entries = number(method, "settings", "entries")
+    parts += [f"{entries:,.0f} entries"] if entries is not None else []
     parts += [f"{key} {text(method, key)}" for key in ("density", "scope") if text(method, key)]
     return f"{name} ({', '.join(parts)})" if parts else name
 

@@ -7,6 +7,7 @@ from typing import Any
 from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
+from sparsegrad_cli.data.conversation import ChatData
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.plain_text import plain_text_rows
 from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
@@ -15,7 +16,7 @@ from sparsegrad_cli.modeling.lm_head import check_packing
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.task_section import ChatSection
+from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
 from sparsegrad_cli.training.texts import Parts, fitting_length
@@ -36,14 +37,7 @@ def load_chats(recipe: Recipe) -> Parts:
             where="task.metric",
             fix=suggest(metric, CHAT_METRICS),
         )
-    settings = chat.model_dump(exclude={"packing", "forgetting"})
-    data = load_chat(
-        section.name,
-        path=section.path,
-        settings=ChatSettings(**settings, validation_fraction=section.validation_fraction),
-        train_limit=section.train_limit,
-        eval_limit=section.eval_limit,
-    )
+    data = load_conversations(section)
     tokenizer = load_tokenizer(recipe.model)
     model = load_causal_lm(recipe.model, device_of(recipe))
     max_length, cut = fitting_length(section.max_length, model.config)
@@ -71,7 +65,7 @@ def load_chats(recipe: Recipe) -> Parts:
     return Parts(
         task,
         LanguageModelling(metric, head),
-        _packed(train.data, chat.packing, max_length, tokenizer),
+        packed_rows(train.data, chat.packing, max_length, tokenizer),
         validation,
         tokenizer,
         make_lm_collator(
@@ -81,7 +75,25 @@ def load_chats(recipe: Recipe) -> Parts:
     )
 
 
-def _packed(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
+def load_conversations(section: TaskSection) -> ChatData:
+    """The conversations that a recipe names.
+
+    Raises:
+        SparsegradError: as :func:`load_chat`.
+    """
+    chat = section.chat or ChatSection()
+    settings = chat.model_dump(exclude={"packing", "forgetting"})
+    return load_chat(
+        section.name,
+        path=section.path,
+        settings=ChatSettings(**settings, validation_fraction=section.validation_fraction),
+        train_limit=section.train_limit,
+        eval_limit=section.eval_limit,
+    )
+
+
+def packed_rows(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
+    """Rows of token ids as the recipe packs them."""
     if packing == "pack":
         return pack(data, length)
     if packing == "concatenate":

@@ -124,15 +124,46 @@ class TrainingSession(Session):
     def _train(
         self, setup: Setup, method: Method, prepared: Prepared, asked: threading.Event
     ) -> None:
+        recorder = RecordCallback(self.record.path, self.observer, [])
+        trainer = self._trainer(setup, method, prepared, recorder, asked)
+        last = files.last_checkpoint(self.record.path) if self.resume else None
+        initial = None
+        if last is None:
+            self.observer.phase("evaluate", "before the first step")
+            trainer.evaluate()
+            initial = trainer.last_evaluation
+        self.observer.phase("train", self.recipe.method.name)
+        torch.manual_seed(self.recipe.seed)  # dropout is the same whatever was drawn before
+        started, evaluated = time.perf_counter(), trainer.evaluate_seconds
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        within = trainer.evaluate_seconds - evaluated
+        self.seconds["train_s"] = time.perf_counter() - started - within
+        self.observer.phase("evaluate", "best model")
+        self.record.save(
+            counts=with_touched(
+                self.record.data["counts"], prepared.counts, setup.model, trainer.optimizer
+            ),
+            sparsity=sparsity_map(setup.targets, setup.model, trainer.optimizer),
+        )
+        self._finish(setup, method, trainer, recorder, initial)
+        self.seconds["evaluate_s"] = trainer.evaluate_seconds
+        self.record.data["time"].update(self.seconds)
+
+    def _trainer(
+        self,
+        setup: Setup,
+        method: Method,
+        prepared: Prepared,
+        recorder: RecordCallback,
+        asked: threading.Event,
+    ) -> SparsegradTrainer:
+        """A trainer with its optimizer and all that watches it."""
         from transformers import EarlyStoppingCallback
 
-        train = self.recipe.train
-        history: list[dict[str, Any]] = []
-        recorder = RecordCallback(self.record.path, self.observer, history)
         interrupter = InterruptCallback(asked)
         callbacks: list[Any] = [recorder, interrupter]
-        if train.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
+        if self.recipe.train.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(self.recipe.train.early_stopping_patience))
         trainer = SparsegradTrainer(
             recipe=self.recipe,
             method=method,
@@ -150,28 +181,7 @@ class TrainingSession(Session):
         optimizer = trainer.create_optimizer()
         self.meter.watch(setup.model, bases=prepared.bases, optimizer=optimizer)
         trainer.add_callback(ProbeCallback(self.meter, lambda: self._probe(setup, trainer)))
-        last = files.last_checkpoint(self.record.path) if self.resume else None
-        initial = None
-        if last is None:
-            self.observer.phase("evaluate", "before the first step")
-            trainer.evaluate()
-            initial = trainer.last_evaluation
-        self.observer.phase("train", self.recipe.method.name)
-        torch.manual_seed(self.recipe.seed)  # dropout is the same whatever was drawn before
-        started, evaluated = time.perf_counter(), trainer.evaluate_seconds
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        within = trainer.evaluate_seconds - evaluated
-        self.seconds["train_s"] = time.perf_counter() - started - within
-        self.observer.phase("evaluate", "best model")
-        self.record.save(
-            counts=with_touched(
-                self.record.data["counts"], prepared.counts, setup.model, optimizer
-            ),
-            sparsity=sparsity_map(setup.targets, setup.model, optimizer),
-        )
-        self._finish(setup, method, trainer, recorder, initial)
-        self.seconds["evaluate_s"] = trainer.evaluate_seconds
-        self.record.data["time"].update(self.seconds)
+        return trainer
 
     def _finish(
         self,
@@ -197,6 +207,8 @@ class TrainingSession(Session):
         timing = recorder.timer.summary()
         if ranks.is_first():
             self._save_adapter(setup, method)
+        self.meter.watch(setup.model)  # looks again: bounded state has grown since the probe
+        sizes = {"optimizer_state_bytes": self.meter.live()["optimizer_state"]}
         steps = trainer.state.global_step
         self.record.save(
             metrics={
@@ -216,7 +228,12 @@ class TrainingSession(Session):
                 * trainer.args.gradient_accumulation_steps
                 * ranks.count(),
             },
-            hashes={**self.record.data["hashes"], "order": trainer.order.kept},
+            sizes={**self.record.data.get("sizes", {}), **sizes},
+            hashes={
+                **self.record.data["hashes"],
+                "order": trainer.order.kept,
+                "rows": trainer.order.kept_rows,
+            },
         )
 
     def _save_adapter(self, setup: Setup, method: Method) -> None:
@@ -229,7 +246,10 @@ class TrainingSession(Session):
         self.record.save(sizes={"adapter_bytes": path.stat().st_size})
 
     def _probe(self, setup: Setup, trainer: SparsegradTrainer) -> None:
-        """Forward, backward and evaluation on the longest examples; see ProbeCallback."""
+        """Forward, backward and evaluation on the longest examples; see ProbeCallback.
+
+        Of a step in micro-batches it is a later one: gradients of earlier ones are there.
+        """
         train = self.recipe.train
         model = setup.model
         rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
@@ -237,6 +257,9 @@ class TrainingSession(Session):
         self.batch_shape = list(batch["input_ids"].shape)
         with forked_random(self.recipe.seed):
             model.train()
+            if train.gradient_accumulation_steps > 1:
+                small = to_device(setup.collator(rows[:1]), setup.device)
+                trainer.compute_loss(model, small).backward()
             with self.meter.phase("forward"), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, dict(batch))
             with self.meter.phase("backward"):

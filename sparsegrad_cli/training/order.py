@@ -6,9 +6,12 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from sparsegrad_cli.data.chat_template import UNLABELLED
 
 
 class EpochSampler(Sampler[int]):
@@ -61,37 +64,79 @@ class EpochSampler(Sampler[int]):
 
 
 class OrderHash:
-    """A chain of digests over the batches that reached the model, kept at some steps.
+    """Chains of digests over what reached the model, kept at some steps.
 
     Two runs met the same batches in the same order up to step n if and only if their digests at n
-    are equal.
+    are equal. The chain over rows does not see how a step's batch was cut into micro-batches.
+
+    Attributes:
+        kept: optimizer step -> digest over the batches.
+        kept_rows: the same over their rows without padding; empty where a checkpoint knew of none.
+        positions: entries of all ``input_ids`` so far, padding included.
     """
 
     def __init__(self, every: int) -> None:
         self._every = max(1, every)
         self._digest = b""
+        self._rows: bytes | None = b""
         self.kept: dict[str, str] = {}
+        self.kept_rows: dict[str, str] = {}
+        self.positions = 0
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Take in one (micro-)batch: its token ids and labels."""
+        arrays = {
+            name: value.detach().cpu().contiguous().numpy()
+            for name in ("input_ids", "labels", "attention_mask")
+            if isinstance(value := batch.get(name), Tensor)
+        }
         sha = hashlib.sha256(self._digest)
         for name in ("input_ids", "labels"):
-            value = batch.get(name)
-            if isinstance(value, Tensor):
-                sha.update(f"{name} {tuple(value.shape)}".encode())
-                sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+            if name in arrays:
+                sha.update(f"{name} {arrays[name].shape}".encode())
+                sha.update(arrays[name].tobytes())
         self._digest = sha.digest()
+        if "input_ids" in arrays:
+            self.positions += arrays["input_ids"].size
+            for row in range(len(arrays["input_ids"])):
+                self._add_row({name: array[row] for name, array in arrays.items()})
+
+    def _add_row(self, row: Mapping[str, Any]) -> None:
+        if self._rows is None:
+            return
+        ids, labels = row["input_ids"], row.get("labels")
+        each = labels is not None and labels.ndim == 1  # a label a token, as of conversations
+        there = np.ones(len(ids), dtype=bool)
+        if "attention_mask" in row:
+            there = row["attention_mask"] > 0
+        elif each:  # packed: what comes after the last label may be padding, and nobody learns it
+            there = np.flip(np.logical_or.accumulate(np.flip(labels != UNLABELLED)))
+        sha = hashlib.sha256(self._rows + ids[there].tobytes())
+        if labels is not None:
+            sha.update(b"labels" + (labels[there] if each else labels).tobytes())
+        self._rows = sha.digest()
 
     def mark(self, step: int, last: bool = False) -> None:
-        """Note the digest after optimizer step ``step``, at every n-th and at the last."""
+        """Note the digests after optimizer step ``step``, at every n-th and at the last."""
         if last or step % self._every == 0:
             self.kept[str(step)] = self._digest.hex()
+            if self._rows is not None:
+                self.kept_rows[str(step)] = self._rows.hex()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with the chain."""
-        return {"digest": self._digest.hex(), "kept": dict(self.kept)}
+        """What a checkpoint needs to go on with the chains."""
+        rows = None if self._rows is None else self._rows.hex()
+        return {
+            "digest": self._digest.hex(),
+            "kept": dict(self.kept),
+            "rows": rows,
+            "kept_rows": dict(self.kept_rows),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Go on from :meth:`state`; one of an earlier version has no rows, and none are kept."""
         self._digest = bytes.fromhex(state["digest"])
         self.kept = dict(state["kept"])
+        rows = state.get("rows")
+        self._rows = None if rows is None else bytes.fromhex(rows)
+        self.kept_rows = dict(state.get("kept_rows") or {})

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
-from sparsegrad_cli.data.loading import load_task
+from sparsegrad_cli.data.loading import LoadedTask, load_task
 from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
 
@@ -35,18 +36,7 @@ def load_texts(recipe: Recipe) -> Parts:
         SparsegradError: of the kind that fits; see the loaders.
     """
     section = recipe.task
-    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
-    task = load_task(
-        section.name,
-        path=section.path,
-        columns=columns,
-        train_limit=section.train_limit,
-        eval_limit=section.eval_limit,
-        validation_fraction=section.validation_fraction,
-        metric=section.metric,
-        # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
-        seed=0,
-    )
+    task = load_examples(section)
     tokenizer = load_tokenizer(recipe.model)
     model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
     max_length, cut = fitting_length(section.max_length, model.config)
@@ -62,6 +52,26 @@ def load_texts(recipe: Recipe) -> Parts:
         tokenizer,
         make_collator(tokenizer, max_length=max_length, padding=section.padding),
         model,
+    )
+
+
+def load_examples(section: TaskSection) -> LoadedTask:
+    """The texts that a recipe names, with their labels.
+
+    Raises:
+        SparsegradError: as :func:`load_task`.
+    """
+    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
+    return load_task(
+        section.name,
+        path=section.path,
+        columns=columns,
+        train_limit=section.train_limit,
+        eval_limit=section.eval_limit,
+        validation_fraction=section.validation_fraction,
+        metric=section.metric,
+        # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
+        seed=0,
     )
 
 

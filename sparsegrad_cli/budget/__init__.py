@@ -1,0 +1,1 @@
+"""Budgets of a comparison: what each method's size has to be, so that all spend the same."""

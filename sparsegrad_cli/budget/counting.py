@@ -1,0 +1,157 @@
+"""What a recipe's step, optimizer and calibration need, counted in rehearsals; each one once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Kernels, Rehearsal
+from sparsegrad_cli.estimate.session import (
+    changed,
+    check_rehearsable,
+    left_out,
+    what_memory_depends_on,
+)
+from sparsegrad_cli.estimate.shapes import ShapesOnly
+from sparsegrad_cli.estimate.stand_ins import bare_model, name_task
+from sparsegrad_cli.modeling.architectures import configuration_of
+from sparsegrad_cli.modeling.targets import Target, find_targets
+from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
+from sparsegrad_cli.training.longest import Longest, find_longest
+from sparsegrad_cli.training.setup import check_precision
+
+# Bases of the right shapes that cost nothing to make: a step does not know where they came from.
+_ANY_BASIS = {"source": "original", "decomposition": "exact", "score": "spectral", "basis": None}
+_KEPT = 2  # rehearsals that stay ready for another batch
+
+
+class Counting:
+    """Figures of recipes, and how many rehearsals they took.
+
+    Args:
+        kernels: whose kernels save for the backward pass.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.rehearsals = 0
+        self._kernels = kernels
+        self._figures: dict[str, int] = {}
+        self._ready: dict[str, Rehearsal] = {}
+        self._facts: dict[str, tuple[Any, Longest, list[str]]] = {}
+        self._targets: dict[str, list[Target]] = {}
+
+    def longest(self, loaded: LoadedRecipe) -> Longest:
+        """The longest batch of the recipe's data."""
+        return self._known(loaded)[1]
+
+    def targets(self, loaded: LoadedRecipe) -> list[Target]:
+        """The layers that the recipe adapts, of a model without weights."""
+        plain = to_plain(loaded.recipe)
+        key = json.dumps([plain["model"], plain["targets"], plain["task"]])
+        if key not in self._targets:
+            with ShapesOnly():
+                model = bare_model(loaded, self._known(loaded)[0])
+            where = loaded.where("targets")
+            self._targets[key] = find_targets(model, loaded.recipe.targets, where)
+        return self._targets[key]
+
+    def step(self, loaded: LoadedRecipe) -> int:
+        """Bytes at the peak of a training step on the longest batch."""
+        longest = self.longest(loaded)
+        size = longest.size(loaded.recipe.train.per_device_train_batch_size)
+        padded = longest.padded(loaded.recipe.train.per_device_train_batch_size)
+
+        def count() -> int:
+            meter = self._rehearsal(_plain_basis(loaded), padded).step(size, longest.width)
+            return max(peak.peak_bytes for name in STEP if (peak := meter.peak(name)) is not None)
+
+        return self._figure(f"step {size} {padded}", loaded, count)
+
+    def state(self, loaded: LoadedRecipe) -> int:
+        """Bytes of optimizer state, once there is all that there will be."""
+
+        def count() -> int:
+            return self._rehearsal(_plain_basis(loaded), True).state_bytes
+
+        return self._figure("state", loaded, count)
+
+    def calibration(self, loaded: LoadedRecipe) -> int:
+        """Bytes at the peak of calibration on the longest batch; 0 where nothing calibrates."""
+        method, longest = loaded.recipe.method, self.longest(loaded)
+        if method.name != "sparsegrad" or loaded.recipe.calibration.basis is not None:
+            return 0
+        section, train = loaded.recipe.calibration, loaded.recipe.train
+        size = longest.size(section.batch_size or train.per_device_train_batch_size)
+
+        def count() -> int:
+            exact = changed(loaded, "calibration", batch_size=size, steps=1)
+            peak = self._rehearsal(exact, True).calibration
+            return 0 if peak is None else peak.peak_bytes
+
+        return self._figure(f"calibration {size}", loaded, count)
+
+    def evaluation(self, loaded: LoadedRecipe) -> int:
+        """Bytes at the peak of an evaluation at the width of the longest training batch."""
+        size, width = loaded.recipe.train.per_device_eval_batch_size, self.longest(loaded).width
+
+        def count() -> int:
+            meter = self._rehearsal(_plain_basis(loaded), True).evaluation(size, width)
+            peak = meter.peak("evaluate")
+            return 0 if peak is None else peak.peak_bytes
+
+        return self._figure("evaluation", loaded, count)
+
+    def notes(self, loaded: LoadedRecipe) -> list[str]:
+        """What a rehearsal of the recipe's step supposes."""
+        padded = self.longest(loaded).padded(loaded.recipe.train.per_device_train_batch_size)
+        rehearsal = self._rehearsal(_plain_basis(loaded), padded)
+        return [*self._known(loaded)[2], *rehearsal.notes, *left_out(loaded.recipe)]
+
+    # --- kept
+
+    def _known(self, loaded: LoadedRecipe) -> tuple[Any, Longest, list[str]]:
+        """The model's configuration, told of the task; the longest batch of the data; notes."""
+        recipe, train = loaded.recipe, loaded.recipe.train
+        plain = to_plain(recipe)
+        # However a step's examples are cut into batches, the longest of them are the same.
+        examples = train.gradient_accumulation_steps * train.per_device_train_batch_size
+        key = json.dumps([plain["model"], plain["task"], examples])
+        if key not in self._facts:
+            config, _ = configuration_of(recipe.model)
+            longest = find_longest(recipe, config, examples)
+            self._facts[key] = config, longest, name_task(recipe, config, longest.spec)
+        return self._facts[key]
+
+    def _figure(self, what: str, loaded: LoadedRecipe, count: Callable[[], int]) -> int:
+        check_rehearsable(loaded.recipe)
+        check_precision(loaded)
+        accumulates = loaded.recipe.train.gradient_accumulation_steps > 1
+        key = f"{what} {accumulates} {what_memory_depends_on(loaded.recipe)}"
+        if key not in self._figures:
+            self._figures[key] = count()
+        return self._figures[key]
+
+    def _rehearsal(self, loaded: LoadedRecipe, padded: bool) -> Rehearsal:
+        """Ready for a step of any batch: recipes that differ in nothing else share it."""
+        config, longest, _ = self._known(loaded)
+        fitted = changed(loaded, "task", max_length=longest.width)
+        accumulates = fitted.recipe.train.gradient_accumulation_steps > 1
+        same = changed(
+            fitted,
+            "train",
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2 if accumulates else 1,
+        )
+        key = f"{padded} {what_memory_depends_on(same.recipe)}"
+        if key not in self._ready:
+            self.rehearsals += 1
+            conditions = Conditions(kernels=self._kernels, padded=padded)
+            while len(self._ready) >= _KEPT:
+                del self._ready[next(iter(self._ready))]
+            self._ready[key] = Rehearsal(same, config, conditions)
+        return self._ready[key]
+
+
+def _plain_basis(loaded: LoadedRecipe) -> LoadedRecipe:
+    return changed(loaded, "calibration", **_ANY_BASIS)

@@ -1,0 +1,276 @@
+"""One method on one task under a budget of entries or bytes: its size, and where it must, its
+batch.
+
+The method's size is made as large as fits at the recipe's own batch. Only where not even the
+smallest fits is the batch made smaller; gradients then accumulate over as many micro-batches, so
+that the update is that of the recipe's batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsegrad_cli.budget.counting import Counting
+from sparsegrad_cli.budget.search import largest, largest_in_levels
+from sparsegrad_cli.budget.sizes import Knob, entries_of, knob_of, levels_of, size_words
+from sparsegrad_cli.estimate.session import changed
+from sparsegrad_cli.recipe.budget import Budget
+from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
+
+_SLACK = 1e-3  # of the budget, that a number of entries may leave
+OWN = "its own size, as the study says"
+ALL = "every entry of the targets trains"
+FREE = "choosing more entries takes no more memory: as many as the recipe says"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a budget comes to for a method.
+
+    Attributes:
+        recipe: the method at its size, with its batch.
+        size: that size in words.
+        predicted: what it will take, in the budget's unit.
+        limit: why no more of the budget could be spent, where no larger size would tell.
+        larger: the next larger size in words, and what it would take.
+        shape: [examples, tokens] that were counted, with ``shape_from`` in words.
+        notes: what was supposed.
+        timed: what was measured to know how many steps a number of seconds has.
+    """
+
+    recipe: LoadedRecipe
+    size: str
+    predicted: float
+    limit: str = ""
+    larger: tuple[str, float] | None = None
+    shape: list[int] | None = None
+    shape_from: str | None = None
+    notes: list[str] = field(default_factory=list)
+    timed: dict[str, Any] | None = None
+
+
+class UnreachableError(Exception):
+    """Not even the smallest fits.
+
+    Args:
+        takes: what the smallest takes.
+        size: which that is, in words.
+        fix: what to do beside allowing more.
+    """
+
+    def __init__(self, takes: float, size: str, fix: str) -> None:
+        super().__init__(size)
+        self.takes, self.size, self.fix = takes, size, fix
+
+
+def solve(loaded: LoadedRecipe, budget: Budget, counting: Counting, *, own_size: bool) -> Pick:
+    """The method's size, and where it must its batch, under a budget of entries or bytes.
+
+    Args:
+        own_size: the study names the method's size: it is kept.
+
+    Raises:
+        UnreachableError: the smallest does not fit.
+        SparsegradError: the recipe cannot be counted.
+    """
+    targets = counting.targets(loaded)
+    knob = None if own_size else knob_of(loaded, targets)
+    why = OWN if own_size else ALL
+    if knob is not None and budget.in_bytes and not knob.costs_memory:
+        knob, why = None, FREE
+    if budget.kind == "trainable":
+        return _entries(loaded, budget, counting, knob, why)
+    if budget.kind == "optimizer_state":
+        return _state(loaded, budget, counting, knob, why)
+    return _peak(loaded, budget, counting, knob, why)
+
+
+def _entries(
+    loaded: LoadedRecipe, budget: Budget, counting: Counting, knob: Knob | None, why: str
+) -> Pick:
+    targets = counting.targets(loaded)
+    found = _sized(loaded, knob, why, budget.amount, lambda at: entries_of(at, targets), counting)
+    if found is None:
+        least = _least(loaded, knob)
+        raise UnreachableError(entries_of(least, targets), size_words(least, targets), "")
+    taken = entries_of(found.recipe, targets)
+    return Pick(found.recipe, size_words(found.recipe, targets), taken, found.limit, found.larger)
+
+
+def _state(
+    loaded: LoadedRecipe, budget: Budget, counting: Counting, knob: Knob | None, why: str
+) -> Pick:
+    targets = counting.targets(loaded)
+    found = _sized(loaded, knob, why, budget.amount, counting.state, counting)
+    if found is None:
+        least = _least(loaded, knob)
+        method = loaded.recipe.method
+        unbounded = isinstance(method, MepropMethod | SparsegradMethod) and why == FREE
+        fix = "bound it by method.state_capacity" if unbounded else ""
+        if loaded.recipe.scope == "rest":
+            fix = "scope: head, where the rest of the model keeps none"
+        raise UnreachableError(counting.state(least), size_words(least, targets), fix)
+    recipe, notes = found.recipe, counting.notes(found.recipe)
+    size, taken = size_words(recipe, targets), counting.state(recipe)
+    return Pick(recipe, size, taken, found.limit, found.larger, notes=notes)
+
+
+def _peak(
+    loaded: LoadedRecipe, budget: Budget, counting: Counting, knob: Knob | None, why: str
+) -> Pick:
+    targets, room = counting.targets(loaded), budget.amount
+    batch = _largest_batch(_least(loaded, knob), counting, room)
+    if batch is None:
+        batch = 1 if _may_accumulate(loaded) else loaded.recipe.train.per_device_train_batch_size
+        least = _at_batch(_least(loaded, knob), batch)
+        raise _too_much(least, counting, counting.step(least))
+    at_batch, slack = _at_batch(loaded, batch), _SLACK * room
+    found = _sized(at_batch, knob, why, room, counting.step, counting, slack)
+    assert found is not None  # the least fits at this batch
+    fitted = _calibrated(found.recipe, counting, room)
+    if fitted is None:  # bases and their making take what the step could spend
+
+        def whole(at: LoadedRecipe) -> float:
+            return max(counting.step(at), counting.calibration(_calibrations(at)[-1]))
+
+        found = _sized(at_batch, knob, why, room, whole, counting, slack)
+        fitted = None if found is None else _calibrated(found.recipe, counting, room)
+        if found is None or fitted is None:
+            least = _least(at_batch, knob)
+            raise _too_much(least, counting, whole(least))
+    longest = counting.longest(fitted)
+    taken = max(counting.step(fitted), counting.calibration(fitted))
+    shape = [longest.size(batch), longest.width]
+    notes = counting.notes(fitted)
+    if counting.evaluation(fitted) > room:
+        notes.append("an evaluation needs more: a smaller train.per_device_eval_batch_size")
+    size = size_words(fitted, targets)
+    return Pick(fitted, size, taken, found.limit, found.larger, shape, longest.source, notes)
+
+
+def _too_much(least: LoadedRecipe, counting: Counting, takes: float) -> UnreachableError:
+    size = size_words(least, counting.targets(least))
+    batch = least.recipe.train.per_device_train_batch_size
+    shape = f"{size}, {batch} x {counting.longest(least).width} tokens"
+    advice = ["a shorter task.max_length"]
+    if not least.recipe.train.gradient_checkpointing:
+        advice.insert(0, "train.gradient_checkpointing: true")
+    return UnreachableError(takes, shape, " or ".join(advice))
+
+
+def _least(loaded: LoadedRecipe, knob: Knob | None) -> LoadedRecipe:
+    return loaded if knob is None else knob.at(loaded, knob.least)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """The recipe at the largest size, and what stops it there; see :class:`Pick`."""
+
+    recipe: LoadedRecipe
+    limit: str = ""
+    larger: tuple[str, float] | None = None
+
+
+def _sized(
+    loaded: LoadedRecipe,
+    knob: Knob | None,
+    why: str,
+    room: float,
+    figure: Callable[[LoadedRecipe], float],
+    counting: Counting,
+    slack: float = 0.0,
+) -> _Sized | None:
+    """The largest size within ``room``; None if none is."""
+    if knob is None:
+        return _Sized(loaded, why) if figure(loaded) <= room else None
+    targets = counting.targets(loaded)
+
+    def at(size: int) -> float:
+        return figure(knob.at(loaded, size))
+
+    levels = levels_of(knob, loaded, targets)
+    if levels is None:
+        size = largest(at, room, knob.least, knob.most, slack if knob.key == "entries" else 0.0)
+    else:
+        size = largest_in_levels(at, room, len(levels), levels.start, knob.most, slack)
+    if size is None:
+        return None
+    recipe = knob.at(loaded, size)
+    if size == knob.most:
+        return _Sized(recipe, knob.top)
+    if knob.key == "entries":  # one entry more is no news
+        return _Sized(recipe)
+    return _Sized(recipe, larger=(f"rank {size + 1}", at(size + 1)))
+
+
+# --- batches
+
+
+def _largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int | None:
+    """The recipe's own batch, or the largest that divides it at which a step fits."""
+    whole = loaded.recipe.train.per_device_train_batch_size
+    batches = _divisors(whole) if _may_accumulate(loaded) else [whole]
+    return next((b for b in batches if counting.step(_at_batch(loaded, b)) <= room), None)
+
+
+def _may_accumulate(loaded: LoadedRecipe) -> bool:
+    method = loaded.recipe.method
+    return not (isinstance(method, MepropMethod) and method.unified)
+
+
+def _divisors(number: int) -> list[int]:
+    return [part for part in range(number, 0, -1) if number % part == 0]
+
+
+def _at_batch(loaded: LoadedRecipe, batch: int) -> LoadedRecipe:
+    """With a smaller batch and as many more of them accumulated; calibration keeps its own."""
+    train, section = loaded.recipe.train, loaded.recipe.calibration
+    whole = train.per_device_train_batch_size
+    if batch == whole:
+        return loaded
+    steps = train.gradient_accumulation_steps * whole // batch
+    smaller = changed(
+        loaded, "train", per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+    )
+    if loaded.recipe.method.name != "sparsegrad":
+        return smaller
+    return changed(smaller, "calibration", batch_size=section.batch_size or whole)
+
+
+def _calibrated(loaded: LoadedRecipe, counting: Counting, room: float) -> LoadedRecipe | None:
+    """With the largest batch of calibration that fits, and steps for as many examples."""
+    return next(
+        (at for at in _calibrations(loaded) if counting.calibration(at) <= room),
+        None,
+    )
+
+
+def _calibrations(loaded: LoadedRecipe) -> list[LoadedRecipe]:
+    section = loaded.recipe.calibration
+    whole = section.batch_size or loaded.recipe.train.per_device_train_batch_size
+    smaller: list[LoadedRecipe] = []
+    for batch in _divisors(whole)[1:]:
+        steps = section.steps * whole // batch
+        smaller.append(changed(loaded, "calibration", batch_size=batch, steps=steps))
+    return [loaded, *smaller]
+
+
+def settings_of(before: LoadedRecipe, after: LoadedRecipe) -> dict[str, Any]:
+    """What a pick has set: dotted recipe key -> value, as an override would say it."""
+    keys = {
+        "method": ("rank", "density", "entries"),
+        "train": ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
+        "calibration": ("batch_size", "steps"),
+    }
+    found: dict[str, Any] = {}
+    if before.recipe.match != after.recipe.match:
+        found["match"] = after.recipe.match
+    for section, names in keys.items():
+        old, new = getattr(before.recipe, section), getattr(after.recipe, section)
+        for name in names:
+            if getattr(old, name, None) != getattr(new, name, None):
+                found[f"{section}.{name}"] = getattr(new, name)
+    return found

@@ -1,0 +1,104 @@
+"""What a study matches its methods by: ``match`` in words, read. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal, get_args
+
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.section import parse_bytes
+
+Kind = Literal["trainable", "optimizer_state", "peak", "seconds"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_EXAMPLES = {
+    "trainable": "trainable=70k",
+    "optimizer_state": "optimizer_state=64MiB",
+    "peak": "peak=2GiB",
+    "seconds": "seconds=600",
+}
+_NUMBER = r"\d+(?:\.\d+)?"
+_THOUSANDS = {"": 1, "k": 1000, "M": 1_000_000}
+
+
+class MisspeltError(ValueError):
+    """A ``match`` that says nothing; ``fix`` is what to write."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method of a study may spend.
+
+    Attributes:
+        kind: ``trainable`` entries of the targets at once, bytes of ``optimizer_state``, bytes at
+            the ``peak`` of training step and calibration, or ``seconds`` of training and
+            calibration.
+        amount: how much of it.
+        text: as it was written, ``peak=2GiB``.
+    """
+
+    kind: Kind
+    amount: float
+    text: str
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether the amount is one of memory."""
+        return self.kind in ("optimizer_state", "peak")
+
+
+def parse_match(text: str) -> Budget | None:
+    """``peak=2GiB`` -> a budget; None of ``trainable`` alone, where the recipe's density counts.
+
+    Raises:
+        MisspeltError: anything else; says what to write.
+    """
+    if text == "trainable":
+        return None
+    name, sign, amount = text.partition("=")
+    kind = next((known for known in KINDS if known == name), None)
+    if kind is None:
+        fix = did_you_mean(name, KINDS) if sign else f"such as {_EXAMPLES['peak']}, or trainable"
+        raise MisspeltError(f"{text!r} is nothing that methods could be matched by", fix)
+    if not sign:
+        raise MisspeltError(f"{text!r} says no amount", f"such as {_EXAMPLES[kind]}")
+    return Budget(kind, _amount(kind, amount.strip(), text), text)
+
+
+def _amount(kind: Kind, amount: str, text: str) -> float:
+    found: float | None = None
+    if kind == "trainable":
+        parts = re.fullmatch(rf"({_NUMBER})([kM]?)", amount)
+        exact = Decimal(parts[1]) * _THOUSANDS[parts[2]] if parts else Decimal("0.5")
+        found = None if exact % 1 else float(exact)
+    elif kind == "seconds":
+        found = float(amount) if re.fullmatch(_NUMBER, amount) else None
+    elif re.fullmatch(rf"{_NUMBER} ?[KMG]iB", amount):
+        found = float(parse_bytes(amount))
+    if found is None:
+        raise MisspeltError(f"{text!r}: {amount!r} is {_WANTED[kind]}", _advice(kind, amount))
+    if found <= 0:
+        raise MisspeltError(f"{text!r} leaves nothing to train with", f"such as {_EXAMPLES[kind]}")
+    return found
+
+
+_WANTED = {
+    "trainable": "no whole number of entries",
+    "optimizer_state": "no number of bytes",
+    "peak": "no number of bytes",
+    "seconds": "no number of seconds",
+}
+
+
+def _advice(kind: Kind, amount: str) -> str:
+    """What to write; of a size in other units, the nearest spelling."""
+    near = re.fullmatch(rf"({_NUMBER}) ?([kKmMgG])[iI]?[bB]?", amount)
+    if kind in ("optimizer_state", "peak") and near:
+        return f"did you mean {kind}={near[1]}{near[2].upper()}iB? A GiB is 1024 MiB"
+    return f"such as {_EXAMPLES[kind]}"

@@ -1,0 +1,115 @@
+"""The longest training batch of a task, known before any model is loaded.
+
+A run measures memory on the longest examples of its data (:func:`longest_batch`). Here the same
+rows are found with the data and the tokenizer alone, where that costs seconds at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
+from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, tokenize
+from sparsegrad_cli.data.spec import CHAT_TASKS, TaskSpec
+from sparsegrad_cli.errors import DownloadError
+from sparsegrad_cli.modeling.loading import load_tokenizer
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.task_section import ChatSection
+from sparsegrad_cli.training.chats import load_conversations, packed_rows
+from sparsegrad_cli.training.texts import fitting_length, load_examples
+
+_MOST_TEXTS = 20_000  # rows to tokenize; of more, those with the most characters
+_MOST_CONVERSATIONS = 2_000
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest batch that training can meet.
+
+    Attributes:
+        width: tokens of a row, padding included.
+        lengths: tokens of its rows without padding, in the order in which a smaller batch would
+            take them; none where the data are not known.
+        source: in words, where this is known from.
+        spec: the task's classes, where the data were read.
+    """
+
+    width: int
+    lengths: tuple[int, ...] = ()
+    source: str = "max_length"
+    spec: TaskSpec | None = None
+
+    def size(self, batch: int) -> int:
+        """Rows of a batch: the data may have fewer."""
+        return min(batch, len(self.lengths)) if self.lengths else batch
+
+    def padded(self, batch: int) -> bool:
+        """Whether a row of such a batch is padded; supposed where the data are not known."""
+        rows = self.lengths[:batch]
+        return not rows or min(rows) < self.width
+
+
+def find_longest(recipe: Recipe, config: Any, size: int) -> Longest:
+    """The longest batch of a recipe's data, or one of ``max_length`` where that is not cheap.
+
+    Args:
+        config: the model's configuration, which may have fewer positions.
+        size: examples.
+
+    Raises:
+        SparsegradError: data or tokenizer that no run could use either.
+    """
+    length, _ = fitting_length(recipe.task.max_length, config)
+    try:
+        if recipe.task.name in CHAT_TASKS:
+            return _of_conversations(recipe, length, size)
+        return _of_texts(recipe, length, size)
+    except DownloadError:
+        return Longest(length, source="max_length: data or tokenizer are out of reach")
+
+
+def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
+    section = recipe.task
+    task = load_examples(section)
+    tokenizer = load_tokenizer(recipe.model)
+    ensure_pad_token(tokenizer)
+    source, train = "the longest examples of the data", task.train
+    if section.padding == "fixed":  # all rows are of one length then, and the first are taken
+        train = train.select(range(min(size, len(train))))
+    elif len(train) > _MOST_TEXTS:
+        train = train.select(_most_characters(train, _MOST_TEXTS))
+        source = f"the longest of the {_MOST_TEXTS:,} examples with the most characters"
+    rows, _ = tokenize(
+        replace(task, train=train, validation={}),
+        tokenizer,
+        max_length=length,
+        padding=section.padding,
+    )
+    batch = longest_batch(rows, size)
+    width = max(len(row["input_ids"]) for row in batch)
+    return Longest(width, tuple(sum(row["attention_mask"]) for row in batch), source, task.spec)
+
+
+def _most_characters(data: Any, count: int) -> Sequence[int]:
+    """The rows with the most characters, in their own order."""
+    sizes = [len(text) for text in data["text"]]
+    if "text_pair" in data.column_names:
+        sizes = [size + len(pair) for size, pair in zip(sizes, data["text_pair"], strict=True)]
+    return sorted(sorted(range(len(sizes)), key=lambda row: -sizes[row])[:count])
+
+
+def _of_conversations(recipe: Recipe, length: int, size: int) -> Longest:
+    section = recipe.task
+    data = load_conversations(section)
+    if len(data.train) > _MOST_CONVERSATIONS:
+        count = f"{len(data.train):,} conversations"
+        return Longest(length, source=f"max_length: {count} are too many to encode beforehand")
+    tokenizer = load_tokenizer(recipe.model)
+    encoded = encode_conversations(ChatEncoder(tokenizer), data.train, max_length=length)
+    packing = (section.chat or ChatSection()).packing
+    rows = longest_batch(packed_rows(encoded.data, packing, length, tokenizer), size)
+    lengths = tuple(len(row["input_ids"]) for row in rows)
+    width = length if section.padding == "fixed" else lengths[0]
+    return Longest(width, lengths, "the longest conversations of the data")
