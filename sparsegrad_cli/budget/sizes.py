@@ -131,6 +131,10 @@ class Levels:
             return self._sizes[0]
         return self._sizes[bisect_left(self._sizes, self._steps[level - 1], key=self._rank)]
 
+    def parts(self, size: int) -> bool:
+        """Whether the next larger size is of a higher rank."""
+        return self._rank(size + 1) > self._rank(size)
+
 
 def levels_of(knob: Knob, loaded: LoadedRecipe, targets: list[Target]) -> Levels | None:
     """Where the figures of a method jump as its size grows; None where they do not."""

@@ -147,8 +147,9 @@ def _peak(
     notes = counting.notes(fitted)
     if counting.evaluation(fitted) > room:
         notes.append("an evaluation needs more: a smaller train.per_device_eval_batch_size")
+    larger = found.larger or _larger_batch(loaded, knob, batch, counting)
     size = size_words(fitted, targets)
-    return Pick(fitted, size, taken, found.limit, found.larger, shape, longest.source, notes)
+    return Pick(fitted, size, taken, found.limit, larger, shape, longest.source, notes)
 
 
 def _too_much(least: LoadedRecipe, counting: Counting, takes: float) -> UnreachableError:
@@ -201,9 +202,10 @@ def _sized(
     recipe = knob.at(loaded, size)
     if size == knob.most:
         return _Sized(recipe, knob.top)
-    if knob.key == "entries":  # one entry more is no news
-        return _Sized(recipe)
-    return _Sized(recipe, larger=(f"rank {size + 1}", at(size + 1)))
+    more = knob.at(loaded, size + 1)
+    if knob.key == "entries" and not (levels and levels.parts(size)):
+        return _Sized(recipe)  # one entry more is no news
+    return _Sized(recipe, larger=(size_words(more, targets), figure(more)))
 
 
 # --- batches
@@ -214,6 +216,17 @@ def _largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int
     whole = loaded.recipe.train.per_device_train_batch_size
     batches = _divisors(whole) if _may_accumulate(loaded) else [whole]
     return next((b for b in batches if counting.step(_at_batch(loaded, b)) <= room), None)
+
+
+def _larger_batch(
+    loaded: LoadedRecipe, knob: Knob | None, batch: int, counting: Counting
+) -> tuple[str, float] | None:
+    """What the next larger batch would take; None at the recipe's own."""
+    larger = [b for b in _divisors(loaded.recipe.train.per_device_train_batch_size) if b > batch]
+    if not larger:
+        return None
+    words = f"a batch of {larger[-1]}" + ("" if knob is None else ", at the smallest size,")
+    return words, counting.step(_at_batch(_least(loaded, knob), larger[-1]))
 
 
 def _may_accumulate(loaded: LoadedRecipe) -> bool:

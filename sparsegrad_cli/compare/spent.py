@@ -56,10 +56,11 @@ def measured(run: Run, kind: str | None) -> float | None:
     if kind == "trainable":
         return number(run, "counts", "trainable_targets")
     if kind == "optimizer_state":
-        held = [number(run, "sizes", "optimizer_state_bytes")]
+        kept = number(run, "sizes", "optimizer_state_bytes")  # at the end; else in the probe
         keys = ("categories", "optimizer_state")
-        held += [number(run, "memory", "phases", phase, *keys) for phase in TRAIN_STEP]
-        return max((value for value in held if value is not None), default=None)
+        held = [number(run, "memory", "phases", phase, *keys) for phase in TRAIN_STEP]
+        found = [kept] if kept is not None else [value for value in held if value is not None]
+        return max(found, default=None)
     if kind == "peak":
         step = number(train_step_peak(run), "peak_bytes")
         calibration = number(run, "calibration", "peak_bytes")

@@ -113,6 +113,8 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
     loaded = changed(loaded, "task", max_length=length)
     loaded, autocast = _with_autocast(loaded)
     notes += [*autocast, *left_out(loaded.recipe)]
+    if loaded.recipe.train.gradient_accumulation_steps > 1:
+        notes.append("gradients of earlier micro-batches are there in forward and backward")
     recipe, train = loaded.recipe, loaded.recipe.train
     rehearsal = Rehearsal(loaded, config, conditions)
     size = train.per_device_train_batch_size
@@ -223,10 +225,8 @@ def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """What a rehearsal of the recipe leaves out or supposes, in words."""
+    """What a rehearsal of the recipe leaves out, in words."""
     notes = []
-    if recipe.train.gradient_accumulation_steps > 1:
-        notes.append("gradients of earlier micro-batches are there in forward and backward")
     if recipe.train.torch_compile:
         notes.append("train.torch_compile is left out: what a compiler fuses is not known here")
     if recipe.train.label_smoothing_factor:

@@ -80,8 +80,9 @@ class SparsegradCore:
                 shared[id(given)] = self._fitted(given, model.get_submodule(target.name))
             fitted[target.name] = shared[id(given)]
         self._asked = asked_entries(self.settings, targets)
-        self._first = planned_supports(self.settings, targets, fitted, scores or {})
-        fixed = self._first if self.settings.support == "static" else {}
+        chosen = planned_supports(self.settings, targets, fitted, scores or {})
+        fixed = chosen if self.settings.support == "static" else {}
+        self._first = chosen if self.settings.support == "refresh" else {}
         for target in targets:
             core = self._core(model, target, fitted[target.name], fixed.get(target.name))
             model.set_submodule(target.name, core)
@@ -149,7 +150,8 @@ class SparsegradCore:
         count = self._counts[name]
         if self.settings.support == "refresh":
             steps = self.settings.refresh_steps or REFRESH_STEPS
-            return Selection(count, capacity=count, refresh=steps, first=self._first[name])
+            # Handed on, not kept: it is state from the first step on, and then it is replaced.
+            return Selection(count, capacity=count, refresh=steps, first=self._first.pop(name))
         room = bounded(self.settings.state_capacity, count, layer.trained.numel())
         return Selection(count, capacity=room)
 

@@ -7,7 +7,7 @@ accumulated gradient, whatever the number of micro-batches or devices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,10 +130,11 @@ class SelectiveAdamW(torch.optim.Optimizer):
         """Flat positions to step now: the largest, or those that are held for a while."""
         if how.refresh is None:
             return how.choose(grad)
-        assert how.first is not None
         state = self.state[parameter]
         if "held" not in state:
+            assert how.first is not None
             state["held"] = how.first.to(grad.device, torch.int64)
+            self._selections[parameter] = replace(how, first=None)
             state["score"] = torch.zeros_like(grad)
             state["since"] = torch.zeros((), dtype=torch.int32, device=grad.device)
         held: Tensor = state["held"]

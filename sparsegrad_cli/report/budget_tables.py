@@ -8,6 +8,7 @@ from typing import Any
 from sparsegrad_cli.report.access import block, items, mappings, number, numbers, text
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.report.units import (
+    MIB,
     MINUS,
     format_amount,
     format_count,
@@ -60,6 +61,8 @@ def _unit(kind: str | None, request: float | None) -> tuple[str, Callable[[float
         return "", lambda value: None if value is None else format_count(value)
     if (request or 0) >= _IN_GIB:
         return ", GiB", format_gib
+    if (request or 0) < MIB:
+        return ", KiB", lambda value: None if value is None else f"{value / 1024:,.1f}"
     return ", MiB", format_mib
 
 

@@ -126,6 +126,7 @@ class TrainingSession(Session):
     ) -> None:
         recorder = RecordCallback(self.record.path, self.observer, [])
         trainer = self._trainer(setup, method, prepared, recorder, asked)
+        optimizer = trainer.create_optimizer()  # as it is: training wraps it
         last = files.last_checkpoint(self.record.path) if self.resume else None
         initial = None
         if last is None:
@@ -141,9 +142,9 @@ class TrainingSession(Session):
         self.observer.phase("evaluate", "best model")
         self.record.save(
             counts=with_touched(
-                self.record.data["counts"], prepared.counts, setup.model, trainer.optimizer
+                self.record.data["counts"], prepared.counts, setup.model, optimizer
             ),
-            sparsity=sparsity_map(setup.targets, setup.model, trainer.optimizer),
+            sparsity=sparsity_map(setup.targets, setup.model, optimizer),
         )
         self._finish(setup, method, trainer, recorder, initial)
         self.seconds["evaluate_s"] = trainer.evaluate_seconds

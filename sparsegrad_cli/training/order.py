@@ -96,14 +96,18 @@ class OrderHash:
                 sha.update(f"{name} {arrays[name].shape}".encode())
                 sha.update(arrays[name].tobytes())
         self._digest = sha.digest()
-        if "input_ids" in arrays:
-            self.positions += arrays["input_ids"].size
-            for row in range(len(arrays["input_ids"])):
-                self._add_row({name: array[row] for name, array in arrays.items()})
-
-    def _add_row(self, row: Mapping[str, Any]) -> None:
+        ids = arrays.get("input_ids")
+        self.positions += 0 if ids is None else ids.size
         if self._rows is None:
             return
+        if ids is None or ids.ndim != 2 or {len(array) for array in arrays.values()} != {len(ids)}:
+            self._rows = hashlib.sha256(self._rows + self._digest).digest()  # no rows in it
+            return
+        for row in range(len(ids)):
+            self._rows = self._with_row({name: array[row] for name, array in arrays.items()})
+
+    def _with_row(self, row: Mapping[str, Any]) -> bytes:
+        assert self._rows is not None
         ids, labels = row["input_ids"], row.get("labels")
         each = labels is not None and labels.ndim == 1  # a label a token, as of conversations
         there = np.ones(len(ids), dtype=bool)
@@ -114,7 +118,7 @@ class OrderHash:
         sha = hashlib.sha256(self._rows + ids[there].tobytes())
         if labels is not None:
             sha.update(b"labels" + (labels[there] if each else labels).tobytes())
-        self._rows = sha.digest()
+        return sha.digest()
 
     def mark(self, step: int, last: bool = False) -> None:
         """Note the digests after optimizer step ``step``, at every n-th and at the last."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsegrad_cli.data.packing import make_lm_collator
 from sparsegrad_cli.training.order import EpochSampler, OrderHash
 
 SIZE = 103
@@ -177,3 +178,70 @@ def test_a_chain_goes_on_from_a_checkpoint() -> None:
         second.mark(step, last=step == 8)
     assert second.kept == whole
     assert set(state["kept"]) == {"2", "4"}, "a state that was handed out does not change"
+
+
+# --- rows: however a step's examples are cut into micro-batches
+
+
+def ragged(seed: int, lengths: list[int], kind: str) -> dict[str, Tensor]:
+    """Rows of their own lengths as a collator pads them: with a mask, or packed without one."""
+    rows = [{"input_ids": batch(seed)["input_ids"][0, :length].tolist()} for length in lengths]
+    for number, row in enumerate(rows):
+        row["labels"] = [-100, *(number + n for n in row["input_ids"][1:])]
+    if kind == "packed":
+        rows = [row | {"lengths": [len(row["input_ids"])]} for row in rows]
+    return make_lm_collator(0)(rows)
+
+
+def row_digest(batches: list[dict[str, Tensor]]) -> str:
+    chain = OrderHash(1)
+    for one in batches:
+        chain.add(one)
+    chain.mark(1)
+    return chain.kept_rows["1"]
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_rows_do_not_see_how_a_batch_was_cut_and_padded(kind: str) -> None:
+    whole = row_digest([ragged(0, [3, 6, 2, 5], kind)])
+    halves = [ragged(0, [3, 6], kind), ragged(0, [2, 5], kind)]
+    for half, first in zip(halves, (0, 2), strict=True):  # labels count rows from 0 in each
+        half["labels"][half["labels"] != -100] += first
+        where = (half["labels"] == -100) if kind == "packed" else half["attention_mask"] == 0
+        half["labels"][where] = -100
+    assert row_digest(halves) == whole
+    assert row_digest(halves[::-1]) != whole
+    longer = ragged(0, [3, 6, 2, 6], kind)
+    assert row_digest([longer]) != whole
+
+
+def test_labels_of_rows_count_and_move_with_them() -> None:
+    base = batch(0)
+    halves = [{k: v[:2] for k, v in base.items()}, {k: v[2:] for k, v in base.items()}]
+    assert row_digest(halves) == row_digest([base])
+    other = {**base, "labels": 1 - base["labels"]}
+    assert row_digest([other]) != row_digest([base])
+    assert row_digest([{**base, "input_ids": base["input_ids"] + 1}]) != row_digest([base])
+
+
+def test_a_chain_of_rows_goes_on_but_not_from_a_checkpoint_that_knew_none() -> None:
+    first = OrderHash(1)
+    first.add(batch(0))
+    first.mark(1)
+    state = first.state()
+    for earlier, kept in ((state, {"1", "2"}), ({"digest": "", "kept": {}}, set())):
+        second = OrderHash(1)
+        second.load_state(earlier)
+        second.add(batch(1))
+        second.mark(2)
+        assert set(second.kept_rows) == kept
+    whole = OrderHash(1)
+    for number in range(2):
+        whole.add(batch(number))
+    whole.mark(2)
+    again = OrderHash(1)
+    again.load_state(state)
+    again.add(batch(1))
+    again.mark(2)
+    assert again.kept_rows["2"] == whole.kept_rows["2"]
+    assert whole.positions == 2 * 4 * 6
