@@ -19,7 +19,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.estimate.rehearsal import Conditions
+    from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
     from sparsegrad_cli.estimate.session import Room
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.generate.answering import Answerer
@@ -208,6 +208,7 @@ def solve(
     *,
     kept: Mapping[str, Any] | None = None,
     jobs: int = 1,
+    kernels: Kernels | None = None,
 ) -> LoadedStudy:
     """A study with every method at the size that its budget allows; see :func:`solve_study`.
 
@@ -224,7 +225,7 @@ def solve(
             again="run the same command again",
             memory=("match", "a method at a time: shapes alone take a few hundred MiB"),
         ):
-            return solve_study(study, kept=kept, jobs=jobs, observer=observer)
+            return solve_study(study, kept=kept, jobs=jobs, kernels=kernels, observer=observer)
     finally:
         observer.close()
 

@@ -36,6 +36,7 @@ def solve_study(
     *,
     kept: Mapping[str, Any] | None = None,
     jobs: int = 1,
+    kernels: Kernels | None = None,
     observer: Observer | None = None,
 ) -> LoadedStudy:
     """The study with every matched method at the size that its budget allows.
@@ -45,6 +46,7 @@ def solve_study(
         kept: the ``budget`` block of a comparison that goes on: what was picked there for the same
             recipe under the same budget stands.
         jobs: cells that will run at once.
+        kernels: whose memory is counted; by default those that training here would use.
         observer: told of each method and task before it is solved.
 
     Raises:
@@ -58,7 +60,8 @@ def solve_study(
     started = time.perf_counter()
     cells = {(c.task, c.label): c for c in study.cells if c.seed == study.study.seeds[0]}
     _check_nothing_is_said_twice(study, budget)
-    solver = _Solver(study, budget, jobs, observer or Observer())
+    kernels = kernels or _kernels(study.cells[0].loaded.recipe)
+    solver = _Solver(study, budget, jobs, kernels, observer or Observer())
     rows = solver.rows(list(cells.values()), kept)
     picked = {(row["task"], row["method"]): row["set"] for row in rows}
     solved = tuple(
@@ -70,6 +73,7 @@ def solve_study(
         "kind": budget.kind,
         "request": int(budget.amount) if budget.kind != "seconds" else budget.amount,
         "tolerance": TOLERANCE,
+        "kernels": kernels if budget.in_bytes else None,
         "rehearsals": solver.rehearsals,
         "solved_s": time.perf_counter() - started,
         "rows": rows,
@@ -94,14 +98,23 @@ def with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedRe
 class _Solver:
     """Solves rows, each kind of recipe once."""
 
-    def __init__(self, study: LoadedStudy, budget: Budget, jobs: int, observer: Observer) -> None:
+    def __init__(
+        self,
+        study: LoadedStudy,
+        budget: Budget,
+        jobs: int,
+        kernels: Kernels,
+        observer: Observer,
+    ) -> None:
         self._study, self._budget, self._jobs, self._observer = study, budget, jobs, observer
         self._entries = {entry.label: entry for entry in study.study.methods}
-        self._counting: Counting | None = None
+        self._counting = Counting(kernels)
+        self._asked = (budget.kind, budget.amount, kernels if budget.in_bytes else None)
 
     @property
     def rehearsals(self) -> int:
-        return self._counting.rehearsals if self._counting else 0
+        """How many it took."""
+        return self._counting.rehearsals
 
     def rows(self, cells: list[Cell], kept: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         """The rows of the block, in the order of the cells."""
@@ -140,7 +153,6 @@ class _Solver:
         try:
             if self._budget.kind == "seconds":
                 return solve_seconds(cell.loaded, self._budget.amount, self._jobs)
-            self._counting = self._counting or Counting(_kernels(cell.loaded.recipe))
             own = self._names_its_size(cell)
             return solve(cell.loaded, self._budget, self._counting, own_size=own)
         except UnreachableError as error:
@@ -164,7 +176,7 @@ class _Solver:
         """sha256 (hex) of the question: the budget, and what its answer depends on."""
         plain = {k: v for k, v in to_plain(cell.loaded.recipe).items() if k not in _NO_MATTER}
         plain["train"] = {k: v for k, v in plain["train"].items() if k != "learning_rate"}
-        asked = [self._budget.kind, self._budget.amount, self._names_its_size(cell), plain]
+        asked = [*self._asked, self._names_its_size(cell), plain]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _plain(self, cell: Cell, pick: Pick) -> dict[str, Any]:

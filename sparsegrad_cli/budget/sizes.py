@@ -67,13 +67,16 @@ def knob_of(loaded: LoadedRecipe, targets: list[Target]) -> Knob | None:
     bounded = method.state_capacity is not None
     if isinstance(method, MepropMethod) or method.form != "core":
         return Knob("entries", len(targets), every, "every entry of the targets trains", bounded)
-    most, top = every, "every entry of the targets trains"
-    if method.rank is not None:
-        rank = _known_rank(method, loaded, targets)
-        most = sum(min(rank, t.out_features) * min(rank, t.in_features) for t in targets)
-        top = f"every entry of a core of rank {rank} trains"
-        bounded = bounded or method.support in ("static", "refresh")
-    return Knob("entries", len(targets), most, top, bounded or method.rank is None)
+    knob = Knob("entries", len(targets), every, "every entry of the targets trains", True)
+    if method.rank is None:
+        return knob
+    rank = _known_rank(method, loaded, targets)
+    room = sum(min(rank, t.out_features) * min(rank, t.in_features) for t in targets)
+    sizes = range(knob.least, knob.most + 1)  # shared out by the layers' size, cores fill unequally
+    full = bisect_left(sizes, room, key=lambda size: entries_of(knob.at(loaded, size), targets))
+    top = f"every entry of a core of rank {rank} trains"
+    bounded = bounded or method.support in ("static", "refresh")
+    return Knob("entries", knob.least, sizes[full], top, bounded)
 
 
 def entries_of(loaded: LoadedRecipe, targets: list[Target]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,13 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+class Device(StrEnum):
+    """Whose kernels save for the backward pass."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, RecipeAndOverrides, split_arguments
+from sparsegrad_cli.cli.arguments import (
+    Debug,
+    Device,
+    Json,
+    Quiet,
+    RecipeAndOverrides,
+    split_arguments,
+)
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +52,14 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        Device | None,
+        typer.Option(
+            "--device",
+            help="Whose memory a budget counts; of what train would use here by default.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Solve the budget, show what would run, run nothing.")
     ] = False,
@@ -71,7 +86,7 @@ def compare(
     study = _study(recipe, methods, seeds, match)
     check_parity(study)  # before --overwrite forgets anything, and before anything is solved
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
-    study = _solved(study, folder, jobs, quiet=quiet or as_json, afresh=overwrite)
+    study = _solved(study, folder, jobs, device, quiet=quiet or as_json, afresh=overwrite)
     if dry_run:
         _show_plan(study, as_json)
         return
@@ -99,7 +114,13 @@ def compare(
 
 
 def _solved(
-    study: LoadedStudy, folder: Path, jobs: int, *, quiet: bool, afresh: bool
+    study: LoadedStudy,
+    folder: Path,
+    jobs: int,
+    device: Device | None,
+    *,
+    quiet: bool,
+    afresh: bool,
 ) -> LoadedStudy:
     """At the sizes that its budget allows; a comparison that goes on keeps those that it has."""
     from sparsegrad_cli import runner
@@ -112,7 +133,13 @@ def _solved(
     there = (folder / "compare.json").is_file() and not afresh
     kept = block(load_record(folder), "budget") if there else {}
     with QuietObserver() if quiet else ProgressObserver() as observer:
-        return runner.solve(study, observer, kept=kept, jobs=jobs)
+        return runner.solve(
+            study,
+            observer,
+            kept=kept,
+            jobs=jobs,
+            kernels=None if device is None else device.value,
+        )
 
 
 def _show_plan(study: LoadedStudy, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from sparsegrad_cli.cli.arguments import (
     Debug,
+    Device,
     Json,
     Quiet,
     RecipeAndOverrides,
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from sparsegrad_cli.estimate.rehearsal import Kernels
     from sparsegrad_cli.estimate.session import Room
     from sparsegrad_cli.recipe.loading import LoadedRecipe
-
-
-class Device(StrEnum):
-    """Whose kernels save for the backward pass."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def estimate(
@@ -89,7 +82,7 @@ def estimate(
     from sparsegrad_cli.report.terminal import estimate_table
 
     room = _room(gpu, overhead)
-    cells = _cells(recipe, methods or [], batch, length)
+    cells = _cells(recipe, methods or [], batch, length, device)
     conditions = Conditions(
         kernels=_kernels(device, gpu is not None, cells[0][1]), padded=not no_padding
     )
@@ -102,9 +95,14 @@ def estimate(
 
 
 def _cells(
-    recipe: list[str] | None, methods: list[str], batch: int | None, length: int | None
+    recipe: list[str] | None,
+    methods: list[str],
+    batch: int | None,
+    length: int | None,
+    device: Device | None,
 ) -> list[tuple[str, LoadedRecipe]]:
     """Label and recipe of every row: of the recipe, of its methods, or of a study's cells."""
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.recipes import is_study
     from sparsegrad_cli.recipe.study import load_study, make_study
 
@@ -123,6 +121,9 @@ def _cells(
                 fix="leave --method out, or estimate the recipe that the study is about",
             )
         study = load_study(source, overrides)
+        budget = study.study.budget
+        if budget is not None and budget.kind != "seconds":
+            study = runner.solve(study, kernels=None if device is None else device.value)
     elif names:
         if source is not None and (Path(source) / "recipe.yaml").is_file():
             source = str(Path(source) / "recipe.yaml")

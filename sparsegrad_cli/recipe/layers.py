@@ -153,7 +153,7 @@ def _merged(old: Any, new: Any, path: KeyPath) -> Any:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     if path == ("method",):
-        old = _method_settings_that_carry_over(old, new)
+        old = still_said(_method_settings_that_carry_over(old, new), new)
     result = dict(old)
     for key, value in new.items():
         result[key] = _merged(old.get(key), value, (*path, key))
@@ -167,6 +167,15 @@ def _method_settings_that_carry_over(old: dict[str, Any], new: dict[str, Any]) -
         return old
     keeps = name in _SELECTS_BY_DENSITY and "density" in old
     return {"density": old["density"]} if keeps else {}
+
+
+def still_said(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A method's weaker settings, less the density where entries take its place, or the reverse."""
+    if new.get("entries") is not None and "density" not in new:
+        return {key: value for key, value in old.items() if key != "density"}
+    if new.get("density") is not None and "entries" not in new:
+        return {key: value for key, value in old.items() if key != "entries"}
+    return old
 
 
 def top_level_problem(layer: Layer) -> Problem | None:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.budget import Budget, MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
-from sparsegrad_cli.recipe.layers import read_layers, stack
+from sparsegrad_cli.recipe.layers import read_layers, stack, still_said
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
@@ -321,7 +321,7 @@ def _method_layer(
     method = dict(entry.method)
     settings = resolved.get("method")
     if isinstance(settings, dict) and method.get("name") == settings.get("name"):
-        method = {**settings, **method}
+        method = {**still_said(settings, method), **method}
     said = settings if isinstance(settings, dict) else {}
     matched = match is not None and not {"rank", "density", "entries"} & set(method)
     if matched and method.get("name") != "full":

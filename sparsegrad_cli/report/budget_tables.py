@@ -50,7 +50,8 @@ def budget_table(compare: Any) -> Table | None:
     header = ("task", "method", "set to", *(f"{name}{unit}" for name in columns), "request")
     what = _WORDS.get(kind or "", "not recorded")
     caption = f"Budget {text(budget, 'match') or '?'}: {what}"
-    return Table(caption, header, rows, left=3, prose=1, notes=_notes(budget)).without_empty()
+    notes = [*budget_flags(compare), *_notes(budget)]
+    return Table(caption, header, rows, left=3, prose=1, notes=notes).without_empty()
 
 
 def _unit(kind: str | None, request: float | None) -> tuple[str, Callable[[float | None], Cell]]:
@@ -122,43 +123,53 @@ def _notes(budget: Mapping[str, Any]) -> list[str]:
     for row in mappings(budget, "rows"):
         said = [note for note in map(text, items(row, "notes")) if note]
         notes += [f"{text(row, 'task')} {text(row, 'method')}: {note}" for note in said]
+    if text(budget, "kernels") is not None:
+        notes.append(f"counted for {(text(budget, 'kernels') or '').upper()} kernels")
     if text(budget, "kind") == "seconds":
         notes.append(_NOISE)
     return list(dict.fromkeys(notes))
 
 
 def budget_lines(compare: Any) -> list[Line]:
-    """(held, sentence): what took more than was asked for, what less and why, what met it."""
+    """(held, sentence): what met the budget, and what took more than was asked for."""
     budget = budget_of(compare)
-    if not budget:
-        return []
-    rows = mappings(budget, "rows")
-    match, share = text(budget, "match") or "?", format_share(number(budget, "tolerance"))
+    rows, match = mappings(budget, "rows"), text(budget, "match") or "?"
     met = sum(text(row, "verdict") == "met" for row in rows)
     lines: list[Line] = []
     if met:
+        share = f"{100 * (number(budget, 'tolerance') or 0.0):.3g} %"
         counted = f"{met} of {len(rows)} rows" if met < len(rows) else f"all {met} rows"
         lines.append((True, f"Budget {match}: {counted} took what was asked for, within {share}."))
     for row in rows:
-        line = _line(row, match, text(budget, "kind"))
-        lines += [line] if line else []
+        if text(row, "verdict") == "over":
+            took = _took(row, text(budget, "kind"))
+            lines.append((False, f"{took}, {_beyond(row)} MORE than {match}."))
     return lines
 
 
-def _line(row: Row, match: str, kind: str | None) -> Line | None:
+def budget_flags(compare: Any) -> list[str]:
+    """In a sentence each: who took less than was asked for, and why; who was not held to it."""
+    budget = budget_of(compare)
+    kind, match = text(budget, "kind"), text(budget, "match") or "?"
+    flags = []
+    for row in mappings(budget, "rows"):
+        if number(row, "measured") is None:
+            continue
+        if row.get("matched") is False:
+            flags.append(f"{_took(row, kind)}, outside of {match} as the study says.")
+        elif text(row, "verdict") == "under":
+            less = f"{_beyond(row)} less than {match}"
+            flags.append(f"{_took(row, kind)}, {less}{_because(row, kind)}.")
+    return flags
+
+
+def _took(row: Row, kind: str | None) -> str:
     who = f"{text(row, 'task') or '?'}: {text(row, 'method') or '?'}"
-    measured = number(row, "measured")
-    if measured is None:
-        return None
-    took = f"{who} took {format_amount(measured, kind)}"
-    deviation = format_share(abs(number(row, "deviation") or 0.0))
-    if row.get("matched") is False:
-        return None, f"{took}, outside of the budget {match} as the study says."
-    if text(row, "verdict") == "over":
-        return False, f"{took}, {deviation} MORE than {match}."
-    if text(row, "verdict") == "under":
-        return None, f"{took}, {deviation} less than {match}{_because(row, kind)}."
-    return None
+    return f"{who} took {format_amount(number(row, 'measured'), kind)}"
+
+
+def _beyond(row: Row) -> str:
+    return format_share(abs(number(row, "deviation") or 0.0))
 
 
 def _because(row: Row, kind: str | None) -> str:

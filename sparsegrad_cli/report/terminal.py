@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsegrad_cli.report.access import dig, items, text
-from sparsegrad_cli.report.budget_tables import budget_table, plan_tables
+from sparsegrad_cli.report.budget_tables import budget_flags, budget_table, plan_tables
 from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import (
     difference_cell,
@@ -90,7 +90,10 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
             parts.append(Text(f"{task}: no rows recorded", style="dim"))
             continue
         parts += [_table(replace(table, notes=())) or "", *_below(compare, task)]
-    for extra in (overview_table(compare), figures_table(compare), _short(budget_table(compare))):
+    budget = budget_table(compare)
+    if budget is not None:  # the report says the rest
+        budget = replace(budget, notes=budget_flags(compare))
+    for extra in (overview_table(compare), figures_table(compare), budget):
         if extra is not None:
             parts += [_table(extra) or ""]
     parts += [Text(), *(Text(line) for line in verdict_lines(compare)), Text()]
@@ -135,11 +138,6 @@ def judge_table(record: dict[str, Any]) -> RenderableType:
     parts.append(_table(judge_scores(record)) or "")
     failures = [_labelled("failed", line, "red") for line in judge_failures(record)]
     return Group(*parts, *failures)
-
-
-def _short(table: Table | None) -> Table | None:
-    """Less its notes, which the report has."""
-    return None if table is None else replace(table, notes=())
 
 
 def _below(compare: Any, task: str) -> list[RenderableType]:

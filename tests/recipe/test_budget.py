@@ -1,0 +1,147 @@
+"""What a study may match its methods by, and what is wrong with what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small import Cli
+
+from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
+from sparsegrad_cli.recipe.loading import digest, load_recipe
+from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod, SparsegradMethod
+from sparsegrad_cli.recipe.study import load_study, make_study
+
+WRONG = {
+    "peak=2GB": "did you mean peak=2GiB?",
+    "optimizer_state=64mb": "did you mean optimizer_state=64MiB?",
+    "peak=-1": "such as peak=2GiB",
+    "peak=1e9": "such as peak=2GiB",
+    "peak=0MiB": "such as peak=2GiB",
+    "peak": "such as peak=2GiB",
+    "seconds=ten": "such as seconds=600",
+    "seconds=10min": "such as seconds=600",
+    "seconds=0": "such as seconds=600",
+    "seconds=nan": "such as seconds=600",
+    "trainable=": "such as trainable=70k",
+    "trainable=0.3": "such as trainable=70k",
+    "trainable=70K": "such as trainable=70k",
+    "trainabel=70k": "did you mean trainable?",
+    "memory": "such as peak=2GiB, or trainable",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("trainable=70k", "trainable", 70_000),
+        ("trainable=0.07k", "trainable", 70),
+        ("trainable=1.5M", "trainable", 1_500_000),
+        ("trainable=12", "trainable", 12),
+        ("optimizer_state=64MiB", "optimizer_state", 64 * 2**20),
+        ("peak=1.5GiB", "peak", 3 * 2**29),
+        ("peak=300 KiB", "peak", 300 * 1024),
+        ("seconds=0.5", "seconds", 0.5),
+    ],
+)
+def test_an_amount_and_what_it_is_of(text: str, kind: str, amount: float) -> None:
+    budget = parse_match(text)
+    assert budget is not None
+    assert (budget.kind, budget.amount, budget.text) == (kind, amount, text)
+    assert budget.in_bytes == ("iB" in text)
+
+
+def test_the_recipes_density_is_no_amount() -> None:
+    assert parse_match("trainable") is None
+    assert make_study(None, ("lora",), 1, ()).study.budget is None
+    assert make_study(None, ("lora",), 1, (), match="none").study.match is None
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_misspelt_says_what_to_write(text: str) -> None:
+    with pytest.raises(MisspeltError) as caught:
+        parse_match(text)
+    assert text.split("=")[0] in str(caught.value) and WRONG[text] in caught.value.fix
+
+
+def test_a_file_is_blamed_by_line_and_the_command_line_by_option(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    for text in ("peak=2GB", "seconds=ten", "peak=-1"):
+        path.write_text(f"methods: [lora]\nseeds: [1]\nmatch: {text}\n", encoding="utf-8")
+        outcome = cli("compare", "s.yaml", "--dry-run")
+        assert outcome.code == 2 and "s.yaml:3 match" in outcome.flat, outcome.err
+        assert WRONG[text].split()[-1] in outcome.flat
+        outcome = cli("compare", "--methods", "lora", "--match", text, "--dry-run")
+        assert outcome.code == 2 and "command line --match" in outcome.flat, outcome.err
+    for other in ("12", "{peak: 2GiB}", "[trainable]"):
+        path.write_text(f"methods: [lora]\nmatch: {other}\n", encoding="utf-8")
+        with pytest.raises(RecipeError) as caught:
+            load_study(path)
+        (problem,) = caught.value.problems
+        assert problem.line == 2 and "is no text" in problem.what
+
+
+def test_the_option_is_stronger_than_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("methods: [lora]\nmatch: peak=2GiB\n", encoding="utf-8")
+    written, given = load_study(path), load_study(path, (), "seconds=5")
+    assert written.study.match == "peak=2GiB" and written.match_place.line == 2
+    assert given.study.match == "seconds=5" and given.match_place.file == "command line"
+
+
+def test_rows_outside_of_a_match_are_as_they_say(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "methods:\n  - {method: lora, matched: false}\n  - {label: as, method: lora}\n"
+        "settings: {method: {density: 0.02}}\nseeds: [1]\n",
+        encoding="utf-8",
+    )
+    found = {c.label: c.loaded.recipe for c in load_study(path).cells}
+    assert found["lora"].match is None and found["as"].match == "trainable"
+    outside, inside = found["lora"].method, found["as"].method
+    assert isinstance(outside, LoraMethod) and isinstance(inside, LoraMethod)
+    assert (outside.density, inside.density) == (None, 0.02)
+
+
+# --- method.entries
+
+
+def test_entries_stand_in_place_of_the_density() -> None:
+    plain = load_recipe(None).recipe
+    counted = load_recipe(None, ("method={name: sparsegrad, entries: 500}",)).recipe
+    assert isinstance(plain.method, SparsegradMethod)
+    assert isinstance(counted.method, SparsegradMethod)
+    assert (plain.method.density, plain.method.entries) == (0.01, None)
+    assert (counted.method.density, counted.method.entries) == (None, 500)
+    assert digest(plain) != digest(counted)
+    # The stronger of the two is the one that is meant: the quickstart gives a density.
+    assert load_recipe(None, ("method.entries=500",)).recipe == counted
+    back = load_recipe(None, ("method.entries=500", "method.density=0.01"))
+    assert back.recipe == plain
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method.density=null",),
+        ("method={name: meprop, density: 0.1, entries: 5}",),
+        ("method.entries=0",),
+        ("method={name: lora, entries: 5}",),
+    ],
+)
+def test_both_neither_and_of_lora_are_refused(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(None, overrides)
+
+
+def test_a_recipe_in_entries_matches_methods_that_choose_them(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("method: {name: sparsegrad, entries: 700}\n", encoding="utf-8")
+    found = make_study(str(recipe), ("meprop", "sparsegrad"), 1, ())
+    for cell in found.cells:
+        method = cell.loaded.recipe.method
+        assert isinstance(method, MepropMethod | SparsegradMethod)
+        assert (method.entries, method.density) == (700, None)
+    with pytest.raises(RecipeError, match="entries"):
+        make_study(str(recipe), ("lora",), 1, ())
