@@ -32,7 +32,10 @@ def validate(
 
         study = load_study(source, overrides)
         check_parity(study)
-        typer.echo(f"{source}: a valid study, {len(study.cells)} cells")
+        solved = ""
+        if study.study.budget is not None:
+            solved = f"; compare --dry-run solves its budget, {study.study.match}"
+        typer.echo(f"{source}: a valid study, {len(study.cells)} cells{solved}")
         return
     loaded = load(recipe, None)
     if as_json:

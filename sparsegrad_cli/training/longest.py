@@ -32,18 +32,20 @@ class Longest:
         width: tokens of a row, padding included.
         lengths: tokens of its rows without padding, in the order in which a smaller batch would
             take them; none where the data are not known.
+        rows: of all training data, where they are known.
         source: in words, where this is known from.
         spec: the task's classes, where the data were read.
     """
 
     width: int
     lengths: tuple[int, ...] = ()
+    rows: int | None = None
     source: str = "max_length"
     spec: TaskSpec | None = None
 
     def size(self, batch: int) -> int:
         """Rows of a batch: the data may have fewer."""
-        return min(batch, len(self.lengths)) if self.lengths else batch
+        return batch if self.rows is None else min(batch, self.rows)
 
     def padded(self, batch: int) -> bool:
         """Whether a row of such a batch is padded; supposed where the data are not known."""
@@ -75,7 +77,7 @@ def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
     task = load_examples(section)
     tokenizer = load_tokenizer(recipe.model)
     ensure_pad_token(tokenizer)
-    source, train = "the longest examples of the data", task.train
+    source, train, count = "the longest examples of the data", task.train, len(task.train)
     if section.padding == "fixed":  # all rows are of one length then, and the first are taken
         train = train.select(range(min(size, len(train))))
     elif len(train) > _MOST_TEXTS:
@@ -89,7 +91,8 @@ def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
     )
     batch = longest_batch(rows, size)
     width = max(len(row["input_ids"]) for row in batch)
-    return Longest(width, tuple(sum(row["attention_mask"]) for row in batch), source, task.spec)
+    lengths = tuple(sum(row["attention_mask"]) for row in batch)
+    return Longest(width, lengths, count, source, task.spec)
 
 
 def _most_characters(data: Any, count: int) -> Sequence[int]:
@@ -109,7 +112,7 @@ def _of_conversations(recipe: Recipe, length: int, size: int) -> Longest:
     tokenizer = load_tokenizer(recipe.model)
     encoded = encode_conversations(ChatEncoder(tokenizer), data.train, max_length=length)
     packing = (section.chat or ChatSection()).packing
-    rows = longest_batch(packed_rows(encoded.data, packing, length, tokenizer), size)
-    lengths = tuple(len(row["input_ids"]) for row in rows)
+    rows = packed_rows(encoded.data, packing, length, tokenizer)
+    lengths = tuple(len(row["input_ids"]) for row in longest_batch(rows, size))
     width = length if section.padding == "fixed" else lengths[0]
-    return Longest(width, lengths, "the longest conversations of the data")
+    return Longest(width, lengths, len(rows), "the longest conversations of the data")
