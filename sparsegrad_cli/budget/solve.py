@@ -126,7 +126,7 @@ def _peak(
     if batch is None:
         batch = 1 if _may_accumulate(loaded) else loaded.recipe.train.per_device_train_batch_size
         least = _at_batch(_least(loaded, knob), batch)
-        raise _too_much(least, counting, counting.step(least))
+        raise _too_much(least, counting)
     at_batch, slack = _at_batch(loaded, batch), _SLACK * room
     found = _sized(at_batch, knob, why, room, counting.step, counting, slack)
     assert found is not None  # the least fits at this batch
@@ -139,8 +139,7 @@ def _peak(
         found = _sized(at_batch, knob, why, room, whole, counting, slack)
         fitted = None if found is None else _calibrated(found.recipe, counting, room)
         if found is None or fitted is None:
-            least = _least(at_batch, knob)
-            raise _too_much(least, counting, whole(least))
+            raise _too_much(_least(at_batch, knob), counting)
     longest = counting.longest(fitted)
     taken = max(counting.step(fitted), counting.calibration(fitted))
     shape = [longest.size(batch), longest.width]
@@ -152,14 +151,19 @@ def _peak(
     return Pick(fitted, size, taken, found.limit, larger, shape, longest.source, notes)
 
 
-def _too_much(least: LoadedRecipe, counting: Counting, takes: float) -> UnreachableError:
-    size = size_words(least, counting.targets(least))
+def _too_much(least: LoadedRecipe, counting: Counting) -> UnreachableError:
+    """What a step of the smallest takes, or its calibration where that is more."""
+    size, width = size_words(least, counting.targets(least)), counting.longest(least).width
+    step = counting.step(least)
+    making = counting.calibration(_calibrations(least)[-1])
+    if making > step:
+        fix = "calibration.basis: one that `sparsegrad calibrate` made where there was room"
+        return UnreachableError(making, f"{size}, calibration of 1 x {width} tokens", fix)
     batch = least.recipe.train.per_device_train_batch_size
-    shape = f"{size}, {batch} x {counting.longest(least).width} tokens"
     advice = ["a shorter task.max_length"]
     if not least.recipe.train.gradient_checkpointing:
         advice.insert(0, "train.gradient_checkpointing: true")
-    return UnreachableError(takes, shape, " or ".join(advice))
+    return UnreachableError(step, f"{size}, {batch} x {width} tokens", " or ".join(advice))
 
 
 def _least(loaded: LoadedRecipe, knob: Knob | None) -> LoadedRecipe:

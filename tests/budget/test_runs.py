@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of one block without dropout, and a task of 48 rows: six steps of 8."""
     folder = tmp_path_factory.mktemp("tiny")
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    base_folder(folder / "base", num_hidden_layers=1, intermediate_size=12, **still)
+    base_folder(folder / "base", num_hidden_layers=1, **still)
     data_folder(folder / "data")
     return folder
 
@@ -91,12 +91,12 @@ def rows_of(solved: LoadedStudy, cells: list[dict[str, Any]]) -> dict[str, dict[
 
 
 def test_entries_are_met_exactly_by_all_that_count_in_entries(place: Path, tmp_path: Path) -> None:
-    solved = solve_study(study(place, "trainable=171", ("lora", "meprop", "static")))
+    solved = solve_study(study(place, "trainable=230", ("lora", "meprop", "static")))
     rows = rows_of(solved, ran(solved, tmp_path))
     for row in rows.values():
         assert row["measured"] == row["predicted"] and row["verdict"] == "met"
-    assert rows["meprop"]["measured"] == rows["static"]["measured"] == 171
-    assert rows["lora"]["measured"] == 3 * 2 * (16 + 12) and rows["lora"]["remainder"] == 3
+    assert rows["meprop"]["measured"] == rows["static"]["measured"] == 230
+    assert rows["lora"]["measured"] == 2 * 2 * (16 + 40) and rows["lora"]["remainder"] == 6
 
 
 def test_state_is_met_to_the_byte(place: Path, tmp_path: Path) -> None:
@@ -108,23 +108,26 @@ def test_state_is_met_to_the_byte(place: Path, tmp_path: Path) -> None:
     assert rows["bounded"]["remainder"] < 40 and rows["bounded"]["verdict"] == "met"
 
 
-def test_a_peak_is_met_and_what_could_not_be_is_said(place: Path, tmp_path: Path) -> None:
-    solved = solve_study(study(place, "peak=125KiB", ("full", "lora", "static", "dense")))
+@pytest.mark.parametrize(("kib", "methods"), [(98, ("full", "lora")), (140, ("dense",))])
+def test_a_peak_is_met_and_what_could_not_be_is_said(
+    place: Path, tmp_path: Path, kib: int, methods: tuple[str, ...]
+) -> None:
+    solved = solve_study(study(place, f"peak={kib}KiB", methods))
     parity = check_parity(solved)
     cells = ran(solved, tmp_path)
     rows = rows_of(solved, cells)
     for row in rows.values():
         # The tokenizer gives no token types, which an estimate supposes: 8 bytes a token.
         assert 0 <= row["predicted"] - row["measured"] <= 2 * 8 * 8 * 11
-        assert row["verdict"] in ("met", "under")
-        assert row["verdict"] == "met" or row["larger"]["takes"] > 125 * 1024
-    cut = [row for row in rows.values() if "train.per_device_train_batch_size" in row["set"]]
-    assert cut and len(cut) < len(rows)
+        assert row["measured"] <= kib * 1024 < row["larger"]["takes"]
+        assert row["verdict"] == ("under" if row["method"] == "full" else "met")
+    if methods == ("dense",):
+        return
     # As many examples make an update; that is declared, and nothing else differs.
-    assert {found["key"] for found in parity["declared"]} == {
-        "train.per_device_train_batch_size",
-        "train.gradient_accumulation_steps",
-    }
+    assert rows["full"]["set"]["train.gradient_accumulation_steps"] == 2
+    assert set(rows["lora"]["set"]) == {"match", "method.rank", "method.density"}
+    keys = {"train.per_device_train_batch_size", "train.gradient_accumulation_steps"}
+    assert {found["key"] for found in parity["declared"]} == keys
     assert all(found["why"] == "budget" for found in parity["declared"])
     assert parity["flagged"] == []
     for cell in solved.cells:
@@ -135,11 +138,11 @@ def test_a_peak_is_met_and_what_could_not_be_is_said(place: Path, tmp_path: Path
 
 
 def test_other_differences_are_refused_as_ever(place: Path) -> None:
-    solved = solve_study(study(place, "peak=125KiB", ("full", "lora")))
+    solved = solve_study(study(place, "peak=98KiB", ("full", "lora")))
     first, *others = solved.cells
     train = first.loaded.recipe.train
-    cut = next(c.loaded.recipe.train.per_device_train_batch_size for c in (first, *others))
-    for odd in ({"weight_decay": 0.1}, {"gradient_accumulation_steps": 3 * 8 // cut}):
+    assert train.gradient_accumulation_steps == 2
+    for odd in ({"weight_decay": 0.1}, {"gradient_accumulation_steps": 3}):
         recipe = first.loaded.recipe.model_copy(update={"train": train.model_copy(update=odd)})
         cell = replace(first, loaded=replace(first.loaded, recipe=recipe))
         with pytest.raises(RecipeError, match=next(iter(odd))):
@@ -177,7 +180,7 @@ def compared(tmp_path: Path) -> dict[str, Any]:
 def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
     cli: Cli, place: Path, tmp_path: Path
 ) -> None:
-    study(place, "null", ("lora", "dense"))
+    study(place, "null", ("lora",))
     path = str(place / "study.yaml")
     option = ("--match", "optimizer_state=6KiB", "-o", "c")
     plan = cli("compare", path, *option, "--dry-run", "--json")
@@ -188,13 +191,11 @@ def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
     assert outcome.code == 0, outcome.err
     found = compared(tmp_path)
     assert found["match"] == "optimizer_state=6KiB" and found["budget"]["request"] == 6 * 1024
-    rows = {row["method"]: row for row in found["budget"]["rows"]}
-    for cell, row in zip(found["cells"], planned["rows"], strict=True):
-        kept = rows[cell["method"]]
-        assert kept["measured"] == measured(cell["run"], "optimizer_state")
-        assert kept["set"] == planned["budget"]["rows"][found["cells"].index(cell)]["set"]
-        wanted = {k: v for k, v in row["recipe"]["method"].items() if k != "name"}
-        assert cell["run"]["method"]["settings"] == wanted
+    (row,), (cell,) = found["budget"]["rows"], found["cells"]
+    assert row["measured"] == measured(cell["run"], "optimizer_state") == row["predicted"]
+    assert row["set"] == planned["budget"]["rows"][0]["set"]
+    wanted = planned["rows"][0]["recipe"]["method"]
+    assert {"name": "lora", **cell["run"]["method"]["settings"]} == wanted
     assert found["parity"]["flagged"] == []
     for text in (outcome.flat, outcome.out):
         assert "Traceback" not in text
@@ -203,8 +204,8 @@ def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
         assert "6KiB" in (tmp_path / "c" / name).read_text()
     # The same command finds all done, at the sizes that were picked; another budget is another.
     again = cli("compare", path, *option)
-    assert again.code == 0 and again.flat.count("done before") == 2, again.err
-    assert "solve" not in again.flat
+    assert again.code == 0 and "done before" in again.flat, again.err
+    assert "solve optimizer_state" not in again.flat
     assert compared(tmp_path)["digest"] == found["digest"]
     other = cli("compare", path, "--match", "optimizer_state=5KiB", "-o", "c", "-q")
     assert other.code == 2 and "another comparison" in other.flat
