@@ -164,12 +164,14 @@ def check_rehearsable(recipe: Recipe) -> None:
 @contextmanager
 def all_here_to_stay() -> Iterator[None]:
     """Inside, what is there already is not searched for garbage, which the meter does a lot."""
+    within = gc.get_freeze_count() > 0  # of another such context: that one ends it
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not within:
+            gc.unfreeze()
 
 
 def _bytes(peak: PhasePeak | None) -> int | None:

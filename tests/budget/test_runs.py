@@ -20,6 +20,7 @@ from sparsegrad_cli.compare.checks import make_checks
 from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.compare.spent import measured, with_measured
 from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.estimate.session import all_here_to_stay
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
@@ -39,7 +40,7 @@ ROWS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
-    with one_thread():
+    with one_thread(), all_here_to_stay():
         yield
 
 
@@ -91,20 +92,18 @@ def rows_of(solved: LoadedStudy, cells: list[dict[str, Any]]) -> dict[str, dict[
 
 
 def test_entries_are_met_exactly_by_all_that_count_in_entries(place: Path, tmp_path: Path) -> None:
-    solved = solve_study(study(place, "trainable=230", ("lora", "meprop", "static")))
+    solved = solve_study(study(place, "trainable=230", ("meprop", "static")))
     rows = rows_of(solved, ran(solved, tmp_path))
     for row in rows.values():
         assert row["measured"] == row["predicted"] and row["verdict"] == "met"
     assert rows["meprop"]["measured"] == rows["static"]["measured"] == 230
-    assert rows["lora"]["measured"] == 2 * 2 * (16 + 40) and rows["lora"]["remainder"] == 6
 
 
 def test_state_is_met_to_the_byte(place: Path, tmp_path: Path) -> None:
-    solved = solve_study(study(place, "optimizer_state=6KiB", ("lora", "bounded", "refresh")))
+    solved = solve_study(study(place, "optimizer_state=6KiB", ("bounded", "refresh")))
     rows = rows_of(solved, ran(solved, tmp_path))
     for row in rows.values():
         assert row["measured"] == row["predicted"] <= 6 * 1024 and row["runs"] == 1
-    assert rows["lora"]["larger"]["takes"] > 6 * 1024
     assert rows["bounded"]["remainder"] < 40 and rows["bounded"]["verdict"] == "met"
 
 
@@ -182,7 +181,7 @@ def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
 ) -> None:
     study(place, "null", ("lora",))
     path = str(place / "study.yaml")
-    option = ("--match", "optimizer_state=6KiB", "-o", "c")
+    option = ("--match", "trainable=230", "-o", "c")
     plan = cli("compare", path, *option, "--dry-run", "--json")
     assert plan.code == 0, plan.err
     planned = json.loads(plan.out)
@@ -190,26 +189,26 @@ def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
     outcome = cli("compare", path, *option, "-q")
     assert outcome.code == 0, outcome.err
     found = compared(tmp_path)
-    assert found["match"] == "optimizer_state=6KiB" and found["budget"]["request"] == 6 * 1024
+    assert found["match"] == "trainable=230" and found["budget"]["request"] == 230
     (row,), (cell,) = found["budget"]["rows"], found["cells"]
-    assert row["measured"] == measured(cell["run"], "optimizer_state") == row["predicted"]
+    assert row["measured"] == measured(cell["run"], "trainable") == row["predicted"] == 224
     assert row["set"] == planned["budget"]["rows"][0]["set"]
     wanted = planned["rows"][0]["recipe"]["method"]
     assert {"name": "lora", **cell["run"]["method"]["settings"]} == wanted
     assert found["parity"]["flagged"] == []
     for text in (outcome.flat, outcome.out):
         assert "Traceback" not in text
-    assert "Budget optimizer_state=6KiB" in " ".join(outcome.out.split())
+    assert "Budget trainable=230" in " ".join(outcome.out.split())
     for name in ("report.html", "report.md", "report.tex"):
-        assert "6KiB" in (tmp_path / "c" / name).read_text()
+        assert "trainable=230" in (tmp_path / "c" / name).read_text()
     # The same command finds all done, at the sizes that were picked; another budget is another.
     again = cli("compare", path, *option)
     assert again.code == 0 and "done before" in again.flat, again.err
-    assert "solve optimizer_state" not in again.flat
+    assert "solve trainable" not in again.flat
     assert compared(tmp_path)["digest"] == found["digest"]
-    other = cli("compare", path, "--match", "optimizer_state=5KiB", "-o", "c", "-q")
+    other = cli("compare", path, "--match", "trainable=500", "-o", "c", "-q")
     assert other.code == 2 and "another comparison" in other.flat
-    refused = cli("compare", path, "--match", "optimizer_state=1KiB", "-o", "d", "-q")
+    refused = cli("compare", path, "--match", "trainable=111", "-o", "d", "-q")
     assert refused.code == 2 and "rank 1" in refused.flat and not (tmp_path / "d").exists()
 
 
