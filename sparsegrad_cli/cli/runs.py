@@ -79,7 +79,8 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run or a comparison again, and write its HTML and Markdown anew."""
+    """Show a run or a comparison again, and write its HTML, Markdown and LaTeX anew."""
+    from sparsegrad_cli.compare.evidence import up_to_date
     from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
@@ -89,6 +90,7 @@ def report(
     record = load_record(run)
     folder = run if run.is_dir() else run.parent
     if "cells" in record:
+        record = up_to_date(record)
         write_compare_report(folder, record)
         _show({**record, "output_dir": str(folder)}, compare_table, as_json)
         return

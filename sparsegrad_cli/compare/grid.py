@@ -22,12 +22,13 @@ from typing import Any
 
 import yaml
 
-from sparsegrad_cli.compare.statistics import make_checks, make_rows
+from sparsegrad_cli.compare.evidence import evidence
+from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.report.records import load_record, write_json_atomic
+from sparsegrad_cli.report.records import REPORTS, load_record, write_json_atomic
 from sparsegrad_cli.rundir import now
 
 SCHEMA = 1
@@ -44,6 +45,10 @@ class Comparison:
         tell: called with a line before each cell.
         quiet: cells show no progress.
         jobs: cells that run at once; the cores are shared out among them.
+        saved: called with the record each time compare.json was written, one call at a time.
+
+    Raises:
+        RecipeError: the methods of the study differ in more than themselves.
     """
 
     def __init__(
@@ -55,8 +60,10 @@ class Comparison:
         tell: Callable[[str], None] = lambda line: None,
         quiet: bool = False,
         jobs: int = 1,
+        saved: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self.study, self.folder = study, folder
+        self._saved = saved
         self._tell, self._quiet, self._jobs = tell, quiet or jobs > 1, jobs
         self._lock = threading.Lock()
         self._running: dict[Path, subprocess.Popen[bytes]] = {}
@@ -69,6 +76,7 @@ class Comparison:
             "started": now(),
             "finished": None,
             "match": study.study.match,
+            "parity": check_parity(study),
             "jobs": jobs,
             "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
             "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
@@ -141,10 +149,10 @@ class Comparison:
                 status=status,
                 finished=None if status == "running" else now(),
                 cells=cells,
-                rows=make_rows(cells),
-                checks=make_checks(cells),
+                **evidence(cells),
             )
             write_json_atomic(self.folder / "compare.json", self.record)
+            self._saved(self.record)
 
     def _ledger(self) -> list[dict[str, Any]]:
         return [
@@ -252,7 +260,7 @@ def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
 
         for name in ("cells", "answers"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("compare.json", "report.html", "report.md"):
+        for name in ("compare.json", *REPORTS):
             (folder / name).unlink(missing_ok=True)
         return
     if not folder.is_dir() or not any(folder.iterdir()):

@@ -69,6 +69,11 @@ class Study(Section):
     seeds: tuple[NonNegativeInt, ...] = Field(SEEDS[:2], min_length=1)
     match: Literal["trainable"] | None = "trainable"
     settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
+    differ: tuple[str, ...] = Field(
+        (),
+        description="recipe keys that may differ between methods, beside method, calibration and "
+        "learning rate; the report flags them",
+    )
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
 

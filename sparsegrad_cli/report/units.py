@@ -98,6 +98,13 @@ def format_spread(mean: float | None, std: float | None, scale: Scale = SCORE) -
     return f"{format_score(mean, scale)} ± {scale.times * std:.{scale.digits}f}"
 
 
+def format_interval(low: float | None, high: float | None, scale: Scale = SCORE) -> str | None:
+    """``58.1 to 62.3``; None where there is no interval (one seed)."""
+    if low is None or high is None:
+        return None
+    return f"{format_score(low, scale)} to {format_score(high, scale)}"
+
+
 def format_number(value: float | None, digits: int = 3) -> str:
     """``digits`` significant digits, thousands separated, small ones as ``3.05e-05``."""
     if value is None:

@@ -38,6 +38,7 @@ from sparsegrad_cli.training.diagnostics import spectra
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
 from sparsegrad_cli.training.setup import Setup, to_device
+from sparsegrad_cli.training.touched import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 
@@ -146,8 +147,8 @@ class TrainingSession(Session):
         )
         _quiet(trainer)
         recorder.trainer = interrupter.trainer = trainer
-        trainer.create_optimizer()
-        self.meter.watch(setup.model, bases=prepared.bases, optimizer=trainer.optimizer)
+        optimizer = trainer.create_optimizer()
+        self.meter.watch(setup.model, bases=prepared.bases, optimizer=optimizer)
         trainer.add_callback(ProbeCallback(self.meter, lambda: self._probe(setup, trainer)))
         last = files.last_checkpoint(self.record.path) if self.resume else None
         initial = None
@@ -162,6 +163,12 @@ class TrainingSession(Session):
         within = trainer.evaluate_seconds - evaluated
         self.seconds["train_s"] = time.perf_counter() - started - within
         self.observer.phase("evaluate", "best model")
+        self.record.save(
+            counts=with_touched(
+                self.record.data["counts"], prepared.counts, setup.model, optimizer
+            ),
+            sparsity=sparsity_map(setup.targets, setup.model, optimizer),
+        )
         self._finish(setup, method, trainer, recorder, initial)
         self.seconds["evaluate_s"] = trainer.evaluate_seconds
         self.record.data["time"].update(self.seconds)

@@ -8,6 +8,9 @@ from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sparsegrad_cli import ranks
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
@@ -33,6 +36,7 @@ from sparsegrad_cli.training.diagnostics import energy_table, spectra
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
+    hash_facts,
     hash_parameters,
     make_setup,
 )
@@ -48,6 +52,7 @@ class Session:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
+        self._tokens = 0  # that calibration and its warm-up have read in this process
 
     def load(self) -> Setup:
         """Model, data and targets; fills model, task, hashes and memory's load phase."""
@@ -91,7 +96,13 @@ class Session:
                 "notes": list(task.notes),
                 "counts": dict(task.counts),
             },
-            hashes={"data": task.data_hash, "head_init": setup.head_hash, "order": {}},
+            precision=setup.precision,
+            hashes={
+                "data": task.data_hash,
+                "head_init": setup.head_hash,
+                "precision": hash_facts(setup.precision),
+                "order": {},
+            },
         )
         return setup
 
@@ -105,15 +116,17 @@ class Session:
         self.observer.total_steps("calibrate", len(own) * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
-            warmup_seconds = time.perf_counter() - started
+            warmup_seconds, warmup_tokens = time.perf_counter() - started, self._tokens
             calibration = calibrate(
                 setup.model,
                 setup.targets,
-                lambda: islice(
-                    calibration_batches(setup, self.calibration_batch, seed),
-                    own.start,
-                    None,
-                    own.step,
+                lambda: self._counted(
+                    islice(
+                        calibration_batches(setup, self.calibration_batch, seed),
+                        own.start,
+                        None,
+                        own.step,
+                    )
                 ),
                 settings.model_copy(update={"steps": len(own)}),
                 seed=seed,
@@ -133,7 +146,11 @@ class Session:
             "seed": seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
-        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
+        # Every process warms the head by itself, and calibrates on its share.
+        read = torch.tensor(self._tokens - warmup_tokens, device=setup.device)
+        ranks.add_up([read])
+        tokens = warmup_tokens + int(read)
+        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": tokens}
         kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
@@ -167,7 +184,7 @@ class Session:
         with warmed_head(
             setup.model,
             # Other batches than those that calibration sees.
-            calibration_batches(setup, self.calibration_batch, seed + 2),
+            self._counted(calibration_batches(setup, self.calibration_batch, seed + 2)),
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
             seed=seed,
@@ -177,6 +194,13 @@ class Session:
         if settings.keep_head and settings.warmup_steps:
             kept = hash_parameters(head_parameters(setup.model))
             self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
+
+    def _counted(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The batches, their tokens counted as they are asked for, padding left out."""
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            self._tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
+            yield batch
 
     @property
     def calibration_batch(self) -> int:

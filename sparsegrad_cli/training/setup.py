@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, h
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.chats import load_chats
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.order import EpochSampler
@@ -30,6 +33,7 @@ class Setup(Parts):
     targets: list[Target]
     fingerprint: str
     head_hash: str
+    precision: dict[str, Any]
     device: torch.device
 
 
@@ -54,6 +58,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
         targets=targets,
         fingerprint=fingerprint(model, targets),
         head_hash=head_hash,
+        precision=precision_of(model, recipe.train, device),
         device=device,
     )
 
@@ -82,6 +87,33 @@ def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
         sha.update(name.encode())
         sha.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> dict[str, Any]:
+    """In what numbers a run computes: the ``precision`` block of run.json.
+
+    Args:
+        model: as loaded, before a method has touched it.
+
+    Returns:
+        ``weights``: entries by dtype; ``autocast``: its dtype or None; ``matmul``: how float32
+        products are made (torch's word; TF32 or not on CUDA); ``device``: its type.
+    """
+    weights: Counter[str] = Counter()
+    for parameter in model.parameters():
+        weights[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    autocast = "bfloat16" if train.bf16 else "float16" if train.fp16 else None
+    return {
+        "weights": dict(sorted(weights.items())),
+        "autocast": autocast,
+        "matmul": torch.get_float32_matmul_precision(),
+        "device": device.type,
+    }
+
+
+def hash_facts(facts: Mapping[str, Any]) -> str:
+    """sha256 (hex) of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:

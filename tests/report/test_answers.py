@@ -16,7 +16,7 @@ from sparsegrad_cli.judge.grades import Grades
 from sparsegrad_cli.judge.prompts import grading_prompt
 from sparsegrad_cli.report.answers_record import SideBySide, load_answers
 from sparsegrad_cli.report.compare_files import write_compare_report
-from sparsegrad_cli.report.html import write_compare_html
+from sparsegrad_cli.report.compare_page import write_compare_html
 from sparsegrad_cli.report.markdown import compare_markdown
 
 EVIL = (
