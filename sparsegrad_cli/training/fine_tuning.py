@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from sparsegrad_cli.data.collate import longest_batch
-from sparsegrad_cli.errors import InterruptedRunError
+from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.scales import scale_of
-from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.basis_file import (
     BasisFile,
@@ -37,7 +36,11 @@ from sparsegrad_cli.training.diagnostics import spectra
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
 from sparsegrad_cli.training.setup import Setup, to_device
+from sparsegrad_cli.training.shelf import Shelf, step_of
 from sparsegrad_cli.training.trainer import SparsegradTrainer
+from sparsegrad_cli.training.writing import save_tensors
+
+_STEPS_KEPT = 10_000  # durations in a checkpoint
 
 
 class TrainingSession(Session):
@@ -49,6 +52,7 @@ class TrainingSession(Session):
         super().__init__(loaded, record, observer)
         self.resume = resume
         self.batch_shape: list[int] | None = None
+        self.trainer: SparsegradTrainer | None = None
 
     def run(self) -> None:
         """Do it all."""
@@ -78,9 +82,9 @@ class TrainingSession(Session):
         given = self.recipe.calibration.basis
         own = self.record.path / BASIS_NAME
         path = Path(given).expanduser() if given else own
-        if not given and not (self.resume and own.is_file()):
+        basis = read_basis(path) if given else self._own_basis(own)
+        if basis is None:
             return self.calibrated(setup)
-        basis = read_basis(path)
         where = self.loaded.where("calibration.basis") if given else str(own)
         check_belongs(basis, setup.targets, setup.fingerprint, where)
         method = self.method
@@ -100,10 +104,20 @@ class TrainingSession(Session):
                 "spectra": spectra(one_per_kind(dict(basis.bases), setup)),
             }
         )
-        if self.recipe.calibration.keep_head and not self.resume:
+        if self.recipe.calibration.keep_head:
             with self.warmed_head(setup):
                 pass
         return basis
+
+    def _own_basis(self, path: Path) -> BasisFile | None:
+        """What the run that is resumed has made, if that is whole."""
+        if not self.resume or not path.is_file():
+            return None
+        try:
+            return read_basis(path)
+        except FileFormatError as error:
+            self.observer.note(f"{error.what}: {path.name} is made again")
+            return None
 
     def _record_method(self, prepared: Prepared) -> None:
         settings = self.recipe.method.model_dump()
@@ -122,33 +136,14 @@ class TrainingSession(Session):
     def _train(
         self, setup: Setup, method: Method, prepared: Prepared, asked: threading.Event
     ) -> None:
-        from transformers import EarlyStoppingCallback
-
-        train = self.recipe.train
         history: list[dict[str, Any]] = []
         recorder = RecordCallback(self.record.path, self.observer, history)
-        interrupter = InterruptCallback(asked)
-        callbacks: list[Any] = [recorder, interrupter]
-        if train.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
-        trainer = SparsegradTrainer(
-            recipe=self.recipe,
-            method=method,
-            objective=setup.objective,
-            validation=setup.validation,
-            model=setup.model,
-            args=training_arguments(self.recipe, self.record.path, setup.objective.metric),
-            train_dataset=setup.train_data,
-            data_collator=setup.collator,
-            processing_class=setup.tokenizer,
-            callbacks=callbacks,
-        )
-        _quiet(trainer)
-        recorder.trainer = interrupter.trainer = trainer
-        trainer.create_optimizer()
+        trainer = self._trainer(setup, method, recorder, asked)
         self.meter.watch(setup.model, bases=prepared.bases, optimizer=trainer.optimizer)
-        trainer.add_callback(ProbeCallback(self.meter, lambda: self._probe(setup, trainer)))
-        last = files.last_checkpoint(self.record.path) if self.resume else None
+        last = trainer.shelf.find(self.observer.note) if self.resume else None
+        start = step_of(last) if last else None
+        recorder.cut(start)
+        self.record.save(resumed_from=(start or 0) if self.resume else None)
         initial = None
         if last is None:
             self.observer.phase("evaluate", "before the first step")
@@ -156,14 +151,67 @@ class TrainingSession(Session):
             initial = trainer.last_evaluation
         self.observer.phase("train", self.recipe.method.name)
         torch.manual_seed(self.recipe.seed)  # dropout is the same whatever was drawn before
-        started, evaluated = time.perf_counter(), trainer.evaluate_seconds
+        clock = time.perf_counter() - trainer.evaluate_seconds
+        trainer.measured = lambda: self._measured(recorder, clock)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        within = trainer.evaluate_seconds - evaluated
-        self.seconds["train_s"] = time.perf_counter() - started - within
+        self.seconds["train_s"] = self._measured(recorder, clock)["train_s"]
         self.observer.phase("evaluate", "best model")
         self._finish(setup, method, trainer, recorder, initial)
         self.seconds["evaluate_s"] = trainer.evaluate_seconds
         self.record.data["time"].update(self.seconds)
+        self.record.save()
+        trainer.shelf.finish(trainer.best_checkpoint)
+
+    def _trainer(
+        self, setup: Setup, method: Method, recorder: RecordCallback, asked: threading.Event
+    ) -> SparsegradTrainer:
+        from transformers import EarlyStoppingCallback
+
+        train = self.recipe.train
+        interrupter = InterruptCallback(asked)
+        callbacks: list[Any] = [recorder, interrupter]
+        if train.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
+        arguments = training_arguments(self.recipe, self.record.path, setup.objective.metric)
+        calibration = self.record.data.get("calibration") or {}
+        trainer = SparsegradTrainer(
+            recipe=self.recipe,
+            method=method,
+            objective=setup.objective,
+            validation=setup.validation,
+            shelf=Shelf(
+                self.record.path,
+                digest(self.recipe),
+                limit=train.save_total_limit,
+                keep_best=arguments.load_best_model_at_end,
+            ),
+            basis=calibration.get("digest"),
+            model=setup.model,
+            args=arguments,
+            train_dataset=setup.train_data,
+            data_collator=setup.collator,
+            processing_class=setup.tokenizer,
+            callbacks=callbacks,
+        )
+        _quiet(trainer)
+        self.trainer = recorder.trainer = interrupter.trainer = trainer
+        trainer.create_optimizer()
+        trainer.add_callback(ProbeCallback(self.meter, lambda: self._probe(setup, trainer)))
+        return trainer
+
+    def _measured(self, recorder: RecordCallback, clock: float) -> dict[str, Any]:
+        """What a checkpoint keeps of time and memory; ``clock`` says when training began."""
+        assert self.trainer is not None
+        before = self.trainer.resumed.measured if self.trainer.resumed else {}
+        here = time.perf_counter() - clock - self.trainer.evaluate_seconds
+        memory = {**self.meter.report(), "batch_shape": self.batch_shape}
+        if "backward" not in memory["phases"]:  # killed after the probe, and past it now
+            memory = before.get("memory", memory)
+        return {
+            "train_s": before.get("train_s", 0.0) + here,
+            "steps_s": recorder.timer.durations[-_STEPS_KEPT:],
+            "memory": memory,
+        }
 
     def _finish(
         self,
@@ -188,7 +236,7 @@ class TrainingSession(Session):
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
         adapter = self.record.path / "adapter" / "adapter.safetensors"
-        files.save_tensors(
+        save_tensors(
             adapter,
             method.adapter_tensors(setup.model),
             {"method": method.name, "recipe_digest": self.record.data["recipe_digest"]},
@@ -203,7 +251,7 @@ class TrainingSession(Session):
                 "train": recorder.train_log,
                 "notes": trainer.score_notes,
             },
-            memory={**self.meter.report(), "batch_shape": self.batch_shape},
+            memory=trainer.measured()["memory"],
             time={
                 "steps": steps,
                 **timing,
