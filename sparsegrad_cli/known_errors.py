@@ -18,6 +18,8 @@ _PHRASES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA out of memory",
 )
+# oneDNN's words where an allocation fails inside it, and where a CPU lacks an instruction.
+_PERHAPS = ("could not create a primitive", "could not create a memory", "could not execute a")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,6 +30,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(p in str(error) for p in _PHRASES)
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """It is, or it can be and only a smaller batch can tell."""
+    perhaps = isinstance(error, RuntimeError) and any(p in str(error) for p in _PERHAPS)
+    return perhaps or is_out_of_memory(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,8 @@
 Written last, so that a checkpoint without it is not whole::
 
     {"format": 1, "recipe": "<digest>", "versions": {"sparsegrad": "0.1.0", "torch": "2.13.0"},
-     "files": {"trainable.safetensors": {"bytes": 1234, "sha256": "<hex>"}, ...}}
+     "files": {"trainable.safetensors": {"bytes": 1234, "sha256": "<hex>"}, ...},
+     "check": "<sha256 of all of the above>"}
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ def seal(folder: Path, recipe: str) -> None:
         "versions": {name: versions[name] for name in _VERSIONS},
         "files": {path.name: _about(path) for path in sorted(folder.iterdir())},
     }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(checked(content), indent=1), encoding="utf-8")
+
+
+def checked(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a digest of itself."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "check": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def damage(folder: Path) -> str | None:
@@ -99,7 +106,11 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """The manifest (OSError; ValueError and its kin where it is damaged)."""
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    check = content.pop("check")
+    if check != checked(content)["check"]:
+        raise ValueError("the manifest does not fit its own digest")
     return content
 
 

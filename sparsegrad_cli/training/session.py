@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.targets import head_parameters
@@ -27,12 +28,14 @@ from sparsegrad_cli.training.calibration import (
     passes_of,
 )
 from sparsegrad_cli.training.diagnostics import energy_table, spectra
+from sparsegrad_cli.training.memory_out import explain
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
     hash_parameters,
     make_setup,
 )
+from sparsegrad_cli.training.trials import Situation
 from sparsegrad_cli.training.warmup import warmed_head
 
 BASIS_NAME = "basis.safetensors"
@@ -45,10 +48,29 @@ class Session:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
+        self.known = Situation()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Inside, memory that runs out does so with an explanation (OutOfMemoryError)."""
+        try:
+            yield
+        except Exception as error:
+            if not may_be_out_of_memory(error):
+                raise
+            explained = explain(error, self.recipe, self.known)
+            if not is_out_of_memory(error) and explained.details["fits"] is None:
+                raise
+            raise explained from None
+
+    def enter(self, phase: str, detail: str) -> None:
+        """A phase begins; should memory run out in it, this is where."""
+        self.known.at = phase
+        self.observer.phase(phase, detail)
 
     def load(self) -> Setup:
         """Model, data and targets; fills model, task, hashes and memory's load phase."""
-        self.observer.phase("load", self.recipe.model.name)
+        self.enter("load", self.recipe.model.name)
         started = time.perf_counter()
         setup = make_setup(self.loaded, self.observer)
         self.seconds["load_s"] = time.perf_counter() - started
@@ -61,6 +83,7 @@ class Session:
         self.meter.watch(setup.model)
         with self.meter.phase("load"):
             pass
+        self.known.setup = setup
         config: Any = setup.model.config
         task = setup.task
         self.record.save(
@@ -96,18 +119,16 @@ class Session:
         settings, seed = self.recipe.calibration, self.recipe.seed
         passes = passes_of(settings)
         again = f", {passes} passes" if passes > 1 else ""
-        self.observer.phase("calibrate", f"{settings.steps} steps, no update{again}")
+        self.enter("calibrate", f"{settings.steps} steps, no update{again}")
+        self.known.calibration_batch = self.calibration_batch
+        self.known.calibrate = lambda size: self._calibrate(setup, size, steps=1)
         self.observer.total_steps("calibrate", settings.steps * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
             warmup_seconds = time.perf_counter() - started
-            calibration = calibrate(
-                setup.model,
-                setup.targets,
-                lambda: calibration_batches(setup, self.calibration_batch, seed),
-                settings,
-                seed=seed,
-                rank=self._rank,
+            calibration = self._calibrate(
+                setup,
+                self.calibration_batch,
                 meter=lambda: self.meter.phase("calibrate"),
                 on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
             )
@@ -149,6 +170,20 @@ class Session:
             }
         )
         return calibration
+
+    def _calibrate(
+        self, setup: Setup, batch_size: int, steps: int | None = None, **told: Any
+    ) -> Calibration:
+        settings, seed = self.recipe.calibration, self.recipe.seed
+        return calibrate(
+            setup.model,
+            setup.targets,
+            lambda: calibration_batches(setup, batch_size, seed),
+            settings.model_copy(update={"steps": steps or settings.steps}),
+            seed=seed,
+            rank=self._rank,
+            **told,
+        )
 
     @contextmanager
     def warmed_head(self, setup: Setup) -> Iterator[None]:
@@ -207,6 +242,10 @@ class CalibrationSession(Session):
 
     def run(self) -> None:
         """Do it all."""
+        with self.explained():
+            self._run()
+
+    def _run(self) -> None:
         setup = self.load()
         calibration = self.calibrated(setup)
         settings = self.recipe.calibration

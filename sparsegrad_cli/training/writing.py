@@ -7,6 +7,7 @@ which nobody reads and the next write takes away.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -149,11 +150,14 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # nothing to be synced there
+            raise
     finally:
         os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """A folder's names on the disk; some file systems know no such thing."""
+    """A folder's names on the disk, where the file system does that."""
     with suppress(OSError):
         _sync(folder)
