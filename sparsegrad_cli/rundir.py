@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import (
     DiskError,
     FileFormatError,
+    InterruptedRunError,
     RecipeError,
     SparsegradError,
     UsageError,
 )
 from sparsegrad_cli.locking import NAME as LOCK
-from sparsegrad_cli.locking import RunLock
+from sparsegrad_cli.locking import RunLock, owner_of
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
@@ -69,8 +71,10 @@ def held_run_dir(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
+    # Of processes that train together, the first holds the folder for all.
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        with RunLock(path):
+        with RunLock(path) if first else nullcontext():
             yield
     finally:
         if made:
@@ -194,3 +198,17 @@ class RunRecord:
 def now() -> str:
     """The time in UTC, to the second, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def as_it_is(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A run's record; of one that was killed, and so could not say it, with that status."""
+    if "cells" in record or record.get("status") != "running" or owner_of(folder) is not None:
+        return record
+    trains = record.get("command") == "train"
+    error = {
+        "title": InterruptedRunError.title,
+        "what": "the process was killed",
+        "where": None,
+        "fix": f"sparsegrad train {folder} --resume" if trains else "again, with --overwrite",
+    }
+    return {**record, "status": InterruptedRunError.status, "error": error}

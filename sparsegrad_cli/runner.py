@@ -41,9 +41,11 @@ def train(
         SparsegradError: of the kind that says what happened; the run directory is left with a
             run.json that says so too, and with its last checkpoint.
     """
-    from sparsegrad_cli.training.fine_tuning import TrainingSession
 
     def work(record: RunRecord, observer: Observer) -> None:
+        # Seconds of importing, for a run that may: a folder that is refused is refused at once.
+        from sparsegrad_cli.training.fine_tuning import TrainingSession
+
         TrainingSession(loaded, record, observer, resume=resume).run()
 
     return _run(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
@@ -53,9 +55,10 @@ def calibrate(
     loaded: LoadedRecipe, observer: Observer | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`."""
-    from sparsegrad_cli.training.session import CalibrationSession
 
     def work(record: RunRecord, observer: Observer) -> None:
+        from sparsegrad_cli.training.session import CalibrationSession
+
         CalibrationSession(loaded, record, observer).run()
 
     return _run(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)

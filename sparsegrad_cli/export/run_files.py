@@ -10,6 +10,7 @@ from typing import Any
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.report.records import load_record
+from sparsegrad_cli.rundir import as_it_is
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (
@@ -90,8 +91,8 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
             trained.
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
-    record = load_record(run)
     folder = run if run.is_dir() else run.parent
+    record = as_it_is(load_record(run), folder)
     if "cells" in record:
         raise UsageError(
             f"{folder} is a comparison, not a run", fix=f"name one of its runs in {folder}/cells"

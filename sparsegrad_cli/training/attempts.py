@@ -5,10 +5,11 @@ For a run that is over: weights and optimizer state are not what they were after
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,8 @@ def forget(error: BaseException) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc's heap, whose holes fit nothing larger
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -7,9 +7,10 @@ nothing of this reaches its files.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def explain(error: BaseException, recipe: Recipe, known: Situation) -> OutOfMemo
             failed, fits = _search(size, try_size)
         except Exception as another:  # no room even to look: the first error is the one to show
             forget(another)
-    if failed is not None and not failed.fits and not module:
+    if failed is not None and failed.phase == phase and not module:
         module = failed.module
     amount = f": {format_bytes(asked)} more were asked for" if asked else f": {reason}"
     inside = f", in {module}" if module else ""
@@ -98,7 +99,7 @@ def _whereabouts(at: TracebackType | None, model: nn.Module | None, phase: str) 
     names = {id(m): n or type(m).__name__ for n, m in model.named_modules()} if model else {}
     found, module = phase if phase != "train" else "forward", ""
     while at is not None:
-        code, owner = at.tb_frame.f_code, at.tb_frame.f_locals.get("self")
+        code, owner = at.tb_frame.f_code, _self_of(at.tb_frame)
         if isinstance(owner, nn.Module):
             module = names.get(id(owner), module)
         elif isinstance(owner, torch.optim.Optimizer):
@@ -111,6 +112,17 @@ def _whereabouts(at: TracebackType | None, model: nn.Module | None, phase: str) 
             found, module = "backward", ""
         at = at.tb_next
     return found, module
+
+
+def _self_of(frame: FrameType) -> object:
+    """The object whose method a frame runs; nothing is kept alive by having looked."""
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        return None
+    names = frame.f_locals
+    owner = names.get("self")
+    if isinstance(names, dict):  # before python 3.13 a copy, which would outlive the frame's own
+        names.clear()
+    return owner
 
 
 def _asked(text: str) -> int | None:

@@ -130,6 +130,9 @@ def test_a_killed_run_leaves_what_says_so(bench: Bench, tmp_path: Path) -> None:
         "checkpoint-2",
         "checkpoint-4.partial",
     ]
+    shown = bench.killer.run("report", str(run), "--json")
+    assert shown.code == 0 and json.loads(shown.out)["status"] == "interrupted"
+    assert "was killed" in json.loads(shown.out)["error"]["what"]
     again = bench.train("full", run)
     assert again.code == 2 and "--resume" in again.err
     manifest = json.loads((run / "checkpoint-2" / "manifest.json").read_text())

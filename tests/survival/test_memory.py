@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from little import base_folder, sentences
 from surviving import record
 from tiny import one_thread
 
-ROWS, WIDE = 512, 1024  # an activation of the wide layer: 512 x 11 x 1024 x 4 bytes, 22 MiB
+ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4
+LEFT = 100  # MiB: three of these do not fit, and a small batch does
 Short = Callable[..., tuple[Ended, dict[str, Any], Path]]
 
 
@@ -70,7 +72,7 @@ def checked(ended: Ended, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
-    ended, run, _ = short("method=full", left=30)
+    ended, run, _ = short("method=full", left=LEFT)
     error = checked(ended, run)
     assert error["phase"] == "forward" and error["module"].startswith("bert.encoder.layer.")
     assert error["asked_bytes"] == WIDE_ONE
@@ -79,7 +81,7 @@ def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
     size = fits["train.per_device_train_batch_size"]
     assert size in {2**n for n in range(9)}
     assert size * fits["train.gradient_accumulation_steps"] == ROWS
-    assert 0 < fits["peak_bytes"] < 30 * 2**20
+    assert 0 < fits["peak_bytes"] < LEFT * 2**20
     said = flat(ended)
     assert f"a batch of {size} fits" in said
     assert f"train.gradient_accumulation_steps={ROWS // size}" in said
@@ -87,27 +89,28 @@ def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
         "method=full",
         f"train.per_device_train_batch_size={size}",
         f"train.gradient_accumulation_steps={ROWS // size}",
-        left=30,
+        left=LEFT,
     )
     assert again.code == 0, again.err
-    assert run["memory"]["phases"]["backward"]["peak_bytes"] < 30 * 2**20
+    assert run["memory"]["phases"]["backward"]["peak_bytes"] < LEFT * 2**20
 
 
 def test_backward_names_module_and_largest_tensors(short: Short) -> None:
-    """In LoRA's frozen layers, the forward pass keeps little: its backward pass needs more."""
-    for left in range(200, 600, 40):
-        ended, run, _ = short("method=lora", left=left)
-        if ended.code == 3 and run["error"]["phase"] == "backward":
+    """Six wide activations are kept, the backward pass needs two more at once."""
+    for left in (340, 325, 355, 310, 370):  # what libraries take of it is theirs to say
+        ended, run, _ = short("method=full", left=left)
+        if ended.code == 3 and run["error"]["phase"] == "backward" and run["error"]["module"]:
             break
     error = checked(ended, run)
     assert error["phase"] == "backward" and error["module"].startswith("bert.")
     sizes = [tensor["bytes"] for tensor in error["tensors"]]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] >= WIDE_ONE
-    first = error["tensors"][0]
-    assert first["category"] == "saved_activations" and first["shape"] == [ROWS, 11, WIDE]
-    assert first["of"].startswith("bert.encoder.layer.") and first["dtype"] == "float32"
+    saved = next(t for t in error["tensors"] if t["category"] == "saved_activations")
+    assert math.prod(saved["shape"]) == ROWS * 11 * WIDE and saved["dtype"] == "float32"
+    assert saved["of"].startswith("bert.encoder.layer.") and saved["bytes"] == WIDE_ONE
     assert "the largest tensors then:" in flat(ended)
-    assert f"saved activations, {ROWS} x 11 x {WIDE} float32" in flat(ended)
+    shape = " x ".join(map(str, saved["shape"]))
+    assert f"44.0 MiB saved activations, {shape} float32, {saved['of']}" in flat(ended)
 
 
 def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short) -> None:
@@ -115,7 +118,7 @@ def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short)
     ended, run, folder = short(
         *settings,
         f"train.per_device_eval_batch_size={ROWS}",
-        left=20,
+        left=60,
         moment="short-of-memory-later",
     )
     error = checked(ended, run)
@@ -127,10 +130,7 @@ def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short)
 
 
 def test_calibration_blames_its_own_batch(short: Short) -> None:
-    settings = ("method.form=materialized", "method.density=0.01")
-    ended, run, folder = short(*settings, "calibration.source=original", left=400)
-    assert ended.code in (0, 3)  # without gradients there is nothing of the batch's size
-    ended, run, folder = short(*settings, left=130)
+    ended, run, folder = short("method.form=materialized", "method.density=0.01", left=LEFT)
     error = checked(ended, run)
     assert error["phase"] == "calibrate"
     assert error["where"] == f"calibration.batch_size = {ROWS}"
