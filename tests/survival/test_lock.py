@@ -29,10 +29,10 @@ from pathlib import Path
 from sparsegrad_cli.locking import RunLock
 lock = RunLock(Path(sys.argv[1]))
 if len(sys.argv) > 2 and os.fork() == 0:
-    print("child", os.getpid(), flush=True)
-    time.sleep(600)
-print("held", os.getpid(), flush=True)
-time.sleep(600)
+    os.write(1, b"child %d\\n" % os.getpid())
+    time.sleep(3600)
+os.write(1, b"held %d\\n" % os.getpid())
+time.sleep(3600)
 """
 
 
