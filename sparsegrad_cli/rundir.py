@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import (
     DiskError,
     FileFormatError,
@@ -25,7 +25,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
 
 SCHEMA = 1
-_OURS = ("checkpoint-*", "adapter", "model", "export-*")
+_OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers")
 _OUR_FILES = (
     "run.json",
     "recipe.yaml",
@@ -71,10 +71,8 @@ def held_run_dir(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
-    # Of processes that train together, the first holds the folder for all.
-    first = os.environ.get("RANK", "0") == "0"
     try:
-        with RunLock(path) if first else nullcontext():
+        with RunLock(path):
             yield
     finally:
         if made:
@@ -160,6 +158,8 @@ def _recipe_of(path: Path) -> str | None:
 class RunRecord:
     """run.json of a living run: written whole at every milestone, so that it is never missing.
 
+    Of several processes the first alone writes.
+
     Args:
         path: the run directory.
         data: the first content; ``status`` is set to ``running``.
@@ -179,10 +179,13 @@ class RunRecord:
     def save(self, **changes: Any) -> None:
         """Merge changes and write."""
         self.data.update(changes)
-        write_json_atomic(self.path / "run.json", self.data)
+        if ranks.is_first():
+            write_json_atomic(self.path / "run.json", self.data)
 
     def finish(self, error: SparsegradError | None = None) -> None:
-        """Set the final status and write."""
+        """Set the final status and write. What is done stays done, whatever comes after it."""
+        if self.data["status"] == "done":
+            error = None
         problem = None
         if error is not None:
             problem = {

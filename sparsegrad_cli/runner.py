@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError
 from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
@@ -15,6 +16,8 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.rundir import RunRecord, choose_run_dir, held_run_dir, open_run_dir
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.estimate.rehearsal import Conditions
+    from sparsegrad_cli.estimate.session import Room
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.generate.answering import Answerer
     from sparsegrad_cli.generate.options import (
@@ -96,12 +99,14 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
     """Have a model answer questions, into a file that a later call goes on with.
 
     Returns:
-        The model, the settings, what was asked and kept, and ``answers``, a line a question.
+        The model, the settings, what was asked and kept, and ``answers``, a line a question. Of a
+        comparison, whose models all answer: the content of answers/<questions>.json.
 
     Raises:
         SparsegradError: of the kind that says what happened; answers so far are kept.
     """
     from sparsegrad_cli.generate.questions import Question, read_questions
+    from sparsegrad_cli.generate.side_by_side import is_study
 
     observer = observer or Observer()
     if options.prompt is not None:
@@ -110,6 +115,10 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
         questions = read_questions(options.questions or "")
     try:
         with _generating():
+            if is_study(options.model.source):
+                from sparsegrad_cli.generate.study import answer_study
+
+                return answer_study(options, questions, observer)
             from sparsegrad_cli.generate.session import answer_questions
 
             answerer, about = _answerer(options.model, options.settings, observer)
@@ -163,6 +172,35 @@ def _generating() -> AbstractContextManager[None]:
     )
 
 
+def estimate(
+    cells: Sequence[tuple[str, LoadedRecipe]],
+    conditions: Conditions,
+    room: Room | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """What a training step of each recipe will need; see :func:`estimate_steps`.
+
+    Args:
+        cells: label and recipe of every row.
+        conditions: what is supposed beside the recipes.
+        room: also find the largest batch that fits there.
+
+    Raises:
+        SparsegradError: of the kind that says what happened.
+    """
+    from sparsegrad_cli.estimate.session import estimate_steps
+
+    observer = observer or Observer()
+    try:
+        with known_errors(
+            again="run the same command again",
+            memory=("estimate", "fewer methods at a time: shapes alone take a few hundred MiB"),
+        ):
+            return estimate_steps(cells, conditions, room, observer)
+    finally:
+        observer.close()
+
+
 def judge(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:
     """Have answers graded, or compared, by a language model behind an endpoint. Needs no torch.
 
@@ -196,15 +234,22 @@ def _run(
 ) -> dict[str, Any]:
     observer = observer or Observer()
     recipe = loaded.recipe
-    run_dir = choose_run_dir(recipe, command)
-    try:
-        with held_run_dir(run_dir):
-            open_run_dir(run_dir, recipe, resume=resume, overwrite=overwrite)
-            record = _recorded(loaded, command, run_dir, work, observer)
+    ranks.join(use_cpu=recipe.train.use_cpu)
+    with ExitStack() as held:
+        held.callback(observer.close)
+
+        def opened() -> Path:
+            path = choose_run_dir(recipe, command)
+            held.enter_context(held_run_dir(path))
+            open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
+            return path
+
+        # Of processes that train together, the first holds the folder for all.
+        run_dir = ranks.from_first(opened)
+        record = _recorded(loaded, command, run_dir, work, observer)
+        if ranks.is_first():
             with known_errors(again=f"sparsegrad report {run_dir}"):
                 _write_report(record, observer)
-    finally:
-        observer.close()
     return record.data
 
 
@@ -227,6 +272,7 @@ def _recorded(
             "recipe_digest": digest(recipe),
             "seed": recipe.seed,
             "output_dir": str(run_dir),
+            "processes": ranks.count(),
             "environment": collect("cpu" if recipe.train.use_cpu else None),
             "git": git_state(Path.cwd()),
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -56,3 +56,14 @@ def scale_of(metric: str | None) -> Scale:
     if metric is None:
         return SCORE
     return METRICS.get(metric) or Scale(metric.replace("_", " "))
+
+
+def common_metric(metrics: Sequence[str | None]) -> str | None:
+    """The metric under which means over tasks mean something; None where there is none.
+
+    One metric is its own; several are a ``score`` where all are shares of 1, as GLUE averages them.
+    """
+    if len(set(metrics)) == 1:
+        return metrics[0] or "score"
+    shares = all(scale_of(name).times == SCORE.times for name in metrics)
+    return "score" if metrics and shares else None

@@ -83,12 +83,17 @@ def talker(
     template: str | None = CHATML,
     seed: int = 3,
     endless: bool = False,
+    **shape: int,
 ) -> Path:
     """A folder with a tiny random LLaMA, which babbles bytes; ``endless``: and never stops."""
     from transformers import AutoModelForCausalLM
 
     settings = config(
-        "llama", vocab_size=260, initializer_range=0.3, max_position_embeddings=positions
+        "llama",
+        vocab_size=260,
+        initializer_range=0.3,
+        max_position_embeddings=positions,
+        **shape,
     )
     if endless:
         settings.eos_token_id = None

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsegrad_cli.cli import compare as compare_command
+from sparsegrad_cli.cli import estimate as estimate_command
 from sparsegrad_cli.cli import export as export_command
 from sparsegrad_cli.cli import generate as generate_command
 from sparsegrad_cli.cli import judge as judge_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("train")(run_commands.train)
 app.command("calibrate")(run_commands.calibrate)
 app.command("compare")(compare_command.compare)
+app.command("estimate")(estimate_command.estimate)
 app.command("validate")(recipe_commands.validate)
 app.command("report")(run_commands.report)
 app.command("export")(export_command.export)

@@ -41,7 +41,8 @@ def compare(
 ) -> None:
     """Compare methods on one recipe, or run a study: same data order, same head, several seeds.
 
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. report.html is there from the first
+    run on, and renews itself. Methods that differ in more than themselves are refused.
 
     [bold]sparsegrad compare --methods lora,meprop,sparsegrad[/bold]
     [bold]sparsegrad compare recipes/quickstart.yaml[/bold]
@@ -49,11 +50,12 @@ def compare(
     from rich.console import Console
 
     from sparsegrad_cli.compare.grid import Comparison, open_folder
-    from sparsegrad_cli.report.html import write_compare_html
-    from sparsegrad_cli.report.markdown import compare_markdown
+    from sparsegrad_cli.compare.parity import check_parity
+    from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table
 
     study = _study(recipe, methods, seeds)
+    check_parity(study)  # before --overwrite forgets anything
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
     open_folder(study, folder, overwrite=overwrite)
     err = Console(stderr=True, quiet=quiet or as_json)
@@ -65,10 +67,9 @@ def compare(
         tell=lambda line: err.print(f"[bold]{line}[/bold]", highlight=False),
         quiet=quiet or as_json,
         jobs=jobs,
+        saved=LiveReport(folder, lambda line: err.print(line, highlight=False, markup=False)),
     )
     record = comparison.run()
-    (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")
-    write_compare_html(record, folder / "report.html")
     if as_json:
         typer.echo(json.dumps(record))
     else:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
 from sparsegrad_cli.report.access import harmless
 
@@ -64,7 +65,9 @@ def show(error: SparsegradError) -> None:
             body.append(harmless(f"\nwhere  {error.where}"), style="dim")
         if error.fix:
             body.append(harmless(f"\nfix    {error.fix}"), style="bold")
-    console.print(Panel(body, title=error.title, title_align="left", border_style=colour))
+    several = f" (process {ranks.number()})" if ranks.count() > 1 else ""
+    title = error.title + several
+    console.print(Panel(body, title=title, title_align="left", border_style=colour))
 
 
 def _append_problem(body: Text, problem: Problem) -> None:

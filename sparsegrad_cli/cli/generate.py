@@ -24,7 +24,7 @@ def generate(
         typer.Argument(
             metavar="RUN_OR_MODEL",
             help="A run of a chat task, an exported folder, a model's folder, a hub id or "
-            "builtin:smollm2.",
+            "builtin:smollm2; or a comparison of chat tasks, whose models all answer.",
             show_default=False,
         ),
     ],
@@ -95,17 +95,23 @@ def generate(
     """Ask a trained model, or the one it started from: one prompt, a file of questions, or a talk.
 
     Without a prompt it reads turns line by line, from the terminal or a pipe. Answers to a file of
-    questions are kept: the same command answers only what is missing.
+    questions are kept: the same command answers only what is missing. A comparison's report shows
+    the answers of its models side by side.
 
     [bold]sparsegrad generate runs/chat --prompts builtin:questions[/bold]
     """
     from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
+    from sparsegrad_cli.generate.side_by_side import is_study
 
     settings = GenerationSettings(system, max_new_tokens, temperature, top_p, seed)
     model = ModelOptions(run, tuple(overrides or ()), device, dtype)
     if prompt is not None and prompts is not None:
         raise UsageError("--prompt and --prompts exclude each other")
-    if prompt is None and prompts is None:
+    study = is_study(run)
+    talk = prompt is None and prompts is None
+    if study:
+        _check_study(run, talk=talk, output=output, dtype=dtype)
+    if talk:
         if as_json or output is not None:
             raise UsageError("--json and --output go with --prompt or --prompts")
         _talk(model, settings, quiet)
@@ -118,7 +124,9 @@ def generate(
     options = GenerateOptions(model, settings, prompts, prompt, batch_size, output)
     with _observer(quiet or as_json) as observer:
         record = runner.generate(options, observer)
-    if as_json:
+    if study:
+        _finish_study(Path(run).expanduser(), record, as_json)
+    elif as_json:
         typer.echo(json.dumps(record))
     elif prompt is not None:
         _show_answer(record)
@@ -178,3 +186,48 @@ def _show_file(record: dict[str, Any]) -> None:
         )
     )
     console.print(Text(f"Answers: {record['output']}"))
+
+
+def _check_study(study: str, *, talk: bool, output: Path | None, dtype: str | None) -> None:
+    """Refuse what goes with one model only."""
+    if talk:
+        raise UsageError(
+            f"a conversation is with one model, and {study} is a comparison",
+            fix=f"--prompts FILE asks all its models; {study}/cells holds them one by one",
+        )
+    if output is not None or dtype is not None:
+        option = "--dtype" if output is None else "--output"
+        raise UsageError(
+            f"{option} is for one model: the runs of a comparison have their own", where=option
+        )
+
+
+def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
+    """What a comparison's models answered; exit code 1 if one of them could not be asked."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from sparsegrad_cli.report.access import harmless
+    from sparsegrad_cli.report.answers_grades import column_label
+    from sparsegrad_cli.report.answers_record import column_outcome
+    from sparsegrad_cli.report.compare_files import write_compare_report
+    from sparsegrad_cli.report.records import load_record
+
+    kept = record["output"] is not None
+    if kept:
+        write_compare_report(study, load_record(study))
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        console = Console(highlight=False)
+        for column in record["columns"]:
+            parts = Text.assemble((column_label(column), "bold"), "  ")
+            if kept or column["status"] != "done":
+                console.print(parts.append(column_outcome(column)))
+                continue
+            console.print(parts)
+            typer.echo(harmless(column["answers"][0]["answers"][0]) + "\n")
+        if kept:
+            console.print(Text(f"Report: {study / 'report.html'}"))
+    if record["status"] != "done":
+        raise typer.Exit(1)

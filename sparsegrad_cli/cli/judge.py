@@ -16,7 +16,8 @@ def judge(
         list[Path],
         typer.Argument(
             metavar="ANSWERS.jsonl...",
-            help="What `sparsegrad generate --prompts` wrote, one model or several.",
+            help="What `sparsegrad generate --prompts` wrote, one model or several; or a "
+            "comparison's folder, for all its models.",
             show_default=False,
         ),
     ],
@@ -50,7 +51,10 @@ def judge(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder; runs/judge-<answers> by default.", show_default=False
+            "--output",
+            "-o",
+            help="Folder; runs/judge-<answers> by default, or judge-<questions> in a comparison.",
+            show_default=False,
         ),
     ] = None,
     pairwise: Annotated[
@@ -83,7 +87,8 @@ def judge(
     """Let a language model grade answers from 1 to 10, turn by turn, or compare two models.
 
     Answers and questions are sent to the endpoint, and to nobody else. Verdicts are kept: the same
-    command asks only for what is missing. Exit code 1 if a request failed for good.
+    command asks only for what is missing. A comparison's report shows the grades of its models
+    beside their answers. Exit code 1 if a request failed for good.
 
     [bold]sparsegrad judge a.jsonl b.jsonl --questions builtin:questions
     --endpoint http://localhost:8000/v1 --model judge[/bold]
@@ -93,6 +98,8 @@ def judge(
     from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.judge.session import REPORT, JudgeOptions
+    from sparsegrad_cli.report.compare_files import write_compare_report
+    from sparsegrad_cli.report.records import load_record
     from sparsegrad_cli.report.terminal import judge_table
 
     options = JudgeOptions(
@@ -111,6 +118,8 @@ def judge(
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
         record = runner.judge(options, observer)
+    if options.study is not None:
+        write_compare_report(options.study, load_record(options.study))
     if as_json:
         typer.echo(json.dumps(record))
     else:

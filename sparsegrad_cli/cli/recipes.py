@@ -27,9 +27,11 @@ def validate(
     """Check a recipe or a study and print it resolved, defaults written out. Loads no model."""
     source, overrides = split_arguments(recipe)
     if source is not None and is_study(source):
+        from sparsegrad_cli.compare.parity import check_parity
         from sparsegrad_cli.recipe.study import load_study
 
         study = load_study(source, overrides)
+        check_parity(study)
         typer.echo(f"{source}: a valid study, {len(study.cells)} cells")
         return
     loaded = load(recipe, None)

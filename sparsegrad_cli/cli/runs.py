@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.cli.arguments import (
     Debug,
     Json,
@@ -50,6 +51,7 @@ def train(
         raise UsageError("--resume and --overwrite exclude each other")
     with _observer(quiet or as_json) as observer:
         record = runner.train(loaded, observer, resume=resume, overwrite=overwrite)
+    ranks.leave()
     _show(record, run_table, as_json)
 
 
@@ -68,6 +70,7 @@ def calibrate(
     loaded = load(recipe, output_dir)
     with _observer(quiet or as_json) as observer:
         record = runner.calibrate(loaded, observer, overwrite=overwrite)
+    ranks.leave()
     _show(record, calibration_table, as_json)
 
 
@@ -76,9 +79,11 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run or a comparison again, and write its HTML and Markdown anew."""
-    from sparsegrad_cli.report.html import write_compare_html, write_run_html
-    from sparsegrad_cli.report.markdown import compare_markdown, run_markdown
+    """Show a run or a comparison again, and write its HTML, Markdown and LaTeX anew."""
+    from sparsegrad_cli.compare.evidence import up_to_date
+    from sparsegrad_cli.report.compare_files import write_compare_report
+    from sparsegrad_cli.report.html import write_run_html
+    from sparsegrad_cli.report.markdown import run_markdown
     from sparsegrad_cli.report.records import load_record
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
     from sparsegrad_cli.rundir import as_it_is
@@ -86,8 +91,8 @@ def report(
     folder = run if run.is_dir() else run.parent
     record = as_it_is(load_record(run), folder)
     if "cells" in record:
-        write_compare_html(record, folder / "report.html")
-        (folder / "report.md").write_text(compare_markdown(record), encoding="utf-8")
+        record = up_to_date(record)
+        write_compare_report(folder, record)
         _show({**record, "output_dir": str(folder)}, compare_table, as_json)
         return
     write_run_html(record, folder / "report.html")
@@ -99,10 +104,12 @@ def report(
 def _observer(quiet: bool) -> Any:
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
 
-    return QuietObserver() if quiet else ProgressObserver()
+    return QuietObserver() if quiet or not ranks.is_first() else ProgressObserver()
 
 
 def _show(record: dict[str, Any], table: Any, as_json: bool) -> None:
+    if not ranks.is_first():
+        return
     if as_json:
         typer.echo(json.dumps(record))
         return

@@ -22,13 +22,14 @@ from typing import Any
 
 import yaml
 
-from sparsegrad_cli.compare.statistics import make_checks, make_rows
+from sparsegrad_cli.compare.evidence import evidence
+from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.locking import owner_of
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.report.records import load_record, write_json_atomic
+from sparsegrad_cli.report.records import REPORTS, load_record, write_json_atomic
 from sparsegrad_cli.rundir import now
 
 SCHEMA = 1
@@ -45,6 +46,10 @@ class Comparison:
         tell: called with a line before each cell.
         quiet: cells show no progress.
         jobs: cells that run at once; the cores are shared out among them.
+        saved: called with the record each time compare.json was written, one call at a time.
+
+    Raises:
+        RecipeError: the methods of the study differ in more than themselves.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class Comparison:
         tell: Callable[[str], None] = lambda line: None,
         quiet: bool = False,
         jobs: int = 1,
+        saved: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self.study, self.folder = study, folder
+        self._saved = saved
         self._tell, self._quiet, self._jobs = tell, quiet or jobs > 1, jobs
         self._lock = threading.Lock()
         self._running: dict[Path, subprocess.Popen[bytes]] = {}
@@ -70,6 +77,7 @@ class Comparison:
             "started": now(),
             "finished": None,
             "match": study.study.match,
+            "parity": check_parity(study),
             "jobs": jobs,
             "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
             "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
@@ -142,10 +150,10 @@ class Comparison:
                 status=status,
                 finished=None if status == "running" else now(),
                 cells=cells,
-                rows=make_rows(cells),
-                checks=make_checks(cells),
+                **evidence(cells),
             )
             write_json_atomic(self.folder / "compare.json", self.record)
+            self._saved(self.record)
 
     def _ledger(self) -> list[dict[str, Any]]:
         return [
@@ -242,25 +250,45 @@ class Comparison:
 def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder with something else in it; with ``overwrite``, forget what is done there.
 
+    A comparison may grow by methods, tasks and seeds, and cells that are not done may change: what
+    is done there has to be part of this study just as it is.
+
     Raises:
         UsageError: another comparison, or foreign files.
     """
     if overwrite:
         import shutil
 
-        shutil.rmtree(folder / "cells", ignore_errors=True)
-        for name in ("compare.json", "report.html", "report.md"):
+        for name in ("cells", "answers"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("compare.json", *REPORTS):
             (folder / name).unlink(missing_ok=True)
         return
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if (folder / "compare.json").is_file():
-        if load_record(folder).get("digest") == study_digest(study):
+        strange = _strangers(study, load_record(folder))
+        if not strange:
             return
-        what = f"{folder} holds another comparison (other recipe, methods, tasks or seeds)"
+        what = (
+            f"{folder} holds another comparison: done there and not part of this one, or with "
+            f"other settings, {'is' if len(strange) == 1 else 'are'} {', '.join(strange[:3])}"
+            f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}"
+        )
     else:
         what = f"the folder {folder} is not empty"
     raise UsageError(what, where="output_dir", fix="--overwrite, or another --output-dir")
+
+
+def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
+    """Finished cells of a record that the study does not have, or not with these settings."""
+    here = {(c.task, c.label, c.seed): digest(c.loaded.recipe) for c in study.cells}
+    return [
+        f"{cell['task']} {cell['method']} seed {cell['seed']}"
+        for cell in record.get("cells") or []
+        if cell["status"] == "done"
+        and here.get((cell["task"], cell["method"], cell["seed"])) != cell["run"]["recipe_digest"]
+    ]
 
 
 def study_digest(study: LoadedStudy) -> str:

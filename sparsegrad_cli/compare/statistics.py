@@ -1,12 +1,17 @@
-"""From cells to rows: mean, spread, paired differences; and whether the comparison was fair."""
+"""Mean, spread, intervals, a paired test that assumes next to nothing, and Holm's correction.
+
+The formulas are written out in docs/compare.md; scipy gives Student's distribution and no more.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-TRAIN_STEP = ("forward", "backward", "optimizer")
+LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
+EXACT = 32  # up to so many differences every choice of signs is counted
+DRAWS = 99_999  # beyond, so many are drawn
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -22,153 +27,103 @@ def std(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1))
 
 
-def paired_difference(
-    ours: Mapping[int, float], theirs: Mapping[int, float], against: str
-) -> dict[str, Any] | None:
-    """Paired t-test over the seeds that both have.
+class Student(NamedTuple):
+    """What Student's t says of a mean: its 95 % interval, and the two-sided p of zero."""
+
+    low: float
+    high: float
+    p: float
+
+
+def student(groups: Sequence[Sequence[float]]) -> Student | None:
+    """Student's t for the mean over groups of the mean within each.
+
+    With one group this is the textbook's: mean ± t s / sqrt(n), n - 1 degrees of freedom. With
+    several, the groups (tasks) are given and only their members (seeds) are drawn: the variance is
+    the sum of s_g^2 / n_g over G groups, divided by G^2, with Satterthwaite's degrees of freedom.
+
+    Args:
+        groups: values of each group.
 
     Returns:
-        mean difference, p (two-sided; None below two pairs or when all differences are equal),
-        and n; None without a common seed.
+        None without groups, where one has fewer than two values, and where all spread is zero: few
+        equal values do not say that the next would be equal, too.
     """
-    seeds = sorted(set(ours) & set(theirs))
-    if not seeds:
+    if not groups or any(len(group) < 2 for group in groups):
         return None
-    differences = [ours[s] - theirs[s] for s in seeds]
-    p = None
-    if len(seeds) >= 2 and max(differences) - min(differences) > 0:
-        from scipy import stats
+    from scipy import stats
 
-        p = float(stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds]).pvalue)
-    return {
-        "against": against,
-        "mean": mean(differences),
-        "p": p,
-        "test": "paired t-test over seeds, two-sided",
-        "n": len(seeds),
-    }
-
-
-def make_rows(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a task and method, in the order of the cells."""
-    keys = list(dict.fromkeys((cell["task"], cell["method"]) for cell in cells))
-    rows = [
-        _row(task, m, [c for c in cells if (c["task"], c["method"]) == (task, m)])
-        for task, m in keys
-    ]
-    for task in dict.fromkeys(task for task, _ in keys):
-        here = [row for row in rows if row["task"] == task]
-        reference = next((r for r in here if r["method"] == "lora"), here[0])
-        for row in here:
-            row["difference"] = None
-            if row is not reference:
-                row["difference"] = paired_difference(
-                    row["_by_seed"], reference["_by_seed"], reference["method"]
-                )
-    for row in rows:
-        del row["_by_seed"]
-    return rows
+    count = len(groups)
+    centre = math.fsum(math.fsum(group) / len(group) for group in groups) / count
+    parts = [(std(group) or 0.0) ** 2 / len(group) / count**2 for group in groups]
+    error = math.sqrt(math.fsum(parts))
+    if error == 0:
+        return None
+    shares = (part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    freedom = math.fsum(parts) ** 2 / math.fsum(shares)
+    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
+    p = float(2 * stats.t.sf(abs(centre) / error, freedom))
+    return Student(centre - half, centre + half, p)
 
 
-def _row(task: str, method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    done = [c for c in cells if c["status"] == "done" and c["run"]]
-    runs = [c["run"] for c in done]
-    by_seed = {c["seed"]: float(c["run"]["metrics"]["best"]["score"]) for c in done}
-    scores = list(by_seed.values())
-    first: Mapping[str, Any] = runs[0] if runs else {}
-    peaks = [peak for peak in map(train_step_peak, runs) if peak]
-    worst = max(peaks, key=lambda phase: phase["peak_bytes"], default=None)
-    weights = _get(first, "memory", "phases", "load", "categories", "weights") or 0
-    return {
-        "task": task,
-        "method": method,
-        "seeds_done": len(done),
-        "seeds_asked": len(cells),
-        "status": _row_status(cells),
-        "metric": _get(first, "task", "metric"),
-        "score_mean": mean(scores),
-        "score_std": std(scores),
-        "scores": scores,
-        "validation_loss_mean": mean([float(r["metrics"]["best"]["loss"]) for r in runs]),
-        "trainable_targets": _get(first, "counts", "trainable_targets"),
-        "trainable": _get(first, "counts", "trainable"),
-        "peak_bytes": worst["peak_bytes"] if worst else None,
-        "memory_categories": worst["categories"] if worst else None,
-        "beyond_weights_bytes": worst["peak_bytes"] - weights if worst else None,
-        "steps_per_s": mean([float(r["time"]["steps_per_s"]) for r in runs]),
-        "steps_per_s_iqr": _spread([float(r["time"]["steps_per_s"]) for r in runs]),
-        "calibrate_s": mean([float(r["time"].get("calibrate_s") or 0.0) for r in runs]),
-        "calibrate_peak_bytes": _get(first, "calibration", "peak_bytes") or 0,
-        "adapter_bytes": _get(first, "sizes", "adapter_bytes"),
-        "note": _note(cells, first),
-        "_by_seed": by_seed,
-    }
+def sign_flip_p(values: Sequence[float]) -> float:
+    """Two-sided p of a sum, if each value's sign were a coin's (Fisher 1935, section 21).
+
+    p is the share of all 2^n choices of signs whose sum is at least as far from zero. All are
+    counted up to ``EXACT`` values, half by half: of the sums of the first half, how many of the
+    second's take each as far. Beyond, ``DRAWS`` choices are drawn, always the same, and
+    p = (1 + found) / (1 + drawn).
+
+    Args:
+        values: differences, standardised where their scales are unlike. Zeros say nothing.
+    """
+    import numpy as np
+
+    kept = np.array([value for value in values if value != 0], dtype=np.float64)
+    observed = abs(float(kept.sum()))
+    slack = 1e-9 * float(np.abs(kept).sum())  # sums that differ in their last bits are equal
+    if observed <= slack:
+        return 1.0
+    if len(kept) <= EXACT:
+        first = _all_sums(kept[: len(kept) // 2])
+        second = np.sort(_all_sums(kept[len(kept) // 2 :]))
+        short = np.searchsorted(second, observed - slack - first, side="left")
+        beyond = len(first) * len(second) - int(short.sum())
+        return min(1.0, 2.0 * beyond / 2.0 ** len(kept))  # and as many on the other side
+    generator = np.random.default_rng(0)
+    found = 0
+    for start in range(0, DRAWS, 9_999):
+        draws = min(9_999, DRAWS - start)
+        signs = 2.0 * generator.integers(0, 2, (draws, len(kept))) - 1.0
+        found += int((np.abs(signs @ kept) >= observed - slack).sum())
+    return (1 + found) / (1 + DRAWS)
 
 
-def train_step_peak(run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The phase of the training step with the highest peak."""
-    phases = _get(run, "memory", "phases") or {}
-    there = [phases[name] for name in TRAIN_STEP if phases.get(name)]
-    return max(there, key=lambda phase: phase["peak_bytes"], default=None)
+def _all_sums(values: Any) -> Any:
+    """The 2^n sums of ±values, (2^n,) float64."""
+    import numpy as np
+
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return sums
 
 
-def _row_status(cells: Sequence[Mapping[str, Any]]) -> str:
-    statuses = [cell["status"] for cell in cells]
-    if all(status == "done" for status in statuses):
-        return "done"
-    for status in ("out_of_memory", "failed", "interrupted"):
-        if status in statuses:
-            return status
-    return "pending"
+def smallest_p(values: Sequence[float]) -> float:
+    """The least that :func:`sign_flip_p` could say of values of these sizes: all of one sign."""
+    return sign_flip_p([abs(value) for value in values])
 
 
-def _note(cells: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> str:
-    reasons = [c["error"]["what"].splitlines()[0] for c in cells if c.get("error")]
-    if reasons:
-        return reasons[0]
-    remainder = _get(first, "counts", "remainder")
-    parts = [str(_get(first, "counts", "note") or "")]
-    if remainder:
-        parts.append(f"{remainder:+,} entries against the number asked for")
-    return "; ".join(part for part in parts if part)
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Holm 1979).
 
-
-def _spread(values: Sequence[float]) -> float | None:
-    return max(values) - min(values) if len(values) > 1 else None
-
-
-def make_checks(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per task and seed: did all methods start from one head and meet one order of one data set?"""
-    checks = []
-    for task, seed in dict.fromkeys((cell["task"], cell["seed"]) for cell in cells):
-        runs = [
-            c["run"]
-            for c in cells
-            if (c["task"], c["seed"]) == (task, seed) and c["status"] == "done" and c["run"]
-        ]
-        hashes = [run["hashes"] for run in runs]
-        common = set.intersection(*(set(h["order"]) for h in hashes)) if hashes else set()
-        last = max(common, key=int, default=None)
-        checks.append(
-            {
-                "task": task,
-                "seed": seed,
-                "methods": len(runs),
-                "same_data": _same([h["data"] for h in hashes]),
-                "same_head_init": _same([h["head_init"] for h in hashes]),
-                "same_order": _same([h["order"][last] for h in hashes]) if last else None,
-                "steps_compared": int(last) if last else 0,
-            }
-        )
-    return checks
-
-
-def _same(values: Sequence[str]) -> bool | None:
-    """None where there is nothing to compare."""
-    return len(set(values)) == 1 if len(values) > 1 else None
-
-
-def _get(data: Any, *keys: str) -> Any:
-    for key in keys:
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
+    The i-th smallest of m is multiplied by m - i + 1, none is smaller than the one before it, and
+    none above 1. Rejecting what is at most alpha then wrongly rejects anything at all with a
+    probability of at most alpha, however the tests hang together.
+    """
+    adjusted = [1.0] * len(ps)
+    least = 0.0
+    for rank, at in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[at]))
+        adjusted[at] = least
+    return adjusted

@@ -33,7 +33,8 @@ from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.loading import load_as
-from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear
+from sparsegrad_cli.modeling.quantized import placed, use_frozen_products
+from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.training.gradients import forked_random
@@ -79,6 +80,7 @@ def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSetting
         name=base_name(recipe.model),
         revision=recipe.model.revision,
         dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
         auto_class=auto_class(plain),  # type: ignore[arg-type]
         fingerprint=trained.setup.fingerprint,
         num_labels=task["num_labels"],
@@ -99,7 +101,11 @@ def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSetting
 
 
 def load_adapter(
-    folder: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
+    folder: str | Path,
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model that ``sparsegrad export --to adapter`` wrote down, in the form it was trained in.
 
@@ -107,6 +113,7 @@ def load_adapter(
         folder: with adapter.safetensors and adapter.json.
         model: the plain base model, changed in place; by default it is loaded by the name that
             the adapter holds.
+        device: where a base model that is loaded here goes; a quantized one cannot be moved later.
         trust_remote_code: run code that comes with the base model, where that is loaded here.
 
     Returns:
@@ -124,8 +131,9 @@ def load_adapter(
     if tensors_digest(tensors) != settings.digest:
         raise FileFormatError("is damaged: its digest does not fit adapter.json", where=where)
     if model is None:
-        model = _base(settings.model, trust_remote_code=trust_remote_code)
+        model = _base(settings.model, torch.device(device), trust_remote_code=trust_remote_code)
     targets = [target.target() for target in settings.targets]
+    use_frozen_products(model, getattr(torch, settings.model.dtype))
     _check_base(model, targets, settings.model, str(folder))
     try:
         bases = _bases(tensors, settings.keys, targets)
@@ -144,11 +152,12 @@ def load_adapter(
     return model.eval()
 
 
-def _base(base: AdapterBase, *, trust_remote_code: bool) -> nn.Module:
+def _base(base: AdapterBase, device: torch.device, *, trust_remote_code: bool) -> nn.Module:
     section = ModelSection(
         name=base.name,
         revision=base.revision,
         dtype=base.dtype,
+        quantization=base.quantization,
         trust_remote_code=trust_remote_code,
     )
     names = {int(number): name for number, name in base.id2label.items()}
@@ -160,7 +169,7 @@ def _base(base: AdapterBase, *, trust_remote_code: bool) -> nn.Module:
         "pad_token_id": base.pad_token_id,
     }
     with forked_random(0):
-        return load_as(base.auto_class, section, config)
+        return placed(load_as(base.auto_class, section, config, device), device)
 
 
 def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, where: str) -> None:
@@ -177,7 +186,7 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
                 where=where,
             )
         shape = (target.out_features, target.in_features)
-        if tuple(target.weight_OI(model).shape) != shape:
+        if linear_sides(layer) != shape:
             raise UsageError(f"{target.name} is no {shape[0]} x {shape[1]} layer", where=where)
     labels = getattr(model.config, "num_labels", base.num_labels)
     if base.auto_class == "AutoModelForSequenceClassification" and labels != base.num_labels:
@@ -187,10 +196,11 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
             fix=f"load it with num_labels={base.num_labels}",
         )
     if fingerprint(model, targets) != base.fingerprint:
+        bits = f", quantized to {base.quantization}" if base.quantization else ""
         raise UsageError(
-            f"the adapter was trained on other weights: {base.name} in {base.dtype}",
+            f"the adapter was trained on other weights: {base.name} in {base.dtype}{bits}",
             where=where,
-            fix="load that model, in that dtype",
+            fix="load that model, in that dtype" + (", quantized that way" if bits else ""),
         )
 
 

@@ -40,6 +40,7 @@ class AdapterBase(Section):
     name: str = Field(min_length=1)
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
+    quantization: Literal["8bit", "4bit"] | None = None
     auto_class: Literal["AutoModelForSequenceClassification", "AutoModelForCausalLM"]
     fingerprint: str
     num_labels: PositiveInt

@@ -17,6 +17,9 @@ from sparsegrad_cli.training.setup import Setup, validation_batches
 # Largest difference allowed, as a share of the largest logit. It is some roundings of a number of
 # that size: products in another order differ by about a tenth of it through six layers (measured).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# 8-bit products of bitsandbytes round x to 127 steps a token where the run's did not: up to .05 of
+# the largest logit through three blocks of random weights (measured).
+_ROUNDED = 2e-1
 _SMALLEST = 1e-2  # logits that are nearly all zero are no measure of what made them
 # Of a token-level model's logits the last positions of each example are kept: a vocabulary is wide.
 _POSITIONS = 16
@@ -85,9 +88,14 @@ def compare(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Agreement:
     return Agreement(difference, largest, answers, None if single else same)
 
 
-def allowed(dtype: torch.dtype, largest: float) -> float:
-    """The largest difference that rounding explains, for logits up to ``largest``."""
-    return TOLERANCES.get(dtype, TOLERANCES[torch.float32]) * max(_SMALLEST, largest)
+def allowed(dtype: torch.dtype, largest: float, *, rounded: bool = False) -> float:
+    """The largest difference that rounding explains, for logits up to ``largest``.
+
+    Args:
+        rounded: one of the models rounds what goes into its 8-bit layers, the other does not.
+    """
+    share = _ROUNDED if rounded else TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    return share * max(_SMALLEST, largest)
 
 
 def judge(found: Agreement, tolerance: float, *, fix: str) -> None:

@@ -25,6 +25,7 @@ from sparsegrad_cli.export.plain import (
 )
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.modeling.loading import locate
+from sparsegrad_cli.modeling.quantized import quantization_snippet
 from sparsegrad_cli.report.units import format_bytes
 
 # Above this share of the change, what rounding takes away is worth a word.
@@ -40,6 +41,8 @@ class Written:
         load: the folder's model, by libraries that know nothing of the run.
         snippet: the same in the user's words.
         cut: logits of a change that was cut, which the folder must give exactly.
+        rounded: products are others than the run's, which round x to int8.
+        on_plain: the folder on the base model as it was before it was quantized.
         as_trained: it is the form it was trained in, and computes under autocast if that did.
         notes: what the user should know.
     """
@@ -48,6 +51,8 @@ class Written:
     load: Callable[[], nn.Module]
     snippet: str
     cut: list[Tensor] | None = None
+    rounded: bool = False
+    on_plain: Callable[[], nn.Module] | None = None
     as_trained: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -65,10 +70,17 @@ def _merged(
             f"{details['dtype']} rounds away {details['rounding']:.0%} of the change: "
             "--to lora keeps it apart from the weights, unrounded"
         )
+    if details["dequantized"]:
+        notes.append(
+            f"{details['dequantized']} layers are plain again, in {details['dtype']}: "
+            f"{trained.recipe.model.quantization} no more"
+        )
     return Written(
         details,
         lambda: load_plain(auto, partial, trust_remote_code=trust).to(device),
         f'{auto}.from_pretrained("{folder}")',
+        # On the CPU an 8-bit product takes x as it is.
+        rounded=trained.recipe.model.quantization == "8bit" and device.type != "cpu",
         notes=notes,
     )
 
@@ -84,13 +96,22 @@ def _lora(
     section, device = trained.recipe.model, trained.setup.device
     auto, settings = auto_class(trained.setup.model), task_settings(trained.setup.model)
     base = locate(base_name(section))
-    labels = f", num_labels={settings['num_labels']}" if "Sequence" in auto else ""
-    return Written(
+    more = f", num_labels={settings['num_labels']}" if "Sequence" in auto else ""
+    written = Written(
         parts.record,
-        lambda: load_lora(auto, section, settings, partial).to(device),
-        f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{folder}")',
+        lambda: load_lora(auto, section, settings, partial, device),
+        "",
         cut,
+        rounded=section.quantization == "8bit",
     )
+    if section.quantization is not None:
+        more += f", quantization_config={quantization_snippet(trained.setup.model)}"
+        before = section.model_copy(update={"quantization": None})
+        written.on_plain = lambda: load_lora(auto, before, settings, partial, device)
+    written.snippet = (
+        f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{more}), "{folder}")'
+    )
+    return written
 
 
 def _adapter(
@@ -107,7 +128,7 @@ def _adapter(
     device, trust = trained.setup.device, trained.recipe.model.trust_remote_code
     return Written(
         details,
-        lambda: load_adapter(partial, trust_remote_code=trust).to(device),
+        lambda: load_adapter(partial, device=device, trust_remote_code=trust),
         f'sparsegrad_cli.load_adapter("{folder}")',
         as_trained=True,
         notes=notes,

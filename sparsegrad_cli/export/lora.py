@@ -27,6 +27,7 @@ from sparsegrad_cli.export.plain import (
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
 from sparsegrad_cli.modeling.loading import load_as, locate
+from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -80,7 +81,7 @@ def lora_parts(trained: Trained, plain: nn.Module, rank: int | None) -> LoraPart
     whole, rows, cut = Distance(), [], False
     for name, target in targets.items():
         exact = trained.method.factors(trained.setup.model, target)
-        base_OI = target.weight_OI(plain).detach().double()
+        base_OI = target.within(plain).weight_OI(plain).detach().double()
         change_OI = trained.method.merged_OI(trained.setup.model, target) - base_OI
         factors[name] = _cut(exact, change_OI, rank)
         full = exact.rank if exact is not None else min(change_OI.shape)
@@ -140,7 +141,7 @@ def reference(trained: Trained, parts: LoraParts) -> nn.Module:
     plain = plain_model(trained)
     put(plain, parts.tensors)
     for target in trained.setup.targets:
-        base_OI = target.weight_OI(plain).detach().double()
+        base_OI = target.within(plain).weight_OI(plain).detach().double()
         put_weight(plain, target, base_OI + parts.factors[target.name].product_OI())
         if target.name in parts.biases:
             bias = plain.get_parameter(f"{target.name}.bias")
@@ -190,20 +191,22 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
         alpha_pattern={re.escape(name): f.alpha for name, f in others.items()},
         lora_bias=bool(parts.biases),
         modules_to_save=list(parts.modules) or None,
-        fan_in_fan_out=any(target.transposed for target in trained.setup.targets),
+        fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),
     )
 
 
 def load_lora(
-    auto: str, section: ModelSection, settings: Mapping[str, Any], folder: Path
+    auto: str,
+    section: ModelSection,
+    settings: Mapping[str, Any],
+    folder: Path,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load a written folder as anyone would: by peft, onto the plain base model."""
+    """Load a written folder as anyone would: by peft, onto the base model, quantized as it was."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded: nn.Module = PeftModel.from_pretrained(
-            load_as(auto, section, settings),
-            str(folder),
-        )
-    return loaded
+        base: Any = load_as(auto, section, settings, torch.device(device), frozen_products=False)
+        loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
+    return placed(loaded, device)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.modeling.loading import load_again
+from sparsegrad_cli.modeling.quantized import dequantized, quantized_layers
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.recipe.schema import ModelSection
 
@@ -48,10 +50,19 @@ def plain_model(trained: Trained) -> nn.Module:
     """The base model anew, on the same device, in eval mode.
 
     What its files do not hold is drawn with another seed than the run's: whatever an export forgets
-    to carry then differs.
+    to carry then differs. Of a quantized run every quantized layer becomes a plain one that holds
+    what its weight stood for: that is what the run was trained beside.
     """
     setup, recipe = trained.setup, trained.recipe
-    return load_again(recipe.model, setup.model, recipe.seed + 1).to(setup.device).eval()
+    section = recipe.model.model_copy(update={"quantization": None})
+    plain = load_again(section, setup.model, recipe.seed + 1).to(setup.device).eval()
+    with torch.no_grad():
+        for name, layer in quantized_layers(setup.model).items():
+            weight = plain.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight_OI = weight.T if isinstance(plain.get_submodule(name), Conv1D) else weight
+            weight_OI.copy_(dequantized(layer))
+    return plain
 
 
 def differing(plain: nn.Module, trained: Trained) -> dict[str, Tensor]:
@@ -61,6 +72,8 @@ def differing(plain: nn.Module, trained: Trained) -> dict[str, Tensor]:
     tied are listed by each of their names.
     """
     weights = {f"{target.name}.weight" for target in trained.setup.targets}
+    # A quantized weight is what the plain model was given.
+    weights |= {f"{name}.weight" for name in quantized_layers(trained.setup.model)}
     found: dict[str, Tensor] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         if name in weights:
@@ -118,7 +131,8 @@ def put_weight(plain: nn.Module, target: Target, weight_OI: Tensor) -> tuple[Ten
     Returns:
         (rounding error, change of the layer's weight), both (out, in) in float64.
     """
-    held_OI = target.weight_OI(plain).detach()  # a view of the parameter, whichever way it lies
+    # A view of the parameter, whichever way it lies.
+    held_OI = target.within(plain).weight_OI(plain).detach()
     change_OI = weight_OI - held_OI.double()
     with torch.no_grad():
         held_OI.copy_(weight_OI)
@@ -137,7 +151,13 @@ def merge(trained: Trained) -> tuple[nn.Module, dict[str, Any]]:
         largest = float(rounding_OI.abs().max())
         rows.append({"name": target.name, "rounding": relative, "rounding_max": largest})
     dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
-    return plain, {"dtype": dtype, "rounding": whole.relative, "targets": rows}
+    quantized = quantized_layers(trained.setup.model)
+    return plain, {
+        "dtype": dtype,
+        "rounding": whole.relative,
+        "dequantized": len(quantized) if quantized else None,
+        "targets": rows,
+    }
 
 
 def write_plain(plain: Any, trained: Trained, folder: Path) -> None:

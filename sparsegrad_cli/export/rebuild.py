@@ -12,6 +12,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.export.restore import blaming_base, check_base, restore
 from sparsegrad_cli.export.run_files import RunFiles
 from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.modeling.quantized import dtype_of
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
@@ -79,12 +80,11 @@ def _cut(basis: BasisFile, trained: Trained) -> dict[str, Basis]:
     """Key -> the directions that the method uses, in the weights' dtype, in which it uses them."""
     settings = trained.settings
     rank = settings.rank if settings.form == "core" else None
-    weight = trained.setup.model.get_submodule(trained.setup.targets[0].name).weight
-    assert isinstance(weight, Tensor)
+    dtype = dtype_of(trained.setup.model.get_submodule(trained.setup.targets[0].name))
     made = {}
     for key, one in basis.bases.items():
         cut = truncated(one, rank)
-        sides = (cut.q_out.to(weight.dtype), cut.q_in.to(weight.dtype))
+        sides = (cut.q_out.to(dtype), cut.q_in.to(dtype))
         made[key] = Basis(*sides, cut.singular_out, cut.singular_in)
     return made
 

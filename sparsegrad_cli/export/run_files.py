@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.report.records import load_record
 from sparsegrad_cli.rundir import as_it_is
 
@@ -180,6 +181,9 @@ def _check_unchanged(record: dict[str, Any], folder: Path, loaded: LoadedRecipe)
     pairs["method.name"] = (_recorded(record, folder, "method", "name"), method["name"])
     pairs["scope"] = (_recorded(record, folder, "method", "scope"), loaded.recipe.scope)
     pairs["model.dtype"] = (_recorded(record, folder, "model", "dtype"), loaded.recipe.model.dtype)
+    # Runs from before it was a key had none.
+    bits = dig(record, "model", "quantization")
+    pairs["model.quantization"] = (bits, loaded.recipe.model.quantization)
     pairs["seed"] = (record.get("seed"), loaded.recipe.seed)
     for key, (then, now) in pairs.items():
         if then != now:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.export.check import allowed, compare, inputs_of, judge, logits_of
-from sparsegrad_cli.export.forms import WRITERS
+from sparsegrad_cli.export.forms import WRITERS, Written
 from sparsegrad_cli.export.options import ExportOptions
 from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to_readers
 from sparsegrad_cli.export.plain import auto_class
@@ -90,7 +90,9 @@ class _Export:
         self.observer.phase("check", f"{len(self.expected)} examples, loaded back from the files")
         autocast = self.autocast if written.as_trained else None
         got = logits_of(_loaded_back(written.load), self.batches, autocast)
-        checked = self._checked(got, written.cut)
+        checked = self._checked(got, written)
+        if written.on_plain is not None:
+            checked["on_plain_base"] = self._on_plain(written.on_plain)
         sizes = file_sizes(partial)
         self.record = {
             "schema": SCHEMA,
@@ -107,13 +109,19 @@ class _Export:
         write_json_atomic(partial / RECORD, self.record)
         open_to_readers(partial)
 
-    def _checked(self, got: list[Tensor], cut: list[Tensor] | None) -> dict[str, Any]:
+    def _on_plain(self, load: Callable[[], nn.Module]) -> dict[str, Any]:
+        """How far quantizing the base moved the answers: reported, for no rounding explains it."""
+        found = compare(self.expected, logits_of(_loaded_back(load), self.batches))
+        return {"difference": found.difference, "same_answers": found.same}
+
+    def _checked(self, got: list[Tensor], written: Written) -> dict[str, Any]:
         """The comparison, or its refusal: with the run, or with the change that was cut."""
+        cut = written.cut
         found = compare(self.expected, got)
         judged = found if cut is None else compare(cut, got)
         tolerance = self.options.tolerance
         if tolerance is None:
-            tolerance = allowed(self.dtype, judged.largest)
+            tolerance = allowed(self.dtype, judged.largest, rounded=written.rounded)
         fix = "--tolerance allows more"
         if self.options.to == "merged" and self.dtype != torch.float32:
             fix = f"--to lora keeps the change apart from weights in half precision; {fix}"
@@ -134,7 +142,9 @@ class _Export:
 
 def _about(trained: Trained, files: RunFiles) -> dict[str, Any]:
     """What the export was made from."""
-    names = ("sparsegrad", "torch", "transformers", "peft")
+    names = ["sparsegrad", "torch", "transformers", "peft"]
+    if trained.recipe.model.quantization is not None:
+        names.append("bitsandbytes")
     method = trained.settings.model_dump(mode="json")
     return {
         "run": str(files.folder),
@@ -144,6 +154,7 @@ def _about(trained: Trained, files: RunFiles) -> dict[str, Any]:
             "auto_class": auto_class(trained.setup.model),
             "architecture": type(trained.setup.model).__name__,
             "dtype": trained.recipe.model.dtype,
+            "quantization": trained.recipe.model.quantization,
             "fingerprint": trained.setup.fingerprint,
         },
         "method": {key: method.get(key) for key in ("name", "form", "support", "density")},

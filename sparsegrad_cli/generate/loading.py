@@ -14,12 +14,16 @@ from torch import nn
 
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.export.place import RECORD
 from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer, locate
+from sparsegrad_cli.modeling.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+Loaded = tuple[Any, Any, dict[str, Any]]
 
 
 def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -28,7 +32,8 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
     Returns:
         (model, tokenizer, record). The record has ``model`` (as the user named it), ``kind``
         (run, adapter, lora or model), ``digest`` (sha256 of all weights as they are loaded),
-        ``dtype``, and of a run ``recipe_digest`` and ``method``.
+        ``dtype``, ``quantization`` (8bit, 4bit or null), and of a run ``recipe_digest``,
+        ``method`` and ``trained`` (sha256 of the file with what was trained).
 
     Raises:
         UsageError: a device or dtype that cannot be, a calibration, a comparison, a classifier.
@@ -45,20 +50,34 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
             where="command line",
         )
     elif (folder / "adapter.json").is_file():
-        model, tokenizer, about = _from_adapter(options, folder)
+        model, tokenizer, about = _from_adapter(options, folder, device)
     elif (folder / "adapter_config.json").is_file():
-        model, tokenizer, about = _from_lora(options, folder)
+        model, tokenizer, about = _from_lora(options, folder, device)
     else:
-        model, tokenizer, about = _plain(options.source, options.dtype)
+        model, tokenizer, about = _plain(options.source, options.dtype, device)
+    return _ready(options.source, device, (model, tokenizer, about))
+
+
+def load_base(section: ModelSection, device: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model that a run began as, loaded as its recipe loads it; see :func:`load_run`."""
+    there = _device(device)
+    loaded = load_causal_lm(section, there), load_tokenizer(section), {"kind": "model"}
+    return _ready(section.name, there, loaded)
+
+
+def _ready(source: str, device: torch.device, loaded: Loaded) -> Loaded:
+    """On its device, with its record complete."""
+    model, tokenizer, about = loaded
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(
-            f"{options.source} generates nothing: it is a {type(model).__name__}",
+            f"{source} generates nothing: it is a {type(model).__name__}",
             fix="a language model, or a run of a chat task",
         )
-    model = model.to(device).eval()
-    name = str(Path(options.source)) if folder.exists() else options.source
+    model = placed(model, device).eval()
+    name = str(Path(source)) if Path(source).expanduser().exists() else source
     record = {"model": name, **about, "digest": weights_digest(model)}
     record["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    record["quantization"] = bits_of(model)
     return model, tokenizer, record
 
 
@@ -71,9 +90,6 @@ def _check_there(source: str, folder: Path) -> None:
             f"there is no folder {source}",
             fix="a run, an exported folder or a model's folder, a hub id, or builtin:smollm2",
         )
-
-
-Loaded = tuple[Any, Any, dict[str, Any]]
 
 
 def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Loaded:
@@ -91,7 +107,7 @@ def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Load
         )
     with blaming_base(files.loaded):
         tokenizer = load_tokenizer(recipe.model)
-        model = load_causal_lm(recipe.model).to(device)
+        model = placed(load_causal_lm(recipe.model, device), device)
     targets = find_targets(model, recipe.targets)
     base = _Base(model, targets, fingerprint(model, targets))
     check_base(files, base)
@@ -99,6 +115,7 @@ def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Load
     about = {
         "kind": "run",
         "source": files.source,
+        "trained": file_digest(files.tensors),
         "recipe_digest": files.record.get("recipe_digest"),
         "method": recipe.method.name,
         "base": recipe.model.name,
@@ -115,7 +132,7 @@ class _Base:
     fingerprint: str
 
 
-def _from_adapter(options: ModelOptions, folder: Path) -> Loaded:
+def _from_adapter(options: ModelOptions, folder: Path, device: torch.device) -> Loaded:
     """What ``export --to adapter`` wrote, on the base model that it names."""
     from sparsegrad_cli.export.adapter import load_adapter
     from sparsegrad_cli.export.adapter_file import read_settings
@@ -124,11 +141,14 @@ def _from_adapter(options: ModelOptions, folder: Path) -> Loaded:
     base = read_settings(folder).model
     section = ModelSection(name=base.name, revision=base.revision, dtype=base.dtype)
     about = {"kind": "adapter", "base": base.name}
-    return load_adapter(folder), load_tokenizer(section), about
+    return load_adapter(folder, device=device), load_tokenizer(section), about
 
 
-def _from_lora(options: ModelOptions, folder: Path) -> Loaded:
-    """A PEFT adapter, on the base model that it names; as peft loads it, and then without peft."""
+def _from_lora(options: ModelOptions, folder: Path, device: torch.device) -> Loaded:
+    """A PEFT adapter, on the base model that it names; as peft loads it, and then without peft.
+
+    What ``export --to lora`` wrote of a quantized run goes onto a base that is quantized again.
+    """
     from peft import PeftModel
 
     path = folder / "adapter_config.json"
@@ -138,7 +158,10 @@ def _from_lora(options: ModelOptions, folder: Path) -> Loaded:
         revision = config.get("revision")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise FileFormatError(f"is no adapter_config.json: {error}", where=str(path)) from error
-    model, tokenizer, _ = _plain(str(base), options.dtype, revision=revision)
+    bits, dtype = _exported_on(folder)
+    model, tokenizer, _ = _plain(
+        str(base), options.dtype or dtype, device, revision=revision, bits=bits
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft and transformers about each other
@@ -153,13 +176,35 @@ def _from_lora(options: ModelOptions, folder: Path) -> Loaded:
     return wrapped.get_base_model(), tokenizer, {"kind": "lora", "base": str(base)}
 
 
-def _plain(name: str, dtype: str | None, *, revision: str | None = None) -> Loaded:
+def _exported_on(folder: Path) -> tuple[Any, str | None]:
+    """(bits, dtype) of the quantized base of an exported run; of any other folder nothing."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None, None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["model"]
+        bits, dtype = base.get("quantization"), base["dtype"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"is no record of an export: {error}", where=str(path)) from error
+    if bits not in (None, "8bit", "4bit") or dtype not in _DTYPES:
+        raise FileFormatError(f"names a base in {bits}, {dtype}", where=str(path))
+    return (bits, dtype) if bits is not None else (None, None)
+
+
+def _plain(
+    name: str,
+    dtype: str | None,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    bits: Any = None,
+) -> Loaded:
     """A model by name, in the dtype of its files unless another is asked for."""
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"{dtype!r} is no dtype", where="--dtype", fix=", ".join(_DTYPES))
     chosen: Any = dtype or _stored_dtype(name, revision)
-    section = ModelSection(name=name, revision=revision, dtype=chosen)
-    return load_causal_lm(section), load_tokenizer(section), {"kind": "model"}
+    section = ModelSection(name=name, revision=revision, dtype=chosen, quantization=bits)
+    return load_causal_lm(section, device, packed=True), load_tokenizer(section), {"kind": "model"}
 
 
 def _stored_dtype(name: str, revision: str | None) -> str:
@@ -203,10 +248,24 @@ def _device(name: str | None) -> torch.device:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 (hex) over names, shapes, dtypes and bytes of all parameters and buffers."""
+    """sha256 (hex) over names, shapes, dtypes and bytes of all parameters, buffers and scales."""
     sha = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    scales = ((f"scale {n}", scale) for n, scale in enumerate(quantization_state(model)))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *scales):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat: Any = tensor.detach().to("cpu").contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy())  # numpy has no bfloat16
     return sha.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes.
+
+    Raises:
+        FileFormatError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error

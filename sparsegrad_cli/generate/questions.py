@@ -7,6 +7,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,16 @@ def read_questions(source: str) -> list[Question]:
             raise DataError(f"question_id {question.id!r} is there twice", where=source)
         seen.add(str(question.id))
     return questions
+
+
+def questions_name(source: str) -> str:
+    """``questions`` of builtin:questions or of a/questions.jsonl: part of a file's name."""
+    return file_word(Path(source.removeprefix("builtin:")).stem) or "questions"
+
+
+def file_word(text: str) -> str:
+    """Text as part of a file's name: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
 def _is_plain(path: Path) -> bool:

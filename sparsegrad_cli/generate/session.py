@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.generate.answering import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerateOptions
-from sparsegrad_cli.generate.questions import Question
+from sparsegrad_cli.generate.questions import Question, file_word, questions_name
 from sparsegrad_cli.journal import Journal
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.rundir import now
@@ -69,9 +68,17 @@ def answer_questions(
 
 def default_output(model: str, questions: str) -> Path:
     """``runs/answers/<model>-<questions>.jsonl``."""
-    parts = (model, Path(questions.removeprefix("builtin:")).stem)
-    words = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
+    words = (file_word(model), questions_name(questions))
     return Path("runs") / "answers" / ("-".join(word for word in words if word) + ".jsonl")
+
+
+def answers_to(
+    questions: Sequence[Question], lines: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]] | None:
+    """The last line of every question, in their order; None if one of them has none."""
+    found = {json.dumps([line.get("question_id"), line.get("turns")]): line for line in lines}
+    keys = [json.dumps([question.id, list(question.turns)]) for question in questions]
+    return [found[key] for key in keys] if found.keys() >= set(keys) else None
 
 
 def _nowhere(line: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def grading_prompt(question: Question, answers: Sequence[str], turn: int) -> Mes
             "before. The earlier answers are there to be understood, not to be graded."
         )
         it = "the last answer"
-    parts = [head, *_talk(question, answers, turn, "ANSWER"), *_right(question, turn)]
+    parts = [head, *talk(question.turns, answers, turn), *_right(question, turn)]
     return _messages([*parts, _WHAT_COUNTS, _GRADE.format(it=it)])
 
 
@@ -92,19 +92,21 @@ def choosing_prompt(
             f"their answers number {turn + 1}, the last ones, each as an answer to the user's last "
             "message after what was said before in the same conversation."
         )
-        talks = ["The conversation with A:", *_talk(question, first, turn, "ANSWER OF A")]
-        talks += ["The conversation with B:", *_talk(question, second, turn, "ANSWER OF B")]
+        talks = ["The conversation with A:", *talk(question.turns, first, turn, "ANSWER OF A")]
+        talks += ["The conversation with B:", *talk(question.turns, second, turn, "ANSWER OF B")]
     them = "the two answers" if turn == 0 else "the two last answers"
     parts = [head, *talks, *_right(question, turn)]
     return _messages([*parts, _WHAT_COUNTS, _CHOOSE.format(them=them)])
 
 
-def _talk(question: Question, answers: Sequence[str], turn: int, name: str) -> list[str]:
-    """Questions and answers in order, numbered where there are several."""
+def talk(
+    turns: Sequence[str], answers: Sequence[str], turn: int, name: str = "ANSWER"
+) -> list[str]:
+    """Questions and answers up to a turn, as a prompt quotes them; numbered where several."""
     parts = []
     for number in range(turn + 1):
         count = f" {number + 1}" if turn else ""
-        parts.append(quoted(f"QUESTION{count}", question.turns[number]))
+        parts.append(quoted(f"QUESTION{count}", turns[number]))
         parts.append(quoted(f"{name}{count}", answers[number]))
     return parts
 

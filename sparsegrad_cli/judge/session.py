@@ -14,14 +14,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.generate.questions import read_questions
+from sparsegrad_cli.generate.questions import questions_name, read_questions
+from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_of
 from sparsegrad_cli.journal import Journal
 from sparsegrad_cli.judge.answers import Answered, read_answers
 from sparsegrad_cli.judge.asking import DECIDED, FAILED, Judge, ask_all
 from sparsegrad_cli.judge.endpoint import Endpoint
+from sparsegrad_cli.judge.grades import VERDICTS
 from sparsegrad_cli.judge.summary import grade_rows, pair_rows
 from sparsegrad_cli.judge.tasks import Task, pair_tasks, single_tasks
-from sparsegrad_cli.judge.verdicts import HIGHEST, LOWEST
+from sparsegrad_cli.judge.verdicts import is_grade
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.report.judge_tables import judge_markdown
 from sparsegrad_cli.report.records import write_json_atomic, write_text_atomic
@@ -29,7 +31,7 @@ from sparsegrad_cli.rundir import now
 
 SCHEMA = 1
 FORMAT = "sparsegrad-verdicts-1"
-VERDICTS, RECORD, REPORT = "verdicts.jsonl", "judge.json", "judge.md"
+RECORD, REPORT = "judge.json", "judge.md"
 DEFAULT_KEY = "OPENAI_API_KEY"
 
 
@@ -38,11 +40,13 @@ class JudgeOptions:
     """What the command line asks for.
 
     Attributes:
-        answers: files of ``sparsegrad generate``.
+        answers: files of ``sparsegrad generate``, or a comparison's folder for all that its models
+            answered.
         questions: as :func:`read_questions` takes it.
         endpoint, model: who judges.
         key_env: environment variable with the key; None takes OPENAI_API_KEY if that is set.
-        output: the folder; None makes one of the files' names under runs/.
+        output: the folder; None makes one in the comparison whose models answered, where its
+            report finds it, or else of the files' names under runs/.
         pairwise: compare two models instead of grading each.
         retries, timeout, backoff: see :class:`Endpoint` and :class:`Judge`.
         jobs: requests at a time.
@@ -67,8 +71,27 @@ class JudgeOptions:
         """Where verdicts are kept."""
         if self.output is not None:
             return self.output
+        mode = ["pairwise"][: self.pairwise]
+        if self.study is not None:
+            return self.study / "-".join(["judge", questions_name(self.questions), *mode])
         stems = list(dict.fromkeys(path.stem for path in self.answers))
-        return Path("runs") / "-".join(["judge", *stems, *["pairwise"][: self.pairwise]])
+        return Path("runs") / "-".join(["judge", *stems, *mode])
+
+    @property
+    def study(self) -> Path | None:
+        """The comparison whose models answered, where verdicts are kept in its folder."""
+        return study_of(self.answers) if self.output is None else None
+
+    def files(self) -> list[Path]:
+        """The files of answers.
+
+        Raises:
+            UsageError: the models of a comparison have not been asked.
+        """
+        found: list[Path] = []
+        for path in self.answers:
+            found += answer_files(path, self.questions) if is_study(path) else [path]
+        return found
 
 
 def judge_answers(options: JudgeOptions, observer: Observer) -> dict[str, Any]:
@@ -84,7 +107,7 @@ def judge_answers(options: JudgeOptions, observer: Observer) -> dict[str, Any]:
             before is kept.
     """
     questions = read_questions(options.questions)
-    groups, notes = read_answers(options.answers, questions)
+    groups, notes = read_answers(options.files(), questions)
     make = pair_tasks if options.pairwise else single_tasks
     tasks = make(questions, groups, options.model)
     if not tasks:
@@ -174,9 +197,7 @@ def _decided(record: Mapping[str, Any] | None, task: Task) -> bool:
     verdict = record.get("verdict")
     if task.pairwise:
         return verdict in ("A", "B", "C")
-    if isinstance(verdict, bool) or not isinstance(verdict, int | float):
-        return False
-    return LOWEST <= verdict <= HIGHEST
+    return is_grade(verdict)
 
 
 def _failure(record: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 LOWEST, HIGHEST = 1.0, 10.0
 _BRACKETS = re.compile(r"\[\[([^\[\]]{1,20})\]\]")
@@ -20,6 +21,13 @@ def parse_rating(reply: str) -> float | None:
         return None
     grade = float(found)
     return grade if LOWEST <= grade <= HIGHEST else None
+
+
+def is_grade(value: Any) -> bool:
+    """Whether a value read from a file is a grade."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return LOWEST <= value <= HIGHEST
 
 
 def parse_winner(reply: str) -> str | None:

@@ -101,6 +101,7 @@ class MemoryMeter:
         self,
         model: nn.Module,
         *,
+        weights: Iterable[Tensor] = (),
         bases: Iterable[Tensor] = (),
         optimizer: Optimizer | None = None,
     ) -> None:
@@ -109,6 +110,7 @@ class MemoryMeter:
         Args:
             model: parameters and buffers are weights, ``.grad`` are gradients; looked up again
                 in each phase, so modules may be replaced.
+            weights: others that belong to them, such as the scales of quantized ones.
             bases: bases, also where they are buffers of the model.
             optimizer: tensors in its ``state``, now and later, are optimizer state.
         """
@@ -116,6 +118,8 @@ class MemoryMeter:
             self._models.append(weakref.ref(model))
         if optimizer is not None and not any(known() is optimizer for known in self._optimizers):
             self._optimizers.append(weakref.ref(optimizer))
+        for tensor in weights:
+            self._ledger.touch(tensor, "weights")
         for tensor in bases:
             self._ledger.touch(tensor, "bases")
         self._look()

@@ -23,6 +23,7 @@ from sparsegrad_cli.methods.base import (
     open_scope,
     trainable_state,
 )
+from sparsegrad_cli.methods.core_layers import CoreLinear, QuantizedCoreLinear
 from sparsegrad_cli.methods.core_plan import asked_entries, planned_supports
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.optimizer import (
@@ -32,73 +33,15 @@ from sparsegrad_cli.methods.optimizer import (
     plain_adamw,
 )
 from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks, use_lean_gates
+from sparsegrad_cli.modeling.quantized import count_entries, dtype_of, is_quantized
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.numerics.core_linear import core_linear, effective_weight
+from sparsegrad_cli.numerics.core_linear import effective_weight
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
-from sparsegrad_cli.numerics.supports import (
-    bounded,
-)
+from sparsegrad_cli.numerics.supports import bounded
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
 REFRESH_STEPS = 100
-
-
-class CoreLinear(nn.Module):
-    """A frozen linear layer with a trainable core beside it: W + Q_out S Q_in'.
-
-    Args:
-        weight: the frozen parameter of the layer it replaces: (out, in), or its transpose.
-        bias: its bias parameter or None.
-        basis: truncated bases; kept by the layer's side, not in the state dict.
-        support: (k,) flat positions in S (below 2^31) that train; None trains all of S.
-        transposed: the weight holds W'.
-    """
-
-    q_out: Tensor
-    q_in: Tensor
-    support: Tensor
-
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        basis: Basis,
-        support: Tensor | None,
-        *,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias, self.transposed = weight, bias, transposed
-        self.register_buffer("q_out", basis.q_out, persistent=False)
-        self.register_buffer("q_in", basis.q_in, persistent=False)
-        self.shape = (basis.q_out.shape[1], basis.q_in.shape[1])
-        # The core is float32 or wider whatever the weight is: small increments must not be lost.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if support is None:
-            self.core = nn.Parameter(torch.zeros(self.shape, dtype=dtype, device=weight.device))
-        else:
-            # Persistent: an adapter without its positions is worth nothing. Four bytes each.
-            self.register_buffer("support", support.to(weight.device, torch.int32))
-            zeros = torch.zeros(len(support), dtype=dtype, device=weight.device)
-            self.values = nn.Parameter(zeros)
-
-    def core_RS(self) -> Tensor:
-        """S, (r_out, r_in)."""
-        if "core" in self._parameters:
-            return self.core
-        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.index_put((self.support,), self.values).view(self.shape)
-
-    @property
-    def trained(self) -> nn.Parameter:
-        """The parameter that holds S or its values."""
-        return self.core if "core" in self._parameters else self.values
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The plain layer's output while S is zero."""
-        weight = self.weight.T if self.transposed else self.weight
-        return core_linear(x, weight, self.bias, self.core_RS(), self.q_out, self.q_in)
 
 
 class SparsegradCore:
@@ -125,16 +68,14 @@ class SparsegradCore:
         """Put a core beside every target; S starts at zero, so the function is unchanged."""
         if bases is None:
             raise ValueError("SparseGrad needs bases")
-        total = sum(p.numel() for p in model.parameters())
+        total = count_entries(model)
         head, rest = open_scope(model, targets, scope)
         shared: dict[int, Basis] = {}  # targets that share a basis share its copy
         fitted: dict[str, Basis] = {}
         for target in targets:
             given = bases[target.name]
             if id(given) not in shared:
-                weight = model.get_submodule(target.name).weight
-                assert isinstance(weight, nn.Parameter)
-                shared[id(given)] = self._fitted(given, weight)
+                shared[id(given)] = self._fitted(given, model.get_submodule(target.name))
             fitted[target.name] = shared[id(given)]
         self._first = planned_supports(self.settings, targets, fitted, scores or {})
         fixed = self._first if self.settings.support == "static" else {}
@@ -161,26 +102,27 @@ class SparsegradCore:
         tensors = [q for b in shared.values() for q in (b.q_out, b.q_in)]
         return Prepared(counts, tensors)
 
-    def _fitted(self, basis: Basis, weight: Tensor) -> Basis:
+    def _fitted(self, basis: Basis, layer: nn.Module) -> Basis:
         rank = self.settings.rank
         assert isinstance(rank, int | float)  # with_rank has settled it
         cut = truncated(basis, rank)
-        # In the weight's dtype, in which the products are made: half the bytes for half precision.
-        return Basis(
-            cut.q_out.to(weight),
-            cut.q_in.to(weight),
-            cut.singular_out,
-            cut.singular_in,
-        )
+        # In the dtype in which the products are made: half the bytes for half precision.
+        device, dtype = next(layer.parameters()).device, dtype_of(layer)
+        sides = (cut.q_out.to(device, dtype), cut.q_in.to(device, dtype))
+        return Basis(*sides, cut.singular_out, cut.singular_in)
 
     def _core(
         self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None
     ) -> CoreLinear:
         layer = model.get_submodule(target.name)
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, nn.Parameter)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        core = CoreLinear(weight, bias, basis, support, transposed=target.transposed)
+        core: CoreLinear
+        if is_quantized(layer):
+            core = QuantizedCoreLinear(layer, basis, support)
+        else:
+            weight, bias = layer.weight, layer.bias
+            assert isinstance(weight, nn.Parameter)
+            assert bias is None or isinstance(bias, nn.Parameter)
+            core = CoreLinear(weight, bias, basis, support, transposed=target.transposed)
         room = core.shape[0] * core.shape[1]
         self._layers[target.name] = core
         if support is not None:

@@ -19,6 +19,7 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.modeling.quantized import count_entries
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import entries_for
@@ -63,7 +64,7 @@ class Lora:
         """Put peft's adapters into the targets; B starts at zero, so the function is unchanged."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        total = sum(p.numel() for p in model.parameters())
+        total = count_entries(model)
         requested = None
         if self.settings.density is not None:
             self.rank, requested = solve_rank(targets, self.settings.density)

@@ -222,6 +222,17 @@ class SelectiveAdamW(torch.optim.Optimizer):
                 moved = {key: value.to(parameter.device) for key, value in saved.items()}
                 self.state[parameter].update(moved)
 
+    def selects(self, parameter: nn.Parameter) -> bool:
+        """Whether only some entries of a parameter are stepped."""
+        return parameter in self._selections
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(rows, columns) of the matrix in which :meth:`touched` gives positions."""
+        rows, columns = parameter.shape
+        turned = self._selections[parameter].basis is not None
+        turned = turned and self._selections[parameter].transposed
+        return (columns, rows) if turned else (rows, columns)
+
     def touched(self, parameter: nn.Parameter) -> Tensor:
         """Flat positions stepped at least once, ascending; empty before the first step."""
         state = self.state.get(parameter, {})

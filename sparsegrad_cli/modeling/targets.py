@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.quantized import dequantized, quantized_in
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import TargetsSection, parse_slice
 
@@ -45,15 +46,32 @@ class Target:
         return self.out_features * self.in_features
 
     def weight_OI(self, model: nn.Module) -> Tensor:
-        """W (out, in) as a view of the module's parameter."""
-        weight = model.get_submodule(self.name).weight
+        """W (out, in) as a view of the module's parameter; of a quantized layer, made anew."""
+        layer = model.get_submodule(self.name)
+        if quantized_in(layer) is not None:
+            return dequantized(layer)
+        weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight.T if self.transposed else weight
+
+    def within(self, model: nn.Module) -> Target:
+        """The same layer of a model in which it is plain: a quantized one never holds W'."""
+        conv = isinstance(model.get_submodule(self.name), Conv1D)
+        return replace(self, transposed=conv)
 
 
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear (and its subclasses) or the Conv1D of GPT-2, which is a linear layer."""
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_sides(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; a 4-bit weight does not say them."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1]), int(weight.shape[0])
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -105,14 +123,9 @@ def _linear_layers_in_blocks(
             for inner, module in block.named_modules():
                 if not is_linear(module):
                     continue
-                weight = module.weight
-                assert isinstance(weight, Tensor)
-                transposed = isinstance(module, Conv1D)
-                out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+                sides = linear_sides(module)
                 name = f"{list_name}.{number}.{inner}"
-                targets.append(
-                    Target(name, inner, number, int(out_features), int(in_features), transposed)
-                )
+                targets.append(Target(name, inner, number, *sides, isinstance(module, Conv1D)))
     return targets
 
 

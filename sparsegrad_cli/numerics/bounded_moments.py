@@ -71,8 +71,9 @@ class BoundedMoments:
         wanted = indices.to(torch.int32)
         rows = self._find(wanted)
         known = self._holds(rows, wanted)
-        if not bool(known.all()):
-            self._admit(wanted[~known], rows[known])
+        new = wanted[~known]
+        if len(new):
+            self._admit(new, rows[known])
             rows = self._find(wanted)
         self.clock += 1
         self.last[rows] = self.clock

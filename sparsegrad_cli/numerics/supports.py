@@ -46,10 +46,24 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
         return torch.arange(count, device=values.device)
     if flat.device.type == "cpu":
         # numpy's introselect does a third of the work of torch.topk's partial sort on the CPU.
-        array = flat.detach().to(torch.promote_types(flat.dtype, torch.float32)).numpy()
-        chosen = np.argpartition(array, array.size - count)[array.size - count :]
-        return torch.from_numpy(chosen).sort().values
+        flat = flat.detach().to(torch.promote_types(flat.dtype, torch.float32))
+        chosen: Tensor = _largest_unsorted(flat, count)
+        return chosen.sort().values
     return torch.topk(flat, count, sorted=False).indices.sort().values
+
+
+# An operator, not a function: torch then knows what shape comes out without looking at values, and
+# a step can be rehearsed on shapes alone (estimate/shapes.py).
+@torch.library.custom_op("sparsegrad::largest_unsorted", mutates_args=(), device_types="cpu")
+def _largest_unsorted(flat: Tensor, count: int) -> Tensor:
+    """Positions of the ``count`` largest of (n,) float32 or float64 numbers, in any order."""
+    array = flat.numpy()
+    return torch.from_numpy(np.argpartition(array, array.size - count)[array.size - count :])
+
+
+@_largest_unsorted.register_fake
+def _(flat: Tensor, count: int) -> Tensor:
+    return flat.new_empty(count, dtype=torch.int64)
 
 
 def bounded(capacity: float | None, count: int, room: int) -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsegrad_cli.data.spec import CHAT_TASKS, known_task_names
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Place, dotted, find_place
 
@@ -18,7 +19,7 @@ _FILE_TASKS = ("csv", "json", "parquet")
 def outside_problems(
     recipe: Recipe, places: Mapping[KeyPath, Place], *, data: bool = True
 ) -> list[Problem]:
-    """Unknown task or built-in model, and files or folders that are not there.
+    """Unknown task or built-in model, files that are not there, what no quantized model can do.
 
     Args:
         data: the task's files count, too.
@@ -55,6 +56,7 @@ def outside_problems(
     if basis is not None and not Path(basis).expanduser().is_file():
         fix = "`sparsegrad calibrate` writes one"
         found.append((("calibration", "basis"), f"no such file: {basis}", fix))
+    found += quantization_problems(recipe)
     problems = []
     for path, what, advice in found:
         place = find_place(places, path)

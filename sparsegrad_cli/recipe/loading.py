@@ -105,8 +105,13 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def digest(recipe: Recipe) -> str:
-    """sha256 (hex) of the resolved recipe without ``output_dir``: the name of an experiment."""
+    """sha256 (hex) of the resolved recipe without ``output_dir``: the name of an experiment.
+
+    A key that came later counts where it is set, so that what ran before it keeps its name.
+    """
     plain = to_plain(recipe)
     plain.pop("output_dir")
+    if recipe.model.quantization is None:
+        del plain["model"]["quantization"]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -32,6 +32,11 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the frozen weights"
     )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None,
+        description="keep the blocks' linear layers in so many bits by bitsandbytes; dtype is that "
+        "of their products; with lora and sparsegrad's form core, scope head",
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 

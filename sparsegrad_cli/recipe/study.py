@@ -69,6 +69,11 @@ class Study(Section):
     seeds: tuple[NonNegativeInt, ...] = Field(SEEDS[:2], min_length=1)
     match: Literal["trainable"] | None = "trainable"
     settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
+    differ: tuple[str, ...] = Field(
+        (),
+        description="recipe keys that may differ between methods, beside method, calibration and "
+        "learning rate; the report flags them",
+    )
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -168,15 +173,19 @@ def make_study(
     methods: tuple[str, ...],
     seeds: int,
     overrides: tuple[str, ...],
+    *,
+    option: str = "--methods",
 ) -> LoadedStudy:
     """A study from the command line: one recipe, some methods by name, the first n seeds.
+
+    ``option`` is what to blame for the methods.
 
     Raises:
         RecipeError: an unknown or repeated method, or a broken recipe.
     """
     problems = [
         Problem(
-            "--methods",
+            option,
             f"{m!r} is not a method",
             "command line",
             None,
@@ -186,7 +195,7 @@ def make_study(
         if m not in METHOD_NAMES
     ]
     if len(set(methods)) != len(methods):
-        problems.append(Problem("--methods", "names a method twice", "command line"))
+        problems.append(Problem(option, "names a method twice", "command line"))
     if not 1 <= seeds <= len(SEEDS):
         problems.append(Problem("--seeds", f"is 1 to {len(SEEDS)}", "command line"))
     if problems:

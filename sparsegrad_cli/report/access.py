@@ -94,6 +94,12 @@ def _shown(character: str) -> str:
 
 
 def clean(raw: str) -> str:
-    """One line: white space and control characters become spaces, lone surrogates U+FFFD."""
-    kinds = {"Cc": " ", "Cs": "\ufffd"}
-    return " ".join("".join(kinds.get(unicodedata.category(c), c) for c in raw).split())
+    """One line: white space and control characters become spaces; lone surrogates, and the marks
+    that turn the direction of writing, U+FFFD."""
+    return " ".join((raw if raw.isprintable() else "".join(map(_plain, raw))).split())
+
+
+def _plain(character: str) -> str:
+    turns = unicodedata.bidirectional(character) in _TURNING
+    kind = "Cs" if turns else unicodedata.category(character)
+    return {"Cc": " ", "Cs": "\ufffd"}.get(kind, character)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.report.access import dig, items, mappings, number, text
-from sparsegrad_cli.report.units import format_p, format_score
+from sparsegrad_cli.report.access import dig, items, mappings, number, numbers, text
+from sparsegrad_cli.report.units import format_interval, format_score
 from sparsegrad_cli.scales import Scale, scale_of
 
-FEW_SEEDS = 3  # below: no test can tell; up to WEAK_TEST: only a large, steady difference shows
-WEAK_TEST = 5
+MIN_SEEDS = 2  # below, nothing is ranked
 Row = Mapping[str, Any]
 
 
@@ -35,9 +34,14 @@ def rows_of(compare: Any, task: str) -> list[Row]:
     return [row for row in mappings(compare, "rows") if text(row, "task") == task]
 
 
+def metric_of_rows(rows: Sequence[Row]) -> str | None:
+    """The metric of a task's scores, as the first row that has any says."""
+    return next((text(row, "metric") for row in rows if text(row, "metric")), None)
+
+
 def scale_of_rows(rows: Sequence[Row]) -> Scale:
     """The scale of a task's scores."""
-    return scale_of(next((text(row, "metric") for row in rows if text(row, "metric")), None))
+    return scale_of(metric_of_rows(rows))
 
 
 def cells_of(compare: Any, task: str, method: str) -> list[Row]:
@@ -49,28 +53,39 @@ def cells_of(compare: Any, task: str, method: str) -> list[Row]:
     ]
 
 
+def figures_in(compare: Any) -> list[Row]:
+    """All published figures."""
+    return mappings(compare, "figures")
+
+
 def figures_of(compare: Any, task: str | None, method: str | None) -> list[Row]:
     """Published figures for a task and method."""
     return [
         figure
-        for figure in mappings(compare, "figures")
+        for figure in figures_in(compare)
         if (text(figure, "task"), text(figure, "method")) == (task, method)
         and number(figure, "score") is not None
     ]
 
 
+def interval_of(data: Any, *keys: str) -> tuple[float | None, float | None]:
+    """(low, high) of an interval in a record; Nones where there is none."""
+    ends = numbers(data, *keys)
+    return (ends[0], ends[1]) if len(ends) == 2 else (None, None)
+
+
 def difference_cell(row: Row) -> str:
-    """``+1.0 (p 0.30, n 2)``; empty for the method that the others are set against."""
+    """``+1.0 (−2.1 to 4.1)`` or ``+1.0 (one seed)``; empty for the method set against."""
     found = dig(row, "difference")
-    mean = number(found, "mean")
+    mean, scale = number(found, "mean"), scale_of(text(row, "metric"))
     if mean is None:
         return ""
-    p, n = number(found, "p"), number(found, "n")
-    parts = [f"p {format_p(p)}" if p is not None else "no p"]
-    if n is not None:
-        parts.append(f"n {n:.0f}")
-    shown = format_score(mean, scale_of(text(row, "metric")), sign=True)
-    return f"{shown} ({', '.join(parts)})"
+    shown = format_score(mean, scale, sign=True)
+    interval = format_interval(*interval_of(found, "interval"), scale)
+    if interval is None:
+        n = number(found, "n")
+        interval = "one seed" if n == 1 else "no interval"
+    return f"{shown} ({interval})"
 
 
 def reference_of(rows: Sequence[Row]) -> str | None:
@@ -82,40 +97,29 @@ def reference_of(rows: Sequence[Row]) -> str | None:
     return None
 
 
+def best_rows(rows: Sequence[Row]) -> list[int]:
+    """Which rows have the best mean; none where any score is one seed's: that ranks nothing."""
+    there = {
+        at: mean for at, row in enumerate(rows) if (mean := number(row, "score_mean")) is not None
+    }
+    seeds = [number(rows[at], "seeds_done") or 0 for at in there]
+    if len(there) < 2 or min(seeds) < MIN_SEEDS:
+        return []
+    best = scale_of_rows(rows).best(there.values())
+    return [at for at, mean in there.items() if mean == best]
+
+
 def seeds_remark(rows: Sequence[Row]) -> str | None:
-    """Says plainly when there are too few seeds for the test to mean much."""
-    counts = [n for n in (number(row, "difference", "n") for row in rows) if n is not None]
-    fewest = min(counts, default=None)
-    if fewest is None or fewest >= WEAK_TEST:
+    """Says plainly where a score is one seed's."""
+    counts = [number(r, "seeds_done") for r in rows if number(r, "score_mean") is not None]
+    fewest = min((count for count in counts if count is not None), default=MIN_SEEDS)
+    if fewest >= MIN_SEEDS:
         return None
-    if fewest < FEW_SEEDS:
-        return f"n = {fewest:.0f}: too few seeds for a test to tell a difference from chance"
-    return f"n = {fewest:.0f}: few seeds, only a large and steady difference can show"
+    return "n = 1: one seed ranks nothing, and its score has no interval"
 
 
-def check_lines(compare: Any) -> list[tuple[bool | None, str]]:
-    """(held, sentence): together where all checks hold, one line for each that does not."""
-    checks = mappings(compare, "checks")
-    if not checks:
-        return [(None, "Same head, order and data: not recorded.")]
-    keys = {"same_head_init": "head", "same_order": "order", "same_data": "data"}
-    lines: list[tuple[bool | None, str]] = []
-    held, unknown = [], 0
-    for check in checks:
-        wrong = [word for key, word in keys.items() if dig(check, key) is False]
-        if wrong:
-            where = f"{text(check, 'task') or '?'}, seed {text(check, 'seed') or '?'}"
-            lines.append((False, f"{where}: methods did NOT have the same {' and '.join(wrong)}."))
-        elif all(dig(check, key) is True for key in keys):
-            held.append(number(check, "steps_compared"))
-        else:
-            unknown += 1
-    if unknown:
-        pairs = f"{unknown} of {len(checks)} pairs of task and seed"
-        lines.insert(0, (None, f"{pairs}: fewer than two methods to compare."))
-    if held:
-        steps = [count for count in held if count]
-        upto = f" (order over at least {min(steps):,.0f} steps)" if steps else ""
-        pairs = f"{len(held)} of {len(checks)} pairs of task and seed"
-        lines.insert(0, (True, f"{pairs}: all methods had the same head, order and data{upto}."))
-    return lines
+def bold_remark(rows: Sequence[Row]) -> str | None:
+    """What bold type means, where there is any."""
+    if not best_rows(rows):
+        return None
+    return "bold is the best mean; whether it is better than another is said under Differences"

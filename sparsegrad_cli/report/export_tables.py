@@ -38,6 +38,10 @@ def export_facts(record: Any) -> list[Fact]:
     same, answers = number(check, "same_answers"), number(check, "answers")
     if same is not None:
         facts.append(Fact("Same answers", f"{same:.0f} of {format_count(answers)}"))
+    plain = number(check, "on_plain_base", "difference")
+    if plain is not None:
+        beside = "what quantizing it had changed: reported, not judged"
+        facts.append(Fact("On the plain base by", _small(plain), beside))
     facts += _errors(record)
     names = ", ".join(sorted(block(record, "files")))
     facts.append(Fact("On disk", format_bytes(number(record, "bytes")), names))
@@ -54,7 +58,12 @@ def _errors(record: Any) -> list[Fact]:
     rounding, error = number(record, "rounding"), number(record, "error")
     if rounding is not None:
         detail = f"of the change, to {text(record, 'dtype')}"
-        return [Fact("Rounded away", _small(rounding), detail)]
+        facts = [Fact("Rounded away", _small(rounding), detail)]
+        layers = number(record, "dequantized")
+        if layers:
+            bits, dtype = text(record, "model", "quantization"), text(record, "dtype")
+            facts.append(Fact("Dequantized", f"{layers:.0f} layers", f"{bits} to {dtype}"))
+        return facts
     if error is None:
         return []
     ranks = sorted({number(row, "rank") or 0 for row in mappings(record, "targets")})

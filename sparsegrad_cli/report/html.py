@@ -1,4 +1,4 @@
-"""Records as one HTML file each."""
+"""The page of a training or calibration run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.report import compare_charts, run_charts
-from sparsegrad_cli.report.access import mappings, text
-from sparsegrad_cli.report.compare_record import check_lines, tasks_of
-from sparsegrad_cli.report.compare_tables import (
-    cells_table,
-    cost_table,
-    failures_table,
-    figures_table,
-    overview_table,
-    score_table,
-)
+from sparsegrad_cli.report import run_charts
+from sparsegrad_cli.report.access import text
 from sparsegrad_cli.report.page import (
     bullets,
     cards,
-    checked,
     drawing,
     folded,
     html_table,
@@ -42,9 +32,8 @@ from sparsegrad_cli.report.run_tables import (
     targets_table,
     time_line,
 )
-from sparsegrad_cli.report.words import status_of
+from sparsegrad_cli.report.sparsity_charts import sparsity_map
 
-_SCALE = "Scores are times 100."
 _LEARNING = (
     "Score on the validation split at every evaluation, starting before the first step. The dotted "
     "line is what always answering with the most frequent class scores: a method that stays on it "
@@ -74,23 +63,9 @@ _HEAT = (
     "One weight gradient, mean absolute entries, darker is smaller. In the original basis it is "
     "spread out; as a core, sorted by singular value, it gathers in the top left corner."
 )
-_SCORES = (
-    "One dot a seed; the bar is the mean with its standard deviation. Diamonds, where there are "
-    "any, are published figures. Differences smaller than the spread are not differences."
-)
-_CURVES = "Mean over seeds, single seeds behind. Flat at the end: training longer would not help."
-_TRADE = (
-    "Further left is better, and up (down for losses and perplexities): more for fewer bytes "
-    "beyond the weights themselves."
-)
-_STEP_MEMORY = "The training step's peak by category, on the longest examples of the task."
-_SPEED = (
-    "Optimizer steps a second, all of a step included; the bar is the interquartile range. Only "
-    "comparable when nothing else ran on the machine and cells did not run side by side."
-)
-_FAIR = (
-    "Every method of a task and seed must start from the same head and see the same examples in "
-    "the same order. Both are hashed while training, and compared here."
+_TOUCHED = (
+    "Where the entries lie that were touched in any step: the share of each block of one matrix, a "
+    "core sorted by singular value, or the weight itself."
 )
 
 
@@ -111,7 +86,7 @@ def write_run_html(record: Mapping[str, Any], path: Path) -> None:
         ("Calibration", _calibration(record, with_facts=trained)),
         ("Memory", _memory(record)),
         ("Time", _time(record)),
-        ("Trainable entries", folded("Every target", html_table(targets_table(record)))),
+        ("Trainable entries", _entries(record)),
         ("Notes", bullets(notes_of(record))),
         ("Provenance", html_table(provenance(record))),
     ]
@@ -133,6 +108,16 @@ def _time(record: Mapping[str, Any]) -> str:
     return drawing(run_charts.time_bar(record), _TIME) + line
 
 
+def _entries(record: Mapping[str, Any]) -> str:
+    where = drawing(sparsity_map(record), _map_caption(record))
+    return where + folded("Every target", html_table(targets_table(record)))
+
+
+def _map_caption(record: Mapping[str, Any]) -> str:
+    target = text(record, "sparsity", "target")
+    return f"{_TOUCHED} Target: {target}." if target else _TOUCHED
+
+
 def _calibration(record: Mapping[str, Any], *, with_facts: bool) -> str:
     shown = calibration_facts(record)
     if not shown:
@@ -149,42 +134,3 @@ def _calibration(record: Mapping[str, Any], *, with_facts: bool) -> str:
 def _heat_caption(record: Mapping[str, Any]) -> str:
     target = text(record, "calibration", "heat_map", "target")
     return f"{_HEAT} Target: {target}." if target else _HEAT
-
-
-def write_compare_html(compare: Mapping[str, Any], path: Path) -> None:
-    """Write the page of a comparison.
-
-    Args:
-        compare: ``compare.json`` as loaded; anything may be missing.
-        path: the file to write.
-
-    Raises:
-        DiskError: the file could not be written.
-    """
-    cells = mappings(compare, "cells")
-    done = sum(status_of(cell) == "done" for cell in cells)
-    lead = paragraph(f"{done} of {len(cells)} cells done. {_SCALE}", dim=True)
-    overview = overview_table(compare)
-    lead += html_table(overview) if overview else ""
-    sections = [(task, _task(compare, task)) for task in tasks_of(compare)]
-    sections += [
-        ("Published figures", html_table(figures_table(compare))),
-        ("Cells that are not done", html_table(failures_table(compare))),
-        ("Was it fair?", paragraph(_FAIR) + checked(check_lines(compare))),
-        ("All cells", folded("Every cell", html_table(cells_table(compare)))),
-        ("Provenance", html_table(provenance(compare))),
-    ]
-    write_text_atomic(path, page(compare, sections, lead))
-
-
-def _task(compare: Mapping[str, Any], task: str) -> str:
-    charts = (
-        (compare_charts.score_dots, _SCORES),
-        (compare_charts.learning_curves, _CURVES),
-        (compare_charts.score_against_memory, _TRADE),
-        (compare_charts.memory_by_method, _STEP_MEMORY),
-        (compare_charts.speed_bars, _SPEED),
-    )
-    tables = html_table(score_table(compare, task), "No rows recorded.")
-    tables += html_table(cost_table(compare, task))
-    return tables + "".join(drawing(draw(compare, task), caption) for draw, caption in charts)

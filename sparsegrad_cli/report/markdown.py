@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsegrad_cli.report.access import mappings, text
-from sparsegrad_cli.report.compare_record import check_lines, tasks_of
-from sparsegrad_cli.report.compare_tables import (
-    cost_table,
-    failures_table,
-    figures_table,
-    overview_table,
-    score_table,
-)
+from sparsegrad_cli.report.answers_page import answers_markdown
+from sparsegrad_cli.report.answers_record import SideBySide
+from sparsegrad_cli.report.cell_tables import failures_table, figures_table
+from sparsegrad_cli.report.compare_record import tasks_of
+from sparsegrad_cli.report.compare_tables import overview_table, score_table
+from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
+from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.report.record_tables import (
     calibration_facts,
     energy_by_kind,
@@ -30,6 +29,7 @@ from sparsegrad_cli.report.run_tables import (
     title_of,
 )
 from sparsegrad_cli.report.tables import Fact, Table, escape_markdown, table_markdown
+from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 _SCALE = "Scores are times 100, with one decimal."
@@ -55,22 +55,26 @@ def run_markdown(run: Mapping[str, Any]) -> str:
     return _join([*parts, "## Provenance", table_markdown(provenance(run))])
 
 
-def compare_markdown(compare: Mapping[str, Any]) -> str:
-    """A comparison: tables by task, published figures, failures, checks."""
+def compare_markdown(compare: Mapping[str, Any], answers: Sequence[SideBySide] = ()) -> str:
+    """A comparison: what the tests show, tables by task, answers side by side, failures, checks."""
     cells = mappings(compare, "cells")
     done = sum(status_of(cell) == "done" for cell in cells)
     parts = [*_heading(compare), f"{done} of {len(cells)} cells done. {_SCALE}"]
     overview = overview_table(compare)
+    parts += [escape_markdown(line) for line in verdict_lines(compare)]
     parts += [table_markdown(overview)] if overview else []
     for task in tasks_of(compare):
         parts.append(_or_absent(task, score_table(compare, task)))
-        costs = cost_table(compare, task)
-        parts += [table_markdown(costs)] if costs else []
-    for table in (figures_table(compare), failures_table(compare)):
+        for costs in (counters_table(compare, task), calibration_costs(compare, task)):
+            parts += [table_markdown(costs)] if costs else []
+    parts += [answers_markdown(each, alone=len(answers) == 1) for each in answers]
+    for table in (pairs_table(compare), figures_table(compare), failures_table(compare)):
         parts += [table_markdown(table)] if table else []
     marks = {True: "yes", False: "**NO**", None: "unknown"}
     lines = [f"- {marks[held]}: {escape_markdown(line)}" for held, line in check_lines(compare)]
     parts.append("\n".join(["## Was it fair?", "", *lines]))
+    parity = parity_table(compare)
+    parts += [table_markdown(parity)] if parity else []
     return _join([*parts, "## Provenance", table_markdown(provenance(compare))])
 
 

@@ -12,16 +12,24 @@ from sparsegrad_cli.report.tables import Fact, Table
 from sparsegrad_cli.report.units import NOT_RECORDED
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
+REFRESH_S = 30
 _STYLE = resources.files("sparsegrad_cli.report").joinpath("page.css").read_text("utf-8")
 
 
-def page(record: Mapping[str, Any], sections: Sequence[tuple[str, str]], lead: str) -> str:
+def page(
+    record: Mapping[str, Any],
+    sections: Sequence[tuple[str, str]],
+    lead: str,
+    *,
+    alive: bool = False,
+) -> str:
     """A whole document.
 
     Args:
         record: what the page is about; gives title, status and error.
         sections: (heading, HTML) in order; those without content are left out.
         lead: HTML between the heading and the first section.
+        alive: the file is being rewritten: a page shown looks again every ``REFRESH_S`` seconds.
     """
     shown = [(heading, body) for heading, body in sections if body]
     links = "".join(f'<a href="#s{n}">{escape(h)}</a>' for n, (h, _) in enumerate(shown))
@@ -30,9 +38,10 @@ def page(record: Mapping[str, Any], sections: Sequence[tuple[str, str]], lead: s
         for n, (heading, content) in enumerate(shown)
     )
     title = escape(title_of(record))
+    again = f'<meta http-equiv="refresh" content="{REFRESH_S}">\n' if alive else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{again}'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"{_heading(record)}{lead}<nav>{links}</nav>\n{body}</body>\n</html>\n"
     )
@@ -58,6 +67,12 @@ def paragraph(raw: str, *, dim: bool = False) -> str:
     return f'<p class="dim">{escape(raw)}</p>' if dim else f"<p>{escape(raw)}</p>"
 
 
+def verdict(lines: Sequence[str]) -> str:
+    """What a comparison comes to, in sentences, set apart."""
+    inner = "".join(paragraph(line) for line in lines)
+    return f'<div class="verdict">{inner}</div>\n' if inner else ""
+
+
 def cards(shown: Sequence[Fact]) -> str:
     """Headline figures, each with what it should be read against."""
     inner = "".join(
@@ -72,7 +87,8 @@ def drawing(svg: str | None, caption: str, missing: str = "") -> str:
     """A figure and what it means; ``missing`` in its place where there is nothing to draw."""
     if svg is None:
         return paragraph(missing, dim=True)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
+    plot = f'<div class="plot">{svg}</div>'
+    return f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
 def html_table(table: Table | None, missing: str = "") -> str:
@@ -89,7 +105,7 @@ def html_table(table: Table | None, missing: str = "") -> str:
     )
     notes = bullets(table.notes)
     return (
-        f'<div class="scroll"><table><caption>{escape(table.caption)}</caption>'
+        f'<div class="scroll"><table><caption><span>{escape(table.caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{notes}\n"
     )
 

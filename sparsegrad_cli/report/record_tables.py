@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,15 @@ _CALIBRATION = {
     "basis_per": "one basis per",
     "basis_file": "basis file",
 }
-_HASH_LABELS = {"data": "data", "head_init": "head initialisation"}
+_HASH_LABELS = {"data": "data", "head_init": "head initialisation", "precision": "precision"}
+# What cells of one comparison can differ in, though their recipes do not.
+_OF_CELLS = {
+    "commit": ("git", "commit"),
+    "device": ("environment", "device"),
+    "device name": ("environment", "device_name"),
+    "threads": ("environment", "threads"),
+    "torch": ("environment", "packages", "torch"),
+}
 
 
 def calibration_facts(run: Any) -> list[Fact]:
@@ -141,6 +150,8 @@ def provenance(record: Any) -> Table:
         ("recipe digest", ("recipe_digest",)),
         ("model fingerprint", ("model", "fingerprint")),
         ("output_dir", ("output_dir",)),
+        ("entries matched by", ("match",)),
+        ("cells at once", ("jobs",)),
         ("commit", ("git", "commit")),
     ):
         if label in ("started", "finished", "commit") or text(record, *keys):
@@ -153,8 +164,31 @@ def provenance(record: Any) -> Table:
     for package, version in block(environment, "packages").items():
         if text(version):
             found.append((str(package), text(version)))
-    found += _hashes(record)
+    found += [*_cells(record), *_precision(record), *_hashes(record)]
     return Table("Provenance", ("what", "value"), found, left=2)
+
+
+def _cells(record: Any) -> list[tuple[str, Cell]]:
+    """Where a comparison's cells ran: ``1 (20 cells), 2 (4 cells)`` where they are not of one."""
+    runs = [run for run in (block(cell, "run") for cell in mappings(record, "cells")) if run]
+    found: list[tuple[str, Cell]] = []
+    for label, keys in _OF_CELLS.items():
+        counts = Counter(value for run in runs if (value := text(run, *keys)) is not None)
+        parts = [f"{value} ({count} cells)" for value, count in counts.items()]
+        if parts:
+            found.append(
+                (f"{label} of cells", next(iter(counts)) if len(counts) == 1 else ", ".join(parts))
+            )
+    return found
+
+
+def _precision(record: Any) -> list[tuple[str, Cell]]:
+    found = block(record, "precision")
+    if not found:
+        return []
+    dtypes = " and ".join(str(name) for name in block(found, "weights"))
+    autocast = text(found, "autocast") or "no"
+    return [("precision", f"{dtypes} weights, {autocast} autocast, {text(found, 'matmul')} matmul")]
 
 
 def _hashes(record: Any) -> list[tuple[str, Cell]]:

@@ -15,6 +15,7 @@ from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
 
 SCHEMA = 1
 FILES = ("run.json", "compare.json")
+REPORTS = ("report.html", "report.md", "report.tex")
 
 
 def load_record(path: str | Path) -> dict[str, Any]:

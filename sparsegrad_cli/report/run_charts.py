@@ -162,7 +162,7 @@ def spectra_lines(run: Any) -> str | None:
 def heat_maps(run: Any) -> str | None:
     """One target's gradient, entry by entry: in the original basis and as its core."""
     there = block(run, "calibration", "heat_map")
-    maps = [(title, _matrix(there.get(key))) for key, title in _MAPS]
+    maps = [(title, matrix_of(there.get(key))) for key, title in _MAPS]
     drawn = [(title, matrix) for title, matrix in maps if matrix is not None]
     if not drawn:
         return None
@@ -185,7 +185,7 @@ def heat_maps(run: Any) -> str | None:
 _MAPS = (("original", "gradient, original basis"), ("basis", "core gradient, calibrated basis"))
 
 
-def _matrix(rows: Any) -> Any:
+def matrix_of(rows: Any) -> Any:
     """A rectangle of finite numbers as an array, or None."""
     if not isinstance(rows, list) or not rows:
         return None

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 # Legible on white and on near-black, and told apart by readers who do not see red or green.
 COLOURS = ("#3a86c8", "#e08214", "#2a9d7f", "#c7548f", "#8468c9", "#a8931a", "#7f8790")
+MARKERS = "osD^vPX"
 # Stand-ins that nothing else uses: in the SVG they become the page's own colours.
 INK, GRID = "#010203", "#040506"
 _PAGE = {INK: "currentColor", GRID: "var(--grid)"}
@@ -44,19 +45,20 @@ class Canvas:
     Args:
         width, height: inches.
         columns: axes side by side.
+        rows: rows of axes; ``all_axes`` goes through them one after the other.
     """
 
-    def __init__(self, width: float, height: float, columns: int = 1) -> None:
+    def __init__(self, width: float, height: float, columns: int = 1, rows: int = 1) -> None:
         self._context = matplotlib.rc_context(_SETTINGS)
         self._size = (width, height)
-        self._columns = columns
+        self._columns, self._rows = columns, rows
         self._svg = ""
 
     def __enter__(self) -> Canvas:
         self._context.__enter__()
         self.figure = Figure(figsize=self._size, layout="constrained")
-        found = self.figure.subplots(1, self._columns, squeeze=False)
-        self.all_axes: list[Axes] = list(found[0])
+        found = self.figure.subplots(self._rows, self._columns, squeeze=False)
+        self.all_axes: list[Axes] = list(found.flat)
         self.axes = self.all_axes[0]
         for axes in self.all_axes:
             axes.patch.set_alpha(0)
@@ -87,6 +89,11 @@ def whole_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
+def height_for(least: float, labels: int) -> float:
+    """Inches that a figure needs for a legend of so many lines beside its data."""
+    return max(least, 0.5 + 0.185 * labels)
+
+
 def legend(axes: Axes, columns: int = 1) -> None:
     """A legend beside the data, where there is more than one thing to tell apart."""
     handles, labels = axes.get_legend_handles_labels()
@@ -114,6 +121,11 @@ def plain(label: str) -> str:
 def colour(number: int) -> str:
     """The colour of the n-th thing."""
     return COLOURS[number % len(COLOURS)]
+
+
+def marker(number: int) -> str:
+    """The marker of the n-th thing: another where colours begin again."""
+    return MARKERS[number // len(COLOURS) % len(MARKERS)]
 
 
 def stacked(

@@ -86,7 +86,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(raw: str) -> str:
-    """Text that stays text in a GitHub table: no cell, tag, link, emphasis or code begins."""
+    """Text that stays text in a GitHub table: no cell, tag, link, emphasis or formula begins."""
     one_line = " ".join(raw.split()).replace("&", "&amp;").replace("<", "&lt;")
     # An underscore inside a word is no emphasis on GitHub, and names are full of them.
-    return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)
+    return re.sub(r"([\\`*|~$\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)

@@ -14,22 +14,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import items, text
+from sparsegrad_cli.report.access import dig, items, text
+from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import (
-    check_lines,
     difference_cell,
     reference_of,
     rows_of,
     seeds_remark,
     tasks_of,
 )
-from sparsegrad_cli.report.compare_tables import (
-    figures_table,
-    method_table,
-    note_cell,
-    overview_table,
-)
+from sparsegrad_cli.report.compare_tables import method_table, note_cell, overview_table
+from sparsegrad_cli.report.estimate_tables import estimate_notes, estimate_tables
 from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
+from sparsegrad_cli.report.fairness import check_lines
 from sparsegrad_cli.report.judge_tables import (
     judge_failures,
     judge_scores,
@@ -46,6 +43,8 @@ from sparsegrad_cli.report.run_tables import (
     title_of,
 )
 from sparsegrad_cli.report.tables import Fact, Table
+from sparsegrad_cli.report.units import format_seconds
+from sparsegrad_cli.report.verdicts import verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
@@ -93,10 +92,19 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
     for extra in (overview_table(compare), figures_table(compare)):
         if extra is not None:
             parts += [_table(extra) or ""]
+    parts += [Text(), *(Text(line) for line in verdict_lines(compare)), Text()]
     for held, line in check_lines(compare):
         mark, style = _CHECKS[held]
         parts.append(Text(f"{mark} {line}", style=style))
     return Group(*parts)
+
+
+def estimate_table(record: dict[str, Any]) -> RenderableType:
+    """An estimate: a row a method, the largest batches, and what was supposed."""
+    parts = [_table(table) or "" for table in estimate_tables(record)]
+    lines = [Text(f"- {line}", style="dim") for line in estimate_notes(record)]
+    took = format_seconds(dig(record, "seconds"))
+    return Group(*parts, Text(), Text("Supposed", style="italic"), *lines, _labelled("took", took))
 
 
 def export_table(record: dict[str, Any]) -> RenderableType:

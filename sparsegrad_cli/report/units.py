@@ -32,6 +32,11 @@ def format_mib(count: float | None) -> str | None:
     return None if count is None else f"{count / MIB:,.1f}"
 
 
+def format_gib(count: float | None) -> str | None:
+    """Bytes as a bare number of GiB, ``12.55``, for columns that name the unit."""
+    return None if count is None else f"{count / MIB / 1024:,.2f}"
+
+
 def format_seconds(seconds: float | None) -> str:
     """``1 min 12 s``; milliseconds below a tenth of a second, hours and days above."""
     if seconds is None:
@@ -91,6 +96,13 @@ def format_spread(mean: float | None, std: float | None, scale: Scale = SCORE) -
     if mean is None or std is None:
         return format_score(mean, scale)
     return f"{format_score(mean, scale)} ± {scale.times * std:.{scale.digits}f}"
+
+
+def format_interval(low: float | None, high: float | None, scale: Scale = SCORE) -> str | None:
+    """``58.1 to 62.3``; None where there is no interval (one seed)."""
+    if low is None or high is None:
+        return None
+    return f"{format_score(low, scale)} to {format_score(high, scale)}"
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

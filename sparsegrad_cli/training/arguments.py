@@ -54,5 +54,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
         # Data sets hold what the collator wants and nothing else.
         remove_unused_columns=False,
         save_only_model=False,
+        # No buffer changes while training; bases are buffers, and would be sent at every step.
+        ddp_broadcast_buffers=False,
         **settings,
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, truncated
@@ -118,7 +119,7 @@ def calibrate(
     Args:
         model: any model whose output has ``loss``; left as it was found.
         batches: makes an iterator over at least ``steps`` batches on the model's device; called
-            once a pass, the same batches each time.
+            once a pass, the same batches each time. Of several processes, each has its own.
         settings: what to calibrate from, how bases are found, what scores the support.
         seed: for dropout and test matrices; the global random state is restored.
         rank: directions the method keeps (:func:`truncated`), for the ways that need to know.
@@ -148,6 +149,8 @@ def calibrate(
             key: _given_basis(settings.source, shape, seed + number, device)
             for number, (key, shape) in enumerate(sides.items())
         }
+    for b in bases.values():  # another library or device may decompose equal sums otherwise
+        ranks.spread((b.q_out, b.q_in, b.singular_out, b.singular_in))
     scores: dict[str, Tensor] = {}
     held = sum(s.nbytes() for s in streams.values())
     if settings.score != "spectral":
@@ -197,7 +200,7 @@ def _fill(
             if source == "batch"
             else tokens_only(passes.model, targets, collect_tokens)
         )
-        add_up([total for stream in streams.values() for total in stream.sums()])
+        ranks.add_up(total for stream in streams.values() for total in stream.sums())
 
 
 def _scores(
@@ -218,15 +221,8 @@ def _scores(
             stream.end_step()
 
     passes.run(tokens_only(passes.model, targets, collect), after)
-    add_up([total for stream in streams.values() for total in stream.sums()])
+    ranks.add_up(total for stream in streams.values() for total in stream.sums())
     return {name: stream.mean() for name, stream in streams.items()}
-
-
-def add_up(sums: list[Tensor]) -> None:
-    """Sum over the processes of a distributed run, in place; nothing to do in a single one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for total in sums:
-            torch.distributed.all_reduce(total)
 
 
 def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.device) -> Basis:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import DiskError, InterruptedRunError
 from sparsegrad_cli.measure.environment import rss_bytes
 from sparsegrad_cli.measure.timing import StepTimer
@@ -35,13 +36,15 @@ class RecordCallback(TrainerCallback):
 
     def cut(self, step: int | None) -> None:
         """Forget what a run wrote after the checkpoint that it goes on from; None: everything."""
-        if step is None:
+        if step is None and ranks.is_first():
             self._path.unlink(missing_ok=True)
         if step is None or not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= step]
-        write_text_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        ranks.wait()  # all have read it
+        if ranks.is_first():
+            write_text_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self.history[:] = [r["eval"] for r in kept if "eval" in r]
         self.train_log = [
             {k: r[k] for k in ("step", "epoch", "loss", "learning_rate")}
@@ -98,6 +101,8 @@ class RecordCallback(TrainerCallback):
         self._observer.evaluated(record)
 
     def _append(self, record: dict[str, Any]) -> None:
+        if not ranks.is_first():
+            return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -184,7 +189,7 @@ class InterruptCallback(TrainerCallback):
         self._first_of_epoch = False
 
     def _stop(self, state: Any) -> None:
-        if not self._asked.is_set():
+        if not ranks.anywhere(self._asked.is_set()):  # all of them stop after the same step
             return
         if state.global_step == 0:
             raise InterruptedRunError("stopped before the first step", fix="--resume starts it")

@@ -16,6 +16,7 @@ from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
+from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
 from sparsegrad_cli.training.texts import Parts, fitting_length
 
@@ -44,8 +45,8 @@ def load_chats(recipe: Recipe) -> Parts:
         eval_limit=section.eval_limit,
     )
     tokenizer = load_tokenizer(recipe.model)
-    model = load_causal_lm(recipe.model)
-    max_length, cut = fitting_length(section.max_length, model)
+    model = load_causal_lm(recipe.model, device_of(recipe))
+    max_length, cut = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
     train = encode_conversations(encoder, data.train, max_length=max_length)
     # Packed or not, validation is by conversation: what it measures must not depend on packing.

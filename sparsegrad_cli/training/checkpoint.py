@@ -3,8 +3,8 @@
 checkpoint-N/
   trainable.safetensors   every parameter that trains
   optimizer.safetensors   state tensors, named "<parameter number>/<key>"
-  random.safetensors      states of torch's (CPU, CUDA) and numpy's generators
-  state.json              optimizer groups, scheduler, python's generator, extras of the run
+  random.safetensors      states of torch's (CPU, CUDA) and numpy's generators, "<process>/<key>"
+  state.json              optimizer groups, scheduler, python's generators, extras of the run
   trainer_state.json      transformers.TrainerState
   manifest.json           size and sha256 of each of these (training/manifest.py)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.training.writing import read_tensors, write_tensors
 
@@ -32,6 +33,7 @@ TRAINABLE, OPTIMIZER, RANDOM, STATE = (
     "random.safetensors",
     "state.json",
 )
+RandomState = tuple[dict[str, Tensor], dict[str, Any]]
 _FORMAT = 1
 _STATE_KEYS = {"optimizer_groups", "optimizer_numbers", "scheduler", "random", "extras"}
 
@@ -42,8 +44,13 @@ def save_training_state(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     extras: Mapping[str, Any],
+    drawn: Sequence[RandomState] | None = None,
 ) -> None:
-    """Write all but trainer_state.json and the manifest into ``folder``; not atomic."""
+    """Write all but trainer_state.json and the manifest into ``folder``; not atomic.
+
+    Args:
+        drawn: :func:`random_state` of each process that trains; of this one, which is alone.
+    """
     write_tensors({k: t.cpu().contiguous() for k, t in trainable.items()}, folder / TRAINABLE)
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -55,14 +62,19 @@ def save_training_state(
             else:
                 numbers[f"{number}/{key}"] = value
     write_tensors(tensors, folder / OPTIMIZER)
-    random_tensors, random_json = _random_state()
+    states = [random_state()] if drawn is None else drawn
+    random_tensors = {
+        f"{number}/{key}": tensor
+        for number, (of_one, _) in enumerate(states)
+        for key, tensor in of_one.items()
+    }
     write_tensors(random_tensors, folder / RANDOM)
     content = {
         "format": _FORMAT,
         "optimizer_groups": state["param_groups"],
         "optimizer_numbers": numbers,
         "scheduler": _plain(scheduler.state_dict()),
-        "random": random_json,
+        "random": [numbers for _, numbers in states],
         "extras": dict(extras),
     }
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
@@ -121,21 +133,26 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
 
 
 def load_random(folder: Path) -> None:
-    """Restore python's, numpy's and torch's random state.
+    """Restore this process's python's, numpy's and torch's random state.
 
     Raises:
         FileFormatError: the files are damaged.
     """
-    content = load_state_json(folder)["random"]
-    tensors = read_tensors(folder / RANDOM)
+    kept, own = load_state_json(folder)["random"], f"{ranks.number()}/"
+    tensors = {
+        name.removeprefix(own): tensor
+        for name, tensor in read_tensors(folder / RANDOM).items()
+        if name.startswith(own)
+    }
     try:
+        content = kept[ranks.number()]
         version, internal, gauss = content["python"]
         name, position, has_gauss, cached = content["numpy"]
         numpy_keys = tensors["numpy"].numpy().astype(np.uint32)
         torch.set_rng_state(tensors["torch"])
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state((name, numpy_keys, position, has_gauss, cached))
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise FileFormatError(
             f"the random state cannot be restored: {error}",
             where=str(folder),
@@ -146,7 +163,8 @@ def load_random(folder: Path) -> None:
         torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
 
 
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_state() -> RandomState:
+    """State of all generators of this process: in tensors, and as JSON."""
     state: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = state
     tensors = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
 from sparsegrad_cli.training import checkpoint as files
@@ -34,7 +36,7 @@ class Resumed:
         folder: the checkpoint.
         best: the best checkpoint so far.
         over: training had come to its end there.
-        loss: summed since the step that was logged last, and that step.
+        loss: summed in this process since the step that was logged last, and that step.
         measured: times and memory up to there.
     """
 
@@ -80,9 +82,14 @@ class CheckpointedTrainer(Trainer):
             if best.exists() or self.state.best_global_step == step:
                 self.state.best_model_checkpoint = str(best)
         self._export_callback_states()
-        if self.args.should_save:
-            self.shelf.write(step, self._fill_checkpoint, self.best_checkpoint)
-        self.accelerator.wait_for_everyone()
+        # Of processes that train together each draws its own numbers and sums its own losses.
+        drawn = ranks.of_all(files.random_state())
+        losses = ranks.of_all(float(self._tr_loss))
+        fill = partial(self._fill_checkpoint, drawn=drawn, losses=losses)
+        # The first writes; the others wait, and where it cannot they do not wait for ever.
+        self.shelf.newest = ranks.from_first(
+            lambda: self.shelf.write(step, fill, self.best_checkpoint)
+        )
 
     @property
     def best_checkpoint(self) -> Path | None:
@@ -97,18 +104,20 @@ class CheckpointedTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
-    def _fill_checkpoint(self, folder: Path) -> None:
+    def _fill_checkpoint(
+        self, folder: Path, *, drawn: list[files.RandomState], losses: list[float]
+    ) -> None:
         assert isinstance(self.model, nn.Module) and self.optimizer is not None
         scaler = self.accelerator.scaler
         extras = {
             "order": self.order.state(),
             "basis": self._basis,
-            "loss": [float(self._tr_loss), self._globalstep_last_logged],
+            "loss": [losses, self._globalstep_last_logged],
             "scaler": None if scaler is None else scaler.state_dict(),
             "measured": self.measured(),
         }
         files.save_training_state(
-            folder, trainable_state(self.model), self.optimizer, self.lr_scheduler, extras
+            folder, trainable_state(self.model), self.optimizer, self.lr_scheduler, extras, drawn
         )
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
@@ -129,13 +138,17 @@ class CheckpointedTrainer(Trainer):
         try:
             control = state["stateful_callbacks"]["TrainerControl"]["args"]
             over = control["should_training_stop"] or state["global_step"] >= state["max_steps"]
-            total, logged = extras["loss"]
+            losses, logged = extras["loss"]
             self.resumed = Resumed(
-                folder, best_of(folder), bool(over), (total, logged), extras["measured"]
+                folder,
+                best_of(folder),
+                bool(over),
+                (losses[ranks.number()], logged),
+                extras["measured"],
             )
             basis = extras["basis"]
             self.order.load_state(extras["order"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"is incomplete: {error}", where=str(folder), fix="remove the damaged checkpoint"
             ) from error

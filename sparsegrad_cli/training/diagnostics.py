@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream
 from sparsegrad_cli.numerics.rotation import to_core
@@ -21,6 +22,7 @@ from sparsegrad_cli.training.gradients import (
     forked_random,
     gradient_step,
     gradients_only,
+    tokens_only,
 )
 
 TOP = 0.01
@@ -91,7 +93,13 @@ def energy_table(
                 pooled = _pool(core.abs())
                 maps[name] = maps[name] + pooled if name in maps else pooled
 
-    with gradients_only(model, targets, collect), forked_random(seed):
+    def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
+        collect(target, g_NO.T @ x_NI)
+
+    hooks = gradients_only(model, targets, collect)
+    if quantized_layers(model):  # whose weights have no gradient
+        hooks = tokens_only(model, targets, collect_tokens)
+    with hooks, forked_random(seed):
         for step in range(1, steps + 1):
             gradient_step(model, next(batches), step)
     rows = [{"target": t.name, "kind": t.kind, **sums[t.name]} for t in targets]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
@@ -48,7 +49,7 @@ class TrainingSession(Session):
     def _prepared(self, setup: Setup, method: Method, asked: threading.Event) -> Prepared:
         """The model made ready. Bases live on only in what the method keeps of them."""
         found = self._calibrated(setup) if method.needs_basis else None
-        if asked.is_set():
+        if ranks.anywhere(asked.is_set()):
             raise InterruptedRunError("stopped before training began", fix="--resume starts it")
         self.known.at = "prepare"
         with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing

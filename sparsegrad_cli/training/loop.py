@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.recipe.loading import digest
@@ -17,6 +19,7 @@ from sparsegrad_cli.training.callbacks import InterruptCallback, ProbeCallback, 
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
 from sparsegrad_cli.training.shelf import Shelf, step_of
+from sparsegrad_cli.training.touched import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 from sparsegrad_cli.training.writing import save_tensors
 
@@ -47,17 +50,20 @@ class TrainingLoop:
         resume: bool,
     ) -> None:
         self.session, self.setup, self.method, self.resume = session, setup, method, resume
+        self._prepared = prepared.counts
         self._batch_shape: list[int] | None = None
         self._began = time.perf_counter()
         self.recorder = RecordCallback(session.record.path, session.observer, [])
         self.trainer = self._trainer(asked)
-        session.meter.watch(setup.model, bases=prepared.bases, optimizer=self.trainer.optimizer)
+        self.optimizer = self.trainer.create_optimizer()
+        session.meter.watch(setup.model, bases=prepared.bases, optimizer=self.optimizer)
         session.known.trainer, session.known.bases = self.trainer, tuple(prepared.bases)
 
     def run(self) -> None:
         """Train, or go on training, to the end; record it, save the adapter."""
         session, trainer = self.session, self.trainer
-        last = trainer.shelf.find(session.observer.note) if self.resume else None
+        last = ranks.from_first(self._found) if self.resume else None
+        trainer.shelf.newest = last
         start = step_of(last) if last else None
         self.recorder.cut(start)
         session.record.save(resumed_from=(start or 0) if self.resume else None)
@@ -72,10 +78,19 @@ class TrainingLoop:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         session.seconds["train_s"] = self._measured()["train_s"]
         session.enter("evaluate", "best model")
+        setup, counts = self.setup, session.record.data["counts"]
+        session.record.save(
+            counts=with_touched(counts, self._prepared, setup.model, self.optimizer),
+            sparsity=sparsity_map(setup.targets, setup.model, self.optimizer),
+        )
         self._finish(initial)
         session.seconds["evaluate_s"] = trainer.evaluate_seconds
         session.record.data["time"].update(session.seconds)
-        trainer.shelf.finish(trainer.best_checkpoint)
+        if ranks.is_first():
+            trainer.shelf.finish(trainer.best_checkpoint)
+
+    def _found(self) -> Path | None:
+        return self.trainer.shelf.find(self.session.observer.note)
 
     def _trainer(self, asked: threading.Event) -> SparsegradTrainer:
         from transformers import EarlyStoppingCallback
@@ -108,7 +123,6 @@ class TrainingLoop:
             callbacks=callbacks,
         )
         _quiet(trainer)
-        trainer.create_optimizer()
         trainer.add_callback(ProbeCallback(session.meter, self._probe))
         trainer.measured = self._measured
         self.recorder.trainer = interrupter.trainer = trainer
@@ -145,12 +159,8 @@ class TrainingLoop:
             best = next(record for record in trained if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
-        adapter = session.record.path / "adapter" / "adapter.safetensors"
-        save_tensors(
-            adapter,
-            self.method.adapter_tensors(self.setup.model),
-            {"method": self.method.name, "recipe_digest": session.record.data["recipe_digest"]},
-        )
+        if ranks.is_first():
+            self._save_adapter()
         steps = trainer.state.global_step
         session.record.save(
             metrics={
@@ -167,11 +177,21 @@ class TrainingLoop:
                 **timing,
                 "examples_per_s": timing["steps_per_s"]
                 * trainer.args.train_batch_size
-                * trainer.args.gradient_accumulation_steps,
+                * trainer.args.gradient_accumulation_steps
+                * ranks.count(),
             },
             hashes={**session.record.data["hashes"], "order": trainer.order.kept},
-            sizes={"adapter_bytes": adapter.stat().st_size},
         )
+
+    def _save_adapter(self) -> None:
+        record = self.session.record
+        path = record.path / "adapter" / "adapter.safetensors"
+        save_tensors(
+            path,
+            self.method.adapter_tensors(self.setup.model),
+            {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]},
+        )
+        record.save(sizes={"adapter_bytes": path.stat().st_size})
 
     def _probe(self) -> None:
         """Forward, backward and evaluation on the longest examples; see ProbeCallback."""

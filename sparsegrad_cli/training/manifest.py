@@ -2,7 +2,8 @@
 
 Written last, so that a checkpoint without it is not whole::
 
-    {"format": 1, "recipe": "<digest>", "versions": {"sparsegrad": "0.1.0", "torch": "2.13.0"},
+    {"format": 1, "recipe": "<digest>", "processes": 1,
+     "versions": {"sparsegrad": "0.1.0", "torch": "2.13.0"},
      "files": {"trainable.safetensors": {"bytes": 1234, "sha256": "<hex>"}, ...},
      "check": "<sha256 of all of the above>"}
 """
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.measure.environment import package_versions
 
@@ -32,6 +34,7 @@ def seal(folder: Path, recipe: str) -> None:
     content = {
         "format": FORMAT,
         "recipe": recipe,
+        "processes": ranks.count(),
         "versions": {name: versions[name] for name in _VERSIONS},
         "files": {path.name: _about(path) for path in sorted(folder.iterdir())},
     }
@@ -80,7 +83,7 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
 
     Raises:
         FileFormatError: another version of sparsegrad wrote it, in a way this one does not read.
-        UsageError: it belongs to another recipe.
+        UsageError: it belongs to another recipe, or to another number of processes.
     """
     manifest = _read(folder)
     then = manifest.get("versions") or {}
@@ -96,6 +99,15 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
             f"{folder.name} belongs to another recipe",
             where=str(folder),
             fix="take the folder away: the checkpoint before is used, or training begins anew",
+        )
+    processes = manifest.get("processes")
+    if processes != ranks.count():
+        raise UsageError(
+            f"{folder.name} was written by a run in {processes} "
+            f"process{'' if processes == 1 else 'es'}, this is one in {ranks.count()}: "
+            "its steps would be others",
+            where=str(folder),
+            fix=f"start it in {processes}; --overwrite begins anew",
         )
     now = package_versions()
     differ = [name for name in _VERSIONS if then.get(name) != now[name]]

@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.known_errors import first_line
 from sparsegrad_cli.measure.largest import LiveTensor
@@ -69,7 +70,8 @@ def explain(error: BaseException, recipe: Recipe, known: Situation) -> OutOfMemo
         known.trainer.model.zero_grad(set_to_none=True)
     key, size, try_size = _what_to_try(phase, recipe, known)
     failed, fits = None, None
-    if try_size is not None:
+    # Processes that train together would wait for one that tries something by itself.
+    if try_size is not None and ranks.count() == 1:
         try:
             failed, fits = _search(size, try_size)
         except Exception as another:  # no room even to look: the first error is the one to show
@@ -82,7 +84,7 @@ def explain(error: BaseException, recipe: Recipe, known: Situation) -> OutOfMemo
     return OutOfMemoryError(
         f"memory ran out in {_WORDS[phase]}{inside}{amount}",
         where=f"{key} = {size}" if size else key,
-        fix=_fix(key, fits, recipe),
+        fix=_fix(key, fits, recipe, tried=failed is not None),
         more=_largest(tensors),
         details={
             "phase": phase,
@@ -189,7 +191,7 @@ def _peak(fits: tuple[int, Attempt]) -> dict[str, int]:
     return {"peak_bytes": fits[1].peak_bytes}
 
 
-def _fix(key: str, fits: tuple[int, Attempt] | None, recipe: Recipe) -> str:
+def _fix(key: str, fits: tuple[int, Attempt] | None, recipe: Recipe, *, tried: bool) -> str:
     if fits is not None:
         size, found = fits
         words = " ".join(f"{k}={v}" for k, v in _settings(key, size, recipe).items())
@@ -200,6 +202,7 @@ def _fix(key: str, fits: tuple[int, Attempt] | None, recipe: Recipe) -> str:
     advice = dict(_NO_BATCH.values())
     if key in advice:
         return advice[key]
+    less = "no batch fits:" if tried else f"a smaller {key};"
     if key == CALIBRATION_KEY:
-        return f"no batch fits: {_LESS}, or calibration.basis_per=kind"
-    return f"no batch fits: {_LESS}"
+        return f"{less} {_LESS}, or calibration.basis_per=kind"
+    return f"{less} {_LESS}"

@@ -84,7 +84,8 @@ class LanguageModelling:
         for start in range(0, len(rows), size):
             batch = trainer.data_collator([data[row] for row in rows[start : start + size]])
             batch = {key: value.to(args.device) for key, value in batch.items()}
-            with torch.no_grad(), trainer.compute_loss_context_manager():
+            # What accelerate wraps in autocast is the model's forward, which is not called here.
+            with torch.no_grad(), trainer.accelerator.autocast():
                 sums += lm_sums(model, batch, head=self._head)
         model.train(was_training)
         here = torch.tensor([sums.loss, sums.tokens, sums.correct], dtype=torch.float64)

@@ -20,7 +20,7 @@ class EpochSampler(Sampler[int]):
         strategy: ``random``, ``sequential`` or ``group_by_length`` (random batches of examples
             of similar length, so that less is padding).
         lengths: tokens of each example, for ``group_by_length``.
-        batch_size: examples per optimizer step and device, for ``group_by_length``.
+        batch_size: examples per optimizer step, of all devices, for ``group_by_length``.
     """
 
     def __init__(

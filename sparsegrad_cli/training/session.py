@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from sparsegrad_cli import ranks
 from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.modeling.quantized import count_entries, quantization_state
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
@@ -32,6 +38,7 @@ from sparsegrad_cli.training.memory_out import explain
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
+    hash_facts,
     hash_parameters,
     make_setup,
 )
@@ -49,6 +56,7 @@ class Session:
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
         self.known = Situation()
+        self._tokens = 0  # that calibration and its warm-up have read in this process
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -80,7 +88,7 @@ class Session:
             where = self.loaded.where("method.rank")
             self.method = with_rank(self.method, setup.targets, keys, where)
         self.meter = make_meter(setup.device)
-        self.meter.watch(setup.model)
+        self.meter.watch(setup.model, weights=quantization_state(setup.model))
         with self.meter.phase("load"):
             pass
         self.known.setup = setup
@@ -91,8 +99,9 @@ class Session:
                 "name": self.recipe.model.name,
                 "architecture": type(setup.model).__name__,
                 "model_type": getattr(config, "model_type", None),
-                "parameters": sum(p.numel() for p in setup.model.parameters()),
+                "parameters": count_entries(setup.model),
                 "dtype": self.recipe.model.dtype,
+                "quantization": self.recipe.model.quantization,
                 "fingerprint": setup.fingerprint,
             },
             task={
@@ -110,7 +119,13 @@ class Session:
                 "notes": list(task.notes),
                 "counts": dict(task.counts),
             },
-            hashes={"data": task.data_hash, "head_init": setup.head_hash, "order": {}},
+            precision=setup.precision,
+            hashes={
+                "data": task.data_hash,
+                "head_init": setup.head_hash,
+                "precision": hash_facts(setup.precision),
+                "order": {},
+            },
         )
         return setup
 
@@ -121,14 +136,16 @@ class Session:
         again = f", {passes} passes" if passes > 1 else ""
         self.enter("calibrate", f"{settings.steps} steps, no update{again}")
         self.known.calibration_batch = self.calibration_batch
-        self.known.calibrate = lambda size: self._calibrate(setup, size, steps=1)
-        self.observer.total_steps("calibrate", settings.steps * passes)
+        self.known.calibrate = lambda size: self._calibrate(setup, size, range(1))
+        own = range(ranks.number(), settings.steps, ranks.count())  # of the steps
+        self.observer.total_steps("calibrate", len(own) * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
-            warmup_seconds = time.perf_counter() - started
+            warmup_seconds, warmup_tokens = time.perf_counter() - started, self._tokens
             calibration = self._calibrate(
                 setup,
                 self.calibration_batch,
+                own,
                 meter=lambda: self.meter.phase("calibrate"),
                 on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
             )
@@ -144,7 +161,11 @@ class Session:
             "seed": seed,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
-        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak}
+        # Every process warms the head by itself, and calibrates on its share.
+        read = torch.tensor(self._tokens - warmup_tokens, device=setup.device)
+        ranks.add_up([read])
+        tokens = warmup_tokens + int(read)
+        made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": tokens}
         kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
         file = BasisFile(
             kept,
@@ -156,8 +177,8 @@ class Session:
             tensors_digest(kept, calibration.scores),
             calibration.scores,
         )
-        path = self.record.path / BASIS_NAME
-        write_basis(path, file)
+        if ranks.is_first():
+            write_basis(self.record.path / BASIS_NAME, file)
         self.record.save(
             calibration={
                 **made_with,
@@ -171,15 +192,19 @@ class Session:
         )
         return calibration
 
-    def _calibrate(
-        self, setup: Setup, batch_size: int, steps: int | None = None, **told: Any
-    ) -> Calibration:
+    def _calibrate(self, setup: Setup, batch_size: int, steps: range, **told: Any) -> Calibration:
+        """Calibration with some of the steps' batches, and nothing recorded of it."""
         settings, seed = self.recipe.calibration, self.recipe.seed
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            all_of_them = calibration_batches(setup, batch_size, seed)
+            return self._counted(islice(all_of_them, steps.start, None, steps.step))
+
         return calibrate(
             setup.model,
             setup.targets,
-            lambda: calibration_batches(setup, batch_size, seed),
-            settings.model_copy(update={"steps": steps or settings.steps}),
+            batches,
+            settings.model_copy(update={"steps": len(steps)}),
             seed=seed,
             rank=self._rank,
             **told,
@@ -192,7 +217,7 @@ class Session:
         with warmed_head(
             setup.model,
             # Other batches than those that calibration sees.
-            calibration_batches(setup, self.calibration_batch, seed + 2),
+            self._counted(calibration_batches(setup, self.calibration_batch, seed + 2)),
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
             seed=seed,
@@ -202,6 +227,13 @@ class Session:
         if settings.keep_head and settings.warmup_steps:
             kept = hash_parameters(head_parameters(setup.model))
             self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
+
+    def _counted(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The batches, their tokens counted as they are asked for, padding left out."""
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            self._tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
+            yield batch
 
     @property
     def calibration_batch(self) -> int:

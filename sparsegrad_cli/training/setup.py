@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
-from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.chats import load_chats
+from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.order import EpochSampler
 from sparsegrad_cli.training.texts import Parts, load_texts
 
@@ -29,6 +33,7 @@ class Setup(Parts):
     targets: list[Target]
     fingerprint: str
     head_hash: str
+    precision: dict[str, Any]
     device: torch.device
 
 
@@ -39,25 +44,26 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
         SparsegradError: of the kind that fits; see the loaders.
     """
     recipe = loaded.recipe
-    _check_precision(loaded)
+    check_precision(loaded)
     load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
     parts = load(recipe)
     for note in parts.task.notes:
         observer.note(note)
     model = parts.model
     targets = find_targets(model, recipe.targets)
-    device = _device(recipe)
+    device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
     return Setup(
-        **vars(parts) | {"model": model.to(device)},
+        **vars(parts) | {"model": placed(model, device)},
         targets=targets,
         fingerprint=fingerprint(model, targets),
         head_hash=head_hash,
+        precision=precision_of(model, recipe.train, device),
         device=device,
     )
 
 
-def _check_precision(loaded: LoadedRecipe) -> None:
+def check_precision(loaded: LoadedRecipe) -> None:
     """Weights that train are float32 among half-precision ones: only autocast makes that work."""
     recipe, method = loaded.recipe, loaded.recipe.method
     beside = isinstance(method, LoraMethod) or (
@@ -74,12 +80,6 @@ def _check_precision(loaded: LoadedRecipe) -> None:
         )
 
 
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.train.use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
     """sha256 (hex) of names and values."""
     sha = hashlib.sha256()
@@ -87,6 +87,33 @@ def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
         sha.update(name.encode())
         sha.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> dict[str, Any]:
+    """In what numbers a run computes: the ``precision`` block of run.json.
+
+    Args:
+        model: as loaded, before a method has touched it.
+
+    Returns:
+        ``weights``: entries by dtype; ``autocast``: its dtype or None; ``matmul``: how float32
+        products are made (torch's word; TF32 or not on CUDA); ``device``: its type.
+    """
+    weights: Counter[str] = Counter()
+    for parameter in model.parameters():
+        weights[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    autocast = "bfloat16" if train.bf16 else "float16" if train.fp16 else None
+    return {
+        "weights": dict(sorted(weights.items())),
+        "autocast": autocast,
+        "matmul": torch.get_float32_matmul_precision(),
+        "device": device.type,
+    }
+
+
+def hash_facts(facts: Mapping[str, Any]) -> str:
+    """sha256 (hex) of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:

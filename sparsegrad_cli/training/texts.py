@@ -11,6 +11,7 @@ from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokeniz
 from sparsegrad_cli.data.loading import load_task
 from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
 
 
@@ -47,8 +48,8 @@ def load_texts(recipe: Recipe) -> Parts:
         seed=0,
     )
     tokenizer = load_tokenizer(recipe.model)
-    model = load_classifier(recipe.model, task.spec, recipe.seed)
-    max_length, cut = fitting_length(section.max_length, model)
+    model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
+    max_length, cut = fitting_length(section.max_length, model.config)
     notes = [*task.notes, ensure_pad_token(tokenizer, model.config), cut]
     train_data, validation = tokenize(
         task, tokenizer, max_length=max_length, padding=section.padding
@@ -64,9 +65,8 @@ def load_texts(recipe: Recipe) -> Parts:
     )
 
 
-def fitting_length(wanted: int, model: nn.Module) -> tuple[int, str | None]:
+def fitting_length(wanted: int, config: Any) -> tuple[int, str | None]:
     """``wanted``, or less where the model has fewer positions, and then a note."""
-    config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None)
     kind = getattr(config, "model_type", "")
     offset = 2 if kind in ("roberta", "xlm-roberta", "camembert") else 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training.checkpointing import CheckpointedTrainer
 from sparsegrad_cli.training.finite import INPUTS, first_non_finite
@@ -45,11 +48,12 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.last_evaluation: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0  # of all evaluations so far
         self._micro_batch = (0, 0)  # the step that is being taken, and which of its batches
-        super().__init__(
-            order=OrderHash(every=recipe.train.logging_steps),
-            eval_dataset=next(iter(self.validation.values())),
-            **kwargs,
-        )
+        with _adapters_declared(kwargs["model"]):
+            super().__init__(
+                order=OrderHash(every=recipe.train.logging_steps),
+                eval_dataset=next(iter(self.validation.values())),
+                **kwargs,
+            )
         # By token, the model divides by the labelled tokens of the whole step; else it divides by
         # the batch, and Trainer averages the micro-batches.
         self.model_accepts_loss_kwargs = objective.by_token
@@ -71,6 +75,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         if strategy == "group_by_length":
             lengths = [len(ids) for ids in data["input_ids"]]
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        per_step *= self.args.world_size
         return EpochSampler(
             data, seed=self.recipe.seed, strategy=strategy, lengths=lengths, batch_size=per_step
         )
@@ -91,9 +96,26 @@ class SparsegradTrainer(CheckpointedTrainer):
         here = self.state.global_step + 1
         self._micro_batch = (here, number + 1 if step == here else 1)
         loss: torch.Tensor = super().training_step(model, inputs, *args)
-        if not torch.isfinite(loss):
-            raise self._diverged(model, inputs, float(loss))
+        lost = not torch.isfinite(loss)
+        if ranks.anywhere(lost):  # the gradients are summed: a loss that is lost, is lost for all
+            raise self._diverged(model, inputs, float(loss)) if lost else self._diverged_elsewhere()
         return loss
+
+    def _diverged_elsewhere(self) -> NonFiniteError:
+        step = self._micro_batch[0]
+        return NonFiniteError(
+            f"the training loss of another process is no number at step {step}: training has "
+            "diverged",
+            where=f"step {step}; that process says which module it was",
+            fix=self._calmer(),
+            details={"step": step},
+        )
+
+    def _calmer(self) -> str:
+        return (
+            f"lower train.learning_rate (now {self._get_learning_rate():g}), warm up "
+            "(train.warmup_steps: 0.06) or clip (train.max_grad_norm: 1)"
+        )
 
     def _diverged(self, model: nn.Module, inputs: dict[str, Any], loss: float) -> NonFiniteError:
         """Say where it happened: step, batch, rows, and the first module that went wrong."""
@@ -113,15 +135,10 @@ class SparsegradTrainer(CheckpointedTrainer):
             where += f", rows {', '.join(map(str, rows))} of the training data"
         lost = f"first not finite: {module}" if module else "run again, all its modules are finite"
         kept = self.shelf.newest.name if self.shelf.newest else "none was saved yet"
-        rate = self._get_learning_rate()
-        fix = (
-            f"lower train.learning_rate (now {rate:g}), warm up (train.warmup_steps: 0.06) or clip "
-            "(train.max_grad_norm: 1)"
-        )
         return NonFiniteError(
             f"the training loss is {loss} at step {step}: training has diverged",
             where=where,
-            fix="look at these rows" if module == INPUTS else fix,
+            fix="look at these rows" if module == INPUTS else self._calmer(),
             more=[lost, f"last good checkpoint: {kept}"],
             details={
                 "step": step,
@@ -193,3 +210,24 @@ class SparsegradTrainer(CheckpointedTrainer):
             text = f"step {self.state.global_step}: {note}"
             if text not in self.score_notes:
                 self.score_notes.append(text)
+
+
+@contextmanager
+def _adapters_declared(model: nn.Module) -> Iterator[None]:
+    """Say to Trainer what it asks a quantized model for: that something trains beside its weights.
+
+    It knows of adapters only those that peft has hung onto the model as a whole, and refuses any
+    other. A core, and LoRA's layers put into the targets one by one, are adapters all the same;
+    recipe.quantization has refused what is not. The mark is taken off again: nothing else of what
+    transformers does with its own adapters holds here.
+    """
+    if not quantized_layers(model):
+        yield
+        return
+    marked: Any = model
+    before = marked._hf_peft_config_loaded
+    marked._hf_peft_config_loaded = any(p.requires_grad for p in model.parameters())
+    try:
+        yield
+    finally:
+        marked._hf_peft_config_loaded = before

@@ -10,6 +10,7 @@ import torch
 
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.measure.memory import make_meter
+from sparsegrad_cli.modeling.quantized import quantization_state
 from sparsegrad_cli.training.attempts import Attempt, Phase, attempt
 from sparsegrad_cli.training.setup import Setup, to_device
 
@@ -46,7 +47,12 @@ def training(setup: Setup, known: Situation) -> Callable[[int], Attempt]:
         rows = longest_batch(setup.train_data, size)
         batch = to_device(setup.collator(rows), setup.device)
         meter = make_meter(setup.device)
-        meter.watch(model, bases=known.bases, optimizer=optimizer)
+        meter.watch(
+            model,
+            weights=quantization_state(model),
+            bases=known.bases,
+            optimizer=optimizer,
+        )
 
         def work(phase: Phase) -> None:
             model.train()
@@ -76,7 +82,7 @@ def evaluating(setup: Setup, known: Situation) -> Callable[[int], Attempt]:
         rows = longest_batch(max(setup.validation.values(), key=len), size)
         batch = to_device(setup.collator(rows), setup.device)
         meter = make_meter(setup.device)
-        meter.watch(model, bases=known.bases)
+        meter.watch(model, weights=quantization_state(model), bases=known.bases)
 
         def work(phase: Phase) -> None:
             model.eval()
@@ -93,7 +99,7 @@ def calibrating(setup: Setup, calibrate: Callable[[int], Any]) -> Callable[[int]
 
     def try_size(size: int) -> Attempt:
         meter = make_meter(setup.device)
-        meter.watch(setup.model)
+        meter.watch(setup.model, weights=quantization_state(setup.model))
 
         def work(phase: Phase) -> None:
             with phase("calibrate"):

@@ -86,6 +86,17 @@ def test_every_method_learns_to_answer(cli: Cli, settings: tuple[str, ...], name
     assert "Perplexity" in Path("run/report.html").read_text(encoding="utf-8")
 
 
+def test_float32_targets_in_a_half_precision_model_are_evaluated_too(
+    cli: Cli, settings: tuple[str, ...]
+) -> None:
+    """Products of the two need autocast: in training as in every evaluation, the first one too."""
+    mixed = ("model.dtype=bfloat16", "train.bf16=true", "train.use_cpu=true")
+    outcome = cli("train", *settings, *mixed, "method=full", "-o", "run", "--json")
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads(outcome.out)["metrics"]
+    assert metrics["final"]["score"] < metrics["initial"]["score"] < 8
+
+
 @pytest.mark.parametrize("name", ["lora", "core"])
 def test_eight_micro_batches_of_one_are_one_batch_of_eight(
     cli: Cli, settings: tuple[str, ...], name: str
@@ -196,3 +207,17 @@ def test_what_cannot_be_is_said(
     outcome = cli("train", *settings, *overrides, "-o", "r")
     assert outcome.code == 2
     assert says in outcome.flat
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantized_language_model_learns(
+    bits: str, cli: Cli, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    more = (f"model.quantization={bits}", "method.rank=16", "task.chat.packing=pack")
+    outcome = cli("train", *settings, *more, "-o", "run")
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["calibration"]["source"] == "token"
+    assert record["metrics"]["final"]["loss"] < record["metrics"]["initial"]["loss"]
+    assert "cast from" not in outcome.err

@@ -17,8 +17,8 @@ from sparsegrad_cli import __version__
 
 def test_version_and_help(cli: Cli) -> None:
     assert cli("--version").out.strip() == f"sparsegrad {__version__}"
-    commands = ("train", "calibrate", "compare", "validate", "report", "export", "configs")
-    for command in (*commands, "generate", "judge"):
+    commands = ("train", "calibrate", "compare", "estimate", "validate", "report", "export")
+    for command in (*commands, "generate", "judge", "configs"):
         outcome = cli(command, "--help")
         assert outcome.code == 0 and "Usage" in outcome.out
 

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import compare_record, damaged, run_record
+from pages import outline
+from samples import compare_record, damaged, run_record, study_record
 
-from sparsegrad_cli.report.html import write_compare_html, write_run_html
-
-VOID = {"meta", "br", "use", "image", "path", "line", "rect", "hr", "img", "link"}
-
-
-class Outline(HTMLParser):
-    """Every tag closed in order; collects text, ids and what the page refers to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.ids: list[str] = []
-        self.refers: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        values = dict(attrs)
-        self.ids += [str(values["id"])] if values.get("id") else []
-        self.refers += [str(values[k]) for k in ("href", "src", "xlink:href") if values.get(k)]
-
-
-def outline(page: str) -> Outline:
-    parser = Outline()
-    parser.feed(page)
-    assert not parser.open
-    return parser
+from sparsegrad_cli.report.compare_page import write_compare_html
+from sparsegrad_cli.report.html import write_run_html
+from sparsegrad_cli.report.latex import compare_latex
+from sparsegrad_cli.report.markdown import compare_markdown
 
 
 def written(record: dict[str, Any], folder: Path, *, compare: bool = False) -> str:
@@ -78,8 +39,8 @@ def test_run_page_says_the_figures(tmp_path: Path) -> None:
     text = " ".join(outline(page).text)
     for figure in ("61.0", "219,554", "6.2 steps/s", "130.0 MiB", "majority class", "Calibration"):
         assert figure in text
-    # score, loss, energy, heat map, spectra, memory, time
-    assert page.count("<figure>") == 7
+    # score, loss, energy, heat map, spectra, memory, time, what was touched
+    assert page.count("<figure>") == 8
 
 
 def test_compare_page_says_rows_failures_and_checks(tmp_path: Path) -> None:
@@ -87,9 +48,11 @@ def test_compare_page_says_rows_failures_and_checks(tmp_path: Path) -> None:
     text = " ".join(outline(page).text)
     for words in ("65.5 ± 1.2", "3 of 4 cells done", "out of memory", "the device has 8 GiB"):
         assert words in text
-    assert "all methods had the same head, order and data" in text
+    assert "all methods had the same model, head, order, data and precision" in text
     assert "61.2 ± 1.0" in text  # the published figure
-    assert page.count("<figure>") == 5  # dots, curves, score against memory, memory, speed
+    # dots, curves, score under a budget and against memory, memory by method and by phase, speed,
+    # what was touched
+    assert page.count("<figure>") == 8
 
 
 @pytest.mark.parametrize("compare", [False, True])
@@ -113,6 +76,16 @@ def test_text_of_a_record_stays_text(tmp_path: Path) -> None:
     assert "script" not in outline(written(comparison, tmp_path, compare=True)).tags
 
 
+def test_study_page_says_what_is_shown_and_what_differs(tmp_path: Path) -> None:
+    page = written(study_record(), tmp_path, compare=True)
+    text = " ".join(outline(page).text)
+    assert "full is better than core-1e-3 by 4.6 (95 % interval 3.9 to 5.4; 16 paired" in text
+    assert "No difference shown in the other pair of methods" in text
+    assert "methods differ in train.weight_decay (lora 0.0, core-1e-3 0.0, full 0.01)" in text
+    for words in ("ever touched in targets", "1,361,222", "seconds a run", "12,400", "won\u00a0:"):
+        assert words in text
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are built but not rendered: rendering is matplotlib's, and takes the time."""
@@ -133,6 +106,21 @@ def test_no_compare_record_however_damaged_stops_the_page(tmp_path: Path, undraw
         broken = copy.deepcopy(compare_record())
         broken["rows"][0][key] = None
         assert written(broken, tmp_path, compare=True).endswith("</html>\n"), key
+
+
+def test_damaged_tests_and_parity_stop_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsegrad_cli.report.compare_page._CHARTS", ())
+    record = study_record()
+    pair, flagged = record["tests"]["pairs"][0], record["parity"]["flagged"][0]
+    for block, inside, one in (("tests", "pairs", pair), ("parity", "flagged", flagged)):
+        whole = [broken for _, broken in damaged(record[block])]
+        whole += [record[block] | {inside: [broken]} for _, broken in damaged(one)]
+        for broken in whole:
+            damage = record | {block: broken}
+            assert written(damage, tmp_path, compare=True).endswith("</html>\n"), broken
+            assert compare_markdown(damage) and compare_latex(damage), broken
 
 
 def test_empty_records_say_that_nothing_is_recorded(tmp_path: Path) -> None:

@@ -155,19 +155,6 @@ def test_two_runs_without_a_name_get_two(tmp_path: Path, monkeypatch: pytest.Mon
     assert names == ["acceptability-full-1", "acceptability-full-2"]
 
 
-def test_of_processes_that_train_together_the_first_holds_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with holder(tmp_path) as process:
-        read(process)
-        monkeypatch.setenv("RANK", "1")
-        with held_run_dir(tmp_path):
-            pass
-        monkeypatch.setenv("RANK", "0")
-        with pytest.raises(BusyError), held_run_dir(tmp_path):
-            pass
-
-
 def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", ()).recipe
     new = tmp_path / "new"

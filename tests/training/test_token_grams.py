@@ -144,6 +144,15 @@ def test_the_head_is_warm_inside_and_as_the_recipe_says_outside(keep: bool) -> N
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_the_frozen_body_draws_no_dropout() -> None:
+    heads = []
+    for seed in (0, 1):
+        model = classifier()
+        with warmed_head(model, batches(), steps=3, learning_rate=1e-2, seed=seed):
+            heads.append({n: p.detach().clone() for n, p in head_parameters(model).items()})
+    assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+
+
 def test_a_failing_calibration_restores_the_head() -> None:
     model = classifier()
     before = snapshot(model)

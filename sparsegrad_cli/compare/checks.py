@@ -1,0 +1,63 @@
+"""Was it fair? What the cells of a task and seed must have had in common, by their hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsegrad_cli.report.access import block, text
+
+Cell = Mapping[str, Any]
+# key of a check -> where a run says it
+SAME = {
+    "same_data": ("hashes", "data"),
+    "same_head_init": ("hashes", "head_init"),
+    "same_model": ("model", "fingerprint"),
+    "same_precision": ("hashes", "precision"),
+}
+
+
+def make_checks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Per task and seed: did all methods have one model, head, data set, order and precision?
+
+    True, False, or None where fewer than two runs say it. ``order`` is compared at the last step
+    that all have in common.
+    """
+    return [
+        _check(task, seed, [c for c in cells if (c["task"], c["seed"]) == (task, seed)])
+        for task, seed in dict.fromkeys((cell["task"], cell["seed"]) for cell in cells)
+    ]
+
+
+def _check(task: str, seed: int, cells: Sequence[Cell]) -> dict[str, Any]:
+    runs = [c["run"] for c in cells if c["status"] == "done" and c["run"]]
+    orders = [block(run, "hashes", "order") for run in runs]
+    common = set.intersection(*(set(order) for order in orders)) if orders else set()
+    last = max((step for step in common if step.isdigit()), key=int, default=None)
+    return {
+        "task": task,
+        "seed": seed,
+        "methods": len(runs),
+        **{key: _same([text(run, *where) for run in runs]) for key, where in SAME.items()},
+        "same_order": _same([text(order, last) for order in orders]) if last else None,
+        "steps_compared": int(last) if last else 0,
+        "same_code": _same([_code(run) for run in runs]),
+    }
+
+
+def _same(values: Sequence[str | None]) -> bool | None:
+    """None where there is nothing to compare, or where it was not recorded."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) > 1:
+        return False
+    return True if len(known) > 1 and len(known) == len(values) else None
+
+
+def _code(run: Mapping[str, Any]) -> str | None:
+    """Commit, versions and machine: two runs of one comparison may lie days apart."""
+    environment = block(run, "environment")
+    if not environment:
+        return None
+    said = {key: environment.get(key) for key in ("python", "packages", "device", "device_name")}
+    return json.dumps([said, text(run, "git", "commit")], sort_keys=True, default=str)

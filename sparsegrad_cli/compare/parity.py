@@ -1,0 +1,149 @@
+"""Methods are compared, and nothing else: resolved recipes are diffed before the first cell runs.
+
+Between the cells of a task and seed these may differ: the method's own section, its calibration,
+LoRA's ``match``, and ``train.learning_rate``, which a study tunes for each method. Any other key
+that differs is refused, or flagged in the report where the study names it under ``differ``. A head
+that starts warm (``calibration.keep_head``) is no method's own affair: it counts as any other key.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.loading import to_plain
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.study import LoadedStudy
+
+DECLARED = "train.learning_rate"
+_OWN = ("method", "calibration", "match", "seed", "output_dir")
+_HEAD = "calibration.keep_head"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key that is not the same for all methods of a task.
+
+    Attributes:
+        task: the task.
+        key: dotted recipe key.
+        values: method label to value, in the study's order.
+    """
+
+    task: str
+    key: str
+    values: Mapping[str, Any]
+
+    def words(self) -> str:
+        """``lora 3, meprop 3, all others 0``: the most common value last, and once."""
+        shown = {label: str(value) for label, value in self.values.items()}
+        common, count = Counter(shown.values()).most_common(1)[0]
+        odd = [f"{label} {value}" for label, value in shown.items() if value != common]
+        if count == 1:
+            return ", ".join(f"{label} {value}" for label, value in shown.items())
+        return f"{', '.join(odd)}, all others {common}"
+
+
+def differences(study: LoadedStudy) -> list[Difference]:
+    """All keys that differ between the methods of a task, by task, then by key.
+
+    Methods differ alike under every seed, since nothing in a study goes by seed: one seed's cells
+    are compared.
+    """
+    found = []
+    for task in dict.fromkeys(cell.task for cell in study.cells):
+        views = {
+            cell.label: compared(cell.loaded.recipe)
+            for cell in study.cells
+            if (cell.task, cell.seed) == (task, study.study.seeds[0])
+        }
+        keys = sorted({key for view in views.values() for key in view})
+        for key in keys:
+            values = {label: view.get(key) for label, view in views.items()}
+            if len({str(value) for value in values.values()}) > 1:
+                found.append(Difference(task, key, values))
+    return found
+
+
+def compared(recipe: Recipe) -> dict[str, Any]:
+    """What must be equal, and the learning rate: dotted key to value, no sections left."""
+    plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
+    view = dict(_leaves(plain, ""))
+    calibration = recipe.calibration
+    view[_HEAD] = "cold"
+    if recipe.method.name == "sparsegrad" and calibration.keep_head and calibration.warmup_steps:
+        view[_HEAD] = f"{calibration.warmup_steps} steps at {calibration.warmup_learning_rate:g}"
+    return view
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def check_parity(study: LoadedStudy) -> dict[str, Any]:
+    """Refuse a study whose methods differ in more than themselves.
+
+    Returns:
+        The ``parity`` block of compare.json: how many keys were compared, what differs as the study
+        declares it (learning rates), and what differs beyond that and is flagged.
+
+    Raises:
+        RecipeError: a difference the study does not name under ``differ``, or a name there that is
+            no key; all together.
+    """
+    allowed = study.study.differ
+    found = differences(study)
+    problems = _unknown(study, allowed)
+    flagged = [d for d in found if d.key != DECLARED]
+    problems += _refusals(study, [d for d in flagged if d.key not in allowed])
+    if problems:
+        raise RecipeError(problems)
+    keys = {key for cell in study.cells for key in compared(cell.loaded.recipe)}
+    return {
+        "compared": len(keys),
+        "declared": [_plain(d) for d in found if d.key == DECLARED],
+        "flagged": [_plain(d) for d in flagged],
+    }
+
+
+def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:
+    keys = sorted({key for cell in study.cells for key in compared(cell.loaded.recipe)})
+    problems = []
+    for name in allowed:
+        if name not in keys:
+            hint = did_you_mean(name, keys)
+            fix = hint if hint.startswith("did you mean") else "such as train.warmup_steps"
+            what = f"{name!r} is no key that methods could differ in"
+            problems.append(Problem("differ", what, study.source, None, fix))
+    return problems
+
+
+def _refusals(study: LoadedStudy, refused: list[Difference]) -> list[Problem]:
+    """One problem for a key and what it is set to, however many tasks have it."""
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for difference in refused:
+        tasks.setdefault((difference.key, difference.words()), []).append(difference.task)
+    return [
+        Problem(
+            key,
+            f"differs between the methods of {', '.join(where)}: {words}",
+            study.source,
+            None,
+            f"set it for all of them, or say `differ: [{key}]` in the study and the report flags "
+            "it",
+        )
+        for (key, words), where in tasks.items()
+    ]
+
+
+def _plain(difference: Difference) -> dict[str, Any]:
+    return {"task": difference.task, "key": difference.key, "values": dict(difference.values)}

@@ -1,0 +1,1 @@
+"""What a training step will need, found out by running it on tensors without memory."""

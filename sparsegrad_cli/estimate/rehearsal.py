@@ -1,0 +1,253 @@
+"""A recipe's training run on shapes alone: the real model, method, optimizer and memory meter.
+
+Nothing here knows a formula for memory. The model is built from its configuration, calibration
+makes the bases, the method prepares the model and makes the optimizer, and forward, backward and
+optimizer step run under :class:`~sparsegrad_cli.measure.memory.MemoryMeter`, all on tensors without
+memory (:mod:`sparsegrad_cli.estimate.shapes`). So what is counted is what a real step would need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
+from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
+from sparsegrad_cli.estimate.stand_ins import (
+    Batch,
+    Mask,
+    bare_batch,
+    bare_model,
+    mask_of,
+    transformers_sees,
+)
+from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.methods.base import Prepared
+from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.targets import Target, find_targets
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.training.calibration import basis_keys, calibrate
+
+Kernels = Literal["cpu", "cuda"]
+
+STEP = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a rehearsal supposes beside the recipe.
+
+    Attributes:
+        kernels: whose kernels save for the backward pass.
+        padded: where rows have several lengths, some are padded, so that attention needs a mask.
+    """
+
+    kernels: Kernels = "cpu"
+    padded: bool = True
+
+
+class Rehearsal:
+    """One recipe, ready for steps at any batch size; its optimizer has all the state it will have.
+
+    Args:
+        loaded: the recipe.
+        config: the model's configuration, told of the task (:func:`name_task`).
+        conditions: see there.
+
+    Attributes:
+        model, optimizer: ready for a step, of fake tensors.
+        prepared: what the method says it trains.
+        weights_bytes: parameters and buffers before the method came.
+        parameters: entries of the model's parameters before the method came.
+        calibration: the peak of calibration (:class:`PhasePeak`); None where there is none.
+        notes: what was supposed, for this recipe.
+
+    Raises:
+        UsageError: the recipe leaves open what only real gradients can say; or no targets.
+        SparsegradError: the model looks at values in a way that has no answer here.
+    """
+
+    def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
+        self.recipe, self.conditions = loaded.recipe, conditions
+        self.notes: list[str] = []
+        self._loaded = loaded
+        self._config = config
+        self._shapes = ShapesOnly()
+        meter = MemoryMeter(DEVICE)
+        with self._inside():
+            self.model = bare_model(loaded, config)
+            meter.watch(self.model)
+            self.weights_bytes = meter.live()["weights"]
+            self.parameters = sum(p.numel() for p in self.model.parameters())
+            self.prepared = self._prepared(meter)
+            meter.watch(self.model, bases=self.prepared.bases)  # they were bases all along
+            self.calibration = meter.peak("calibrate")
+            self._enable()
+            self._fill_state()
+
+    def _mask(self, evaluating: bool) -> Mask:
+        return mask_of(self.recipe, padded=self.conditions.padded, evaluating=evaluating)
+
+    @contextmanager
+    def _inside(self, *, evaluating: bool = False) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._shapes)
+            stack.enter_context(transformers_sees(self._mask(evaluating)))
+            if self.conditions.kernels == "cuda":
+                stack.enter_context(cuda_kernels())
+            try:
+                yield
+            except NeedsValues as error:
+                raise SparsegradError(
+                    f"a step of {self.recipe.model.name} needs values where there are shapes only: "
+                    f"{type(error).__name__}, {error}",
+                    where=self._loaded.where("model.name"),
+                    fix="count a real one: `sparsegrad train` with train.max_steps=2",
+                ) from error
+
+    # --- what the run does before its first step
+
+    def _prepared(self, meter: MemoryMeter) -> Prepared:
+        targets = find_targets(self.model, self.recipe.targets, self._loaded.where("targets"))
+        settings = self.recipe.method
+        if isinstance(settings, SparsegradMethod):
+            settings = self._settled(settings, targets)
+        self._method = make_method(settings)
+        bases: dict[str, Basis] | None = None
+        scores: dict[str, Tensor] | None = None
+        if self._method.needs_basis:
+            assert isinstance(settings, SparsegradMethod)
+            bases, scores = self._calibrated(settings, targets, meter)
+        return self._method.prepare(
+            self.model, targets, scope=self.recipe.scope, bases=bases, scores=scores
+        )
+
+    def _settled(self, settings: SparsegradMethod, targets: list[Target]) -> SparsegradMethod:
+        """Settings that need no values: the rank is a number, the support is shared out evenly."""
+        if isinstance(settings.rank, float):
+            raise UsageError(
+                f"method.rank {settings.rank:g} is a share of energy: which rank that is, only "
+                "calibration on real data can say",
+                where=self._loaded.where("method.rank"),
+                fix="give a number of directions, or the bytes they may take, for the estimate",
+            )
+        if settings.allocation == "model":
+            self.notes.append("allocation: entries shared out evenly over the targets, as many")
+            settings = settings.model_copy(update={"allocation": "target"})
+        keys = basis_keys(targets, self.recipe.calibration.basis_per)
+        return with_rank(settings, targets, keys, self._loaded.where("method.rank"))
+
+    def _calibrated(
+        self, settings: SparsegradMethod, targets: list[Target], meter: MemoryMeter
+    ) -> tuple[dict[str, Basis], dict[str, Tensor]]:
+        """Bases of the right shapes by the real calibration, one step of it."""
+        section, train = self.recipe.calibration, self.recipe.train
+        measured = section.basis is None
+        changes: dict[str, Any] = {"steps": 1}
+        if not measured:  # a basis that is there already costs nothing but its own memory
+            changes |= {"source": "random", "decomposition": "exact", "score": "spectral"}
+            self.notes.append("calibration.basis is not read: bases as calibration would make them")
+        size = section.batch_size or train.per_device_train_batch_size
+        found = calibrate(
+            self.model,
+            targets,
+            lambda: iter([self._batch(size, self.recipe.task.max_length)]),
+            section.model_copy(update=changes),
+            seed=self.recipe.seed,
+            rank=settings.rank if settings.form == "core" else None,  # type: ignore[arg-type]
+            meter=(lambda: meter.phase("calibrate")) if measured else nullcontext,
+        )
+        return found.by_target(), found.scores
+
+    def _enable(self) -> None:
+        """What the trainer switches on: recomputing, mixed precision, the optimizer."""
+        train = self.recipe.train
+        if train.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()  # type: ignore[operator]
+        if train.bf16 or train.fp16:
+            from accelerate.utils.operations import convert_outputs_to_fp32
+
+            half = torch.bfloat16 if train.bf16 else torch.float16
+            mixed = torch.autocast("cpu", half)(self.model.forward)
+            self.model.forward = convert_outputs_to_fp32(mixed)
+        self.optimizer = self._method.optimizer(self.model, train)
+        if self.conditions.kernels == "cuda" and isinstance(self.optimizer, torch.optim.AdamW):
+            for group in self.optimizer.param_groups:
+                group["foreach"] = True  # torch's choice on CUDA; fake tensors hide that from it
+
+    def _fill_state(self) -> None:
+        """Optimizer steps until the state no longer grows; the first alone is not enough for some.
+
+        Training reaches this after as many steps: bounded state fills up in its own time.
+        """
+        self.model.train()
+        self._loss(self._batch(1, 8)).backward()
+        meter, size = MemoryMeter(DEVICE), -1
+        meter.watch(self.model, optimizer=self.optimizer)
+        while size != meter.live()["optimizer_state"]:
+            size = meter.live()["optimizer_state"]
+            self.optimizer.step()
+            meter.watch(self.model)
+        if not self._accumulates:
+            self.model.zero_grad(set_to_none=True)
+
+    # --- steps
+
+    def _batch(self, size: int, length: int, *, evaluating: bool = False) -> Batch:
+        return bare_batch(self.recipe, self._config, size, length, self._mask(evaluating))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def step(self, size: int, length: int) -> MemoryMeter:
+        """Forward, backward and optimizer on one batch, measured.
+
+        Nothing is left behind but, where they accumulate, gradients: the next step has them too.
+        """
+        meter = MemoryMeter(DEVICE)
+        with self._inside():
+            batch = self._batch(size, length)
+            self.model.train()
+            meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
+            if self._accumulates and not self._have_gradients():
+                self._loss(self._batch(1, 8)).backward()  # they lie there from the second on
+            with meter.phase("forward"):
+                loss = self._loss(batch)
+            with meter.phase("backward"):
+                loss.backward()
+            del loss  # as the trainer: what a recomputed block was made of lies behind it
+            with meter.phase("optimizer"):
+                self.optimizer.step()
+            if not self._accumulates:
+                self.model.zero_grad(set_to_none=True)
+        return meter
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.recipe.train.gradient_accumulation_steps > 1
+
+    def _have_gradients(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.model.parameters())
+
+    def evaluation(self, size: int, length: int) -> MemoryMeter:
+        """Forward alone on one batch, without gradients, measured."""
+        meter = MemoryMeter(DEVICE)
+        with self._inside(evaluating=True), torch.no_grad():
+            self.model.zero_grad(set_to_none=True)
+            batch = self._batch(size, length, evaluating=True)
+            self.model.eval()
+            meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
+            with meter.phase("evaluate"):
+                self._loss(batch)
+            self.model.train()
+        return meter

@@ -1,0 +1,131 @@
+"""What stands in for a recipe's model and data in a rehearsal: both without one number in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.data.spec import BUILTIN_TASKS, CHAT_TASKS, GLUE_TASKS, TaskSpec
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.lm_loss import use_lm_loss
+from sparsegrad_cli.modeling.loading import name_labels
+from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.schema import Recipe
+
+Batch = dict[str, Tensor]
+Mask = Literal["none", "padding", "packing"]
+
+
+def name_task(recipe: Recipe, config: Any) -> list[str]:
+    """Tell a model's configuration what the task's classes are; gives notes on what was supposed.
+
+    A language model has no classes: its configuration stays as it is.
+    """
+    name = recipe.task.name
+    if name in CHAT_TASKS:
+        return ["every token labelled, as in no conversation: the most there could be"]
+    spec = BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
+    notes = []
+    if spec is None:
+        notes = ["two classes supposed: the task's files are not read"]
+        spec = TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
+    name_labels(config, spec)
+    if getattr(config, "pad_token_id", None) is None:
+        # As the tokenizer's end token would do it: classifiers of decoders want to know.
+        end = getattr(config, "eos_token_id", None)
+        config.pad_token_id = end if isinstance(end, int) else 0
+    return notes
+
+
+def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
+    """The model that training would load, and with a chat task the loss that training gives it.
+
+    Raises:
+        UsageError: the task cannot be done with a model of this kind.
+    """
+    import transformers
+
+    section, chat = loaded.recipe.model, loaded.recipe.task.name in CHAT_TASKS
+    loader = (
+        transformers.AutoModelForCausalLM
+        if chat
+        else transformers.AutoModelForSequenceClassification
+    )
+    encoder = getattr(config, "is_encoder_decoder", False) or not getattr(
+        config, "is_decoder", True
+    )
+    kind = getattr(config, "model_type", "unknown")
+    if chat and encoder:
+        raise UsageError(
+            f"{section.name} ({kind}) is no causal language model",
+            where=loaded.where("model.name"),
+            fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
+        )
+    try:
+        model: nn.Module = loader.from_config(
+            copy.deepcopy(config),
+            dtype=getattr(torch, section.dtype),
+            trust_remote_code=section.trust_remote_code,
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"transformers has no {'language model' if chat else 'sequence classifier'} of this "
+            f"kind ({kind}): {str(error).partition(chr(10))[0]}",
+            where=loaded.where("model.name"),
+        ) from error
+    if chat:
+        use_lm_loss(model)
+    return model
+
+
+def mask_of(recipe: Recipe, *, padded: bool, evaluating: bool = False) -> Mask:
+    """Why attention has a mask: some row is padded, or rows hold several conversations.
+
+    Args:
+        padded: where the data have rows of several lengths, a batch does.
+        evaluating: validation of a chat task is by conversation, packed or not.
+    """
+    if recipe.task.name in CHAT_TASKS and not evaluating:
+        packing = recipe.task.chat.packing if recipe.task.chat else "none"
+        if packing != "none":
+            return "packing" if packing == "pack" else "none"
+    return "padding" if padded else "none"
+
+
+def bare_batch(recipe: Recipe, config: Any, size: int, length: int, mask: Mask) -> Batch:
+    """(size, length) token ids and what goes with them, as the task's collator makes them."""
+    ids = torch.zeros(size, length, dtype=torch.int64)
+    batch = {"input_ids": ids}
+    if mask != "packing":
+        batch["attention_mask"] = torch.ones_like(ids)
+    if recipe.task.name in CHAT_TASKS:
+        return {**batch, "position_ids": torch.zeros_like(ids), "labels": torch.zeros_like(ids)}
+    if getattr(config, "type_vocab_size", 0) > 1:
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    regression = getattr(config, "problem_type", None) == "regression"
+    kind = torch.float32 if regression else torch.int64
+    return {**batch, "labels": torch.zeros(size, dtype=kind)}
+
+
+@contextmanager
+def transformers_sees(mask: Mask) -> Iterator[None]:
+    """Inside, transformers makes a mask for attention, or none.
+
+    It reads in a batch whether there is anything to hide, but not in tensors without values: there
+    it supposes so. Told that it may read, it is answered that all is true (:class:`ShapesOnly`):
+    every position counts, and position ids never start again.
+    """
+    from transformers import masking_utils
+
+    theirs = masking_utils.is_tracing
+    try:
+        if mask == "none":
+            masking_utils.is_tracing = lambda tensor=None: False
+        yield
+    finally:
+        masking_utils.is_tracing = theirs

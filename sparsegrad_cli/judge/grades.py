@@ -1,0 +1,66 @@
+"""Grades that were given before, found by what was graded. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.journal import read_records
+from sparsegrad_cli.judge.asking import DECIDED
+from sparsegrad_cli.judge.prompts import talk
+from sparsegrad_cli.judge.verdicts import is_grade
+
+VERDICTS = "verdicts.jsonl"
+
+
+class Grades:
+    """Grades of single answers in ``judge*/verdicts.jsonl`` of some folders.
+
+    A grade belongs to a question, an answer and what was said before, as its prompt quotes them:
+    answers that were made anew have none, wherever they lie.
+
+    Attributes:
+        notes: files that could not be read.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.notes: list[str] = []
+        self._found: dict[tuple[str, int], list[tuple[str, float, str]]] = {}
+        for folder in folders:
+            for path in sorted(folder.glob(f"judge*/{VERDICTS}")):
+                try:
+                    records, _ = read_records(path)
+                except SparsegradError as error:
+                    self.notes.append(f"{error.where or path}: {error.what}")
+                    continue
+                for record in records:
+                    self._take(record)
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        """One line; what is no grade is passed over."""
+        grade, turn, judge = record.get("verdict"), record.get("turn"), record.get("judge")
+        if record.get("status") != DECIDED or record.get("kind") != "single":
+            return
+        content = _shown(record)
+        if content is None or not is_grade(grade) or not isinstance(turn, int):
+            return
+        key = (str(record.get("question_id")), turn - 1)
+        self._found.setdefault(key, []).append((str(judge), float(grade or 0), content))
+
+    def of(
+        self, question_id: Any, turns: Sequence[str], answers: Sequence[str], turn: int
+    ) -> dict[str, float]:
+        """Judge -> its last grade of the answer to a turn (0 is the first)."""
+        told = self._found.get((str(question_id), turn), [])
+        parts = talk(turns, answers, turn) if told else []
+        return {judge: grade for judge, grade, said in told if all(p in said for p in parts)}
+
+
+def _shown(record: Mapping[str, Any]) -> str | None:
+    """What the judge was shown."""
+    messages = record.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    content = last.get("content") if isinstance(last, Mapping) else None
+    return content if isinstance(content, str) else None

@@ -1,0 +1,113 @@
+"""A frozen layer whose product is made by somebody else, and a core beside it.
+
+Where W lies packed in a few bits, what multiplies by it is another library's affair. Here stands
+only what the backward pass needs: a way to have W as a matrix for the length of one product.
+
+    y  = x W' + b                                  nothing is kept: dx = g W
+    y += ((x Q_in) S') Q_out'                      x Q_in is kept:  dx = ((g Q_out) S) Q_in'
+                                                                    dS = (g Q_out)' (x Q_in)
+
+The sum is :func:`sparsegrad_cli.numerics.core_linear.core_linear`, taken apart at the plus sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """See :func:`frozen_linear`. x has two dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
+    ) -> Tensor:
+        ctx.weight = weight
+        return product(x_NI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
+        (g_NO,) = grads
+        return g_NO @ ctx.weight().to(g_NO.dtype), None, None  # (N, out) @ (out, in)
+
+
+class _CoreBeside(torch.autograd.Function):
+    """See :func:`core_beside`. All tensors of one dtype; x and y have two dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, y_NO: Tensor, core_RS: Tensor, q_out_OR: Tensor, q_in_IS: Tensor
+    ) -> Tensor:
+        u_NS = x_NI @ q_in_IS  # (N, in) @ (in, r_in)
+        # In place: the side path never holds a second (N, out).
+        y_NO.addmm_(u_NS @ core_RS.T, q_out_OR.T)  # (N, r_out) @ (r_out, out)
+        ctx.mark_dirty(y_NO)
+        ctx.save_for_backward(u_NS, core_RS, q_out_OR, q_in_IS)
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (g_NO,) = grads
+        u_NS, core_RS, q_out_OR, q_in_IS = ctx.saved_tensors
+        needs_x, needs_y, needs_core = ctx.needs_input_grad[:3]
+        h_NR = g_NO @ q_out_OR  # (N, out) @ (out, r_out)
+        dx_NI = (h_NR @ core_RS) @ q_in_IS.T if needs_x else None  # (N, r_in) @ (r_in, in)
+        dcore_RS = h_NR.T @ u_NS if needs_core else None  # (r_out, N) @ (N, r_in)
+        return dx_NI, g_NO if needs_y else None, dcore_RS, None, None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which products with x are made: autocast's dtype inside it, else x's."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def frozen_linear(
+    x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
+) -> Tensor:
+    """x W' + b by ``product``, keeping nothing for the backward pass.
+
+    Args:
+        x: (..., in).
+        product: gives x W' + b (N, out) for x (N, in), in x's dtype; not a view of it.
+        weight: gives W (out, in); asked once a backward pass.
+
+    Returns:
+        (..., out). Only x gets a gradient.
+    """
+    flat_NI = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
+    y_NO: Tensor = _FrozenLinear.apply(flat_NI, product, weight)
+    # As it is where it may be: what adds to it in place must not meet a view.
+    return y_NO if x.ndim == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
+
+
+def core_beside(
+    x: Tensor,
+    base: Callable[[Tensor], Tensor],
+    core_RS: Tensor,
+    q_out_OR: Tensor,
+    q_in_IS: Tensor,
+) -> Tensor:
+    """base(x) + ((x Q_in) S') Q_out', saving only x Q_in beside what ``base`` saves.
+
+    Args:
+        x: (..., in). All products are made in the dtype of :func:`product_dtype`.
+        base: the frozen layer: (N, in) -> (N, out), a new tensor that its backward pass does not
+            need, for it is added to in place.
+        core_RS: S, (r_out, r_in); gets the gradient (g Q_out)' (x Q_in).
+        q_out_OR, q_in_IS: (out, r_out) and (in, r_in), frozen.
+
+    Returns:
+        (..., out).
+    """
+    dtype = product_dtype(x)
+    flat_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+    y_NO: Tensor = _CoreBeside.apply(
+        flat_NI, base(flat_NI).to(dtype), core_RS.to(dtype), q_out_OR.to(dtype), q_in_IS.to(dtype)
+    )
+    return y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])

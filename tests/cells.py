@@ -1,0 +1,73 @@
+"""Cells of a comparison as its ledger holds them, made of a few figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def cell(
+    method: str,
+    seed: int,
+    score: float,
+    *,
+    task: str = "t",
+    metric: str = "accuracy",
+    calibration: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """A cell that is done; ``changes`` replace its keys."""
+    phases = {
+        "load": {"peak_bytes": 100, "categories": {"weights": 100}},
+        "forward": {
+            "peak_bytes": 140,
+            "categories": {"weights": 110, "saved_activations": 25, "optimizer_state": 5},
+        },
+        "backward": {
+            "peak_bytes": 150,
+            "categories": {"weights": 110, "saved_activations": 15, "optimizer_state": 5},
+        },
+        "optimizer": {"peak_bytes": 130, "categories": {"weights": 110, "optimizer_state": 8}},
+    }
+    run = {
+        "status": "done",
+        "metrics": {"best": {"score": score, "loss": 1 - score}},
+        "memory": {"phases": phases},
+        "counts": {
+            "trainable_targets": 10,
+            "trainable": 12,
+            "touched_targets": 30 + seed,
+            "touched": 32 + seed,
+            "remainder": 2,
+        },
+        "time": {"steps_per_s": 4.0 + seed, "train_s": 30.0, "calibrate_s": 0.0},
+        "task": {"metric": metric},
+        "model": {"fingerprint": "m"},
+        "hashes": {
+            "data": "d",
+            "head_init": f"h{seed}",
+            "precision": "p",
+            "order": {"10": "x", "20": method},
+        },
+        "sizes": {"adapter_bytes": 5},
+        "environment": {"python": "3", "packages": {"torch": "2"}, "device": "cpu"},
+        "git": {"commit": "c"},
+    }
+    if calibration is not None:
+        run["calibration"] = dict(calibration)
+        run["time"] = {**run["time"], "calibrate_s": calibration["seconds"]}  # type: ignore[dict-item]
+    made = {"task": task, "method": method, "seed": seed, "status": "done", "error": None}
+    return {**made, "run": run, "run_dir": f"cells/{task}-{method}-{seed}", **changes}
+
+
+def study_cells(scores: Scores, metrics: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Cells of ``{task: {method: [score of seed 0, score of seed 1, ...]}}``."""
+    metrics = metrics or {}
+    return [
+        cell(method, seed, score, task=task, metric=metrics.get(task, "accuracy"))
+        for task, methods in scores.items()
+        for method, values in methods.items()
+        for seed, score in enumerate(values)
+    ]

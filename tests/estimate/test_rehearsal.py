@@ -1,0 +1,399 @@
+"""A rehearsed step against the count: the same figures, on tensors that are there."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import classifier, config, one_thread
+from torch import Tensor, nn
+
+from sparsegrad_cli.data.chat_template import UNLABELLED
+from sparsegrad_cli.data.packing import make_lm_collator
+from sparsegrad_cli.data.spec import BUILTIN_TASKS
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
+from sparsegrad_cli.estimate.stand_ins import name_task
+from sparsegrad_cli.measure.ledger import PhasePeak
+from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.architectures import configuration_of
+from sparsegrad_cli.modeling.lm_loss import use_lm_loss
+from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.modeling.targets import find_targets
+from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.training.calibration import basis_keys, calibrate
+
+SIZE, LENGTH = 2, 32
+# SmolLM2-135M's shapes with fewer layers.
+SMOLLM2 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "tie_word_embeddings": True,
+}
+TINY = {
+    "model_type": "bert",
+    "vocab_size": 1000,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": LENGTH,
+}
+CORE = ("method.rank=96",)
+METHODS = {
+    "full": ("method=full",),
+    "lora": ("method.name=lora", "method.density=0.01", "match=trainable"),
+    "meprop": ("method.name=meprop",),
+    "materialized": ("method.form=materialized",),
+    "core": CORE,
+}
+CHAT = "task.name=builtin:dialogues"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    """One thread; and the meter need not look for garbage among all that pytest has loaded."""
+    gc.collect()
+    gc.freeze()
+    with one_thread():
+        yield
+    gc.unfreeze()
+
+
+def config_folder(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
+    """A model folder with a configuration and not one weight."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return config_folder(tmp_path_factory, SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For what does not depend on the model."""
+    return f"model={config_folder(tmp_path_factory, TINY)}"
+
+
+def recipe(*overrides: str) -> LoadedRecipe:
+    """The quickstart at this file's shapes; bases are unit matrices: their numbers cost nothing."""
+    shapes = (f"task.max_length={LENGTH}", f"train.per_device_train_batch_size={SIZE}")
+    bases = ("calibration.source=original", "calibration.basis_per=kind")
+    return load_recipe(None, (*shapes, *bases, *overrides))
+
+
+def told(loaded: LoadedRecipe) -> Any:
+    """The model's configuration, which knows the task."""
+    config, _ = configuration_of(loaded.recipe.model)
+    name_task(loaded.recipe, config)
+    return config
+
+
+def rehearsed(loaded: LoadedRecipe, **conditions: Any) -> Rehearsal:
+    return Rehearsal(loaded, told(loaded), Conditions(**conditions))
+
+
+# --- the other side: real tensors
+
+
+def numbers() -> Tensor:
+    """(SIZE, LENGTH) token ids."""
+    return torch.randint(5, 1000, (SIZE, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def sentences(*, types: bool = True) -> dict[str, Tensor]:
+    """Real numbers, the last row half padding."""
+    ids = numbers()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][-1, LENGTH // 2 :] = 0
+    if types:
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    return {**batch, "labels": ids[:, 0] % 2}
+
+
+def conversations(*, short: int = 0, packed: bool = False) -> dict[str, Tensor]:
+    """A batch of the real collator, all tokens labelled; the last row is shorter by ``short``."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in numbers().tolist()]
+    rows[-1] = {name: ids[: LENGTH - short] for name, ids in rows[-1].items()}
+    if packed:  # two conversations in each row
+        rows = [row | {"lengths": [LENGTH // 2] * 2} for row in rows]
+    return make_lm_collator(0)(rows)
+
+
+def bert(loaded: LoadedRecipe) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    dtype = getattr(torch, loaded.recipe.model.dtype)
+    model: nn.Module = Classifier.from_config(told(loaded), dtype=dtype)
+    return model
+
+
+def minilm(loaded: LoadedRecipe) -> nn.Module:
+    return load_classifier(loaded.recipe.model, BUILTIN_TASKS["builtin:acceptability"], seed=0)
+
+
+def language_model(folder: Path) -> nn.Module:
+    """With the loss that training gives it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    use_lm_loss(model)
+    return model
+
+
+def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) -> MemoryMeter:
+    """The second step of a recipe's method on real tensors."""
+    recipe = loaded.recipe
+    targets = find_targets(model, recipe.targets)
+    settings = recipe.method
+    bases = None
+    if isinstance(settings, SparsegradMethod):
+        section = recipe.calibration
+        settings = with_rank(settings, targets, basis_keys(targets, section.basis_per), "")
+        found = calibrate(model, targets, lambda: iter([batch]), section, seed=0)
+        bases = found.by_target()
+        del found
+    method = make_method(settings)
+    prepared = method.prepare(model, targets, scope=recipe.scope, bases=bases)
+    del bases
+    if recipe.train.gradient_checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    optimizer = method.optimizer(model, recipe.train)
+    model.train()
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    meter = MemoryMeter()
+    meter.watch(model, bases=prepared.bases, optimizer=optimizer)
+    with meter.phase("forward"):
+        loss = model(**batch).loss
+    with meter.phase("backward"):
+        loss.backward()
+    del loss
+    with meter.phase("optimizer"):
+        optimizer.step()
+    return meter
+
+
+def same(estimated: MemoryMeter, real: MemoryMeter, *, saved: bool = True) -> None:
+    """Every phase's peak, to the byte and by category; and all that backward needs."""
+    for phase in STEP:
+        expected, found = real.peak(phase), estimated.peak(phase)
+        assert expected is not None and found is not None
+        assert found.categories == expected.categories, phase
+        assert found.peak_bytes == expected.peak_bytes > 0
+        assert not saved or found.saved_at_end == expected.saved_at_end
+
+
+def alike(estimated: MemoryMeter, real: MemoryMeter) -> None:
+    """At most 1 % more: a token that has no label is supposed to have one."""
+    for phase in STEP:
+        expected, found = real.peak(phase), estimated.peak(phase)
+        assert expected is not None and found is not None
+        for category in ("weights", "bases", "gradients", "optimizer_state"):
+            assert found.categories[category] == expected.categories[category]
+        assert expected.peak_bytes <= found.peak_bytes <= 1.01 * expected.peak_bytes
+
+
+# --- to the byte
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_minilm_is_estimated_to_the_byte(name: str) -> None:
+    loaded = recipe(*METHODS[name])
+    same(rehearsed(loaded).step(SIZE, LENGTH), counted(loaded, minilm(loaded), sentences()))
+
+
+@pytest.mark.parametrize("name", ["full", "core"])
+def test_a_step_of_a_language_model_is_estimated(smollm2: Path, name: str) -> None:
+    """test_runs.py has the other methods."""
+    loaded = recipe(f"model={smollm2}", CHAT, *METHODS[name])
+    real = counted(loaded, language_model(smollm2), conversations(short=1))
+    alike(rehearsed(loaded).step(SIZE, LENGTH), real)
+
+
+@pytest.mark.parametrize("packing", ["pack", "concatenate"])
+def test_packed_rows_have_the_mask_that_they_need(smollm2: Path, packing: str) -> None:
+    """Conversations side by side see themselves alone; one long text has nothing to hide."""
+    loaded = recipe(f"model={smollm2}", CHAT, f"task.chat.packing={packing}", "method=lora")
+    batch = conversations(packed=packing == "pack")
+    real = counted(loaded, language_model(smollm2), batch)
+    estimated = rehearsed(loaded).step(SIZE, LENGTH)
+    alike(estimated, real)
+    expected, found = real.peak("forward"), estimated.peak("forward")
+    assert expected is not None and found is not None
+    unlabelled = SIZE * LENGTH - int((batch["labels"][:, 1:] != UNLABELLED).sum())
+    # Of a labelled token the loss keeps a gradient and a position.
+    more = unlabelled * (4 * int(str(SMOLLM2["hidden_size"])) + 8)
+    assert found.saved_at_end - expected.saved_at_end == more
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method.form=rotated",),
+        ("method.rank=12", "method.support=dynamic"),
+        ("method.rank=12", "method.support=dense"),
+        ("method=full", "train.gradient_checkpointing=true"),
+        (*CORE, "method.recompute=activation", "model.dtype=bfloat16"),
+        ("method=lora", "model.dtype=bfloat16"),
+        ("method=lora", "scope=rest"),
+    ],
+)
+def test_what_a_recipe_changes_is_estimated_to_the_byte(
+    tiny: str, overrides: tuple[str, ...]
+) -> None:
+    loaded = recipe(tiny, *overrides)
+    same(rehearsed(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+
+
+@pytest.mark.parametrize("name", ["deberta-v3", "gpt2", "opt"])
+def test_other_architectures_are_estimated_to_the_byte(name: str) -> None:
+    loaded = recipe("method.rank=8")
+    settings = config(name, max_position_embeddings=LENGTH)
+    name_task(loaded.recipe, settings)
+    batch = sentences(types=getattr(settings, "type_vocab_size", 0) > 1)
+    batch["input_ids"] = batch["input_ids"] % 60
+    real = counted(loaded, classifier(name, max_position_embeddings=LENGTH), batch)
+    # DeBERTa saves roots of its sides, eight bytes each, which fake tensors hold as numbers.
+    estimated = Rehearsal(loaded, settings, Conditions()).step(SIZE, LENGTH)
+    same(estimated, real, saved=name != "deberta-v3")
+
+
+def test_without_padding_attention_has_no_mask(tiny: str) -> None:
+    """A full batch: transformers then makes no mask."""
+    loaded = recipe(tiny, "method=lora")
+    batch = sentences()
+    batch["attention_mask"].fill_(1)
+    same(rehearsed(loaded, padded=False).step(SIZE, LENGTH), counted(loaded, bert(loaded), batch))
+
+
+# --- steps
+
+
+def test_a_rehearsal_serves_batches_of_any_size_and_leaves_nothing_behind(tiny: str) -> None:
+    rehearsal = rehearsed(recipe(tiny, *CORE))
+    first = rehearsal.step(SIZE, LENGTH).report()
+    larger = rehearsal.step(2 * SIZE, LENGTH).report()
+    rehearsal.evaluation(64, LENGTH)
+    again = rehearsal.step(SIZE, LENGTH).report()
+    assert larger["peak_bytes"] > 1.3 * first["peak_bytes"]
+    for report in (first, again):
+        for phase in report["phases"].values():
+            del phase["rss_bytes"]  # of this very process; it has nothing to do with the step
+    assert first == again
+
+
+def test_gradients_that_accumulate_are_there_in_forward_but_not_in_evaluation(tiny: str) -> None:
+    plain = rehearsed(recipe(tiny, "method=full"))
+    lying = rehearsed(recipe(tiny, "method=full", "train.gradient_accumulation_steps=2"))
+    without = plain.step(SIZE, LENGTH).peak("forward")
+    gradients = sum(4 * p.numel() for p in lying.model.parameters() if p.requires_grad)
+    for _ in range(2):  # evaluation clears them, the next step finds them again
+        found = lying.step(SIZE, LENGTH).peak("forward")
+        assert without is not None and found is not None
+        assert found.categories["gradients"] == gradients
+        assert found.peak_bytes == without.peak_bytes + gradients
+        evaluations = [each.evaluation(SIZE, LENGTH).peak("evaluate") for each in (plain, lying)]
+        assert evaluations[0] is not None and evaluations[1] is not None
+        assert evaluations[0].categories == evaluations[1].categories
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+def test_recomputing_blocks_keeps_their_inputs_alone(tiny: str, kernels: str) -> None:
+    def step(recompute: str) -> PhasePeak:
+        loaded = recipe(
+            tiny, "method=full", "scope=rest", f"train.gradient_checkpointing={recompute}"
+        )
+        peak = rehearsed(loaded, kernels=kernels).step(SIZE, LENGTH).peak("forward")
+        assert peak is not None
+        return peak
+
+    plain, lean = step("false").saved_at_end, step("true").saved_at_end
+    hidden = 4 * SIZE * LENGTH * TINY["hidden_size"]
+    # Of a block its input; of what is not in a block (embeddings, pooler, loss) a few of that size.
+    assert 2 * hidden < lean < 8 * hidden < plain
+
+
+def test_bounded_state_is_estimated_full() -> None:
+    """Rows of 20 bytes (position, two means, age, last step), a clock, a bit an entry."""
+    loaded = recipe(*CORE, "method.support=dynamic", "method.state_capacity=3")
+    rehearsal = rehearsed(loaded)
+    peak = rehearsal.step(SIZE, LENGTH).peak("forward")
+    assert peak is not None
+    entries = [count.entries for count in rehearsal.prepared.counts.targets]
+    state = sum(20 * min(3 * k, 96 * 96) + 4 + 96 * 96 for k in entries)
+    head = [p for n, p in rehearsal.model.named_parameters() if n.startswith("classifier")]
+    state += sum(2 * 4 * p.numel() + 4 for p in head)
+    assert peak.categories["optimizer_state"] == state
+
+
+@pytest.mark.parametrize("method", ["method.select=rows", "method.support=refresh"])
+def test_what_depends_on_values_is_taken_at_its_most(method: str) -> None:
+    name = ("method.name=meprop",) if "rows" in method else CORE
+    loaded = recipe(*name, method)
+    real = counted(loaded, minilm(loaded), sentences())
+    estimated = rehearsed(loaded).step(SIZE, LENGTH)
+    for phase in ("forward", "backward"):
+        expected, found = real.peak(phase), estimated.peak(phase)
+        assert expected is not None and found is not None
+        assert expected.peak_bytes <= found.peak_bytes <= 1.05 * expected.peak_bytes
+
+
+def test_a_language_model_makes_larger_blocks_of_logits_on_a_gpu(smollm2: Path) -> None:
+    """Of 16 MiB on a CPU, of 64 MiB there; autograd keeps neither."""
+    loaded = recipe(f"model={smollm2}", CHAT, "method=lora")
+
+    def step(kernels: str) -> PhasePeak:
+        peak = rehearsed(loaded, kernels=kernels).step(8, 64).peak("forward")
+        assert peak is not None
+        return peak
+
+    here, there = step("cpu"), step("cuda")
+    row = 4 * int(str(SMOLLM2["vocab_size"]))
+    more = (64 * 2**20 // row - 16 * 2**20 // row) * row
+    assert there.categories["other"] - here.categories["other"] >= more
+    assert here.saved_at_end + there.saved_at_end < 4 * 512 * row
+
+
+# --- what no shape can say
+
+
+def test_a_share_of_energy_is_refused() -> None:
+    with pytest.raises(UsageError, match="share of energy"):
+        rehearsed(recipe("calibration.decomposition=exact", "method.rank=0.9"))
+
+
+def test_a_support_over_the_model_is_shared_out_evenly(tiny: str) -> None:
+    loaded = recipe(tiny, *CORE, "method.allocation=model", "calibration.score=square")
+    rehearsal = rehearsed(loaded)
+    assert any("evenly" in note for note in rehearsal.notes)
+    even = rehearsed(recipe(tiny, *CORE)).prepared.counts.trainable_targets
+    assert rehearsal.prepared.counts.trainable_targets == even
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "t5"])
+def test_a_chat_task_wants_a_language_model(
+    tmp_path_factory: pytest.TempPathFactory, architecture: str
+) -> None:
+    folder = config_folder(tmp_path_factory, config(architecture).to_dict())
+    with pytest.raises(UsageError, match="language model"):
+        rehearsed(recipe(f"model={folder}", CHAT, "method=lora"))

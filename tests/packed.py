@@ -1,0 +1,116 @@
+"""Tiny models whose blocks bitsandbytes holds in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batch, batches, build, calibrated, config, targets_of
+from torch import Tensor, nn
+
+from sparsegrad_cli.data.spec import TaskSpec
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
+from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
+from sparsegrad_cli.training.gradients import forked_random
+
+WHY = "bitsandbytes is not installed: there are no layers of 8 or 4 bits"
+BITS = ("8bit", "4bit")
+TWO = TaskSpec("t", ("text",), "label", ("no", "yes"), False, "accuracy", ("accuracy",))
+
+
+def core(support: Any, **more: Any) -> SparsegradMethod:
+    """Settings of a core of rank 7."""
+    return SparsegradMethod(name="sparsegrad", density=0.05, rank=7, support=support, **more)
+
+
+METHODS: dict[str, Any] = {
+    "static": core("static"),
+    "dynamic": core("dynamic"),
+    "dense": core("dense"),
+    "recomputed": core("refresh", refresh_steps=2, recompute="activation"),
+    "lora": LoraMethod(name="lora", rank=3),
+}
+
+
+def need_bitsandbytes() -> None:
+    """Skip all tests of a module where the library is missing."""
+    pytest.importorskip("bitsandbytes", reason=WHY)
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+    from transformers.utils import is_bitsandbytes_available
+
+    # They remember their first answer, which must not fall into a test that hides the library.
+    assert is_bnb_available() and is_bnb_4bit_available() and is_bitsandbytes_available()
+
+
+def body_folder(folder: Path, architecture: str) -> Path:
+    """A random body in a folder; made once."""
+    from transformers import AutoModel
+
+    if not folder.is_dir():
+        # At transformers' 0.02 a tiny model's logits are so small that nothing would matter.
+        settings = config(architecture, initializer_range=0.3)
+        model: Any = build(AutoModel, settings, seed=3)
+        model.save_pretrained(folder)
+    return folder
+
+
+def section(folder: Path, bits: str | None, dtype: Any = "float32") -> ModelSection:
+    """The model section of a recipe."""
+    return ModelSection(name=str(folder), quantization=bits, dtype=dtype)  # type: ignore[arg-type]
+
+
+def loaded(folder: Path, bits: str | None, dtype: Any = "float32") -> Any:
+    """A classifier of two labels on a folder's body, in eval mode."""
+    model: Any = load_classifier(section(folder, bits, dtype), TWO, seed=1)
+    model.config.pad_token_id = 0
+    return model.eval()
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that does not train: parameters, and the scales of quantized ones."""
+    from sparsegrad_cli.modeling.quantized import quantization_state
+
+    found = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    scales = enumerate(quantization_state(model))
+    return found | {f"scale {number}": tensor.clone() for number, tensor in scales}
+
+
+class Packed:
+    """A quantized classifier made ready by a method, with its optimizer."""
+
+    def __init__(self, folder: Path, bits: str | None, name: str, dtype: Any = "float32") -> None:
+        self.model = loaded(folder, bits, dtype)
+        self.before = self.logits()
+        self.targets = targets_of(self.model)
+        self.method: Any = make_method(METHODS[name])
+        bases = None
+        if self.method.needs_basis:
+            found = calibrated(
+                self.model, self.targets, batches, steps=3, source="token", rank=7, seed=0
+            )
+            bases = found.by_target()
+        with forked_random(0):
+            self.prepared = self.method.prepare(self.model, self.targets, scope="head", bases=bases)
+        self.optimizer = self.method.optimizer(self.model, TrainSection(learning_rate=2e-2))
+
+    def logits(self) -> Tensor:
+        """On one batch, in eval mode."""
+        with torch.no_grad():
+            found: Tensor = self.model.eval()(**batch(seed=7)).logits
+        return found
+
+    def steps(self, count: int) -> list[float]:
+        """Steps on one batch; the losses before each."""
+        losses = []
+        with forked_random(0):
+            for _ in range(count):
+                self.optimizer.zero_grad()
+                loss = self.model.train()(**batch(seed=5)).loss
+                loss.backward()
+                self.optimizer.step()
+                losses.append(float(loss.detach()))
+        return losses

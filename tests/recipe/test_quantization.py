@@ -1,0 +1,78 @@
+"""What cannot train beside packed weights is refused before anything loads, all together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from small import Cli
+
+from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain
+
+BITS = ("8bit", "4bit")
+FOUR = "model={name: builtin:minilm, quantization: 4bit}"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("method=lora",),
+        ("method=sparsegrad",),
+        ("method.support=dynamic",),
+        ("method.support=dense", "calibration.score=square"),
+        ("calibration.source=random",),
+        ("calibration.source=original", "calibration.decomposition=exact"),
+    ],
+)
+def test_cores_and_lora_go_along(method: tuple[str, ...], bits: str) -> None:
+    loaded = load_recipe(None, (f"model.quantization={bits}", *method))
+    assert loaded.recipe.model.quantization == bits
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (("method=full",), ["method.name"]),
+        (("method=meprop",), ["method.name"]),
+        (("method.form=rotated",), ["calibration.source", "method.form"]),
+        (("method.form=materialized",), ["calibration.source", "method.form"]),
+        (("scope=rest",), ["scope"]),
+        (("calibration.source=batch",), ["calibration.source"]),
+        (("calibration.decomposition=sequential",), ["calibration.source"]),
+        (("train.torch_compile=true",), ["train.torch_compile"]),
+        (
+            ("method.form=rotated", "scope=rest", "train.torch_compile=true", "task=glue/nope"),
+            ["calibration.source", "method.form", "scope", "task.name", "train.torch_compile"],
+        ),
+    ],
+)
+def test_the_rest_is_refused_together(overrides: tuple[str, ...], keys: list[str]) -> None:
+    load_recipe(None, tuple(o for o in overrides if o != "task=glue/nope"))  # fine without
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, (FOUR, *overrides))
+    assert sorted(problem.key for problem in caught.value.problems) == keys
+    assert all(problem.fix for problem in caught.value.problems)
+
+
+def test_the_refusal_says_where_and_what_to_do(cli: Cli) -> None:
+    outcome = cli("validate", "quickstart", FOUR, "method=full")
+    assert outcome.code == 2
+    assert "full trains the weights, and model.quantization '4bit' freezes them" in outcome.flat
+    assert "sparsegrad (form core) or lora" in outcome.flat
+    other = cli("validate", "quickstart", "model.quantization=3bit")
+    assert other.code == 2 and "8bit" in other.flat and "4bit" in other.flat
+
+
+def test_recipes_without_it_are_called_what_they_were_before_there_was_the_key() -> None:
+    """sha256 of the sorted JSON without output_dir, as of a version that knew no such key."""
+    plain = load_recipe(None).recipe
+    before = to_plain(plain)
+    del before["output_dir"], before["model"]["quantization"]
+    text = json.dumps(before, sort_keys=True, separators=(",", ":"))
+    assert digest(plain) == hashlib.sha256(text.encode()).hexdigest()
+    assert digest(load_recipe(None, ("model.quantization=null",)).recipe) == digest(plain)
+    packed = [digest(load_recipe(None, (f"model.quantization={b}",)).recipe) for b in BITS]
+    assert len({digest(plain), *packed}) == 3

@@ -1,0 +1,142 @@
+"""What the figures of a comparison draw, read back from the drawing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cells import cell
+from matplotlib.figure import Figure
+from samples import compare_record, study_record
+
+from sparsegrad_cli.compare.evidence import evidence
+from sparsegrad_cli.report.memory_charts import (
+    memory_by_phase,
+    score_against_memory,
+    score_under_budget,
+)
+from sparsegrad_cli.report.run_charts import MIB
+from sparsegrad_cli.report.sparsity_charts import sparsity_map, sparsity_maps, touched_by_target
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """Figures as they were built, unrendered."""
+    kept: list[Figure] = []
+
+    def keep(figure: Figure) -> str:
+        kept.append(figure)
+        return "<svg></svg>"
+
+    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", keep)
+    yield kept
+
+
+def sized(method: str, seed: int, score: float, mib: int, **more: Any) -> dict[str, Any]:
+    """A cell whose training step peaks at so many MiB."""
+    made = cell(method, seed, score, **more)
+    made["run"]["memory"]["phases"]["backward"]["peak_bytes"] = mib * MIB
+    made["run"]["method"] = {"name": method.split("-")[0], "form": None, "support": None}
+    return made
+
+
+def staircases(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    lines = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
+    return {
+        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]
+        for line in lines
+    }
+
+
+@pytest.mark.parametrize(("metric", "better"), [("accuracy", 1), ("loss", -1)])
+def test_a_budget_buys_the_best_row_that_fits_it(
+    figures: list[Figure], metric: str, better: int
+) -> None:
+    """Rows of lora at 100, 200 (worse) and 300 MiB: two steps. Calibration has to fit, too."""
+    basis = {"seconds": 1.0, "digest": "x", "peak_bytes": 400 * MIB}
+    cells = [
+        made
+        for seed, luck in ((0, 0.01), (1, -0.01))
+        for made in (
+            sized("lora-a", seed, 0.5 + better * luck, 100, metric=metric),
+            sized("lora-b", seed, 0.5 + better * (luck - 0.1), 200, metric=metric),
+            sized("lora-c", seed, 0.5 + better * (luck + 0.2), 300, metric=metric),
+            sized(
+                "core-a", seed, 0.5 + better * (luck + 0.3), 50, metric=metric, calibration=basis
+            ),
+        )
+    ]
+    assert score_under_budget({"cells": cells, **evidence(cells)}, "t")
+    drawn = staircases(figures[0])
+    times = 100 if metric == "accuracy" else 1
+    right = 400 + 0.15 * 300
+    best = times * (0.5 + better * 0.2)
+    assert drawn["lora"] == [
+        pytest.approx(point) for point in ((100, times * 0.5), (300, best), (right, best))
+    ]
+    high = times * (0.5 + better * 0.3)
+    assert drawn["core"] == [pytest.approx(point) for point in ((400, high), (right, high))]
+    assert all(
+        line.get_linestyle() == "-"
+        for line in figures[0].axes[0].lines
+        if line.get_xydata().shape[0] > 1 and str(line.get_label()) in drawn
+    )
+
+
+def test_single_seeds_are_dashed_and_have_no_interval(figures: list[Figure]) -> None:
+    cells = [sized("lora", 0, 0.5, 100), sized("full", 0, 0.6, 200)]
+    compare = {"cells": cells, **evidence(cells)}
+    score_under_budget(compare, "t")
+    score_against_memory(compare, "t")
+    budget, trade = figures
+    assert {
+        line.get_linestyle()
+        for line in budget.axes[0].lines
+        if line.get_label() in ("lora", "full")
+    } == {"--"}
+    assert not trade.axes[0].containers  # error bars are containers
+    more = [*cells, sized("lora", 1, 0.52, 100), sized("full", 1, 0.7, 200)]
+    score_against_memory({"cells": more, **evidence(more)}, "t")
+    assert len(figures[2].axes[0].containers) == 2
+
+
+def test_the_interval_drawn_is_the_rows(figures: list[Figure]) -> None:
+    compare = study_record()
+    assert score_against_memory(compare, "glue/rte")
+    rows = [row for row in compare["rows"] if row["task"] == "glue/rte"]
+    for row, bar in zip(rows, figures[0].axes[0].containers, strict=True):
+        (segment,) = bar.lines[2][0].get_segments()
+        ends = [100 * end for end in row["score_interval"]]
+        assert [float(y) for y in segment[:, 1]] == pytest.approx(ends)
+
+
+def test_memory_is_drawn_for_every_phase_of_every_method(figures: list[Figure]) -> None:
+    assert memory_by_phase(study_record(), "glue/rte")
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    phases = ("calibrate", "forward", "backward", "optimizer", "evaluate")
+    assert names == [f"{p} · {m}" for p in phases for m in ("lora", "core-1e-3", "full")]
+
+
+def test_maps_of_what_was_touched(figures: list[Figure]) -> None:
+    record = study_record()
+    assert sparsity_maps(record, "glue/rte")
+    (image,) = figures[0].axes[0].images  # the one method that leaves entries out
+    assert image.get_array().tolist() == [[90.0, 20.0], [10.0, 0.0]]
+    assert figures[0].axes[0].get_title() == "core-1e-3"
+    assert sparsity_map({"sparsity": None}) is None and sparsity_maps({}, "x") is None
+    for made in record["cells"]:
+        made["run"]["counts"]["targets"] = [
+            {"name": f"t{n}", "out_features": 10, "in_features": 20, "touched": 2 * (n + 1)}
+            for n in range(3)
+        ]
+    assert touched_by_target(record, "glue/rte")
+    assert figures[1].axes[0].images[0].get_array().tolist() == [[1.0, 2.0, 3.0]] * 3
+
+
+def test_every_chart_of_the_sample_says_its_units() -> None:
+    drawn = score_under_budget(compare_record(), "builtin:acceptability")
+    assert drawn is not None
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert "budget: peak with calibration, MiB" in texts
