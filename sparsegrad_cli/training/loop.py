@@ -70,7 +70,7 @@ class TrainingLoop:
         initial = None
         if last is None:
             session.enter("evaluate", "before the first step")
-            trainer.evaluate()
+            trainer.evaluate_untrained()
             initial = trainer.last_evaluation
         session.enter("train", session.recipe.method.name)
         torch.manual_seed(session.recipe.seed)  # dropout is the same whatever was drawn before

@@ -47,6 +47,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.score_notes: list[str] = []
         self.last_evaluation: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0  # of all evaluations so far
+        self._sampler: EpochSampler | None = None
         self._micro_batch = (0, 0)  # the step that is being taken, and which of its batches
         with _adapters_declared(kwargs["model"]):
             super().__init__(
@@ -68,8 +69,18 @@ class SparsegradTrainer(CheckpointedTrainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        data = train_dataset if train_dataset is not None else self.train_dataset
-        assert data is not None
+        self._sampler = self._make_sampler(
+            train_dataset if train_dataset is not None else self.train_dataset
+        )
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # Where several processes skip what an earlier run has met, the loader forgets to tell it.
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _make_sampler(self, data: Any) -> EpochSampler:
         strategy = self.recipe.train.train_sampling_strategy
         lengths = None
         if strategy == "group_by_length":
@@ -126,7 +137,8 @@ class SparsegradTrainer(CheckpointedTrainer):
                 found: torch.Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
             return found
 
-        module = first_non_finite(model, forward)
+        assert isinstance(self.model, nn.Module)
+        module = first_non_finite(self.model, forward)  # not as wrapped: names are the user's
         step, number = self._micro_batch
         rows = self._rows_of(inputs)
         batches = self.args.gradient_accumulation_steps
@@ -158,7 +170,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         a_step = size * batches
         step, number = self._micro_batch
         epoch, before = divmod(step - 1, -(-len(data) // a_step))
-        sampler = self._get_train_sampler()
+        sampler = self._make_sampler(data)
         sampler.set_epoch(epoch)
         start = before * a_step + (number - 1) * size
         rows = list(sampler)[start : start + size]
@@ -204,6 +216,21 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.log(dict(flat))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
+
+    def evaluate_untrained(self) -> None:
+        """Evaluate before training begins.
+
+        Of what has been evaluated accelerate believes that it is prepared for training, too, and
+        would not wrap it: several processes would each train for itself. It is told otherwise.
+        """
+        self.evaluate()
+        if ranks.count() == 1:
+            return
+        marks = vars(self.model)
+        marks.pop("_is_accelerate_prepared", None)
+        if "_original_forward" in marks:  # autocast, which it would put around once more
+            marks["forward"] = marks.pop("_original_forward")
+        self.accelerator._models.clear()
 
     def _note(self, notes: tuple[str, ...]) -> None:
         for note in notes:
