@@ -92,6 +92,7 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
     """
     if resume:
         _check_resumable(path, recipe)
+        _remove_left(path)
         return
     occupied = path.is_dir() and any(found.name != LOCK for found in path.iterdir())
     if occupied and not overwrite:
@@ -108,10 +109,19 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
                     shutil.rmtree(folder)
             for name in _OUR_FILES:
                 (path / name).unlink(missing_ok=True)
+            _remove_left(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
     write_text_atomic(path / "recipe.yaml", to_yaml(recipe))
+
+
+def _remove_left(path: Path) -> None:
+    """What a kill in the middle of writing has left of our files, under their temporary names."""
+    for name in _OUR_FILES:
+        for left in (*path.glob(f".{name}.*.tmp"), *path.glob(f"{name}.partial")):
+            with suppress(OSError):
+                left.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> DiskError:

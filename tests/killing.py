@@ -13,12 +13,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
+
+# Of all other moments no report is written.
+REPORTING = ("reporting", "reporting-interrupted", "reporting-full")
 
 Patch = Callable[[int], None]
 MOMENTS: dict[str, tuple[str, Patch]] = {}
@@ -118,6 +122,21 @@ def _calibrated(count: int) -> None:
     from sparsegrad_cli.training import session
 
     wrap(session, "write_basis", count, after=_die)
+
+
+@moment("record-torn", "half of run.json is written, under its temporary name")
+def _record_torn(count: int) -> None:
+    def half(source: Path, target: Path) -> None:
+        os.truncate(source, source.stat().st_size // 2)
+        die()
+
+    wrap(
+        Path,
+        "replace",
+        count,
+        before=half,
+        when=lambda source, target: Path(target).name == "run.json",
+    )
 
 
 @moment("step", "within a step, between two of its batches")
@@ -222,6 +241,13 @@ def _reporting(count: int) -> None:
     wrap(runner, "_write_report", count, before=_die)
 
 
+@moment("reporting-interrupted", "Ctrl-C (SIGINT, not -9) while the report is written")
+def _reporting_interrupted(count: int) -> None:
+    from sparsegrad_cli.report import html
+
+    wrap(html, "write_run_html", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT))
+
+
 @moment("export-begun", "an export's folder is made")
 def _export_begun(count: int) -> None:
     from sparsegrad_cli.export import session
@@ -269,10 +295,21 @@ def _short_of_memory_later(count: int) -> None:
 
 @moment("small-files", "KiB that a file may have: a full disk")
 def _small_files(count: int) -> None:
+    _limit_files(count)
+
+
+@moment("reporting-full", "KiB that a file may have once the run is done: a full disk")
+def _reporting_full(count: int) -> None:
+    from sparsegrad_cli import runner
+
+    wrap(runner, "_write_report", 1, before=lambda *args: _limit_files(count))
+
+
+def _limit_files(kibibytes: int) -> None:
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count * 1024, count * 1024))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kibibytes * 1024, kibibytes * 1024))
 
 
 @moment("clock-back", "hours that the clock jumps back at every look")
@@ -355,22 +392,39 @@ class Killer:
 
     def run(self, *arguments: str, moment: str | None = None, count: int = 1) -> Ended:
         """One command line of sparsegrad, killed at the ``count``-th time of a moment."""
+        return self._ask(arguments, 1, moment, count, 0)[0]
+
+    def together(
+        self, *arguments: str, moment: str | None = None, count: int = 1, of: int = 0
+    ) -> list[Ended]:
+        """The same in two processes that train together; the moment is that of number ``of``.
+
+        When one is killed, so is the other, as whoever started them would see to. One that goes
+        on for a minute after the other has ended is killed, too.
+        """
+        return self._ask(arguments, 2, moment, count, of)
+
+    def _ask(self, arguments: tuple[str, ...], processes: int, *moment: Any) -> list[Ended]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        report = moment == "reporting"
-        job = {"arguments": arguments, "moment": moment, "count": count, "report": report}
+        job = {"arguments": arguments, "processes": processes, "moment": moment}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the forking process has died"
-        return Ended(**json.loads(answer))
+        return [Ended(**ended) for ended in json.loads(answer)]
 
 
-def _child(job: dict[str, Any], out: Path, err: Path) -> None:
-    for stream, path in ((1, out), (2, err)):
+def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path]) -> None:
+    for stream, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    if job["moment"] is not None:
-        MOMENTS[job["moment"]][1](job["count"])
-    if not job["report"]:  # takes longer than all the rest
+    if job["processes"] > 1:
+        place = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1"}
+        size = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in (place | size).items()})
+    moment, count, of = job["moment"]
+    if moment is not None and number == of:
+        MOMENTS[moment][1](count)
+    if moment not in REPORTING:  # takes longer than all the rest
         from sparsegrad_cli import runner
 
         runner._write_report = lambda record, observer: None
@@ -380,8 +434,40 @@ def _child(job: dict[str, Any], out: Path, err: Path) -> None:
     main()
 
 
+def _fork(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path]) -> int:
+    process = os.fork()
+    if process:
+        return process
+    try:
+        _child(job, number, port, said)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
+    finally:
+        os._exit(99)
+
+
+def _waited(processes: list[int]) -> list[int]:
+    """How they ended. See :meth:`Killer.together`."""
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < len(processes):
+        for process in processes:
+            found, status = os.waitpid(process, os.WNOHANG) if process not in codes else (0, 0)
+            if found:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                deadline = time.monotonic() + (0 if codes[process] < 0 else 60)
+        for process in processes if deadline and time.monotonic() > deadline else ():
+            if process not in codes:
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[process] for process in processes]
+
+
 def _serve() -> None:
     import gc
+    import socket
     import tempfile
 
     import torch
@@ -392,22 +478,18 @@ def _serve() -> None:
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory() as place:
-        out, err = Path(place) / "out", Path(place) / "err"
+        said = [(Path(place) / f"out{number}", Path(place) / f"err{number}") for number in (0, 1)]
         for line in sys.stdin:
-            number = os.fork()
-            if number == 0:
-                try:
-                    _child(json.loads(line), out, err)
-                except SystemExit as ended:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(ended.code if isinstance(ended.code, int) else 1)
-                finally:
-                    os._exit(99)
-            status = os.waitpid(number, 0)[1]
-            code = os.waitstatus_to_exitcode(status)
-            said = [path.read_text(errors="replace") for path in (out, err)]
-            print(json.dumps({"code": code, "out": said[0], "err": said[1]}), flush=True)
+            job = json.loads(line)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            processes = [_fork(job, n, port, said[n]) for n in range(job["processes"])]
+            answer = [
+                {"code": code, "out": out.read_text(), "err": err.read_text(errors="replace")}
+                for code, (out, err) in zip(_waited(processes), said, strict=False)
+            ]
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

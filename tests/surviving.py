@@ -67,6 +67,7 @@ NEEDS_BASIS = {name for name, settings in METHODS.items() if "method.form" in se
 TRAINING = {
     "begun": 1,
     "loaded": 1,
+    "record-torn": 3,  # once the method has prepared the model
     "calibrating": 2,
     "basis-torn": 1,
     "calibrated": 1,
@@ -196,3 +197,13 @@ def tensors_hash(path: Path) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()
+
+
+def flat(ended: Ended) -> str:
+    """What a command wrote to stderr, as one line without frames."""
+    return " ".join(ended.err.replace("│", " ").split())
+
+
+def largest_file(folder: Path) -> int:
+    """Bytes."""
+    return max(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from killing import Ended
 from paths import REPO
-from surviving import Bench, record, weights
+from surviving import Bench, flat, largest_file, record, weights
 
 from sparsegrad_cli.training.shelf import last_checkpoint
 
@@ -28,14 +27,6 @@ def own_mount() -> bool:
 
 
 needs_mount = pytest.mark.skipif(not own_mount(), reason="needs user name spaces (unshare -rm)")
-
-
-def flat(ended: Ended) -> str:
-    return " ".join(ended.err.replace("│", " ").split())
-
-
-def largest_file(run: Path) -> int:
-    return max(path.stat().st_size for path in run.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("method", ["full", "core static"])

@@ -7,17 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from killing import Ended
 from safetensors.torch import load_file, save_file
-from surviving import Bench, record, weights
+from surviving import Bench, flat, record, weights
 
 from sparsegrad_cli.training.manifest import MANIFEST, checked, seal
 
 METHOD = "core static"
-
-
-def flat(ended: Ended) -> str:
-    return " ".join(ended.err.replace("│", " ").split())
 
 
 @pytest.fixture

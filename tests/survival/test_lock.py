@@ -10,11 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from holding import holder, read
 from paths import REPO
 from surviving import Bench
 
@@ -22,41 +21,6 @@ from sparsegrad_cli.errors import BusyError, DiskError
 from sparsegrad_cli.locking import RunLock, owner_of
 from sparsegrad_cli.recipe.loading import load_recipe
 from sparsegrad_cli.rundir import choose_run_dir, held_run_dir, open_run_dir
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from sparsegrad_cli.locking import RunLock
-lock = RunLock(Path(sys.argv[1]))
-if len(sys.argv) > 2 and os.fork() == 0:
-    os.write(1, b"child %d\\n" % os.getpid())
-    time.sleep(3600)
-os.write(1, b"held %d\\n" % os.getpid())
-time.sleep(3600)
-"""
-
-
-@contextmanager
-def holder(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), *arguments],
-        env=os.environ | {"PYTHONPATH": str(REPO)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def read(process: subprocess.Popen[str]) -> tuple[str, int]:
-    assert process.stdout is not None
-    word, number = process.stdout.readline().split()
-    return word, int(number)
 
 
 def test_a_held_folder_is_refused_with_who_and_since_when(bench: Bench) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from killing import Ended, Killer
 from little import base_folder, sentences
-from surviving import record
+from surviving import flat, record
 from tiny import one_thread
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
@@ -56,10 +56,6 @@ def short(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Short:
         return ended, record(folder), folder
 
     return run
-
-
-def flat(ended: Ended) -> str:
-    return " ".join(ended.err.replace("│", " ").split())
 
 
 def checked(ended: Ended, run: dict[str, Any]) -> dict[str, Any]:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Ended
 from little import base_folder
-from safetensors.torch import load_file, save_file
-from surviving import Bench, record
+from poisoned import POISONED, poison, poison_letter, poisoned_data, seed_of
+from surviving import Bench, flat, record
 
 from sparsegrad_cli.training.manifest import damage
-from sparsegrad_cli.training.order import EpochSampler
 
-POISONED = 17  # a row of the training data with a letter that no other row has
 STEP = 3  # a step, and below a batch of it, that meet no other batch with that row before
-
-
-def flat(ended: Ended) -> str:
-    return " ".join(ended.err.replace("│", " ").split())
 
 
 def error_of(run: Path) -> dict[str, Any]:
@@ -31,43 +23,15 @@ def error_of(run: Path) -> dict[str, Any]:
     return error
 
 
-def poison(base: Path, name: str, where: Any, value: float) -> None:
-    path = base / "model.safetensors"
-    tensors = load_file(path)
-    found = next(key for key in tensors if key.endswith(name))
-    tensors[found][where] = value
-    save_file(tensors, path, {"format": "pt"})
-
-
-def poisoned_data(bench: Bench, folder: Path, letter: str) -> Path:
-    """The bench's rows, one of them with a letter of its own."""
-    source = Path(next(s for s in bench.settings("full") if s.startswith("task.path="))[10:])
-    folder.mkdir()
-    (folder / "validation.csv").write_bytes((source / "validation.csv").read_bytes())
-    with (source / "train.csv").open(encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    rows[1 + POISONED][0] += letter
-    with (folder / "train.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return folder
-
-
 @pytest.mark.parametrize("method", ["full", "core static"])
 def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
     bench: Bench, tmp_path: Path, method: str
 ) -> None:
     """The weights of one token are infinite, and one row has it."""
-    from transformers import AutoTokenizer
-
-    base, data = base_folder(tmp_path / "base"), poisoned_data(bench, tmp_path / "data", "~")
-    (token,) = AutoTokenizer.from_pretrained(base)("~")["input_ids"]
-    poison(base, "word_embeddings.weight", token, float("inf"))
-    # Of the seeds, one whose first epoch meets the row in its third step: after a checkpoint.
-    for seed in range(100):
-        order = list(EpochSampler(range(48), seed=seed, strategy="random"))
-        number, place = divmod(order.index(POISONED), 5)
-        if number // 3 == STEP - 1:
-            break
+    base, data = base_folder(tmp_path / "base"), poisoned_data(bench, tmp_path / "data")
+    poison_letter(base)
+    seed, order = seed_of(lambda number: number // 3 == STEP - 1)
+    number, place = divmod(order.index(POISONED), 5)
     settings = bench.settings(
         method,
         f"model={base}",
