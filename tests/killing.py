@@ -73,9 +73,9 @@ def _die(*args: Any, **kwargs: Any) -> None:
     die()
 
 
-def _torn(tensors: Any, path: Path, metadata: Any = None) -> None:
+def _torn(tensors: Any, path: str | Path, metadata: Any = None) -> None:
     """Half of the file's bytes have reached the disk."""
-    os.truncate(path, path.stat().st_size // 2)
+    os.truncate(path, Path(path).stat().st_size // 2)
     die()
 
 
@@ -156,6 +156,17 @@ def _interrupted(count: int) -> None:
         count,
         after=lambda *args: os.kill(os.getpid(), signal.SIGINT),
     )
+
+
+@moment("interrupted-twice", "Ctrl-C twice (SIGINT, not -9) within a step, which does not wait")
+def _interrupted_twice(count: int) -> None:
+    from sparsegrad_cli.training.trainer import SparsegradTrainer
+
+    def press(*args: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    wrap(SparsegradTrainer, "training_step", count, after=press)
 
 
 @moment("line-torn", "half a line of steps.jsonl is written")
@@ -253,6 +264,13 @@ def _export_begun(count: int) -> None:
     from sparsegrad_cli.export import session
 
     wrap(session._Export, "fill", count, before=_die)
+
+
+@moment("export-torn", "half of an export's model.safetensors is written")
+def _export_torn(count: int) -> None:
+    from transformers import modeling_utils
+
+    wrap(modeling_utils, "safe_save_file", count, after=_torn)
 
 
 @moment("export-written", "an export is written, under its temporary name")

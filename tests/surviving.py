@@ -73,6 +73,7 @@ TRAINING = {
     "calibrated": 1,
     "step": 8,
     "interrupted": 4 * BATCHES_A_STEP - 2,  # the last batch of step 4, which is an epoch's end
+    "interrupted-twice": 8,
     "line-torn": 4,
     "evaluated": 3,
     "checkpoint-begun": 2,
@@ -85,7 +86,7 @@ TRAINING = {
     "adapter-renamed": 1,
     "reporting": 1,
 }
-EXPORTING = {"export-begun": 1, "export-written": 1, "export-renamed": 1}
+EXPORTING = {"export-begun": 1, "export-torn": 1, "export-written": 1, "export-renamed": 1}
 CALIBRATING = {"calibrating", "basis-torn", "calibrated"}
 
 

@@ -226,7 +226,8 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.evaluate()
         if ranks.count() == 1:
             return
-        marks = vars(self.model)
+        model: Any = self.model
+        marks = model.__dict__
         marks.pop("_is_accelerate_prepared", None)
         if "_original_forward" in marks:  # autocast, which it would put around once more
             marks["forward"] = marks.pop("_original_forward")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from killing import MOMENTS
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from surviving import (
     CALIBRATING,
     COMMON,
@@ -17,6 +21,7 @@ from surviving import (
     TRAINING,
     Bench,
     Cell,
+    flat,
     record,
     weights,
 )
@@ -42,7 +47,7 @@ ALL = [
 
 
 def check(cell: Cell, moment: str) -> None:
-    assert cell.code == (130 if moment == "interrupted" else -9)
+    assert cell.code == (130 if moment.startswith("interrupted") else -9)
     assert cell.weights and cell.records, cell.said
 
 
@@ -81,13 +86,81 @@ def test_a_killed_export_is_made_by_the_same_command(
     check(bench.export_cell(method, moment), moment)
 
 
-def test_an_export_killed_before_its_rename_leaves_nothing_in_the_way(bench: Bench) -> None:
-    check(bench.export_cell("core static", "export-written"), "export-written")
+def test_a_half_written_export_is_not_taken_for_one(bench: Bench) -> None:
+    """Not by its name, nor by what it says of itself; and it is in nobody's way."""
+    run = bench.fresh()
+    shutil.copytree(bench.undisturbed("core static"), run)
+    command = ("export", str(run), "--to", "merged")
+    assert bench.killer.run(*command, moment="export-torn").code == -9
+    half = run / "export-merged.partial"
+    assert list(run.glob("export-*")) == [half]
+    assert not (half / "export.json").exists()
+    with pytest.raises(SafetensorError):
+        load_file(half / "model.safetensors")
+    generated = bench.killer.run("generate", str(run / "export-merged"), "--prompt", "a")
+    assert generated.code == 2 and "export-merged" in flat(generated)
+    assert bench.killer.run(*command).code == 0
+    assert [path.name for path in run.glob("export-*")] == ["export-merged"]
+    assert json.loads((run / "export-merged" / "export.json").read_text())["to"] == "merged"
+    assert load_file(run / "export-merged" / "model.safetensors")
 
 
 def test_every_moment_is_in_the_matrix() -> None:
-    worlds = {"short-of-memory", "short-of-memory-later", "small-files", "clock-back"}
+    worlds = {name for name in MOMENTS if name.startswith(("short-of", "reporting-"))}
+    worlds |= {"small-files", "clock-back"}
     assert set(MOMENTS) == set(TRAINING) | set(EXPORTING) | worlds
+
+
+def test_a_resumed_run_keeps_what_was_measured_before(bench: Bench) -> None:
+    """Step times and seconds of all of it; the memory probe, whose step it does not come to."""
+    run = bench.fresh()
+    assert bench.train("lora", run, moment="checkpoint-renamed", count=3).code == -9
+    before = measured(run / "checkpoint-6")
+    assert len(before["steps_s"]) == 6 and before["train_s"] > sum(before["steps_s"]) > 0
+    assert {"forward", "backward", "optimizer"} <= before["memory"]["phases"].keys()
+    # One step more is not enough for a probe of its own: that wants two, and state in between.
+    assert bench.train("lora", run, "--resume", moment="checkpoint-renamed").code == -9
+    between = measured(run / "checkpoint-8")
+    assert between["steps_s"][:6] == before["steps_s"] and len(between["steps_s"]) == 8
+    assert between["train_s"] > before["train_s"]
+    assert bench.train("lora", run, "--resume").code == 0
+    found = record(run)
+    assert found["memory"] == between["memory"]
+    assert found["time"]["step_median_s"] == statistics.median(between["steps_s"])
+    assert found["time"]["train_s"] >= between["train_s"]
+
+
+def measured(checkpoint: Path) -> dict[str, Any]:
+    state = json.loads((checkpoint / "state.json").read_text())
+    found: dict[str, Any] = state["extras"]["measured"]
+    return found
+
+
+def test_ctrl_c_while_its_report_is_written_leaves_a_run_done(bench: Bench) -> None:
+    run = bench.fresh()
+    ended = bench.train("full", run, moment="reporting-interrupted")
+    assert ended.code == 130 and f"sparsegrad report {run}" in flat(ended)
+    check_done(bench, run)
+
+
+def test_a_report_that_cannot_be_written_leaves_a_run_done(bench: Bench) -> None:
+    """The disk has room for the words, and not for the page."""
+    run = bench.fresh()
+    ended = bench.train("full", run, moment="reporting-full", count=16)
+    said = flat(ended)
+    assert ended.code == 1 and "the run is done, but its report could not be written" in said
+    assert f"sparsegrad report {run}" in said
+    check_done(bench, run)
+
+
+def check_done(bench: Bench, run: Path) -> None:
+    """Done, unlocked, without half a report; and a report can be had."""
+    found = record(run)
+    assert (found["status"], found["error"]) == ("done", None)
+    assert not (run / ".lock").exists() and not (run / "report.html").exists()
+    assert not [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
+    assert bench.killer.run("report", str(run)).code == 0
+    assert (run / "report.html").is_file() and (run / "report.md").is_file()
 
 
 def test_a_run_that_came_to_its_end_takes_no_step_more(bench: Bench) -> None:
@@ -105,9 +178,6 @@ def test_a_run_that_came_to_its_end_takes_no_step_more(bench: Bench) -> None:
         mine, theirs = record(run), record(whole)
         assert mine["metrics"] == theirs["metrics"] and mine["time"]["steps"] == steps
         assert mine["resumed_from"] == steps and theirs["resumed_from"] is None
-        # What was measured before the kill is not forgotten either.
-        assert mine["memory"]["phases"].keys() == theirs["memory"]["phases"].keys()
-        assert mine["time"]["step_median_s"] > 0
 
 
 def test_a_run_may_be_moved_between_kill_and_resumption(bench: Bench) -> None:
