@@ -60,7 +60,7 @@ def calibrate(
     """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`."""
 
     def work(record: RunRecord, observer: Observer) -> None:
-        from sparsegrad_cli.training.session import CalibrationSession
+        from sparsegrad_cli.training.calibration_session import CalibrationSession
 
         CalibrationSession(loaded, record, observer).run()
 

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from killing import MOMENTS, REPO, Killer
+from killing import REPO, Killer
+from moments import MOMENTS
 from surviving import CALIBRATING, EXPORTING, METHODS, NEEDS_BASIS, TRAINING, Bench, Cell
 
 BEGIN, END = "<!-- the matrix begins -->", "<!-- the matrix ends -->"

@@ -1,10 +1,10 @@
-"""What every run does first, load and calibrate, and the calibration run."""
+"""What every run does first: load and calibrate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -33,7 +33,7 @@ from sparsegrad_cli.training.calibration import (
     calibrate,
     passes_of,
 )
-from sparsegrad_cli.training.diagnostics import energy_table, spectra
+from sparsegrad_cli.training.diagnostics import spectra
 from sparsegrad_cli.training.memory_out import explain
 from sparsegrad_cli.training.setup import (
     Setup,
@@ -267,34 +267,3 @@ def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:
     middle = setup.targets[len(setup.targets) // 2].block
     names = {t.name for t in setup.targets if t.block == middle}
     return {key: basis for key, basis in bases.items() if key in names}
-
-
-class CalibrationSession(Session):
-    """``sparsegrad calibrate``: the basis, and what it is worth on held-out gradients."""
-
-    def run(self) -> None:
-        """Do it all."""
-        with self.explained():
-            self._run()
-
-    def _run(self) -> None:
-        setup = self.load()
-        calibration = self.calibrated(setup)
-        settings = self.recipe.calibration
-        if settings.energy_steps:
-            self.observer.phase("energy", f"{settings.energy_steps} held-out steps")
-            started = time.perf_counter()
-            held_out = calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1)
-            # At the head that the basis was made at; a kept one is warm already.
-            with nullcontext() if settings.keep_head else self.warmed_head(setup):
-                energy, heat_map = energy_table(
-                    setup.model,
-                    setup.targets,
-                    calibration,
-                    held_out,
-                    steps=settings.energy_steps,
-                    seed=self.recipe.seed + 1,
-                )
-            self.seconds["diagnostics_s"] = time.perf_counter() - started
-            self.record.data["calibration"].update(energy=energy, heat_map=heat_map)
-        self.record.save(time=dict(self.seconds), memory=self.meter.report())

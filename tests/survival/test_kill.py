@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import MOMENTS
+from moments import MOMENTS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from surviving import (

@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 from killing import Ended, Killer
-from little import base_folder, sentences
+from little import base_folder, data_folder, sentences
 from surviving import flat, record
 from tiny import one_thread
+
+from sparsegrad_cli.errors import OutOfMemoryError
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.rundir import RunRecord
+from sparsegrad_cli.training.calibration_session import CalibrationSession
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4
@@ -131,3 +137,39 @@ def test_calibration_blames_its_own_batch(short: Short) -> None:
     assert error["phase"] == "calibrate"
     assert error["where"] == f"calibration.batch_size = {ROWS}"
     assert not (folder / "basis.safetensors").exists()
+
+
+def test_words_that_may_mean_it_count_if_a_smaller_batch_fits(tmp_path: Path) -> None:
+    """oneDNN's are the same where a CPU cannot do something at all."""
+    settings = (
+        f"model={base_folder(tmp_path / 'base')}",
+        "task=csv",
+        f"task.path={data_folder(tmp_path / 'data')}",
+        "train.use_cpu=true",
+        "calibration.batch_size=16",
+        "calibration.warmup_steps=0",
+        "calibration.decomposition=exact",
+    )
+    loaded = load_recipe(None, settings)
+    session = CalibrationSession(loaded, RunRecord(tmp_path, {}), Observer())
+    session.load()
+    words = "could not create a primitive"
+
+    def calibrating(largest: int) -> None:
+        """A calibration in which no batch beyond ``largest`` finds room."""
+        session.known.at, session.known.calibration_batch = "calibrate", 16
+
+        def one_step(size: int) -> None:
+            if size > largest:
+                raise RuntimeError(words)
+
+        session.known.calibrate = one_step
+        with session.explained():
+            one_step(16)
+
+    with pytest.raises(OutOfMemoryError) as found:
+        calibrating(5)
+    assert found.value.details["fits"]["calibration.batch_size"] == 4
+    assert words in found.value.what
+    with pytest.raises(RuntimeError, match=words):
+        calibrating(0)
