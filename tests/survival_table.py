@@ -50,16 +50,15 @@ def main() -> None:
     import torch
     import transformers
 
-    page = REPO / "docs" / "survival.md"
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
     with tempfile.TemporaryDirectory() as place, Killer() as killer:
         lines = table(Bench(Path(place), killer))
     made = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{platform.machine()}, {os.uname().sysname}, one thread."
     )
+    page = REPO / "docs" / "survival.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
     page.write_text("\n".join([before + BEGIN, "", *lines, "", made, "", END + after]), "utf-8")
 
 

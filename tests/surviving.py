@@ -98,7 +98,7 @@ class Cell:
         code: how the first process ended; -9 for a kill, 130 for Ctrl-C.
         after: the step of the checkpoint that the second one went on from; 0 for the beginning.
         weights: the final weights are those of the undisturbed run, bit for bit.
-        records: evaluations, logged losses and data order, too.
+        records: evaluations, logged losses, data order, entries touched and the basis, too.
         said: what the second process wrote to stderr.
     """
 
@@ -153,8 +153,7 @@ class Bench:
             codes[0],
             mine["resumed_from"],
             weights(run) == weights(whole),
-            all(mine["metrics"][key] == theirs["metrics"][key] for key in theirs["metrics"])
-            and mine["hashes"] == theirs["hashes"],
+            results(mine) == results(theirs),
             ended.err,
         )
         shutil.rmtree(run)
@@ -184,6 +183,13 @@ def record(run: Path) -> dict[str, Any]:
     """run.json."""
     found: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return found
+
+
+def results(run: dict[str, Any]) -> dict[str, Any]:
+    """What a run's record says of what was learnt, and from what: all but times, memory, places."""
+    blocks = ("metrics", "hashes", "counts", "sparsity", "precision", "task", "method")
+    basis = run.get("calibration") or {}
+    return {key: run[key] for key in blocks} | {key: basis.get(key) for key in ("digest", "tokens")}
 
 
 def weights(run: Path) -> str:
