@@ -29,7 +29,7 @@ def own_mount() -> bool:
 needs_mount = pytest.mark.skipif(not own_mount(), reason="needs user name spaces (unshare -rm)")
 
 
-@pytest.mark.parametrize("method", ["full", "core static"])
+@pytest.mark.parametrize("method", ["full", pytest.param("core static", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_keeps_what_there_is_and_resumes(bench: Bench, method: str) -> None:
     """Files beyond a size fail to be written: the second checkpoint's, of a run that goes on."""
     whole, run = bench.undisturbed(method), bench.fresh()
