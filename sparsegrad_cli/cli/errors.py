@@ -59,6 +59,8 @@ def show(error: SparsegradError) -> None:
     else:
         # An error may quote files and servers: what they say is shown and not obeyed.
         body.append(harmless(error.what.strip()))
+        for line in error.more:
+            body.append(harmless(f"\n{line}"))
         if error.where:
             body.append(harmless(f"\nwhere  {error.where}"), style="dim")
         if error.fix:

@@ -25,6 +25,7 @@ import yaml
 from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
+from sparsegrad_cli.locking import owner_of
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
@@ -163,7 +164,7 @@ class Comparison:
         run = self._run_of(cell)
         status = run["status"] if run else "pending"
         error = run.get("error") if run else None
-        if status == "running" and not is_running:
+        if status == "running" and not is_running and owner_of(self._cell_dir(cell)) is None:
             # Nobody is running it: this process was killed together with it.
             status = "interrupted"
         slim = None
@@ -230,7 +231,7 @@ class Comparison:
 
     def _note_exit(self, folder: Path, code: int) -> None:
         """A cell that died without writing its status gets one here."""
-        if code == 130:  # it has written so itself
+        if code == 130 or owner_of(folder):  # it has written so itself, or another has the cell
             return
         try:
             run = load_record(folder)

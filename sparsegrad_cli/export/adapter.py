@@ -37,8 +37,8 @@ from sparsegrad_cli.modeling.quantized import placed, use_frozen_products
 from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
-from sparsegrad_cli.training.checkpoint import read_tensors, save_tensors
 from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.training.writing import read_tensors, save_tensors
 
 _BASIS, _FRESH = "basis/", "fresh/"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")

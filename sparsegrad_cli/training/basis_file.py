@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
-from sparsegrad_cli.training.checkpoint import save_tensors
+from sparsegrad_cli.training.writing import save_tensors
 
 _FORMAT = "sparsegrad-basis-1"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
