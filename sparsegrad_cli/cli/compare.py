@@ -48,23 +48,22 @@ def compare(
     [bold]sparsegrad compare recipes/quickstart.yaml[/bold]
     """
     from rich.console import Console
+    from rich.text import Text
 
-    from sparsegrad_cli.compare.grid import Comparison, open_folder
-    from sparsegrad_cli.compare.parity import check_parity
+    from sparsegrad_cli.compare.grid import Comparison
     from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table
 
     study = _study(recipe, methods, seeds)
-    check_parity(study)  # before --overwrite forgets anything
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
-    open_folder(study, folder, overwrite=overwrite)
     err = Console(stderr=True, quiet=quiet or as_json)
     command = shlex.join(["sparsegrad", *sys.argv[1:]])
     comparison = Comparison(
         study,
         folder,
         command=command,
-        tell=lambda line: err.print(f"[bold]{line}[/bold]", highlight=False),
+        overwrite=overwrite,
+        tell=lambda line: err.print(Text(line, style="bold")),
         quiet=quiet or as_json,
         jobs=jobs,
         saved=LiveReport(folder, lambda line: err.print(line, highlight=False, markup=False)),
