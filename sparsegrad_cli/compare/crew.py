@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,7 @@ class Crew:
         plain = {**to_plain(recipe), "output_dir": str(folder)}
         file = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
         write_text_atomic(file, yaml.safe_dump(plain, sort_keys=False))
-        run = run_in(folder)
-        same = run is not None and run.get("recipe_digest") == digest(recipe)
-        mode = "--resume" if same and any(folder.glob("checkpoint-*/state.json")) else "--overwrite"
+        mode = "--resume" if can_resume(recipe, folder) else "--overwrite"
         command = [sys.executable, "-m", "sparsegrad_cli", "train", str(file), mode]
         with self._lock:
             if self.stopping.is_set():
@@ -121,6 +119,16 @@ def run_in(folder: Path) -> dict[str, Any] | None:
         return load_record(folder)
     except (FileFormatError, UsageError, OSError):
         return None
+
+
+def is_of(run: Mapping[str, Any] | None, recipe: Recipe) -> bool:
+    """Whether a record is there, and of this recipe."""
+    return run is not None and run.get("recipe_digest") == digest(recipe)
+
+
+def can_resume(recipe: Recipe, folder: Path) -> bool:
+    """Whether a run of the recipe left a checkpoint."""
+    return is_of(run_in(folder), recipe) and any(folder.glob("checkpoint-*/state.json"))
 
 
 def _note_exit(folder: Path, code: int, *, stopped: bool) -> None:

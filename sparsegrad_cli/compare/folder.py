@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from sparsegrad_cli.report.records import REPORTS, load_record
 
 LEDGER = "compare.json"
 _AT_WORK, _WRITING = ".at-work.lock", ".ledger.lock"
-_FOLDERS = ("cells", "answers")
-_FILES = (LEDGER, *REPORTS)
+TUNING, TRIALS = "tuning.db", "tuning"
+_FOLDERS = ("cells", "answers", TRIALS)
+_FILES = (LEDGER, TUNING, *REPORTS)
 
 
 class StudyFolder:
@@ -42,6 +43,10 @@ class StudyFolder:
     def cell(self, cell: Cell) -> Path:
         """The run directory of a cell."""
         return self.path / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
+
+    def trial(self, name: str) -> Path:
+        """The run directory of a run of tuning."""
+        return self.path / TRIALS / safe_name(name)
 
     @contextmanager
     def ledger(self) -> Iterator[None]:
@@ -83,7 +88,9 @@ class StudyFolder:
         begun = there <= {"cells", _AT_WORK, _WRITING} and not any(self.path.glob("cells/*"))
         return not begun
 
-    def enter(self, study: LoadedStudy, identity: str, *, overwrite: bool) -> dict[str, Any] | None:
+    def enter(
+        self, study: Callable[[], LoadedStudy], identity: str, *, overwrite: bool
+    ) -> dict[str, Any] | None:
         """Begin to work here, or join those who do; the ledger must be held.
 
         Alone, a comparison may grow by methods, tasks and seeds, and cells that are not done may
@@ -91,8 +98,8 @@ class StudyFolder:
         are the same.
 
         Args:
-            study: what is to be done.
-            identity: its digest.
+            study: makes what is to be done, with the settings that tuning found, if it has ended.
+            identity: the digest of what was asked for.
             overwrite: forget what is done there.
 
         Returns:
@@ -109,7 +116,7 @@ class StudyFolder:
             elif overwrite:
                 self._forget()
             elif (self.path / LEDGER).is_file():
-                self._check_done(study)
+                self._check_done(study())
             lock.take(shared=True)  # of those at work nobody locks more, and others wait for us
         except BaseException:
             lock.close()
@@ -172,8 +179,12 @@ def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
 
 
 def study_digest(study: LoadedStudy) -> str:
-    """sha256 (hex) of all cells: what a comparison is."""
-    cells = [[cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells]
+    """sha256 (hex) of all cells, and of how they are tuned: what a comparison is."""
+    cells: list[Any] = [
+        [cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells
+    ]
+    if study.study.tune is not None:
+        cells.append(study.study.tune.model_dump(mode="json"))
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 

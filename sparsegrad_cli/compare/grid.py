@@ -1,7 +1,8 @@
 """Run the cells of a study, each in its own process, and keep the ledger.
 
 compare.json is written before and after every cell, so that an interrupted comparison goes on where
-it stopped. Several processes may work on one comparison: each cell is claimed by one of them.
+it stopped. Several processes may work on one comparison: each cell is claimed by one of them. Where
+the study is tuned, that comes first, and the cells run with the best settings found.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.compare.claims import Claim, holder_of
 from sparsegrad_cli.compare.crew import Crew, run_in
@@ -24,8 +25,17 @@ from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.records import SCHEMA, load_record, write_json_atomic
 from sparsegrad_cli.rundir import now
 
+if TYPE_CHECKING:
+    from sparsegrad_cli.compare.tuning import Tuning
+
 _OF_THE_FIRST = ("command", "started", "jobs", "environment", "git")
 _ENDED = ("failed", "out_of_memory")
+_UNTUNED = {
+    "title": "Tuning",
+    "what": "no trial of its tuning came to an end",
+    "where": "tuning",
+    "fix": "the trials' errors are in the report; the same command tries them again",
+}
 
 
 class Comparison:
@@ -62,6 +72,8 @@ class Comparison:
         self._tell, self._saved = tell, saved
         self._jobs, self._crew = jobs, Crew(quiet=quiet, jobs=jobs)
         self._before: dict[Path, Any] = {}
+        self._tuning = self._make_tuning()
+        self._cells = {(c.task, c.label, c.seed): c for c in study.cells}  # as they are to run
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
             "name": study.study.name,
@@ -91,29 +103,66 @@ class Comparison:
             UsageError: the folder holds something else, or others are at work on something else.
             InterruptedRunError: the user pressed Ctrl-C; finished cells are kept.
         """
-        self._begin()
+        try:
+            self._begin()
+            return self._run()
+        finally:
+            self._place.leave()
+            if self._tuning is not None:
+                self._tuning.close()
+
+    def _run(self) -> dict[str, Any]:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            if self._tuning is not None:
+                work_off(self._tuning.jobs(), self._jobs, self._tell, self._crew)
+                self._adopt(self._tuning)
             self._run_cells()
             bad = any(entry["status"] != "done" for entry in self._ledger())
             self._end("failed" if bad else "done")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, InterruptedRunError) as stopped:
             self._end("interrupted")
+            what = "the comparison was stopped; finished cells are kept"
             raise InterruptedRunError(
-                "the comparison was stopped; finished cells are kept",
+                f"{stopped.what}: {what}" if isinstance(stopped, InterruptedRunError) else what,
                 where=str(self._place.path),
                 fix="the same command goes on where it stopped",
             ) from None
         finally:
             signal.signal(signal.SIGTERM, before)
-            self._place.leave()
         return self.record
+
+    def _make_tuning(self) -> Tuning | None:
+        if self.study.study.tune is None:
+            return None
+        from sparsegrad_cli.compare.tuning import Tuning  # optuna takes a second to import
+
+        return Tuning(self.study, self._place, self._crew, self._tell, self._save)
+
+    def _found_before(self) -> LoadedStudy:
+        """The study as it is to run, as far as is known before anything does."""
+        if self._tuning is None or not self._tuning.connect(make=False):
+            return self.study
+        return self._tuning.tuned() or self.study
+
+    def _adopt(self, tuning: Tuning) -> None:
+        """From here on, cells run with the best settings; those without any do not run."""
+        tuned = tuning.tuned()
+        assert tuned is not None  # all series have ended
+        self._cells = {(c.task, c.label, c.seed): c for c in tuned.cells}
+        self.record["parity"] = check_parity(tuned)
 
     def _begin(self) -> None:
         """Enter the folder; to those who are at work there, this is one more of them."""
         self._place.prepare(overwrite=self._overwrite)
         with self._place.ledger():
-            there = self._place.enter(self.study, self.record["digest"], overwrite=self._overwrite)
+            there = self._place.enter(
+                self._found_before, self.record["digest"], overwrite=self._overwrite
+            )
+            if self._tuning is not None:
+                self._tuning.connect(make=True)
+                if there is None:
+                    self._tuning.retry()
             if there is not None:
                 self.record.update({key: there.get(key) for key in _OF_THE_FIRST})
                 self._tell("others are at work on this comparison: their cells are passed over")
@@ -131,7 +180,10 @@ class Comparison:
 
     def _run_cells(self) -> None:
         jobs = []
-        for number, cell in enumerate(self.study.cells, 1):
+        for number, asked in enumerate(self.study.cells, 1):
+            cell = self._cells.get((asked.task, asked.label, asked.seed))
+            if cell is None:
+                continue
             name = f"[{number}/{len(self.study.cells)}] {cell.task}  {cell.label}  seed {cell.seed}"
             jobs.append(
                 Job(
@@ -171,6 +223,7 @@ class Comparison:
         self.record.update(
             status=status,
             finished=None if status == "running" else self._finished(status),
+            tuning=self._tuning.block() if self._tuning is not None else None,
             cells=cells,
             **evidence(cells),
         )
@@ -197,6 +250,9 @@ class Comparison:
             # Claimed by nobody, it was killed together with the process that ran it.
             dead = "interrupted" if run else "pending"
             status = "running" if holder_of(_claim_of(folder)) else dead
+        error = run.get("error") if run else None
+        if (cell.task, cell.label, cell.seed) not in self._cells:
+            status, error = "failed", _UNTUNED
         slim = None
         if run:
             slim = dict(run)
@@ -210,7 +266,7 @@ class Comparison:
             "seed": cell.seed,
             "run_dir": str(folder.relative_to(self._place.path)),
             "status": status,
-            "error": run.get("error") if run else None,
+            "error": error,
             "run": slim,
         }
 

@@ -67,7 +67,7 @@ study = make_study(None, ("lora", "full"), 1, ())
 place = StudyFolder(Path(sys.argv[1]))
 place.prepare(overwrite=False)
 with place.ledger():
-    place.enter(study, study_digest(study), overwrite=False)
+    place.enter(lambda: study, study_digest(study), overwrite=False)
     record = {"schema": 1, "digest": study_digest(study), "cells": []}
     write_json_atomic(place.path / "compare.json", record)
 print("in", flush=True)
@@ -98,7 +98,7 @@ def enter(path: Path, study: LoadedStudy, *, overwrite: bool = False) -> StudyFo
     place = StudyFolder(path)
     place.prepare(overwrite=overwrite)
     with place.ledger():
-        there = place.enter(study, study_digest(study), overwrite=overwrite)
+        there = place.enter(lambda: study, study_digest(study), overwrite=overwrite)
         if there is None:
             record = {"schema": 1, "digest": study_digest(study), "cells": []}
             write_json_atomic(path / "compare.json", record)
