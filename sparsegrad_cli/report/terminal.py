@@ -43,6 +43,7 @@ from sparsegrad_cli.report.run_tables import (
 )
 from sparsegrad_cli.report.tables import Fact
 from sparsegrad_cli.report.terminal_tables import drawn
+from sparsegrad_cli.report.tuning_tables import tuning_lines, tuning_table
 from sparsegrad_cli.report.units import format_seconds
 from sparsegrad_cli.report.verdicts import verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
@@ -91,6 +92,10 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
     for extra in (overview_table(compare), figures_table(compare)):
         if extra is not None:
             parts += [drawn(extra) or ""]
+    tuned = tuning_table(compare)
+    if tuned is not None:
+        lines = tuning_lines(compare)
+        parts += [drawn(replace(tuned, notes=lines).without("space")) or ""]
     parts += [Text(), *(Text(line) for line in verdict_lines(compare)), Text()]
     for held, line in check_lines(compare):
         mark, style = _CHECKS[held]
