@@ -145,6 +145,8 @@ class Bench:
         for number, moment in enumerate(moments):
             flags = ("--resume",) if number else ()
             ended = self.train(method, run, *flags, moment=moment, count=TRAINING[moment])
+            expected = 130 if moment.startswith("interrupted") else -9
+            assert ended.code == expected, f"{moment} did not come to {method}: {ended.err}"
             codes.append(ended.code)
         ended = self.train(method, run, "--resume")
         assert ended.code == 0, f"{method}, {moments}: {ended.err}"
@@ -167,6 +169,7 @@ class Bench:
         whole = self.killer.run(*command, "-o", str(self.place / f"{run.name}-merged"))
         assert whole.code == 0, whole.err
         killed = self.killer.run(*command, moment=moment)
+        assert killed.code == -9, f"{moment} did not come to {method}: {killed.err}"
         again = () if moment != "export-renamed" else ("--overwrite",)
         ended = self.killer.run(*command, *again)
         assert ended.code == 0, ended.err
