@@ -26,7 +26,7 @@ LEDGER = "compare.json"
 _AT_WORK, _WRITING = ".at-work.lock", ".ledger.lock"
 TUNING, TRIALS = "tuning.db", "tuning"
 _FOLDERS = ("cells", "answers", TRIALS)
-_FILES = (LEDGER, TUNING, *REPORTS)
+_FILES = (LEDGER, TUNING, f"{TUNING}-journal", *REPORTS)
 
 
 class StudyFolder:

@@ -18,7 +18,7 @@ from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.compare.folder import LEDGER, StudyFolder, study_digest
 from sparsegrad_cli.compare.jobs import Job, work_off
 from sparsegrad_cli.compare.parity import check_parity
-from sparsegrad_cli.errors import InterruptedRunError
+from sparsegrad_cli.errors import InterruptedRunError, SparsegradError
 from sparsegrad_cli.locking import owner_of
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest
@@ -136,7 +136,7 @@ class Comparison:
     def _make_tuning(self) -> Tuning | None:
         if self.study.study.tune is None:
             return None
-        from sparsegrad_cli.compare.tuning import Tuning  # optuna takes a second to import
+        from sparsegrad_cli.compare.tuning import Tuning
 
         return Tuning(self.study, self._place, self._crew, self._tell, self._save)
 
@@ -235,7 +235,7 @@ class Comparison:
         """Now, unless another process has said so before: it is one comparison."""
         try:
             there = load_record(self._place.path / LEDGER)
-        except Exception:
+        except SparsegradError:
             return now()
         same = there.get("digest") == self.record["digest"] and there.get("status") == status
         return there.get("finished") if same else now()

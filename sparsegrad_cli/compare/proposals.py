@@ -2,7 +2,6 @@
 
 The database holds trials that have ended, and nothing else: one that was interrupted leaves nothing
 in it, and since a proposal is a function of the trials before it, the same is proposed again.
-Importing this module imports optuna and its SQL library, which takes a second.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import optuna
-from optuna.trial import FrozenTrial, TrialState
+from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.compare.space import Dimension, first_point, goodness
 from sparsegrad_cli.errors import FileFormatError, UsageError
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
 
 FIRST = 7  # trials that are no proposals of TPE: with one dimension, every eighth of the span
 SEED = 0
@@ -36,6 +34,14 @@ BUSY_S = 60  # to wait for another process that writes
 _ATTRIBUTE, _SPENT = "trial", "spent"
 
 
+def quiet_optuna() -> Any:
+    """Optuna, which takes a second to import, without its log."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
 def propose(space: Sequence[Dimension], told: Sequence[FrozenTrial], name: str) -> dict[str, Any]:
     """The settings of the next trial: a function of the space, the name and the trials before.
 
@@ -48,7 +54,8 @@ def propose(space: Sequence[Dimension], told: Sequence[FrozenTrial], name: str) 
     if number < FIRST:
         return first_point(space, number)
     seed = int(hashlib.sha256(f"{SEED} {name} {number}".encode()).hexdigest()[:8], 16)
-    study = _rehearsal(told, sampler=optuna.samplers.TPESampler(n_startup_trials=FIRST, seed=seed))
+    sampler = quiet_optuna().samplers.TPESampler(n_startup_trials=FIRST, seed=seed)
+    study = _rehearsal(told, sampler=sampler)
     asked = study.ask(_distributions(space)).params
     return {dimension.key: dimension.rounded(asked[dimension.key]) for dimension in space}
 
@@ -64,7 +71,8 @@ class Referee:
     """
 
     def __init__(self, told: Sequence[FrozenTrial]) -> None:
-        done = [trial for trial in told if trial.state == TrialState.COMPLETE]
+        optuna = quiet_optuna()
+        done = [trial for trial in told if trial.state == optuna.trial.TrialState.COMPLETE]
         steps = {step for trial in done for step in trial.intermediate_values}
         self._last = max(steps, default=0)
         one_run = max((step for step in steps if step < NEXT_SEED), default=0)
@@ -85,24 +93,24 @@ class Referee:
             return False
         self.seen[step] = value
         self._trial.report(value, step)
-        return step < self._last and self._trial.should_prune()
+        return step < self._last and bool(self._trial.should_prune())
 
 
-def _rehearsal(told: Sequence[FrozenTrial], **by: Any) -> optuna.Study:
+def _rehearsal(told: Sequence[FrozenTrial], **by: Any) -> Study:
     """The series so far, in memory."""
-    study = optuna.create_study(direction="maximize", **by)
+    study = quiet_optuna().create_study(direction="maximize", **by)
     study.add_trials(told)
     return study
 
 
 def _distributions(space: Sequence[Dimension]) -> dict[str, Any]:
+    kinds = quiet_optuna().distributions
     found: dict[str, Any] = {}
     for d in space:
         if d.choices is not None:
-            found[d.key] = optuna.distributions.CategoricalDistribution(d.choices)
+            found[d.key] = kinds.CategoricalDistribution(d.choices)
         else:
-            assert d.low is not None and d.high is not None
-            found[d.key] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.log)
+            found[d.key] = kinds.FloatDistribution(d.low, d.high, log=d.log)
     return found
 
 
@@ -119,8 +127,9 @@ def ended_trial(
         seen: step of an evaluation to its score, more is better.
     """
     done = entry["status"] == "done"
-    return optuna.trial.create_trial(
-        state=TrialState.COMPLETE if done else TrialState.PRUNED,
+    trial = quiet_optuna().trial
+    return trial.create_trial(
+        state=trial.TrialState.COMPLETE if done else trial.TrialState.PRUNED,
         value=goodness(entry["score"], entry["metric"]) if done else None,
         params=dict(entry["settings"]),
         distributions=_distributions(space),
@@ -147,9 +156,10 @@ class TuningStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._studies: dict[str, optuna.Study] = {}
+        self._studies: dict[str, Study] = {}
+        self._optuna = quiet_optuna()
         with self._known_errors():
-            self._storage = optuna.storages.RDBStorage(
+            self._storage = self._optuna.storages.RDBStorage(
                 f"sqlite:///{path.resolve()}",
                 engine_kwargs={"connect_args": {"timeout": BUSY_S}},
             )
@@ -167,9 +177,9 @@ class TuningStore:
         """
         said = json.dumps(about, sort_keys=True)
         with self._known_errors():
-            if not make and name not in optuna.get_all_study_names(self._storage):
+            if not make and name not in self._optuna.get_all_study_names(self._storage):
                 return False
-            study = optuna.create_study(
+            study = self._optuna.create_study(
                 storage=self._storage, study_name=name, direction="maximize", load_if_exists=True
             )
             if make and "about" not in study.user_attrs:
@@ -187,7 +197,7 @@ class TuningStore:
     def ended(self, name: str, most: int) -> list[FrozenTrial]:
         """The first trials of a series, in order: at most as many as every method gets."""
         with self._known_errors():
-            return self._studies[name].get_trials(deepcopy=False)[:most]
+            return list(self._studies[name].get_trials(deepcopy=False)[:most])
 
     def add(self, name: str, trial: FrozenTrial) -> None:
         """Keep a trial that has ended."""
@@ -207,7 +217,7 @@ class TuningStore:
     def forget(self, name: str, about: Mapping[str, Any]) -> None:
         """A series begins afresh."""
         with self._known_errors():
-            optuna.delete_study(study_name=name, storage=self._storage)
+            self._optuna.delete_study(study_name=name, storage=self._storage)
         self.open(name, about)
 
     def close(self) -> None:
@@ -223,7 +233,7 @@ class TuningStore:
         with self._lock:
             try:
                 yield
-            except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            except (SQLAlchemyError, self._optuna.exceptions.OptunaError, RuntimeError) as error:
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise FileFormatError(
                     f"{self._path.name} cannot be read or written: {reason}",

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import optuna
-
 from sparsegrad_cli.compare.claims import Claim
 from sparsegrad_cli.compare.crew import Crew
 from sparsegrad_cli.compare.folder import TRIALS, TUNING, StudyFolder
@@ -24,6 +22,7 @@ from sparsegrad_cli.compare.proposals import (
     ended_trial,
     entry_of,
     propose,
+    quiet_optuna,
 )
 from sparsegrad_cli.compare.space import Series, best_trial, edges, series_of, with_settings
 from sparsegrad_cli.compare.trials import Trial
@@ -109,7 +108,7 @@ class Tuning:
             "keys": self._tune.keys(),
             "sampler": SAMPLER,
             "pruner": PRUNER,
-            "optuna": optuna.__version__,
+            "optuna": quiet_optuna().__version__,
             "series": [self._series_block(series) for series in self._series],
         }
 

@@ -184,3 +184,14 @@ def test_a_database_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"tuning\.db cannot be read"):
         TuningStore(path)
     assert path.read_bytes().startswith(b"SQLite format 4")
+
+
+def test_a_comparison_without_tuning_imports_no_optuna() -> None:
+    code = (
+        "import sys, sparsegrad_cli.compare.grid, sparsegrad_cli.compare.tuning\n"
+        "import sparsegrad_cli.cli.compare, sparsegrad_cli.report.terminal\n"
+        "sys.exit(str([m for m in ('optuna', 'sqlalchemy', 'torch') if m in sys.modules] or ''))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert found.stderr.decode().strip() == ""
