@@ -286,6 +286,8 @@ def _recorded(
             record.finish()
     except SparsegradError as error:
         _record_failure(record, error)
+        if isinstance(error, InterruptedRunError) and record.data["status"] == "done":
+            error.fix = f"the run is done: sparsegrad report {run_dir}"
         raise
     except BaseException as error:
         what = f"{type(error).__name__}: {error}"

@@ -244,6 +244,13 @@ def _reporting(count: int) -> None:
     wrap(runner, "_write_report", count, before=_die)
 
 
+@moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
+def _reporting_begins(count: int) -> None:
+    from sparsegrad_cli.rundir import RunRecord
+
+    wrap(RunRecord, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
+
+
 @moment("reporting-interrupted", "Ctrl-C (SIGINT, not -9) while the report is written")
 def _reporting_interrupted(count: int) -> None:
     from sparsegrad_cli.report import html

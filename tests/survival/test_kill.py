@@ -134,9 +134,10 @@ def measured(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def test_ctrl_c_while_its_report_is_written_leaves_a_run_done(bench: Bench) -> None:
+@pytest.mark.parametrize("moment", ["reporting-begins", "reporting-interrupted"])
+def test_ctrl_c_once_a_run_is_done_leaves_it_done(bench: Bench, moment: str) -> None:
     run = bench.fresh()
-    ended = bench.train("full", run, moment="reporting-interrupted")
+    ended = bench.train("full", run, moment=moment)
     assert ended.code == 130 and f"sparsegrad report {run}" in flat(ended)
     check_done(bench, run)
 
