@@ -18,15 +18,15 @@ from small import Cli
 
 from sparsegrad_cli.compare.crew import Crew
 from sparsegrad_cli.compare.folder import StudyFolder, study_digest
-from sparsegrad_cli.compare.proposals import TuningStore, ended_trial, propose
-from sparsegrad_cli.compare.space import RATE, best_trial, series_of
-from sparsegrad_cli.compare.trials import TrialLog
+from sparsegrad_cli.compare.proposals import Referee, TuningStore, ended_trial, propose
+from sparsegrad_cli.compare.space import RATE, best_trial, series_of, with_settings
+from sparsegrad_cli.compare.trials import Trial, TrialLog
 from sparsegrad_cli.compare.tuning import Tuning
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
 from sparsegrad_cli.report.records import write_json_atomic
 
-STEPS = 40
+STEPS = 24
 TINY = (
     "task.train_limit=32",
     "task.eval_limit=16",
@@ -131,6 +131,55 @@ def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) 
     tuning.retry()  # what is broken is run again
     assert [len(s["trials"]) for s in tuning.block()["series"]] == [2, 0]
     tuning.close()
+
+
+def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_pruned(
+    tmp_path: Path,
+) -> None:
+    """Runs that outlived the process that began them are judged as they would have been."""
+    study = make_study(None, ("full",), 1, TINY, trials=4)
+    (series,) = series_of(study)
+    settings = {RATE: 1e-3}
+
+    def ended(place: StudyFolder, number: int, seed: int, scores: list[float]) -> None:
+        folder = place.trial(f"{series.name}-t{number}-s{seed}")
+        (folder / "checkpoint-6").mkdir(parents=True)
+        history = [{"step": 2 * at, "score": s, "loss": 1 - s} for at, s in enumerate(scores, 1)]
+        lines = [json.dumps({"step": e["step"], "eval": e}) + "\n" for e in history]
+        (folder / "steps.jsonl").write_text("".join(lines))
+        run = {"schema": 1, "status": "done", "time": {"total_s": 5.0}, "seed": seed}
+        run["recipe_digest"] = digest(with_settings(series.recipe, settings, seed))
+        best = max(history, key=lambda e: e["score"])
+        run |= {"metrics": {"best": best}, "task": {"metric": "accuracy"}}
+        write_json_atomic(folder / "run.json", run)
+
+    place, crew = StudyFolder(tmp_path), Crew(quiet=True, jobs=1)
+    store = TuningStore(tmp_path / "tuning.db")
+    store.open(series.name, series.about((7, 8)))
+    curves = [([0.5, 0.6, 0.6], [0.4, 0.8, 0.7]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])]
+    curves += [([0.6, 0.9, 0.9], [0.6, 0.9, 0.9]), ([0.1, 0.2, 0.9], [1.0, 1.0, 1.0])]
+    entries = []
+    for number, both in enumerate(curves):
+        for seed, scores in zip((7, 8), both, strict=True):
+            ended(place, number, seed, scores)
+        told = store.ended(series.name, 9)
+        trial = Trial(series, number, settings, Referee(told), store)
+        entry = trial.run((7, 8), place, crew, [], lambda: None)
+        assert entry is not None
+        store.add(series.name, ended_trial(series.space, entry, trial.referee.seen))
+        entries.append(entry)
+    store.close()
+    first, *_, last = entries
+    assert first["status"] == "done" and first["score"] == 0.7 and first["steps"] == 12
+    assert first["loss"] == pytest.approx(0.3) and first["seconds"] == 10
+    assert [run["score"] for run in first["runs"]] == [0.6, 0.8]
+    assert first["runs"][1]["run_dir"] == "tuning/builtin-acceptability-full-t0-s8"
+    # 0.1 and 0.2 are below 0.5 and 0.6, the medians: its second seed is spared.
+    assert last["status"] == "pruned" and len(last["runs"]) == 1 and last["seconds"] == 5
+    best = best_trial(entries)
+    assert best is not None and best["number"] == 2
+    (spared,) = tmp_path.glob("tuning/*/checkpoint-*")  # all that were looked at lost theirs
+    assert spared.parent.name == "builtin-acceptability-full-t3-s8"
 
 
 def test_evaluations_are_read_once_each_as_they_are_written(tmp_path: Path) -> None:
