@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
-from sparsegrad_cli.report.access import harmless
+from sparsegrad_cli.report.access import clean, harmless
 
 DEBUG_FLAG = "--debug"
 
@@ -73,8 +73,8 @@ def _append_problem(body: Text, problem: Problem) -> None:
     if problem.line is not None:
         place += f":{problem.line}"
     if place:
-        body.append(f"{place}  ", style="dim")
-    body.append(problem.key, style="bold")
-    body.append(f"  {problem.what}")
+        body.append(f"{clean(place)}  ", style="dim")
+    body.append(clean(problem.key), style="bold")
+    body.append(f"  {harmless(problem.what)}")
     if problem.fix:
-        body.append(f"\n    {problem.fix}", style="bold")
+        body.append(harmless(f"\n    {problem.fix}"), style="bold")

@@ -20,15 +20,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.report.records import REPORTS, load_record, write_json_atomic
+from sparsegrad_cli.recipe.yaml_text import dump
+from sparsegrad_cli.report.records import REPORTS, load_record, write_json_atomic, write_text_atomic
 from sparsegrad_cli.rundir import now
 
 SCHEMA = 1
@@ -202,7 +201,7 @@ class Comparison:
         folder = self._cell_dir(cell)
         plain = {**to_plain(cell.loaded.recipe), "output_dir": str(folder)}
         recipe = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
-        recipe.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        write_text_atomic(recipe, dump(plain))
         run = self._run_of(cell)
         same = run is not None and run.get("recipe_digest") == digest(cell.loaded.recipe)
         mode = "--resume" if same and any(folder.glob("checkpoint-*/state.json")) else "--overwrite"
