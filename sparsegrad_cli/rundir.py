@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.paths import refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic
@@ -60,19 +60,29 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
             "or name another output_dir",
         )
     if occupied:
-        for pattern in _OURS:
-            for folder in path.glob(pattern):
-                shutil.rmtree(folder)
-        for name in _OUR_FILES:
-            (path / name).unlink(missing_ok=True)
+        _clear(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be written: {error}", where="output_dir") from error
 
 
+def _clear(path: Path) -> None:
+    """Remove what a run leaves, links to elsewhere without what they name."""
+    try:
+        for pattern in _OURS:
+            for folder in path.glob(pattern):
+                remove_folder(folder)
+        for name in _OUR_FILES:
+            (path / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be cleared: {error}", where="output_dir") from error
+
+
 def _check_resumable(path: Path, recipe: Recipe) -> None:
+    for name in ("adapter", "steps.jsonl"):  # written in place
+        refuse_link(path / name, path)
     if not (path / "run.json").is_file():
         raise UsageError(f"{path} holds no run to resume", where="output_dir")
     record = load_record(path)

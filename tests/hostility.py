@@ -43,7 +43,13 @@ Judge = Callable[..., None]
 
 
 def holds(
-    what: str, *, few: int = 30, many: int = 1000, **cases: SearchStrategy[Any]
+    what: str,
+    /,
+    *,
+    few: int = 30,
+    many: int = 1000,
+    shrink: bool = True,
+    **cases: SearchStrategy[Any],
 ) -> Callable[[Judge], Callable[[int], None]]:
     """Make a test of ``judge(**cases)``, and a slow one of many more cases.
 
@@ -53,6 +59,7 @@ def holds(
     Args:
         what: the property, for the table.
         few, many: cases by ``make test``, and by ``make test-slow``.
+        shrink: look for a smaller case where one fails.
         cases: what the arguments of ``judge`` are drawn from.
     """
 
@@ -69,7 +76,7 @@ def holds(
                 database=None,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
-                phases=(Phase.generate, Phase.shrink),
+                phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
             )
             @given(**cases)
             def every(**case: Any) -> None:

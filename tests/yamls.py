@@ -49,7 +49,8 @@ _WORDS = (
     "sparsegrad lora meprop full core rotated materialized static dynamic refresh dense "
     "token batch random exact sequential randomized epoch steps all auto head rest trainable "
     "64MiB 9GiB ::3 ::0 1:2:3:4 pack concatenate 4bit 8bit bfloat16 ~nobody ~nobody/x ./x "
-    "../../x / /dev/null . .. [1,2] [0,-1] [a,b] {name:x} '[red]' 'quickstart' configs/quickstart.yaml"
+    "../../x / /dev/null . .. [1,2] [0,-1] [a,b] {name:x} '[red]' 'quickstart' "
+    "configs/quickstart.yaml"
 )
 TOKENS = tuple(_WORDS.split(" "))
 _TAGGED = (

@@ -49,10 +49,11 @@ def compare(
     """
     from rich.console import Console
 
-    from sparsegrad_cli.compare.grid import Comparison, open_folder
+    from sparsegrad_cli.compare.folder import open_folder
+    from sparsegrad_cli.compare.grid import Comparison
     from sparsegrad_cli.compare.parity import check_parity
     from sparsegrad_cli.report.compare_files import LiveReport
-    from sparsegrad_cli.report.terminal import compare_table
+    from sparsegrad_cli.report.terminal import compare_table, plain_line
 
     study = _study(recipe, methods, seeds)
     check_parity(study)  # before --overwrite forgets anything
@@ -64,10 +65,10 @@ def compare(
         study,
         folder,
         command=command,
-        tell=lambda line: err.print(f"[bold]{line}[/bold]", highlight=False),
+        tell=lambda text: err.print(plain_line(text, style="bold")),
         quiet=quiet or as_json,
         jobs=jobs,
-        saved=LiveReport(folder, lambda line: err.print(line, highlight=False, markup=False)),
+        saved=LiveReport(folder, lambda text: err.print(plain_line(text))),
     )
     record = comparison.run()
     if as_json:
@@ -75,7 +76,7 @@ def compare(
     else:
         console = Console()
         console.print(compare_table(record))
-        console.print(f"Report: {folder / 'report.html'}", highlight=False)
+        console.print(plain_line(f"Report: {folder / 'report.html'}"))
     if all(row["status"] != "done" for row in record["rows"]):
         raise typer.Exit(1)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.compare.evidence import evidence
+from sparsegrad_cli.compare.folder import cell_dir
 from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.yaml_text import dump
-from sparsegrad_cli.report.records import REPORTS, load_record, write_json_atomic, write_text_atomic
+from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
+from sparsegrad_cli.report.words import status_of
 from sparsegrad_cli.rundir import now
 
 SCHEMA = 1
@@ -160,7 +161,7 @@ class Comparison:
 
     def _entry(self, cell: Cell, is_running: bool) -> dict[str, Any]:
         run = self._run_of(cell)
-        status = run["status"] if run else "pending"
+        status = status_of(run) if run else "pending"
         error = run.get("error") if run else None
         if status == "running" and not is_running:
             # Nobody is running it: this process was killed together with it.
@@ -183,7 +184,7 @@ class Comparison:
         }
 
     def _cell_dir(self, cell: Cell) -> Path:
-        return self.folder / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
+        return cell_dir(self.folder, cell)
 
     def _run_of(self, cell: Cell) -> dict[str, Any] | None:
         try:
@@ -193,9 +194,9 @@ class Comparison:
 
     def _done(self, cell: Cell) -> bool:
         run = self._run_of(cell)
-        return bool(
-            run and run["status"] == "done" and run["recipe_digest"] == digest(cell.loaded.recipe)
-        )
+        if not run or status_of(run) != "done":
+            return False
+        return run.get("recipe_digest") == digest(cell.loaded.recipe)
 
     def _run_cell(self, cell: Cell) -> None:
         folder = self._cell_dir(cell)
@@ -235,7 +236,7 @@ class Comparison:
             run = load_record(folder)
         except (FileFormatError, UsageError, OSError):
             run = {"schema": SCHEMA, "status": "running", "recipe_digest": None}
-        if code == 0 or run["status"] in ("failed", "out_of_memory", "interrupted"):
+        if code == 0 or status_of(run) in ("failed", "out_of_memory", "interrupted"):
             return
         killed = code == -signal.SIGKILL
         run["status"] = "out_of_memory" if killed else _EXIT_STATUS.get(code, "failed")
@@ -245,56 +246,7 @@ class Comparison:
         write_json_atomic(folder / "run.json", run)
 
 
-def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder with something else in it; with ``overwrite``, forget what is done there.
-
-    A comparison may grow by methods, tasks and seeds, and cells that are not done may change: what
-    is done there has to be part of this study just as it is.
-
-    Raises:
-        UsageError: another comparison, or foreign files.
-    """
-    if overwrite:
-        import shutil
-
-        for name in ("cells", "answers"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("compare.json", *REPORTS):
-            (folder / name).unlink(missing_ok=True)
-        return
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if (folder / "compare.json").is_file():
-        strange = _strangers(study, load_record(folder))
-        if not strange:
-            return
-        what = (
-            f"{folder} holds another comparison: done there and not part of this one, or with "
-            f"other settings, {'is' if len(strange) == 1 else 'are'} {', '.join(strange[:3])}"
-            f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}"
-        )
-    else:
-        what = f"the folder {folder} is not empty"
-    raise UsageError(what, where="output_dir", fix="--overwrite, or another --output-dir")
-
-
-def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
-    """Finished cells of a record that the study does not have, or not with these settings."""
-    here = {(c.task, c.label, c.seed): digest(c.loaded.recipe) for c in study.cells}
-    return [
-        f"{cell['task']} {cell['method']} seed {cell['seed']}"
-        for cell in record.get("cells") or []
-        if cell["status"] == "done"
-        and here.get((cell["task"], cell["method"], cell["seed"])) != cell["run"]["recipe_digest"]
-    ]
-
-
 def study_digest(study: LoadedStudy) -> str:
     """sha256 (hex) of all cells: what a comparison is."""
     cells = [[cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
-
-
-def safe_name(text: str) -> str:
-    """A folder name of letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.+-]+", "-", text)

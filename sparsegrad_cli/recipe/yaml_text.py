@@ -15,6 +15,8 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from sparsegrad_cli.report.access import harmless
+
 MOST_BYTES = 256 * 1024  # the longest recipe that comes along has 4 KiB
 MOST_DEPTH = 40
 MOST_NODES = 50_000  # with every alias unfolded
@@ -110,8 +112,10 @@ def load(text: str, look: Callable[[yaml.Node], None] = lambda node: None) -> An
 
 
 def dump(data: Any) -> str:
-    """Plain data as YAML that :func:`load` reads back equal."""
+    """Plain data as YAML that :func:`load` reads back equal, and that a terminal shows as it is."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if harmless(text) != text:  # marks that turn the direction of writing are escaped, as all else
+        text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
     return text
 
 

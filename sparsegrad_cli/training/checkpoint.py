@@ -268,6 +268,8 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     found = [
         path
         for path in run_dir.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / STATE).is_file()
+        if (number := path.name.removeprefix("checkpoint-")).isascii()
+        and number.isdigit()  # of ASCII: int() takes no superscripts
+        and (path / STATE).is_file()
     ]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.paths import expanded
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
@@ -35,6 +35,7 @@ from sparsegrad_cli.training.callbacks import (
     graceful_interrupt,
 )
 from sparsegrad_cli.training.diagnostics import spectra
+from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
 from sparsegrad_cli.training.setup import Setup, to_device
@@ -79,7 +80,7 @@ class TrainingSession(Session):
         """The recipe's basis, this run's own when resuming, or a fresh one."""
         given = self.recipe.calibration.basis
         own = self.record.path / BASIS_NAME
-        path = Path(given).expanduser() if given else own
+        path = expanded(given) if given else own
         if not given and not (self.resume and own.is_file()):
             return self.calibrated(setup)
         basis = read_basis(path)
@@ -159,7 +160,8 @@ class TrainingSession(Session):
         self.observer.phase("train", self.recipe.method.name)
         torch.manual_seed(self.recipe.seed)  # dropout is the same whatever was drawn before
         started, evaluated = time.perf_counter(), trainer.evaluate_seconds
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with blaming_checkpoint(last, trainer):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         within = trainer.evaluate_seconds - evaluated
         self.seconds["train_s"] = time.perf_counter() - started - within
         self.observer.phase("evaluate", "best model")

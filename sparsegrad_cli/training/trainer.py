@@ -200,7 +200,12 @@ class SparsegradTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None and isinstance(self.model, nn.Module)
         folder = Path(self.state.best_model_checkpoint)
-        load_by_name(self.model, files.read_tensors(folder / files.TRAINABLE))
+        try:
+            load_by_name(self.model, files.read_tensors(folder / files.TRAINABLE))
+        except KeyError as error:
+            raise FileFormatError(
+                f"the best checkpoint is another run's: {error.args[0]}", where=str(folder)
+            ) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

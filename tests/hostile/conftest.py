@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hostility import COUNTS
+from little import base_folder, data_folder, train
+from tiny import one_thread
+
+CORE = ("method.form=core", "method.density=0.05", "method.rank=7")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the core form."""
+    place = tmp_path_factory.mktemp("hostile")
+    with one_thread():
+        return train(place / "run", base_folder(place / "base"), data_folder(place / "data"), *CORE)
+
+
+@pytest.fixture
+def exportable(finished: Path, tmp_path: Path) -> Path:
+    """The same in a folder of its own, to be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

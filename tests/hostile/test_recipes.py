@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hostility import holds, scratch, tree
+from hostility import check_harmless, holds, scratch, tree
 from hypothesis import strategies as st
 from yamls import junk, scalars, spoilt, torn, trees
 
@@ -34,6 +34,7 @@ def again(path: Path, overrides: tuple[str, ...]) -> None:
     recipe = load_recipe(path, overrides).recipe
     assert len(digest(recipe)) == 64
     resolved = path.with_name("resolved.yaml")
+    check_harmless(to_yaml(recipe))
     resolved.write_text(to_yaml(recipe), encoding="utf-8")
     try:
         back = load_recipe(resolved).recipe
