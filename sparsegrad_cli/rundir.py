@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from sparsegrad_cli.errors import (
 )
 from sparsegrad_cli.locking import NAME as LOCK
 from sparsegrad_cli.locking import RunLock, owner_of
+from sparsegrad_cli.paths import refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
@@ -104,14 +104,9 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
         )
     try:
         if occupied:
-            for pattern in _OURS:
-                for folder in path.glob(pattern):
-                    shutil.rmtree(folder)
-            for name in _OUR_FILES:
-                (path / name).unlink(missing_ok=True)
-            _remove_left(path)
+            _clear(path)
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
     write_text_atomic(path / "recipe.yaml", to_yaml(recipe))
 
@@ -124,15 +119,27 @@ def _remove_left(path: Path) -> None:
                 left.unlink()
 
 
-def _unwritable(path: Path, error: OSError) -> DiskError:
+def _unwritable(path: Path, error: OSError | ValueError) -> DiskError:
     return DiskError(
-        f"the folder {path} cannot be written: {error.strerror or error}",
+        f"the folder {path} cannot be written: {getattr(error, 'strerror', None) or error}",
         where="output_dir",
         fix="check its permissions, or name another output_dir",
     )
 
 
+def _clear(path: Path) -> None:
+    """Remove what a run leaves, links to elsewhere without what they name."""
+    for pattern in _OURS:
+        for folder in path.glob(pattern):
+            remove_folder(folder)
+    for name in _OUR_FILES:
+        (path / name).unlink(missing_ok=True)
+    _remove_left(path)
+
+
 def _check_resumable(path: Path, recipe: Recipe) -> None:
+    for name in ("adapter", "steps.jsonl"):  # written in place
+        refuse_link(path / name, path)
     if _recipe_of(path) != digest(recipe):
         raise UsageError(
             f"the run in {path} was started with another recipe",

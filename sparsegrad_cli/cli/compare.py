@@ -52,11 +52,10 @@ def compare(
     [bold]sparsegrad compare recipes/quickstart.yaml --tune 8[/bold]
     """
     from rich.console import Console
-    from rich.text import Text
 
     from sparsegrad_cli.compare.grid import Comparison
     from sparsegrad_cli.report.compare_files import LiveReport
-    from sparsegrad_cli.report.terminal import compare_table
+    from sparsegrad_cli.report.terminal import compare_table, plain_line
 
     study = _study(recipe, methods, seeds, tune)
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
@@ -67,10 +66,10 @@ def compare(
         folder,
         command=command,
         overwrite=overwrite,
-        tell=lambda line: err.print(Text(line, style="bold")),
+        tell=lambda text: err.print(plain_line(text, style="bold")),
         quiet=quiet or as_json,
         jobs=jobs,
-        saved=LiveReport(folder, lambda line: err.print(line, highlight=False, markup=False)),
+        saved=LiveReport(folder, lambda text: err.print(plain_line(text))),
     )
     record = comparison.run()
     if as_json:
@@ -78,7 +77,7 @@ def compare(
     else:
         console = Console()
         console.print(compare_table(record))
-        console.print(f"Report: {folder / 'report.html'}", highlight=False)
+        console.print(plain_line(f"Report: {folder / 'report.html'}"))
     if all(row["status"] != "done" for row in record["rows"]):
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import shipped_files
 
@@ -55,11 +56,12 @@ def _trials(study: LoadedStudy) -> str:
 
 
 def is_study(source: str) -> bool:
+    """Whether it is a study: a recipe has no ``methods``."""
     from sparsegrad_cli.recipe.shipped import find_recipe
     from sparsegrad_cli.recipe.source import read_yaml
 
     path = find_recipe(source)
-    return path is not None and path.is_file() and "methods" in read_yaml(path, source).data
+    return path is not None and is_file(path) and "methods" in read_yaml(path, source).data
 
 
 @configs_app.callback()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.report.access import block, text
+from sparsegrad_cli.report.access import block, step_number, text
 
 Cell = Mapping[str, Any]
 # key of a check -> where a run says it
@@ -34,14 +34,14 @@ def _check(task: str, seed: int, cells: Sequence[Cell]) -> dict[str, Any]:
     runs = [c["run"] for c in cells if c["status"] == "done" and c["run"]]
     orders = [block(run, "hashes", "order") for run in runs]
     common = set.intersection(*(set(order) for order in orders)) if orders else set()
-    last = max((step for step in common if step.isdigit()), key=int, default=None)
+    last = max(filter(None, map(step_number, common)), default=None)
     return {
         "task": task,
         "seed": seed,
         "methods": len(runs),
         **{key: _same([text(run, *where) for run in runs]) for key, where in SAME.items()},
-        "same_order": _same([text(order, last) for order in orders]) if last else None,
-        "steps_compared": int(last) if last else 0,
+        "same_order": _same([text(order, str(last)) for order in orders]) if last else None,
+        "steps_compared": last or 0,
         "same_code": _same([_code(run) for run in runs]),
     }
 

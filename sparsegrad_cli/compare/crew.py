@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsegrad_cli.compare.claims import FileLock
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.locking import owner_of
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.yaml_text import dump
 from sparsegrad_cli.report.records import SCHEMA, load_record, write_json_atomic, write_text_atomic
+from sparsegrad_cli.report.words import status_of
 
 PATIENCE_S = 120  # for a run that was asked to stop, to save
 _EXIT_STATUS = {1: "failed", 2: "failed", 3: "out_of_memory", 130: "interrupted"}
@@ -57,7 +57,7 @@ class Crew:
         """
         plain = {**to_plain(recipe), "output_dir": str(folder)}
         file = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
-        write_text_atomic(file, yaml.safe_dump(plain, sort_keys=False))
+        write_text_atomic(file, dump(plain))
         mode = "--resume" if can_resume(recipe, folder) else "--overwrite"
         command = [sys.executable, "-m", "sparsegrad_cli", "train", str(file), mode]
         with self._lock:
@@ -139,7 +139,7 @@ def _note_exit(folder: Path, code: int, *, stopped: bool) -> None:
     if owner_of(folder):  # another has the folder, by `sparsegrad train`
         return
     run = run or {"schema": SCHEMA, "status": "running", "recipe_digest": None}
-    if code == 0 or run["status"] in ("failed", "out_of_memory", "interrupted"):
+    if code == 0 or status_of(run) in ("failed", "out_of_memory", "interrupted"):
         return
     killed = code == -signal.SIGKILL
     what = "killed by the system, most likely for memory" if killed else f"ended with {code}"

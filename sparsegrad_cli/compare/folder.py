@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any
 
 from sparsegrad_cli.compare.claims import FileLock
 from sparsegrad_cli.errors import DiskError, UsageError
+from sparsegrad_cli.paths import refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.report.access import mappings, text
 from sparsegrad_cli.report.records import REPORTS, load_record
 
 LEDGER = "compare.json"
@@ -43,6 +44,16 @@ class StudyFolder:
     def cell(self, cell: Cell) -> Path:
         """The run directory of a cell."""
         return self.path / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
+
+    def refuse_links(self, study: LoadedStudy) -> None:
+        """Of what is written to, nothing may lie elsewhere.
+
+        Raises:
+            UsageError: a folder in it is a link.
+        """
+        for cell in study.cells:
+            refuse_link(self.cell(cell), self.path)
+        refuse_link(self.path / TRIALS, self.path)
 
     def trial(self, name: str) -> Path:
         """The run directory of a run of tuning."""
@@ -146,11 +157,16 @@ class StudyFolder:
         return record
 
     def _forget(self) -> None:
-        for name in _FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in _FILES:
-            (self.path / name).unlink(missing_ok=True)
-        (self.path / "cells").mkdir()
+        """Remove what a comparison leaves, links to elsewhere without what they name."""
+        try:
+            for name in _FOLDERS:
+                remove_folder(self.path / name)
+            for name in _FILES:
+                (self.path / name).unlink(missing_ok=True)
+            (self.path / "cells").mkdir()
+        except OSError as error:
+            what = f"{self.path} cannot be cleared: {error}"
+            raise UsageError(what, where="output_dir") from error
 
     def _check_done(self, study: LoadedStudy) -> None:
         strange = _strangers(study, load_record(self.path / LEDGER))
@@ -169,13 +185,15 @@ def _refused(what: str) -> UsageError:
 
 def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
     """Finished cells of a record that the study does not have, or not with these settings."""
-    here = {(c.task, c.label, c.seed): digest(c.loaded.recipe) for c in study.cells}
-    return [
-        f"{cell['task']} {cell['method']} seed {cell['seed']}"
-        for cell in record.get("cells") or []
-        if cell["status"] == "done"
-        and here.get((cell["task"], cell["method"], cell["seed"])) != cell["run"]["recipe_digest"]
-    ]
+    here = {(c.task, c.label, str(c.seed)): digest(c.loaded.recipe) for c in study.cells}
+    strange = []
+    for cell in mappings(record, "cells"):
+        task, method, seed = (text(cell, key) or "?" for key in ("task", "method", "seed"))
+        if text(cell, "status") == "done" and here.get((task, method, seed)) != text(
+            cell, "run", "recipe_digest"
+        ):
+            strange.append(f"{task} {method} seed {seed}")
+    return strange
 
 
 def study_digest(study: LoadedStudy) -> str:
@@ -189,5 +207,5 @@ def study_digest(study: LoadedStudy) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A folder name of letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.+-]+", "-", text)
+    """A folder name of letters, digits, dots and dashes, of one part, that begins with no dot."""
+    return re.sub(r"[^\w.+-]+", "-", text)[:200].lstrip(".") or "-"

@@ -24,6 +24,7 @@ from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.records import SCHEMA, load_record, write_json_atomic
+from sparsegrad_cli.report.words import status_of
 from sparsegrad_cli.rundir import now
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class Comparison:
             there = self._place.enter(
                 self._found_before, self.record["digest"], overwrite=self._overwrite
             )
+            self._place.refuse_links(self.study)
             if self._tuning is not None:
                 self._tuning.connect(make=True)
                 if there is None:
@@ -202,8 +204,8 @@ class Comparison:
         run = run_in(folder)
         if run is None or run.get("recipe_digest") != digest(cell.loaded.recipe):
             return False
-        tried = run["status"] in _ENDED and _stamp(folder) != self._before.get(folder)
-        return run["status"] == "done" or tried
+        tried = status_of(run) in _ENDED and _stamp(folder) != self._before.get(folder)
+        return status_of(run) == "done" or tried
 
     def _run_cell(self, cell: Cell, held: Claim) -> None:
         folder = self._place.cell(cell)
@@ -246,7 +248,7 @@ class Comparison:
     def _entry(self, cell: Cell) -> dict[str, Any]:
         folder = self._place.cell(cell)
         run = run_in(folder)
-        status = run["status"] if run else "pending"
+        status = status_of(run) if run else "pending"
         if status in ("pending", "running"):
             # Claimed by nobody, it was killed together with the process that ran it.
             dead = "interrupted" if run else "pending"

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.report.records import load_record
 from sparsegrad_cli.rundir import as_it_is
@@ -88,8 +89,8 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
         data: its data must be there.
 
     Raises:
-        UsageError: no run, not a training run, nothing trained yet, or an override of what was
-            trained.
+        UsageError: no run, not a training run, nothing trained yet, an override of what was
+            trained, or code that comes with the model and was not asked for.
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
     folder = run if run.is_dir() else run.parent
@@ -111,6 +112,7 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
                 fix=f"what may lie elsewhere by now: {', '.join(_MOVABLE[1:])}",
             )
     loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
+    _check_asked_for(loaded)
     keep_best = loaded.recipe.train.load_best_model_at_end
     tensors, source, notes = _trained(folder, record, keep_best=keep_best)
     _check_unchanged(record, folder, loaded)
@@ -130,6 +132,18 @@ def _load_recipe(path: Path, overrides: tuple[str, ...], *, data: bool) -> Loade
                 for problem in error.problems
             ]
         ) from error
+
+
+def _check_asked_for(loaded: LoadedRecipe) -> None:
+    """Refuse code that comes with the model, unless this command asks for it: a run's folder may
+    come from anywhere."""
+    key = ("model", "trust_remote_code")
+    if loaded.recipe.model.trust_remote_code and loaded.places.get(key) != Place(COMMAND_LINE):
+        raise UsageError(
+            f"{loaded.recipe.model.name} brings code of its own, which is not run unasked",
+            where=loaded.where("model.trust_remote_code"),
+            fix="if you trust it: model.trust_remote_code=true",
+        )
 
 
 def _trained(
@@ -165,7 +179,7 @@ def _best_checkpoint(folder: Path, last: Path) -> Path | None:
     try:
         state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
         best = folder / f"checkpoint-{int(state['best_global_step'])}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return best if damage(best) is None else None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +18,13 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.section import NonNegativeInt, Section
+from sparsegrad_cli.recipe.section import Section, Seed
 from sparsegrad_cli.recipe.shipped import find_recipe
-from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, parse_override, read_yaml
+from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, clip, parse_override, read_yaml
 from sparsegrad_cli.recipe.tuning import Tune, tuning_problems
+from sparsegrad_cli.recipe.yaml_text import shorten
 
+_MOST_CELLS, _MOST_PROBLEMS = 2000, 100
 # The paper's seeds first, then a plain sequence.
 SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
 
@@ -31,7 +36,7 @@ class MethodEntry(Section):
     ``learning_rates: [1e-3, 2e-3]`` is short for two rows, ``lora-1e-3`` and ``lora-2e-3``.
     """
 
-    label: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    label: str = Field(min_length=1, max_length=80, pattern=r"^[\w.+-]+$")
     method: dict[str, Any]
     train: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
@@ -63,11 +68,11 @@ class Figure(Section):
 class Study(Section):
     """What a study file may say."""
 
-    name: str = Field("comparison", pattern=r"^[\w.+-]+$")
+    name: str = Field("comparison", max_length=80, pattern=r"^[\w.+-]+$")
     recipe: str = "configs/quickstart.yaml"
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     tasks: tuple[TaskEntry, ...] = ()
-    seeds: tuple[NonNegativeInt, ...] = Field(SEEDS[:2], min_length=1)
+    seeds: tuple[Seed, ...] = Field(SEEDS[:2], min_length=1)
     match: Literal["trainable"] | None = "trainable"
     settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
     differ: tuple[str, ...] = Field(
@@ -117,6 +122,8 @@ def _by_rate(entry: Any) -> list[Any]:
         return [entry]
     rest = {key: value for key, value in entry.items() if key != "learning_rates"}
     train = rest.get("train") or {}
+    if not isinstance(train, dict):
+        return [rest]
     return [
         {
             **rest,
@@ -129,7 +136,7 @@ def _by_rate(entry: Any) -> list[Any]:
 
 def _short(rate: Any) -> str:
     """0.0005 -> 5e-4."""
-    if not isinstance(rate, float):
+    if not isinstance(rate, float) or not math.isfinite(rate):
         return str(rate)
     digits, exponent = f"{rate:e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -172,7 +179,7 @@ def load_study(
     place = layer.places.get(("recipe",), Place(str(source)))
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
     if recipe is None:
-        what = f"no such file: {study.recipe}"
+        what = f"no such file: {clip(study.recipe)}"
         raise RecipeError([Problem("recipe", what, place.file, place.line)])
     return expand(study, str(source), str(recipe), overrides)
 
@@ -229,40 +236,54 @@ def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -
     base = read_layers(recipe)
     over = [parse_override(text) for text in overrides]
     tasks = study.tasks or (None,)
+    problems = _of_rows(study, source)
     cells: list[Cell] = []
-    problems: dict[str, Problem] = {}
-    for task in tasks:
-        for seed in study.seeds:
-            for entry in study.methods:
-                layers = [*base, *_cell_layers(study, source, task, seed, over)]
-                layers.append(_method_layer(entry, source, stack(layers).data, study.match))
-                if task is not None and entry.label in task.methods:
-                    where = f"tasks ({task.name}), methods ({entry.label})"
-                    layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
-                try:
-                    loaded = _checked(layers, source)
-                    cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
-                except RecipeError as error:
-                    problems.update({f"{p.where} {p.what}": p for p in error.problems})
-    labels = [entry.label for entry in study.methods]
-    for number, task in enumerate(study.tasks):
-        for label in sorted(set(task.methods) - set(labels)):
-            what = f"{label!r} is no row of this study"
-            hint = did_you_mean(label, tuple(labels))
-            problems[f"{number} {label}"] = Problem(
-                f"tasks[{number}].methods", what, source, None, hint
-            )
-    if len(set(labels)) != len(labels):
-        problems["labels"] = Problem(
-            "methods", "two rows have one label: give each its own", source
-        )
+    for task, seed, entry in itertools.product(tasks, study.seeds, study.methods):
+        if len(problems) > _MOST_PROBLEMS:
+            break
+        layers = [*base, *_cell_layers(study, source, task, seed, over)]
+        layers.append(_method_layer(entry, source, stack(layers).data, study.match))
+        if task is not None and entry.label in task.methods:
+            where = f"tasks ({clip(task.name)}), methods ({entry.label})"
+            layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
+        try:
+            loaded = _checked(layers, source)
+            cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
+        except RecipeError as error:
+            problems.update({f"{p.where} {p.what}": p for p in error.problems})
+    met = Counter((cell.task, cell.label, cell.seed) for cell in cells)
+    twice = [f"{task} {label} seed {seed}" for (task, label, seed), n in met.items() if n > 1]
+    if twice and not problems:
+        what = f"two runs are one and the same: {twice[0]}"
+        problems["twice"] = Problem("seeds, tasks", what, source, None, "name each once")
     if study.tune is not None:
         keys = [text.partition("=")[0].strip() for text in overrides]
+        labels = [entry.label for entry in study.methods]
         for problem in tuning_problems(study.tune, study.seeds, labels, keys, source):
             problems[f"{problem.where} {problem.what}"] = problem
     if problems:
         raise RecipeError(list(problems.values()))
     return LoadedStudy(study, source, tuple(cells))
+
+
+def _of_rows(study: Study, source: str) -> dict[str, Problem]:
+    """What is wrong with the rows of a study before any is looked at."""
+    problems: dict[str, Problem] = {}
+    count = max(1, len(study.tasks)) * len(study.seeds) * len(study.methods)
+    if count > _MOST_CELLS:
+        what = f"has {count:,} runs; more than {_MOST_CELLS:,} are no study"
+        raise RecipeError([Problem("(file)", what, source)])
+    labels = [entry.label for entry in study.methods]
+    for number, task in enumerate(study.tasks):
+        for label in sorted(set(task.methods) - set(labels)):
+            what = f"{shorten(label)} is no row of this study"
+            hint = did_you_mean(label, tuple(labels))
+            key = f"tasks[{number}].methods"
+            problems[f"{number} {label}"] = Problem(key, what, source, None, hint)
+    if len(set(labels)) != len(labels):
+        what = "two rows have one label: give each its own"
+        problems["labels"] = Problem("methods", what, source)
+    return problems
 
 
 def _cell_layers(
@@ -271,7 +292,7 @@ def _cell_layers(
     layers = [_layer(dict(study.settings), source, "settings")]
     if task is not None:
         data = {"task": {"name": task.name, **task.task}, "train": dict(task.train)}
-        layers.append(_layer(data, source, f"tasks ({task.name})"))
+        layers.append(_layer(data, source, f"tasks ({clip(task.name)})"))
     layers += over
     layers.append(_layer({"seed": seed, "output_dir": None}, source, "seeds"))
     return layers

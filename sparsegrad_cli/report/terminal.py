@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import dig, items, text
+from sparsegrad_cli.report.access import dig, harmless, items, text
 from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import (
     difference_cell,
@@ -52,6 +52,11 @@ _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
 _MOST_SPECTRA = 8
 _MOST_NOTES = 6
 _CHECKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
+
+
+def plain_line(raw: str, style: str = "") -> Text:
+    """One line that may name files: no markup, and nothing that a terminal obeys."""
+    return Text(harmless(raw).replace("\n", "\N{SYMBOL FOR NEWLINE}"), style=style)
 
 
 def run_table(run: dict[str, Any]) -> RenderableType:

@@ -10,6 +10,7 @@ from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.paths import expanded
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
@@ -65,7 +66,7 @@ class TrainingSession(Session):
         """The recipe's basis, this run's own when resuming, or a fresh one."""
         given = self.recipe.calibration.basis
         own = self.record.path / BASIS_NAME
-        path = Path(given).expanduser() if given else own
+        path = expanded(given) if given else own
         basis = read_basis(path) if given else self._own_basis(own)
         if basis is None:
             return self.calibrated(setup)

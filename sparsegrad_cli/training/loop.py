@@ -16,6 +16,7 @@ from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.callbacks import InterruptCallback, ProbeCallback, RecordCallback
+from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
 from sparsegrad_cli.training.shelf import Shelf, step_of
@@ -75,7 +76,8 @@ class TrainingLoop:
         session.enter("train", session.recipe.method.name)
         torch.manual_seed(session.recipe.seed)  # dropout is the same whatever was drawn before
         self._began = time.perf_counter() - trainer.evaluate_seconds
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with blaming_checkpoint(last, trainer):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         session.seconds["train_s"] = self._measured()["train_s"]
         session.enter("evaluate", "best model")
         setup, counts = self.setup, session.record.data["counts"]
