@@ -88,7 +88,9 @@ class RunLock:
 
     def _open(self) -> int:
         try:
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # A link of that name may name anybody's file, and is written to: it is refused.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            return os.open(self.path, flags, 0o666)
         except OSError as error:
             raise DiskError(
                 f"the folder {self.path.parent} cannot be written: {error.strerror or error}",

@@ -30,7 +30,9 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # A link of that name may name anybody's file, and is written to: it is refused.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._file = os.open(path, flags, 0o666)
         except OSError as error:
             raise DiskError(
                 f"{path} cannot be written: {error.strerror or error}",

@@ -53,7 +53,8 @@ class StudyFolder:
         """
         for cell in study.cells:
             refuse_link(self.cell(cell), self.path)
-        refuse_link(self.path / TRIALS, self.path)
+        for name in (TRIALS, TUNING, f"{TUNING}-journal"):
+            refuse_link(self.path / name, self.path)
 
     def trial(self, name: str) -> Path:
         """The run directory of a run of tuning."""
