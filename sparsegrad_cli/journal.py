@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.plain_json import plain_json
 
 
 def read_records(path: str | Path) -> tuple[list[dict[str, Any]], bytes]:
@@ -48,8 +49,8 @@ def read_records(path: str | Path) -> tuple[list[dict[str, Any]], bytes]:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     """One line. ``json`` takes utf-8 bytes, with a byte order mark too."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        found = plain_json(line)
+    except ValueError as error:
         raise FileFormatError(f"the line is damaged: {error}", where=where) from error
     if not isinstance(found, dict):
         raise FileFormatError("the line holds no JSON object", where=where)

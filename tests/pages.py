@@ -1,8 +1,11 @@
-"""HTML pages taken apart: text, ids, tags and what they refer to."""
+"""HTML pages taken apart: text, ids, tags and what they refer to; and pages without figures."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from unittest.mock import patch
 
 VOID = {"meta", "br", "use", "image", "path", "line", "rect", "hr", "img", "link"}
 
@@ -17,6 +20,7 @@ class Outline(HTMLParser):
         self.ids: list[str] = []
         self.refers: list[str] = []
         self.tags: set[str] = set()
+        self.attributes: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._note(tag, attrs)
@@ -36,6 +40,7 @@ class Outline(HTMLParser):
     def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         values = dict(attrs)
+        self.attributes |= values.keys()
         self.ids += [str(values["id"])] if values.get("id") else []
         self.refers += [str(values[k]) for k in ("href", "src", "xlink:href") if values.get(k)]
 
@@ -45,3 +50,15 @@ def outline(page: str) -> Outline:
     parser.feed(page)
     assert not parser.open
     return parser
+
+
+@contextlib.contextmanager
+def without(*, drawing: bool = True, figures: bool = True) -> Iterator[None]:
+    """Figures are built but not drawn, or not even built: that is matplotlib's, and takes long."""
+    with contextlib.ExitStack() as changes:
+        if not drawing:
+            there = "sparsegrad_cli.report.svg._draw"
+            changes.enter_context(patch(there, lambda figure: "<svg></svg>"))
+        if not figures:
+            changes.enter_context(patch("sparsegrad_cli.report.compare_page._CHARTS", ()))
+        yield

@@ -22,6 +22,7 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings
 from sparsegrad_cli.report.units import format_amount
@@ -197,7 +198,7 @@ class _Solver:
 
     def _problem(self, cell: Cell, error: UnreachableError) -> Problem:
         kind, place = self._budget.kind, self._study.match_place
-        option = place.file == "command line"
+        option = place.file == COMMAND_LINE
         ways = [f"allow {kind}={_enough(self._budget, error.takes)}", error.fix]
         if option:
             ways.append(f"leave {cell.label} out")
@@ -237,7 +238,7 @@ def _check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
         if isinstance(settings, dict) and name in settings:
             said[f"method.{name}"] = f"{study.source}: settings"
         if any(_overridden(cell, name) for cell in study.cells):
-            said[f"method.{name}"] = "command line"
+            said[f"method.{name}"] = COMMAND_LINE
     fix = "leave it out, or name it in a method's row, which then keeps it"
     what = f"is what {budget.text} picks"
     if said:
@@ -246,4 +247,4 @@ def _check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
 
 def _overridden(cell: Cell, name: str) -> bool:
     place = cell.loaded.places.get(("method", name))
-    return place is not None and place.file == "command line"
+    return place is not None and place.file == COMMAND_LINE

@@ -25,8 +25,8 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.report.records import write_json_atomic
 from sparsegrad_cli.rundir import RunRecord, open_run_dir
-from sparsegrad_cli.training.callbacks import RecordCallback
 from sparsegrad_cli.training.fine_tuning import TrainingSession
+from sparsegrad_cli.training.loop import TrainingLoop
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 START = 2  # steps that are not like the others: memory is allocated, then measured
@@ -69,8 +69,7 @@ class Stopwatch(TrainingSession):
         setup = self.load()
         method, asked = make_method(self.method), threading.Event()
         prepared = self._prepared(setup, method, asked)
-        recorder = RecordCallback(self.record.path, self.observer, [])
-        trainer = self._trainer(setup, method, prepared, recorder, asked)
+        trainer = TrainingLoop(self, setup, method, prepared, asked, resume=False).trainer
         clock = _Clock(seconds)
         clock.trainer = trainer
         trainer.add_callback(clock)

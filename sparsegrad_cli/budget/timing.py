@@ -10,13 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsegrad_cli.budget.solve import Pick, UnreachableError
-from sparsegrad_cli.compare.grid import shared_cores
+from sparsegrad_cli.compare.crew import shared_cores
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.session import changed
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
+from sparsegrad_cli.recipe.yaml_text import dump
 
 _MODULE = "sparsegrad_cli.budget.stopwatch"
 
@@ -45,7 +44,7 @@ def _timed(loaded: LoadedRecipe, seconds: float, jobs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sparsegrad-") as place:
         recipe, result = Path(place) / "recipe.yaml", Path(place) / "result.json"
         plain = {**to_plain(loaded.recipe), "output_dir": str(Path(place) / "run")}
-        recipe.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        recipe.write_text(dump(plain), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", _MODULE, str(recipe), str(seconds), str(result)],
             stdout=subprocess.DEVNULL,

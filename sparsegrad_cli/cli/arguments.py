@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.paths import exists, is_file
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 
 RecipeAndOverrides = Annotated[
@@ -42,11 +43,13 @@ class Device(StrEnum):
 def split_arguments(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:
     """The recipe is the argument without ``=``; all others are overrides.
 
+    A file in a folder, such as ``runs/lr=1e-3/recipe.yaml``, is a recipe whatever it is called.
+
     Raises:
         UsageError: two recipes.
     """
-    recipes = [a for a in arguments or [] if "=" not in a]
-    overrides = tuple(a for a in arguments or [] if "=" in a)
+    recipes = [a for a in arguments or [] if not _is_override(a)]
+    overrides = tuple(a for a in arguments or [] if _is_override(a))
     if len(recipes) > 1:
         raise UsageError(
             f"one recipe at a time: {', '.join(recipes)}",
@@ -55,12 +58,17 @@ def split_arguments(arguments: list[str] | None) -> tuple[str | None, tuple[str,
     return (recipes[0] if recipes else None), overrides
 
 
+def _is_override(argument: str) -> bool:
+    key, sign, _ = argument.partition("=")
+    return bool(sign) and not ("/" in key and exists(argument))
+
+
 def load(arguments: list[str] | None, output_dir: Path | None) -> LoadedRecipe:
     """The recipe of a command line. A run folder stands for the recipe in it, and for itself."""
     source, overrides = split_arguments(arguments)
-    if source is not None and (Path(source) / "recipe.yaml").is_file():
-        overrides = (f"output_dir={source}", *overrides)
+    if source is not None and is_file(Path(source) / "recipe.yaml"):
+        elsewhere = any(text.partition("=")[0].strip() == "output_dir" for text in overrides)
+        if output_dir is None and not elsewhere:
+            output_dir = Path(source)
         source = str(Path(source) / "recipe.yaml")
-    if output_dir is not None:
-        overrides = (*overrides, f"output_dir={output_dir}")
-    return load_recipe(source, overrides)
+    return load_recipe(source, overrides, output_dir=output_dir)

@@ -33,6 +33,10 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option("--seeds", "-n", help="How many seeds; 2 by default.")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option("--tune", min=2, help="Trials to tune each method by, before its cells run."),
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="runs/compare-<name> by default.")
     ] = None,
@@ -73,34 +77,34 @@ def compare(
     run on, and renews itself. Methods that differ in more than themselves are refused.
 
     [bold]sparsegrad compare --methods lora,meprop,sparsegrad[/bold]
-    [bold]sparsegrad compare recipes/quickstart.yaml[/bold]
+    [bold]sparsegrad compare recipes/quickstart.yaml --tune 8[/bold]
     [bold]sparsegrad compare --methods full,lora,sparsegrad --match peak=512MiB --dry-run[/bold]
     """
     from rich.console import Console
 
-    from sparsegrad_cli.compare.grid import Comparison, open_folder
+    from sparsegrad_cli.compare.grid import Comparison
     from sparsegrad_cli.compare.parity import check_parity
     from sparsegrad_cli.report.compare_files import LiveReport
-    from sparsegrad_cli.report.terminal import compare_table
+    from sparsegrad_cli.report.terminal import compare_table, plain_line
 
-    study = _study(recipe, methods, seeds, match)
-    check_parity(study)  # before --overwrite forgets anything, and before anything is solved
+    study = _study(recipe, methods, seeds, match, tune)
+    check_parity(study)  # before anything is solved
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
     study = _solved(study, folder, jobs, device, quiet=quiet or as_json, afresh=overwrite)
     if dry_run:
         _show_plan(study, as_json)
         return
-    open_folder(study, folder, overwrite=overwrite)
     err = Console(stderr=True, quiet=quiet or as_json)
     command = shlex.join(["sparsegrad", *sys.argv[1:]])
     comparison = Comparison(
         study,
         folder,
         command=command,
-        tell=lambda line: err.print(f"[bold]{line}[/bold]", highlight=False),
+        overwrite=overwrite,
+        tell=lambda text: err.print(plain_line(text, style="bold")),
         quiet=quiet or as_json,
         jobs=jobs,
-        saved=LiveReport(folder, lambda line: err.print(line, highlight=False, markup=False)),
+        saved=LiveReport(folder, lambda text: err.print(plain_line(text))),
     )
     record = comparison.run()
     if as_json:
@@ -108,7 +112,7 @@ def compare(
     else:
         console = Console()
         console.print(compare_table(record))
-        console.print(f"Report: {folder / 'report.html'}", highlight=False)
+        console.print(plain_line(f"Report: {folder / 'report.html'}"))
     if all(row["status"] != "done" for row in record["rows"]):
         raise typer.Exit(1)
 
@@ -157,7 +161,11 @@ def _show_plan(study: LoadedStudy, as_json: bool) -> None:
 
 
 def _study(
-    recipe: list[str] | None, methods: str | None, seeds: int | None, match: str | None
+    recipe: list[str] | None,
+    methods: str | None,
+    seeds: int | None,
+    match: str | None,
+    trials: int | None,
 ) -> LoadedStudy:
     from sparsegrad_cli.cli.recipes import is_study
     from sparsegrad_cli.recipe.study import load_study, make_study
@@ -170,10 +178,10 @@ def _study(
                 where=source,
                 fix="copy it and change it there, or compare a recipe with --methods and --seeds",
             )
-        return load_study(source, overrides, match)
+        return load_study(source, overrides, match=match, trials=trials)
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     if not names:
         raise UsageError(
             "which methods?", where="--methods", fix="--methods lora,meprop,sparsegrad"
         )
-    return make_study(source, names, seeds or 2, overrides, match=match)
+    return make_study(source, names, seeds or 2, overrides, match=match, trials=trials)

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
-from sparsegrad_cli.report.access import harmless
+from sparsegrad_cli.report.access import clean, harmless
 
 DEBUG_FLAG = "--debug"
+_MOST = 2000  # characters of a part of an error
 
 
 def run_guarded(app: Callable[..., Any]) -> int:
@@ -57,15 +58,22 @@ def show(error: SparsegradError) -> None:
             body.append("\n" if number else "")
             _append_problem(body, problem)
     else:
-        # An error may quote files and servers: what they say is shown and not obeyed.
-        body.append(harmless(error.what.strip()))
+        body.append(_quoting(error.what.strip()))
+        for line in error.more:
+            body.append(_quoting(f"\n{line}"))
         if error.where:
-            body.append(harmless(f"\nwhere  {error.where}"), style="dim")
+            body.append(_quoting(f"\nwhere  {error.where}"), style="dim")
         if error.fix:
-            body.append(harmless(f"\nfix    {error.fix}"), style="bold")
+            body.append(_quoting(f"\nfix    {error.fix}"), style="bold")
     several = f" (process {ranks.number()})" if ranks.count() > 1 else ""
     title = error.title + several
     console.print(Panel(body, title=title, title_align="left", border_style=colour))
+
+
+def _quoting(text: str) -> str:
+    """Text that may quote files and servers: what they say is shown and not obeyed, nor at length
+    of a file."""
+    return harmless(text if len(text) <= _MOST else f"{text[:_MOST]}…")
 
 
 def _append_problem(body: Text, problem: Problem) -> None:
@@ -73,8 +81,8 @@ def _append_problem(body: Text, problem: Problem) -> None:
     if problem.line is not None:
         place += f":{problem.line}"
     if place:
-        body.append(f"{place}  ", style="dim")
-    body.append(problem.key, style="bold")
-    body.append(f"  {problem.what}")
+        body.append(f"{clean(place)}  ", style="dim")
+    body.append(clean(problem.key), style="bold")
+    body.append(f"  {_quoting(problem.what)}")
     if problem.fix:
-        body.append(f"\n    {problem.fix}", style="bold")
+        body.append(_quoting(f"\n    {problem.fix}"), style="bold")

@@ -80,7 +80,7 @@ def export(
     from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.export.options import ExportOptions
-    from sparsegrad_cli.report.terminal import export_table
+    from sparsegrad_cli.report.terminal import export_table, plain_line
 
     options = ExportOptions(to.value, output_dir, rank, check_examples, tolerance, overwrite)
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
@@ -90,4 +90,4 @@ def export(
         return
     console = Console()
     console.print(export_table(record))
-    console.print(f"Export: {record['output_dir']}", highlight=False)
+    console.print(plain_line(f"Export: {record['output_dir']}"))

@@ -172,11 +172,12 @@ def _show_file(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from sparsegrad_cli.report.terminal import plain_line
     from sparsegrad_cli.report.units import format_count, format_seconds
 
     made = record["answers"]
-    tokens = sum(sum(line["answer_tokens"]) for line in made)
-    seconds = sum(line["seconds"] for line in made)
+    tokens = sum(sum(each["answer_tokens"]) for each in made)
+    seconds = sum(each["seconds"] for each in made)
     rate = f", {tokens / seconds:.1f} tokens/s" if seconds else ""
     console = Console(highlight=False)
     console.print(
@@ -185,7 +186,7 @@ def _show_file(record: dict[str, Any]) -> None:
             f"{format_count(tokens)} tokens in {format_seconds(seconds)}{rate}"
         )
     )
-    console.print(Text(f"Answers: {record['output']}"))
+    console.print(plain_line(f"Answers: {record['output']}"))
 
 
 def _check_study(study: str, *, talk: bool, output: Path | None, dtype: str | None) -> None:
@@ -212,6 +213,7 @@ def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
     from sparsegrad_cli.report.answers_record import column_outcome
     from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.records import load_record
+    from sparsegrad_cli.report.terminal import plain_line
 
     kept = record["output"] is not None
     if kept:
@@ -228,6 +230,6 @@ def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
             console.print(parts)
             typer.echo(harmless(column["answers"][0]["answers"][0]) + "\n")
         if kept:
-            console.print(Text(f"Report: {study / 'report.html'}"))
+            console.print(plain_line(f"Report: {study / 'report.html'}"))
     if record["status"] != "done":
         raise typer.Exit(1)

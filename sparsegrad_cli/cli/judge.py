@@ -100,7 +100,7 @@ def judge(
     from sparsegrad_cli.judge.session import REPORT, JudgeOptions
     from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.records import load_record
-    from sparsegrad_cli.report.terminal import judge_table
+    from sparsegrad_cli.report.terminal import judge_table, plain_line
 
     options = JudgeOptions(
         answers=tuple(answers),
@@ -125,6 +125,6 @@ def judge(
     else:
         console = Console()
         console.print(judge_table(record))
-        console.print(f"Report: {options.folder / REPORT}", highlight=False)
+        console.print(plain_line(f"Report: {options.folder / REPORT}"))
     if record["status"] != "done":
         raise typer.Exit(1)

@@ -30,10 +30,10 @@ class ProgressObserver(Observer):
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             transient=False,
@@ -86,7 +86,5 @@ class ProgressObserver(Observer):
         score = f"{name} {format_score(record['score'], scale)}"
         self._state["score"] = score
         loss = "" if scale is METRICS["loss"] else f"  loss {record['loss']:.4f}"
-        self._progress.console.print(
-            f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  {score}{loss}",
-            highlight=False,
-        )
+        text = f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  {score}{loss}"
+        self._progress.console.print(Text(text))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import shipped_files
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.recipe.study import LoadedStudy
 
 configs_app = typer.Typer(
     help="The recipes that come with sparsegrad.", invoke_without_command=True
@@ -32,10 +36,7 @@ def validate(
 
         study = load_study(source, overrides)
         check_parity(study)
-        solved = ""
-        if study.study.budget is not None:
-            solved = f"; compare --dry-run solves its budget, {study.study.match}"
-        typer.echo(f"{source}: a valid study, {len(study.cells)} cells{solved}")
+        typer.echo(f"{source}: a valid study, {len(study.cells)} cells{_before_them(study)}")
         return
     loaded = load(recipe, None)
     if as_json:
@@ -45,12 +46,25 @@ def validate(
     typer.echo(to_yaml(loaded.recipe), nl=False)
 
 
+def _before_them(study: LoadedStudy) -> str:
+    """``, after 8 trials of tuning for each of 4 methods on 3 tasks``, if there is any; budgets."""
+    said = ""
+    if study.study.tune is not None:
+        tasks = len({cell.task for cell in study.cells})
+        rows = f"{len(study.study.methods)} methods on {tasks} task{'' if tasks == 1 else 's'}"
+        said = f", after {study.study.tune.trials} trials of tuning for each of {rows}"
+    if study.study.budget is not None:
+        said += f"; compare --dry-run solves its budget, {study.study.match}"
+    return said
+
+
 def is_study(source: str) -> bool:
+    """Whether it is a study: a recipe has no ``methods``."""
     from sparsegrad_cli.recipe.shipped import find_recipe
     from sparsegrad_cli.recipe.source import read_yaml
 
     path = find_recipe(source)
-    return path is not None and path.is_file() and "methods" in read_yaml(path, source).data
+    return path is not None and is_file(path) and "methods" in read_yaml(path, source).data
 
 
 @configs_app.callback()

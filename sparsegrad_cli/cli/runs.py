@@ -84,20 +84,21 @@ def report(
     from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
-    from sparsegrad_cli.report.records import load_record
+    from sparsegrad_cli.report.records import load_record, write_text_atomic
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
+    from sparsegrad_cli.rundir import as_it_is
 
-    record = load_record(run)
     folder = run if run.is_dir() else run.parent
+    record = as_it_is(load_record(run), folder)
     if "cells" in record:
         record = up_to_date(record)
         write_compare_report(folder, record)
         _show({**record, "output_dir": str(folder)}, compare_table, as_json)
         return
     write_run_html(record, folder / "report.html")
-    (folder / "report.md").write_text(run_markdown(record), encoding="utf-8")
+    write_text_atomic(folder / "report.md", run_markdown(record))
     table = calibration_table if record.get("command") == "calibrate" else run_table
-    _show(record, table, as_json)
+    _show({**record, "output_dir": str(folder)}, table, as_json)
 
 
 def _observer(quiet: bool) -> Any:
@@ -114,6 +115,8 @@ def _show(record: dict[str, Any], table: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
+    from sparsegrad_cli.report.terminal import plain_line
+
     console = Console()
     console.print(table(record))
-    console.print(f"Report: {Path(record['output_dir']) / 'report.html'}", highlight=False)
+    console.print(plain_line(f"Report: {Path(record['output_dir']) / 'report.html'}"))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.report.access import block, text
+from sparsegrad_cli.report.access import block, step_number, text
 
 Cell = Mapping[str, Any]
 # key of a check -> where a run says it
@@ -54,10 +54,10 @@ def _order(runs: Sequence[Mapping[str, Any]]) -> tuple[bool | None, int]:
 def _chain(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[bool | None, int]:
     orders = [block(run, "hashes", name) for run in runs]
     common = set.intersection(*(set(order) for order in orders)) if orders else set()
-    last = max((step for step in common if step.isdigit()), key=int, default=None)
+    last = max(filter(None, map(step_number, common)), default=None)
     if last is None:
         return None, 0
-    return _same([text(order, last) for order in orders]), int(last)
+    return _same([text(order, str(last)) for order in orders]), last
 
 
 def _same(values: Sequence[str | None]) -> bool | None:

@@ -1,9 +1,10 @@
 """Methods are compared, and nothing else: resolved recipes are diffed before the first cell runs.
 
 Between the cells of a task and seed these may differ: the method's own section, its calibration,
-LoRA's ``match``, and ``train.learning_rate``, which a study tunes for each method. Any other key
-that differs is refused, or flagged in the report where the study names it under ``differ``. A head
-that starts warm (``calibration.keep_head``) is no method's own affair: it counts as any other key.
+LoRA's ``match``, ``train.learning_rate``, which a study tunes for each method, what else it tunes
+(``tune.space``), and batches or steps that its budget has set. Any other key that differs is
+refused, or flagged in the report where the study names it under ``differ``. A head that starts warm
+(``calibration.keep_head``) is no method's own affair: it counts as any other key.
 Imports no torch.
 """
 
@@ -21,7 +22,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.report.access import block, mappings
 
-DECLARED = "train.learning_rate"
+DECLARED = "train.learning_rate"  # always; and what the study tunes
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
@@ -97,8 +98,8 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
 
     Returns:
         The ``parity`` block of compare.json: how many keys were compared, what differs as the study
-        declares it (learning rates) or as its budget was solved, and what differs beyond that and
-        is flagged.
+        declares it (learning rates, tuned keys) or as its budget was solved, and what differs
+        beyond that and is flagged.
 
     Raises:
         RecipeError: a difference the study does not name under ``differ``, or a name there that is
@@ -107,8 +108,9 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
     allowed = study.study.differ
     found = differences(study)
     problems = _unknown(study, allowed)
+    tuned = {DECLARED, *(study.study.tune.keys() if study.study.tune else ())}
     solved = _solved(study)
-    declared = [d for d in found if d.key == DECLARED or (d.task, d.key) in solved]
+    declared = [d for d in found if d.key in tuned or (d.task, d.key) in solved]
     flagged = [d for d in found if d not in declared]
     problems += _refusals(study, [d for d in flagged if d.key not in allowed])
     if problems:
@@ -116,9 +118,7 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
     keys = {key for cell in study.cells for key in compared(cell.loaded.recipe)}
     return {
         "compared": len(keys),
-        "declared": [
-            _plain(d) | ({} if d.key == DECLARED else {"why": "budget"}) for d in declared
-        ],
+        "declared": [_plain(d) | ({} if d.key in tuned else {"why": "budget"}) for d in declared],
         "flagged": [_plain(d) for d in flagged],
     }
 

@@ -23,6 +23,7 @@ from sparsegrad_cli.data.files import (
     tab_rows,
 )
 from sparsegrad_cli.data.spec import GLUE_TASKS, Examples, RawTask, TaskSpec
+from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.errors import DataError, UsageError
 
 # Column names in the original files where they differ from the hub's.
@@ -206,6 +207,9 @@ def _text(table: Table, column: str, row: int) -> str:
     value = table.columns[column][row]
     if not isinstance(value, str):
         what = "is empty" if value is None else f"holds a {type(value).__name__}, expected text"
+        raise DataError(f"column {column!r} {what}", where=table.place(row))
+    if not is_text(value):
+        what = "holds half of a character (a lone surrogate)"
         raise DataError(f"column {column!r} {what}", where=table.place(row))
     return value
 

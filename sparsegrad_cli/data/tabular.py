@@ -28,9 +28,11 @@ from sparsegrad_cli.data.spec import (
     suggest,
     with_metric,
 )
+from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.errors import DataError, UsageError
 
 _ROLES = ("text", "text_pair", "label")
+_LARGEST = 3.4e38  # that float32 holds, in which scores are learnt
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -159,10 +161,20 @@ def _labels(table: Table, column: str) -> list[int | float | str]:
                 "expected a word or a number",
                 where=table.place(row),
             )
+        if isinstance(value, int | float) and abs(value) > _LARGEST:
+            raise _too_large(column, table.place(row))
     numbers = [_number(value) for value in values]
-    if all(number is not None for number in numbers):
-        return [number for number in numbers if number is not None]
-    return [str(value).strip() for value in values]
+    if not all(number is not None for number in numbers):
+        return [str(value).strip() for value in values]
+    found = [number for number in numbers if number is not None]
+    for row, number in enumerate(found):
+        if abs(number) > _LARGEST:
+            raise _too_large(column, table.place(row))
+    return list(found)
+
+
+def _too_large(column: str, place: str) -> DataError:
+    return DataError(f"the label in column {column!r} is too large for a number", where=place)
 
 
 def _number(value: Any) -> int | float | None:
@@ -231,6 +243,9 @@ def _examples(table: Table, roles: Mapping[str, str], labels: list[int] | list[f
                     f"column {roles[role]!r} holds a {type(value).__name__}, expected text",
                     where=table.place(row),
                 )
+            if not is_text(value):
+                what = f"column {roles[role]!r} holds half of a character (a lone surrogate)"
+                raise DataError(what, where=table.place(row))
     pairs = table.columns[roles["text_pair"]] if "text_pair" in roles else None
     return Examples(table.columns[roles["text"]], pairs, labels)
 

@@ -37,10 +37,13 @@ from sparsegrad_cli.modeling.quantized import placed, use_frozen_products
 from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
-from sparsegrad_cli.training.checkpoint import read_tensors, save_tensors
+from sparsegrad_cli.training.basis_file import check_directions
 from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.training.writing import read_tensors, save_tensors
 
 _BASIS, _FRESH = "basis/", "fresh/"
+# What tensors and settings raise that no export writes together.
+_CANNOT_BE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
 
@@ -135,19 +138,20 @@ def load_adapter(
     targets = [target.target() for target in settings.targets]
     use_frozen_products(model, getattr(torch, settings.model.dtype))
     _check_base(model, targets, settings.model, str(folder))
+    method = make_method(settings.method)
     try:
         bases = _bases(tensors, settings.keys, targets)
         fresh = {n.removeprefix(_FRESH): t for n, t in tensors.items() if n.startswith(_FRESH)}
         put(model, fresh)
         tensors = {n: t for n, t in tensors.items() if not n.startswith((_BASIS, _FRESH))}
         scores = _scores(tensors, bases, targets)
-    except (KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileFormatError(f"holds what cannot be: {error}", where=where) from error
-    method = make_method(settings.method)
-    with forked_random(settings.seed):
-        method.prepare(
-            model, targets, scope=settings.scope, bases=bases or None, scores=scores or None
-        )
+        with forked_random(settings.seed):
+            method.prepare(
+                model, targets, scope=settings.scope, bases=bases or None, scores=scores or None
+            )
+    except _CANNOT_BE as error:
+        fix = "bring the folder back from a copy, or export it anew"
+        raise FileFormatError(f"holds what cannot be: {error}", where=where, fix=fix) from error
     load_checked(method, model, tensors, where)
     return model.eval()
 
@@ -216,11 +220,13 @@ def _bases(
     for target in targets if keys else ():
         key = keys[target.name]
         parts = [tensors[f"{_BASIS}{part}/{key}"] for part in _PARTS]
-        for side, q in zip((target.out_features, target.in_features), parts[:2], strict=True):
+        sides = (target.out_features, target.in_features)
+        for side, q, singular in zip(sides, parts[:2], parts[2:], strict=True):
             if q.ndim != 2 or q.shape[0] != side or not 1 <= q.shape[1] <= side:
                 raise ValueError(f"the basis of {target.name} has shape {tuple(q.shape)}")
             if not bool(torch.isfinite(q).all()):
                 raise ValueError(f"the basis of {target.name} holds values that are not finite")
+            check_directions(f"the basis of {target.name}", q, singular)
         if key not in made:
             made[key] = Basis(by_columns(parts[0]), by_columns(parts[1]), parts[2], parts[3])
     return {target.name: made[keys[target.name]] for target in targets if keys}

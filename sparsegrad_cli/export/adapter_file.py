@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsegrad_cli.errors import DiskError, FileFormatError
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.recipe.method_section import MethodSection
-from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
@@ -56,7 +56,7 @@ class AdapterSettings(Section):
     model: AdapterBase
     method: MethodSection
     scope: Literal["head", "rest"]
-    seed: NonNegativeInt
+    seed: Seed
     targets: tuple[AdapterTarget, ...] = Field(min_length=1)
     keys: dict[str, str] = Field(description="target name -> key of its basis")
     digest: str = Field(description="sha256 of the tensors")

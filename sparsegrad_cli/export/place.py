@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.paths import exists, expanded, is_folder
+from sparsegrad_cli.plain_json import plain_json
 
 RECORD = "export.json"
 
@@ -21,8 +22,8 @@ def free_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
     Raises:
         UsageError: it is a file, holds something that is no export, or something that is needed.
     """
-    folder = folder.expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
+    folder = expanded(folder).resolve()
+    if exists(folder) and not is_folder(folder):
         raise UsageError(f"{folder} is a file, not a folder", where="--output-dir")
     for path in needed:
         if path.resolve().is_relative_to(folder):
@@ -50,7 +51,7 @@ def free_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
 
 def _is_export(folder: Path) -> bool:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = plain_json((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and "to" in record

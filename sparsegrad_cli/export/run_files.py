@@ -9,8 +9,10 @@ from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.report.records import load_record
+from sparsegrad_cli.rundir import as_it_is
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (
@@ -87,12 +89,12 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
         data: its data must be there.
 
     Raises:
-        UsageError: no run, not a training run, nothing trained yet, or an override of what was
-            trained.
+        UsageError: no run, not a training run, nothing trained yet, an override of what was
+            trained, or code that comes with the model and was not asked for.
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
-    record = load_record(run)
     folder = run if run.is_dir() else run.parent
+    record = as_it_is(load_record(run), folder)
     if "cells" in record:
         raise UsageError(
             f"{folder} is a comparison, not a run", fix=f"name one of its runs in {folder}/cells"
@@ -110,6 +112,7 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
                 fix=f"what may lie elsewhere by now: {', '.join(_MOVABLE[1:])}",
             )
     loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
+    _check_asked_for(loaded)
     keep_best = loaded.recipe.train.load_best_model_at_end
     tensors, source, notes = _trained(folder, record, keep_best=keep_best)
     _check_unchanged(record, folder, loaded)
@@ -131,6 +134,18 @@ def _load_recipe(path: Path, overrides: tuple[str, ...], *, data: bool) -> Loade
         ) from error
 
 
+def _check_asked_for(loaded: LoadedRecipe) -> None:
+    """Refuse code that comes with the model, unless this command asks for it: a run's folder may
+    come from anywhere."""
+    key = ("model", "trust_remote_code")
+    if loaded.recipe.model.trust_remote_code and loaded.places.get(key) != Place(COMMAND_LINE):
+        raise UsageError(
+            f"{loaded.recipe.model.name} brings code of its own, which is not run unasked",
+            where=loaded.where("model.trust_remote_code"),
+            fix="if you trust it: model.trust_remote_code=true",
+        )
+
+
 def _trained(
     folder: Path, record: dict[str, Any], *, keep_best: bool
 ) -> tuple[Path, str, list[str]]:
@@ -140,12 +155,13 @@ def _trained(
     if adapter.is_file():
         notes = [] if status == "done" else [f"the run is {status}, but training came to its end"]
         return adapter, "adapter", notes
-    from sparsegrad_cli.training.checkpoint import TRAINABLE, last_checkpoint
+    from sparsegrad_cli.training.checkpoint import TRAINABLE
+    from sparsegrad_cli.training.shelf import last_checkpoint
 
     last = last_checkpoint(folder)
     if last is None:
         raise UsageError(
-            f"the run in {folder} is {status} and has neither an adapter nor a checkpoint",
+            f"the run in {folder} is {status} and has neither an adapter nor a whole checkpoint",
             fix=f"sparsegrad train {folder} --resume",
         )
     best = _best_checkpoint(folder, last) if keep_best else None
@@ -157,13 +173,15 @@ def _trained(
 
 
 def _best_checkpoint(folder: Path, last: Path) -> Path | None:
-    """The checkpoint that the last one names as the best so far, if it is there."""
+    """The checkpoint that the last one names as the best so far, if it is there and whole."""
+    from sparsegrad_cli.training.manifest import damage
+
     try:
         state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
         best = folder / f"checkpoint-{int(state['best_global_step'])}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return best if best.is_dir() else None
+    return best if damage(best) is None else None
 
 
 def _check_unchanged(record: dict[str, Any], folder: Path, loaded: LoadedRecipe) -> None:

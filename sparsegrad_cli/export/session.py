@@ -19,12 +19,13 @@ from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to
 from sparsegrad_cli.export.plain import auto_class
 from sparsegrad_cli.export.rebuild import Trained, rebuild
 from sparsegrad_cli.export.run_files import RunFiles, open_run
+from sparsegrad_cli.known_errors import is_out_of_memory
 from sparsegrad_cli.modeling.loading import locate
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.paths import refuse_link
 from sparsegrad_cli.report.records import write_json_atomic
 from sparsegrad_cli.rundir import now
-from sparsegrad_cli.training.callbacks import is_out_of_memory
-from sparsegrad_cli.training.checkpoint import write_folder
+from sparsegrad_cli.training.writing import write_folder
 
 SCHEMA = 1
 
@@ -38,14 +39,16 @@ def export_run(
         The content of export.json, with ``output_dir``.
 
     Raises:
-        UsageError: no run, a target folder that is not free, or a form that cannot hold it.
+        UsageError: no run, a target folder that is not free or a link out of the run's, or a form
+            that cannot hold it.
         SparsegradError: the check failed, or a file is gone, damaged or cannot be written. Nothing
             is left of the attempt, and what stood in the target folder is untouched.
     """
     if options.rank is not None and options.to != "lora":
         raise UsageError(f"--to {options.to} has no rank", where="--rank", fix="--to lora")
     files = open_run(run, overrides)
-    wanted = options.output_dir or files.folder / f"export-{options.to}"
+    own = files.folder / f"export-{options.to}"
+    wanted = options.output_dir or refuse_link(own, files.folder)
     base = Path(locate(files.loaded.recipe.model.name))
     needed = [files.folder, *([base] if base.is_dir() else [])]
     folder = free_folder(wanted, needed, overwrite=options.overwrite)

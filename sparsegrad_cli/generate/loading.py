@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer, locate
 from sparsegrad_cli.modeling.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint
+from sparsegrad_cli.paths import exists, expanded, is_file
+from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -40,18 +40,18 @@ def load_run(options: ModelOptions) -> tuple[nn.Module, Any, dict[str, Any]]:
         FileFormatError, DownloadError: a file is missing or damaged, or the hub out of reach.
     """
     device = _device(options.device)
-    folder = Path(options.source).expanduser()
+    folder = expanded(options.source)
     _check_there(options.source, folder)
-    if (folder / "run.json").is_file() or (folder / "compare.json").is_file():
+    if is_file(folder / "run.json") or is_file(folder / "compare.json"):
         model, tokenizer, about = _from_run(options, folder, device)
     elif options.overrides:
         raise UsageError(
             f"{options.overrides[0]} is for a run, and {options.source} holds none",
             where="command line",
         )
-    elif (folder / "adapter.json").is_file():
+    elif is_file(folder / "adapter.json"):
         model, tokenizer, about = _from_adapter(options, folder, device)
-    elif (folder / "adapter_config.json").is_file():
+    elif is_file(folder / "adapter_config.json"):
         model, tokenizer, about = _from_lora(options, folder, device)
     else:
         model, tokenizer, about = _plain(options.source, options.dtype, device)
@@ -74,7 +74,7 @@ def _ready(source: str, device: torch.device, loaded: Loaded) -> Loaded:
             fix="a language model, or a run of a chat task",
         )
     model = placed(model, device).eval()
-    name = str(Path(source)) if Path(source).expanduser().exists() else source
+    name = str(Path(source)) if exists(source) else source
     record = {"model": name, **about, "digest": weights_digest(model)}
     record["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     record["quantization"] = bits_of(model)
@@ -85,7 +85,7 @@ def _check_there(source: str, folder: Path) -> None:
     """Refuse a path to nothing: nobody wants a mistyped folder looked up on the hub."""
     local = source.startswith((".", "/", "~")) or source.count("/") > 1
     beside = folder.parent != Path() and folder.parent.is_dir()
-    if not folder.exists() and not source.startswith("builtin:") and (local or beside):
+    if not exists(folder) and not source.startswith("builtin:") and (local or beside):
         raise UsageError(
             f"there is no folder {source}",
             fix="a run, an exported folder or a model's folder, a hub id, or builtin:smollm2",
@@ -149,31 +149,29 @@ def _from_lora(options: ModelOptions, folder: Path, device: torch.device) -> Loa
 
     What ``export --to lora`` wrote of a quantized run goes onto a base that is quantized again.
     """
-    from peft import PeftModel
+    from sparsegrad_cli.generate.peft_folder import base_of, on_base
 
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-        revision = config.get("revision")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise FileFormatError(f"is no adapter_config.json: {error}", where=str(path)) from error
+    base, revision = base_of(folder)
     bits, dtype = _exported_on(folder)
-    model, tokenizer, _ = _plain(
-        str(base), options.dtype or dtype, device, revision=revision, bits=bits
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of peft and transformers about each other
-            wrapped = PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # of peft, torch or safetensors: whatever they make of the files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileFormatError(f"peft cannot load it: {reason}", where=str(folder)) from error
-    if (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
+    model, tokenizer, _ = _plain(base, options.dtype or dtype, device, revision=revision, bits=bits)
+    model = on_base(model, folder)
+    if is_file(folder / "tokenizer_config.json") and is_file(folder / "tokenizer.json"):
+        tokenizer = _tokenizer_in(folder)
+    return model, tokenizer, {"kind": "lora", "base": base}
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return wrapped.get_base_model(), tokenizer, {"kind": "lora", "base": str(base)}
+
+def _tokenizer_in(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever transformers and tokenizers make of the files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileFormatError(
+            f"the tokenizer cannot be read: {reason}",
+            where=str(folder),
+            fix="take its files away: the base model's is used then",
+        ) from error
 
 
 def _exported_on(folder: Path) -> tuple[Any, str | None]:
@@ -182,7 +180,7 @@ def _exported_on(folder: Path) -> tuple[Any, str | None]:
     if not path.is_file():
         return None, None
     try:
-        base = json.loads(path.read_text(encoding="utf-8"))["model"]
+        base = plain_json(path.read_bytes())["model"]
         bits, dtype = base.get("quantization"), base["dtype"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"is no record of an export: {error}", where=str(path)) from error

@@ -15,9 +15,11 @@ from typing import Any
 
 from sparsegrad_cli.errors import DataError, FileFormatError, UsageError
 from sparsegrad_cli.journal import read_records
+from sparsegrad_cli.paths import expanded
 
 BUILTIN = "builtin:questions"
 _SHIPPED = Path(__file__).with_name("questions.jsonl")
+_LONGEST = 80  # characters of a word in a file's name, which holds two and has at most 255 bytes
 _JSON = (".jsonl", ".ndjson", ".json")
 
 
@@ -53,7 +55,7 @@ def read_questions(source: str) -> list[Question]:
         FileFormatError: a line is no JSON, or the file no text.
         DataError: a line is no question, an id is there twice, or there is no question at all.
     """
-    path = _SHIPPED if source == BUILTIN else Path(source).expanduser()
+    path = _SHIPPED if source == BUILTIN else expanded(source)
     if source.startswith("builtin:") and source != BUILTIN:
         raise UsageError(f"unknown built-in questions {source!r}", fix=f"there is {BUILTIN}")
     questions = _plain(path) if _is_plain(path) else _from_json(path)
@@ -73,8 +75,8 @@ def questions_name(source: str) -> str:
 
 
 def file_word(text: str) -> str:
-    """Text as part of a file's name: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    """Text, or its end, as part of a file's name: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+", "-", text)[-_LONGEST:].strip("-.")
 
 
 def _is_plain(path: Path) -> bool:

@@ -8,13 +8,14 @@ STUDY/judge-<questions>/                      their grades
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.questions import questions_name
+from sparsegrad_cli.paths import expanded, is_file
+from sparsegrad_cli.plain_json import plain_json
 
 SCHEMA = 1
 FOLDER = "answers"
@@ -22,8 +23,8 @@ FOLDER = "answers"
 
 def is_study(path: str | Path) -> bool:
     """Whether this is the folder of a comparison, and of no run."""
-    folder = Path(path).expanduser()
-    return (folder / "compare.json").is_file() and not (folder / "run.json").is_file()
+    folder = expanded(path)
+    return is_file(folder / "compare.json") and not is_file(folder / "run.json")
 
 
 def side_by_side_file(study: Path, questions: str) -> Path:
@@ -38,8 +39,8 @@ def read_side_by_side(path: Path) -> dict[str, Any]:
         FileFormatError: it cannot be read, or is of another version.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = plain_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise FileFormatError(
@@ -54,14 +55,17 @@ def answer_files(study: Path, questions: str) -> list[Path]:
     """The files of all answers to these questions, base models first.
 
     Raises:
-        UsageError: nobody has been asked.
+        UsageError: nobody has been asked, or the record names a file outside of the comparison.
         FileFormatError: see :func:`read_side_by_side`.
     """
     record = study / FOLDER / f"{questions_name(questions)}.json"
     columns = read_side_by_side(record).get("columns") if record.is_file() else None
     columns = columns if isinstance(columns, list) else []
     named = [c["file"] for c in columns if isinstance(c, dict) and isinstance(c.get("file"), str)]
-    found = [study / name for name in dict.fromkeys(named) if (study / name).is_file()]
+    found = [path for name in dict.fromkeys(named) if is_file(path := study / name)]
+    for path in found:
+        if not path.resolve().is_relative_to(study.resolve()):
+            raise UsageError(f"{path} lies outside of {study}", where=str(record))
     if not found:
         raise UsageError(
             f"nobody in {study} has answered {questions}",

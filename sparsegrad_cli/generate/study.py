@@ -32,6 +32,7 @@ from sparsegrad_cli.generate.session import answer_questions, answers_to, defaul
 from sparsegrad_cli.generate.side_by_side import FOLDER, SCHEMA, side_by_side_file
 from sparsegrad_cli.journal import read_records
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.paths import expanded, refuse_link
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.report.access import dig, mappings, text
 from sparsegrad_cli.report.records import load_record, write_json_atomic
@@ -88,7 +89,8 @@ def answer_study(
         SparsegradError: none of the models could be asked, with the reason of the first; or the
             disk is full.
     """
-    study = Path(options.model.source).expanduser()
+    study = expanded(options.model.source)
+    refuse_link(study / FOLDER, study)
     path = None if options.prompt is not None else side_by_side_file(study, options.questions or "")
     asked = _who(study, options, observer)
     record: dict[str, Any] = {
@@ -184,7 +186,8 @@ def _run(study: Path, cell: Any, options: GenerateOptions, name: str) -> _Asked:
     one = _Asked(column, lambda: load_run(model), output)
     try:
         if not folder.resolve().is_relative_to(study.resolve()):
-            raise UsageError(f"{folder} lies outside of {study}")
+            raise UsageError(f"{folder} lies outside of {study}", where=str(study / "compare.json"))
+        refuse_link(output, study)
         one.files = open_run(folder, options.model.overrides, data=False)
         column["finished"] = one.files.record.get("finished")
     except _ITS_OWN as error:

@@ -25,6 +25,7 @@ from sparsegrad_cli.judge.summary import grade_rows, pair_rows
 from sparsegrad_cli.judge.tasks import Task, pair_tasks, single_tasks
 from sparsegrad_cli.judge.verdicts import is_grade
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.paths import exists, is_folder, refuse_link
 from sparsegrad_cli.report.judge_tables import judge_markdown
 from sparsegrad_cli.report.records import write_json_atomic, write_text_atomic
 from sparsegrad_cli.rundir import now
@@ -68,12 +69,17 @@ class JudgeOptions:
 
     @property
     def folder(self) -> Path:
-        """Where verdicts are kept."""
+        """Where verdicts are kept.
+
+        Raises:
+            UsageError: in a comparison's folder it is a link to elsewhere.
+        """
         if self.output is not None:
             return self.output
         mode = ["pairwise"][: self.pairwise]
         if self.study is not None:
-            return self.study / "-".join(["judge", questions_name(self.questions), *mode])
+            own = self.study / "-".join(["judge", questions_name(self.questions), *mode])
+            return refuse_link(own, self.study)
         stems = list(dict.fromkeys(path.stem for path in self.answers))
         return Path("runs") / "-".join(["judge", *stems, *mode])
 
@@ -157,9 +163,9 @@ def _open(folder: Path) -> Journal:
     Raises:
         UsageError, FileFormatError, DiskError: see :class:`Journal`.
     """
-    if folder.exists() and not folder.is_dir():
+    if exists(folder) and not is_folder(folder):
         raise UsageError(f"{folder} is a file, not a folder", where="--output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / VERDICTS).is_file():
+    if is_folder(folder) and any(folder.iterdir()) and not (folder / VERDICTS).is_file():
         raise UsageError(
             f"the folder {folder} is not empty, and holds no verdicts to go on with",
             where="--output",

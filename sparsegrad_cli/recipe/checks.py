@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from sparsegrad_cli.data.spec import CHAT_TASKS, known_task_names
 from sparsegrad_cli.errors import Problem
+from sparsegrad_cli.paths import exists, expanded, is_file, is_folder
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import KeyPath, Place, dotted, find_place
+from sparsegrad_cli.recipe.source import KeyPath, Place, clip, dotted, find_place
 
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 _FILE_TASKS = ("csv", "json", "parquet")
@@ -40,27 +40,29 @@ def outside_problems(
     if task.name in CHAT_TASKS and recipe.train.label_smoothing_factor:
         what = f"label smoothing needs all logits, which {task.name} never makes"
         found.append((("train", "label_smoothing_factor"), what, "leave it out"))
-    if data and task.path is not None and not Path(task.path).expanduser().exists():
+    if data and task.path is not None and not exists(task.path):
         found.append((("task", "path"), f"no such file or folder: {task.path}", None))
     forgetting = task.chat.forgetting if task.chat else None
-    if data and forgetting is not None and not Path(forgetting).expanduser().is_file():
+    if data and forgetting is not None and not is_file(forgetting):
         found.append((("task", "chat", "forgetting"), f"no such file: {forgetting}", None))
     model = recipe.model.name
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:
         what = f"unknown built-in model {model!r}"
         found.append((("model", "name"), what, did_you_mean(model, BUILTIN_MODELS)))
-    elif _looks_like_folder(model) and not Path(model).expanduser().is_dir():
+    elif _looks_like_folder(model) and not is_folder(model):
         fix = "a hub id has at most one slash and no leading dot"
         found.append((("model", "name"), f"no such folder: {model}", fix))
     basis = recipe.calibration.basis
-    if basis is not None and not Path(basis).expanduser().is_file():
+    if basis is not None and not is_file(basis):
         fix = "`sparsegrad calibrate` writes one"
         found.append((("calibration", "basis"), f"no such file: {basis}", fix))
+    if recipe.output_dir is not None and str(expanded(recipe.output_dir)).startswith("~"):
+        found.append((("output_dir",), f"there is no such home: {recipe.output_dir}", None))
     found += quantization_problems(recipe)
     problems = []
     for path, what, advice in found:
         place = find_place(places, path)
-        problems.append(Problem(dotted(path), what, place.file, place.line, advice))
+        problems.append(Problem(dotted(path), clip(what), place.file, place.line, advice))
     return problems
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.paths import exists, expanded
 from sparsegrad_cli.recipe.shipped import find_recipe
 from sparsegrad_cli.recipe.source import (
     KeyPath,
     Layer,
     Place,
-    dotted,
+    clip,
     find_place,
     parse_override,
     read_yaml,
@@ -23,6 +24,7 @@ _PATH_KEYS: tuple[KeyPath, ...] = (
     ("task", "chat", "forgetting"),
     ("calibration", "basis"),
 )
+_MOST_FILES = 32  # that a recipe may extend, directly or by way of others
 _SELECTS_BY_DENSITY = ("meprop", "sparsegrad")
 
 
@@ -33,7 +35,7 @@ def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Lay
         RecipeError: a file is missing or no YAML, ``extends`` runs in a circle, or an override
             cannot be read. All broken overrides are reported together.
     """
-    layers = _read_with_parents(source, None, ())
+    layers = _read_with_parents(source, None, (), [])
     problems: list[Problem] = []
     for text in overrides:
         try:
@@ -46,31 +48,47 @@ def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Lay
 
 
 def _read_with_parents(
-    source: str | Path, named_by: Place | None, seen: tuple[Path, ...]
+    source: str | Path, named_by: Place | None, seen: tuple[Path, ...], read: list[Path]
 ) -> list[Layer]:
+    """The layers of a recipe and of all that it extends.
+
+    Args:
+        named_by: where it is named, if by a recipe.
+        seen: the recipes that lead to it.
+        read: all that were read so far.
+    """
     path = find_recipe(source, relative_to=seen[-1].parent if seen else None)
     if path is None:
         place = named_by or Place(str(source))
         key = "extends" if named_by else "(file)"
-        what = f"no such file: {source}"
+        what = f"no such file: {clip(str(source))}"
         fix = "`sparsegrad configs` lists the recipes that come with it"
         raise RecipeError([Problem(key, what, file=place.file, line=place.line, fix=fix)])
     path = path.resolve()
     if path in seen:
         chain = " -> ".join(str(step) for step in (*seen, path))
         raise RecipeError([Problem("extends", f"runs in a circle: {chain}", file=str(seen[-1]))])
+    read.append(path)
+    if len(read) > _MOST_FILES:
+        what = f"comes to more than {_MOST_FILES} files"
+        raise RecipeError([Problem("extends", what, file=str(seen[0]))])
     layer = read_yaml(path, shown_as=str(source))
     _anchor_paths(layer, path.parent)
-    parents = layer.data.pop("extends", None)
     place = layer.places.get(("extends",), Place(str(source)))
     layers: list[Layer] = []
-    for parent in [parents] if isinstance(parents, str) else parents or []:
-        if not isinstance(parent, str):
-            raise RecipeError(
-                [Problem("extends", "names files by strings", file=place.file, line=place.line)]
-            )
-        layers += _read_with_parents(parent, place, (*seen, path))
+    for parent in _parents(layer, place):
+        layers += _read_with_parents(parent, place, (*seen, path), read)
     return [*layers, layer]
+
+
+def _parents(layer: Layer, place: Place) -> list[str]:
+    """The recipes that a layer extends, taken out of it."""
+    named = layer.data.pop("extends", None)
+    parents = [named] if isinstance(named, str) else [] if named is None else named
+    if isinstance(parents, list) and all(isinstance(parent, str) for parent in parents):
+        return parents
+    problem = Problem("extends", "names files by strings", file=place.file, line=place.line)
+    raise RecipeError([problem])
 
 
 def _anchor_paths(layer: Layer, folder: Path) -> None:
@@ -80,8 +98,8 @@ def _anchor_paths(layer: Layer, folder: Path) -> None:
             section = section.get(key) if isinstance(section, dict) else None
         name = str(keys[-1])
         if isinstance(section, dict) and isinstance(section.get(name), str):
-            path = Path(section[name]).expanduser()
-            if not path.is_absolute() and (folder / path).exists():
+            path = expanded(section[name])
+            if not path.is_absolute() and exists(folder / path):
                 section[name] = str(folder / path)
 
 
@@ -138,7 +156,7 @@ def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
 
 def _merge(into: Layer, layer: Layer, path: KeyPath) -> None:
     # A key above the one that an override sets keeps the place where it was written.
-    above = {p for p in layer.places if any(q[: len(p)] == p and q != p for q in layer.places)}
+    above = {path[:depth] for path in layer.places for depth in range(1, len(path))}
     for key_path, place in layer.places.items():
         if key_path in into.places and key_path in above and place.line is None:
             continue
@@ -176,11 +194,3 @@ def still_said(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if new.get("density") is not None and "entries" not in new:
         return {key: value for key, value in old.items() if key != "entries"}
     return old
-
-
-def top_level_problem(layer: Layer) -> Problem | None:
-    """A layer that is no mapping at all."""
-    for key in layer.data:
-        if not isinstance(key, str):
-            return Problem(dotted((str(key),)), "keys are words")
-    return None

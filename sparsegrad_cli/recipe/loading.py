@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import outside_problems
-from sparsegrad_cli.recipe.layers import read_layers, stack, top_level_problem
+from sparsegrad_cli.recipe.layers import read_layers, stack
 from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, dotted, find_place
+from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, clip, dotted, find_place, setting
+from sparsegrad_cli.recipe.yaml_text import dump
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
+_MOST_PROBLEMS = 100  # that are told one by one
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class LoadedRecipe:
 
 
 def load_recipe(
-    source: str | Path | None, overrides: tuple[str, ...] = (), *, data: bool = True
+    source: str | Path | None,
+    overrides: tuple[str, ...] = (),
+    *,
+    data: bool = True,
+    output_dir: Path | None = None,
 ) -> LoadedRecipe:
     """Read, stack and check a recipe; without a source, the shipped ``quickstart``.
 
@@ -52,12 +57,16 @@ def load_recipe(
         source: a YAML file, or the name of a shipped recipe.
         overrides: ``key.path=value`` texts, strongest.
         data: the task's files must be there.
+        output_dir: stronger than all; a path as it is, which no YAML is made of.
 
     Raises:
         RecipeError: everything that is wrong, together, each with file, line and key.
     """
     name = str(source) if source is not None else "configs/quickstart.yaml"
-    layer = stack(read_layers(name, overrides))
+    layers = read_layers(name, overrides)
+    if output_dir is not None:
+        layers.append(setting("output_dir", str(output_dir)))
+    layer = stack(layers)
     recipe = check(layer, Recipe)
     problems = outside_problems(recipe, layer.places, data=data)
     if problems:
@@ -68,20 +77,27 @@ def load_recipe(
 def check(layer: Layer, schema: type[SectionT]) -> SectionT:
     """Validate a layer's data; raise all problems together as one :class:`RecipeError`."""
     problems = list(layer.problems)
-    wrong_key = top_level_problem(layer)
-    if wrong_key:
-        raise RecipeError([*problems, wrong_key])
     checked: SectionT | None = None
     try:
         checked = schema.model_validate(_lists_to_tuples(layer.data))
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
+        for detail in error.errors(include_url=False)[: _MOST_PROBLEMS + 1]:
             path, what, fix = explain(detail, schema)
             place = find_place(layer.places, path)
-            problems.append(Problem(dotted(path), what, place.file, place.line, fix))
+            problems.append(Problem(dotted(path), clip(what), place.file, place.line, fix))
     if problems or checked is None:
-        raise RecipeError(sorted(problems, key=lambda p: (p.file or "", p.line or 0)))
+        raise RecipeError(_told(problems))
     return checked
+
+
+def _told(problems: list[Problem]) -> list[Problem]:
+    """By file and line; of very many the first."""
+    problems = sorted(problems, key=lambda p: (p.file or "", p.line or 0))
+    if len(problems) <= _MOST_PROBLEMS:
+        return problems
+    last = problems[_MOST_PROBLEMS]
+    more = Problem("(more)", "there are more problems than these", last.file, last.line)
+    return [*problems[:_MOST_PROBLEMS], more]
 
 
 def _lists_to_tuples(value: Any) -> Any:
@@ -101,7 +117,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True)
+    return dump(to_plain(recipe))
 
 
 def digest(recipe: Recipe) -> str:

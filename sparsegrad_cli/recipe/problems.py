@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.source import KeyPath
+from sparsegrad_cli.recipe.yaml_text import shorten
 
 # Keys that people bring along from elsewhere, and where they live here.
 _ELSEWHERE = {
@@ -36,8 +37,8 @@ _ELSEWHERE = {
 
 def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath, str, str | None]:
     """One pydantic error -> (key path, what is wrong, what to do)."""
-    path, sections = _walk(tuple(detail["loc"]), schema)
     kind = detail["type"]
+    path, sections = _walk(tuple(detail["loc"]), schema, unknown=kind == "extra_forbidden")
     context = detail.get("ctx") or {}
     if kind == "extra_forbidden":
         return path, "is not a key here", _suggest_key(str(path[-1]), sections)
@@ -46,12 +47,12 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
         path = (*path, "name")
         if given is None:
             return path, "is missing", f"one of {', '.join(METHOD_NAMES)}"
-        return path, f"{given!r} is not a method", did_you_mean(str(given), METHOD_NAMES)
+        return path, f"{shorten(given)} is not a method", did_you_mean(str(given), METHOD_NAMES)
     if kind == "literal_error":
         expected = str(context.get("expected", ""))
         choices = tuple(part.strip("' ") for part in expected.replace(" or ", ", ").split(", "))
         given = detail.get("input")
-        return path, f"{given!r} is not one of {expected}", _close(str(given), choices)
+        return path, f"{shorten(given)} is not one of {expected}", _close(str(given), choices)
     if kind == "missing":
         return path, "is missing", None
     if kind == "value_error":
@@ -59,17 +60,22 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
         return path, str(error or detail["msg"]), getattr(error, "fix", None)
     given = detail.get("input")
     message = str(detail["msg"]).removeprefix("Input ")
-    return path, f"{_shorten(given)} {message}", _type_fix(kind, given)
+    return path, f"{shorten(given)} {message}", _type_fix(kind, given)
 
 
-def _walk(loc: tuple[Any, ...], schema: type[BaseModel]) -> tuple[KeyPath, list[type[BaseModel]]]:
+def _walk(
+    loc: tuple[Any, ...], schema: type[BaseModel], *, unknown: bool
+) -> tuple[KeyPath, list[type[BaseModel]]]:
     """Drop what pydantic adds to a location (union tags), and find the sections at its parent."""
     path: list[str | int] = []
     sections: list[type[BaseModel]] = [schema]
-    for part in loc:
+    for at, part in enumerate(loc):
         if isinstance(part, int):
             path.append(part)
             continue
+        if unknown and at == len(loc) - 1:  # a key of the user's, whatever it is called
+            path.append(str(part))
+            break
         tagged = [s for s in sections if _tag_of(s) == part and part not in s.model_fields]
         if tagged and len(sections) > 1:
             sections = tagged
@@ -126,11 +132,6 @@ def did_you_mean(given: str, choices: typing.Sequence[str]) -> str:
     """``did you mean X?`` when something is near, else the list of what there is."""
     names = tuple(choices)
     return _close(given, names) or f"there is: {', '.join(names)}"
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _type_fix(kind: str, given: Any) -> str | None:

@@ -16,7 +16,7 @@ from sparsegrad_cli.recipe.method_section import (
     MethodSection,
     SparsegradMethod,
 )
-from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+from sparsegrad_cli.recipe.section import LARGEST, NonNegativeInt, PositiveInt, Section, Seed
 from sparsegrad_cli.recipe.task_section import TaskSection
 
 
@@ -108,7 +108,9 @@ class CalibrationSection(Section):
     )
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     keep_head: bool = Field(False, description="training starts from the warmed head")
-    basis: str | None = Field(None, description="a basis.safetensors made by calibrate")
+    basis: str | None = Field(
+        None, min_length=1, description="a basis.safetensors made by calibrate"
+    )
     energy_steps: NonNegativeInt = Field(
         4, description="held-out gradient steps for the energy table; 0 leaves it out"
     )
@@ -130,7 +132,9 @@ class TrainSection(Section):
     per_device_eval_batch_size: PositiveInt = 64
     gradient_accumulation_steps: PositiveInt = 1
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: int = Field(-1, description="optimizer steps; -1 goes by num_train_epochs")
+    max_steps: int = Field(
+        -1, le=LARGEST, description="optimizer steps; -1 goes by num_train_epochs"
+    )
     lr_scheduler_type: Literal[
         "linear", "constant", "constant_with_warmup", "cosine", "polynomial", "inverse_sqrt"
     ] = "constant"
@@ -225,8 +229,10 @@ class Recipe(Section):
     )
     calibration: CalibrationSection = CalibrationSection()
     train: TrainSection = TrainSection()
-    seed: NonNegativeInt = 42
-    output_dir: str | None = Field(None, description="runs/<task>-<method>-<n> by default")
+    seed: Seed = 42
+    output_dir: str | None = Field(
+        None, min_length=1, description="runs/<task>-<method>-<n> by default"
+    )
 
     @model_validator(mode="before")
     @classmethod

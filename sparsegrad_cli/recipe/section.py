@@ -6,10 +6,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+LARGEST = 2**31 - 1  # a number of anything; what counts in C holds it
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[KMG]iB$")]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
+Bytes = Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})? ?[KMG]iB$")]
 
 
 def parse_bytes(text: str) -> int:
@@ -19,6 +21,7 @@ def parse_bytes(text: str) -> int:
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers."""
+    """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers, no
+    infinity and no NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

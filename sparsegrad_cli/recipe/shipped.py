@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsegrad_cli.paths import exists, expanded, is_file
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -23,10 +25,10 @@ def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | N
 
     A file in the current folder (or beside the recipe that extends it) wins over a shipped one.
     """
-    given = Path(source).expanduser()
+    given = expanded(source)
     places = [given] if given.is_absolute() or relative_to is None else [relative_to / given, given]
     for place in places:
-        if place.exists():
+        if exists(place):
             return place
     if given.is_absolute() or given.parent.name not in ("", "configs", "recipes"):
         return None
@@ -34,6 +36,6 @@ def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | N
     for kind in kinds:
         for name in (given.name, f"{given.name}.yaml"):
             path = shipped_folder(kind) / name
-            if path.is_file():
+            if is_file(path):
                 return path
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 import yaml
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.yaml_text import HALF, MOST_BYTES, MOST_DEPTH, fault_of, load, shorten
 
+COMMAND_LINE = "command line"
 KeyPath = tuple[str | int, ...]
 
 
@@ -32,27 +33,6 @@ class Layer:
     problems: list[Problem] = field(default_factory=list)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader in which ``1e-4`` is a number (YAML 1.2), not a string (YAML 1.1)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-             |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-             |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-             |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
-
-
 def read_yaml(path: Path, shown_as: str | None = None) -> Layer:
     """Read one YAML file whose top level is a mapping.
 
@@ -61,39 +41,39 @@ def read_yaml(path: Path, shown_as: str | None = None) -> Layer:
     """
     name = shown_as or str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise _refusal(f"has more than {MOST_BYTES // 1024} KiB: no recipe is that long", name)
+        text = content.decode("utf-8")
     except FileNotFoundError:
-        raise RecipeError([Problem("(file)", "no such file", file=name)]) from None
+        raise _refusal("no such file", name) from None
     except IsADirectoryError:
-        raise RecipeError([Problem("(file)", "is a folder, not a recipe", file=name)]) from None
+        raise _refusal("is a folder, not a recipe", name) from None
     except UnicodeDecodeError as error:
-        raise RecipeError([Problem("(file)", f"is not UTF-8 text: {error}", file=name)]) from None
-    except OSError as error:
-        raise RecipeError([Problem("(file)", f"cannot be read: {error}", file=name)]) from None
+        raise _refusal(f"is not UTF-8 text: {error}", name) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise _refusal(f"cannot be read: {error}", name) from None
     return parse_yaml(text, name)
+
+
+def _refusal(what: str, name: str, line: int | None = None) -> RecipeError:
+    return RecipeError([Problem("(file)", what, file=name, line=line)])
 
 
 def parse_yaml(text: str, name: str) -> Layer:
     """Parse YAML text; see :func:`read_yaml`."""
-    loader = _Loader(text)
+    layer = Layer({})
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return Layer({})
-        layer = Layer({})
-        _collect_places(node, (), name, layer)
-        data = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        what = f"is not valid YAML: {error.problem or error}"
-        raise RecipeError([Problem("(file)", what, file=name, line=line)]) from None
+        data = load(text, lambda node: _collect_places(node, (), name, layer))
     except yaml.YAMLError as error:
-        raise RecipeError([Problem("(file)", f"is not valid YAML: {error}", file=name)]) from None
-    finally:
-        loader.dispose()
+        what, line = fault_of(error, text)
+        raise _refusal(f"is not valid YAML: {clip(what)}", name, line) from None
+    if data is None:
+        return Layer({})
     if not isinstance(data, dict):
         what = f"holds a {type(data).__name__}; a recipe is a mapping of keys to values"
-        raise RecipeError([Problem("(file)", what, file=name, line=1)])
+        raise _refusal(what, name, 1)
     layer.data = data
     return layer
 
@@ -103,14 +83,13 @@ def _collect_places(node: yaml.Node, path: KeyPath, name: str, layer: Layer) -> 
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:
-            key = str(key_node.value)
-            here = (*path, key)
+            here = (*path, key_node.value)
             line = key_node.start_mark.line + 1
-            if key in seen:
+            if key_node.value in seen:
                 layer.problems.append(
                     Problem(dotted(here), "is written twice", file=name, line=line)
                 )
-            seen.add(key)
+            seen.add(key_node.value)
             layer.places[here] = Place(name, line)
             _collect_places(value_node, here, name, layer)
     elif isinstance(node, yaml.SequenceNode):
@@ -128,21 +107,34 @@ def parse_override(text: str) -> Layer:
     """
     key, sign, raw = text.partition("=")
     parts = key.strip().split(".")
-    if not sign or not all(parts):
+    if not sign or not all(parts) or len(parts) > MOST_DEPTH:
         fix = "write overrides as key.path=value, for example train.learning_rate=1e-4"
-        raise RecipeError([Problem(text, "is not an override", file="command line", fix=fix)])
-    loader = _Loader(raw)
+        problem = Problem(clip(text), "is not an override", file=COMMAND_LINE, fix=fix)
+        raise RecipeError([problem])
     try:
-        value = loader.get_single_data()
+        if len(raw) > MOST_BYTES:
+            raise yaml.YAMLError(f"it has more than {MOST_BYTES // 1024} KiB")
+        value = load(raw)
     except yaml.YAMLError as error:
-        what = f"value {raw!r} is not valid YAML: {error}"
-        raise RecipeError([Problem(key, what, file="command line")]) from None
-    finally:
-        loader.dispose()
+        what = f"value {shorten(raw)} is not valid YAML: {clip(fault_of(error, raw)[0])}"
+        raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)]) from None
+    return setting(key, value)
+
+
+def setting(key: str, value: Any) -> Layer:
+    """A layer with one key from the command line, its value as it is.
+
+    Raises:
+        RecipeError: the name of a file that is no UTF-8, which no recipe could say.
+    """
+    if isinstance(value, str) and HALF.search(value):
+        what = f"{value.encode(errors='replace').decode()!r} is no UTF-8 text"
+        raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)])
+    parts = key.strip().split(".")
     data: Any = value
     places: dict[KeyPath, Place] = {}
     for depth in range(len(parts), 0, -1):
-        places[tuple(parts[:depth])] = Place("command line")
+        places[tuple(parts[:depth])] = Place(COMMAND_LINE)
         data = {parts[depth - 1]: data}
     return Layer(data, places)
 
@@ -152,7 +144,12 @@ def dotted(path: KeyPath) -> str:
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
-    return text or "(top)"
+    return clip(text) or "(top)"
+
+
+def clip(text: str, most: int = 200) -> str:
+    """Text that quotes a recipe, or its beginning: a message is no place for a page."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def find_place(places: Mapping[KeyPath, Place], path: KeyPath) -> Place:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,21 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.section import NonNegativeInt, Section
+from sparsegrad_cli.recipe.section import Section, Seed
 from sparsegrad_cli.recipe.shipped import find_recipe
-from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, parse_override, read_yaml
+from sparsegrad_cli.recipe.source import (
+    COMMAND_LINE,
+    KeyPath,
+    Layer,
+    Place,
+    clip,
+    parse_override,
+    read_yaml,
+)
+from sparsegrad_cli.recipe.tuning import Tune, tuning_problems
+from sparsegrad_cli.recipe.yaml_text import shorten
 
+_MOST_CELLS, _MOST_PROBLEMS = 2000, 100
 # The paper's seeds first, then a plain sequence.
 SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
 
@@ -32,7 +46,7 @@ class MethodEntry(Section):
     ``learning_rates: [1e-3, 2e-3]`` is short for two rows, ``lora-1e-3`` and ``lora-2e-3``.
     """
 
-    label: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    label: str = Field(min_length=1, max_length=80, pattern=r"^[\w.+-]+$")
     method: dict[str, Any]
     train: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
@@ -67,11 +81,11 @@ class Figure(Section):
 class Study(Section):
     """What a study file may say."""
 
-    name: str = Field("comparison", pattern=r"^[\w.+-]+$")
+    name: str = Field("comparison", max_length=80, pattern=r"^[\w.+-]+$")
     recipe: str = "configs/quickstart.yaml"
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     tasks: tuple[TaskEntry, ...] = ()
-    seeds: tuple[NonNegativeInt, ...] = Field(SEEDS[:2], min_length=1)
+    seeds: tuple[Seed, ...] = Field(SEEDS[:2], min_length=1)
     match: str | None = Field(
         "trainable",
         description="trainable: as many entries as the recipe's density says; a budget that each "
@@ -84,6 +98,7 @@ class Study(Section):
         description="recipe keys that may differ between methods, beside method, calibration and "
         "learning rate; the report flags them",
     )
+    tune: Tune | None = Field(None, description="tune every method alike before its cells run")
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -93,7 +108,7 @@ class Study(Section):
         if value is None:
             return None
         if not isinstance(value, str):
-            raise MisspeltError(f"{value!r} is no text", "such as peak=2GiB, or trainable")
+            raise MisspeltError(f"{shorten(value)} is no text", "such as peak=2GiB, or trainable")
         parse_match(value)
         return value
 
@@ -116,6 +131,11 @@ class Study(Section):
             return value
         return tuple({"name": v} if isinstance(v, str) else v for v in value)
 
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _short_tune(cls, value: Any) -> Any:
+        return {"trials": value} if isinstance(value, int) else value
+
 
 def _method_entry(value: Any) -> Any:
     if isinstance(value, str):
@@ -135,6 +155,8 @@ def _by_rate(entry: Any) -> list[Any]:
         return [entry]
     rest = {key: value for key, value in entry.items() if key != "learning_rates"}
     train = rest.get("train") or {}
+    if not isinstance(train, dict):
+        return [rest]
     return [
         {
             **rest,
@@ -147,7 +169,7 @@ def _by_rate(entry: Any) -> list[Any]:
 
 def _short(rate: Any) -> str:
     """0.0005 -> 5e-4."""
-    if not isinstance(rate, float):
+    if not isinstance(rate, float) or not math.isfinite(rate):
         return str(rate)
     digits, exponent = f"{rate:e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -163,7 +185,7 @@ class Cell:
     loaded: LoadedRecipe
 
 
-_DEFAULTS, _OPTION = Place("defaults"), Place("command line")
+_DEFAULTS, _OPTION = Place("defaults"), Place(COMMAND_LINE)
 
 
 @dataclass(frozen=True)
@@ -183,11 +205,16 @@ class LoadedStudy:
 
 
 def load_study(
-    source: str | Path, overrides: tuple[str, ...] = (), match: str | None = None
+    source: str | Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    match: str | None = None,
+    trials: int | None = None,
 ) -> LoadedStudy:
     """Read a study file and check every cell's recipe.
 
-    ``overrides`` are recipe keys for every cell; ``match`` is stronger than the file's.
+    ``overrides`` are recipe keys for every cell, ``match`` is stronger than the file's, ``trials``
+    are those of tuning, if there is any.
 
     Raises:
         RecipeError: everything that is wrong, together.
@@ -196,11 +223,11 @@ def load_study(
     if path is None:
         raise RecipeError([Problem("(file)", "no such file", file=str(source))])
     layer = read_yaml(path, str(source))
-    study = _with_match(check(layer, Study), match)
+    study = _with_trials(_with_match(check(layer, Study), match), trials)
     place = layer.places.get(("recipe",), Place(str(source)))
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
     if recipe is None:
-        what = f"no such file: {study.recipe}"
+        what = f"no such file: {clip(study.recipe)}"
         raise RecipeError([Problem("recipe", what, place.file, place.line)])
     matched = _OPTION if match else layer.places.get(("match",), Place(str(source)))
     return expand(study, str(source), str(recipe), overrides, matched)
@@ -214,10 +241,12 @@ def make_study(
     *,
     match: str | None = None,
     option: str = "--methods",
+    trials: int | None = None,
 ) -> LoadedStudy:
     """A study from the command line: one recipe, some methods by name, the first n seeds.
 
-    ``match`` is as in a file, ``trainable`` by default; ``option`` is to blame for the methods.
+    ``match`` is as in a file, ``trainable`` by default; ``option`` is what to blame for the
+    methods, ``trials`` are those of tuning, if there is any.
 
     Raises:
         RecipeError: an unknown or repeated method, or a broken recipe.
@@ -242,7 +271,7 @@ def make_study(
     recipe = source or "configs/quickstart.yaml"
     name = Path(recipe).stem
     data = {"name": name, "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
-    study = _with_match(Study.model_validate(data), match)
+    study = _with_trials(_with_match(Study.model_validate(data), match), trials)
     return expand(study, f"{name} from the command line", recipe, overrides, _OPTION)
 
 
@@ -259,6 +288,13 @@ def _with_match(study: Study, match: str | None) -> Study:
     return study.model_copy(update={"match": None if match == "none" else match})
 
 
+def _with_trials(study: Study, trials: int | None) -> Study:
+    if trials is None:
+        return study
+    tune = (study.tune or Tune()).model_copy(update={"trials": trials})
+    return study.model_copy(update={"tune": tune})
+
+
 def expand(
     study: Study, source: str, recipe: str, overrides: tuple[str, ...], match_place: Place
 ) -> LoadedStudy:
@@ -266,37 +302,55 @@ def expand(
     base = read_layers(recipe)
     over = [parse_override(text) for text in overrides]
     tasks = study.tasks or (None,)
+    problems = _of_rows(study, source)
     cells: list[Cell] = []
-    problems: dict[str, Problem] = {}
-    for task in tasks:
-        for seed in study.seeds:
-            for entry in study.methods:
-                layers = [*base, *_cell_layers(study, source, task, seed, over)]
-                match = study.match if entry.matched else None
-                layers.append(_method_layer(entry, source, stack(layers).data, match))
-                if task is not None and entry.label in task.methods:
-                    where = f"tasks ({task.name}), methods ({entry.label})"
-                    layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
-                try:
-                    loaded = _checked(layers, source)
-                    cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
-                except RecipeError as error:
-                    problems.update({f"{p.where} {p.what}": p for p in error.problems})
-    labels = [entry.label for entry in study.methods]
-    for number, task in enumerate(study.tasks):
-        for label in sorted(set(task.methods) - set(labels)):
-            what = f"{label!r} is no row of this study"
-            hint = did_you_mean(label, tuple(labels))
-            problems[f"{number} {label}"] = Problem(
-                f"tasks[{number}].methods", what, source, None, hint
-            )
-    if len(set(labels)) != len(labels):
-        problems["labels"] = Problem(
-            "methods", "two rows have one label: give each its own", source
-        )
+    for task, seed, entry in itertools.product(tasks, study.seeds, study.methods):
+        if len(problems) > _MOST_PROBLEMS:
+            break
+        layers = [*base, *_cell_layers(study, source, task, seed, over)]
+        match = study.match if entry.matched else None
+        layers.append(_method_layer(entry, source, stack(layers).data, match))
+        if task is not None and entry.label in task.methods:
+            where = f"tasks ({clip(task.name)}), methods ({entry.label})"
+            layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
+        try:
+            loaded = _checked(layers, source)
+            cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
+        except RecipeError as error:
+            problems.update({f"{p.where} {p.what}": p for p in error.problems})
+    met = Counter((cell.task, cell.label, cell.seed) for cell in cells)
+    twice = [f"{task} {label} seed {seed}" for (task, label, seed), n in met.items() if n > 1]
+    if twice and not problems:
+        what = f"two runs are one and the same: {twice[0]}"
+        problems["twice"] = Problem("seeds, tasks", what, source, None, "name each once")
+    if study.tune is not None:
+        keys = [text.partition("=")[0].strip() for text in overrides]
+        labels = [entry.label for entry in study.methods]
+        for problem in tuning_problems(study.tune, study.seeds, labels, keys, source):
+            problems[f"{problem.where} {problem.what}"] = problem
     if problems:
         raise RecipeError(list(problems.values()))
     return LoadedStudy(study, source, tuple(cells), match_place)
+
+
+def _of_rows(study: Study, source: str) -> dict[str, Problem]:
+    """What is wrong with the rows of a study before any is looked at."""
+    problems: dict[str, Problem] = {}
+    count = max(1, len(study.tasks)) * len(study.seeds) * len(study.methods)
+    if count > _MOST_CELLS:
+        what = f"has {count:,} runs; more than {_MOST_CELLS:,} are no study"
+        raise RecipeError([Problem("(file)", what, source)])
+    labels = [entry.label for entry in study.methods]
+    for number, task in enumerate(study.tasks):
+        for label in sorted(set(task.methods) - set(labels)):
+            what = f"{shorten(label)} is no row of this study"
+            hint = did_you_mean(label, tuple(labels))
+            key = f"tasks[{number}].methods"
+            problems[f"{number} {label}"] = Problem(key, what, source, None, hint)
+    if len(set(labels)) != len(labels):
+        what = "two rows have one label: give each its own"
+        problems["labels"] = Problem("methods", what, source)
+    return problems
 
 
 def _cell_layers(
@@ -305,7 +359,7 @@ def _cell_layers(
     layers = [_layer(dict(study.settings), source, "settings")]
     if task is not None:
         data = {"task": {"name": task.name, **task.task}, "train": dict(task.train)}
-        layers.append(_layer(data, source, f"tasks ({task.name})"))
+        layers.append(_layer(data, source, f"tasks ({clip(task.name)})"))
     layers += over
     layers.append(_layer({"seed": seed, "output_dir": None}, source, "seeds"))
     return layers
@@ -328,7 +382,8 @@ def _method_layer(
         if said.get("entries") is not None:  # which LoRA then refuses: it has ranks
             method["entries"] = said["entries"]
         else:
-            method["density"] = said.get("density") or 0.01
+            density = said.get("density")
+            method["density"] = 0.01 if density is None else density
     data: dict[str, Any] = {"method": method, "train": dict(entry.train)}
     data["calibration"] = dict(entry.calibration)
     if method.get("name") == "lora":

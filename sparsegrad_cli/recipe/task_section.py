@@ -55,7 +55,9 @@ class ChatSection(Section):
         "one long text cut into rows of max_length (the paper)",
     )
     forgetting: str | None = Field(
-        None, description="a plain text file: its loss is measured too, but selects nothing"
+        None,
+        min_length=1,
+        description="a plain text file: its loss is measured too, but selects nothing",
     )
 
 
@@ -68,11 +70,13 @@ class TaskSection(Section):
         "parquet or chat",
         min_length=1,
     )
-    path: str | None = Field(None, description="local file or folder that holds the task")
+    path: str | None = Field(
+        None, min_length=1, description="local file or folder that holds the task"
+    )
     columns: ColumnsSection | None = None
     chat: ChatSection | None = Field(None, description="settings of oasst, dialogues and chat")
     metric: str | None = Field(None, description="score to select by; the task's own by default")
-    max_length: Annotated[int, Field(ge=1)] = Field(128, description="tokens kept of an example")
+    max_length: PositiveInt = Field(128, description="tokens kept of an example")
     padding: Literal["dynamic", "fixed"] = Field(
         "dynamic", description="pad to the batch's longest, or always to max_length (the paper)"
     )

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+_DIGITS = 19  # of a number of 64 bits
 # Embeddings, overrides and isolates: what follows is written backwards until further notice.
 _TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
 
@@ -74,6 +75,12 @@ def text(data: Any, *keys: str) -> str | None:
     if isinstance(found, bool):
         return "yes" if found else "no"
     return clean(str(found)) or None
+
+
+def step_number(key: Any) -> int | None:
+    """A step that stands for a key, as JSON has them: ``"100"``; None for what is none."""
+    plain = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < _DIGITS
+    return int(key) if plain else None
 
 
 def harmless(raw: str) -> str:

@@ -9,6 +9,7 @@ from sparsegrad_cli.report.access import block, dig, mappings, number, text
 from sparsegrad_cli.report.budget_tables import budget_lines
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.tables import Cell, Table
+from sparsegrad_cli.report.tuning_tables import tuning_check
 
 _SAME = {
     "same_model": "model",
@@ -17,8 +18,8 @@ _SAME = {
     "same_data": "data",
     "same_precision": "precision",
 }
-_DECLARED = {
-    "train.learning_rate": "learning rates as tuned for each",
+# set for a budget -> what is said of it
+_SOLVED = {
     "train.per_device_train_batch_size": "batches cut up for the budget, as many examples a step",
     "train.max_steps": "steps as the budget has time for",
 }
@@ -26,8 +27,10 @@ Line = tuple[bool | None, str]
 
 
 def check_lines(compare: Any) -> list[Line]:
-    """(held, sentence) of hashes, of the recipes' diff and of the budget, what held together."""
-    return [*_hash_lines(compare), *_parity_lines(compare), *budget_lines(compare)]
+    """(held, sentence) of hashes, the recipes' diff, tuning and budget: what held, together."""
+    tuned = tuning_check(compare)
+    lines = [*_hash_lines(compare), *_parity_lines(compare), *([tuned] if tuned else [])]
+    return [*lines, *budget_lines(compare)]
 
 
 def _hash_lines(compare: Any) -> list[Line]:
@@ -76,12 +79,20 @@ def _parity_lines(compare: Any) -> list[Line]:
     if not lines:
         count = number(parity, "compared")
         keys = f"{count:.0f} keys " if count is not None else ""
-        declared = {text(found, "key") for found in mappings(parity, "declared")}
-        but = [words for key, words in _DECLARED.items() if key in declared]
+        declared = mappings(parity, "declared")
+        solved = {text(found, "key") for found in declared if _is_solved(found)}
+        tuned = {text(found, "key") for found in declared if not _is_solved(found)}
+        what = "learning rates" if tuned <= {"train.learning_rate"} else "settings"
+        but = [f"{what} as tuned for each"] if tuned else []
+        but += [words for key, words in _SOLVED.items() if key in solved]
         said = f"recipes compared before the first run: {keys}outside the methods equal"
         said = ", ".join([said, *but])
         lines.append((True, f"{said[0].upper()}{said[1:]}."))
     return lines
+
+
+def _is_solved(found: Mapping[str, Any]) -> bool:
+    return text(found, "why") == "budget"
 
 
 def _values(found: Mapping[str, Any]) -> str:
@@ -95,7 +106,7 @@ def parity_table(compare: Any) -> Table | None:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for kind, word in (("flagged", "allowed by the study"), ("declared", "tuned by method")):
         for found in mappings(parity, kind):
-            why = "set for the budget" if text(found, "why") == "budget" else word
+            why = "set for the budget" if _is_solved(found) else word
             key = (text(found, "key") or "?", why, _values(found))
             rows.setdefault(key, []).append(text(found, "task") or "?")
     if not rows:

@@ -6,7 +6,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad_cli.report.access import block, dig, mappings, number, numbers, text
+from sparsegrad_cli.report.access import (
+    block,
+    clean,
+    dig,
+    mappings,
+    number,
+    numbers,
+    step_number,
+    text,
+)
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import format_bytes, format_count, format_seconds, format_share
 from sparsegrad_cli.report.words import ENERGY
@@ -83,7 +92,8 @@ def energy_by_kind(run: Any) -> Table | None:
 def kind_means(run: Any) -> dict[str, Mapping[str, Any]]:
     """Layer kind to mean share per column."""
     energy = block(run, "calibration", "energy")
-    means = {str(k): v for k, v in block(energy, "mean_by_kind").items() if isinstance(v, Mapping)}
+    kinds = block(energy, "mean_by_kind").items()
+    means = {clean(str(kind)): mean for kind, mean in kinds if isinstance(mean, Mapping)}
     if means:
         return means
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -163,7 +173,7 @@ def provenance(record: Any) -> Table:
             found.append((key.replace("_", " "), text(environment, key)))
     for package, version in block(environment, "packages").items():
         if text(version):
-            found.append((str(package), text(version)))
+            found.append((clean(str(package)), text(version)))
     found += [*_cells(record), *_precision(record), *_hashes(record)]
     return Table("Provenance", ("what", "value"), found, left=2)
 
@@ -186,7 +196,7 @@ def _precision(record: Any) -> list[tuple[str, Cell]]:
     found = block(record, "precision")
     if not found:
         return []
-    dtypes = " and ".join(str(name) for name in block(found, "weights"))
+    dtypes = " and ".join(clean(str(name)) for name in block(found, "weights"))
     autocast = text(found, "autocast") or "no"
     return [("precision", f"{dtypes} weights, {autocast} autocast, {text(found, 'matmul')} matmul")]
 
@@ -199,9 +209,9 @@ def _hashes(record: Any) -> list[tuple[str, Cell]]:
         if text(hashes, key)
     ]
     order = block(hashes, "order")
-    last = max((key for key in map(str, order) if key.isdigit()), key=int, default=None)
+    last = max(filter(None, map(step_number, order)), default=None)
     if last is not None:
-        found.append((f"hash of order, {int(last):,} steps", text(order, last)))
+        found.append((f"hash of order, {last:,} steps", text(order, str(last))))
     if text(record, "calibration", "digest"):
         found.append(("hash of basis", text(record, "calibration", "digest")))
     return [(label, value) for label, value in found]

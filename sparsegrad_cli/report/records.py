@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.paths import exists, is_file, is_folder
+from sparsegrad_cli.plain_json import plain_json
 
 SCHEMA = 1
 FILES = ("run.json", "compare.json")
@@ -34,11 +36,10 @@ def load_record(path: str | Path) -> dict[str, Any]:
     """
     file = _find(Path(path))
     try:
-        raw = file.read_text(encoding="utf-8")
-        record = json.loads(raw, parse_constant=lambda name: None)
+        record = plain_json(file.read_bytes())
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FileFormatError(
             f"{file.name} is damaged: {error}",
             where=str(file),
@@ -55,12 +56,12 @@ def load_record(path: str | Path) -> dict[str, Any]:
 
 
 def _find(path: Path) -> Path:
-    if not path.is_dir():
-        if path.exists():
+    if not is_folder(path):
+        if exists(path):
             return path
         raise UsageError(f"{path} does not exist", fix="name the folder of a run or a comparison")
     for name in FILES:
-        if (path / name).is_file():
+        if is_file(path / name):
             return path / name
     raise UsageError(
         f"the folder {path} holds neither run.json nor compare.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad_cli.report.access import block, dig, items, mappings, number, text
+from sparsegrad_cli.report.access import block, clean, dig, items, mappings, number, text
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import (
     MIB,
@@ -202,7 +202,8 @@ def memory_phases(run: Any) -> list[tuple[str, Mapping[str, Any]]]:
     """The phases with a recorded peak, in the order they happen."""
     there = block(run, "memory", "phases")
     names = [*PHASES, *sorted(str(name) for name in there if name not in PHASES)]
-    return [(n, block(there, n)) for n in names if number(there, n, "peak_bytes") is not None]
+    known = [name for name in names if number(there, name, "peak_bytes") is not None]
+    return [(clean(name), block(there, name)) for name in known]
 
 
 def times(run: Any) -> list[tuple[str, float]]:

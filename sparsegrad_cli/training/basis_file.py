@@ -17,17 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
-from sparsegrad_cli.training.checkpoint import save_tensors
+from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.report.access import number
+from sparsegrad_cli.training.writing import save_tensors
 
 _FORMAT = "sparsegrad-basis-1"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 _SCORE = "score/"
+_LENGTH_ERROR = 0.02  # of a direction, as bfloat16 rounds
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ def read_basis(path: Path) -> BasisFile:
             "the basis file is damaged: its metadata was changed", where=str(path), fix=fix
         )
     try:
-        keys = json.loads(metadata["targets"])
-        settings = json.loads(metadata["settings"])
+        keys = _mapping(metadata["targets"])
+        settings = _mapping(metadata["settings"])
         bases = {key: _basis(tensors, key) for key in set(keys.values())}
         scores = {
             name.removeprefix(_SCORE): t for name, t in tensors.items() if name.startswith(_SCORE)
@@ -112,7 +116,11 @@ def read_basis(path: Path) -> BasisFile:
             metadata["digest"],
             scores,
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        if settings.get("seconds") is not None and number(settings, "seconds") is None:
+            raise ValueError("seconds is no number")
+        for name, score in scores.items():
+            _check_score(name, score, bases[keys[name]])
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise FileFormatError(
             f"the basis file is incomplete: {error}", where=str(path), fix=fix
         ) from error
@@ -125,7 +133,40 @@ def read_basis(path: Path) -> BasisFile:
 
 def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
     q_out, q_in, singular_out, singular_in = (tensors.pop(f"{part}/{key}") for part in _PARTS)
+    check_directions(f"q_out/{key}", q_out, singular_out)
+    check_directions(f"q_in/{key}", q_in, singular_in)
     return Basis(by_columns(q_out), by_columns(q_in), singular_out, singular_in)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = plain_json(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text[:40]!r} maps nothing")
+    return found
+
+
+def check_directions(name: str, q: Tensor, singular: Tensor) -> None:
+    """Directions of a side of a layer: columns of length one, with their singular values.
+
+    Raises:
+        ValueError: says what cannot be one.
+    """
+    if not q.is_floating_point() or q.ndim != 2 or not 1 <= q.shape[1] <= q.shape[0]:
+        raise ValueError(f"{name} of shape {tuple(q.shape)} holds no directions")
+    lengths = torch.linalg.vector_norm(q.float(), dim=0)
+    if not bool((lengths - 1).abs().max() < _LENGTH_ERROR):  # NaN is not
+        raise ValueError(f"{name} has columns that are not of length one")
+    fits = singular.is_floating_point() and singular.ndim == 1 and len(singular) >= q.shape[1]
+    if not fits or not bool(torch.isfinite(singular).all()):
+        raise ValueError(f"the singular values of {name} do not fit it")
+
+
+def _check_score(name: str, score: Tensor, basis: Basis) -> None:
+    """Raises ValueError where scores are not those of a core's entries."""
+    shape = (basis.q_out.shape[1], basis.q_in.shape[1])
+    fits = score.is_floating_point() and score.shape == shape
+    if not fits or not bool(torch.isfinite(score).all()):
+        raise ValueError(f"{_SCORE}{name} does not score a core of {shape[0]} x {shape[1]}")
 
 
 def check_belongs(
@@ -190,7 +231,8 @@ def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> 
     sha = hashlib.sha256()
     for name, tensor in sorted(_tensors(bases, scores).items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return sha.hexdigest()
 
 

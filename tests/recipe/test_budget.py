@@ -85,7 +85,7 @@ def test_a_file_is_blamed_by_line_and_the_command_line_by_option(cli: Cli, tmp_p
 def test_the_option_is_stronger_than_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("methods: [lora]\nmatch: peak=2GiB\n", encoding="utf-8")
-    written, given = load_study(path), load_study(path, (), "seconds=5")
+    written, given = load_study(path), load_study(path, match="seconds=5")
     assert written.study.match == "peak=2GiB" and written.match_place.line == 2
     assert given.study.match == "seconds=5" and given.match_place.file == "command line"
 

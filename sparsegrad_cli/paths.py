@@ -1,0 +1,73 @@
+"""Looks at paths that anybody may have written, and keeps to folders that came from anywhere.
+
+A name that no file can have is not there. A link in a run's folder is not followed to write or to
+delete: what it names may be anybody's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsegrad_cli.errors import UsageError
+
+
+def expanded(name: str | Path) -> Path:
+    """``~`` and ``~user`` resolved; where there is no such home, the name as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def exists(name: str | Path) -> bool:
+    """Whether there is anything of that name that can be looked at."""
+    return _holds(Path.exists, name)
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether it is a file, or a link to one."""
+    return _holds(Path.is_file, name)
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether it is a folder, or a link to one."""
+    return _holds(Path.is_dir, name)
+
+
+def _holds(test: Callable[[Path], bool], name: str | Path) -> bool:
+    try:
+        return test(expanded(name))
+    except (OSError, ValueError):  # too long, of a folder closed to us, with a NUL in it
+        return False
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all in it; of a link to one, the link. Anything else stays.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def refuse_link(path: Path, inside: Path) -> Path:
+    """The path, if neither it nor a folder between it and ``inside`` is a link.
+
+    Raises:
+        UsageError: says which is one.
+    """
+    for part in (path, *path.parents):
+        if part == inside or part in inside.parents:
+            break
+        if part.is_symlink():
+            raise UsageError(
+                f"{part} is a link: what is written there would lie outside of {inside}",
+                where=str(part),
+                fix="take the link away, or put what it names in its place",
+            )
+    return path

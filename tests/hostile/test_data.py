@@ -1,0 +1,66 @@
+"""Data files that mean harm: text that can be learnt from, or an error with file and line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from hostility import holds, scratch
+from tables import delimited, json_rows, questions
+
+from sparsegrad_cli.data.chat_files import load_chat_files
+from sparsegrad_cli.data.chat_settings import ChatSettings
+from sparsegrad_cli.data.loading import load_task
+from sparsegrad_cli.generate.questions import read_questions
+from sparsegrad_cli.judge.answers import read_answers
+
+
+def tabular(path: Path, kind: str) -> None:
+    """What is read is text that UTF-8 can write, and labels that float32 can hold."""
+    task = load_task(kind, path=path)
+    for part in (task.train, task.validation["validation"]):
+        for text in part["text"]:
+            assert text.strip() and text.encode("utf-8")
+        assert all(math.isfinite(label) for label in part["label"])
+    assert all(math.isfinite(value) for value in task.majority.values())
+
+
+@holds("any CSV or TSV", content=delimited())
+def test_delimited(content: bytes) -> None:
+    with scratch() as folder:
+        path = folder / ("d.tsv" if b"\t" in content[:20] else "d.csv")
+        path.write_bytes(content)
+        tabular(path, "csv")
+
+
+@holds("any JSON lines or array, a table", content=json_rows("classes", "scores"))
+def test_json(content: bytes) -> None:
+    with scratch() as folder:
+        path = folder / "d.jsonl"
+        path.write_bytes(content)
+        tabular(path, "json")
+
+
+@holds("any JSON lines or array, chats", content=json_rows("chats", "completions"))
+def test_chats(content: bytes) -> None:
+    with scratch() as folder:
+        path = folder / "d.jsonl"
+        path.write_bytes(content)
+        found = load_chat_files(path, ChatSettings())
+        for each in (*found.train, *found.validation):
+            for turn in each.turns:
+                assert turn.text.encode("utf-8")
+
+
+LINES = json_rows("questions", rows=questions(), most=1)
+
+
+@holds("any questions, and answers to them", asked=LINES, told=LINES)
+def test_questions_and_answers(asked: bytes, told: bytes) -> None:
+    with scratch() as folder:
+        (folder / "q.jsonl").write_bytes(asked)
+        (folder / "a.jsonl").write_bytes(told)
+        found = read_questions("q.jsonl")
+        for question in found:
+            assert all(turn.encode("utf-8") for turn in question.turns)
+        read_answers([folder / "a.jsonl"], found)

@@ -1,0 +1,267 @@
+"""Links and paths in folders from anywhere: nothing outside of a run is written or deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+from answered import cell, put, side_by_side
+from evil import EVIL
+from hostility import check_error, holds, scratch, tree
+from hypothesis import strategies as st
+from pages import without
+from samples import compare_record, run_record
+
+from sparsegrad_cli.cli.runs import report
+from sparsegrad_cli.compare.claims import Claim
+from sparsegrad_cli.compare.folder import StudyFolder, safe_name, study_digest
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.export.run_files import open_run
+from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
+from sparsegrad_cli.generate.side_by_side import answer_files
+from sparsegrad_cli.judge.session import JudgeOptions
+from sparsegrad_cli.recipe.loading import load_recipe, to_yaml
+from sparsegrad_cli.recipe.study import make_study
+from sparsegrad_cli.report.records import write_json_atomic, write_text_atomic
+from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
+
+RUN_NAMES = (
+    *("run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md", "basis.safetensors"),
+    *("adapter", "model", "answers", "checkpoint-1", "checkpoint-x", "export-lora", "checkpoint-"),
+    *("export-merged", "thesis.txt", ".lock"),
+)
+STUDY_NAMES = (
+    "compare.json",
+    "report.html",
+    "report.md",
+    "report.tex",
+    "cells",
+    "answers",
+    "tuning",
+    "tuning.db",
+    ".at-work.lock",
+    ".ledger.lock",
+    "x.txt",
+)
+CELLS = (
+    *("cells/glue-rte-lora-s42.claim", "cells/glue-rte-lora-s3705.claim"),
+    *("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),
+)
+KINDS = ("folder", "file", "to a folder", "to a file", "to nothing", "to itself", "upwards")
+
+
+def furnish(folder: Path, things: dict[str, str]) -> None:
+    """Make files, folders and links; ``outside`` beside the folder is what must stay as it is."""
+    outside = folder.parent / "outside"
+    for path in (outside / "checkpoint-1", outside / "cells"):
+        path.mkdir(parents=True)
+        (path / "precious").write_text("x")
+    (outside / "file").write_text("precious")
+    targets = {"to a folder": outside, "to a file": outside / "file", "to nothing": outside / "no"}
+    targets |= {"upwards": Path("..") / "outside" / "checkpoint-1"}
+    for name, kind in things.items():
+        path = folder / name
+        if not path.parent.is_dir() or path.is_symlink() or path.exists():
+            continue
+        if kind == "folder":
+            path.mkdir()
+            (path / "inside").write_text("x")
+        elif kind == "file":
+            path.write_text("x")
+        else:
+            path.symlink_to(targets.get(kind, path.name))
+
+
+def things(*names: str) -> st.SearchStrategy[dict[str, str]]:
+    return st.dictionaries(st.sampled_from(names), st.sampled_from(KINDS), max_size=6)
+
+
+@holds("links in a run's folder, train --overwrite", found=things(*RUN_NAMES), many=1000)
+def test_overwriting_a_run(found: dict[str, str]) -> None:
+    """What training writes afterwards, it writes into the folder."""
+    recipe = load_recipe(None).recipe
+    with scratch() as folder:
+        run = folder / "run"
+        run.mkdir()
+        furnish(run, found)
+        before = tree(folder / "outside")
+        try:
+            with held_run_dir(run):
+                open_run_dir(run, recipe, resume=False, overwrite=True)
+                record = RunRecord(run, {"command": "train"})
+                record.save()
+            with (run / "steps.jsonl").open("a") as steps:
+                steps.write("{}\n")
+            with contextlib.suppress(OSError):  # somebody's file of that name stays
+                (run / "adapter").mkdir(exist_ok=True)
+                (run / "adapter" / "adapter.safetensors").write_text("x")
+            for name in ("report.html", "report.md"):
+                write_text_atomic(run / name, "x")
+            if found.get("thesis.txt") in ("folder", "file"):
+                assert (run / "thesis.txt").exists()
+        finally:
+            assert tree(folder / "outside") == before
+
+
+@holds("links in a run's folder, report", found=things(*RUN_NAMES[1:5]), many=300, few=5)
+def test_reporting_a_run(found: dict[str, str]) -> None:
+    with scratch() as folder:
+        run = folder / "run"
+        run.mkdir()
+        furnish(run, found)
+        before = tree(folder / "outside")
+        write_json_atomic(run / "run.json", run_record() | {"output_dir": "../outside"})
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), without(drawing=False):
+                report(run)
+            assert not (run / "report.md").is_symlink() and not (run / "report.html").is_symlink()
+        finally:
+            assert tree(folder / "outside") == before
+
+
+@holds(
+    "links in a comparison's folder, compare",
+    found=things(*STUDY_NAMES, *CELLS),
+    overwrite=st.booleans(),
+)
+def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
+    """With --overwrite links go and what they name stays; without, cells that are links are not
+    run in."""
+    study = make_study(None, ("lora",), 2, ("task=glue/rte", "method.density=0.01"))
+    with scratch() as folder:
+        place = folder / "study"
+        place.mkdir()
+        furnish(place, {"compare.json": "", **found})
+        if (place / "compare.json").is_symlink():
+            (place / "compare.json").unlink()
+            write_json_atomic(place / "compare.json", compare_record() | {"cells": []})
+        before = tree(folder / "outside")
+        try:
+            opened = StudyFolder(place)
+            opened.prepare(overwrite=overwrite)
+            with opened.ledger():
+                opened.enter(lambda: study, study_digest(study), overwrite=overwrite)
+                opened.refuse_links(study)
+            for one in study.cells:
+                with Claim(opened.cell(one).with_suffix(".claim")) as claim:
+                    claim.settle()
+                opened.cell(one).mkdir(parents=True, exist_ok=True)
+                (opened.cell(one) / "run.json").write_text("{}")
+                write_text_atomic(opened.cell(one).with_suffix(".yaml"), "x")
+            (place / "tuning.db").touch()
+            (place / "tuning").mkdir(exist_ok=True)
+            (place / "tuning" / "x").touch()
+        finally:
+            assert tree(folder / "outside") == before
+
+
+@holds("any text as a folder's name", text=st.one_of(st.sampled_from(EVIL), st.text()), many=2000)
+def test_names(text: str) -> None:
+    """One part, of a length that every file system takes, and neither this folder nor the next."""
+    name = safe_name(text)
+    assert Path(name).name == name and name not in ("", ".", "..") and len(name) <= 200
+    assert Path("/a", name).parent == Path("/a")
+
+
+@pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
+def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
+    """Where compare.json says another thing, the models there are not asked."""
+    from sparsegrad_cli import runner
+
+    with scratch() as folder:
+        place = folder / "study"
+        (place / "cells").mkdir(parents=True)
+        furnish(place, {})
+        (place / "cells" / "link").symlink_to(folder / "outside")
+        run = run_record() | {"task": {"kind": "chat"}, "status": "done"}
+        cells = [cell("lora", 1, run) | {"run_dir": where}]
+        write_json_atomic(place / "compare.json", compare_record() | {"cells": cells})
+        before = tree(folder / "outside")
+        model = ModelOptions(str(place))
+        options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
+        with pytest.raises(UsageError, match="outside") as caught:
+            runner.generate(options)
+        check_error(caught.value)
+        assert tree(folder / "outside") == before
+
+
+def test_answers_are_not_written_through_a_link() -> None:
+    from sparsegrad_cli import runner
+
+    with scratch() as folder:
+        place = folder / "study"
+        place.mkdir()
+        furnish(place, {"answers": "to a folder"})
+        write_json_atomic(place / "compare.json", compare_record())
+        before = tree(folder / "outside")
+        model = ModelOptions(str(place))
+        options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
+        with pytest.raises(UsageError, match="is a link"):
+            runner.generate(options)
+        (place / "judge-questions").symlink_to(folder / "outside")
+        with pytest.raises(UsageError, match="is a link"):
+            assert JudgeOptions((place,), "builtin:questions", "http://x", "m").folder
+        assert tree(folder / "outside") == before
+
+
+@pytest.mark.parametrize("name", ["../outside/file", "/etc/hostname", "answers/link"])
+def test_answers_outside_of_a_comparison_are_sent_to_no_judge(name: str) -> None:
+    """A record that names somebody's file would have its lines sent to the endpoint."""
+    with scratch() as folder:
+        place = folder / "study"
+        place.mkdir()
+        furnish(place, {"answers": "folder"})
+        (place / "answers" / "link").symlink_to(folder / "outside" / "file")
+        made = side_by_side({"lora 1": [["a"]]})
+        made["columns"][0]["file"] = name
+        put(place, made, "questions")
+        with pytest.raises(UsageError, match="lies outside"):
+            answer_files(place, "builtin:questions")
+
+
+def test_code_that_comes_with_a_run_is_not_run_unasked(tmp_path: Path) -> None:
+    """recipe.yaml of a run's folder may say that it may; the one who opens the folder has not."""
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter.safetensors").touch()
+    (run / "model").mkdir()
+    recipe = load_recipe(None, (f"model={run / 'model'}", "model.trust_remote_code=true")).recipe
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    write_json_atomic(run / "run.json", {"schema": 1, "command": "train", "status": "done"})
+    with pytest.raises(UsageError, match="not run unasked") as caught:
+        open_run(run)
+    assert "model.trust_remote_code=true" in str(caught.value.fix)
+    with pytest.raises(FileFormatError, match="incomplete"):  # asked for, it goes on
+        open_run(run, ("model.trust_remote_code=true",))
+
+
+def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Path) -> None:
+    from sparsegrad_cli import runner
+    from sparsegrad_cli.export.options import ExportOptions
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "export.json").write_text('{"to": "lora"}')
+    (exportable / "export-lora").symlink_to(outside)
+    before = tree(outside)
+    for overwrite in (True, False):
+        with pytest.raises(UsageError, match="is a link"):
+            runner.export(exportable, ExportOptions("lora", overwrite=overwrite))
+    assert tree(outside) == before
+
+
+@pytest.mark.parametrize("name", ["123", "null", "[red]x[/]", "a #b", "{x", "lr=1e-3", "1e5"])
+def test_a_folder_is_called_what_it_is_called(name: str) -> None:
+    """A run's folder goes through no YAML: `a #b` was `a`, and `123` a number."""
+    from sparsegrad_cli.cli.arguments import load
+
+    with scratch() as folder:
+        assert load(None, Path(name)).recipe.output_dir == name
+        run = folder / "runs" / name
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text("seed: 7\n")
+        loaded = load([f"runs/{name}"], None).recipe
+        assert (loaded.output_dir, loaded.seed) == (f"runs/{name}", 7)
+        assert load([f"runs/{name}", "output_dir=y"], None).recipe.output_dir == "y"

@@ -1,0 +1,87 @@
+"""Recipes and studies out of any YAML: valid, or refused with a place; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hostility import check_harmless, holds, scratch, tree
+from hypothesis import strategies as st
+from yamls import junk, scalars, spoilt, torn, trees
+
+from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain, to_yaml
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.study import load_study
+
+
+def read(content: bytes, *overrides: str, study: bool = False) -> None:
+    """Load a recipe or study that lies in an otherwise empty folder, and write it down again."""
+    with scratch() as folder:
+        path = folder / "r.yaml"
+        path.write_bytes(content)
+        before = tree(folder.parent)
+        try:
+            if study:
+                load_study(path, overrides)
+            else:
+                again(path, overrides)
+        finally:
+            assert tree(folder.parent) == before
+
+
+def again(path: Path, overrides: tuple[str, ...]) -> None:
+    """What is accepted is written to the run's folder, and must be the same recipe from there."""
+    recipe = load_recipe(path, overrides).recipe
+    assert len(digest(recipe)) == 64
+    resolved = path.with_name("resolved.yaml")
+    check_harmless(to_yaml(recipe))
+    resolved.write_text(to_yaml(recipe), encoding="utf-8")
+    try:
+        back = load_recipe(resolved).recipe
+    finally:
+        resolved.unlink()
+    assert settled(back) == settled(recipe)
+
+
+def settled(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with its paths made absolute: a relative one is looked for beside the recipe."""
+    plain = to_plain(recipe)
+    for section, key in ((plain["task"], "path"), (plain["calibration"], "basis")):
+        section[key] = section[key] and str(Path(section[key]).resolve())
+    return plain
+
+
+@holds("a recipe of any tree", content=trees())
+def test_a_recipe_of_any_tree(content: str) -> None:
+    read(content.encode("utf-8", "surrogatepass"))
+
+
+@holds("a study of any tree", content=trees())
+def test_a_study_of_any_tree(content: str) -> None:
+    read(content.encode("utf-8", "surrogatepass"), study=True)
+
+
+@holds("a shipped recipe or study, spoilt", case=spoilt())
+def test_a_shipped_file_spoilt(case: tuple[str, bytes]) -> None:
+    read(case[1], study=case[0] == "recipes")
+
+
+@holds("a shipped recipe, its bytes torn", content=torn())
+def test_a_shipped_file_torn(content: bytes) -> None:
+    read(content)
+
+
+@holds("any bytes for a recipe", content=junk())
+def test_any_bytes(content: bytes) -> None:
+    read(content)
+
+
+@holds(
+    "any override",
+    key=st.one_of(
+        st.sampled_from(("seed", "task.path", "output_dir", "method", "a.b", "")), st.text()
+    ),
+    value=st.one_of(scalars(), st.text()),
+)
+def test_any_override(key: str, value: str) -> None:
+    read(b"", f"{key}={value}")

@@ -1,0 +1,67 @@
+"""Records that mean harm: reported all the same, as text, in every form of a report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import tex
+from evil import check_markdown, check_page, records
+from hostility import check_harmless, holds, scratch
+from pages import without
+from samples import compare_record, run_record, study_record
+
+from sparsegrad_cli.cli.runs import report
+
+
+def calibration() -> dict[str, Any]:
+    return run_record() | {"command": "calibrate"}
+
+
+def reported(folder: Path, name: str, record: Any) -> str:
+    """What ``sparsegrad report`` prints of a folder with this record; its files are checked."""
+    (folder / name).write_text(json.dumps(record))
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        report(folder)
+    check_harmless(shown.getvalue())
+    check_page((folder / "report.html").read_text(encoding="utf-8"))
+    check_markdown((folder / "report.md").read_text(encoding="utf-8"))
+    if name == "compare.json":
+        tex.check((folder / "report.tex").read_text(encoding="utf-8"))
+    return shown.getvalue()
+
+
+COMPARISONS = (compare_record, study_record)
+
+
+@holds("a run's record, spoilt, in its reports", few=20, record=records(run_record, calibration))
+def test_a_run(record: Any) -> None:
+    with scratch() as folder, without(drawing=False):
+        reported(folder, "run.json", record)
+
+
+@holds("a comparison's record, spoilt, in its reports", record=records(*COMPARISONS))
+def test_a_comparison(record: Any) -> None:
+    with scratch() as folder, without(figures=False):
+        reported(folder, "compare.json", record)
+
+
+@holds("a comparison's record, spoilt, in figures", few=5, many=300, record=records(*COMPARISONS))
+def test_figures(record: Any) -> None:
+    with scratch() as folder, without(drawing=False):
+        reported(folder, "compare.json", record)
+
+
+@holds(
+    "a spoilt record's figures, drawn",
+    few=1,
+    many=40,
+    record=records(run_record, calibration, *COMPARISONS),
+)
+def test_drawn_figures(record: Any) -> None:
+    with scratch() as folder:
+        reported(folder, "compare.json" if "cells" in record else "run.json", record)

@@ -1,0 +1,202 @@
+"""Whatever files, models and people call things: the terminal shows it, and obeys no one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answered import put, side_by_side
+from evil import EVIL, check_markdown, check_page, records, values, words
+from hostility import check_error, check_harmless, holds, scratch
+from hypothesis import strategies as st
+from pages import without
+from rich.console import Console
+from samples import compare_record, run_record
+from small import Cli
+
+from sparsegrad_cli.cli.progress import ProgressObserver
+from sparsegrad_cli.errors import (
+    DataError,
+    DiskError,
+    FileFormatError,
+    OutOfMemoryError,
+    Problem,
+    RecipeError,
+    SparsegradError,
+    UsageError,
+)
+from sparsegrad_cli.report.compare_files import write_compare_report
+from sparsegrad_cli.report.judge_tables import judge_markdown
+from sparsegrad_cli.report.records import write_json_atomic
+from sparsegrad_cli.report.terminal import export_table, judge_table, plain_line
+
+KINDS = (SparsegradError, DataError, FileFormatError, UsageError, DiskError, OutOfMemoryError)
+NAMES = (
+    "[red]x[/]",
+    "[/]",
+    "a\x1b[31mb",
+    "a\nb",
+    "\u202egnp",
+    "<b>x</b>",
+    "a|b",
+    "[link=x]y",
+    "é中",
+)
+
+
+@holds(
+    "any text in an error",
+    kind=st.sampled_from(KINDS),
+    what=words().filter(str.strip),
+    where=words().filter(bool),
+    fix=st.one_of(st.none(), words()),
+)
+def test_errors(kind: type[SparsegradError], what: str, where: str, fix: str | None) -> None:
+    block = check_error(kind(what, where=where, fix=fix))
+    assert len(block) < 40_000
+
+
+@holds("any text in a recipe's error", parts=st.lists(words(), min_size=4, max_size=4))
+def test_recipe_errors(parts: list[str]) -> None:
+    key, what, file, fix = (part if part.strip() else "x" for part in parts)
+    check_error(
+        RecipeError([Problem(key, what, file, 3, fix), Problem(what, key, fix, None, file)])
+    )
+
+
+@holds("any text in progress", parts=st.lists(words(), min_size=3, max_size=3), number=st.floats())
+def test_progress(parts: list[str], number: float) -> None:
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), ProgressObserver() as observer:
+        observer.phase("load", parts[0])
+        observer.note(parts[1])
+        observer.total_steps("train", 3)
+        observer.step("train", {"step": 1, "loss": number, "rss_bytes": 5})
+        record = {"step": 1, "epoch": 0.5, "metric": parts[2], "score": 0.5, "loss": number}
+        observer.evaluated(record)
+    check_harmless(shown.getvalue())
+
+
+def rendered(renderable: Any) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(renderable)
+    shown: str = console.file.getvalue()  # type: ignore[attr-defined]
+    check_harmless(shown)
+    return shown
+
+
+JUDGED = {
+    "schema": 1,
+    "mode": "single",
+    "status": "failed",
+    "judge": "j",
+    "endpoint": "http://e",
+    "questions": "q.jsonl",
+    "answers": [{"model": "m", "file": "a.jsonl", "digest": "0" * 64, "settings": {"seed": 1}}],
+    "rows": [
+        {"model": "m", "category": None, "mean": 5.0, "standard_error": 0.1, "questions": 2}
+        | {"turn_means": [5.0, 6.0], "unreadable": 0, "failed": 1},
+    ],
+    "requests": {"asked": 2, "kept": 0},
+    "failures": ["m, question 1, turn 1: no"],
+    "notes": ["n"],
+}
+PAIRS = JUDGED | {
+    "mode": "pairwise",
+    "rows": [
+        {"models": ["a", "b"], "category": None, "wins": 1, "ties": 0, "losses": 2, "share": 0.3}
+        | {"standard_error": 0.1, "flips": 1, "one_order": 0, "first_flips": 1, "failed": 0},
+    ],
+}
+EXPORTED = {
+    "to": "lora",
+    "run": "runs/a",
+    "source": "adapter",
+    "model": {"name": "m", "quantization": "4bit"},
+    "method": {"name": "lora", "form": None, "support": None},
+    "check": {"examples": 3, "answers": 3, "same_answers": 3, "largest_logit": 2.0}
+    | {"difference": 1e-6, "judged": {"against": "the run", "difference": 0.0, "tolerance": 1e-4}},
+    "error": 0.1,
+    "targets": [{"rank": 4, "error": 0.1}],
+    "modules": ["classifier"],
+    "files": {"a.safetensors": 7},
+    "bytes": 7,
+    "load": "x = load()",
+    "notes": ["n"],
+}
+
+
+@holds("a judge's record, spoilt", record=records(lambda: JUDGED, lambda: PAIRS, most=4))
+def test_judged(record: Any) -> None:
+    rendered(judge_table(record))
+    check_markdown(judge_markdown(record))
+
+
+@holds("an export's record, spoilt", record=records(lambda: EXPORTED, most=4))
+def test_exported(record: Any) -> None:
+    rendered(export_table(record))
+
+
+@st.composite
+def talks(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
+    """What models answered, and the lines of a judge's verdicts."""
+    said = draw(st.lists(words(), min_size=2, max_size=2))
+    made = side_by_side({"base": [said], "lora 1": [said], "core 1": [said]})
+    for column in made["columns"]:
+        column["run_dir"] = column.get("run_dir")
+    spoilt = draw(records(lambda: made, most=6))
+    verdict = {"question_id": 0, "turn": 1, "kind": "single", "judge": draw(words())}
+    verdict |= {"status": "decided", "verdict": 7, "messages": [{"content": "q0.0" + said[0]}]}
+    lines = [json.dumps(verdict | draw(st.dictionaries(st.sampled_from([*verdict]), values())))]
+    return spoilt, [*lines, *draw(st.lists(words(), max_size=1))]
+
+
+@holds("answers and verdicts, spoilt, in reports", talk=talks())
+def test_answers(talk: tuple[dict[str, Any], list[str]]) -> None:
+    made, lines = talk
+    with scratch() as folder, without(figures=False):
+        put(folder, made)
+        (folder / "judge-q").mkdir()
+        content = "\n".join(lines).encode("utf-8", "surrogatepass")
+        (folder / "judge-q" / "verdicts.jsonl").write_bytes(content)
+        write_compare_report(folder, compare_record())
+        check_page((folder / "report.html").read_text(encoding="utf-8"))
+        check_markdown((folder / "report.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_is_reported(cli: Cli, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name.replace("/", "∕")
+    folder.mkdir()
+    write_json_atomic(folder / "run.json", run_record() | {"name": name})
+    with without(drawing=False):
+        outcome = cli("report", str(folder))
+    assert outcome.code == 0, outcome.err
+    check_harmless(outcome.out)
+    if name.isprintable():
+        assert name in outcome.out
+    missing = cli("report", str(folder) + "[/]")
+    assert missing.code == 2 and "[/] does not exist" in missing.flat
+    check_harmless(missing.err)
+
+
+def test_a_run_that_does_not_say_where_it_lies_is_reported_where_it_does(
+    cli: Cli, tmp_path: Path
+) -> None:
+    for said in ({}, {"output_dir": 3}, {"output_dir": "../elsewhere"}):
+        record = {k: v for k, v in run_record().items() if k != "output_dir"}
+        write_json_atomic(tmp_path / "run.json", record | said)
+        with without(drawing=False):
+            outcome = cli("report", str(tmp_path))
+        assert outcome.code == 0 and str(tmp_path / "report.html") in outcome.out.replace("\n", "")
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_a_line_that_names_files_is_one_line(text: str) -> None:
+    line = plain_line(f"Report: {text}")
+    assert "\n" not in line.plain
+    check_harmless(line.plain)

@@ -1,0 +1,200 @@
+"""YAML that unfolds, nests, names code or files without end: one error, or a bounded result."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hostility import check_error, no_hang, scratch, tree
+
+from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.source import parse_yaml, read_yaml
+from sparsegrad_cli.recipe.study import load_study
+from sparsegrad_cli.recipe.yaml_text import MOST_BYTES, dump
+
+LETTERS = "abcdefghij"
+
+
+def laughs(item: str) -> str:
+    """Ten lines, each of ten of the line before: 10^9 of the first. ``item`` holds an alias."""
+    lines = [f"a: &a {item.format(', '.join('x' * 10))}"]
+    for before, here in pairwise(LETTERS):
+        lines.append(f"{here}: &{here} {item.format(', '.join([f'*{before}'] * 10))}")
+    return "\n".join(lines)
+
+
+def ladder(rungs: int) -> str:
+    """Each line holds the one before: no line is deep, the last is as deep as there are lines."""
+    steps = [f"k{n}: &k{n} [*k{n - 1}]" for n in range(1, rungs)]
+    return "\n".join(["k0: &k0 [x]", *steps])
+
+
+MERGED = "a: &a {p: 1, q: 2}\n" + "\n".join(
+    f"{here}: &{here} {{<<: [{', '.join([f'*{before}'] * 10)}]}}"
+    for before, here in pairwise(LETTERS)
+)
+
+REFUSED = {
+    "aliases of aliases": (laughs("[{}]"), "unfolds to more than"),
+    "mappings of aliases": (laughs("{{k: [{}]}}"), "unfolds to more than"),
+    "merges of merges": (MERGED, "unfolds to more than"),
+    "one list, a hundred thousand times": (
+        "a: &a [" + "x, " * 1000 + "]\nb: [" + "*a, " * 1000 + "]",
+        "unfolds to more than",
+    ),
+    "a ladder of aliases": (ladder(3000), "deeper than"),
+    "an alias in itself": ("a: &a [*a]", "inside of what it names"),
+    "a mapping in itself": ("a: &a {b: {c: *a}}", "inside of what it names"),
+    "a merge of itself": ("a: &a {<<: *a}", "inside of what it names"),
+    "100,000 lists in lists": ("[" * 100_000, "nested more than"),
+    "50,000 mappings in mappings": ("{a: " * 50_000, "nested more than"),
+    "100,000 dashes": ("- " * 100_000, "nested more than"),
+    "700 indented blocks": ("\n".join(" " * n + "a:" for n in range(700)), "nested more than"),
+    "too long": ("#" * (MOST_BYTES + 1), "more than 256 KiB"),
+    "a key that is a list": ("? [a, b]\n: 1", "a key is a word"),
+    "python objects": (
+        "a: !!python/object/apply:os.system ['touch pwned']",
+        "could not determine a constructor",
+    ),
+    "python names": ("a: !!python/name:os.system", "could not determine a constructor"),
+    "a tag of one's own": ("a: !mine {b: 1}", "could not determine a constructor"),
+    "binary": ("a: !!binary aGVsbG8=", "could not determine a constructor"),
+    "a number of 5,000 digits": (f"seed: {'9' * 5000}", "is no int"),
+    "a number in 5,000 hexadecimal digits": (f"seed: 0x{'f' * 5000}", "too large"),
+    "half a character": (r'a: "\ud83d"', "U+D83D, which is no character"),
+    "a NUL": (r'a: "\0"', "U+0000, which is no character"),
+    "a NUL as it is": ("a: 1\nb: \0", "U+0000 is not allowed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_never_end_is_refused_at_once(case: str) -> None:
+    text, says = REFUSED[case]
+    with scratch() as folder:
+        path = folder / "r.yaml"
+        path.write_text(text, encoding="utf-8")
+        before = tree(folder.parent)
+        for load in (load_recipe, load_study):
+            with no_hang(), pytest.raises(RecipeError) as caught:
+                load(path)
+            assert says in caught.value.problems[0].what
+            block = check_error(caught.value)
+            assert len(block) < 3000
+        assert tree(folder.parent) == before
+
+
+def test_what_is_long_and_no_bomb_is_read() -> None:
+    with no_hang():
+        assert parse_yaml(f"a: {'x' * 200_000}", "t").data["a"] == "x" * 200_000
+        assert parse_yaml(f"a: '{'x ' * 100_000}'", "t").data["a"] == "x " * 100_000
+        many = parse_yaml("a: [" + "1, " * 40_000 + "]", "t").data["a"]
+    assert len(many) == 40_000
+    deep = parse_yaml("a: " + "[" * 30 + "]" * 30, "t").data["a"]
+    assert repr(deep) == "[" * 30 + "]" * 30
+
+
+def test_anchors_aliases_and_merges_mean_what_they_mean() -> None:
+    layer = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n", "t")
+    assert layer.data["b"] == {"x": 1, "y": 3} and layer.data["c"] == [{"x": 1, "y": 2}] * 2
+    assert not layer.problems
+
+
+@pytest.mark.parametrize("word", ["1e-4", "1e5", "12e3", ".5", "0x1F", "017", "1:30", "2020-01-01"])
+def test_a_word_that_looks_like_a_number_is_written_so_that_it_stays_one(word: str) -> None:
+    for value in (word, {word: word}, [word]):
+        assert parse_yaml(dump({"a": value}), "t").data == {"a": value}
+
+
+def test_dates_and_times_of_day_are_words() -> None:
+    """YAML 1.1 made 80 of 1:20, and a traceback of 2020-13-45."""
+    layer = parse_yaml("a: 1:20\nb: 2020-13-45\nc: 2026-11-21\non: 1\n7: x\n", "t")
+    assert layer.data == {"a": "1:20", "b": "2020-13-45", "c": "2026-11-21", "on": 1, "7": "x"}
+
+
+def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
+    """Each extends the next one twice: 2^20 files would be read."""
+    for number in range(20):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"extends: [{number + 1}.yaml, {number + 1}.yaml]\n")
+    (tmp_path / "20.yaml").write_text("seed: 1\n")
+    with no_hang(), pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "0.yaml")
+    assert "more than 32 files" in caught.value.problems[0].what
+
+
+@pytest.mark.parametrize("named", ["5", "true", "{a: b}", "[1]", "[[a]]", "0", "false", "''"])
+def test_what_names_no_file_is_not_extended(tmp_path: Path, named: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"extends: {named}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert caught.value.problems[0].key in ("extends", "(file)")
+
+
+def test_a_device_without_end_is_no_recipe() -> None:
+    with no_hang(), pytest.raises(RecipeError, match="1 problem") as caught:
+        read_yaml(Path("/dev/zero"))
+    assert "more than 256 KiB" in caught.value.problems[0].what
+
+
+def test_a_study_of_a_million_runs_is_refused_before_any_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    labels = ", ".join(f"{{label: m{n}, method: full}}" for n in range(1000))
+    path.write_text(f"methods: [{labels}]\nseeds: [{', '.join(map(str, range(1000)))}]\n")
+    with no_hang(), pytest.raises(RecipeError) as caught:
+        load_study(path)
+    assert "1,000,000 runs" in caught.value.problems[0].what
+
+
+@pytest.mark.parametrize("twice", ["seeds: [1, 2, 1]", "tasks: [glue/rte, glue/cola, glue/rte]"])
+def test_a_run_is_named_once(tmp_path: Path, twice: str) -> None:
+    """Two runs of one name would write into one folder."""
+    path = tmp_path / "s.yaml"
+    path.write_text(f"methods: [lora]\nsettings: {{method: {{density: 0.01}}}}\n{twice}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_study(path)
+    assert "one and the same" in caught.value.problems[0].what
+
+
+def test_ten_thousand_unknown_keys_are_a_hundred_lines_and_the_rest_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("\n".join(f"no_such_key_{n}: 1" for n in range(9000)))
+    with no_hang(), pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert len(caught.value.problems) == 101
+    assert caught.value.problems[-1].key == "(more)" and caught.value.problems[0].line == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.learning_rate=.inf", "finite"),
+        ("train.learning_rate=1e999", "finite"),
+        ("train.adam_beta1=.nan", "finite"),
+        ("seed=4294967296", "less than 4294967296"),
+        ("task.max_length=4294967296", "less than or equal to 2147483647"),
+        (f"method.rank={'9' * 400}GiB", "match"),
+        ("output_dir=''", "at least 1"),
+        ("output_dir=~nobody-of-that-name/x", "no such home"),
+        ("task={name: csv, path: ~nobody-of-that-name/x}", "no such file"),
+        (f"task={{name: csv, path: '{'x' * 5000}'}}", "no such file"),
+        (f"model={'/x' * 3000}", "no such folder"),
+        ("int=1", "is not a key here"),
+        ("method.tuple[int]=1", "is not a key here"),
+    ],
+)
+def test_values_that_no_run_can_have(override: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, (override,))
+    assert any(says in problem.what for problem in caught.value.problems), str(caught.value)
+    assert len(check_error(caught.value)) < 5000
+
+
+def test_a_folder_closed_to_us_holds_no_data(tmp_path: Path) -> None:
+    """As root nothing is closed: then it is simply not there."""
+    (tmp_path / "closed").mkdir(mode=0o000)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, ("task=csv", f"task.path={tmp_path / 'closed' / 'x.csv'}"))
+    assert "no such file" in str(caught.value)
