@@ -115,6 +115,25 @@ def anywhere(said: bool) -> bool:
     return bool(told)
 
 
+def gradient_bytes(wrapped: Any) -> int | None:
+    """Bytes of gradients that each process gives to be summed in a step: what DDP's buckets hold.
+
+    Args:
+        wrapped: the model as accelerate has wrapped it for training.
+
+    Returns:
+        None alone, and where it is not DDP that sums.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not isinstance(wrapped, DistributedDataParallel):
+        return None
+    facts = wrapped._get_ddp_logging_data()
+    # Buckets are made anew after the first step, in the order in which gradients came.
+    sizes = facts.get("rebuilt_bucket_sizes") or facts["bucket_sizes"]
+    return sum(int(size) for size in str(sizes).split(","))
+
+
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Sum over the processes, in place; nothing to do alone."""
     import torch.distributed
