@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sparsegrad_cli.errors import SparsegradError
 
@@ -32,6 +32,17 @@ def number() -> int:
 def is_first() -> bool:
     """Whether this process writes files and shows progress."""
     return number() == 0
+
+
+def refuse(error: SparsegradError) -> NoReturn:
+    """End what every process finds wrong by itself, and say it once.
+
+    Raises:
+        SparsegradError: ``error``, in the first process. The others leave without a word.
+    """
+    if is_first():
+        raise error
+    raise SystemExit(error.exit_code)
 
 
 def join(*, use_cpu: bool) -> None:
