@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +11,20 @@ from dataclasses import replace
 from typing import Any
 
 from sparsegrad_cli.budget.counting import Counting
-from sparsegrad_cli.budget.solve import Pick, UnreachableError, settings_of, solve
+from sparsegrad_cli.budget.refusals import check_nothing_is_said_twice, too_little
+from sparsegrad_cli.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
 from sparsegrad_cli.budget.timing import solve_seconds
-from sparsegrad_cli.compare.spent import TOLERANCE
-from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
+from sparsegrad_cli.compare.space import with_settings
+from sparsegrad_cli.compare.spent import MEASURED, TOLERANCE
+from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
 from sparsegrad_cli.estimate.rehearsal import Kernels
 from sparsegrad_cli.estimate.session import all_here_to_stay
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.report.access import mappings
-from sparsegrad_cli.report.units import format_amount
+from sparsegrad_cli.report.access import mappings, number, text
 
 _SIZES = ("rank", "density", "entries")
 # Of two recipes that differ in nothing else, one answer serves both.
@@ -60,13 +59,14 @@ def solve_study(
         return study
     started = time.perf_counter()
     cells = {(c.task, c.label): c for c in study.cells if c.seed == study.study.seeds[0]}
-    _check_nothing_is_said_twice(study, budget)
+    check_nothing_is_said_twice(study, budget)
     kernels = kernels or _kernels(study.cells[0].loaded.recipe)
     solver = _Solver(study, budget, jobs, kernels, observer or Observer())
+    before = kept if text(kept, "match") == budget.text else {}
     rows = solver.rows(list(cells.values()), kept)
     picked = {(row["task"], row["method"]): row["set"] for row in rows}
     solved = tuple(
-        replace(cell, loaded=with_settings(cell.loaded, picked[cell.task, cell.label]))
+        replace(cell, loaded=_with_settings(cell.loaded, picked[cell.task, cell.label]))
         for cell in study.cells
     )
     block = {
@@ -75,29 +75,48 @@ def solve_study(
         "request": int(budget.amount) if budget.kind != "seconds" else budget.amount,
         "tolerance": TOLERANCE,
         "kernels": kernels if budget.in_bytes else None,
-        "rehearsals": solver.rehearsals,
-        "solved_s": time.perf_counter() - started,
+        # Whoever shares the comparison, or goes on with it, says the same.
+        "rehearsals": int(number(before, "rehearsals") or 0) + solver.rehearsals,
+        "solved_s": (number(before, "solved_s") or 0.0)
+        + (time.perf_counter() - started if solver.solved else 0.0),
         "rows": rows,
     }
     return replace(study, cells=solved, budget=block)
 
 
-def with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedRecipe:
-    """The recipe with some dotted keys set, checked again."""
-    if not settings:
-        return loaded
-    plain = to_plain(loaded.recipe)
-    for key, value in settings.items():
-        section: Any = plain
-        *path, name = key.split(".")
-        for part in path:
-            section = section[part]
-        section[name] = value
-    return replace(loaded, recipe=Recipe.model_validate_json(json.dumps(plain)))
+def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedRecipe:
+    """The recipe with what was picked.
+
+    Raises:
+        FileFormatError: it was picked by nobody: compare.json says what no recipe could.
+    """
+    try:
+        return replace(loaded, recipe=with_settings(loaded.recipe, settings))
+    except RecipeError as error:
+        problem = error.problems[0]
+        raise FileFormatError(
+            f"its budget cannot have set {problem.key}: {problem.what}",
+            where="compare.json: budget",
+            fix="bring the file back from a copy, or begin anew with --overwrite",
+        ) from error
+
+
+def _known(kept: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Question -> the row that answers it, without what its runs took."""
+    found = {}
+    for row in mappings(kept, "rows"):
+        key, picked = row.get("key"), row.get("set")
+        if isinstance(key, str) and isinstance(picked, dict) and set(picked) <= set(SETTABLE):
+            found[key] = {name: value for name, value in row.items() if name not in MEASURED}
+    return found
 
 
 class _Solver:
-    """Solves rows, each kind of recipe once."""
+    """Solves rows, each kind of recipe once.
+
+    Attributes:
+        solved: how many questions were not answered before.
+    """
 
     def __init__(
         self,
@@ -110,6 +129,7 @@ class _Solver:
         self._study, self._budget, self._jobs, self._observer = study, budget, jobs, observer
         self._entries = {entry.label: entry for entry in study.study.methods}
         self._counting = Counting(kernels)
+        self.solved = 0
         self._asked = (budget.kind, budget.amount, kernels if budget.in_bytes else None)
 
     @property
@@ -119,14 +139,16 @@ class _Solver:
 
     def rows(self, cells: list[Cell], kept: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         """The rows of the block, in the order of the cells."""
-        known: dict[str, dict[str, Any]] = {}
-        for row in mappings(kept or {}, "rows"):
-            if isinstance(row.get("key"), str) and isinstance(row.get("set"), dict):
-                known[row["key"]] = dict(row)
+        known = _known(kept)
         wanted = {self._key(cell): cell for cell in reversed(cells) if self._matched(cell)}
         todo = [cell for key, cell in reversed(wanted.items()) if key not in known]
         answers = self._solved(todo)
-        problems = [self._problem(c, e) for c, e in answers if isinstance(e, UnreachableError)]
+        self.solved = len(answers)
+        problems = [
+            too_little(self._study, self._budget, cell, error)
+            for cell, error in answers
+            if isinstance(error, UnreachableError)
+        ]
         if problems:
             raise RecipeError(problems)
         for cell, pick in answers:
@@ -196,55 +218,8 @@ class _Solver:
             "timed": pick.timed,
         }
 
-    def _problem(self, cell: Cell, error: UnreachableError) -> Problem:
-        kind, place = self._budget.kind, self._study.match_place
-        option = place.file == COMMAND_LINE
-        ways = [f"allow {kind}={_enough(self._budget, error.takes)}", error.fix]
-        if option:
-            ways.append(f"leave {cell.label} out")
-        else:
-            ways.append("`matched: false` in its row, which then runs outside of the budget")
-        return Problem(
-            "--match" if option else "match",
-            f"{self._budget.text} is too little for {cell.label} on {cell.task}: at its smallest "
-            f"({error.size}) it takes {format_amount(error.takes, kind)}",
-            place.file,
-            place.line,
-            "; or ".join(way for way in ways if way),
-        )
-
-
-def _enough(budget: Budget, takes: float) -> str:
-    """An amount as it is written, that is at least so much."""
-    if budget.in_bytes:
-        unit, name = (2**20, "MiB") if takes >= 2**20 else (2**10, "KiB")
-        return f"{math.ceil(takes / unit)}{name}"
-    return str(math.ceil(takes))
-
 
 def _kernels(recipe: Recipe) -> Kernels:
     import torch
 
     return "cuda" if torch.cuda.is_available() and not recipe.train.use_cpu else "cpu"
-
-
-def _check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
-    """Raises RecipeError: a size set for all cells, which is what the budget picks."""
-    if budget.kind == "seconds":
-        return
-    said: dict[str, str] = {}
-    settings = study.study.settings.get("method")
-    for name in ("density", "entries"):
-        if isinstance(settings, dict) and name in settings:
-            said[f"method.{name}"] = f"{study.source}: settings"
-        if any(_overridden(cell, name) for cell in study.cells):
-            said[f"method.{name}"] = COMMAND_LINE
-    fix = "leave it out, or name it in a method's row, which then keeps it"
-    what = f"is what {budget.text} picks"
-    if said:
-        raise RecipeError([Problem(key, what, file, None, fix) for key, file in said.items()])
-
-
-def _overridden(cell: Cell, name: str) -> bool:
-    place = cell.loaded.places.get(("method", name))
-    return place is not None and place.file == COMMAND_LINE

@@ -12,15 +12,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsegrad_cli.budget.batches import (
+    at_batch,
+    calibrated,
+    calibrations,
+    divisors,
+    largest_batch,
+    may_accumulate,
+)
 from sparsegrad_cli.budget.counting import Counting
 from sparsegrad_cli.budget.search import largest, largest_in_levels
 from sparsegrad_cli.budget.sizes import Knob, entries_of, knob_of, levels_of, size_words
-from sparsegrad_cli.estimate.session import changed
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
 
 _SLACK = 1e-3  # of the budget, that a number of entries may leave
+SETTABLE = (
+    "match",
+    "method.rank",
+    "method.density",
+    "method.entries",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.max_steps",
+    "calibration.batch_size",
+    "calibration.steps",
+)
 OWN = "its own size, as the study says"
 ALL = "every entry of the targets trains"
 FREE = "choosing more entries takes no more memory: as many as the recipe says"
@@ -122,24 +140,24 @@ def _peak(
     loaded: LoadedRecipe, budget: Budget, counting: Counting, knob: Knob | None, why: str
 ) -> Pick:
     targets, room = counting.targets(loaded), budget.amount
-    batch = _largest_batch(_least(loaded, knob), counting, room)
+    batch = largest_batch(_least(loaded, knob), counting, room)
     if batch is None:
-        batch = 1 if _may_accumulate(loaded) else loaded.recipe.train.per_device_train_batch_size
-        least = _at_batch(_least(loaded, knob), batch)
+        batch = 1 if may_accumulate(loaded) else loaded.recipe.train.per_device_train_batch_size
+        least = at_batch(_least(loaded, knob), batch)
         raise _too_much(least, counting)
-    at_batch, slack = _at_batch(loaded, batch), _SLACK * room
-    found = _sized(at_batch, knob, why, room, counting.step, counting, slack)
+    cut, slack = at_batch(loaded, batch), _SLACK * room
+    found = _sized(cut, knob, why, room, counting.step, counting, slack)
     assert found is not None  # the least fits at this batch
-    fitted = _calibrated(found.recipe, counting, room)
+    fitted = calibrated(found.recipe, counting, room)
     if fitted is None:  # bases and their making take what the step could spend
 
         def whole(at: LoadedRecipe) -> float:
-            return max(counting.step(at), counting.calibration(_calibrations(at)[-1]))
+            return max(counting.step(at), counting.calibration(calibrations(at)[-1]))
 
-        found = _sized(at_batch, knob, why, room, whole, counting, slack)
-        fitted = None if found is None else _calibrated(found.recipe, counting, room)
+        found = _sized(cut, knob, why, room, whole, counting, slack)
+        fitted = None if found is None else calibrated(found.recipe, counting, room)
         if found is None or fitted is None:
-            raise _too_much(_least(at_batch, knob), counting)
+            raise _too_much(_least(cut, knob), counting)
     longest = counting.longest(fitted)
     taken = max(counting.step(fitted), counting.calibration(fitted))
     shape = [longest.size(batch), longest.width]
@@ -155,7 +173,7 @@ def _too_much(least: LoadedRecipe, counting: Counting) -> UnreachableError:
     """What a step of the smallest takes, or its calibration where that is more."""
     size, width = size_words(least, counting.targets(least)), counting.longest(least).width
     step = counting.step(least)
-    making = counting.calibration(_calibrations(least)[-1])
+    making = counting.calibration(calibrations(least)[-1])
     if making > step:
         fix = "calibration.basis: one that `sparsegrad calibrate` made where there was room"
         return UnreachableError(making, f"{size}, calibration of 1 x {width} tokens", fix)
@@ -212,82 +230,24 @@ def _sized(
     return _Sized(recipe, larger=(size_words(more, targets), figure(more)))
 
 
-# --- batches
-
-
-def _largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int | None:
-    """The recipe's own batch, or the largest that divides it at which a step fits."""
-    whole = loaded.recipe.train.per_device_train_batch_size
-    batches = _divisors(whole) if _may_accumulate(loaded) else [whole]
-    return next((b for b in batches if counting.step(_at_batch(loaded, b)) <= room), None)
-
-
 def _larger_batch(
     loaded: LoadedRecipe, knob: Knob | None, batch: int, counting: Counting
 ) -> tuple[str, float] | None:
     """What the next larger batch would take; None at the recipe's own."""
-    larger = [b for b in _divisors(loaded.recipe.train.per_device_train_batch_size) if b > batch]
+    larger = [b for b in divisors(loaded.recipe.train.per_device_train_batch_size) if b > batch]
     if not larger:
         return None
     words = f"a batch of {larger[-1]}" + ("" if knob is None else ", at the smallest size,")
-    return words, counting.step(_at_batch(_least(loaded, knob), larger[-1]))
-
-
-def _may_accumulate(loaded: LoadedRecipe) -> bool:
-    method = loaded.recipe.method
-    return not (isinstance(method, MepropMethod) and method.unified)
-
-
-def _divisors(number: int) -> list[int]:
-    return [part for part in range(number, 0, -1) if number % part == 0]
-
-
-def _at_batch(loaded: LoadedRecipe, batch: int) -> LoadedRecipe:
-    """With a smaller batch and as many more of them accumulated; calibration keeps its own."""
-    train, section = loaded.recipe.train, loaded.recipe.calibration
-    whole = train.per_device_train_batch_size
-    if batch == whole:
-        return loaded
-    steps = train.gradient_accumulation_steps * whole // batch
-    smaller = changed(
-        loaded, "train", per_device_train_batch_size=batch, gradient_accumulation_steps=steps
-    )
-    if loaded.recipe.method.name != "sparsegrad":
-        return smaller
-    return changed(smaller, "calibration", batch_size=section.batch_size or whole)
-
-
-def _calibrated(loaded: LoadedRecipe, counting: Counting, room: float) -> LoadedRecipe | None:
-    """With the largest batch of calibration that fits, and steps for as many examples."""
-    return next(
-        (at for at in _calibrations(loaded) if counting.calibration(at) <= room),
-        None,
-    )
-
-
-def _calibrations(loaded: LoadedRecipe) -> list[LoadedRecipe]:
-    section = loaded.recipe.calibration
-    whole = section.batch_size or loaded.recipe.train.per_device_train_batch_size
-    smaller: list[LoadedRecipe] = []
-    for batch in _divisors(whole)[1:]:
-        steps = section.steps * whole // batch
-        smaller.append(changed(loaded, "calibration", batch_size=batch, steps=steps))
-    return [loaded, *smaller]
+    return words, counting.step(at_batch(_least(loaded, knob), larger[-1]))
 
 
 def settings_of(before: LoadedRecipe, after: LoadedRecipe) -> dict[str, Any]:
-    """What a pick has set: dotted recipe key -> value, as an override would say it."""
-    keys = {
-        "method": ("rank", "density", "entries"),
-        "train": ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
-        "calibration": ("batch_size", "steps"),
-    }
-    found: dict[str, Any] = {}
-    if before.recipe.match != after.recipe.match:
-        found["match"] = after.recipe.match
-    for section, names in keys.items():
-        old, new = getattr(before.recipe, section), getattr(after.recipe, section)
-        for name in names:
-            if getattr(old, name, None) != getattr(new, name, None):
-                found[f"{section}.{name}"] = getattr(new, name)
-    return found
+    """What a pick has set: dotted recipe key (of ``SETTABLE``) -> value, as an override says it."""
+
+    def value(loaded: LoadedRecipe, key: str) -> Any:
+        found: Any = loaded.recipe
+        for part in key.split("."):
+            found = getattr(found, part, None)
+        return found
+
+    return {key: value(after, key) for key in SETTABLE if value(before, key) != value(after, key)}

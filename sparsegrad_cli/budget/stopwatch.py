@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.session import changed
+from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
@@ -168,7 +169,8 @@ def main(recipe: str, seconds: str, result: str) -> int:
     record = RunRecord(folder, {"command": "train", "name": folder.name, "recipe_digest": ""})
     try:
         watch = Stopwatch(unending(loaded), record, Observer(), resume=False)
-        found: dict[str, Any] = watch.timed(float(seconds))
+        with known_errors(), watch.explained():
+            found: dict[str, Any] = watch.timed(float(seconds))
     except SparsegradError as error:
         problem = {"what": error.what, "where": error.where, "fix": error.fix}
         write_json_atomic(result, {"error": problem})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,7 @@ from sparsegrad_cli.cli.arguments import (
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.compare.folder import StudyFolder
     from sparsegrad_cli.recipe.study import LoadedStudy
 
 
@@ -82,31 +85,42 @@ def compare(
     """
     from rich.console import Console
 
+    from sparsegrad_cli.compare.folder import StudyFolder
     from sparsegrad_cli.compare.grid import Comparison
     from sparsegrad_cli.compare.parity import check_parity
+    from sparsegrad_cli.compare.solving import solving
     from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table, plain_line
 
     study = _study(recipe, methods, seeds, match, tune)
     check_parity(study)  # before anything is solved
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
-    study = _solved(study, folder, jobs, device, quiet=quiet or as_json, afresh=overwrite)
+    quiet = quiet or as_json
+    place = StudyFolder(folder)
+    solve = partial(_solved, study, place, jobs, device, quiet=quiet, afresh=overwrite)
     if dry_run:
-        _show_plan(study, as_json)
+        _show_plan(solve(), as_json)
         return
-    err = Console(stderr=True, quiet=quiet or as_json)
-    command = shlex.join(["sparsegrad", *sys.argv[1:]])
-    comparison = Comparison(
-        study,
-        folder,
-        command=command,
-        overwrite=overwrite,
-        tell=lambda text: err.print(plain_line(text, style="bold")),
-        quiet=quiet or as_json,
-        jobs=jobs,
-        saved=LiveReport(folder, lambda text: err.print(plain_line(text))),
-    )
-    record = comparison.run()
+    err = Console(stderr=True, quiet=quiet)
+
+    def tell(line: str) -> None:
+        err.print(plain_line(line, style="bold"))
+
+    with ExitStack() as held:
+        if study.study.budget is not None:
+            held.enter_context(solving(place, tell, overwrite=overwrite))
+        comparison = Comparison(
+            solve(),
+            folder,
+            command=shlex.join(["sparsegrad", *sys.argv[1:]]),
+            overwrite=overwrite,
+            tell=tell,
+            quiet=quiet,
+            jobs=jobs,
+            saved=LiveReport(folder, lambda text: err.print(plain_line(text))),
+            begun=held.close,
+        )
+        record = comparison.run()
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -119,7 +133,7 @@ def compare(
 
 def _solved(
     study: LoadedStudy,
-    folder: Path,
+    place: StudyFolder,
     jobs: int,
     device: Device | None,
     *,
@@ -129,13 +143,11 @@ def _solved(
     """At the sizes that its budget allows; a comparison that goes on keeps those that it has."""
     from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.report.access import block
-    from sparsegrad_cli.report.records import load_record
+    from sparsegrad_cli.compare.solving import picked
 
     if study.study.budget is None:
         return study
-    there = (folder / "compare.json").is_file() and not afresh
-    kept = block(load_record(folder), "budget") if there else {}
+    kept = {} if afresh else picked(place)
     with QuietObserver() if quiet else ProgressObserver() as observer:
         return runner.solve(
             study,

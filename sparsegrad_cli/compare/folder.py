@@ -24,7 +24,7 @@ from sparsegrad_cli.report.access import mappings, text
 from sparsegrad_cli.report.records import REPORTS, load_record
 
 LEDGER = "compare.json"
-_AT_WORK, _WRITING = ".at-work.lock", ".ledger.lock"
+_AT_WORK, _WRITING, SOLVING = ".at-work.lock", ".ledger.lock", ".solving.claim"
 TUNING, TRIALS = "tuning.db", "tuning"
 _FOLDERS = ("cells", "answers", TRIALS)
 _FILES = (LEDGER, TUNING, f"{TUNING}-journal", *REPORTS)
@@ -97,8 +97,8 @@ class StudyFolder:
         there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         if LEDGER in there:
             return False
-        begun = there <= {"cells", _AT_WORK, _WRITING} and not any(self.path.glob("cells/*"))
-        return not begun
+        begun = there <= {"cells", _AT_WORK, _WRITING, SOLVING}
+        return not begun or any(self.path.glob("cells/*"))
 
     def enter(
         self, study: Callable[[], LoadedStudy], identity: str, *, overwrite: bool

@@ -53,6 +53,7 @@ class Comparison:
         quiet: cells show no progress.
         jobs: cells that run at once; the cores are shared out among them.
         saved: called with the record each time compare.json was written, one call at a time.
+        begun: called once compare.json says what is done here.
 
     Raises:
         RecipeError: the methods of the study differ in more than themselves.
@@ -69,10 +70,11 @@ class Comparison:
         quiet: bool = False,
         jobs: int = 1,
         saved: Callable[[dict[str, Any]], None] = lambda record: None,
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.study = study
         self._place, self._overwrite = StudyFolder(folder), overwrite
-        self._tell, self._saved = tell, saved
+        self._tell, self._saved, self._begun = tell, saved, begun
         self._jobs, self._crew = jobs, Crew(quiet=quiet, jobs=jobs)
         self._before: dict[Path, Any] = {}
         self._tuning = self._make_tuning()
@@ -175,6 +177,7 @@ class Comparison:
                 folder: _stamp(folder) for folder in map(self._place.cell, self.study.cells)
             }
             self._write("running")
+        self._begun()
 
     def _end(self, status: str) -> None:
         """Write the last word, unless we are stopped and others go on."""

@@ -13,8 +13,9 @@ def plan_of(study: LoadedStudy) -> dict[str, Any]:
     """The record of ``compare --dry-run``.
 
     Returns:
-        ``name``, ``match``, ``seeds``, ``cells`` (how many), ``parity``, ``budget`` (null without
-        one), and ``rows``: task, method and resolved recipe of each, the first seed's.
+        ``name``, ``match``, ``seeds``, ``cells`` (how many), ``trials`` (of tuning, for each row;
+        null without), ``parity``, ``budget`` (null without one), and ``rows``: task, method and
+        resolved recipe of each, the first seed's, as it is before tuning.
 
     Raises:
         RecipeError: methods differ in more than themselves and what their budget has set.
@@ -25,6 +26,7 @@ def plan_of(study: LoadedStudy) -> dict[str, Any]:
         "match": study.study.match,
         "seeds": list(study.study.seeds),
         "cells": len(study.cells),
+        "trials": study.study.tune.trials if study.study.tune is not None else None,
         "parity": check_parity(study),
         "budget": study.budget,
         "rows": [

@@ -209,11 +209,18 @@ def edges(space: Sequence[Dimension], trials: Sequence[Mapping[str, Any]]) -> li
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any], seed: int | None = None) -> Recipe:
-    """A recipe with some keys of ``train`` set, checked, and perhaps under another seed."""
+    """A recipe with some dotted keys set, checked, and perhaps under another seed.
+
+    Raises:
+        RecipeError: a value is none that its key could have.
+    """
     plain = to_plain(recipe)
     for key, value in settings.items():
-        section, name = key.split(".")
-        plain[section][name] = value
+        section: Any = plain
+        *path, name = key.split(".")
+        for part in path:
+            section = section[part]
+        section[name] = value
     if seed is not None:
         plain["seed"] = seed
     return check(Layer(plain), Recipe)

@@ -10,6 +10,7 @@ from sparsegrad_cli.compare.statistics import mean
 from sparsegrad_cli.report.access import mappings, number, text
 
 TOLERANCE = 0.05  # of the request: beyond, either way, a row is flagged
+MEASURED = ("runs", "measured", "deviation", "verdict")  # what a row has of its runs
 Run = Mapping[str, Any]
 
 

@@ -207,6 +207,9 @@ def plan_tables(plan: Any) -> list[Table]:
         )
     seeds = ", ".join(filter(None, map(text, items(plan, "seeds"))))
     caption = f"{text(plan, 'name')}: {number(plan, 'cells') or 0:.0f} cells, seeds {seeds}"
+    trials = number(plan, "trials")
+    if trials is not None:
+        caption += f", after {trials:.0f} trials of tuning for each row"
     header = ("task", "method", "settings", "batch", "length", "rate")
     listed = Table(caption, header, rows, left=3)
     budget = budget_table(plan)

@@ -221,7 +221,10 @@ class TrainingLoop:
             model.train()
             if train.gradient_accumulation_steps > 1:
                 small = to_device(setup.collator(rows[:1]), setup.device)
-                trainer.compute_loss(model, small).backward()
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(model, small)
+                loss.backward()
+                del loss
             with meter.phase("forward"), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, dict(batch))
             with meter.phase("backward"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from little import base_folder, data_folder, record, train
+from paths import REPO
 from safetensors.torch import load_file
 from small import Cli
 from tiny import one_thread
@@ -22,7 +26,7 @@ from sparsegrad_cli.compare.spent import measured, with_measured
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.estimate.session import all_here_to_stay
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import digest
+from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.rundir import RunRecord, open_run_dir
 from sparsegrad_cli.training.fine_tuning import TrainingSession
@@ -171,14 +175,33 @@ def test_an_update_in_micro_batches_is_the_update(place: Path, tmp_path: Path) -
 # --- from the command line
 
 
+def together(folder: Path, *arguments: str) -> list[str]:
+    """The same comparison twice at once; what each of the two said."""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sparsegrad_cli", "compare", *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=900)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    return told
+
+
 def compared(tmp_path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((tmp_path / "c" / "compare.json").read_text())
     return found
 
 
-def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
+def test_a_comparison_under_a_budget_is_shared_and_goes_on_with_what_it_picked(
     cli: Cli, place: Path, tmp_path: Path
 ) -> None:
+    """Two processes begin it: one solves, both are at the sizes that it picked."""
     study(place, "null", ("lora",))
     path = str(place / "study.yaml")
     option = ("--match", "trainable=230", "-o", "c")
@@ -186,8 +209,8 @@ def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
     assert plan.code == 0, plan.err
     planned = json.loads(plan.out)
     assert not (tmp_path / "c").exists()
-    outcome = cli("compare", path, *option, "-q")
-    assert outcome.code == 0, outcome.err
+    told = "".join(together(tmp_path, path, *option))
+    assert told.count("solve trainable=230") == 1 and "Traceback" not in told
     found = compared(tmp_path)
     assert found["match"] == "trainable=230" and found["budget"]["request"] == 230
     (row,), (cell,) = found["budget"]["rows"], found["cells"]
@@ -196,20 +219,47 @@ def test_a_comparison_under_a_budget_goes_on_with_what_it_picked(
     wanted = planned["rows"][0]["recipe"]["method"]
     assert {"name": "lora", **cell["run"]["method"]["settings"]} == wanted
     assert found["parity"]["flagged"] == []
-    for text in (outcome.flat, outcome.out):
-        assert "Traceback" not in text
-    assert "Budget trainable=230" in " ".join(outcome.out.split())
     for name in ("report.html", "report.md", "report.tex"):
         assert "trainable=230" in (tmp_path / "c" / name).read_text()
     # The same command finds all done, at the sizes that were picked; another budget is another.
     again = cli("compare", path, *option)
     assert again.code == 0 and "done before" in again.flat, again.err
     assert "solve trainable" not in again.flat
+    assert "Budget trainable=230" in " ".join(again.out.split())
     assert compared(tmp_path)["digest"] == found["digest"]
+    assert compared(tmp_path)["budget"] == found["budget"]
     other = cli("compare", path, "--match", "trainable=500", "-o", "c", "-q")
     assert other.code == 2 and "another comparison" in other.flat
     refused = cli("compare", path, "--match", "trainable=111", "-o", "d", "-q")
     assert refused.code == 2 and "rank 1" in refused.flat and not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_shared_and_tuned_has_one_size_everywhere(
+    place: Path, tmp_path: Path
+) -> None:
+    study(place, "trainable=230", ("lora", "static"))
+    told = "".join(together(tmp_path, str(place / "study.yaml"), "--tune", "2", "-o", "c"))
+    assert told.count("solve trainable=230") == 2  # once for each row
+    found = compared(tmp_path)
+    sizes = {row["method"]: row["set"] for row in found["budget"]["rows"]}
+    runs = [("lora", "*-lora-*"), ("static", "*-static-*")]
+    for method, names in runs:
+        folders = sorted((tmp_path / "c").glob(f"[ct]*/{names}/recipe.yaml"))
+        assert len(folders) == 3  # a cell and two trials
+        for file in folders:
+            plain = to_plain(load_recipe(file).recipe)
+            assert (
+                plain["method"].items()
+                >= {
+                    key.removeprefix("method."): value
+                    for key, value in sizes[method].items()
+                    if key.startswith("method.")
+                }.items()
+            )
+    assert {row["verdict"] for row in found["budget"]["rows"]} == {"met"}
+    assert [len(series["trials"]) for series in found["tuning"]["series"]] == [2, 2]
+    assert found["parity"]["flagged"] == []
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from sparsegrad_cli.budget.counting import Counting
 from sparsegrad_cli.budget.session import solve_study
 from sparsegrad_cli.budget.sizes import entries_of, knob_of
 from sparsegrad_cli.budget.solve import Pick, UnreachableError, settings_of, solve
-from sparsegrad_cli.errors import RecipeError, UsageError
+from sparsegrad_cli.compare.spent import with_measured
+from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.estimate.session import all_here_to_stay
 from sparsegrad_cli.recipe.budget import Budget, Kind
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
@@ -295,6 +296,33 @@ def test_what_was_picked_before_stands(place: Path) -> None:
     assert again.cells[1].loaded.recipe.method.model_dump()["rank"] == 7
     other = solve_study(study(place, "trainable=151", full=", matched: false"), kept=kept)
     assert other.cells[1].loaded.recipe.method.model_dump()["rank"] == 2
+    # Who reads the block of a comparison that is under way says just what it says.
+    same = solve_study(
+        study(place, "trainable=150", full=", matched: false"),
+        kept=with_measured(first.budget, []),
+    )
+    assert same.budget == first.budget and same.cells == first.cells
+
+
+@pytest.mark.parametrize("wrong", [{"a.b.c": 1}, {"train.learning_rate": 9.0}, ["method.rank"], 3])
+def test_what_no_budget_sets_is_solved_anew(place: Path, wrong: object) -> None:
+    asked = study(place, "trainable=150", full=", matched: false")
+    first = solve_study(asked)
+    assert first.budget is not None
+    kept = {"rows": [{**row, "set": wrong} for row in first.budget["rows"]]}
+    assert solve_study(asked, kept=kept).cells == first.cells
+
+
+@pytest.mark.parametrize("rank", ["7", -1, 10**400, None, [2]])
+def test_a_size_that_is_none_is_one_clear_error(place: Path, rank: object) -> None:
+    asked = study(place, "trainable=150", full=", matched: false")
+    first = solve_study(asked)
+    assert first.budget is not None
+    picked = {"method.rank": rank} if rank is not None else {"method.entries": 7}
+    kept = {"rows": [{**row, "set": picked} for row in first.budget["rows"]]}
+    with pytest.raises(FileFormatError, match="cannot have set") as caught:
+        solve_study(asked, kept=kept)
+    assert caught.value.where is not None and "compare.json" in caught.value.where
 
 
 def test_a_row_that_names_its_size_keeps_it_and_has_to_fit(place: Path) -> None:

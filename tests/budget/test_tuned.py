@@ -1,0 +1,125 @@
+"""Budgets and tuning in one study: sizes are solved first, and no trial or cell has another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from little import base_folder, data_folder
+
+from sparsegrad_cli.budget.session import solve_study
+from sparsegrad_cli.compare.crew import Crew
+from sparsegrad_cli.compare.folder import StudyFolder, study_digest
+from sparsegrad_cli.compare.parity import check_parity
+from sparsegrad_cli.compare.plan import plan_of
+from sparsegrad_cli.compare.proposals import Referee, ended_trial, propose
+from sparsegrad_cli.compare.space import RATE, first_point, series_of
+from sparsegrad_cli.compare.trials import Trial
+from sparsegrad_cli.compare.tuning import Tuning
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.study import LoadedStudy, load_study
+from sparsegrad_cli.report.budget_tables import plan_tables
+from sparsegrad_cli.report.fairness import check_lines, parity_table
+
+STUDY = """name: tiny
+methods: [lora, meprop]
+tasks: [{{name: csv, task: {{path: {place}/data, max_length: 16}}}}]
+settings:
+  model: {place}/base
+  train: {{per_device_train_batch_size: 8, use_cpu: true, max_steps: 6}}
+seeds: [1, 2]
+tune: {{trials: 2, space: {{weight_decay: [0.0, 0.1]}}}}
+match: trainable={entries}
+"""
+
+
+def solved(folder: Path, entries: int) -> LoadedStudy:
+    if not (folder / "base").exists():
+        base_folder(folder / "base", num_hidden_layers=1, intermediate_size=12)
+        data_folder(folder / "data")
+    path = folder / "s.yaml"
+    path.write_text(STUDY.format(place=folder, entries=entries), encoding="utf-8")
+    return solve_study(load_study(path))
+
+
+def size(recipe: Recipe) -> int | None:
+    """A rank, or a number of entries."""
+    method = recipe.method
+    assert isinstance(method, LoraMethod | MepropMethod)
+    return method.rank if isinstance(method, LoraMethod) else method.entries
+
+
+def tuning_of(study: LoadedStudy, folder: Path) -> Tuning:
+    return Tuning(study, StudyFolder(folder), Crew(quiet=True, jobs=1), print, lambda: None)
+
+
+def test_trials_and_cells_have_the_solved_size_and_the_budget_stays(tmp_path: Path) -> None:
+    study = solved(tmp_path, 150)
+    sizes = {"lora": 2, "meprop": 150}
+    tuning = tuning_of(study, tmp_path)
+    tuning.connect(make=True)
+    for series in series_of(study):
+        for number, score in enumerate((0.5, 0.75)):
+            told = tuning.store.ended(series.name, 9)
+            settings = propose(series.space, told, series.name)
+            trial = Trial(series, number, settings, Referee(told), tuning.store)
+            assert size(trial.recipe(101)) == sizes[series.label]
+            entry = {"number": number, "settings": settings, "status": "done", "metric": "accuracy"}
+            entry |= {"score": score, "loss": 1.0, "seconds": 1.0, "steps": 6, "error": None}
+            tuning.store.add(series.name, ended_trial(series.space, entry | {"runs": []}, {}))
+    tuned = tuning.tuned()
+    tuning.close()
+    assert tuned is not None and tuned.budget == study.budget
+    assert tuned.match_place == study.match_place
+    second = {series.label: first_point(series.space, 1)[RATE] for series in series_of(study)}
+    for cell in tuned.cells:
+        assert size(cell.loaded.recipe) == sizes[cell.label]
+        assert cell.loaded.recipe.train.learning_rate == second[cell.label]
+    assert study_digest(tuned) != study_digest(study)
+    listed, budget = plan_tables(plan_of(study))
+    assert listed.caption.endswith("4 cells, seeds 1, 2, after 2 trials of tuning for each row")
+    assert budget.caption.startswith("Budget trainable=150")
+
+
+def test_trials_of_other_sizes_are_trials_of_another_comparison(tmp_path: Path) -> None:
+    first = tuning_of(solved(tmp_path, 150), tmp_path)
+    first.connect(make=True)
+    first.close()
+    again = tuning_of(solved(tmp_path, 150), tmp_path)
+    assert again.connect(make=False)
+    again.close()
+    other = tuning_of(solved(tmp_path, 200), tmp_path)
+    with pytest.raises(UsageError, match="with other settings"):
+        other.connect(make=False)
+    other.close()
+
+
+def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> None:
+    study = solved(tmp_path, 150)
+    assert study.budget is not None
+    rows = [{**row, "set": {**row["set"], "train.max_steps": 9}} for row in study.budget["rows"]]
+    cells = []
+    for cell in study.cells:  # as a budget of seconds, and tuning, would leave them
+        far = cell.label == "lora"
+        train = cell.loaded.recipe.train.model_copy(
+            update={"max_steps": 9 if far else 6, "weight_decay": 0.1 if far else 0.0}
+        )
+        recipe = cell.loaded.recipe.model_copy(update={"train": train})
+        cells.append(replace(cell, loaded=replace(cell.loaded, recipe=recipe)))
+    both = replace(study, cells=tuple(cells), budget={**study.budget, "rows": rows})
+    parity = check_parity(both)
+    assert parity["flagged"] == []
+    declared = {found["key"]: found.get("why") for found in parity["declared"]}
+    assert declared == {"train.max_steps": "budget", "train.weight_decay": None}
+    compare = {"parity": parity, "tasks": ["csv"], "checks": []}
+    said = " ".join(line for _, line in check_lines(compare))
+    assert "settings as tuned for each, steps as the budget has time for." in said
+    table = parity_table(compare)
+    assert table is not None
+    assert {row[0]: row[2] for row in table.rows} == {
+        "train.max_steps": "set for the budget",
+        "train.weight_decay": "tuned by method",
+    }
