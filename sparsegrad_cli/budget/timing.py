@@ -30,14 +30,22 @@ def solve_seconds(loaded: LoadedRecipe, seconds: float, jobs: int) -> Pick:
         UnreachableError: calibration and the first two steps take longer.
         SparsegradError: the recipe does not run.
     """
-    found = _timed(loaded, seconds, jobs)
+    return as_timed(loaded, _timed(loaded, seconds, jobs))
+
+
+def as_timed(loaded: LoadedRecipe, found: dict[str, Any]) -> Pick:
+    """The recipe with the steps that were found (:meth:`Stopwatch.timed`).
+
+    Raises:
+        UnreachableError: there are none.
+    """
     if not found["steps"]:
         takes = found["calibrate_s"] + found["start_s"]
         raise UnreachableError(takes, "calibration with the first two steps", "")
     steps = found["steps"]
-    predicted = found.pop("predicted")
     recipe = changed(loaded, "train", max_steps=steps)
-    return Pick(recipe, f"{steps:,} steps", predicted, timed=found)
+    timed = {key: value for key, value in found.items() if key != "predicted"}
+    return Pick(recipe, f"{steps:,} steps", found["predicted"], timed=timed)
 
 
 def _timed(loaded: LoadedRecipe, seconds: float, jobs: int) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from little import base_folder, data_folder
 
-from sparsegrad_cli.budget.solve import UnreachableError
+from sparsegrad_cli.budget.solve import UnreachableError, settings_of
 from sparsegrad_cli.budget.stopwatch import START, Stopwatch, fit_line, steps_within, unending
-from sparsegrad_cli.budget.timing import solve_seconds
+from sparsegrad_cli.budget.timing import as_timed, solve_seconds
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
@@ -73,23 +74,36 @@ def recipe(folder: Path, *overrides: str) -> LoadedRecipe:
     return load_recipe(None, (*settings, *overrides, f"output_dir={folder / 'run'}"))
 
 
+def timed(loaded: LoadedRecipe, seconds: float) -> dict[str, Any]:
+    folder = Path(loaded.recipe.output_dir or "")
+    open_run_dir(folder, loaded.recipe, resume=False, overwrite=False)
+    kept = RunRecord(folder, {"recipe_digest": ""})
+    return Stopwatch(unending(loaded), kept, Observer(), resume=False).timed(seconds)
+
+
 def test_a_recipe_is_timed_as_it_will_run(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, "train.early_stopping_patience=1")
-    open_run_dir(tmp_path / "run", loaded.recipe, resume=False, overwrite=False)
-    kept = RunRecord(tmp_path / "run", {"recipe_digest": ""})
-    found = Stopwatch(unending(loaded), kept, Observer(), resume=False).timed(60.0)
+    found = timed(loaded, 20.0)
     assert found["calibrate_s"] > 0 and found["start_s"] > 0 and found["step_s"] > 0
     assert 3 <= found["timed_steps"] <= 200
-    left = 60 - found["calibrate_s"] - found["start_s"]
+    left = 20 - found["calibrate_s"] - found["start_s"]
     assert (found["steps"] > START) == (left > 0)
-    assert found["predicted"] <= 60 + 1e-6
+    assert found["predicted"] <= 20 + 1e-6
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+    pick = as_timed(loaded, found)
+    assert settings_of(loaded, pick.recipe) == {"train.max_steps": found["steps"]}
+    assert pick.predicted == found["predicted"] and pick.timed is not None
+    assert "predicted" not in pick.timed
 
 
-def test_too_little_time_and_recipes_that_do_not_run_are_said(tmp_path: Path) -> None:
+def test_too_little_time_is_said_with_what_it_takes(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path)
     with pytest.raises(UnreachableError) as caught:
-        solve_seconds(recipe(tmp_path), 1e-3, 1)
+        as_timed(loaded, timed(loaded, 1e-3))
     assert caught.value.takes > 1e-3 and "first two steps" in caught.value.size
+
+
+def test_a_recipe_that_does_not_run_says_why_from_its_own_process(tmp_path: Path) -> None:
     with pytest.raises(SparsegradError, match="block") as failed:
         solve_seconds(recipe(tmp_path, "targets.blocks='7:'"), 60, 1)
     assert failed.value.where is not None
