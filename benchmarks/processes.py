@@ -23,7 +23,7 @@ from benchmarks.common import save
 
 ROWS: dict[str, tuple[str, ...]] = {
     "full": ("method=full", "train.learning_rate=1e-4"),
-    "lora": ("method=lora", "method.dropout=0"),
+    "lora": ("method={name: lora, rank: 3, dropout: 0}",),
     "meprop (entries)": ("method=meprop",),
     "meprop (rows)": ("method={name: meprop, select: rows}",),
     "core, static": ("method.support=static",),
