@@ -113,9 +113,9 @@ def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path])
     if moment is not None and number == of:
         MOMENTS[moment][1](count)
     if moment not in REPORTING:  # takes longer than all the rest
-        from sparsegrad_cli import runner
+        from sparsegrad_cli import recorded
 
-        runner._write_report = lambda record, observer: None
+        recorded._write_report = lambda record, observer: None
     from sparsegrad_cli.cli.app import main
 
     sys.argv = ["sparsegrad", *job["arguments"]]

@@ -83,9 +83,9 @@ def _renames(beginning: str) -> Callable[..., bool]:
 
 @moment("begun", "the folder is made, the recipe is in it, no record yet")
 def _begun(count: int) -> None:
-    from sparsegrad_cli import runner
+    from sparsegrad_cli import recorded
 
-    wrap(runner, "RunRecord", count, before=_die)
+    wrap(recorded, "RunRecord", count, before=_die)
 
 
 @moment("loaded", "model and data are loaded")
@@ -239,9 +239,9 @@ def _adapter_renamed(count: int) -> None:
 
 @moment("reporting", "the record says done, the report is not written")
 def _reporting(count: int) -> None:
-    from sparsegrad_cli import runner
+    from sparsegrad_cli import recorded
 
-    wrap(runner, "_write_report", count, before=_die)
+    wrap(recorded, "_write_report", count, before=_die)
 
 
 @moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
@@ -317,9 +317,9 @@ def _small_files(count: int) -> None:
 
 @moment("reporting-full", "KiB that a file may have once the run is done: a full disk")
 def _reporting_full(count: int) -> None:
-    from sparsegrad_cli import runner
+    from sparsegrad_cli import recorded
 
-    wrap(runner, "_write_report", 1, before=lambda *args: _limit_files(count))
+    wrap(recorded, "_write_report", 1, before=lambda *args: _limit_files(count))
 
 
 def _limit_files(kibibytes: int) -> None:

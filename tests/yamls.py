@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from paths import REPO
 from pydantic import BaseModel
 
+from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
@@ -21,7 +22,7 @@ from sparsegrad_cli.recipe.method_section import (
     SparsegradMethod,
 )
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study import Figure, MethodEntry, Study, TaskEntry
+from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.task_section import ChatSection, ColumnsSection, TaskSection
 
 SHIPPED = sorted([*(REPO / "configs").glob("*.yaml"), *(REPO / "recipes").glob("*.yaml")])

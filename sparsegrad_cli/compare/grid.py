@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.compare.claims import Claim, holder_of
+from sparsegrad_cli.compare.claims import Claim
 from sparsegrad_cli.compare.crew import Crew, run_in
+from sparsegrad_cli.compare.entries import claim_of, entry_of, stamp
 from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.compare.folder import LEDGER, StudyFolder, study_digest
 from sparsegrad_cli.compare.jobs import Job, work_off
 from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.compare.spent import with_measured
 from sparsegrad_cli.errors import InterruptedRunError, SparsegradError
-from sparsegrad_cli.locking import owner_of
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 
 _OF_THE_FIRST = ("command", "started", "jobs", "environment", "git")
 _ENDED = ("failed", "out_of_memory")
-_UNTUNED = {
-    "title": "Tuning",
-    "what": "no trial of its tuning came to an end",
-    "where": "tuning",
-    "fix": "the trials' errors are in the report; the same command tries them again",
-}
 
 
 class Comparison:
@@ -78,7 +72,7 @@ class Comparison:
         self._jobs, self._crew = jobs, Crew(quiet=quiet, jobs=jobs)
         self._before: dict[Path, Any] = {}
         self._tuning = self._make_tuning()
-        self._cells = {(c.task, c.label, c.seed): c for c in study.cells}  # as they are to run
+        self._cells = {_key(cell): cell for cell in study.cells}  # as they are to run
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
             "name": study.study.name,
@@ -155,7 +149,7 @@ class Comparison:
         """From here on, cells run with the best settings; those without any do not run."""
         tuned = tuning.tuned()
         assert tuned is not None  # all series have ended
-        self._cells = {(c.task, c.label, c.seed): c for c in tuned.cells}
+        self._cells = {_key(cell): cell for cell in tuned.cells}
         self.record["parity"] = check_parity(tuned)
 
     def _begin(self) -> None:
@@ -174,7 +168,7 @@ class Comparison:
                 self.record.update({key: there.get(key) for key in _OF_THE_FIRST})
                 self._tell("others are at work on this comparison: their cells are passed over")
             self._before = {
-                folder: _stamp(folder) for folder in map(self._place.cell, self.study.cells)
+                folder: stamp(folder) for folder in map(self._place.cell, self.study.cells)
             }
             self._write("running")
         self._begun()
@@ -189,14 +183,14 @@ class Comparison:
     def _run_cells(self) -> None:
         jobs = []
         for number, asked in enumerate(self.study.cells, 1):
-            cell = self._cells.get((asked.task, asked.label, asked.seed))
+            cell = self._cells.get(_key(asked))
             if cell is None:
                 continue
             name = f"[{number}/{len(self.study.cells)}] {cell.task}  {cell.label}  seed {cell.seed}"
             jobs.append(
                 Job(
                     name,
-                    _claim_of(self._place.cell(cell)),
+                    claim_of(self._place.cell(cell)),
                     lambda cell=cell: self._settled(cell),  # type: ignore[misc]
                     lambda held, cell=cell: self._run_cell(cell, held),  # type: ignore[misc]
                 )
@@ -209,7 +203,7 @@ class Comparison:
         run = run_in(folder)
         if run is None or run.get("recipe_digest") != digest(cell.loaded.recipe):
             return False
-        tried = status_of(run) in _ENDED and _stamp(folder) != self._before.get(folder)
+        tried = status_of(run) in _ENDED and stamp(folder) != self._before.get(folder)
         return status_of(run) == "done" or tried
 
     def _run_cell(self, cell: Cell, held: Claim) -> None:
@@ -250,43 +244,11 @@ class Comparison:
         return there.get("finished") if same else now()
 
     def _ledger(self) -> list[dict[str, Any]]:
-        return [self._entry(cell) for cell in self.study.cells]
-
-    def _entry(self, cell: Cell) -> dict[str, Any]:
-        folder = self._place.cell(cell)
-        run = run_in(folder)
-        status = status_of(run) if run else "pending"
-        if status in ("pending", "running"):
-            # Claimed by nobody, it was killed together with the process that ran it.
-            dead = "interrupted" if run else "pending"
-            alive = holder_of(_claim_of(folder)) or owner_of(folder)
-            status = "running" if alive else dead
-        error = run.get("error") if run else None
-        if (cell.task, cell.label, cell.seed) not in self._cells:
-            status, error = "failed", _UNTUNED
-        slim = None
-        if run:
-            slim = dict(run)
-            calibration = slim.get("calibration")
-            if isinstance(calibration, dict):
-                dropped = ("heat_map", "spectra")
-                slim["calibration"] = {k: v for k, v in calibration.items() if k not in dropped}
-        return {
-            "task": cell.task,
-            "method": cell.label,
-            "seed": cell.seed,
-            "run_dir": str(folder.relative_to(self._place.path)),
-            "status": status,
-            "error": error,
-            "run": slim,
-        }
+        return [
+            entry_of(cell, self._place, tuned=_key(cell) in self._cells)
+            for cell in self.study.cells
+        ]
 
 
-def _claim_of(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".claim")
-
-
-def _stamp(folder: Path) -> Any:
-    """Changes with every run in the folder; None without one."""
-    run = run_in(folder)
-    return (run.get("started"), run.get("finished"), run.get("status")) if run else None
+def _key(cell: Cell) -> tuple[str, str, int]:
+    return cell.task, cell.label, cell.seed

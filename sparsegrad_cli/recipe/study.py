@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
-
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.recipe.budget import Budget, MisspeltError, parse_match
+from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
-from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.layers import read_layers, stack, still_said
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.section import Section, Seed
 from sparsegrad_cli.recipe.shipped import find_recipe
 from sparsegrad_cli.recipe.source import (
     COMMAND_LINE,
@@ -32,138 +27,11 @@ from sparsegrad_cli.recipe.source import (
     parse_override,
     read_yaml,
 )
+from sparsegrad_cli.recipe.study_section import SEEDS, MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.tuning import Tune, tuning_problems
 from sparsegrad_cli.recipe.yaml_text import shorten
 
 _MOST_CELLS, _MOST_PROBLEMS = 2000, 100
-# The paper's seeds first, then a plain sequence.
-SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
-
-
-class MethodEntry(Section):
-    """One row of the comparison: a method, and what it changes in the recipe.
-
-    ``lora`` alone is short for ``{label: lora, method: {name: lora}}``; an entry with
-    ``learning_rates: [1e-3, 2e-3]`` is short for two rows, ``lora-1e-3`` and ``lora-2e-3``.
-    """
-
-    label: str = Field(min_length=1, max_length=80, pattern=r"^[\w.+-]+$")
-    method: dict[str, Any]
-    train: dict[str, Any] = {}
-    calibration: dict[str, Any] = {}
-    matched: bool = Field(
-        True, description="false: runs as the recipe says, outside of what the others are held to"
-    )
-
-
-class TaskEntry(Section):
-    """One task: its name, and what it changes in the recipe (``task``, ``train``).
-
-    ``methods`` maps a method's label to what ``train`` is for it on this task: a learning rate
-    that was tuned there.
-    """
-
-    name: str
-    task: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]] = {}
-
-
-class Study(Section):
-    """What a study file may say."""
-
-    name: str = Field("comparison", max_length=80, pattern=r"^[\w.+-]+$")
-    recipe: str = "configs/quickstart.yaml"
-    methods: tuple[MethodEntry, ...] = Field(min_length=1)
-    tasks: tuple[TaskEntry, ...] = ()
-    seeds: tuple[Seed, ...] = Field(SEEDS[:2], min_length=1)
-    match: str | None = Field(
-        "trainable",
-        description="trainable: as many entries as the recipe's density says; a budget that each "
-        "method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB, "
-        "seconds=600; null: as each row says",
-    )
-    settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
-    differ: tuple[str, ...] = Field(
-        (),
-        description="recipe keys that may differ between methods, beside method, calibration and "
-        "learning rate; the report flags them",
-    )
-    tune: Tune | None = Field(None, description="tune every method alike before its cells run")
-    output_dir: str | None = None
-    figures: tuple[Figure, ...] = ()
-
-    @field_validator("match", mode="before")
-    @classmethod
-    def _says_something(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            raise MisspeltError(f"{shorten(value)} is no text", "such as peak=2GiB, or trainable")
-        parse_match(value)
-        return value
-
-    @property
-    def budget(self) -> Budget | None:
-        """What every matched method may spend, where ``match`` names an amount."""
-        return parse_match(self.match) if self.match is not None else None
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _short_methods(cls, value: Any) -> Any:
-        if not isinstance(value, tuple):
-            return value
-        return tuple(row for v in value for row in _by_rate(_method_entry(v)))
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _short_tasks(cls, value: Any) -> Any:
-        if not isinstance(value, tuple):
-            return value
-        return tuple({"name": v} if isinstance(v, str) else v for v in value)
-
-    @field_validator("tune", mode="before")
-    @classmethod
-    def _short_tune(cls, value: Any) -> Any:
-        return {"trials": value} if isinstance(value, int) else value
-
-
-def _method_entry(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"label": value, "method": {"name": value}}
-    if isinstance(value, dict):
-        value = dict(value)
-        if isinstance(value.get("method"), str):
-            value["method"] = {"name": value["method"]}
-        if "label" not in value and isinstance(value.get("method"), dict):
-            value["label"] = str(value["method"].get("name", ""))
-    return value
-
-
-def _by_rate(entry: Any) -> list[Any]:
-    """One row per learning rate, if the entry names several."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("learning_rates"), tuple):
-        return [entry]
-    rest = {key: value for key, value in entry.items() if key != "learning_rates"}
-    train = rest.get("train") or {}
-    if not isinstance(train, dict):
-        return [rest]
-    return [
-        {
-            **rest,
-            "label": f"{rest.get('label', '')}-{_short(rate)}",
-            "train": {**train, "learning_rate": rate},
-        }
-        for rate in entry["learning_rates"]
-    ]
-
-
-def _short(rate: Any) -> str:
-    """0.0005 -> 5e-4."""
-    if not isinstance(rate, float) or not math.isfinite(rate):
-        return str(rate)
-    digits, exponent = f"{rate:e}".split("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 @dataclass(frozen=True)

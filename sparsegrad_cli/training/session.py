@@ -15,7 +15,7 @@ from sparsegrad_cli import ranks
 from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
-from sparsegrad_cli.modeling.quantized import count_entries, quantization_state
+from sparsegrad_cli.modeling.quantized import quantization_state
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
@@ -34,11 +34,11 @@ from sparsegrad_cli.training.calibration import (
     passes_of,
 )
 from sparsegrad_cli.training.diagnostics import spectra
+from sparsegrad_cli.training.facts import loaded_facts
 from sparsegrad_cli.training.memory_out import explain
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
-    hash_facts,
     hash_parameters,
     make_setup,
 )
@@ -92,41 +92,7 @@ class Session:
         with self.meter.phase("load"):
             pass
         self.known.setup = setup
-        config: Any = setup.model.config
-        task = setup.task
-        self.record.save(
-            model={
-                "name": self.recipe.model.name,
-                "architecture": type(setup.model).__name__,
-                "model_type": getattr(config, "model_type", None),
-                "parameters": count_entries(setup.model),
-                "dtype": self.recipe.model.dtype,
-                "quantization": self.recipe.model.quantization,
-                "fingerprint": setup.fingerprint,
-            },
-            task={
-                "name": task.name,
-                "kind": task.kind,
-                "metric": setup.objective.metric,
-                "regression": task.kind == "regression",
-                "label_names": list(task.label_names) if task.label_names else None,
-                "train_examples": len(setup.train_data),
-                "validation_examples": {k: len(v) for k, v in setup.validation.items()},
-                "majority_score": task.majority.get(setup.objective.metric),
-                "majority_accuracy": task.majority.get("accuracy"),
-                "max_length": self.recipe.task.max_length,
-                "padding": self.recipe.task.padding,
-                "notes": list(task.notes),
-                "counts": dict(task.counts),
-            },
-            precision=setup.precision,
-            hashes={
-                "data": task.data_hash,
-                "head_init": setup.head_hash,
-                "precision": hash_facts(setup.precision),
-                "order": {},
-            },
-        )
+        self.record.save(**loaded_facts(self.recipe, setup))
         return setup
 
     def calibrated(self, setup: Setup) -> Calibration:

@@ -1,0 +1,151 @@
+"""A run in its directory: held by one, recorded however it ends, and reported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli import ranks
+from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
+from sparsegrad_cli.known_errors import known_errors
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
+from sparsegrad_cli.rundir import RunRecord, choose_run_dir, held_run_dir, open_run_dir
+
+
+def run_recorded(
+    loaded: LoadedRecipe,
+    command: str,
+    work: Callable[[RunRecord, Observer], None],
+    observer: Observer | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Do some work in the run directory of a recipe.
+
+    Args:
+        loaded: the recipe.
+        command: ``train`` or ``calibrate``.
+        work: what to do; it fills the record.
+        observer: told of phases; closed in the end.
+        resume, overwrite: as in :func:`open_run_dir`.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        SparsegradError: of the kind that says what happened; so does run.json.
+    """
+    observer = observer or Observer()
+    recipe = loaded.recipe
+    _check_shares(loaded, command)
+    ranks.join(use_cpu=recipe.train.use_cpu)
+    with ExitStack() as held:
+        held.callback(observer.close)
+
+        def opened() -> Path:
+            path = choose_run_dir(recipe, command)
+            held.enter_context(held_run_dir(path))
+            open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
+            return path
+
+        # Of processes that train together, the first holds the folder for all.
+        run_dir = ranks.from_first(opened)
+        record = _recorded(loaded, command, run_dir, work, observer)
+        if ranks.is_first():
+            with known_errors(again=f"sparsegrad report {run_dir}"):
+                _write_report(record, observer)
+    return record.data
+
+
+def _check_shares(loaded: LoadedRecipe, command: str) -> None:
+    """Calibration steps are shared out: every process needs one to find anything.
+
+    Raises:
+        UsageError: there are fewer steps than processes.
+    """
+    recipe = loaded.recipe
+    wanted = recipe.method.name == "sparsegrad" and recipe.calibration.basis is None
+    if (wanted or command == "calibrate") and recipe.calibration.steps < ranks.count():
+        ranks.refuse(
+            UsageError(
+                f"{ranks.count()} processes cannot share {recipe.calibration.steps} "
+                "calibration steps",
+                where=loaded.where("calibration.steps"),
+                fix=f"calibration.steps={ranks.count()} or more",
+            )
+        )
+
+
+def _recorded(
+    loaded: LoadedRecipe,
+    command: str,
+    run_dir: Path,
+    work: Callable[[RunRecord, Observer], None],
+    observer: Observer,
+) -> RunRecord:
+    """Do the work; run.json says how it ended, however it ended."""
+    from sparsegrad_cli.measure.environment import collect, git_state
+
+    recipe = loaded.recipe
+    record = RunRecord(
+        run_dir,
+        {
+            "command": command,
+            "name": run_dir.name,
+            "recipe_digest": digest(recipe),
+            "seed": recipe.seed,
+            "output_dir": str(run_dir),
+            "processes": ranks.count(),
+            "environment": collect("cpu" if recipe.train.use_cpu else None),
+            "git": git_state(Path.cwd()),
+        },
+    )
+    started = time.perf_counter()
+    try:
+        with known_errors():
+            record.save()
+            work(record, observer)
+            record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
+            record.finish()
+    except SparsegradError as error:
+        _record_failure(record, error)
+        if isinstance(error, InterruptedRunError) and record.data["status"] == "done":
+            error.fix = f"the run is done: sparsegrad report {run_dir}"
+        raise
+    except BaseException as error:
+        what = f"{type(error).__name__}: {error}"
+        _record_failure(record, SparsegradError(what, fix="run again with --debug"))
+        raise
+    return record
+
+
+def _record_failure(record: RunRecord, error: SparsegradError) -> None:
+    """Write the status; a disk too full even for that must not hide the first error."""
+    try:
+        record.finish(error)
+    except SparsegradError:
+        return
+
+
+def _write_report(record: RunRecord, observer: Observer) -> None:
+    """The run is done, whatever becomes of its report."""
+    from sparsegrad_cli.report.html import write_run_html
+    from sparsegrad_cli.report.markdown import run_markdown
+    from sparsegrad_cli.report.records import write_text_atomic
+
+    observer.phase("report")
+    try:
+        write_text_atomic(record.path / "report.md", run_markdown(record.data))
+        write_run_html(record.data, record.path / "report.html")
+    except (OSError, DiskError) as error:
+        reason = error.what if isinstance(error, DiskError) else str(error)
+        raise DiskError(
+            f"the run is done, but its report could not be written: {reason}",
+            where=str(record.path),
+            fix=f"free some space, then sparsegrad report {record.path}",
+        ) from error
