@@ -27,10 +27,10 @@ Line = tuple[bool | None, str]
 
 
 def check_lines(compare: Any) -> list[Line]:
-    """(held, sentence) of hashes, the recipes' diff, tuning and budget: what held, together."""
+    """(held, sentence) of hashes, the recipes' diff, budget and tuning: what held, together."""
     tuned = tuning_check(compare)
-    lines = [*_hash_lines(compare), *_parity_lines(compare), *([tuned] if tuned else [])]
-    return [*lines, *budget_lines(compare)]
+    lines = [*_hash_lines(compare), *_parity_lines(compare), *budget_lines(compare)]
+    return [*lines, *([tuned] if tuned else [])]
 
 
 def _hash_lines(compare: Any) -> list[Line]:

@@ -50,7 +50,7 @@ def test_configs_are_listed_and_copied(cli: Cli, tmp_path: Path) -> None:
     [
         # Only a square basis can be transposed, as the published code does.
         ("sparsegrad", {"original", "transposed", "kind_basis"}),
-        ("core", {"original", "kind_basis"}),
+        ("core", {"original", "kind_basis", "whole_core"}),
     ],
 )
 def test_calibrate_then_train_on_its_basis(

@@ -29,6 +29,10 @@ WRONG = {
     "trainable=70K": "such as trainable=70k",
     "trainabel=70k": "did you mean trainable?",
     "memory": "such as peak=2GiB, or trainable",
+    f"peak={'9' * 400}GiB": "such as peak=2GiB",
+    f"trainable={'9' * 5000}": "such as trainable=70k",
+    f"trainable={'1' * 30}.5": "such as trainable=70k",
+    "trainable=٧": "such as trainable=70k",
 }
 
 
