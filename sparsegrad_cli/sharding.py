@@ -25,8 +25,11 @@ _CONFIG = "the file that accelerate launch was given (see configs/accelerate/fsd
 
 
 def asked() -> str | None:
-    """``FSDP``, ``DEEPSPEED``, or None where every process holds all weights."""
-    if ranks.count() == 1:
+    """``FSDP``, ``DEEPSPEED``, or None where every process holds all weights.
+
+    By the rule of accelerate, which splits the weights of a single process too, if it was launched.
+    """
+    if "LOCAL_RANK" not in os.environ:
         return None
     if _said("ACCELERATE_USE_DEEPSPEED"):
         return DEEPSPEED
@@ -34,11 +37,12 @@ def asked() -> str | None:
 
 
 def check_sharding(loaded: LoadedRecipe, command: str, *, resume: bool) -> None:
-    """What cannot work on split weights, before anything is loaded.
+    """What cannot work on split weights, or as a launcher has it, before anything is loaded.
 
     Raises:
         UsageError: says what does work.
     """
+    _check_precision(loaded)
     how = asked()
     if how is None:
         return
@@ -58,6 +62,16 @@ def check_sharding(loaded: LoadedRecipe, command: str, *, resume: bool) -> None:
         ranks.refuse(UsageError(what, where="--resume", fix="--overwrite, or FSDP2"))
 
 
+def _check_precision(loaded: LoadedRecipe) -> None:
+    """A launcher's mixed precision would go past the recipe, and past the record."""
+    launched, train = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), loaded.recipe.train
+    own = "bf16" if train.bf16 else "fp16" if train.fp16 else "no"
+    if "LOCAL_RANK" in os.environ and launched not in ("no", own):
+        fix = f"mixed_precision: 'no' there, and train.{launched}: true in the recipe if so wanted"
+        what = f"the launcher says mixed precision {launched}, the recipe {own}"
+        ranks.refuse(UsageError(what, where=_CONFIG, fix=fix))
+
+
 def _said(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
@@ -66,6 +80,9 @@ def _fsdp_problem() -> tuple[str, str] | None:
     """(what, fix) of accelerate's settings of FSDP."""
     if os.environ.get("FSDP_VERSION", "1") != "2":
         return "FSDP's version 1 flattens parameters: they lose name and shape", "fsdp_version: 2"
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        what = "by size accelerate also wraps lists of blocks, which torch's fully_shard refuses"
+        return what, "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
     # Each names the switch, why it cannot be on, and what to write instead.
     switches = (
         (

@@ -73,9 +73,7 @@ def cut(size: int, micro_batches: int) -> tuple[str, ...]:
     )
 
 
-def trained(
-    model: str, method: str, run: str, *more: str, resume: bool = False
-) -> dict[str, Any]:
+def trained(model: str, method: str, run: str, *more: str, resume: bool = False) -> dict[str, Any]:
     """run.json of a run in the working folder, as the command makes it."""
     settings = (*TASKS[model], *_SETTINGS, *METHODS[method], *more, f"output_dir={run}")
     gc.freeze()  # the memory meter collects garbage often: what libraries have made is none

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsegrad_cli import ranks
 from sparsegrad_cli.measure.ledger import Ledger
+from sparsegrad_cli.modeling.shards import split_modules
 
 
 @contextmanager
@@ -18,10 +18,6 @@ def gathers_booked(models: Iterable[nn.Module], ledger: Ledger) -> Iterator[None
 
     Autograd saves gathered weights as it does any others; nothing but the module knows them.
     """
-    if ranks.count() == 1:
-        yield
-        return
-    from torch.distributed.fsdp import FSDPModule
 
     def look(module: nn.Module, inputs: Any) -> None:
         for parameter in module.parameters():
@@ -29,9 +25,8 @@ def gathers_booked(models: Iterable[nn.Module], ledger: Ledger) -> Iterator[None
 
     with ExitStack() as stack:
         for model in models:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):  # its own hook, which gathers, runs before
-                    stack.callback(module.register_forward_pre_hook(look).remove)
+            for module in split_modules(model):  # its own hook, which gathers, runs before
+                stack.callback(module.register_forward_pre_hook(look).remove)
         yield
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli import ranks
@@ -19,11 +20,16 @@ _Out = TypeVar("_Out")
 
 def is_split(tensor: Any) -> bool:
     """Whether this process holds a shard of it."""
-    if ranks.count() == 1:
+    if not _joined():
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def _joined() -> bool:
+    """Whether anything can be split: a process that was launched alone may be, too."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -38,13 +44,17 @@ def fold(model: nn.Module) -> None:
     After a forward pass without a backward pass the last modules are still whole: their parameters
     are then copies, and what is written into a copy is lost.
     """
-    if ranks.count() == 1:
-        return
+    for module in split_modules(model):
+        module.reshard()
+
+
+def split_modules(model: nn.Module) -> list[Any]:
+    """Modules whose parameters FSDP2 splits: those it was asked to split, not what they hold."""
+    if not _joined():
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -244,7 +244,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         self.evaluate()
         self.is_fsdp_enabled, self.is_deepspeed_enabled = split
-        if ranks.count() == 1:
+        if ranks.count() == 1 and self.split_by is None:
             return
         model: Any = self.model
         marks = model.__dict__
