@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from little import base_folder, data_folder
-from talkers import talker
+from talkers import byte_tokenizer, talker
+from tiny import build, config
 
 from sparsegrad_cli import runner
+from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import load_recipe
 
 # What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` puts into the environment.
@@ -44,19 +46,28 @@ _SETTINGS = (
     "calibration.batch_size=2",
     "calibration.warmup_steps=0",
 )
+# Three rows to evaluate: one process has two of them, the other one.
+_CHAT = "task={name: chat, path: d.jsonl, max_length: 96, eval_limit: 3}"
 TASKS = {
     "bert": ("model=bert", "task={name: csv, path: classes, max_length: 16, eval_limit: 5}"),
-    # Three rows to evaluate: one process has two of them, the other one.
-    "llama": ("model=llama", "task={name: chat, path: d.jsonl, max_length: 96, eval_limit: 3}"),
+    "llama": ("model=llama", _CHAT),
+    "gpt2": ("model=gpt2", _CHAT),
 }
 
 
 def place(folder: Path) -> Path:
-    """Two models, whose dropout would differ from process to process, and their tasks."""
+    """Models without dropout, which would differ from process to process, and their tasks."""
+    from transformers import AutoModelForCausalLM
+
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     base_folder(folder / "bert", "bert", **still)
     data_folder(folder / "classes")
     talker(folder / "llama", positions=128)
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    settings = config("gpt2", vocab_size=260, n_positions=128, initializer_range=0.3, **still)
+    tied: Any = build(AutoModelForCausalLM, settings, 3)
+    tied.save_pretrained(folder / "gpt2")
+    byte_tokenizer().save_pretrained(folder / "gpt2")
     rows = (
         f'{{"prompt": "{n}. Who?", "completion": "{"yes " * 17 if n % 5 == 0 else "no"}"}}\n'
         for n in range(40)
@@ -73,12 +84,19 @@ def cut(size: int, micro_batches: int) -> tuple[str, ...]:
     )
 
 
-def trained(model: str, method: str, run: str, *more: str, resume: bool = False) -> dict[str, Any]:
+def trained(
+    model: str,
+    method: str,
+    run: str,
+    *more: str,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
     """run.json of a run in the working folder, as the command makes it."""
     settings = (*TASKS[model], *_SETTINGS, *METHODS[method], *more, f"output_dir={run}")
     gc.freeze()  # the memory meter collects garbage often: what libraries have made is none
     try:
-        return runner.train(load_recipe(None, settings), resume=resume)
+        return runner.train(load_recipe(None, settings), observer, resume=resume)
     finally:
         gc.unfreeze()
 
@@ -100,7 +118,6 @@ def joined(rank: int, folder: str) -> Iterator[None]:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    _fsdp_on_cpu()
     undraw()
     yield
     torch.distributed.barrier()
@@ -110,20 +127,13 @@ def joined(rank: int, folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def splitting() -> Iterator[None]:
-    """Inside, a launcher has asked for FSDP2; outside, for nothing, which is DDP."""
-    os.environ.update(FSDP2)
-    try:
-        yield
-    finally:
-        for name in FSDP2:
-            del os.environ[name]
+def splitting(*, on_cpu: bool = True) -> Iterator[None]:
+    """Inside, a launcher has asked for FSDP2; outside, for nothing, which is DDP.
 
-
-def _fsdp_on_cpu() -> None:
-    """Let accelerate take its FSDP branch on the CPU, which it itself takes on accelerators alone.
-
-    Nothing else of it is touched: what prepares, splits, maps the optimizer and clips is its own.
+    Args:
+        on_cpu: let accelerate take its FSDP branch on the CPU, too, which it takes on accelerators
+            alone. Nothing else of it is touched: what prepares, splits, maps the optimizer and
+            clips is its own.
     """
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
@@ -132,11 +142,16 @@ def _fsdp_on_cpu() -> None:
     plain = AcceleratorState.__init__
 
     def patched(self: Any, *args: Any, **more: Any) -> None:
-        PartialState(cpu=True)
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            shared = PartialState._shared_state
-            if shared["distributed_type"] == DistributedType.MULTI_CPU:
-                shared["distributed_type"] = DistributedType.MULTI_GPU
+        shared = PartialState(cpu=True)._shared_state
+        if shared["distributed_type"] == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
         plain(self, *args, **more)
 
-    AcceleratorState.__init__ = patched
+    os.environ.update(FSDP2)
+    AcceleratorState.__init__ = patched if on_cpu else plain
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = plain
+        for name in FSDP2:
+            del os.environ[name]

@@ -7,7 +7,6 @@ alone; tests/split.py lets it take it on the CPU, over gloo.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,129 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from split import BATCH, METHODS, STEPS, TASKS, cut, joined, place, splitting, trained
-from tiny import one_thread
+from split import BATCH, METHODS, STEPS, cut, place, trained
+from split_runs import CELLS, COMPARED, FILES, one_of_two
+from tiny import one_thread, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
-from sparsegrad_cli.modeling.shards import is_split
 from sparsegrad_cli.training.checkpoint import load_optimizer, save_training_state
-from sparsegrad_cli.training.finite import check_weights
-
-CELLS = [(model, method) for model in TASKS for method in METHODS]
-# Numbers of two kinds: frozen weights in half precision beside float32 values; autocast over all.
-MIXED = {
-    "frozen": ("llama", "static", "model.dtype=bfloat16"),
-    "frozen-lora": ("bert", "lora", "model.dtype=bfloat16"),
-    "autocast": ("llama", "full", "train.bf16=true"),
-    "both": ("llama", "dense", "model.dtype=bfloat16", "train.bf16=true"),
-}
-SAVING = (
-    "train.max_steps=4",
-    "train.eval_strategy=steps",
-    "train.eval_steps=2",
-    "train.save_strategy=steps",
-    "train.save_steps=2",
-    "train.save_total_limit=3",
-    "train.load_best_model_at_end=true",
-    "train.lr_scheduler_type=linear",
-    "train.learning_rate=20",  # so far that the last weights are not the best
-)
-FILES = ("trainable.safetensors", "optimizer.safetensors")
-
-
-def one_of_two(rank: int, folder: str) -> None:
-    """What each of the two processes does; what it found is ``rank<n>.json``."""
-    with joined(rank, folder):
-        found: dict[str, Any] = {"diverged": _diverged(), "lost": _lost_shard(rank)}
-        with splitting():
-            for model, method in CELLS:
-                trained(model, method, f"two-{model}-{method}", *cut(2, 2))
-            recomputed = ("train.gradient_checkpointing=true", "method.recompute=activation")
-            trained("llama", "dense", "recomputed", *cut(2, 2), *recomputed)
-            trained("llama", "lora", "clipped", *cut(2, 2), "train.max_grad_norm=0.01")
-        for name, (model, method, *more) in MIXED.items():
-            with splitting():
-                trained(model, method, f"split-{name}", *cut(4, 1), *more)
-            trained(model, method, f"whole-{name}", *cut(4, 1), *more)
-        for method in ("static", "full"):
-            _stopped_and_resumed(rank, method)
-        found["pieces"] = _pieces(rank)
-        Path(f"rank{rank}.json").write_text(json.dumps(found))
-
-
-def _stopped_and_resumed(rank: int, method: str) -> None:
-    """A run of four steps, and from its checkpoint of the second one split and one whole."""
-    with splitting():
-        trained("llama", method, f"straight-{method}", *cut(4, 1), *SAVING)
-    if rank == 0:
-        for way in ("split", "whole"):
-            left = Path(shutil.copytree(f"straight-{method}", f"resumed-{way}-{method}"))
-            shutil.rmtree(left / "checkpoint-4")
-            shutil.rmtree(left / "adapter")
-    torch.distributed.barrier()
-    with splitting():
-        trained("llama", method, f"resumed-split-{method}", *cut(4, 1), *SAVING, resume=True)
-    trained("llama", method, f"resumed-whole-{method}", *cut(4, 1), *SAVING, resume=True)
-
-
-def _diverged() -> dict[str, Any]:
-    """A loss that is lost ends all processes, though looking for the module is everybody's work."""
-    try:
-        with splitting():
-            trained("bert", "full", "diverged", *cut(4, 1), "train.learning_rate=1e30")
-    except NonFiniteError as error:
-        return error.details
-    return {}
-
-
-class _Odd(nn.Module):
-    """Three rows for two processes, and a parameter without entries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.arange(15.0).view(3, 5))
-        self.empty = nn.Parameter(torch.zeros(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.empty.sum()
-
-
-def _split_odd() -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    return fully_shard(_Odd())
-
-
-def _lost_shard(rank: int) -> str:
-    """A number that is lost in one process's shard alone is found by both."""
-    model = _split_odd()
-    check_weights(model, 1)
-    with torch.no_grad():
-        if rank == 1:
-            model.weight.to_local().fill_(float("nan"))
-    try:
-        check_weights(model, 1)
-    except NonFiniteError as error:
-        return str(error.details["parameter"])
-    return ""
-
-
-def _pieces(rank: int) -> list[Any]:
-    """Of a model that is whole after a forward pass: are its weights written all the same?"""
-    model = _split_odd()
-    model.eval()
-    with torch.no_grad():
-        model(torch.ones(1, 5))
-    whole_by_now = not is_split(model.weight)
-    load_by_name(model, {"weight": -torch.arange(15.0).view(3, 5)})
-    kept = trainable_state(model)
-    rows = len(model.weight.to_local())
-    with torch.no_grad():
-        out = model(torch.ones(1, 5)).tolist()
-    values = kept["weight"].tolist() if rank == 0 else str(kept["weight"].device)
-    return [whole_by_now, rows, list(kept["empty"].shape), values, out]
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +114,16 @@ def test_recomputing_and_clipping_go_with_it(here: Path) -> None:
     assert apart
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_precision_is_that_of_whole_weights_bit_for_bit(two: Path, name: str) -> None:
-    """Half-precision weights beside float32 values, and autocast: as DistributedDataParallel."""
+@pytest.mark.parametrize("name", COMPARED)
+def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) -> None:
+    """As DistributedDataParallel, whatever the precision."""
     split, whole = (two / f"{way}-{name}" for way in ("split", "whole"))
     assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
     equal(split / "adapter" / "adapter.safetensors", whole / "adapter" / "adapter.safetensors")
     assert losses(record(split)) == losses(record(whole))
     assert {t.dtype for t in adapter(split).values()} <= {torch.float32, torch.int32}
+    if name == "autocast":  # it was on
+        assert losses(record(split)) != losses(record(two / "two-llama-full"))
 
 
 @pytest.mark.parametrize("method", ["static", "full"])
@@ -291,7 +176,6 @@ def test_a_checkpoint_is_what_one_process_writes(two: Path, tmp_path: Path, meth
 
 def _talker(folder: Path, method: str) -> nn.Module:
     """The run's model as its method prepares it."""
-    from tiny import targets_of
     from transformers import LlamaForCausalLM
 
     from sparsegrad_cli.methods.table import make_method
@@ -325,3 +209,9 @@ def test_whole_weights_come_from_all_and_go_to_all(two: Path) -> None:
     out = [[-10.0, -35.0, -60.0]]
     assert first["pieces"] == [True, 2, [0], expected, out]
     assert second["pieces"] == [True, 1, [0], "meta", out]
+
+
+def test_where_nothing_is_split_the_run_says_so(two: Path) -> None:
+    first = json.loads((two / "rank0.json").read_text())
+    assert any("no FSDP2 here, but DDP" in note for note in first["notes"])
+    assert record(two / "unsplit")["split_by"] is None
