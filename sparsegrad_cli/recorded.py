@@ -14,6 +14,7 @@ from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.rundir import RunRecord, choose_run_dir, held_run_dir, open_run_dir
+from sparsegrad_cli.sharding import check_sharding
 
 
 def run_recorded(
@@ -43,6 +44,7 @@ def run_recorded(
     observer = observer or Observer()
     recipe = loaded.recipe
     _check_shares(loaded, command)
+    check_sharding(loaded, command, resume=resume)
     ranks.join(use_cpu=recipe.train.use_cpu)
     with ExitStack() as held:
         held.callback(observer.close)

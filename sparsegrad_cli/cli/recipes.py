@@ -13,10 +13,17 @@ from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
-from sparsegrad_cli.recipe.shipped import shipped_files
+from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
 
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.study import LoadedStudy
+
+# What comes along, and the commands that take it.
+_KINDS = {
+    "configs": "train, calibrate, compare",
+    "recipes": "compare",
+    LAUNCHERS: "accelerate launch --config_file",
+}
 
 configs_app = typer.Typer(
     help="The recipes that come with sparsegrad.", invoke_without_command=True
@@ -69,12 +76,12 @@ def is_study(source: str) -> bool:
 
 @configs_app.callback()
 def configs(context: typer.Context) -> None:
-    """List the recipes (for train and calibrate) and studies (for compare) that come along."""
+    """List recipes (train, calibrate), studies (compare) and settings for accelerate launch."""
     if context.invoked_subcommand is not None:
         return
-    for kind, use in (("configs", "train, calibrate, compare"), ("recipes", "compare")):
+    for kind, use in _KINDS.items():
         for path in shipped_files(kind):
-            typer.echo(f"{kind}/{path.name:<28} {_first_comment(path)} [{use}]")
+            typer.echo(f"{f'{kind}/{path.name}':<40} {_first_comment(path)} [{use}]")
 
 
 @configs_app.command("copy")
@@ -82,9 +89,11 @@ def copy(
     name: Annotated[str, typer.Argument(help="For example roberta_glue.")],
     to: Annotated[Path | None, typer.Argument(help="File or folder; here by default.")] = None,
 ) -> None:
-    """Copy a shipped recipe, to make it one's own."""
-    stem = name.removesuffix(".yaml").removeprefix("configs/").removeprefix("recipes/")
-    there = {path.stem: path for kind in ("configs", "recipes") for path in shipped_files(kind)}
+    """Copy a shipped recipe, study or launcher's settings, to make it one's own."""
+    stem = name.removesuffix(".yaml")
+    for kind in ("configs", "recipes", "accelerate"):
+        stem = stem.removeprefix(f"{kind}/")
+    there = {path.stem: path for kind in _KINDS for path in shipped_files(kind)}
     if stem not in there:
         from sparsegrad_cli.recipe.problems import did_you_mean
 

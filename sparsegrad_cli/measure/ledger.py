@@ -241,8 +241,10 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """Storages behind a tensor: of a sparse one its parts', of a wrapper its inner tensors'."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, Tensor):  # a shard names the processes that it is split over, too
+                yield from storages_of(part)
     elif tensor.layout is torch.strided:
         try:
             yield tensor.untyped_storage()

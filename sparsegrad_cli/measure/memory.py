@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsegrad_cli.measure.environment import rss_bytes
+from sparsegrad_cli.measure.gathers import gathers_booked, resizes_storage
 from sparsegrad_cli.measure.largest import LiveTensor, largest
 from sparsegrad_cli.measure.ledger import CATEGORIES, Entry, Ledger, Peak, PhasePeak, tensors_in
 
@@ -75,6 +76,8 @@ class _Counter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if resizes_storage(func):
+            self._ledger.refresh()
         out = func(*args, **(kwargs or {}))
         # Inputs after the call, too: all are alive still, and some may have been resized.
         for tensor in tensors_in((args, kwargs, out)):
@@ -146,6 +149,7 @@ class MemoryMeter:
             for parameter in self._parameters():
                 if parameter.requires_grad:
                     stack.callback(self._hook(parameter))
+            stack.enter_context(gathers_booked(self._known_models(), self._ledger))
             stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
             stack.enter_context(_Counter(self._ledger))
             yield
@@ -178,17 +182,17 @@ class MemoryMeter:
     def _read_allocator(self, peak: Peak) -> None:
         """Where the device's allocator knows better, take its figures."""
 
+    def _known_models(self) -> list[nn.Module]:
+        return [model for known in self._models if (model := known()) is not None]
+
     def _parameters(self) -> Iterator[nn.Parameter]:
-        for known in self._models:
-            model = known()
-            if model is not None:
-                yield from model.parameters()
+        for model in self._known_models():
+            yield from model.parameters()
 
     def _look(self) -> None:
         """Find the watched tensors as they are now."""
-        for known in self._models:
-            model = known()
-            for buffer in model.buffers() if model is not None else ():
+        for model in self._known_models():
+            for buffer in model.buffers():
                 self._ledger.touch(buffer, "weights")
         for parameter in self._parameters():
             self._ledger.touch(parameter, "weights")
@@ -234,9 +238,8 @@ class MemoryMeter:
 
     def largest(self, count: int) -> list[LiveTensor]:
         """The largest storages that are known to be alive now; see measure/largest.py."""
-        models = [model for known in self._models if (model := known()) is not None]
         optimizers = [owner for known in self._optimizers if (owner := known()) is not None]
-        return largest(self._ledger, models, optimizers, count)
+        return largest(self._ledger, self._known_models(), optimizers, count)
 
     def tracked(self) -> int:
         """How many live storages are known."""

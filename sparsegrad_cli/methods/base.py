@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.modeling.precision import HALF, accept_half_inputs, open_parameter
+from sparsegrad_cli.modeling.shards import fold, gathered, shard_like
 from sparsegrad_cli.modeling.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -143,7 +144,10 @@ class Method(Protocol):
         ...
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What training changed, as few bytes as the method allows, by name."""
+        """What training changed, as few bytes as the method allows, by name.
+
+        Of processes that train together all have to ask (:func:`trainable_state`).
+        """
         ...
 
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -196,19 +200,29 @@ def count_parameters(parameters: Mapping[str, nn.Parameter]) -> int:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that trains, by name: what a checkpoint holds of the model."""
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    """Every parameter that trains, by name: what a checkpoint holds of the model.
+
+    Where weights are split over processes, all of them have to ask; the first one gets the values.
+    """
+    fold(model)
+    return gathered({n: p for n, p in model.named_parameters() if p.requires_grad})
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """Names of :func:`trainable_state`."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters of those names.
+    """Copy whole tensors into the parameters of those names, into each process's shard of them.
 
     Raises:
         KeyError: a name the model does not have, or another shape.
     """
+    fold(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in parameters or parameters[name].shape != tensor.shape:
                 raise KeyError(name)
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(shard_like(tensor, parameters[name]))

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from sparsegrad_cli.data.chat_template import UNLABELLED
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.modeling.lm_head import LmHead, find_lm_head, logits_of, states_of
+from sparsegrad_cli.modeling.shards import within
 from sparsegrad_cli.numerics.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_sums,
 )
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,7 @@ def lm_sums(model: nn.Module, batch: Mapping[str, Tensor], *, head: LmHead | Non
     head = head or find_lm_head(model)
     states_MI, target_M = _labelled(model, batch, head)
     if head.reason is None:
-        states_MI, weight_VI, bias_V = _operands(model, states_MI)
-        loss, correct = linear_cross_entropy_sums(
-            states_MI, weight_VI, target_M, bias_V=bias_V, scale=head.scale, cap=head.cap
-        )
+        loss, correct = _at_head(model, states_MI, linear_cross_entropy_sums, target_M, head)
     else:
         loss = _cross_entropy(model, states_MI, target_M, head)
         correct = (states_MI.argmax(1) == target_M).sum()
@@ -155,16 +155,33 @@ def _cross_entropy(model: nn.Module, states_MI: Tensor, target_M: Tensor, head: 
     if head.reason is not None:
         wide = torch.promote_types(states_MI.dtype, torch.float32)
         return nn.functional.cross_entropy(states_MI.to(wide), target_M, reduction="sum")
-    states_MI, weight_VI, bias_V = _operands(model, states_MI)
-    return linear_cross_entropy(
-        states_MI, weight_VI, target_M, bias_V=bias_V, scale=head.scale, cap=head.cap
-    )
+    return _at_head(model, states_MI, linear_cross_entropy, target_M, head)
 
 
-def _operands(model: nn.Module, states_MI: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """States and head in the dtype that nn.Linear would compute in."""
+def _at_head(
+    model: nn.Module,
+    states_MI: Tensor,
+    compute: Callable[..., _Made],
+    target_M: Tensor,
+    head: LmHead,
+) -> _Made:
+    """``compute`` of states and head, in the dtype that nn.Linear would compute in.
+
+    As the head's own forward: a head that is split over processes is whole there alone.
+    """
     linear = model.get_output_embeddings()  # type: ignore[operator]
-    weight_VI, bias_V = linear.weight, linear.bias
-    kind = states_MI.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VI.dtype
-    return states_MI.to(dtype), weight_VI.to(dtype), bias_V
+
+    def forward(states_MI: Tensor) -> _Made:
+        kind, dtype = states_MI.device.type, linear.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return compute(
+            states_MI.to(dtype),
+            linear.weight.to(dtype),
+            target_M,
+            bias_V=linear.bias,
+            scale=head.scale,
+            cap=head.cap,
+        )
+
+    return within(linear, forward, states_MI)

@@ -1,4 +1,4 @@
-"""Recipes and studies that come with the package. Imports no torch."""
+"""Recipes, studies and launchers' settings that come with the package. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from sparsegrad_cli.paths import exists, expanded, is_file
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+# Settings of accelerate's launcher: YAML files, but no recipes.
+LAUNCHERS = "configs/accelerate"
+
+
 def shipped_folder(kind: str) -> Path:
-    """Folder of the shipped ``configs`` or ``recipes``: in the wheel, or in a source checkout."""
+    """Where ``configs``, ``recipes`` or ``LAUNCHERS`` are: in the wheel, or in a checkout."""
     in_wheel = _PACKAGE / "_shipped" / kind
     return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / kind
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.modeling.shards import gathered, shard_like
 from sparsegrad_cli.training.writing import read_tensors, write_tensors
 
 TRAINABLE, OPTIMIZER, RANDOM, STATE = (
@@ -45,14 +46,16 @@ def save_training_state(
     scheduler: Any,
     extras: Mapping[str, Any],
     drawn: Sequence[RandomState] | None = None,
+    whole: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all but trainer_state.json and the manifest into ``folder``; not atomic.
 
     Args:
         drawn: :func:`random_state` of each process that trains; of this one, which is alone.
+        whole: :func:`whole_state` of the optimizer, where several processes had to be asked for it.
     """
     write_tensors({k: t.cpu().contiguous() for k, t in trainable.items()}, folder / TRAINABLE)
-    state = optimizer.state_dict()
+    state = optimizer.state_dict() if whole is None else whole
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for number, entry in state["state"].items():
@@ -78,6 +81,16 @@ def save_training_state(
         "extras": dict(extras),
     }
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict with whole tensors, whatever is split; in the first process, but all ask."""
+    state = optimizer.state_dict()
+    entries = {}
+    for number, entry in state["state"].items():
+        tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
+        entries[number] = entry | gathered(tensors)
+    return state | {"state": entries}
 
 
 def load_state_json(folder: Path) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def load_state_json(folder: Path) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Restore optimizer and scheduler, bit for bit.
+    """Restore optimizer and scheduler, bit for bit; of what is split, this process's shards.
 
     Raises:
         FileFormatError: the files are damaged or belong to another set of parameters.
@@ -123,6 +136,11 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
     for group in groups:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, entry in ((parameters[n], e) for n, e in state.items() if n < len(parameters)):
+        for key, tensor in entry.items():
+            if isinstance(tensor, Tensor):
+                entry[key] = shard_like(tensor, parameter)
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError) as error:

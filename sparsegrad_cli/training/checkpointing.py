@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from sparsegrad_cli import ranks
-from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
+from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.finite import check_weights
 from sparsegrad_cli.training.manifest import damage
@@ -64,6 +64,8 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *, shelf: Shelf, order: OrderHash, basis: str | None, **kwargs: Any) -> None:
         self.optimizer: Any = None
         self.control: Any = None
+        self.is_fsdp_enabled: bool = False
+        self.is_deepspeed_enabled: bool = False
         self._tr_loss: torch.Tensor
         self.shelf, self.order, self._basis = shelf, order, basis
         self.resumed: Resumed | None = None
@@ -85,7 +87,11 @@ class CheckpointedTrainer(Trainer):
         # Of processes that train together each draws its own numbers and sums its own losses.
         drawn = ranks.of_all(files.random_state())
         losses = ranks.of_all(float(self._tr_loss))
-        fill = partial(self._fill_checkpoint, drawn=drawn, losses=losses)
+        # What is split over them is made whole by all.
+        weights, whole = trainable_state(self.model), files.whole_state(self.optimizer)
+        fill = partial(
+            self._fill_checkpoint, drawn=drawn, losses=losses, weights=weights, whole=whole
+        )
         # The first writes; the others wait, and where it cannot they do not wait for ever.
         self.shelf.newest = ranks.from_first(
             lambda: self.shelf.write(step, fill, self.best_checkpoint)
@@ -105,9 +111,14 @@ class CheckpointedTrainer(Trainer):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def _fill_checkpoint(
-        self, folder: Path, *, drawn: list[files.RandomState], losses: list[float]
+        self,
+        folder: Path,
+        *,
+        drawn: list[files.RandomState],
+        losses: list[float],
+        weights: dict[str, Tensor],
+        whole: dict[str, Any],
     ) -> None:
-        assert isinstance(self.model, nn.Module) and self.optimizer is not None
         scaler = self.accelerator.scaler
         extras = {
             "order": self.order.state(),
@@ -117,13 +128,22 @@ class CheckpointedTrainer(Trainer):
             "measured": self.measured(),
         }
         files.save_training_state(
-            folder, trainable_state(self.model), self.optimizer, self.lr_scheduler, extras, drawn
+            folder, weights, self.optimizer, self.lr_scheduler, extras, drawn, whole
         )
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def save_now(self) -> Path:
-        """A checkpoint of this very step (Ctrl-C), if there is none yet."""
+        """A checkpoint of this very step (Ctrl-C), if there is none yet.
+
+        Raises:
+            InterruptedRunError: under DeepSpeed, which has no checkpoints.
+        """
         assert isinstance(self.model, nn.Module)
+        if self.is_deepspeed_enabled:
+            raise InterruptedRunError(
+                f"stopped after step {self.state.global_step}; DeepSpeed's state is not saved",
+                fix="--overwrite begins anew",
+            )
         folder = self.shelf.place(self.state.global_step)
         if folder != self.shelf.newest:
             self._save_checkpoint(self.model, None)
@@ -163,7 +183,7 @@ class CheckpointedTrainer(Trainer):
     def _load_weights(self, folder: Path) -> None:
         tensors = read_tensors(folder / files.TRAINABLE)
         assert isinstance(self.model, nn.Module)
-        expected = set(trainable_state(self.model))
+        expected = trainable_names(self.model)
         try:
             if set(tensors) != expected:
                 raise KeyError(sorted(set(tensors) ^ expected)[0])

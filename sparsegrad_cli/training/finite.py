@@ -9,26 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.measure.ledger import tensors_in
+from sparsegrad_cli.modeling.shards import fold, own_part
 
 LOSS, INPUTS = "the loss", "the inputs"
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Refuse to keep weights that are not finite.
+    """Refuse to keep weights that are not finite; of processes that train together all ask.
 
     Raises:
         NonFiniteError: names the first such parameter.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not finite(parameter):
-            raise NonFiniteError(
-                f"weights are not finite after step {step}: the first is {name}",
-                where="train.learning_rate",
-                fix="lower it, or clip (train.max_grad_norm: 1); no checkpoint was made of this",
-                details={"step": step, "module": name.rpartition(".")[0], "parameter": name},
-            )
+    fold(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    own = next((n for n, (_, p) in enumerate(trained) if not finite(own_part(p))), len(trained))
+    first = min(ranks.of_all(own))  # a shard may be lost in one process alone
+    if first < len(trained):
+        name = trained[first][0]
+        raise NonFiniteError(
+            f"weights are not finite after step {step}: the first is {name}",
+            where="train.learning_rate",
+            fix="lower it, or clip (train.max_grad_norm: 1); no checkpoint was made of this",
+            details={"step": step, "module": name.rpartition(".")[0], "parameter": name},
+        )
 
 
 def first_non_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:

@@ -14,12 +14,14 @@ from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.scales import scale_of
+from sparsegrad_cli.sharding import DEEPSPEED
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.callbacks import InterruptCallback, ProbeCallback, RecordCallback
 from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
 from sparsegrad_cli.training.shelf import Shelf, step_of
+from sparsegrad_cli.training.splitting import settle
 from sparsegrad_cli.training.touched import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 from sparsegrad_cli.training.writing import save_tensors
@@ -56,6 +58,7 @@ class TrainingLoop:
         self._began = time.perf_counter()
         self.recorder = RecordCallback(session.record.path, session.observer, [])
         self.trainer = self._trainer(asked)
+        session.record.save(split_by=self.trainer.split_by)
         self.optimizer = self.trainer.create_optimizer()
         session.meter.watch(setup.model, bases=prepared.bases, optimizer=self.optimizer)
         session.known.trainer, session.known.bases = self.trainer, tuple(prepared.bases)
@@ -125,7 +128,9 @@ class TrainingLoop:
             callbacks=callbacks,
         )
         _quiet(trainer)
-        trainer.add_callback(ProbeCallback(session.meter, self._probe))
+        settle(trainer, setup.model, setup.targets, session.observer.note)
+        if trainer.split_by != DEEPSPEED:  # whose engine takes every backward pass for its own
+            trainer.add_callback(ProbeCallback(session.meter, self._probe))
         trainer.measured = self._measured
         self.recorder.trainer = interrupter.trainer = trainer
         return trainer
@@ -161,8 +166,7 @@ class TrainingLoop:
             best = next(record for record in trained if record["score"] == chosen)
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
-        if ranks.is_first():
-            self._save_adapter()
+        self._save_adapter()
         session.meter.watch(self.setup.model)  # looks again: bounded state has grown since
         sizes = {"optimizer_state_bytes": session.meter.live()["optimizer_state"]}
         steps = trainer.state.global_step
@@ -195,9 +199,12 @@ class TrainingLoop:
     def _save_adapter(self) -> None:
         record = self.session.record
         path = record.path / "adapter" / "adapter.safetensors"
+        tensors = self.method.adapter_tensors(self.setup.model)  # of all: what is split is gathered
+        if not ranks.is_first():
+            return
         save_tensors(
             path,
-            self.method.adapter_tensors(self.setup.model),
+            tensors,
             {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]},
         )
         record.save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.measure.metrics import mean_loss, score
 from sparsegrad_cli.modeling.lm_head import LmHead
 from sparsegrad_cli.modeling.lm_loss import LmSums, lm_sums
+from sparsegrad_cli.modeling.shards import within
 
 _WORST = 1e9  # for what is not a number: JSON has none
 
@@ -86,12 +88,17 @@ class LanguageModelling:
         sums = LmSums()
         was_training = model.training
         model.eval()
-        for start in range(0, len(rows), size):
-            batch = trainer.data_collator([data[row] for row in rows[start : start + size]])
+        # Where weights are split, a forward pass is everybody's: who has no rows left, joins in.
+        most = -(-len(data) // args.world_size)
+        for start in range(0, most, size):
+            own = rows[start : start + size]
+            batch = trainer.data_collator([data[row] for row in own or [0]])
             batch = {key: value.to(args.device) for key, value in batch.items()}
             # What accelerate wraps in autocast is the model's forward, which is not called here.
             with torch.no_grad(), trainer.accelerator.autocast():
-                sums += lm_sums(model, batch, head=self._head)
+                found = within(model, functools.partial(lm_sums, model, batch, head=self._head))
+            if own:
+                sums += found
         model.train(was_training)
         here = torch.tensor([sums.loss, sums.tokens, sums.correct], dtype=torch.float64)
         nll, tokens, correct = trainer.accelerator.reduce(here.to(args.device), "sum").tolist()

@@ -15,6 +15,7 @@ from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.sharding import DEEPSPEED, FSDP
 from sparsegrad_cli.training.checkpointing import CheckpointedTrainer
 from sparsegrad_cli.training.finite import INPUTS, first_non_finite
 from sparsegrad_cli.training.objective import Objective
@@ -55,6 +56,10 @@ class SparsegradTrainer(CheckpointedTrainer):
                 eval_dataset=next(iter(self.validation.values())),
                 **kwargs,
             )
+        #: What splits weights over processes; None where each of them holds all.
+        self.split_by = (
+            FSDP if self.is_fsdp_enabled else DEEPSPEED if self.is_deepspeed_enabled else None
+        )
         # By token, the model divides by the labelled tokens of the whole step; else it divides by
         # the batch, and Trainer averages the micro-batches.
         self.model_accepts_loss_kwargs = objective.by_token
@@ -109,8 +114,19 @@ class SparsegradTrainer(CheckpointedTrainer):
         loss: torch.Tensor = super().training_step(model, inputs, *args)
         lost = not torch.isfinite(loss)
         if ranks.anywhere(lost):  # the gradients are summed: a loss that is lost, is lost for all
-            raise self._diverged(model, inputs, float(loss)) if lost else self._diverged_elsewhere()
+            # Where weights are split, nobody can look for the module alone.
+            looked = self._diverged(model, inputs, float(loss)) if lost or self.split_by else None
+            raise looked if looked and lost else self._diverged_elsewhere()
         return loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """Autocast, where accelerate puts none around the model's forward: that of split weights.
+
+        FSDP2's own mixed precision would sum gradients in half precision.
+        """
+        if self.split_by == FSDP:
+            return self.accelerator.autocast()
+        return super().compute_loss_context_manager()
 
     def _diverged_elsewhere(self) -> NonFiniteError:
         step = self._micro_batch[0]
@@ -222,9 +238,13 @@ class SparsegradTrainer(CheckpointedTrainer):
 
         Of what has been evaluated accelerate believes that it is prepared for training, too, and
         would not wrap it: several processes would each train for itself. It is told otherwise.
+        Weights are not split yet: that needs the optimizer, and takes place when training begins.
         """
+        split = (self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         self.evaluate()
-        if ranks.count() == 1:
+        self.is_fsdp_enabled, self.is_deepspeed_enabled = split
+        if ranks.count() == 1 and self.split_by is None:
             return
         model: Any = self.model
         marks = model.__dict__

@@ -43,6 +43,11 @@ def test_configs_are_listed_and_copied(cli: Cli, tmp_path: Path) -> None:
     assert copied.read_text() == (REPO / "configs" / "roberta_glue.yaml").read_text()
     assert cli("configs", "copy", "roberta_glue").code == 2
     assert cli("validate", "roberta_glue.yaml", "seed=3").code == 0
+    # Settings of accelerate's launcher come along, and are no recipes.
+    assert "configs/accelerate/fsdp2.yaml" in listed
+    assert cli("configs", "copy", "accelerate/fsdp2").code == 0
+    assert (tmp_path / "fsdp2.yaml").read_text().startswith("# Several GPUs")
+    assert cli("validate", "accelerate/fsdp2").code == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""What each of two processes does whose weights FSDP2 splits, and what it finds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from split import METHODS, cut, joined, splitting, trained
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import NonFiniteError
+from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.modeling.shards import is_split
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.training.finite import check_weights
+
+CELLS = [(model, method) for model in ("bert", "llama") for method in METHODS]
+# Compared with whole weights: frozen half-precision weights beside float32 values, autocast, and a
+# model whose embeddings are its head.
+COMPARED = {
+    "frozen": ("llama", "static", "model.dtype=bfloat16"),
+    "frozen-lora": ("bert", "lora", "model.dtype=bfloat16"),
+    "autocast": ("llama", "full", "train.bf16=true"),
+    "both": ("llama", "dense", "model.dtype=bfloat16", "train.bf16=true"),
+    "tied": ("gpt2", "full", "scope=rest"),
+    "tied-core": ("gpt2", "static"),
+}
+SAVING = (
+    "train.max_steps=4",
+    "train.eval_strategy=steps",
+    "train.eval_steps=2",
+    "train.save_strategy=steps",
+    "train.save_steps=2",
+    "train.save_total_limit=3",
+    "train.load_best_model_at_end=true",
+    "train.lr_scheduler_type=linear",
+    "train.learning_rate=20",  # so far that the last weights are not the best
+)
+FILES = ("trainable.safetensors", "optimizer.safetensors")
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """What each of the two processes does; what it found is ``rank<n>.json``."""
+    with joined(rank, folder):
+        found: dict[str, Any] = {"diverged": _diverged(), "lost": _lost_shard(rank)}
+        with splitting():
+            for model, method in CELLS:
+                trained(model, method, f"two-{model}-{method}", *cut(2, 2))
+            recomputed = ("train.gradient_checkpointing=true", "method.recompute=activation")
+            trained("llama", "dense", "recomputed", *cut(2, 2), *recomputed)
+            trained("llama", "lora", "clipped", *cut(2, 2), "train.max_grad_norm=0.01")
+        for name, (model, method, *more) in COMPARED.items():
+            with splitting():
+                trained(model, method, f"split-{name}", *cut(4, 1), *more)
+            trained(model, method, f"whole-{name}", *cut(4, 1), *more)
+        for method in ("static", "full"):
+            _stopped_and_resumed(rank, method)
+        found["pieces"] = _pieces(rank)
+        found["notes"] = _on_the_cpu_as_it_is()
+        Path(f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def _stopped_and_resumed(rank: int, method: str) -> None:
+    """A run of four steps, and from its checkpoint of the second one split and one whole."""
+    with splitting():
+        trained("llama", method, f"straight-{method}", *cut(4, 1), *SAVING)
+    if rank == 0:
+        for way in ("split", "whole"):
+            left = Path(shutil.copytree(f"straight-{method}", f"resumed-{way}-{method}"))
+            shutil.rmtree(left / "checkpoint-4")
+            shutil.rmtree(left / "adapter")
+    torch.distributed.barrier()
+    with splitting():
+        trained("llama", method, f"resumed-split-{method}", *cut(4, 1), *SAVING, resume=True)
+    trained("llama", method, f"resumed-whole-{method}", *cut(4, 1), *SAVING, resume=True)
+
+
+def _diverged() -> dict[str, Any]:
+    """A loss that is lost ends all processes, though looking for the module is everybody's work."""
+    try:
+        with splitting():
+            trained("bert", "full", "diverged", *cut(4, 1), "train.learning_rate=1e30")
+    except NonFiniteError as error:
+        return error.details
+    return {}
+
+
+class _Listening(Observer):
+    """Keeps the notes of a run."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _on_the_cpu_as_it_is() -> list[str]:
+    """Notes of a run that was to be split, where accelerate does not."""
+    heard = _Listening()
+    with splitting(on_cpu=False):
+        trained("bert", "lora", "unsplit", *cut(4, 1), observer=heard)
+    return heard.notes
+
+
+class _Odd(nn.Module):
+    """Three rows for two processes, and a parameter without entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(15.0).view(3, 5))
+        self.empty = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.empty.sum()
+
+
+def _split_odd() -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(_Odd())
+
+
+def _lost_shard(rank: int) -> str:
+    """A number that is lost in one process's shard alone is found by both."""
+    model = _split_odd()
+    check_weights(model, 1)
+    with torch.no_grad():
+        if rank == 1:
+            model.weight.to_local().fill_(float("nan"))
+    try:
+        check_weights(model, 1)
+    except NonFiniteError as error:
+        return str(error.details["parameter"])
+    return ""
+
+
+def _pieces(rank: int) -> list[Any]:
+    """Of a model that is whole after a forward pass: are its weights written all the same?"""
+    model = _split_odd()
+    model.eval()
+    with torch.no_grad():
+        model(torch.ones(1, 5))
+    whole_by_now = not is_split(model.weight)
+    load_by_name(model, {"weight": -torch.arange(15.0).view(3, 5)})
+    kept = trainable_state(model)
+    rows = len(model.weight.to_local())
+    with torch.no_grad():
+        out = model(torch.ones(1, 5)).tolist()
+    values = kept["weight"].tolist() if rank == 0 else str(kept["weight"].device)
+    return [whole_by_now, rows, list(kept["empty"].shape), values, out]

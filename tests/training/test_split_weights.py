@@ -1,0 +1,217 @@
+"""FSDP2 on two processes makes the update of one, and its checkpoints are everybody's.
+
+By the tool's own training, with accelerate's own preparation. accelerate takes that way on GPUs
+alone; tests/split.py lets it take it on the CPU, over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from split import BATCH, METHODS, STEPS, cut, place, trained
+from split_runs import CELLS, COMPARED, FILES, one_of_two
+from tiny import one_thread, targets_of
+from torch import Tensor, nn
+
+from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.training.checkpoint import load_optimizer, save_training_state
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two processes have done all of the above."""
+    folder = place(tmp_path_factory.mktemp("two"))
+    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+        one_of_two, args=(str(folder),), nprocs=2
+    )
+    return folder
+
+
+@pytest.fixture
+def here(two: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The same, as the working folder of this process, which is alone."""
+    monkeypatch.chdir(two)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
+    with one_thread():
+        yield two
+
+
+def record(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return found
+
+
+def losses(run: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in run["metrics"]["train"]]
+
+
+def adapter(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "adapter" / "adapter.safetensors")
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def equal(found: Path, expected: Path) -> None:
+    one, other = load_file(found), load_file(expected)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("model", "method"), CELLS)
+def test_split_weights_make_the_update_of_one_process(here: Path, model: str, method: str) -> None:
+    two = here / f"two-{model}-{method}"
+    basis = ("calibration.basis=" + str(two / "basis.safetensors"),)
+    more = basis if method in ("static", "dense") else ()
+    alone = trained(model, method, f"one-{model}-{method}", *cut(BATCH, 1), *more)
+    found = record(two)
+    assert (found["status"], found["processes"], found["split_by"]) == ("done", 2, "FSDP2")
+    assert losses(found) == pytest.approx(losses(alone), rel=1e-5)
+    assert len(losses(found)) == STEPS
+    assert found["metrics"]["final"]["score"] == pytest.approx(alone["metrics"]["final"]["score"])
+    tensors = adapter(two)
+    close(tensors, adapter(here / f"one-{model}-{method}"))
+    began = {".core", ".values", "lora_B"}  # at zero
+    moved = [t for n, t in tensors.items() if any(part in n for part in began)]
+    assert (len(moved) > 0) == (method != "full")
+    assert all(float(t.abs().max()) > 1e-3 for t in moved)
+
+
+@pytest.mark.parametrize(("model", "method"), CELLS)
+def test_each_process_holds_half(two: Path, model: str, method: str) -> None:
+    """While the optimizer steps nothing else is there: weights, gradients and state are halves."""
+    found = record(two / f"two-{model}-{method}")
+    there = found["memory"]["phases"]["optimizer"]["categories"]
+    trainable = 4 * found["counts"]["trainable"]
+    beside = trainable if method != "full" else 0  # what the method has added to the weights
+    supports = sum(
+        t.nbytes for n, t in adapter(two / f"two-{model}-{method}").items() if "support" in n
+    )
+    whole = 4 * found["model"]["parameters"] + beside
+    # An odd number of rows gives the first process one more.
+    assert 0.5 * whole <= there["weights"] - supports <= 0.53 * whole
+    assert 0.5 * trainable <= there["gradients"] <= 0.56 * trainable
+    assert trainable <= there["optimizer_state"] <= 1.16 * trainable
+
+
+def test_recomputing_and_clipping_go_with_it(here: Path) -> None:
+    close(adapter(here / "recomputed"), adapter(here / "two-llama-dense"))
+    alone = trained("llama", "lora", "one-clipped", *cut(BATCH, 1), "train.max_grad_norm=0.01")
+    assert losses(record(here / "clipped")) == pytest.approx(losses(alone), rel=1e-5)
+    close(adapter(here / "clipped"), adapter(here / "one-clipped"))
+    free = adapter(here / "two-llama-lora")
+    apart = [n for n, t in adapter(here / "clipped").items() if not torch.allclose(t, free[n])]
+    assert apart
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) -> None:
+    """As DistributedDataParallel, whatever the precision."""
+    split, whole = (two / f"{way}-{name}" for way in ("split", "whole"))
+    assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
+    equal(split / "adapter" / "adapter.safetensors", whole / "adapter" / "adapter.safetensors")
+    assert losses(record(split)) == losses(record(whole))
+    assert {t.dtype for t in adapter(split).values()} <= {torch.float32, torch.int32}
+    if name == "autocast":  # it was on
+        assert losses(record(split)) != losses(record(two / "two-llama-full"))
+
+
+@pytest.mark.parametrize("method", ["static", "full"])
+def test_a_resumed_run_is_the_uninterrupted_one(two: Path, method: str) -> None:
+    straight = two / f"straight-{method}"
+    for way, split_by in (("split", "FSDP2"), ("whole", None)):
+        resumed = two / f"resumed-{way}-{method}"
+        told = record(resumed)
+        assert (told["resumed_from"], told["split_by"]) == (2, split_by)
+        for name in FILES:
+            equal(resumed / "checkpoint-4" / name, straight / "checkpoint-4" / name)
+        equal(
+            resumed / "adapter" / "adapter.safetensors",
+            straight / "adapter" / "adapter.safetensors",
+        )
+        assert told["metrics"]["history"] == record(straight)["metrics"]["history"]
+
+
+@pytest.mark.parametrize("method", ["static", "full"])
+def test_the_best_weights_are_those_that_are_kept(two: Path, method: str) -> None:
+    """Read back into modules that the evaluation before had left whole."""
+    straight = two / f"straight-{method}"
+    best = record(straight)["metrics"]["best"]["step"]
+    assert best == 2  # and not the last
+    kept, saved = adapter(straight), load_file(straight / f"checkpoint-{best}" / FILES[0])
+    for name, tensor in saved.items():
+        assert torch.equal(kept[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["static", "full"])
+def test_a_checkpoint_is_what_one_process_writes(two: Path, tmp_path: Path, method: str) -> None:
+    """Read into plain parameters and plain AdamW, and written again, it is bit for bit the same."""
+    folder = two / f"straight-{method}" / "checkpoint-4"
+    shapes = load_file(folder / FILES[0])
+    model = nn.ParameterDict({n.replace(".", "/"): torch.zeros(t.shape) for n, t in shapes.items()})
+    load_by_name(model, {name.replace(".", "/"): tensor for name, tensor in shapes.items()})
+    # As the run's optimizer has them: in the model's order, which the numbers go by.
+    names = [n for n, p in _talker(two, method).named_parameters() if p.requires_grad]
+    ordered = [model[name.replace(".", "/")] for name in names]
+    optimizer = torch.optim.AdamW(ordered)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    load_optimizer(folder, optimizer, schedule)
+    for number, parameter in enumerate(ordered):
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape, number
+    state = {name.replace("/", "."): tensor for name, tensor in trainable_state(model).items()}
+    save_training_state(tmp_path, state, optimizer, schedule, {})
+    for name in FILES:
+        equal(tmp_path / name, folder / name)
+
+
+def _talker(folder: Path, method: str) -> nn.Module:
+    """The run's model as its method prepares it."""
+    from transformers import LlamaForCausalLM
+
+    from sparsegrad_cli.methods.table import make_method
+    from sparsegrad_cli.recipe.loading import load_recipe
+    from sparsegrad_cli.training.basis_file import read_basis
+
+    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    run = folder / f"straight-{method}"
+    settings = load_recipe(None, METHODS[method]).recipe.method
+    found = read_basis(run / "basis.safetensors") if method == "static" else None
+    make_method(settings).prepare(
+        model,
+        targets_of(model),
+        scope="head",
+        bases=found.by_target() if found else None,
+        scores=found.scores if found else None,
+    )
+    return model
+
+
+def test_what_is_lost_in_one_process_ends_both(two: Path) -> None:
+    first, second = (json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["diverged"]["step"] == second["diverged"]["step"] > 1
+    assert first["diverged"]["module"] == second["diverged"]["module"] != ""
+    assert first["lost"] == second["lost"] == "weight"
+
+
+def test_whole_weights_come_from_all_and_go_to_all(two: Path) -> None:
+    first, second = (json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    expected = (-torch.arange(15.0).view(3, 5)).tolist()
+    out = [[-10.0, -35.0, -60.0]]
+    assert first["pieces"] == [True, 2, [0], expected, out]
+    assert second["pieces"] == [True, 1, [0], "meta", out]
+
+
+def test_where_nothing_is_split_the_run_says_so(two: Path) -> None:
+    first = json.loads((two / "rank0.json").read_text())
+    assert any("no FSDP2 here, but DDP" in note for note in first["notes"])
+    assert record(two / "unsplit")["split_by"] is None
