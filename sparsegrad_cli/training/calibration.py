@@ -27,12 +27,16 @@ from sparsegrad_cli.training.gradients import (
     forked_random,
     gradient_step,
     gradients_only,
+    micro_batches,
     tokens_only,
 )
 
 Batches = Callable[[], Iterator[Batch]]
 Meter = Callable[[], AbstractContextManager[Any]]
 OnStep = Callable[[int, float], None]
+# Of tokens, the inputs of all targets are kept until their gradients come, which a training step
+# need not do. In two parts calibration stays below it, and sums the same tokens.
+_PARTS = 2
 
 
 @dataclass
@@ -76,14 +80,20 @@ class _Passes:
     losses: list[float] = field(default_factory=list)
 
     def run(
-        self, hooks: AbstractContextManager[None], after: Callable[[], None] = lambda: None
+        self,
+        hooks: AbstractContextManager[None],
+        after: Callable[[], None] = lambda: None,
+        *,
+        parts: int = 1,
     ) -> None:
-        """One pass; ``after`` is called after each step."""
+        """One pass; ``after`` is called after each step. Each goes through its batch in parts."""
         batches = self.batches()
         with hooks, forked_random(self.seed):
             for step in range(1, self.steps + 1):
                 with self.meter() if step <= 2 else nullcontext():
-                    self.losses.append(gradient_step(self.model, next(batches), step))
+                    cut = micro_batches(next(batches), parts)
+                    losses = (gradient_step(self.model, b, step, share=s) for b, s in cut)
+                    self.losses.append(sum(losses))
                     after()
                 self.on_step(len(self.losses), self.losses[-1])
 
@@ -155,7 +165,8 @@ def calibrate(
     held = sum(s.nbytes() for s in streams.values())
     if settings.score != "spectral":
         kept = {key: truncated(basis, rank) for key, basis in bases.items()}
-        scores = _scores(passes, targets, keys, kept, settings.score)
+        parts = _PARTS if settings.source == "token" else 1  # the same dropout in every pass
+        scores = _scores(passes, targets, keys, kept, settings.score, parts)
     seconds = time.perf_counter() - started
     return Calibration(bases, keys, scores, streams, seconds, held, passes.losses)
 
@@ -195,11 +206,10 @@ def _fill(
             for key, stream in streams.items():
                 with _finite(key):
                     stream.next_pass()
-        passes.run(
-            gradients_only(passes.model, targets, collect)
-            if source == "batch"
-            else tokens_only(passes.model, targets, collect_tokens)
-        )
+        if source == "batch":
+            passes.run(gradients_only(passes.model, targets, collect))
+        else:
+            passes.run(tokens_only(passes.model, targets, collect_tokens), parts=_PARTS)
         ranks.add_up(total for stream in streams.values() for total in stream.sums())
 
 
@@ -209,6 +219,7 @@ def _scores(
     keys: dict[str, str],
     bases: dict[str, Basis],
     score: str,
+    parts: int,
 ) -> dict[str, Tensor]:
     """One more pass: core gradients come from tokens, so that no weight gradient is formed."""
     streams = {t.name: ScoreStream(bases[keys[t.name]], score) for t in targets}
@@ -220,7 +231,7 @@ def _scores(
         for stream in streams.values():
             stream.end_step()
 
-    passes.run(tokens_only(passes.model, targets, collect), after)
+    passes.run(tokens_only(passes.model, targets, collect), after, parts=parts)
     ranks.add_up(total for stream in streams.values() for total in stream.sums())
     return {name: stream.mean() for name, stream in streams.items()}
 

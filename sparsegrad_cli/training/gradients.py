@@ -19,11 +19,52 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.training.finite import first_non_finite
 
 Batch = Mapping[str, Any]
+IGNORED = -100  # a label that counts for nothing
 
 
-def gradient_step(model: nn.Module, batch: Batch, step: int) -> float:
-    """Forward and backward on one batch; the hooks take the gradients away at once."""
-    loss: Tensor = model(**batch).loss
+def micro_batches(batch: Batch, most: int) -> list[tuple[Batch, float]]:
+    """A batch cut by rows, and what each part's loss is multiplied with to add up to the whole's.
+
+    Args:
+        batch: tensors of as many rows; anything else is left whole.
+        most: parts, or as many as there are rows.
+
+    Returns:
+        The parts. With one label a row, losses are means over rows: the factor is the share of the
+        rows. With labels by token, ``num_items_in_batch`` goes along, by which the model divides.
+    """
+    labels = batch.get("labels")
+    whole: list[tuple[Batch, float]] = [(batch, 1.0)]
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        return whole
+    rows = labels.shape[0]
+    alike = all(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in batch.values())
+    if not alike or min(most, rows) < 2:
+        return whole
+    more: dict[str, Tensor] = {}
+    if labels.dim() > 1:
+        more["num_items_in_batch"] = (labels[:, 1:] != IGNORED).sum()
+    size = -(-rows // most)
+    parts: list[tuple[Batch, float]] = []
+    for start in range(0, rows, size):
+        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
+        share = 1.0 if more else len(part["labels"]) / rows
+        parts.append((part | more, share))
+    return parts
+
+
+def gradient_step(model: nn.Module, batch: Batch, step: int, *, share: float = 1.0) -> float:
+    """Forward and backward on one batch; the hooks take the gradients away at once.
+
+    Args:
+        model, batch: the model's output has ``loss``.
+        step: for the error.
+        share: what the loss is multiplied with (:func:`micro_batches`).
+
+    Returns:
+        The loss, multiplied.
+    """
+    loss: Tensor = model(**batch).loss * share
     value = float(loss.detach())
     if not torch.isfinite(loss.detach()):
         del loss
