@@ -144,7 +144,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(two: Path, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["static", "full"])
 def test_the_best_weights_are_those_that_are_kept(two: Path, method: str) -> None:
-    """Read back into modules that the evaluation before had left whole."""
+    """Which are read back at the end, into shards."""
     straight = two / f"straight-{method}"
     best = record(straight)["metrics"]["best"]["step"]
     assert best == 2  # and not the last
