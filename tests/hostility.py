@@ -58,15 +58,16 @@ def holds(
 
     Args:
         what: the property, for the table.
-        few, many: cases by ``make test``, and by ``make test-slow``.
+        few, many: cases by ``make test`` (0 leaves it to the other), and by ``make test-slow``.
         shrink: look for a smaller case where one fails.
         cases: what the arguments of ``judge`` are drawn from.
     """
 
     def decorated(judge: Judge) -> Callable[[int], None]:
-        @pytest.mark.parametrize(
-            "count", [few, pytest.param(many, marks=pytest.mark.slow)], ids=["few", "many"]
-        )
+        counts = {"few": few, "many": pytest.param(many, marks=pytest.mark.slow)}
+        counts = {name: count for name, count in counts.items() if count}
+
+        @pytest.mark.parametrize("count", counts.values(), ids=list(counts))
         def test(count: int) -> None:
             tally = COUNTS.setdefault(what, Count())
 

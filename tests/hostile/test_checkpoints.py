@@ -65,7 +65,7 @@ def other(draw: st.DrawFn, record: Any) -> Any:
     for _ in range(draw(st.integers(1, 2))):
         container, key = draw(st.sampled_from(list(places(record))))
         if draw(st.booleans()):
-            container[key] = draw(st.one_of(values(), st.integers(-2, 9)))
+            container[key] = copy.deepcopy(draw(st.one_of(values(), st.integers(-2, 9))))
         else:
             del container[key]
     return record
