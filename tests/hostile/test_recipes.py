@@ -11,7 +11,7 @@ from yamls import junk, scalars, spoilt, torn, trees
 
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study import load_study
+from sparsegrad_cli.recipe.study import Study, load_study
 
 
 def read(content: bytes, *overrides: str, study: bool = False) -> None:
@@ -56,7 +56,7 @@ def test_a_recipe_of_any_tree(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"))
 
 
-@holds("a study of any tree", content=trees())
+@holds("a study of any tree", content=trees(Study, "methods: [lora]\n"))
 def test_a_study_of_any_tree(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"), study=True)
 
