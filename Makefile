@@ -5,6 +5,7 @@
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
 # TORCH=torch==2.13.0          which torch
+# TEST_JOBS=1                  tests at a time; by default as many as there are cores, up to four
 # TORCH_INDEX=URL              a wheel index of PyTorch's own, for a CUDA or a small CPU build;
 #                              empty: whatever build your package index serves
 PYTHON ?= python3
@@ -15,6 +16,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= runs/demo
+TEST_JOBS ?= logical
+# A thread for each: two tests that share two cores are done sooner than one after the other on both.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
 .PHONY: install demo test test-slow check format clean
 .DEFAULT_GOAL := install
@@ -35,10 +39,10 @@ demo: $(STAMP)
 	$(BIN)/sparsegrad train calibration.basis=$(DEMO_DIR)/basis/basis.safetensors --output-dir $(DEMO_DIR)/train --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 _TOP = ("schema", "name", "status", "command", "match", "jobs", "methods", "tasks", "seeds")
+_SAID = ("environment", "git", "parity", "tuning", "rows", "tests", "checks")
 _PEAK = ("peak_bytes", "categories")
 
 
 def slim(record: dict[str, Any]) -> dict[str, Any]:
     """A copy of the record without what only a report draws."""
-    kept = {key: record.get(key) for key in (*_TOP, "environment", "git", "rows", "checks")}
+    kept = {key: record.get(key) for key in (*_TOP, *_SAID)}
     kept["cells"] = [_cell(cell) for cell in record["cells"]]
     return kept
 

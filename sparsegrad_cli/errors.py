@@ -6,8 +6,9 @@ Exit codes (docs: README, "Exit codes"): 0 done, 1 failed, 2 usage or recipe, 3 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class SparsegradError(Exception):
@@ -17,20 +18,32 @@ class SparsegradError(Exception):
         what: one sentence, what is wrong.
         where: the file, line and key, or the thing it is about.
         fix: what to do about it.
+        more: lines of what else is known.
+        details: the same for a program, beside the texts in run.json's ``error``.
     """
 
     exit_code = 1
     title = "Failed"
     status = "failed"
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+        more: Sequence[str] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
         self.fix = fix
+        self.more = tuple(more)
+        self.details = dict(details or {})
 
     def __str__(self) -> str:
-        parts = [self.what]
+        parts = [self.what, *self.more]
         if self.where:
             parts.append(f"where: {self.where}")
         if self.fix:
@@ -60,6 +73,19 @@ class DiskError(SparsegradError):
     """Writing failed; what was on disk before is still whole."""
 
     title = "Cannot write"
+
+
+class NonFiniteError(SparsegradError):
+    """A loss or a weight is NaN or infinite."""
+
+    title = "Not finite"
+
+
+class BusyError(SparsegradError):
+    """Another process is at work on the same run."""
+
+    exit_code = 2
+    title = "In use"
 
 
 class OutOfMemoryError(SparsegradError):

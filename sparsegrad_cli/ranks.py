@@ -69,19 +69,20 @@ def from_first(make: Callable[[], _Made]) -> _Made:
     """What the first process makes, in all of them.
 
     Raises:
-        SparsegradError: of ``make``, in the first process. The others leave without a word.
+        Exception: of ``make``, in the first process. The others leave without a word.
     """
     if count() == 1:
         return make()
     import torch.distributed
 
     told: list[Any] = [None, 0]  # what was made; the exit code, if it was not
-    failure = None
+    failure: Exception | None = None
     if is_first():
         try:
             told[0] = make()
-        except SparsegradError as error:
-            failure, told[1] = error, error.exit_code
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            failure = error
+            told[1] = error.exit_code if isinstance(error, SparsegradError) else 1
     torch.distributed.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure
@@ -89,6 +90,29 @@ def from_first(make: Callable[[], _Made]) -> _Made:
         raise SystemExit(told[1])
     made: _Made = told[0]
     return made
+
+
+def of_all(own: _Made) -> list[_Made]:
+    """What each process has, in all of them, the first one's first."""
+    if count() == 1:
+        return [own]
+    import torch.distributed
+
+    found: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(found, own)
+    return found
+
+
+def anywhere(said: bool) -> bool:
+    """Whether any of the processes says so; all have to ask."""
+    if count() == 1:
+        return said
+    import torch.distributed
+    from accelerate import PartialState
+
+    told = torch.tensor(int(said), device=PartialState().device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return bool(told)
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

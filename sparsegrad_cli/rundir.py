@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli import ranks
-from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.errors import (
+    DiskError,
+    FileFormatError,
+    InterruptedRunError,
+    RecipeError,
+    SparsegradError,
+    UsageError,
+)
+from sparsegrad_cli.locking import NAME as LOCK
+from sparsegrad_cli.locking import RunLock, owner_of
 from sparsegrad_cli.paths import refuse_link, remove_folder
-from sparsegrad_cli.recipe.loading import digest, to_yaml
+from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.report.records import load_record, write_json_atomic
+from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
 
 SCHEMA = 1
 _OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers")
@@ -32,26 +43,58 @@ def choose_run_dir(recipe: Recipe, command: str) -> Path:
     task = recipe.task.name.replace("builtin:", "").replace("/", "-")
     stem = f"{task}-{recipe.method.name}" if command == "train" else f"{task}-basis"
     number = 1
-    while (path := Path("runs") / f"{stem}-{number}").exists():
-        number += 1
-    return path
+    while True:
+        path = Path("runs") / f"{stem}-{number}"
+        try:
+            path.mkdir(parents=True)  # at once: another run may be looking for a name, too
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        else:
+            return path
+
+
+@contextmanager
+def held_run_dir(path: Path) -> Iterator[None]:
+    """Inside, the directory is there, and this process alone may write into it.
+
+    Raises:
+        UsageError: it is a file.
+        BusyError: another run is at work in it.
+        DiskError: it cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a folder", where="output_dir")
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with RunLock(path):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # nothing came of it, or it is in use by now
+                path.rmdir()
 
 
 def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Make the directory ready, or refuse.
+    """Make a held directory ready, or refuse.
 
     A directory with something in it is refused, unless ``resume`` (it holds a run of the same
     recipe) or ``overwrite`` (what a run leaves is removed; foreign files stay).
 
     Raises:
         UsageError: not empty, nothing to resume, or a run of another recipe.
+        DiskError: it cannot be written.
     """
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file, not a folder", where="output_dir")
-    occupied = path.is_dir() and any(path.iterdir())
     if resume:
         _check_resumable(path, recipe)
+        _remove_left(path)
         return
+    occupied = path.is_dir() and any(found.name != LOCK for found in path.iterdir())
     if occupied and not overwrite:
         raise UsageError(
             f"the folder {path} is not empty",
@@ -59,39 +102,74 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
             fix="--resume goes on with the run in it, --overwrite replaces it, "
             "or name another output_dir",
         )
-    if occupied:
-        _clear(path)
     try:
+        if occupied:
+            _clear(path)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be written: {error}", where="output_dir") from error
+        raise _unwritable(path, error) from error
+    write_text_atomic(path / "recipe.yaml", to_yaml(recipe))
+
+
+def _remove_left(path: Path) -> None:
+    """What a kill in the middle of writing has left of our files, under their temporary names."""
+    for name in _OUR_FILES:
+        for left in (*path.glob(f".{name}.*.tmp"), *path.glob(f"{name}.partial")):
+            with suppress(OSError):
+                left.unlink()
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> DiskError:
+    return DiskError(
+        f"the folder {path} cannot be written: {getattr(error, 'strerror', None) or error}",
+        where="output_dir",
+        fix="check its permissions, or name another output_dir",
+    )
 
 
 def _clear(path: Path) -> None:
     """Remove what a run leaves, links to elsewhere without what they name."""
-    try:
-        for pattern in _OURS:
-            for folder in path.glob(pattern):
-                remove_folder(folder)
-        for name in _OUR_FILES:
-            (path / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be cleared: {error}", where="output_dir") from error
+    for pattern in _OURS:
+        for folder in path.glob(pattern):
+            remove_folder(folder)
+    for name in _OUR_FILES:
+        (path / name).unlink(missing_ok=True)
+    _remove_left(path)
 
 
 def _check_resumable(path: Path, recipe: Recipe) -> None:
     for name in ("adapter", "steps.jsonl"):  # written in place
         refuse_link(path / name, path)
-    if not (path / "run.json").is_file():
-        raise UsageError(f"{path} holds no run to resume", where="output_dir")
-    record = load_record(path)
-    if record.get("recipe_digest") != digest(recipe):
+    if _recipe_of(path) != digest(recipe):
         raise UsageError(
             f"the run in {path} was started with another recipe",
             where="output_dir",
             fix=f"sparsegrad train {path / 'recipe.yaml'} --resume, or another output_dir",
         )
+
+
+def _recipe_of(path: Path) -> str | None:
+    """Digest of the recipe that a run was started with.
+
+    A run that was killed before its first record has its recipe already.
+    """
+    recipe = path / "recipe.yaml"
+    if (path / "run.json").is_file():
+        try:
+            found: str | None = load_record(path).get("recipe_digest")
+        except FileFormatError as error:
+            raise FileFormatError(
+                error.what,
+                where=error.where,
+                fix=f"take it away, and --resume goes by {recipe.name}",
+            ) from error
+        return found
+    if not recipe.is_file():
+        raise UsageError(f"{path} holds no run to resume", where="output_dir")
+    try:
+        return digest(load_recipe(recipe, data=False).recipe)
+    except RecipeError as error:
+        raise FileFormatError("recipe.yaml is damaged", where=str(recipe)) from error
 
 
 class RunRecord:
@@ -122,7 +200,9 @@ class RunRecord:
             write_json_atomic(self.path / "run.json", self.data)
 
     def finish(self, error: SparsegradError | None = None) -> None:
-        """Set the final status and write."""
+        """Set the final status and write. What is done stays done, whatever comes after it."""
+        if self.data["status"] == "done":
+            error = None
         problem = None
         if error is not None:
             problem = {
@@ -130,6 +210,7 @@ class RunRecord:
                 "what": error.what,
                 "where": error.where,
                 "fix": error.fix,
+                **error.details,
             }
         self.save(status=error.status if error else "done", error=problem, finished=now())
 
@@ -137,3 +218,17 @@ class RunRecord:
 def now() -> str:
     """The time in UTC, to the second, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def as_it_is(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A run's record; of one that was killed, and so could not say it, with that status."""
+    if "cells" in record or record.get("status") != "running" or owner_of(folder) is not None:
+        return record
+    trains = record.get("command") == "train"
+    error = {
+        "title": InterruptedRunError.title,
+        "what": "the process was killed",
+        "where": None,
+        "fix": f"sparsegrad train {folder} --resume" if trains else "again, with --overwrite",
+    }
+    return {**record, "status": InterruptedRunError.status, "error": error}

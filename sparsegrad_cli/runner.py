@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli import ranks
-from sparsegrad_cli.errors import (
-    InterruptedRunError,
-    OutOfMemoryError,
-    SparsegradError,
-)
+from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError
+from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
-from sparsegrad_cli.rundir import RunRecord, choose_run_dir, open_run_dir
+from sparsegrad_cli.rundir import RunRecord, choose_run_dir, held_run_dir, open_run_dir
 
 if TYPE_CHECKING:
     from sparsegrad_cli.estimate.rehearsal import Conditions
@@ -47,9 +44,11 @@ def train(
         SparsegradError: of the kind that says what happened; the run directory is left with a
             run.json that says so too, and with its last checkpoint.
     """
-    from sparsegrad_cli.training.fine_tuning import TrainingSession
 
     def work(record: RunRecord, observer: Observer) -> None:
+        # Seconds of importing, for a run that may: a folder that is refused is refused at once.
+        from sparsegrad_cli.training.fine_tuning import TrainingSession
+
         TrainingSession(loaded, record, observer, resume=resume).run()
 
     return _run(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
@@ -59,9 +58,10 @@ def calibrate(
     loaded: LoadedRecipe, observer: Observer | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`."""
-    from sparsegrad_cli.training.session import CalibrationSession
 
     def work(record: RunRecord, observer: Observer) -> None:
+        from sparsegrad_cli.training.calibration_session import CalibrationSession
+
         CalibrationSession(loaded, record, observer).run()
 
     return _run(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
@@ -86,7 +86,7 @@ def export(
 
     observer = observer or Observer()
     try:
-        with _known_errors(
+        with known_errors(
             again="run the same command again",
             memory=("--check-examples", "fewer examples, or train.use_cpu=true"),
         ):
@@ -166,7 +166,7 @@ def _answerer(
 
 
 def _generating() -> AbstractContextManager[None]:
-    return _known_errors(
+    return known_errors(
         again="the same command goes on where it stopped",
         memory=("--batch-size", "a smaller batch, fewer --max-new-tokens, or --device cpu"),
     )
@@ -192,7 +192,7 @@ def estimate(
 
     observer = observer or Observer()
     try:
-        with _known_errors(
+        with known_errors(
             again="run the same command again",
             memory=("estimate", "fewer methods at a time: shapes alone take a few hundred MiB"),
         ):
@@ -232,18 +232,38 @@ def _run(
     resume: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from sparsegrad_cli.measure.environment import collect, git_state
-
     observer = observer or Observer()
     recipe = loaded.recipe
     ranks.join(use_cpu=recipe.train.use_cpu)
+    with ExitStack() as held:
+        held.callback(observer.close)
 
-    def opened() -> Path:
-        path = choose_run_dir(recipe, command)
-        open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
-        return path
+        def opened() -> Path:
+            path = choose_run_dir(recipe, command)
+            held.enter_context(held_run_dir(path))
+            open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
+            return path
 
-    run_dir = ranks.from_first(opened)
+        # Of processes that train together, the first holds the folder for all.
+        run_dir = ranks.from_first(opened)
+        record = _recorded(loaded, command, run_dir, work, observer)
+        if ranks.is_first():
+            with known_errors(again=f"sparsegrad report {run_dir}"):
+                _write_report(record, observer)
+    return record.data
+
+
+def _recorded(
+    loaded: LoadedRecipe,
+    command: str,
+    run_dir: Path,
+    work: Callable[[RunRecord, Observer], None],
+    observer: Observer,
+) -> RunRecord:
+    """Do the work; run.json says how it ended, however it ended."""
+    from sparsegrad_cli.measure.environment import collect, git_state
+
+    recipe = loaded.recipe
     record = RunRecord(
         run_dir,
         {
@@ -259,23 +279,21 @@ def _run(
     )
     started = time.perf_counter()
     try:
-        with _known_errors():
+        with known_errors():
             record.save()
             work(record, observer)
             record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
             record.finish()
-            if ranks.is_first():
-                _write_report(record, observer)
     except SparsegradError as error:
         _record_failure(record, error)
+        if isinstance(error, InterruptedRunError) and record.data["status"] == "done":
+            error.fix = f"the run is done: sparsegrad report {run_dir}"
         raise
     except BaseException as error:
         what = f"{type(error).__name__}: {error}"
         _record_failure(record, SparsegradError(what, fix="run again with --debug"))
         raise
-    finally:
-        observer.close()
-    return record.data
+    return record
 
 
 def _record_failure(record: RunRecord, error: SparsegradError) -> None:
@@ -287,43 +305,19 @@ def _record_failure(record: RunRecord, error: SparsegradError) -> None:
 
 
 def _write_report(record: RunRecord, observer: Observer) -> None:
+    """The run is done, whatever becomes of its report."""
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
+    from sparsegrad_cli.report.records import write_text_atomic
 
     observer.phase("report")
-    (record.path / "report.md").write_text(run_markdown(record.data), encoding="utf-8")
-    write_run_html(record.data, record.path / "report.html")
-
-
-@contextmanager
-def _known_errors(
-    again: str = "--resume goes on from the last checkpoint, if there is one",
-    memory: tuple[str, str] = (
-        "train.per_device_train_batch_size",
-        "a smaller batch with more gradient_accumulation_steps, "
-        "train.gradient_checkpointing: true, a shorter task.max_length",
-    ),
-) -> Iterator[None]:
-    """Ctrl-C and failed allocations as errors of ours, with their exit codes.
-
-    Args:
-        again: what to do after Ctrl-C.
-        memory: what to blame for a failed allocation, and what to do.
-    """
-    from sparsegrad_cli.training.callbacks import is_out_of_memory
-
     try:
-        yield
-    except SparsegradError:
-        raise
-    except KeyboardInterrupt:
-        raise InterruptedRunError("stopped by the user", fix=again) from None
-    except Exception as error:
-        if is_out_of_memory(error):
-            reason = (str(error).splitlines() or ["an allocation failed"])[0]
-            raise OutOfMemoryError(
-                f"memory ran out: {reason}",
-                where=memory[0],
-                fix=memory[1],
-            ) from error
-        raise
+        write_text_atomic(record.path / "report.md", run_markdown(record.data))
+        write_run_html(record.data, record.path / "report.html")
+    except (OSError, DiskError) as error:
+        reason = error.what if isinstance(error, DiskError) else str(error)
+        raise DiskError(
+            f"the run is done, but its report could not be written: {reason}",
+            where=str(record.path),
+            fix=f"free some space, then sparsegrad report {record.path}",
+        ) from error

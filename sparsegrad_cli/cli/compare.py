@@ -26,6 +26,10 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option("--seeds", "-n", help="How many seeds; 2 by default.")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option("--tune", min=2, help="Trials to tune each method by, before its cells run."),
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="runs/compare-<name> by default.")
     ] = None,
@@ -45,26 +49,23 @@ def compare(
     run on, and renews itself. Methods that differ in more than themselves are refused.
 
     [bold]sparsegrad compare --methods lora,meprop,sparsegrad[/bold]
-    [bold]sparsegrad compare recipes/quickstart.yaml[/bold]
+    [bold]sparsegrad compare recipes/quickstart.yaml --tune 8[/bold]
     """
     from rich.console import Console
 
-    from sparsegrad_cli.compare.folder import open_folder
     from sparsegrad_cli.compare.grid import Comparison
-    from sparsegrad_cli.compare.parity import check_parity
     from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table, plain_line
 
-    study = _study(recipe, methods, seeds)
-    check_parity(study)  # before --overwrite forgets anything
+    study = _study(recipe, methods, seeds, tune)
     folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
-    open_folder(study, folder, overwrite=overwrite)
     err = Console(stderr=True, quiet=quiet or as_json)
     command = shlex.join(["sparsegrad", *sys.argv[1:]])
     comparison = Comparison(
         study,
         folder,
         command=command,
+        overwrite=overwrite,
         tell=lambda text: err.print(plain_line(text, style="bold")),
         quiet=quiet or as_json,
         jobs=jobs,
@@ -81,7 +82,9 @@ def compare(
         raise typer.Exit(1)
 
 
-def _study(recipe: list[str] | None, methods: str | None, seeds: int | None) -> LoadedStudy:
+def _study(
+    recipe: list[str] | None, methods: str | None, seeds: int | None, trials: int | None
+) -> LoadedStudy:
     from sparsegrad_cli.cli.recipes import is_study
     from sparsegrad_cli.recipe.study import load_study, make_study
 
@@ -93,10 +96,10 @@ def _study(recipe: list[str] | None, methods: str | None, seeds: int | None) -> 
                 where=source,
                 fix="copy it and change it there, or compare a recipe with --methods and --seeds",
             )
-        return load_study(source, overrides)
+        return load_study(source, overrides, trials=trials)
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     if not names:
         raise UsageError(
             "which methods?", where="--methods", fix="--methods lora,meprop,sparsegrad"
         )
-    return make_study(source, names, seeds or 2, overrides)
+    return make_study(source, names, seeds or 2, overrides, trials=trials)

@@ -59,6 +59,8 @@ def show(error: SparsegradError) -> None:
             _append_problem(body, problem)
     else:
         body.append(_quoting(error.what.strip()))
+        for line in error.more:
+            body.append(_quoting(f"\n{line}"))
         if error.where:
             body.append(_quoting(f"\nwhere  {error.where}"), style="dim")
         if error.fix:

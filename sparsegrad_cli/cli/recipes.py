@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import shipped_files
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.recipe.study import LoadedStudy
 
 configs_app = typer.Typer(
     help="The recipes that come with sparsegrad.", invoke_without_command=True
@@ -33,7 +36,7 @@ def validate(
 
         study = load_study(source, overrides)
         check_parity(study)
-        typer.echo(f"{source}: a valid study, {len(study.cells)} cells")
+        typer.echo(f"{source}: a valid study, {len(study.cells)} cells{_trials(study)}")
         return
     loaded = load(recipe, None)
     if as_json:
@@ -41,6 +44,15 @@ def validate(
         return
     typer.echo(f"# {loaded.source}: valid, digest {digest(loaded.recipe)[:16]}")
     typer.echo(to_yaml(loaded.recipe), nl=False)
+
+
+def _trials(study: LoadedStudy) -> str:
+    """``, after 8 trials of tuning for each of 4 methods on 3 tasks``, if there is any."""
+    if study.study.tune is None:
+        return ""
+    tasks = len({cell.task for cell in study.cells})
+    rows = f"{len(study.study.methods)} methods on {tasks} task{'' if tasks == 1 else 's'}"
+    return f", after {study.study.tune.trials} trials of tuning for each of {rows}"
 
 
 def is_study(source: str) -> bool:

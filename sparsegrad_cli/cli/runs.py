@@ -86,9 +86,10 @@ def report(
     from sparsegrad_cli.report.markdown import run_markdown
     from sparsegrad_cli.report.records import load_record, write_text_atomic
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
+    from sparsegrad_cli.rundir import as_it_is
 
-    record = load_record(run)
     folder = run if run.is_dir() else run.parent
+    record = as_it_is(load_record(run), folder)
     if "cells" in record:
         record = up_to_date(record)
         write_compare_report(folder, record)

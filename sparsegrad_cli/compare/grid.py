@@ -1,47 +1,53 @@
-"""Run the cells of a study one by one, each in its own process, and keep the ledger.
+"""Run the cells of a study, each in its own process, and keep the ledger.
 
-A process per cell: memory that one method leaves behind cannot burden the next, and a cell that
-is killed for memory takes nothing else with it. compare.json is written after every cell, so an
-interrupted comparison goes on where it stopped.
+compare.json is written before and after every cell, so that an interrupted comparison goes on where
+it stopped. Several processes may work on one comparison: each cell is claimed by one of them. Where
+the study is tuned, that comes first, and the cells run with the best settings found.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli.compare.claims import Claim, holder_of
+from sparsegrad_cli.compare.crew import Crew, run_in
 from sparsegrad_cli.compare.evidence import evidence
-from sparsegrad_cli.compare.folder import cell_dir
+from sparsegrad_cli.compare.folder import LEDGER, StudyFolder, study_digest
+from sparsegrad_cli.compare.jobs import Job, work_off
 from sparsegrad_cli.compare.parity import check_parity
-from sparsegrad_cli.errors import DiskError, FileFormatError, InterruptedRunError, UsageError
+from sparsegrad_cli.errors import InterruptedRunError, SparsegradError
+from sparsegrad_cli.locking import owner_of
 from sparsegrad_cli.measure.environment import collect, git_state
-from sparsegrad_cli.recipe.loading import digest, to_plain
+from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.recipe.yaml_text import dump
-from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
+from sparsegrad_cli.report.records import SCHEMA, load_record, write_json_atomic
 from sparsegrad_cli.report.words import status_of
 from sparsegrad_cli.rundir import now
 
-SCHEMA = 1
-_EXIT_STATUS = {1: "failed", 2: "failed", 3: "out_of_memory", 130: "interrupted"}
+if TYPE_CHECKING:
+    from sparsegrad_cli.compare.tuning import Tuning
+
+_OF_THE_FIRST = ("command", "started", "jobs", "environment", "git")
+_ENDED = ("failed", "out_of_memory")
+_UNTUNED = {
+    "title": "Tuning",
+    "what": "no trial of its tuning came to an end",
+    "where": "tuning",
+    "fix": "the trials' errors are in the report; the same command tries them again",
+}
 
 
 class Comparison:
-    """One comparison in one directory.
+    """One comparison in one directory, by this process and perhaps others.
 
     Args:
         study: the checked study.
         folder: where it lives; cells in ``cells/``.
         command: how it was started, for the record.
+        overwrite: forget what is done there.
         tell: called with a line before each cell.
         quiet: cells show no progress.
         jobs: cells that run at once; the cores are shared out among them.
@@ -57,16 +63,19 @@ class Comparison:
         folder: Path,
         *,
         command: str,
+        overwrite: bool = False,
         tell: Callable[[str], None] = lambda line: None,
         quiet: bool = False,
         jobs: int = 1,
         saved: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
-        self.study, self.folder = study, folder
-        self._saved = saved
-        self._tell, self._quiet, self._jobs = tell, quiet or jobs > 1, jobs
-        self._lock = threading.Lock()
-        self._running: dict[Path, subprocess.Popen[bytes]] = {}
+        self.study = study
+        self._place, self._overwrite = StudyFolder(folder), overwrite
+        self._tell, self._saved = tell, saved
+        self._jobs, self._crew = jobs, Crew(quiet=quiet, jobs=jobs)
+        self._before: dict[Path, Any] = {}
+        self._tuning = self._make_tuning()
+        self._cells = {(c.task, c.label, c.seed): c for c in study.cells}  # as they are to run
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
             "name": study.study.name,
@@ -87,90 +96,167 @@ class Comparison:
         }
 
     def run(self) -> dict[str, Any]:
-        """Run what is not done yet.
+        """Run what is not done yet, and wait for what others run.
 
         Returns:
             The content of compare.json.
 
         Raises:
+            UsageError: the folder holds something else, or others are at work on something else.
             InterruptedRunError: the user pressed Ctrl-C; finished cells are kept.
-            DiskError: the folder cannot be written.
         """
         try:
-            (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            what = f"{self.folder} cannot be written: {error.strerror or error}"
-            raise DiskError(what, where="output_dir", fix="name another --output-dir") from error
-        pool = ThreadPoolExecutor(self._jobs)
+            self._begin()
+            return self._run()
+        finally:
+            self._place.leave()
+            if self._tuning is not None:
+                self._tuning.close()
+
+    def _run(self) -> dict[str, Any]:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            futures = [
-                pool.submit(self._visit, number, cell)
-                for number, cell in enumerate(self.study.cells, 1)
-            ]
-            for future in as_completed(futures):
-                future.result()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._stop_cells()
-            pool.shutdown(wait=True)
-            self._save("interrupted")
+            if self._tuning is not None:
+                work_off(self._tuning.jobs(), self._jobs, self._tell, self._crew)
+                self._adopt(self._tuning)
+            self._run_cells()
+            bad = any(entry["status"] != "done" for entry in self._ledger())
+            self._end("failed" if bad else "done")
+        except (KeyboardInterrupt, InterruptedRunError) as stopped:
+            self._end("interrupted")
+            what = "the comparison was stopped; finished cells are kept"
             raise InterruptedRunError(
-                "the comparison was stopped; finished cells are kept",
-                where=str(self.folder),
+                f"{stopped.what}: {what}" if isinstance(stopped, InterruptedRunError) else what,
+                where=str(self._place.path),
                 fix="the same command goes on where it stopped",
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
             signal.signal(signal.SIGTERM, before)
-        bad = any(c["status"] != "done" for c in self._ledger())
-        self._save("failed" if bad else "done")
         return self.record
 
-    def _visit(self, number: int, cell: Cell) -> None:
-        """Run one cell unless it is done; write the ledger before and after."""
-        name = f"[{number}/{len(self.study.cells)}] {cell.task}  {cell.label}  seed {cell.seed}"
-        if self._done(cell):
-            self._tell(f"{name}: done before")
-            return
-        self._tell(name)
-        self._run_cell(cell)
-        self._save("running")
+    def _make_tuning(self) -> Tuning | None:
+        if self.study.study.tune is None:
+            return None
+        from sparsegrad_cli.compare.tuning import Tuning
 
-    def _stop_cells(self) -> None:
-        """Pass Ctrl-C on, give the cells time to save, then insist."""
-        for process in list(self._running.values()):
-            try:
-                process.send_signal(signal.SIGINT)
-                process.wait(timeout=120)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                process.kill()
-                process.wait()
+        return Tuning(self.study, self._place, self._crew, self._tell, self._save)
 
-    def _save(self, status: str) -> None:
-        with self._lock:
-            cells = self._ledger()
-            self.record.update(
-                status=status,
-                finished=None if status == "running" else now(),
-                cells=cells,
-                **evidence(cells),
+    def _found_before(self) -> LoadedStudy:
+        """The study as it is to run, as far as is known before anything does."""
+        if self._tuning is None or not self._tuning.connect(make=False):
+            return self.study
+        return self._tuning.tuned() or self.study
+
+    def _adopt(self, tuning: Tuning) -> None:
+        """From here on, cells run with the best settings; those without any do not run."""
+        tuned = tuning.tuned()
+        assert tuned is not None  # all series have ended
+        self._cells = {(c.task, c.label, c.seed): c for c in tuned.cells}
+        self.record["parity"] = check_parity(tuned)
+
+    def _begin(self) -> None:
+        """Enter the folder; to those who are at work there, this is one more of them."""
+        self._place.prepare(overwrite=self._overwrite)
+        with self._place.ledger():
+            there = self._place.enter(
+                self._found_before, self.record["digest"], overwrite=self._overwrite
             )
-            write_json_atomic(self.folder / "compare.json", self.record)
-            self._saved(self.record)
+            self._place.refuse_links(self.study)
+            if self._tuning is not None:
+                self._tuning.connect(make=True)
+                if there is None:
+                    self._tuning.retry()
+            if there is not None:
+                self.record.update({key: there.get(key) for key in _OF_THE_FIRST})
+                self._tell("others are at work on this comparison: their cells are passed over")
+            self._before = {
+                folder: _stamp(folder) for folder in map(self._place.cell, self.study.cells)
+            }
+            self._write("running")
+
+    def _end(self, status: str) -> None:
+        """Write the last word, unless we are stopped and others go on."""
+        with self._place.ledger():
+            alone = self._place.leave()
+            goes_on = status == "interrupted" and not alone
+            self._write("running" if goes_on else status)
+
+    def _run_cells(self) -> None:
+        jobs = []
+        for number, asked in enumerate(self.study.cells, 1):
+            cell = self._cells.get((asked.task, asked.label, asked.seed))
+            if cell is None:
+                continue
+            name = f"[{number}/{len(self.study.cells)}] {cell.task}  {cell.label}  seed {cell.seed}"
+            jobs.append(
+                Job(
+                    name,
+                    _claim_of(self._place.cell(cell)),
+                    lambda cell=cell: self._settled(cell),  # type: ignore[misc]
+                    lambda held, cell=cell: self._run_cell(cell, held),  # type: ignore[misc]
+                )
+            )
+        work_off(jobs, self._jobs, self._tell, self._crew)
+
+    def _settled(self, cell: Cell) -> bool:
+        """Done, or another process has tried it since we began: broken ones are run again once."""
+        folder = self._place.cell(cell)
+        run = run_in(folder)
+        if run is None or run.get("recipe_digest") != digest(cell.loaded.recipe):
+            return False
+        tried = status_of(run) in _ENDED and _stamp(folder) != self._before.get(folder)
+        return status_of(run) == "done" or tried
+
+    def _run_cell(self, cell: Cell, held: Claim) -> None:
+        folder = self._place.cell(cell)
+        process = self._crew.start(cell.loaded.recipe, folder, [held, *self._place.presence])
+        if process is None:
+            return
+        self._save()
+        self._crew.wait(process, folder)
+        self._save()  # before the claim is given back: who waits for it has the last word
+
+    def _save(self) -> None:
+        with self._place.ledger():
+            self._write("running")
+
+    def _write(self, status: str) -> None:
+        """The ledger anew, as the cells' folders say; it must be held."""
+        cells = self._ledger()
+        self.record.update(
+            status=status,
+            finished=None if status == "running" else self._finished(status),
+            tuning=self._tuning.block() if self._tuning is not None else None,
+            cells=cells,
+            **evidence(cells),
+        )
+        write_json_atomic(self._place.path / LEDGER, self.record)
+        self._saved(self.record)
+
+    def _finished(self, status: str) -> Any:
+        """Now, unless another process has said so before: it is one comparison."""
+        try:
+            there = load_record(self._place.path / LEDGER)
+        except SparsegradError:
+            return now()
+        same = there.get("digest") == self.record["digest"] and there.get("status") == status
+        return there.get("finished") if same else now()
 
     def _ledger(self) -> list[dict[str, Any]]:
-        return [
-            self._entry(cell, self._cell_dir(cell) in self._running) for cell in self.study.cells
-        ]
+        return [self._entry(cell) for cell in self.study.cells]
 
-    def _entry(self, cell: Cell, is_running: bool) -> dict[str, Any]:
-        run = self._run_of(cell)
+    def _entry(self, cell: Cell) -> dict[str, Any]:
+        folder = self._place.cell(cell)
+        run = run_in(folder)
         status = status_of(run) if run else "pending"
+        if status in ("pending", "running"):
+            # Claimed by nobody, it was killed together with the process that ran it.
+            dead = "interrupted" if run else "pending"
+            alive = holder_of(_claim_of(folder)) or owner_of(folder)
+            status = "running" if alive else dead
         error = run.get("error") if run else None
-        if status == "running" and not is_running:
-            # Nobody is running it: this process was killed together with it.
-            status = "interrupted"
+        if (cell.task, cell.label, cell.seed) not in self._cells:
+            status, error = "failed", _UNTUNED
         slim = None
         if run:
             slim = dict(run)
@@ -182,76 +268,18 @@ class Comparison:
             "task": cell.task,
             "method": cell.label,
             "seed": cell.seed,
-            "run_dir": str(self._cell_dir(cell).relative_to(self.folder)),
+            "run_dir": str(folder.relative_to(self._place.path)),
             "status": status,
             "error": error,
             "run": slim,
         }
 
-    def _cell_dir(self, cell: Cell) -> Path:
-        return cell_dir(self.folder, cell)
 
-    def _run_of(self, cell: Cell) -> dict[str, Any] | None:
-        try:
-            return load_record(self._cell_dir(cell))
-        except (FileFormatError, UsageError, OSError):
-            return None
-
-    def _done(self, cell: Cell) -> bool:
-        run = self._run_of(cell)
-        if not run or status_of(run) != "done":
-            return False
-        return run.get("recipe_digest") == digest(cell.loaded.recipe)
-
-    def _run_cell(self, cell: Cell) -> None:
-        folder = self._cell_dir(cell)
-        plain = {**to_plain(cell.loaded.recipe), "output_dir": str(folder)}
-        recipe = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
-        write_text_atomic(recipe, dump(plain))
-        run = self._run_of(cell)
-        same = run is not None and run.get("recipe_digest") == digest(cell.loaded.recipe)
-        mode = "--resume" if same and any(folder.glob("checkpoint-*/state.json")) else "--overwrite"
-        command = [sys.executable, "-m", "sparsegrad_cli", "train", str(recipe), mode]
-        if self._quiet:
-            command.append("--quiet")
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if self._quiet else None,
-            env=os.environ | self._environment(),
-            # The terminal's Ctrl-C reaches us alone; we pass it on, once.
-            start_new_session=True,
-        )
-        self._running[folder] = process
-        self._save("running")
-        code = process.wait()
-        del self._running[folder]
-        self._note_exit(folder, code)
-
-    def _environment(self) -> dict[str, str]:
-        if self._jobs == 1:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._jobs))}
-
-    def _note_exit(self, folder: Path, code: int) -> None:
-        """A cell that died without writing its status gets one here."""
-        if code == 130:  # it has written so itself
-            return
-        try:
-            run = load_record(folder)
-        except (FileFormatError, UsageError, OSError):
-            run = {"schema": SCHEMA, "status": "running", "recipe_digest": None}
-        if code == 0 or status_of(run) in ("failed", "out_of_memory", "interrupted"):
-            return
-        killed = code == -signal.SIGKILL
-        run["status"] = "out_of_memory" if killed else _EXIT_STATUS.get(code, "failed")
-        what = "killed by the system, most likely for memory" if killed else f"ended with {code}"
-        run["error"] = {"title": "Cell", "what": what, "where": str(folder), "fix": None}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(folder / "run.json", run)
+def _claim_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".claim")
 
 
-def study_digest(study: LoadedStudy) -> str:
-    """sha256 (hex) of all cells: what a comparison is."""
-    cells = [[cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells]
-    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+def _stamp(folder: Path) -> Any:
+    """Changes with every run in the folder; None without one."""
+    run = run_in(folder)
+    return (run.get("started"), run.get("finished"), run.get("status")) if run else None

@@ -1,9 +1,10 @@
 """Methods are compared, and nothing else: resolved recipes are diffed before the first cell runs.
 
 Between the cells of a task and seed these may differ: the method's own section, its calibration,
-LoRA's ``match``, and ``train.learning_rate``, which a study tunes for each method. Any other key
-that differs is refused, or flagged in the report where the study names it under ``differ``. A head
-that starts warm (``calibration.keep_head``) is no method's own affair: it counts as any other key.
+LoRA's ``match``, ``train.learning_rate``, which a study tunes for each method, and what else it
+tunes (``tune.space``). Any other key that differs is refused, or flagged in the report where the
+study names it under ``differ``. A head that starts warm (``calibration.keep_head``) is no method's
+own affair: it counts as any other key.
 Imports no torch.
 """
 
@@ -20,7 +21,7 @@ from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
 
-DECLARED = "train.learning_rate"
+DECLARED = "train.learning_rate"  # always; and what the study tunes
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
 
@@ -94,7 +95,7 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
 
     Returns:
         The ``parity`` block of compare.json: how many keys were compared, what differs as the study
-        declares it (learning rates), and what differs beyond that and is flagged.
+        declares it (learning rates, tuned keys), and what differs beyond that and is flagged.
 
     Raises:
         RecipeError: a difference the study does not name under ``differ``, or a name there that is
@@ -103,14 +104,15 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
     allowed = study.study.differ
     found = differences(study)
     problems = _unknown(study, allowed)
-    flagged = [d for d in found if d.key != DECLARED]
+    declared = {DECLARED, *(study.study.tune.keys() if study.study.tune else ())}
+    flagged = [d for d in found if d.key not in declared]
     problems += _refusals(study, [d for d in flagged if d.key not in allowed])
     if problems:
         raise RecipeError(problems)
     keys = {key for cell in study.cells for key in compared(cell.loaded.recipe)}
     return {
         "compared": len(keys),
-        "declared": [_plain(d) for d in found if d.key == DECLARED],
+        "declared": [_plain(d) for d in found if d.key in declared],
         "flagged": [_plain(d) for d in flagged],
     }
 

@@ -38,8 +38,8 @@ from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, line
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.training.basis_file import check_directions
-from sparsegrad_cli.training.checkpoint import read_tensors, save_tensors
 from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.training.writing import read_tensors, save_tensors
 
 _BASIS, _FRESH = "basis/", "fresh/"
 # What tensors and settings raise that no export writes together.

@@ -21,8 +21,8 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.training.basis_file import BasisFile, check_belongs, check_rank, read_basis
 from sparsegrad_cli.training.calibration import basis_keys
-from sparsegrad_cli.training.checkpoint import read_tensors
 from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.training.writing import read_tensors
 
 
 class Base(Protocol):

@@ -12,6 +12,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.report.records import load_record
+from sparsegrad_cli.rundir import as_it_is
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (
@@ -92,8 +93,8 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
             trained, or code that comes with the model and was not asked for.
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
-    record = load_record(run)
     folder = run if run.is_dir() else run.parent
+    record = as_it_is(load_record(run), folder)
     if "cells" in record:
         raise UsageError(
             f"{folder} is a comparison, not a run", fix=f"name one of its runs in {folder}/cells"
@@ -154,12 +155,13 @@ def _trained(
     if adapter.is_file():
         notes = [] if status == "done" else [f"the run is {status}, but training came to its end"]
         return adapter, "adapter", notes
-    from sparsegrad_cli.training.checkpoint import TRAINABLE, last_checkpoint
+    from sparsegrad_cli.training.checkpoint import TRAINABLE
+    from sparsegrad_cli.training.shelf import last_checkpoint
 
     last = last_checkpoint(folder)
     if last is None:
         raise UsageError(
-            f"the run in {folder} is {status} and has neither an adapter nor a checkpoint",
+            f"the run in {folder} is {status} and has neither an adapter nor a whole checkpoint",
             fix=f"sparsegrad train {folder} --resume",
         )
     best = _best_checkpoint(folder, last) if keep_best else None
@@ -171,13 +173,15 @@ def _trained(
 
 
 def _best_checkpoint(folder: Path, last: Path) -> Path | None:
-    """The checkpoint that the last one names as the best so far, if it is there."""
+    """The checkpoint that the last one names as the best so far, if it is there and whole."""
+    from sparsegrad_cli.training.manifest import damage
+
     try:
         state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
         best = folder / f"checkpoint-{int(state['best_global_step'])}"
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return best if best.is_dir() else None
+    return best if damage(best) is None else None
 
 
 def _check_unchanged(record: dict[str, Any], folder: Path, loaded: LoadedRecipe) -> None:

@@ -19,13 +19,13 @@ from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to
 from sparsegrad_cli.export.plain import auto_class
 from sparsegrad_cli.export.rebuild import Trained, rebuild
 from sparsegrad_cli.export.run_files import RunFiles, open_run
+from sparsegrad_cli.known_errors import is_out_of_memory
 from sparsegrad_cli.modeling.loading import locate
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.paths import refuse_link
 from sparsegrad_cli.report.records import write_json_atomic
 from sparsegrad_cli.rundir import now
-from sparsegrad_cli.training.callbacks import is_out_of_memory
-from sparsegrad_cli.training.checkpoint import write_folder
+from sparsegrad_cli.training.writing import write_folder
 
 SCHEMA = 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -98,12 +99,15 @@ class Entry(weakref.ref[torch.UntypedStorage]):
     C++ holds it, so the reference dies exactly when the memory is freed.
     """
 
-    __slots__ = ("category", "key", "nbytes", "saves", "since")
+    __slots__ = ("category", "dtype", "key", "nbytes", "place", "saves", "shape", "since")
     category: str
     key: int
     nbytes: int
     saves: int  # how many saved tensors of autograd hold it
     since: int  # later labels reach back to peaks from this time on
+    place: str  # where it was first seen: Ledger.place
+    shape: tuple[int, ...]  # of the largest tensor seen on it
+    dtype: torch.dtype | None
 
 
 class Ledger:
@@ -116,6 +120,7 @@ class Ledger:
         bytes: bytes alive by category; ``bury`` first.
         open: the peak of the phase that is open.
         kept: peaks of phases that are over, by name.
+        place: where the program is; whoever knows sets it, new storages are marked with it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -123,6 +128,7 @@ class Ledger:
         self.bytes = dict.fromkeys(CATEGORIES, 0)
         self.open: Peak | None = None
         self.kept: dict[str, Peak] = {}
+        self.place = ""
         self._entries: dict[int, Entry] = {}
         # Storages die at any point of the program, also inside this class: deaths wait here.
         self._dead: deque[Entry] = deque()
@@ -131,6 +137,11 @@ class Ledger:
     def __len__(self) -> int:
         self.bury()
         return len(self._entries)
+
+    def entries(self) -> list[Entry]:
+        """All live storages, the largest first."""
+        self.bury()
+        return sorted(self._entries.values(), key=lambda entry: -entry.nbytes)
 
     def bury(self) -> None:
         """Take what died out of the sums."""
@@ -152,6 +163,8 @@ class Ledger:
         entries = [self._touch(s) for s in storages_of(tensor) if self._ours(s.device)]
         for entry in entries:
             self._label(entry, category)
+            if entry.dtype is None or tensor.numel() > math.prod(entry.shape):
+                entry.shape, entry.dtype = tuple(tensor.shape), tensor.dtype
         return entries
 
     def _ours(self, device: torch.device) -> bool:
@@ -164,6 +177,7 @@ class Ledger:
         if entry is None:
             entry = Entry(storage, self._dead.append)
             entry.category, entry.key, entry.nbytes, entry.saves = "other", key, 0, 0
+            entry.place, entry.shape, entry.dtype = self.place, (), None
             entry.since = self._tick()
             self._entries[key] = entry
         if nbytes != entry.nbytes:

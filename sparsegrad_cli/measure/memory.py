@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsegrad_cli.measure.environment import rss_bytes
+from sparsegrad_cli.measure.largest import LiveTensor, largest
 from sparsegrad_cli.measure.ledger import CATEGORIES, Entry, Ledger, Peak, PhasePeak, tensors_in
 
 __all__ = ["CATEGORIES", "PHASES", "MemoryMeter", "PhasePeak", "make_meter"]
@@ -226,6 +227,16 @@ class MemoryMeter:
         """Bytes by category of what is known to be alive now."""
         self._ledger.bury()
         return dict(self._ledger.bytes)
+
+    def at(self, place: str) -> None:
+        """What is allocated from now on is marked with this place, until the next call."""
+        self._ledger.place = place
+
+    def largest(self, count: int) -> list[LiveTensor]:
+        """The largest storages that are known to be alive now; see measure/largest.py."""
+        models = [model for known in self._models if (model := known()) is not None]
+        optimizers = [owner for known in self._optimizers if (owner := known()) is not None]
+        return largest(self._ledger, models, optimizers, count)
 
     def tracked(self) -> int:
         """How many live storages are known."""

@@ -21,6 +21,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.section import Section, Seed
 from sparsegrad_cli.recipe.shipped import find_recipe
 from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, clip, parse_override, read_yaml
+from sparsegrad_cli.recipe.tuning import Tune, tuning_problems
 from sparsegrad_cli.recipe.yaml_text import shorten
 
 _MOST_CELLS, _MOST_PROBLEMS = 2000, 100
@@ -79,6 +80,7 @@ class Study(Section):
         description="recipe keys that may differ between methods, beside method, calibration and "
         "learning rate; the report flags them",
     )
+    tune: Tune | None = Field(None, description="tune every method alike before its cells run")
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -95,6 +97,11 @@ class Study(Section):
         if not isinstance(value, tuple):
             return value
         return tuple({"name": v} if isinstance(v, str) else v for v in value)
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _short_tune(cls, value: Any) -> Any:
+        return {"trials": value} if isinstance(value, int) else value
 
 
 def _method_entry(value: Any) -> Any:
@@ -154,10 +161,12 @@ class LoadedStudy:
     cells: tuple[Cell, ...]
 
 
-def load_study(source: str | Path, overrides: tuple[str, ...] = ()) -> LoadedStudy:
+def load_study(
+    source: str | Path, overrides: tuple[str, ...] = (), *, trials: int | None = None
+) -> LoadedStudy:
     """Read a study file and check every cell's recipe.
 
-    ``overrides`` are recipe keys for every cell.
+    ``overrides`` are recipe keys for every cell, ``trials`` are those of tuning, if there is any.
 
     Raises:
         RecipeError: everything that is wrong, together.
@@ -166,7 +175,7 @@ def load_study(source: str | Path, overrides: tuple[str, ...] = ()) -> LoadedStu
     if path is None:
         raise RecipeError([Problem("(file)", "no such file", file=str(source))])
     layer = read_yaml(path, str(source))
-    study = check(layer, Study)
+    study = _with_trials(check(layer, Study), trials)
     place = layer.places.get(("recipe",), Place(str(source)))
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
     if recipe is None:
@@ -182,10 +191,11 @@ def make_study(
     overrides: tuple[str, ...],
     *,
     option: str = "--methods",
+    trials: int | None = None,
 ) -> LoadedStudy:
     """A study from the command line: one recipe, some methods by name, the first n seeds.
 
-    ``option`` is what to blame for the methods.
+    ``option`` is what to blame for the methods, ``trials`` are those of tuning, if there is any.
 
     Raises:
         RecipeError: an unknown or repeated method, or a broken recipe.
@@ -210,7 +220,15 @@ def make_study(
     recipe = source or "configs/quickstart.yaml"
     name = Path(recipe).stem
     data = {"name": name, "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
-    return expand(Study.model_validate(data), f"{name} from the command line", recipe, overrides)
+    study = _with_trials(Study.model_validate(data), trials)
+    return expand(study, f"{name} from the command line", recipe, overrides)
+
+
+def _with_trials(study: Study, trials: int | None) -> Study:
+    if trials is None:
+        return study
+    tune = (study.tune or Tune()).model_copy(update={"trials": trials})
+    return study.model_copy(update={"tune": tune})
 
 
 def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -> LoadedStudy:
@@ -238,6 +256,11 @@ def expand(study: Study, source: str, recipe: str, overrides: tuple[str, ...]) -
     if twice and not problems:
         what = f"two runs are one and the same: {twice[0]}"
         problems["twice"] = Problem("seeds, tasks", what, source, None, "name each once")
+    if study.tune is not None:
+        keys = [text.partition("=")[0].strip() for text in overrides]
+        labels = [entry.label for entry in study.methods]
+        for problem in tuning_problems(study.tune, study.seeds, labels, keys, source):
+            problems[f"{problem.where} {problem.what}"] = problem
     if problems:
         raise RecipeError(list(problems.values()))
     return LoadedStudy(study, source, tuple(cells))

@@ -28,6 +28,7 @@ from sparsegrad_cli.report.page import (
 )
 from sparsegrad_cli.report.record_tables import provenance
 from sparsegrad_cli.report.records import write_text_atomic
+from sparsegrad_cli.report.tuning_tables import trials_table, tuning_progress, tuning_table
 from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
 from sparsegrad_cli.report.words import status_of
 
@@ -76,6 +77,11 @@ _FAIR = (
 _TESTS = (
     "Differences are tested between every two methods over all seeds and tasks, and corrected for "
     "the number of pairs. Runs are paired: same task, same seed."
+)
+_TUNING = (
+    "Before the cells ran, every method had as many trials as any other, over a space as wide "
+    "about a centre of its own, on seeds that are not reported. The cells run with the best "
+    "settings of their method and task."
 )
 _CHARTS: tuple[tuple[Chart, str], ...] = (
     (compare_charts.score_dots, _SCORES),
@@ -150,9 +156,14 @@ def write_compare_html(
     sections = [("Differences", paragraph(_TESTS) + html_table(pairs) if pairs else "")]
     sections += [(task, _task(compare, task, drawings)) for task in tasks_of(compare)]
     sections += [answers_section(each, alone=len(answers) == 1) for each in answers]
+    tuned, trials = tuning_table(compare), trials_table(compare)
+    tuning = paragraph(_TUNING) + html_table(tuned) if tuned else ""
+    if trials:
+        tuning += folded("Every trial", html_table(trials))
     fair = paragraph(_FAIR) + checked(check_lines(compare))
     parity = parity_table(compare)
     sections += [
+        ("Tuning", tuning),
         ("Published figures", html_table(figures_table(compare))),
         ("Cells that are not done", html_table(failures_table(compare))),
         ("Was it fair?", fair + (html_table(parity) if parity else "")),
@@ -180,7 +191,9 @@ def _progress(compare: Mapping[str, Any]) -> str:
         if status_of(cell) == "running"
     ]
     now = f"; running: {', '.join(running)}" if running else ""
-    return f"{done} of {len(cells)} cells done{now}. {_SCALE}"
+    trials = tuning_progress(compare)
+    first = f"{trials}, " if trials else ""
+    return f"{first}{done} of {len(cells)} cells done{now}. {_SCALE}"
 
 
 def _task(compare: Mapping[str, Any], task: str, drawings: Drawings) -> str:

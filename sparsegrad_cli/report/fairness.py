@@ -8,6 +8,7 @@ from typing import Any
 from sparsegrad_cli.report.access import block, dig, mappings, number, text
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.tables import Cell, Table
+from sparsegrad_cli.report.tuning_tables import tuning_check
 
 _SAME = {
     "same_model": "model",
@@ -20,8 +21,9 @@ Line = tuple[bool | None, str]
 
 
 def check_lines(compare: Any) -> list[Line]:
-    """(held, sentence) of the hashes and of the recipes' diff: what held is said together."""
-    return [*_hash_lines(compare), *_parity_lines(compare)]
+    """(held, sentence) of hashes, the recipes' diff and tuning: what held is said together."""
+    tuned = tuning_check(compare)
+    return [*_hash_lines(compare), *_parity_lines(compare), *([tuned] if tuned else [])]
 
 
 def _hash_lines(compare: Any) -> list[Line]:
@@ -70,7 +72,9 @@ def _parity_lines(compare: Any) -> list[Line]:
     if not lines:
         count = number(parity, "compared")
         keys = f"{count:.0f} keys " if count is not None else ""
-        rates = ", learning rates as tuned for each" if mappings(parity, "declared") else ""
+        tuned = {text(found, "key") for found in mappings(parity, "declared")}
+        what = "learning rates" if tuned <= {"train.learning_rate"} else "settings"
+        rates = f", {what} as tuned for each" if tuned else ""
         said = f"recipes compared before the first run: {keys}outside the methods equal{rates}"
         lines.append((True, f"{said[0].upper()}{said[1:]}."))
     return lines

@@ -13,6 +13,7 @@ from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
 from sparsegrad_cli.report.run_tables import title_of
 from sparsegrad_cli.report.tables import Table
+from sparsegrad_cli.report.tuning_tables import tuning_table
 from sparsegrad_cli.report.units import NOT_RECORDED
 from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
 
@@ -110,7 +111,7 @@ def compare_latex(compare: Mapping[str, Any]) -> str:
     tables: list[Table | None] = [overview_table(compare)]
     for task in tasks_of(compare):
         tables += [make(compare, task) for make in (score_table, counters_table, calibration_costs)]
-    tables += [pairs_table(compare), figures_table(compare)]
+    tables += [pairs_table(compare), tuning_table(compare), figures_table(compare)]
     drawn = [table_latex(table) for table in tables if table is not None]
     words = [escape_latex(line) for line in verdict_lines(compare)]
     return "\n\n".join([head, *drawn, *words]) + "\n"

@@ -29,6 +29,7 @@ from sparsegrad_cli.report.run_tables import (
     title_of,
 )
 from sparsegrad_cli.report.tables import Fact, Table, escape_markdown, table_markdown
+from sparsegrad_cli.report.tuning_tables import tuning_table
 from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
@@ -68,7 +69,8 @@ def compare_markdown(compare: Mapping[str, Any], answers: Sequence[SideBySide] =
         for costs in (counters_table(compare, task), calibration_costs(compare, task)):
             parts += [table_markdown(costs)] if costs else []
     parts += [answers_markdown(each, alone=len(answers) == 1) for each in answers]
-    for table in (pairs_table(compare), figures_table(compare), failures_table(compare)):
+    makers = (pairs_table, tuning_table, figures_table, failures_table)
+    for table in [make(compare) for make in makers]:
         parts += [table_markdown(table)] if table else []
     marks = {True: "yes", False: "**NO**", None: "unknown"}
     lines = [f"- {marks[held]}: {escape_markdown(line)}" for held, line in check_lines(compare)]

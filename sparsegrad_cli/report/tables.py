@@ -48,16 +48,22 @@ class Table:
 
     def without_empty(self) -> Table:
         """The same table less the columns in which no row has anything."""
-        kept = [
-            c for c in range(len(self.header)) if c < self.left or any(row[c] for row in self.rows)
-        ]
+        return self._with(
+            [c for c in range(len(self.header)) if c < self.left or any(r[c] for r in self.rows)]
+        )
+
+    def without(self, name: str) -> Table:
+        """The same table less the columns of that name."""
+        return self._with([c for c, title in enumerate(self.header) if title != name])
+
+    def _with(self, kept: Sequence[int]) -> Table:
         place = {old: new for new, old in enumerate(kept)}
         total = len(self.header)
         return Table(
             self.caption,
             tuple(self.header[c] for c in kept),
             [tuple(row[c] for c in kept) for row in self.rows],
-            self.left,
+            sum(c < self.left for c in kept),
             sum(c >= total - self.prose for c in kept),
             frozenset((r, place[c]) for r, c in self.strong if c in place),
             self.notes,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -42,7 +41,9 @@ from sparsegrad_cli.report.run_tables import (
     time_line,
     title_of,
 )
-from sparsegrad_cli.report.tables import Fact, Table
+from sparsegrad_cli.report.tables import Fact
+from sparsegrad_cli.report.terminal_tables import drawn
+from sparsegrad_cli.report.tuning_tables import tuning_lines, tuning_table
 from sparsegrad_cli.report.units import format_seconds
 from sparsegrad_cli.report.verdicts import verdict_lines
 from sparsegrad_cli.report.words import error_lines, status_of, status_words
@@ -50,7 +51,6 @@ from sparsegrad_cli.report.words import error_lines, status_of, status_words
 _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
 _MOST_SPECTRA = 8
 _MOST_NOTES = 6
-_DASH = "–"
 _CHECKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
 
 
@@ -62,10 +62,10 @@ def plain_line(raw: str, style: str = "") -> Text:
 def run_table(run: dict[str, Any]) -> RenderableType:
     """A training run: headline figures, memory by phase and category, time by phase."""
     parts: list[RenderableType] = [*_heading(run), _facts(facts(run))]
-    parts.append(_table(memory_table(run)) or Text("Memory: not recorded", style="dim"))
+    parts.append(drawn(memory_table(run)) or Text("Memory: not recorded", style="dim"))
     parts.append(_labelled("Time", time_line(run) or "not recorded"))
     if energy_by_kind(run):
-        parts += [Text(), _table(energy_by_kind(run)) or Text()]
+        parts += [Text(), drawn(energy_by_kind(run)) or Text()]
     return Group(*parts, *_notes(notes_of(run)))
 
 
@@ -75,12 +75,12 @@ def calibration_table(run: dict[str, Any]) -> RenderableType:
     shown = calibration_facts(run)
     parts.append(_facts(shown) if shown else Text("Calibration: not recorded", style="dim"))
     missing = Text("Energy: not recorded", style="dim")
-    parts.append(_table(energy_by_kind(run)) or missing)
+    parts.append(drawn(energy_by_kind(run)) or missing)
     spectra = spectra_table(run)
     if spectra is not None:
         more = len(spectra.rows) - _MOST_SPECTRA
         notes = [f"and {more} more in the report"] if more > 0 else []
-        parts.append(_table(replace(spectra, rows=spectra.rows[:_MOST_SPECTRA], notes=notes)) or "")
+        parts.append(drawn(replace(spectra, rows=spectra.rows[:_MOST_SPECTRA], notes=notes)) or "")
     parts.append(_labelled("Time", time_line(run) or "not recorded"))
     return Group(*parts, *_notes(notes_of(run)))
 
@@ -93,10 +93,14 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
         if table is None:
             parts.append(Text(f"{task}: no rows recorded", style="dim"))
             continue
-        parts += [_table(replace(table, notes=())) or "", *_below(compare, task)]
+        parts += [drawn(replace(table, notes=())) or "", *_below(compare, task)]
     for extra in (overview_table(compare), figures_table(compare)):
         if extra is not None:
-            parts += [_table(extra) or ""]
+            parts += [drawn(extra) or ""]
+    tuned = tuning_table(compare)
+    if tuned is not None:
+        lines = tuning_lines(compare)
+        parts += [drawn(replace(tuned, notes=lines).without("space")) or ""]
     parts += [Text(), *(Text(line) for line in verdict_lines(compare)), Text()]
     for held, line in check_lines(compare):
         mark, style = _CHECKS[held]
@@ -106,7 +110,7 @@ def compare_table(compare: dict[str, Any]) -> RenderableType:
 
 def estimate_table(record: dict[str, Any]) -> RenderableType:
     """An estimate: a row a method, the largest batches, and what was supposed."""
-    parts = [_table(table) or "" for table in estimate_tables(record)]
+    parts = [drawn(table) or "" for table in estimate_tables(record)]
     lines = [Text(f"- {line}", style="dim") for line in estimate_notes(record)]
     took = format_seconds(dig(record, "seconds"))
     return Group(*parts, Text(), Text("Supposed", style="italic"), *lines, _labelled("took", took))
@@ -131,7 +135,7 @@ def judge_table(record: dict[str, Any]) -> RenderableType:
     status = text(record, "status") or "?"
     head.append(status, style=_STATUS_STYLE.get(status, "yellow"))
     parts: list[RenderableType] = [Text(), head, Text(judge_subtitle(record), style="dim")]
-    parts.append(_table(judge_scores(record)) or "")
+    parts.append(drawn(judge_scores(record)) or "")
     failures = [_labelled("failed", line, "red") for line in judge_failures(record)]
     return Group(*parts, *failures)
 
@@ -178,36 +182,6 @@ def _facts(shown: Sequence[Fact]) -> RenderableType:
     for fact in shown:
         grid.add_row(Text(fact.label), Text(fact.value, style="bold"), Text(fact.detail))
     return grid
-
-
-def _table(table: Table | None) -> RenderableType | None:
-    if table is None:
-        return None
-    drawn = RichTable(
-        box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, collapse_padding=True
-    )
-    for column, name in enumerate(table.header):
-        words = table.is_words(column)
-        justify, fold = ("left", "fold") if words else ("right", "ellipsis")
-        drawn.add_column(
-            Text(name.replace(" ", "\n"), justify=justify),  # type: ignore[arg-type]
-            justify=justify,  # type: ignore[arg-type]
-            overflow=fold,  # type: ignore[arg-type]
-            no_wrap=column == 0 or not words,
-        )
-    for number, row in enumerate(table.rows):
-        cells = [
-            Text(
-                _DASH if cell is None else cell, style="bold" if (number, c) in table.strong else ""
-            )
-            for c, cell in enumerate(row)
-        ]
-        drawn.add_row(*cells)
-    parts: list[RenderableType] = [Text(), Text(table.caption, style="italic"), drawn]
-    if any(cell is None for row in table.rows for cell in row):
-        parts.append(Text(f"{_DASH} not recorded", style="dim"))
-    parts += [Text(note, style="dim") for note in table.notes]
-    return Group(*parts)
 
 
 def _notes(notes: Sequence[str]) -> list[RenderableType]:

@@ -12,6 +12,7 @@ STATUSES = {
     "failed": "failed",
     "out_of_memory": "out of memory",
     "interrupted": "interrupted",
+    "pruned": "pruned",
     "running": "still running",
     "pending": "not run yet",
 }

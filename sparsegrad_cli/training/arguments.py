@@ -10,8 +10,14 @@ import torch
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.scales import scale_of
 
-# Ours, not TrainingArguments'.
-_OWN = {"early_stopping_patience", "save_strategy", "save_steps", "report_to"}
+# Ours, not TrainingArguments'. Of save_total_limit training/shelf.py takes care.
+_OWN = {
+    "early_stopping_patience",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+}
 
 
 def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:

@@ -26,7 +26,7 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.report.access import number
-from sparsegrad_cli.training.checkpoint import save_tensors
+from sparsegrad_cli.training.writing import save_tensors
 
 _FORMAT = "sparsegrad-basis-1"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from sparsegrad_cli import ranks
@@ -19,7 +19,8 @@ from sparsegrad_cli.errors import DiskError, InterruptedRunError
 from sparsegrad_cli.measure.environment import rss_bytes
 from sparsegrad_cli.measure.timing import StepTimer
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.training.trainer import SparsegradTrainer, check_finite
+from sparsegrad_cli.report.records import write_text_atomic
+from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 
 class RecordCallback(TrainerCallback):
@@ -33,22 +34,30 @@ class RecordCallback(TrainerCallback):
         self._path = run_dir / "steps.jsonl"
         self._observer = observer
 
+    def cut(self, step: int | None) -> None:
+        """Forget what a run wrote after the checkpoint that it goes on from; None: everything."""
+        if step is None and ranks.is_first():
+            self._path.unlink(missing_ok=True)
+        if step is None or not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= step]
+        ranks.wait()  # all have read it
+        if ranks.is_first():
+            write_text_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        self.history[:] = [r["eval"] for r in kept if "eval" in r]
+        self.train_log = [
+            {k: r[k] for k in ("step", "epoch", "loss", "learning_rate")}
+            for r in kept
+            if "loss" in r
+        ]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut what was written after the checkpoint that a resumed run starts from."""
-        start = state.global_step
-        if start and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= start]
-            ranks.wait()  # all have read it
-            if ranks.is_first():
-                text = "".join(json.dumps(r) + "\n" for r in kept)
-                self._path.write_text(text, encoding="utf-8")
-            self.history[:] = [r["eval"] for r in kept if "eval" in r]
-            self.train_log = [
-                {k: r[k] for k in ("step", "epoch", "loss", "learning_rate")}
-                for r in kept
-                if "loss" in r
-            ]
+        """Go on where the checkpoint was."""
+        assert self.trainer is not None
+        self.trainer.go_on()
+        if self.trainer.resumed is not None:
+            self.timer.durations[:0] = self.trainer.resumed.measured.get("steps_s", [])
         self._observer.total_steps("train", state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -75,7 +84,6 @@ class RecordCallback(TrainerCallback):
             "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),
         }
-        check_finite(record["loss"], state.global_step, record["learning_rate"])
         self.train_log.append(record)
         line = record | {
             "steps_per_s": self.timer.recent_steps_per_s(),
@@ -98,6 +106,8 @@ class RecordCallback(TrainerCallback):
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must not outlive the lines before it
         except OSError as error:
             raise DiskError(
                 f"steps.jsonl could not be written: {error}",
@@ -156,22 +166,39 @@ class ProbeCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C ends training after the current step, with a checkpoint; a second one at once."""
+    """Ctrl-C ends training once a step is wholly done, with a checkpoint; a second one at once.
+
+    That is before the next step: after this one's evaluation and saving, which a run that went on
+    from in between would never make up for.
+    """
 
     def __init__(self, asked: threading.Event) -> None:
         self._asked = asked
+        self._first_of_epoch = True
         self.trainer: SparsegradTrainer | None = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop when asked."""
-        if self._asked.is_set():
-            assert self.trainer is not None
-            folder = self.trainer.save_now()
-            raise InterruptedRunError(
-                f"stopped after step {state.global_step} of {state.max_steps}; "
-                f"{folder.name} is saved",
-                fix="go on with --resume",
-            )
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Between two epochs."""
+        self._first_of_epoch = True
+        self._stop(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Between two steps; an epoch's first has drawn its data loader's seed by now."""
+        if not self._first_of_epoch:
+            self._stop(state)
+        self._first_of_epoch = False
+
+    def _stop(self, state: Any) -> None:
+        if not ranks.anywhere(self._asked.is_set()):  # all of them stop after the same step
+            return
+        if state.global_step == 0:
+            raise InterruptedRunError("stopped before the first step", fix="--resume starts it")
+        assert self.trainer is not None
+        folder = self.trainer.save_now()
+        raise InterruptedRunError(
+            f"stopped after step {state.global_step} of {state.max_steps}; {folder.name} is saved",
+            fix="go on with --resume",
+        )
 
 
 @contextmanager
@@ -193,13 +220,3 @@ def graceful_interrupt() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """An allocation failed: on a CUDA device, in torch's CPU allocator, or in python."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text
-    )

@@ -1,33 +1,31 @@
-"""Checkpoints without pickle: tensors in safetensors, the rest in JSON; whole or not at all.
+"""What a checkpoint holds, without pickle: tensors in safetensors, the rest in JSON.
 
 checkpoint-N/
   trainable.safetensors   every parameter that trains
   optimizer.safetensors   state tensors, named "<parameter number>/<key>"
-  random.safetensors      states of torch's (CPU, CUDA) and numpy's generators
-  state.json              optimizer groups, scheduler, python's generator, extras of the run
+  random.safetensors      states of torch's (CPU, CUDA) and numpy's generators, "<process>/<key>"
+  state.json              optimizer groups, scheduler, python's generators, extras of the run
   trainer_state.json      transformers.TrainerState
+  manifest.json           size and sha256 of each of these (training/manifest.py)
 
-A checkpoint is written beside its place and renamed into it, so that a full disk or a killed
-process leaves the one before whole.
+How it is written, found again and dropped: training/shelf.py.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli import ranks
+from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.training.writing import read_tensors, write_tensors
 
 TRAINABLE, OPTIMIZER, RANDOM, STATE = (
     "trainable.safetensors",
@@ -35,95 +33,9 @@ TRAINABLE, OPTIMIZER, RANDOM, STATE = (
     "random.safetensors",
     "state.json",
 )
+RandomState = tuple[dict[str, Tensor], dict[str, Any]]
 _FORMAT = 1
 _STATE_KEYS = {"optimizer_groups", "optimizer_numbers", "scheduler", "random", "extras"}
-
-
-_RESUME = "free some space, then go on with --resume: the checkpoint before is whole"
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESUME) -> None:
-    """Fill a new folder under a temporary name, then rename it into place.
-
-    Args:
-        fix: what to do where the disk refuses.
-
-    Raises:
-        DiskError: something could not be written; nothing is left of the attempt, and what stood
-            at ``folder`` before is untouched.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    before = folder.with_name(folder.name + ".before")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        if folder.exists():  # moved aside, so that a failing rename does not lose it
-            shutil.rmtree(before, ignore_errors=True)
-            folder.replace(before)
-        try:
-            partial.replace(folder)
-        except OSError:
-            if before.exists():
-                before.replace(folder)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DiskError(
-            f"{folder.name} could not be written: {error}",
-            where=str(folder),
-            fix=fix,
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """safetensors, contiguous, from whatever device; one file, written then renamed.
-
-    Raises:
-        DiskError: it could not be written; a file that stood there before is untouched.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _save(ready, partial, metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise DiskError(
-            f"{path.name} could not be written: {error}", where=str(path), fix="free some space"
-        ) from error
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """save_file, readable by whom other files in the folder are: safetensors itself makes 0600."""
-    like = path.with_name(path.name + ".mode")
-    like.touch()
-    mode = like.stat().st_mode & 0o777
-    like.unlink()
-    save_file(tensors, path, metadata)
-    path.chmod(mode)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        FileFormatError: the file is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise FileFormatError(
-            f"cannot be read: {error}",
-            where=str(path),
-            fix="remove the damaged file or folder; an earlier checkpoint may be whole",
-        ) from error
 
 
 def save_training_state(
@@ -132,9 +44,14 @@ def save_training_state(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     extras: Mapping[str, Any],
+    drawn: Sequence[RandomState] | None = None,
 ) -> None:
-    """Write all but trainer_state.json into ``folder`` (not atomic: see :func:`write_folder`)."""
-    _save({k: t.cpu().contiguous() for k, t in trainable.items()}, folder / TRAINABLE)
+    """Write all but trainer_state.json and the manifest into ``folder``; not atomic.
+
+    Args:
+        drawn: :func:`random_state` of each process that trains; of this one, which is alone.
+    """
+    write_tensors({k: t.cpu().contiguous() for k, t in trainable.items()}, folder / TRAINABLE)
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -144,15 +61,20 @@ def save_training_state(
                 tensors[f"{number}/{key}"] = value.detach().cpu().contiguous()
             else:
                 numbers[f"{number}/{key}"] = value
-    _save(tensors, folder / OPTIMIZER)
-    random_tensors, random_json = _random_state()
-    _save(random_tensors, folder / RANDOM)
+    write_tensors(tensors, folder / OPTIMIZER)
+    states = [random_state()] if drawn is None else drawn
+    random_tensors = {
+        f"{number}/{key}": tensor
+        for number, (of_one, _) in enumerate(states)
+        for key, tensor in of_one.items()
+    }
+    write_tensors(random_tensors, folder / RANDOM)
     content = {
         "format": _FORMAT,
         "optimizer_groups": state["param_groups"],
         "optimizer_numbers": numbers,
         "scheduler": _plain(scheduler.state_dict()),
-        "random": random_json,
+        "random": [numbers for _, numbers in states],
         "extras": dict(extras),
     }
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
@@ -211,21 +133,26 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
 
 
 def load_random(folder: Path) -> None:
-    """Restore python's, numpy's and torch's random state.
+    """Restore this process's python's, numpy's and torch's random state.
 
     Raises:
         FileFormatError: the files are damaged.
     """
-    content = load_state_json(folder)["random"]
-    tensors = read_tensors(folder / RANDOM)
+    kept, own = load_state_json(folder)["random"], f"{ranks.number()}/"
+    tensors = {
+        name.removeprefix(own): tensor
+        for name, tensor in read_tensors(folder / RANDOM).items()
+        if name.startswith(own)
+    }
     try:
+        content = kept[ranks.number()]
         version, internal, gauss = content["python"]
         name, position, has_gauss, cached = content["numpy"]
         numpy_keys = tensors["numpy"].numpy().astype(np.uint32)
         torch.set_rng_state(tensors["torch"])
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state((name, numpy_keys, position, has_gauss, cached))
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise FileFormatError(
             f"the random state cannot be restored: {error}",
             where=str(folder),
@@ -233,10 +160,11 @@ def load_random(folder: Path) -> None:
         ) from error
     cuda = [tensors[k] for k in sorted(t for t in tensors if t.startswith("cuda/"))]
     if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+        torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
 
 
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_state() -> RandomState:
+    """State of all generators of this process: in tensors, and as JSON."""
     state: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = state
     tensors = {
@@ -261,15 +189,3 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
             continue
         plain[key] = value
     return plain
-
-
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, by step; folders without state.json are passed over."""
-    found = [
-        path
-        for path in run_dir.glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isascii()
-        and number.isdigit()  # of ASCII: int() takes no superscripts
-        and (path / STATE).is_file()
-    ]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

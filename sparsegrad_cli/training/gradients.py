@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.training.finite import first_non_finite
 
 Batch = Mapping[str, Any]
 
@@ -25,10 +26,14 @@ def gradient_step(model: nn.Module, batch: Batch, step: int) -> float:
     loss: Tensor = model(**batch).loss
     value = float(loss.detach())
     if not torch.isfinite(loss.detach()):
-        raise SparsegradError(
+        del loss
+        module = first_non_finite(model, lambda: model(**batch).loss)
+        raise NonFiniteError(
             f"the loss of calibration step {step} is {value}: there is no gradient to learn from",
             where="calibration",
             fix="use model.dtype: float32, or look at the data of this step",
+            more=[f"first not finite: {module}"] if module else [],
+            details={"step": step, "module": module},
         )
     loss.backward()
     return value

@@ -1,10 +1,10 @@
-"""What every run does first, load and calibrate, and the calibration run."""
+"""What every run does first: load and calibrate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsegrad_cli import ranks
+from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.quantized import count_entries, quantization_state
@@ -32,7 +33,8 @@ from sparsegrad_cli.training.calibration import (
     calibrate,
     passes_of,
 )
-from sparsegrad_cli.training.diagnostics import energy_table, spectra
+from sparsegrad_cli.training.diagnostics import spectra
+from sparsegrad_cli.training.memory_out import explain
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
@@ -40,6 +42,7 @@ from sparsegrad_cli.training.setup import (
     hash_parameters,
     make_setup,
 )
+from sparsegrad_cli.training.trials import Situation
 from sparsegrad_cli.training.warmup import warmed_head
 
 BASIS_NAME = "basis.safetensors"
@@ -52,11 +55,30 @@ class Session:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
+        self.known = Situation()
         self._tokens = 0  # that calibration and its warm-up have read in this process
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Inside, memory that runs out does so with an explanation (OutOfMemoryError)."""
+        try:
+            yield
+        except Exception as error:
+            if not may_be_out_of_memory(error):
+                raise
+            explained = explain(error, self.recipe, self.known)
+            if not is_out_of_memory(error) and explained.details["fits"] is None:
+                raise
+            raise explained from None
+
+    def enter(self, phase: str, detail: str) -> None:
+        """A phase begins; should memory run out in it, this is where."""
+        self.known.at = phase
+        self.observer.phase(phase, detail)
 
     def load(self) -> Setup:
         """Model, data and targets; fills model, task, hashes and memory's load phase."""
-        self.observer.phase("load", self.recipe.model.name)
+        self.enter("load", self.recipe.model.name)
         started = time.perf_counter()
         setup = make_setup(self.loaded, self.observer)
         self.seconds["load_s"] = time.perf_counter() - started
@@ -69,6 +91,7 @@ class Session:
         self.meter.watch(setup.model, weights=quantization_state(setup.model))
         with self.meter.phase("load"):
             pass
+        self.known.setup = setup
         config: Any = setup.model.config
         task = setup.task
         self.record.save(
@@ -111,26 +134,18 @@ class Session:
         settings, seed = self.recipe.calibration, self.recipe.seed
         passes = passes_of(settings)
         again = f", {passes} passes" if passes > 1 else ""
-        self.observer.phase("calibrate", f"{settings.steps} steps, no update{again}")
+        self.enter("calibrate", f"{settings.steps} steps, no update{again}")
+        self.known.calibration_batch = self.calibration_batch
+        self.known.calibrate = lambda size: self._calibrate(setup, size, range(1))
         own = range(ranks.number(), settings.steps, ranks.count())  # of the steps
         self.observer.total_steps("calibrate", len(own) * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
             warmup_seconds, warmup_tokens = time.perf_counter() - started, self._tokens
-            calibration = calibrate(
-                setup.model,
-                setup.targets,
-                lambda: self._counted(
-                    islice(
-                        calibration_batches(setup, self.calibration_batch, seed),
-                        own.start,
-                        None,
-                        own.step,
-                    )
-                ),
-                settings.model_copy(update={"steps": len(own)}),
-                seed=seed,
-                rank=self._rank,
+            calibration = self._calibrate(
+                setup,
+                self.calibration_batch,
+                own,
                 meter=lambda: self.meter.phase("calibrate"),
                 on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
             )
@@ -176,6 +191,24 @@ class Session:
             }
         )
         return calibration
+
+    def _calibrate(self, setup: Setup, batch_size: int, steps: range, **told: Any) -> Calibration:
+        """Calibration with some of the steps' batches, and nothing recorded of it."""
+        settings, seed = self.recipe.calibration, self.recipe.seed
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            all_of_them = calibration_batches(setup, batch_size, seed)
+            return self._counted(islice(all_of_them, steps.start, None, steps.step))
+
+        return calibrate(
+            setup.model,
+            setup.targets,
+            batches,
+            settings.model_copy(update={"steps": len(steps)}),
+            seed=seed,
+            rank=self._rank,
+            **told,
+        )
 
     @contextmanager
     def warmed_head(self, setup: Setup) -> Iterator[None]:
@@ -234,30 +267,3 @@ def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:
     middle = setup.targets[len(setup.targets) // 2].block
     names = {t.name for t in setup.targets if t.block == middle}
     return {key: basis for key, basis in bases.items() if key in names}
-
-
-class CalibrationSession(Session):
-    """``sparsegrad calibrate``: the basis, and what it is worth on held-out gradients."""
-
-    def run(self) -> None:
-        """Do it all."""
-        setup = self.load()
-        calibration = self.calibrated(setup)
-        settings = self.recipe.calibration
-        if settings.energy_steps:
-            self.observer.phase("energy", f"{settings.energy_steps} held-out steps")
-            started = time.perf_counter()
-            held_out = calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1)
-            # At the head that the basis was made at; a kept one is warm already.
-            with nullcontext() if settings.keep_head else self.warmed_head(setup):
-                energy, heat_map = energy_table(
-                    setup.model,
-                    setup.targets,
-                    calibration,
-                    held_out,
-                    steps=settings.energy_steps,
-                    seed=self.recipe.seed + 1,
-                )
-            self.seconds["diagnostics_s"] = time.perf_counter() - started
-            self.record.data["calibration"].update(energy=energy, heat_map=heat_map)
-        self.record.save(time=dict(self.seconds), memory=self.meter.report())

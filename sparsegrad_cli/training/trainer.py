@@ -1,30 +1,27 @@
-"""transformers.Trainer with our optimizer, order, evaluation and pickle-free checkpoints."""
+"""transformers.Trainer with our optimizer, order and evaluation; it stops where a loss is lost."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
-from sparsegrad_cli.errors import FileFormatError, SparsegradError
-from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
+from sparsegrad_cli import ranks
+from sparsegrad_cli.errors import NonFiniteError
+from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.training import checkpoint as files
+from sparsegrad_cli.training.checkpointing import CheckpointedTrainer
+from sparsegrad_cli.training.finite import INPUTS, first_non_finite
 from sparsegrad_cli.training.objective import Objective
 from sparsegrad_cli.training.order import EpochSampler, OrderHash
 
 
-class SparsegradTrainer(Trainer):
+class SparsegradTrainer(CheckpointedTrainer):
     """One training run of one method.
 
     Args:
@@ -32,7 +29,8 @@ class SparsegradTrainer(Trainer):
         method: has prepared the model.
         objective: how the model is judged.
         validation: split name -> tokenized data set; the first is the one that selects.
-        kwargs: as transformers.Trainer (model, args, train_dataset, data_collator, ...).
+        kwargs: as CheckpointedTrainer (shelf, basis) and transformers.Trainer (model, args,
+            train_dataset, data_collator, ...).
     """
 
     def __init__(
@@ -44,16 +42,19 @@ class SparsegradTrainer(Trainer):
         validation: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
-        self.optimizer: Any = None
-        self.control: Any = None
         self.recipe, self.method, self.objective = recipe, method, objective
         self.validation = dict(validation)
-        self.order = OrderHash(every=recipe.train.logging_steps)
         self.score_notes: list[str] = []
         self.last_evaluation: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0  # of all evaluations so far
+        self._sampler: EpochSampler | None = None
+        self._micro_batch = (0, 0)  # the step that is being taken, and which of its batches
         with _adapters_declared(kwargs["model"]):
-            super().__init__(eval_dataset=next(iter(self.validation.values())), **kwargs)
+            super().__init__(
+                order=OrderHash(every=recipe.train.logging_steps),
+                eval_dataset=next(iter(self.validation.values())),
+                **kwargs,
+            )
         # By token, the model divides by the labelled tokens of the whole step; else it divides by
         # the batch, and Trainer averages the micro-batches.
         self.model_accepts_loss_kwargs = objective.by_token
@@ -68,8 +69,18 @@ class SparsegradTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        data = train_dataset if train_dataset is not None else self.train_dataset
-        assert data is not None
+        self._sampler = self._make_sampler(
+            train_dataset if train_dataset is not None else self.train_dataset
+        )
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # Where several processes skip what an earlier run has met, the loader forgets to tell it.
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _make_sampler(self, data: Any) -> EpochSampler:
         strategy = self.recipe.train.train_sampling_strategy
         lengths = None
         if strategy == "group_by_length":
@@ -86,10 +97,87 @@ class SparsegradTrainer(Trainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        """As transformers', with the batch entered into the order hash."""
+        """As transformers', with the batch entered into the order hash.
+
+        Raises:
+            NonFiniteError: the loss is no number; the step is not taken.
+        """
         self.order.add(inputs)
+        step, number = self._micro_batch
+        here = self.state.global_step + 1
+        self._micro_batch = (here, number + 1 if step == here else 1)
         loss: torch.Tensor = super().training_step(model, inputs, *args)
+        lost = not torch.isfinite(loss)
+        if ranks.anywhere(lost):  # the gradients are summed: a loss that is lost, is lost for all
+            raise self._diverged(model, inputs, float(loss)) if lost else self._diverged_elsewhere()
         return loss
+
+    def _diverged_elsewhere(self) -> NonFiniteError:
+        step = self._micro_batch[0]
+        return NonFiniteError(
+            f"the training loss of another process is no number at step {step}: training has "
+            "diverged",
+            where=f"step {step}; that process says which module it was",
+            fix=self._calmer(),
+            details={"step": step},
+        )
+
+    def _calmer(self) -> str:
+        return (
+            f"lower train.learning_rate (now {self._get_learning_rate():g}), warm up "
+            "(train.warmup_steps: 0.06) or clip (train.max_grad_norm: 1)"
+        )
+
+    def _diverged(self, model: nn.Module, inputs: dict[str, Any], loss: float) -> NonFiniteError:
+        """Say where it happened: step, batch, rows, and the first module that went wrong."""
+        model.zero_grad(set_to_none=True)
+
+        def forward() -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                found: torch.Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
+            return found
+
+        assert isinstance(self.model, nn.Module)
+        module = first_non_finite(self.model, forward)  # not as wrapped: names are the user's
+        step, number = self._micro_batch
+        rows = self._rows_of(inputs)
+        batches = self.args.gradient_accumulation_steps
+        where = f"step {step}" + (f", batch {number} of {batches}" if batches > 1 else "")
+        if rows:
+            where += f", rows {', '.join(map(str, rows))} of the training data"
+        lost = f"first not finite: {module}" if module else "run again, all its modules are finite"
+        kept = self.shelf.newest.name if self.shelf.newest else "none was saved yet"
+        return NonFiniteError(
+            f"the training loss is {loss} at step {step}: training has diverged",
+            where=where,
+            fix="look at these rows" if module == INPUTS else self._calmer(),
+            more=[lost, f"last good checkpoint: {kept}"],
+            details={
+                "step": step,
+                "batch": number,
+                "rows": rows,
+                "module": module,
+                "checkpoint": self.shelf.newest.name if self.shelf.newest else None,
+            },
+        )
+
+    def _rows_of(self, inputs: Mapping[str, Any]) -> list[int] | None:
+        """Rows of the training data that a batch was made of, if making it anew proves it."""
+        data = self.train_dataset
+        if self.args.world_size > 1 or data is None:
+            return None
+        size, batches = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        a_step = size * batches
+        step, number = self._micro_batch
+        epoch, before = divmod(step - 1, -(-len(data) // a_step))
+        sampler = self._make_sampler(data)
+        sampler.set_epoch(epoch)
+        start = before * a_step + (number - 1) * size
+        rows = list(sampler)[start : start + size]
+        made = self.data_collator([data[row] for row in rows])
+        names = [name for name, value in made.items() if isinstance(value, torch.Tensor)]
+        same = all(torch.equal(made[name], inputs[name].cpu()) for name in names)
+        return rows if same else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Without clipping the norm is wanted by nobody, and costs a pass over all gradients.
@@ -129,97 +217,27 @@ class SparsegradTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
 
+    def evaluate_untrained(self) -> None:
+        """Evaluate before training begins.
+
+        Of what has been evaluated accelerate believes that it is prepared for training, too, and
+        would not wrap it: several processes would each train for itself. It is told otherwise.
+        """
+        self.evaluate()
+        if ranks.count() == 1:
+            return
+        model: Any = self.model
+        marks = model.__dict__
+        marks.pop("_is_accelerate_prepared", None)
+        if "_original_forward" in marks:  # autocast, which it would put around once more
+            marks["forward"] = marks.pop("_original_forward")
+        self.accelerator._models.clear()
+
     def _note(self, notes: tuple[str, ...]) -> None:
         for note in notes:
             text = f"step {self.state.global_step}: {note}"
             if text not in self.score_notes:
                 self.score_notes.append(text)
-
-    # --- checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write checkpoint-N whole or not at all, then drop what is over save_total_limit."""
-        run_dir = Path(self.args.output_dir)
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or best == folder:
-                self.state.best_model_checkpoint = str(best)
-        self._export_callback_states()
-        if self.args.should_save:
-            files.write_folder(folder, self._fill_checkpoint)
-            rotate_checkpoints(
-                str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _export_callback_states(self) -> None:
-        from transformers.trainer_callback import ExportableState
-
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-
-    def _fill_checkpoint(self, folder: Path) -> None:
-        assert isinstance(self.model, nn.Module) and self.optimizer is not None
-        files.save_training_state(
-            folder,
-            trainable_state(self.model),
-            self.optimizer,
-            self.lr_scheduler,
-            {"order": self.order.state()},
-        )
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def save_now(self) -> Path:
-        """A checkpoint of this very step (Ctrl-C); the newest whole one."""
-        assert isinstance(self.model, nn.Module)
-        self._save_checkpoint(self.model, None)
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        tensors = files.read_tensors(folder / files.TRAINABLE)
-        assert isinstance(self.model, nn.Module)
-        expected = set(trainable_state(self.model))
-        try:
-            if set(tensors) != expected:
-                raise KeyError(sorted(set(tensors) ^ expected)[0])
-            load_by_name(self.model, tensors)
-        except KeyError as error:
-            raise FileFormatError(
-                f"the checkpoint does not fit this recipe: {error.args[0]}",
-                where=str(folder),
-                fix="resume with the recipe that the run was started with (recipe.yaml in it)",
-            ) from None
-        extras = files.load_state_json(folder)["extras"]
-        self.order.load_state(extras["order"])
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None and isinstance(self.model, nn.Module)
-        folder = Path(self.state.best_model_checkpoint)
-        try:
-            load_by_name(self.model, files.read_tensors(folder / files.TRAINABLE))
-        except KeyError as error:
-            raise FileFormatError(
-                f"the best checkpoint is another run's: {error.args[0]}", where=str(folder)
-            ) from None
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.optimizer is not None
-            files.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            files.load_random(Path(checkpoint))
-
-    def drop_checkpoints(self) -> None:
-        """Remove all checkpoints of a finished run whose adapter is saved."""
-        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -241,14 +259,3 @@ def _adapters_declared(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         marked._hf_peft_config_loaded = before
-
-
-def check_finite(loss: float, step: int, learning_rate: float) -> None:
-    """Raises SparsegradError when the training loss is no longer a number."""
-    if not np.isfinite(loss):
-        raise SparsegradError(
-            f"the training loss is {loss} at step {step}: training has diverged",
-            where="train.learning_rate",
-            fix=f"lower it (now {learning_rate:g}), warm up (train.warmup_steps: 0.06) "
-            "or clip (train.max_grad_norm: 1)",
-        )

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from small import Cli, Outcome
 from torch import Tensor
 
+from sparsegrad_cli.training.manifest import seal
+
 Runs = Callable[..., Path]
 Refused = Callable[..., Outcome]
 Copy = Callable[[Path], Path]
@@ -313,6 +315,8 @@ def test_a_stopped_run_keeps_to_its_best_checkpoint(
     for best in (3, 6):
         state["best_global_step"] = best
         (run / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state))
+        (run / "checkpoint-6" / "manifest.json").unlink()
+        seal(run / "checkpoint-6", "its recipe")
         place = str(tmp_path / f"m{best}")
         outcome = cli("export", str(run), "--to", "lora", "-o", place)
         assert outcome.code == 0, outcome.err
@@ -320,4 +324,6 @@ def test_a_stopped_run_keeps_to_its_best_checkpoint(
     for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder)
     nothing = refused(2, run, "--to", "merged")
-    assert "neither an adapter nor a checkpoint" in nothing.flat and "--resume" in nothing.flat
+    assert (
+        "neither an adapter nor a whole checkpoint" in nothing.flat and "--resume" in nothing.flat
+    )

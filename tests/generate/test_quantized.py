@@ -128,6 +128,7 @@ def test_a_damaged_record_of_an_export(text: str, trained: Trained, tmp_path: Pa
     (tmp_path / "lora" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(trained("lora", "4bit").parent / "base")})
     )
+    (tmp_path / "lora" / "adapter_model.safetensors").touch()
     (tmp_path / "lora" / "export.json").write_text(text)
     with pytest.raises(FileFormatError, match=r"export\.json"):
         load(tmp_path / "lora")

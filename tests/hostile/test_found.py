@@ -29,15 +29,15 @@ from victims import (
 )
 
 from sparsegrad_cli.compare.evidence import up_to_date
-from sparsegrad_cli.compare.folder import open_folder
+from sparsegrad_cli.compare.folder import StudyFolder, study_digest
 from sparsegrad_cli.compare.grid import Comparison
 from sparsegrad_cli.data.loading import load_task
-from sparsegrad_cli.errors import DataError, FileFormatError, UsageError
+from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
 from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
 from sparsegrad_cli.modeling.loading import load_configuration
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.schema import ModelSection
-from sparsegrad_cli.recipe.study import make_study
+from sparsegrad_cli.recipe.study import LoadedStudy, make_study
 from sparsegrad_cli.report.records import write_json_atomic
 
 # --- tensors
@@ -218,14 +218,38 @@ def test_a_record_nested_deeper_than_any(cli: Cli, tmp_path: Path) -> None:
 # --- folders
 
 
+def entered(study: LoadedStudy, folder: Path, *, overwrite: bool = False) -> None:
+    """As compare begins to work in a folder."""
+    place = StudyFolder(folder)
+    place.prepare(overwrite=overwrite)
+    with place.ledger():
+        place.enter(lambda: study, study_digest(study), overwrite=overwrite)
+        place.leave()
+        place.refuse_links(study)
+
+
 def test_cells_that_cannot_be_cells(tmp_path: Path) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     (tmp_path / "compare.json").write_text('{"schema": 1}')
     (tmp_path / "cells").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="cells is a file"):
-            open_folder(study, tmp_path, overwrite=overwrite)
+        with pytest.raises(DiskError, match="cannot be written") as caught:
+            entered(study, tmp_path, overwrite=overwrite)
+        check_error(caught.value)
     assert (tmp_path / "cells").read_text() == "mine"
+
+
+def test_a_cell_that_is_a_file(tmp_path: Path) -> None:
+    """Its process could not begin, and what told of that was a traceback."""
+    study = make_study(None, ("lora",), 1, ("method.density=0.01",))
+    cell = StudyFolder(tmp_path).cell(study.cells[0])
+    cell.parent.mkdir()
+    cell.write_text("mine")
+    (tmp_path / "compare.json").write_text('{"schema": 1}')
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        entered(study, tmp_path)
+    assert cell.read_text() == "mine"
+    entered(study, tmp_path, overwrite=True)
 
 
 RUNS = ({}, {"status": "done"}, {"status": []}, {"status": "done", "x": 1})
@@ -237,12 +261,12 @@ def test_cells_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[
     compared = {"schema": 1, "cells": [3, {}, {"status": "done", "run": 3}]}
     write_json_atomic(tmp_path / "compare.json", compared)
     with pytest.raises(UsageError, match="holds another comparison"):
-        open_folder(study, tmp_path, overwrite=False)
+        entered(study, tmp_path)
     comparison = Comparison(study, tmp_path, command="x")
     folder = tmp_path / comparison._ledger()[0]["run_dir"]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "run.json", {"schema": 1, **run})
-    assert not comparison._done(study.cells[0])
+    assert not comparison._settled(study.cells[0])
     assert comparison._ledger()[0]["run"] == {"schema": 1, **run}
 
 

@@ -15,7 +15,8 @@ from pages import without
 from samples import compare_record, run_record
 
 from sparsegrad_cli.cli.runs import report
-from sparsegrad_cli.compare.folder import cell_dir, open_folder, safe_name
+from sparsegrad_cli.compare.claims import Claim
+from sparsegrad_cli.compare.folder import StudyFolder, safe_name, study_digest
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
@@ -24,7 +25,7 @@ from sparsegrad_cli.judge.session import JudgeOptions
 from sparsegrad_cli.recipe.loading import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.report.records import write_json_atomic, write_text_atomic
-from sparsegrad_cli.rundir import RunRecord, open_run_dir
+from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
 
 RUN_NAMES = (
     *("run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md", "basis.safetensors"),
@@ -38,9 +39,16 @@ STUDY_NAMES = (
     "report.tex",
     "cells",
     "answers",
+    "tuning",
+    "tuning.db",
+    ".at-work.lock",
+    ".ledger.lock",
     "x.txt",
 )
-CELLS = ("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml")
+CELLS = (
+    *("cells/glue-rte-lora-s42.claim", "cells/glue-rte-lora-s3705.claim"),
+    *("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),
+)
 KINDS = ("folder", "file", "to a folder", "to a file", "to nothing", "to itself", "upwards")
 
 
@@ -80,9 +88,10 @@ def test_overwriting_a_run(found: dict[str, str]) -> None:
         furnish(run, found)
         before = tree(folder / "outside")
         try:
-            open_run_dir(run, recipe, resume=False, overwrite=True)
-            record = RunRecord(run, {"command": "train"})
-            record.save()
+            with held_run_dir(run):
+                open_run_dir(run, recipe, resume=False, overwrite=True)
+                record = RunRecord(run, {"command": "train"})
+                record.save()
             with (run / "steps.jsonl").open("a") as steps:
                 steps.write("{}\n")
             with contextlib.suppress(OSError):  # somebody's file of that name stays
@@ -130,11 +139,20 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
             write_json_atomic(place / "compare.json", compare_record() | {"cells": []})
         before = tree(folder / "outside")
         try:
-            open_folder(study, place, overwrite=overwrite)
+            opened = StudyFolder(place)
+            opened.prepare(overwrite=overwrite)
+            with opened.ledger():
+                opened.enter(lambda: study, study_digest(study), overwrite=overwrite)
+                opened.refuse_links(study)
             for one in study.cells:
-                cell_dir(place, one).mkdir(parents=True, exist_ok=True)
-                (cell_dir(place, one) / "run.json").write_text("{}")
-            (place / "cells" / "glue-rte-lora-s42").with_suffix(".yaml").touch()
+                with Claim(opened.cell(one).with_suffix(".claim")) as claim:
+                    claim.settle()
+                opened.cell(one).mkdir(parents=True, exist_ok=True)
+                (opened.cell(one) / "run.json").write_text("{}")
+                write_text_atomic(opened.cell(one).with_suffix(".yaml"), "x")
+            (place / "tuning.db").touch()
+            (place / "tuning").mkdir(exist_ok=True)
+            (place / "tuning" / "x").touch()
         finally:
             assert tree(folder / "outside") == before
 

@@ -9,7 +9,9 @@ from rich.console import Console
 from samples import compare_record, damaged, run_record
 
 from sparsegrad_cli.report.markdown import compare_markdown, run_markdown
+from sparsegrad_cli.report.tables import Table
 from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
+from sparsegrad_cli.report.terminal_tables import pieces
 
 
 def shown(renderable: Any, width: int = 80) -> str:
@@ -91,3 +93,29 @@ def test_no_damage_stops_a_text_report() -> None:
     for what, broken in damaged(compare_record()):
         assert shown(compare_table(broken)), what
         assert compare_markdown(broken), what
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_no_figure_is_cut_short_however_narrow_the_terminal(width: int) -> None:
+    record = compare_record()
+    for row in record["rows"]:
+        row |= {"trainable": 17_694_720, "peak_bytes": 1_586.4 * 2**20, "train_s": 8_765.4}
+        row |= {"beyond_weights_bytes": 1_140.8 * 2**20, "adapter_bytes": 67.5 * 2**20}
+    text = shown(compare_table(record), width)
+    tables = [line for line in text.splitlines() if "1,586.4" in line or "1,140.8" in line]
+    assert tables and all(len(line) <= width for line in tables)
+    assert "…" not in text
+    for figure in ("17,694,720", "1,586.4", "1,140.8", "67.5"):
+        assert text.count(figure) >= len(record["rows"]), figure
+
+
+def test_pieces_hold_every_column_once_beside_the_first() -> None:
+    header = ("method", *(f"c{n}" for n in range(9)), "note")
+    rows = [("lora", *("1,234.5" for _ in range(9)), "a note of several words, that may fold")]
+    table = Table("t", header, rows, prose=1, strong=frozenset({(0, 3)}))
+    found = pieces(table, 40)
+    assert [name for piece in found for name in piece.header[1:]] == list(header[1:])
+    assert all(piece.header[0] == "method" for piece in found)
+    marked = [piece.header[c] for piece in found for _, c in piece.strong]
+    assert marked == ["c2"] and found[-1].is_words(len(found[-1].header) - 1)
+    assert pieces(table, 200) == [table]

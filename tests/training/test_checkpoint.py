@@ -1,34 +1,26 @@
-"""Checkpoints: whole or not at all, bit for bit, and refused when damaged."""
+"""What a checkpoint holds: bit for bit, and refused when damaged."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paths import REPO
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.training.checkpoint import (
-    last_checkpoint,
     load_optimizer,
     load_random,
     load_state_json,
-    read_tensors,
-    save_tensors,
     save_training_state,
-    write_folder,
 )
+from sparsegrad_cli.training.writing import read_tensors
 
 Schedule = torch.optim.lr_scheduler.LambdaLR
 
@@ -212,209 +204,3 @@ def test_the_state_of_another_set_of_parameters_is_refused(saved: Path) -> None:
     optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
     with pytest.raises(FileFormatError, match="does not fit"):
         load_optimizer(saved, optimizer, Schedule(optimizer, lambda n: 1.0))
-
-
-# --- writing
-
-
-def fill_with(text: str) -> Any:
-    def fill(folder: Path) -> None:
-        (folder / "one").write_text(text)
-        (folder / "two").write_text(text)
-
-    return fill
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_a_folder_is_written_and_replaced_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoint-1"
-    write_folder(folder, fill_with("a"))
-    (folder / "extra").write_text("old")
-    write_folder(folder, fill_with("b"))
-    assert names(folder) == ["one", "two"]
-    assert (folder / "one").read_text() == "b"
-    assert names(tmp_path / "run") == ["checkpoint-1"]
-
-
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
-    stale = tmp_path / "checkpoint-1.partial"
-    stale.mkdir()
-    (stale / "junk").write_text("x")
-    write_folder(tmp_path / "checkpoint-1", fill_with("a"))
-    assert names(tmp_path) == ["checkpoint-1"]
-    assert names(tmp_path / "checkpoint-1") == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [
-        (OSError(28, "No space left on device"), DiskError),
-        (ValueError("a bug"), ValueError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-)
-@pytest.mark.parametrize("before", [True, False])
-def test_a_failure_leaves_what_was_there_and_nothing_else(
-    tmp_path: Path, error: BaseException, raised: type[BaseException], before: bool
-) -> None:
-    folder = tmp_path / "checkpoint-1"
-    if before:
-        write_folder(folder, fill_with("a"))
-
-    def fill(partial: Path) -> None:
-        (partial / "one").write_text("b")
-        raise error
-
-    with pytest.raises(raised) as caught:
-        write_folder(folder, fill)
-    assert names(tmp_path) == (["checkpoint-1"] if before else [])
-    if before:
-        assert names(folder) == ["one", "two"]
-        assert (folder / "one").read_text() == "a"
-    if isinstance(caught.value, DiskError):
-        assert "No space left" in caught.value.what
-        assert caught.value.where == str(folder)
-        assert "--resume" in str(caught.value.fix)
-
-
-def test_a_failing_rename_puts_the_folder_before_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "checkpoint-1"
-    write_folder(folder, fill_with("a"))
-    real = os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        if Path(source).name.endswith(".partial"):
-            raise OSError("Input/output error")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(DiskError):
-        write_folder(folder, fill_with("b"))
-    assert names(tmp_path) == ["checkpoint-1"]
-    assert (folder / "one").read_text() == "a"
-
-
-def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DiskError):
-        write_folder(tmp_path / "file" / "checkpoint-1", fill_with("a"))
-    with pytest.raises(DiskError):
-        save_tensors(tmp_path / "file" / "x.safetensors", {"a": torch.ones(1)}, {})
-
-
-def test_save_tensors_round_trip_of_views_and_gradients(tmp_path: Path) -> None:
-    tensors = {
-        "view": torch.arange(6.0).reshape(2, 3).T,
-        "parameter": nn.Parameter(torch.ones(2)),
-        "number": torch.tensor(3.0),
-        "positions": torch.tensor([1, 5], dtype=torch.int32),
-        "empty": torch.empty(0),
-        "half": torch.tensor([1.5], dtype=torch.bfloat16),
-    }
-    path = tmp_path / "deep" / "a.safetensors"
-    save_tensors(path, tensors, {"method": "full"})
-    got = read_tensors(path)
-    assert got.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name], tensor.detach())
-    assert names(path.parent) == ["a.safetensors"]
-
-
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-import torch
-from torch import nn
-from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.training.checkpoint import save_tensors, save_training_state, write_folder
-
-run = Path(sys.argv[1])
-model = nn.Linear(256, 256)
-optimizer = torch.optim.AdamW(model.parameters())
-model(torch.ones(1, 256)).sum().backward()
-optimizer.step()
-schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-state = {n: p.detach() for n, p in model.named_parameters()}
-fill = lambda folder: save_training_state(folder, state, optimizer, schedule, {})
-write_folder(run / "checkpoint-1", fill)
-save_tensors(run / "adapter.safetensors", state, {})
-for limit in (300_000, 100_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, 300_000))
-    for name, write in (
-        ("checkpoint-2", lambda p: write_folder(p, fill)),
-        ("checkpoint-1", lambda p: write_folder(p, fill)),
-        ("adapter.safetensors", lambda p: save_tensors(p, state, {})),
-    ):
-        try:
-            write(run / name)
-        except DiskError as error:
-            assert error.where == str(run / name)
-            print("refused", name)
-        else:
-            print("written", name)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file size limits")
-def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """Files over the limit fail to be written; 263 kB of weights, 526 kB of optimizer state."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == [
-        "refused checkpoint-2",
-        "refused checkpoint-1",
-        "written adapter.safetensors",
-        "refused checkpoint-2",
-        "refused checkpoint-1",
-        "refused adapter.safetensors",
-    ]
-    assert names(tmp_path) == ["adapter.safetensors", "checkpoint-1"]
-    survivor = last_checkpoint(tmp_path)
-    assert survivor == tmp_path / "checkpoint-1"
-    assert read_tensors(survivor / "trainable.safetensors")["weight"].shape == (256, 256)
-    assert len(read_tensors(survivor / "optimizer.safetensors")) == 6
-    assert load_state_json(survivor)["optimizer_groups"][0]["lr"] == 1e-3 / 3
-    assert read_tensors(tmp_path / "adapter.safetensors")["weight"].shape == (256, 256)
-
-
-# --- which checkpoint is the last
-
-
-def test_the_last_checkpoint_is_by_number_and_whole(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    assert last_checkpoint(tmp_path / "nowhere") is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-200"):
-        (tmp_path / name).mkdir()
-    assert last_checkpoint(tmp_path) is None
-    for name in ("checkpoint-9", "checkpoint-10"):
-        (tmp_path / name / "state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    shutil.rmtree(tmp_path / "checkpoint-10")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
-
-
-@pytest.mark.parametrize("name", ["checkpoint-99.partial", "checkpoint-99.before", "checkpoint-x"])
-def test_other_folders_are_passed_over(tmp_path: Path, name: str) -> None:
-    for folder in (tmp_path / "checkpoint-1", tmp_path / name):
-        folder.mkdir()
-        (folder / "state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-
-
-def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)}, {})
-    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("plain", "x.safetensors")]
-    assert modes[0] == modes[1]
-    assert {p.name for p in tmp_path.iterdir()} == {"plain", "x.safetensors"}

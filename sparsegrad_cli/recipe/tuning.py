@@ -1,0 +1,142 @@
+"""The ``tune`` section of a study: trials, seeds and space, alike for every method. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from sparsegrad_cli.errors import Problem
+from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.recipe.section import NonNegativeInt, Section
+
+SEED = 101  # of tuning, by default; never one of the seeds that are reported by default
+Positive = Annotated[float, Field(gt=0)]
+
+
+class RateSpace(Section):
+    """Learning rates: log-uniform over as many decades for every method, about its own centre."""
+
+    decades: Annotated[float, Field(gt=0, le=6)] = 2.0
+    centres: dict[str, Positive] = Field(
+        {},
+        description="a row's label to its centre; by default the study's own rate for that row, "
+        "else one that was measured for its method (docs/compare.md)",
+    )
+
+
+class Range(Section):
+    """Numbers from ``low`` to ``high``, uniform, or log-uniform."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError("low is below high")
+        if self.log and self.low <= 0:
+            raise ValueError("log needs a low above 0")
+        return self
+
+
+def _kind(value: Any) -> str:
+    return "tuple[]" if isinstance(value, tuple) else "range[]"
+
+
+# By kind, so that a problem is that of what was meant; errors leave out names with a bracket.
+Numbers = Annotated[
+    Annotated[Range, Tag("range[]")]
+    | Annotated[tuple[float, ...], Field(min_length=2), Tag("tuple[]")],
+    Discriminator(_kind),
+]
+
+
+class Space(Section):
+    """What is tuned: the learning rate, and further keys of ``train``, the same for all methods.
+
+    Keys that change the data, its order or the number of steps are no part of it.
+    """
+
+    learning_rate: RateSpace = RateSpace()
+    lr_scheduler_type: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    warmup_steps: Numbers | None = None
+    weight_decay: Numbers | None = None
+    adam_beta1: Numbers | None = None
+    adam_beta2: Numbers | None = None
+    adam_epsilon: Numbers | None = None
+    max_grad_norm: Numbers | None = None
+
+    def named(self) -> dict[str, Range | tuple[Any, ...]]:
+        """The keys beside the learning rate that are tuned, without ``train.``."""
+        found = {key: getattr(self, key) for key in type(self).model_fields}
+        del found["learning_rate"]
+        return {key: value for key, value in found.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _recipes_take_it(self) -> Space:
+        for key, over in self.named().items():
+            values = (over.low, over.high) if isinstance(over, Range) else over
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} names a value twice")
+            for value in values:
+                try:
+                    TrainSection.model_validate({key: value})
+                except ValidationError as error:
+                    what = error.errors(include_url=False)[0]["msg"]
+                    raise ValueError(f"train.{key} cannot be {value!r}: {what}") from None
+        return self
+
+
+class Tune(Section):
+    """Every method gets the same number of trials on every task, before the first cell runs."""
+
+    trials: Annotated[int, Field(ge=2, le=1000)] = 8
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        (SEED,), min_length=1, description="each trial runs under all of them; none is reported"
+    )
+    space: Space = Space()
+
+    def keys(self) -> list[str]:
+        """The recipe keys that are tuned."""
+        return ["train.learning_rate", *(f"train.{key}" for key in self.space.named())]
+
+
+def tuning_problems(
+    tune: Tune,
+    seeds: Sequence[int],
+    labels: Sequence[str],
+    overridden: Sequence[str],
+    source: str,
+) -> list[Problem]:
+    """What is wrong with tuning in this study.
+
+    Args:
+        tune: the section.
+        seeds: those that are reported.
+        labels: the study's rows.
+        overridden: dotted keys that the command line sets.
+        source: the study, to be named.
+    """
+    from sparsegrad_cli.recipe.problems import did_you_mean
+
+    problems = []
+    both = sorted(set(tune.seeds) & set(seeds))
+    if both:
+        what = f"{', '.join(map(str, both))}: reported, too, and so no measure of what was tuned"
+        fix = f"other seeds, such as {max((*seeds, SEED - 1)) + 1}"
+        problems.append(Problem("tune.seeds", what, source, None, fix))
+    if len(set(tune.seeds)) < len(tune.seeds):
+        problems.append(Problem("tune.seeds", "names a seed twice", source))
+    for label in sorted(set(tune.space.learning_rate.centres) - set(labels)):
+        what = f"{label!r} is no row of this study"
+        key = "tune.space.learning_rate.centres"
+        problems.append(Problem(key, what, source, None, did_you_mean(label, tuple(labels))))
+    for key in sorted(set(tune.keys()) & set(overridden)):
+        fix = "leave it out, or give tune.space.learning_rate.centres"
+        if key != "train.learning_rate":
+            fix = "leave it out, or take it out of tune.space"
+        problems.append(Problem(key, "is tuned", "command line", None, fix))
+    return problems

@@ -1,0 +1,219 @@
+"""transformers.Trainer that writes our checkpoints, and goes on from one as if never stopped.
+
+What the run will be is a function of its checkpoint alone: weights, optimizer, schedule, random
+state, place in the data, early stopping's patience, best score, and the loss summed since the last
+log. Overridden are the methods that would pickle, and the one that would take one step too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from sparsegrad_cli import ranks
+from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.training import checkpoint as files
+from sparsegrad_cli.training.finite import check_weights
+from sparsegrad_cli.training.manifest import damage
+from sparsegrad_cli.training.order import OrderHash
+from sparsegrad_cli.training.shelf import TRAINER_STATE, Shelf, best_of, trainer_state
+from sparsegrad_cli.training.writing import read_tensors
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint says beside transformers' own state.
+
+    Attributes:
+        folder: the checkpoint.
+        best: the best checkpoint so far.
+        over: training had come to its end there.
+        loss: summed in this process since the step that was logged last, and that step.
+        measured: times and memory up to there.
+    """
+
+    folder: Path
+    best: Path | None
+    over: bool
+    loss: tuple[float, int]
+    measured: dict[str, Any]
+
+
+class CheckpointedTrainer(Trainer):
+    """A Trainer with a shelf of checkpoints.
+
+    Args:
+        shelf: where they stand.
+        order: the hash of what the model has met.
+        basis: digest of the basis that the method was prepared with.
+        kwargs: as transformers.Trainer.
+
+    Attributes:
+        resumed: the checkpoint that training went on from.
+        measured: asked for times and memory, to be kept in every checkpoint.
+    """
+
+    def __init__(self, *, shelf: Shelf, order: OrderHash, basis: str | None, **kwargs: Any) -> None:
+        self.optimizer: Any = None
+        self.control: Any = None
+        self._tr_loss: torch.Tensor
+        self.shelf, self.order, self._basis = shelf, order, basis
+        self.resumed: Resumed | None = None
+        self.measured: Callable[[], dict[str, Any]] = dict
+        super().__init__(**kwargs)
+
+    # --- writing
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write checkpoint-N whole or not at all, then drop what is over save_total_limit."""
+        assert isinstance(self.model, nn.Module)
+        step = self.state.global_step
+        check_weights(self.model, step)  # or the last good checkpoint would make room for a bad one
+        if self.state.best_global_step:
+            best = self.shelf.place(self.state.best_global_step)
+            if best.exists() or self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(best)
+        self._export_callback_states()
+        # Of processes that train together each draws its own numbers and sums its own losses.
+        drawn = ranks.of_all(files.random_state())
+        losses = ranks.of_all(float(self._tr_loss))
+        fill = partial(self._fill_checkpoint, drawn=drawn, losses=losses)
+        # The first writes; the others wait, and where it cannot they do not wait for ever.
+        self.shelf.newest = ranks.from_first(
+            lambda: self.shelf.write(step, fill, self.best_checkpoint)
+        )
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The best one so far."""
+        best = self.state.best_model_checkpoint
+        return None if best is None else Path(best)
+
+    def _export_callback_states(self) -> None:
+        from transformers.trainer_callback import ExportableState
+
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _fill_checkpoint(
+        self, folder: Path, *, drawn: list[files.RandomState], losses: list[float]
+    ) -> None:
+        assert isinstance(self.model, nn.Module) and self.optimizer is not None
+        scaler = self.accelerator.scaler
+        extras = {
+            "order": self.order.state(),
+            "basis": self._basis,
+            "loss": [losses, self._globalstep_last_logged],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "measured": self.measured(),
+        }
+        files.save_training_state(
+            folder, trainable_state(self.model), self.optimizer, self.lr_scheduler, extras, drawn
+        )
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    def save_now(self) -> Path:
+        """A checkpoint of this very step (Ctrl-C), if there is none yet."""
+        assert isinstance(self.model, nn.Module)
+        folder = self.shelf.place(self.state.global_step)
+        if folder != self.shelf.newest:
+            self._save_checkpoint(self.model, None)
+        return folder
+
+    # --- reading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        extras = files.load_state_json(folder)["extras"]
+        state = trainer_state(folder)
+        try:
+            control = state["stateful_callbacks"]["TrainerControl"]["args"]
+            over = control["should_training_stop"] or state["global_step"] >= state["max_steps"]
+            losses, logged = extras["loss"]
+            self.resumed = Resumed(
+                folder,
+                best_of(folder),
+                bool(over),
+                (losses[ranks.number()], logged),
+                extras["measured"],
+            )
+            basis = extras["basis"]
+            self.order.load_state(extras["order"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"is incomplete: {error}", where=str(folder), fix="remove the damaged checkpoint"
+            ) from error
+        if basis != self._basis:
+            raise FileFormatError(
+                f"{folder.name} was trained in another basis than the run's is now",
+                where=str(folder),
+                fix="bring basis.safetensors back from a copy; --overwrite begins anew",
+            )
+        self._load_weights(folder)
+
+    def _load_weights(self, folder: Path) -> None:
+        tensors = read_tensors(folder / files.TRAINABLE)
+        assert isinstance(self.model, nn.Module)
+        expected = set(trainable_state(self.model))
+        try:
+            if set(tensors) != expected:
+                raise KeyError(sorted(set(tensors) ^ expected)[0])
+            load_by_name(self.model, tensors)
+        except KeyError as error:
+            raise FileFormatError(
+                f"the checkpoint does not fit this recipe: {error.args[0]}",
+                where=str(folder),
+                fix="resume with the recipe that the run was started with (recipe.yaml in it)",
+            ) from None
+
+    def go_on(self) -> None:
+        """Once transformers has begun to train: what it resets, or looks for where it was."""
+        if self.resumed is None:
+            return
+        best = self.resumed.best
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        total, self._globalstep_last_logged = self.resumed.loss
+        self._tr_loss = torch.full_like(self._tr_loss, total)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers would take a step before it looks whether there is one left to take.
+        if self.resumed is not None and self.resumed.over:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        best = self.best_checkpoint
+        assert best is not None
+        wrong = damage(best)
+        if wrong is not None:
+            raise FileFormatError(
+                f"{best.name}, the best one, has been damaged since: {wrong}",
+                where=str(best),
+                fix="--resume trains again from the checkpoint before",
+            )
+        self._load_weights(best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None
+            files.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            kept = files.load_state_json(Path(checkpoint))["extras"].get("scaler")
+            if kept:
+                self.accelerator.scaler.load_state_dict(kept)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            files.load_random(Path(checkpoint))

@@ -1,0 +1,227 @@
+"""A training run from a model made ready to record, adapter and checkpoints."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsegrad_cli import ranks
+from sparsegrad_cli.data.collate import longest_batch
+from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.recipe.loading import digest
+from sparsegrad_cli.scales import scale_of
+from sparsegrad_cli.training.arguments import training_arguments
+from sparsegrad_cli.training.callbacks import InterruptCallback, ProbeCallback, RecordCallback
+from sparsegrad_cli.training.going_on import blaming_checkpoint
+from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.training.setup import Setup, to_device
+from sparsegrad_cli.training.shelf import Shelf, step_of
+from sparsegrad_cli.training.touched import sparsity_map, with_touched
+from sparsegrad_cli.training.trainer import SparsegradTrainer
+from sparsegrad_cli.training.writing import save_tensors
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.training.session import Session
+
+_STEPS_KEPT = 10_000  # durations in a checkpoint
+
+
+class TrainingLoop:
+    """One run's training.
+
+    Args:
+        session: has loaded, calibrated and recorded so far.
+        setup, method, prepared: the model, and what has made it ready.
+        asked: set by Ctrl-C.
+        resume: go on from the newest whole checkpoint, if there is one.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        setup: Setup,
+        method: Method,
+        prepared: Prepared,
+        asked: threading.Event,
+        *,
+        resume: bool,
+    ) -> None:
+        self.session, self.setup, self.method, self.resume = session, setup, method, resume
+        self._prepared = prepared.counts
+        self._batch_shape: list[int] | None = None
+        self._began = time.perf_counter()
+        self.recorder = RecordCallback(session.record.path, session.observer, [])
+        self.trainer = self._trainer(asked)
+        self.optimizer = self.trainer.create_optimizer()
+        session.meter.watch(setup.model, bases=prepared.bases, optimizer=self.optimizer)
+        session.known.trainer, session.known.bases = self.trainer, tuple(prepared.bases)
+
+    def run(self) -> None:
+        """Train, or go on training, to the end; record it, save the adapter."""
+        session, trainer = self.session, self.trainer
+        last = ranks.from_first(self._found) if self.resume else None
+        trainer.shelf.newest = last
+        start = step_of(last) if last else None
+        self.recorder.cut(start)
+        session.record.save(resumed_from=(start or 0) if self.resume else None)
+        initial = None
+        if last is None:
+            session.enter("evaluate", "before the first step")
+            trainer.evaluate_untrained()
+            initial = trainer.last_evaluation
+        session.enter("train", session.recipe.method.name)
+        torch.manual_seed(session.recipe.seed)  # dropout is the same whatever was drawn before
+        self._began = time.perf_counter() - trainer.evaluate_seconds
+        with blaming_checkpoint(last, trainer):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        session.seconds["train_s"] = self._measured()["train_s"]
+        session.enter("evaluate", "best model")
+        setup, counts = self.setup, session.record.data["counts"]
+        session.record.save(
+            counts=with_touched(counts, self._prepared, setup.model, self.optimizer),
+            sparsity=sparsity_map(setup.targets, setup.model, self.optimizer),
+        )
+        self._finish(initial)
+        session.seconds["evaluate_s"] = trainer.evaluate_seconds
+        session.record.data["time"].update(session.seconds)
+        if ranks.is_first():
+            trainer.shelf.finish(trainer.best_checkpoint)
+
+    def _found(self) -> Path | None:
+        return self.trainer.shelf.find(self.session.observer.note)
+
+    def _trainer(self, asked: threading.Event) -> SparsegradTrainer:
+        from transformers import EarlyStoppingCallback
+
+        session, setup, train = self.session, self.setup, self.session.recipe.train
+        interrupter = InterruptCallback(asked)
+        callbacks: list[Any] = [self.recorder, interrupter]
+        if train.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
+        folder = session.record.path
+        arguments = training_arguments(session.recipe, folder, setup.objective.metric)
+        calibration = session.record.data.get("calibration") or {}
+        trainer = SparsegradTrainer(
+            recipe=session.recipe,
+            method=self.method,
+            objective=setup.objective,
+            validation=setup.validation,
+            shelf=Shelf(
+                folder,
+                digest(session.recipe),
+                limit=train.save_total_limit,
+                keep_best=arguments.load_best_model_at_end,
+            ),
+            basis=calibration.get("digest"),
+            model=setup.model,
+            args=arguments,
+            train_dataset=setup.train_data,
+            data_collator=setup.collator,
+            processing_class=setup.tokenizer,
+            callbacks=callbacks,
+        )
+        _quiet(trainer)
+        trainer.add_callback(ProbeCallback(session.meter, self._probe))
+        trainer.measured = self._measured
+        self.recorder.trainer = interrupter.trainer = trainer
+        return trainer
+
+    def _measured(self) -> dict[str, Any]:
+        """What a checkpoint keeps of time and memory."""
+        before = self.trainer.resumed.measured if self.trainer.resumed else {}
+        here = time.perf_counter() - self._began - self.trainer.evaluate_seconds
+        memory = {**self.session.meter.report(), "batch_shape": self._batch_shape}
+        if "backward" not in memory["phases"]:  # measured before a kill, and past that step now
+            memory = before.get("memory", memory)
+        return {
+            "train_s": before.get("train_s", 0.0) + here,
+            "steps_s": self.recorder.timer.durations[-_STEPS_KEPT:],
+            "memory": memory,
+        }
+
+    def _finish(self, initial: dict[str, Any] | None) -> None:
+        """Record what came out and save the adapter."""
+        session, trainer, recorder = self.session, self.trainer, self.recorder
+        history = recorder.history
+        if not history or history[-1]["step"] != trainer.state.global_step:
+            trainer.evaluate()
+        final = history[-1]
+        best_kept = trainer.args.load_best_model_at_end
+        best = final
+        # Of what was trained: before the first step there is nothing that could be kept.
+        trained = [record for record in history if record["step"] > 0]
+        if best_kept and trained:
+            chosen = scale_of(self.setup.objective.metric).best(
+                record["score"] for record in trained
+            )
+            best = next(record for record in trained if record["score"] == chosen)
+        initial = initial or next((r for r in history if r["step"] == 0), None)
+        timing = recorder.timer.summary()
+        if ranks.is_first():
+            self._save_adapter()
+        steps = trainer.state.global_step
+        session.record.save(
+            metrics={
+                "initial": initial,
+                "best": best,
+                "final": final,
+                "history": history,
+                "train": recorder.train_log,
+                "notes": trainer.score_notes,
+            },
+            memory=self._measured()["memory"],
+            time={
+                "steps": steps,
+                **timing,
+                "examples_per_s": timing["steps_per_s"]
+                * trainer.args.train_batch_size
+                * trainer.args.gradient_accumulation_steps
+                * ranks.count(),
+            },
+            hashes={**session.record.data["hashes"], "order": trainer.order.kept},
+        )
+
+    def _save_adapter(self) -> None:
+        record = self.session.record
+        path = record.path / "adapter" / "adapter.safetensors"
+        save_tensors(
+            path,
+            self.method.adapter_tensors(self.setup.model),
+            {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]},
+        )
+        record.save(sizes={"adapter_bytes": path.stat().st_size})
+
+    def _probe(self) -> None:
+        """Forward, backward and evaluation on the longest examples; see ProbeCallback."""
+        setup, trainer, meter = self.setup, self.trainer, self.session.meter
+        train, model = self.session.recipe.train, setup.model
+        rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
+        batch = to_device(setup.collator(rows), setup.device)
+        self._batch_shape = list(batch["input_ids"].shape)
+        with forked_random(self.session.recipe.seed):
+            model.train()
+            with meter.phase("forward"), trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, dict(batch))
+            with meter.phase("backward"):
+                loss.backward()
+        del loss
+        model.zero_grad(set_to_none=True)
+        validation = next(iter(setup.validation.values()))
+        rows = longest_batch(validation, train.per_device_eval_batch_size)
+        batch = to_device(setup.collator(rows), setup.device)
+        model.eval()
+        with torch.no_grad(), meter.phase("evaluate"), trainer.compute_loss_context_manager():
+            trainer.compute_loss(model, dict(batch))
+        model.train()
+
+
+def _quiet(trainer: SparsegradTrainer) -> None:
+    """Progress is the observer's: drop transformers' own printing."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)

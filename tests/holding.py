@@ -1,0 +1,49 @@
+"""A process of its own that holds a run's folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paths import REPO
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from sparsegrad_cli.locking import RunLock
+lock = RunLock(Path(sys.argv[1]))
+if len(sys.argv) > 2 and os.fork() == 0:
+    os.write(1, b"child %d\\n" % os.getpid())
+    time.sleep(3600)
+os.write(1, b"held %d\\n" % os.getpid())
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def holder(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Inside, it runs; with an argument it has a child that outlives it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *arguments],
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def read(process: subprocess.Popen[str]) -> tuple[str, int]:
+    """``held`` or ``child``, and whose process id."""
+    assert process.stdout is not None
+    word, number = process.stdout.readline().split()
+    return word, int(number)

@@ -1,0 +1,104 @@
+"""How tuning is told: best settings, what lies at the edge, and whether all had as much of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from samples import compare_record
+
+from sparsegrad_cli.report.fairness import check_lines
+from sparsegrad_cli.report.tuning_tables import (
+    outcome_words,
+    settings_words,
+    trials_table,
+    tuning_check,
+    tuning_lines,
+    tuning_progress,
+    tuning_table,
+)
+
+
+def record() -> dict[str, Any]:
+    """The documented block, with both of its series complete at two trials."""
+    made = compare_record()
+    tuning = made["tuning"]
+    tuning["trials"] = 2
+    (lora,) = tuning["series"]
+    second = lora["trials"][0] | {"number": 1, "status": "pruned", "score": 0.31, "steps": 90}
+    lora["trials"].append(second | {"settings": {"train.learning_rate": 6.325e-4}})
+    core = copy.deepcopy(lora) | {"method": "sparsegrad", "edges": []}
+    core["trials"][1] |= {"status": "failed", "score": None, "loss": None, "error": "it diverged"}
+    tuning["series"].append(core)
+    return made
+
+
+def test_words_of_settings_and_outcomes() -> None:
+    settings = {"train.learning_rate": 6.325e-4, "train.lr_scheduler_type": "cosine"}
+    assert settings_words(settings) == "learning_rate 0.0006325, lr_scheduler_type cosine"
+    assert settings_words({"train.warmup_steps": 0, "x": None}) == "warmup_steps 0, x ?"
+    accuracy = {"status": "done", "metric": "accuracy", "score": 0.612}
+    assert outcome_words(accuracy) == "score ×100 61.2"
+    assert outcome_words(accuracy | {"status": "pruned"}) == "pruned, score ×100 61.2 so far"
+    loss = {"status": "done", "metric": "loss", "score": 1.5}
+    assert outcome_words(loss) == "validation loss 1.500"
+    failed = {"status": "out_of_memory", "error": "it ran out", "score": None}
+    assert outcome_words(failed) == "out of memory: it ran out"
+
+
+def test_the_table_says_best_settings_space_counts_and_what_lies_at_the_edge() -> None:
+    table = tuning_table(record())
+    assert table is not None
+    lora, core = table.rows
+    assert lora == (
+        *("lora", "learning_rate 0.002", "0.0002 and 0.02"),
+        *("2 (1 pruned)", "58.0", "13 min 20 s"),
+    )
+    assert core[3] == "2 (1 failed)"
+    (edge,) = tuning_lines(record())
+    assert edge.startswith("lora: the best learning_rate is the lowest that was tried")
+    assert edge in table.notes
+    trials = trials_table(record())
+    assert trials is not None and len(trials.rows) == 4
+    assert trials.strong == {(0, 3), (0, 5), (2, 3), (2, 5)}
+    assert trials.rows[1][4:6] == ("pruned", "31.0") and trials.rows[3][4] == "it diverged"
+
+
+def test_rows_are_told_apart_by_task_where_there_are_several() -> None:
+    several = record() | {"tasks": ["builtin:acceptability", "glue/rte"]}
+    table = tuning_table(several)
+    assert table is not None and table.header[0] == "task"
+    assert tuning_lines(several)[0].startswith("builtin:acceptability, lora: ")
+    choices = {"key": "train.lr_scheduler_type", "choices": ["linear", "cosine"]}
+    several["tuning"]["series"][0]["space"].append(choices)
+    table = tuning_table(several)
+    assert table is not None
+    assert table.rows[0][3] == "0.0002 and 0.02; lr_scheduler_type linear, cosine"
+
+
+def test_unequal_numbers_of_trials_are_not_called_equal() -> None:
+    whole = record()
+    assert tuning_check(whole) == check_lines(whole)[-1]
+    assert tuning_check(whole) == (
+        True,
+        "2 trials of tuning for every method on every task, over as wide a space, on seeds that "
+        "are not reported (101).",
+    )
+    assert tuning_progress(whole) == ""
+    whole["tuning"]["series"][1]["trials"].pop()
+    held, line = tuning_check(whole) or (None, "")
+    assert held is None and "not done yet" in line
+    assert tuning_progress(whole) == "3 of 4 trials of tuning"
+    for none in ({}, {"tuning": None}, {"tuning": {"series": None}}):
+        assert tuning_table(none) is None and trials_table(none) is None
+        assert tuning_lines(none) == [] and tuning_progress(none) == ""
+    assert tuning_check({"tuning": None}) is None
+
+
+def test_a_row_without_settings_says_why() -> None:
+    broken = record()
+    core = broken["tuning"]["series"][1]
+    for trial in core["trials"]:
+        trial["status"] = "failed"
+    core["best"] = None
+    assert any("sparsegrad: no trial came to an end" in line for line in tuning_lines(broken))

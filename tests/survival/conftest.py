@@ -1,0 +1,22 @@
+"""One forking process and one bench of tiny runs for all tests of survival."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from killing import Killer
+from surviving import Bench
+from tiny import one_thread
+
+
+@pytest.fixture(scope="session")
+def killer() -> Iterator[Killer]:
+    with Killer() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def bench(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    with one_thread():
+        return Bench(tmp_path_factory.mktemp("bench"), killer)

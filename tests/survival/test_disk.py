@@ -1,0 +1,189 @@
+"""A disk that is full, a folder that cannot be written, a clock that goes backwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import REPO
+from surviving import Bench, flat, largest_file, record, weights
+
+from sparsegrad_cli.training.shelf import last_checkpoint
+
+# A mount of one's own, in a user's own name space: seen by nobody else, gone with the process.
+MOUNT = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+
+
+def own_mount() -> bool:
+    command = ["unshare", "-rm", "sh", "-c", MOUNT, "sh", "1m", "/mnt", "true"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+needs_mount = pytest.mark.skipif(not own_mount(), reason="needs user name spaces (unshare -rm)")
+
+
+@pytest.mark.parametrize("method", ["full", pytest.param("core static", marks=pytest.mark.slow)])
+def test_a_disk_that_fills_up_keeps_what_there_is_and_resumes(bench: Bench, method: str) -> None:
+    """Files beyond a size fail to be written: the second checkpoint's, of a run that goes on."""
+    whole, run = bench.undisturbed(method), bench.fresh()
+    assert bench.train(method, run, moment="checkpoint-renamed").code == -9
+    left = last_checkpoint(run)
+    assert left is not None and left.name == "checkpoint-2"
+    small = largest_file(left) // 2048  # KiB: half of what a checkpoint takes
+    ended = bench.train(method, run, "--resume", moment="small-files", count=max(2, small))
+    assert ended.code == 1 and "could not be written" in flat(ended)
+    assert "Traceback" not in ended.err
+    assert last_checkpoint(run) == left and record(run)["status"] in ("failed", "running")
+    assert not list(run.glob("*.partial"))
+    ended = bench.train(method, run, "--resume")
+    assert ended.code == 0 and weights(run) == weights(whole)
+
+
+NO_ROOM = """
+import resource, signal, sys
+from pathlib import Path
+from sparsegrad_cli.errors import DiskError
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.rundir import held_run_dir, open_run_dir
+recipe = load_recipe("quickstart").recipe
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+run = Path(sys.argv[1])
+try:
+    with held_run_dir(run):
+        open_run_dir(run, recipe, resume=False, overwrite=False)
+except DiskError as error:
+    print(error.what)
+print(run.exists())
+"""
+
+
+def test_a_disk_too_full_for_anything_says_so_and_is_left_as_it_was(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said == ["recipe.yaml could not be written: File too large", "False"]
+
+
+FULL = """
+import errno, os, sys
+from pathlib import Path
+os.environ["COLUMNS"] = "200"
+import torch
+from torch import nn
+from sparsegrad_cli.errors import DiskError
+from sparsegrad_cli.training.checkpoint import save_training_state
+from sparsegrad_cli.training.shelf import Shelf, last_checkpoint
+
+run = Path(sys.argv[1]) / "run"
+run.mkdir()
+model = nn.Linear(128, 128)
+optimizer = torch.optim.AdamW(model.parameters())
+schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+model(torch.ones(1, 128)).sum().backward()
+optimizer.step()
+state = {n: p.detach() for n, p in model.named_parameters()}
+def fill(folder):
+    save_training_state(folder, state, optimizer, schedule, {})
+    (folder / "trainer_state.json").write_text("{}")
+shelf = Shelf(run, "recipe", limit=1)
+written = []
+for step in range(1, 20):  # 210 kB each; the limit keeps one, a second must fit beside it
+    try:
+        shelf.write(step, fill, None)
+        written.append(step)
+        if step == 3:
+            (run / "somebody-elses").write_bytes(bytes(350_000))
+    except DiskError as error:
+        assert isinstance(error.__cause__, Exception)
+        print("refused", step, "No space left" in error.what, sorted(p.name for p in run.iterdir()))
+        print("whole", last_checkpoint(run).name)
+        (run / "somebody-elses").unlink(missing_ok=True)
+print("written", written[-1])
+"""
+
+
+@needs_mount
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    inner = [sys.executable, "-c", FULL, str(place)]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", MOUNT, "sh", "700k", str(place), *inner],
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "refused 4 True ['checkpoint-3', 'somebody-elses']",
+        "whole checkpoint-3",
+        "written 19",
+    ]
+
+
+READ_ONLY = """
+import sys
+from sparsegrad_cli.cli.app import app
+from sparsegrad_cli.cli.errors import run_guarded
+place = sys.argv[1]
+for flags in (("run", "--resume"), ("run", "--overwrite"), ("new",)):
+    sys.argv = ["sparsegrad", "train", "method=full", "-q", "-o", f"{place}/{flags[0]}", *flags[1:]]
+    print(run_guarded(app), "torch" in sys.modules)
+"""
+MOUNT_READ_ONLY = (
+    'mount -t tmpfs tmpfs "$1" && mkdir "$1/run" && touch "$1/run/recipe.yaml" && '
+    'mount -o remount,ro "$1" && exec "$2" -c "$3" "$1"'
+)
+
+
+@needs_mount
+def test_a_read_only_folder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    arguments = [str(tmp_path), sys.executable, READ_ONLY]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", MOUNT_READ_ONLY, "sh", *arguments],
+        env=os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == 3 * ["1 False"], done.stderr
+    assert done.stderr.count("Read-only file system") == 3
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_file_where_the_folder_should_be(bench: Bench, tmp_path: Path, flags: tuple[str]) -> None:
+    (tmp_path / "file").write_text("precious")
+    for place, code in ((tmp_path / "file", 2), (tmp_path / "file" / "run", 1)):
+        ended = bench.train("full", place, *flags)
+        assert ended.code == code and str(tmp_path / "file") in flat(ended)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(bench: Bench) -> None:
+    """An hour at every look, through a kill and a resumption."""
+    run = bench.fresh()
+    assert bench.train("lora", run, moment="checkpoint-renamed", count=2).code == -9
+    ended = bench.train("lora", run, "--resume", moment="clock-back", count=1)
+    assert ended.code == 0, ended.err
+    mine, theirs = record(run), record(bench.undisturbed("lora"))
+    assert weights(run) == weights(bench.undisturbed("lora"))
+    assert mine["metrics"] == theirs["metrics"] and mine["resumed_from"] == 4
+    assert mine["finished"] < mine["started"]  # it did go backwards
+    assert all(value >= 0 for value in mine["time"].values())
+    assert json.loads((run / "run.json").read_text())["status"] == "done"

@@ -1,0 +1,157 @@
+"""One process at a time in a run's folder; a killed one holds nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from holding import holder, read
+from paths import REPO
+from surviving import Bench
+
+from sparsegrad_cli.errors import BusyError, DiskError
+from sparsegrad_cli.locking import RunLock, owner_of
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.rundir import choose_run_dir, held_run_dir, open_run_dir
+
+
+def test_a_held_folder_is_refused_with_who_and_since_when(bench: Bench) -> None:
+    run = bench.fresh()
+    run.mkdir()
+    with holder(run) as process:
+        read(process)
+        for flags in ((), ("--resume",), ("--overwrite",)):
+            refused = bench.train("full", run, *flags)
+            assert refused.code == 2
+            said = " ".join(refused.err.replace("│", " ").split())
+            assert f"is in use by process {process.pid} on {socket.gethostname()}, since 2" in said
+            assert "another output_dir" in said
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    assert bench.train("full", run, "train.max_steps=2").code == 0
+    assert not (run / ".lock").exists()
+
+
+def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -> None:
+    """As the workers of a data loader do, for a while, when a run is killed."""
+    with holder(tmp_path, "fork") as process:
+        said = dict(read(process) for _ in range(2))
+        with pytest.raises(BusyError, match=f"process {said['held']} on"):
+            RunLock(tmp_path)
+        assert owner_of(tmp_path) is not None
+        os.kill(said["held"], signal.SIGKILL)
+        process.wait()
+        try:
+            os.kill(said["child"], 0)  # it is there
+            assert (tmp_path / ".lock").exists()
+            assert owner_of(tmp_path) is None
+            with RunLock(tmp_path):
+                pass
+        finally:
+            os.kill(said["child"], signal.SIGKILL)
+
+
+def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        owner = json.loads(lock.path.read_text())
+        assert owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
+        with pytest.raises(BusyError):
+            RunLock(tmp_path)
+        assert owner_of(tmp_path) is None  # it is ours
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+    assert owner_of(tmp_path) is None and owner_of(tmp_path / "nowhere") is None
+
+
+def test_whatever_stands_in_an_unheld_file_does_not_lock(tmp_path: Path) -> None:
+    for text in ("", "{", "[]", "null", '{"pid": "x"}', json.dumps({"pid": os.getppid()})):
+        (tmp_path / ".lock").write_text(text)
+        assert owner_of(tmp_path) is None
+        with RunLock(tmp_path):
+            pass
+
+
+def test_without_locks_in_the_file_system_the_file_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    for owner, busy in (
+        ({"pid": os.getppid(), "host": host, "since": "then"}, True),
+        ({"pid": ended.pid, "host": host, "since": "then"}, False),
+        ({"pid": os.getpid(), "host": host, "since": "then"}, False),
+        ({"pid": ended.pid, "host": "another", "since": "then"}, True),
+    ):
+        (tmp_path / ".lock").write_text(json.dumps(owner))
+        assert (owner_of(tmp_path) is not None) == busy
+        if busy:
+            with pytest.raises(BusyError, match=f"process {owner['pid']}"):
+                RunLock(tmp_path)
+        else:
+            RunLock(tmp_path).release()
+
+
+def test_a_lock_whose_file_was_taken_away_while_waiting_is_not_believed(tmp_path: Path) -> None:
+    """Between a last owner's unlink and close, another opens: it must not hold a nameless file."""
+    with holder(tmp_path) as process:
+        read(process)
+        (tmp_path / ".lock").unlink()
+        with RunLock(tmp_path) as lock:
+            assert os.path.samestat(os.fstat(lock._file), lock.path.stat())
+
+
+def test_two_runs_without_a_name_get_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("quickstart", ("method=full",)).recipe
+    names = [choose_run_dir(recipe, "train").name for _ in range(2)]
+    assert names == ["acceptability-full-1", "acceptability-full-2"]
+
+
+def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ()).recipe
+    new = tmp_path / "new"
+    with pytest.raises(Exception, match="holds no run"), held_run_dir(new):
+        open_run_dir(new, recipe, resume=True, overwrite=False)
+    assert not new.exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(Exception, match="is not empty"), held_run_dir(tmp_path / "full"):
+        open_run_dir(tmp_path / "full", recipe, resume=False, overwrite=False)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    with pytest.raises(DiskError), held_run_dir(tmp_path / "full" / "thesis.txt" / "run"):
+        pass
+
+
+@pytest.mark.slow
+def test_of_two_runs_started_at_once_one_trains(bench: Bench) -> None:
+    run = bench.fresh()
+    command = [sys.executable, "-m", "sparsegrad_cli", "train", *bench.settings("full")]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    both = [
+        subprocess.Popen(
+            [*command, "-o", str(run), "train.max_steps=2"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes == [0, 2], said
+    refusal = said[[process.returncode for process in both].index(2)]
+    assert "in use by process" in refusal or "is not empty" in refusal
+    assert json.loads((run / "run.json").read_text())["status"] == "done"

@@ -1,0 +1,179 @@
+"""Memory that really runs out: an address space with a limit, in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killing import Ended, Killer
+from little import base_folder, data_folder, sentences
+from surviving import flat, record
+from tiny import one_thread
+
+from sparsegrad_cli.errors import OutOfMemoryError
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.rundir import RunRecord
+from sparsegrad_cli.training.calibration_session import CalibrationSession
+
+ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
+WIDE_ONE = ROWS * 11 * WIDE * 4
+LEFT = 100  # MiB: three of these do not fit, and a small batch does
+Short = Callable[..., tuple[Ended, dict[str, Any], Path]]
+
+
+@pytest.fixture(scope="module")
+def short(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Short:
+    """``short("full", 100)``: a run with 100 MiB of address space left once it has loaded."""
+    place = tmp_path_factory.mktemp("memory")
+    with one_thread():
+        base = base_folder(place / "base", hidden_size=32, intermediate_size=WIDE)
+    data = place / "data"
+    data.mkdir()
+    for name, seed in (("train", 1), ("validation", 2)):
+        with (data / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *sentences(seed, ROWS)])
+    common = (
+        f"model={base}",
+        "task=csv",
+        f"task.path={data}",
+        "task.max_length=16",
+        f"train.per_device_train_batch_size={ROWS}",
+        "train.per_device_eval_batch_size=16",
+        "train.max_steps=2",
+        "train.eval_strategy=steps",
+        "train.eval_steps=1",
+        "train.use_cpu=true",
+        "calibration.steps=1",
+        "calibration.warmup_steps=0",
+    )
+    numbers = iter(range(100))
+
+    def run(
+        *settings: str, left: int, moment: str = "short-of-memory"
+    ) -> tuple[Ended, dict[str, Any], Path]:
+        folder = place / f"run-{next(numbers)}"
+        command = ("train", *common, *settings, "-o", str(folder))
+        ended = killer.run(*command, moment=moment, count=left)
+        return ended, record(folder), folder
+
+    return run
+
+
+def checked(ended: Ended, run: dict[str, Any]) -> dict[str, Any]:
+    """Exit 3 and the status; the error's own block."""
+    assert ended.code == 3, ended.err
+    assert run["status"] == "out_of_memory" and "Traceback" not in ended.err
+    error: dict[str, Any] = run["error"]
+    assert f"memory ran out in {error['what'].partition(' in ')[2]}" in flat(ended)
+    return error
+
+
+def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
+    """The wide activation is what is asked for; where a small one came to the end, look again."""
+    for left in (100, 110, 120, 90, 130):  # what libraries take of it is theirs to say
+        ended, run, _ = short("method=full", left=left)
+        error = checked(ended, run)
+        assert error["phase"] == "forward" and error["module"].startswith("bert.encoder.layer.")
+        if error["asked_bytes"] == WIDE_ONE:
+            break
+    assert error["asked_bytes"] == WIDE_ONE
+    assert error["where"] == f"train.per_device_train_batch_size = {ROWS}"
+    fits = error["fits"]
+    size = fits["train.per_device_train_batch_size"]
+    assert size in {2**n for n in range(9)}
+    assert size * fits["train.gradient_accumulation_steps"] == ROWS
+    assert 0 < fits["peak_bytes"] < left * 2**20
+    said = flat(ended)
+    assert f"a batch of {size} fits" in said
+    assert f"train.gradient_accumulation_steps={ROWS // size}" in said
+    again, run, _ = short(
+        "method=full",
+        f"train.per_device_train_batch_size={size}",
+        f"train.gradient_accumulation_steps={ROWS // size}",
+        left=left,
+    )
+    assert again.code == 0, again.err
+    assert run["memory"]["phases"]["backward"]["peak_bytes"] < left * 2**20
+
+
+def test_backward_names_module_and_largest_tensors(short: Short) -> None:
+    """Six wide activations are kept, the backward pass needs two more at once."""
+    for left in (340, 325, 355, 310, 370):  # what libraries take of it is theirs to say
+        ended, run, _ = short("method=full", left=left)
+        if ended.code == 3 and run["error"]["phase"] == "backward" and run["error"]["module"]:
+            break
+    error = checked(ended, run)
+    assert error["phase"] == "backward" and error["module"].startswith("bert.")
+    sizes = [tensor["bytes"] for tensor in error["tensors"]]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] >= WIDE_ONE
+    saved = next(t for t in error["tensors"] if t["category"] == "saved_activations")
+    assert math.prod(saved["shape"]) == ROWS * 11 * WIDE and saved["dtype"] == "float32"
+    assert saved["of"].startswith("bert.encoder.layer.") and saved["bytes"] == WIDE_ONE
+    assert "the largest tensors then:" in flat(ended)
+    shape = " x ".join(map(str, saved["shape"]))
+    assert f"44.0 MiB saved activations, {shape} float32, {saved['of']}" in flat(ended)
+
+
+def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short) -> None:
+    settings = ("method=full", "train.per_device_train_batch_size=4")
+    ended, run, folder = short(
+        *settings,
+        f"train.per_device_eval_batch_size={ROWS}",
+        left=60,
+        moment="short-of-memory-later",
+    )
+    error = checked(ended, run)
+    assert error["phase"] == "evaluate"
+    assert error["where"] == f"train.per_device_eval_batch_size = {ROWS}"
+    assert 0 < error["fits"]["train.per_device_eval_batch_size"] < ROWS
+    assert "gradient_accumulation" not in error["fix"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == []  # the first was not due yet
+
+
+def test_calibration_blames_its_own_batch(short: Short) -> None:
+    ended, run, folder = short("method.form=materialized", "method.density=0.01", left=LEFT)
+    error = checked(ended, run)
+    assert error["phase"] == "calibrate"
+    assert error["where"] == f"calibration.batch_size = {ROWS}"
+    assert not (folder / "basis.safetensors").exists()
+
+
+def test_words_that_may_mean_it_count_if_a_smaller_batch_fits(tmp_path: Path) -> None:
+    """oneDNN's are the same where a CPU cannot do something at all."""
+    settings = (
+        f"model={base_folder(tmp_path / 'base')}",
+        "task=csv",
+        f"task.path={data_folder(tmp_path / 'data')}",
+        "train.use_cpu=true",
+        "calibration.batch_size=16",
+        "calibration.warmup_steps=0",
+        "calibration.decomposition=exact",
+    )
+    loaded = load_recipe(None, settings)
+    session = CalibrationSession(loaded, RunRecord(tmp_path, {}), Observer())
+    session.load()
+    words = "could not create a primitive"
+
+    def calibrating(largest: int) -> None:
+        """A calibration in which no batch beyond ``largest`` finds room."""
+        session.known.at, session.known.calibration_batch = "calibrate", 16
+
+        def one_step(size: int) -> None:
+            if size > largest:
+                raise RuntimeError(words)
+
+        session.known.calibrate = one_step
+        with session.explained():
+            one_step(16)
+
+    with pytest.raises(OutOfMemoryError) as found:
+        calibrating(5)
+    assert found.value.details["fits"]["calibration.batch_size"] == 4
+    assert words in found.value.what
+    with pytest.raises(RuntimeError, match=words):
+        calibrating(0)

@@ -1,0 +1,111 @@
+"""A loss that is no number: the run stops before the step and says where that began."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from little import base_folder
+from poisoned import POISONED, poison, poison_letter, poisoned_data, seed_of
+from surviving import Bench, flat, record
+
+from sparsegrad_cli.training.manifest import damage
+
+STEP = 3  # a step, and below a batch of it, that meet no other batch with that row before
+
+
+def error_of(run: Path) -> dict[str, Any]:
+    found = record(run)
+    assert found["status"] == "failed"
+    error: dict[str, Any] = found["error"]
+    return error
+
+
+@pytest.mark.parametrize("method", ["full", "core static"])
+def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
+    bench: Bench, tmp_path: Path, method: str
+) -> None:
+    """The weights of one token are infinite, and one row has it."""
+    base, data = base_folder(tmp_path / "base"), poisoned_data(bench, tmp_path / "data")
+    poison_letter(base)
+    seed, order = seed_of(lambda number: number // 3 == STEP - 1)
+    number, place = divmod(order.index(POISONED), 5)
+    settings = bench.settings(
+        method,
+        f"model={base}",
+        f"task.path={data}",
+        f"seed={seed}",
+        "train.train_sampling_strategy=random",
+        "calibration.source=random",
+        "calibration.warmup_steps=0",
+    )
+    run = tmp_path / "run"
+    ended = bench.killer.run("train", *settings, "-o", str(run))
+    assert ended.code == 1
+    error = error_of(run)
+    rows = order[5 * number : 5 * number + 5]
+    assert error["step"] == STEP and error["batch"] == number % 3 + 1
+    assert error["rows"] == rows and rows[place] == POISONED
+    assert error["module"] == "bert.embeddings.word_embeddings"
+    assert error["checkpoint"] == "checkpoint-2" and damage(run / "checkpoint-2") is None
+    said = flat(ended)
+    assert f"at step {STEP}" in said and f"rows {', '.join(map(str, rows))} of" in said
+    assert "first not finite: bert.embeddings.word_embeddings" in said
+    assert "last good checkpoint: checkpoint-2" in said
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    steps = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
+    assert max(steps) == STEP - 1
+
+
+def test_a_learning_rate_that_diverges(bench: Bench) -> None:
+    run = bench.fresh()
+    settings = bench.settings("full", "train.learning_rate=1e30", "train.max_grad_norm=0")
+    ended = bench.killer.run("train", *settings, "-o", str(run))
+    assert ended.code == 1
+    error = error_of(run)
+    # One step of 1e30 leaves finite weights whose products are not.
+    assert error["step"] > 1 and error["module"].startswith(("bert.", "classifier"))
+    assert len(error["rows"]) == 5 and len(set(error["rows"])) == 5
+    assert "lower train.learning_rate (now" in flat(ended)
+    kept = [path.name for path in run.glob("checkpoint-*") if damage(path) is None]
+    assert kept == ([error["checkpoint"]] if error["checkpoint"] else [])
+
+
+def test_calibration_names_step_and_module(bench: Bench, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    poison(base, "encoder.layer.1.output.dense.weight", (3, 4), float("nan"))
+    run = tmp_path / "run"
+    settings = bench.settings("materialized", f"model={base}", "calibration.warmup_steps=0")
+    ended = bench.killer.run("train", *settings, "-o", str(run))
+    assert ended.code == 1
+    error = error_of(run)
+    assert error["step"] == 1 and error["module"] == "bert.encoder.layer.1.output.dense"
+    assert "calibration step 1" in flat(ended)
+    assert not list(run.glob("checkpoint-*")) and not (run / "basis.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(bench: Bench, tmp_path: Path) -> None:
+    """A step overflows that had a good loss: its own checkpoint would hold what came of it."""
+    base, name = base_folder(tmp_path / "base"), "encoder.layer.1.output.dense"
+    poison(base, f"{name}.weight", (0, 0), 2.0)  # times 1 - rate x decay: -6.7e38
+    run = bench.fresh()
+    settings = bench.settings(
+        "full",
+        f"model={base}",
+        "train.learning_rate=3.4e37",
+        "train.weight_decay=9.9",
+        "train.max_grad_norm=0",
+        "train.eval_steps=1",
+        "train.gradient_accumulation_steps=1",
+    )
+    ended = bench.killer.run("train", *settings, "-o", str(run))
+    assert ended.code == 1
+    error = error_of(run)
+    # The first step warms up, at a rate of zero.
+    assert error["step"] == 2 and error["module"] == f"bert.{name}"
+    assert error["parameter"] == f"bert.{name}.weight"
+    assert "no checkpoint was made of this" in flat(ended)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert damage(run / "checkpoint-1") is None

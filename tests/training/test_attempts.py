@@ -1,0 +1,170 @@
+"""What an attempt says: place, phase and largest tensors; by allocations that really fail."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny import batch, classifier
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import OutOfMemoryError
+from sparsegrad_cli.known_errors import is_out_of_memory, known_errors, may_be_out_of_memory
+from sparsegrad_cli.measure.memory import make_meter
+from sparsegrad_cli.training.attempts import Attempt, Phase, attempt, forget, located
+
+FAR_TOO_MUCH = 2**55  # bytes; no machine has them, and every allocator says so
+
+
+class Hungry(nn.Module):
+    """Asks for too much, in its forward or in its backward pass."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.inner, self.when = nn.Linear(4, 4), when
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.when == "forward":
+            torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
+        y: Tensor = self.inner(x)
+        if self.when == "backward" and y.requires_grad:
+            y.register_hook(lambda grad: torch.empty(FAR_TOO_MUCH, dtype=torch.uint8))
+        return y * 1
+
+
+def tried(when: str, rows: int = 50) -> tuple[nn.Module, Attempt]:
+    model = nn.Sequential(nn.Linear(300, 4), nn.Linear(4, 4), Hungry(when), nn.Linear(4, 1))
+    meter = make_meter("cpu")
+    meter.watch(model)
+    x = torch.zeros(rows, 300)
+
+    def work(phase: Phase) -> None:
+        with phase("forward"):
+            loss = model(x).sum()
+        with phase("backward"):
+            loss.backward()
+
+    return model, attempt(model, meter, work)
+
+
+@pytest.mark.parametrize(
+    ("when", "phase", "module"), [("forward", "forward", "2"), ("backward", "backward", "2.inner")]
+)
+def test_a_failed_attempt_names_phase_and_module(when: str, phase: str, module: str) -> None:
+    model, found = tried(when)
+    assert not found.fits and (found.phase, found.module) == (phase, module)
+    first = found.tensors[0]
+    # x: (50, 300) float32 is the largest of all, and nobody's but the caller's.
+    assert first.nbytes == 50 * 300 * 4 and first.shape == (50, 300)
+    assert found.peak_bytes >= first.nbytes
+    weight = next(tensor for tensor in found.tensors if tensor.of == "0.weight")
+    assert (weight.nbytes, weight.category) == (300 * 4 * 4, "weights")
+    assert weight.to_json()["dtype"] == "float32"
+    for part in model.modules():
+        assert not part._forward_hooks and not part._forward_pre_hooks
+
+
+def test_one_that_fits_says_what_it_took() -> None:
+    _, found = tried("never")
+    assert found.fits and found.tensors == () and found.phase == "backward"
+    small, large = tried("never", rows=10)[1], tried("never", rows=100)[1]
+    assert large.peak_bytes - small.peak_bytes >= 90 * 300 * 4
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    model = nn.Linear(2, 2)
+
+    def work(phase: Phase) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        attempt(model, make_meter("cpu"), work)
+
+
+def test_places_in_a_real_model() -> None:
+    model, seen = classifier("bert"), []
+    with located(model, seen.append):
+        loss = model(**batch()).loss
+        forward = len(seen)
+        loss.backward()
+    names = {name for name, _ in model.named_modules() if name}
+    assert set(seen[:forward]) - {"", "BertForSequenceClassification"} <= names
+    back = [name for name in seen[forward:] if name.endswith("output.dense")]
+    assert [int(name.split(".")[3]) for name in back] == sorted(
+        (int(name.split(".")[3]) for name in back), reverse=True
+    )
+    # The loss is the whole model's, the logits are their layer's.
+    assert seen[forward : forward + 2] == ["BertForSequenceClassification", "classifier"]
+
+
+def test_gradients_and_state_are_named_by_their_parameter() -> None:
+    model = nn.Linear(1000, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    meter = make_meter("cpu")
+    meter.watch(model, optimizer=optimizer)
+    with meter.phase("backward"):
+        model(torch.ones(1, 1000)).sum().backward()
+    with meter.phase("optimizer"):
+        optimizer.step()
+    named = {(t.category, t.of) for t in meter.largest(20) if t.nbytes == 4000}
+    assert named >= {
+        ("weights", "weight"),
+        ("gradients", "weight"),
+        ("optimizer_state", "weight, exp_avg"),
+        ("optimizer_state", "weight, exp_avg_sq"),
+    }
+    sizes = [tensor.nbytes for tensor in meter.largest(20)]
+    assert sizes == sorted(sizes, reverse=True) and meter.largest(2) == meter.largest(20)[:2]
+
+
+def test_forgetting_an_error_frees_what_its_frames_held() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def fail() -> None:
+        large = torch.zeros(1000)
+        held.append(weakref.ref(large))
+        try:
+            torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
+        except RuntimeError as inner:
+            raise ValueError("and so on") from inner
+
+    kept: list[BaseException] = []
+    try:
+        fail()
+    except ValueError as error:
+        kept.append(error)
+    gc.collect()
+    assert held[0]() is not None
+    forget(kept[0])
+    assert held[0]() is None
+
+
+def caught(bytes_asked: int) -> RuntimeError:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(bytes_asked, dtype=torch.uint8)
+    return error.value
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(caught(FAR_TOO_MUCH))
+    with pytest.raises(MemoryError) as error:
+        bytearray(2**62)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert not is_out_of_memory(OSError(28, "No space left on device"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+    primitive = RuntimeError("could not create a primitive")
+    assert may_be_out_of_memory(primitive) and not is_out_of_memory(primitive)
+    assert not may_be_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_outside_a_session_it_is_an_error_of_ours_too() -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match="you tried to allocate") as error,
+        known_errors(memory=("--batch-size", "a smaller one")),
+    ):
+        torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
+    assert error.value.where == "--batch-size" and error.value.exit_code == 3

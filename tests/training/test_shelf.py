@@ -1,0 +1,250 @@
+"""The shelf of checkpoints: damaged ones are recognised, the only good one is never dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.training.manifest import MANIFEST, check_ours, checked, damage
+from sparsegrad_cli.training.shelf import Shelf, best_of, checkpoints, last_checkpoint, step_of
+
+RECIPE = "a recipe's digest"
+
+
+def fill_of(best: int | None = None, where: str = "") -> Callable[[Path], None]:
+    """A checkpoint's files, as far as the shelf knows them."""
+
+    def fill(folder: Path) -> None:
+        (folder / "trainable.safetensors").write_bytes(b"w" * 1000)
+        (folder / "state.json").write_text("{}")
+        state = {"best_model_checkpoint": best and f"{where}/checkpoint-{best}"}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+
+    return fill
+
+
+def shelf_of(folder: Path, limit: int | None = None, *, keep_best: bool = False) -> Shelf:
+    return Shelf(folder, RECIPE, limit=limit, keep_best=keep_best)
+
+
+def put(folder: Path, *steps: int, best: int | None = None) -> None:
+    for step in steps:
+        shelf_of(folder).write(step, fill_of(best), None)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted((p.name for p in folder.iterdir()), key=lambda name: (len(name), name))
+
+
+def found(folder: Path, *, keep_best: bool = False) -> tuple[str | None, list[str]]:
+    notes: list[str] = []
+    chosen = shelf_of(folder, keep_best=keep_best).find(notes.append)
+    return (chosen.name if chosen else None), notes
+
+
+# --- which one is the newest
+
+
+def test_the_newest_is_by_step_and_not_by_any_clock(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None and found(tmp_path) == (None, [])
+    put(tmp_path, 9, 10, 200)
+    for number, step in enumerate((200, 10, 9)):  # the oldest was touched last
+        os.utime(tmp_path / f"checkpoint-{step}", (4e9 + number, 4e9 + number))
+    assert found(tmp_path) == ("checkpoint-200", [])
+    assert [step_of(folder) for folder in checkpoints(tmp_path)] == [9, 10, 200]
+    shutil.rmtree(tmp_path / "checkpoint-200")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-x", "checkpoint-", "checkpoint-1.5", "checkpoint-²"])
+def test_other_folders_are_passed_over_and_left(tmp_path: Path, name: str) -> None:
+    put(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert found(tmp_path) == ("checkpoint-1", [])
+    assert (tmp_path / name).is_dir() and (tmp_path / "checkpoint-7").is_file()
+
+
+# --- damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def zeros(path: Path) -> None:
+    """As a power cut leaves a file whose length was written and whose bytes were not."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, remove, zeros])
+@pytest.mark.parametrize(
+    "name", ["trainable.safetensors", "state.json", "trainer_state.json", MANIFEST]
+)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(
+    tmp_path: Path, spoil: Callable[[Path], None], name: str
+) -> None:
+    put(tmp_path, 2, 4, 6)
+    spoil(tmp_path / "checkpoint-6" / name)
+    chosen, notes = found(tmp_path)
+    assert chosen == "checkpoint-4"
+    assert notes[0].startswith("checkpoint-6 is damaged: ") and name in notes[0]
+    assert notes[1] == "checkpoint-4 is used, the newest whole one"
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', '{"files": 3}'])
+def test_whatever_a_manifest_holds_no_checkpoint_is_mistaken_for_whole(
+    tmp_path: Path, text: str
+) -> None:
+    put(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / MANIFEST).write_text(text)
+    assert damage(tmp_path / "checkpoint-1") is not None
+    for files in ({}, [], {"state.json": {}}, {"state.json": None}, {"no": {"bytes": 1}}):
+        content = checked({"format": 1, "recipe": RECIPE, "files": files})
+        (tmp_path / "checkpoint-1" / MANIFEST).write_text(json.dumps(content))
+        assert damage(tmp_path / "checkpoint-1") is not None
+
+
+def test_where_none_is_whole_training_begins_anew(tmp_path: Path) -> None:
+    put(tmp_path, 2, 4)
+    for step in (2, 4):
+        cut(tmp_path / f"checkpoint-{step}" / "state.json")
+    chosen, notes = found(tmp_path)
+    assert chosen is None and len(notes) == 3
+    assert notes[-1] == "no whole checkpoint is left: training begins anew"
+
+
+def test_one_whose_best_is_damaged_is_no_good_to_a_run_that_ends_with_it(tmp_path: Path) -> None:
+    put(tmp_path, 2)
+    put(tmp_path, 4, best=4)
+    put(tmp_path, 6, 8, best=4)
+    assert best_of(tmp_path / "checkpoint-6") == tmp_path / "checkpoint-4"
+    assert found(tmp_path, keep_best=True)[0] == "checkpoint-8"
+    cut(tmp_path / "checkpoint-4" / "trainable.safetensors")
+    chosen, notes = found(tmp_path, keep_best=True)
+    assert chosen == "checkpoint-2"
+    assert "checkpoint-8 is damaged: its best checkpoint, checkpoint-4" in notes[0]
+    assert found(tmp_path)[0] == "checkpoint-8"  # to one that ends with its last it is
+
+
+# --- whose it is
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["check"]
+    (folder / MANIFEST).write_text(json.dumps(checked(manifest | changes)))
+
+
+def test_one_of_another_recipe_is_refused_and_left(tmp_path: Path) -> None:
+    put(tmp_path, 2)
+    Shelf(tmp_path, "another", limit=None).write(4, fill_of(), None)
+    with pytest.raises(UsageError, match="checkpoint-4 belongs to another recipe"):
+        found(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_one_of_another_format_is_refused_with_the_version_that_wrote_it(tmp_path: Path) -> None:
+    put(tmp_path, 2, 4)
+    rewrite(tmp_path / "checkpoint-4", format=7, versions={"sparsegrad": "9.1"}, files="other")
+    with pytest.raises(FileFormatError, match=r"format 7, written by sparsegrad 9\.1") as caught:
+        found(tmp_path)
+    assert "--overwrite" in str(caught.value.fix)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_one_of_other_packages_is_used_with_a_note(tmp_path: Path) -> None:
+    put(tmp_path, 2)
+    assert check_ours(tmp_path / "checkpoint-2", RECIPE) == []
+    rewrite(tmp_path / "checkpoint-2", versions={"torch": "1.13"})
+    chosen, notes = found(tmp_path)
+    assert chosen == "checkpoint-2" and len(notes) == 1
+    assert "was written by other versions" in notes[0] and "torch 1.13 then" in notes[0]
+
+
+# --- limits
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, None])
+@pytest.mark.parametrize("best", [None, 2, 6])
+def test_the_newest_and_the_best_stay_whatever_the_limit(
+    tmp_path: Path, limit: int | None, best: int | None
+) -> None:
+    shelf = shelf_of(tmp_path, limit)
+    for step in range(1, 10):
+        there = best if best is not None and step >= best else None
+        shelf.write(step, fill_of(there), tmp_path / f"checkpoint-{there}" if there else None)
+        assert damage(tmp_path / f"checkpoint-{step}") is None
+    left = {step_of(folder) for folder in checkpoints(tmp_path)}
+    newest = set(range(1, 10)) if limit is None else set(range(10 - limit, 10))
+    assert {9} <= left and (best is None or best in left)
+    assert len(left) == (9 if limit is None else max(limit, len({9, best} - {None})))
+    assert left - {best} <= newest
+
+
+RANDOM = Path("/proc/sys/kernel/random/uuid")
+
+
+@pytest.mark.skipif(not RANDOM.is_file(), reason="needs a file that never reads the same twice")
+def test_nothing_is_dropped_for_one_that_reads_back_otherwise(tmp_path: Path) -> None:
+    shelf = shelf_of(tmp_path, 1)
+    shelf.write(2, fill_of(), None)
+
+    def fill(folder: Path) -> None:
+        fill_of()(folder)
+        (folder / "optimizer.safetensors").symlink_to(RANDOM)
+
+    with pytest.raises(DiskError, match=r"reads back otherwise: the checksum of optimizer"):
+        shelf.write(4, fill, None)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert found(tmp_path)[0] == "checkpoint-2"
+
+
+def test_damaged_ones_go_once_a_newer_one_is_whole_and_not_before(tmp_path: Path) -> None:
+    put(tmp_path, 2, 4, 6)
+    cut(tmp_path / "checkpoint-4" / "state.json")
+    cut(tmp_path / "checkpoint-6" / "state.json")
+    shelf = shelf_of(tmp_path, 1)
+    assert shelf.find(lambda note: None) == tmp_path / "checkpoint-2"
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    shelf.write(5, fill_of(), None)
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]  # that one lies ahead
+    shelf.write(6, fill_of(), None)
+    assert names(tmp_path) == ["checkpoint-6"] and damage(tmp_path / "checkpoint-6") is None
+
+
+def test_what_a_kill_left_is_cleared_when_the_run_goes_on(tmp_path: Path) -> None:
+    put(tmp_path, 2, 4, 6)
+    for ending in ("partial", "before", "removed"):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / f"checkpoint-2.{ending}")
+    (tmp_path / "checkpoint-6").replace(tmp_path / "checkpoint-6.before")  # between two renames
+    assert found(tmp_path) == ("checkpoint-6", [])
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_at_the_end_a_limit_of_one_keeps_the_best(tmp_path: Path) -> None:
+    put(tmp_path, 2, 4, 6)
+    shelf_of(tmp_path, 2).finish(tmp_path / "checkpoint-4")
+    assert len(names(tmp_path)) == 3
+    shelf_of(tmp_path, 1).finish(None)
+    shelf_of(tmp_path, 1).finish(tmp_path / "checkpoint-9")  # it is gone: nothing is better
+    assert len(names(tmp_path)) == 3
+    shelf_of(tmp_path, 1).finish(tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-4"]
