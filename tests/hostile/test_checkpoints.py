@@ -6,6 +6,7 @@ Only what a user sees of it: what a checkpoint holds, and how damage is noticed,
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ import pytest
 from evil import places, values
 from hostility import holds, scratch, tree
 from hypothesis import strategies as st
-from little import base_folder, data_folder, train
+from little import base_folder, data_folder, record, train
 from safetensors.torch import load_file, save_file
 from tiny import one_thread
 from torn_tensors import Spoils, spoil, spoils, torn
+
+from sparsegrad_cli.training.manifest import MANIFEST, checked, seal
 
 CORE = ("method.form=core", "method.density=0.05", "method.rank=7", "train.save_total_limit=5")
 DATA: dict[str, Path] = {}
@@ -34,7 +37,9 @@ def _stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         run = train(place / "run", base, data, *CORE, stop=True)
         shutil.rmtree(run / "checkpoint-6")
         DATA.update(base=base, data=data, run=run)
+        gc.freeze()  # a run collects a dozen times, and these tests leave it hundreds of modules
         yield
+        gc.unfreeze()
     DATA.clear()
 
 
@@ -45,48 +50,64 @@ def names() -> list[str]:
 
 
 @st.composite
-def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils]:
-    """(file, its content or what is to be done to its tensors)."""
+def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils, bool]:
+    """(file, its content or what is to be done to its tensors, whether the manifest fits it)."""
     name = draw(st.sampled_from(names()))
     path = DATA["run"] / name
     content = path.read_bytes()
+    fits = name.startswith("checkpoint") and bool(draw(st.integers(0, 4)))
     if path.suffix == ".safetensors":
-        return name, draw(st.one_of(spoils(2), torn(content)))
+        return name, draw(st.one_of(spoils(2), torn(content))), fits
     if path.suffix == ".json" and draw(st.integers(0, 3)):
-        return name, json.dumps(draw(other(json.loads(content)))).encode("utf-8", "replace")
+        record = draw(other(json.loads(content)))
+        if fits and path.name == MANIFEST:
+            record = checked({key: value for key, value in record.items() if key != "check"})
+        return name, json.dumps(record).encode("utf-8", "replace"), fits
+    if path.suffix == ".jsonl" and draw(st.booleans()):
+        lines = [json.loads(line) for line in content.splitlines()]
+        text = "\n".join(map(json.dumps, draw(other(lines))))
+        return name, text.encode("utf-8", "replace"), fits
     cut = st.integers(0, len(content)).map(lambda n: content[:n])
-    return name, draw(st.one_of(cut, st.binary(max_size=40), st.just(b"[" * 5000)))
+    return name, draw(st.one_of(cut, st.binary(max_size=40), st.just(b"[" * 5000))), fits
 
 
 @st.composite
-def other(draw: st.DrawFn, record: Any) -> Any:
-    """A record with one or two other values."""
-    record = copy.deepcopy(record)
+def other(draw: st.DrawFn, data: Any) -> Any:
+    """A record, or several, with one or two other values."""
+    data = copy.deepcopy(data)
     for _ in range(draw(st.integers(1, 2))):
-        container, key = draw(st.sampled_from(list(places(record))))
+        container, key = draw(st.sampled_from(list(places(data))))
         if draw(st.booleans()):
             container[key] = copy.deepcopy(draw(st.one_of(values(), st.integers(-2, 9))))
         else:
             del container[key]
-    return record
+    return data
+
+
+def seal_anew(run: Path) -> None:
+    """As who means harm would, for a digest is no signature."""
+    (run / "checkpoint-3" / MANIFEST).unlink()
+    seal(run / "checkpoint-3", record(run)["recipe_digest"])
 
 
 @holds(
     "a mutilated checkpoint, train --resume",
     few=4,
-    many=150,
+    many=200,
     shrink=False,
     case=st.deferred(mutilated),
 )
-def test_resuming(case: tuple[str, bytes | Spoils]) -> None:
+def test_resuming(case: tuple[str, bytes | Spoils, bool]) -> None:
     """What is accepted comes to its end; what is refused says where, and leaves what was there."""
-    name, content = case
+    name, content, fits = case
     with scratch() as folder:
         run = Path(shutil.copytree(DATA["run"], folder / "run"))
         if isinstance(content, bytes):
             (run / name).write_bytes(content)
         else:
             save_file(spoil(load_file(run / name), content), run / name)
+        if fits and not name.endswith(MANIFEST):
+            seal_anew(run)
         outside = {p: tree(p) for p in (DATA["base"], DATA["data"])}
         try:
             train(run, DATA["base"], DATA["data"], *CORE, resume=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 import pytest
 from answered import cell, put, side_by_side
-from evil import EVIL
 from hostility import check_error, holds, scratch, tree
 from hypothesis import strategies as st
 from pages import without
@@ -16,7 +16,7 @@ from samples import compare_record, run_record
 
 from sparsegrad_cli.cli.runs import report
 from sparsegrad_cli.compare.claims import Claim
-from sparsegrad_cli.compare.folder import StudyFolder, safe_name, study_digest
+from sparsegrad_cli.compare.folder import StudyFolder, study_digest
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
@@ -49,7 +49,7 @@ CELLS = (
     *("cells/glue-rte-lora-s42.claim", "cells/glue-rte-lora-s3705.claim"),
     *("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),
 )
-KINDS = ("folder", "file", "to a folder", "to a file", "to nothing", "to itself", "upwards")
+KINDS = ("folder", "file", "pipe", "to a folder", "to a file", "to nothing", "to itself", "upwards")
 
 
 def furnish(folder: Path, things: dict[str, str]) -> None:
@@ -70,6 +70,8 @@ def furnish(folder: Path, things: dict[str, str]) -> None:
             (path / "inside").write_text("x")
         elif kind == "file":
             path.write_text("x")
+        elif kind == "pipe":
+            os.mkfifo(path)  # who opens it to read waits for ever
         else:
             path.symlink_to(targets.get(kind, path.name))
 
@@ -151,18 +153,11 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
                 (opened.cell(one) / "run.json").write_text("{}")
                 write_text_atomic(opened.cell(one).with_suffix(".yaml"), "x")
             (place / "tuning.db").touch()
-            (place / "tuning").mkdir(exist_ok=True)
-            (place / "tuning" / "x").touch()
+            with contextlib.suppress(FileExistsError):  # somebody's file, and nothing is tuned
+                (place / "tuning").mkdir(exist_ok=True)
+                (place / "tuning" / "x").touch()
         finally:
             assert tree(folder / "outside") == before
-
-
-@holds("any text as a folder's name", text=st.one_of(st.sampled_from(EVIL), st.text()), many=2000)
-def test_names(text: str) -> None:
-    """One part, of a length that every file system takes, and neither this folder nor the next."""
-    name = safe_name(text)
-    assert Path(name).name == name and name not in ("", ".", "..") and len(name) <= 200
-    assert Path("/a", name).parent == Path("/a")
 
 
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
