@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,6 +129,18 @@ def test_a_peft_folder(what: Spoils, changes: dict[str, Any]) -> None:
 # --- a model's folder
 
 
+CONFIG_KEYS = ("auto_map", "quantization_config", "num_labels", "id2label", "torch_dtype", "dtype")
+CODE = "raise SystemExit('run')"
+MAPPED = {
+    "model_type": "evil",
+    "auto_map": {
+        "AutoConfig": "evil.Config",
+        "AutoModelForSequenceClassification": "evil.Model",
+        "AutoTokenizer": ["evil.Tokenizer", None],
+    },
+}
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """config.json of a tiny BERT with one or two values that are not its own."""
@@ -135,17 +148,74 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     for _ in range(draw(st.integers(1, 2))):
         key = draw(st.one_of(st.sampled_from(sorted(config)), st.sampled_from(CONFIG_KEYS)))
         config[key] = copy.deepcopy(draw(values()))
-    return config
-
-
-CONFIG_KEYS = ("auto_map", "quantization_config", "num_labels", "id2label", "torch_dtype", "dtype")
+    return config | draw(st.sampled_from(({}, {}, {}, MAPPED)))
 
 
 @holds("a model's config.json with other values", few=10, many=300, config=configurations())
 def test_a_model_of_another_configuration(config: dict[str, Any]) -> None:
     with scratch() as folder:
-        shutil.copytree(model_folder(), folder / "base")
+        (folder / "base").mkdir()
+        shutil.copytree(model_folder(), folder / "base", dirs_exist_ok=True)
         (folder / "base" / "config.json").write_text(json.dumps(config))
-        section = ModelSection(name=str(folder / "base"))
-        load_tokenizer(section)
-        load_classifier(section, TWO, seed=0)
+        (folder / "base" / "evil.py").write_text(CODE)
+        used(folder / "base")
+
+
+@st.composite
+def tokenizers(draw: st.DrawFn) -> tuple[str, str]:
+    """(name, content) of a tokenizer's file with one or two values that are not its own."""
+    name = draw(st.sampled_from(("tokenizer.json", "tokenizer_config.json")))
+    content = (model_folder() / name).read_text()
+    if not draw(st.integers(0, 4)):
+        return name, content[: draw(st.integers(0, len(content)))]
+    data = json.loads(content)
+    for _ in range(draw(st.integers(1, 2))):
+        # Of a vocabulary's hundreds of entries one is like another.
+        there = [place for place in places(data) if len(place[0]) < 100]
+        container, key = draw(st.sampled_from(there))
+        if draw(st.integers(0, 3)):
+            container[key] = copy.deepcopy(draw(values()))
+        else:
+            del container[key]
+    return name, json.dumps(data | draw(st.sampled_from(({}, {}, MAPPED))))
+
+
+@holds("a tokenizer's files with other values", few=10, many=400, case=tokenizers())
+def test_another_tokenizer(case: tuple[str, str]) -> None:
+    with scratch() as folder:
+        shutil.copytree(model_folder(), folder / "base")
+        (folder / "base" / case[0]).write_text(case[1])
+        (folder / "base" / "evil.py").write_text(CODE)
+        tokenizer = load_tokenizer(ModelSection(name=str(folder / "base")))
+        assert tokenizer("a", truncation=True, max_length=4)["input_ids"] is not None
+
+
+@holds(
+    "a model's weights, other tensors or torn",
+    few=10,
+    many=300,
+    weights=st.one_of(spoils(2), st.deferred(lambda: torn(model_weights()))),
+)
+def test_a_model_of_other_weights(weights: Spoils | bytes) -> None:
+    with scratch() as folder:
+        shutil.copytree(model_folder(), folder / "base")
+        path = folder / "base" / "model.safetensors"
+        if isinstance(weights, bytes):
+            path.write_bytes(weights)
+        else:
+            save_file(spoil(load_file(path), weights), path, {"format": "pt"})
+        torch.save({}, folder / "base" / "pytorch_model.bin")
+        used(folder / "base")
+
+
+def model_weights() -> bytes:
+    return (model_folder() / "model.safetensors").read_bytes()
+
+
+def used(base: Path) -> None:
+    """As training and evaluation do."""
+    section = ModelSection(name=str(base))
+    tokenizer = load_tokenizer(section)
+    model = load_classifier(section, TWO, seed=0)
+    inputs = tokenizer(["a b"], truncation=True, max_length=4, return_tensors="pt")
+    assert model(**inputs).logits.shape == (1, 2)
