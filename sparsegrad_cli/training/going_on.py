@@ -17,6 +17,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("global_step", "max_steps", "num_train_epochs"), (int,)),
     **dict.fromkeys(("epoch", "eval_steps", "logging_steps", "save_steps"), (int, float)),
     **dict.fromkeys(("train_batch_size", "best_global_step"), (int, _NONE)),
+    **dict.fromkeys(("total_flos", "num_input_tokens_seen"), (int, float)),
     "best_metric": (int, float, _NONE),
     "log_history": (list,),
     "stateful_callbacks": (dict,),
@@ -84,6 +85,21 @@ def _check_state(path: Path) -> None:
         negative = isinstance(value, int | float) and value < 0 and key != "best_metric"
         if not isinstance(value, kinds) or isinstance(value, bool) or negative:
             raise FileFormatError(f"{key} cannot be {value!r:.40}", where=str(path), fix=fix)
+
+
+def check_measured(measured: Any) -> dict[str, Any]:
+    """What a checkpoint says of times and memory, if they can be added to.
+
+    Raises:
+        TypeError: they cannot.
+    """
+    durations = measured.get("steps_s", []) if isinstance(measured, dict) else None
+    numbers = [*durations, measured.get("train_s", 0.0)] if isinstance(durations, list) else [None]
+    if not all(isinstance(number, int | float) and 0 <= number < 1e12 for number in numbers):
+        raise TypeError("its times are no numbers of seconds")
+    if not isinstance(measured.get("memory", {}), dict):
+        raise TypeError("its memory is no record")
+    return dict(measured)
 
 
 def _of_memory(error: Exception) -> bool:

@@ -19,6 +19,7 @@ from hostility import holds, scratch, tree
 from hypothesis import strategies as st
 from little import base_folder, data_folder, record, train
 from safetensors.torch import load_file, save_file
+from snares import furnish, things
 from tiny import one_thread
 from torn_tensors import Spoils, spoil, spoils, torn
 
@@ -93,7 +94,7 @@ def seal_anew(run: Path) -> None:
 @holds(
     "a mutilated checkpoint, train --resume",
     few=4,
-    many=200,
+    many=150,
     shrink=False,
     case=st.deferred(mutilated),
 )
@@ -114,3 +115,33 @@ def test_resuming(case: tuple[str, bytes | Spoils, bool]) -> None:
         finally:
             assert all(tree(path) == before for path, before in outside.items())
         assert (run / "adapter" / "adapter.safetensors").is_file()
+
+
+SNARES = (
+    *("adapter", "steps.jsonl", "steps.jsonl.partial", "basis.safetensors", "run.json", ".lock"),
+    *("checkpoint-3", "checkpoint-6", "checkpoint-3.partial", "checkpoint-6.partial"),
+    *("checkpoint-3.before", "checkpoint-6.before", "checkpoint-3.removed", "checkpoint-9"),
+    *("adapter/adapter.safetensors", "adapter/adapter.safetensors.partial", "checkpoint-12"),
+    *("adapter/adapter.safetensors.partial.mode", "checkpoint-6/x", "checkpoint-3/x"),
+)
+
+
+@holds("links in a stopped run's folder, train --resume", few=4, many=150, found=things(*SNARES))
+def test_resuming_among_links(found: dict[str, str]) -> None:
+    """What they name, folders with a checkpoint in them too, is neither written nor removed."""
+    with scratch() as folder:
+        run = Path(shutil.copytree(DATA["run"], folder / "run"))
+        for name in found:
+            if name.startswith("adapter/"):
+                (run / "adapter").mkdir(exist_ok=True)
+            elif (run / name).is_dir():
+                shutil.rmtree(run / name)
+            else:
+                (run / name).unlink(missing_ok=True)
+        furnish(run, found)
+        shutil.copytree(DATA["run"] / "checkpoint-3", folder / "outside", dirs_exist_ok=True)
+        before = tree(folder / "outside")
+        try:
+            train(run, DATA["base"], DATA["data"], *CORE, resume=True)
+        finally:
+            assert tree(folder / "outside") == before

@@ -41,7 +41,7 @@ COMPARISONS = (compare_record, study_record)
 RUNS = (run_record, calibration)
 
 
-@holds("a run's record, spoilt, in its reports", few=8, many=400, record=records(*RUNS))
+@holds("a run's record, spoilt, in its reports", few=8, record=records(*RUNS))
 def test_a_run(record: Any) -> None:
     with scratch() as folder, without(drawing=False):
         reported(folder, "run.json", record)
@@ -53,7 +53,7 @@ def test_a_comparison(record: Any) -> None:
         reported(folder, "compare.json", record)
 
 
-@holds("a comparison's record, spoilt, in figures", few=2, many=300, record=records(*COMPARISONS))
+@holds("a comparison's record, spoilt, in figures", few=2, many=100, record=records(*COMPARISONS))
 def test_figures(record: Any) -> None:
     with scratch() as folder, without(drawing=False):
         reported(folder, "compare.json", record)
@@ -62,7 +62,7 @@ def test_figures(record: Any) -> None:
 @holds(
     "a spoilt record's figures, drawn",
     few=0,
-    many=40,
+    many=30,
     record=records(*RUNS, *COMPARISONS),
 )
 def test_drawn_figures(record: Any) -> None:

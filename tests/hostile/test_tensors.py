@@ -111,7 +111,7 @@ PEFT_VALUES = st.one_of(values(), st.sampled_from((1, 2, 64, "LORA", "IA3", "all
 @holds(
     "a PEFT folder of other tensors or settings",
     few=12,
-    many=600,
+    many=400,
     what=spoils(2),
     changes=st.dictionaries(st.sampled_from(PEFT_KEYS), PEFT_VALUES, max_size=1),
 )
@@ -151,7 +151,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return config | draw(st.sampled_from(({}, {}, {}, MAPPED)))
 
 
-@holds("a model's config.json with other values", few=10, many=300, config=configurations())
+@holds("a model's config.json with other values", few=10, config=configurations())
 def test_a_model_of_another_configuration(config: dict[str, Any]) -> None:
     with scratch() as folder:
         (folder / "base").mkdir()
@@ -180,7 +180,7 @@ def tokenizers(draw: st.DrawFn) -> tuple[str, str]:
     return name, json.dumps(data | draw(st.sampled_from(({}, {}, MAPPED))))
 
 
-@holds("a tokenizer's files with other values", few=10, many=400, case=tokenizers())
+@holds("a tokenizer's files with other values", few=10, case=tokenizers())
 def test_another_tokenizer(case: tuple[str, str]) -> None:
     with scratch() as folder:
         shutil.copytree(model_folder(), folder / "base")
@@ -193,7 +193,6 @@ def test_another_tokenizer(case: tuple[str, str]) -> None:
 @holds(
     "a model's weights, other tensors or torn",
     few=10,
-    many=300,
     weights=st.one_of(spoils(2), st.deferred(lambda: torn(model_weights()))),
 )
 def test_a_model_of_other_weights(weights: Spoils | bytes) -> None:
