@@ -6,7 +6,6 @@ Only what a user sees of it: what a checkpoint holds, and how damage is noticed,
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,36 +16,23 @@ import pytest
 from evil import places, values
 from hostility import holds, scratch, tree
 from hypothesis import strategies as st
-from little import base_folder, data_folder, record, train
 from safetensors.torch import load_file, save_file
 from snares import furnish, things
-from tiny import one_thread
+from stopped import quick, resumed, seal_anew, stopped
 from torn_tensors import Spoils, spoil, spoils, torn
 
-from sparsegrad_cli.training.manifest import MANIFEST, checked, seal
-
-CORE = ("method.form=core", "method.density=0.05", "method.rank=7", "train.save_total_limit=5")
-DATA: dict[str, Path] = {}
+from sparsegrad_cli.training.manifest import MANIFEST, checked
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A run that was stopped after three of its six steps."""
-    place = tmp_path_factory.mktemp("stopped")
-    base, data = base_folder(place / "base"), data_folder(place / "data")
-    with one_thread():
-        run = train(place / "run", base, data, *CORE, stop=True)
-        shutil.rmtree(run / "checkpoint-6")
-        DATA.update(base=base, data=data, run=run)
-        gc.freeze()  # a run collects a dozen times, and these tests leave it hundreds of modules
+def _quick() -> Iterator[None]:
+    with quick():
         yield
-        gc.unfreeze()
-    DATA.clear()
 
 
 def names() -> list[str]:
     """The files of its checkpoint, and what else of the run resuming reads."""
-    inside = sorted(p.name for p in (DATA["run"] / "checkpoint-3").iterdir())
+    inside = sorted(p.name for p in (stopped().run / "checkpoint-3").iterdir())
     return [*(f"checkpoint-3/{name}" for name in inside), "basis.safetensors", "steps.jsonl"]
 
 
@@ -54,7 +40,7 @@ def names() -> list[str]:
 def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils, bool]:
     """(file, its content or what is to be done to its tensors, whether the manifest fits it)."""
     name = draw(st.sampled_from(names()))
-    path = DATA["run"] / name
+    path = stopped().run / name
     content = path.read_bytes()
     fits = name.startswith("checkpoint") and bool(draw(st.integers(0, 4)))
     if path.suffix == ".safetensors":
@@ -85,12 +71,6 @@ def other(draw: st.DrawFn, data: Any) -> Any:
     return data
 
 
-def seal_anew(run: Path) -> None:
-    """As who means harm would, for a digest is no signature."""
-    (run / "checkpoint-3" / MANIFEST).unlink()
-    seal(run / "checkpoint-3", record(run)["recipe_digest"])
-
-
 @holds(
     "a mutilated checkpoint, train --resume",
     few=4,
@@ -102,16 +82,16 @@ def test_resuming(case: tuple[str, bytes | Spoils, bool]) -> None:
     """What is accepted comes to its end; what is refused says where, and leaves what was there."""
     name, content, fits = case
     with scratch() as folder:
-        run = Path(shutil.copytree(DATA["run"], folder / "run"))
+        run = Path(shutil.copytree(stopped().run, folder / "run"))
         if isinstance(content, bytes):
             (run / name).write_bytes(content)
         else:
             save_file(spoil(load_file(run / name), content), run / name)
         if fits and not name.endswith(MANIFEST):
             seal_anew(run)
-        outside = {p: tree(p) for p in (DATA["base"], DATA["data"])}
+        outside = {p: tree(p) for p in (stopped().base, stopped().data)}
         try:
-            train(run, DATA["base"], DATA["data"], *CORE, resume=True)
+            resumed(run)
         finally:
             assert all(tree(path) == before for path, before in outside.items())
         assert (run / "adapter" / "adapter.safetensors").is_file()
@@ -130,7 +110,7 @@ SNARES = (
 def test_resuming_among_links(found: dict[str, str]) -> None:
     """What they name, folders with a checkpoint in them too, is neither written nor removed."""
     with scratch() as folder:
-        run = Path(shutil.copytree(DATA["run"], folder / "run"))
+        run = Path(shutil.copytree(stopped().run, folder / "run"))
         for name in found:
             if name.startswith("adapter/"):
                 (run / "adapter").mkdir(exist_ok=True)
@@ -139,9 +119,9 @@ def test_resuming_among_links(found: dict[str, str]) -> None:
             else:
                 (run / name).unlink(missing_ok=True)
         furnish(run, found)
-        shutil.copytree(DATA["run"] / "checkpoint-3", folder / "outside", dirs_exist_ok=True)
+        shutil.copytree(stopped().run / "checkpoint-3", folder / "outside", dirs_exist_ok=True)
         before = tree(folder / "outside")
         try:
-            train(run, DATA["base"], DATA["data"], *CORE, resume=True)
+            resumed(run)
         finally:
             assert tree(folder / "outside") == before
