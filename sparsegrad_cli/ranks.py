@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sparsegrad_cli.errors import SparsegradError
 
@@ -32,6 +32,17 @@ def number() -> int:
 def is_first() -> bool:
     """Whether this process writes files and shows progress."""
     return number() == 0
+
+
+def refuse(error: SparsegradError) -> NoReturn:
+    """End what every process finds wrong by itself, and say it once.
+
+    Raises:
+        SparsegradError: ``error``, in the first process. The others leave without a word.
+    """
+    if is_first():
+        raise error
+    raise SystemExit(error.exit_code)
 
 
 def join(*, use_cpu: bool) -> None:
@@ -113,6 +124,25 @@ def anywhere(said: bool) -> bool:
     told = torch.tensor(int(said), device=PartialState().device)
     torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
     return bool(told)
+
+
+def gradient_bytes(wrapped: Any) -> int | None:
+    """Bytes of gradients that each process gives to be summed in a step: what DDP's buckets hold.
+
+    Args:
+        wrapped: the model as accelerate has wrapped it for training.
+
+    Returns:
+        None alone, and where it is not DDP that sums.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not isinstance(wrapped, DistributedDataParallel):
+        return None
+    facts = wrapped._get_ddp_logging_data()
+    # Buckets are made anew after the first step, in the order in which gradients came.
+    sizes = facts.get("rebuilt_bucket_sizes") or facts["bucket_sizes"]
+    return sum(int(size) for size in str(sizes).split(","))
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli import ranks
-from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError
+from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
 from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
@@ -234,6 +234,7 @@ def _run(
 ) -> dict[str, Any]:
     observer = observer or Observer()
     recipe = loaded.recipe
+    _check_shares(loaded, command)
     ranks.join(use_cpu=recipe.train.use_cpu)
     with ExitStack() as held:
         held.callback(observer.close)
@@ -251,6 +252,25 @@ def _run(
             with known_errors(again=f"sparsegrad report {run_dir}"):
                 _write_report(record, observer)
     return record.data
+
+
+def _check_shares(loaded: LoadedRecipe, command: str) -> None:
+    """Calibration steps are shared out: every process needs one to find anything.
+
+    Raises:
+        UsageError: there are fewer steps than processes.
+    """
+    recipe = loaded.recipe
+    wanted = recipe.method.name == "sparsegrad" and recipe.calibration.basis is None
+    if (wanted or command == "calibrate") and recipe.calibration.steps < ranks.count():
+        ranks.refuse(
+            UsageError(
+                f"{ranks.count()} processes cannot share {recipe.calibration.steps} "
+                "calibration steps",
+                where=loaded.where("calibration.steps"),
+                fix=f"calibration.steps={ranks.count()} or more",
+            )
+        )
 
 
 def _recorded(

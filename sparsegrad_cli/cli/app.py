@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.cli import compare as compare_command
 from sparsegrad_cli.cli import estimate as estimate_command
 from sparsegrad_cli.cli import export as export_command
@@ -16,6 +17,7 @@ from sparsegrad_cli.cli import judge as judge_command
 from sparsegrad_cli.cli import recipes as recipe_commands
 from sparsegrad_cli.cli import runs as run_commands
 from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.errors import UsageError
 
 app = typer.Typer(
     name="sparsegrad",
@@ -46,13 +48,27 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+_TOGETHER = ("train", "calibrate")  # what several processes may do as one
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Options of the program as a whole."""
+    command = context.invoked_subcommand
+    if ranks.count() > 1 and command not in _TOGETHER and "--help" not in sys.argv:
+        ranks.refuse(
+            UsageError(
+                f"sparsegrad {command} was started in {ranks.count()} processes, and is for one",
+                where="WORLD_SIZE in the environment, as torchrun and accelerate launch set it",
+                fix=f"sparsegrad {command} without the launcher"
+                + ("; --jobs trains several cells at a time" if command == "compare" else ""),
+            )
+        )
 
 
 def main() -> None:

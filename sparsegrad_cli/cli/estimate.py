@@ -80,7 +80,7 @@ def estimate(
     each of its methods.
 
     [bold]sparsegrad estimate my_task.yaml --method full,lora,meprop,sparsegrad --gpu 24GiB[/bold]
-    [bold]sparsegrad estimate recipes/llama2_oasst.yaml --gpu 48GiB[/bold]
+    [bold]sparsegrad estimate recipes/paper_table_6.yaml --gpu 48GiB[/bold]
     """
     from rich.console import Console
 

@@ -95,6 +95,33 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
     return Scores(values, metric.notes)
 
 
+def mean_loss(
+    spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike, *, smoothing: float = 0.0
+) -> float:
+    """The loss that training lowers, per example: cross-entropy (nats), or the squared error.
+
+    In float64 from the logits alone, so that neither batches nor processes show in it.
+
+    Args:
+        spec, logits, references: as in :func:`score`.
+        smoothing: share of a label that goes to all classes alike, as in transformers.
+
+    Returns:
+        NaN where a logit is NaN or infinite.
+    """
+    outputs = np.asarray(logits, dtype=np.float64)
+    true = np.asarray(references)
+    if not np.isfinite(outputs).all():
+        return float("nan")
+    if spec.regression:
+        return float(np.mean((outputs.reshape(len(true)) - true) ** 2))
+    from scipy.special import log_softmax
+
+    logs_NC = log_softmax(outputs, axis=1)
+    own_N = logs_NC[np.arange(len(true)), true]
+    return float(-np.mean((1 - smoothing) * own_N + smoothing * logs_NC.mean(axis=1)))
+
+
 def metric_values(
     spec: TaskSpec, predictions: npt.NDArray[Any], references: npt.NDArray[Any]
 ) -> Scores:

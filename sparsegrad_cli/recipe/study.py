@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import outside_problems
+from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.layers import read_layers, stack
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
@@ -53,16 +54,6 @@ class TaskEntry(Section):
     task: dict[str, Any] = {}
     train: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
-
-
-class Figure(Section):
-    """A published figure, set beside ours."""
-
-    source: str
-    task: str
-    method: str
-    score: float = Field(description="a fraction: 0.688 for 68.8")
-    std: float | None = None
 
 
 class Study(Section):

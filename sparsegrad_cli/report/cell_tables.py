@@ -1,38 +1,14 @@
-"""Tables of single cells, and of published figures beside ours."""
+"""Tables of single cells."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sparsegrad_cli.report.access import mappings, number, text
-from sparsegrad_cli.report.compare_record import rows_of, scale_of_rows
 from sparsegrad_cli.report.tables import Cell, Table
-from sparsegrad_cli.report.units import format_number, format_score, format_spread
+from sparsegrad_cli.report.units import format_number, format_score
 from sparsegrad_cli.report.words import reason, status_of, status_words
 from sparsegrad_cli.scales import scale_of
-
-
-def figures_table(compare: Any) -> Table | None:
-    """Published figures beside ours, with the difference."""
-    rows: list[tuple[Cell, ...]] = []
-    for figure in mappings(compare, "figures"):
-        task, method, score = text(figure, "task"), text(figure, "method"), number(figure, "score")
-        if score is None:
-            continue
-        ours = [row for row in rows_of(compare, task or "") if text(row, "method") == method]
-        mean, scale = number(ours[0], "score_mean") if ours else None, scale_of_rows(ours)
-        rows.append(
-            (
-                *(text(figure, "source"), task, method),
-                format_spread(score, number(figure, "std"), scale),
-                format_spread(mean, number(ours[0], "score_std"), scale) if ours else None,
-                format_score(mean - score, scale, sign=True) if mean is not None else None,
-            )
-        )
-    if not rows:
-        return None
-    header = ("source", "task", "method", "published", "ours", "difference")
-    return Table("Published figures beside ours", header, rows, left=3)
 
 
 def failures_table(compare: Any) -> Table | None:

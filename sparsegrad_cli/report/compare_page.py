@@ -12,7 +12,7 @@ from sparsegrad_cli.report import compare_charts, memory_charts, sparsity_charts
 from sparsegrad_cli.report.access import items, mappings, text
 from sparsegrad_cli.report.answers_page import answers_section
 from sparsegrad_cli.report.answers_record import SideBySide
-from sparsegrad_cli.report.cell_tables import cells_table, failures_table, figures_table
+from sparsegrad_cli.report.cell_tables import cells_table, failures_table
 from sparsegrad_cli.report.compare_record import figures_in, rows_of, tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
@@ -26,6 +26,7 @@ from sparsegrad_cli.report.page import (
     paragraph,
     verdict,
 )
+from sparsegrad_cli.report.published import figures_table
 from sparsegrad_cli.report.record_tables import provenance
 from sparsegrad_cli.report.records import write_text_atomic
 from sparsegrad_cli.report.tuning_tables import trials_table, tuning_progress, tuning_table

@@ -53,7 +53,8 @@ _ENERGY = (
     "How much of a gradient's squared norm its largest entries hold, on gradients the basis never "
     "saw. A sparse method keeps those entries only, so higher is better. Original: the gradient as "
     "it is. Published code: the basis put on with its sides swapped. Per kind and per layer: the "
-    "gradient as its core, with one basis shared by all layers of a kind, or with one per layer."
+    "gradient as its core, with one basis shared by all layers of a kind, or with one per layer. "
+    "Where bases are truncated, whole core is all that fits into them: a larger rank raises it."
 )
 _SPECTRA = (
     "Singular values of the calibration gradients, by side. The faster they fall, the fewer "

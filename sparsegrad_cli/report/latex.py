@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsegrad_cli.report.access import text
-from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
+from sparsegrad_cli.report.published import figures_table
 from sparsegrad_cli.report.run_tables import title_of
 from sparsegrad_cli.report.tables import Table
 from sparsegrad_cli.report.tuning_tables import tuning_table

@@ -8,11 +8,12 @@ from typing import Any
 from sparsegrad_cli.report.access import mappings, text
 from sparsegrad_cli.report.answers_page import answers_markdown
 from sparsegrad_cli.report.answers_record import SideBySide
-from sparsegrad_cli.report.cell_tables import failures_table, figures_table
+from sparsegrad_cli.report.cell_tables import failures_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
 from sparsegrad_cli.report.fairness import check_lines, parity_table
+from sparsegrad_cli.report.published import figures_table
 from sparsegrad_cli.report.record_tables import (
     calibration_facts,
     energy_by_kind,

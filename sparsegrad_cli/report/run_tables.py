@@ -56,6 +56,9 @@ def facts(run: Any) -> list[Fact]:
     """The headline figures of a training run."""
     shown = [_score(run), _loss(run), _trainable(run), _peak(run), _speed(run), _calibration(run)]
     shown.append(Fact("Adapter on disk", format_bytes(number(run, "sizes", "adapter_bytes"))))
+    sent = number(run, "sizes", "gradient_bytes_per_step")
+    if sent is not None:
+        shown.append(Fact("Gradients sent per step and process", format_bytes(sent)))
     return shown
 
 

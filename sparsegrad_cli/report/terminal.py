@@ -14,7 +14,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsegrad_cli.report.access import dig, harmless, items, text
-from sparsegrad_cli.report.cell_tables import figures_table
 from sparsegrad_cli.report.compare_record import (
     difference_cell,
     reference_of,
@@ -32,6 +31,7 @@ from sparsegrad_cli.report.judge_tables import (
     judge_subtitle,
     judge_title,
 )
+from sparsegrad_cli.report.published import figures_table
 from sparsegrad_cli.report.record_tables import calibration_facts, energy_by_kind, spectra_table
 from sparsegrad_cli.report.run_tables import (
     facts,

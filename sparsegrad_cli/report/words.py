@@ -38,6 +38,7 @@ ENERGY = {
     "transposed": "published code",
     "kind_basis": "per kind",
     "layer_basis": "per layer",
+    "whole_core": "whole core",
 }
 
 

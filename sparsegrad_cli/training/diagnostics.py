@@ -65,7 +65,7 @@ def energy_table(
     Columns: ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code; needs a
     basis of full rank), ``kind_basis`` (needs Grams, or a basis per kind) and, when calibrated per
     layer, ``layer_basis``. The 1 % is of the target's entries, and the share is of all its energy,
-    also where the basis is truncated.
+    also where the basis is truncated; ``whole_core`` is then what all entries of the core hold.
 
     Returns:
         (``energy`` block, ``heat_map`` block) of run.json.
@@ -88,6 +88,9 @@ def energy_table(
         cores["original"] = grad
         for name, core in cores.items():
             sums[target.name][name] += energy_share(core, TOP, whole=grad) / steps
+        own_core = cores["layer_basis" if by_layer else "kind_basis"]
+        if own_core.numel() < grad.numel():
+            sums[target.name]["whole_core"] += energy_share(own_core, 1.0, whole=grad) / steps
         if target.name == shown:
             for name, core in (("original", grad), ("basis", to_core(grad, own))):
                 pooled = _pool(core.abs())

@@ -193,7 +193,12 @@ class TrainingLoop:
             self.method.adapter_tensors(self.setup.model),
             {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]},
         )
-        record.save(sizes={"adapter_bytes": path.stat().st_size})
+        record.save(
+            sizes={
+                "adapter_bytes": path.stat().st_size,
+                "gradient_bytes_per_step": ranks.gradient_bytes(self.trainer.model_wrapped),
+            }
+        )
 
     def _probe(self) -> None:
         """Forward, backward and evaluation on the longest examples; see ProbeCallback."""

@@ -12,7 +12,7 @@ import torch
 
 from sparsegrad_cli.data.loading import LoadedTask
 from sparsegrad_cli.data.spec import TaskSpec
-from sparsegrad_cli.measure.metrics import score
+from sparsegrad_cli.measure.metrics import mean_loss, score
 from sparsegrad_cli.modeling.lm_head import LmHead
 from sparsegrad_cli.modeling.lm_loss import LmSums, lm_sums
 
@@ -57,8 +57,13 @@ class Classification:
         predictions = output.predictions
         if isinstance(predictions, tuple):
             predictions = predictions[0]
-        found = score(self.spec, np.asarray(predictions), np.asarray(output.label_ids))
-        loss = float((output.metrics or {}).get("eval_loss", float("nan")))
+        predictions, labels = np.asarray(predictions), np.asarray(output.label_ids)
+        found = score(self.spec, predictions, labels)
+        # Not transformers' mean of batch means: where the last batch of several processes is filled
+        # up with rows from the beginning, these would count twice.
+        loss = mean_loss(
+            self.spec, predictions, labels, smoothing=trainer.args.label_smoothing_factor
+        )
         return Judgement(dict(found.values), loss, found.notes)
 
 

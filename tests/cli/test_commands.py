@@ -29,7 +29,7 @@ def test_validate_prints_the_resolved_recipe(cli: Cli) -> None:
     assert yaml.safe_load(outcome.out)["train"]["per_device_train_batch_size"] == 16
     as_json = json.loads(cli("validate", "quickstart", "--json").out)
     assert as_json["model"]["name"] == "builtin:minilm"
-    study = cli("validate", "recipes/roberta_base_glue.yaml")
+    study = cli("validate", "recipes/paper_table_5_roberta.yaml")
     assert study.code == 0 and "96 cells" in study.out
     assert cli("validate", "method.density=7").code == 2
 

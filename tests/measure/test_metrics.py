@@ -15,7 +15,7 @@ import pytest
 from sparsegrad_cli.data.spec import BUILTIN_TASKS, GLUE_TASKS, TaskSpec
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.measure import metrics
-from sparsegrad_cli.measure.metrics import LOWEST, metric_values, score
+from sparsegrad_cli.measure.metrics import LOWEST, mean_loss, metric_values, score
 
 COLA, MRPC, MNLI, STSB = (GLUE_TASKS[name] for name in ("cola", "mrpc", "mnli", "stsb"))
 
@@ -256,3 +256,30 @@ def test_values_from_answers_need_no_evaluate() -> None:
     spec = replace(COLA, metrics=("accuracy", "f1"))
     result = metric_values(spec, np.array([1.0, 1.0]), np.array([1, 0]))
     assert result.values == {"accuracy": 0.5, "f1": pytest.approx(2 / 3)}
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_the_cross_entropy_that_torch_computes(smoothing: float) -> None:
+    import torch
+
+    drawn = np.random.default_rng(0)
+    logits, labels = 30 * drawn.standard_normal((50, 3)), drawn.integers(3, size=50)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing
+    )
+    found = mean_loss(MNLI, logits.astype(np.float64), labels, smoothing=smoothing)
+    assert found == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_loss_of_scores_is_their_mean_squared_error(shape: tuple[int, ...]) -> None:
+    found = mean_loss(STSB, np.array([1.0, 2.0, 3.0, 4.0]).reshape(shape), [1.0, 0.0, 3.5, 4.0])
+    assert found == (4 + 0.25) / 4
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_a_lost_logit_has_no_loss(lost: float) -> None:
+    assert np.isnan(mean_loss(COLA, [[0.0, lost], [1.0, 2.0]], [0, 1]))

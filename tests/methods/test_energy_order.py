@@ -17,6 +17,7 @@ import torch
 from tiny import calibrated, targets_of, weight_of
 from torch import Tensor, nn
 
+from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.training.diagnostics import energy_table
 
 WIDTH, INNER_WIDTH, RANK, LAYERS = 24, 72, 3, 4
@@ -131,6 +132,26 @@ def test_one_held_out_step_by_hand() -> None:
             squares = core.reshape(-1).double().square().sort(descending=True).values
             share = float(squares[:top].sum() / squares.sum())
             assert row[name] == pytest.approx(share, rel=1e-4), name
+
+
+def test_a_truncated_basis_says_what_its_whole_core_holds() -> None:
+    model = Parallel()
+    targets = targets_of(model)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
+    )
+    found.bases = {key: truncated(basis, 2) for key, basis in found.bases.items()}
+    energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=1, seed=1)
+    model.zero_grad()
+    model(**next(low_rank_batches(2))).loss.backward()
+    for target, row in zip(targets, energy["rows"], strict=True):
+        grad = weight_of(model, target).grad
+        assert isinstance(grad, Tensor) and "transposed" not in row
+        basis = found.bases[target.name]
+        core = basis.q_out.T @ grad @ basis.q_in
+        share = float(core.norm() ** 2 / grad.norm() ** 2)
+        assert row["whole_core"] == pytest.approx(share, rel=1e-4)
+        assert row["layer_basis"] <= row["whole_core"] < 1
 
 
 def test_a_basis_per_kind_has_no_layer_column() -> None:

@@ -22,7 +22,7 @@ def test_every_study_in_the_tree_is_valid(path: Path) -> None:
 
 
 def test_paper_study_uses_tuned_values_of_each_task_and_the_papers_rank() -> None:
-    study = load_study(REPO / "recipes" / "roberta_base_glue.yaml")
+    study = load_study(REPO / "recipes" / "paper_table_5_roberta.yaml")
     cell = next(c for c in study.cells if (c.task, c.label, c.seed) == ("glue/qqp", "lora", 3705))
     assert cell.loaded.recipe.train.learning_rate == 5.11e-6
     assert isinstance(cell.loaded.recipe.method, LoraMethod)
@@ -31,6 +31,53 @@ def test_paper_study_uses_tuned_values_of_each_task_and_the_papers_rank() -> Non
         f for f in study.study.figures if (f.task, f.method) == ("glue/rte", "sparsegrad")
     )
     assert (figure.score, figure.std) == (0.656, 0.021)
+
+
+PAPER = {
+    "paper_table_3": ("steps_per_s", 4.7, "average", "lora"),
+    "paper_table_4": ("score", 0.647, "glue/rte", "sparsegrad"),
+    "paper_table_5_bert": ("score", 0.825, "average", "full"),
+    "paper_table_5_roberta": ("score", 0.825, "average", "meprop"),
+    "paper_table_6": ("score", 1.247, "oasst", "sparsegrad"),
+    "paper_table_11": ("score", 0.677, "glue/rte", "sparsegrad-1"),
+    "paper_table_12": ("score", 0.694, "glue/rte", "sparsegrad-1.4"),
+    "paper_table_13": ("learning_rate", 6.81e-5, "glue/rte", "sparsegrad"),
+    "paper_table_14": ("learning_rate", 3.05e-5, "glue/rte", "sparsegrad"),
+    "paper_table_15": ("learning_rate", 1.02e-5, "glue/rte", "sparsegrad"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_tables_have_its_figures_and_take_both_scopes(name: str) -> None:
+    path = REPO / "recipes" / f"{name}.yaml"
+    study = load_study(path)
+    key, value, task, method = PAPER[name]
+    figures = study.study.figures
+    found = [f for f in figures if (f.task, f.method) == (task, method)]
+    assert [getattr(figure, key) for figure in found] == [value]
+    # Every figure stands beside a row that there is.
+    rows = {(cell.task, cell.label) for cell in study.cells}
+    assert {(f.task, f.method) for f in figures if f.task != "average"} <= rows
+    scopes = {cell.loaded.recipe.scope for cell in study.cells}
+    assert scopes == {"head" if name == "paper_table_6" else "rest"}  # the paper's LLaMA is frozen
+    narrow = load_study(path, ("scope=head",))
+    assert {cell.loaded.recipe.scope for cell in narrow.cells} == {"head"}
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ("{source: x, task: glue/rte, method: full}", "give score"),
+        ("{source: x, task: glue/rte, method: full, std: 1, peak_mb: 3}", "there is no score"),
+        ("{source: x, task: glue/rte, method: full, steps_per_s: 0}", "greater than 0"),
+    ],
+)
+def test_a_figure_says_something(tmp_path: Path, figure: str, message: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(f"methods: [full]\nfigures:\n  - {figure}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_study(path)
+    assert message in str(caught.value)
 
 
 def test_command_line_comparison_matches_counts_by_the_recipes_density() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from holding import holder, read
 from killing import Ended
-from little import base_folder
+from little import ROWS, base_folder
 from poisoned import POISONED, poison_letter, poisoned_data, seed_of
 from safetensors.torch import load_file
 from surviving import Bench, flat, largest_file, record, weights
@@ -69,7 +70,12 @@ def test_ctrl_c_that_reaches_one_of_them_stops_both_after_the_same_step(bench: B
 def test_they_train_one_model(bench: Bench, tmp_path: Path) -> None:
     """Two with a batch each make the update of one with both, to rounding."""
     base = base_folder(tmp_path / "base", hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    more = (f"model={base}", "train.max_steps=2", "train.gradient_accumulation_steps=2")
+    more = (
+        f"model={base}",
+        "train.max_steps=2",
+        "train.gradient_accumulation_steps=2",
+        "train.per_device_eval_batch_size=7",
+    )
     run, alone, small = (tmp_path / name for name in ("run", "alone", "small"))
     settings = bench.settings("full", *more)
     assert codes(bench.killer.together("train", *settings, "-o", str(run))) == [0, 0]
@@ -79,6 +85,11 @@ def test_they_train_one_model(bench: Bench, tmp_path: Path) -> None:
     found, wanted, other = (adapter(place) for place in (run, alone, small))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert any((other[name] - wanted[name]).abs().max() > 1e-2 for name in wanted)
+    # Rows that fill up the last batch count once.
+    found_first, wanted_first = (record(place)["metrics"]["initial"] for place in (run, alone))
+    assert ROWS % 14 != 0
+    assert found_first["loss"] == pytest.approx(wanted_first["loss"], rel=1e-6)
+    assert found_first["values"] == wanted_first["values"]
 
 
 def test_a_held_folder_is_refused_to_both_and_said_once(bench: Bench) -> None:

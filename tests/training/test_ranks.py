@@ -86,13 +86,16 @@ def one_of_two(rank: int, folder: str) -> None:
     )
     undraw()
     found: dict[str, Any] = {}
+    sent = counted_sums()
     for name in METHODS:
+        sent.clear()
         record = trained(name, f"two-{name}", *cut(1, BATCH // 2))
         losses = [entry["loss"] for entry in record["metrics"]["train"]]
         found[name] = {
             "basis": (record.get("calibration") or {}).get("digest"),
             "losses": losses,
             "score": record["metrics"]["final"]["score"],
+            "sent": sum(sent) / STEPS,
         }
     try:
         trained("full", "two-full")
@@ -105,6 +108,28 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
     # The interpreter's own exit races with gloo's threads; all that is read is on disk by now.
     os._exit(0)
+
+
+def counted_sums() -> list[int]:
+    """Bytes of every bucket that DDP has summed from here on, as its own hook for it sees them."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    sent: list[int] = []
+    plain = DistributedDataParallel.__init__
+
+    def count(state: object, bucket: Any) -> Any:
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    count.__annotations__.clear()  # torch compares them with types, and these are strings here
+
+    def hooked(self: Any, *args: Any, **more: Any) -> None:
+        plain(self, *args, **more)
+        self.register_comm_hook(None, count)
+
+    DistributedDataParallel.__init__ = hooked  # type: ignore[method-assign]
+    return sent
 
 
 def undraw() -> None:
@@ -247,3 +272,18 @@ def test_the_first_process_writes_and_both_know_the_same(two: Path) -> None:
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
         assert [line["step"] for line in lines if "eval" in line] == [0, STEPS]
         assert (run / "report.html").is_file()
+
+
+def test_a_step_sends_the_gradients_of_what_trains_and_nothing_else(two: Path) -> None:
+    """A static support sends its values: 2 % here, where MeProp sends all of the targets."""
+    first = json.loads((two / "rank0.json").read_text())
+    sent = {name: first[name]["sent"] for name in METHODS}
+    for name in METHODS:
+        record = json.loads((two / f"two-{name}" / "run.json").read_text())
+        assert record["sizes"]["gradient_bytes_per_step"] == sent[name]
+        if name != "meprop":
+            assert sent[name] == 4 * record["counts"]["trainable"]
+    assert sent["meprop"] == sent["full"]
+    core = load_file(two / "two-core" / "adapter" / "adapter.safetensors")
+    values = sum(tensor.nbytes for key, tensor in core.items() if key.endswith(".values"))
+    assert 0 < sent["core"] == values < 0.03 * sent["full"]

@@ -1,0 +1,58 @@
+"""What a launcher of several processes may start, and what it may not, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small import Cli
+
+COMMANDS = ("compare", "estimate", "validate", "report", "export", "generate", "judge", "configs")
+
+
+@pytest.fixture
+def of_forty(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The first of forty processes, as torchrun would tell it."""
+    for key, value in (("WORLD_SIZE", "40"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(key, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_for_one_is_refused(cli: Cli, of_forty: pytest.MonkeyPatch, command: str) -> None:
+    outcome = cli(command, "somewhere")
+    said = " ".join(outcome.err.split())
+    assert outcome.code == 2
+    assert f"sparsegrad {command} was started in 40 processes" in said
+    assert f"sparsegrad {command} without the launcher" in said
+    of_forty.setenv("RANK", "39")
+    outcome = cli(command, "somewhere")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate"])
+def test_steps_that_are_fewer_than_processes_are_refused(
+    cli: Cli, of_forty: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    outcome = cli(command, "calibration.steps=39", "-o", str(tmp_path / "run"))
+    said = " ".join(outcome.err.split())
+    assert outcome.code == 2
+    assert "40 processes cannot share 39 calibration steps" in said
+    assert "calibration.steps=40 or more" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_calibration_there_are_no_shares(
+    cli: Cli, of_forty: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes as far as meeting the others, whom nothing has started."""
+
+    class MetError(Exception):
+        pass
+
+    def meet(*, use_cpu: bool) -> None:
+        raise MetError
+
+    monkeypatch.setattr("sparsegrad_cli.ranks.join", meet)
+    outcome = cli("train", "method=lora", "calibration.steps=1")
+    assert "share" not in outcome.err and "MetError" in outcome.err
