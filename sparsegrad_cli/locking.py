@@ -148,7 +148,7 @@ def _read(file: int) -> Owner | None:
     try:
         found = json.loads(os.pread(file, 4096, 0))
         return Owner(int(found["pid"]), str(found["host"]), str(found["since"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -157,6 +157,8 @@ def _lives(owner: Owner) -> bool:
     if owner.host != socket.gethostname():
         return True
     if owner.pid == os.getpid():  # an earlier process of this number
+        return False
+    if not 0 < owner.pid < 2**31:  # no process's
         return False
     try:
         os.kill(owner.pid, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sparsegrad_cli.errors import UsageError
@@ -53,6 +54,18 @@ def remove_folder(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+def discard(path: Path) -> None:
+    """Remove what has that name, as far as it goes: a folder with all in it, a link alone.
+
+    rmtree would open a pipe, and wait.
+    """
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def refuse_link(path: Path, inside: Path) -> Path:

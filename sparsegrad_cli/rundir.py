@@ -19,7 +19,7 @@ from sparsegrad_cli.errors import (
 )
 from sparsegrad_cli.locking import NAME as LOCK
 from sparsegrad_cli.locking import RunLock, owner_of
-from sparsegrad_cli.paths import refuse_link, remove_folder
+from sparsegrad_cli.paths import exists, is_file, is_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
@@ -64,9 +64,9 @@ def held_run_dir(path: Path) -> Iterator[None]:
         BusyError: another run is at work in it.
         DiskError: it cannot be written.
     """
-    if path.exists() and not path.is_dir():
+    if exists(path) and not is_folder(path):
         raise UsageError(f"{path} is a file, not a folder", where="output_dir")
-    made = not path.exists()
+    made = not exists(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,6 +140,9 @@ def _clear(path: Path) -> None:
 def _check_resumable(path: Path, recipe: Recipe) -> None:
     for name in ("adapter", "steps.jsonl"):  # written in place
         refuse_link(path / name, path)
+    steps = path / "steps.jsonl"
+    if exists(steps) and not is_file(steps):
+        raise UsageError(f"{steps} is no file", where=str(steps), fix="take it away")
     if _recipe_of(path) != digest(recipe):
         raise UsageError(
             f"the run in {path} was started with another recipe",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small import Cli, Outcome
+from tried import table
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
@@ -31,3 +33,13 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the generated cases of tests/hostile came to, in whichever processes they ran."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    lines = table(reports)
+    if lines:
+        terminalreporter.section("hostile cases")
+        for line in lines:
+            terminalreporter.write_line(line)

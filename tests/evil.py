@@ -77,7 +77,7 @@ def records(draw: st.DrawFn, *makers: Callable[[], dict[str, Any]], most: int = 
         if way == "words":
             container[key] = draw(words())
         elif way == "value":
-            container[key] = draw(values())
+            container[key] = copy.deepcopy(draw(values()))
         elif way == "drop":
             del container[key]
         elif way == "rename" and isinstance(container, dict):

@@ -1,6 +1,6 @@
 """Generated cases against a property: each is accepted, or refused by an error of ours.
 
-``make test`` tries a few of every property, the same ones every time; ``make test-slow`` thousands,
+``make test`` tries a few of every property, the same ones every time; ``make test-slow`` hundreds,
 and ends with a table of what became of them (docs/hostile.md).
 """
 
@@ -11,33 +11,28 @@ import io
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
+from tried import PROPERTY, Tried
+from watching import nothing_done
 
 from sparsegrad_cli.cli.errors import show
 from sparsegrad_cli.errors import RecipeError, SparsegradError
 
 _HANGS_S = 30  # of processor time, whatever else the machine does: no case takes a tenth of it
+_WAITS_S = 120  # by the clock: for what will never come
 _ORDERS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-@dataclass
-class Count:
-    """What became of the cases of one property."""
+class Stuck(BaseException):
+    """A case that did not end. No Exception: each smaller one that hypothesis tried would hang."""
 
-    cases: int = 0
-    refused: int = 0
-    accepted: int = 0
-    tracebacks: int = 0
-
-
-COUNTS: dict[str, Count] = {}  # by property, those tried in this session
 
 Judge = Callable[..., None]
 
@@ -47,28 +42,29 @@ def holds(
     /,
     *,
     few: int = 30,
-    many: int = 1000,
+    many: int = 300,
     shrink: bool = True,
     **cases: SearchStrategy[Any],
-) -> Callable[[Judge], Callable[[int], None]]:
+) -> Callable[[Judge], Callable[..., None]]:
     """Make a test of ``judge(**cases)``, and a slow one of many more cases.
 
     A case is refused where ``judge`` raises a SparsegradError, which must be fit to be shown; any
-    other exception fails the test.
+    other exception fails the test, and so does what no case may do (see watching).
 
     Args:
         what: the property, for the table.
-        few, many: cases by ``make test``, and by ``make test-slow``.
+        few, many: cases by ``make test`` (0 leaves it to the other), and by ``make test-slow``.
         shrink: look for a smaller case where one fails.
         cases: what the arguments of ``judge`` are drawn from.
     """
 
-    def decorated(judge: Judge) -> Callable[[int], None]:
-        @pytest.mark.parametrize(
-            "count", [few, pytest.param(many, marks=pytest.mark.slow)], ids=["few", "many"]
-        )
-        def test(count: int) -> None:
-            tally = COUNTS.setdefault(what, Count())
+    def decorated(judge: Judge) -> Callable[..., None]:
+        counts = {"few": few, "many": pytest.param(many, marks=pytest.mark.slow)}
+        counts = {name: count for name, count in counts.items() if count}
+
+        @pytest.mark.parametrize("count", counts.values(), ids=list(counts))
+        def test(count: int, record_property: Callable[[str, object], None]) -> None:
+            tally: Counter[str] = Counter()
 
             @settings(
                 max_examples=count,
@@ -82,7 +78,11 @@ def holds(
             def every(**case: Any) -> None:
                 _try(judge, case, tally)
 
-            every()
+            try:
+                every()
+            finally:
+                counted = (tally[name] for name in Tried._fields[1:])
+                record_property(PROPERTY, [what, *counted])
 
         test.__doc__ = judge.__doc__
         return test
@@ -90,35 +90,43 @@ def holds(
     return decorated
 
 
-def _try(judge: Judge, case: dict[str, Any], tally: Count) -> None:
-    tally.cases += 1
+def _try(judge: Judge, case: dict[str, Any], tally: Counter[str]) -> None:
+    tally["cases"] += 1
     try:
-        with no_hang():
+        with no_hang(), nothing_done():
             judge(**case)
     except SparsegradError as error:
         check_error(error)
-        tally.refused += 1
+        tally["refused"] += 1
+    except Stuck as stuck:
+        tally["tracebacks"] += 1
+        raise Stuck(f"{stuck}: {case!r:.3000}") from None
     except BaseException:
-        tally.tracebacks += 1
+        tally["tracebacks"] += 1
         raise
     else:
-        tally.accepted += 1
+        tally["accepted"] += 1
 
 
 @contextlib.contextmanager
 def no_hang() -> Iterator[None]:
-    """What runs for minutes is a fault, and would stop all tests: it is stopped."""
+    """What runs for minutes, or waits for ever, is a fault and would stop all tests: stop it."""
 
-    def stop(*_: object) -> None:
-        raise AssertionError(f"still running after {_HANGS_S} s of processor time")
+    def stop(number: int, _: object) -> None:
+        ran = f"running after {_HANGS_S} s of processor time"
+        waited = f"waiting after {_WAITS_S} s"
+        raise Stuck(f"still {ran if number == signal.SIGVTALRM else waited}")
 
-    before = signal.signal(signal.SIGVTALRM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGVTALRM, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_VIRTUAL, _HANGS_S)
+    signal.setitimer(signal.ITIMER_REAL, _WAITS_S)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_error(error: SparsegradError) -> str:
@@ -158,7 +166,7 @@ def _shows_nothing(character: str) -> bool:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty working folder inside another: what is written outside shows."""
+    """An empty working folder inside another: what is written beside it shows."""
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as outside:
         inside = Path(outside).resolve() / "work"
@@ -168,6 +176,7 @@ def scratch() -> Iterator[Path]:
             yield inside
         finally:
             os.chdir(here)
+            assert list(Path(outside).resolve().iterdir()) == [inside]
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:

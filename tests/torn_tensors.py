@@ -72,8 +72,12 @@ def _changed(tensor: Tensor, way: str, entry: int) -> Tensor:
     contents = {"nan": _NAN, "inf": -_INF, "zero": 0, "huge": 1e30, "negative": -1, "last": 2**20}
     if way == "first":
         flat[entry % flat.numel()] = flat[0].clone()
+    elif flat.dtype == torch.bool:
+        flat[entry % flat.numel()] = way == "last"
     elif not flat.is_floating_point():
-        flat[entry % flat.numel()] = {"negative": -1, "last": 2**20}.get(way, 0)
+        bounds = torch.iinfo(flat.dtype)
+        wanted = {"negative": max(-1, bounds.min), "last": min(2**20, bounds.max)}
+        flat[entry % flat.numel()] = wanted.get(way, 0)
     elif way in ("zero", "huge"):
         flat.fill_(contents[way])
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from hypothesis import strategies as st
 from paths import REPO
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.method_section import (
@@ -117,8 +119,13 @@ def _mapping(pairs: list[tuple[str, str]]) -> str:
     return "{" + ", ".join(f"{key}: {value}" for key, value in pairs) + "}"
 
 
-def trees() -> st.SearchStrategy[str]:
-    """A YAML text in flow style; keys may come twice."""
+def trees(root: type[BaseModel] = Recipe, start: str = "") -> st.SearchStrategy[str]:
+    """A YAML text in flow style, of any keys, or of one or two that there are; keys may come twice.
+
+    Args:
+        root: whose keys.
+        start: what a text of those begins with.
+    """
 
     def deeper(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         pairs = st.lists(st.tuples(keys(), inner), max_size=5).map(_mapping)
@@ -126,9 +133,33 @@ def trees() -> st.SearchStrategy[str]:
         return st.one_of(pairs, pairs, items)
 
     value = st.recursive(scalars(), deeper, max_leaves=12)
-    return st.lists(st.tuples(keys(), value), max_size=6).map(
-        lambda pairs: "\n".join(f"{key}: {value}" for key, value in pairs)
-    )
+    anything = st.lists(st.tuples(keys(), value), max_size=6)
+    fields = [st.tuples(st.just(key), _of_field(field)) for key, field in root.model_fields.items()]
+    likely = st.lists(st.one_of(fields), max_size=2)
+    return st.one_of(anything.map(_lines), likely.map(lambda pairs: start + _lines(pairs)))
+
+
+def _lines(pairs: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in pairs)
+
+
+def _of_field(field: FieldInfo) -> st.SearchStrategy[str]:
+    """A value where it may stand: of a section one or two of its own keys."""
+    kind = field.annotation
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        pairs = [st.tuples(st.just(k), _of_field(f)) for k, f in kind.model_fields.items()]
+        return st.lists(st.one_of(pairs), min_size=1, max_size=2).map(_mapping)
+    fitting = {"int": ("1", "7"), "float": ("0.5", "1e-3"), "bool": ("true", "no"), "str": ("x",)}
+    plain = [word for name, words in fitting.items() if name in str(kind) for word in words]
+    likely = st.sampled_from((*_words_of(kind), *plain, "null"))
+    return st.one_of(likely, likely, likely, scalars())
+
+
+def _words_of(annotation: Any) -> list[str]:
+    """The words that a Literal allows, wherever it stands in an annotation."""
+    if isinstance(annotation, str):
+        return [annotation]
+    return [word for each in typing.get_args(annotation) for word in _words_of(each)]
 
 
 class _Raw(str):

@@ -15,7 +15,7 @@ from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
 from sparsegrad_cli.report.access import clean, harmless
 
 DEBUG_FLAG = "--debug"
-_MOST = 2000  # characters of a part of an error
+_MOST, _END = 2000, 500  # characters of a part of an error, and how many of them are its last
 
 
 def run_guarded(app: Callable[..., Any]) -> int:
@@ -72,8 +72,9 @@ def show(error: SparsegradError) -> None:
 
 def _quoting(text: str) -> str:
     """Text that may quote files and servers: what they say is shown and not obeyed, nor at length
-    of a file."""
-    return harmless(text if len(text) <= _MOST else f"{text[:_MOST]}…")
+    of a file; the reason often comes last."""
+    long = len(text) > _MOST
+    return harmless(f"{text[: _MOST - _END]}…{text[-_END:]}" if long else text)
 
 
 def _append_problem(body: Text, problem: Problem) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
-from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import is_file
+from sparsegrad_cli.errors import DiskError, UsageError
+from sparsegrad_cli.paths import exists, is_file, is_folder
 from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
 
@@ -99,11 +99,15 @@ def copy(
 
         raise UsageError(f"no shipped recipe {name!r}", fix=did_you_mean(stem, list(there)))
     target = to or Path(there[stem].name)
-    if target.is_dir():
+    if is_folder(target):
         target = target / there[stem].name
-    if target.exists():
+    if exists(target):
         raise UsageError(f"{target} exists already", fix="name another file")
-    shutil.copyfile(there[stem], target)
+    try:
+        shutil.copyfile(there[stem], target)
+    except OSError as error:
+        what = f"{target} cannot be written: {error.strerror or error}"
+        raise DiskError(what, where=str(target.parent), fix="name another file") from error
     typer.echo(f"wrote {target}")
 
 

@@ -19,6 +19,7 @@ from sparsegrad_cli.cli.arguments import (
     load,
 )
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.paths import is_folder
 
 
 def train(
@@ -88,7 +89,7 @@ def report(
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
     from sparsegrad_cli.rundir import as_it_is
 
-    folder = run if run.is_dir() else run.parent
+    folder = run if is_folder(run) else run.parent
     record = as_it_is(load_record(run), folder)
     if "cells" in record:
         record = up_to_date(record)

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsegrad_cli.compare.claims import FileLock
 from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.paths import refuse_link, remove_folder
+from sparsegrad_cli.paths import exists, is_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings, text
@@ -46,13 +46,17 @@ class StudyFolder:
         return self.path / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
 
     def refuse_links(self, study: LoadedStudy) -> None:
-        """Of what is written to, nothing may lie elsewhere.
+        """Of what is written to, nothing may lie elsewhere, nor a file where runs would.
 
         Raises:
-            UsageError: a folder in it is a link.
+            UsageError: a folder in it is a link or a file.
         """
-        for cell in study.cells:
-            refuse_link(self.cell(cell), self.path)
+        folders = [refuse_link(self.cell(cell), self.path) for cell in study.cells]
+        if study.study.tune is not None:
+            folders.append(self.path / TRIALS)
+        for folder in folders:
+            if exists(folder) and not is_folder(folder):
+                raise UsageError(f"{folder} is a file, not a folder", where="output_dir")
         for name in (TRIALS, TUNING, f"{TUNING}-journal"):
             refuse_link(self.path / name, self.path)
 
@@ -79,7 +83,7 @@ class StudyFolder:
             UsageError: it holds foreign files, and there is no ``overwrite``; or it is a file.
             DiskError: it cannot be made.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if exists(self.path) and not is_folder(self.path):
             raise UsageError(f"{self.path} is a file, not a folder", where="output_dir")
         if not overwrite and self._is_foreign():
             raise _refused(f"the folder {self.path} is not empty")
@@ -94,8 +98,8 @@ class StudyFolder:
 
     def _is_foreign(self) -> bool:
         """Something is in it, and not what a comparison leaves, however soon it was killed."""
-        there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        if LEDGER in there:
+        there = {path.name for path in self.path.iterdir()} if is_folder(self.path) else set()
+        if LEDGER in there or not there:
             return False
         begun = there <= {"cells", _AT_WORK, _WRITING, SOLVING}
         return not begun or any(self.path.glob("cells/*"))
@@ -190,9 +194,9 @@ def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
     strange = []
     for cell in mappings(record, "cells"):
         task, method, seed = (text(cell, key) or "?" for key in ("task", "method", "seed"))
-        if text(cell, "status") == "done" and here.get((task, method, seed)) != text(
-            cell, "run", "recipe_digest"
-        ):
+        wanted = here.get((task, method, seed))
+        known = wanted is not None and wanted == text(cell, "run", "recipe_digest")
+        if text(cell, "status") == "done" and not known:
             strange.append(f"{task} {method} seed {seed}")
     return strange
 

@@ -234,7 +234,7 @@ class TrialLog:
         for line in self._lines():
             try:
                 record = json.loads(line)
-            except ValueError:  # torn by a kill, before the run was resumed
+            except (ValueError, RecursionError):  # torn by a kill, before the run was resumed
                 continue
             step = number(record, "step")
             if step is None:

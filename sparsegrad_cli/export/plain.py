@@ -15,6 +15,7 @@ from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.modeling.loading import load_again
 from sparsegrad_cli.modeling.quantized import dequantized, quantized_layers
 from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.paths import expanded, is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
 # Auto classes that an export can be loaded by, with peft's name for the task.
@@ -199,5 +200,5 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
 
 def base_name(section: ModelSection) -> str:
     """How the base model is found from anywhere: a hub id, a built-in's name, or a whole path."""
-    folder = Path(section.name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else section.name
+    folder = expanded(section.name)
+    return str(folder.resolve()) if is_folder(folder) else section.name

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
+from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.report.access import dig
@@ -93,7 +94,7 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
             trained, or code that comes with the model and was not asked for.
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
-    folder = run if run.is_dir() else run.parent
+    folder = run if is_folder(run) else run.parent
     record = as_it_is(load_record(run), folder)
     if "cells" in record:
         raise UsageError(

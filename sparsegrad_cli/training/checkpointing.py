@@ -7,6 +7,7 @@ log. Overridden are the methods that would pickle, and the one that would take o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.finite import check_weights
+from sparsegrad_cli.training.going_on import check_measured
 from sparsegrad_cli.training.manifest import damage
 from sparsegrad_cli.training.order import OrderHash
 from sparsegrad_cli.training.shelf import TRAINER_STATE, Shelf, best_of, trainer_state
@@ -163,8 +165,8 @@ class CheckpointedTrainer(Trainer):
                 folder,
                 best_of(folder),
                 bool(over),
-                (losses[ranks.number()], logged),
-                extras["measured"],
+                (float(losses[ranks.number()]), operator.index(logged)),
+                check_measured(extras["measured"]),
             )
             basis = extras["basis"]
             self.order.load_state(extras["order"])

@@ -10,6 +10,18 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sparsegrad_cli.errors import FileFormatError, SparsegradError
+from sparsegrad_cli.plain_json import plain_json
+
+_NONE = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("global_step", "max_steps", "num_train_epochs"), (int,)),
+    **dict.fromkeys(("epoch", "eval_steps", "logging_steps", "save_steps"), (int, float)),
+    **dict.fromkeys(("train_batch_size", "best_global_step"), (int, _NONE)),
+    **dict.fromkeys(("total_flos", "num_input_tokens_seen"), (int, float)),
+    "best_metric": (int, float, _NONE),
+    "log_history": (list,),
+    "stateful_callbacks": (dict,),
+}
 
 
 class _FirstStep(TrainerCallback):
@@ -37,6 +49,8 @@ def blaming_checkpoint(folder: Path | None, trainer: Any) -> Iterator[None]:
     Raises:
         FileFormatError: says how it failed.
     """
+    if folder is not None:
+        _check_state(folder / "trainer_state.json")
     first = _FirstStep()
     trainer.add_callback(first)
     try:
@@ -52,6 +66,40 @@ def blaming_checkpoint(folder: Path | None, trainer: Any) -> Iterator[None]:
             where=str(folder),
             fix="take the folder away: --resume goes on from the one before, or begins anew",
         ) from error
+
+
+def _check_state(path: Path) -> None:
+    """Refuse what transformers takes as it is, and stumbles over after the first step.
+
+    Raises:
+        FileFormatError: missing, damaged, or a value of another kind.
+    """
+    fix = "take the checkpoint away: --resume goes on from the one before, or begins anew"
+    try:
+        state = plain_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"cannot be read: {error}", where=str(path), fix=fix) from error
+    state = state if isinstance(state, dict) else {"log_history": None}
+    for key, kinds in _KINDS.items():
+        value = state.get(key, 0 if int in kinds else [] if list in kinds else {})
+        negative = isinstance(value, int | float) and value < 0 and key != "best_metric"
+        if not isinstance(value, kinds) or isinstance(value, bool) or negative:
+            raise FileFormatError(f"{key} cannot be {value!r:.40}", where=str(path), fix=fix)
+
+
+def check_measured(measured: Any) -> dict[str, Any]:
+    """What a checkpoint says of times and memory, if they can be added to.
+
+    Raises:
+        TypeError: they cannot.
+    """
+    durations = measured.get("steps_s", []) if isinstance(measured, dict) else None
+    numbers = [*durations, measured.get("train_s", 0.0)] if isinstance(durations, list) else [None]
+    if not all(isinstance(number, int | float) and 0 <= number < 1e12 for number in numbers):
+        raise TypeError("its times are no numbers of seconds")
+    if not isinstance(measured.get("memory", {}), dict):
+        raise TypeError("its memory is no record")
+    return dict(measured)
 
 
 def _of_memory(error: Exception) -> bool:

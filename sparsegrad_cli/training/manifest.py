@@ -18,6 +18,8 @@ from typing import Any
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.measure.environment import package_versions
+from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.report.access import block
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -86,11 +88,11 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
         UsageError: it belongs to another recipe, or to another number of processes.
     """
     manifest = _read(folder)
-    then = manifest.get("versions") or {}
+    then = block(manifest, "versions")
     if manifest["format"] != FORMAT:
         raise FileFormatError(
-            f"{folder.name} has format {manifest['format']!r}, written by sparsegrad "
-            f"{then.get('sparsegrad')}; this version reads format {FORMAT}",
+            f"{folder.name} has format {manifest['format']!r:.40}, written by sparsegrad "
+            f"{then.get('sparsegrad')!s:.40}; this version reads format {FORMAT}",
             where=str(folder),
             fix="go on with the version that wrote it; --overwrite begins anew",
         )
@@ -103,7 +105,7 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
     processes = manifest.get("processes")
     if processes != ranks.count():
         raise UsageError(
-            f"{folder.name} was written by a run in {processes} "
+            f"{folder.name} was written by a run in {processes!s:.40} "
             f"process{'' if processes == 1 else 'es'}, this is one in {ranks.count()}: "
             "its steps would be others",
             where=str(folder),
@@ -111,7 +113,7 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
         )
     now = package_versions()
     differ = [name for name in _VERSIONS if then.get(name) != now[name]]
-    changed = [f"{name} {then.get(name)} then, {now[name]} now" for name in differ]
+    changed = [f"{name} {then.get(name)!s:.40} then, {now[name]} now" for name in differ]
     if not changed:
         return []
     return [f"{folder.name} was written by other versions ({'; '.join(changed)})"]
@@ -119,7 +121,7 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     """The manifest (OSError; ValueError and its kin where it is damaged)."""
-    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    content: dict[str, Any] = plain_json((folder / MANIFEST).read_bytes())
     check = content.pop("check")
     if check != checked(content)["check"]:
         raise ValueError("the manifest does not fit its own digest")

@@ -5,17 +5,19 @@ Which one is the newest is said by its step, never by a clock. No torch at impor
 
 from __future__ import annotations
 
-import json
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli.paths import discard
+from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.training.manifest import check_ours, damage, seal
 
 TRAINER_STATE = "trainer_state.json"
 _PREFIX = "checkpoint-"
+_NAMED = re.compile(_PREFIX + "([0-9]{1,18})")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -26,9 +28,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int | None:
     """N of checkpoint-N; None for another folder."""
-    number = folder.name.removeprefix(_PREFIX)
-    named = folder.name.startswith(_PREFIX) and number.isascii() and number.isdigit()
-    return int(number) if named and folder.is_dir() else None
+    named = _NAMED.fullmatch(folder.name)
+    return int(named[1]) if named and folder.is_dir() else None
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -44,7 +45,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / TRAINER_STATE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = plain_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error
     if not isinstance(content, dict):
@@ -55,7 +56,8 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 def best_of(folder: Path) -> Path | None:
     """The best checkpoint when this one was written, in the folder where both are now."""
     best = trainer_state(folder).get("best_model_checkpoint")
-    return folder.with_name(Path(best).name) if isinstance(best, str) else None
+    name = Path(best).name if isinstance(best, str) else ""
+    return folder.with_name(name) if _NAMED.fullmatch(name) else None
 
 
 class Shelf:
@@ -121,7 +123,7 @@ class Shelf:
             put_back(before.with_name(before.name.removesuffix(BEFORE)))
         for ending in (PARTIAL, BEFORE, REMOVED):
             for left in self.run_dir.glob(f"{_PREFIX}*{ending}"):
-                shutil.rmtree(left, ignore_errors=True)
+                discard(left)
 
     def write(self, step: int, fill: Callable[[Path], None], best: Path | None) -> Path:
         """Write checkpoint-``step``, read it back, and only then drop what is over the limit.

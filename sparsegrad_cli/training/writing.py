@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli.paths import discard
 
 PARTIAL, BEFORE, REMOVED = ".partial", ".before", ".removed"
 
@@ -38,12 +38,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESU
     partial, before = beside(folder, PARTIAL), beside(folder, BEFORE)
     try:
         put_back(folder)
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         partial.mkdir(parents=True)
         fill(partial)
         _sync_tree(partial)
         if folder.exists():  # moved aside, so that a failing rename does not lose it
-            shutil.rmtree(before, ignore_errors=True)
+            discard(before)
             folder.replace(before)
         try:
             partial.replace(folder)
@@ -51,16 +51,16 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESU
             put_back(folder)
             raise
         sync_folder(folder.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        discard(before)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         raise DiskError(
             f"{folder.name} could not be written: {error}",
             where=str(folder),
             fix=fix,
         ) from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         raise
 
 
@@ -80,9 +80,9 @@ def remove_folder(folder: Path) -> None:
     """Remove it; however far that gets, no half of it stands under its name."""
     gone = beside(folder, REMOVED)
     with suppress(OSError):
-        shutil.rmtree(gone, ignore_errors=True)
+        discard(gone)
         folder.replace(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        discard(gone)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -112,6 +112,8 @@ def write_tensors(
 ) -> None:
     """save_file, readable by whom other files in the folder are: safetensors itself makes 0600."""
     like = beside(path, ".mode")
+    for there in (like, path):
+        there.unlink(missing_ok=True)  # a link of that name would be written through
     like.touch()
     mode = like.stat().st_mode & 0o777
     like.unlink()

@@ -1,13 +1,11 @@
-"""What the generated cases came to, at the end of a session."""
+"""A run to be spoilt."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hostility import COUNTS
 from little import base_folder, data_folder, train
 from tiny import one_thread
 
@@ -26,18 +24,3 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exportable(finished: Path, tmp_path: Path) -> Path:
     """The same in a folder of its own, to be spoilt."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A table of all properties tried, as docs/hostile.md has it."""
-    if not COUNTS:
-        return
-    write = terminalreporter.write_line
-    terminalreporter.section("hostile cases")
-    write("| property | cases | refused | accepted | tracebacks |")
-    write("| --- | --: | --: | --: | --: |")
-    for what, count in sorted(COUNTS.items()):
-        numbers = (count.cases, count.refused, count.accepted, count.tracebacks)
-        write(f"| {what} | {' | '.join(f'{n:,}' for n in numbers)} |")
-    total = [sum(getattr(c, k) for c in COUNTS.values()) for k in vars(next(iter(COUNTS.values())))]
-    write(f"| all | {' | '.join(f'{n:,}' for n in total)} |")

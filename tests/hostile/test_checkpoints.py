@@ -16,59 +16,59 @@ import pytest
 from evil import places, values
 from hostility import holds, scratch, tree
 from hypothesis import strategies as st
-from little import base_folder, data_folder, train
 from safetensors.torch import load_file, save_file
-from tiny import one_thread
+from snares import furnish, things
+from stopped import quick, resumed, seal_anew, stopped
 from torn_tensors import Spoils, spoil, spoils, torn
 
-CORE = ("method.form=core", "method.density=0.05", "method.rank=7", "train.save_total_limit=5")
-DATA: dict[str, Path] = {}
+from sparsegrad_cli.training.manifest import MANIFEST, checked
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A run that was stopped after three of its six steps."""
-    place = tmp_path_factory.mktemp("stopped")
-    base, data = base_folder(place / "base"), data_folder(place / "data")
-    with one_thread():
-        run = train(place / "run", base, data, *CORE, stop=True)
-        shutil.rmtree(run / "checkpoint-6")
-        DATA.update(base=base, data=data, run=run)
+def _quick() -> Iterator[None]:
+    with quick():
         yield
-    DATA.clear()
 
 
 def names() -> list[str]:
     """The files of its checkpoint, and what else of the run resuming reads."""
-    inside = sorted(p.name for p in (DATA["run"] / "checkpoint-3").iterdir())
+    inside = sorted(p.name for p in (stopped().run / "checkpoint-3").iterdir())
     return [*(f"checkpoint-3/{name}" for name in inside), "basis.safetensors", "steps.jsonl"]
 
 
 @st.composite
-def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils]:
-    """(file, its content or what is to be done to its tensors)."""
+def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils, bool]:
+    """(file, its content or what is to be done to its tensors, whether the manifest fits it)."""
     name = draw(st.sampled_from(names()))
-    path = DATA["run"] / name
+    path = stopped().run / name
     content = path.read_bytes()
+    fits = name.startswith("checkpoint") and bool(draw(st.integers(0, 4)))
     if path.suffix == ".safetensors":
-        return name, draw(st.one_of(spoils(2), torn(content)))
+        return name, draw(st.one_of(spoils(2), torn(content))), fits
     if path.suffix == ".json" and draw(st.integers(0, 3)):
-        return name, json.dumps(draw(other(json.loads(content)))).encode("utf-8", "replace")
+        record = draw(other(json.loads(content)))
+        if fits and path.name == MANIFEST:
+            record = checked({key: value for key, value in record.items() if key != "check"})
+        return name, json.dumps(record).encode("utf-8", "replace"), fits
+    if path.suffix == ".jsonl" and draw(st.booleans()):
+        lines = [json.loads(line) for line in content.splitlines()]
+        text = "\n".join(map(json.dumps, draw(other(lines))))
+        return name, text.encode("utf-8", "replace"), fits
     cut = st.integers(0, len(content)).map(lambda n: content[:n])
-    return name, draw(st.one_of(cut, st.binary(max_size=40), st.just(b"[" * 5000)))
+    return name, draw(st.one_of(cut, st.binary(max_size=40), st.just(b"[" * 5000))), fits
 
 
 @st.composite
-def other(draw: st.DrawFn, record: Any) -> Any:
-    """A record with one or two other values."""
-    record = copy.deepcopy(record)
+def other(draw: st.DrawFn, data: Any) -> Any:
+    """A record, or several, with one or two other values."""
+    data = copy.deepcopy(data)
     for _ in range(draw(st.integers(1, 2))):
-        container, key = draw(st.sampled_from(list(places(record))))
+        container, key = draw(st.sampled_from(list(places(data))))
         if draw(st.booleans()):
-            container[key] = draw(st.one_of(values(), st.integers(-2, 9)))
+            container[key] = copy.deepcopy(draw(st.one_of(values(), st.integers(-2, 9))))
         else:
             del container[key]
-    return record
+    return data
 
 
 @holds(
@@ -78,18 +78,50 @@ def other(draw: st.DrawFn, record: Any) -> Any:
     shrink=False,
     case=st.deferred(mutilated),
 )
-def test_resuming(case: tuple[str, bytes | Spoils]) -> None:
+def test_resuming(case: tuple[str, bytes | Spoils, bool]) -> None:
     """What is accepted comes to its end; what is refused says where, and leaves what was there."""
-    name, content = case
+    name, content, fits = case
     with scratch() as folder:
-        run = Path(shutil.copytree(DATA["run"], folder / "run"))
+        run = Path(shutil.copytree(stopped().run, folder / "run"))
         if isinstance(content, bytes):
             (run / name).write_bytes(content)
         else:
             save_file(spoil(load_file(run / name), content), run / name)
-        outside = {p: tree(p) for p in (DATA["base"], DATA["data"])}
+        if fits and not name.endswith(MANIFEST):
+            seal_anew(run)
+        outside = {p: tree(p) for p in (stopped().base, stopped().data)}
         try:
-            train(run, DATA["base"], DATA["data"], *CORE, resume=True)
+            resumed(run)
         finally:
             assert all(tree(path) == before for path, before in outside.items())
         assert (run / "adapter" / "adapter.safetensors").is_file()
+
+
+SNARES = (
+    *("adapter", "steps.jsonl", "steps.jsonl.partial", "basis.safetensors", "run.json", ".lock"),
+    *("checkpoint-3", "checkpoint-6", "checkpoint-3.partial", "checkpoint-6.partial"),
+    *("checkpoint-3.before", "checkpoint-6.before", "checkpoint-3.removed", "checkpoint-9"),
+    *("adapter/adapter.safetensors", "adapter/adapter.safetensors.partial", "checkpoint-12"),
+    *("adapter/adapter.safetensors.partial.mode", "checkpoint-6/x", "checkpoint-3/x"),
+)
+
+
+@holds("links in a stopped run's folder, train --resume", few=4, many=150, found=things(*SNARES))
+def test_resuming_among_links(found: dict[str, str]) -> None:
+    """What they name, folders with a checkpoint in them too, is neither written nor removed."""
+    with scratch() as folder:
+        run = Path(shutil.copytree(stopped().run, folder / "run"))
+        for name in found:
+            if name.startswith("adapter/"):
+                (run / "adapter").mkdir(exist_ok=True)
+            elif (run / name).is_dir():
+                shutil.rmtree(run / name)
+            else:
+                (run / name).unlink(missing_ok=True)
+        furnish(run, found)
+        shutil.copytree(stopped().run / "checkpoint-3", folder / "outside", dirs_exist_ok=True)
+        before = tree(folder / "outside")
+        try:
+            resumed(run)
+        finally:
+            assert tree(folder / "outside") == before

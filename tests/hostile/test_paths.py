@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from answered import cell, put, side_by_side
-from evil import EVIL
 from hostility import check_error, holds, scratch, tree
 from hypothesis import strategies as st
 from pages import without
 from samples import compare_record, run_record
+from snares import furnish, things
 
 from sparsegrad_cli.cli.runs import report
 from sparsegrad_cli.compare.claims import Claim
-from sparsegrad_cli.compare.folder import StudyFolder, safe_name, study_digest
+from sparsegrad_cli.compare.folder import StudyFolder, study_digest
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
@@ -49,36 +49,9 @@ CELLS = (
     *("cells/glue-rte-lora-s42.claim", "cells/glue-rte-lora-s3705.claim"),
     *("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),
 )
-KINDS = ("folder", "file", "to a folder", "to a file", "to nothing", "to itself", "upwards")
 
 
-def furnish(folder: Path, things: dict[str, str]) -> None:
-    """Make files, folders and links; ``outside`` beside the folder is what must stay as it is."""
-    outside = folder.parent / "outside"
-    for path in (outside / "checkpoint-1", outside / "cells"):
-        path.mkdir(parents=True)
-        (path / "precious").write_text("x")
-    (outside / "file").write_text("precious")
-    targets = {"to a folder": outside, "to a file": outside / "file", "to nothing": outside / "no"}
-    targets |= {"upwards": Path("..") / "outside" / "checkpoint-1"}
-    for name, kind in things.items():
-        path = folder / name
-        if not path.parent.is_dir() or path.is_symlink() or path.exists():
-            continue
-        if kind == "folder":
-            path.mkdir()
-            (path / "inside").write_text("x")
-        elif kind == "file":
-            path.write_text("x")
-        else:
-            path.symlink_to(targets.get(kind, path.name))
-
-
-def things(*names: str) -> st.SearchStrategy[dict[str, str]]:
-    return st.dictionaries(st.sampled_from(names), st.sampled_from(KINDS), max_size=6)
-
-
-@holds("links in a run's folder, train --overwrite", found=things(*RUN_NAMES), many=1000)
+@holds("links in a run's folder, train --overwrite", found=things(*RUN_NAMES), many=500)
 def test_overwriting_a_run(found: dict[str, str]) -> None:
     """What training writes afterwards, it writes into the folder."""
     recipe = load_recipe(None).recipe
@@ -105,7 +78,7 @@ def test_overwriting_a_run(found: dict[str, str]) -> None:
             assert tree(folder / "outside") == before
 
 
-@holds("links in a run's folder, report", found=things(*RUN_NAMES[1:5]), many=300, few=5)
+@holds("links in a run's folder, report", found=things(*RUN_NAMES[1:5]), many=200, few=5)
 def test_reporting_a_run(found: dict[str, str]) -> None:
     with scratch() as folder:
         run = folder / "run"
@@ -151,18 +124,11 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
                 (opened.cell(one) / "run.json").write_text("{}")
                 write_text_atomic(opened.cell(one).with_suffix(".yaml"), "x")
             (place / "tuning.db").touch()
-            (place / "tuning").mkdir(exist_ok=True)
-            (place / "tuning" / "x").touch()
+            with contextlib.suppress(FileExistsError):  # somebody's file, and nothing is tuned
+                (place / "tuning").mkdir(exist_ok=True)
+                (place / "tuning" / "x").touch()
         finally:
             assert tree(folder / "outside") == before
-
-
-@holds("any text as a folder's name", text=st.one_of(st.sampled_from(EVIL), st.text()), many=2000)
-def test_names(text: str) -> None:
-    """One part, of a length that every file system takes, and neither this folder nor the next."""
-    name = safe_name(text)
-    assert Path(name).name == name and name not in ("", ".", "..") and len(name) <= 200
-    assert Path("/a", name).parent == Path("/a")
 
 
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
@@ -261,7 +227,7 @@ def test_a_folder_is_called_what_it_is_called(name: str) -> None:
         assert load(None, Path(name)).recipe.output_dir == name
         run = folder / "runs" / name
         run.mkdir(parents=True)
-        (run / "recipe.yaml").write_text("seed: 7\n")
+        (run / "recipe.yaml").write_text("seed: 7\noutput_dir: ../outside\n")
         loaded = load([f"runs/{name}"], None).recipe
         assert (loaded.output_dir, loaded.seed) == (f"runs/{name}", 7)
         assert load([f"runs/{name}", "output_dir=y"], None).recipe.output_dir == "y"

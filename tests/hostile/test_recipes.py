@@ -11,7 +11,7 @@ from yamls import junk, scalars, spoilt, torn, trees
 
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study import load_study
+from sparsegrad_cli.recipe.study import Study, load_study
 
 
 def read(content: bytes, *overrides: str, study: bool = False) -> None:
@@ -51,33 +51,34 @@ def settled(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
-@holds("a recipe of any tree", content=trees())
+@holds("a recipe of any tree", many=500, content=trees())
 def test_a_recipe_of_any_tree(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"))
 
 
-@holds("a study of any tree", content=trees())
+@holds("a study of any tree", many=500, content=trees(Study, "methods: [lora]\n"))
 def test_a_study_of_any_tree(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"), study=True)
 
 
-@holds("a shipped recipe or study, spoilt", case=spoilt())
+@holds("a shipped recipe or study, spoilt", many=500, case=spoilt())
 def test_a_shipped_file_spoilt(case: tuple[str, bytes]) -> None:
     read(case[1], study=case[0] == "recipes")
 
 
-@holds("a shipped recipe, its bytes torn", content=torn())
+@holds("a shipped recipe, its bytes torn", many=500, content=torn())
 def test_a_shipped_file_torn(content: bytes) -> None:
     read(content)
 
 
-@holds("any bytes for a recipe", content=junk())
+@holds("any bytes for a recipe", many=500, content=junk())
 def test_any_bytes(content: bytes) -> None:
     read(content)
 
 
 @holds(
     "any override",
+    many=500,
     key=st.one_of(
         st.sampled_from(("seed", "task.path", "output_dir", "method", "a.b", "")), st.text()
     ),

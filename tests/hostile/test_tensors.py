@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,87 +14,32 @@ from hostility import holds, scratch
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from talkers import load, talker
-from tiny import batch, calibrated, classifier, logits, targets_of
-from torch import Tensor, nn
 from torn_tensors import Spoils, spoil, spoils, texts, torn
-
-from sparsegrad_cli.export.adapter import load_adapter
-from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
-from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
-from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import fingerprint
-from sparsegrad_cli.numerics.hosvd import Basis, truncated
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.basis_file import (
-    BasisFile,
-    check_belongs,
-    check_rank,
-    read_basis,
-    tensors_digest,
-    write_basis,
+from victims import (
+    adapter,
+    basis_bytes,
+    language_model,
+    model_folder,
+    peft_folder,
+    sealed_basis,
+    use_adapter,
+    use_basis,
 )
 
-SCORED = SparsegradMethod(name="sparsegrad", density=0.05, form="core", rank=7)
-PARTS = ("q_out", "q_in", "singular_out", "singular_in")
+from sparsegrad_cli.data.spec import TaskSpec
+from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
+from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
+from sparsegrad_cli.recipe.schema import ModelSection
+
+TWO = TaskSpec("t", ("text",), "label", ("a", "b"), False, "accuracy", ("accuracy",))
 
 
 # --- a basis
 
 
-@functools.cache
-def basis_bytes() -> bytes:
-    """A basis with scores, of the tiny model below."""
-    model = base()
-    targets = targets_of(model)
-    found = calibrated(model, targets, steps=2, basis_per="kind", score="square", rank=7)
-    settings = {"steps": 2, "seconds": 0.5}
-    bases = {key: truncated(basis, 7) for key, basis in found.bases.items()}
-    digest = tensors_digest(bases, found.scores)
-    mark = fingerprint(model, targets)
-    made = BasisFile(bases, found.keys, "m", mark, settings, "d", digest, found.scores)
-    with tempfile.TemporaryDirectory() as folder:
-        write_basis(Path(folder) / "b", made)
-        return (Path(folder) / "b").read_bytes()
-
-
-def base() -> nn.Module:
-    return copy.deepcopy(_base())
-
-
-@functools.cache
-def _base() -> nn.Module:
-    return classifier()
-
-
-def use_basis(path: Path) -> None:
-    """As training does with calibration.basis; what is accepted computes."""
-    model = base()
-    targets = targets_of(model)
-    found = read_basis(path)
-    check_belongs(found, targets, fingerprint(model, targets), "calibration.basis")
-    check_rank(found, SCORED.rank, "calibration.basis")
-    before = logits(model)
-    method = make_method(SCORED)
-    method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)
-    assert torch.equal(logits(model), before)
-    assert torch.isfinite(torch.tensor(float(found.settings.get("seconds") or 0.0)))
-
-
-def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a basis as one who means harm would: with digests that fit."""
-    scores = {n.removeprefix("score/"): t for n, t in tensors.items() if n.startswith("score/")}
-    keys = {name.partition("/")[2] for name in tensors if name.startswith("q_out/")}
-    whole = [key for key in keys if all(f"{part}/{key}" in tensors for part in PARTS)]
-    bases = {key: Basis(*(tensors[f"{part}/{key}"] for part in PARTS)) for key in whole}
-    metadata = {"digest": tensors_digest(bases, scores), **metadata}
-    text = json.dumps(metadata, sort_keys=True)
-    save_file(tensors, path, {**metadata, "check": hashlib.sha256(text.encode()).hexdigest()})
-
-
 @holds(
     "a basis of other tensors, its digests fitting",
-    few=40,
+    few=25,
     what=spoils(),
     said=st.dictionaries(
         st.sampled_from(("targets", "settings", "model", "fingerprint", "format", "x", "digest")),
@@ -118,7 +60,7 @@ def test_a_basis_of_other_tensors(what: Spoils, said: dict[str, str]) -> None:
 
 
 @holds(
-    "a basis file whose bytes are torn", few=40, content=st.deferred(lambda: torn(basis_bytes()))
+    "a basis file whose bytes are torn", few=25, content=st.deferred(lambda: torn(basis_bytes()))
 )
 def test_a_torn_basis(content: bytes) -> None:
     with scratch() as folder:
@@ -130,48 +72,7 @@ def test_a_torn_basis(content: bytes) -> None:
 # --- an adapter
 
 
-@functools.cache
-def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, settings) of an adapter of the tiny model, as an export writes them."""
-    model = base()
-    targets = targets_of(model)
-    found = calibrated(model, targets, steps=2, rank=7)
-    method = make_method(SCORED)
-    method.prepare(model, targets, scope="head", bases=found.by_target())
-    tensors = dict(method.adapter_tensors(model))
-    tensors |= {f"basis/{p}/{k}": getattr(b, p) for k, b in found.bases.items() for p in PARTS}
-    about = {
-        "name": "tiny",
-        "revision": None,
-        "dtype": "float32",
-        "auto_class": "AutoModelForSequenceClassification",
-        "fingerprint": fingerprint(_base(), targets),
-        "num_labels": 2,
-        "id2label": {"0": "a", "1": "b"},
-        "problem_type": None,
-        "pad_token_id": 0,
-    }
-    settings = {
-        "format": "sparsegrad-adapter-1",
-        "model": about,
-        "method": SCORED.model_dump(mode="json"),
-        "scope": "head",
-        "seed": 1,
-        "targets": [vars(target) for target in targets],
-        "keys": dict(found.keys),
-    }
-    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, settings
-
-
-def use_adapter(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """As anyone loads an adapter; what is accepted computes."""
-    save_file(tensors, folder / "adapter.safetensors")
-    settings = {"digest": adapter_digest(tensors), **settings}
-    (folder / "adapter.json").write_text(json.dumps(settings))
-    assert load_adapter(folder, base())(**batch()).logits.shape == (8, 2)
-
-
-@holds("an adapter of other tensors, its digest fitting", few=40, what=spoils())
+@holds("an adapter of other tensors, its digest fitting", few=25, what=spoils())
 def test_an_adapter_of_other_tensors(what: Spoils) -> None:
     tensors, settings = adapter()
     with scratch() as folder:
@@ -186,35 +87,17 @@ def other_settings(draw: st.DrawFn) -> dict[str, Any]:
         container, key = draw(st.sampled_from(list(places(settings))))
         number = st.sampled_from((0, 1, 2, 5, 8, 16, 40, 64, 10**9))
         names = st.sampled_from(("core", "rotated", "static", "dynamic", "dense", "lora", "rest"))
-        container[key] = draw(st.one_of(values(), number, names))
+        container[key] = copy.deepcopy(draw(st.one_of(values(), number, names)))
     return settings
 
 
-@holds("adapter.json with other values", few=40, settings=st.deferred(other_settings))
+@holds("adapter.json with other values", few=25, settings=st.deferred(other_settings))
 def test_an_adapter_of_other_settings(settings: dict[str, Any]) -> None:
     with scratch() as folder:
         use_adapter(folder, adapter()[0], settings)
 
 
 # --- a folder of peft's
-
-
-@functools.cache
-def peft_folder() -> Path:
-    """A LoRA folder of a tiny language model, by peft itself."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = Path(tempfile.mkdtemp())
-    model = load(talker(folder / "base"))[0]
-    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
-    wrapped.save_pretrained(folder / "lora")
-    return folder
-
-
-@functools.cache
-def language_model() -> nn.Module:
-    model: nn.Module = load(peft_folder() / "base")[0]
-    return model
 
 
 PEFT_KEYS = (
@@ -228,7 +111,7 @@ PEFT_VALUES = st.one_of(values(), st.sampled_from((1, 2, 64, "LORA", "IA3", "all
 @holds(
     "a PEFT folder of other tensors or settings",
     few=12,
-    many=600,
+    many=400,
     what=spoils(2),
     changes=st.dictionaries(st.sampled_from(PEFT_KEYS), PEFT_VALUES, max_size=1),
 )
@@ -241,3 +124,97 @@ def test_a_peft_folder(what: Spoils, changes: dict[str, Any]) -> None:
         base_of(folder / "lora")
         model: Any = on_base(copy.deepcopy(language_model()), folder / "lora")
         assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 260)
+
+
+# --- a model's folder
+
+
+CONFIG_KEYS = ("auto_map", "quantization_config", "num_labels", "id2label", "torch_dtype", "dtype")
+CODE = "raise SystemExit('run')"
+MAPPED = {
+    "model_type": "evil",
+    "auto_map": {
+        "AutoConfig": "evil.Config",
+        "AutoModelForSequenceClassification": "evil.Model",
+        "AutoTokenizer": ["evil.Tokenizer", None],
+    },
+}
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """config.json of a tiny BERT with one or two values that are not its own."""
+    config: dict[str, Any] = json.loads((model_folder() / "config.json").read_text())
+    for _ in range(draw(st.integers(1, 2))):
+        key = draw(st.one_of(st.sampled_from(sorted(config)), st.sampled_from(CONFIG_KEYS)))
+        config[key] = copy.deepcopy(draw(values()))
+    return config | draw(st.sampled_from(({}, {}, {}, MAPPED)))
+
+
+@holds("a model's config.json with other values", few=10, config=configurations())
+def test_a_model_of_another_configuration(config: dict[str, Any]) -> None:
+    with scratch() as folder:
+        (folder / "base").mkdir()
+        shutil.copytree(model_folder(), folder / "base", dirs_exist_ok=True)
+        (folder / "base" / "config.json").write_text(json.dumps(config))
+        (folder / "base" / "evil.py").write_text(CODE)
+        used(folder / "base")
+
+
+@st.composite
+def tokenizers(draw: st.DrawFn) -> tuple[str, str]:
+    """(name, content) of a tokenizer's file with one or two values that are not its own."""
+    name = draw(st.sampled_from(("tokenizer.json", "tokenizer_config.json")))
+    content = (model_folder() / name).read_text()
+    if not draw(st.integers(0, 4)):
+        return name, content[: draw(st.integers(0, len(content)))]
+    data = json.loads(content)
+    for _ in range(draw(st.integers(1, 2))):
+        # Of a vocabulary's hundreds of entries one is like another.
+        there = [place for place in places(data) if len(place[0]) < 100]
+        container, key = draw(st.sampled_from(there))
+        if draw(st.integers(0, 3)):
+            container[key] = copy.deepcopy(draw(values()))
+        else:
+            del container[key]
+    return name, json.dumps(data | draw(st.sampled_from(({}, {}, MAPPED))))
+
+
+@holds("a tokenizer's files with other values", few=10, case=tokenizers())
+def test_another_tokenizer(case: tuple[str, str]) -> None:
+    with scratch() as folder:
+        shutil.copytree(model_folder(), folder / "base")
+        (folder / "base" / case[0]).write_text(case[1])
+        (folder / "base" / "evil.py").write_text(CODE)
+        tokenizer = load_tokenizer(ModelSection(name=str(folder / "base")))
+        assert tokenizer("a", truncation=True, max_length=4)["input_ids"] is not None
+
+
+@holds(
+    "a model's weights, other tensors or torn",
+    few=10,
+    weights=st.one_of(spoils(2), st.deferred(lambda: torn(model_weights()))),
+)
+def test_a_model_of_other_weights(weights: Spoils | bytes) -> None:
+    with scratch() as folder:
+        shutil.copytree(model_folder(), folder / "base")
+        path = folder / "base" / "model.safetensors"
+        if isinstance(weights, bytes):
+            path.write_bytes(weights)
+        else:
+            save_file(spoil(load_file(path), weights), path, {"format": "pt"})
+        torch.save({}, folder / "base" / "pytorch_model.bin")
+        used(folder / "base")
+
+
+def model_weights() -> bytes:
+    return (model_folder() / "model.safetensors").read_bytes()
+
+
+def used(base: Path) -> None:
+    """As training and evaluation do."""
+    section = ModelSection(name=str(base))
+    tokenizer = load_tokenizer(section)
+    model = load_classifier(section, TWO, seed=0)
+    inputs = tokenizer(["a b"], truncation=True, max_length=4, return_tensors="pt")
+    assert model(**inputs).logits.shape == (1, 2)

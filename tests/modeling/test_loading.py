@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, batch, build, classifier, config
 from torch import nn
 
@@ -237,3 +238,16 @@ def test_a_hub_that_cannot_be_reached_says_how_to_go_local(name: str) -> None:
 def test_the_vocabulary_fits_the_batches(folder: Path) -> None:
     model: Any = load_classifier(section(folder), TWO, seed=0)
     assert model.config.vocab_size == VOCABULARY > int(batch()["input_ids"].max())
+
+
+@pytest.mark.parametrize("way", ["gone", "of another shape"])
+def test_a_body_that_is_not_whole_is_refused(folder: Path, way: str) -> None:
+    """transformers would fill it with random numbers, and say so to nobody."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+    taken = tensors.pop(name)
+    if way != "gone":
+        tensors[name] = taken.T.contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    refused(folder, FileFormatError, "intermediate.dense.weight", "lacks")

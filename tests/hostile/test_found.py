@@ -1,0 +1,289 @@
+"""What generated cases have found, each as small as it goes (recipes: test_yaml_bombs)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hostility import check_error, check_harmless
+from pages import without
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from samples import compare_record, run_record
+from small import Cli
+from torch import Tensor
+from victims import (
+    adapter,
+    basis_bytes,
+    language_model,
+    model_folder,
+    peft_folder,
+    sealed_basis,
+    use_adapter,
+    use_basis,
+)
+
+from sparsegrad_cli.compare.evidence import up_to_date
+from sparsegrad_cli.compare.folder import StudyFolder, study_digest
+from sparsegrad_cli.compare.grid import Comparison
+from sparsegrad_cli.data.loading import load_task
+from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
+from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
+from sparsegrad_cli.modeling.loading import load_configuration
+from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.study import LoadedStudy, make_study
+from sparsegrad_cli.report.records import write_json_atomic
+
+# --- tensors
+
+
+def spoilt_basis(path: Path, change: Any, **said: str) -> Path:
+    """The basis with its tensors changed, and digests that fit."""
+    path.write_bytes(basis_bytes())
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    change(tensors)
+    kept = {key: value for key, value in metadata.items() if key not in ("digest", "check")}
+    sealed_basis(path, tensors, kept | said)
+    return path
+
+
+def every(kind: str, change: Any) -> Any:
+    """A change to all tensors whose names begin so."""
+
+    def changed(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(kind)]:
+            tensors[name] = change(tensors[name]).contiguous()
+
+    return changed
+
+
+def test_the_basis_that_these_tests_spoil_is_good(tmp_path: Path) -> None:
+    use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None))
+    use_basis(spoilt_basis(tmp_path / "b", every("score/", Tensor.double)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (every("q_out/", lambda q: q[:, 0]), "holds no directions"),
+        (every("q_in/", lambda q: q.long()), "holds no directions"),
+        (every("q_in/", lambda q: q[:, :0]), "holds no directions"),
+        (every("q_out/", lambda q: 0 * q), "not of length one"),
+        (every("q_out/", lambda q: q / 0), "not of length one"),
+        (every("singular_out/", lambda s: s.sum()), "do not fit"),
+        (every("singular_in/", lambda s: s[:3]), "do not fit"),
+        (every("singular_in/", lambda s: s / 0), "do not fit"),
+        (every("score/", lambda s: s[:3]), "does not score a core of 7 x 7"),
+        (every("score/", lambda s: s / 0), "does not score"),
+    ],
+)
+def test_a_basis_that_holds_no_directions(tmp_path: Path, change: Any, says: str) -> None:
+    with pytest.raises(FileFormatError, match=says) as caught:
+        use_basis(spoilt_basis(tmp_path / "b", change))
+    check_error(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "[]", '{"seconds": "x"}', '{"seconds": []}', "7"])
+def test_settings_of_a_basis_that_are_none(tmp_path: Path, text: str) -> None:
+    with pytest.raises(FileFormatError, match="incomplete"):
+        use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None, settings=text))
+
+
+def test_a_basis_in_half_precision_is_read(tmp_path: Path) -> None:
+    """numpy, by which the digest went, has no bfloat16."""
+    use_basis(spoilt_basis(tmp_path / "b", every("q_", Tensor.bfloat16)))
+
+
+def test_an_adapter_with_one_number_for_its_singular_values(tmp_path: Path) -> None:
+    tensors, settings = adapter()
+    tensors = dict(tensors)
+    name = next(name for name in tensors if name.startswith("basis/singular_in/"))
+    tensors[name] = tensors[name].sum()
+    with pytest.raises(FileFormatError, match="do not fit"):
+        use_adapter(tmp_path, tensors, settings)
+
+
+def lora(place: Path, change: Any = lambda tensors: None, **config: Any) -> Path:
+    """The LoRA folder with other tensors and settings."""
+    folder = Path(shutil.copytree(peft_folder() / "lora", place / "lora"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(min(t)), "is missing"),
+        (lambda t: t.update({min(t).replace("lora_A", "lora_C"): torch.ones(2)}), "not belong"),
+        (lambda t: t.update({min(t): torch.ones(3, 3)}), "peft cannot load it"),
+        (lambda t: t[min(t)].view(-1)[0:1].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_a_peft_folder_of_other_tensors(tmp_path: Path, change: Any, says: str) -> None:
+    """peft starts afresh what is missing, and tells of it in a warning that nobody sees."""
+    with pytest.raises(FileFormatError, match=says) as caught:
+        on_base(copy.deepcopy(language_model()), lora(tmp_path, change))
+    check_error(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"revision": 3}, "names no base model"),
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"base_model_name_or_path": " "}, "names no base model"),
+        ({"megatron_config": {}, "megatron_core": "megatron.os"}, "Megatron"),
+    ],
+)
+def test_a_peft_folder_of_other_settings(tmp_path: Path, config: Any, says: str) -> None:
+    with pytest.raises(FileFormatError, match=says):
+        base_of(lora(tmp_path, **config))
+
+
+def test_a_pickle_of_pefts_is_not_read(tmp_path: Path) -> None:
+    folder = lora(tmp_path)
+    (folder / TENSORS).unlink()
+    torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(FileFormatError, match="nothing else is read"):
+        base_of(folder)
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": "16"}, {"use_cache": "x"}])
+def test_a_configuration_of_other_types(tmp_path: Path, values: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "base"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        load_configuration(ModelSection(name=str(folder)))
+
+
+# --- records
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("memory", "phases"), ("calibration", "energy", "mean_by_kind"), ("precision", "weights")],
+)
+def test_escape_codes_in_keys_are_shown_and_not_obeyed(
+    cli: Cli, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """Values were cleaned, and the names of phases, kinds and packages were not."""
+    record = copy.deepcopy(run_record())
+    inner = record
+    for key in keys:
+        inner = inner[key]
+    inner["\x1b[31mred\x07"] = copy.deepcopy(next(iter(inner.values())))
+    write_json_atomic(tmp_path / "run.json", record)
+    with without(drawing=False):
+        outcome = cli("report", str(tmp_path))
+    assert outcome.code == 0
+    check_harmless(outcome.out)
+    for name in ("report.md", "report.html"):
+        assert "\x1b" not in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize("step", ["²", "٣", "9" * 5000, "-1", "1e3"])
+def test_what_looks_like_a_step_is_none(cli: Cli, tmp_path: Path, step: str) -> None:
+    """``"²".isdigit()`` is true, and int() of it is an error."""
+    record = copy.deepcopy(compare_record())
+    record["cells"] = [dict(cell) for cell in record["cells"] if cell["run"]]
+    for cell in record["cells"]:
+        cell["run"] = cell["run"] | {"hashes": {"order": {step: "x"}}}
+    assert up_to_date(record)["checks"][0]["steps_compared"] == 0
+    write_json_atomic(tmp_path / "run.json", run_record() | {"hashes": {"order": {step: "x"}}})
+    with without(drawing=False):
+        assert cli("report", str(tmp_path)).code == 0
+
+
+def test_a_record_nested_deeper_than_any(cli: Cli, tmp_path: Path) -> None:
+    for depth in (150, 900, 100_000):
+        (tmp_path / "run.json").write_text('{"schema": 1, "x": ' + "[" * depth + "]" * depth + "}")
+        outcome = cli("report", str(tmp_path))
+        assert outcome.code == 1 and "nested more than 100 deep" in outcome.flat
+    assert plain_json('{"a": [NaN, {"b": [1e999]}]}') == {"a": [None, {"b": [float("inf")]}]}
+
+
+# --- folders
+
+
+def entered(study: LoadedStudy, folder: Path, *, overwrite: bool = False) -> None:
+    """As compare begins to work in a folder."""
+    place = StudyFolder(folder)
+    place.prepare(overwrite=overwrite)
+    with place.ledger():
+        place.enter(lambda: study, study_digest(study), overwrite=overwrite)
+        place.leave()
+        place.refuse_links(study)
+
+
+def test_cells_that_cannot_be_cells(tmp_path: Path) -> None:
+    study = make_study(None, ("lora",), 1, ("method.density=0.01",))
+    (tmp_path / "compare.json").write_text('{"schema": 1}')
+    (tmp_path / "cells").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(DiskError, match="cannot be written") as caught:
+            entered(study, tmp_path, overwrite=overwrite)
+        check_error(caught.value)
+    assert (tmp_path / "cells").read_text() == "mine"
+
+
+def test_a_cell_that_is_a_file(tmp_path: Path) -> None:
+    """Its process could not begin, and what told of that was a traceback."""
+    study = make_study(None, ("lora",), 1, ("method.density=0.01",))
+    cell = StudyFolder(tmp_path).cell(study.cells[0])
+    cell.parent.mkdir()
+    cell.write_text("mine")
+    (tmp_path / "compare.json").write_text('{"schema": 1}')
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        entered(study, tmp_path)
+    assert cell.read_text() == "mine"
+    entered(study, tmp_path, overwrite=True)
+
+
+RUNS = ({}, {"status": "done"}, {"status": []}, {"status": "done", "x": 1})
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_cells_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[str, Any]) -> None:
+    study = make_study(None, ("lora",), 1, ("method.density=0.01",))
+    compared = {"schema": 1, "cells": [3, {}, {"status": "done", "run": 3}]}
+    write_json_atomic(tmp_path / "compare.json", compared)
+    with pytest.raises(UsageError, match="holds another comparison"):
+        entered(study, tmp_path)
+    comparison = Comparison(study, tmp_path, command="x")
+    folder = tmp_path / comparison._ledger()[0]["run_dir"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "run.json", {"schema": 1, **run})
+    assert not comparison._settled(study.cells[0])
+    assert comparison._ledger()[0]["run"] == {"schema": 1, **run}
+
+
+# --- data
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ('{"text": "a", "label": 1%s}' % ("0" * 400), "too large"),
+        ('{"text": "a", "label": 1e300}\n{"text": "b", "label": 0.5}', "too large"),
+        ('{"text": "a", "label": "1e400"}\n{"text": "b", "label": "0.5"}', "too large"),
+        ('{"text": "\\ud800", "label": 0}\n{"text": "b", "label": 1}', "half of a character"),
+    ],
+)
+def test_labels_and_texts_that_cannot_be_learnt(tmp_path: Path, rows: str, says: str) -> None:
+    (tmp_path / "d.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=says) as caught:
+        load_task("json", path=tmp_path / "d.jsonl")
+    assert "d.jsonl:1" in str(caught.value.where)

@@ -1,0 +1,141 @@
+"""Any name on the command line: found, or refused in a block."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from evil import EVIL
+from hostility import check_harmless, holds, scratch
+from hypothesis import strategies as st
+from small import Cli
+
+from sparsegrad_cli.cli.app import app
+from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.compare.folder import StudyFolder, safe_name, study_digest
+from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.export.place import free_folder
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.study import make_study
+from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
+from sparsegrad_cli.training.writing import write_folder
+
+LONG = ("x" * 5000, "x" * 250, "x/" * 2000, "/" + "x/" * 3000, "é" * 200)
+ODD = (
+    "-",
+    "--",
+    "-o",
+    "--debug",
+    "a=b",
+    "x.yaml",
+    "/",
+    ".",
+    "/dev/null/x",
+    "~nobody/x",
+    "~",
+    "1e-4",
+)
+
+
+def _can_be_named(text: str) -> bool:
+    """What a shell can pass on."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def names() -> st.SearchStrategy[str]:
+    return st.one_of(st.sampled_from((*EVIL, *LONG, *ODD)), st.text()).filter(_can_be_named)
+
+
+COMMANDS = (
+    ("report",),
+    ("report", "--json"),
+    ("export", "--to", "merged"),
+    ("validate",),
+    ("compare",),
+    ("configs", "copy"),
+)
+
+
+def ended(*arguments: str) -> int:
+    """The exit code of a command in this process, whose errors were foreseen, and are shown."""
+    shown, before = io.StringIO(), sys.argv
+    sys.argv = ["sparsegrad", *arguments]
+    try:
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
+            code = run_guarded(app)
+    finally:
+        sys.argv = before
+    check_harmless(shown.getvalue())
+    assert "not foreseen" not in shown.getvalue()
+    return code
+
+
+@holds(
+    "any name of a run, a recipe or a file, on the command line",
+    few=20,
+    command=st.sampled_from(COMMANDS),
+    name=names(),
+)
+def test_names_on_the_command_line(command: tuple[str, ...], name: str) -> None:
+    with scratch():
+        code = ended(*command, name)
+    assert code in (0, 1, 2)
+    if code:
+        raise SparsegradError("refused", where="the command line")
+
+
+@holds("any name of a folder to write to", few=20, name=names())
+def test_names_of_folders_to_write_to(name: str) -> None:
+    """Of a run, a comparison and an export, each of which is there afterwards."""
+    recipe = load_recipe(None).recipe
+    study = make_study(None, ("lora",), 2, ("task=glue/rte", "method.density=0.01"))
+    inside = Path("new", *(part for part in Path(name).parts if part not in ("/", "..")))
+    with scratch() as folder:
+        run, comparison = folder / "runs" / inside, folder / "compared" / inside
+        with held_run_dir(run):
+            open_run_dir(run, recipe, resume=False, overwrite=False)
+            RunRecord(run, {"command": "train"}).save()
+        assert (run / "run.json").is_file()
+        place = StudyFolder(comparison)
+        place.prepare(overwrite=False)
+        with place.ledger():
+            place.enter(lambda: study, study_digest(study), overwrite=False)
+            place.refuse_links(study)
+            place.leave()
+        assert (comparison / "cells").is_dir()
+        export = free_folder(folder / "exports" / inside, [run], overwrite=False)
+        write_folder(export, lambda new: (new / "x").touch())
+        assert (export / "x").is_file()
+
+
+@holds("any text as a folder's name", text=st.one_of(st.sampled_from(EVIL), st.text()), many=1000)
+def test_names(text: str) -> None:
+    """One part, of a length that every file system takes, and neither this folder nor the next."""
+    name = safe_name(text)
+    assert Path(name).name == name and name not in ("", ".", "..") and len(name) <= 200
+    assert Path("/a", name).parent == Path("/a")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000])
+def test_a_name_too_long(cli: Cli, name: str) -> None:
+    """Whether there is such a folder cannot even be asked."""
+    written = ("train", "-o"), ("calibrate", "-o"), ("compare", "--methods", "lora,full", "-o")
+    for command in written:
+        outcome = cli(*command, name)
+        assert outcome.code == 1 and "cannot be written: File name too long" in outcome.flat
+    for command in (("report",), ("export", "--to", "merged")):
+        outcome = cli(*command, name)
+        assert outcome.code == 2 and "does not exist" in outcome.flat
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "no/such/folder/x", "/dev/null/x", "x" * 255 + "y"])
+def test_a_recipe_copied_to_where_none_can_be(cli: Cli, name: str) -> None:
+    outcome = cli("configs", "copy", "quickstart", name)
+    assert outcome.code == 1 and "cannot be written" in outcome.flat

@@ -1,0 +1,150 @@
+"""What hostile tensor files are put in the place of, and how each is used: as its command does."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from little import base_folder
+from safetensors.torch import save_file
+from talkers import load, talker
+from tiny import batch, calibrated, classifier, logits, targets_of
+from torch import Tensor, nn
+
+from sparsegrad_cli.export.adapter import load_adapter
+from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.targets import fingerprint
+from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.training.basis_file import (
+    BasisFile,
+    check_belongs,
+    check_rank,
+    read_basis,
+    tensors_digest,
+    write_basis,
+)
+
+SCORED = SparsegradMethod(name="sparsegrad", density=0.05, form="core", rank=7)
+PARTS = ("q_out", "q_in", "singular_out", "singular_in")
+
+
+@functools.cache
+def basis_bytes() -> bytes:
+    """A basis with scores, of the tiny model below."""
+    model = base()
+    targets = targets_of(model)
+    found = calibrated(model, targets, steps=2, basis_per="kind", score="square", rank=7)
+    settings = {"steps": 2, "seconds": 0.5}
+    bases = {key: truncated(basis, 7) for key, basis in found.bases.items()}
+    digest = tensors_digest(bases, found.scores)
+    mark = fingerprint(model, targets)
+    made = BasisFile(bases, found.keys, "m", mark, settings, "d", digest, found.scores)
+    with tempfile.TemporaryDirectory() as folder:
+        write_basis(Path(folder) / "b", made)
+        return (Path(folder) / "b").read_bytes()
+
+
+def base() -> nn.Module:
+    return copy.deepcopy(_base())
+
+
+@functools.cache
+def _base() -> nn.Module:
+    return classifier()
+
+
+def use_basis(path: Path) -> None:
+    """As training does with calibration.basis; what is accepted computes."""
+    model = base()
+    targets = targets_of(model)
+    found = read_basis(path)
+    check_belongs(found, targets, fingerprint(model, targets), "calibration.basis")
+    check_rank(found, SCORED.rank, "calibration.basis")
+    before = logits(model)
+    method = make_method(SCORED)
+    method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)
+    assert torch.equal(logits(model), before)
+    assert torch.isfinite(torch.tensor(float(found.settings.get("seconds") or 0.0)))
+
+
+def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a basis as one who means harm would: with digests that fit."""
+    scores = {n.removeprefix("score/"): t for n, t in tensors.items() if n.startswith("score/")}
+    keys = {name.partition("/")[2] for name in tensors if name.startswith("q_out/")}
+    whole = [key for key in keys if all(f"{part}/{key}" in tensors for part in PARTS)]
+    bases = {key: Basis(*(tensors[f"{part}/{key}"] for part in PARTS)) for key in whole}
+    metadata = {"digest": tensors_digest(bases, scores), **metadata}
+    text = json.dumps(metadata, sort_keys=True)
+    save_file(tensors, path, {**metadata, "check": hashlib.sha256(text.encode()).hexdigest()})
+
+
+@functools.cache
+def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, settings) of an adapter of the tiny model, as an export writes them."""
+    model = base()
+    targets = targets_of(model)
+    found = calibrated(model, targets, steps=2, rank=7)
+    method = make_method(SCORED)
+    method.prepare(model, targets, scope="head", bases=found.by_target())
+    tensors = dict(method.adapter_tensors(model))
+    tensors |= {f"basis/{p}/{k}": getattr(b, p) for k, b in found.bases.items() for p in PARTS}
+    about = {
+        "name": "tiny",
+        "revision": None,
+        "dtype": "float32",
+        "auto_class": "AutoModelForSequenceClassification",
+        "fingerprint": fingerprint(_base(), targets),
+        "num_labels": 2,
+        "id2label": {"0": "a", "1": "b"},
+        "problem_type": None,
+        "pad_token_id": 0,
+    }
+    settings = {
+        "format": "sparsegrad-adapter-1",
+        "model": about,
+        "method": SCORED.model_dump(mode="json"),
+        "scope": "head",
+        "seed": 1,
+        "targets": [vars(target) for target in targets],
+        "keys": dict(found.keys),
+    }
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, settings
+
+
+def use_adapter(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """As anyone loads an adapter; what is accepted computes."""
+    save_file(tensors, folder / "adapter.safetensors")
+    settings = {"digest": adapter_digest(tensors), **settings}
+    (folder / "adapter.json").write_text(json.dumps(settings))
+    assert load_adapter(folder, base())(**batch()).logits.shape == (8, 2)
+
+
+@functools.cache
+def peft_folder() -> Path:
+    """A LoRA folder of a tiny language model, by peft itself."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = Path(tempfile.mkdtemp())
+    model = load(talker(folder / "base"))[0]
+    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
+    wrapped.save_pretrained(folder / "lora")
+    return folder
+
+
+@functools.cache
+def language_model() -> nn.Module:
+    model: nn.Module = load(peft_folder() / "base")[0]
+    return model
+
+
+@functools.cache
+def model_folder() -> Path:
+    return base_folder(Path(tempfile.mkdtemp()) / "base")
