@@ -24,7 +24,7 @@ from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
 from sparsegrad_cli.training.writing import write_folder
 
-LONG = ("x" * 5000, "x" * 250, "x/" * 2000, "/" + "x/" * 3000, "é" * 200)
+LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
 ODD = (
     "-",
     "--",
