@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.paths import make_folder
 from sparsegrad_cli.plain_json import plain_json
 
 
@@ -77,7 +78,7 @@ class Journal:
     def __init__(self, path: str | Path, kind: str) -> None:
         self.path, self._kind = Path(path), kind
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise self._unwritable(error) from error

@@ -6,6 +6,8 @@ delete: what it names may be anybody's.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,6 +44,18 @@ def _holds(test: Callable[[Path], bool], name: str | Path) -> bool:
         return test(expanded(name))
     except (OSError, ValueError):  # too long, of a folder closed to us, with a NUL in it
         return False
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those that it lies in, where they are not there.
+
+    Raises:
+        OSError: it cannot be made, or lies in a thousand others.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except RecursionError:  # one call a folder; none has been made by then
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path)) from None
 
 
 def remove_folder(path: Path) -> None:

@@ -19,7 +19,7 @@ from sparsegrad_cli.errors import (
 )
 from sparsegrad_cli.locking import NAME as LOCK
 from sparsegrad_cli.locking import RunLock, owner_of
-from sparsegrad_cli.paths import exists, is_file, is_folder, refuse_link, remove_folder
+from sparsegrad_cli.paths import exists, is_file, is_folder, make_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
@@ -68,7 +68,7 @@ def held_run_dir(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is a file, not a folder", where="output_dir")
     made = not exists(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
@@ -105,7 +105,7 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
     try:
         if occupied:
             _clear(path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
     write_text_atomic(path / "recipe.yaml", to_yaml(recipe))

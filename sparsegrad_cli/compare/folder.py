@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsegrad_cli.compare.claims import FileLock
 from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.paths import exists, is_folder, refuse_link, remove_folder
+from sparsegrad_cli.paths import exists, is_folder, make_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings, text
@@ -88,7 +88,7 @@ class StudyFolder:
         if not overwrite and self._is_foreign():
             raise _refused(f"the folder {self.path} is not empty")
         try:
-            (self.path / "cells").mkdir(parents=True, exist_ok=True)
+            make_folder(self.path / "cells")
         except OSError as error:
             raise DiskError(
                 f"the folder {self.path} cannot be written: {error.strerror or error}",

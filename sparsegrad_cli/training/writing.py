@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsegrad_cli.errors import DiskError, FileFormatError
-from sparsegrad_cli.paths import discard
+from sparsegrad_cli.paths import discard, make_folder
 
 PARTIAL, BEFORE, REMOVED = ".partial", ".before", ".removed"
 
@@ -39,7 +39,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESU
     try:
         put_back(folder)
         discard(partial)
-        partial.mkdir(parents=True)
+        make_folder(partial.parent)
+        partial.mkdir()
         fill(partial)
         _sync_tree(partial)
         if folder.exists():  # moved aside, so that a failing rename does not lose it

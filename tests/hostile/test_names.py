@@ -24,12 +24,11 @@ from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
 from sparsegrad_cli.training.writing import write_folder
 
-LONG = ("x" * 5000, "x" * 250, "x/" * 2000, "/" + "x/" * 3000, "é" * 200)
+LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
 ODD = (
     "-",
     "--",
     "-o",
-    "--debug",
     "a=b",
     "x.yaml",
     "/",
@@ -123,7 +122,7 @@ def test_names(text: str) -> None:
     assert Path("/a", name).parent == Path("/a")
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000])
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000, "x/" * 1900])
 def test_a_name_too_long(cli: Cli, name: str) -> None:
     """Whether there is such a folder cannot even be asked."""
     written = ("train", "-o"), ("calibrate", "-o"), ("compare", "--methods", "lora,full", "-o")
