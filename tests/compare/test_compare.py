@@ -56,9 +56,9 @@ def test_comparison_is_fair_complete_and_goes_on(
     with watched(tmp_path / "c" / "report.html") as seen:
         outcome = cli(*command)
     assert outcome.code == 0, outcome.err
-    # The page was there from the first cell on, renewed itself, and stands still in the end.
-    assert [(cells, alive) for cells, alive in seen if alive] == [(0, True), (1, True), (2, True)]
-    assert seen[-1] == (2, False)
+    # The page was there from the first cell on, renewed itself, and stands still in the end. The
+    # page between the last cell and the end lives too shortly to be seen every time.
+    assert [state for state in seen if state != (2, True)] == [(0, True), (1, True), (2, False)]
     record = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert record["status"] == "done"
     assert [row["method"] for row in record["rows"]] == ["lora", "meprop"]
