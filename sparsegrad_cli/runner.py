@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.known_errors import known_errors
+from sparsegrad_cli.measure.garbage import all_here_to_stay
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recorded import run_recorded
@@ -49,7 +50,8 @@ def train(
         # Seconds of importing, for a run that may: a folder that is refused is refused at once.
         from sparsegrad_cli.training.fine_tuning import TrainingSession
 
-        TrainingSession(loaded, record, observer, resume=resume).run()
+        with all_here_to_stay():
+            TrainingSession(loaded, record, observer, resume=resume).run()
 
     return run_recorded(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
 
@@ -62,7 +64,8 @@ def calibrate(
     def work(record: RunRecord, observer: Observer) -> None:
         from sparsegrad_cli.training.calibration_session import CalibrationSession
 
-        CalibrationSession(loaded, record, observer).run()
+        with all_here_to_stay():
+            CalibrationSession(loaded, record, observer).run()
 
     return run_recorded(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
 

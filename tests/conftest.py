@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Read when huggingface_hub is imported: no test looks for a network, whether there is one or not.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from small import Cli, Outcome
@@ -13,16 +19,30 @@ from tried import table
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.measure.garbage import all_here_to_stay
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What runs import in the end, and the meter's collections would go over in every one of them.
+_LIBRARIES = ("datasets", "evaluate", "peft", "sklearn.metrics", "transformers.trainer")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_objects_to_collect(request: pytest.FixtureRequest) -> Iterator[None]:
+    if len(request.session.items) > 50:  # not for a single file that may need none of them
+        for name in _LIBRARIES:
+            importlib.import_module(name)
+        with all_here_to_stay():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
     """``cli("train", "seed=1")``: the command line in this process, in a fresh working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> Outcome:

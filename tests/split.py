@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,11 +93,7 @@ def trained(
 ) -> dict[str, Any]:
     """run.json of a run in the working folder, as the command makes it."""
     settings = (*TASKS[model], *_SETTINGS, *METHODS[method], *more, f"output_dir={run}")
-    gc.freeze()  # the memory meter collects garbage often: what libraries have made is none
-    try:
-        return runner.train(load_recipe(None, settings), observer, resume=resume)
-    finally:
-        gc.unfreeze()
+    return runner.train(load_recipe(None, settings), observer, resume=resume)
 
 
 def undraw() -> None:

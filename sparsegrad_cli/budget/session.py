@@ -18,7 +18,7 @@ from sparsegrad_cli.compare.space import with_settings
 from sparsegrad_cli.compare.spent import MEASURED, TOLERANCE
 from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
 from sparsegrad_cli.estimate.rehearsal import Kernels
-from sparsegrad_cli.estimate.session import all_here_to_stay
+from sparsegrad_cli.measure.garbage import all_here_to_stay
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain

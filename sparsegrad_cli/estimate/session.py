@@ -6,11 +6,9 @@ One row a recipe: the peak of forward, backward and optimizer by category, count
 
 from __future__ import annotations
 
-import gc
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +16,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fit import MOST, largest_batch
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import mask_of, name_task
+from sparsegrad_cli.measure.garbage import all_here_to_stay
 from sparsegrad_cli.measure.ledger import PhasePeak
 from sparsegrad_cli.measure.memory import MemoryMeter
 from sparsegrad_cli.modeling.architectures import configuration_of
@@ -159,19 +158,6 @@ def check_rehearsable(recipe: Recipe) -> None:
             where="model.quantization",
             fix="leave it out here; docs/quantized.md says what the weights then take",
         )
-
-
-@contextmanager
-def all_here_to_stay() -> Iterator[None]:
-    """Inside, what is there already is not searched for garbage, which the meter does a lot."""
-    within = gc.get_freeze_count() > 0  # of another such context: that one ends it
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not within:
-            gc.unfreeze()
 
 
 def _bytes(peak: PhasePeak | None) -> int | None:

@@ -24,7 +24,6 @@ from sparsegrad_cli.compare.checks import make_checks
 from sparsegrad_cli.compare.parity import check_parity
 from sparsegrad_cli.compare.spent import measured, with_measured
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.estimate.session import all_here_to_stay
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
@@ -44,7 +43,7 @@ ROWS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
-    with one_thread(), all_here_to_stay():
+    with one_thread():
         yield
 
 

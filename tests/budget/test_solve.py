@@ -16,7 +16,6 @@ from sparsegrad_cli.budget.sizes import entries_of, knob_of
 from sparsegrad_cli.budget.solve import Pick, UnreachableError, settings_of, solve
 from sparsegrad_cli.compare.spent import with_measured
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
-from sparsegrad_cli.estimate.session import all_here_to_stay
 from sparsegrad_cli.recipe.budget import Budget, Kind
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
@@ -28,7 +27,7 @@ STATIC = "{name: sparsegrad}"
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
-    with one_thread(), all_here_to_stay():
+    with one_thread():
         yield
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from paths import REPO
 from small import SMALL, Cli
 
 
@@ -90,12 +94,26 @@ def test_pattern_that_matches_nothing_lists_what_there_is(cli: Cli) -> None:
     assert "*.up_proj" in outcome.flat and "intermediate.dense (1536 x 384)" in outcome.flat
 
 
-def test_hub_out_of_reach_says_how_to_go_local(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HOME", raising=False)
+def test_hub_out_of_reach_says_how_to_go_local(cli: Cli) -> None:
     outcome = cli("train", "model=roberta-base-that-is-not-cached", *SMALL)
     assert outcome.code == 1
     assert "roberta-base-that-is-not-cached" in outcome.flat
     assert "local folder" in outcome.flat
+
+
+@pytest.mark.slow
+def test_so_does_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+    """Slow, as huggingface_hub tries it six times."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsegrad_cli", "train", "model=roberta-base-not-cached", *SMALL],
+        cwd=tmp_path,
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "local folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_model_folder_without_a_model(cli: Cli, tmp_path: Path) -> None:

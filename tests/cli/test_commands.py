@@ -100,7 +100,8 @@ def test_a_reused_basis_gives_the_run_that_makes_it_itself(cli: Cli, tmp_path: P
     assert reused["calibration"]["reused"] and not own["calibration"]["reused"]
     assert reused["metrics"]["history"] == own["metrics"]["history"]
     assert reused["hashes"] == own["hashes"]
-    cold = cli("train", *METHODS["core"], *SMALL, "-o", "cold")
+    once = ("train.max_steps=1", "train.eval_steps=1")
+    cold = cli("train", *METHODS["full"], *SMALL, *once, "-o", "cold")
     assert cold.code == 0
     other = json.loads((tmp_path / "cold" / "run.json").read_text())
     assert other["hashes"]["head_init"] != own["hashes"]["head_init"]

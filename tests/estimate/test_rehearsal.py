@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,12 +65,8 @@ CHAT = "task.name=builtin:dialogues"
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
-    """One thread; and the meter need not look for garbage among all that pytest has loaded."""
-    gc.collect()
-    gc.freeze()
     with one_thread():
         yield
-    gc.unfreeze()
 
 
 def config_folder(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,17 +20,6 @@ Runs = Callable[..., Path]
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_objects_to_collect() -> Iterator[None]:
-    """Memory is measured between collections, and these walk over all that the libraries hold."""
-    for name in ("peft", "datasets", "transformers.trainer", "sparsegrad_cli.export.session"):
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

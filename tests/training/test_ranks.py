@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Callable
@@ -57,11 +56,7 @@ def cut(size: int, micro_batches: int) -> tuple[str, ...]:
 def trained(name: str, folder: str, *more: str) -> dict[str, Any]:
     """run.json of a run in the working folder, as the command makes it."""
     settings = (*SETTINGS, *METHODS[name], *more, f"output_dir={folder}")
-    gc.freeze()  # the memory meter collects garbage often: what libraries have made is none
-    try:
-        return runner.train(load_recipe(None, settings))
-    finally:
-        gc.unfreeze()
+    return runner.train(load_recipe(None, settings))
 
 
 def place(folder: Path) -> Path:

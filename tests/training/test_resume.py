@@ -1,4 +1,4 @@
-"""Stop and go on: bit for bit the run that was never stopped; Ctrl-C; a full disk."""
+"""Stop and go on: bit for bit the run that was never stopped; Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small import METHODS, SMALL, Cli
 
 # The sampler knows no methods: grouping by length once is enough.
-CASES = [*((name, "random") for name in METHODS), ("sparsegrad", "group_by_length")]
+CASES = [*((name, "random") for name in METHODS), ("lora", "group_by_length")]
 
 
 def tensors_equal(a: Path, b: Path) -> bool:
@@ -34,10 +34,12 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
         *METHODS[method],
         *SMALL,
         f"train.train_sampling_strategy={sampling}",
-        # 96 rows in batches of 8 x 2: six steps an epoch, so steps 6 to 8 are in the second one
+        # 40 rows in batches of 4 x 2: five steps an epoch, so step 6 is in the second one
+        "task.train_limit=40",
+        "train.per_device_train_batch_size=4",
         "train.gradient_accumulation_steps=2",
-        "train.max_steps=8",
-        "train.eval_steps=4",
+        "train.max_steps=6",
+        "train.eval_steps=3",
         "train.save_total_limit=5",
         "train.lr_scheduler_type=linear",
     )
@@ -45,7 +47,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     whole = tmp_path / "whole"
     half = tmp_path / "half"
     shutil.copytree(whole, half)
-    shutil.rmtree(half / "checkpoint-8")
+    shutil.rmtree(half / "checkpoint-6")
     shutil.rmtree(half / "adapter")
     resumed = cli("train", *common, "-o", "half", "--resume")
     assert resumed.code == 0, resumed.err
@@ -53,7 +55,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     assert other["metrics"]["history"] == one["metrics"]["history"]
     assert other["hashes"]["order"] == one["hashes"]["order"]
     for name in ("trainable.safetensors", "optimizer.safetensors"):
-        assert tensors_equal(whole / "checkpoint-8" / name, half / "checkpoint-8" / name)
+        assert tensors_equal(whole / "checkpoint-6" / name, half / "checkpoint-6" / name)
 
 
 def test_training_twice_is_bitwise_the_same(cli: Cli, tmp_path: Path) -> None:
@@ -141,33 +143,3 @@ def test_ctrl_c_saves_exits_130_and_can_be_resumed(cli: Cli, tmp_path: Path) -> 
         for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
     ]
     assert steps == sorted(steps)
-
-
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """A file-size limit stands in for a full disk: the first checkpoint fits, the adapter does too,
-    a larger file does not. The limit is the process's own, so nothing else on the machine suffers.
-    """
-    settings = [*SMALL, "method=full", "train.save_total_limit=5", "-o", "run"]
-    whole = start(tmp_path, *settings)
-    assert whole.wait(timeout=180) == 0
-    code = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))\n"
-        "sys.argv = ['sparsegrad', 'train', 'run', '--resume']\n"
-        "from sparsegrad_cli.cli.app import main\nmain()\n"
-    )
-    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
-    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-    again = start(tmp_path, "run", "--resume")
-    assert again.wait(timeout=180) == 0
