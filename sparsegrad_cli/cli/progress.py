@@ -75,9 +75,7 @@ class ProgressObserver(Observer):
         if record.get("rss_bytes"):
             self._state["rss"] = f"RSS {format_bytes(record['rss_bytes'])}"
         if phase in self._tasks:
-            self._progress.update(
-                self._tasks[phase], completed=record["step"], state="  ".join(self._state.values())
-            )
+            self._progress.update(self._tasks[phase], completed=record["step"], state=self._shown())
 
     def evaluated(self, record: dict[str, Any]) -> None:
         """A line per evaluation."""
@@ -85,6 +83,11 @@ class ProgressObserver(Observer):
         name = scale.words if scale.lower_is_better else "score"
         score = f"{name} {format_score(record['score'], scale)}"
         self._state["score"] = score
+        if "train" in self._tasks:  # of the last step no other comes to show it
+            self._progress.update(self._tasks["train"], state=self._shown())
         loss = "" if scale is METRICS["loss"] else f"  loss {record['loss']:.4f}"
         text = f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  {score}{loss}"
         self._progress.console.print(Text(text))
+
+    def _shown(self) -> str:
+        return "  ".join(self._state.values())

@@ -24,7 +24,7 @@ from sparsegrad_cli.export.plain import (
     write_plain,
 )
 from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.modeling.loading import locate
+from sparsegrad_cli.modeling.pretrained import locate
 from sparsegrad_cli.modeling.quantized import quantization_snippet
 from sparsegrad_cli.report.units import format_bytes
 

@@ -26,7 +26,8 @@ from sparsegrad_cli.export.plain import (
 )
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
-from sparsegrad_cli.modeling.loading import load_as, locate
+from sparsegrad_cli.modeling.loading import load_as
+from sparsegrad_cli.modeling.pretrained import locate
 from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank

@@ -20,7 +20,7 @@ from sparsegrad_cli.export.plain import auto_class
 from sparsegrad_cli.export.rebuild import Trained, rebuild
 from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.known_errors import is_out_of_memory
-from sparsegrad_cli.modeling.loading import locate
+from sparsegrad_cli.modeling.pretrained import locate
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.paths import is_folder, refuse_link
 from sparsegrad_cli.report.records import write_json_atomic

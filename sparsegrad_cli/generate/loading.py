@@ -14,7 +14,8 @@ from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.place import RECORD
 from sparsegrad_cli.generate.options import ModelOptions
-from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer, locate
+from sparsegrad_cli.modeling.loading import load_causal_lm
+from sparsegrad_cli.modeling.pretrained import load_tokenizer, locate
 from sparsegrad_cli.modeling.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint
 from sparsegrad_cli.paths import exists, expanded, is_file, is_folder

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.modeling import smollm2
-from sparsegrad_cli.modeling.loading import load_configuration, locate
+from sparsegrad_cli.modeling.pretrained import load_configuration, locate
 from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 

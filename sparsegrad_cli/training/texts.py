@@ -9,7 +9,8 @@ from torch import nn
 
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
 from sparsegrad_cli.data.loading import LoadedTask, load_task
-from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer
+from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.modeling.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.training.device import device_of

@@ -25,7 +25,7 @@ ROWS = [
 def bert() -> Any:
     from transformers import AutoTokenizer
 
-    from sparsegrad_cli.modeling.loading import locate
+    from sparsegrad_cli.modeling.pretrained import locate
 
     return AutoTokenizer.from_pretrained(locate("builtin:minilm"))
 

@@ -15,7 +15,7 @@ from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.estimate.rehearsal import Conditions
 from sparsegrad_cli.estimate.session import Room, estimate_steps
 from sparsegrad_cli.modeling.architectures import configuration_of
-from sparsegrad_cli.modeling.loading import load_configuration
+from sparsegrad_cli.modeling.pretrained import load_configuration
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.schema import ModelSection
 

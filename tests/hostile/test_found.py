@@ -34,7 +34,7 @@ from sparsegrad_cli.compare.grid import Comparison
 from sparsegrad_cli.data.loading import load_task
 from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
 from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
-from sparsegrad_cli.modeling.loading import load_configuration
+from sparsegrad_cli.modeling.pretrained import load_configuration
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study

@@ -15,7 +15,8 @@ from torch import nn
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
-from sparsegrad_cli.modeling.loading import load_classifier, load_tokenizer, locate
+from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.modeling.pretrained import load_tokenizer, locate
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.recipe.schema import ModelSection
 

@@ -16,7 +16,8 @@ from tiny import build, config
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
 from sparsegrad_cli.modeling import smollm2
-from sparsegrad_cli.modeling.loading import load_causal_lm, load_tokenizer, locate
+from sparsegrad_cli.modeling.loading import load_causal_lm
+from sparsegrad_cli.modeling.pretrained import load_tokenizer, locate
 from sparsegrad_cli.modeling.smollm2 import NAME, cache_folder, smollm2_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 

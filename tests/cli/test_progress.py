@@ -1,0 +1,19 @@
+"""What the bar says: of a run that has ended, its last score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsegrad_cli.cli.progress import ProgressObserver
+
+
+def test_the_bar_says_the_score_of_the_last_step() -> None:
+    observer = ProgressObserver()
+    observer.total_steps("train", 2)
+    scored: dict[str, Any] = {"metric": "accuracy", "epoch": 1.0, "loss": 0.7}
+    for step, score in ((1, 0.25), (2, 0.75)):
+        observer.step("train", {"step": step, "loss": 0.5})
+        observer.evaluated({**scored, "step": step, "score": score})
+    (bar,) = observer._progress.tasks
+    assert bar.completed == 2
+    assert "score 75.0" in bar.fields["state"] and "25.0" not in bar.fields["state"]
