@@ -22,7 +22,9 @@ from sparsegrad_cli.training.calibration_session import CalibrationSession
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4
-LEFT = 100  # MiB: three of these do not fit, and a small batch does
+# MiB, of which three do not fit and a small batch does. What libraries take of it is theirs to say,
+# and oneDNN's own words for it are taken for it only where a smaller batch fits: so look again.
+LEFT = (100, 110, 120, 90, 130)
 Short = Callable[..., tuple[Ended, dict[str, Any], Path]]
 
 
@@ -75,7 +77,7 @@ def checked(ended: Ended, run: dict[str, Any]) -> dict[str, Any]:
 
 def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
     """The wide activation is what is asked for; where a small one came to the end, look again."""
-    for left in (100, 110, 120, 90, 130):  # what libraries take of it is theirs to say
+    for left in LEFT:
         ended, run, _ = short("method=full", left=left)
         if ended.code == 3 and run["error"]["asked_bytes"] == WIDE_ONE:
             break
@@ -121,12 +123,15 @@ def test_backward_names_module_and_largest_tensors(short: Short) -> None:
 
 def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short) -> None:
     settings = ("method=full", "train.per_device_train_batch_size=4")
-    ended, run, folder = short(
-        *settings,
-        f"train.per_device_eval_batch_size={ROWS}",
-        left=60,
-        moment="short-of-memory-later",
-    )
+    for left in (60, 70, 50, 80):
+        ended, run, folder = short(
+            *settings,
+            f"train.per_device_eval_batch_size={ROWS}",
+            left=left,
+            moment="short-of-memory-later",
+        )
+        if ended.code == 3:
+            break
     error = checked(ended, run)
     assert error["phase"] == "evaluate"
     assert error["where"] == f"train.per_device_eval_batch_size = {ROWS}"
@@ -136,7 +141,10 @@ def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short)
 
 
 def test_calibration_blames_its_own_batch(short: Short) -> None:
-    ended, run, folder = short("method.form=materialized", "method.density=0.01", left=LEFT)
+    for left in LEFT:
+        ended, run, folder = short("method.form=materialized", "method.density=0.01", left=left)
+        if ended.code == 3:
+            break
     error = checked(ended, run)
     assert error["phase"] == "calibrate"
     assert error["where"] == f"calibration.batch_size = {ROWS}"
