@@ -93,7 +93,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
 
 
-# Every damage in make test-slow; here one in eleven, which falls on every kind of it in turn.
+# Every damage in make test-slow, one in eleven here.
 SOME = pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 
 

@@ -117,11 +117,9 @@ def test_ctrl_c_saves_exits_130_and_can_be_resumed(cli: Cli, tmp_path: Path) -> 
         *SMALL,
         "train.max_steps=400",
         "train.eval_steps=200",
-        "train.train_limit=96",
         "-o",
         "run",
     )
-    settings = tuple(s for s in settings if s != "train.train_limit=96")
     process = start(tmp_path, *settings)
     wait_for_lines(tmp_path / "run" / "steps.jsonl", 4, process)
     process.send_signal(signal.SIGINT)
