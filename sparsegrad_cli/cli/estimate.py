@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +17,6 @@ from sparsegrad_cli.cli.arguments import (
     split_arguments,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import is_file
 
 if TYPE_CHECKING:
     from sparsegrad_cli.estimate.rehearsal import Kernels
@@ -126,8 +124,6 @@ def _cells(
         if budget is not None and budget.kind != "seconds":
             study = runner.solve(study, kernels=None if device is None else device.value)
     elif names:
-        if source is not None and is_file(Path(source) / "recipe.yaml"):
-            source = str(Path(source) / "recipe.yaml")
         study = make_study(source, names, 1, overrides, option="--method")
     else:
         loaded = load(arguments, None)

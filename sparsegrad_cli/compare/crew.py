@@ -25,6 +25,7 @@ from sparsegrad_cli.report.records import SCHEMA, load_record, write_json_atomic
 from sparsegrad_cli.report.words import status_of
 
 PATIENCE_S = 120  # for a run that was asked to stop, to save
+_SAID = ("done", "failed", "out_of_memory", "interrupted")  # by the run itself
 _EXIT_STATUS = {1: "failed", 2: "failed", 3: "out_of_memory", 130: "interrupted"}
 
 
@@ -141,7 +142,7 @@ def _note_exit(folder: Path, code: int, *, stopped: bool) -> None:
     if owner_of(folder):  # another has the folder, by `sparsegrad train`
         return
     run = run or {"schema": SCHEMA, "status": "running", "recipe_digest": None}
-    if code == 0 or status_of(run) in ("failed", "out_of_memory", "interrupted"):
+    if code == 0 or status_of(run) in _SAID:  # done stays done, though its report failed
         return
     killed = code == -signal.SIGKILL
     what = "killed by the system, most likely for memory" if killed else f"ended with {code}"

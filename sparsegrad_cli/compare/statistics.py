@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
 EXACT = 32  # up to so many differences every choice of signs is counted
 DRAWS = 99_999  # beyond, so many are drawn
+ROUNDING = 1e-12  # of float64 scores of about 1, with room; no metric is told apart so finely
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -46,8 +47,8 @@ def student(groups: Sequence[Sequence[float]]) -> Student | None:
         groups: values of each group.
 
     Returns:
-        None without groups, where one has fewer than two values, and where all spread is zero: few
-        equal values do not say that the next would be equal, too.
+        None without groups, where one has fewer than two values, and where all spread is zero but
+        for rounding: few equal values do not say that the next would be equal, too.
     """
     if not groups or any(len(group) < 2 for group in groups):
         return None
@@ -57,7 +58,8 @@ def student(groups: Sequence[Sequence[float]]) -> Student | None:
     centre = math.fsum(math.fsum(group) / len(group) for group in groups) / count
     parts = [(std(group) or 0.0) ** 2 / len(group) / count**2 for group in groups]
     error = math.sqrt(math.fsum(parts))
-    if error == 0:
+    largest = max(abs(value) for group in groups for value in group)
+    if error <= ROUNDING * max(1.0, largest):  # differences of scores near 1 round as those do
         return None
     shares = (part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
     freedom = math.fsum(parts) ** 2 / math.fsum(shares)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.layers import read_layers, stack, still_said
@@ -27,11 +28,12 @@ from sparsegrad_cli.recipe.source import (
     parse_override,
     read_yaml,
 )
+from sparsegrad_cli.recipe.study_checks import SIZES, of_overrides, of_rows, unmatched_rank
 from sparsegrad_cli.recipe.study_section import SEEDS, MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.tuning import Tune, tuning_problems
-from sparsegrad_cli.recipe.yaml_text import shorten
 
-_MOST_CELLS, _MOST_PROBLEMS = 2000, 100
+_MOST_PROBLEMS = 100
+_LAST = {"train", "calibration"}  # of these the command line has the last word, for all rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def make_study(
     option: str = "--methods",
     trials: int | None = None,
 ) -> LoadedStudy:
-    """A study from the command line: one recipe, some methods by name, the first n seeds.
+    """A study from the command line: one recipe or run, some methods by name, the first n seeds.
 
     ``match`` is as in a file, ``trainable`` by default; ``option`` is what to blame for the
     methods, ``trials`` are those of tuning, if there is any.
@@ -129,9 +131,17 @@ def make_study(
         raise RecipeError(problems)
     recipe = source or "configs/quickstart.yaml"
     name = Path(recipe).stem
-    data = {"name": name, "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
+    if is_file(Path(recipe) / "recipe.yaml"):  # a run folder stands for the recipe in it
+        name, recipe = Path(recipe).resolve().name, str(Path(recipe) / "recipe.yaml")
+    data = {"name": _study_name(name), "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
     study = _with_trials(_with_match(Study.model_validate(data), match), trials)
     return expand(study, f"{name} from the command line", recipe, overrides, _OPTION)
+
+
+def _study_name(raw: str) -> str:
+    """What is named so, as a study may be called."""
+    kept = (c if c.isalpha() or c.isdecimal() or c in "_.+-" else "-" for c in raw)
+    return "".join(kept)[:80].lstrip(".-") or "recipe"
 
 
 def _with_match(study: Study, match: str | None) -> Study:
@@ -160,18 +170,22 @@ def expand(
     """One checked recipe per cell; problems of all cells are reported once each."""
     base = read_layers(recipe)
     over = [parse_override(text) for text in overrides]
+    keys = [text.partition("=")[0].strip() for text in overrides]
     tasks = study.tasks or (None,)
-    problems = _of_rows(study, source)
+    problems = of_rows(study, source) | of_overrides(study, keys)
     cells: list[Cell] = []
     for task, seed, entry in itertools.product(tasks, study.seeds, study.methods):
         if len(problems) > _MOST_PROBLEMS:
             break
         layers = [*base, *_cell_layers(study, source, task, seed, over)]
         match = study.match if entry.matched else None
-        layers.append(_method_layer(entry, source, stack(layers).data, match))
+        resolved = stack(layers)
+        problems.update(unmatched_rank(study, entry, resolved))
+        layers.append(_method_layer(entry, source, resolved.data, match))
         if task is not None and entry.label in task.methods:
             where = f"tasks ({clip(task.name)}), methods ({entry.label})"
             layers.append(_layer({"train": dict(task.methods[entry.label])}, source, where))
+        layers += [layer for layer in over if _LAST & set(layer.data)]  # what rows say is weaker
         try:
             loaded = _checked(layers, source)
             cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
@@ -183,33 +197,12 @@ def expand(
         what = f"two runs are one and the same: {twice[0]}"
         problems["twice"] = Problem("seeds, tasks", what, source, None, "name each once")
     if study.tune is not None:
-        keys = [text.partition("=")[0].strip() for text in overrides]
         labels = [entry.label for entry in study.methods]
         for problem in tuning_problems(study.tune, study.seeds, labels, keys, source):
             problems[f"{problem.where} {problem.what}"] = problem
     if problems:
         raise RecipeError(list(problems.values()))
     return LoadedStudy(study, source, tuple(cells), match_place)
-
-
-def _of_rows(study: Study, source: str) -> dict[str, Problem]:
-    """What is wrong with the rows of a study before any is looked at."""
-    problems: dict[str, Problem] = {}
-    count = max(1, len(study.tasks)) * len(study.seeds) * len(study.methods)
-    if count > _MOST_CELLS:
-        what = f"has {count:,} runs; more than {_MOST_CELLS:,} are no study"
-        raise RecipeError([Problem("(file)", what, source)])
-    labels = [entry.label for entry in study.methods]
-    for number, task in enumerate(study.tasks):
-        for label in sorted(set(task.methods) - set(labels)):
-            what = f"{shorten(label)} is no row of this study"
-            hint = did_you_mean(label, tuple(labels))
-            key = f"tasks[{number}].methods"
-            problems[f"{number} {label}"] = Problem(key, what, source, None, hint)
-    if len(set(labels)) != len(labels):
-        what = "two rows have one label: give each its own"
-        problems["labels"] = Problem("methods", what, source)
-    return problems
 
 
 def _cell_layers(
@@ -233,10 +226,10 @@ def _method_layer(
     """
     method = dict(entry.method)
     settings = resolved.get("method")
-    if isinstance(settings, dict) and method.get("name") == settings.get("name"):
-        method = {**still_said(settings, method), **method}
     said = settings if isinstance(settings, dict) else {}
-    matched = match is not None and not {"rank", "density", "entries"} & set(method)
+    if method.get("name") == said.get("name"):
+        method = {**still_said(said, method), **method}
+    matched = match is not None and not SIZES & set(method)
     if matched and method.get("name") != "full":
         if said.get("entries") is not None:  # which LoRA then refuses: it has ranks
             method["entries"] = said["entries"]

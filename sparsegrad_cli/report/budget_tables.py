@@ -142,8 +142,8 @@ def budget_lines(compare: Any) -> list[Line]:
         lines.append((True, f"Budget {match}: {counted} took what was asked for, within {share}."))
     for row in rows:
         if text(row, "verdict") == "over":
-            took = _took(row, text(budget, "kind"))
-            lines.append((False, f"{took}, {_beyond(row)} MORE than {match}."))
+            kind = text(budget, "kind")
+            lines.append((False, f"{_took(row, kind)}, {_beyond(row, kind, 'MORE', match)}."))
     return lines
 
 
@@ -158,18 +158,26 @@ def budget_flags(compare: Any) -> list[str]:
         if row.get("matched") is False:
             flags.append(f"{_took(row, kind)}, outside of {match} as the study says.")
         elif text(row, "verdict") == "under":
-            less = f"{_beyond(row)} less than {match}"
+            less = _beyond(row, kind, "less", match)
             flags.append(f"{_took(row, kind)}, {less}{_because(row, kind)}.")
     return flags
 
 
 def _took(row: Row, kind: str | None) -> str:
     who = f"{text(row, 'task') or '?'}: {text(row, 'method') or '?'}"
-    return f"{who} took {format_amount(number(row, 'measured'), kind)}"
+    average = " on average" if _is_mean(row, kind) else ""
+    return f"{who} took {format_amount(number(row, 'measured'), kind)}{average}"
 
 
-def _beyond(row: Row) -> str:
-    return format_share(abs(number(row, "deviation") or 0.0))
+def _beyond(row: Row, kind: str | None, word: str, match: str) -> str:
+    """How far off the run furthest from the request was: not the one said where that is a mean."""
+    share = format_share(abs(number(row, "deviation") or 0.0))
+    who = "the run furthest off " if _is_mean(row, kind) else ""
+    return f"{who}{share} {word} than {match}"
+
+
+def _is_mean(row: Row, kind: str | None) -> bool:
+    return kind == "seconds" and (number(row, "runs") or 0) > 1
 
 
 def _because(row: Row, kind: str | None) -> str:

@@ -11,6 +11,7 @@ from sparsegrad_cli.report.budget_tables import budget_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
+from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.report.published import figures_table
 from sparsegrad_cli.report.run_tables import title_of
 from sparsegrad_cli.report.tables import Table
@@ -43,6 +44,7 @@ _ESCAPES = {
     "·": r"$\cdot$",
 }
 _LAST_LATIN = 0x17F  # what every engine's default fonts have, UTF-8 being the default input
+_HELD = {True: "Held", False: "DID NOT HOLD", None: "Not known"}
 _HEAD_WIDTH = 14  # characters of a header's line
 _WIDE = 7  # columns; more are set smaller
 
@@ -106,13 +108,15 @@ def _guarded(line: str) -> str:
 
 
 def compare_latex(compare: Mapping[str, Any]) -> str:
-    """``report.tex`` of a comparison: the tables of ``report.md``, and what the tests show."""
+    """``report.tex`` of a comparison: the tables of ``report.md``, the tests, what was fair."""
     name, finished = escape_latex(title_of(compare)), escape_latex(text(compare, "finished") or "")
     head = f"% {name} {finished}, by sparsegrad: \\input it where booktabs is loaded"
     tables: list[Table | None] = [overview_table(compare), budget_table(compare)]
     for task in tasks_of(compare):
         tables += [make(compare, task) for make in (score_table, counters_table, calibration_costs)]
     tables += [pairs_table(compare), tuning_table(compare), figures_table(compare)]
+    tables.append(parity_table(compare))
     drawn = [table_latex(table) for table in tables if table is not None]
     words = [escape_latex(line) for line in verdict_lines(compare)]
-    return "\n\n".join([head, *drawn, *words]) + "\n"
+    fair = [_guarded(escape_latex(f"{_HELD[held]}: {line}")) for held, line in check_lines(compare)]
+    return "\n\n".join([head, *drawn, *words, *fair]) + "\n"

@@ -49,13 +49,22 @@ def _shown(pair: Mapping[str, Any]) -> str:
     better = text(pair, "better")
     worse = text(pair, "b") if better == text(pair, "a") else text(pair, "a")
     mean, scale = number(pair, "mean"), scale_of(text(pair, "metric"))
-    by = f" by {format_score(abs(mean), scale)}" if mean is not None else ""
     facts = [_cells(pair), f"Holm's p {_p(pair, 'p_holm')}"]
+    if mean is None:
+        return f"{better} is better than {worse} ({'; '.join(facts)})."
+    sign = (1 if better == text(pair, "a") else -1) * (-1 if scale.lower_is_better else 1)
+    if sign * mean <= 0:  # tasks of unlike spread: the test weighs them, the plain mean does not
+        gap = f"has {worse} ahead by {format_score(abs(mean), scale)}" if mean else "is even"
+        return (
+            f"{better} is better than {worse} where each task counts in its own spread "
+            f"({'; '.join(facts)}), though the plain mean over tasks {gap}."
+        )
     low, high = interval_of(pair, "interval")
-    if mean is not None and low is not None and high is not None:
-        low, high = (low, high) if mean > 0 else (-high, -low)
+    if low is not None and high is not None:
+        low, high = (low, high) if sign > 0 else (-high, -low)
         facts.insert(0, f"95 % interval {format_interval(low, high, scale)}")
-    return f"{better} is better than {worse}{by} ({'; '.join(facts)})."
+    by = format_score(abs(mean), scale)
+    return f"{better} is better than {worse} by {by} ({'; '.join(facts)})."
 
 
 def _cells(pair: Mapping[str, Any]) -> str:

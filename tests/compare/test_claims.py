@@ -215,6 +215,21 @@ def test_an_error_in_a_job_ends_the_others_and_is_told(tmp_path: Path) -> None:
     assert crew.stopping.is_set() and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("status", ["done", "out_of_memory"])
+def test_what_a_run_said_of_itself_stays_however_its_process_ended(
+    tmp_path: Path, status: str
+) -> None:
+    """Its report could not be written, or its interpreter crashed on the way out."""
+    write_json_atomic(tmp_path / "run.json", {"schema": 1, "status": status, "metrics": {}})
+    before = (tmp_path / "run.json").read_bytes()
+    for code in ("exit(1)", "import os; os.kill(os.getpid(), 9)"):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        crew = Crew(quiet=True, jobs=1)
+        crew._running.append(process)
+        crew.wait(process, tmp_path)
+        assert (tmp_path / "run.json").read_bytes() == before
+
+
 def test_nothing_is_overwritten_where_another_process_is_at_work(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     same, grown = (make_study(None, names, 1, ()) for names in (("lora", "full"), ("lora",)))

@@ -113,6 +113,22 @@ def test_differences_and_their_absence_are_said_in_words() -> None:
     assert [row[-1] for row in table.rows] == ["a better", "a better", "no difference shown"]
 
 
+def test_a_mean_that_one_wide_task_turns_is_not_said_as_the_gain() -> None:
+    """a is 0.3 points ahead on seven tasks and 5 behind on the eighth, three seeds of each."""
+    ahead = {"a": [0.803, 0.8131, 0.8229], "b": [0.80, 0.81, 0.82]}
+    behind = {"a": [0.45, 0.46, 0.47], "b": [0.50, 0.5101, 0.5199]}
+    scores = {f"t{n}": ahead for n in range(7)} | {"cola": behind}
+    compare = evidence(study_cells(scores))
+    pair = only(compare["tests"])
+    assert pair["better"] == "a" and pair["mean"] < 0
+    (line,) = verdict_lines(compare)
+    assert line.startswith("a is better than b where each task counts in its own spread (24 paired")
+    assert line.endswith("though the plain mean over tasks has b ahead by 0.4.")
+    losses = {"t": {"a": [1.0 - 0.01 * s for s in range(8)], "b": [1.1] * 8}}
+    lines = verdict_lines(evidence(study_cells(losses, {"t": "loss"})))
+    assert lines[0].startswith("a is better than b by 0.135 (95 % interval 0.1")
+
+
 def test_too_few_runs_to_show_anything_is_said_with_the_number_that_could() -> None:
     scores = {task: {m: [0.5, 0.61] for m in "ab"} for task in "xyz"}
     for at, task in enumerate("xyz"):

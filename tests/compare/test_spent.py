@@ -68,6 +68,16 @@ def test_the_seed_furthest_off_decides() -> None:
     assert found["deviation"] == pytest.approx(-0.08) and found["verdict"] == "under"
 
 
+def test_a_mean_of_seconds_is_not_said_with_another_runs_deviation() -> None:
+    cells = [cell("lora", seed, 0.5) for seed in range(3)]
+    for each, seconds in zip(cells, (600.0, 660.0, 600.0), strict=True):
+        each["run"]["time"]["train_s"] = seconds
+    asked = {**budget("seconds", 600.0, row("lora")), "match": "seconds=600"}
+    ((held, line),) = budget_lines({"budget": with_measured(asked, cells), "cells": cells})
+    assert held is False and line.endswith("the run furthest off 10.0 % MORE than seconds=600.")
+    assert " on average, " in line
+
+
 def test_nothing_done_has_no_verdict_and_nor_has_who_is_outside() -> None:
     asked = budget("peak", 10, row("lora"), row("full", matched=False), row("core"))
     cells = [

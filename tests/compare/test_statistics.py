@@ -37,6 +37,11 @@ def test_of_few_values() -> None:
     assert mean([]) is None and std([1.0]) is None and std([1.0, 3.0]) == math.sqrt(2)
     assert student([]) is None and student([[1.0]]) is None and student([[1.0, 2.0], [1.0]]) is None
     assert student([[0.5, 0.5, 0.5]]) is None  # equal values promise nothing
+    # Nor where they differ by rounding alone: 5 and 5 sentences of 277 more.
+    ties = [155 / 277 - 150 / 277, 165 / 277 - 160 / 277]
+    assert ties[0] != ties[1] and student([ties]) is None
+    assert student([[0.1 + 0.2, 0.3, 0.3]]) is None
+    assert student([[5 / 277, 6 / 277]]) is not None
 
 
 def test_one_group_is_the_textbooks_interval_and_paired_test() -> None:

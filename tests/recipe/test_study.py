@@ -88,6 +88,65 @@ def test_command_line_comparison_matches_counts_by_the_recipes_density() -> None
     assert all(c.loaded.recipe.match == "trainable" for c in study.cells if c.label == "lora")
 
 
+def lora_with_a_rank(folder: Path) -> str:
+    path = folder / "my recipe.yaml"
+    text = "extends: configs/quickstart.yaml\nmethod: {name: lora, rank: 8}\n"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_rank_that_matches_nothing_is_refused_with_its_line(tmp_path: Path) -> None:
+    source = lora_with_a_rank(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        make_study(source, ("lora", "sparsegrad"), 2, ())
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.line) == ("method.rank", 2) and "rank 8" in problem.what
+    for match, methods in (("none", ("lora", "sparsegrad")), (None, ("lora", "full"))):
+        cells = make_study(source, methods, 1, (), match=match).cells
+        assert cells[0].loaded.recipe.method.model_dump()["rank"] == 8
+
+
+def test_any_file_and_any_run_has_a_name_for_its_comparison(tmp_path: Path) -> None:
+    assert make_study(lora_with_a_rank(tmp_path), ("full",), 1, ()).study.name == "my-recipe"
+    run = tmp_path / "first run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("method: full\nseed: 9\n", encoding="utf-8")
+    study = make_study(str(run), ("full", "lora"), 1, ())
+    assert study.study.name == "first-run" and study.cells[0].seed == 42
+    (tmp_path / f"{'x' * 200}.yaml").write_text("method: full\n", encoding="utf-8")
+    long = make_study(str(tmp_path / f"{'x' * 200}.yaml"), ("full",), 1, ())
+    assert long.study.name == "x" * 80
+
+
+def test_the_command_line_has_the_last_word_for_all_rows_or_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "methods:\n"
+        "  - {label: full, method: full, train: {learning_rate: 1e-4}}\n"
+        "  - {method: {name: lora, rank: 4}}\n"
+        "tasks:\n"
+        "  - {name: glue/rte, methods: {full: {learning_rate: 3e-4, warmup_steps: 9}}}\n"
+        "seeds: [1]\n",
+        encoding="utf-8",
+    )
+    cells = load_study(path, ("train.learning_rate=5e-5",)).cells
+    assert {c.loaded.recipe.train.learning_rate for c in cells} == {5e-5}
+    assert cells[0].loaded.recipe.train.warmup_steps == 9
+    for override, fix in (
+        ("seed=7", "--seeds"),
+        ("output_dir=runs/foo", "--output-dir"),
+        ("method.name=lora", "--methods"),
+        ("method=lora", "--methods"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_study(path, (override,))
+        (problem,) = caught.value.problems
+        assert problem.key == override.partition("=")[0] and fix in (problem.fix or "")
+    path.write_text(path.read_text().replace("method: full,", "method: {name: full, rank: 1},"))
+    with pytest.raises(RecipeError, match="every row of the study"):
+        load_study(path, ("method.rank=7",))
+
+
 def test_a_study_may_change_what_it_likes_per_method_and_task(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(

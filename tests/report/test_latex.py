@@ -72,6 +72,16 @@ def test_a_comparison_is_whole_and_loads_nothing_but_booktabs() -> None:
     assert "No difference shown in the other pair of methods" in text
 
 
+def test_what_was_not_fair_is_in_the_papers_form_too() -> None:
+    record = study_record()
+    for check_ in record["checks"]:
+        check_["same_order"] = False
+    made = compare_latex(record)
+    check(made)
+    assert "DID NOT HOLD: " in made and "did NOT have the same order" in made
+    assert "Held: " in compare_latex(study_record())
+
+
 def test_hostile_names_and_damaged_records() -> None:
     record = study_record()
     record["name"] = HOSTILE

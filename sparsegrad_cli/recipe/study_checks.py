@@ -1,0 +1,75 @@
+"""What can be wrong with a study before its cells' recipes are looked at. Imports no torch."""
+
+from __future__ import annotations
+
+from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.source import COMMAND_LINE, Layer, Place
+from sparsegrad_cli.recipe.study_section import MethodEntry, Study
+from sparsegrad_cli.recipe.yaml_text import shorten
+
+SIZES = {"rank", "density", "entries"}  # what may say how much a method trains
+
+_MOST_CELLS = 2000
+# what a comparison sets for each of its runs -> how it is said
+_OURS = {
+    "seed": "a comparison has seeds of its own: --seeds, or seeds in a study",
+    "output_dir": "--output-dir for the comparison; its runs lie in it",
+    "method": "name methods by --methods or in a study; settings are written method.density=0.02",
+    "method.name": "--methods, or methods in a study",
+}
+
+
+def of_rows(study: Study, source: str) -> dict[str, Problem]:
+    """What is wrong with the rows of a study before any is looked at."""
+    problems: dict[str, Problem] = {}
+    count = max(1, len(study.tasks)) * len(study.seeds) * len(study.methods)
+    if count > _MOST_CELLS:
+        what = f"has {count:,} runs; more than {_MOST_CELLS:,} are no study"
+        raise RecipeError([Problem("(file)", what, source)])
+    labels = [entry.label for entry in study.methods]
+    for number, task in enumerate(study.tasks):
+        for label in sorted(set(task.methods) - set(labels)):
+            what = f"{shorten(label)} is no row of this study"
+            hint = did_you_mean(label, tuple(labels))
+            key = f"tasks[{number}].methods"
+            problems[f"{number} {label}"] = Problem(key, what, source, None, hint)
+    if len(set(labels)) != len(labels):
+        what = "two rows have one label: give each its own"
+        problems["labels"] = Problem("methods", what, source)
+    return problems
+
+
+def of_overrides(study: Study, keys: list[str]) -> dict[str, Problem]:
+    """Keys on the command line that runs have from the comparison, or that no row would take."""
+    problems = {}
+    for key in keys:
+        what, fix = "is the comparison's to set, for each of its runs", _OURS.get(key)
+        section, _, name = key.partition(".")
+        if section == "method" and fix is None and all(name in e.method for e in study.methods):
+            what, fix = "is set by every row of the study", "change it there"
+        if fix is not None:
+            problems[key] = Problem(key, what, COMMAND_LINE, None, fix)
+    return problems
+
+
+def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[str, Problem]:
+    """A rank that the recipe gives LoRA, where entries are to be matched by the density."""
+    said = resolved.data.get("method")
+    rank = said.get("rank") if isinstance(said, dict) and said.get("name") == "lora" else None
+    by_density = any(
+        row.matched
+        and row.method.get("name") not in ("lora", "full")
+        and not SIZES & set(row.method)
+        for row in study.methods
+    )
+    held = study.match == "trainable" and entry.matched and entry.method.get("name") == "lora"
+    if rank is None or not held or not by_density or SIZES & set(entry.method):
+        return {}
+    what = (
+        f"the recipe gives LoRA rank {shorten(rank)}, the other methods have the entries of the "
+        "density: that would match nothing"
+    )
+    fix = "method.density in place of the rank, which then follows; or --match none or trainable=N"
+    place = resolved.places.get(("method", "rank"), Place("defaults"))
+    return {"rank": Problem("method.rank", what, place.file, place.line, fix)}
