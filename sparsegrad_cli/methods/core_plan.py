@@ -108,7 +108,9 @@ def planned_supports(
     """
     if settings.support not in ("static", "refresh"):
         return {}
-    worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)) for t in targets}
+    # Chosen on the CPU, whatever trains: of equal scores a GPU takes others, and a resumed run,
+    # which has them from a file, must choose as the first one did.
+    worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)).cpu() for t in targets}
     wanted = asked_entries(settings, targets)
     asked = {t.name: min(wanted[t.name], worth[t.name].numel()) for t in targets}
     if settings.allocation == "model":

@@ -64,7 +64,8 @@ class SequentialStream:
             raise ValueError("no gradient was added")
         q, singular = principal_directions(self.gram)
         keep = kept_columns(singular, q.shape[1], self.rank)
-        self._narrow = q[:, :keep].clone(), singular[:keep].clone()
+        # The spectrum whole: of a share of its energy, the core's rank is told once more.
+        self._narrow = q[:, :keep].clone(), singular.clone()
         self.gram = self.gram.new_zeros(self._wide, self._wide)
         self.count = 0
 

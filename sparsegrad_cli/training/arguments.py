@@ -39,7 +39,9 @@ def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
     if not train.gradient_checkpointing:
         settings.pop("gradient_checkpointing")
     report_to = train.report_to
-    return TrainingArguments(
+    # CUDA or the CPU, as device_of says: nothing here has met another kind of device.
+    settings["use_cpu"] = train.use_cpu or not torch.cuda.is_available()
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -48,7 +50,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
         greater_is_better=not scale_of(metric).lower_is_better,
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not train.use_cpu,
+        dataloader_pin_memory=not settings["use_cpu"],
         # A loss that is not finite ends the run with a message; it is not averaged away.
         logging_nan_inf_filter=False,
         # Data sets hold what the collator wants and nothing else.
@@ -58,3 +60,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
         ddp_broadcast_buffers=False,
         **settings,
     )
+    if arguments.n_gpu > 1:
+        # One process is one GPU. Trainer would multiply the batch by their number and train copies
+        # of the model (nn.DataParallel), which patched and sparse layers do not survive.
+        arguments._n_gpu = 1
+    return arguments

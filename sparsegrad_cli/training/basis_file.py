@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.numerics.hosvd import Basis, by_columns
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns, kept_columns
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.report.access import number
 from sparsegrad_cli.training.writing import save_tensors
@@ -205,18 +205,31 @@ def check_belongs(
         )
 
 
-def check_rank(basis: BasisFile, rank: int | None, where: str | None = None) -> None:
+def check_rank(basis: BasisFile, rank: int | float | None, where: str | None = None) -> None:
     """Refuse a basis with fewer directions than a method needs.
 
     Args:
-        rank: directions needed on either side (or all of a side that has fewer); None: all.
+        rank: directions needed on either side (or all of a side that has fewer), or the share of
+            its energy that they hold; None: all.
 
     Raises:
-        UsageError: says how many there are.
+        UsageError: says how many there are, or that there is not all of a spectrum.
     """
     for key, one in basis.bases.items():
-        for side, q in (("output", one.q_out), ("input", one.q_in)):
-            needed = q.shape[0] if rank is None else min(rank, q.shape[0])
+        sides = (("output", one.q_out, one.singular_out), ("input", one.q_in, one.singular_in))
+        for side, q, singular in sides:
+            features = q.shape[0]
+            if isinstance(rank, float):
+                if len(singular) < features:
+                    raise UsageError(
+                        f"the basis of {key} has {len(singular)} of the {features} singular values "
+                        f"of the {side} side: a rank of {rank:g} is a share of them all",
+                        where=where,
+                        fix="give method.rank in directions, or calibrate with exact decomposition",
+                    )
+                needed = kept_columns(singular, features, rank)
+            else:
+                needed = features if rank is None else min(rank, features)
             if q.shape[1] < needed:
                 raise UsageError(
                     f"the basis of {key} holds {q.shape[1]} directions of the {side} side, "

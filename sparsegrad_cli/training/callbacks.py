@@ -24,10 +24,23 @@ from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 
 class RecordCallback(TrainerCallback):
-    """Times steps, writes steps.jsonl, keeps the history, tells the observer."""
+    """Times steps, writes steps.jsonl, keeps the history, tells the observer.
 
-    def __init__(self, run_dir: Path, observer: Observer, history: list[dict[str, Any]]) -> None:
-        self.timer = StepTimer()
+    Args:
+        run_dir: where steps.jsonl is.
+        observer: is told of steps and evaluations.
+        history: evaluations so far, appended to.
+        device: the run's; CUDA is waited for before the clock is read.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        observer: Observer,
+        history: list[dict[str, Any]],
+        device: str = "cpu",
+    ) -> None:
+        self.timer = StepTimer(device)
         self.history = history
         self.train_log: list[dict[str, Any]] = []
         self.trainer: SparsegradTrainer | None = None

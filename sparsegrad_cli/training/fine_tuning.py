@@ -75,7 +75,7 @@ class TrainingSession(Session):
         method = self.method
         if not isinstance(method, SparsegradMethod) or method.form != "core":
             check_rank(basis, None, where)
-        elif isinstance(method.rank, int):
+        elif isinstance(method.rank, int | float):
             check_rank(basis, method.rank, where)
         # What the basis cost when it was made is charged to this run too.
         self.seconds["calibrate_s"] = float(basis.settings.get("seconds") or 0.0)

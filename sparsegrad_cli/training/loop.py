@@ -56,7 +56,7 @@ class TrainingLoop:
         self._prepared = prepared.counts
         self._batch_shape: list[int] | None = None
         self._began = time.perf_counter()
-        self.recorder = RecordCallback(session.record.path, session.observer, [])
+        self.recorder = RecordCallback(session.record.path, session.observer, [], str(setup.device))
         self.trainer = self._trainer(asked)
         session.record.save(split_by=self.trainer.split_by)
         self.optimizer = self.trainer.create_optimizer()

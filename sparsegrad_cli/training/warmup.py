@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from sparsegrad_cli.modeling.precision import HALF
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.training.gradients import (
     Batch,
@@ -66,7 +67,9 @@ def _train(
     learning_rate: float,
     seed: int,
 ) -> None:
-    optimizer = torch.optim.AdamW(head, lr=learning_rate, weight_decay=0.0)
+    # Half precision has no room for AdamW: of float16, eps is 0 and the second moment underflows.
+    masters = [p.detach().float() if p.dtype in HALF else p for p in head]
+    optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
     with frozen_for_a_while(model), forked_random(seed):
         # Dropout in a frozen body is noise that costs as much as a matrix product (a third of
         # MiniLM's forward pass on a CPU), and fifty steps overfit nothing.
@@ -75,5 +78,19 @@ def _train(
             parameter.requires_grad_(True)
         for step in range(1, steps + 1):
             gradient_step(model, next(batches), step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _step(optimizer, head, masters)
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, head: list[nn.Parameter], masters: list[torch.Tensor]
+) -> None:
+    """One update in float32, rounded into parameters of half precision."""
+    for parameter, master in zip(head, masters, strict=True):
+        if master is not parameter and parameter.grad is not None:
+            master.grad, parameter.grad = parameter.grad.float(), None
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, master in zip(head, masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+    optimizer.zero_grad(set_to_none=True)

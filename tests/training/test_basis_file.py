@@ -286,3 +286,18 @@ def test_scores_are_kept_and_covered_by_the_digest(tmp_path: Path) -> None:
     name = targets[0].name
     rewrite(path, lambda t, m: t.update({f"score/{name}": t[f"score/{name}"] + 1}))
     assert_refused(path, "digest")
+
+
+def test_a_share_of_energy_is_one_of_the_whole_spectrum() -> None:
+    """A basis that holds some directions with their values alone cannot say what share they are."""
+    whole, _, _ = made()
+    check_rank(whole, 0.9)
+    few = {key: truncated(basis, 8) for key, basis in whole.bases.items()}
+    with pytest.raises(UsageError, match=r"has 8 of the \d+ singular values"):
+        check_rank(dataclasses.replace(whole, bases=few), 0.9)
+    spectra = {
+        key: dataclasses.replace(whole.bases[key], q_out=basis.q_out[:, :1], q_in=basis.q_in[:, :1])
+        for key, basis in few.items()
+    }
+    with pytest.raises(UsageError, match=r"holds 1 directions of the \w+ side, \d+ are needed"):
+        check_rank(dataclasses.replace(whole, bases=spectra), 0.99)

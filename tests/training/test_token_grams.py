@@ -130,18 +130,35 @@ def test_the_head_is_warm_inside_and_as_the_recipe_says_outside(keep: bool) -> N
     before, random_state = snapshot(model), torch.get_rng_state()
     heads = set(head_parameters(model))
     with torch.no_grad():
-        cold = float(model(**batch(seed=3)).loss)
+        cold = float(model(**batch(seed=3)).loss.detach())
     same = iter(lambda: batch(seed=3), None)
     with warmed_head(model, same, steps=20, learning_rate=1e-2, seed=0, keep=keep):
         inside = snapshot(model)
         with torch.no_grad():
-            assert float(model(**batch(seed=3)).loss) < cold
+            assert float(model(**batch(seed=3)).loss.detach()) < cold
     after = snapshot(model)
     for name, value in before.items():
         assert torch.equal(inside[name], value) == (name not in heads)
         assert torch.equal(after[name], inside[name] if keep else value)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_of_half_precision_warms_in_float32(dtype: torch.dtype) -> None:
+    """In float16 AdamW's eps is zero and small squares are: the head was nan after one step."""
+    model, twin = classifier(**DROPLESS).to(dtype), classifier(**DROPLESS).to(dtype).float()
+    same = iter(lambda: batch(seed=3), None)
+    cold = float(model(**batch(seed=3)).loss.detach())
+    with (
+        warmed_head(model, same, steps=20, learning_rate=1e-3, seed=0),
+        warmed_head(twin, same, steps=20, learning_rate=1e-3, seed=0),
+    ):
+        warm = head_parameters(twin)
+        for name, parameter in head_parameters(model).items():
+            assert parameter.dtype == dtype
+            assert torch.allclose(parameter.float(), warm[name], atol=3e-3)
+        assert float(model(**batch(seed=3)).loss.detach()) < cold
 
 
 def test_the_frozen_body_draws_no_dropout() -> None:
