@@ -13,6 +13,7 @@ from sparsegrad_cli import ranks
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.recipe.loading import digest
+from sparsegrad_cli.rundir import ADAPTER
 from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.sharding import DEEPSPEED
 from sparsegrad_cli.training.arguments import training_arguments
@@ -70,6 +71,7 @@ class TrainingLoop:
         trainer.shelf.newest = last
         start = step_of(last) if last else None
         self.recorder.cut(start)
+        session.record.forget_the_end()
         session.record.save(resumed_from=(start or 0) if self.resume else None)
         initial = None
         if last is None:
@@ -198,7 +200,7 @@ class TrainingLoop:
 
     def _save_adapter(self) -> None:
         record = self.session.record
-        path = record.path / "adapter" / "adapter.safetensors"
+        path = record.path / ADAPTER
         tensors = self.method.adapter_tensors(self.setup.model)  # of all: what is split is gathered
         if not ranks.is_first():
             return

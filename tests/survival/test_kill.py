@@ -47,6 +47,7 @@ ALL = [
 def check(cell: Cell, moment: str) -> None:
     assert cell.code == (130 if moment.startswith("interrupted") else -9)
     assert cell.weights and cell.records, cell.said
+    assert (cell.after is None) == (moment == "reporting"), cell.said
 
 
 def test_the_undisturbed_run_is_one_that_a_resumption_could_get_wrong(bench: Bench) -> None:
