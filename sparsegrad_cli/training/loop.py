@@ -17,7 +17,12 @@ from sparsegrad_cli.rundir import ADAPTER
 from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.sharding import DEEPSPEED
 from sparsegrad_cli.training.arguments import training_arguments
-from sparsegrad_cli.training.callbacks import InterruptCallback, ProbeCallback, RecordCallback
+from sparsegrad_cli.training.callbacks import (
+    InterruptCallback,
+    ProbeCallback,
+    RecordCallback,
+    SaveAfterEvaluation,
+)
 from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
@@ -104,7 +109,7 @@ class TrainingLoop:
 
         session, setup, train = self.session, self.setup, self.session.recipe.train
         interrupter = InterruptCallback(asked)
-        callbacks: list[Any] = [self.recorder, interrupter]
+        callbacks: list[Any] = [self.recorder, interrupter, SaveAfterEvaluation()]
         if train.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
         folder = session.record.path
