@@ -126,7 +126,11 @@ class TrainingLoop:
                 limit=train.save_total_limit,
                 keep_best=arguments.load_best_model_at_end,
             ),
-            basis=calibration.get("digest"),
+            origins={
+                "basis": calibration.get("digest"),
+                "data": setup.task.data_hash,
+                "model": setup.fingerprint,
+            },
             model=setup.model,
             args=arguments,
             train_dataset=setup.train_data,
