@@ -12,9 +12,13 @@ from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
 from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
-from sparsegrad_cli.rundir import RunRecord, choose_run_dir, held_run_dir, open_run_dir
+from sparsegrad_cli.report.records import load_record
+from sparsegrad_cli.rundir import ADAPTER, RunRecord, choose_run_dir, held_run_dir, open_run_dir
 from sparsegrad_cli.sharding import check_sharding
+
+_REPORT = ("report.md", "report.html")
 
 
 def run_recorded(
@@ -26,7 +30,7 @@ def run_recorded(
     resume: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Do some work in the run directory of a recipe.
+    """Do some work in the run directory of a recipe. A run that is done is left as it is.
 
     Args:
         loaded: the recipe.
@@ -57,11 +61,31 @@ def run_recorded(
 
         # Of processes that train together, the first holds the folder for all.
         run_dir = ranks.from_first(opened)
-        record = _recorded(loaded, command, run_dir, work, observer)
-        if ranks.is_first():
+        before: dict[str, Any] = {}
+        done = False
+        if resume:
+            before, done = ranks.from_first(lambda: _recorded_before(run_dir, command))
+        if done:
+            observer.note("the run is done: nothing is trained again")
+            record = RunRecord(run_dir, {**before, "output_dir": str(run_dir)})
+        else:
+            record = _recorded(loaded, command, run_dir, work, observer, before)
+        reported = done and all(is_file(run_dir / name) for name in _REPORT)
+        if ranks.is_first() and not reported:
             with known_errors(again=f"sparsegrad report {run_dir}"):
                 _write_report(record, observer)
     return record.data
+
+
+def _recorded_before(run_dir: Path, command: str) -> tuple[dict[str, Any], bool]:
+    """What a run that is resumed has recorded so far, and whether it is done.
+
+    One whose adapter has been taken away is not: that is made again.
+    """
+    found = load_record(run_dir) if is_file(run_dir / "run.json") else {}
+    if found.get("command") != command:  # of a calibration the basis is of use, the record is not
+        return {}, False
+    return found, found.get("status") == "done" and is_file(run_dir / ADAPTER)
 
 
 def _check_shares(loaded: LoadedRecipe, command: str) -> None:
@@ -89,8 +113,12 @@ def _recorded(
     run_dir: Path,
     work: Callable[[RunRecord, Observer], None],
     observer: Observer,
+    before: dict[str, Any],
 ) -> RunRecord:
-    """Do the work; run.json says how it ended, however it ended."""
+    """Do the work; run.json says how it ended, however it ended.
+
+    What was recorded before stands until it is replaced: a run that cannot go on loses nothing.
+    """
     from sparsegrad_cli.measure.environment import collect, git_state
 
     recipe = loaded.recipe
@@ -106,6 +134,7 @@ def _recorded(
             "environment": collect("cpu" if recipe.train.use_cpu else None),
             "git": git_state(Path.cwd()),
         },
+        before,
     )
     started = time.perf_counter()
     try:
@@ -142,8 +171,8 @@ def _write_report(record: RunRecord, observer: Observer) -> None:
 
     observer.phase("report")
     try:
-        write_text_atomic(record.path / "report.md", run_markdown(record.data))
-        write_run_html(record.data, record.path / "report.html")
+        write_text_atomic(record.path / _REPORT[0], run_markdown(record.data))
+        write_run_html(record.data, record.path / _REPORT[1])
     except (OSError, DiskError) as error:
         reason = error.what if isinstance(error, DiskError) else str(error)
         raise DiskError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
 
 SCHEMA = 1
+ADAPTER = Path("adapter", "adapter.safetensors")
 _OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers")
 _OUR_FILES = (
     "run.json",
@@ -34,6 +35,7 @@ _OUR_FILES = (
     "report.md",
     "basis.safetensors",
 )
+_OF_THE_END = ("metrics", "memory", "time", "sizes", "sparsity")
 
 
 def choose_run_dir(recipe: Recipe, command: str) -> Path:
@@ -183,11 +185,15 @@ class RunRecord:
     Args:
         path: the run directory.
         data: the first content; ``status`` is set to ``running``.
+        before: of a run that is resumed, what was recorded so far.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, data: dict[str, Any], before: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.data: dict[str, Any] = {
+            **(before or {}),
             "schema": SCHEMA,
             "status": "running",
             "error": None,
@@ -201,6 +207,11 @@ class RunRecord:
         self.data.update(changes)
         if ranks.is_first():
             write_json_atomic(self.path / "run.json", self.data)
+
+    def forget_the_end(self) -> None:
+        """Training begins, or goes on: what was recorded of an end is of none any more."""
+        for block in _OF_THE_END:
+            self.data.pop(block, None)
 
     def finish(self, error: SparsegradError | None = None) -> None:
         """Set the final status and write. What is done stays done, whatever comes after it."""

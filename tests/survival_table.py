@@ -21,6 +21,8 @@ def words(cell: Cell) -> str:
     """One field of the table."""
     if not (cell.weights and cell.records):
         return "**differs**"
+    if cell.after is None:
+        return "same, done"
     return f"same, from {cell.after}" if cell.after else "same"
 
 

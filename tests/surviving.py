@@ -96,14 +96,15 @@ class Cell:
 
     Attributes:
         code: how the first process ended; -9 for a kill, 130 for Ctrl-C.
-        after: the step of the checkpoint that the second one went on from; 0 for the beginning.
+        after: the step of the checkpoint that the second one went on from; 0 for the beginning,
+            None if it was done already, and the second one changed nothing.
         weights: the final weights are those of the undisturbed run, bit for bit.
         records: evaluations, logged losses, data order, entries touched and the basis, too.
         said: what the second process wrote to stderr.
     """
 
     code: int
-    after: int
+    after: int | None
     weights: bool
     records: bool
     said: str
@@ -114,12 +115,12 @@ class Bench:
 
     def __init__(self, place: Path, killer: Killer) -> None:
         self.place, self.killer = place, killer
-        self._base, self._data = base_folder(place / "base"), data_folder(place / "data")
+        self._base, self.data = base_folder(place / "base"), data_folder(place / "data")
         self._number = 0
 
     def settings(self, method: str, *more: str) -> tuple[str, ...]:
         """Arguments of ``sparsegrad train``, but for where to write."""
-        return (f"model={self._base}", f"task.path={self._data}", *COMMON, *METHODS[method], *more)
+        return (f"model={self._base}", f"task.path={self.data}", *COMMON, *METHODS[method], *more)
 
     def train(self, method: str, run: Path, *flags: str, **kill: Any) -> Ended:
         """One run or its resumption."""
@@ -148,12 +149,14 @@ class Bench:
             expected = 130 if moment.startswith("interrupted") else -9
             assert ended.code == expected, f"{moment} did not come to {method}: {ended.err}"
             codes.append(ended.code)
+        left = (run / "run.json").read_bytes() if (run / "run.json").is_file() else b""
         ended = self.train(method, run, "--resume")
         assert ended.code == 0, f"{method}, {moments}: {ended.err}"
+        untouched = (run / "run.json").read_bytes() == left
         mine, theirs = record(run), record(whole)
         found = Cell(
             codes[0],
-            mine["resumed_from"],
+            None if untouched else mine["resumed_from"],
             weights(run) == weights(whole),
             results(mine) == results(theirs),
             ended.err,

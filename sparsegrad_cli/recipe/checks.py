@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sparsegrad_cli.data.spec import CHAT_TASKS, known_task_names
+from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.paths import exists, expanded, is_file, is_folder
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Place, clip, dotted, find_place
+from sparsegrad_cli.recipe.training import training_problems
 
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 _FILE_TASKS = ("csv", "json", "parquet")
@@ -19,7 +20,7 @@ _FILE_TASKS = ("csv", "json", "parquet")
 def outside_problems(
     recipe: Recipe, places: Mapping[KeyPath, Place], *, data: bool = True
 ) -> list[Problem]:
-    """Unknown task or built-in model, files that are not there, what no quantized model can do.
+    """Unknown task or built-in model, files that are not there, what no training can do.
 
     Args:
         data: the task's files count, too.
@@ -37,9 +38,6 @@ def outside_problems(
     elif task.name == "chat" and task.path is None and not (task.chat and task.chat.hub):
         fix = "give task.path (a file or folder) or task.chat.hub (owner/name)"
         found.append((("task", "path"), "is missing for task chat", fix))
-    if task.name in CHAT_TASKS and recipe.train.label_smoothing_factor:
-        what = f"label smoothing needs all logits, which {task.name} never makes"
-        found.append((("train", "label_smoothing_factor"), what, "leave it out"))
     if data and task.path is not None and not exists(task.path):
         found.append((("task", "path"), f"no such file or folder: {task.path}", None))
     forgetting = task.chat.forgetting if task.chat else None
@@ -58,7 +56,7 @@ def outside_problems(
         found.append((("calibration", "basis"), f"no such file: {basis}", fix))
     if recipe.output_dir is not None and str(expanded(recipe.output_dir)).startswith("~"):
         found.append((("output_dir",), f"there is no such home: {recipe.output_dir}", None))
-    found += quantization_problems(recipe)
+    found += [*quantization_problems(recipe), *training_problems(recipe)]
     problems = []
     for path, what, advice in found:
         place = find_place(places, path)

@@ -188,6 +188,27 @@ class ProbeCallback(TrainerCallback):
             self._probe()
 
 
+class SaveAfterEvaluation(TrainerCallback):
+    """Where an epoch's end is evaluated, a checkpoint due at its last step is made after that.
+
+    transformers saves within the step: a run that went on from there would never make up for the
+    evaluation, nor for what it drew and what early stopping learnt from it.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last one of an epoch, or of all: put it off."""
+        last = control.should_training_stop or float(state.epoch).is_integer()
+        if control.should_save and last and args.eval_strategy == "epoch":
+            control.should_save, self._due = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was put off is due now, once it is evaluated."""
+        control.should_save, self._due = control.should_save or self._due, False
+
+
 class InterruptCallback(TrainerCallback):
     """Ctrl-C ends training once a step is wholly done, with a checkpoint; a second one at once.
 

@@ -16,26 +16,26 @@ from sparsegrad_cli.modeling.lm_head import check_packing
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import load_causal_lm
 from sparsegrad_cli.modeling.pretrained import load_tokenizer
-from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
 from sparsegrad_cli.training.texts import Parts, fitting_length
 
 
-def load_chats(recipe: Recipe) -> Parts:
+def load_chats(loaded: LoadedRecipe) -> Parts:
     """Conversations as rows of token ids, tokenizer, and a model that makes few logits.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
     """
-    section = recipe.task
+    recipe, section = loaded.recipe, loaded.recipe.task
     chat = section.chat or ChatSection()
     metric = section.metric or "loss"
     if metric not in CHAT_METRICS:
         raise UsageError(
             f"{metric!r} is not a metric of conversations",
-            where="task.metric",
+            where=loaded.where("task.metric"),
             fix=suggest(metric, CHAT_METRICS),
         )
     data = load_conversations(section)

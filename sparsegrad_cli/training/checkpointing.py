@@ -8,7 +8,7 @@ log. Overridden are the methods that would pickle, and the one that would take o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,12 @@ from sparsegrad_cli.training.manifest import damage
 from sparsegrad_cli.training.order import OrderHash
 from sparsegrad_cli.training.shelf import TRAINER_STATE, Shelf, best_of, trainer_state
 from sparsegrad_cli.training.writing import read_tensors
+
+_ORIGINS = {
+    "basis": ("in another basis", "basis.safetensors"),
+    "data": ("on other data", "the data"),
+    "model": ("on another base model", "the model"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class CheckpointedTrainer(Trainer):
     Args:
         shelf: where they stand.
         order: the hash of what the model has met.
-        basis: digest of the basis that the method was prepared with.
+        origins: digests of what the run is made of, by the names of ``_ORIGINS``: the basis that
+            the method was prepared with, the data, the model as it was loaded.
         kwargs: as transformers.Trainer.
 
     Attributes:
@@ -63,13 +70,15 @@ class CheckpointedTrainer(Trainer):
         measured: asked for times and memory, to be kept in every checkpoint.
     """
 
-    def __init__(self, *, shelf: Shelf, order: OrderHash, basis: str | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, shelf: Shelf, order: OrderHash, origins: Mapping[str, str | None], **kwargs: Any
+    ) -> None:
         self.optimizer: Any = None
         self.control: Any = None
         self.is_fsdp_enabled: bool = False
         self.is_deepspeed_enabled: bool = False
         self._tr_loss: torch.Tensor
-        self.shelf, self.order, self._basis = shelf, order, basis
+        self.shelf, self.order, self._origins = shelf, order, dict(origins)
         self.resumed: Resumed | None = None
         self.measured: Callable[[], dict[str, Any]] = dict
         super().__init__(**kwargs)
@@ -124,7 +133,7 @@ class CheckpointedTrainer(Trainer):
         scaler = self.accelerator.scaler
         extras = {
             "order": self.order.state(),
-            "basis": self._basis,
+            **self._origins,
             "loss": [losses, self._globalstep_last_logged],
             "scaler": None if scaler is None else scaler.state_dict(),
             "measured": self.measured(),
@@ -168,19 +177,26 @@ class CheckpointedTrainer(Trainer):
                 (float(losses[ranks.number()]), operator.index(logged)),
                 check_measured(extras["measured"]),
             )
-            basis = extras["basis"]
+            # Of data and model those are silent that were written before these were kept.
+            origins = {n: extras[n] for n in _ORIGINS if n == "basis" or n in extras}
             self.order.load_state(extras["order"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"is incomplete: {error}", where=str(folder), fix="remove the damaged checkpoint"
             ) from error
-        if basis != self._basis:
-            raise FileFormatError(
-                f"{folder.name} was trained in another basis than the run's is now",
-                where=str(folder),
-                fix="bring basis.safetensors back from a copy; --overwrite begins anew",
-            )
+        self._check_origins(folder, origins)
         self._load_weights(folder)
+
+    def _check_origins(self, folder: Path, origins: Mapping[str, Any]) -> None:
+        """Refuse to go on with what would be another run."""
+        for name, digest in origins.items():
+            words, lost = _ORIGINS[name]
+            if digest != self._origins.get(name):
+                raise FileFormatError(
+                    f"{folder.name} was trained {words} than the run's is now",
+                    where=str(folder),
+                    fix=f"bring {lost} back from a copy; --overwrite begins anew",
+                )
 
     def _load_weights(self, folder: Path) -> None:
         tensors = read_tensors(folder / files.TRAINABLE)

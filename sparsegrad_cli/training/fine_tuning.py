@@ -26,7 +26,7 @@ from sparsegrad_cli.training.diagnostics import spectra
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.loop import TrainingLoop
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
-from sparsegrad_cli.training.setup import Setup
+from sparsegrad_cli.training.setup import Setup, check_autocast
 
 
 class TrainingSession(Session):
@@ -46,6 +46,11 @@ class TrainingSession(Session):
             prepared = self._prepared(setup, method, asked)
             self._record_method(prepared)
             TrainingLoop(self, setup, method, prepared, asked, resume=self.resume).run()
+
+    def load(self) -> Setup:
+        """As for any session, on a machine that can train so."""
+        check_autocast(self.loaded)
+        return super().load()
 
     def _prepared(self, setup: Setup, method: Method, asked: threading.Event) -> Prepared:
         """The model made ready. Bases live on only in what the method keeps of them."""

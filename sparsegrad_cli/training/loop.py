@@ -13,10 +13,16 @@ from sparsegrad_cli import ranks
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.recipe.loading import digest
+from sparsegrad_cli.rundir import ADAPTER
 from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.sharding import DEEPSPEED
 from sparsegrad_cli.training.arguments import training_arguments
-from sparsegrad_cli.training.callbacks import InterruptCallback, ProbeCallback, RecordCallback
+from sparsegrad_cli.training.callbacks import (
+    InterruptCallback,
+    ProbeCallback,
+    RecordCallback,
+    SaveAfterEvaluation,
+)
 from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
@@ -70,6 +76,7 @@ class TrainingLoop:
         trainer.shelf.newest = last
         start = step_of(last) if last else None
         self.recorder.cut(start)
+        session.record.forget_the_end()
         session.record.save(resumed_from=(start or 0) if self.resume else None)
         initial = None
         if last is None:
@@ -102,7 +109,7 @@ class TrainingLoop:
 
         session, setup, train = self.session, self.setup, self.session.recipe.train
         interrupter = InterruptCallback(asked)
-        callbacks: list[Any] = [self.recorder, interrupter]
+        callbacks: list[Any] = [self.recorder, interrupter, SaveAfterEvaluation()]
         if train.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
         folder = session.record.path
@@ -119,7 +126,11 @@ class TrainingLoop:
                 limit=train.save_total_limit,
                 keep_best=arguments.load_best_model_at_end,
             ),
-            basis=calibration.get("digest"),
+            origins={
+                "basis": calibration.get("digest"),
+                "data": setup.task.data_hash,
+                "model": setup.fingerprint,
+            },
             model=setup.model,
             args=arguments,
             train_dataset=setup.train_data,
@@ -198,7 +209,7 @@ class TrainingLoop:
 
     def _save_adapter(self) -> None:
         record = self.session.record
-        path = record.path / "adapter" / "adapter.safetensors"
+        path = record.path / ADAPTER
         tensors = self.method.adapter_tensors(self.setup.model)  # of all: what is split is gathered
         if not ranks.is_first():
             return

@@ -46,7 +46,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     recipe = loaded.recipe
     check_precision(loaded)
     load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
-    parts = load(recipe)
+    parts = load(loaded)
     for note in parts.task.notes:
         observer.note(note)
     model = parts.model
@@ -77,6 +77,29 @@ def check_precision(loaded: LoadedRecipe) -> None:
             where=loaded.where("model.dtype"),
             fix="train.bf16: true, or model.dtype: float32; lora and sparsegrad's form: core leave "
             "the weights alone",
+        )
+
+
+def check_autocast(loaded: LoadedRecipe) -> None:
+    """transformers and accelerate refuse it only once model and data are there and calibrated.
+
+    Raises:
+        UsageError: autocast to a dtype that this machine cannot.
+    """
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    train = loaded.recipe.train
+    if train.bf16 and not train.use_cpu and not is_torch_bf16_gpu_available():
+        raise UsageError(
+            "there is no GPU here that knows bfloat16",
+            where=loaded.where("train.bf16"),
+            fix="train.use_cpu: true trains in bfloat16 on the CPU; or leave it out",
+        )
+    if train.fp16 and (train.use_cpu or not torch.accelerator.is_available()):
+        raise UsageError(
+            "float16 needs a GPU, and training is to be on the CPU",
+            where=loaded.where("train.fp16"),
+            fix="train.bf16: true with train.use_cpu: true, or leave it out",
         )
 
 

@@ -9,10 +9,12 @@ from torch import nn
 
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
 from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.loading import load_classifier
 from sparsegrad_cli.modeling.pretrained import load_tokenizer
-from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import TaskSection
+from sparsegrad_cli.recipe.training import SMOOTHED_SCORES
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
 
@@ -30,14 +32,18 @@ class Parts:
     model: nn.Module
 
 
-def load_texts(recipe: Recipe) -> Parts:
+def load_texts(loaded: LoadedRecipe) -> Parts:
     """Data, tokenizer and classifier; the head is drawn from the recipe's seed.
 
     Raises:
+        UsageError: labels are to be smoothed, and are scores: of a file that is known only now.
         SparsegradError: of the kind that fits; see the loaders.
     """
-    section = recipe.task
+    recipe, section = loaded.recipe, loaded.recipe.task
     task = load_examples(section)
+    if task.spec.regression and recipe.train.label_smoothing_factor:
+        where = loaded.where("train.label_smoothing_factor")
+        raise UsageError(SMOOTHED_SCORES, where=where, fix="leave it out")
     tokenizer = load_tokenizer(recipe.model)
     model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
     max_length, cut = fitting_length(section.max_length, model.config)

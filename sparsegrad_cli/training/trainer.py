@@ -30,7 +30,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         method: has prepared the model.
         objective: how the model is judged.
         validation: split name -> tokenized data set; the first is the one that selects.
-        kwargs: as CheckpointedTrainer (shelf, basis) and transformers.Trainer (model, args,
+        kwargs: as CheckpointedTrainer (shelf, origins) and transformers.Trainer (model, args,
             train_dataset, data_collator, ...).
     """
 

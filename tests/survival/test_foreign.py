@@ -83,6 +83,23 @@ def test_a_checkpoint_of_another_basis_is_refused(bench: Bench, run: Path) -> No
     }
 
 
+def test_a_checkpoint_of_other_data_is_refused(bench: Bench, run: Path) -> None:
+    """A file that was changed since, under the same name."""
+    state = json.loads((run / "checkpoint-4" / "state.json").read_text())
+    facts = record(run)
+    assert state["extras"]["data"] == facts["hashes"]["data"]
+    assert state["extras"]["model"] == facts["model"]["fingerprint"]
+    rows = bench.data / "train.csv"
+    good = rows.read_text()
+    head, first, *rest = good.splitlines()
+    rows.write_text("\n".join([head, *rest, first]))
+    try:
+        ended = bench.train(METHOD, run, "--resume")
+    finally:
+        rows.write_text(good)
+    assert ended.code == 1 and "checkpoint-4 was trained on other data" in flat(ended)
+
+
 def test_another_recipe_is_refused(bench: Bench, run: Path) -> None:
     before = content(run)
     ended = bench.train(METHOD, run, "--resume", "train.learning_rate=1e-3")

@@ -47,6 +47,7 @@ ALL = [
 def check(cell: Cell, moment: str) -> None:
     assert cell.code == (130 if moment.startswith("interrupted") else -9)
     assert cell.weights and cell.records, cell.said
+    assert (cell.after is None) == (moment == "reporting"), cell.said
 
 
 def test_the_undisturbed_run_is_one_that_a_resumption_could_get_wrong(bench: Bench) -> None:
@@ -178,6 +179,24 @@ def test_a_run_that_came_to_its_end_takes_no_step_more(bench: Bench, more: tuple
     mine, theirs = record(run), record(whole)
     assert mine["metrics"] == theirs["metrics"] and mine["time"]["steps"] == steps
     assert mine["resumed_from"] == steps and theirs["resumed_from"] is None
+
+
+def test_a_checkpoint_at_an_epochs_end_is_made_after_its_evaluation(bench: Bench) -> None:
+    """By Ctrl-C in the epoch's last batch: its step is to be saved, and evaluated after that."""
+    more = ("eval_strategy=epoch", "save_strategy=steps", "save_steps=4", "max_steps=6")
+    settings = bench.settings(
+        "lora", *(f"train.{text}" for text in more), "train.load_best_model_at_end=false"
+    )
+    whole, run = bench.fresh(), bench.fresh()
+    assert bench.killer.run("train", *settings, "-o", str(whole)).code == 0
+    command = ("train", *settings, "-o", str(run))
+    assert bench.killer.run(*command, moment="interrupted", count=10).code == 130
+    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "eval_score" in log] == [4]
+    assert bench.killer.run(*command, "--resume").code == 0
+    assert weights(run) == weights(whole) and record(run)["resumed_from"] == 4
+    assert record(run)["metrics"] == record(whole)["metrics"]
+    assert [found["step"] for found in record(run)["metrics"]["history"]] == [0, 4, 6]
 
 
 def test_a_run_may_be_moved_between_kill_and_resumption(bench: Bench) -> None:

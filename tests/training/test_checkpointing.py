@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from sparsegrad_cli.training.checkpointing import CheckpointedTrainer
 from sparsegrad_cli.training.order import OrderHash
 from sparsegrad_cli.training.shelf import Shelf
 
+ORIGINS = {"basis": "a basis", "data": "rows", "model": "weights"}
 
-def trainer_in(folder: Path, *, scale: float, basis: str | None = "a basis") -> CheckpointedTrainer:
+
+def trainer_in(folder: Path, *, scale: float = 1.0, **origins: str | None) -> CheckpointedTrainer:
     """One with a gradient scaler, as fp16 on a GPU has it; accelerate makes none on a CPU."""
     trainer: Any = CheckpointedTrainer(
         shelf=Shelf(folder, "recipe", limit=None),
         order=OrderHash(every=1),
-        basis=basis,
+        origins=ORIGINS | origins,
         model=nn.Linear(3, 2),
         args=TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none"),
     )
@@ -65,8 +68,29 @@ def test_losses_since_the_last_log_are_kept(tmp_path: Path) -> None:
     assert other.resumed.folder == folder and not other.resumed.over
 
 
-def test_another_basis_is_refused(tmp_path: Path) -> None:
-    folder = trainer_in(tmp_path, scale=1.0).save_now()
-    other: Any = trainer_in(tmp_path, scale=1.0, basis="another")
-    with pytest.raises(FileFormatError, match="was trained in another basis"):
+@pytest.mark.parametrize(
+    ("of", "words"),
+    [
+        ("basis", "in another basis than the run's is now"),
+        ("data", "on other data than the run's is now"),
+        ("model", "on another base model than the run's is now"),
+    ],
+)
+def test_what_another_run_was_made_of_is_refused(tmp_path: Path, of: str, words: str) -> None:
+    folder = trainer_in(tmp_path).save_now()
+    other: Any = trainer_in(tmp_path, **{of: "another"})
+    with pytest.raises(FileFormatError, match=f"checkpoint-6 was trained {words}") as caught:
         other._load_from_checkpoint(str(folder))
+    assert "from a copy; --overwrite begins anew" in str(caught.value.fix)
+    trainer_in(tmp_path)._load_from_checkpoint(str(folder))
+
+
+def test_a_checkpoint_that_names_neither_data_nor_model_goes_on(tmp_path: Path) -> None:
+    """As those of before they were kept."""
+    folder = trainer_in(tmp_path).save_now()
+    state = json.loads((folder / "state.json").read_text())
+    del state["extras"]["data"], state["extras"]["model"]
+    (folder / "state.json").write_text(json.dumps(state))
+    other: Any = trainer_in(tmp_path, data="another", model="another")
+    other._load_from_checkpoint(str(folder))
+    assert other.resumed.folder == folder

@@ -222,7 +222,7 @@ def by_hand(folder: Path, *, by_token: bool) -> Tensor:
     """As :func:`change` of full fine-tuning: plain transformers, row by row, and torch's AdamW."""
     from transformers import LlamaForCausalLM
 
-    parts = load_chats(load_recipe(None, (*SETTINGS, *METHODS["full"])).recipe)
+    parts = load_chats(load_recipe(None, (*SETTINGS, *METHODS["full"])))
     sampler = EpochSampler(parts.train_data, seed=42, strategy="random")
     order = list(sampler)
     model = LlamaForCausalLM.from_pretrained(folder / "base")

@@ -1,0 +1,116 @@
+"""What no training can do is said before anything is loaded, with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsegrad_cli.errors import RecipeError, UsageError
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.training.arguments import training_arguments
+from sparsegrad_cli.training.fine_tuning import TrainingSession
+from sparsegrad_cli.training.setup import check_autocast
+from sparsegrad_cli.training.texts import load_texts
+
+STEPS = ("train.eval_strategy=steps", "train.eval_steps=2")
+BEST = "save_strategy: best keeps every best one; load_best_model_at_end: false ends with the last"
+
+
+def written(folder: Path, train: str, more: str = "") -> Path:
+    path = folder / "r.yaml"
+    path.write_text(f"method: lora\ntrain:\n  use_cpu: true\n{train}{more}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (
+            "  eval_strategy: steps\n  eval_steps: 2\n  save_strategy: epoch\n",
+            "6: train.save_strategy 'epoch' does not keep what eval_strategy 'steps' may find",
+        ),
+        (
+            "  eval_strategy: epoch\n  eval_steps: 2\n  save_strategy: steps\n",
+            "6: train.save_strategy 'steps' does not keep what eval_strategy 'epoch' may find",
+        ),
+        # A multiple, which transformers takes: the best of six is not what the sixth step saves.
+        (
+            "  eval_strategy: steps\n  eval_steps: 1\n  save_steps: 6\n",
+            "6: train.save_steps 6 does not keep what evaluation every 1 steps may find",
+        ),
+        (
+            "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 150\n",
+            "6: train.save_steps 150 does not keep what evaluation every 100 steps may find",
+        ),
+    ],
+)
+def test_a_best_model_that_nothing_would_keep(tmp_path: Path, train: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, train))
+    (problem,) = caught.value.problems
+    assert f"{problem.file}:{problem.line}: {problem.key} {problem.what}" == (
+        f"{tmp_path / 'r.yaml'}:{said} to be the best"
+    )
+    assert problem.fix == BEST
+    for wayout in ("train.save_strategy=best", "train.load_best_model_at_end=false"):
+        recipe = load_recipe(tmp_path / "r.yaml", (wayout,)).recipe
+        training_arguments(recipe, tmp_path, "accuracy")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        STEPS,
+        (*STEPS, "train.save_steps=2"),
+        (*STEPS, "train.save_strategy=steps"),
+        (*STEPS, "train.save_strategy=no", "train.save_steps=3"),
+        ("train.eval_strategy=no", "train.save_strategy=steps", "train.save_steps=3"),
+        ("train.eval_strategy=no", "train.save_strategy=epoch"),
+        ("train.save_strategy=best",),
+    ],
+)
+def test_what_transformers_and_the_recipe_both_take(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    recipe = load_recipe(None, ("train.use_cpu=true", *overrides)).recipe
+    training_arguments(recipe, tmp_path, "accuracy")
+
+
+def test_labels_that_are_scores_are_not_smoothed(tmp_path: Path) -> None:
+    """Of stsb that is known; of a file once it is read, before tokenizer and model are."""
+    smoothed = "  label_smoothing_factor: 0.1\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, smoothed, "task: glue/stsb\n"))
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.line) == ("train.label_smoothing_factor", 4)
+    assert "scores" in problem.what and problem.fix == "leave it out"
+    rows = "".join(f"text {n},{n / 7}\n" for n in range(40))
+    (tmp_path / "scores.csv").write_text("text,label\n" + rows)
+    task = f"model: nobody/none\ntask: {{name: csv, path: {tmp_path / 'scores.csv'}}}\n"
+    with pytest.raises(UsageError, match="the labels of this task are scores") as found:
+        load_texts(load_recipe(written(tmp_path, smoothed, task)))
+    assert found.value.where == f"{tmp_path / 'r.yaml'}:4: train.label_smoothing_factor"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "overrides", [("bf16=true",), ("fp16=true",), ("use_cpu=true", "fp16=true")]
+)
+def test_autocast_that_this_machine_cannot(overrides: tuple[str, ...]) -> None:
+    """Known before there is a record, let alone a model."""
+    settings = ("model=nobody/none", *(f"train.{text}" for text in overrides))
+    record: Any = None
+    session = TrainingSession(load_recipe(None, settings), record, Observer(), resume=False)
+    with pytest.raises(UsageError, match="GPU") as caught:
+        session.load()
+    assert str(caught.value.where).endswith(f": train.{overrides[-1].removesuffix('=true')}")
+
+
+def test_autocast_that_any_machine_can() -> None:
+    for overrides in ((), ("train.bf16=true", "train.use_cpu=true")):
+        check_autocast(load_recipe(None, overrides))

@@ -1,0 +1,134 @@
+"""A run that is done stays done, and what one has recorded outlives a resumption that fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from surviving import Bench, flat, record, weights
+
+from sparsegrad_cli import recorded
+from sparsegrad_cli.errors import DownloadError
+from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.recipe.loading import LoadedRecipe, digest, load_recipe, to_yaml
+from sparsegrad_cli.rundir import ADAPTER, RunRecord
+
+BLOCKS = {"metrics": {"best": {"score": 0.9}}, "method": {"name": "lora"}, "counts": {"targets": 3}}
+ENDED = {"status": "done", "error": None, "started": "then", "finished": "then"}
+ENDED |= {"command": "train", "schema": 1}
+
+
+class Notes(Observer):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the runs whose report was written; pages take longer than all the rest."""
+    written: list[str] = []
+
+    def write(of: RunRecord, observer: Observer) -> None:
+        written.append(of.path.name)
+        for name in ("report.md", "report.html"):
+            (of.path / name).write_text("")
+
+    monkeypatch.setattr(recorded, "_write_report", write)
+    return written
+
+
+def run_in(folder: Path, **changes: Any) -> LoadedRecipe:
+    """A folder as a run leaves it, with words for tensors."""
+    loaded = load_recipe(None, ("method=lora", "train.use_cpu=true"), output_dir=folder)
+    (folder / ADAPTER).parent.mkdir(parents=True)
+    (folder / ADAPTER).write_text("tensors")
+    (folder / "recipe.yaml").write_text(to_yaml(loaded.recipe))
+    content = ENDED | BLOCKS | {"recipe_digest": digest(loaded.recipe)} | changes
+    (folder / "run.json").write_text(json.dumps(content))
+    return loaded
+
+
+def resume(loaded: LoadedRecipe, work: Any, observer: Observer | None = None) -> dict[str, Any]:
+    return recorded.run_recorded(loaded, "train", work, observer, resume=True, overwrite=False)
+
+
+def unreachable(of: RunRecord, observer: Observer) -> None:
+    raise DownloadError("the hub cannot be reached", where="model.name")
+
+
+def test_a_run_that_is_done_changes_no_more(tmp_path: Path, reports: list[str]) -> None:
+    """Moved, it says where it is; its report is written if there is none, and then not again."""
+    loaded, notes = run_in(tmp_path / "run", output_dir="elsewhere"), Notes()
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    for _ in range(2):
+        found = resume(loaded, unreachable, notes)
+        assert found == record(tmp_path / "run") | {"output_dir": str(tmp_path / "run")}
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert reports == ["run"] and all("the run is done" in text for text in notes.said)
+
+
+def test_one_whose_adapter_is_gone_is_not_done(tmp_path: Path, reports: list[str]) -> None:
+    loaded = run_in(tmp_path / "run")
+    (tmp_path / "run" / ADAPTER).unlink()
+    with pytest.raises(DownloadError):
+        resume(loaded, unreachable)
+    assert not reports
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed", "running", "out_of_memory"])
+def test_what_was_recorded_outlives_a_resumption_that_fails(
+    tmp_path: Path, reports: list[str], status: str
+) -> None:
+    old = {"title": "Old", "what": "old", "where": None, "fix": None}
+    loaded = run_in(tmp_path / "run", status=status, error=old)
+    with pytest.raises(DownloadError):
+        resume(loaded, unreachable)
+    found = record(tmp_path / "run")
+    assert found["status"] == "failed" and found["error"]["what"] == "the hub cannot be reached"
+    assert {name: found[name] for name in BLOCKS} == BLOCKS and not reports
+    seen: list[dict[str, Any]] = []
+
+    def goes_well(of: RunRecord, observer: Observer) -> None:
+        seen.append(record(tmp_path / "run"))
+
+    resume(loaded, goes_well)
+    (within,) = seen
+    assert [within[key] for key in ("status", "error", "finished")] == ["running", None, None]
+    assert within["started"] != "then"
+    found = record(tmp_path / "run")
+    assert (found["status"], found["error"]) == ("done", None) and found["finished"] != "then"
+    assert reports == ["run"]
+
+
+def test_a_calibration_is_no_beginning_of_a_record(tmp_path: Path, reports: list[str]) -> None:
+    loaded = run_in(tmp_path / "run", command="calibrate")
+    resume(loaded, lambda of, observer: None)
+    assert record(tmp_path / "run")["command"] == "train"
+    assert not BLOCKS.keys() & record(tmp_path / "run").keys()
+
+
+def test_what_was_done_is_trained_no_more_and_made_again_without_its_adapter(bench: Bench) -> None:
+    """From its best checkpoint; once that trains, nothing is left of the end that there was."""
+    whole, run = bench.undisturbed("full"), bench.fresh()
+    shutil.copytree(whole, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended = bench.train("full", run, "--resume", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["metrics"] == record(whole)["metrics"]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert "the run is done" in flat(bench.train("full", run, "--resume"))
+    shutil.rmtree(run / "adapter")
+    assert bench.train("full", run, "--resume", moment="step").code == -9
+    found = record(run)
+    assert found["resumed_from"] == 4 and found["method"] == record(whole)["method"]
+    assert not {"metrics", "memory", "time", "sizes", "sparsity"} & found.keys()
+    assert bench.train("full", run, "--resume").code == 0
+    assert weights(run) == weights(whole)
