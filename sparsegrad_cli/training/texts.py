@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,13 +30,28 @@ class Parts:
     model: nn.Module
 
 
-def load_texts(recipe: Recipe) -> Parts:
+class Few(NamedTuple):
+    """Rows that are enough, the first ones, where a model is not trained but looked at."""
+
+    train: int
+    validation: int
+
+    def of(self, section: TaskSection) -> TaskSection:
+        """The task with no more than these."""
+        limits = {
+            "train_limit": min(self.train, section.train_limit or self.train),
+            "eval_limit": min(self.validation, section.eval_limit or self.validation),
+        }
+        return section.model_copy(update=limits)
+
+
+def load_texts(recipe: Recipe, few: Few | None = None) -> Parts:
     """Data, tokenizer and classifier; the head is drawn from the recipe's seed.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
     """
-    section = recipe.task
+    section = few.of(recipe.task) if few else recipe.task
     task = load_examples(section)
     tokenizer = load_tokenizer(recipe.model)
     model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
