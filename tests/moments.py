@@ -77,7 +77,8 @@ def _writes(beginning: str) -> Callable[..., bool]:
 
 def _renames(beginning: str) -> Callable[..., bool]:
     return lambda source, target: (
-        Path(target).name.startswith(beginning) and source.name.endswith(".partial")
+        Path(target).name.startswith(beginning)
+        and ".partial" in (source.suffix, source.parent.suffix)
     )
 
 

@@ -131,6 +131,7 @@ def encode_conversations(
     *,
     max_length: int,
     split: str = "training",
+    enough: int | None = None,
 ) -> EncodedChats:
     """A data set of token ids; conversations with nothing to learn within max_length are dropped.
 
@@ -139,6 +140,7 @@ def encode_conversations(
         conversations: of one split.
         max_length: tokens kept of a conversation, from its beginning.
         split: its name, for the error.
+        enough: the first n that are not dropped; None takes all.
 
     Raises:
         DataError: nothing is left, or as :meth:`ChatEncoder.encode`.
@@ -149,6 +151,8 @@ def encode_conversations(
     labels: list[list[int]] = []
     parts, labelled, total, cut, dropped = [], 0, 0, 0, 0
     for conversation in conversations:
+        if total - dropped == enough:
+            break
         row, row_labels, was_cut = encoder.encode(conversation, max_length=max_length)
         total += 1
         dropped += not row

@@ -11,21 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.export.adapter import load_adapter, write_adapter
+from sparsegrad_cli.export.base_model import BaseModel, load_lora
 from sparsegrad_cli.export.check import logits_of
-from sparsegrad_cli.export.lora import load_lora, lora_parts, reference, write_lora
+from sparsegrad_cli.export.lora import lora_parts, reference, write_lora
 from sparsegrad_cli.export.options import ExportOptions
 from sparsegrad_cli.export.plain import (
     auto_class,
-    base_name,
     load_plain,
     merge,
     plain_model,
-    task_settings,
     write_plain,
 )
 from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.modeling.pretrained import locate
-from sparsegrad_cli.modeling.quantized import quantization_snippet
 from sparsegrad_cli.report.units import format_bytes
 
 # Above this share of the change, what rounding takes away is worth a word.
@@ -88,29 +85,21 @@ def _merged(
 def _lora(
     trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
 ) -> Written:
+    section, device = trained.recipe.model, trained.setup.device
+    base = BaseModel.of(section, trained.setup.model)
     plain = plain_model(trained)
     parts = lora_parts(trained, plain, options.rank)
-    write_lora(plain, parts, trained, partial)
+    write_lora(plain, parts, trained, base, partial)
     del plain
-    cut = logits_of(reference(trained, parts), batches) if parts.truncated else None
-    section, device = trained.recipe.model, trained.setup.device
-    auto, settings = auto_class(trained.setup.model), task_settings(trained.setup.model)
-    base = locate(base_name(section))
-    more = f", num_labels={settings['num_labels']}" if "Sequence" in auto else ""
     written = Written(
         parts.record,
-        lambda: load_lora(auto, section, settings, partial, device),
-        "",
-        cut,
+        lambda: load_lora(base, partial, device),
+        f'PeftModel.from_pretrained({base.snippet}, "{folder}")',
+        logits_of(reference(trained, parts), batches) if parts.truncated else None,
         rounded=section.quantization == "8bit",
     )
     if section.quantization is not None:
-        more += f", quantization_config={quantization_snippet(trained.setup.model)}"
-        before = section.model_copy(update={"quantization": None})
-        written.on_plain = lambda: load_lora(auto, before, settings, partial, device)
-    written.snippet = (
-        f'PeftModel.from_pretrained({auto}.from_pretrained("{base}"{more}), "{folder}")'
-    )
+        written.on_plain = lambda: load_lora(base.plain, partial, device)
     return written
 
 

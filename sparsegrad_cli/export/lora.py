@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.export.base_model import BaseModel
 from sparsegrad_cli.export.plain import (
     AUTO_CLASSES,
     Distance,
     auto_class,
-    base_name,
     differing,
     plain_model,
     put,
@@ -26,12 +25,8 @@ from sparsegrad_cli.export.plain import (
 )
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
-from sparsegrad_cli.modeling.loading import load_as
-from sparsegrad_cli.modeling.pretrained import locate
-from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
-from sparsegrad_cli.recipe.schema import ModelSection
 
 # peft wraps modules of these names whole when the task is sequence classification.
 _PEFT_HEADS = ("classifier", "score")
@@ -150,7 +145,9 @@ def reference(trained: Trained, parts: LoraParts) -> nn.Module:
     return plain
 
 
-def write_lora(plain: nn.Module, parts: LoraParts, trained: Trained, folder: Path) -> None:
+def write_lora(
+    plain: nn.Module, parts: LoraParts, trained: Trained, base: BaseModel, folder: Path
+) -> None:
     """Put the parts into a peft model around ``plain`` (which is used up) and let peft save it."""
     from peft import get_peft_model
 
@@ -169,7 +166,8 @@ def write_lora(plain: nn.Module, parts: LoraParts, trained: Trained, folder: Pat
                     layer.lora_B["default"].bias.data = (parts.biases[name] / scale).float()
         # get_peft_model writes the name as it was given: a relative path leads nowhere elsewhere.
         about = wrapped.peft_config["default"]
-        about.base_model_name_or_path = locate(base_name(trained.recipe.model))
+        about.base_model_name_or_path = base.source
+        about.revision = base.words.get("revision")
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     trained.setup.tokenizer.save_pretrained(folder)
 
@@ -194,20 +192,3 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
         modules_to_save=list(parts.modules) or None,
         fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),
     )
-
-
-def load_lora(
-    auto: str,
-    section: ModelSection,
-    settings: Mapping[str, Any],
-    folder: Path,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """Load a written folder as anyone would: by peft, onto the base model, quantized as it was."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base: Any = load_as(auto, section, settings, torch.device(device), frozen_products=False)
-        loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
-    return placed(loaded, device)

@@ -1,14 +1,24 @@
-"""Where an export may be written, and what its folder weighs. Imports no torch."""
+"""Where an export may be written, and what its folder weighs. Imports no torch.
+
+An export is made in a folder of ours beside its place, ``<folder>.partial``:
+
+MARK     says whose it is: there first and gone last, so that what a kill has left is known
+new      what is being written
+before   the export that it replaces, between two renames
+"""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import exists, expanded, is_folder
+from sparsegrad_cli.paths import discard, exists, expanded, is_file, is_folder
 from sparsegrad_cli.plain_json import plain_json
 
 RECORD = "export.json"
+PARTIAL, MARK, NEW, BEFORE = ".partial", ".sparsegrad-export", "new", "before"
 
 
 def free_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
@@ -20,11 +30,20 @@ def free_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
         overwrite: an earlier export may be replaced.
 
     Raises:
-        UsageError: it is a file, holds something that is no export, or something that is needed.
+        UsageError: it is a file, holds something that is no export, or something that is needed;
+            or somebody else's stands where it would be made.
     """
     folder = expanded(folder).resolve()
     if exists(folder) and not is_folder(folder):
         raise UsageError(f"{folder} is a file, not a folder", where="--output-dir")
+    _check_not_needed(folder, needed)
+    _check_not_needed(check_work(folder), needed)
+    put_back(folder)
+    check_replaceable(folder, overwrite=overwrite)
+    return folder
+
+
+def _check_not_needed(folder: Path, needed: list[Path]) -> None:
     for path in needed:
         if path.resolve().is_relative_to(folder):
             raise UsageError(
@@ -32,8 +51,16 @@ def free_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
                 where="--output-dir",
                 fix="name another folder",
             )
+
+
+def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with something in it, unless it is an export that may be replaced.
+
+    Raises:
+        UsageError: says which.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
-        return folder
+        return
     if not overwrite:
         raise UsageError(
             f"the folder {folder} is not empty",
@@ -46,7 +73,64 @@ def free_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
             where="--output-dir",
             fix="name another folder",
         )
-    return folder
+
+
+def work_of(folder: Path) -> Path:
+    """The folder in which an export is made."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def check_work(folder: Path) -> Path:
+    """The folder in which an export is made: not there, or left by an export that was killed.
+
+    Raises:
+        UsageError: somebody else's has that name.
+    """
+    work = work_of(folder)
+    if os.path.lexists(work) and not _is_work(work):
+        raise UsageError(
+            f"the export would be made in {work}, and there is something else of that name",
+            where="--output-dir",
+            fix="rename it or take it away, or name another folder",
+        )
+    return work
+
+
+def _is_work(work: Path) -> bool:
+    """Marked, or empty: killed before it was."""
+    try:
+        if work.is_symlink() or not work.is_dir():
+            return False
+        return is_file(work / MARK) or not any(work.iterdir())
+    except OSError:
+        return False
+
+
+def put_back(folder: Path) -> None:
+    """Undo a replacement that was cut between its two renames.
+
+    Raises:
+        OSError: it cannot be undone.
+    """
+    work = work_of(folder)
+    before = work / BEFORE
+    ours = _is_work(work) and before.is_dir() and not before.is_symlink()
+    if ours and not os.path.lexists(folder):
+        before.replace(folder)
+
+
+def clear_work(folder: Path) -> None:
+    """Take away what an export was made in, as far as that goes; what it replaced stays somewhere.
+
+    The mark goes last: killed here, what is left is still known as ours.
+    """
+    work = work_of(folder)
+    with suppress(OSError):
+        put_back(folder)
+    discard(work / NEW)
+    if os.path.lexists(folder) or not os.path.lexists(work / BEFORE):
+        discard(work / BEFORE)
+        discard(work)
 
 
 def _is_export(folder: Path) -> bool:

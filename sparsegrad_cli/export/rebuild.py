@@ -15,11 +15,11 @@ from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.modeling.quantized import dtype_of
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.training.basis_file import BasisFile
 from sparsegrad_cli.training.setup import Setup, make_setup
+from sparsegrad_cli.training.texts import Few
 
 # Rows of the training data that are read: what a task is (its labels) is known from the whole file.
 _TRAIN_ROWS = 32
@@ -93,7 +93,7 @@ def _setup(files: RunFiles, examples: int) -> Setup:
     """Model, tokenizer, targets and a few rows; refused where they are not those of the run."""
     loaded = files.loaded
     with blaming_base(loaded):
-        setup = make_setup(_with_few_rows(loaded, examples), Observer())
+        setup = make_setup(loaded, Observer(), Few(_TRAIN_ROWS, examples))
     check_base(files, setup)
     labels, names = dig(files.record, "task", "label_names"), setup.task.label_names or ()
     if isinstance(labels, list) and list(names) != labels:
@@ -104,13 +104,3 @@ def _setup(files: RunFiles, examples: int) -> Setup:
             fix="put the original data back, or say where it is now: task.path=PATH",
         )
     return setup
-
-
-def _with_few_rows(loaded: LoadedRecipe, examples: int) -> LoadedRecipe:
-    task = loaded.recipe.task
-    limits = {
-        "train_limit": min(_TRAIN_ROWS, task.train_limit or _TRAIN_ROWS),
-        "eval_limit": min(examples, task.eval_limit or examples),
-    }
-    few = loaded.recipe.model_copy(update={"task": task.model_copy(update=limits)})
-    return LoadedRecipe(few, loaded.source, loaded.places)

@@ -19,13 +19,13 @@ from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to
 from sparsegrad_cli.export.plain import auto_class
 from sparsegrad_cli.export.rebuild import Trained, rebuild
 from sparsegrad_cli.export.run_files import RunFiles, open_run
+from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.known_errors import is_out_of_memory
 from sparsegrad_cli.modeling.pretrained import locate
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.paths import is_folder, refuse_link
 from sparsegrad_cli.report.records import write_json_atomic
 from sparsegrad_cli.rundir import now
-from sparsegrad_cli.training.writing import write_folder
 
 SCHEMA = 1
 
@@ -53,7 +53,7 @@ def export_run(
     needed = [files.folder, *([base] if is_folder(base) else [])]
     folder = free_folder(wanted, needed, overwrite=options.overwrite)
     work = _Export(files, folder, options, observer)
-    write_folder(folder, work.fill, fix="free some space, or name another --output-dir")
+    write_export(folder, work.fill, overwrite=options.overwrite)
     return {**work.record, "output_dir": str(folder)}
 
 

@@ -148,7 +148,7 @@ def _from_adapter(options: ModelOptions, folder: Path, device: torch.device) -> 
 def _from_lora(options: ModelOptions, folder: Path, device: torch.device) -> Loaded:
     """A PEFT adapter, on the base model that it names; as peft loads it, and then without peft.
 
-    What ``export --to lora`` wrote of a quantized run goes onto a base that is quantized again.
+    What ``export --to lora`` wrote goes onto a base in the run's dtype, quantized as it was.
     """
     from sparsegrad_cli.generate.peft_folder import base_of, on_base
 
@@ -176,7 +176,7 @@ def _tokenizer_in(folder: Path) -> Any:
 
 
 def _exported_on(folder: Path) -> tuple[Any, str | None]:
-    """(bits, dtype) of the quantized base of an exported run; of any other folder nothing."""
+    """(bits, dtype) of the base of an exported run; of any other folder nothing."""
     path = folder / RECORD
     if not path.is_file():
         return None, None
@@ -187,7 +187,7 @@ def _exported_on(folder: Path) -> tuple[Any, str | None]:
         raise FileFormatError(f"is no record of an export: {error}", where=str(path)) from error
     if bits not in (None, "8bit", "4bit") or dtype not in _DTYPES:
         raise FileFormatError(f"names a base in {bits}, {dtype}", where=str(path))
-    return (bits, dtype) if bits is not None else (None, None)
+    return bits, dtype
 
 
 def _plain(

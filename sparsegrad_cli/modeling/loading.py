@@ -112,14 +112,11 @@ def load_as(
     section: ModelSection,
     settings: Mapping[str, Any],
     device: torch.device = _CPU,
-    *,
-    frozen_products: bool = True,
 ) -> nn.Module:
     """A model by the name of an Auto class of transformers, with changes to its configuration.
 
     Args:
         device: as in :func:`load_classifier`.
-        frozen_products: False leaves a quantized model as anyone else loads it.
 
     Raises:
         UsageError: as :func:`_model`.
@@ -131,8 +128,7 @@ def load_as(
     for name, value in settings.items():
         setattr(config, name, value)
     kind = getattr(transformers, auto)
-    made = _model(kind, section, config, device, frozen_products=frozen_products)
-    return _with_body(section, *made)
+    return _with_body(section, *_model(kind, section, config, device))
 
 
 def _with_body(section: ModelSection, model: nn.Module, lacking: list[str]) -> nn.Module:
@@ -164,7 +160,6 @@ def _model(
     config: Any,
     device: torch.device = _CPU,
     *,
-    frozen_products: bool = True,
     packed: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """``kind.from_pretrained``, quantized where the section says so.
@@ -199,8 +194,7 @@ def _model(
     model, report = from_pretrained(
         kind.from_pretrained, section, what="model", config=config, **more
     )
-    if frozen_products:
-        use_frozen_products(model, dtype)
+    use_frozen_products(model, dtype)
     return model, sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
 
 

@@ -66,15 +66,14 @@ def quantization_config(bits: str, dtype: torch.dtype, plain: nn.Module) -> Any:
     )
 
 
-def quantization_snippet(model: nn.Module) -> str:
-    """What a user writes to quantize the base model as this one is."""
+def quantization_words(model: nn.Module) -> dict[str, Any]:
+    """What a user tells BitsAndBytesConfig to quantize the base model as this one is."""
     config: Any = model.config
     made = config.quantization_config.to_dict()
     names = ["load_in_8bit", "load_in_4bit"]
     if made["load_in_4bit"]:
         names += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"]
-    said = [f"{name}={made[name]!r}" for name in (*names, "llm_int8_skip_modules") if made[name]]
-    return f"BitsAndBytesConfig({', '.join(said)})"
+    return {name: made[name] for name in (*names, "llm_int8_skip_modules") if made[name]}
 
 
 def _outside_blocks(plain: nn.Module) -> list[str]:

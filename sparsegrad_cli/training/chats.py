@@ -20,11 +20,15 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
-from sparsegrad_cli.training.texts import Parts, fitting_length
+from sparsegrad_cli.training.texts import Few, Parts, fitting_length
 
 
-def load_chats(loaded: LoadedRecipe) -> Parts:
+def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     """Conversations as rows of token ids, tokenizer, and a model that makes few logits.
+
+    Args:
+        few: conversations that are enough: of those that have something to learn, as training
+            counts them, for the first ones of a file may all be too long.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
@@ -43,10 +47,16 @@ def load_chats(loaded: LoadedRecipe) -> Parts:
     model = load_causal_lm(recipe.model, device_of(recipe))
     max_length, cut = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
-    train = encode_conversations(encoder, data.train, max_length=max_length)
+    train = encode_conversations(
+        encoder, data.train, max_length=max_length, enough=few and few.train
+    )
     # Packed or not, validation is by conversation: what it measures must not depend on packing.
     held_out = encode_conversations(
-        encoder, data.validation, max_length=max_length, split="validation"
+        encoder,
+        data.validation,
+        max_length=max_length,
+        split="validation",
+        enough=few and few.validation,
     )
     counts = dict(data.counts)
     for name, split in (("training", train), ("validation", held_out)):
@@ -59,7 +69,10 @@ def load_chats(loaded: LoadedRecipe) -> Parts:
     validation = {"validation": held_out.data}
     if chat.forgetting is not None:
         validation["plain text"] = plain_text_rows(
-            tokenizer, chat.forgetting, max_length=max_length, limit=section.eval_limit
+            tokenizer,
+            chat.forgetting,
+            max_length=max_length,
+            limit=(few.of(section) if few else section).eval_limit,
         )
     notes = [*data.notes, *encoder.notes, *(note for note in (cut, whole) if note)]
     task = TaskFacts(section.name, "chat", None, {}, tuple(notes), counts, data.data_hash)

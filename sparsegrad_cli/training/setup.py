@@ -23,7 +23,7 @@ from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.chats import load_chats
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.order import EpochSampler
-from sparsegrad_cli.training.texts import Parts, load_texts
+from sparsegrad_cli.training.texts import Few, Parts, load_texts
 
 
 @dataclass
@@ -37,8 +37,11 @@ class Setup(Parts):
     device: torch.device
 
 
-def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
+def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None) -> Setup:
     """Load everything a recipe names.
+
+    Args:
+        few: rows that are enough; None takes all that the recipe does.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
@@ -46,7 +49,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer) -> Setup:
     recipe = loaded.recipe
     check_precision(loaded)
     load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
-    parts = load(loaded)
+    parts = load(loaded, few)
     for note in parts.task.notes:
         observer.note(note)
     model = parts.model
@@ -95,7 +98,7 @@ def check_autocast(loaded: LoadedRecipe) -> None:
             where=loaded.where("train.bf16"),
             fix="train.use_cpu: true trains in bfloat16 on the CPU; or leave it out",
         )
-    if train.fp16 and (train.use_cpu or not torch.accelerator.is_available()):
+    if train.fp16 and (train.use_cpu or not torch.cuda.is_available()):
         raise UsageError(
             "float16 needs a GPU, and training is to be on the CPU",
             where=loaded.where("train.fp16"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -32,14 +32,30 @@ class Parts:
     model: nn.Module
 
 
-def load_texts(loaded: LoadedRecipe) -> Parts:
+class Few(NamedTuple):
+    """Rows that are enough, the first ones, where a model is not trained but looked at."""
+
+    train: int
+    validation: int
+
+    def of(self, section: TaskSection) -> TaskSection:
+        """The task with no more than these."""
+        limits = {
+            "train_limit": min(self.train, section.train_limit or self.train),
+            "eval_limit": min(self.validation, section.eval_limit or self.validation),
+        }
+        return section.model_copy(update=limits)
+
+
+def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     """Data, tokenizer and classifier; the head is drawn from the recipe's seed.
 
     Raises:
         UsageError: labels are to be smoothed, and are scores: of a file that is known only now.
         SparsegradError: of the kind that fits; see the loaders.
     """
-    recipe, section = loaded.recipe, loaded.recipe.task
+    recipe = loaded.recipe
+    section = few.of(recipe.task) if few else recipe.task
     task = load_examples(section)
     if task.spec.regression and recipe.train.label_smoothing_factor:
         where = loaded.where("train.label_smoothing_factor")

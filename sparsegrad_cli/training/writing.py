@@ -25,11 +25,8 @@ PARTIAL, BEFORE, REMOVED = ".partial", ".before", ".removed"
 _RESUME = "free some space, then go on with --resume: the checkpoint before is whole"
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESUME) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a new folder under a temporary name, then rename it into place.
-
-    Args:
-        fix: what to do where the disk refuses.
 
     Raises:
         DiskError: something could not be written; nothing is left of the attempt, and what stood
@@ -42,7 +39,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESU
         make_folder(partial.parent)
         partial.mkdir()
         fill(partial)
-        _sync_tree(partial)
+        sync_tree(partial)
         if folder.exists():  # moved aside, so that a failing rename does not lose it
             discard(before)
             folder.replace(before)
@@ -58,7 +55,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, fix: str = _RESU
         raise DiskError(
             f"{folder.name} could not be written: {error}",
             where=str(folder),
-            fix=fix,
+            fix=_RESUME,
         ) from error
     except BaseException:
         discard(partial)
@@ -138,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Until this returns, a power cut may take what was written."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():

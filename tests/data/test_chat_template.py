@@ -193,6 +193,10 @@ def test_conversations_that_are_cut_or_dropped_are_counted() -> None:
     assert len(rows["input_ids"][1]) == 40
     labels = [label for row in rows["labels"] for label in row]
     assert encoded.labelled == sum(label != -100 for label in labels)
+    # What is enough is counted of what is left.
+    few = encode_conversations(encoder, [late, short, late, long], max_length=40, enough=1)
+    assert few.data["input_ids"][:] == rows["input_ids"][:1]
+    assert few.counts["dropped, nothing to learn within max_length"] == 1
 
 
 def test_nothing_to_learn_is_refused_with_the_reason() -> None:

@@ -19,6 +19,8 @@ from tiny import build, config
 from torch import Tensor, nn
 
 import sparsegrad_cli
+from sparsegrad_cli.export.rebuild import rebuild
+from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import load_recipe
 from sparsegrad_cli.training.setup import make_setup, validation_batches
@@ -63,6 +65,20 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return train(place / f"run-{count}", base, data, *limits, *overrides)
 
     return run
+
+
+def test_conversations_that_training_dropped_are_no_reason_to_refuse(
+    talks: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first ones of either split are too long; some later ones are not."""
+    run = talks("method=lora", "train.max_steps=1", architecture="llama")
+    path = Path(load_recipe(run / "recipe.yaml").recipe.task.path or "")
+    rows = path.read_text(encoding="utf-8")
+    long = json.dumps({"prompt": "x" * 200, "completion": "y"}) + "\n"
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(long * 40 + rows, encoding="utf-8")
+    found = rebuild(open_run(run, (f"task.path={tmp_path}",)), 3)
+    assert len(next(iter(found.setup.validation.values()))) == 3
 
 
 def held_out(run: Path) -> list[dict[str, Tensor]]:

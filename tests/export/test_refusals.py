@@ -260,6 +260,8 @@ def test_folders_that_are_not_to_be_replaced(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("precious")
     (tmp_path / "file").touch()
+    (tmp_path / "kept.partial").mkdir()
+    (tmp_path / "kept.partial" / "chapter.txt").write_text("precious")
     for place, says in (
         (tmp_path / "thesis", "something else than an export"),
         (tmp_path / "file", "is a file"),
@@ -267,6 +269,7 @@ def test_folders_that_are_not_to_be_replaced(
         (run.parent, "holds what the export is made from"),
         (run / "adapter", "something else than an export"),
         (tmp_path / "file" / "deeper", ""),
+        (tmp_path / "kept", "there is something else of that name"),
     ):
         code = 1 if place.name == "deeper" else 2
         outcome = refused(code, run, "--to", "adapter", "-o", str(place), "--overwrite")

@@ -63,6 +63,11 @@ def test_a_lora_folder_answers_as_peft_has_it(tmp_path: Path) -> None:
     assert torch.equal(loaded[0](ids).logits, wrapped.eval()(ids).logits)
     merged = wrapped.merge_and_unload()
     assert answer(loaded) == answer((merged, loaded[1], {})) != answer(base)
+    # One that an export wrote says in what dtype the run's base was.
+    about = {"model": {"dtype": "bfloat16", "quantization": None}}
+    (tmp_path / "lora" / "export.json").write_text(json.dumps(about))
+    assert load(tmp_path / "lora")[2]["dtype"] == "bfloat16"
+    assert load(tmp_path / "lora", dtype="float32")[2]["digest"] == loaded[2]["digest"]
 
 
 def test_a_classifier_generates_nothing(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from sparsegrad_cli.cli.errors import run_guarded
 from sparsegrad_cli.compare.folder import StudyFolder, safe_name, study_digest
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.place import free_folder
+from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.recipe.loading import load_recipe
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
-from sparsegrad_cli.training.writing import write_folder
 
 LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
 ODD = (
@@ -110,7 +110,7 @@ def test_names_of_folders_to_write_to(name: str) -> None:
             place.leave()
         assert (comparison / "cells").is_dir()
         export = free_folder(folder / "exports" / inside, [run], overwrite=False)
-        write_folder(export, lambda new: (new / "x").touch())
+        write_export(export, lambda new: (new / "x").touch(), overwrite=False)
         assert (export / "x").is_file()
 
 

@@ -93,9 +93,9 @@ def test_a_half_written_export_is_not_taken_for_one(bench: Bench) -> None:
     assert bench.killer.run(*command, moment="export-torn").code == -9
     half = run / "export-merged.partial"
     assert list(run.glob("export-*")) == [half]
-    assert not (half / "export.json").exists()
+    assert not (half / "new" / "export.json").exists()
     with pytest.raises(SafetensorError):
-        load_file(half / "model.safetensors")
+        load_file(half / "new" / "model.safetensors")
     generated = bench.killer.run("generate", str(run / "export-merged"), "--prompt", "a")
     assert generated.code == 2 and "export-merged" in flat(generated)
     assert bench.killer.run(*command).code == 0

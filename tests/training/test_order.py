@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from sparsegrad_cli.data.packing import make_lm_collator
 from sparsegrad_cli.training.order import EpochSampler, OrderHash
@@ -245,3 +247,20 @@ def test_a_chain_of_rows_goes_on_but_not_from_a_checkpoint_that_knew_none() -> N
     again.mark(2)
     assert again.kept_rows["2"] == whole.kept_rows["2"]
     assert whole.positions == 2 * 4 * 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "size"), [(9, 2, 2), (8, 2, 2), (13, 3, 2), (3, 4, 2)]
+)
+def test_processes_fill_the_end_of_an_epoch_with_its_beginning(
+    rows: int, processes: int, size: int
+) -> None:
+    """As docs/processes.md has it: what accelerate makes of our sampler."""
+    from accelerate.data_loader import BatchSamplerShard
+
+    made = sampler(size=rows)
+    batches = BatchSampler(made, size, drop_last=False)
+    shards = [list(BatchSamplerShard(batches, processes, number)) for number in range(processes)]
+    met = [row for step in zip(*shards, strict=True) for batch in step for row in batch]
+    whole = processes * size * -(-rows // (processes * size))
+    assert met == [row for _, row in zip(range(whole), itertools.cycle(made), strict=False)]
