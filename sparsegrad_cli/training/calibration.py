@@ -210,17 +210,7 @@ def _fill(
             passes.run(gradients_only(passes.model, targets, collect))
         else:
             passes.run(tokens_only(passes.model, targets, collect_tokens), parts=_PARTS)
-        _add_up(streams)
-
-
-def _add_up(streams: dict[str, Stream]) -> None:
-    """Sum over the processes, counts too: where there are fewer steps than processes, a process
-    has added nothing, and goes on with the sums of the others."""
-    totals = [total for stream in streams.values() for total in stream.sums()]
-    counts = torch.tensor([stream.count for stream in streams.values()], device=totals[0].device)
-    ranks.add_up([*totals, counts])
-    for stream, count in zip(streams.values(), counts.tolist(), strict=True):
-        stream.count = count
+        ranks.add_up(total for stream in streams.values() for total in stream.sums())
 
 
 def _scores(
