@@ -92,7 +92,7 @@ def allowed(dtype: torch.dtype, largest: float, *, rounded: bool = False) -> flo
     """The largest difference that rounding explains, for logits up to ``largest``.
 
     Args:
-        rounded: one of the models rounds what goes into its 8-bit layers, the other does not.
+        rounded: one of the models rounds what goes into its quantized layers, the other does not.
     """
     share = _ROUNDED if rounded else TOLERANCES.get(dtype, TOLERANCES[torch.float32])
     return share * max(_SMALLEST, largest)

@@ -23,6 +23,7 @@ from sparsegrad_cli.export.plain import (
     write_plain,
 )
 from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.modeling.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes
 
 # Above this share of the change, what rounding takes away is worth a word.
@@ -38,7 +39,7 @@ class Written:
         load: the folder's model, by libraries that know nothing of the run.
         snippet: the same in the user's words.
         cut: logits of a change that was cut, which the folder must give exactly.
-        rounded: products are others than the run's, which round x to int8.
+        rounded: one side's products round x, and the other's do not.
         on_plain: the folder on the base model as it was before it was quantized.
         as_trained: it is the form it was trained in, and computes under autocast if that did.
         notes: what the user should know.
@@ -96,7 +97,7 @@ def _lora(
         lambda: load_lora(base, partial, device),
         f'PeftModel.from_pretrained({base.snippet}, "{folder}")',
         logits_of(reference(trained, parts), batches) if parts.truncated else None,
-        rounded=section.quantization == "8bit",
+        rounded=rounds_in_evaluation(trained.setup.model, device),
     )
     if section.quantization is not None:
         written.on_plain = lambda: load_lora(base.plain, partial, device)

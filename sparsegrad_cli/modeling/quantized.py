@@ -175,6 +175,18 @@ def quantization_state(model: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
+def rounds_in_evaluation(model: nn.Module, device: torch.device) -> bool:
+    """Whether bitsandbytes' own layers would evaluate otherwise than these are trained.
+
+    8 bits: x is rounded to int8. 4 bits, on CPUs with bfloat16 units: x and the scales to bfloat16.
+    """
+    layers: list[Any] = list(quantized_layers(model).values())
+    if bits_of(model) == "8bit":
+        return True
+    on_cpu = device.type == "cpu"
+    return on_cpu and any(getattr(each, "support_avx512bf16_for_cpu", False) for each in layers)
+
+
 def use_frozen_products(model: nn.Module, dtype: torch.dtype) -> int:
     """Let quantized layers compute as in training always, and keep nothing; returns how many.
 

@@ -21,6 +21,8 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.quantized import quantized_layers
 
 need_bitsandbytes()
+from bitsandbytes.functional import has_avx512bf16  # noqa: E402
+
 # Rows of whole blocks of scales: bitsandbytes' own CPU kernel is right for these alone.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 # A quantized weight has no gradient that a basis could be made of.
@@ -100,14 +102,32 @@ def test_merged_is_a_plain_model(
     assert loss == pytest.approx(record(run)["metrics"]["final"]["loss"], abs=2e-5)
 
 
+@pytest.mark.parametrize(("name", "architecture"), [("core", "bert"), ("lora", "llama")])
+def test_a_cpu_that_evaluates_in_bfloat16_is_no_reason_to_refuse(
+    name: str, architecture: str, trained: Trained, exported: Exported
+) -> None:
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no units for bfloat16: bitsandbytes evaluates as it trains")
+    check = exported(trained(name, "4bit", architecture), "lora")[1]["check"]
+    assert 1e-3 < check["difference"] / check["largest_logit"] < 0.15
+    assert check["judged"]["tolerance"] == pytest.approx(0.2 * check["largest_logit"])
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("name", "architecture"), [("core", "bert"), ("lora", "llama")])
 def test_a_lora_folder_goes_onto_the_base_quantized_that_way(
-    name: str, architecture: str, bits: str, trained: Trained, exported: Exported
+    name: str,
+    architecture: str,
+    bits: str,
+    trained: Trained,
+    exported: Exported,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
+    # Whatever CPU this is: one with units for bfloat16 would evaluate in it.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     run = trained(name, bits, architecture)
     _, said = exported(run, "lora")
     check = said["check"]
