@@ -29,10 +29,11 @@ from sparsegrad_cli.training.order import OrderHash
 from sparsegrad_cli.training.shelf import TRAINER_STATE, Shelf, best_of, trainer_state
 from sparsegrad_cli.training.writing import read_tensors
 
+# What a run is made of, in the order asked: of other data a basis is another, too.
 _ORIGINS = {
-    "basis": ("in another basis", "basis.safetensors"),
     "data": ("on other data", "the data"),
     "model": ("on another base model", "the model"),
+    "basis": ("in another basis", "basis.safetensors"),
 }
 
 

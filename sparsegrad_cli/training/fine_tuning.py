@@ -72,7 +72,7 @@ class TrainingSession(Session):
         given = self.recipe.calibration.basis
         own = self.record.path / BASIS_NAME
         path = expanded(given) if given else own
-        basis = read_basis(path) if given else self._own_basis(own)
+        basis = read_basis(path) if given else self._own_basis(own, setup.task.data_hash)
         if basis is None:
             return self.calibrated(setup)
         where = self.loaded.where("calibration.basis") if given else str(own)
@@ -99,15 +99,19 @@ class TrainingSession(Session):
                 pass
         return basis
 
-    def _own_basis(self, path: Path) -> BasisFile | None:
-        """What the run that is resumed has made, if that is whole."""
+    def _own_basis(self, path: Path, data: str) -> BasisFile | None:
+        """What the run that is resumed has made of this data, if that is whole."""
         if not self.resume or not path.is_file():
             return None
         try:
-            return read_basis(path)
+            basis = read_basis(path)
         except FileFormatError as error:
             self.observer.note(f"{error.what}: {path.name} is made again")
             return None
+        if basis.settings.get("data", data) == data:  # older files do not say
+            return basis
+        self.observer.note(f"the data is other than it was: {path.name} is made again")
+        return None
 
     def _record_method(self, prepared: Prepared) -> None:
         settings = self.recipe.method.model_dump()

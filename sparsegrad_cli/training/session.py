@@ -125,6 +125,7 @@ class Session:
             "batch_size": self.calibration_batch,
             "passes": passes,
             "seed": seed,
+            "data": setup.task.data_hash,
         }
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
         # Every process warms the head by itself, and calibrates on its share.

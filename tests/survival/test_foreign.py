@@ -98,6 +98,11 @@ def test_a_checkpoint_of_other_data_is_refused(bench: Bench, run: Path) -> None:
     finally:
         rows.write_text(good)
     assert ended.code == 1 and "checkpoint-4 was trained on other data" in flat(ended)
+    # The basis is of the data, too: made again of the other, and of the first when that is back.
+    assert "basis.safetensors is made again" in flat(ended)
+    assert bench.train(METHOD, run, "--resume").code == 0
+    assert record(run)["resumed_from"] == 4
+    assert weights(run) == weights(bench.undisturbed(METHOD))
 
 
 def test_another_recipe_is_refused(bench: Bench, run: Path) -> None:
