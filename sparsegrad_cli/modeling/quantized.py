@@ -235,3 +235,12 @@ def _quiet() -> None:
 
 def _not_of_rounding(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in str(record.msg)
+
+
+def _not_of_kernels(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in str(record.msg)
+
+
+# Said at its import, which peft may do in any run, on CPUs with units for bfloat16: of a kernel
+# that nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_kernels)
