@@ -115,7 +115,7 @@ def test_a_cell_that_fails_is_a_row_that_says_so(
         encoding="utf-8",
     )
     outcome = cli("compare", str(study), "-o", "c", "-q", *quick)
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == 1, outcome.err
     record = json.loads((tmp_path / "c" / "compare.json").read_text())
     rows = {row["method"]: row for row in record["rows"]}
     assert [row["status"] for row in rows.values()] == ["failed", "done", "done"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from cells import cell
+from cells import cell, study_cells
 
 from sparsegrad_cli.compare.checks import make_checks
 from sparsegrad_cli.compare.rows import make_rows, paired_difference
@@ -144,3 +144,10 @@ def test_a_flagged_difference_is_in_the_words_and_in_the_table() -> None:
         ("train.weight_decay", "t", "allowed by the study", "full 0.0, lora 0.1"),
         ("train.learning_rate", "t", "tuned by method", "full 0.0001, lora 0.002"),
     ]
+
+
+def test_a_record_whose_done_cell_has_no_run_is_read_as_far_as_it_goes() -> None:
+    cells = study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})
+    del cells[0]["run"]
+    assert [row["seeds_done"] for row in make_rows(cells)] == [1, 2]
+    assert [check["methods"] for check in make_checks(cells)] == [1, 2]
