@@ -33,9 +33,8 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     kept |= {key: run.get(key) for key in ("git", "recipe_digest", "time")}
     counts, hashes = run.get("counts") or {}, run.get("hashes") or {}
     kept["counts"] = {key: value for key, value in counts.items() if key != "targets"}
-    order = hashes.get("order") or {}
-    last = max(order, key=int, default=None)  # each goes over all steps before it
-    kept["hashes"] = {**hashes, "order": {last: order[last]} if last else {}}
+    chains = {name: _last(hashes[name]) for name in ("order", "rows") if hashes.get(name)}
+    kept["hashes"] = {**hashes, **chains}
     metrics, memory = run.get("metrics") or {}, run.get("memory") or {}
     kept["history"] = [
         {key: point.get(key) for key in ("step", "epoch", "score", "loss")}
@@ -50,6 +49,12 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
         key: calibration.get(key) for key in ("steps", "seconds", "peak_bytes", "settings")
     }
     return kept
+
+
+def _last(chain: dict[str, str]) -> dict[str, str]:
+    """The digest of a chain's last step: each goes over all steps before it."""
+    last = max(chain, key=int)
+    return {last: chain[last]}
 
 
 def main() -> None:

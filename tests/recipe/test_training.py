@@ -97,7 +97,7 @@ def test_labels_that_are_scores_are_not_smoothed(tmp_path: Path) -> None:
     assert found.value.where == f"{tmp_path / 'r.yaml'}:4: train.label_smoothing_factor"
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     "overrides", [("bf16=true",), ("fp16=true",), ("use_cpu=true", "fp16=true")]
 )
