@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ LEDGER = "compare.json"
 _AT_WORK, _WRITING, SOLVING = ".at-work.lock", ".ledger.lock", ".solving.claim"
 TUNING, TRIALS = "tuning.db", "tuning"
 _FOLDERS = ("cells", "answers", TRIALS)
-_FILES = (LEDGER, TUNING, f"{TUNING}-journal", *REPORTS)
+_FILES = (TUNING, f"{TUNING}-journal", *REPORTS, LEDGER)  # the one by which it is ours goes last
+_TORN_LEDGER = f".{LEDGER}.*.tmp"  # being written, or left by a kill in the middle of it
+_BEFORE_LEDGER = ("cells", _AT_WORK, _WRITING, SOLVING, TUNING, f"{TUNING}-journal", _TORN_LEDGER)
 
 
 class StudyFolder:
@@ -98,10 +101,19 @@ class StudyFolder:
 
     def _is_foreign(self) -> bool:
         """Something is in it, and not what a comparison leaves, however soon it was killed."""
+        if not self._looks_foreign():
+            return False
+        lock = self.path / _WRITING
+        if lock.is_symlink() or not lock.is_file():
+            return True
+        with self.ledger():  # what looked so was perhaps another's first or new beginning
+            return self._looks_foreign()
+
+    def _looks_foreign(self) -> bool:
         there = {path.name for path in self.path.iterdir()} if is_folder(self.path) else set()
         if LEDGER in there or not there:
             return False
-        begun = there <= {"cells", _AT_WORK, _WRITING, SOLVING}
+        begun = all(any(fnmatchcase(name, ours) for ours in _BEFORE_LEDGER) for name in there)
         return not begun or any(self.path.glob("cells/*"))
 
     def enter(
@@ -131,8 +143,10 @@ class StudyFolder:
                 record = self._joined(identity, overwrite)
             elif overwrite:
                 self._forget()
-            elif (self.path / LEDGER).is_file():
-                self._check_done(study())
+            else:
+                if (self.path / LEDGER).is_file():
+                    self._check_done(study())
+                self._forget_torn()
             lock.take(shared=True)  # of those at work nobody locks more, and others wait for us
         except BaseException:
             lock.close()
@@ -168,10 +182,15 @@ class StudyFolder:
                 remove_folder(self.path / name)
             for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)
+            self._forget_torn()
             (self.path / "cells").mkdir()
         except OSError as error:
             what = f"{self.path} cannot be cleared: {error}"
             raise UsageError(what, where="output_dir") from error
+
+    def _forget_torn(self) -> None:
+        for left in self.path.glob(_TORN_LEDGER):
+            left.unlink(missing_ok=True)
 
     def _check_done(self, study: LoadedStudy) -> None:
         strange = _strangers(study, load_record(self.path / LEDGER))

@@ -266,3 +266,49 @@ def test_a_folder_with_something_else_in_it_is_refused_as_it_is(tmp_path: Path) 
     begun = tmp_path / "begun"
     StudyFolder(begun).prepare(overwrite=False)
     enter(begun, study).leave()
+
+
+@pytest.mark.parametrize(
+    "left", [".compare.json.0123456789ab.tmp", "tuning.db", "tuning.db-journal"]
+)
+def test_what_a_kill_left_before_the_first_ledger_is_no_foreign_folder(
+    tmp_path: Path, left: str
+) -> None:
+    folder, study = tmp_path / "c", make_study(None, ("lora",), 1, ())
+    killed = StudyFolder(folder)
+    killed.prepare(overwrite=False)
+    with killed.ledger():
+        killed.enter(lambda: study, "same", overwrite=False)
+    killed.leave()
+    (folder / left).touch()
+    enter(folder, study).leave()
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_folder_is_not_judged_while_another_begins_in_it(tmp_path: Path) -> None:
+    """Seen between its files: nothing is there by which the folder is a comparison's."""
+    folder, study = tmp_path / "c", make_study(None, ("lora",), 1, ())
+    first = StudyFolder(folder)
+    first.prepare(overwrite=False)
+    refused: list[Exception] = []
+
+    def join() -> None:
+        try:
+            StudyFolder(folder).prepare(overwrite=False)
+        except UsageError as error:
+            refused.append(error)
+
+    with first.ledger():
+        first.enter(lambda: study, "same", overwrite=True)
+        (folder / "report.html").touch()
+        (folder / "cells" / "first.yaml").touch()
+        later = threading.Thread(target=join)
+        later.start()
+        later.join(0.3)  # long enough to be refused, were it to be
+        write_json_atomic(folder / "compare.json", {})
+    later.join(60)
+    assert not later.is_alive() and not refused
+    first.leave()
+    (folder / "compare.json").unlink()
+    join()
+    assert "is not empty" in str(refused)
