@@ -78,7 +78,8 @@ def _outside(event: str, paths: list[Any], *, through_links: bool) -> str | None
 
 
 def _is_ours(path: Path) -> bool:
-    return any(path.is_relative_to(place) for place in _places)
+    # Asked of all code that is run, where a session may have made ten thousand places.
+    return path in _places or not _places.isdisjoint(path.parents)
 
 
 sys.addaudithook(_watch)
