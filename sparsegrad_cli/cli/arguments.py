@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import exists, is_file
+from sparsegrad_cli.paths import exists
 from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.recipe.shipped import recipe_of_run
 
 RecipeAndOverrides = Annotated[
     list[str] | None,
@@ -66,9 +67,10 @@ def _is_override(argument: str) -> bool:
 def load(arguments: list[str] | None, output_dir: Path | None) -> LoadedRecipe:
     """The recipe of a command line. A run folder stands for the recipe in it, and for itself."""
     source, overrides = split_arguments(arguments)
-    if source is not None and is_file(Path(source) / "recipe.yaml"):
+    within = recipe_of_run(source) if source is not None else None
+    if source is not None and within is not None:
         elsewhere = any(text.partition("=")[0].strip() == "output_dir" for text in overrides)
         if output_dir is None and not elsewhere:
             output_dir = Path(source)
-        source = str(Path(source) / "recipe.yaml")
+        source = str(within)
     return load_recipe(source, overrides, output_dir=output_dir)

@@ -43,3 +43,9 @@ def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | N
             if is_file(path):
                 return path
     return None
+
+
+def recipe_of_run(source: str | Path) -> Path | None:
+    """The recipe in a run's folder, for which the folder stands; None where there is none."""
+    path = Path(source) / "recipe.yaml"
+    return path if is_file(path) else None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.layers import read_layers, stack, still_said
@@ -18,7 +17,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.shipped import find_recipe
+from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
 from sparsegrad_cli.recipe.source import (
     COMMAND_LINE,
     KeyPath,
@@ -131,8 +130,8 @@ def make_study(
         raise RecipeError(problems)
     recipe = source or "configs/quickstart.yaml"
     name = Path(recipe).stem
-    if is_file(Path(recipe) / "recipe.yaml"):  # a run folder stands for the recipe in it
-        name, recipe = Path(recipe).resolve().name, str(Path(recipe) / "recipe.yaml")
+    if (within := recipe_of_run(recipe)) is not None:
+        name, recipe = Path(recipe).resolve().name, str(within)
     data = {"name": _study_name(name), "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
     study = _with_trials(_with_match(Study.model_validate(data), match), trials)
     return expand(study, f"{name} from the command line", recipe, overrides, _OPTION)
