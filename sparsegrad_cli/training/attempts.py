@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.known_errors import may_be_out_of_memory
+from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.largest import LiveTensor
 from sparsegrad_cli.measure.ledger import tensors_in
 from sparsegrad_cli.measure.memory import MemoryMeter
@@ -36,6 +36,7 @@ class Attempt:
         module: the module that was at work there; of a backward pass the one whose gradient had
             arrived last. Empty outside the model.
         tensors: what was alive when it failed, the largest first.
+        unsure: it failed in oneDNN's words, which do not tell a lack of memory from another.
     """
 
     fits: bool
@@ -43,6 +44,7 @@ class Attempt:
     phase: str
     module: str
     tensors: tuple[LiveTensor, ...] = ()
+    unsure: bool = False
 
 
 def attempt(model: nn.Module, meter: MemoryMeter, work: Callable[[Phase], None]) -> Attempt:
@@ -71,10 +73,11 @@ def attempt(model: nn.Module, meter: MemoryMeter, work: Callable[[Phase], None])
     except Exception as error:
         if not may_be_out_of_memory(error):
             raise
+        unsure = not is_out_of_memory(error)
         # While the error holds the frames, these hold what was alive.
         tensors = tuple(meter.largest(SHOWN))
         forget(error)
-        return Attempt(False, peak(), at[0], at[1], tensors)
+        return Attempt(False, peak(), at[0], at[1], tensors, unsure)
     return Attempt(True, peak(), at[0], at[1])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import OutOfMemoryError
-from sparsegrad_cli.known_errors import first_line
+from sparsegrad_cli.known_errors import first_line, is_out_of_memory
 from sparsegrad_cli.measure.largest import LiveTensor
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.units import format_bytes
@@ -62,7 +63,7 @@ def explain(error: BaseException, recipe: Recipe, known: Situation) -> OutOfMemo
     Args:
         error: for which :func:`may_be_out_of_memory` holds.
     """
-    reason, asked = first_line(error), _asked(str(error))
+    reason, asked, sure = first_line(error), _asked(str(error)), is_out_of_memory(error)
     model = known.setup.model if known.setup else None
     phase, module = _whereabouts(error.__traceback__, model, known.at)
     forget(error)
@@ -73,7 +74,7 @@ def explain(error: BaseException, recipe: Recipe, known: Situation) -> OutOfMemo
     # Processes that train together would wait for one that tries something by itself.
     if try_size is not None and ranks.count() == 1:
         try:
-            failed, fits = _search(size, try_size)
+            failed, fits = _search(size, try_size, sure=sure)
         except Exception as another:  # no room even to look: the first error is the one to show
             forget(another)
     if failed is not None and failed.phase == phase and not module:
@@ -153,16 +154,36 @@ def _what_to_try(
 
 
 def _search(
-    size: int, try_size: Callable[[int], Attempt]
+    size: int, try_size: Callable[[int], Attempt], *, sure: bool
 ) -> tuple[Attempt, tuple[int, Attempt] | None]:
-    """The batch as it was, and the largest of its halves, quarters and so on that fits."""
+    """The batch as it was, and the largest of its halves, quarters and so on that fits.
+
+    Where memory is short for sure, a batch at which oneDNN fails without a reason is tried without
+    oneDNN: it wants address space of its own for the code that it makes, and what has been freed
+    since may lie in the heap, which does not give it back. Unknown whether memory is short, the
+    whole batch without oneDNN tells.
+
+    Args:
+        sure: the error that this is about was a failed allocation.
+    """
     failed = try_size(size)
+    short = sure or not failed.unsure or not _without_onednn(size, try_size).fits
     while size > 1:
         size //= 2
         found = try_size(size)
+        if found.unsure and short:
+            found = _without_onednn(size, try_size)
         if found.fits:
             return failed, (size, found)
     return failed, None
+
+
+def _without_onednn(size: int, try_size: Callable[[int], Attempt]) -> Attempt:
+    with warnings.catch_warnings():
+        # flags() sets what TF32 may do as well, and is told that this is no Intel GPU.
+        warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=False):
+            return try_size(size)
 
 
 def _largest(tensors: tuple[LiveTensor, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from killing import Ended, Killer
 from little import base_folder, data_folder, sentences
 from surviving import flat, record
@@ -25,6 +26,8 @@ WIDE_ONE = ROWS * 11 * WIDE * 4
 # MiB, of which three do not fit and a small batch does. What libraries take of it is theirs to say,
 # and oneDNN's own words for it are taken for it only where a smaller batch fits: so look again.
 LEFT = (100, 110, 120, 90, 130)
+WORDS = "could not create a primitive"  # oneDNN's
+FAR_TOO_MUCH = 2**55  # bytes; every allocator says so
 Short = Callable[..., tuple[Ended, dict[str, Any], Path]]
 
 
@@ -151,37 +154,78 @@ def test_calibration_blames_its_own_batch(short: Short) -> None:
     assert not (folder / "basis.safetensors").exists()
 
 
-def test_words_that_may_mean_it_count_if_a_smaller_batch_fits(tmp_path: Path) -> None:
-    """oneDNN's are the same where a CPU cannot do something at all."""
+@pytest.fixture(scope="module")
+def calibrating(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Callable[[int], None]], None]:
+    """A calibration with batches of 16 whose step does what is given, in a session."""
+    place = tmp_path_factory.mktemp("calibrating")
     settings = (
-        f"model={base_folder(tmp_path / 'base')}",
+        f"model={base_folder(place / 'base')}",
         "task=csv",
-        f"task.path={data_folder(tmp_path / 'data')}",
+        f"task.path={data_folder(place / 'data')}",
         "train.use_cpu=true",
         "calibration.batch_size=16",
         "calibration.warmup_steps=0",
         "calibration.decomposition=exact",
     )
-    loaded = load_recipe(None, settings)
-    session = CalibrationSession(loaded, RunRecord(tmp_path, {}), Observer())
+    session = CalibrationSession(load_recipe(None, settings), RunRecord(place, {}), Observer())
     session.load()
-    words = "could not create a primitive"
 
-    def calibrating(largest: int) -> None:
-        """A calibration in which no batch beyond ``largest`` finds room."""
+    def calibrate(one_step: Callable[[int], None]) -> None:
         session.known.at, session.known.calibration_batch = "calibrate", 16
-
-        def one_step(size: int) -> None:
-            if size > largest:
-                raise RuntimeError(words)
-
         session.known.calibrate = one_step
         with session.explained():
             one_step(16)
 
+    return calibrate
+
+
+def test_words_that_may_mean_it_count_if_a_smaller_batch_fits(calibrating: Any) -> None:
+    """oneDNN's are the same where a CPU cannot do something at all."""
+
+    def step(largest: int) -> Callable[[int], None]:
+        """No batch beyond ``largest`` finds room."""
+
+        def one_step(size: int) -> None:
+            if size > largest:
+                raise RuntimeError(WORDS)
+
+        return one_step
+
     with pytest.raises(OutOfMemoryError) as found:
-        calibrating(5)
+        calibrating(step(5))
     assert found.value.details["fits"]["calibration.batch_size"] == 4
-    assert words in found.value.what
-    with pytest.raises(RuntimeError, match=words):
-        calibrating(0)
+    assert WORDS in found.value.what
+    with pytest.raises(RuntimeError, match=WORDS):
+        calibrating(step(0))
+
+
+@pytest.mark.parametrize("first", ["allocation", "onednn"])
+def test_where_memory_is_short_a_batch_counts_that_fits_without_onednn(
+    calibrating: Any, first: str
+) -> None:
+    """oneDNN finds no room for its code in what was freed, however small the batch is."""
+    done: list[int] = []
+
+    def one_step(size: int) -> None:
+        done.append(size)
+        if torch.backends.mkldnn.enabled and (len(done) > 1 or first == "onednn"):
+            raise RuntimeError(WORDS)
+        if size > 5:
+            torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
+
+    with pytest.raises(OutOfMemoryError) as found:
+        calibrating(one_step)
+    assert found.value.details["fits"]["calibration.batch_size"] == 4
+    assert torch.backends.mkldnn.enabled
+
+
+def test_what_onednn_cannot_do_at_any_size_is_no_lack_of_memory(calibrating: Any) -> None:
+    def one_step(size: int) -> None:
+        if torch.backends.mkldnn.enabled:
+            raise RuntimeError(WORDS)
+
+    with pytest.raises(RuntimeError, match=WORDS) as found:
+        calibrating(one_step)
+    assert not isinstance(found.value, OutOfMemoryError)
