@@ -22,7 +22,12 @@ from sparsegrad_cli.locking import RunLock, owner_of
 from sparsegrad_cli.paths import exists, is_file, is_folder, make_folder, refuse_link, remove_folder
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.report.records import load_record, write_json_atomic, write_text_atomic
+from sparsegrad_cli.report.records import (
+    load_record,
+    torn_writes,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 SCHEMA = 1
 ADAPTER = Path("adapter", "adapter.safetensors")
@@ -116,7 +121,7 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
 def _remove_left(path: Path) -> None:
     """What a kill in the middle of writing has left of our files, under their temporary names."""
     for name in _OUR_FILES:
-        for left in (*path.glob(f".{name}.*.tmp"), *path.glob(f"{name}.partial")):
+        for left in (*torn_writes(path / name), *path.glob(f"{name}.partial")):
             with suppress(OSError):
                 left.unlink()
 

@@ -67,10 +67,10 @@ def _is_override(argument: str) -> bool:
 def load(arguments: list[str] | None, output_dir: Path | None) -> LoadedRecipe:
     """The recipe of a command line. A run folder stands for the recipe in it, and for itself."""
     source, overrides = split_arguments(arguments)
-    within = recipe_of_run(source) if source is not None else None
-    if source is not None and within is not None:
+    within = None if source is None else recipe_of_run(source)
+    if within is not None:
         elsewhere = any(text.partition("=")[0].strip() == "output_dir" for text in overrides)
         if output_dir is None and not elsewhere:
-            output_dir = Path(source)
+            output_dir = within.parent
         source = str(within)
     return load_recipe(source, overrides, output_dir=output_dir)

@@ -31,7 +31,7 @@ def make_checks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _check(task: str, seed: int, cells: Sequence[Cell]) -> dict[str, Any]:
-    runs = [block(c, "run") for c in cells if c["status"] == "done" and block(c, "run")]
+    runs = [run for c in cells if c["status"] == "done" and (run := block(c, "run"))]
     same_order, last = _order(runs)
     return {
         "task": task,

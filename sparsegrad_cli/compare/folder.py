@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from sparsegrad_cli.paths import exists, is_folder, make_folder, refuse_link, re
 from sparsegrad_cli.recipe.loading import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings, text
-from sparsegrad_cli.report.records import REPORTS, load_record
+from sparsegrad_cli.report.records import REPORTS, load_record, torn_writes
 
 LEDGER = "compare.json"
 _AT_WORK, _WRITING, SOLVING = ".at-work.lock", ".ledger.lock", ".solving.claim"
 TUNING, TRIALS = "tuning.db", "tuning"
 _FOLDERS = ("cells", "answers", TRIALS)
-_FILES = (TUNING, f"{TUNING}-journal", *REPORTS, LEDGER)  # the one by which it is ours goes last
-_TORN_LEDGER = f".{LEDGER}.*.tmp"  # being written, or left by a kill in the middle of it
-_BEFORE_LEDGER = ("cells", _AT_WORK, _WRITING, SOLVING, TUNING, f"{TUNING}-journal", _TORN_LEDGER)
+_DATABASE = (TUNING, f"{TUNING}-journal")
+_FILES = (*_DATABASE, *REPORTS, LEDGER)  # the one by which it is ours goes last
+_BEFORE_LEDGER = {"cells", _AT_WORK, _WRITING, SOLVING, *_DATABASE}
 
 
 class StudyFolder:
@@ -60,7 +59,7 @@ class StudyFolder:
         for folder in folders:
             if exists(folder) and not is_folder(folder):
                 raise UsageError(f"{folder} is a file, not a folder", where="output_dir")
-        for name in (TRIALS, TUNING, f"{TUNING}-journal"):
+        for name in (TRIALS, *_DATABASE):
             refuse_link(self.path / name, self.path)
 
     def trial(self, name: str) -> Path:
@@ -113,8 +112,8 @@ class StudyFolder:
         there = {path.name for path in self.path.iterdir()} if is_folder(self.path) else set()
         if LEDGER in there or not there:
             return False
-        begun = all(any(fnmatchcase(name, ours) for ours in _BEFORE_LEDGER) for name in there)
-        return not begun or any(self.path.glob("cells/*"))
+        torn = {path.name for path in torn_writes(self.path / LEDGER)}
+        return not there <= _BEFORE_LEDGER | torn or any(self.path.glob("cells/*"))
 
     def enter(
         self, study: Callable[[], LoadedStudy], identity: str, *, overwrite: bool
@@ -189,7 +188,7 @@ class StudyFolder:
             raise UsageError(what, where="output_dir") from error
 
     def _forget_torn(self) -> None:
-        for left in self.path.glob(_TORN_LEDGER):
+        for left in torn_writes(self.path / LEDGER):
             left.unlink(missing_ok=True)
 
     def _check_done(self, study: LoadedStudy) -> None:

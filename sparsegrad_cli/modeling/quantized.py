@@ -180,11 +180,10 @@ def rounds_in_evaluation(model: nn.Module, device: torch.device) -> bool:
 
     8 bits: x is rounded to int8. 4 bits, on CPUs with bfloat16 units: x and the scales to bfloat16.
     """
-    layers: list[Any] = list(quantized_layers(model).values())
     if bits_of(model) == "8bit":
         return True
-    on_cpu = device.type == "cpu"
-    return on_cpu and any(getattr(each, "support_avx512bf16_for_cpu", False) for each in layers)
+    layers = quantized_layers(model).values() if device.type == "cpu" else ()
+    return any(getattr(each, "support_avx512bf16_for_cpu", False) for each in layers)
 
 
 def use_frozen_products(model: nn.Module, dtype: torch.dtype) -> int:

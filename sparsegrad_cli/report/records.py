@@ -123,6 +123,12 @@ def write_text_atomic(path: str | Path, text: str) -> None:
             temporary.unlink()
 
 
+def torn_writes(path: str | Path) -> list[Path]:
+    """What of a file is being written, or was left by a kill in the middle of that."""
+    target = Path(path)
+    return list(target.parent.glob(f".{target.name}.*.tmp"))
+
+
 def _finite(data: Any) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None

@@ -113,21 +113,21 @@ def test_a_cpu_that_evaluates_in_bfloat16_is_no_reason_to_refuse(
     assert check["judged"]["tolerance"] == pytest.approx(0.2 * check["largest_logit"])
 
 
+@pytest.fixture
+def evaluates_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever CPU this is: one with units for bfloat16 would evaluate in it."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+@pytest.mark.usefixtures("evaluates_as_it_trains")
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("name", "architecture"), [("core", "bert"), ("lora", "llama")])
 def test_a_lora_folder_goes_onto_the_base_quantized_that_way(
-    name: str,
-    architecture: str,
-    bits: str,
-    trained: Trained,
-    exported: Exported,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, architecture: str, bits: str, trained: Trained, exported: Exported
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    # Whatever CPU this is: one with units for bfloat16 would evaluate in it.
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     run = trained(name, bits, architecture)
     _, said = exported(run, "lora")
     check = said["check"]
