@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ PREFERRED = {
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by name, all of one length, and where each row came from."""
+    """Columns by name, all of one length, and where each row came from.
+
+    ``class_names`` holds, by column, the names that a Parquet file written by ``datasets`` gives to
+    the class ids of a ``ClassLabel`` column.
+    """
 
     columns: dict[str, list[Any]]
     source: str
     lines: list[int] | None = None
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
@@ -68,8 +74,15 @@ def read_table(files: Path | Sequence[Path], kind: str | None = None) -> Table:
                 "file of this split",
                 where=table.source,
             )
+        if table.class_names != tables[0].class_names:
+            raise DataError(
+                "Expected the class names of the first file of this split, got others",
+                where=table.source,
+                fix="write all files of the split with the same ClassLabel features",
+            )
     merged = {name: [value for table in tables for value in table.columns[name]] for name in names}
-    return Table(merged, f"{paths[0]} and {len(paths) - 1} more")
+    source = f"{paths[0]} and {len(paths) - 1} more"
+    return Table(merged, source, class_names=tables[0].class_names)
 
 
 def _read_one(path: Path, kind: str | None) -> Table:
@@ -169,7 +182,7 @@ def _consistently_quoted(path: Path) -> list[tuple[int, list[str]]] | None:
 
 
 def _read_json(path: Path) -> Table:
-    records = list(json_records(path))
+    records = list(json_records(path, as_written=True))  # a label is kept as its text
     names: dict[str, None] = {}
     for record in records:
         if not isinstance(record.value, dict):
@@ -194,7 +207,21 @@ def _read_parquet(path: Path) -> Table:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"the Parquet file cannot be read: {reason}", where=str(path)) from None
-    return Table({name: table.column(name).to_pylist() for name in table.column_names}, str(path))
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    return Table(columns, str(path), class_names=_class_names(table.schema.metadata))
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
+    """The names of ClassLabel columns from what ``datasets`` writes into a Parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: tuple(str(name) for name in feature["names"])
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}  # the block is another program's, or of another version
 
 
 def find_split(

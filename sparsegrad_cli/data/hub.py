@@ -26,6 +26,8 @@ def load_hub_glue(task: str) -> RawTask:
     Raises:
         DownloadError: it is neither cached nor reachable; says how to go local.
     """
+    from datasets import ClassLabel
+
     spec = GLUE_TASKS[task]
     fix = (
         f"point task.path at a local folder that holds {task}'s train and dev files (the original "
@@ -35,7 +37,12 @@ def load_hub_glue(task: str) -> RawTask:
     loaded, notes = load_hub_splits(_GLUE, splits, config=task, called=spec.name, fix=fix)
     parts = {}
     for split, data in loaded.items():
-        table = Table(data.to_dict(), f"{_GLUE} {task} {split}")
+        names = {
+            column: tuple(feature.names)
+            for column, feature in data.features.items()
+            if isinstance(feature, ClassLabel)
+        }
+        table = Table(data.to_dict(), f"{_GLUE} {task} {split}", class_names=names)
         parts[split] = examples_from_table(spec, table, split, notes)
     train = parts.pop("train")
     return RawTask(spec, train, parts, notes)

@@ -16,17 +16,41 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _SCALAR = json.JSONDecoder().raw_decode  # does not recurse at a string, number or literal
 
 
-def parse_json(text: str) -> Any:
+class WrittenFloat(float):
+    """A JSON number that keeps its text: 1.1 and 1.10 are equal, and two texts."""
+
+    written: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        """Make the number from the text of the file."""
+        number = super().__new__(cls, text)
+        number.written = text
+        return number
+
+
+def parse_json(text: str, *, as_written: bool = False) -> Any:
     """``json.loads``, but for nesting of any depth: a chain of replies may be thousands deep.
+
+    Args:
+        text: one JSON value.
+        as_written: make every number with a fraction or an exponent, and ``-0``, a
+            :class:`WrittenFloat`. A value that is nested too deeply for ``json`` has plain floats.
 
     Raises:
         ValueError: it is not JSON (json.JSONDecodeError, which says where), or a number has too
             many digits.
     """
+    hooks: dict[str, Any] = {}
+    if as_written:
+        hooks = {"parse_float": WrittenFloat, "parse_int": _written_int}
     try:
-        return json.loads(text)
+        return json.loads(text, **hooks)
     except RecursionError:
         return _parse_deep(text)
+
+
+def _written_int(text: str) -> int | WrittenFloat:
+    return WrittenFloat(text) if text == "-0" else int(text)
 
 
 def fault_of(error: ValueError) -> str:
@@ -53,16 +77,17 @@ class Record:
         return f"{self.path}, row {self.row}"
 
 
-def json_records(path: Path) -> Iterator[Record]:
+def json_records(path: Path, *, as_written: bool = False) -> Iterator[Record]:
     """Every line of a JSON-lines file, or every item of a file that is one array; gzip or plain.
 
     Blank lines are skipped. Values need not be objects. Lines are read one by one, an array whole.
+    ``as_written`` is that of :func:`parse_json`.
 
     Raises:
         DataError: it cannot be read (text_files), or something is not JSON; names file and line.
     """
     start = next((line for _, line in text_lines(path) if line.strip()), "")
-    values = _whole_array(path) if start.lstrip().startswith("[") else None
+    values = _whole_array(path, as_written) if start.lstrip().startswith("[") else None
     if values is not None:
         for row, value in enumerate(values, start=1):
             yield Record(value, path, row, None)
@@ -72,7 +97,7 @@ def json_records(path: Path) -> Iterator[Record]:
         if line.strip():
             row += 1
             try:
-                value = parse_json(line)
+                value = parse_json(line, as_written=as_written)
             except ValueError as error:
                 raise DataError(
                     f"not JSON: {fault_of(error)}",
@@ -82,10 +107,10 @@ def json_records(path: Path) -> Iterator[Record]:
             yield Record(value, path, row, number)
 
 
-def _whole_array(path: Path) -> list[Any] | None:
+def _whole_array(path: Path, as_written: bool) -> list[Any] | None:
     """The file's array; None where more follows it, so that it is only the first line's value."""
     try:
-        values: list[Any] = parse_json(read_text(path))
+        values: list[Any] = parse_json(read_text(path), as_written=as_written)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return None
