@@ -18,22 +18,25 @@ from sparsegrad_cli.data.chat_rows import (
 )
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.files import (
-    TRAIN_STEMS,
-    VALIDATION_STEMS,
-    Table,
-    find_split,
-    looked_for,
-    read_table,
-)
+from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.held_out import held_out
-from sparsegrad_cli.data.hub import load_hub_splits
+from sparsegrad_cli.data.hub import hub_table, load_hub_splits
 from sparsegrad_cli.data.raw_chat import RawChat
 from sparsegrad_cli.data.spec import suggest
+from sparsegrad_cli.data.split_files import (
+    TRAIN_STEMS,
+    VALIDATION_STEMS,
+    find_split,
+    lone_shard_note,
+    no_training_file,
+    split_folder,
+    unread_note,
+)
+from sparsegrad_cli.data.table import Table
 from sparsegrad_cli.data.tally import Tally
 from sparsegrad_cli.errors import DataError, UsageError
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _CHAT_COLUMNS = ("messages", "conversations")
 _KINDS = {"prompt_completion": ("prompt", "completion"), "instruction": ("instruction", "output")}
 _Turns = Callable[[Mapping[str, Any], str], list[Turn]]
@@ -51,8 +54,8 @@ def load_chat_files(path: Path, settings: ChatSettings) -> RawChat:
     """Chat data of the user's own.
 
     Args:
-        path: a file (JSON lines, JSON, gzip or plain; Parquet, CSV, TSV), or a folder with train.*
-            and, where it has one, validation.* (or dev.*, valid.*, val.*).
+        path: a file (JSON lines, JSON, CSV, TSV, plain or compressed; Parquet), or a folder with
+            train.* and, where it has one, validation.* (or dev.*, valid.*, val.*).
         settings: checked.
 
     Raises:
@@ -62,22 +65,18 @@ def load_chat_files(path: Path, settings: ChatSettings) -> RawChat:
             conversation.
     """
     if path.is_file():
-        return _raw({"train": read_table(path, "json")}, settings, [])
+        return _raw({"train": read_table(path, "json")}, settings, lone_shard_note(path))
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}", where="task.path")
-    train = find_split(path, TRAIN_STEMS, _SUFFIXES)
+    folder = split_folder(path, _SUFFIXES)
+    train = find_split(folder, TRAIN_STEMS, _SUFFIXES)
     if not train:
-        raise DataError(
-            "the folder has no training file",
-            where=str(path),
-            fix=f"looked for: {looked_for(TRAIN_STEMS, _SUFFIXES)}; or let task.path be the file "
-            "itself",
-        )
-    tables = {"train": read_table(train)}
-    validation = find_split(path, VALIDATION_STEMS, _SUFFIXES)
+        raise no_training_file(path, _SUFFIXES)
+    tables = {"train": read_table(train, "json")}
+    validation = find_split(folder, VALIDATION_STEMS, _SUFFIXES)
     if validation:
-        tables["validation"] = read_table(validation)
-    return _raw(tables, settings, [])
+        tables["validation"] = read_table(validation, "json")
+    return _raw(tables, settings, unread_note(folder, [*train, *validation]))
 
 
 def load_hub_chat(settings: ChatSettings) -> RawChat:
@@ -110,11 +109,12 @@ def load_hub_chat(settings: ChatSettings) -> RawChat:
                 where=f"task.chat.{part}_split",
                 fix=suggest(name, list(loaded)),
             )
-        tables[part] = Table(loaded[name].to_dict(), f"{hub_id} {name}")
+        tables[part] = hub_table(loaded[name], f"{hub_id} {name}")
     return _raw(tables, settings, notes)
 
 
 def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) -> RawChat:
+    notes = [*notes, *(note for table in tables.values() for note in table.notes)]
     dropped = Tally()
     cut: Counter[str] = Counter()
     parts = {
@@ -144,8 +144,7 @@ def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) 
 def _read(table: Table, turns_of: _Turns, dropped: Tally, cut: Counter[str]) -> _Part:
     part = _Part([], [])
     for at in range(len(table)):
-        row = {name: values[at] for name, values in table.columns.items()}
-        place = table.place(at)
+        row, place = table.row(at), table.place(at)
         try:
             turns, cuts = settled(turns_of(row, place), row.get("system"))
         except UnusableRowError as error:

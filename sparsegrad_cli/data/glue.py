@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data import mrpc
-from sparsegrad_cli.data.files import (
-    Table,
-    column_count_error,
-    find_split,
-    looked_for,
-    read_table,
-    tab_rows,
-)
+from sparsegrad_cli.data.delimited import bare_rows, column_count_error
+from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.spec import GLUE_TASKS, Examples, RawTask, TaskSpec
-from sparsegrad_cli.data.text_files import is_text
+from sparsegrad_cli.data.split_files import find_split, looked_for
+from sparsegrad_cli.data.table import Table, concatenated
+from sparsegrad_cli.data.text_files import is_text, read_text, unpacked_name
 from sparsegrad_cli.errors import DataError, UsageError
 
 # Column names in the original files where they differ from the hub's.
@@ -45,7 +41,7 @@ _FOLDERS = {
     "rte": ("RTE",),
     "wnli": ("WNLI",),
 }
-_SUFFIXES = (".tsv", ".parquet", ".csv", ".jsonl", ".json")  # the original layout first
+_SUFFIXES = (".tsv", ".parquet", ".csv", ".jsonl", ".ndjson", ".json")  # the original layout first
 _HIDDEN = -1
 _NO_GOLD = "-"
 
@@ -110,10 +106,11 @@ def _read_split(
             where="task.path",
             fix=f"looked for: {looked_for(stems, _SUFFIXES)}",
         )
-    if files[0].suffix == ".tsv":
-        table = read_original(task, files[0], split, notes)
+    if Path(unpacked_name(files[0])).suffix == ".tsv":
+        table = concatenated([read_original(task, file, split, notes) for file in files])
     else:
         table = read_table(files)
+        notes.extend(table.notes)
     return examples_from_table(GLUE_TASKS[task], table, split, notes)
 
 
@@ -123,7 +120,7 @@ def read_original(task: str, path: Path, split: str, notes: list[str]) -> Table:
     Raises:
         DataError: it holds no rows, or a row has the wrong number of columns.
     """
-    rows = list(tab_rows(path))
+    rows = list(bare_rows(read_text(path)))
     if task == "cola" and (not rows or "sentence" not in rows[0][1]):
         header = _COLA_HEADER
     else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.data.files import Table
 from sparsegrad_cli.data.glue import examples_from_table
+from sparsegrad_cli.data.parquet_files import converted
 from sparsegrad_cli.data.spec import GLUE_TASKS, RawTask, suggest
+from sparsegrad_cli.data.table import Columns, Table
 from sparsegrad_cli.errors import DownloadError, UsageError
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ def load_hub_glue(task: str) -> RawTask:
     Raises:
         DownloadError: it is neither cached nor reachable; says how to go local.
     """
-    from datasets import ClassLabel
-
     spec = GLUE_TASKS[task]
     fix = (
         f"point task.path at a local folder that holds {task}'s train and dev files (the original "
@@ -37,15 +37,28 @@ def load_hub_glue(task: str) -> RawTask:
     loaded, notes = load_hub_splits(_GLUE, splits, config=task, called=spec.name, fix=fix)
     parts = {}
     for split, data in loaded.items():
-        names = {
-            column: tuple(feature.names)
-            for column, feature in data.features.items()
-            if isinstance(feature, ClassLabel)
-        }
-        table = Table(data.to_dict(), f"{_GLUE} {task} {split}", class_names=names)
+        table = hub_table(data, f"{_GLUE} {task} {split}")
         parts[split] = examples_from_table(spec, table, split, notes)
     train = parts.pop("train")
     return RawTask(spec, train, parts, notes)
+
+
+def hub_table(data: Dataset, source: str) -> Table:
+    """Return a split as a table, whose columns are converted when they are used."""
+    from datasets import ClassLabel
+
+    plain = data.with_format("arrow")
+    names = {
+        column: tuple(feature.names)
+        for column, feature in data.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+
+    def column(name: str) -> list[Any]:
+        return converted(plain.select_columns([name])[:].column(0), name, source)
+
+    readers = {name: partial(column, name) for name in data.column_names}
+    return Table(Columns(readers), source, count=len(data), class_names=names)
 
 
 def load_hub_splits(

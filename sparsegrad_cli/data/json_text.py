@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from sparsegrad_cli.data.text_files import read_text, text_lines
 from sparsegrad_cli.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_SCALAR = json.JSONDecoder().raw_decode  # does not recurse at a string, number or literal
 
 
 class WrittenFloat(float):
@@ -28,8 +29,20 @@ class WrittenFloat(float):
         return number
 
 
+def _integer(digits: str) -> int | Decimal:
+    """Return a whole number; exact, but no int, where it has more digits than Python converts."""
+    try:
+        return int(digits)
+    except ValueError:
+        return Decimal(digits)
+
+
+# Does not recurse at a string, number or literal.
+_SCALAR = json.JSONDecoder(parse_int=_integer).raw_decode
+
+
 def parse_json(text: str, *, as_written: bool = False) -> Any:
-    """``json.loads``, but for nesting of any depth: a chain of replies may be thousands deep.
+    """Return what ``json.loads`` does, for nesting of any depth and numbers of any length.
 
     Args:
         text: one JSON value.
@@ -37,27 +50,28 @@ def parse_json(text: str, *, as_written: bool = False) -> Any:
             :class:`WrittenFloat`. A value that is nested too deeply for ``json`` has plain floats.
 
     Raises:
-        ValueError: it is not JSON (json.JSONDecodeError, which says where), or a number has too
-            many digits.
+        json.JSONDecodeError: it is not JSON; says where.
     """
-    hooks: dict[str, Any] = {}
-    if as_written:
-        hooks = {"parse_float": WrittenFloat, "parse_int": _written_int}
     try:
-        return json.loads(text, **hooks)
+        if as_written:
+            return json.loads(text, parse_float=WrittenFloat, parse_int=_written_integer)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of thousands of digits
+            return json.loads(text, parse_int=_integer)
     except RecursionError:
         return _parse_deep(text)
 
 
-def _written_int(text: str) -> int | WrittenFloat:
-    return WrittenFloat(text) if text == "-0" else int(text)
+def _written_integer(text: str) -> int | float | Decimal:
+    return WrittenFloat(text) if text == "-0" else _integer(text)
 
 
-def fault_of(error: ValueError) -> str:
-    """What parse_json complains of, with the column where it is known."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return str(error).split(";")[0]
+def fault_of(error: json.JSONDecodeError) -> str:
+    """Return what parse_json complains of, with the column."""
+    return f"{error.msg} at column {error.colno}"
 
 
 @dataclass(frozen=True)
@@ -78,46 +92,79 @@ class Record:
 
 
 def json_records(path: Path, *, as_written: bool = False) -> Iterator[Record]:
-    """Every line of a JSON-lines file, or every item of a file that is one array; gzip or plain.
+    """Yield every line of a JSON-lines file, or every item of a file that is one array.
 
-    Blank lines are skipped. Values need not be objects. Lines are read one by one, an array whole.
-    ``as_written`` is that of :func:`parse_json`.
+    A file that is one object is one record, or, where the object has a list named ``data``, the
+    items of that list. Blank lines are skipped. Values need not be objects. Lines are read one by
+    one, an array or an object over several lines whole. ``as_written`` is that of
+    :func:`parse_json`.
 
     Raises:
         DataError: it cannot be read (text_files), or something is not JSON; names file and line.
     """
     start = next((line for _, line in text_lines(path) if line.strip()), "")
-    values = _whole_array(path, as_written) if start.lstrip().startswith("[") else None
-    if values is not None:
-        for row, value in enumerate(values, start=1):
-            yield Record(value, path, row, None)
+    array = start.lstrip().startswith("[")
+    if array or (start.lstrip().startswith("{") and not _is_json(start)):
+        whole = _whole(path, as_written, one_value=not array)
+        if whole is not None:
+            yield from _items(whole, path)
+            return
+    lines = _lines(path, as_written)
+    first = list(islice(lines, 2))
+    if len(first) == 1 and _is_wrapped(first[0].value):
+        yield from _items(first[0].value, path)
         return
+    yield from first
+    yield from lines
+
+
+def _lines(path: Path, as_written: bool) -> Iterator[Record]:
     row = 0
     for number, line in text_lines(path):
         if line.strip():
             row += 1
             try:
                 value = parse_json(line, as_written=as_written)
-            except ValueError as error:
-                raise DataError(
-                    f"not JSON: {fault_of(error)}",
-                    where=f"{path}:{number}",
-                    fix="one object a line, or one array of objects",
-                ) from None
+            except json.JSONDecodeError as error:
+                raise _not_json(error, f"{path}:{number}") from None
             yield Record(value, path, row, number)
 
 
-def _whole_array(path: Path, as_written: bool) -> list[Any] | None:
-    """The file's array; None where more follows it, so that it is only the first line's value."""
+def _is_wrapped(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("data"), list)
+
+
+def _items(value: Any, path: Path) -> Iterator[Record]:
+    """Yield the records of a file that is one array or object."""
+    items = value["data"] if _is_wrapped(value) else value
+    items = items if isinstance(items, list) else [items]
+    return (Record(item, path, row, None) for row, item in enumerate(items, start=1))
+
+
+def _is_json(line: str) -> bool:
     try:
-        values: list[Any] = parse_json(read_text(path), as_written=as_written)
+        parse_json(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _whole(path: Path, as_written: bool, *, one_value: bool) -> Any:
+    """Return the file as one value; None where more follows an array, the first line's value."""
+    try:
+        return parse_json(read_text(path), as_written=as_written)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        if error.msg == "Extra data" and not one_value:
             return None
-        raise DataError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-    except ValueError as error:
-        raise DataError(f"not JSON: {fault_of(error)}", where=str(path)) from None
-    return values
+        raise _not_json(error, f"{path}:{error.lineno}") from None
+
+
+def _not_json(error: json.JSONDecodeError, where: str) -> DataError:
+    return DataError(
+        f"not JSON: {fault_of(error)}",
+        where=where,
+        fix="one object a line, or one array of objects",
+    )
 
 
 def _parse_deep(text: str) -> Any:

@@ -66,6 +66,7 @@ def load_task(
     validation_fraction: float = 0.1,
     metric: str | None = None,
     seed: int = 0,
+    separator: str | None = None,
 ) -> LoadedTask:
     """Load the task ``name``.
 
@@ -79,6 +80,8 @@ def load_task(
         validation_fraction: share split off at random where the user's files have no validation.
         metric: the selecting metric; None takes the task's own.
         seed: of that split; nothing else here is random.
+        separator: what separates the columns of CSV and TSV files: one character, or ``tab``; None
+            finds it out. Only for csv, json, parquet.
 
     Raises:
         UsageError: unknown task, metric or column, or an argument that does not go with the task.
@@ -92,7 +95,8 @@ def load_task(
         )
     folder = Path(path).expanduser() if path is not None else None
     if name in FILE_TASKS:
-        raw = _tabular(name, folder, columns, validation_fraction, metric, seed)
+        mark = "\t" if separator == "tab" else separator
+        raw = _tabular(name, folder, columns, validation_fraction, metric, seed, mark)
     elif columns and any(columns.values()):
         raise UsageError(
             f"columns cannot be chosen for {name}: they are known",
@@ -119,6 +123,7 @@ def _tabular(
     validation_fraction: float,
     metric: str | None,
     seed: int,
+    separator: str | None,
 ) -> RawTask:
     if path is None:
         raise UsageError(
@@ -133,6 +138,7 @@ def _tabular(
         validation_fraction=validation_fraction,
         metric=metric,
         seed=seed,
+        separator=separator,
     )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsegrad_cli.data.files import Table, column_count_error, tab_rows
+from sparsegrad_cli.data.delimited import bare_rows, column_count_error
+from sparsegrad_cli.data.table import Table
+from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError
 
 _TRAIN = "msr_paraphrase_train.txt"
@@ -47,7 +49,7 @@ def original_corpus(folder: Path) -> Corpus | None:
         return Corpus(train, validation, f"training is {_TRAIN} without the rows of dev.tsv")
     for name in _ID_FILES:
         if (folder / name).is_file():
-            held = {(fields[0], fields[-1]) for _, fields in tab_rows(folder / name)}
+            held = {(fields[0], fields[-1]) for _, fields in bare_rows(read_text(folder / name))}
             validation = _select(table, [row for row, key in enumerate(keys) if key in held])
             train = _select(table, [row for row, key in enumerate(keys) if key not in held])
             return Corpus(train, validation, f"validation is the rows of {_TRAIN} in {name}")
@@ -62,7 +64,7 @@ def original_corpus(folder: Path) -> Corpus | None:
 
 
 def _read(path: Path) -> Table:
-    rows = list(tab_rows(path))
+    rows = list(bare_rows(read_text(path)))
     header = [name.strip() for name in rows[0][1]] if rows else []
     for name in _IDS:
         if name not in header:

@@ -8,13 +8,22 @@ from typing import Any
 
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation
-from sparsegrad_cli.data.files import TRAIN_STEMS, VALIDATION_STEMS, find_split, read_table
+from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.held_out import held_out
 from sparsegrad_cli.data.hub import load_hub_splits
 from sparsegrad_cli.data.json_text import json_records
 from sparsegrad_cli.data.oasst_messages import NO_MESSAGE, Message, Source, messages_of
 from sparsegrad_cli.data.oasst_trees import BELOW, EXPECTED, FILTER, Forest, grow, speaks
 from sparsegrad_cli.data.raw_chat import RawChat
+from sparsegrad_cli.data.split_files import (
+    PREFERRED,
+    TRAIN_STEMS,
+    VALIDATION_STEMS,
+    find_split,
+    is_unreadable,
+    unreadable,
+)
+from sparsegrad_cli.data.text_files import COMPRESSIONS, unpacked_name
 from sparsegrad_cli.data.threads import Threads, threads
 from sparsegrad_cli.errors import DataError, UsageError
 
@@ -23,7 +32,7 @@ _COLUMNS = (
     *("message_id", "parent_id", "text", "role", "lang", "review_result", "deleted"),
     *("rank", "labels", "message_tree_id", "tree_state"),
 )
-_SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet")
+_SUFFIXES = (*PREFERRED["json"], ".parquet")
 # What an export file is named after; ready trees are finished ones, all trees any.
 _NAMES = ("ready.trees", "ready.messages", "all.trees", "all.messages", "trees", "messages")
 _OTHER = ("spam", "prompts")  # message files that hold no trees
@@ -205,7 +214,8 @@ def _export_in(folder: Path) -> Path:
     files = [file for file in files if not any(word in file.name for word in _OTHER)]
     for name in _NAMES:
         for suffix in _SUFFIXES:
-            fitting = [file for file in files if file.name.endswith(name + suffix)]
+            names = tuple(name + suffix + packing for packing in ("", *COMPRESSIONS))
+            fitting = [file for file in files if file.name.lower().endswith(names)]
             if len(fitting) > 1:
                 raise DataError(
                     f"the folder has several: {', '.join(file.name for file in fitting)}",
@@ -218,15 +228,19 @@ def _export_in(folder: Path) -> Path:
         "the folder has no OpenAssistant file",
         where=str(folder),
         fix=f"looked for train and validation files, then for *{', *'.join(_NAMES)}, each with "
-        f"{', '.join(_SUFFIXES)}; or let task.path be the file itself",
+        f"{', '.join(_SUFFIXES)} (and {', '.join(COMPRESSIONS)}); or let task.path be the file "
+        "itself",
     )
 
 
 def _from_file(path: Path, split: str | None) -> Iterator[Record]:
-    if path.suffix.lower() == ".parquet":
+    if is_unreadable(path):
+        raise unreadable(path)
+    if Path(unpacked_name(path)).suffix == ".parquet":
         table = read_table(path)
+        names = [name for name in (*_COLUMNS, "prompt", "replies") if name in table.columns]
         for row in range(len(table)):
-            record = {name: column[row] for name, column in table.columns.items()}
+            record = {name: table.columns[name][row] for name in names}
             yield record, Source(table.place(row), split)
         return
     for each in json_records(path):

@@ -9,16 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.files import (
-    PREFERRED,
-    SUFFIXES,
-    TRAIN_STEMS,
-    VALIDATION_STEMS,
-    Table,
-    find_split,
-    looked_for,
-    read_table,
-)
+from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.spec import (
     CLASS_METRICS,
     SCORE_METRICS,
@@ -28,6 +19,18 @@ from sparsegrad_cli.data.spec import (
     suggest,
     with_metric,
 )
+from sparsegrad_cli.data.split_files import (
+    PREFERRED,
+    SUFFIXES,
+    TRAIN_STEMS,
+    VALIDATION_STEMS,
+    find_split,
+    lone_shard_note,
+    no_training_file,
+    split_folder,
+    unread_note,
+)
+from sparsegrad_cli.data.table import Table
 from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.errors import DataError, UsageError
 
@@ -44,6 +47,7 @@ def load_tabular(
     validation_fraction: float,
     metric: str | None,
     seed: int,
+    separator: str | None = None,
 ) -> RawTask:
     """Read a task of the user's own.
 
@@ -58,6 +62,7 @@ def load_tabular(
             make whole-number labels scores; ``accuracy``, ``f1``, ``matthews_correlation`` need
             classes.
         seed: of that split.
+        separator: what separates the columns of CSV and TSV files; None finds it out.
 
     Labels: numbers with a fraction anywhere are scores (regression); whole numbers (0.0 counts as
     0) and words are classes, ids given in sorted order of the values found in training.
@@ -66,8 +71,7 @@ def load_tabular(
         UsageError: a column that is not there, or a metric that does not fit the labels.
         DataError: an unreadable or empty file, an empty text or label, an unseen label.
     """
-    train_table, validation_table = _find_tables(name, path)
-    notes: list[str] = []
+    train_table, validation_table, notes = _find_tables(name, path, separator)
     roles = _resolve_columns(train_table, columns)
     tables = [train_table] if validation_table is None else [train_table, validation_table]
     if validation_table is not None:
@@ -101,23 +105,23 @@ def load_tabular(
     return RawTask(with_metric(spec, metric), train, {"validation": validation}, notes)
 
 
-def _find_tables(name: str, path: Path) -> tuple[Table, Table | None]:
+def _find_tables(
+    name: str, path: Path, separator: str | None
+) -> tuple[Table, Table | None, list[str]]:
     if path.is_file():
-        return read_table(path, name), None
+        table = read_table(path, name, separator)
+        return table, None, [*lone_shard_note(path), *table.notes]
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}", where="task.path")
     suffixes = (*PREFERRED[name], *(s for s in SUFFIXES if s not in PREFERRED[name]))
-    train_files = find_split(path, TRAIN_STEMS, suffixes)
-    if not train_files:
-        raise DataError(
-            "the folder has no training file",
-            where=str(path),
-            fix=f"looked for: {looked_for(TRAIN_STEMS, suffixes)}; or let task.path be the file "
-            "itself",
-        )
-    train = read_table(train_files)
-    validation_files = find_split(path, VALIDATION_STEMS, suffixes)
-    return train, read_table(validation_files) if validation_files else None
+    folder = split_folder(path, suffixes)
+    files = [find_split(folder, stems, suffixes) for stems in (TRAIN_STEMS, VALIDATION_STEMS)]
+    if not files[0]:
+        raise no_training_file(path, suffixes)
+    tables = [read_table(part, name, separator) for part in files if part]
+    notes = unread_note(folder, [file for part in files for file in part])
+    notes += [note for table in tables for note in table.notes]
+    return tables[0], tables[1] if len(tables) > 1 else None, notes
 
 
 def _resolve_columns(table: Table, columns: Mapping[str, str | None] | None) -> dict[str, str]:

@@ -1,33 +1,67 @@
-"""Text files as they come: plain or gzip, with or without a byte-order mark, whole or by line."""
+"""Read text files: plain or compressed, with or without a byte-order mark, whole or by line."""
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
+import io
+import lzma
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sparsegrad_cli.errors import DataError
 
-_GZIP = b"\x1f\x8b"
-_BOM = b"\xef\xbb\xbf"
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
+_MAGIC = (
+    (b"\x1f\x8b", ".gz"),
+    *((b"BZh%d" % level + mark, ".bz2") for level in range(1, 10) for mark in (b"1AY", b"\x17rE")),
+    (b"\xfd7zXZ\x00", ".xz"),
+    (b"\x28\xb5\x2f\xfd", ".zst"),
+    (b"PK\x03\x04", ".zip"),
+    (b"PK\x05\x06", ".zip"),
+)
+_BOM = codecs.BOM_UTF8
+# How files begin that are not text, and what to do with them.
+_NOT_TEXT = (
+    (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
+    (codecs.BOM_UTF32_BE, "UTF-32", "save it as UTF-8"),
+    (b"PAR1", "a Parquet file", "rename it to .parquet"),
+    (b"ARROW1", "an Arrow file", "convert it to Parquet"),
+    (b"FEA1", "a Feather file", "convert it to Parquet"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (b"Rar!\x1a", "a RAR archive", "unpack it"),
+    (b"\x04\x22\x4d\x18", "an LZ4 file", "unpack it"),
+    (b"SQLite format 3\0", "an SQLite database", "export the table as CSV or JSON lines"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel file", "export the sheet as CSV"),
+)
+# A file may unpack to this many bytes, and beyond that to this many times its own size: so small
+# files cannot fill the memory.
+UNPACKED_BYTES = 256 * 2**20
+UNPACKED_RATIO = 200
 
 
 def read_text(path: Path) -> str:
-    """The file as UTF-8, unpacked if it is gzip, without a byte-order mark; line ends untouched.
+    """Return the file as text, unpacked, without a byte-order mark; line ends stay as they are.
 
     Raises:
-        DataError: it cannot be read, is a damaged gzip file, or is not UTF-8.
+        DataError: the file cannot be read, cannot be unpacked, or is not UTF-8.
     """
     with _opened(path) as file:
         data = file.read()
+    _check_beginning(data[:512], path)
     return _decoded(data.removeprefix(_BOM), "the file", str(path))
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line without its end) of a file, which is never in memory whole.
+    """Yield (line number, line without its end), reading one line at a time.
 
     Only ``\\n`` and ``\\r\\n`` end a line: a U+2028 inside a text does not.
 
@@ -36,7 +70,9 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     with _opened(path) as file:
         for number, data in enumerate(file, start=1):
-            data = data.removeprefix(_BOM) if number == 1 else data
+            if number == 1:
+                _check_beginning(data[:512], path)
+                data = data.removeprefix(_BOM)
             line = _decoded(data, "the line", f"{path}:{number}")
             yield number, line.removesuffix("\n").removesuffix("\r")
 
@@ -50,6 +86,21 @@ def is_text(value: str) -> bool:
     return True
 
 
+def unpacked_name(path: Path) -> str:
+    """Return the file's name in lower case without the suffix of a compression.
+
+    A zip file whose own name does not say what is in it (``data.zip``) has the name of its member.
+    """
+    name = path.name.lower()
+    packing = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    inner = name.removesuffix(packing)
+    if packing == ".zip" and not Path(inner).suffix:
+        with _opened(path) as file:
+            member = getattr(file, "name", None)
+        return Path(member).name.lower() if isinstance(member, str) else inner
+    return inner
+
+
 def _decoded(data: bytes, what: str, where: str) -> str:
     try:
         return data.decode("utf-8")
@@ -61,33 +112,135 @@ def _decoded(data: bytes, what: str, where: str) -> str:
         ) from None
 
 
+def _check_beginning(start: bytes, path: Path) -> None:
+    for magic, what, fix in _NOT_TEXT:
+        if start.startswith(magic):
+            raise DataError(f"expected UTF-8 text, found {what}", where=str(path), fix=fix)
+    if start[257:262] == b"ustar":
+        raise DataError("expected text, found a tar archive", where=str(path), fix="unpack it")
+    if start[:2].count(0) == 1:  # the first character of a UTF-16 file without a byte-order mark
+        raise DataError(
+            "expected UTF-8 text, found a NUL byte in its first character: is it UTF-16?",
+            where=str(path),
+            fix="save it as UTF-8",
+        )
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The file's bytes, unpacked where they begin like gzip whatever the name says."""
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open the file's bytes, unpacked where they begin like a compressed file, whatever its name.
+
+    The ``name`` of what is opened is that of a zip file's member.
+    """
+    named = path.suffix.lower()
+    what = _NAMES.get(named, "file")
     try:
         with path.open("rb") as file:
-            start = file.read(len(_GZIP))
+            start = file.read(16)
             file.seek(0)
-            if start == _GZIP:
-                with gzip.open(file) as unpacked:
-                    yield unpacked
+            packing = next((kind for magic, kind in _MAGIC if start.startswith(magic)), None)
+            if packing is None:
+                if start and named in _NAMES:
+                    raise DataError(
+                        f"the file is not {what}, though its name says so",
+                        where=str(path),
+                        fix=f"unpacked text goes without {named}; a Git LFS pointer must be "
+                        "fetched first",
+                    )
+                yield file
                 return
-            if start and path.suffix.lower() == ".gz":
-                raise DataError(
-                    "the file is not gzip, though its name says so",
-                    where=str(path),
-                    fix="unpacked text goes without .gz; a Git LFS pointer must be fetched first",
-                )
-            yield file
+            what = _NAMES[packing]
+            size = path.stat().st_size
+            with _unpacking(packing, file, path) as unpacked:
+                yield io.BufferedReader(_Bounded(unpacked, size, path))
     except EOFError:
         raise DataError(
-            "the gzip file is cut off before its end", where=str(path), fix="fetch it again"
+            f"the {what} file is cut off before its end", where=str(path), fix="fetch it again"
         ) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"the gzip file is damaged: {error}", where=str(path), fix="fetch it again"
-        ) from None
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise _damaged(what, error, path) from None
     except OSError as error:
+        if error.errno is None:  # of bz2 and zstd; the system's errors have a number
+            raise _damaged(what, error, path) from None
         raise DataError(
             f"the file cannot be read: {error.strerror or error}", where=str(path)
         ) from None
+
+
+def _damaged(what: str, error: Exception, path: Path) -> DataError:
+    return DataError(f"the {what} file is damaged: {error}", where=str(path), fix="fetch it again")
+
+
+def _unpacking(packing: str, file: IO[bytes], path: Path) -> Any:
+    if packing == ".gz":
+        return gzip.open(file)
+    if packing == ".bz2":
+        return bz2.open(file)
+    if packing == ".xz":
+        return lzma.open(file)
+    if packing == ".zip":
+        return _only_member(file, path)
+    import pyarrow as pa
+
+    if not pa.Codec.is_available("zstd"):
+        raise DataError(
+            "this installation of pyarrow cannot read zstd", where=str(path), fix="unpack the file"
+        )
+    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+
+
+def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
+    """Open the one file in a zip file.
+
+    Raises:
+        DataError: it holds another number of files, or one that cannot be unpacked here.
+    """
+    archive = zipfile.ZipFile(file)
+    # macOS puts a folder of attributes beside the files.
+    found = [each for each in archive.infolist() if not each.is_dir()]
+    found = [each for each in found if not each.filename.startswith("__MACOSX/")]
+    if len(found) != 1:
+        names = ", ".join(each.filename for each in found[:5])
+        raise DataError(
+            f"expected one file in the zip file, found {len(found)}{': ' if names else ''}{names}",
+            where=str(path),
+            fix="unpack it, and let task.path be the file or folder in it",
+        )
+    if found[0].filename.lower().endswith(COMPRESSIONS):
+        raise DataError(
+            f"the zip file holds a compressed file: {found[0].filename}",
+            where=str(path),
+            fix="unpack it",
+        )
+    try:
+        return archive.open(found[0])
+    except (RuntimeError, NotImplementedError) as error:  # a password, a rare compression
+        raise DataError(
+            f"the zip file cannot be unpacked: {error}", where=str(path), fix="unpack it yourself"
+        ) from None
+
+
+class _Bounded(io.RawIOBase):
+    """Unpacked bytes, refused as soon as they are far too many for the file's size."""
+
+    def __init__(self, unpacked: IO[bytes], size: int, path: Path) -> None:
+        super().__init__()
+        self._unpacked, self._path = unpacked, path
+        self._left = max(UNPACKED_BYTES, UNPACKED_RATIO * size)
+        self.name = getattr(unpacked, "name", None)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpacked.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise DataError(
+                f"the file unpacks to more than {UNPACKED_BYTES // 2**20} MiB and {UNPACKED_RATIO} "
+                "times its own size",
+                where=str(self._path),
+                fix="unpack it yourself if it is meant to be so",
+            )
+        buffer[: len(data)] = data
+        return len(data)

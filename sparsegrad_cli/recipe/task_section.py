@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsegrad_cli.data.spec import CHAT_TASKS
+from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
 
 
@@ -74,6 +74,12 @@ class TaskSection(Section):
         None, min_length=1, description="local file or folder that holds the task"
     )
     columns: ColumnsSection | None = None
+    separator: str | None = Field(
+        None,
+        pattern=r'^([^"\r\n]|tab)$',
+        description="what separates the columns of a CSV or TSV file: one character, or tab; found "
+        "out by default",
+    )
     chat: ChatSection | None = Field(None, description="settings of oasst, dialogues and chat")
     metric: str | None = Field(None, description="score to select by; the task's own by default")
     max_length: PositiveInt = Field(128, description="tokens kept of an example")
@@ -92,4 +98,6 @@ class TaskSection(Section):
             raise ValueError(f"task.chat is for {', '.join(CHAT_TASKS)}, not for {self.name}")
         if self.columns is not None and self.name in CHAT_TASKS:
             raise ValueError(f"task.columns is not for {self.name}: see task.chat")
+        if self.separator is not None and self.name not in FILE_TASKS:
+            raise ValueError(f"task.separator is for {', '.join(FILE_TASKS)}, not for {self.name}")
         return self

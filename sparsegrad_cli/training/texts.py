@@ -93,6 +93,7 @@ def load_examples(section: TaskSection) -> LoadedTask:
         eval_limit=section.eval_limit,
         validation_fraction=section.validation_fraction,
         metric=section.metric,
+        separator=section.separator,
         # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
         seed=0,
     )

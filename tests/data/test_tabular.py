@@ -209,7 +209,7 @@ def test_single_class_is_refused(tmp_path: Path) -> None:
         ("text,label\ngood,yes\nbad\n", r"1 column, expected 2\n.*data\.csv:3"),
         ('text,label\n"a\nb",yes\nbad,no,x\n', r"3 columns, expected 2\n.*data\.csv:4"),
         ('text,label\n"open,yes\nbad,no\n', r"not CSV.*\n.*data\.csv:2"),
-        ("text,text\na,b\n", "names a column twice"),
+        ("text,label,text\na,1,b\nc,2,d\n", r"names a column twice: text\n.*data\.csv:1"),
         ("text,label\ngood,0.5\n", "one row cannot be split"),
     ],
 )
