@@ -17,8 +17,13 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.report.records import load_record
 from sparsegrad_cli.rundir import ADAPTER, RunRecord, choose_run_dir, held_run_dir, open_run_dir
 from sparsegrad_cli.sharding import check_sharding
+from sparsegrad_cli.stopping import signals_stop_the_run
 
 _REPORT = ("report.md", "report.html")
+_AGAIN = {
+    "train": "--resume goes on from the last checkpoint, if there is one",
+    "calibrate": "run it again with --overwrite",
+}
 
 
 def run_recorded(
@@ -52,6 +57,7 @@ def run_recorded(
     ranks.join(use_cpu=recipe.train.use_cpu)
     with ExitStack() as held:
         held.callback(observer.close)
+        held.enter_context(signals_stop_the_run(observer.note, _AGAIN[command]))
 
         def opened() -> Path:
             path = choose_run_dir(recipe, command)
@@ -138,7 +144,7 @@ def _recorded(
     )
     started = time.perf_counter()
     try:
-        with known_errors():
+        with known_errors(_AGAIN[command]):
             record.save()
             work(record, observer)
             record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started

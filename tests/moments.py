@@ -162,6 +162,77 @@ def _interrupted_twice(count: int) -> None:
     wrap(SparsegradTrainer, "training_step", count, after=press)
 
 
+def _asked_to_stop(owner: Any, name: str, count: int, *, times: int = 1) -> None:
+    """SIGTERM at the ``count``-th call of ``owner.name``; every call leaves a line on stderr."""
+    real, calls = getattr(owner, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        os.write(2, f"called {name}\n".encode())
+        if calls[0] == count:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+@moment("interrupted-calibrating", "SIGTERM in the middle of calibration")
+def _interrupted_calibrating(count: int) -> None:
+    from sparsegrad_cli.training import calibration
+
+    _asked_to_stop(calibration, "gradient_step", count)
+
+
+@moment("interrupted-calibrating-twice", "SIGTERM twice in the middle of calibration")
+def _interrupted_calibrating_twice(count: int) -> None:
+    from sparsegrad_cli.training import calibration
+
+    _asked_to_stop(calibration, "gradient_step", count, times=2)
+
+
+@moment("interrupted-warming", "SIGTERM while the head warms up")
+def _interrupted_warming(count: int) -> None:
+    from sparsegrad_cli.training import warmup
+
+    _asked_to_stop(warmup, "gradient_step", count)
+
+
+@moment("interrupted-decomposing", "SIGTERM while bases are computed")
+def _interrupted_decomposing(count: int) -> None:
+    from sparsegrad_cli.numerics.sketch import SketchStream
+
+    _asked_to_stop(SketchStream, "basis", count)
+
+
+@moment("interrupted-measuring", "SIGTERM while the energy of held-out gradients is measured")
+def _interrupted_measuring(count: int) -> None:
+    from sparsegrad_cli.training import diagnostics
+
+    _asked_to_stop(diagnostics, "gradient_step", count)
+
+
+@moment("interrupted-evaluating", "SIGTERM in the middle of an evaluation")
+def _interrupted_evaluating(count: int) -> None:
+    from sparsegrad_cli.training.trainer import SparsegradTrainer
+
+    _asked_to_stop(SparsegradTrainer, "prediction_step", count)
+
+
+@moment("interrupted-loading", "SIGTERM while model and data are loaded")
+def _interrupted_loading(count: int) -> None:
+    from sparsegrad_cli.training import session
+
+    _asked_to_stop(session, "make_setup", count)
+
+
+@moment("interrupted-probing", "SIGTERM while memory is measured in a step")
+def _interrupted_probing(count: int) -> None:
+    from sparsegrad_cli.training import loop
+
+    _asked_to_stop(loop, "longest_batch", count)
+
+
 @moment("line-torn", "half a line of steps.jsonl is written")
 def _line_torn(count: int) -> None:
     from sparsegrad_cli.training.callbacks import RecordCallback

@@ -9,7 +9,6 @@ batches that the run will meet. ``python -m sparsegrad_cli.budget.stopwatch RECI
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +67,9 @@ class Stopwatch(TrainingSession):
         """The steps that ``seconds`` have, with what was measured to know it."""
         began = time.perf_counter()
         setup = self.load()
-        method, asked = make_method(self.method), threading.Event()
-        prepared = self._prepared(setup, method, asked)
-        trainer = TrainingLoop(self, setup, method, prepared, asked, resume=False).trainer
+        method = make_method(self.method)
+        prepared = self._prepared(setup, method)
+        trainer = TrainingLoop(self, setup, method, prepared, resume=False).trainer
         clock = _Clock(seconds)
         clock.trainer = trainer
         trainer.add_callback(clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -77,6 +78,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # A job system ends a process as a user does, and every command knows what to do then.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_guarded(app))
 
 

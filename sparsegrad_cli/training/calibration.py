@@ -22,6 +22,7 @@ from sparsegrad_cli.numerics.scores import ScoreStream
 from sparsegrad_cli.numerics.sequential import SequentialStream
 from sparsegrad_cli.numerics.sketch import SketchStream
 from sparsegrad_cli.recipe.schema import CalibrationSection
+from sparsegrad_cli.stopping import stop_here
 from sparsegrad_cli.training.gradients import (
     Batch,
     forked_random,
@@ -250,7 +251,8 @@ def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.d
 
 @contextmanager
 def _finite(key: str) -> Iterator[None]:
-    """Name the basis that could not be found."""
+    """Name the basis that could not be found; stop before it when asked to."""
+    stop_here(f"the basis of {key}")
     try:
         yield
     except ValueError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 
+from sparsegrad_cli.stopping import politely
 from sparsegrad_cli.training.diagnostics import energy_table
 from sparsegrad_cli.training.session import Session
-from sparsegrad_cli.training.setup import calibration_batches
+from sparsegrad_cli.training.setup import Setup, calibration_batches
 
 
 class CalibrationSession(Session):
@@ -20,12 +21,19 @@ class CalibrationSession(Session):
 
     def _run(self) -> None:
         setup = self.load()
+        with politely():
+            self._measured(setup)
+
+    def _measured(self, setup: Setup) -> None:
         calibration = self.calibrated(setup)
         settings = self.recipe.calibration
         if settings.energy_steps:
-            self.observer.phase("energy", f"{settings.energy_steps} held-out steps")
+            self.enter("energy", f"{settings.energy_steps} held-out steps")
             started = time.perf_counter()
-            held_out = calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1)
+            held_out = self.batches(
+                calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1),
+                together=settings.energy_steps,
+            )
             # At the head that the basis was made at; a kept one is warm already.
             with nullcontext() if settings.keep_head else self.warmed_head(setup):
                 energy, heat_map = energy_table(

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import ranks, stopping
 from sparsegrad_cli.errors import DiskError, InterruptedRunError
 from sparsegrad_cli.measure.environment import rss_bytes
 from sparsegrad_cli.measure.timing import StepTimer
@@ -47,14 +43,21 @@ class RecordCallback(TrainerCallback):
         self._path = run_dir / "steps.jsonl"
         self._observer = observer
 
-    def cut(self, step: int | None) -> None:
-        """Forget what a run wrote after the checkpoint that it goes on from; None: everything."""
+    def cut(self, step: int | None, *, evaluated: bool = True) -> None:
+        """Forget what a run wrote after the checkpoint that it goes on from; None: everything.
+
+        Args:
+            step: the checkpoint's.
+            evaluated: False where the evaluation of that step is to be made again.
+        """
         if step is None and ranks.is_first():
             self._path.unlink(missing_ok=True)
         if step is None or not self._path.is_file():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= step]
+        if not evaluated:
+            kept = [r for r in kept if "eval" not in r or r["step"] < step]
         ranks.wait()  # all have read it
         if ranks.is_first():
             write_text_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -216,8 +219,7 @@ class InterruptCallback(TrainerCallback):
     from in between would never make up for.
     """
 
-    def __init__(self, asked: threading.Event) -> None:
-        self._asked = asked
+    def __init__(self) -> None:
         self._first_of_epoch = True
         self.trainer: SparsegradTrainer | None = None
 
@@ -233,7 +235,8 @@ class InterruptCallback(TrainerCallback):
         self._first_of_epoch = False
 
     def _stop(self, state: Any) -> None:
-        if not ranks.anywhere(self._asked.is_set()):  # all of them stop after the same step
+        if not stopping.asked():  # all processes stop after the same step
+            stopping.busy(f"step {state.global_step + 1}")
             return
         if state.global_step == 0:
             raise InterruptedRunError("stopped before the first step", fix="--resume starts it")
@@ -243,24 +246,3 @@ class InterruptCallback(TrainerCallback):
             f"stopped after step {state.global_step} of {state.max_steps}; {folder.name} is saved",
             fix="go on with --resume",
         )
-
-
-@contextmanager
-def graceful_interrupt() -> Iterator[threading.Event]:
-    """Inside, the first SIGINT or SIGTERM sets an event; the next raises KeyboardInterrupt."""
-    asked = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -163,19 +163,24 @@ def load_random(folder: Path) -> None:
         if name.startswith(own)
     }
     try:
-        content = kept[ranks.number()]
-        version, internal, gauss = content["python"]
-        name, position, has_gauss, cached = content["numpy"]
-        numpy_keys = tensors["numpy"].numpy().astype(np.uint32)
-        torch.set_rng_state(tensors["torch"])
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state((name, numpy_keys, position, has_gauss, cached))
+        set_random_state((tensors, kept[ranks.number()]))
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise FileFormatError(
             f"the random state cannot be restored: {error}",
             where=str(folder),
             fix="remove the damaged checkpoint",
         ) from error
+
+
+def set_random_state(state: RandomState) -> None:
+    """Restore what :func:`random_state` returned."""
+    tensors, content = state
+    version, internal, gauss = content["python"]
+    name, position, has_gauss, cached = content["numpy"]
+    numpy_keys = tensors["numpy"].numpy().astype(np.uint32)
+    torch.set_rng_state(tensors["torch"])
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state((name, numpy_keys, position, has_gauss, cached))
     cuda = [tensors[k] for k in sorted(t for t in tensors if t.startswith("cuda/"))]
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])

@@ -8,7 +8,9 @@ log. Overridden are the methods that would pickle, and the one that would take o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +23,19 @@ from transformers import Trainer
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
+from sparsegrad_cli.stopping import busy
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.finite import check_weights
 from sparsegrad_cli.training.going_on import check_measured
 from sparsegrad_cli.training.manifest import damage
 from sparsegrad_cli.training.order import OrderHash
-from sparsegrad_cli.training.shelf import TRAINER_STATE, Shelf, best_of, trainer_state
+from sparsegrad_cli.training.shelf import (
+    TRAINER_STATE,
+    Shelf,
+    best_of,
+    evaluation_due,
+    trainer_state,
+)
 from sparsegrad_cli.training.writing import read_tensors
 
 # What a run is made of, in the order asked: of other data a basis is another, too.
@@ -82,6 +91,7 @@ class CheckpointedTrainer(Trainer):
         self.shelf, self.order, self._origins = shelf, order, dict(origins)
         self.resumed: Resumed | None = None
         self.measured: Callable[[], dict[str, Any]] = dict
+        self._drawn: files.RandomState | None = None
         super().__init__(**kwargs)
 
     # --- writing
@@ -90,6 +100,7 @@ class CheckpointedTrainer(Trainer):
         """Write checkpoint-N whole or not at all, then drop what is over save_total_limit."""
         assert isinstance(self.model, nn.Module)
         step = self.state.global_step
+        busy(f"writing checkpoint-{step}")
         check_weights(self.model, step)  # or the last good checkpoint would make room for a bad one
         if self.state.best_global_step:
             best = self.shelf.place(self.state.best_global_step)
@@ -161,6 +172,32 @@ class CheckpointedTrainer(Trainer):
             self._save_checkpoint(self.model, None)
         return folder
 
+    @contextmanager
+    def stopped_evaluation_saved(self) -> Iterator[None]:
+        """Around an evaluation: where it is stopped, the run can go on with this evaluation.
+
+        The checkpoint's control says that the evaluation is due, and its random state is the one
+        from before it. After training, the weights may be those of the best checkpoint: the one
+        before stands.
+
+        Raises:
+            InterruptedRunError: says what was saved.
+        """
+        drawn = files.random_state()
+        try:
+            yield
+        except InterruptedRunError as stopped:
+            over = not self.is_in_train and self.args.load_best_model_at_end
+            if self.state.global_step and not over:
+                files.set_random_state(drawn)
+                folder = self.save_now()
+                stopped.what = (
+                    f"stopped in the evaluation after step {self.state.global_step} of "
+                    f"{self.state.max_steps}; {folder.name} is saved"
+                )
+                stopped.fix = "go on with --resume, which makes that evaluation first"
+            raise
+
     # --- reading
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -222,10 +259,16 @@ class CheckpointedTrainer(Trainer):
         self.state.best_model_checkpoint = None if best is None else str(best)
         total, self._globalstep_last_logged = self.resumed.loss
         self._tr_loss = torch.full_like(self._tr_loss, total)
+        if evaluation_due(self.resumed.folder):
+            files.load_random(self.resumed.folder)
+            self._maybe_log_save_evaluate(
+                self._tr_loss, None, self.model_wrapped, None, 0.0, None, time.time()
+            )
+            self._drawn = files.random_state()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers would take a step before it looks whether there is one left to take.
-        if self.resumed is not None and self.resumed.over:
+        if self.resumed is not None and (self.resumed.over or self.control.should_training_stop):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -254,5 +297,7 @@ class CheckpointedTrainer(Trainer):
                 self.accelerator.scaler.load_state_dict(kept)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if self._drawn is not None:  # an evaluation has been made up for since
+            files.set_random_state(self._drawn)
+        elif checkpoint is not None:
             files.load_random(Path(checkpoint))

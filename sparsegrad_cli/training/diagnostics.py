@@ -16,6 +16,7 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.supports import energy_share
+from sparsegrad_cli.stopping import stop_here
 from sparsegrad_cli.training.calibration import Calibration
 from sparsegrad_cli.training.gradients import (
     Batch,
@@ -48,7 +49,11 @@ def kind_bases(calibration: Calibration, targets: list[Target]) -> dict[str, Bas
                 target.out_features, target.in_features, device=stream.gram_in.device
             )
         merged[target.kind].merge(stream)
-    return {kind: stream.basis() for kind, stream in merged.items()}
+    bases = {}
+    for kind, stream in merged.items():
+        stop_here(f"the basis of {kind}")
+        bases[kind] = stream.basis()
+    return bases
 
 
 def energy_table(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
-from sparsegrad_cli import ranks
-from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
+from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.observer import Observer
@@ -14,6 +12,7 @@ from sparsegrad_cli.paths import expanded
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
+from sparsegrad_cli.stopping import politely, stop_here
 from sparsegrad_cli.training.basis_file import (
     BasisFile,
     check_belongs,
@@ -21,7 +20,6 @@ from sparsegrad_cli.training.basis_file import (
     read_basis,
 )
 from sparsegrad_cli.training.calibration import Calibration
-from sparsegrad_cli.training.callbacks import graceful_interrupt
 from sparsegrad_cli.training.diagnostics import spectra
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.loop import TrainingLoop
@@ -40,23 +38,23 @@ class TrainingSession(Session):
 
     def run(self) -> None:
         """Do it all."""
-        with graceful_interrupt() as asked, self.explained():
+        with self.explained():
             setup = self.load()
-            method = make_method(self.method)
-            prepared = self._prepared(setup, method, asked)
-            self._record_method(prepared)
-            TrainingLoop(self, setup, method, prepared, asked, resume=self.resume).run()
+            with politely():
+                method = make_method(self.method)
+                prepared = self._prepared(setup, method)
+                self._record_method(prepared)
+                TrainingLoop(self, setup, method, prepared, resume=self.resume).run()
 
     def load(self) -> Setup:
         """As for any session, on a machine that can train so."""
         check_autocast(self.loaded)
         return super().load()
 
-    def _prepared(self, setup: Setup, method: Method, asked: threading.Event) -> Prepared:
+    def _prepared(self, setup: Setup, method: Method) -> Prepared:
         """The model made ready. Bases live on only in what the method keeps of them."""
         found = self._calibrated(setup) if method.needs_basis else None
-        if ranks.anywhere(asked.is_set()):
-            raise InterruptedRunError("stopped before training began", fix="--resume starts it")
+        stop_here("preparing the model")
         self.known.at = "prepare"
         with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing
             return method.prepare(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import ranks, stopping
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.recipe.loading import digest
@@ -26,7 +25,7 @@ from sparsegrad_cli.training.callbacks import (
 from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
-from sparsegrad_cli.training.shelf import Shelf, step_of
+from sparsegrad_cli.training.shelf import Shelf, evaluation_due, step_of
 from sparsegrad_cli.training.splitting import settle
 from sparsegrad_cli.training.touched import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
@@ -44,7 +43,6 @@ class TrainingLoop:
     Args:
         session: has loaded, calibrated and recorded so far.
         setup, method, prepared: the model, and what has made it ready.
-        asked: set by Ctrl-C.
         resume: go on from the newest whole checkpoint, if there is one.
     """
 
@@ -54,7 +52,6 @@ class TrainingLoop:
         setup: Setup,
         method: Method,
         prepared: Prepared,
-        asked: threading.Event,
         *,
         resume: bool,
     ) -> None:
@@ -63,7 +60,7 @@ class TrainingLoop:
         self._batch_shape: list[int] | None = None
         self._began = time.perf_counter()
         self.recorder = RecordCallback(session.record.path, session.observer, [], str(setup.device))
-        self.trainer = self._trainer(asked)
+        self.trainer = self._trainer()
         session.record.save(split_by=self.trainer.split_by)
         self.optimizer = self.trainer.create_optimizer()
         session.meter.watch(setup.model, bases=prepared.bases, optimizer=self.optimizer)
@@ -75,7 +72,7 @@ class TrainingLoop:
         last = ranks.from_first(self._found) if self.resume else None
         trainer.shelf.newest = last
         start = step_of(last) if last else None
-        self.recorder.cut(start)
+        self.recorder.cut(start, evaluated=last is None or not evaluation_due(last))
         session.record.forget_the_end()
         session.record.save(resumed_from=(start or 0) if self.resume else None)
         initial = None
@@ -104,11 +101,11 @@ class TrainingLoop:
     def _found(self) -> Path | None:
         return self.trainer.shelf.find(self.session.observer.note)
 
-    def _trainer(self, asked: threading.Event) -> SparsegradTrainer:
+    def _trainer(self) -> SparsegradTrainer:
         from transformers import EarlyStoppingCallback
 
         session, setup, train = self.session, self.setup, self.session.recipe.train
-        interrupter = InterruptCallback(asked)
+        interrupter = InterruptCallback()
         callbacks: list[Any] = [self.recorder, interrupter, SaveAfterEvaluation()]
         if train.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
@@ -235,6 +232,8 @@ class TrainingLoop:
         rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
         batch = to_device(setup.collator(rows), setup.device)
         self._batch_shape = list(batch["input_ids"].shape)
+        if stopping.asked():  # training ends after this step: what was not measured stays unknown
+            return
         with forked_random(self.session.recipe.seed):
             model.train()
             if train.gradient_accumulation_steps > 1:

@@ -17,6 +17,7 @@ from sparsegrad_cli.measure.metrics import mean_loss, score
 from sparsegrad_cli.modeling.lm_head import LmHead
 from sparsegrad_cli.modeling.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.modeling.shards import within
+from sparsegrad_cli.stopping import stop_here
 
 _WORST = 1e9  # for what is not a number: JSON has none
 
@@ -91,6 +92,7 @@ class LanguageModelling:
         # Where weights are split, a forward pass is everybody's: who has no rows left, joins in.
         most = -(-len(data) // args.world_size)
         for start in range(0, most, size):
+            stop_here("a batch of an evaluation")
             own = rows[start : start + size]
             batch = trainer.data_collator([data[row] for row in own or [0]])
             batch = {key: value.to(args.device) for key, value in batch.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import ranks, stopping
 from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
@@ -74,6 +74,7 @@ class Session:
     def enter(self, phase: str, detail: str) -> None:
         """A phase begins; should memory run out in it, this is where."""
         self.known.at = phase
+        stopping.enter(f"the {phase} phase ({detail})")
         self.observer.phase(phase, detail)
 
     def load(self) -> Setup:
@@ -165,7 +166,9 @@ class Session:
 
         def batches() -> Iterator[dict[str, Tensor]]:
             all_of_them = calibration_batches(setup, batch_size, seed)
-            return self._counted(islice(all_of_them, steps.start, None, steps.step))
+            own = islice(all_of_them, steps.start, None, steps.step)
+            # Of several processes some have a step more, at which the others are not asked.
+            return self.batches(own, together=settings.steps // ranks.count())
 
         return calibrate(
             setup.model,
@@ -184,7 +187,10 @@ class Session:
         with warmed_head(
             setup.model,
             # Other batches than those that calibration sees.
-            self._counted(calibration_batches(setup, self.calibration_batch, seed + 2)),
+            self.batches(
+                calibration_batches(setup, self.calibration_batch, seed + 2),
+                together=settings.warmup_steps,
+            ),
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
             seed=seed,
@@ -195,9 +201,17 @@ class Session:
             kept = hash_parameters(head_parameters(setup.model))
             self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
 
-    def _counted(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """The batches, their tokens counted as they are asked for, padding left out."""
-        for batch in batches:
+    def batches(
+        self, batches: Iterator[dict[str, Tensor]], *, together: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches, count their tokens without padding, and stop before one when asked to.
+
+        Args:
+            together: how many of them every process of the run takes.
+        """
+        for number, batch in enumerate(batches):
+            if number < together:
+                stopping.stop_here(f"batch {number + 1}")
             mask = batch.get("attention_mask")
             self._tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
             yield batch

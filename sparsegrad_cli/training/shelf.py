@@ -60,6 +60,15 @@ def best_of(folder: Path) -> Path | None:
     return folder.with_name(name) if _NAMED.fullmatch(name) else None
 
 
+def evaluation_due(folder: Path) -> bool:
+    """Whether a checkpoint was written when the evaluation of its step was stopped."""
+    try:
+        control = trainer_state(folder)["stateful_callbacks"]["TrainerControl"]["args"]
+        return bool(control["should_evaluate"])
+    except (FileFormatError, KeyError, TypeError):  # the trainer says what is wrong with it
+        return False
+
+
 class Shelf:
     """The checkpoints of one run, which nobody else is writing to.
 

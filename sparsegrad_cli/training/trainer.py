@@ -16,6 +16,7 @@ from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.sharding import DEEPSPEED, FSDP
+from sparsegrad_cli.stopping import stop_here
 from sparsegrad_cli.training.checkpointing import CheckpointedTrainer
 from sparsegrad_cli.training.finite import INPUTS, first_non_finite
 from sparsegrad_cli.training.objective import Objective
@@ -211,8 +212,12 @@ class SparsegradTrainer(CheckpointedTrainer):
         started = time.perf_counter()
         flat: dict[str, float] = {}
         values: dict[str, dict[str, float]] = {}
-        for name, data in self.validation.items():
-            judged = self.objective.judge(self, name, data)
+        with self.stopped_evaluation_saved():
+            judgements = {
+                name: self.objective.judge(self, name, data)
+                for name, data in self.validation.items()
+            }
+        for name, judged in judgements.items():
             values[name] = judged.values
             self._note(judged.notes)
             if "eval_score" not in flat:
@@ -232,6 +237,11 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.log(dict(flat))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', after a look whether the run is to stop."""
+        stop_here("a batch of an evaluation")
+        return super().prediction_step(*args, **kwargs)
 
     def evaluate_untrained(self) -> None:
         """Evaluate before training begins.

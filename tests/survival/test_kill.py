@@ -107,6 +107,7 @@ def test_a_half_written_export_is_not_taken_for_one(bench: Bench) -> None:
 def test_every_moment_is_in_the_matrix() -> None:
     worlds = {name for name in MOMENTS if name.startswith(("short-of", "reporting-"))}
     worlds |= {"small-files", "clock-back"}
+    worlds |= {name for name in MOMENTS if name.startswith("interrupted-")}  # test_stopping.py
     assert set(MOMENTS) == set(TRAINING) | set(EXPORTING) | worlds
 
 

@@ -1,0 +1,150 @@
+"""SIGTERM and Ctrl-C outside a training step: a run stops within a batch, and goes on later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from killing import REPO
+from surviving import Bench, flat, record, results, weights
+
+# 24 validation rows in batches of 4: six batches an evaluation.
+BATCHES = ("train.per_device_eval_batch_size=4", "calibration.steps=40", "task.max_length=16")
+METHOD = "core static"
+# moment -> (which call of it, calls until the run stops, where it says that it stopped)
+MOMENTS = {
+    "interrupted-loading": (1, 1, "stopped by the user"),
+    "interrupted-warming": (1, 1, "stopped in the calibrate phase"),
+    "interrupted-calibrating": (5, 6, "stopped in the calibrate phase"),  # a batch has two parts
+    "interrupted-decomposing": (2, 2, "stopped in the calibrate phase"),
+    "interrupted-probing": (1, 1, "stopped in the evaluation after step 2 of 24; checkpoint-2"),
+}
+
+
+def stopped(bench: Bench, run: Path, moment: str, count: int, *flags: str) -> tuple[int, str]:
+    """Stop a run at a moment; how often what the moment waits for was called, and what was said."""
+    ended = bench.train(METHOD, run, *BATCHES, *flags, moment=moment, count=count)
+    assert ended.code == 130, ended.err
+    assert record(run)["status"] == "interrupted"
+    return ended.err.count("called "), flat(ended)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_is_asked_to_stop_computes_no_further_batch(bench: Bench, moment: str) -> None:
+    count, calls, words = MOMENTS[moment]
+    found, said = stopped(bench, bench.fresh(), moment, count)
+    assert found == calls
+    assert words in said and "--resume" in said
+
+
+EVALUATED = (*BATCHES, "train.max_steps=6", "train.early_stopping_patience=null")
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Bench) -> Path:
+    run = bench.fresh()
+    assert bench.train(METHOD, run, *EVALUATED).code == 0
+    return run
+
+
+@pytest.mark.parametrize("count", [3, 9, 22])  # before the first step, at step 2, at the last one
+def test_an_evaluation_that_is_stopped_is_made_first_when_the_run_goes_on(
+    bench: Bench, whole: Path, count: int
+) -> None:
+    run, settings = bench.fresh(), EVALUATED
+    ended = bench.train(METHOD, run, *settings, moment="interrupted-evaluating", count=count)
+    assert ended.code == 130, ended.err
+    assert ended.err.count("called ") == count
+    # Stopped once more in the same evaluation.
+    if count > 6:
+        assert "is saved" in flat(ended) and "makes that evaluation first" in flat(ended)
+        again = bench.train(
+            METHOD, run, *settings, "--resume", moment="interrupted-evaluating", count=2
+        )
+        assert again.code == 130 and again.err.count("called ") == 2
+    resumed = bench.train(METHOD, run, *settings, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert weights(run) == weights(whole)
+    assert results(record(run)) == results(record(whole))
+
+
+def test_calibrate_stops_in_calibration_and_in_the_energy_measurement(bench: Bench) -> None:
+    for moment, count, calls in (
+        ("interrupted-calibrating", 5, 6),
+        ("interrupted-measuring", 2, 2),
+    ):
+        run = bench.fresh()
+        ended = bench.killer.run(
+            "calibrate",
+            *bench.settings(METHOD, *BATCHES),
+            "-o",
+            str(run),
+            moment=moment,
+            count=count,
+        )
+        assert ended.code == 130 and record(run)["status"] == "interrupted"
+        assert ended.err.count("called ") == calls
+        assert "--overwrite" in flat(ended)
+
+
+def test_a_second_signal_does_not_wait_for_the_batch(bench: Bench) -> None:
+    run = bench.fresh()
+    found, said = stopped(bench, run, "interrupted-calibrating-twice", 5)
+    assert found == 5
+    assert "stopped by the user" in said
+    assert bench.train(METHOD, run, *BATCHES, "--resume").code == 0
+
+
+HELD_UP = """
+import sys, time
+from sparsegrad_cli import stopping
+from sparsegrad_cli.training import calibration
+from sparsegrad_cli.cli.app import main
+
+stopping.PATIENCE_S = 0.3
+real = calibration.gradient_step
+def slow(*args, **kwargs):
+    print("batch", file=sys.stderr, flush=True)
+    found = real(*args, **kwargs)
+    time.sleep(1.0)
+    return found
+calibration.gradient_step = slow
+main()
+"""
+
+
+def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(bench: Bench) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            HELD_UP,
+            "train",
+            *bench.settings(METHOD, *BATCHES),
+            "-o",
+            str(bench.fresh()),
+        ],
+        env=os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line == "batch\n":
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said.append(process.stderr.read())
+    assert process.wait() == 130
+    text = " ".join("".join(said).split())
+    assert text.count("batch ") <= 2 + text.count("batch 1")
+    assert "asked to stop: the calibrate phase" in text
+    assert "cannot leave batch 1 halfway" in text
