@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsegrad_cli.data.loading import LoadedTask
@@ -120,7 +121,17 @@ def make_collator(
         max_length=max_length if fixed else None,
         pad_to_multiple_of=pad_to_multiple_of,
     )
-    return lambda rows: dict(collator(rows))
+    return _PaddingCollator(collator)
+
+
+@dataclass(frozen=True)
+class _PaddingCollator:
+    """A collator that worker processes can be sent (a closure cannot be pickled)."""
+
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return dict(self.collator(rows))
 
 
 def ensure_pad_token(tokenizer: Any, model_config: Any = None) -> str | None:

@@ -7,6 +7,7 @@ What is padding follows from lengths, never from a token's id: a model may use i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -162,14 +163,25 @@ def make_lm_collator(
         pad_to_multiple_of: round the length up to a multiple (8 suits tensor cores).
     """
 
-    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    return _LmCollator(pad_id, fixed_length, pad_to_multiple_of)
+
+
+@dataclass(frozen=True)
+class _LmCollator:
+    """See :func:`make_lm_collator`. Worker processes can be sent it, as they cannot a closure."""
+
+    pad_id: int
+    fixed_length: int | None
+    pad_to_multiple_of: int | None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         import torch
 
-        longest = fixed_length or max(len(row["input_ids"]) for row in rows)
-        multiple = pad_to_multiple_of or 1
+        longest = self.fixed_length or max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
         shape = (len(rows), -(-longest // multiple) * multiple)
         packed = any("lengths" in row for row in rows)
-        ids = torch.full(shape, pad_id)
+        ids = torch.full(shape, self.pad_id)
         labels = torch.full(shape, UNLABELLED)
         positions = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.int64)
@@ -186,8 +198,6 @@ def make_lm_collator(
             positions[number, size:] = torch.arange(shape[1] - size)
         batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
         return batch if packed else {**batch, "attention_mask": mask}
-
-    return collate
 
 
 def labelled_tokens(batch: Mapping[str, Tensor]) -> int:

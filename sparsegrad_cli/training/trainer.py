@@ -51,6 +51,8 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.evaluate_seconds = 0.0  # of all evaluations so far
         self._sampler: EpochSampler | None = None
         self._micro_batch = (0, 0)  # the step that is being taken, and which of its batches
+        self._step_rows: int | None = None  # of all processes; None where the loss goes by token
+        self._weight = 1.0  # of the micro-batch at hand, against the mean of a step's micro-batches
         with _adapters_declared(kwargs["model"]):
             super().__init__(
                 order=OrderHash(every=recipe.train.logging_steps),
@@ -62,7 +64,7 @@ class SparsegradTrainer(CheckpointedTrainer):
             FSDP if self.is_fsdp_enabled else DEEPSPEED if self.is_deepspeed_enabled else None
         )
         # By token, the model divides by the labelled tokens of the whole step; else it divides by
-        # the batch, and Trainer averages the micro-batches.
+        # the batch, and Trainer averages the micro-batches, each by its share of the step's rows.
         self.model_accepts_loss_kwargs = objective.by_token
 
     # --- what is trained, and on what
@@ -102,6 +104,24 @@ class SparsegradTrainer(CheckpointedTrainer):
             torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the micro-batches of one optimizer step, and count its rows over all processes."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if not self.objective.by_token:
+            rows = torch.tensor(sum(map(_rows, batches)), device=self.args.device)
+            ranks.add_up([rows])
+            self._step_rows = int(rows)
+        return batches, items
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss, weighted in training so that every row of a step counts the same.
+
+        Micro-batches of a step differ in size at the end of an epoch. Their plain mean would give
+        the rows of a small one more weight than one large batch gives them.
+        """
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if self._weight == 1 else loss * self._weight
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """As transformers', with the batch entered into the order hash.
 
@@ -112,7 +132,13 @@ class SparsegradTrainer(CheckpointedTrainer):
         step, number = self._micro_batch
         here = self.state.global_step + 1
         self._micro_batch = (here, number + 1 if step == here else 1)
-        loss: torch.Tensor = super().training_step(model, inputs, *args)
+        if self._step_rows is not None:
+            parts = self.current_gradient_accumulation_steps * self.args.world_size
+            self._weight = _rows(inputs) * parts / self._step_rows
+        try:
+            loss: torch.Tensor = super().training_step(model, inputs, *args)
+        finally:
+            self._weight = 1.0
         lost = not torch.isfinite(loss)
         if ranks.anywhere(lost):  # the gradients are summed: a loss that is lost, is lost for all
             # Where weights are split, nobody can look for the module alone.
@@ -268,6 +294,10 @@ class SparsegradTrainer(CheckpointedTrainer):
             text = f"step {self.state.global_step}: {note}"
             if text not in self.score_notes:
                 self.score_notes.append(text)
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    return len(batch["labels"])
 
 
 @contextmanager
