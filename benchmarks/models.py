@@ -50,7 +50,7 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
 def model_of(name: str) -> nn.Module:
     """A classifier: a recipe's model, or random weights of one of ``SHAPES``."""
     if name not in SHAPES:
-        return load_classifier(ModelSection(name=name), GLUE_TASKS["cola"], seed=0)
+        return load_classifier(ModelSection(name=name), GLUE_TASKS["cola"], seed=0).model
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     model_type, settings = SHAPES[name]

@@ -65,7 +65,7 @@ def section(folder: Path, bits: str | None, dtype: Any = "float32") -> ModelSect
 
 def loaded(folder: Path, bits: str | None, dtype: Any = "float32") -> Any:
     """A classifier of two labels on a folder's body, in eval mode."""
-    model: Any = load_classifier(section(folder, bits, dtype), TWO, seed=1)
+    model: Any = load_classifier(section(folder, bits, dtype), TWO, seed=1).model
     model.config.pad_token_id = 0
     return model.eval()
 

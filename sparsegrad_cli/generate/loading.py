@@ -14,7 +14,7 @@ from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.place import RECORD
 from sparsegrad_cli.generate.options import ModelOptions
-from sparsegrad_cli.modeling.loading import load_causal_lm
+from sparsegrad_cli.modeling.loading import check_vocabulary, load_causal_lm
 from sparsegrad_cli.modeling.pretrained import load_tokenizer, locate
 from sparsegrad_cli.modeling.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint
@@ -74,6 +74,7 @@ def _ready(source: str, device: torch.device, loaded: Loaded) -> Loaded:
             f"{source} generates nothing: it is a {type(model).__name__}",
             fix="a language model, or a run of a chat task",
         )
+    check_vocabulary(tokenizer, model, source)
     model = placed(model, device).eval()
     name = str(Path(source)) if exists(source) else source
     record = {"model": name, **about, "digest": weights_digest(model)}

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.modeling.head import (
+    HeadStart,
+    align_output,
+    head_start,
+    match_labels,
+    output_dimensions,
+    put_output,
+)
 from sparsegrad_cli.modeling.pretrained import from_pretrained, load_configuration
 from sparsegrad_cli.modeling.quantized import (
     quantization_config,
@@ -31,13 +39,22 @@ def name_labels(config: Any, spec: TaskSpec) -> None:
     config.problem_type = "regression" if spec.regression else "single_label_classification"
 
 
+class Classifier(NamedTuple):
+    """A sequence classifier, and where its head comes from."""
+
+    model: nn.Module
+    head: HeadStart
+
+
 def load_classifier(
     section: ModelSection, spec: TaskSpec, seed: int, device: torch.device = _CPU
-) -> nn.Module:
-    """A sequence classifier (or regressor) with a freshly initialised head.
+) -> Classifier:
+    """A sequence classifier (or regressor) for a task.
 
-    The global random state is seeded with ``seed`` just before the model is built, so that the
-    head starts from the same numbers whatever the method.
+    The output layer of a head that the files hold is kept if it is of the task's classes, whose
+    order it is given; else it is drawn afresh, as everything is that the files lack. The global
+    random state is seeded with ``seed`` just before the model is built, so that the head starts
+    from the same numbers whatever the method.
 
     Args:
         device: where a quantized model is made, for it cannot be moved; any other is made on the
@@ -49,10 +66,34 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification, set_seed
 
+    kind: Any = AutoModelForSequenceClassification
     config = load_configuration(section)
+    match = match_labels(config, spec)
     name_labels(config, spec)
     set_seed(seed)
-    return _with_body(section, *_model(AutoModelForSequenceClassification, section, config, device))
+    loaded = _model(kind, section, config, device)
+    model = _with_body(section, loaded)
+    more = _with_one_more(config)
+    dimensions = output_dimensions(model, _weightless(kind, more, section))
+    stored = dimensions.keys() - loaded.lacking
+    if stored and match.order is not None:
+        align_output(model, {name: dimensions[name] for name in stored}, match.order)
+    elif stored:
+        # Drawn by transformers, as it draws an output layer that the files hold for other classes.
+        set_seed(seed)
+        plain = section.model_copy(update={"quantization": None})
+        put_output(model, dimensions, _model(kind, plain, more).model)
+    lacking = sorted({*loaded.lacking, *(dimensions if match.order is None else ())})
+    held = bool(dimensions.keys() - loaded.missing)
+    return Classifier(model, head_start(model, list(dimensions), lacking, match, held))
+
+
+def _with_one_more(config: Any) -> Any:
+    """The configuration for one class more."""
+    other = copy.deepcopy(config)
+    other.problem_type = None  # one class more than a regression has
+    other.num_labels = config.num_labels + 1
+    return other
 
 
 def load_causal_lm(
@@ -80,7 +121,7 @@ def load_causal_lm(
             fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
         )
     kind: Any = AutoModelForCausalLM
-    model, lacking = _model(kind, section, config, device, packed=packed)
+    model, lacking, _ = _model(kind, section, config, device, packed=packed)
     if lacking:
         raise FileFormatError(
             f"{section.name} is no whole causal language model: it lacks {_some(lacking)}",
@@ -104,7 +145,7 @@ def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
     config: Any = copy.deepcopy(like.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what transformers wrote there when it quantized ``like``
-    return _with_body(section, *_model(type(like), section, config))
+    return _with_body(section, _model(type(like), section, config))
 
 
 def load_as(
@@ -128,17 +169,59 @@ def load_as(
     for name, value in settings.items():
         setattr(config, name, value)
     kind = getattr(transformers, auto)
-    return _with_body(section, *_model(kind, section, config, device))
+    return _with_body(section, _model(kind, section, config, device))
 
 
-def _with_body(section: ModelSection, model: nn.Module, lacking: list[str]) -> nn.Module:
+def check_vocabulary(tokenizer: Any, model: nn.Module, where: str) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    More embeddings than tokens are fine: vocabularies are often padded to a round number.
+
+    Raises:
+        UsageError: names the tokens.
+    """
+    get_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        table = get_embeddings()
+    except NotImplementedError:  # of a model that reads bytes
+        return
+    if not isinstance(table, nn.Embedding):
+        return
+    beyond = {n: t for t, n in tokenizer.get_vocab().items() if n >= table.num_embeddings}
+    if not beyond:
+        return
+    some = [f"{beyond[number]!r} ({number})" for number in sorted(beyond)]
+    raise UsageError(
+        f"expected an embedding for every token, but the tokenizer has ids up to {max(beyond)} "
+        f"and the model {table.num_embeddings} embeddings: there is none for {_some(some)}",
+        where=where,
+        fix="add them with model.resize_token_embeddings(len(tokenizer)) of transformers, save the "
+        "model and name it here; or take the added tokens out of the tokenizer's files",
+    )
+
+
+class _Loaded(NamedTuple):
+    """What transformers has loaded.
+
+    Attributes:
+        lacking: names of what the files lack or hold in another shape: it was drawn at random.
+        missing: those of them that the files lack.
+    """
+
+    model: nn.Module
+    lacking: list[str]
+    missing: set[str]
+
+
+def _with_body(section: ModelSection, loaded: _Loaded) -> nn.Module:
     """The model, of which only a head or pooler is made anew.
 
     Raises:
         FileFormatError: weights of its body are missing, or have another shape.
     """
+    model = loaded.model
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    body = [k for k in lacking if k.startswith(prefix) and "pooler" not in k.split(".")]
+    body = [k for k in loaded.lacking if k.startswith(prefix) and "pooler" not in k.split(".")]
     if body:
         raise FileFormatError(
             f"{section.name} does not hold the model that its config.json describes: it lacks "
@@ -161,12 +244,8 @@ def _model(
     device: torch.device = _CPU,
     *,
     packed: bool = False,
-) -> tuple[nn.Module, list[str]]:
+) -> _Loaded:
     """``kind.from_pretrained``, quantized where the section says so.
-
-    Returns:
-        The model, and the names of what its files lack or hold in another shape: transformers has
-        filled that with random numbers.
 
     Raises:
         UsageError: the folder holds quantized weights, or bitsandbytes is missing.
@@ -195,7 +274,9 @@ def _model(
         kind.from_pretrained, section, what="model", config=config, **more
     )
     use_frozen_products(model, dtype)
-    return model, sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    missing = set(report["missing_keys"])
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    return _Loaded(model, sorted(missing | mismatched), missing)
 
 
 def _weightless(kind: Any, config: Any, section: ModelSection) -> nn.Module:

@@ -14,7 +14,7 @@ from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.lm_head import check_packing
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
-from sparsegrad_cli.modeling.loading import load_causal_lm
+from sparsegrad_cli.modeling.loading import check_vocabulary, load_causal_lm
 from sparsegrad_cli.modeling.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
@@ -45,6 +45,7 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     data = load_conversations(section)
     tokenizer = load_tokenizer(recipe.model)
     model = load_causal_lm(recipe.model, device_of(recipe))
+    check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
     train = encode_conversations(
@@ -86,6 +87,7 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
             _pad_id(tokenizer), fixed_length=max_length if section.padding == "fixed" else None
         ),
         model,
+        None,
     )
 
 

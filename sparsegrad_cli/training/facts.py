@@ -22,6 +22,7 @@ def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:
             "dtype": recipe.model.dtype,
             "quantization": recipe.model.quantization,
             "fingerprint": setup.fingerprint,
+            "head": setup.head.to_json() if setup.head else None,
         },
         "task": {
             "name": task.name,

@@ -10,7 +10,8 @@ from torch import nn
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
 from sparsegrad_cli.data.loading import LoadedTask, load_task
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.modeling.head import HeadStart
+from sparsegrad_cli.modeling.loading import check_vocabulary, load_classifier
 from sparsegrad_cli.modeling.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import TaskSection
@@ -21,7 +22,10 @@ from sparsegrad_cli.training.objective import Classification, Objective, TaskFac
 
 @dataclass
 class Parts:
-    """What a task gives to a run: the data sets hold what the collator takes, and nothing else."""
+    """What a task gives to a run: the data sets hold what the collator takes, and nothing else.
+
+    ``head`` says where a classifier's head comes from; a language model has none of its own.
+    """
 
     task: TaskFacts
     objective: Objective
@@ -30,6 +34,7 @@ class Parts:
     tokenizer: Any
     collator: Any
     model: nn.Module
+    head: HeadStart | None
 
 
 class Few(NamedTuple):
@@ -48,7 +53,7 @@ class Few(NamedTuple):
 
 
 def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
-    """Data, tokenizer and classifier; the head is drawn from the recipe's seed.
+    """Data, tokenizer and classifier; a new head is drawn from the recipe's seed.
 
     Raises:
         UsageError: labels are to be smoothed, and are scores: of a file that is known only now.
@@ -61,9 +66,10 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         where = loaded.where("train.label_smoothing_factor")
         raise UsageError(SMOOTHED_SCORES, where=where, fix="leave it out")
     tokenizer = load_tokenizer(recipe.model)
-    model = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
+    model, head = load_classifier(recipe.model, task.spec, recipe.seed, device_of(recipe))
+    check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut = fitting_length(section.max_length, model.config)
-    notes = [*task.notes, ensure_pad_token(tokenizer, model.config), cut]
+    notes = [*task.notes, head.note, ensure_pad_token(tokenizer, model.config), cut]
     train_data, validation = tokenize(
         task, tokenizer, max_length=max_length, padding=section.padding
     )
@@ -75,6 +81,7 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         tokenizer,
         make_collator(tokenizer, max_length=max_length, padding=section.padding),
         model,
+        head,
     )
 
 

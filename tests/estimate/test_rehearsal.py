@@ -141,7 +141,9 @@ def bert(loaded: LoadedRecipe) -> nn.Module:
 
 
 def minilm(loaded: LoadedRecipe) -> nn.Module:
-    return load_classifier(loaded.recipe.model, BUILTIN_TASKS["builtin:acceptability"], seed=0)
+    return load_classifier(
+        loaded.recipe.model, BUILTIN_TASKS["builtin:acceptability"], seed=0
+    ).model
 
 
 def language_model(folder: Path) -> nn.Module:

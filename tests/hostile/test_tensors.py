@@ -216,6 +216,6 @@ def used(base: Path) -> None:
     """As training and evaluation do."""
     section = ModelSection(name=str(base))
     tokenizer = load_tokenizer(section)
-    model = load_classifier(section, TWO, seed=0)
+    model = load_classifier(section, TWO, seed=0).model
     inputs = tokenizer(["a b"], truncation=True, max_length=4, return_tensors="pt")
     assert model(**inputs).logits.shape == (1, 2)

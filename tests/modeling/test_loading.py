@@ -79,17 +79,17 @@ def test_the_body_is_what_was_saved_and_the_head_follows_the_seed(folder: Path) 
     from transformers import BertModel
 
     saved = build(BertModel, config("bert"), seed=3).state_dict()
-    first = load_classifier(section(folder), TWO, seed=1)
+    first = load_classifier(section(folder), TWO, seed=1).model
     for name, tensor in saved.items():
         assert torch.equal(first.state_dict()[f"bert.{name}"], tensor)
     torch.rand(5)  # whatever was drawn before does not matter
-    again, other = (load_classifier(section(folder), TWO, seed=s) for s in (1, 2))
+    again, other = (load_classifier(section(folder), TWO, seed=s).model for s in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(head_of(first), head_of(again), strict=True))
     assert not torch.equal(head_of(first)[0], head_of(other)[0])
 
 
 def test_labels_of_the_task_become_the_models(folder: Path) -> None:
-    model: Any = load_classifier(section(folder), THREE, seed=0)
+    model: Any = load_classifier(section(folder), THREE, seed=0).model
     assert model.config.num_labels == 3
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert model.config.label2id == {"a": 0, "b": 1, "c": 2}
@@ -97,7 +97,7 @@ def test_labels_of_the_task_become_the_models(folder: Path) -> None:
 
 
 def test_a_regression_task_has_one_output_and_a_squared_loss(folder: Path) -> None:
-    model: Any = load_classifier(section(folder), SCORE, seed=0).eval()
+    model: Any = load_classifier(section(folder), SCORE, seed=0).model.eval()
     inputs: dict[str, Any] = batch()
     inputs["labels"] = torch.linspace(0, 5, 8)
     found = model(**inputs)
@@ -108,13 +108,13 @@ def test_a_regression_task_has_one_output_and_a_squared_loss(folder: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_come_in_the_recipes_dtype(folder: Path, dtype: str) -> None:
-    model = load_classifier(section(folder, dtype=dtype), TWO, seed=0)
+    model = load_classifier(section(folder, dtype=dtype), TWO, seed=0).model
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_a_head_of_another_size_is_made_anew(tmp_path: Path) -> None:
     classifier(seed=3).save_pretrained(tmp_path)  # type: ignore[operator]
-    model: Any = load_classifier(section(tmp_path), THREE, seed=0)
+    model: Any = load_classifier(section(tmp_path), THREE, seed=0).model
     assert model.classifier.weight.shape == (3, 16)
 
 
@@ -123,7 +123,7 @@ def test_other_architectures_load(tmp_path: Path, architecture: str) -> None:
     from transformers import AutoModel
 
     build(AutoModel, config(architecture), seed=3).save_pretrained(tmp_path)  # type: ignore[operator]
-    model: Any = load_classifier(section(tmp_path), TWO, seed=0)
+    model: Any = load_classifier(section(tmp_path), TWO, seed=0).model
     assert model(**batch()).logits.shape == (8, 2)
 
 
@@ -237,7 +237,7 @@ def test_a_hub_that_cannot_be_reached_says_how_to_go_local(name: str) -> None:
 
 
 def test_the_vocabulary_fits_the_batches(folder: Path) -> None:
-    model: Any = load_classifier(section(folder), TWO, seed=0)
+    model: Any = load_classifier(section(folder), TWO, seed=0).model
     assert model.config.vocab_size == VOCABULARY > int(batch()["input_ids"].max())
 
 
