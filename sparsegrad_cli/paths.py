@@ -24,6 +24,15 @@ def expanded(name: str | Path) -> Path:
         return Path(name)
 
 
+def from_here(name: str | Path) -> Path:
+    """Return a path relative to the current folder where it lies in it, for display."""
+    path = expanded(name)
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
 def exists(name: str | Path) -> bool:
     """Whether there is anything of that name that can be looked at."""
     return _holds(Path.exists, name)

@@ -19,7 +19,15 @@ from sparsegrad_cli.errors import (
 )
 from sparsegrad_cli.locking import NAME as LOCK
 from sparsegrad_cli.locking import RunLock, owner_of
-from sparsegrad_cli.paths import exists, is_file, is_folder, make_folder, refuse_link, remove_folder
+from sparsegrad_cli.paths import (
+    exists,
+    from_here,
+    is_file,
+    is_folder,
+    make_folder,
+    refuse_link,
+    remove_folder,
+)
 from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.records import (
@@ -46,7 +54,7 @@ _OF_THE_END = ("metrics", "memory", "time", "sizes", "sparsity")
 def choose_run_dir(recipe: Recipe, command: str) -> Path:
     """``output_dir``, or the first free ``runs/<task>-<method>-<n>``."""
     if recipe.output_dir is not None:
-        return Path(recipe.output_dir).expanduser()
+        return from_here(recipe.output_dir)
     task = recipe.task.name.replace("builtin:", "").replace("/", "-")
     stem = f"{task}-{recipe.method.name}" if command == "train" else f"{task}-basis"
     number = 1
@@ -91,7 +99,8 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
     """Make a held directory ready, or refuse.
 
     A directory with something in it is refused, unless ``resume`` (it holds a run of the same
-    recipe) or ``overwrite`` (what a run leaves is removed; foreign files stay).
+    recipe), ``overwrite`` (what a run leaves is removed; foreign files stay), or nothing is in it
+    but a run that ended before it trained.
 
     Raises:
         UsageError: not empty, nothing to resume, or a run of another recipe.
@@ -102,7 +111,7 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
         _remove_left(path)
         return
     occupied = path.is_dir() and any(found.name != LOCK for found in path.iterdir())
-    if occupied and not overwrite:
+    if occupied and not overwrite and not _never_trained(path):
         raise UsageError(
             f"the folder {path} is not empty",
             where="output_dir",
@@ -116,6 +125,21 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
     write_text_atomic(path / "recipe.yaml", to_yaml(recipe))
+
+
+def _never_trained(path: Path) -> bool:
+    """Whether a held directory holds only a run that ended before its first step, and no basis."""
+    names = {found.name for found in path.iterdir()} - {LOCK}
+    if not names <= {"run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md"}:
+        return False
+    steps = path / "steps.jsonl"
+    if exists(steps) and not (is_file(steps) and steps.stat().st_size == 0):
+        return False
+    try:
+        status = load_record(path).get("status")
+    except SparsegradError:
+        return False
+    return status in ("failed", "out_of_memory", "interrupted")
 
 
 def _remove_left(path: Path) -> None:

@@ -21,6 +21,7 @@ from sparsegrad_cli.cli.arguments import (
     split_arguments,
 )
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.paths import from_here
 
 if TYPE_CHECKING:
     from sparsegrad_cli.compare.folder import StudyFolder
@@ -94,7 +95,7 @@ def compare(
 
     study = _study(recipe, methods, seeds, match, tune)
     check_parity(study)  # before anything is solved
-    folder = output_dir or Path(study.study.output_dir or f"runs/compare-{study.study.name}")
+    folder = output_dir or from_here(study.study.output_dir or f"runs/compare-{study.study.name}")
     quiet = quiet or as_json
     place = StudyFolder(folder)
     solve = partial(_solved, study, place, jobs, device, quiet=quiet, afresh=overwrite)

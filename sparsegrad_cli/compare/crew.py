@@ -56,7 +56,7 @@ class Crew:
             folder: the run's.
             held: locks that the process holds as long as it lives, whatever becomes of this one.
         """
-        plain = {**to_plain(recipe), "output_dir": str(folder)}
+        plain = {**to_plain(recipe), "output_dir": str(folder.absolute())}
         file = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
         write_text_atomic(file, dump(plain))
         mode = "--resume" if can_resume(recipe, folder) else "--overwrite"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem
-from sparsegrad_cli.paths import exists, expanded, is_file, is_folder
+from sparsegrad_cli.paths import exists, expanded, from_here, is_file, is_folder
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
@@ -39,21 +39,23 @@ def outside_problems(
         fix = "give task.path (a file or folder) or task.chat.hub (owner/name)"
         found.append((("task", "path"), "is missing for task chat", fix))
     if data and task.path is not None and not exists(task.path):
-        found.append((("task", "path"), f"no such file or folder: {task.path}", None))
+        found.append((("task", "path"), f"no such file or folder: {from_here(task.path)}", None))
     forgetting = task.chat.forgetting if task.chat else None
     if data and forgetting is not None and not is_file(forgetting):
-        found.append((("task", "chat", "forgetting"), f"no such file: {forgetting}", None))
+        found.append(
+            (("task", "chat", "forgetting"), f"no such file: {from_here(forgetting)}", None)
+        )
     model = recipe.model.name
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:
         what = f"unknown built-in model {model!r}"
         found.append((("model", "name"), what, did_you_mean(model, BUILTIN_MODELS)))
     elif _looks_like_folder(model) and not is_folder(model):
         fix = "a hub id has at most one slash and no leading dot"
-        found.append((("model", "name"), f"no such folder: {model}", fix))
+        found.append((("model", "name"), f"no such folder: {from_here(model)}", fix))
     basis = recipe.calibration.basis
     if basis is not None and not is_file(basis):
         fix = "`sparsegrad calibrate` writes one"
-        found.append((("calibration", "basis"), f"no such file: {basis}", fix))
+        found.append((("calibration", "basis"), f"no such file: {from_here(basis)}", fix))
     if recipe.output_dir is not None and str(expanded(recipe.output_dir)).startswith("~"):
         found.append((("output_dir",), f"there is no such home: {recipe.output_dir}", None))
     found += [*quantization_problems(recipe), *training_problems(recipe)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.paths import exists, expanded
+from sparsegrad_cli.paths import expanded, is_file, is_folder
 from sparsegrad_cli.recipe.shipped import find_recipe
 from sparsegrad_cli.recipe.source import (
     KeyPath,
@@ -18,11 +19,13 @@ from sparsegrad_cli.recipe.source import (
     read_yaml,
 )
 
-# A file name that is relative in a recipe means relative to that recipe's folder.
+# A relative path in a recipe is relative to that recipe's folder, one on the command line to the
+# current folder. ``model`` is anchored, too, where it names a folder (see _anchor_model).
 _PATH_KEYS: tuple[KeyPath, ...] = (
     ("task", "path"),
     ("task", "chat", "forgetting"),
     ("calibration", "basis"),
+    ("output_dir",),
 )
 _MOST_FILES = 32  # that a recipe may extend, directly or by way of others
 _SELECTS_BY_DENSITY = ("meprop", "sparsegrad")
@@ -39,12 +42,23 @@ def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Lay
     problems: list[Problem] = []
     for text in overrides:
         try:
-            layers.append(parse_override(text))
+            layers.append(read_override(text))
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
         raise RecipeError(problems)
     return layers
+
+
+def read_override(text: str) -> Layer:
+    """Parse ``key.path=value``; a relative path in it is relative to the current folder.
+
+    Raises:
+        RecipeError: as :func:`parse_override`.
+    """
+    layer = parse_override(text)
+    anchor_paths(layer.data, Path.cwd())
+    return layer
 
 
 def _read_with_parents(
@@ -73,7 +87,10 @@ def _read_with_parents(
         what = f"comes to more than {_MOST_FILES} files"
         raise RecipeError([Problem("extends", what, file=str(seen[0]))])
     layer = read_yaml(path, shown_as=str(source))
-    _anchor_paths(layer, path.parent)
+    # Before paths were written in full, the recipe in a run's folder named files as seen from the
+    # folder where the command ran: such a run is still read from there.
+    if not (path.name == "recipe.yaml" and is_file(path.parent / "run.json")):
+        anchor_paths(layer.data, path.parent)
     place = layer.places.get(("extends",), Place(str(source)))
     layers: list[Layer] = []
     for parent in _parents(layer, place):
@@ -91,16 +108,47 @@ def _parents(layer: Layer, place: Place) -> list[str]:
     raise RecipeError([problem])
 
 
-def _anchor_paths(layer: Layer, folder: Path) -> None:
+def anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Make every relative path in a recipe's data absolute, in place.
+
+    Args:
+        data: keys of a recipe, not yet checked.
+        folder: what relative paths are relative to.
+    """
     for keys in _PATH_KEYS:
-        section: Any = layer.data
+        section: Any = data
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
         name = str(keys[-1])
-        if isinstance(section, dict) and isinstance(section.get(name), str):
-            path = expanded(section[name])
-            if not path.is_absolute() and exists(folder / path):
-                section[name] = str(folder / path)
+        if isinstance(section, dict) and isinstance(section.get(name), str) and section[name]:
+            section[name] = _anchored(section[name], folder)
+    model = data.get("model")
+    if isinstance(model, str):
+        data["model"] = _anchor_model(model, folder)
+    elif isinstance(model, dict) and isinstance(model.get("name"), str):
+        model["name"] = _anchor_model(model["name"], folder)
+
+
+def _anchored(name: str, folder: Path) -> str:
+    path = expanded(name)
+    # A home that does not exist is left as written, for the message that names it.
+    return name if str(path).startswith("~") else os.path.normpath(folder / path)
+
+
+def _anchor_model(name: str, folder: Path) -> str:
+    """A model's folder, absolute; a hub id or a built-in model stays as it is.
+
+    A name without a leading dot may be either. The folder beside the recipe wins, then one in the
+    current folder (where transformers looks), then the hub.
+    """
+    if not name or name.startswith("builtin:"):
+        return name
+    if name.startswith((".", "/", "~")):
+        return _anchored(name, folder)
+    for place in (folder, Path.cwd()):
+        if is_folder(place / name):
+            return os.path.normpath(place / name)
+    return name
 
 
 def stack(layers: list[Layer]) -> Layer:

@@ -12,7 +12,7 @@ from typing import Any
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
-from sparsegrad_cli.recipe.layers import read_layers, stack, still_said
+from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, read_override, stack, still_said
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import did_you_mean
@@ -24,7 +24,6 @@ from sparsegrad_cli.recipe.source import (
     Layer,
     Place,
     clip,
-    parse_override,
     read_yaml,
 )
 from sparsegrad_cli.recipe.study_checks import SIZES, of_overrides, of_rows, unmatched_rank
@@ -83,6 +82,7 @@ def load_study(
     if path is None:
         raise RecipeError([Problem("(file)", "no such file", file=str(source))])
     layer = read_yaml(path, str(source))
+    _anchor_study(layer.data, path.resolve().parent)
     study = _with_trials(_with_match(check(layer, Study), match), trials)
     place = layer.places.get(("recipe",), Place(str(source)))
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
@@ -91,6 +91,14 @@ def load_study(
         raise RecipeError([Problem("recipe", what, place.file, place.line)])
     matched = _OPTION if match else layer.places.get(("match",), Place(str(source)))
     return expand(study, str(source), str(recipe), overrides, matched)
+
+
+def _anchor_study(data: dict[str, Any], folder: Path) -> None:
+    """Make the relative paths of a study absolute: its own, and those of tasks and methods."""
+    for part in (data, data.get("settings"), data.get("tasks"), data.get("methods")):
+        for keys in part if isinstance(part, list) else [part]:
+            if isinstance(keys, dict):
+                anchor_paths(keys, folder)
 
 
 def make_study(
@@ -168,7 +176,7 @@ def expand(
 ) -> LoadedStudy:
     """One checked recipe per cell; problems of all cells are reported once each."""
     base = read_layers(recipe)
-    over = [parse_override(text) for text in overrides]
+    over = [read_override(text) for text in overrides]
     keys = [text.partition("=")[0].strip() for text in overrides]
     tasks = study.tasks or (None,)
     problems = of_rows(study, source) | of_overrides(study, keys)

@@ -51,7 +51,7 @@ def test_fixed_keys_of_the_readme_are_read(tmp_path: Path) -> None:
     assert isinstance(recipe.method, SparsegradMethod) and recipe.method.density == 0.012
     assert recipe.train.learning_rate == 3.05e-5
     assert recipe.train.num_train_epochs == 20
-    assert recipe.output_dir == "runs/my-run"
+    assert recipe.output_dir == str(tmp_path / "runs" / "my-run")
 
 
 @pytest.mark.parametrize(
