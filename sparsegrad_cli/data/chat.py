@@ -43,7 +43,8 @@ def load_chat(
             "the data comes from a path or from the hub, not from both", where="task.chat.hub"
         )
     raw = _load(name, Path(path).expanduser() if path is not None else None, settings)
-    return finish(raw, train_limit, eval_limit)
+    last_only = settings.train_on == "last_answer"
+    return finish(raw, train_limit, eval_limit, last_only=last_only)
 
 
 def _load(name: str, path: Path | None, settings: ChatSettings) -> RawChat:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from sparsegrad_cli.data.chat_rows import (
-    UnusableRowError,
-    settled,
-    turns_of_completion,
-    turns_of_instruction,
-    turns_of_messages,
-)
+from sparsegrad_cli.data.chat_rows import KINDS, RowReader, UnusableRowError
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.files import read_table
@@ -38,16 +31,7 @@ from sparsegrad_cli.errors import DataError, UsageError
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _CHAT_COLUMNS = ("messages", "conversations")
-_KINDS = {"prompt_completion": ("prompt", "completion"), "instruction": ("instruction", "output")}
-_Turns = Callable[[Mapping[str, Any], str], list[Turn]]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The conversations of one file or split, with the place of each."""
-
-    conversations: list[tuple[Turn, ...]]
-    places: list[str]
+_PREFERENCES = ("chosen", "rejected")
 
 
 def load_chat_files(path: Path, settings: ChatSettings) -> RawChat:
@@ -116,20 +100,20 @@ def load_hub_chat(settings: ChatSettings) -> RawChat:
 def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) -> RawChat:
     notes = [*notes, *(note for table in tables.values() for note in table.notes)]
     dropped = Tally()
-    cut: Counter[str] = Counter()
-    parts = {
-        name: _read(table, _reader(table, settings), dropped, cut) for name, table in tables.items()
-    }
+    counted: Counter[str] = Counter()
+    readers = {name: _reader(table, settings) for name, table in tables.items()}
+    parts = {name: _read(table, readers[name], dropped, counted) for name, table in tables.items()}
     read = sum(len(table) for table in tables.values())
-    kept = sum(len(part.conversations) for part in parts.values())
+    kept = sum(map(len, parts.values()))
     if not kept:
         raise DataError(
             f"no conversation is left of {read} rows: {dropped.sentence()}",
             where=next(iter(tables.values())).source,
         )
-    counts = {"rows read": read, **dropped.listed("rows dropped: "), "rows kept": kept, **cut}
+    counts = {"rows read": read, **dropped.listed("rows dropped: "), "rows kept": kept, **counted}
     for reason, place in dropped.first.items():
         notes.append(f"{dropped.counts[reason]} x {reason}; first: {place}")
+    notes += _unused(readers.values())
     if settings.split == "source" and "validation" not in parts:
         raise UsageError(
             "there is no validation part",
@@ -141,23 +125,36 @@ def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) 
     return _by_hash(parts, settings, counts, notes)
 
 
-def _read(table: Table, turns_of: _Turns, dropped: Tally, cut: Counter[str]) -> _Part:
-    part = _Part([], [])
+def _unused(readers: Iterable[RowReader]) -> list[str]:
+    """A note on the keys that nothing reads, with how many rows or messages have each."""
+    parts = []
+    for unit in ("rows", "messages"):
+        total = sum((reader.unused[unit] for reader in readers), Counter[str]())
+        found = sorted(total.items(), key=lambda item: (-item[1], item[0]))
+        parts += [f"{key} ({count} {unit})" for key, count in found if count]
+    return [f"keys that are not used: {', '.join(parts)}"] if parts else []
+
+
+def _read(
+    table: Table, reader: RowReader, dropped: Tally, counted: Counter[str]
+) -> list[Conversation]:
+    """The conversations of a file or split, each with its place; its group is its opening."""
+    conversations = []
     for at in range(len(table)):
-        row, place = table.row(at), table.place(at)
+        place = table.place(at)
         try:
-            turns, cuts = settled(turns_of(row, place), row.get("system"))
+            found = reader.read(table.row(at), place)
         except UnusableRowError as error:
             dropped.add(str(error), place)
             continue
-        cut.update(cuts)
-        part.conversations.append(turns)
-        part.places.append(place)
-    return part
+        counted.update(found.counts)
+        group = _opening(found.turns)
+        conversations.append(Conversation(found.turns, group, found.tools, place))
+    return conversations
 
 
-def _reader(table: Table, settings: ChatSettings) -> _Turns:
-    """What makes turns of a row of this table, by the settings or by the columns' names."""
+def _reader(table: Table, settings: ChatSettings) -> RowReader:
+    """What reads the rows of this table, by the settings or by the columns' names."""
     names = tuple(table.columns)
     column = settings.column
     if column is not None and column not in names:
@@ -168,14 +165,14 @@ def _reader(table: Table, settings: ChatSettings) -> _Turns:
         )
     if column is not None and settings.kind not in ("auto", "messages"):
         raise UsageError(
-            f"kind {settings.kind} has its own columns: {', '.join(_KINDS[settings.kind])}",
+            f"kind {settings.kind} has its own columns: {', '.join(KINDS[settings.kind])}",
             where="task.chat.column",
         )
     found = {name: "messages" for name in _CHAT_COLUMNS if name in names}
     if column is not None:
         found = {column: "messages"}
     else:
-        for kind, columns in _KINDS.items():
+        for kind, columns in KINDS.items():
             if all(name in names for name in columns):
                 found[" and ".join(columns)] = kind
     if settings.kind != "auto":
@@ -183,9 +180,17 @@ def _reader(table: Table, settings: ChatSettings) -> _Turns:
     if len(found) != 1:
         raise _which_columns(table, list(found))
     name, kind = next(iter(found.items()))
-    if kind == "messages":
-        return lambda row, place: turns_of_messages(row, name, place)
-    return turns_of_completion if kind == "prompt_completion" else turns_of_instruction
+    if kind == settings.kind or kind != "prompt_completion" or "label" not in names:
+        return RowReader(kind, name, table.typed)
+    if all(isinstance(label, bool) for label in table.columns["label"]):
+        raise DataError(
+            "the label column says which completions are good: this is preference data, and every "
+            "completion would be learnt",
+            where=table.source,
+            fix="leave out the rows that are not to be learnt, then the column; or "
+            "task.chat.kind=prompt_completion, which learns every row",
+        )
+    return RowReader(kind, name, table.typed)
 
 
 def _which_columns(table: Table, found: list[str]) -> UsageError:
@@ -195,6 +200,14 @@ def _which_columns(table: Table, found: list[str]) -> UsageError:
             where="task.chat.kind",
             fix="choose by task.chat.kind (messages, prompt_completion, instruction) or by "
             "task.chat.column",
+        )
+    if all(name in table.columns for name in _PREFERENCES):
+        return UsageError(
+            f"{table.source} is preference data (chosen and rejected answers), which is not "
+            "learnt from here",
+            where="task.path",
+            fix="task.chat.column=chosen learns the chosen answers, where they are lists of "
+            "messages",
         )
     return UsageError(
         f"no conversation among the columns of {table.source}: {', '.join(table.columns)}",
@@ -211,13 +224,12 @@ def _opening(turns: tuple[Turn, ...]) -> str:
 
 
 def _by_hash(
-    parts: Mapping[str, _Part], settings: ChatSettings, counts: dict[str, int], notes: list[str]
+    parts: Mapping[str, list[Conversation]],
+    settings: ChatSettings,
+    counts: dict[str, int],
+    notes: list[str],
 ) -> RawChat:
-    every = [
-        Conversation(turns, _opening(turns))
-        for part in parts.values()
-        for turns in part.conversations
-    ]
+    every = [each for part in parts.values() for each in part]
     groups = (each.group for each in every)
     held, note = held_out(groups, settings.validation_fraction, "opening prompts")
     train = [each for each in every if each.group not in held]
@@ -225,15 +237,16 @@ def _by_hash(
     return RawChat(train, validation, "opening prompts", counts, [*notes, note])
 
 
-def _by_source(parts: Mapping[str, _Part], counts: dict[str, int], notes: list[str]) -> RawChat:
+def _by_source(
+    parts: Mapping[str, list[Conversation]], counts: dict[str, int], notes: list[str]
+) -> RawChat:
     """As the user split it: a row is a group. That both sides share prompts is only noted."""
-    openings = {_opening(turns) for turns in parts["train"].conversations}
-    held = parts["validation"].conversations
-    shared = sum(_opening(turns) in openings for turns in held)
+    openings = {each.group for each in parts["train"]}
+    shared = sum(each.group in openings for each in parts["validation"])
     if shared:
         notes = [*notes, f"{shared} validation rows open with a prompt that training has too"]
     train, validation = (
-        [Conversation(*each) for each in zip(part.conversations, part.places, strict=True)]
-        for part in (parts["train"], parts["validation"])
+        [replace(each, group=each.place) for each in parts[name]]
+        for name in ("train", "validation")
     )
     return RawChat(train, validation, "rows", counts, notes)

@@ -13,6 +13,7 @@ from sparsegrad_cli.errors import UsageError
 PATHS = ("threads", "best", "replies")
 SPLITS = ("auto", "hash", "source")
 KINDS = ("auto", "messages", "prompt_completion", "instruction")
+TRAIN_ON = ("every_answer", "last_answer")
 EXPORTED = "ready_for_export"  # the state of an OpenAssistant tree that its makers call finished
 
 # Which task each setting goes with; those that are not here go with every one.
@@ -53,6 +54,7 @@ class ChatSettings:
         validation_split: its split to validate on; None takes ``validation`` where there is one.
         kind: what the columns are; ``auto`` looks at their names.
         column: the column with the turns, where it is not ``messages`` or ``conversations``.
+        train_on: ``every_answer`` that is not masked, or the ``last_answer`` of each conversation.
     """
 
     paths: Literal["threads", "best", "replies"] = "threads"
@@ -68,6 +70,7 @@ class ChatSettings:
     validation_split: str | None = None
     kind: Literal["auto", "messages", "prompt_completion", "instruction"] = "auto"
     column: str | None = None
+    train_on: Literal["every_answer", "last_answer"] = "every_answer"
 
     def check(self, task: str) -> None:
         """Refuse what cannot be, and what does not go with ``task``.
@@ -83,7 +86,8 @@ class ChatSettings:
                     where=f"task.chat.{setting.name}",
                     fix=f"it goes with {' and '.join(tasks)}",
                 )
-        for name, choices in (("paths", PATHS), ("split", SPLITS), ("kind", KINDS)):
+        choices_of = {"paths": PATHS, "split": SPLITS, "kind": KINDS, "train_on": TRAIN_ON}
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(

@@ -13,12 +13,13 @@ by the template.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.tally import Tally
 from sparsegrad_cli.errors import DataError, UsageError
 
 # Touvron et al. 2023 (LLaMA 2), appendix A.3.3 and its released code: every pair of turns opens
@@ -40,6 +41,7 @@ LLAMA2 = """\
 {%- endfor -%}"""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REASONING = "reasoning_content"
 _PRIVATE = range(0x100000, 0x10FFFE)  # supplementary private use area B
 
 
@@ -51,11 +53,13 @@ class ChatText:
         text: with control tokens of the turns masked.
         learnt: (start, end) in characters of each learnt turn, in order, end of turn included.
         masks: private-use character -> the control token it stands for, repeated to its length.
+        where: the place of the conversation, for errors.
     """
 
     text: str
     learnt: list[tuple[int, int]]
     masks: Mapping[str, str]
+    where: str = "task"
 
     def unmasked(self, start: int, end: int) -> str:
         """The text from start to end, with what was typed."""
@@ -72,15 +76,13 @@ class ChatTemplate:
         tokenizer: of transformers.
         control: its control tokens, as text.
 
-    Attributes:
-        notes: what the user should know about the template.
-
     Raises:
         UsageError: no template, and no end token that LLaMA-2's form needs.
     """
 
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._left_out = Tally()
         self._variables = dict(tokenizer.special_tokens_map)
         if tokenizer.chat_template is None:
             if tokenizer.eos_token is None:
@@ -89,16 +91,26 @@ class ChatTemplate:
                     where="model.name",
                     fix="set chat_template or eos_token in its tokenizer_config.json",
                 )
-            self._source = LLAMA2
-            self.notes.append(
+            self._source = self._tools_source = LLAMA2
+            self._notes.append(
                 "the tokenizer has no chat template: LLaMA-2's form is used, [INST] ... [/INST]"
             )
         else:
             self._source = tokenizer.get_chat_template()
-        self._marked = _GENERATION.search(self._source) is not None
+            # Some tokenizers have a template of its own for conversations with tools.
+            self._tools_source = tokenizer.get_chat_template(tools=[{}])
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._takes_system: bool | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the template; may grow with what is rendered."""
+        left_out = self._left_out
+        return self._notes + [
+            f"the chat template leaves out {what}: {count} x; first: {left_out.first[what]}"
+            for what, count in left_out.counts.items()
+        ]
 
     def render(self, conversation: Conversation) -> ChatText:
         """What the template makes of a conversation.
@@ -106,22 +118,25 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses it, or does not let the learnt turns be told.
         """
-        turns, masks = self._mask(self._with_system_where_it_goes(conversation))
-        where = f"conversation {conversation.group}"
-        text, spans = self._write(turns, where=where, marks=self._marked)
-        assistants = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        if not self._marked:
-            learnt = [self._turn(turns, i, text, where) for i in assistants if turns[i].learn]
+        asked, masks = self._mask(self._with_system_where_it_goes(conversation))
+        marked = _GENERATION.search(self._source_for(asked.tools)) is not None
+        text, spans = self._write(asked, marks=marked)
+        assistants = [i for i, turn in enumerate(asked.turns) if turn.role == "assistant"]
+        if not marked:
+            learnt = {i: self._turn(asked, i, text) for i in assistants if asked.turns[i].learn}
         elif len(spans) == len(assistants):
-            learnt = [span for span, i in zip(spans, assistants, strict=True) if turns[i].learn]
+            every = zip(assistants, spans, strict=True)
+            learnt = {i: span for i, span in every if asked.turns[i].learn}
         else:
             raise DataError(
                 f"the chat template marks {len(spans)} parts as generated in a conversation with "
                 f"{len(assistants)} turns of the assistant",
-                where=where,
+                where=asked.where,
                 fix="mend {% generation %} in the tokenizer's chat_template",
             )
-        return ChatText(text, learnt, masks)
+        for what in self._lost(asked, text, learnt):
+            self._left_out.add(what, asked.where)
+        return ChatText(text, list(learnt.values()), masks, asked.where)
 
     def prompt(self, turns: Sequence[Turn]) -> ChatText:
         """What the template writes to ask for an answer to the turns; nothing in it is learnt.
@@ -129,21 +144,21 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses them.
         """
-        asked = Conversation(tuple(turns), "to be answered")
+        asked = Conversation(tuple(turns), "to be answered", place="the conversation")
         masked, masks = self._mask(self._with_system_where_it_goes(asked))
-        text, _ = self._write(masked, where="the conversation", prompt=True)
-        return ChatText(text, [], masks)
+        text, _ = self._write(masked, prompt=True)
+        return ChatText(text, [], masks, asked.where)
 
-    def _turn(self, turns: Sequence[Turn], i: int, text: str, where: str) -> tuple[int, int]:
+    def _turn(self, asked: Conversation, i: int, text: str) -> tuple[int, int]:
         """Where turn i stands in the text, from the texts of the turns before and up to it."""
         if i == 0:
             raise DataError(
                 "the assistant speaks first and is to be learnt: nothing asks for that turn",
-                where=where,
+                where=asked.where,
                 fix="put a system or user turn before it",
             )
-        before, _ = self._write(turns[:i], where=where, prompt=True)
-        after, _ = self._write(turns[: i + 1], where=where)
+        before, _ = self._write(replace(asked, turns=asked.turns[:i]), prompt=True)
+        after, _ = self._write(replace(asked, turns=asked.turns[: i + 1]))
         if after.startswith(before) and text.startswith(after):
             return len(before), len(after)
         if not after.startswith(before):
@@ -154,21 +169,62 @@ class ChatTemplate:
                 f"the chat template writes turn {i + 1} otherwise once others follow: its tokens "
                 "cannot be told"
             )
-            fix = "learn the last turn only, or mark what is generated by {% generation %}"
-        raise DataError(what, where=where, fix=fix)
+            fix = (
+                "task.chat.train_on=last_answer learns the last answer only; or mark what is "
+                "generated by {% generation %} in the tokenizer's chat_template"
+            )
+        raise DataError(what, where=asked.where, fix=fix)
+
+    def _lost(
+        self, asked: Conversation, text: str, learnt: Mapping[int, tuple[int, int]]
+    ) -> Iterator[str]:
+        """What the conversation holds and the template's text does not, white space aside.
+
+        The text of an assistant's turn that is not learnt is not looked for: templates leave
+        earlier reasoning out of the prompt on purpose.
+        """
+        whole = _letters(text)
+        for i, turn in enumerate(asked.turns):
+            said = _letters(text[slice(*learnt[i])]) if i in learnt else whole
+            of = "to be learnt" if i in learnt else f"of the {turn.role}"
+            if turn.role == "assistant" and i not in learnt:
+                pass
+            elif _letters(turn.text) not in said:
+                yield f"text {of}"
+            elif _letters(turn.extra.get(_REASONING, "")) not in said:
+                yield f"reasoning {of}"
+            # Written in a form that only the template knows: the text must depend on it.
+            for key in turn.extra.keys() & {"tool_calls", "name"}:
+                extra = {name: value for name, value in turn.extra.items() if name != key}
+                without = list(asked.turns)
+                without[i] = replace(turn, extra=extra)
+                if self._same(replace(asked, turns=tuple(without)), text):
+                    yield f"{key} {of}"
+        if asked.tools and self._same(replace(asked, tools=None), text):
+            yield "tools"
+
+    def _same(self, asked: Conversation, text: str) -> bool:
+        """Whether the template writes this text of another conversation, too."""
+        try:
+            return self._write(asked)[0] == text
+        except DataError:
+            return False
+
+    def _source_for(self, tools: Any) -> str:
+        return self._tools_source if tools else self._source
 
     def _write(
-        self, turns: Sequence[Turn], *, where: str, prompt: bool = False, marks: bool = False
+        self, asked: Conversation, *, prompt: bool = False, marks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """The template's text, and the spans it marks as generated."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             texts, spans = render_jinja_template(
-                [messages],
-                chat_template=self._source,
+                [[_message(turn) for turn in asked.turns]],
+                tools=asked.tools,
+                chat_template=self._source_for(asked.tools),
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=prompt,
                 **self._variables,
@@ -176,50 +232,54 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(
                 f"the chat template refuses the conversation: {error}",
-                where=where,
-                fix="most templates want one system turn at most, then user and assistant in turn",
+                where=asked.where,
+                fix="most templates want one system turn at most, then user and assistant in turn; "
+                "not every one takes turns and calls of tools",
             ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if marks else []
 
-    def _with_system_where_it_goes(self, conversation: Conversation) -> list[Turn]:
-        """The turns, the system's put before the first question if the template takes none."""
-        turns = list(conversation.turns)
+    def _with_system_where_it_goes(self, conversation: Conversation) -> Conversation:
+        """The system's turn put before the first question if the template takes none."""
+        turns = conversation.turns
         wrong = next((t for t in turns if t.learn and t.role != "assistant"), None)
         if wrong is not None:
             raise DataError(
                 f"a turn of the {wrong.role} is to be learnt, only an assistant's can be",
-                where=f"conversation {conversation.group}",
+                where=conversation.where,
             )
         if len(turns) < 2 or turns[0].role != "system" or turns[1].role != "user":
-            return turns
+            return conversation
         if self._takes_system is None:
             self._takes_system = self._shows_system()
             if not self._takes_system:
-                self.notes.append(
+                self._notes.append(
                     "the chat template takes no system turn: its text is put before the first "
                     "question"
                 )
         if self._takes_system:
-            return turns
-        first = Turn("user", f"{turns[0].text}\n\n{turns[1].text}")
-        return [first, *turns[2:]]
+            return conversation
+        first = replace(turns[1], text=f"{turns[0].text}\n\n{turns[1].text}")
+        return replace(conversation, turns=(first, *turns[2:]))
 
     def _shows_system(self) -> bool:
         """Whether a system turn is let through, and changes what is written."""
         rest = (Turn("user", "question"), Turn("assistant", "answer"))
         try:
             one, two = (
-                self._write([Turn("system", text), *rest], where="")[0] for text in ("one", "two")
+                self._write(Conversation((Turn("system", text), *rest), ""))[0]
+                for text in ("one", "two")
             )
         except DataError:
             return False
         return one != two
 
-    def _mask(self, turns: Sequence[Turn]) -> tuple[list[Turn], dict[str, str]]:
+    def _mask(self, asked: Conversation) -> tuple[Conversation, dict[str, str]]:
         """Control tokens in the texts made private-use characters that nobody typed."""
-        if not any(self._control.search(turn.text) for turn in turns):
-            return list(turns), {}
-        typed = set(chain.from_iterable(turn.text for turn in turns))
+        texts = list(_strings([[turn.text, turn.extra] for turn in asked.turns]))
+        texts += _strings(asked.tools)
+        if not any(self._control.search(text) for text in texts):
+            return asked, {}
+        typed = set(chain.from_iterable(texts))
         fresh = (chr(code) for code in _PRIVATE if chr(code) not in typed)
         stands: dict[str, str] = {}
 
@@ -229,5 +289,40 @@ class ChatTemplate:
                 stands[token] = next(fresh)
             return stands[token] * len(token)
 
-        masked = [Turn(turn.role, self._control.sub(hide, turn.text), turn.learn) for turn in turns]
-        return masked, {character: token for token, character in stands.items()}
+        def masked(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._control.sub(hide, value)
+            if isinstance(value, Mapping):
+                return {masked(key): masked(each) for key, each in value.items()}
+            return [masked(each) for each in value] if isinstance(value, list) else value
+
+        turns = tuple(
+            replace(turn, text=masked(turn.text), extra=masked(turn.extra)) for turn in asked.turns
+        )
+        tools = masked(asked.tools)
+        masks = {character: token for token, character in stands.items()}
+        return replace(asked, turns=turns, tools=tools), masks
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn as templates take it; reasoning under each of the names by which they know it."""
+    message = {"role": turn.role, "content": turn.text, **turn.extra}
+    if _REASONING in message:
+        message |= {"reasoning": message[_REASONING], "thinking": message[_REASONING]}
+    return message
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _strings(list(pair))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)

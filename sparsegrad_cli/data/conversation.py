@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,14 @@ class Turn:
         role: who speaks.
         text: what is said, as it stands in the source.
         learn: whether its tokens are labelled; only an assistant's can be.
+        extra: other keys of the message that the chat template reads: ``tool_calls``,
+            ``tool_call_id``, ``name``, ``reasoning_content``.
     """
 
     role: Role
     text: str
     learn: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,19 @@ class Conversation:
         turns: in order.
         group: conversations of one group (an OpenAssistant tree, a row of a file) must stay in one
             split: they share text.
+        tools: JSON schemas of the tools that the assistant may call, or None.
+        place: where it stands, as ``file:line``; empty where that is not known.
     """
 
     turns: tuple[Turn, ...]
     group: str
+    tools: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
+    place: str = ""
+
+    @property
+    def where(self) -> str:
+        """Its place for an error message."""
+        return self.place or f"conversation {self.group}"
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def hub_table(data: Dataset, source: str) -> Table:
         return converted(plain.select_columns([name])[:].column(0), name, source)
 
     readers = {name: partial(column, name) for name in data.column_names}
-    return Table(Columns(readers), source, count=len(data), class_names=names)
+    return Table(Columns(readers), source, count=len(data), class_names=names, typed=True)
 
 
 def load_hub_splits(

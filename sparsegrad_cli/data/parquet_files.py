@@ -37,7 +37,7 @@ def read_parquet(path: Path) -> Table:
         readers[name] = (
             partial(_refuse_twice, path, name) if twice else partial(_column, path, name)
         )
-    return Table(Columns(readers), str(path), count=count, class_names=class_names)
+    return Table(Columns(readers), str(path), count=count, class_names=class_names, typed=True)
 
 
 def converted(values: Sequence[Any], name: str, source: str) -> list[Any]:

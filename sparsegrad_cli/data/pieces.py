@@ -149,7 +149,7 @@ class PieceEncoder:
                 raise DataError(
                     "the tokenizer cannot encode this text by itself: "
                     f"{chat.unmasked(cut.start, cut.end)[:60]!r}",
-                    where="task",
+                    where=chat.where,
                 )
             pieces.append(Piece(cut.start, cut.end, ids[len(head) :], False))
         return pieces

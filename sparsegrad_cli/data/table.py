@@ -70,6 +70,8 @@ class Table:
         class_names: by column, the names that a file written by ``datasets`` gives to the ids of a
             ``ClassLabel`` column.
         ragged: each row names its own columns, as in JSON, so that any may be missing.
+        typed: read from Arrow, where every object of a column has every key, and None stands for
+            a key that is not there.
     """
 
     columns: Mapping[str, list[Any]]
@@ -80,6 +82,7 @@ class Table:
     notes: tuple[str, ...] = ()
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ragged: bool = False
+    typed: bool = False
 
     def __len__(self) -> int:
         if self.count is not None:
@@ -148,4 +151,5 @@ def concatenated(tables: list[Table]) -> Table:
         notes=tuple(dict.fromkeys(note for table in tables for note in table.notes)),
         class_names=tables[0].class_names,
         ragged=all(table.ragged for table in tables),
+        typed=all(table.typed for table in tables),
     )

@@ -49,6 +49,10 @@ class ChatSection(Section):
         "auto", description="chat: what the columns are; auto goes by their names"
     )
     column: str | None = Field(None, description="chat: the column with the turns")
+    train_on: Literal["every_answer", "last_answer"] = Field(
+        "every_answer",
+        description="last_answer: only the last answer of a conversation is labelled",
+    )
     packing: Literal["none", "pack", "concatenate"] = Field(
         "none",
         description="none: one conversation a row; pack: several, none sees another; concatenate: "

@@ -189,10 +189,38 @@ def test_methods_are_compared_by_loss(cli: Cli, settings: tuple[str, ...]) -> No
     assert all(check["same_order"] and check["same_data"] for check in record["checks"])
 
 
+def test_a_run_says_what_its_data_masks_and_what_the_template_leaves_out(
+    cli: Cli, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "agent.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(20):
+            messages = [
+                {"role": "user", "content": f"{number}?"},
+                {"role": "assistant", "content": "bad", "train": False},
+                {"role": "user", "content": "And 7?"},
+                {"role": "assistant", "content": "ok", "reasoning": "why"},
+            ]
+            file.write(json.dumps({"messages": messages, "source": "made up"}) + "\n")
+    overrides = ("method=full", f"task.path={path}", "train.max_steps=1")
+    outcome = cli("train", *settings, *overrides, "-o", "run")
+    assert outcome.code == 0, outcome.err
+    task = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["task"]
+    lost = "the chat template leaves out reasoning to be learnt: 20 x; first:"
+    for note in ("keys that are not used: source (20 rows)", lost):
+        assert note in outcome.flat and any(note in found for found in task["notes"])
+    counts = task["counts"]
+    assert counts["answers with a loss weight of 0, not learnt"] == 20
+    # Two letters and the end of the turn.
+    labelled = [counts[f"{part}: labelled tokens"] for part in ("training", "validation")]
+    assert sum(labelled) == 20 * 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (("task.path=null",), "task.path"),
+        (("task.chat.train_on=last",), "task.chat.train_on"),
         (("task={name: glue/rte, chat: {paths: best}}",), "task.chat"),
         (("train.label_smoothing_factor=0.1",), "label smoothing"),
         (("task.metric=accuracy",), "not a metric of conversations"),

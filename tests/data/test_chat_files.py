@@ -170,9 +170,12 @@ def test_csv_of_prompts(tmp_path: Path) -> None:
         ([], "no turn of the assistant"),
         (said("u"), "no turn of the assistant"),
         (["hi"], "a turn is not an object"),
-        ([{}], "a role that is not system, user or assistant"),
-        ([{"role": "tool", "content": "x"}], "a role that is not system, user or assistant"),
-        ([{"role": 5, "content": "x"}], "a role that is not system, user or assistant"),
+        ([{}], "a role that is not system, user, assistant or tool"),
+        (
+            [{"role": "critic", "content": "x"}],
+            "a role that is not system, user, assistant or tool",
+        ),
+        ([{"role": 5, "content": "x"}], "a role that is not system, user, assistant or tool"),
         ([*said("u"), {"role": "assistant"}], "a turn's text is missing or not text"),
         ([*said("u"), {"role": "assistant", "content": 3}], "a turn's text is missing or not text"),
         ([*said("u"), {"role": "assistant", "content": ["a"]}], "a part of a turn is not text"),
@@ -183,8 +186,24 @@ def test_csv_of_prompts(tmp_path: Path) -> None:
         (said("u", "a", "a", roles="uaa"), "two turns of one role in a row"),
         (said("u", "a", "s", "u", "a", roles="uasua"), "a system turn that is not the first"),
         (
-            [*said("u"), {"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}],
-            "a turn calls a tool",
+            [*said("u"), {"role": "tool", "content": "x"}, *said("a", roles="a")],
+            "a tool's turn that follows no turn of the assistant",
+        ),
+        (
+            [*said("u"), {"role": "assistant", "content": "x", "tool_calls": "clock"}],
+            "tool_calls is neither a list nor JSON",
+        ),
+        (
+            [*said("u"), {"role": "assistant", "content": "x", "tool_calls": ["5"]}],
+            "tool_calls is not a list of objects",
+        ),
+        (
+            [*said("u"), {"role": "assistant", "content": "x", "reasoning_content": 5}],
+            "reasoning is not text",
+        ),
+        (
+            [*said("u"), {"role": "assistant", "content": "x", "weight": 0}],
+            "every answer has a loss weight of 0",
         ),
     ],
 )

@@ -290,7 +290,7 @@ def test_a_template_that_writes_earlier_turns_otherwise() -> None:
     assert labelled_parts(tokenizer, ids, labels) == ["<think>\n\n</think>\n\ntwo<|im_end|>"]
     with pytest.raises(DataError, match="turn 2 otherwise once others follow") as caught:
         encoder.encode(chat("a", "one", "b", "two"), max_length=LONG)
-    assert "last turn only" in str(caught.value.fix)
+    assert "task.chat.train_on=last_answer" in str(caught.value.fix)
 
 
 def test_a_prompt_that_is_not_what_the_turn_begins_with_is_refused() -> None:
