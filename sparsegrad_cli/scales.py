@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,38 @@ METRICS = {
     "spearmanr": Scale("Spearman correlation"),
     "pearson_spearman": Scale("mean of Pearson and Spearman correlation"),
     "f1": Scale("F1"),
+    "f1_macro": Scale("F1, mean over classes"),
+    "f1_weighted": Scale("F1, mean over classes weighted by rows"),
+    "precision": Scale("precision"),
+    "precision_macro": Scale("precision, mean over classes"),
+    "precision_weighted": Scale("precision, mean over classes weighted by rows"),
+    "recall": Scale("recall"),
+    "recall_macro": Scale("recall, mean over classes"),
+    "recall_weighted": Scale("recall, mean over classes weighted by rows"),
     "accuracy": Scale("accuracy"),
     "loss": Scale("validation loss", times=1, digits=3, lower_is_better=True),
     "perplexity": Scale("perplexity", times=1, digits=2, lower_is_better=True),
     "token_accuracy": Scale("next-token accuracy"),
 }
 SCORE = Scale("score")
+_OF_ONE_CLASS = ("f1", "precision", "recall")
 
 
-def scale_of(metric: str | None) -> Scale:
-    """The scale of a metric; one this version does not know is read as a fraction."""
+def scale_of(metric: str | None, positive_label: str | None = None) -> Scale:
+    """The scale of a metric; one this version does not know is read as a fraction.
+
+    Args:
+        metric: its name in a record.
+        positive_label: the class of two that ``f1``, ``precision`` and ``recall`` are of, which
+            their words name.
+    """
     if metric is None:
         return SCORE
-    return METRICS.get(metric) or Scale(metric.replace("_", " "))
+    scale = METRICS.get(metric) or Scale(metric.replace("_", " "))
+    if metric in _OF_ONE_CLASS and positive_label is not None:
+        shown = positive_label if len(positive_label) <= 40 else f"{positive_label[:37]}..."
+        return replace(scale, words=f"{scale.words} of class {shown}")
+    return scale
 
 
 def common_metric(metrics: Sequence[str | None]) -> str | None:

@@ -89,6 +89,7 @@ def _row(task: str, method: str, cells: Sequence[Cell], uses: Mapping[str, int])
         "seeds_asked": len(cells),
         "status": _status(cells),
         "metric": text(first, "task", "metric"),
+        "positive_label": text(first, "task", "positive_label"),
         "score_mean": mean(scores),
         "score_std": std(scores),
         "score_interval": [found.low, found.high] if found else None,

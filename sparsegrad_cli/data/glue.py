@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data import mrpc
 from sparsegrad_cli.data.delimited import bare_rows, column_count_error
 from sparsegrad_cli.data.files import read_table
+from sparsegrad_cli.data.labels import as_number
 from sparsegrad_cli.data.spec import GLUE_TASKS, Examples, RawTask, TaskSpec
 from sparsegrad_cli.data.split_files import find_split, looked_for
 from sparsegrad_cli.data.table import Table, concatenated
@@ -43,6 +45,7 @@ _FOLDERS = {
 }
 _SUFFIXES = (".tsv", ".parquet", ".csv", ".jsonl", ".ndjson", ".json")  # the original layout first
 _HIDDEN = -1
+_IDS = {str(number): number for number in range(_HIDDEN, 3)}  # of the most classes that a task has
 _NO_GOLD = "-"
 
 
@@ -162,11 +165,15 @@ def examples_from_table(spec: TaskSpec, table: Table, split: str, notes: list[st
     """Pick the columns, map labels to ids, leave out rows without a label."""
     originals = _ORIGINAL_NAMES.get(spec.name.removeprefix("glue/"), {})
     texts = [_column(table, name, originals) for name in spec.text_columns]
-    labels = table.columns[_column(table, spec.label_column, originals)]
+    label_column = _column(table, spec.label_column, originals)
+    labels = table.columns[label_column]
+    class_names = table.class_names.get(label_column, ())
     dropped = _Dropped()
     kept: list[int] = []
     values: list[Any] = []
     for row, raw in enumerate(labels):
+        if isinstance(raw, int) and 0 <= raw < len(class_names):
+            raw = class_names[raw]  # another file may number the classes in another way
         value = _parse_score(raw) if spec.regression else _parse_class(raw, spec)
         if value is None:
             raise DataError(
@@ -220,21 +227,17 @@ def _parse_class(raw: Any, spec: TaskSpec) -> int | str | None:
             return names.index(word.lower())
         if word == _NO_GOLD and spec.name == "glue/mnli":
             return _NO_GOLD
-        try:
-            raw = int(word)
-        except ValueError:
-            return None
+        return _IDS.get(word) if _IDS.get(word, 0) < len(names) else None
     if isinstance(raw, bool) or not isinstance(raw, int | float) or raw != raw:
         return None
     return int(raw) if raw == _HIDDEN or raw in range(len(names)) else None
 
 
 def _parse_score(raw: Any) -> float | None:
-    try:
-        value = float(raw)
-    except (TypeError, ValueError):
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float | Decimal):
         return None
-    return value if math.isfinite(value) else None
+    value = as_number(raw.strip()) if isinstance(raw, str) else float(raw)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _expected(spec: TaskSpec) -> str:

@@ -16,9 +16,12 @@ from sparsegrad_cli.data.spec import (
     BUILTIN_TASKS,
     FILE_TASKS,
     GLUE_TASKS,
+    POSITIVE_METRICS,
     Examples,
     RawTask,
     TaskSpec,
+    TaskType,
+    check_settings,
     known_task_names,
     suggest,
     with_metric,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BUILTIN_SEED = 0  # of the generator; not the training seed, so that every run has the same data
+_MOST_NAMES = 10  # of classes in a note
 _BUILTIN_SIZES: dict[Literal["train", "validation"], int] = {"train": 4000, "validation": 1000}
 
 
@@ -64,7 +68,9 @@ def load_task(
     train_limit: int | None = None,
     eval_limit: int | None = None,
     validation_fraction: float = 0.1,
+    task_type: TaskType | None = None,
     metric: str | None = None,
+    positive_label: str | None = None,
     seed: int = 0,
     separator: str | None = None,
 ) -> LoadedTask:
@@ -78,7 +84,10 @@ def load_task(
         train_limit: use the FIRST n training rows, in file order; None uses all.
         eval_limit: use the first n rows of every validation split; None uses all.
         validation_fraction: share split off at random where the user's files have no validation.
+        task_type: what the labels are; only for csv, json, parquet.
         metric: the selecting metric; None takes the task's own.
+        positive_label: the class that f1, precision and recall of two classes are of; None takes
+            the second in the order of class ids.
         seed: of that split; nothing else here is random.
         separator: what separates the columns of CSV and TSV files: one character, or ``tab``; None
             finds it out. Only for csv, json, parquet.
@@ -93,10 +102,11 @@ def load_task(
             f"validation_fraction is {validation_fraction:g}, it must lie between 0 and 1",
             where="task.validation_fraction",
         )
+    check_settings(name, task_type=task_type, metric=metric, positive_label=positive_label)
     folder = Path(path).expanduser() if path is not None else None
     if name in FILE_TASKS:
         mark = "\t" if separator == "tab" else separator
-        raw = _tabular(name, folder, columns, validation_fraction, metric, seed, mark)
+        raw = _tabular(name, folder, columns, validation_fraction, task_type, metric, seed, mark)
     elif columns and any(columns.values()):
         raise UsageError(
             f"columns cannot be chosen for {name}: they are known",
@@ -113,7 +123,7 @@ def load_task(
     else:
         fix = suggest(name, known_task_names())
         raise UsageError(f"unknown task {name!r}", where="task.name", fix=fix)
-    return _finish(raw, train_limit, eval_limit, metric)
+    return _finish(raw, train_limit, eval_limit, metric, positive_label)
 
 
 def _tabular(
@@ -121,6 +131,7 @@ def _tabular(
     path: Path | None,
     columns: Mapping[str, str | None] | None,
     validation_fraction: float,
+    task_type: TaskType | None,
     metric: str | None,
     seed: int,
     separator: str | None,
@@ -136,6 +147,7 @@ def _tabular(
         path,
         columns,
         validation_fraction=validation_fraction,
+        task_type=task_type,
         metric=metric,
         seed=seed,
         separator=separator,
@@ -153,12 +165,16 @@ def _builtin(name: str) -> RawTask:
 
 
 def _finish(
-    raw: RawTask, train_limit: int | None, eval_limit: int | None, metric: str | None
+    raw: RawTask,
+    train_limit: int | None,
+    eval_limit: int | None,
+    metric: str | None,
+    positive_label: str | None,
 ) -> LoadedTask:
     for key, limit in (("train_limit", train_limit), ("eval_limit", eval_limit)):
         if limit is not None and limit < 1:
             raise UsageError(f"{key} is {limit}, it must be at least 1", where=f"task.{key}")
-    spec = with_metric(raw.spec, metric)
+    spec = with_metric(raw.spec, metric, positive_label)
     train = raw.train.first(train_limit)
     validation = {split: part.first(eval_limit) for split, part in raw.validation.items()}
     for split, part in (("training", train), *validation.items()):
@@ -172,6 +188,16 @@ def _finish(
     for split, part in validation.items():
         if len(part) < len(raw.validation[split]):
             notes.append(f"{split} uses the first {len(part)} of {len(raw.validation[split])} rows")
+    notes += _absent_classes(spec, train, validation)
+    if spec.metric in POSITIVE_METRICS and positive_label is None:
+        notes.append(
+            f"{spec.metric} is that of class {spec.positive_label!r}, the second of "
+            f"{', '.join(spec.label_names or ())}; task.positive_label chooses another"
+        )
+    if metric is not None and metric != spec.metric:
+        notes.append(
+            f"{metric} of {len(spec.label_names or ())} classes is their plain mean: {spec.metric}"
+        )
     return LoadedTask(
         spec=spec,
         train=_dataset(spec, train),
@@ -180,6 +206,21 @@ def _finish(
         data_hash=_hash({"train": train, **validation}),
         majority=_majority(spec, train, next(iter(validation.values()))),
     )
+
+
+def _absent_classes(
+    spec: TaskSpec, train: Examples, validation: Mapping[str, Examples]
+) -> list[str]:
+    """A note on classes that no training row has: they cannot be learnt."""
+    present = set(train.label)
+    absent = [name for i, name in enumerate(spec.label_names or ()) if i not in present]
+    if not absent:
+        return []
+    ids = set(range(len(spec.label_names or ()))) - present
+    rows = sum(label in ids for part in validation.values() for label in part.label)
+    shown = ", ".join(absent[:_MOST_NAMES]) + (" ..." if len(absent) > _MOST_NAMES else "")
+    many = "class" if len(absent) == 1 else "classes"
+    return [f"no training row has the {many} {shown} (validation rows: {rows})"]
 
 
 def _dataset(spec: TaskSpec, examples: Examples) -> Dataset:

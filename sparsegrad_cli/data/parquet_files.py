@@ -62,11 +62,12 @@ def converted(values: Sequence[Any], name: str, source: str) -> list[Any]:
             where=f"{source}, row {row}" if row else source,
             fix="write the file again without what is at fault there",
         ) from None
-    return [_plain(value) if isinstance(value, Decimal) else value for value in found]
+    return [_whole(value) if isinstance(value, Decimal) else value for value in found]
 
 
-def _plain(value: Decimal) -> int | float:
-    return int(value) if value.as_tuple().exponent == 0 else float(value)
+def _whole(value: Decimal) -> int | Decimal:
+    """Return a decimal without a fraction as an integer; others keep all their digits."""
+    return int(value) if value.as_tuple().exponent == 0 else value
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:

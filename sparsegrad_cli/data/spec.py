@@ -5,10 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from sparsegrad_cli.errors import UsageError
 
-CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
+TaskType = Literal["classification", "regression"]
+POSITIVE_METRICS = ("f1", "precision", "recall")  # those of one class of two, the positive one
+CLASS_METRICS = (
+    "accuracy",
+    *(f"{name}{mean}" for name in POSITIVE_METRICS for mean in ("", "_macro", "_weighted")),
+    "matthews_correlation",
+)
 SCORE_METRICS = ("pearson", "spearmanr")
 FILE_TASKS = ("csv", "json", "parquet")
 CHAT_TASKS = ("oasst", "chat", "builtin:dialogues")
@@ -28,6 +35,7 @@ class TaskSpec:
         metric: the metric that selects the best model.
         metrics: all official metrics of the task, ``metric`` among them.
         eval_splits: names of the validation sets, the selecting one first.
+        chosen_positive: the class that ``task.positive_label`` names.
     """
 
     name: str
@@ -38,11 +46,25 @@ class TaskSpec:
     metric: str
     metrics: tuple[str, ...]
     eval_splits: tuple[str, ...] = ("validation",)
+    chosen_positive: str | None = None
 
     @property
     def has_pair(self) -> bool:
         """True when an example is two texts."""
         return len(self.text_columns) == 2
+
+    @property
+    def positive_id(self) -> int:
+        """The class id that f1, precision and recall of two classes are of: 1 by default."""
+        names = self.label_names or ()
+        return 1 if self.chosen_positive is None else names.index(self.chosen_positive)
+
+    @property
+    def positive_label(self) -> str | None:
+        """The name of that class; None where no metric of the task is of one class."""
+        if len(self.label_names or ()) != 2 or not set(self.metrics) & set(POSITIVE_METRICS):
+            return None
+        return (self.label_names or ())[self.positive_id]
 
 
 @dataclass(frozen=True)
@@ -140,24 +162,117 @@ def known_task_names() -> list[str]:
     return [*(f"glue/{name}" for name in GLUE_TASKS), *BUILTIN_TASKS, *FILE_TASKS, *CHAT_TASKS]
 
 
-def with_metric(spec: TaskSpec, metric: str | None) -> TaskSpec:
-    """The task selecting by ``metric``, which is put among its metrics; None keeps its own.
+def with_metric(spec: TaskSpec, metric: str | None, positive_label: str | None = None) -> TaskSpec:
+    """Return the task selecting by ``metric``, which is put among its metrics.
+
+    Args:
+        spec: the task.
+        metric: None keeps its own. Of more than two classes ``f1``, ``precision`` and ``recall``
+            are the plain mean over classes, and become ``f1_macro`` and so on.
+        positive_label: the class that the metrics of one class are of.
 
     Raises:
-        UsageError: the metric is unknown, or does not fit a task of this kind.
+        UsageError: the metric is unknown or does not fit a task of this kind, or the positive label
+            is not a class of the task or has no effect on its metrics.
+    """
+    if metric is not None:
+        choices = SCORE_METRICS if spec.regression else CLASS_METRICS
+        if metric not in choices:
+            kind = "scores (regression)" if spec.regression else "classes"
+            raise UsageError(
+                f"{metric!r} is not a metric for a task with {kind}",
+                where="task.metric",
+                fix=suggest(metric, choices),
+            )
+        if metric in POSITIVE_METRICS and len(spec.label_names or ()) > 2:
+            metric = f"{metric}_macro"
+        metrics = spec.metrics if metric in spec.metrics else (*spec.metrics, metric)
+        spec = replace(spec, metric=metric, metrics=metrics)
+    if positive_label is None:
+        return spec
+    names = spec.label_names or ()
+    if len(names) > 2 and metric is not None:
+        raise UsageError(
+            f"task.positive_label is for two classes, and {spec.name} has {len(names)}",
+            where="task.positive_label",
+            fix="leave it out: f1_macro and f1_weighted are means over all classes",
+        )
+    if spec.positive_label is None:
+        raise _positive_without_effect(", ".join(spec.metrics))
+    if positive_label not in names:
+        raise UsageError(
+            f"{positive_label!r} is not a class of {spec.name}",
+            where="task.positive_label",
+            fix=suggest(positive_label, names),
+        )
+    return replace(spec, chosen_positive=positive_label)
+
+
+def check_settings(
+    name: str, *, task_type: TaskType | None, metric: str | None, positive_label: str | None
+) -> None:
+    """Check a task's settings against its name, before any data are read.
+
+    Raises:
+        UsageError: a setting has no effect on this task or does not fit it; ``where`` is its key.
+    """
+    spec = BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
+    is_chat = name in CHAT_TASKS
+    if task_type is not None and (is_chat or spec is not None):
+        kind = "conversations" if spec is None else "scores" if spec.regression else "classes"
+        raise UsageError(
+            f"task.type has no effect: {name} is a task of {kind}",
+            where="task.type",
+            fix="leave it out",
+        )
+    if is_chat:
+        if metric is not None and metric not in CHAT_METRICS:
+            raise UsageError(
+                f"{metric!r} is not a metric of conversations",
+                where="task.metric",
+                fix=suggest(metric, CHAT_METRICS),
+            )
+        if positive_label is not None:
+            raise _positive_without_effect(metric or CHAT_METRICS[0])
+    elif spec is not None:
+        with_metric(spec, metric, positive_label)
+    elif name in FILE_TASKS:
+        type_by_settings(task_type, metric)
+        if positive_label is not None and metric not in POSITIVE_METRICS:
+            raise _positive_without_effect(metric or "the default metric")
+
+
+def type_by_settings(task_type: TaskType | None, metric: str | None) -> TaskType | None:
+    """Return what ``task.type`` and ``task.metric`` say that the labels are; None without both.
+
+    Raises:
+        UsageError: the metric is unknown, or is not of the type.
     """
     if metric is None:
-        return spec
-    choices = SCORE_METRICS if spec.regression else CLASS_METRICS
-    if metric not in choices:
-        kind = "scores (regression)" if spec.regression else "classes"
+        return task_type
+    if metric not in (*CLASS_METRICS, *SCORE_METRICS):
         raise UsageError(
-            f"{metric!r} is not a metric for a task with {kind}",
+            f"{metric!r} is not a metric of classes or scores",
             where="task.metric",
-            fix=suggest(metric, choices),
+            fix=suggest(metric, (*CLASS_METRICS, *SCORE_METRICS)),
         )
-    metrics = spec.metrics if metric in spec.metrics else (*spec.metrics, metric)
-    return replace(spec, metric=metric, metrics=metrics)
+    by_metric: TaskType = "regression" if metric in SCORE_METRICS else "classification"
+    if task_type is not None and task_type != by_metric:
+        choices = SCORE_METRICS if task_type == "regression" else CLASS_METRICS
+        raise UsageError(
+            f"{metric} is a metric of {by_metric}, and task.type is {task_type}",
+            where="task.metric",
+            fix=f"one of {', '.join(choices)}; or leave task.type out",
+        )
+    return by_metric
+
+
+def _positive_without_effect(metrics: str) -> UsageError:
+    return UsageError(
+        f"task.positive_label has no effect on {metrics}",
+        where="task.positive_label",
+        fix=f"leave it out, or set task.metric: {', '.join(POSITIVE_METRICS)}, of two classes",
+    )
 
 
 def suggest(given: str, choices: Sequence[str]) -> str:

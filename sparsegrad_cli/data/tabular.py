@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.files import read_table
+from sparsegrad_cli.data.labels import read_labels
 from sparsegrad_cli.data.spec import (
-    CLASS_METRICS,
     SCORE_METRICS,
     Examples,
     RawTask,
     TaskSpec,
+    TaskType,
     suggest,
-    with_metric,
 )
 from sparsegrad_cli.data.split_files import (
     PREFERRED,
@@ -35,8 +33,6 @@ from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.errors import DataError, UsageError
 
 _ROLES = ("text", "text_pair", "label")
-_LARGEST = 3.4e38  # that float32 holds, in which scores are learnt
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def load_tabular(
@@ -45,6 +41,7 @@ def load_tabular(
     columns: Mapping[str, str | None] | None,
     *,
     validation_fraction: float,
+    task_type: TaskType | None,
     metric: str | None,
     seed: int,
     separator: str | None = None,
@@ -58,17 +55,16 @@ def load_tabular(
         columns: names of the ``text``, ``text_pair`` and ``label`` columns. Left out: those very
             names, ``text_pair`` only where there is such a column.
         validation_fraction: share of rows split off where there is no validation file.
-        metric: the selecting metric; accuracy or pearson for None. ``pearson`` and ``spearmanr``
-            make whole-number labels scores; ``accuracy``, ``f1``, ``matthews_correlation`` need
-            classes.
+        task_type: what the labels are; None goes by ``metric``, then by the labels themselves.
+        metric: the selecting metric.
         seed: of that split.
         separator: what separates the columns of CSV and TSV files; None finds it out.
 
-    Labels: numbers with a fraction anywhere are scores (regression); whole numbers (0.0 counts as
-    0) and words are classes, ids given in sorted order of the values found in training.
+    What the labels are, and how a class is named, is decided in
+    :mod:`sparsegrad_cli.data.labels`.
 
     Raises:
-        UsageError: a column that is not there, or a metric that does not fit the labels.
+        UsageError: a column that is not there, or labels that do not fit the settings.
         DataError: an unreadable or empty file, an empty text or label, an unseen label.
     """
     train_table, validation_table, notes = _find_tables(name, path, separator)
@@ -76,15 +72,8 @@ def load_tabular(
     tables = [train_table] if validation_table is None else [train_table, validation_table]
     if validation_table is not None:
         _require_columns(validation_table, roles)
-    raw_labels = [_labels(table, roles["label"]) for table in tables]
-    regression = _is_regression(raw_labels, metric)
-    names: tuple[str, ...] | None = None
-    ids: Sequence[list[int] | list[float]]
-    if regression:
-        ids = [[float(value) for value in labels] for labels in raw_labels]
-    else:
-        names, ids = _encode_classes(tables, raw_labels)
-    splits = [_examples(t, roles, labels) for t, labels in zip(tables, ids, strict=True)]
+    labels = read_labels(tables, roles["label"], task_type=task_type, metric=metric)
+    splits = [_examples(t, roles, labels.values[i]) for i, t in enumerate(tables)]
     if len(splits) == 1:
         train, validation, note = _split(splits[0], validation_fraction, seed, path)
         notes.append(note)
@@ -93,16 +82,17 @@ def load_tabular(
     text_columns: tuple[str] | tuple[str, str] = (
         (roles["text"], roles["text_pair"]) if "text_pair" in roles else (roles["text"],)
     )
+    regression = labels.names is None
     spec = TaskSpec(
         name=name,
         text_columns=text_columns,
         label_column=roles["label"],
-        label_names=names,
+        label_names=labels.names,
         regression=regression,
         metric="pearson" if regression else "accuracy",
         metrics=SCORE_METRICS if regression else ("accuracy",),
     )
-    return RawTask(with_metric(spec, metric), train, {"validation": validation}, notes)
+    return RawTask(spec, train, {"validation": validation}, [*notes, *labels.notes])
 
 
 def _find_tables(
@@ -149,90 +139,6 @@ def _require_columns(table: Table, roles: Mapping[str, str]) -> None:
                 where=f"task.columns.{role}",
                 fix=suggest(column, tuple(table.columns)),
             )
-
-
-def _labels(table: Table, column: str) -> list[int | float | str]:
-    """Labels as numbers where every one in the file is a number, else all as words."""
-    values = table.columns[column]
-    for row, value in enumerate(values):
-        empty = value is None or (isinstance(value, str) and not value.strip())
-        if empty or (isinstance(value, float) and not math.isfinite(value)):
-            shown = "empty" if empty else value
-            raise DataError(f"the label in column {column!r} is {shown}", where=table.place(row))
-        if not isinstance(value, str | int | float):
-            raise DataError(
-                f"the label in column {column!r} is a {type(value).__name__}: "
-                "expected a word or a number",
-                where=table.place(row),
-            )
-        if isinstance(value, int | float) and abs(value) > _LARGEST:
-            raise _too_large(column, table.place(row))
-    numbers = [_number(value) for value in values]
-    if not all(number is not None for number in numbers):
-        return [str(value).strip() for value in values]
-    found = [number for number in numbers if number is not None]
-    for row, number in enumerate(found):
-        if abs(number) > _LARGEST:
-            raise _too_large(column, table.place(row))
-    return list(found)
-
-
-def _too_large(column: str, place: str) -> DataError:
-    return DataError(f"the label in column {column!r} is too large for a number", where=place)
-
-
-def _number(value: Any) -> int | float | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        # float() would also take "nan", "infinity" and "1_000", which are words here.
-        if not _NUMBER.fullmatch(value.strip()):
-            return None
-        value = float(value)
-    return int(value) if float(value).is_integer() else float(value)
-
-
-def _is_regression(labels: list[list[int | float | str]], metric: str | None) -> bool:
-    flat = [value for part in labels for value in part]
-    numeric = not any(isinstance(value, str) for value in flat)
-    fractional = numeric and any(isinstance(value, float) for value in flat)
-    if metric in SCORE_METRICS and not numeric:
-        raise UsageError(
-            f"{metric} needs numbers, and the labels are words",
-            where="task.metric",
-            fix=f"one of {', '.join(CLASS_METRICS)}",
-        )
-    if metric in CLASS_METRICS and fractional:
-        raise UsageError(
-            f"{metric} needs classes, and the labels are numbers with a fraction",
-            where="task.metric",
-            fix=f"one of {', '.join(SCORE_METRICS)}",
-        )
-    return fractional or metric in SCORE_METRICS
-
-
-def _encode_classes(
-    tables: list[Table], labels: list[list[int | float | str]]
-) -> tuple[tuple[str, ...], list[list[int]]]:
-    seen = set(labels[0])
-    # Numbers sort as numbers: 2 before 10. A file of words and one of numbers do not mix: the
-    # label is then unseen, which is what it is.
-    values = sorted(seen, key=lambda value: (isinstance(value, str), value))
-    ids = {value: number for number, value in enumerate(values)}
-    for table, part in zip(tables[1:], labels[1:], strict=True):
-        for row, value in enumerate(part):
-            if value not in ids:
-                raise DataError(
-                    f"label {value!r} occurs in validation but not in training, row {row + 1}",
-                    where=table.place(row),
-                    fix=f"labels in training: {', '.join(str(v) for v in values[:20])}",
-                )
-    if len(values) < 2:
-        raise DataError(
-            f"every training label is {values[0]!r}: there is nothing to learn",
-            where=tables[0].source,
-        )
-    return tuple(str(value) for value in values), [[ids[v] for v in part] for part in labels]
 
 
 def _examples(table: Table, roles: Mapping[str, str], labels: list[int] | list[float]) -> Examples:

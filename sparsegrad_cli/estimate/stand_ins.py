@@ -10,7 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.spec import BUILTIN_TASKS, CHAT_TASKS, GLUE_TASKS, TaskSpec
+from sparsegrad_cli.data.spec import (
+    BUILTIN_TASKS,
+    CHAT_TASKS,
+    GLUE_TASKS,
+    TaskSpec,
+    type_by_settings,
+)
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import name_labels
@@ -34,7 +40,9 @@ def name_task(recipe: Recipe, config: Any, known: TaskSpec | None = None) -> lis
         return ["every token labelled, as in no conversation: the most there could be"]
     spec = known or BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
     notes = []
-    if spec is None:
+    if spec is None and type_by_settings(recipe.task.type, recipe.task.metric) == "regression":
+        spec = TaskSpec(name, ("text",), "label", None, True, "pearson", ("pearson",))
+    elif spec is None:
         notes = ["two classes supposed: the task's files are not read"]
         spec = TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
     name_labels(config, spec)

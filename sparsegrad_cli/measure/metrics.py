@@ -1,4 +1,4 @@
-"""GLUE's official metrics as an ``evaluate`` module that needs no network.
+"""Metrics of classes and scores, GLUE's own among them, as an offline ``evaluate`` module.
 
 The numbers come from scikit-learn and scipy. All values are fractions (0.59, not 59). Where a
 metric has no value by its formula, it gets the one below and a note, never NaN:
@@ -7,11 +7,17 @@ metric has no value by its formula, it gets the one below and a note, never NaN:
 case                                value                 why
 ==================================  ====================  ======================================
 one class predicted, or true        matthews 0            the limit of chance; scikit-learn's too
-no positive predicted and none true f1 0                  scikit-learn's ``zero_division=0``
+no positive predicted and none true f1 0 (precision and   scikit-learn's ``zero_division=0``
+                                    recall likewise)
 constant predictions or references  pearson, spearman 0   nothing is told apart
-NaN or infinite logits anywhere     accuracy 0, f1 0,     the model is broken, so that no
-                                    the others -1         checkpoint of it may be selected
+NaN or infinite logits anywhere     the lowest: 0, or -1  the model is broken, so that no
+                                    of a correlation      checkpoint of it may be selected
 ==================================  ====================  ======================================
+
+``f1``, ``precision`` and ``recall`` are those of one class of two: ``task.positive_label``, by
+default the class with id 1. With ``_macro`` they are the plain mean, and with ``_weighted`` the
+mean weighted by rows, over the classes that are true or predicted (scikit-learn's default).
+Accuracy and the Matthews correlation do not depend on which class is the positive one.
 
 ``evaluate`` takes seconds to import, so it is imported when the first score is computed.
 """
@@ -37,8 +43,7 @@ from sparsegrad_cli.data.spec import (
 from sparsegrad_cli.errors import DataError
 
 LOWEST = {
-    "accuracy": 0.0,
-    "f1": 0.0,
+    **dict.fromkeys(CLASS_METRICS, 0.0),
     "matthews_correlation": -1.0,
     "pearson": -1.0,
     "spearmanr": -1.0,
@@ -48,7 +53,13 @@ _CONSTANT = 1e-13
 
 _GENERIC = {
     "classification": TaskSpec(
-        "classification", ("text",), "label", None, False, "accuracy", CLASS_METRICS
+        "classification",
+        ("text",),
+        "label",
+        None,
+        False,
+        "accuracy",
+        ("accuracy", "f1", "matthews_correlation"),
     ),
     "regression": TaskSpec("regression", ("text",), "label", None, True, "pearson", SCORE_METRICS),
 }
@@ -125,10 +136,7 @@ def mean_loss(
 def metric_values(
     spec: TaskSpec, predictions: npt.NDArray[Any], references: npt.NDArray[Any]
 ) -> Scores:
-    """All metrics of a task from its answers: class ids or finite scores, both (N,), N >= 1.
-
-    ``f1`` is that of class 1 in a task of two classes, and the plain mean over classes otherwise.
-    """
+    """All metrics of a task from its answers: class ids or finite scores, both (N,), N >= 1."""
     values: dict[str, float] = {}
     notes: list[str] = []
     for name in spec.metrics:
@@ -153,15 +161,32 @@ def _classification(
     if name == "matthews_correlation":
         for what, ids in (("predictions", predicted), ("references", true)):
             if (ids == ids[0]).all():
-                return 0.0, f"all {len(ids)} {what} are class {ids[0]}: {name} is 0 by definition"
+                which = f"class {_named(spec, ids[0])}"
+                return 0.0, f"all {len(ids)} {what} are {which}: {name} is 0 by definition"
         return float(metrics.matthews_corrcoef(true, predicted)), None
     classes = len(spec.label_names or ()) or int(max(predicted.max(), true.max(), 1)) + 1
-    wanted = [1] if classes == 2 else list(range(classes))
-    value = metrics.f1_score(true, predicted, labels=wanted, average="macro", zero_division=0)
-    absent = [c for c in wanted if not (predicted == c).any() and not (true == c).any()]
-    unseen = ", ".join(map(str, absent))
-    note = f"class {unseen} is neither predicted nor true: its f1 is 0 by definition"
-    return float(value), note if absent else None
+    kind, _, average = name.partition("_")
+    score_of = {
+        "f1": metrics.f1_score,
+        "precision": metrics.precision_score,
+        "recall": metrics.recall_score,
+    }[kind]
+    if average or classes > 2:
+        value = score_of(true, predicted, average=average or "macro", zero_division=0)
+        absent = sorted(set(range(classes)) - set(predicted.tolist()) - set(true.tolist()))
+        named = ", ".join(_named(spec, label) for label in absent)
+        note = f"class {named} is neither predicted nor true: it is left out of {name}"
+        return float(value), note if absent and average != "weighted" else None
+    positive = spec.positive_id
+    value = score_of(true, predicted, labels=[positive], average="macro", zero_division=0)
+    absent_here = not (predicted == positive).any() and not (true == positive).any()
+    note = f"class {_named(spec, positive)} is neither predicted nor true: its {name} is 0 by"
+    return float(value), f"{note} definition" if absent_here else None
+
+
+def _named(spec: TaskSpec, label: int) -> str:
+    """``1 (acceptable)``, or the id alone where the classes have no names."""
+    return f"{label} ({spec.label_names[label]})" if spec.label_names else str(label)
 
 
 def _correlation(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sparsegrad_cli.data.spec import known_task_names
-from sparsegrad_cli.errors import Problem
+from sparsegrad_cli.data.spec import check_settings, known_task_names
+from sparsegrad_cli.errors import Problem, UsageError
 from sparsegrad_cli.paths import exists, expanded, from_here, is_file, is_folder
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
@@ -38,6 +38,15 @@ def outside_problems(
     elif task.name == "chat" and task.path is None and not (task.chat and task.chat.hub):
         fix = "give task.path (a file or folder) or task.chat.hub (owner/name)"
         found.append((("task", "path"), "is missing for task chat", fix))
+    try:
+        check_settings(
+            task.name,
+            task_type=task.type,
+            metric=task.metric,
+            positive_label=task.positive_label,
+        )
+    except UsageError as error:
+        found.append((tuple((error.where or "task").split(".")), error.what, error.fix))
     if data and task.path is not None and not exists(task.path):
         found.append((("task", "path"), f"no such file or folder: {from_here(task.path)}", None))
     forgetting = task.chat.forgetting if task.chat else None

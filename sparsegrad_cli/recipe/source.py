@@ -114,7 +114,7 @@ def parse_override(text: str) -> Layer:
     try:
         if len(raw) > MOST_BYTES:
             raise yaml.YAMLError(f"it has more than {MOST_BYTES // 1024} KiB")
-        value = load(raw)
+        value = load(raw, key=parts[-1])
     except yaml.YAMLError as error:
         what = f"value {shorten(raw)} is not valid YAML: {clip(fault_of(error, raw)[0])}"
         raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)]) from None

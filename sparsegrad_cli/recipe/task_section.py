@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS
+from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS, TaskType
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
 
 
@@ -85,7 +85,18 @@ class TaskSection(Section):
         "out by default",
     )
     chat: ChatSection | None = Field(None, description="settings of oasst, dialogues and chat")
+    type: TaskType | None = Field(
+        None,
+        description="csv, json, parquet: what the labels are; by default task.metric decides, then "
+        "the labels (docs/labels.md)",
+    )
     metric: str | None = Field(None, description="score to select by; the task's own by default")
+    positive_label: str | None = Field(
+        None,
+        min_length=1,
+        description="class that f1, precision and recall of two classes are of; by default the "
+        "second, and a note names it",
+    )
     max_length: PositiveInt = Field(128, description="tokens kept of an example")
     padding: Literal["dynamic", "fixed"] = Field(
         "dynamic", description="pad to the batch's longest, or always to max_length (the paper)"

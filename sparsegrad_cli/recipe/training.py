@@ -19,7 +19,7 @@ def training_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
         if task in CHAT_TASKS:
             what = f"label smoothing needs all logits, which {task} never makes"
             found.append((key, what, "leave it out"))
-        elif spec is not None and spec.regression:
+        elif recipe.task.type == "regression" or (spec is not None and spec.regression):
             found.append((key, SMOOTHED_SCORES, "leave it out"))
     return found
 

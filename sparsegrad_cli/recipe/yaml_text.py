@@ -23,6 +23,7 @@ MOST_NODES = 50_000  # with every alias unfolded
 _TAG = "tag:yaml.org,2002:"
 _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 _AS_BEFORE = ("null", "bool", "merge")  # words that mean the same in YAML 1.1
+_TEXT_KEYS = ("positive_label",)
 _LARGEST = 2**63 - 1
 HALF = re.compile("[\0\ud800-\udfff]")  # what neither a file's name nor UTF-8 can hold
 _INT = re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$")
@@ -88,11 +89,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
-def load(text: str, look: Callable[[yaml.Node], None] = lambda node: None) -> Any:
+def load(
+    text: str, look: Callable[[yaml.Node], None] = lambda node: None, *, key: str | None = None
+) -> Any:
     """The document as plain data, whose keys are all words; None if there is none.
 
     Args:
         look: called with the document's node before merges are worked in.
+        key: the key whose value the document is, where it is one of a mapping's.
 
     Raises:
         yaml.YAMLError: it is not YAML of this kind.
@@ -103,6 +107,7 @@ def load(text: str, look: Callable[[yaml.Node], None] = lambda node: None) -> An
         node = loader.get_single_node()
         if node is None:
             return None
+        _keep_text(key, node)
         _measure(node, {})
         look(node)
         return loader.construct_document(node)
@@ -160,6 +165,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
                 raise _fault(ComposerError, "a key is a word, and no list or mapping", key)
             if key.tag != f"{_TAG}merge":
                 key.tag = f"{_TAG}str"
+            _keep_text(key.value, child)
         more, below = _measure(child, known)
         nodes, depth = nodes + more, max(depth, below + 1)
         if nodes > MOST_NODES or depth > MOST_DEPTH:
@@ -167,6 +173,12 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
             raise _fault(ComposerError, what, child)
     known[id(node)] = nodes, depth
     return nodes, depth
+
+
+def _keep_text(key: str | None, value: yaml.Node) -> None:
+    """Take the value of a key that names a class as it is written: ``no`` and ``01`` are texts."""
+    if key in _TEXT_KEYS and isinstance(value, yaml.ScalarNode) and value.tag != f"{_TAG}null":
+        value.tag = f"{_TAG}str"
 
 
 def _fault(kind: type[yaml.MarkedYAMLError], what: str, at: Any) -> yaml.MarkedYAMLError:

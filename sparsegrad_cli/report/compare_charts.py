@@ -58,7 +58,7 @@ def score_dots(compare: Any, task: str) -> str | None:
         for level in _majorities(compare, task):
             axes.axhline(times * level, color=INK, lw=1, ls=":", label="majority class")
         name_ticks(axes, [text(row, "method") or "?" for row in rows])
-        axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=scale_of_rows(rows).label)
+        axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=plain(scale_of_rows(rows).label))
         grid(axes)
         legend(axes)
     return canvas.svg()
@@ -87,7 +87,7 @@ def learning_curves(compare: Any, task: str) -> str | None:
             axes.plot(shared, means, marker=kind, ms=3.5, color=colour(at), label=plain(method))
         for level in _majorities(compare, task):
             axes.axhline(times * level, color=INK, lw=1, ls=":", label="majority class")
-        axes.set(xlabel="optimizer step", ylabel=scale.label)
+        axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
         whole_steps(axes)
         grid(axes)
         legend(axes)

@@ -41,7 +41,8 @@ def metric_of_rows(rows: Sequence[Row]) -> str | None:
 
 def scale_of_rows(rows: Sequence[Row]) -> Scale:
     """The scale of a task's scores."""
-    return scale_of(metric_of_rows(rows))
+    positive = next((text(row, "positive_label") for row in rows if text(row, "metric")), None)
+    return scale_of(metric_of_rows(rows), positive)
 
 
 def cells_of(compare: Any, task: str, method: str) -> list[Row]:

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 
 from sparsegrad_cli.report.access import block, dig, items, mappings, number, numbers, points, text
 from sparsegrad_cli.report.record_tables import energy_columns, kind_means
-from sparsegrad_cli.report.run_tables import memory_phases, times
+from sparsegrad_cli.report.run_tables import memory_phases, scale_of_run, times
 from sparsegrad_cli.report.svg import (
     INK,
     Canvas,
@@ -37,7 +37,7 @@ def score_points(run: Any) -> list[tuple[float, float]]:
 
 def learning_curve(run: Any) -> str | None:
     """Validation score over steps, the kept model marked, the majority class as a line."""
-    found, scale = score_points(run), scale_of(text(run, "task", "metric"))
+    found, scale = score_points(run), scale_of_run(run)
     if not found:
         return None
     with Canvas(7.2, 3.0) as canvas:
@@ -50,7 +50,7 @@ def learning_curve(run: Any) -> str | None:
         majority = number(run, "task", "majority_score")
         if majority is not None:
             axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
-        axes.set(xlabel="optimizer step", ylabel=scale.label)
+        axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
         whole_steps(axes)
         grid(axes)
         legend(axes)

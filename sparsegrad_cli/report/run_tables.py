@@ -25,7 +25,7 @@ from sparsegrad_cli.report.words import (
     TRAIN_STEP,
     method_words,
 )
-from sparsegrad_cli.scales import scale_of
+from sparsegrad_cli.scales import Scale, scale_of
 
 
 def title_of(record: Any) -> str:
@@ -39,6 +39,11 @@ def subtitle(run: Any) -> str:
     if text(run, "seed"):
         parts.append(f"seed {text(run, 'seed')}")
     return " · ".join(part for part in parts if part)
+
+
+def scale_of_run(run: Any) -> Scale:
+    """The scale of a run's scores, which names the class that they are of."""
+    return scale_of(text(run, "task", "metric"), text(run, "task", "positive_label"))
 
 
 def train_step_peak(run: Any) -> tuple[str, float, Mapping[str, Any]] | None:
@@ -63,7 +68,7 @@ def facts(run: Any) -> list[Fact]:
 
 
 def _score(run: Any) -> Fact:
-    best, scale = number(run, "metrics", "best", "score"), scale_of(text(run, "task", "metric"))
+    best, scale = number(run, "metrics", "best", "score"), scale_of_run(run)
     parts = [scale.label]
     for label, keys in (
         ("majority class", ("task", "majority_score")),

@@ -30,6 +30,7 @@ def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:
             "metric": setup.objective.metric,
             "regression": task.kind == "regression",
             "label_names": list(task.label_names) if task.label_names else None,
+            "positive_label": task.positive_label,
             "train_examples": len(setup.train_data),
             "validation_examples": {k: len(v) for k, v in setup.validation.items()},
             "majority_score": task.majority.get(setup.objective.metric),

@@ -130,6 +130,8 @@ class TaskFacts:
         notes: what was left out or split off.
         counts: conversations read, kept and dropped, each with its reason; empty but for chat.
         data_hash: sha256 (hex) over everything used, in order.
+        positive_label: the class of two that f1, precision and recall are of, where one of them is
+            measured.
     """
 
     name: str
@@ -139,10 +141,20 @@ class TaskFacts:
     notes: tuple[str, ...]
     counts: Mapping[str, int]
     data_hash: str
+    positive_label: str | None = None
 
     @classmethod
     def of(cls, task: LoadedTask) -> TaskFacts:
         """Facts of a task of whole texts."""
         spec = task.spec
         kind = "regression" if spec.regression else "classification"
-        return cls(spec.name, kind, spec.label_names, task.majority, task.notes, {}, task.data_hash)
+        return cls(
+            spec.name,
+            kind,
+            spec.label_names,
+            task.majority,
+            task.notes,
+            {},
+            task.data_hash,
+            spec.positive_label,
+        )

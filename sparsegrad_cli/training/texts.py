@@ -99,7 +99,9 @@ def load_examples(section: TaskSection) -> LoadedTask:
         train_limit=section.train_limit,
         eval_limit=section.eval_limit,
         validation_fraction=section.validation_fraction,
+        task_type=section.type,
         metric=section.metric,
+        positive_label=section.positive_label,
         separator=section.separator,
         # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
         seed=0,
