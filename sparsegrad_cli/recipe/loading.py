@@ -131,8 +131,8 @@ def digest(recipe: Recipe) -> str:
         del plain["model"]["quantization"]
     if plain["method"].get("entries", 0) is None:
         del plain["method"]["entries"]
-    for key in ("type", "positive_label"):
-        if plain["task"].get(key, 0) is None:
+    for key in ("separator", "type", "positive_label"):
+        if plain["task"][key] is None:
             del plain["task"][key]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -206,7 +206,8 @@ def test_mnli_has_two_validation_sets_and_drops_rows_without_gold(tmp_path: Path
         {"text": "matched", "text_pair": "so", "label": 1}
     ]
     assert dicts(task.validation["validation_mismatched"])[0]["label"] == 2
-    assert len(task.notes) == 3 and "1 rows without a gold label" in task.notes[0]
+    assert len(task.notes) == 4 and "1 rows without a gold label" in task.notes[0]
+    assert task.notes[3] == "no training row has the class neutral (validation rows: 1)"
 
 
 def test_qnli_word_labels(tmp_path: Path) -> None:

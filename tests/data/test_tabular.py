@@ -123,61 +123,7 @@ def test_column_missing_in_validation_only(tmp_path: Path) -> None:
         folder_task(tmp_path, TWO, "text,lab\ngood,yes\n")
 
 
-# --- labels
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "ids"),
-    [
-        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
-        (["10", "9", "10"], ("9", "10"), [1, 0, 1]),
-        (["1.0", "0.0", "1"], ("0", "1"), [1, 0, 1]),
-        (["-1", "1", "-1"], ("-1", "1"), [0, 1, 0]),
-        (["1", "x", "1"], ("1", "x"), [0, 1, 0]),
-        (["nan", "inf", "nan"], ("inf", "nan"), [1, 0, 1]),
-        ([True, False, True], ("False", "True"), [1, 0, 1]),
-    ],
-)
-def test_classes_in_sorted_order(
-    tmp_path: Path, labels: list[Any], names: tuple[str, ...], ids: list[int]
-) -> None:
-    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = load_task("json", path=tmp_path)
-    assert task.spec.label_names == names and not task.spec.regression
-    assert list(task.train["label"]) == ids
-    assert task.spec.metric == "accuracy"
-
-
-def test_fractions_make_it_regression(tmp_path: Path) -> None:
-    task = folder_task(tmp_path, "text,label\na,1\nb,2.5\n", "text,label\nc,3\nd,4\n")
-    assert task.spec.regression and task.spec.label_names is None
-    assert list(task.train["label"]) == [1.0, 2.5]
-    assert task.train.features["label"].dtype == "float32"
-    assert task.spec.metrics == ("pearson", "spearmanr")
-
-
-def test_the_metric_decides_for_whole_numbers(tmp_path: Path) -> None:
-    text = "text,label\na,1\nb,2\nc,5\n"
-    assert folder_task(tmp_path, text, text).spec.label_names == ("1", "2", "5")
-    task = folder_task(tmp_path, text, text, metric="spearmanr")
-    assert task.spec.regression and task.spec.metric == "spearmanr"
-    assert list(task.train["label"]) == [1.0, 2.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    ("label", "metric", "message"),
-    [
-        ("0.5", "accuracy", "needs classes"),
-        ("word", "pearson", "needs numbers"),
-        ("word", "bleu", "'bleu' is not a metric"),
-    ],
-)
-def test_metric_that_does_not_fit(tmp_path: Path, label: str, metric: str, message: str) -> None:
-    text = f"text,label\na,{label}\nb,1\n"
-    with pytest.raises(UsageError, match=message):
-        folder_task(tmp_path, text, text, metric=metric)
+# --- labels (more of them in test_labels.py)
 
 
 def test_unseen_label_gives_value_and_first_row(tmp_path: Path) -> None:

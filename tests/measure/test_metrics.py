@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsegrad_cli.data.spec import BUILTIN_TASKS, GLUE_TASKS, TaskSpec
+from sparsegrad_cli.data.spec import BUILTIN_TASKS, CLASS_METRICS, GLUE_TASKS, TaskSpec
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.measure import metrics
 from sparsegrad_cli.measure.metrics import LOWEST, mean_loss, metric_values, score
@@ -92,6 +92,55 @@ def test_f1_of_three_classes_is_their_mean() -> None:
     predicted = logits.argmax(1)
     assert values["f1"] == pytest.approx(np.mean([f1(predicted, true, c) for c in range(3)]))
     assert values["matthews_correlation"] == pytest.approx(matthews(predicted, true, 3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("classes", [2, 3])
+def test_f1_precision_and_recall_are_those_of_scikit_learn(seed: int, classes: int) -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    generator = np.random.default_rng(seed)
+    logits, true = generator.normal(size=(60, classes)), generator.integers(0, classes, 60)
+    names = tuple("abc"[:classes])
+    spec = TaskSpec("t", ("text",), "label", names, False, "accuracy", CLASS_METRICS)
+    values = score(spec, logits, true).values
+    for mean in ("macro", "weighted"):
+        expected = precision_recall_fscore_support(true, logits.argmax(1), average=mean)[:3]
+        found = [values[f"{name}_{mean}"] for name in ("precision", "recall", "f1")]
+        assert found == pytest.approx(expected, abs=1e-12)
+    if classes == 2:
+        for positive, name in enumerate(names):
+            chosen = score(replace(spec, chosen_positive=name), logits, true).values
+            expected = precision_recall_fscore_support(
+                true, logits.argmax(1), pos_label=positive, average="binary"
+            )[:3]
+            found = [chosen[metric] for metric in ("precision", "recall", "f1")]
+            assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_mean_over_classes_leaves_out_what_is_neither_true_nor_predicted() -> None:
+    spec = replace(MNLI, metrics=("f1_macro", "f1_weighted"))
+    result = score(spec, np.eye(3)[[0, 1, 0, 1]], np.array([0, 1, 1, 1]))
+    assert result.values["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert result.notes == (
+        "class 2 (contradiction) is neither predicted nor true: it is left out of f1_macro",
+    )
+
+
+def test_notes_name_the_positive_class() -> None:
+    result = score(replace(MRPC, chosen_positive="not_equivalent"), np.eye(2)[[1, 1]], [1, 1])
+    assert result.values == {"accuracy": 1.0, "f1": 0.0}
+    assert "class 0 (not_equivalent) is neither" in result.notes[0]
+
+
+def test_accuracy_and_matthews_do_not_depend_on_the_positive_class() -> None:
+    generator = np.random.default_rng(2)
+    logits, true = generator.normal(size=(50, 2)), generator.integers(0, 2, 50)
+    one, other = (
+        score(replace(COLA, chosen_positive=name), logits, true).values
+        for name in COLA.label_names or ()
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize("shape", [(50,), (50, 1)])

@@ -71,6 +71,8 @@ def test_recipes_without_it_are_called_what_they_were_before_there_was_the_key()
     plain = load_recipe(None).recipe
     before = to_plain(plain)
     del before["output_dir"], before["model"]["quantization"], before["method"]["entries"]
+    for key in ("separator", "type", "positive_label"):
+        del before["task"][key]
     text = json.dumps(before, sort_keys=True, separators=(",", ":"))
     assert digest(plain) == hashlib.sha256(text.encode()).hexdigest()
     assert digest(load_recipe(None, ("model.quantization=null",)).recipe) == digest(plain)
