@@ -31,7 +31,12 @@ from sparsegrad_cli.measure.memory import MemoryMeter
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.core_plan import with_known_rank
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import Target, find_targets
+from sparsegrad_cli.modeling.targets import (
+    Target,
+    find_targets,
+    not_adapted,
+    not_adapted_note,
+)
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
@@ -119,6 +124,9 @@ class Rehearsal:
 
     def _prepared(self, meter: MemoryMeter) -> Prepared:
         targets = find_targets(self.model, self.recipe.targets, self._loaded.where("targets"))
+        left_out = not_adapted(self.model, targets, self.recipe.targets)
+        if left_out:
+            self.notes.append(not_adapted_note(left_out))
         settings = self.recipe.method
         if isinstance(settings, SparsegradMethod):
             settings = self._settled(settings, targets)

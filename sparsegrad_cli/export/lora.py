@@ -25,7 +25,8 @@ from sparsegrad_cli.export.plain import (
 )
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.methods.lora import check_adapted
+from sparsegrad_cli.modeling.targets import Target, has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 
 # peft wraps modules of these names whole when the task is sequence classification.
@@ -156,6 +157,7 @@ def write_lora(
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, and tied embeddings
         wrapped = get_peft_model(plain, _config(plain, parts, trained))
         inner = wrapped.get_base_model()
+        check_adapted(inner, parts.factors, "--to merged")
         with torch.no_grad():
             for name, factors in parts.factors.items():
                 layer: Any = inner.get_submodule(name)
@@ -179,15 +181,27 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
     pairs = Counter((f.rank, f.alpha) for f in parts.factors.values())
     (rank, alpha), _ = pairs.most_common(1)[0]
     others = {n: f for n, f in parts.factors.items() if (f.rank, f.alpha) != (rank, alpha)}
+    # peft rewrites the names of dense layers in target_modules to those of the experts, here and
+    # for whoever loads the folder. The names of parameters it takes as they are.
+    suffix = ".weight" if has_experts(plain) else ""
+    names = [f"{name}{suffix}" for name in parts.factors]
+    if suffix and parts.biases:
+        raise UsageError(
+            "a LoRA folder of a mixture-of-experts model cannot hold the biases of targets, which "
+            "training changed",
+            where="--to lora",
+            fix="--to merged",
+        )
     return LoraConfig(
         task_type=AUTO_CLASSES[auto_class(plain)],
         r=rank,
         lora_alpha=alpha,
         use_rslora=any(f.rslora for f in parts.factors.values()),
-        lora_dropout=getattr(trained.settings, "dropout", 0.0),
-        target_modules=list(parts.factors),
-        rank_pattern={re.escape(name): f.rank for name, f in others.items()},
-        alpha_pattern={re.escape(name): f.alpha for name, f in others.items()},
+        lora_dropout=0.0 if suffix else getattr(trained.settings, "dropout", 0.0),
+        target_modules=[] if suffix else names,
+        target_parameters=names if suffix else None,
+        rank_pattern={re.escape(f"{name}{suffix}"): f.rank for name, f in others.items()},
+        alpha_pattern={re.escape(f"{name}{suffix}"): f.alpha for name, f in others.items()},
         lora_bias=bool(parts.biases),
         modules_to_save=list(parts.modules) or None,
         fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),

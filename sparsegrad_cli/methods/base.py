@@ -10,6 +10,7 @@ global random state in a way that depends on the method: the caller forks it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.modeling.precision import HALF, accept_half_inputs, open_parameter
 from sparsegrad_cli.modeling.shards import fold, gathered, shard_like
 from sparsegrad_cli.modeling.targets import Target, freeze, head_parameters
@@ -75,6 +77,45 @@ class Counts:
                 for c in self.targets
             ],
         }
+
+
+def check_what_trains(model: nn.Module, counts: Counts) -> None:
+    """Check that the parameters that require a gradient are those that were counted.
+
+    Every target must hold at least as many as its count, and outside the targets there must be
+    exactly those of head and rest. Biases belong to the rest.
+
+    Raises:
+        SparsegradError: names a parameter or target that differs.
+    """
+    targets = {count.target.name: count for count in counts.targets}
+    inside: Counter[str] = Counter()
+    elsewhere: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parts = name.split(".")
+        above = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        target = next((path for path in above if path in targets), None)
+        if target is None or parts[-1] == "bias":
+            elsewhere[name] = parameter.numel()
+        else:
+            inside[target] += parameter.numel()
+    wrong = [name for name, count in targets.items() if inside[name] < count.entries]
+    total, expected = sum(elsewhere.values()), counts.trainable_head + counts.trainable_rest
+    if not wrong and total == expected:
+        return
+    if wrong:
+        entries = targets[wrong[0]].entries
+        what = f"{entries:,} parameters of {wrong[0]} to train, but {inside[wrong[0]]:,} do"
+    else:
+        what = f"{expected:,} parameters to train outside the targets, but {total:,} do"
+        what += f" (among them {max(elsewhere, key=elsewhere.__getitem__)})" if elsewhere else ""
+    raise SparsegradError(
+        f"expected {what}",
+        where="method",
+        fix="choose other layers with targets.modules, or another method",
+    )
 
 
 @dataclass

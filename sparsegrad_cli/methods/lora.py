@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import (
     Counts,
     Factors,
@@ -40,6 +42,34 @@ def solve_rank(targets: list[Target], density: float) -> tuple[int, int]:
     requested = sum(entries_for(density, t.out_features, t.in_features) for t in targets)
     per_rank = sum(t.out_features + t.in_features for t in targets)
     return max(1, round(requested / per_rank)), requested
+
+
+def check_adapted(model: nn.Module, names: Iterable[str], fix: str) -> None:
+    """Check that peft adapted the modules of these names and no others.
+
+    Raises:
+        SparsegradError: names the first module that differs.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    wanted = set(names)
+    if adapted == wanted:
+        return
+    extra, missing = sorted(adapted - wanted), sorted(wanted - adapted)
+    differences = [f"it adapted {extra[0]}, which is not a target"] if extra else []
+    differences += [f"it left out {missing[0]}, which is a target"] if missing else []
+    raise SparsegradError(
+        f"expected peft to adapt the {len(wanted)} targets: {' and '.join(differences)}",
+        where="method",
+        fix=fix,
+    )
+
+
+def _adapter_parameters(model: nn.Module, target: Target) -> int:
+    """Count the parameters of the adapter of a target in the model."""
+    layer = model.get_submodule(target.name)
+    return sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name)
 
 
 class Lora:
@@ -75,19 +105,25 @@ class Lora:
             lora_alpha=self.settings.alpha or 2 * self.rank,
             lora_dropout=self.settings.dropout,
             use_rslora=self.settings.rslora,
-            target_modules=[target.name for target in targets],
+            target_modules=[],
             fan_in_fan_out=any(target.transposed for target in targets),
         )
-        inject_adapter_in_model(config, model)
+        # The targets go in as the keys of a state dict, which peft takes as exact module names.
+        # Names in target_modules are rewritten for mixture-of-experts models (peft 0.21.2 turns
+        # mlp.up_proj into the experts' gate_up_proj).
+        keys = {f"{target.name}.lora_A.weight": torch.empty(0) for target in targets}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
+            inject_adapter_in_model(config, model, state_dict=keys)
+        fix = "choose other layers with targets.modules, or use method sparsegrad"
+        check_adapted(model, (target.name for target in targets), fix)
         for name, parameter in model.named_parameters():
             # peft freezes whatever is not its own: the head and the rest are opened again.
             parameter.requires_grad_("lora_" in name or id(parameter) in open_names)
             if "lora_" in name and parameter.dtype in (torch.float16, torch.bfloat16):
                 # peft makes A and B in the frozen weights' dtype, where small increments are lost.
                 parameter.data = parameter.data.float()
-        entries = tuple(
-            TargetCount(t, self.rank * (t.out_features + t.in_features)) for t in targets
-        )
+        entries = tuple(TargetCount(t, _adapter_parameters(model, t)) for t in targets)
         note = f"rank {self.rank}"
         counts = Counts(
             entries, count_parameters(head), count_parameters(rest), total, requested, note

@@ -1,13 +1,17 @@
 """Find the linear layers of MLP blocks by structure, without a list of architectures.
 
 A transformer holds its blocks in a ``ModuleList`` of equal modules. In a block, an MLP is what maps
-the hidden width to another width and back; attention, which may do the same where heads are wider
-than the hidden size, is told apart by living in a module whose class is an attention.
+the hidden width to another width and back. A gated MLP may compute gate and up in one layer: it
+then maps to twice the width that it maps back from, within one module. Attention and other mixing
+over tokens, which may have layers of such shapes, is told apart by its module: the class or the
+attribute is called an attention, or it holds a convolution.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +23,8 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.quantized import dequantized, quantized_in
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import TargetsSection, parse_slice
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,12 @@ def find_targets(model: nn.Module, section: TargetsSection, where: str = "target
             f"{type(model).__name__} has no list of blocks with linear layers in it", where=where
         )
     if section.modules == "auto":
-        chosen = [target for target in candidates if _in_mlp(model, target, candidates)]
+        chosen = _mlp_layers(model, candidates)
         if not chosen:
+            others = [m for m in not_adapted(model, candidates, section) if len(m.shape) > 2]
+            experts = f": {', '.join(map(str, others))} are not linear layers" if others else ""
             raise UsageError(
-                f"no MLP was recognised in {type(model).__name__}",
+                f"no MLP was recognised in {type(model).__name__}{experts}",
                 where=f"{where}.modules",
                 fix=f"name layers by pattern; there is: {_kinds(candidates)}",
             )
@@ -129,21 +137,121 @@ def _linear_layers_in_blocks(
     return targets
 
 
-def _in_mlp(model: nn.Module, target: Target, candidates: Sequence[Target]) -> bool:
-    """Not under an attention, and one of a pair hidden -> other -> hidden within its block."""
-    block_name = target.name.removesuffix(f".{target.kind}")
-    path = block_name
-    for part in target.kind.split(".")[:-1]:
-        path = f"{path}.{part}"
-        if "attention" in type(model.get_submodule(path)).__name__.lower():
-            return False
-    if target.out_features == target.in_features:
+def _mlp_layers(model: nn.Module, candidates: Sequence[Target]) -> list[Target]:
+    """The layers of MLPs: pairs within a block, neither of which mixes tokens."""
+    by_block: dict[str, list[Target]] = {}
+    for target in candidates:
+        if not _mixes_tokens(model, target.name, target.kind):
+            by_block.setdefault(_block_of(target), []).append(target)
+    names = {
+        name
+        for layers in by_block.values()
+        for up in layers
+        for down in layers
+        if _is_pair(up, down)
+        for name in (up.name, down.name)
+    }
+    return [target for target in candidates if target.name in names]
+
+
+def _block_of(target: Target) -> str:
+    return target.name.removesuffix(f".{target.kind}")
+
+
+def _is_pair(up: Target, down: Target) -> bool:
+    """Whether an MLP maps hidden -> other by ``up`` and back by ``down``."""
+    if up.name == down.name or up.in_features != down.out_features:
         return False
-    return any(
-        other.out_features == target.in_features and other.in_features == target.out_features
-        for other in candidates
-        if other.name.startswith(f"{block_name}.") and other.name != target.name
-    )
+    if up.out_features == down.in_features:
+        return up.out_features != up.in_features
+    together = up.name.rpartition(".")[0] == down.name.rpartition(".")[0]
+    return together and up.out_features == 2 * down.in_features  # gate and up in one layer
+
+
+def _mixes_tokens(model: nn.Module, name: str, kind: str, *, attention_only: bool = False) -> bool:
+    """Whether a layer or parameter lies in an attention, or in another module that mixes tokens.
+
+    Args:
+        name: its path in the model.
+        kind: its path below its block.
+        attention_only: leave out modules that hold a convolution, such as Mamba's mixer.
+    """
+    path = name.removesuffix(f".{kind}")
+    for part in kind.split(".")[:-1]:
+        path = f"{path}.{part}"
+        module = model.get_submodule(path)
+        words = f"{part} {type(module).__name__}".lower()
+        if "attn" in words or "attention" in words:
+            return True
+        if not attention_only and any(isinstance(m, _CONVOLUTIONS) for m in module.modules()):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class NotAdapted:
+    """Large parameters of blocks that no target covers, such as the experts of a mixture.
+
+    Attributes:
+        kind: the path of the parameter below its block.
+        shape: of each one.
+        count: how many there are of this kind and shape.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of all of them."""
+        return self.count * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        sides = " x ".join(map(str, self.shape))
+        return f"{self.kind} ({self.count} of {sides}, {self.parameters:,} parameters)"
+
+
+def not_adapted(
+    model: nn.Module, targets: Sequence[Target], section: TargetsSection
+) -> list[NotAdapted]:
+    """List the large parameters in the blocks that no target covers, by kind and shape.
+
+    Large means at least the size of the smallest target. Attention is left out, for the default
+    targets are the MLP's. Linear layers are left out too where the recipe chooses among them.
+    """
+    chosen = section.modules != "auto" or section.blocks != "all"
+    smallest = min((target.size for target in targets), default=2)
+    covered = {target.name for target in targets}
+    found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for list_name, blocks in find_blocks(model):
+        for number, block in enumerate(blocks):
+            for inner, module in block.named_modules():
+                name = f"{list_name}.{number}.{inner}"
+                if name in covered or (chosen and is_linear(module)):
+                    continue
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    kind = f"{inner}.{leaf}" if inner else leaf
+                    shape = tuple(parameter.shape)
+                    if is_linear(module) and leaf == "weight":
+                        kind, shape = inner, linear_sides(module)  # a 4-bit weight is packed
+                    large = len(shape) > 1 and math.prod(shape) >= smallest
+                    path = f"{list_name}.{number}.{kind}"
+                    if large and not _mixes_tokens(model, path, kind, attention_only=True):
+                        found[kind, shape] += 1
+    return [NotAdapted(kind, shape, count) for (kind, shape), count in found.items()]
+
+
+def not_adapted_note(found: Sequence[NotAdapted]) -> str:
+    """Say which large parameters of the blocks no target covers; empty if there are none."""
+    if not found:
+        return ""
+    return f"not adapted, because no target covers them: {', '.join(map(str, found))}"
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether blocks hold experts as parameters of three dimensions."""
+    return any(len(found.shape) > 2 for found in not_adapted(model, [], TargetsSection()))
 
 
 def _by_patterns(candidates: list[Target], patterns: Sequence[str], where: str) -> list[Target]:

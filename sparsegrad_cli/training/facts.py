@@ -23,6 +23,10 @@ def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:
             "quantization": recipe.model.quantization,
             "fingerprint": setup.fingerprint,
             "head": setup.head.to_json() if setup.head else None,
+            "not_adapted": [
+                {"kind": n.kind, "shape": list(n.shape), "count": n.count}
+                for n in setup.not_adapted
+            ],
         },
         "task": {
             "name": task.name,

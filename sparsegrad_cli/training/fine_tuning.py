@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
 from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.targets import not_adapted_note
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.paths import expanded
 from sparsegrad_cli.recipe.loading import LoadedRecipe
@@ -43,7 +44,7 @@ class TrainingSession(Session):
             with politely():
                 method = make_method(self.method)
                 prepared = self._prepared(setup, method)
-                self._record_method(prepared)
+                self._record_method(prepared, not_adapted_note(setup.not_adapted))
                 TrainingLoop(self, setup, method, prepared, resume=self.resume).run()
 
     def load(self) -> Setup:
@@ -57,13 +58,15 @@ class TrainingSession(Session):
         stop_here("preparing the model")
         self.known.at = "prepare"
         with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing
-            return method.prepare(
+            prepared = method.prepare(
                 setup.model,
                 setup.targets,
                 scope=self.recipe.scope,
                 bases=found.by_target() if found else None,
                 scores=found.scores if found else None,
             )
+        check_what_trains(setup.model, prepared.counts)
+        return prepared
 
     def _calibrated(self, setup: Setup) -> Calibration | BasisFile:
         """The recipe's basis, this run's own when resuming, or a fresh one."""
@@ -111,8 +114,10 @@ class TrainingSession(Session):
         self.observer.note(f"the data is other than it was: {path.name} is made again")
         return None
 
-    def _record_method(self, prepared: Prepared) -> None:
+    def _record_method(self, prepared: Prepared, note: str) -> None:
         settings = self.recipe.method.model_dump()
+        counts = prepared.counts.to_json()
+        counts["note"] = "; ".join(part for part in (counts["note"], note) if part)
         self.record.save(
             method={
                 "name": settings.pop("name"),
@@ -122,5 +127,5 @@ class TrainingSession(Session):
                 "scope": self.recipe.scope,
                 "settings": settings,
             },
-            counts=prepared.counts.to_json(),
+            counts=counts,
         )

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.quantized import placed
-from sparsegrad_cli.modeling.targets import Target, find_targets, fingerprint, head_parameters
+from sparsegrad_cli.modeling.targets import (
+    NotAdapted,
+    Target,
+    find_targets,
+    fingerprint,
+    head_parameters,
+    not_adapted,
+    not_adapted_note,
+)
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
@@ -31,6 +39,7 @@ class Setup(Parts):
     """A recipe made real, before any method has touched the model."""
 
     targets: list[Target]
+    not_adapted: list[NotAdapted]
     fingerprint: str
     head_hash: str
     precision: dict[str, Any]
@@ -54,11 +63,15 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
         observer.note(note)
     model = parts.model
     targets = find_targets(model, recipe.targets)
+    left_out = not_adapted(model, targets, recipe.targets)
+    if left_out:
+        observer.note(not_adapted_note(left_out))
     device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
     return Setup(
         **vars(parts) | {"model": placed(model, device)},
         targets=targets,
+        not_adapted=left_out,
         fingerprint=fingerprint(model, targets),
         head_hash=head_hash,
         precision=precision_of(model, recipe.train, device),
