@@ -209,7 +209,6 @@ def solve(
     observer: Observer | None = None,
     *,
     kept: Mapping[str, Any] | None = None,
-    jobs: int = 1,
     kernels: Kernels | None = None,
 ) -> LoadedStudy:
     """A study with every method at the size that its budget allows; see :func:`solve_study`.
@@ -227,7 +226,7 @@ def solve(
             again="run the same command again",
             memory=("match", "a method at a time: shapes alone take a few hundred MiB"),
         ):
-            return solve_study(study, kept=kept, jobs=jobs, kernels=kernels, observer=observer)
+            return solve_study(study, kept=kept, kernels=kernels, observer=observer)
     finally:
         observer.close()
 

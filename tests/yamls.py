@@ -53,7 +53,7 @@ _WORDS = (
     "token batch random exact sequential randomized epoch steps all auto head rest trainable "
     "64MiB 9GiB ::3 ::0 1:2:3:4 pack concatenate 4bit 8bit bfloat16 ~nobody ~nobody/x ./x "
     "../../x / /dev/null . .. [1,2] [0,-1] [a,b] {name:x} '[red]' 'quickstart' "
-    "peak=2GiB peak=1e9GiB seconds=600 seconds=-1 trainable=70k trainable=9999999999999M peak= =7 "
+    "peak=2GiB peak=1e9GiB seconds=600 trainable=70k trainable=9999999999999M peak= =7 "
     "configs/quickstart.yaml"
 )
 TOKENS = tuple(_WORDS.split(" "))

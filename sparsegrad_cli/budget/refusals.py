@@ -45,8 +45,6 @@ def check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
     Raises:
         RecipeError: ``settings`` or the command line say ``density`` or ``entries``.
     """
-    if budget.kind == "seconds":
-        return
     said: dict[str, str] = {}
     settings = study.study.settings.get("method")
     for name in ("density", "entries"):

@@ -6,14 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from sparsegrad_cli.budget.counting import Counting
 from sparsegrad_cli.budget.refusals import check_nothing_is_said_twice, too_little
 from sparsegrad_cli.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
-from sparsegrad_cli.budget.timing import solve_seconds
 from sparsegrad_cli.compare.space import with_settings
 from sparsegrad_cli.compare.spent import MEASURED, TOLERANCE
 from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
@@ -35,7 +33,6 @@ def solve_study(
     study: LoadedStudy,
     *,
     kept: Mapping[str, Any] | None = None,
-    jobs: int = 1,
     kernels: Kernels | None = None,
     observer: Observer | None = None,
 ) -> LoadedStudy:
@@ -45,14 +42,13 @@ def solve_study(
         study: as loaded; one without a budget is given back as it is.
         kept: the ``budget`` block of a comparison that goes on: what was picked there for the same
             recipe under the same budget stands.
-        jobs: cells that will run at once.
         kernels: whose memory is counted; by default those that training here would use.
         observer: told of each method and task before it is solved.
 
     Raises:
         RecipeError: some method cannot be held to the budget; all that cannot, with what their
             smallest sizes take.
-        SparsegradError: a recipe that cannot be counted or timed.
+        SparsegradError: a recipe that cannot be counted.
     """
     budget = study.study.budget
     if budget is None:
@@ -61,7 +57,7 @@ def solve_study(
     cells = {(c.task, c.label): c for c in study.cells if c.seed == study.study.seeds[0]}
     check_nothing_is_said_twice(study, budget)
     kernels = kernels or _kernels(study.cells[0].loaded.recipe)
-    solver = _Solver(study, budget, jobs, kernels, observer or Observer())
+    solver = _Solver(study, budget, kernels, observer or Observer())
     before = kept if text(kept, "match") == budget.text else {}
     rows = solver.rows(list(cells.values()), kept)
     picked = {(row["task"], row["method"]): row["set"] for row in rows}
@@ -72,7 +68,7 @@ def solve_study(
     block = {
         "match": budget.text,
         "kind": budget.kind,
-        "request": int(budget.amount) if budget.kind != "seconds" else budget.amount,
+        "request": int(budget.amount),
         "tolerance": TOLERANCE,
         "kernels": kernels if budget.in_bytes else None,
         # Whoever shares the comparison, or goes on with it, says the same.
@@ -122,11 +118,10 @@ class _Solver:
         self,
         study: LoadedStudy,
         budget: Budget,
-        jobs: int,
         kernels: Kernels,
         observer: Observer,
     ) -> None:
-        self._study, self._budget, self._jobs, self._observer = study, budget, jobs, observer
+        self._study, self._budget, self._observer = study, budget, observer
         self._entries = {entry.label: entry for entry in study.study.methods}
         self._counting = Counting(kernels)
         self.solved = 0
@@ -165,17 +160,12 @@ class _Solver:
         ]
 
     def _solved(self, cells: list[Cell]) -> list[tuple[Cell, Pick | UnreachableError]]:
-        if self._budget.kind == "seconds":
-            with ThreadPoolExecutor(self._jobs) as pool:
-                return list(zip(cells, pool.map(self._attempt, cells), strict=True))
         with all_here_to_stay():
             return [(cell, self._attempt(cell)) for cell in cells]
 
     def _attempt(self, cell: Cell) -> Pick | UnreachableError:
         self._observer.phase("solve", f"{self._budget.text}: {cell.task} {cell.label}")
         try:
-            if self._budget.kind == "seconds":
-                return solve_seconds(cell.loaded, self._budget.amount, self._jobs)
             own = self._names_its_size(cell)
             return solve(cell.loaded, self._budget, self._counting, own_size=own)
         except UnreachableError as error:
@@ -215,7 +205,6 @@ class _Solver:
             "shape": pick.shape,
             "shape_from": pick.shape_from,
             "notes": pick.notes,
-            "timed": pick.timed,
         }
 
 

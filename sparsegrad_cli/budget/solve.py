@@ -35,7 +35,6 @@ SETTABLE = (
     "method.entries",
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
-    "train.max_steps",
     "calibration.batch_size",
     "calibration.steps",
 )
@@ -56,7 +55,6 @@ class Pick:
         larger: the next larger size in words, and what it would take.
         shape: [examples, tokens] that were counted, with ``shape_from`` in words.
         notes: what was supposed.
-        timed: what was measured to know how many steps a number of seconds has.
     """
 
     recipe: LoadedRecipe
@@ -67,7 +65,6 @@ class Pick:
     shape: list[int] | None = None
     shape_from: str | None = None
     notes: list[str] = field(default_factory=list)
-    timed: dict[str, Any] | None = None
 
 
 class UnreachableError(Exception):

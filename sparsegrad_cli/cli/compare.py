@@ -55,8 +55,8 @@ def compare(
         typer.Option(
             "--match",
             help="What all spend alike: trainable (entries, by the recipe's density), a budget "
-            "that sizes are solved for (trainable=70k, optimizer_state=64MiB, peak=2GiB, "
-            "seconds=600), or none. A study's own by default.",
+            "that sizes are solved for (trainable=70k, optimizer_state=64MiB, "
+            "peak=2GiB), or none. A study's own by default.",
             show_default=False,
         ),
     ] = None,
@@ -98,7 +98,7 @@ def compare(
     folder = output_dir or from_here(study.study.output_dir or f"runs/compare-{study.study.name}")
     quiet = quiet or as_json
     place = StudyFolder(folder)
-    solve = partial(_solved, study, place, jobs, device, quiet=quiet, afresh=overwrite)
+    solve = partial(_solved, study, place, device, quiet=quiet, afresh=overwrite)
     if dry_run:
         _show_plan(solve(), as_json)
         return
@@ -135,7 +135,6 @@ def compare(
 def _solved(
     study: LoadedStudy,
     place: StudyFolder,
-    jobs: int,
     device: Device | None,
     *,
     quiet: bool,
@@ -154,7 +153,6 @@ def _solved(
             study,
             observer,
             kept=kept,
-            jobs=jobs,
             kernels=None if device is None else device.value,
         )
 

@@ -26,7 +26,6 @@ DECLARED = "train.learning_rate"  # always; and what the study tunes
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-_STEPS = "train.max_steps"
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
 def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
     """(task, key) of what the budget has set and what may differ for that reason.
 
-    Batches may, as long as as many examples make an update for every method of the task; and steps,
-    where seconds are shared.
+    Batches may, as long as as many examples make an update for every method of the task.
     """
     found: set[tuple[str, str]] = set()
     for row in mappings(study.budget, "rows"):
@@ -137,7 +135,7 @@ def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
         examples = {t.per_device_train_batch_size * t.gradient_accumulation_steps for t in trains}
         if len(examples) > 1:
             found -= {(task, key) for key in _BATCH}
-    return {(task, key) for task, key in found if key in (*_BATCH, _STEPS)}
+    return {(task, key) for task, key in found if key in _BATCH}
 
 
 def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsegrad_cli.compare.costs import TRAIN_STEP, train_step_peak
-from sparsegrad_cli.compare.statistics import mean
 from sparsegrad_cli.report.access import mappings, number, text
 
 TOLERANCE = 0.05  # of the request: beyond, either way, a row is flagged
@@ -17,10 +16,10 @@ Run = Mapping[str, Any]
 def with_measured(budget: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The ``budget`` block with what the finished cells took.
 
-    Every row gets ``runs`` (how many say it), ``measured`` (bytes and entries: the most of any
-    seed; seconds: the mean), ``deviation`` (of the seed furthest from the request, as a share of
-    it, above zero where more was taken) and ``verdict``: ``met`` within the tolerance, ``over``,
-    ``under``, or null where nothing was measured or the row is outside of the budget.
+    Every row gets ``runs`` (how many say it), ``measured`` (the most of any seed), ``deviation``
+    (of the seed furthest from the request, as a share of it, above zero where more was taken) and
+    ``verdict``: ``met`` within the tolerance, ``over``, ``under``, or null where nothing was
+    measured or the row is outside of the budget.
     """
     kind, request = text(budget, "kind"), number(budget, "request")
     rows = []
@@ -33,27 +32,25 @@ def with_measured(budget: Mapping[str, Any], cells: Sequence[Mapping[str, Any]])
             and isinstance(cell.get("run"), Mapping)
         ]
         taken = [value for run in runs if (value := measured(run, kind)) is not None]
-        rows.append({**row, **_against(taken, request, kind, row.get("matched") is not False)})
+        rows.append({**row, **_against(taken, request, row.get("matched") is not False)})
     return {**budget, "rows": rows}
 
 
-def _against(
-    taken: Sequence[float], request: float | None, kind: str | None, matched: bool
-) -> dict[str, Any]:
+def _against(taken: Sequence[float], request: float | None, matched: bool) -> dict[str, Any]:
     if not taken or not request:
         return {"runs": len(taken), "measured": None, "deviation": None, "verdict": None}
     deviation = max((value / request - 1 for value in taken), key=abs)
     verdict = "over" if deviation > TOLERANCE else "under" if deviation < -TOLERANCE else "met"
     return {
         "runs": len(taken),
-        "measured": mean(taken) if kind == "seconds" else max(taken),
+        "measured": max(taken),
         "deviation": deviation,
         "verdict": verdict if matched else None,
     }
 
 
 def measured(run: Run, kind: str | None) -> float | None:
-    """What a run took of a kind of budget, as it counted or timed it itself."""
+    """What a run took of a kind of budget, as it counted it itself."""
     if kind == "trainable":
         return number(run, "counts", "trainable_targets")
     if kind == "optimizer_state":
@@ -66,5 +63,4 @@ def measured(run: Run, kind: str | None) -> float | None:
         step = number(train_step_peak(run), "peak_bytes")
         calibration = number(run, "calibration", "peak_bytes")
         return None if step is None else max(step, calibration or 0)
-    train = number(run, "time", "train_s")
-    return None if train is None else train + (number(run, "time", "calibrate_s") or 0.0)
+    return None

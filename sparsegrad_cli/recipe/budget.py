@@ -11,14 +11,13 @@ from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.section import parse_bytes
 from sparsegrad_cli.recipe.yaml_text import shorten
 
-Kind = Literal["trainable", "optimizer_state", "peak", "seconds"]
+Kind = Literal["trainable", "optimizer_state", "peak"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _EXAMPLES = {
     "trainable": "trainable=70k",
     "optimizer_state": "optimizer_state=64MiB",
     "peak": "peak=2GiB",
-    "seconds": "seconds=600",
 }
 _NUMBER = r"[0-9]{1,12}(?:\.[0-9]{1,9})?"
 _THOUSANDS = {"": 1, "k": 1000, "M": 1_000_000}
@@ -37,9 +36,8 @@ class Budget:
     """What every method of a study may spend.
 
     Attributes:
-        kind: ``trainable`` entries of the targets at once, bytes of ``optimizer_state``, bytes at
-            the ``peak`` of training step and calibration, or ``seconds`` of training and
-            calibration.
+        kind: ``trainable`` entries of the targets at once, bytes of ``optimizer_state``, or bytes
+            at the ``peak`` of training step and calibration.
         amount: how much of it.
         text: as it was written, ``peak=2GiB``.
     """
@@ -64,6 +62,11 @@ def parse_match(text: str) -> Budget | None:
         return None
     name, sign, amount = text.partition("=")
     kind = next((known for known in KINDS if known == name), None)
+    if name == "seconds":
+        fix = (
+            f"use {_EXAMPLES['trainable']} or {_EXAMPLES['peak']}; the report shows each run's time"
+        )
+        raise MisspeltError("seconds is no longer a budget: a time differs from run to run", fix)
     if kind is None:
         fix = did_you_mean(name, KINDS) if sign else f"such as {_EXAMPLES['peak']}, or trainable"
         raise MisspeltError(f"{shorten(text)} is nothing that methods could be matched by", fix)
@@ -78,8 +81,6 @@ def _amount(kind: Kind, amount: str, text: str) -> float:
         parts = re.fullmatch(rf"({_NUMBER})([kM]?)", amount)
         exact = Decimal(parts[1]) * _THOUSANDS[parts[2]] if parts else Decimal("0.5")
         found = None if exact % 1 else float(exact)
-    elif kind == "seconds":
-        found = float(amount) if re.fullmatch(_NUMBER, amount) else None
     elif re.fullmatch(rf"{_NUMBER} ?[KMG]iB", amount):
         found = float(parse_bytes(amount))
     if found is None:
@@ -96,7 +97,6 @@ _WANTED = {
     "trainable": "no whole number of entries",
     "optimizer_state": "no number of bytes",
     "peak": "no number of bytes",
-    "seconds": "no number of seconds",
 }
 
 

@@ -57,8 +57,8 @@ class Study(Section):
     match: str | None = Field(
         "trainable",
         description="trainable: as many entries as the recipe's density says; a budget that each "
-        "method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB, "
-        "seconds=600; null: as each row says",
+        "method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB; "
+        "null: as each row says",
     )
     settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
     differ: tuple[str, ...] = Field(

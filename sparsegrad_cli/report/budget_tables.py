@@ -24,12 +24,7 @@ _WORDS = {
     "trainable": "entries of the targets that a step changes",
     "optimizer_state": "bytes that the optimizer keeps",
     "peak": "bytes at the peak of a training step and of calibration, the weights among them",
-    "seconds": "seconds of training and calibration",
 }
-_NOISE = (
-    "Seconds are not counted but timed: steps were set by a few timed ones before the first run, "
-    "and whatever else the machine does moves both."
-)
 
 
 def budget_of(compare: Any) -> Mapping[str, Any]:
@@ -56,8 +51,6 @@ def budget_table(compare: Any) -> Table | None:
 
 def _unit(kind: str | None, request: float | None) -> tuple[str, Callable[[float | None], Cell]]:
     """What a column's name says of its unit, and how a figure is written in it."""
-    if kind == "seconds":
-        return ", s", lambda value: None if value is None else f"{value:,.1f}"
     if kind == "trainable":
         return "", lambda value: None if value is None else format_count(value)
     if (request or 0) >= _IN_GIB:
@@ -125,8 +118,6 @@ def _notes(budget: Mapping[str, Any]) -> list[str]:
         notes += [f"{text(row, 'task')} {text(row, 'method')}: {note}" for note in said]
     if text(budget, "kernels") is not None:
         notes.append(f"counted for {(text(budget, 'kernels') or '').upper()} kernels")
-    if text(budget, "kind") == "seconds":
-        notes.append(_NOISE)
     return list(dict.fromkeys(notes))
 
 
@@ -143,7 +134,7 @@ def budget_lines(compare: Any) -> list[Line]:
     for row in rows:
         if text(row, "verdict") == "over":
             kind = text(budget, "kind")
-            lines.append((False, f"{_took(row, kind)}, {_beyond(row, kind, 'MORE', match)}."))
+            lines.append((False, f"{_took(row, kind)}, {_beyond(row, 'MORE', match)}."))
     return lines
 
 
@@ -158,26 +149,20 @@ def budget_flags(compare: Any) -> list[str]:
         if row.get("matched") is False:
             flags.append(f"{_took(row, kind)}, outside of {match} as the study says.")
         elif text(row, "verdict") == "under":
-            less = _beyond(row, kind, "less", match)
+            less = _beyond(row, "less", match)
             flags.append(f"{_took(row, kind)}, {less}{_because(row, kind)}.")
     return flags
 
 
 def _took(row: Row, kind: str | None) -> str:
     who = f"{text(row, 'task') or '?'}: {text(row, 'method') or '?'}"
-    average = " on average" if _is_mean(row, kind) else ""
-    return f"{who} took {format_amount(number(row, 'measured'), kind)}{average}"
+    return f"{who} took {format_amount(number(row, 'measured'), kind)}"
 
 
-def _beyond(row: Row, kind: str | None, word: str, match: str) -> str:
-    """How far off the run furthest from the request was: not the one said where that is a mean."""
+def _beyond(row: Row, word: str, match: str) -> str:
+    """How far off the run furthest from the request was."""
     share = format_share(abs(number(row, "deviation") or 0.0))
-    who = "the run furthest off " if _is_mean(row, kind) else ""
-    return f"{who}{share} {word} than {match}"
-
-
-def _is_mean(row: Row, kind: str | None) -> bool:
-    return kind == "seconds" and (number(row, "runs") or 0) > 1
+    return f"{share} {word} than {match}"
 
 
 def _because(row: Row, kind: str | None) -> str:

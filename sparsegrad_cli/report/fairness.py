@@ -21,7 +21,6 @@ _SAME = {
 # set for a budget -> what is said of it
 _SOLVED = {
     "train.per_device_train_batch_size": "batches cut up for the budget, as many examples a step",
-    "train.max_steps": "steps as the budget has time for",
 }
 Line = tuple[bool | None, str]
 

@@ -72,7 +72,6 @@ class OrderHash:
     Attributes:
         kept: optimizer step -> digest over the batches.
         kept_rows: the same over their rows without padding; empty where a checkpoint knew of none.
-        positions: entries of all ``input_ids`` so far, padding included.
     """
 
     def __init__(self, every: int) -> None:
@@ -81,7 +80,6 @@ class OrderHash:
         self._rows: bytes | None = b""
         self.kept: dict[str, str] = {}
         self.kept_rows: dict[str, str] = {}
-        self.positions = 0
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Take in one (micro-)batch: its token ids and labels."""
@@ -97,7 +95,6 @@ class OrderHash:
                 sha.update(arrays[name].tobytes())
         self._digest = sha.digest()
         ids = arrays.get("input_ids")
-        self.positions += 0 if ids is None else ids.size
         if self._rows is None:
             return
         if ids is None or ids.ndim != 2 or {len(array) for array in arrays.values()} != {len(ids)}:

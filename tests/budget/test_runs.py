@@ -259,25 +259,3 @@ def test_a_budget_that_is_shared_and_tuned_has_one_size_everywhere(
     assert {row["verdict"] for row in found["budget"]["rows"]} == {"met"}
     assert [len(series["trials"]) for series in found["tuning"]["series"]] == [2, 2]
     assert found["parity"]["flagged"] == []
-
-
-@pytest.mark.slow
-def test_seconds_become_steps_and_are_held_against_the_clock(
-    cli: Cli, place: Path, tmp_path: Path
-) -> None:
-    study(place, "seconds=40", ("lora", "static"))
-    outcome = cli("compare", str(place / "study.yaml"), "-o", "c", "-q")
-    assert outcome.code == 0, outcome.err
-    found = compared(tmp_path)
-    for cell, row in zip(found["cells"], found["budget"]["rows"], strict=True):
-        run = cell["run"]
-        assert row["set"] == {"train.max_steps": run["time"]["steps"]}
-        assert row["timed"]["steps"] == run["time"]["steps"] > 3
-        assert row["predicted"] <= 40 and row["timed"]["timed_steps"] >= 3
-        assert row["measured"] == run["time"]["train_s"] + run["time"].get("calibrate_s", 0.0)
-        assert row["deviation"] == pytest.approx(row["measured"] / 40 - 1)
-        far = abs(row["deviation"]) > 0.05
-        assert row["verdict"] == ("met" if not far else "over" if row["deviation"] > 0 else "under")
-    steps = {row["timed"]["steps"] for row in found["budget"]["rows"]}
-    declared = found["parity"]["declared"]
-    assert [d["key"] for d in declared] == (["train.max_steps"] if len(steps) > 1 else [])

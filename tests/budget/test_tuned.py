@@ -100,12 +100,18 @@ def test_trials_of_other_sizes_are_trials_of_another_comparison(tmp_path: Path) 
 def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> None:
     study = solved(tmp_path, 150)
     assert study.budget is not None
-    rows = [{**row, "set": {**row["set"], "train.max_steps": 9}} for row in study.budget["rows"]]
+    micro = "train.per_device_train_batch_size"
+    cut = {micro: 4, "train.gradient_accumulation_steps": 2}
+    rows = [{**row, "set": {**row["set"], **cut}} for row in study.budget["rows"]]
     cells = []
-    for cell in study.cells:  # as a budget of seconds, and tuning, would leave them
+    for cell in study.cells:  # as a budget and tuning would leave them
         far = cell.label == "lora"
         train = cell.loaded.recipe.train.model_copy(
-            update={"max_steps": 9 if far else 6, "weight_decay": 0.1 if far else 0.0}
+            update={
+                "per_device_train_batch_size": 4 if far else 8,
+                "gradient_accumulation_steps": 2 if far else 1,
+                "weight_decay": 0.1 if far else 0.0,
+            }
         )
         recipe = cell.loaded.recipe.model_copy(update={"train": train})
         cells.append(replace(cell, loaded=replace(cell.loaded, recipe=recipe)))
@@ -113,13 +119,18 @@ def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> 
     parity = check_parity(both)
     assert parity["flagged"] == []
     declared = {found["key"]: found.get("why") for found in parity["declared"]}
-    assert declared == {"train.max_steps": "budget", "train.weight_decay": None}
+    assert declared == {
+        micro: "budget",
+        "train.gradient_accumulation_steps": "budget",
+        "train.weight_decay": None,
+    }
     compare = {"parity": parity, "tasks": ["csv"], "checks": []}
     said = " ".join(line for _, line in check_lines(compare))
-    assert "settings as tuned for each, steps as the budget has time for." in said
+    assert "settings as tuned for each, batches cut up for the budget" in said
     table = parity_table(compare)
     assert table is not None
     assert {row[0]: row[2] for row in table.rows} == {
-        "train.max_steps": "set for the budget",
+        micro: "set for the budget",
+        "train.gradient_accumulation_steps": "set for the budget",
         "train.weight_decay": "tuned by method",
     }

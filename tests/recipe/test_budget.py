@@ -20,10 +20,7 @@ WRONG = {
     "peak=1e9": "such as peak=2GiB",
     "peak=0MiB": "such as peak=2GiB",
     "peak": "such as peak=2GiB",
-    "seconds=ten": "such as seconds=600",
-    "seconds=10min": "such as seconds=600",
-    "seconds=0": "such as seconds=600",
-    "seconds=nan": "such as seconds=600",
+    "seconds=600": "the report shows each run's time",
     "trainable=": "such as trainable=70k",
     "trainable=0.3": "such as trainable=70k",
     "trainable=70K": "such as trainable=70k",
@@ -46,7 +43,6 @@ WRONG = {
         ("optimizer_state=64MiB", "optimizer_state", 64 * 2**20),
         ("peak=1.5GiB", "peak", 3 * 2**29),
         ("peak=300 KiB", "peak", 300 * 1024),
-        ("seconds=0.5", "seconds", 0.5),
     ],
 )
 def test_an_amount_and_what_it_is_of(text: str, kind: str, amount: float) -> None:
@@ -71,7 +67,7 @@ def test_what_is_misspelt_says_what_to_write(text: str) -> None:
 
 def test_a_file_is_blamed_by_line_and_the_command_line_by_option(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
-    for text in ("peak=2GB", "seconds=ten", "peak=-1"):
+    for text in ("peak=2GB", "seconds=600", "peak=-1"):
         path.write_text(f"methods: [lora]\nseeds: [1]\nmatch: {text}\n", encoding="utf-8")
         outcome = cli("compare", "s.yaml", "--dry-run")
         assert outcome.code == 2 and "s.yaml:3 match" in outcome.flat, outcome.err
@@ -89,9 +85,9 @@ def test_a_file_is_blamed_by_line_and_the_command_line_by_option(cli: Cli, tmp_p
 def test_the_option_is_stronger_than_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("methods: [lora]\nmatch: peak=2GiB\n", encoding="utf-8")
-    written, given = load_study(path), load_study(path, match="seconds=5")
+    written, given = load_study(path), load_study(path, match="peak=3GiB")
     assert written.study.match == "peak=2GiB" and written.match_place.line == 2
-    assert given.study.match == "seconds=5" and given.match_place.file == "command line"
+    assert given.study.match == "peak=3GiB" and given.match_place.file == "command line"
 
 
 def test_rows_outside_of_a_match_are_as_they_say(tmp_path: Path) -> None:
