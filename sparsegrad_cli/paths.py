@@ -6,6 +6,7 @@ delete: what it names may be anybody's.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import shutil
@@ -46,6 +47,35 @@ def is_file(name: str | Path) -> bool:
 def is_folder(name: str | Path) -> bool:
     """Whether it is a folder, or a link to one."""
     return _holds(Path.is_dir, name)
+
+
+def looks_like_folder(name: str) -> bool:
+    """True for a model's name that no model on the hub can have: it means a local folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def near_folder(name: str, *others: Path) -> str | None:
+    """Return "did you mean ...?" where a model's folder of a similar name lies in its place.
+
+    Args:
+        name: a model's name that is no folder.
+        others: folders that a relative name may be relative to, beside the current one.
+    """
+    path = expanded(name)
+    for start in (*others, Path()):
+        try:
+            around = [each for each in (start / path).parent.iterdir() if is_model(each)]
+        except (OSError, ValueError):
+            continue
+        near = difflib.get_close_matches(path.name, [each.name for each in around], n=1, cutoff=0.7)
+        if near:
+            return f"did you mean {from_here(path.parent / near[0])}?"
+    return None
+
+
+def is_model(folder: str | Path) -> bool:
+    """Whether it is a folder with a model's configuration."""
+    return is_file(expanded(folder) / "config.json")
 
 
 def _holds(test: Callable[[Path], bool], name: str | Path) -> bool:

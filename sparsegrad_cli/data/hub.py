@@ -12,6 +12,7 @@ from sparsegrad_cli.data.parquet_files import converted
 from sparsegrad_cli.data.spec import GLUE_TASKS, RawTask, suggest
 from sparsegrad_cli.data.table import Columns, Table
 from sparsegrad_cli.errors import DownloadError, UsageError
+from sparsegrad_cli.hub_access import why_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +85,7 @@ def load_hub_splits(
     """
     import datasets
 
-    unreachable = _why_unreachable(hub_id)
+    unreachable = why_unreachable("dataset", hub_id)
     try:
         with _cache_only(unreachable is not None):
             found = datasets.load_dataset(hub_id, config)
@@ -106,25 +107,6 @@ def load_hub_splits(
     if unreachable:
         notes.append(f"the hub cannot be reached ({unreachable}): {called} is the cached copy")
     return {split: found[split] for split in splits or found}, notes
-
-
-def _why_unreachable(hub_id: str) -> str | None:
-    """None when the hub answers, else the reason in words.
-
-    One request of at most ten seconds, because load_dataset itself tries for half a minute before
-    it turns to its cache.
-    """
-    import huggingface_hub
-
-    try:
-        huggingface_hub.dataset_info(hub_id, timeout=10)
-    except Exception as error:
-        if getattr(error, "response", None) is not None:
-            return None  # it answered, if with an error: load_dataset says what to make of that
-        if "offline mode" in str(error):
-            return "HF_HUB_OFFLINE is set"
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -277,7 +278,14 @@ def _positive_without_effect(metrics: str) -> UsageError:
 
 def suggest(given: str, choices: Sequence[str]) -> str:
     """``did you mean X?`` when something is near, then all there is."""
-    lower = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(given.lower(), list(lower), n=1, cutoff=0.6)
-    hint = f"did you mean {lower[near[0]]}? " if near else ""
+    near = nearest(given, choices)
+    hint = f"did you mean {near}? " if near else ""
     return f"{hint}there is: {', '.join(choices)}"
+
+
+def nearest(given: str, choices: Sequence[str]) -> str | None:
+    """Return the choice whose name, or what follows its prefix (``glue/``), is most similar."""
+    forms = {re.split("[/:]", choice)[-1].lower(): choice for choice in choices}
+    forms |= {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(given.lower(), list(forms), n=1, cutoff=0.6)
+    return forms[near[0]] if near else None

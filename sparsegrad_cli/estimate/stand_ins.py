@@ -20,6 +20,7 @@ from sparsegrad_cli.data.spec import (
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import name_labels
+from sparsegrad_cli.modeling.pretrained import require_task
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
 
@@ -67,16 +68,7 @@ def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
         if chat
         else transformers.AutoModelForSequenceClassification
     )
-    encoder = getattr(config, "is_encoder_decoder", False) or not getattr(
-        config, "is_decoder", True
-    )
-    kind = getattr(config, "model_type", "unknown")
-    if chat and encoder:
-        raise UsageError(
-            f"{section.name} ({kind}) is no causal language model",
-            where=loaded.where("model.name"),
-            fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
-        )
+    require_task(config, section.name, chat=chat, where=loaded.where("model.name"))
     try:
         model: nn.Module = loader.from_config(
             copy.deepcopy(config),
@@ -85,8 +77,8 @@ def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
         )
     except ValueError as error:
         raise UsageError(
-            f"transformers has no {'language model' if chat else 'sequence classifier'} of this "
-            f"kind ({kind}): {str(error).partition(chr(10))[0]}",
+            f"transformers cannot build {section.name} from its configuration: "
+            f"{str(error).partition(chr(10))[0]}",
             where=loaded.where("model.name"),
         ) from error
     if chat:

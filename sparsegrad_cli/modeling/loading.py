@@ -19,7 +19,11 @@ from sparsegrad_cli.modeling.head import (
     output_dimensions,
     put_output,
 )
-from sparsegrad_cli.modeling.pretrained import from_pretrained, load_configuration
+from sparsegrad_cli.modeling.pretrained import (
+    from_pretrained,
+    load_configuration,
+    require_task,
+)
 from sparsegrad_cli.modeling.quantized import (
     quantization_config,
     require_bitsandbytes,
@@ -61,13 +65,14 @@ def load_classifier(
             CPU.
 
     Raises:
-        UsageError: as :func:`_model`.
+        UsageError: as :func:`require_task` and :func:`_model`.
         DownloadError, FileFormatError: as :func:`from_pretrained`.
     """
     from transformers import AutoModelForSequenceClassification, set_seed
 
     kind: Any = AutoModelForSequenceClassification
     config = load_configuration(section)
+    require_task(config, section.name, chat=False)
     match = match_labels(config, spec)
     name_labels(config, spec)
     set_seed(seed)
@@ -106,27 +111,21 @@ def load_causal_lm(
         packed: weights may lie quantized on disk: who only asks a model needs no others.
 
     Raises:
-        UsageError: an encoder-decoder, which has no place for a conversation's one sequence; or as
-            :func:`_model`.
+        UsageError: as :func:`require_task` and :func:`_model`.
         DownloadError, FileFormatError: as :func:`from_pretrained`; also where weights are missing,
             such as the head of a model that was saved without it.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_configuration(section)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{section.name} is an encoder-decoder ({config.model_type}), no causal language model",
-            where="model.name",
-            fix="a chat task needs a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
-        )
+    require_task(config, section.name, chat=True)
     kind: Any = AutoModelForCausalLM
     model, lacking, _ = _model(kind, section, config, device, packed=packed)
     if lacking:
         raise FileFormatError(
             f"{section.name} is no whole causal language model: it lacks {_some(lacking)}",
             where="model.name",
-            fix="is it an encoder, or a decoder saved without its language-model head?",
+            fix="was it saved without its language-model head?",
         )
     return model
 

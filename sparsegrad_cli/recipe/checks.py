@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 from sparsegrad_cli.data.spec import check_settings, known_task_names
 from sparsegrad_cli.errors import Problem, UsageError
-from sparsegrad_cli.paths import exists, expanded, from_here, is_file, is_folder
+from sparsegrad_cli.paths import (
+    exists,
+    expanded,
+    from_here,
+    is_file,
+    is_folder,
+    looks_like_folder,
+    near_folder,
+)
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
@@ -58,9 +66,8 @@ def outside_problems(
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:
         what = f"unknown built-in model {model!r}"
         found.append((("model", "name"), what, did_you_mean(model, BUILTIN_MODELS)))
-    elif _looks_like_folder(model) and not is_folder(model):
-        fix = "a hub id has at most one slash and no leading dot"
-        found.append((("model", "name"), f"no such folder: {from_here(model)}", fix))
+    elif not is_folder(model) and (problem := _missing_model(recipe, places)):
+        found.append(problem)
     basis = recipe.calibration.basis
     if basis is not None and not is_file(basis):
         fix = "`sparsegrad calibrate` writes one"
@@ -75,5 +82,17 @@ def outside_problems(
     return problems
 
 
-def _looks_like_folder(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def _missing_model(
+    recipe: Recipe, places: Mapping[KeyPath, Place]
+) -> tuple[KeyPath, str, str | None] | None:
+    """Return the problem of a model's name that means a folder, and there is none."""
+    name, path = recipe.model.name, ("model", "name")
+    written = find_place(places, path).file
+    near = near_folder(name, expanded(written).parent)
+    if looks_like_folder(name):
+        fix = near or "a hub id has at most one slash and no leading dot"
+        return path, f"no such folder: {from_here(name)}", fix
+    if "/" in name and near and recipe.model.revision is None:
+        fix = f"{near} For a model of that name on the hub, say model.revision: main"
+        return path, f"no such folder: {name}", fix
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Mapping
 from types import UnionType
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel
 
+from sparsegrad_cli.data.spec import nearest
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.source import KeyPath
 from sparsegrad_cli.recipe.yaml_text import shorten
@@ -33,6 +33,13 @@ _ELSEWHERE = {
     "evaluation_strategy": "train.eval_strategy",
     "data_seed": "seed (it seeds the data order too)",
 }
+# Names of methods elsewhere, and how they are written here.
+_METHODS_ELSEWHERE = {
+    "qlora": "it is written method: lora with model.quantization: 4bit",
+    "rslora": "it is written method: {name: lora, rslora: true}",
+    "full_finetuning": "it is written method: full",
+    "finetune": "it is written method: full",
+}
 
 
 def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath, str, str | None]:
@@ -47,7 +54,7 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
         path = (*path, "name")
         if given is None:
             return path, "is missing", f"one of {', '.join(METHOD_NAMES)}"
-        return path, f"{shorten(given)} is not a method", did_you_mean(str(given), METHOD_NAMES)
+        return path, f"{shorten(given)} is not a method", method_advice(str(given))
     if kind == "literal_error":
         expected = str(context.get("expected", ""))
         choices = tuple(part.strip("' ") for part in expected.replace(" or ", ", ").split(", "))
@@ -124,14 +131,19 @@ def _suggest_key(key: str, sections: list[type[BaseModel]]) -> str | None:
 
 
 def _close(given: str, choices: tuple[str, ...]) -> str | None:
-    match = difflib.get_close_matches(given.lower(), choices, n=1, cutoff=0.6)
-    return f"did you mean {match[0]}?" if match else None
+    near = nearest(given, choices)
+    return f"did you mean {near}?" if near else None
 
 
 def did_you_mean(given: str, choices: typing.Sequence[str]) -> str:
     """``did you mean X?`` when something is near, else the list of what there is."""
     names = tuple(choices)
     return _close(given, names) or f"there is: {', '.join(names)}"
+
+
+def method_advice(given: str) -> str:
+    """Return which method is meant by a name that is none."""
+    return _METHODS_ELSEWHERE.get(given.lower()) or did_you_mean(given, METHOD_NAMES)
 
 
 def _type_fix(kind: str, given: Any) -> str | None:

@@ -15,7 +15,7 @@ from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, read_override, stack, still_said
 from sparsegrad_cli.recipe.loading import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
-from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.problems import method_advice
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
 from sparsegrad_cli.recipe.source import (
@@ -125,7 +125,7 @@ def make_study(
             f"{m!r} is not a method",
             "command line",
             None,
-            did_you_mean(m, METHOD_NAMES),
+            method_advice(m),
         )
         for m in methods
         if m not in METHOD_NAMES

@@ -162,3 +162,45 @@ def test_divergence_is_said_in_words(cli: Cli) -> None:
     assert outcome.code == 1
     assert "diverged" in outcome.flat or "finite" in outcome.flat
     assert json.loads(Path("r/run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("task=sst2",), "did you mean glue/sst2?"),
+        (("task=SST-2",), "did you mean glue/sst2?"),
+        (("task=acceptability",), "did you mean builtin:acceptability?"),
+        (("method=qlora",), "it is written method: lora with model.quantization: 4bit"),
+        (("task.separator=;;",), "task.separator"),
+        (("task=glue/rte", "task.separator=;"), "task.separator is for csv, json, parquet"),
+    ],
+)
+def test_a_name_from_elsewhere_says_how_it_is_written_here(
+    cli: Cli, arguments: tuple[str, ...], says: str
+) -> None:
+    outcome = cli("validate", "configs/quickstart.yaml", *arguments)
+    assert outcome.code == 2
+    assert says in outcome.flat
+
+
+def test_a_misspelt_model_folder_is_found_before_anything_is_asked_of_the_hub(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.model_info", None)
+    (tmp_path / "in" / "models" / "tinybert").mkdir(parents=True)
+    (tmp_path / "in" / "models" / "tinybert" / "config.json").write_text("{}", encoding="utf-8")
+    recipe = tmp_path / "in" / "r.yaml"
+    for name in ("models/tinybrt", "./models/tinybrt", "../in/models/tinybrt"):
+        recipe.write_text(f"task: builtin:acceptability\nmodel: {name}\n", encoding="utf-8")
+        outcome = cli("train", str(recipe), *SMALL[1:])
+        assert outcome.code == 2
+        assert "r.yaml:2" in outcome.flat and "models/tinybert?" in outcome.flat
+
+
+def test_a_missing_shard_is_refused_and_a_damaged_column_is_named(cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    table(data, "train-00000-of-00002.csv", GOOD)
+    outcome = cli("train", "task=csv", f"task.path={data}", *SMALL)
+    assert outcome.code == 1
+    assert "shard 1 of 2 of train is not there" in outcome.flat and str(data) in outcome.flat

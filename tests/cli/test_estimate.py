@@ -127,7 +127,7 @@ def test_the_papers_recipe_needs_no_download(cli: Cli) -> None:
         (("-m", "lora,sparsgrad"), "--method 'sparsgrad' is not a method"),
         (("-m", "lora,lora"), "--method names a method twice"),
         (("calibration.decomposition=exact", "method.rank=0.5"), "share of energy"),
-        (("task=builtin:dialogues",), "no causal language model"),
+        (("task=builtin:dialogues",), "needs a causal language model"),
         (("targets.blocks=[7]",), "blocks with targets: 0 to 0"),
         (("task.name=glue/nothing",), "unknown task"),
         (("model.quantization=8bit",), "cannot be rehearsed"),

@@ -106,7 +106,7 @@ def empty(folder: Path) -> str:
         (damaged_lora, FileFormatError, "adapter_config.json"),
         (lora_without_weights, FileFormatError, "peft cannot load"),
         (empty, FileFormatError, "config.json"),
-        (lambda folder: "builtin:minilm", FileFormatError, "no whole causal language model"),
+        (lambda folder: "builtin:minilm", UsageError, "needs a causal language model"),
         (lambda folder: "no-such/model", DownloadError, "local folder"),
         (lambda folder: "builtin:other", SparsegradError, "builtin"),
         (lambda folder: str(folder), UsageError, "no folder"),

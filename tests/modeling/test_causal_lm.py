@@ -108,14 +108,22 @@ def test_a_tied_body_needs_no_head_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, body.wte.weight)
 
 
-def test_an_encoder_without_a_language_models_head_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "bert", "AutoModel")
-    refused(tmp_path, FileFormatError, "lacks", "and 3 more")
-
-
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "t5", "AutoModelForSeq2SeqLM")
-    refused(tmp_path, UsageError, "encoder-decoder (t5)")
+@pytest.mark.parametrize(
+    ("architecture", "loader", "what"),
+    [
+        # BERT's own language-model head would load, and see the words that it is to predict.
+        ("bert", "AutoModelForMaskedLM", "an encoder (bert)"),
+        ("roberta", "AutoModel", "an encoder (roberta)"),
+        ("distilbert", "AutoModel", "an encoder (distilbert)"),
+        ("deberta-v3", "AutoModel", "an encoder (deberta-v2)"),
+        ("t5", "AutoModelForSeq2SeqLM", "an encoder-decoder (t5)"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(
+    tmp_path: Path, architecture: str, loader: str, what: str
+) -> None:
+    saved(tmp_path, architecture, loader)
+    refused(tmp_path, UsageError, f"is {what}, and a chat task needs a causal language model")
 
 
 def test_damaged_and_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -125,7 +133,7 @@ def test_damaged_and_pickled_weights_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, FileFormatError)
     weights.unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    refused(tmp_path, FileFormatError)
+    refused(tmp_path, FileFormatError, "pytorch_model.bin only", "save_file")
     (tmp_path / "config.json").unlink()
     refused(tmp_path, FileFormatError, "config.json")
 

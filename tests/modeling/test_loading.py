@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from torch import nn
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
+from sparsegrad_cli.modeling import pretrained
 from sparsegrad_cli.modeling.loading import load_classifier
-from sparsegrad_cli.modeling.pretrained import load_tokenizer, locate
+from sparsegrad_cli.modeling.pretrained import from_pretrained, load_tokenizer, locate
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.recipe.schema import ModelSection
 
@@ -191,7 +195,59 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
 def test_pickled_weights_are_not_read(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
-    refused(folder, FileFormatError)
+    refused(folder, FileFormatError, "pytorch_model.bin only, expected model.safetensors")
+
+
+def test_the_conversion_that_is_advised_gives_the_same_model(folder: Path) -> None:
+    model = load_classifier(section(folder), TWO, seed=0).model
+    (folder / "model.safetensors").unlink()
+    weights = dict(model.state_dict())
+    weights["tied"] = next(iter(weights.values()))  # two names for one tensor
+    torch.save(weights, folder / "pytorch_model.bin")
+    advice = str(refused(folder, FileFormatError).fix)
+    code = advice.partition('python -c "')[2].rpartition('"')[0]
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    again = load_classifier(section(folder), TWO, seed=0).model.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_architecture_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    from transformers import MambaConfig
+
+    MambaConfig().save_pretrained(tmp_path)
+    refused(tmp_path, UsageError, "(mamba)", "no sequence classifier", "choose an encoder")
+
+
+@pytest.mark.parametrize("name", ["models/tinybrt", "./models/tinybrt"])
+def test_a_misspelt_folder_names_the_nearest_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    shutil.copytree(folder, tmp_path / "models" / "tinybert")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "why_unreachable", lambda kind, name: "no network")
+    with pytest.raises(SparsegradError, match="did you mean models/tinybert"):
+        load_tokenizer(section(name))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(name: str, timeout: float) -> None:
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    def load(name: str, **kwargs: Any) -> None:
+        assert kwargs["local_files_only"]
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
+    for what in ("configuration", "tokenizer", "model"):
+        with pytest.raises(DownloadError, match="no route"):
+            from_pretrained(load, section("some-org/asked-once"), what=what)
+    assert asked == ["some-org/asked-once"]
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v3", "gpt2", "llama", "t5"])
@@ -228,7 +284,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["some-org/some-model", "no-such-model", "./nowhere/at/all"])
+@pytest.mark.parametrize("name", ["some-org/some-model", "no-such-model"])
 def test_a_hub_that_cannot_be_reached_says_how_to_go_local(name: str) -> None:
     error = refused(name, DownloadError, "HF_HUB_OFFLINE", "local folder", "builtin:minilm")
     assert error.exit_code == 1
