@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsegrad_cli.data.spec import CHAT_TASKS, GLUE_TASKS
+from sparsegrad_cli.data.spec import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.source import KeyPath
 
@@ -19,7 +19,11 @@ def training_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
         if task in CHAT_TASKS:
             what = f"label smoothing needs all logits, which {task} never makes"
             found.append((key, what, "leave it out"))
-        elif recipe.task.type == "regression" or (spec is not None and spec.regression):
+        elif (
+            recipe.task.type == "regression"
+            or recipe.task.metric in SCORE_METRICS
+            or (spec is not None and spec.regression)
+        ):
             found.append((key, SMOOTHED_SCORES, "leave it out"))
     return found
 

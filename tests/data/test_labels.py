@@ -300,6 +300,8 @@ def test_classes_that_approach_the_rows_are_noted(tmp_path: Path) -> None:
     assert len(task.spec.label_names or ()) == 20
     assert len(task.notes) == 1 and task.notes[0].startswith("20 classes in 20 training rows")
     assert "task.type: regression" in task.notes[0]
+    scores = [f"{number}.5" for number in range(20)] + ["NA"]
+    assert "task.type: regression" in load(tmp_path, scores, metric="accuracy").notes[0]
     words = load(tmp_path, [f"w{number}" for number in range(20)])
     assert "task.type" not in words.notes[0]
     assert load(tmp_path, [str(number % 4) for number in range(20)]).notes == ()

@@ -41,6 +41,11 @@ CSV = ("task.name=csv", "task.path=data.csv")
             "train.label_smoothing_factor",
             "labels of this task are scores",
         ),
+        (
+            (*CSV, "task.metric=pearson", "train.label_smoothing_factor=0.1"),
+            "train.label_smoothing_factor",
+            "labels of this task are scores",
+        ),
     ],
 )
 def test_validate_refuses_what_has_no_effect_or_does_not_fit(
