@@ -73,7 +73,7 @@ def judge_server(judges: Judges) -> Iterator[Server]:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             request = {
                 "path": self.path,
-                "headers": dict(self.headers),
+                "headers": {name.lower(): value for name, value in self.headers.items()},
                 "body": json.loads(content),
             }
             with lock:

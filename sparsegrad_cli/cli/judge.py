@@ -71,10 +71,6 @@ def judge(
     timeout: Annotated[
         float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")
     ] = 120.0,
-    backoff: Annotated[
-        float,
-        typer.Option("--backoff", min=0.0, help="Seconds before a further try; doubles."),
-    ] = 2.0,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Requests at a time.")] = 4,
     max_tokens: Annotated[
         int,
@@ -112,7 +108,6 @@ def judge(
         pairwise=pairwise,
         retries=retries,
         timeout=timeout,
-        backoff=backoff,
         jobs=jobs,
         max_tokens=max_tokens,
     )

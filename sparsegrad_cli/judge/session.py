@@ -49,7 +49,7 @@ class JudgeOptions:
         output: the folder; None makes one in the comparison whose models answered, where its
             report finds it, or else of the files' names under runs/.
         pairwise: compare two models instead of grading each.
-        retries, timeout, backoff: see :class:`Endpoint` and :class:`Judge`.
+        retries, timeout: see :class:`Endpoint` and :class:`Judge`.
         jobs: requests at a time.
         max_tokens: of a reply; 0 leaves it to the server.
     """
@@ -63,7 +63,6 @@ class JudgeOptions:
     pairwise: bool = False
     retries: int = 2
     timeout: float = 120.0
-    backoff: float = 2.0
     jobs: int = 4
     max_tokens: int = 1024
 
@@ -124,7 +123,6 @@ def judge_answers(options: JudgeOptions, observer: Observer) -> dict[str, Any]:
         key=key,
         timeout=options.timeout,
         retries=options.retries,
-        backoff=options.backoff,
     )
     notes += _about_key(options, endpoint.shown, key)
     judge = Judge(endpoint, options.model, options.max_tokens or None, options.retries)

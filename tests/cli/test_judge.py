@@ -40,7 +40,7 @@ def judge(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     def run(url: str, *more: str) -> Outcome:
         return cli(
             *("judge", "--questions", str(questions), "--endpoint", url, "--model", "judge-1"),
-            *("--backoff", "0", "--timeout", "5", *more),
+            *("--timeout", "5", *more),
         )
 
     return run
@@ -211,7 +211,7 @@ def test_the_key_comes_from_the_variable_named(
         assert missing.code == 2 and "NO_KEY is not set" in missing.flat
         monkeypatch.delenv("OPENAI_API_KEY")
         assert judge(server.url, files[1]).code == 0
-    sent = [request["headers"].get("Authorization") for request in server.requests]
+    sent = [request["headers"].get("authorization") for request in server.requests]
     assert sent == ["Bearer other"] * 4 + [None] * 4
 
 
@@ -376,7 +376,7 @@ def test_usage(judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: 
     url = "http://localhost:9/v1"
     assert "compares two models" in judge(url, files[0], "--pairwise").flat
     assert "nowhere.jsonl" in judge(url, "nowhere.jsonl").flat
-    assert "no address" in judge("localhost", files[0]).flat
+    assert "is not an http or https address" in judge("localhost", files[0]).flat
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     assert "not empty" in judge(url, files[0], "-o", "full").flat

@@ -168,7 +168,7 @@ def test_grades_stand_beside_the_answers_that_were_graded(cli: Cli, study: Path)
 
     with judge_server(judges) as server:
         arguments = ("judge", "s", "--questions", "q.jsonl", "--endpoint", server.url)
-        outcome = cli(*arguments, "--model", "judge-1", "--backoff", "0", "-q")
+        outcome = cli(*arguments, "--model", "judge-1", "-q")
     assert outcome.code == 0, outcome.err
     assert (study / "judge-q" / "verdicts.jsonl").is_file()
     lines = (study / "report.md").read_text().splitlines()

@@ -21,10 +21,12 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-user")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-the-user")
 
 
 def endpoint(url: str, key: str | None = KEY, **settings: Any) -> Endpoint:
-    chosen = {"timeout": 5.0, "retries": 2, "backoff": 0.0, **settings}
+    chosen = {"timeout": 5.0, "retries": 1, **settings}
     return Endpoint(url, key=key, **chosen)
 
 
@@ -37,34 +39,34 @@ def test_what_is_sent_and_what_comes_back() -> None:
     assert (reply.text, reply.finish, reply.usage) == ("Rating: [[7]]", "stop", {"total_tokens": 7})
     first, second, third, fourth = server.requests
     assert first["body"] == {**BODY, "messages": [{"role": "user", "content": "é😀"}]}
-    assert first["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert first["headers"]["authorization"] == f"Bearer {KEY}"
     assert [r["path"] for r in (first, second, third)] == ["/v1/chat/completions"] * 3
     assert fourth["path"] == "/api/v4/chat/completions?version=2"
     # Without a key nothing is sent in its place, the token of the Hugging Face hub least of all.
-    assert "Authorization" not in second["headers"]
-    assert "hf_of_the_user" not in str(server.requests)
+    assert "authorization" not in second["headers"]
+    assert "of_the_user" not in str(server.requests)
+    assert "of-the-user" not in str(server.requests)
 
 
 def test_too_many_requests_then_success() -> None:
-    wait = (("Retry-After", "0.2"),)
+    wait = (("Retry-After", "1"),)
     with judge_server(lambda b, n: Said("ok") if n else Said(status=429, headers=wait)) as server:
         started = time.monotonic()
-        assert endpoint(server.url, backoff=60.0).ask(BODY).text == "ok"
-        assert time.monotonic() - started >= 0.2
+        assert endpoint(server.url).ask(BODY).text == "ok"
+        assert time.monotonic() - started >= 1
     assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
     ("said", "reason", "tries"),
     [
-        (Said(status=500, body=b'{"error": {"message": "boom"}}'), "HTTP 500: boom", 3),
-        (Said(status=503, body=b"<html><b>down</b></html>"), "HTTP 503: <html><b>down", 3),
-        (Said("cut", cut=True), "network: IncompleteRead", 3),
-        (Said("late", delay=1.0), "no answer within 0.3 s", 3),
-        (Said("slow", drip=0.05), "no answer within 0.3 s", 3),
-        (Said(body=b"<html>it works</html>"), "no chat completion", 3),
-        (Said(body=b'{"choices": []}'), "no chat completion", 3),
-        (Said(body=b'{"choices": [{"message": null}]}'), "no chat completion", 3),
+        (Said(status=500, body=b'{"error": {"message": "boom"}}'), "HTTP 500: boom", 2),
+        (Said(status=503, body=b"<html><b>down</b></html>"), "HTTP 503: <html><b>down", 2),
+        (Said("cut", cut=True), "network: ", 2),
+        (Said("late", delay=1.0), "no answer within 0.3 s", 2),
+        (Said(body=b"<html>it works</html>"), "not a chat completion", 1),
+        (Said(body=b'{"choices": []}'), "not a chat completion", 1),
+        (Said(body=b'{"choices": [{"message": null}]}'), "not a chat completion", 1),
         (Said(status=400, body=b'{"error": "context too long"}'), "400: context too long", 1),
         (Said(status=422, body=b"\xff\xfe"), "HTTP 422", 1),
     ],
@@ -74,14 +76,6 @@ def test_failures_are_tried_again_where_that_may_help(said: Said, reason: str, t
         with pytest.raises(UnansweredError, match=re.escape(reason)):
             endpoint(server.url, timeout=0.3).ask(BODY)
         assert len(server.requests) == tries
-
-
-def test_a_response_without_end_is_not_read_to_the_end() -> None:
-    with (
-        judge_server(lambda b, n: Said(body=b"x" * (9 * 1024**2))) as server,
-        pytest.raises(UnansweredError, match="too large"),
-    ):
-        endpoint(server.url).ask(BODY)
 
 
 def test_nobody_listens() -> None:
