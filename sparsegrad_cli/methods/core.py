@@ -27,12 +27,7 @@ from sparsegrad_cli.methods.base import (
 from sparsegrad_cli.methods.core_layers import CoreLinear, QuantizedCoreLinear
 from sparsegrad_cli.methods.core_plan import planned_supports
 from sparsegrad_cli.methods.entries import check_positions
-from sparsegrad_cli.methods.optimizer import (
-    Selection,
-    SelectiveAdamW,
-    adamw_settings,
-    plain_adamw,
-)
+from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
 from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks, use_lean_gates
 from sparsegrad_cli.modeling.quantized import count_entries, dtype_of, is_quantized
 from sparsegrad_cli.modeling.targets import Target
@@ -139,12 +134,11 @@ class SparsegradCore:
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """torch's AdamW; with dynamic support, AdamW on the largest entries of dL/dS."""
         if self.settings.support in ("static", "dense"):
-            return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
+            return plain_adamw(model, train)
         selections = {
             layer.trained: self._selection(name, layer) for name, layer in self._layers.items()
         }
-        plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
-        return SelectiveAdamW(selections, plain, **adamw_settings(train))
+        return selective_adamw(model, selections, train)
 
     def _selection(self, name: str, layer: CoreLinear) -> Selection:
         count = self._counts[name]

@@ -56,7 +56,7 @@ class Full:
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """torch's AdamW."""
-        return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
+        return plain_adamw(model, train)
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """All that trains."""

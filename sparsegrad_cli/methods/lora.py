@@ -132,7 +132,7 @@ class Lora:
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """torch's AdamW on A, B and what the scope opens."""
-        return plain_adamw((p for p in model.parameters() if p.requires_grad), train)
+        return plain_adamw(model, train)
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """A, B and what the scope opens."""

@@ -22,7 +22,7 @@ from sparsegrad_cli.methods.base import (
     open_scope,
 )
 from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
-from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_settings
+from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, selective_adamw
 from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -118,8 +118,7 @@ class Meprop:
             count = None if self.settings.select == "rows" else self._asked[target.name]
             room = bounded(self.settings.state_capacity, count or 0, target.size)
             selections[weight] = Selection(count, capacity=room)
-        plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
-        self._optimizer = SelectiveAdamW(selections, plain, **adamw_settings(train))
+        self._optimizer = selective_adamw(model, selections, train)
         return self._optimizer
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ accumulated gradient, whatever the number of micro-batches or devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
     Args:
         selections: how entries are chosen, for each parameter of which only some are stepped.
         plain: parameters that are stepped whole.
+        undecayed: parameters that are stepped whole and without weight decay.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
     """
 
@@ -71,12 +72,10 @@ class SelectiveAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        undecayed: Iterable[nn.Parameter] = (),
     ) -> None:
         self._selections = dict(selections)
-        groups: list[dict[str, Any]] = [{"params": list(selections)}]
-        plain = list(plain)
-        if plain:
-            groups.append({"params": plain})
+        groups = [{"params": list(selections)}, *_groups(plain, undecayed)]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, defaults)
 
@@ -243,9 +242,50 @@ class SelectiveAdamW(torch.optim.Optimizer):
         return torch.nonzero(moved.reshape(-1)).squeeze(1)
 
 
-def plain_adamw(parameters: Iterable[nn.Parameter], train: TrainSection) -> torch.optim.AdamW:
-    """torch's AdamW on whole parameters with a recipe's hyper-parameters."""
-    return torch.optim.AdamW(list(parameters), **adamw_settings(train))
+def plain_adamw(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
+    """Return torch's AdamW on whatever trains, with a recipe's hyper-parameters."""
+    return torch.optim.AdamW(_groups(*by_decay(model, train)), **adamw_settings(train))
+
+
+def selective_adamw(
+    model: nn.Module, selections: Mapping[nn.Parameter, Selection], train: TrainSection
+) -> SelectiveAdamW:
+    """Return AdamW on the selections and, stepped whole, on whatever else trains."""
+    decayed, undecayed = by_decay(model, train, without=selections)
+    return SelectiveAdamW(selections, decayed, undecayed=undecayed, **adamw_settings(train))
+
+
+def by_decay(
+    model: nn.Module, train: TrainSection, without: Container[nn.Parameter] = ()
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split what trains into what weight decay acts on and what it leaves alone.
+
+    The rule is that of ``transformers.Trainer.get_decay_parameter_names``: biases and the
+    parameters of norms do not decay. Without weight decay there is nothing to split.
+
+    Args:
+        without: parameters to leave out.
+    """
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p not in without}
+    if not train.weight_decay:
+        return list(trained.values()), []
+    decaying = set(get_parameter_names(model, [nn.LayerNorm], _UNDECAYED))
+    decayed = [parameter for name, parameter in trained.items() if name in decaying]
+    return decayed, [parameter for name, parameter in trained.items() if name not in decaying]
+
+
+# Names of parameters that do not decay, as transformers has them; matched in lower case.
+_UNDECAYED = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def _groups(
+    decayed: Iterable[nn.Parameter], undecayed: Iterable[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer; none is empty."""
+    groups = [{"params": list(decayed)}, {"params": list(undecayed), "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def adamw_settings(train: TrainSection) -> dict[str, Any]:

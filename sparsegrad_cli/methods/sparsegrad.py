@@ -27,7 +27,7 @@ from sparsegrad_cli.methods.base import (
     open_scope,
 )
 from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
-from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, adamw_settings
+from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, selective_adamw
 from sparsegrad_cli.modeling.precision import open_parameter
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -136,8 +136,7 @@ class Sparsegrad:
             room = bounded(self.settings.state_capacity, count, target.size)
             selection = Selection(count, basis, target.transposed, capacity=room)
             selections[self._weight(model, target)] = selection
-        plain = [p for p in model.parameters() if p.requires_grad and p not in selections]
-        self._optimizer = SelectiveAdamW(selections, plain, **adamw_settings(train))
+        self._optimizer = selective_adamw(model, selections, train)
         return self._optimizer
 
     def _core(self, model: nn.Module, target: Target) -> Tensor:

@@ -9,13 +9,26 @@ from pydantic import Field, model_validator
 from sparsegrad_cli.recipe.section import Bytes, Density, PositiveInt, Section
 
 
-class FullMethod(Section):
+class _Method(Section):
+    """What every method's section answers."""
+
+    @property
+    def beside_weights(self) -> bool:
+        """Whether the targets' weights stay frozen and a change beside them trains.
+
+        Weight decay then pulls the change towards zero, so the weights towards what they were
+        before training. Otherwise it pulls the weights themselves towards zero.
+        """
+        return False
+
+
+class FullMethod(_Method):
     """Every entry of every target trains."""
 
     name: Literal["full"]
 
 
-class LoraMethod(Section):
+class LoraMethod(_Method):
     """LoRA (Hu et al. 2021) by the peft library."""
 
     name: Literal["lora"]
@@ -27,8 +40,13 @@ class LoraMethod(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
 
+    @property
+    def beside_weights(self) -> bool:
+        """True: A and B train."""
+        return True
 
-class _SparseMethod(Section):
+
+class _SparseMethod(_Method):
     """What a method says that chooses entries: how many."""
 
     name: str
@@ -102,6 +120,11 @@ class SparsegradMethod(_SparseMethod):
         description="core: compute the MLP's activation anew in the backward pass: less memory, "
         "one product more",
     )
+
+    @property
+    def beside_weights(self) -> bool:
+        """Whether a core trains, rather than the weights in another basis."""
+        return self.form == "core"
 
     @model_validator(mode="before")
     @classmethod

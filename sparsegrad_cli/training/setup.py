@@ -26,7 +26,6 @@ from sparsegrad_cli.modeling.targets import (
 )
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.chats import load_chats
 from sparsegrad_cli.training.device import device_of
@@ -82,11 +81,9 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
 def check_precision(loaded: LoadedRecipe) -> None:
     """Weights that train are float32 among half-precision ones: only autocast makes that work."""
     recipe, method = loaded.recipe, loaded.recipe.method
-    beside = isinstance(method, LoraMethod) or (
-        isinstance(method, SparsegradMethod) and method.form == "core"
-    )
+    leaves_weights = method.beside_weights and recipe.scope == "head"
     autocast = recipe.train.bf16 or recipe.train.fp16
-    if recipe.model.dtype != "float32" and not autocast and not (beside and recipe.scope == "head"):
+    if recipe.model.dtype != "float32" and not autocast and not leaves_weights:
         raise UsageError(
             f"method {recipe.method.name} trains the model's own weights, kept in float32 "
             f"beside others in {recipe.model.dtype}: products of the two need autocast",

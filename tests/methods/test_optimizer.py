@@ -238,7 +238,43 @@ def test_methods_give_the_recipes_hyper_parameters_to_the_optimizer() -> None:
             assert group["lr"] == 0.3
             assert group["betas"] == (0.7, 0.8)
             assert group["eps"] == 1e-5
-            assert group["weight_decay"] == 0.2
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", METHODS)
+def test_biases_and_norms_do_not_decay_as_in_transformers(name: str, architecture: str) -> None:
+    from transformers import Trainer
+
+    if architecture != "bert" and name not in ("full", "core-static", "core-dynamic"):
+        pytest.skip("one method of each kind of optimizer is enough")
+    train = TrainSection(weight_decay=0.2)
+    tuned = Tuned(name, architecture, scope="rest", train=train)
+    decays = {
+        id(parameter)
+        for group in tuned.optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    expected = Trainer.get_decay_parameter_names(None, tuned.model)
+    trained = {n: p for n, p in tuned.model.named_parameters() if p.requires_grad}
+    assert {n for n, p in trained.items() if id(p) in decays} == set(expected) & set(trained)
+    assert not any("bias" in n or "LayerNorm" in n for n, p in trained.items() if id(p) in decays)
+    assert {group["weight_decay"] for group in tuned.optimizer.param_groups} == {0.2, 0.0}
+
+
+@pytest.mark.parametrize("name", ["full", "meprop-entries", "core-static", "core-dynamic"])
+def test_a_step_without_gradients_shrinks_what_decays_and_nothing_else(name: str) -> None:
+    train = TrainSection(weight_decay=0.5, learning_rate=0.1)
+    tuned = Tuned(name, scope="rest", train=train)
+    trained = {n: p for n, p in tuned.model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    for parameter in trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    tuned.optimizer.step()
+    for n in ("bert.pooler.dense.bias", "bert.embeddings.LayerNorm.weight", "classifier.bias"):
+        assert torch.equal(trained[n], before[n])
+    for n in ("bert.pooler.dense.weight", "bert.embeddings.word_embeddings.weight"):
+        torch.testing.assert_close(trained[n].detach(), before[n] * 0.95)
 
 
 def test_every_trainable_parameter_is_in_the_optimizer_once() -> None:
