@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.errors import InterruptedRunError
+from sparsegrad_cli.errors import InterruptedRunError, UsageError
 from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.measure.garbage import all_here_to_stay
 from sparsegrad_cli.observer import Observer
@@ -59,7 +59,25 @@ def train(
 def calibrate(
     loaded: LoadedRecipe, observer: Observer | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`."""
+    """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`.
+
+    Raises:
+        UsageError: the method has no use for a basis, or the recipe names a basis that is there.
+        SparsegradError: as :func:`train`.
+    """
+    recipe = loaded.recipe
+    if not recipe.method.calibrates:
+        raise UsageError(
+            f"calibrate makes a basis, and method {recipe.method.name} needs none",
+            where=loaded.where("method.name"),
+            fix="method.name: sparsegrad",
+        )
+    if recipe.calibration.basis is not None:
+        raise UsageError(
+            f"calibrate makes a basis, and the recipe names one: {recipe.calibration.basis}",
+            where=loaded.where("calibration.basis"),
+            fix="calibration.basis=null makes another; train uses the one that is named",
+        )
 
     def work(record: RunRecord, observer: Observer) -> None:
         from sparsegrad_cli.training.calibration_session import CalibrationSession

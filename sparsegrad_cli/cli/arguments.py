@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -39,6 +39,15 @@ class Device(StrEnum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+def refuse_without_effect(option: str, why: str, fix: str = "leave it out") -> NoReturn:
+    """Refuse an option that another one disables.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(f"{option} has no effect: {why}", where="command line", fix=fix)
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from sparsegrad_cli.cli.arguments import (
     Json,
     Quiet,
     RecipeAndOverrides,
+    refuse_without_effect,
     split_arguments,
 )
 from sparsegrad_cli.errors import UsageError
@@ -94,6 +95,9 @@ def compare(
     from sparsegrad_cli.report.terminal import compare_table, plain_line
 
     study = _study(recipe, methods, seeds, match, tune)
+    if device is not None and study.study.budget is None:
+        why = "it says whose memory a budget counts, and --match names none"
+        refuse_without_effect("--device", why, "--match peak=2GiB, or leave it out")
     check_parity(study)  # before anything is solved
     folder = output_dir or from_here(study.study.output_dir or f"runs/compare-{study.study.name}")
     quiet = quiet or as_json

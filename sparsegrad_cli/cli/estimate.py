@@ -14,6 +14,7 @@ from sparsegrad_cli.cli.arguments import (
     Quiet,
     RecipeAndOverrides,
     load,
+    refuse_without_effect,
     split_arguments,
 )
 from sparsegrad_cli.errors import UsageError
@@ -47,8 +48,12 @@ def estimate(
         typer.Option("--gpu", help="24GiB, say: also find the largest batch that fits there."),
     ] = None,
     overhead: Annotated[
-        str, typer.Option("--overhead", help="What a GPU has given away before any tensor.")
-    ] = "0.5GiB",
+        str | None,
+        typer.Option(
+            "--overhead",
+            help="With --gpu: what a GPU has given away before any tensor; 0.5GiB by default.",
+        ),
+    ] = None,
     device: Annotated[
         Device | None,
         typer.Option(
@@ -132,11 +137,15 @@ def _cells(
     return [(cell.label, cell.loaded) for cell in study.cells if cell.seed == first]
 
 
-def _room(gpu: str | None, overhead: str) -> Room | None:
+def _room(gpu: str | None, overhead: str | None) -> Room | None:
     from sparsegrad_cli.estimate.session import Room
 
     if gpu is None:
+        if overhead is not None:
+            why = "it says what of --gpu is taken, which is not given"
+            refuse_without_effect("--overhead", why, "--gpu 24GiB, or leave it out")
         return None
+    overhead = overhead or "0.5GiB"
     room = Room(_bytes(gpu, "--gpu"), _bytes(overhead, "--overhead"))
     if room.for_tensors <= 0:
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsegrad_cli.cli.arguments import Debug, Json, Quiet
+from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, refuse_without_effect
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ def generate(
     from sparsegrad_cli.generate.side_by_side import is_study
 
     settings = GenerationSettings(system, max_new_tokens, temperature, top_p, seed)
+    for option, given in (("--top-p", top_p != 1), ("--seed", seed != 0)):
+        if given and settings.greedy:
+            why = "--temperature 0 always takes the likeliest token"
+            refuse_without_effect(option, why, "--temperature 0.7, or leave it out")
     model = ModelOptions(run, tuple(overrides or ()), device, dtype)
     if prompt is not None and prompts is not None:
         raise UsageError("--prompt and --prompts exclude each other")

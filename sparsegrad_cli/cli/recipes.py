@@ -43,6 +43,14 @@ def validate(
 
         study = load_study(source, overrides)
         check_parity(study)
+        if as_json:
+            shown = {"name": study.study.name, "match": study.study.match}
+            cells = [
+                {"task": c.task, "method": c.label, "seed": c.seed, **to_plain(c.loaded.recipe)}
+                for c in study.cells
+            ]
+            typer.echo(json.dumps({**shown, "cells": cells}))
+            return
         typer.echo(f"{source}: a valid study, {len(study.cells)} cells{_before_them(study)}")
         return
     loaded = load(recipe, None)
@@ -50,6 +58,8 @@ def validate(
         typer.echo(json.dumps(to_plain(loaded.recipe)))
         return
     typer.echo(f"# {loaded.source}: valid, digest {digest(loaded.recipe)[:16]}")
+    for note in loaded.notes:
+        typer.echo(f"# note: {note}")
     typer.echo(to_yaml(loaded.recipe), nl=False)
 
 

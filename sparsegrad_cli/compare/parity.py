@@ -26,6 +26,7 @@ DECLARED = "train.learning_rate"  # always; and what the study tunes
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_STEPS, _EPOCHS = "train.max_steps", "train.num_train_epochs"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ def differences(study: LoadedStudy) -> list[Difference]:
             if (cell.task, cell.seed) == (task, study.study.seeds[0])
         }
         keys = sorted({key for view in views.values() for key in view})
+        follows = _STEPS in keys and len({view.get(_STEPS) for view in views.values()}) > 1
         for key in keys:
+            if key == _EPOCHS and follows:  # steps overrule it, so it says the same once more
+                continue
             values = {label: view.get(key) for label, view in views.items()}
             if len({str(value) for value in values.values()}) > 1:
                 found.append(Difference(task, key, values))
@@ -77,6 +81,8 @@ def compared(recipe: Recipe) -> dict[str, Any]:
     """What must be equal, and the learning rate: dotted key to value, no sections left."""
     plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
     view = dict(_leaves(plain, ""))
+    if recipe.train.lr_scheduler_type == "constant_with_warmup":
+        view["train.lr_scheduler_type"] = "constant"  # warmup_steps says the rest
     calibration = recipe.calibration
     view[_HEAD] = "cold"
     if recipe.method.name == "sparsegrad" and calibration.keep_head and calibration.warmup_steps:

@@ -62,6 +62,8 @@ class Dimension:
         if self.choices is not None:
             return value
         low, high = self._ends()
+        if self.key == "train.warmup_steps" and low >= 1:
+            value = round(value)  # of steps
         return min(max(_digits(value), low), high)
 
     def _ends(self) -> tuple[float, float]:

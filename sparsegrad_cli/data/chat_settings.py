@@ -17,7 +17,7 @@ TRAIN_ON = ("every_answer", "last_answer")
 EXPORTED = "ready_for_export"  # the state of an OpenAssistant tree that its makers call finished
 
 # Which task each setting goes with; those that are not here go with every one.
-_GOES_WITH = {
+GOES_WITH = {
     "paths": ("oasst", "builtin:dialogues"),
     "languages": ("oasst", "builtin:dialogues"),
     "max_rank": ("oasst", "builtin:dialogues"),
@@ -79,7 +79,7 @@ class ChatSettings:
             UsageError: naming the setting.
         """
         for setting in fields(self):
-            tasks = _GOES_WITH.get(setting.name, CHAT_TASKS)
+            tasks = GOES_WITH.get(setting.name, CHAT_TASKS)
             if task not in tasks and getattr(self, setting.name) != setting.default:
                 raise UsageError(
                     f"{setting.name} does not go with {task}",

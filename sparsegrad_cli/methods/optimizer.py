@@ -284,7 +284,10 @@ def _groups(
     decayed: Iterable[nn.Parameter], undecayed: Iterable[nn.Parameter]
 ) -> list[dict[str, Any]]:
     """Parameter groups of an optimizer; none is empty."""
-    groups = [{"params": list(decayed)}, {"params": list(undecayed), "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(decayed)},
+        {"params": list(undecayed), "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 

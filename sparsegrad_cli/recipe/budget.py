@@ -52,6 +52,9 @@ class Budget:
         return self.kind in ("optimizer_state", "peak")
 
 
+NOTHING = ("none", "null")  # what says on a command line that methods are not matched
+
+
 def parse_match(text: str) -> Budget | None:
     """``peak=2GiB`` -> a budget; None of ``trainable`` alone, where the recipe's density counts.
 

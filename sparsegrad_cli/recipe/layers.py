@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.paths import expanded, is_file, is_folder
+from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.shipped import find_recipe
 from sparsegrad_cli.recipe.source import (
+    COMMAND_LINE,
     KeyPath,
     Layer,
     Place,
@@ -28,6 +32,8 @@ _PATH_KEYS: tuple[KeyPath, ...] = (
     ("output_dir",),
 )
 _MOST_FILES = 32  # that a recipe may extend, directly or by way of others
+# Keys of a section that take each other's place; those of the method are LoRA's.
+_RIVALS = {"method": ("density", "rank"), "train": ("warmup_steps", "warmup_ratio")}
 _SELECTS_BY_DENSITY = ("meprop", "sparsegrad")
 
 
@@ -159,11 +165,12 @@ def stack(layers: list[Layer]) -> Layer:
     """
     task = _task_name(layers)
     merged = Layer({})
-    for layer in layers:
+    for number, layer in enumerate(layers):
         merged.problems += layer.problems
         data = dict(layer.data)
         per_task = data.pop("per_task", None)
-        _merge(merged, Layer(data, layer.places), ())
+        layer = Layer(data, _ranked(layer, 2 * number, 2 * len(layers)))
+        _merge(merged, layer, ())
         if per_task is None:
             continue
         problem = _per_task_problem(per_task, layer)
@@ -172,12 +179,47 @@ def stack(layers: list[Layer]) -> Layer:
         elif task in per_task:
             prefix: KeyPath = ("per_task", task)
             places = {
-                path[2:]: place
+                path[2:]: replace(place, strength=place.strength + 1)
                 for path, place in layer.places.items()
                 if path[:2] == prefix and len(path) > 2
             }
             _merge(merged, Layer(per_task[task], places), ())
+    _settle_rivals(merged)
     return merged
+
+
+def _settle_rivals(layer: Layer) -> None:
+    """Of two keys that say the same thing, the more strongly written prevails.
+
+    Where both are written as strongly, both stay, and the check of the recipe refuses them.
+    """
+    for section, names in _RIVALS.items():
+        data = layer.data.get(section)
+        if not isinstance(data, dict) or (section == "method" and data.get("name") != "lora"):
+            continue
+        said = {
+            name: layer.places[section, name].strength
+            for name in names
+            if data.get(name) is not None and (section, name) in layer.places
+        }
+        for name, strength in said.items():
+            if strength < max(said.values()):
+                del data[name]
+
+
+def _ranked(layer: Layer, strength: int, strongest: int) -> dict[KeyPath, Place]:
+    """The places of a layer with its strength; all of the command line is one layer.
+
+    ``method: lora`` is short for a mapping with a name: the name is written there, too.
+    """
+    places = dict(layer.places)
+    for section in ("model", "task", "method"):
+        if isinstance(layer.data.get(section), str) and (section,) in places:
+            places[section, "name"] = places[section,]
+    return {
+        path: replace(place, strength=strongest if place.file == COMMAND_LINE else strength)
+        for path, place in places.items()
+    }
 
 
 def _task_name(layers: list[Layer]) -> str:
@@ -196,6 +238,10 @@ def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
     if not isinstance(per_task, dict):
         return Problem("per_task", "maps task names to settings", place.file, place.line)
     for name, settings in per_task.items():
+        if name not in known_task_names():
+            here = find_place(layer.places, ("per_task", name))
+            fix = did_you_mean(str(name), known_task_names())
+            return Problem(f"per_task.{name}", "is not a task", here.file, here.line, fix)
         if not isinstance(settings, dict):
             here = find_place(layer.places, ("per_task", name))
             return Problem(f"per_task.{name}", "is a mapping of settings", here.file, here.line)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import outside_problems
+from sparsegrad_cli.recipe.effects import without_idle
 from sparsegrad_cli.recipe.layers import read_layers, stack
 from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import Recipe
@@ -31,11 +32,13 @@ class LoadedRecipe:
         recipe: the resolved recipe.
         source: file it came from, or ``built-in quickstart``.
         places: where each key path was written; keys not in it hold defaults.
+        notes: settings that a stronger one has disabled.
     """
 
     recipe: Recipe
     source: str
     places: Mapping[KeyPath, Place] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def where(self, key: str) -> str:
         """``file:line: key`` of a dotted key, for error messages."""
@@ -67,11 +70,14 @@ def load_recipe(
     if output_dir is not None:
         layers.append(setting("output_dir", str(output_dir)))
     layer = stack(layers)
-    recipe = check(layer, Recipe)
-    problems = outside_problems(recipe, layer.places, data=data)
+    said = check(layer, Recipe)
+    recipe, idle = without_idle(said, layer)
+    problems = [found.problem() for found in idle if found.refused]
+    problems += outside_problems(said if problems else recipe, layer.places, data=data)
     if problems:
         raise RecipeError(problems)
-    return LoadedRecipe(recipe, name, layer.places)
+    notes = tuple(found.note() for found in idle)
+    return LoadedRecipe(recipe, name, layer.places, notes)
 
 
 def check(layer: Layer, schema: type[SectionT]) -> SectionT:
@@ -84,10 +90,27 @@ def check(layer: Layer, schema: type[SectionT]) -> SectionT:
         for detail in error.errors(include_url=False)[: _MOST_PROBLEMS + 1]:
             path, what, fix = explain(detail, schema)
             place = find_place(layer.places, path)
+            what += _others(detail, path, layer)
             problems.append(Problem(dotted(path), clip(what), place.file, place.line, fix))
     if problems or checked is None:
         raise RecipeError(_told(problems))
     return checked
+
+
+def _others(detail: Any, blamed: KeyPath, layer: Layer) -> str:
+    """`` (method.density: r.yaml:4)``: where the other keys of a problem were written."""
+    error = (detail.get("ctx") or {}).get("error")
+    keys = getattr(error, "keys", ())
+    section = blamed[: len(blamed) - len(keys[0].split("."))] if keys else ()
+    places = []
+    for key in keys[1:]:
+        path = (*section, *key.split("."))
+        if path in layer.places:
+            place = layer.places[path]
+            places.append(
+                f"{dotted(path)}: {place.file}" + (f":{place.line}" if place.line else "")
+            )
+    return f" ({', '.join(places)})" if places else ""
 
 
 def _told(problems: list[Problem]) -> list[Problem]:

@@ -13,6 +13,11 @@ class _Method(Section):
     """What every method's section answers."""
 
     @property
+    def calibrates(self) -> bool:
+        """Whether it needs a basis."""
+        return False
+
+    @property
     def beside_weights(self) -> bool:
         """Whether the targets' weights stay frozen and a change beside them trains.
 
@@ -120,6 +125,11 @@ class SparsegradMethod(_SparseMethod):
         description="core: compute the MLP's activation anew in the backward pass: less memory, "
         "one product more",
     )
+
+    @property
+    def calibrates(self) -> bool:
+        """True."""
+        return True
 
     @property
     def beside_weights(self) -> bool:

@@ -28,7 +28,8 @@ _ELSEWHERE = {
     "lora_alpha": "method.alpha",
     "density": "method.density",
     "model_name_or_path": "model.name",
-    "warmup_ratio": "train.warmup_steps (a value below 1 is a share of all steps)",
+    "warmup_ratio": "train.warmup_ratio",
+    "warmup_steps": "train.warmup_steps",
     "group_by_length": "train.train_sampling_strategy: group_by_length",
     "evaluation_strategy": "train.eval_strategy",
     "data_seed": "seed (it seeds the data order too)",
@@ -64,6 +65,8 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
         return path, "is missing", None
     if kind == "value_error":
         error = context.get("error")
+        key = next(iter(getattr(error, "keys", ())), None)
+        path = path if key is None else (*path, *key.split("."))
         return path, str(error or detail["msg"]), getattr(error, "fix", None)
     given = detail.get("input")
     message = str(detail["msg"]).removeprefix("Input ")

@@ -16,7 +16,14 @@ from sparsegrad_cli.recipe.method_section import (
     MethodSection,
     SparsegradMethod,
 )
-from sparsegrad_cli.recipe.section import LARGEST, NonNegativeInt, PositiveInt, Section, Seed
+from sparsegrad_cli.recipe.section import (
+    LARGEST,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Seed,
+    SettingError,
+)
 from sparsegrad_cli.recipe.task_section import TaskSection
 
 
@@ -119,8 +126,6 @@ class CalibrationSection(Section):
     def _ways_that_exist(self) -> CalibrationSection:
         if self.source == "token" and self.decomposition == "sequential":
             raise ValueError("decomposition 'sequential' needs source 'batch'")
-        if self.power_steps and self.decomposition != "randomized":
-            raise ValueError("power_steps goes with decomposition 'randomized'")
         return self
 
 
@@ -139,7 +144,9 @@ class TrainSection(Section):
         "linear", "constant", "constant_with_warmup", "cosine", "polynomial", "inverse_sqrt"
     ] = "constant"
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
-        0, description="steps, or a share of all steps when below 1"
+        0,
+        description="steps, or a share of all steps when below 1; warmup_ratio is another name for "
+        "the share; scheduler constant then runs as constant_with_warmup",
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -168,6 +175,35 @@ class TrainSection(Section):
     torch_compile: bool = False
     report_to: str | tuple[str, ...] = "none"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up(cls, data: Any) -> Any:
+        """Take warmup_ratio for a share of warmup_steps, and name the scheduler that will run."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if "warmup_ratio" in data:
+            data["warmup_steps"] = _share_of_steps(data.pop("warmup_ratio"), data)
+        steps = data.get("warmup_steps", 0)
+        scheduler = data.get("lr_scheduler_type", cls.model_fields["lr_scheduler_type"].default)
+        if scheduler == "constant_with_warmup" and "warmup_steps" not in data:
+            raise SettingError(
+                "'constant_with_warmup' needs warmup_steps or warmup_ratio: without, no step warms "
+                "up",
+                "lr_scheduler_type",
+                fix="train.warmup_steps: 0.06, or lr_scheduler_type: constant",
+            )
+        if scheduler in ("constant", "constant_with_warmup") and isinstance(steps, int | float):
+            data["lr_scheduler_type"] = "constant_with_warmup" if steps > 0 else "constant"
+        return data
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of steps")
+        return value
+
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
@@ -184,11 +220,23 @@ class TrainSection(Section):
     def _consistent(self) -> TrainSection:
         if self.eval_strategy == "steps" and self.eval_steps is None:
             raise ValueError("eval_strategy 'steps' needs eval_steps")
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
         return self
+
+
+def _share_of_steps(ratio: Any, data: dict[str, Any]) -> Any:
+    """``warmup_ratio`` as a value of ``warmup_steps``."""
+    keys = ("warmup_ratio", "warmup_steps")
+    if "warmup_steps" in data:
+        raise SettingError("is another name for a share of warmup_steps: give one", *keys)
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+        raise SettingError(
+            f"is a share of all steps, from 0 to below 1, not {ratio!r:.60}",
+            keys[0],
+            fix="warmup_ratio: 0.06, or warmup_steps: a number of steps",
+        )
+    return ratio
 
 
 def calibration_of_the_form(method: Any, calibration: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +293,11 @@ class Recipe(Section):
             return data
         return data | {"calibration": calibration_of_the_form(data.get("method", {}), calibration)}
 
+    @field_validator("match", mode="before")
+    @classmethod
+    def _nothing_to_match(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
     @field_validator("model", "task", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
@@ -265,12 +318,22 @@ class Recipe(Section):
         if isinstance(method, SparsegradMethod):
             self._check_sparsegrad(method)
         if isinstance(method, LoraMethod):
-            if self.match and method.density is None:
-                raise ValueError("match: trainable solves LoRA's rank from method.density: give it")
-            if method.density is not None and not self.match:
-                raise ValueError("method.density of lora has an effect only with match: trainable")
+            rank, density, fix = "method.rank", "method.density", "give method.rank alone"
+            if method.rank is not None and method.density is not None:
+                what = "and method.density both say how large LoRA is: give one of the two"
+                fix = "method.rank alone, or method.density with match: trainable"
+                raise SettingError(what, rank, density, "match", fix=fix)
             if self.match and method.rank is not None:
-                raise ValueError("match: trainable solves method.rank: give one of the two")
+                what = "is what match: trainable solves from method.density: give one of the two"
+                fix = "leave out match, or give method.density in place of method.rank"
+                raise SettingError(what, rank, "match", fix=fix)
+            if self.match and method.density is None:
+                what = "trainable solves LoRA's rank from method.density: give it"
+                raise SettingError(what, "match", density, fix="method.density: 0.01")
+            if method.density is not None and not self.match:
+                what = "of lora has an effect only with match: trainable, which solves its rank"
+                fix = "match: trainable, or method.rank in place of method.density"
+                raise SettingError(what, density, "match", fix=fix)
         if isinstance(method, MepropMethod):
             if method.state_capacity is not None and method.select != "entries":
                 raise ValueError("method.state_capacity goes with method.select: entries")

@@ -20,6 +20,20 @@ def parse_bytes(text: str) -> int:
     return int(float(text[:-3]) * units[text[-3:]])
 
 
+class SettingError(ValueError):
+    """What a validator of a section refuses, where the message alone does not say it all.
+
+    Args:
+        what: what is wrong, as the rest of a sentence about the first key.
+        keys: dotted keys within the section that are involved, the one to blame first.
+        fix: what to write instead.
+    """
+
+    def __init__(self, what: str, *keys: str, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.keys, self.fix = keys, fix
+
+
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers, no
     infinity and no NaN."""

@@ -18,10 +18,17 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: a file, and the 1-based line in it where known."""
+    """Where a value was written.
+
+    Attributes:
+        file: its name, or ``command line``.
+        line: 1-based, where known.
+        strength: of its layer, once layers are stacked: what is written more strongly prevails.
+    """
 
     file: str
     line: int | None = None
+    strength: int = field(default=-1, compare=False)
 
 
 @dataclass
@@ -132,11 +139,19 @@ def setting(key: str, value: Any) -> Layer:
         raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)])
     parts = key.strip().split(".")
     data: Any = value
-    places: dict[KeyPath, Place] = {}
-    for depth in range(len(parts), 0, -1):
-        places[tuple(parts[:depth])] = Place(COMMAND_LINE)
-        data = {parts[depth - 1]: data}
-    return Layer(data, places)
+    for part in reversed(parts):
+        data = {part: data}
+    return Layer(data, places_of(data, Place(COMMAND_LINE)))
+
+
+def places_of(data: Mapping[str, Any], place: Place, at: KeyPath = ()) -> dict[KeyPath, Place]:
+    """One place for every key of plain data, however deep."""
+    found: dict[KeyPath, Place] = {}
+    for key, value in data.items():
+        found[(*at, key)] = place
+        if isinstance(value, dict):
+            found |= places_of(value, place, (*at, key))
+    return found
 
 
 def dotted(path: KeyPath) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.problems import did_you_mean
-from sparsegrad_cli.recipe.source import COMMAND_LINE, Layer, Place
+from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study
 from sparsegrad_cli.recipe.yaml_text import shorten
 
@@ -37,6 +39,32 @@ def of_rows(study: Study, source: str) -> dict[str, Problem]:
     if len(set(labels)) != len(labels):
         what = "two rows have one label: give each its own"
         problems["labels"] = Problem("methods", what, source)
+    return problems
+
+
+def of_settings(
+    study: Study, source: str, places: Mapping[KeyPath, Place], match_place: Place
+) -> dict[str, Problem]:
+    """Keys under ``settings`` that a comparison sets for each of its runs, and ``matched``.
+
+    Args:
+        places: of the keys under ``settings``.
+        match_place: where ``match`` was written.
+    """
+    problems = {}
+    fixes = {
+        "seed": "seeds of the study",
+        "output_dir": "output_dir of the study; its runs lie in it",
+        "match": "match of the study",
+    }
+    for key in sorted(fixes.keys() & study.settings.keys()):
+        place = places.get((key,), Place(source))
+        what = "is the comparison's to set, for each of its runs"
+        problems[key] = Problem(f"settings.{key}", what, place.file, place.line, fixes[key])
+    unmatched = study.match is None and match_place.file != COMMAND_LINE
+    if unmatched and not all(entry.matched for entry in study.methods):
+        what = "has no effect: match is null, so no row is matched"
+        problems["matched"] = Problem("methods.matched", what, source, None, "leave it out")
     return problems
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from sparsegrad_cli.recipe.budget import Budget, MisspeltError, parse_match
+from sparsegrad_cli.recipe.budget import NOTHING, Budget, MisspeltError, parse_match
 from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.section import Section, Seed
 from sparsegrad_cli.recipe.tuning import Tune
@@ -58,7 +58,7 @@ class Study(Section):
         "trainable",
         description="trainable: as many entries as the recipe's density says; a budget that each "
         "method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB; "
-        "null: as each row says",
+        "null or none: as each row says",
     )
     settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
     differ: tuple[str, ...] = Field(
@@ -73,7 +73,7 @@ class Study(Section):
     @field_validator("match", mode="before")
     @classmethod
     def _says_something(cls, value: Any) -> Any:
-        if value is None:
+        if value is None or value in NOTHING:
             return None
         if not isinstance(value, str):
             raise MisspeltError(f"{shorten(value)} is no text", "such as peak=2GiB, or trainable")

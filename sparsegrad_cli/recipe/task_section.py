@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS, TaskType
+from sparsegrad_cli.data.spec import TaskType
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
 
 
@@ -106,13 +106,3 @@ class TaskSection(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="share split off when the user's files have no validation part"
     )
-
-    @model_validator(mode="after")
-    def _sections_that_belong(self) -> TaskSection:
-        if self.chat is not None and self.name not in CHAT_TASKS:
-            raise ValueError(f"task.chat is for {', '.join(CHAT_TASKS)}, not for {self.name}")
-        if self.columns is not None and self.name in CHAT_TASKS:
-            raise ValueError(f"task.columns is not for {self.name}: see task.chat")
-        if self.separator is not None and self.name not in FILE_TASKS:
-            raise ValueError(f"task.separator is for {', '.join(FILE_TASKS)}, not for {self.name}")
-        return self

@@ -81,9 +81,19 @@ class Space(Section):
             values = (over.low, over.high) if isinstance(over, Range) else over
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} names a value twice")
+            if {"constant", "constant_with_warmup"} <= set(values):
+                raise ValueError(
+                    "lr_scheduler_type: 'constant' and 'constant_with_warmup' are one scheduler; "
+                    "tune warmup_steps"
+                )
+            if key == "warmup_steps" and isinstance(over, Range) and over.low < 1 <= over.high:
+                raise ValueError(
+                    "warmup_steps: a value below 1 is a share of all steps, and from 1 on it is a "
+                    "number of steps; a range is of one kind"
+                )
             for value in values:
                 try:
-                    TrainSection.model_validate({key: value})
+                    TrainSection.model_validate({"warmup_steps": 0, key: value})
                 except ValidationError as error:
                     what = error.errors(include_url=False)[0]["msg"]
                     raise ValueError(f"train.{key} cannot be {value!r}: {what}") from None

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
     check_precision(loaded)
     load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
     parts = load(loaded, few)
+    parts.task = replace(parts.task, notes=(*loaded.notes, *parts.task.notes))
     for note in parts.task.notes:
         observer.note(note)
     model = parts.model

@@ -22,7 +22,7 @@ FOUR = "model={name: builtin:minilm, quantization: 4bit}"
         ("method=lora",),
         ("method=sparsegrad",),
         ("method.support=dynamic",),
-        ("method.support=dense", "calibration.score=square"),
+        ("method.support=refresh", "calibration.score=square"),
         ("calibration.source=random",),
         ("calibration.source=original", "calibration.decomposition=exact"),
     ],

@@ -68,7 +68,7 @@ def test_a_best_model_that_nothing_would_keep(tmp_path: Path, train: str, said: 
         STEPS,
         (*STEPS, "train.save_steps=2"),
         (*STEPS, "train.save_strategy=steps"),
-        (*STEPS, "train.save_strategy=no", "train.save_steps=3"),
+        (*STEPS, "train.save_strategy=no"),
         ("train.eval_strategy=no", "train.save_strategy=steps", "train.save_steps=3"),
         ("train.eval_strategy=no", "train.save_strategy=epoch"),
         ("train.save_strategy=best",),

@@ -1,0 +1,296 @@
+"""Settings that another setting disables: the one table of them. Imports no torch.
+
+A key that a recipe takes has an effect, or it is refused with the reason. Two cases are told apart:
+
+- The key is written as strongly as the one that disables it (in the same file, or in a stronger
+  layer): the recipe contradicts itself and is refused.
+- The key comes from a weaker layer, such as a recipe that is extended: whoever set the stronger key
+  has overruled it. It goes back to its default, so that a resolved recipe says what runs, and a
+  note says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from sparsegrad_cli.data.chat_settings import GOES_WITH
+from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS
+from sparsegrad_cli.errors import Problem
+from sparsegrad_cli.paths import is_folder
+from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_form
+from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place, dotted, find_place
+
+_MAKES_A_BASIS = (*("steps", "basis_per", "source", "decomposition", "power_steps", "score"),)
+_WARMS = ("warmup_steps", "warmup_learning_rate", "keep_head")
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A setting without effect.
+
+    Attributes:
+        key: its path.
+        causes: paths of the settings that disable it; one that is stronger overrules it.
+        why: the reason, as the rest of a sentence about the key.
+        fix: what to write instead.
+        neutral: the value that says the same in a resolved recipe.
+        common: several methods share the key, so that a command line may give it to all of them.
+    """
+
+    key: KeyPath
+    causes: tuple[KeyPath, ...]
+    why: str
+    fix: str
+    neutral: Any
+    common: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A setting without effect that was written down.
+
+    Attributes:
+        idle: which, and why.
+        place: where it was written.
+        refused: nothing stronger than it has overruled it.
+    """
+
+    idle: Idle
+    place: Place
+    refused: bool
+
+    def problem(self) -> Problem:
+        """The refusal."""
+        key, what = dotted(self.idle.key), f"has no effect: {self.idle.why}"
+        return Problem(key, what, self.place.file, self.place.line, self.idle.fix)
+
+    def note(self) -> str:
+        """The same for the user to know."""
+        at = f"{self.place.file}:{self.place.line}" if self.place.line else self.place.file
+        return f"{dotted(self.idle.key)} ({at}) has no effect: {self.idle.why}"
+
+
+def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:
+    """Take the settings without effect out of a recipe.
+
+    Args:
+        recipe: as checked.
+        layer: what it was made of: says where each key was written, and how strongly.
+
+    Returns:
+        The recipe with defaults in their place, and those of them that were written down.
+    """
+    found: list[Found] = []
+    values: dict[KeyPath, Any] = {}
+    for idle in idle_settings(recipe):
+        values[idle.key] = idle.neutral
+        place = layer.places.get(idle.key)
+        if place is None:  # it has a default
+            continue
+        causes = [find_place(layer.places, cause).strength for cause in idle.causes]
+        overruled = place.strength < max(causes)
+        lenient = idle.common and place.file == COMMAND_LINE
+        found.append(Found(idle, place, refused=not overruled and not lenient))
+    return _replaced(recipe, values), found
+
+
+def _replaced(section: Any, values: dict[KeyPath, Any]) -> Any:
+    """A section with some keys, deep or not, set to other values."""
+    update: dict[str, Any] = {}
+    for name in {str(path[0]) for path in values}:
+        if (name,) in values:
+            update[name] = values[(name,)]
+            continue
+        inner = getattr(section, name)
+        deeper = {path[1:]: value for path, value in values.items() if path[0] == name}
+        update[name] = _replaced(inner, deeper)
+    return section.model_copy(update=update) if update else section
+
+
+def idle_settings(recipe: Recipe) -> Iterator[Idle]:
+    """Every setting of a recipe that differs from its default and has no effect."""
+    yield from _of_model(recipe)
+    yield from _of_task(recipe)
+    yield from _of_method(recipe)
+    yield from _of_calibration(recipe)
+    yield from _of_train(recipe)
+
+
+def _idle(
+    section: BaseModel,
+    path: tuple[str, ...],
+    names: tuple[str, ...],
+    cause: str,
+    why: str,
+    fix: str = "leave it out",
+    *,
+    defaults: BaseModel | None = None,
+    **more: Any,
+) -> Iterator[Idle]:
+    """Those of the names whose value differs from the default.
+
+    Args:
+        section: at ``path`` in the recipe.
+        cause: dotted key, or several with spaces between.
+        defaults: a section of the same kind; by default its fields' own.
+    """
+    for name in names:
+        usual = type(section).model_fields[name].default
+        neutral = getattr(defaults, name) if defaults is not None else usual
+        if getattr(section, name) != neutral:
+            yield Idle((*path, name), _paths(cause), why, fix, neutral, **more)
+
+
+def _paths(keys: str) -> tuple[KeyPath, ...]:
+    return tuple(tuple(key.split(".")) for key in keys.split())
+
+
+def _of_model(recipe: Recipe) -> Iterator[Idle]:
+    model = recipe.model
+    if model.name.startswith("builtin:"):
+        why = f"{model.name} comes with the package"
+        names = ("revision", "trust_remote_code")
+        yield from _idle(model, ("model",), names, "model.name", why)
+    elif is_folder(model.name):
+        why = f"{model.name} is a folder, and only the hub has revisions"
+        yield from _idle(model, ("model",), ("revision",), "model.name", why)
+
+
+def _of_task(recipe: Recipe) -> Iterator[Idle]:
+    task, name = recipe.task, recipe.task.name
+    at: tuple[str, ...] = ("task",)
+    cause = "task.name"
+    if name.startswith("builtin:"):
+        yield from _idle(task, at, ("path",), cause, f"{name} is generated")
+    if name in CHAT_TASKS:
+        why = f"{name} has no such columns; task.chat says which turns are learnt"
+        yield from _idle(task, at, ("columns",), cause, why)
+    else:
+        why = f"it is for {', '.join(CHAT_TASKS)}, not for {name}"
+        yield from _idle(task, at, ("chat",), cause, why)
+        if name not in FILE_TASKS:
+            why = f"the columns of {name} are known; it is for {', '.join(FILE_TASKS)}"
+            yield from _idle(task, at, ("columns",), cause, why)
+            why = f"{name} has a validation split of its own"
+            yield from _idle(task, at, ("validation_fraction",), cause, why)
+    if name != "csv":
+        why = f"only CSV and TSV files have a separator, and the task is {name}"
+        yield from _idle(task, at, ("separator",), cause, why)
+    chat = task.chat
+    if chat is None or name not in CHAT_TASKS:
+        return
+    at = ("task", "chat")
+    for setting, tasks in GOES_WITH.items():
+        if name not in tasks:
+            why = f"it goes with {' and '.join(tasks)}, not with {name}"
+            yield from _idle(chat, at, (setting,), cause, why)
+    of_hub = ("config", "train_split", "validation_split")
+    if name == "chat" and chat.hub is None:
+        yield from _idle(
+            chat, at, of_hub, "task.path", "it goes with task.chat.hub, not with files"
+        )
+    if chat.split == "source":
+        why = "split 'source' takes the validation part that there is"
+        yield from _idle(task, ("task",), ("validation_fraction",), "task.chat.split", why)
+
+
+def _of_method(recipe: Recipe) -> Iterator[Idle]:
+    method = recipe.method
+    if method.name != "lora":
+        why = f"match solves LoRA's rank, and the method is {method.name}"
+        yield from _idle(recipe, (), ("match",), "method.name", why)
+    dense = getattr(method, "support", None) == "dense"
+    if dense and getattr(method, "rank", None) is not None:
+        why = "support 'dense' trains all of the core, and method.rank says how large that is"
+        fix = "leave out the one or the other"
+        if getattr(method, "entries", None) is None:
+            yield from _idle(method, ("method",), ("density",), "method.rank", why, fix)
+        else:
+            density = type(method).model_fields["density"].default
+            cause = _paths("method.rank")
+            yield Idle(("method", "entries"), cause, why, fix, None)
+            yield Idle(("method", "density"), cause, why, fix, density)
+
+
+def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
+    method, settings, at = recipe.method, recipe.calibration, ("calibration",)
+    everything = tuple(CalibrationSection.model_fields)
+    if not method.calibrates:
+        why = f"{method.name} does not calibrate"
+        yield from _idle(settings, at, everything, "method.name", why, common=True)
+        return
+    form = method.model_dump()
+    usual = CalibrationSection(**calibration_of_the_form(form, {"source": settings.source}))
+    found = {idle.key: idle for idle in _of_a_calibration_that_is_made(recipe, usual)}
+    usual = CalibrationSection(**calibration_of_the_form(form, {}))
+    if settings.basis is not None:
+        why, fix = f"the bases come from {settings.basis}", "leave it out, or make a basis anew"
+        names = _MAKES_A_BASIS if settings.keep_head else (*_MAKES_A_BASIS, *_WARMS, "batch_size")
+        for idle in _idle(settings, at, names, "calibration.basis", why, fix, defaults=usual):
+            found[idle.key] = idle
+    yield from found.values()
+
+
+def _of_a_calibration_that_is_made(recipe: Recipe, usual: CalibrationSection) -> Iterator[Idle]:
+    settings, at = recipe.calibration, ("calibration",)
+    support = getattr(recipe.method, "support", None)
+    if support not in ("static", "refresh"):
+        why = f"calibration.score chooses a static support, and method.support is {support!r}"
+        yield from _idle(settings, at, ("score",), "method.support", why)
+    given = settings.source in ("random", "original")
+    if given:
+        why = f"source {settings.source!r} takes no gradients"
+        names: tuple[str, ...] = ("decomposition", "power_steps")
+        if settings.score == "spectral":
+            names += ("steps",)
+            if settings.warmup_steps and not settings.keep_head:
+                names += ("batch_size", "warmup_steps", "warmup_learning_rate")
+        yield from _idle(settings, at, names, "calibration.source", why, defaults=usual)
+    elif settings.decomposition != "randomized":
+        why = f"power_steps goes with decomposition 'randomized', not {settings.decomposition!r}"
+        yield from _idle(settings, at, ("power_steps",), "calibration.decomposition", why)
+    if recipe.task.name in CHAT_TASKS:
+        why = "a language model has no new head to warm"
+        yield from _idle(settings, at, _WARMS, "task.name", why, defaults=usual)
+    elif settings.warmup_steps == 0:
+        why = "calibration.warmup_steps is 0"
+        yield from _idle(settings, at, _WARMS[1:], "calibration.warmup_steps", why)
+
+
+def _of_train(recipe: Recipe) -> Iterator[Idle]:
+    train, at = recipe.train, ("train",)
+    evaluated, saved = train.eval_strategy, train.save_strategy or train.eval_strategy
+    of_saving = "train.eval_strategy" if train.save_strategy is None else "train.save_strategy"
+    if evaluated != "steps" and not (saved == "steps" and train.save_steps is None):
+        why = f"eval_strategy is {evaluated!r}"
+        fix = "eval_strategy: steps, or leave it out"
+        causes = f"train.eval_strategy {of_saving}"
+        yield from _idle(train, at, ("eval_steps",), causes, why, fix)
+    if saved != "steps":
+        why = f"{of_saving.removeprefix('train.')} is {saved!r}"
+        if train.save_strategy is None:
+            why += ", which saving follows by default"
+        fix = "save_strategy: steps, or leave it out"
+        yield from _idle(train, at, ("save_steps",), of_saving, why, fix)
+    if saved == "no":
+        why = "no checkpoint is saved"
+        yield from _idle(train, at, ("save_total_limit",), of_saving, why)
+    if "no" in (evaluated, saved) and train.load_best_model_at_end:
+        key = "train.eval_strategy" if evaluated == "no" else of_saving
+        why = "nothing is evaluated" if evaluated == "no" else "no checkpoint is saved"
+        fix = "leave it out: a run then ends with its last model"
+        name = "load_best_model_at_end"
+        yield Idle((*at, name), _paths(key), why, fix, False)
+    if evaluated == "no":
+        why = "early stopping needs eval_strategy 'steps' or 'epoch'"
+        fix = "eval_strategy: epoch, or leave it out"
+        names = ("early_stopping_patience",)
+        yield from _idle(train, at, names, "train.eval_strategy", why, fix)
+    if train.max_steps > 0:
+        why = f"max_steps {train.max_steps} says how long training takes"
+        fix = "leave out the one or the other"
+        yield from _idle(train, at, ("num_train_epochs",), "train.max_steps", why, fix)
