@@ -38,7 +38,8 @@ class Idle:
         why: the reason, as the rest of a sentence about the key.
         fix: what to write instead.
         neutral: the value that says the same in a resolved recipe.
-        common: several methods share the key, so that a command line may give it to all of them.
+        common: several commands share the key, of several methods or the one that made the basis:
+            on a command line it is noted, not refused.
     """
 
     key: KeyPath
@@ -230,8 +231,10 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
     if settings.basis is not None:
         why, fix = f"the bases come from {settings.basis}", "leave it out, or make a basis anew"
         names = _MAKES_A_BASIS if settings.keep_head else (*_MAKES_A_BASIS, *_WARMS, "batch_size")
-        for idle in _idle(settings, at, names, "calibration.basis", why, fix, defaults=usual):
-            found[idle.key] = idle
+        said = _idle(
+            settings, at, names, "calibration.basis", why, fix, defaults=usual, common=True
+        )
+        found |= {idle.key: idle for idle in said}
     yield from found.values()
 
 

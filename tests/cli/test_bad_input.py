@@ -172,7 +172,10 @@ def test_divergence_is_said_in_words(cli: Cli) -> None:
         (("task=acceptability",), "did you mean builtin:acceptability?"),
         (("method=qlora",), "it is written method: lora with model.quantization: 4bit"),
         (("task.separator=;;",), "task.separator"),
-        (("task=glue/rte", "task.separator=;"), "task.separator is for csv, json, parquet"),
+        (
+            ("task=glue/rte", "task.separator=;"),
+            "task.separator has no effect: only CSV and TSV files",
+        ),
     ],
 )
 def test_a_name_from_elsewhere_says_how_it_is_written_here(
