@@ -48,6 +48,14 @@ def export(
             "--rank", "-r", min=1, help="lora: cut the change to this rank; the error is stated."
         ),
     ] = None,
+    server_rank: Annotated[
+        bool,
+        typer.Option(
+            "--server-rank",
+            help="lora: pad with zeros to a rank that servers take (vLLM: 1, 8, 16, 32, 64, 128, "
+            "256, 320, 512); above 512 the change is cut to that. With --rank, after that cut.",
+        ),
+    ] = False,
     check_examples: Annotated[
         int, typer.Option("--check-examples", min=1, help="Validation rows to compare logits on.")
     ] = 32,
@@ -74,6 +82,7 @@ def export(
 
     [bold]sparsegrad export runs/reviews --to merged[/bold]
     [bold]sparsegrad export runs/reviews --to lora --rank 16[/bold]
+    [bold]sparsegrad export runs/chat --to lora --server-rank[/bold]
     """
     from rich.console import Console
 
@@ -82,7 +91,9 @@ def export(
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.report.terminal import export_table, plain_line
 
-    options = ExportOptions(to.value, output_dir, rank, check_examples, tolerance, overwrite)
+    options = ExportOptions(
+        to.value, output_dir, rank, check_examples, tolerance, overwrite, server_rank
+    )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
         record = runner.export(run, options, observer, overrides=tuple(overrides or ()))
     if as_json:

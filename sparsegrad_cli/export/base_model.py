@@ -44,7 +44,13 @@ class BaseModel:
         words: dict[str, Any] = {}
         if "Sequence" in auto:
             task, stored = task_settings(model), load_configuration(section)
-            words["num_labels"] = task["num_labels"]
+            names = ("id2label", "label2id")
+            if any(task[name] != getattr(stored, name) for name in names):
+                words |= {name: task[name] for name in names}  # they say how many, too
+            # By it a pipeline knows a score from a probability.
+            kind = getattr(stored, "problem_type", None)
+            if task["problem_type"] != kind and (kind or task["problem_type"] == "regression"):
+                words["problem_type"] = task["problem_type"]
             # Without one, GPT-2 and its kin take no batch of two.
             if task["pad_token_id"] != getattr(stored, "pad_token_id", None):
                 words["pad_token_id"] = task["pad_token_id"]

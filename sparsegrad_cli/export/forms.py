@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparsegrad_cli.export.adapter import load_adapter, write_adapter
 from sparsegrad_cli.export.base_model import BaseModel, load_lora
 from sparsegrad_cli.export.check import logits_of
-from sparsegrad_cli.export.lora import lora_parts, reference, write_lora
-from sparsegrad_cli.export.options import ExportOptions
+from sparsegrad_cli.export.lora import LoraParts, lora_parts, reference, write_lora
+from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
 from sparsegrad_cli.export.plain import (
     auto_class,
     load_plain,
@@ -89,7 +89,7 @@ def _lora(
     section, device = trained.recipe.model, trained.setup.device
     base = BaseModel.of(section, trained.setup.model)
     plain = plain_model(trained)
-    parts = lora_parts(trained, plain, options.rank)
+    parts = lora_parts(trained, plain, options.rank, server=options.server_rank)
     write_lora(plain, parts, trained, base, partial)
     del plain
     written = Written(
@@ -99,9 +99,30 @@ def _lora(
         logits_of(reference(trained, parts), batches) if parts.truncated else None,
         rounded=rounds_in_evaluation(trained.setup.model, device),
     )
+    written.notes += _for_servers(parts, auto_class(trained.setup.model))
     if section.quantization is not None:
         written.on_plain = lambda: load_lora(base.plain, partial, device)
     return written
+
+
+def _for_servers(parts: LoraParts, auto: str) -> list[str]:
+    """What servers such as vLLM do not take of a language model's folder."""
+    if auto != "AutoModelForCausalLM":
+        return []
+    notes = []
+    if parts.rank > SERVER_RANKS[-1]:
+        notes.append(
+            f"vLLM takes ranks up to {SERVER_RANKS[-1]}, and this is {parts.rank}: --server-rank "
+            "cuts it to that (the error is stated), --to merged loses nothing"
+        )
+    beside = [*parts.modules, *(["biases of targets"] if parts.biases else [])]
+    if beside:
+        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+        notes.append(
+            f"the folder holds more than factors ({beside[0]}{more}), which vLLM and llama.cpp do "
+            "not take: --to merged is for them"
+        )
+    return notes
 
 
 def _adapter(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import math
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.export.base_model import BaseModel
+from sparsegrad_cli.export.options import SERVER_RANKS
 from sparsegrad_cli.export.plain import (
     AUTO_CLASSES,
     Distance,
@@ -42,24 +42,32 @@ class LoraParts:
         biases: target name -> change of its bias, (out,).
         modules: full names of the modules that go along whole.
         tensors: plain name -> what the parameters in them hold.
+        rank: of all factors, some of which are padded with zeros to it.
         truncated: some change is of a higher rank than its factors.
-        record: ``truncated``, ``error``, ``modules`` and one row a target, for export.json.
+        record: ``rank``, ``truncated``, ``error``, ``modules`` and one row a target, for
+            export.json.
     """
 
     factors: dict[str, Factors]
     biases: dict[str, Tensor]
     modules: list[str]
     tensors: dict[str, Tensor]
+    rank: int
     truncated: bool
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def lora_parts(trained: Trained, plain: nn.Module, rank: int | None) -> LoraParts:
+def lora_parts(
+    trained: Trained, plain: nn.Module, rank: int | None, *, server: bool = False
+) -> LoraParts:
     """Factors of every target's change, cut to ``rank``, and what must go along.
+
+    All factors are of one rank and unscaled, for there are readers that take no other.
 
     Args:
         plain: the base model.
         rank: None keeps what is exact.
+        server: of a rank that servers take.
 
     Raises:
         UsageError: the change is of full rank and no rank was given, or a parameter changed that
@@ -74,33 +82,46 @@ def lora_parts(trained: Trained, plain: nn.Module, rank: int | None) -> LoraPart
         if f"{name}.bias" in changed
     }
     modules = modules_to_save(plain, changed, targets)
+    limit = math.inf if rank is None else rank
+    if server:
+        limit = min(limit, SERVER_RANKS[-1])
     factors: dict[str, Factors] = {}
     whole, rows, cut = Distance(), [], False
     for name, target in targets.items():
         exact = trained.method.factors(trained.setup.model, target)
+        if exact is None and rank is None:
+            raise UsageError(
+                "this method changes the weights themselves: the change is of full rank",
+                where="--rank",
+                fix="give --rank, at which the change is cut (the error is stated), or --to merged",
+            )
         base_OI = target.within(plain).weight_OI(plain).detach().double()
         change_OI = trained.method.merged_OI(trained.setup.model, target) - base_OI
-        factors[name] = _cut(exact, change_OI, rank)
+        factors[name] = _cut(exact, change_OI, limit)
         full = exact.rank if exact is not None else min(change_OI.shape)
         cut = cut or factors[name].rank < full
         error = whole.add(factors[name].product_OI() - change_OI, change_OI)
         rows.append({"name": name, "rank": factors[name].rank, "error": error})
-    record = {"truncated": cut, "error": whole.relative, "targets": rows, "modules": modules}
-    return LoraParts(factors, biases, modules, changed, cut, record)
+    common = max(each.rank for each in factors.values())
+    if server:
+        common = next(each for each in SERVER_RANKS if each >= common)
+    factors = {name: each.padded(common) for name, each in factors.items()}
+    record = {
+        "rank": common,
+        "truncated": cut,
+        "error": whole.relative,
+        "targets": rows,
+        "modules": modules,
+    }
+    return LoraParts(factors, biases, modules, changed, common, cut, record)
 
 
-def _cut(exact: Factors | None, change_OI: Tensor, rank: int | None) -> Factors:
-    """Factors in float32, of at most ``rank``."""
-    if exact is not None and (rank is None or exact.rank <= rank):
-        return Factors(exact.b.float(), exact.a.float(), exact.alpha, exact.rslora)
-    if rank is None:
-        raise UsageError(
-            "this method changes the weights themselves: the change is of full rank",
-            where="--rank",
-            fix="give --rank, at which the change is cut (the error is stated), or --to merged",
-        )
-    b_OR, a_RI = nearest_of_rank(change_OI, rank)
-    return Factors(b_OR.float(), a_RI.float(), a_RI.shape[0])
+def _cut(exact: Factors | None, change_OI: Tensor, limit: float) -> Factors:
+    """Folded factors of a rank of at most ``limit``."""
+    if exact is not None and exact.rank <= limit:
+        return exact.folded()
+    b_OR, a_RI = nearest_of_rank(change_OI, int(limit))
+    return Factors(b_OR, a_RI, a_RI.shape[0]).folded()
 
 
 def modules_to_save(
@@ -163,24 +184,22 @@ def write_lora(
                 layer: Any = inner.get_submodule(name)
                 layer.lora_A["default"].weight.data = factors.a.contiguous()
                 layer.lora_B["default"].weight.data = factors.b.contiguous()
-                if name in parts.biases:  # B's bias is scaled as its weight is
-                    scale = layer.scaling["default"]
-                    layer.lora_B["default"].bias.data = (parts.biases[name] / scale).float()
+                if name in parts.biases:
+                    layer.lora_B["default"].bias.data = parts.biases[name].float()
         # get_peft_model writes the name as it was given: a relative path leads nowhere elsewhere.
         about = wrapped.peft_config["default"]
         about.base_model_name_or_path = base.source
         about.revision = base.words.get("revision")
+        if about.modules_to_save:  # peft has named its heads once more
+            about.modules_to_save = list(dict.fromkeys(about.modules_to_save))
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     trained.setup.tokenizer.save_pretrained(folder)
 
 
 def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
-    """peft's configuration: the commonest rank and alpha, patterns for targets with others."""
+    """peft's configuration: one rank and a scale of 1 for all targets."""
     from peft import LoraConfig
 
-    pairs = Counter((f.rank, f.alpha) for f in parts.factors.values())
-    (rank, alpha), _ = pairs.most_common(1)[0]
-    others = {n: f for n, f in parts.factors.items() if (f.rank, f.alpha) != (rank, alpha)}
     # peft rewrites the names of dense layers in target_modules to those of the experts, here and
     # for whoever loads the folder. The names of parameters it takes as they are.
     suffix = ".weight" if has_experts(plain) else ""
@@ -194,14 +213,11 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
         )
     return LoraConfig(
         task_type=AUTO_CLASSES[auto_class(plain)],
-        r=rank,
-        lora_alpha=alpha,
-        use_rslora=any(f.rslora for f in parts.factors.values()),
+        r=parts.rank,
+        lora_alpha=parts.rank,
         lora_dropout=0.0 if suffix else getattr(trained.settings, "dropout", 0.0),
         target_modules=[] if suffix else names,
         target_parameters=names if suffix else None,
-        rank_pattern={re.escape(f"{name}{suffix}"): f.rank for name, f in others.items()},
-        alpha_pattern={re.escape(f"{name}{suffix}"): f.alpha for name, f in others.items()},
         lora_bias=bool(parts.biases),
         modules_to_save=list(parts.modules) or None,
         fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
+from sparsegrad_cli.export.base_model import BaseModel
+from sparsegrad_cli.export.card import CARD, model_card
 from sparsegrad_cli.export.check import allowed, compare, inputs_of, judge, logits_of
 from sparsegrad_cli.export.forms import WRITERS, Written
 from sparsegrad_cli.export.options import ExportOptions
@@ -46,6 +48,8 @@ def export_run(
     """
     if options.rank is not None and options.to != "lora":
         raise UsageError(f"--to {options.to} has no rank", where="--rank", fix="--to lora")
+    if options.server_rank and options.to != "lora":
+        raise UsageError(f"--to {options.to} has no rank", where="--server-rank", fix="--to lora")
     files = open_run(run, overrides)
     own = files.folder / f"export-{options.to}"
     wanted = options.output_dir or refuse_link(own, files.folder)
@@ -79,6 +83,8 @@ class _Export:
         self.autocast = self.trained.autocast
         self.expected = logits_of(self.trained.setup.model, self.batches, self.autocast)
         self.about = _about(self.trained, files)
+        self.base = BaseModel.of(self.trained.recipe.model, self.trained.setup.model)
+        self.labels = _labels(self.trained.setup.model)
 
     def fill(self, partial: Path) -> None:
         """Write, load back, compare, record; nothing stays if any of it fails."""
@@ -92,11 +98,18 @@ class _Export:
         gc.collect()
         self.observer.phase("check", f"{len(self.expected)} examples, loaded back from the files")
         autocast = self.autocast if written.as_trained else None
-        got = logits_of(_loaded_back(written.load), self.batches, autocast)
+        model = _loaded_back(written.load)
+        if _labels(model) != self.labels:
+            raise SparsegradError(
+                f"what was written names other labels than the run: {_labels(model)} instead of "
+                f"{self.labels}",
+                where="check",
+            )
+        got = logits_of(model, self.batches, autocast)
+        del model
         checked = self._checked(got, written)
         if written.on_plain is not None:
             checked["on_plain_base"] = self._on_plain(written.on_plain)
-        sizes = file_sizes(partial)
         self.record = {
             "schema": SCHEMA,
             "to": self.options.to,
@@ -104,6 +117,11 @@ class _Export:
             **self.about,
             **written.details,
             "check": checked,
+        }
+        card = model_card(self.record, self.files.record, self.base, self.labels)
+        (partial / CARD).write_text(card, encoding="utf-8")
+        sizes = file_sizes(partial)
+        self.record |= {
             "files": sizes,
             "bytes": sum(sizes.values()),
             "load": written.snippet,
@@ -141,6 +159,20 @@ class _Export:
                 "tolerance": tolerance,
             },
         }
+
+
+def _labels(model: nn.Module) -> dict[int, str]:
+    """A classifier's labels; of a language model none."""
+    config: Any = model.config
+    if "Sequence" not in auto_class(_plain_of(model)):
+        return {}
+    return {int(number): str(name) for number, name in config.id2label.items()}
+
+
+def _plain_of(model: Any) -> nn.Module:
+    """The model inside of what peft has made of it."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
 
 
 def _about(trained: Trained, files: RunFiles) -> dict[str, Any]:

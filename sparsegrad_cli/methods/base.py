@@ -152,10 +152,24 @@ class Factors:
         """r."""
         return self.a.shape[0]
 
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
     def product_OI(self) -> Tensor:
         """s B A in float64, (out, r) @ (r, in)."""
-        scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-        return scale * (self.b.double() @ self.a.double())
+        return self.scale * (self.b.double() @ self.a.double())
+
+    def folded(self) -> Factors:
+        """The same in float32 with s = 1, which stands in B: alpha is r."""
+        return Factors((self.scale * self.b.double()).float(), self.a.float(), self.rank)
+
+    def padded(self, rank: int) -> Factors:
+        """Folded factors with zeros beside them, of a higher rank."""
+        more = rank - self.rank
+        b_OR = nn.functional.pad(self.b, (0, more))
+        return Factors(b_OR, nn.functional.pad(self.a, (0, 0, 0, more)), rank)
 
 
 class Method(Protocol):

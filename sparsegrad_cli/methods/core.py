@@ -33,6 +33,7 @@ from sparsegrad_cli.modeling.quantized import count_entries, dtype_of, is_quanti
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.core_linear import effective_weight
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.numerics.lowrank import structural_factors
 from sparsegrad_cli.numerics.supports import bounded
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -176,11 +177,18 @@ class SparsegradCore:
         return effective_weight(weight_OI, core_RS, layer.q_out.double(), layer.q_in.double())
 
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
-        """B = Q_out S, A = Q_in', or B = Q_out, A = S Q_in': whichever has the lower rank."""
+        """B = Q_out L, A = M Q_in' with S = L M of the term rank of what may change in S.
+
+        Of a static support that is the rank of nearly every S that it allows, and below r.
+        """
         layer = self._layers[target.name]
         core_RS = layer.core_RS().detach().double()
-        q_out, q_in = layer.q_out.double(), layer.q_in.double()
-        r_out, r_in = layer.shape
-        if r_in <= r_out:
-            return Factors(q_out @ core_RS, q_in.T, r_in)
-        return Factors(q_out, core_RS @ q_in.T, r_out)
+        if "support" in layer._buffers:
+            pattern = torch.zeros(core_RS.numel(), dtype=torch.bool)
+            pattern[layer.support.long().cpu()] = True
+            pattern_RS = pattern.view(layer.shape)
+        else:
+            pattern_RS = core_RS != 0
+        left, right = structural_factors(core_RS, pattern_RS)
+        b_OR, a_RI = layer.q_out.double() @ left, right @ layer.q_in.double().T
+        return Factors(b_OR, a_RI, b_OR.shape[1])

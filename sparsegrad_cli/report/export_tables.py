@@ -67,10 +67,15 @@ def _errors(record: Any) -> list[Fact]:
     if error is None:
         return []
     ranks = sorted({number(row, "rank") or 0 for row in mappings(record, "targets")})
-    shown = ", ".join(f"{rank:.0f}" for rank in ranks)
+    common = number(record, "rank")
+    shown = ", ".join(f"{rank:.0f}" for rank in (ranks if common is None else [common]))
     worst = max((number(row, "error") or 0.0 for row in mappings(record, "targets")), default=0.0)
     what = "cut off" if dig(record, "truncated") is True else "rounding alone"
-    facts = [Fact("Rank", shown, f"{len(items(record, 'targets'))} targets")]
+    beside = f"{len(items(record, 'targets'))} targets"
+    if common is not None and ranks and ranks != [common]:
+        needed = " to ".join(f"{rank:.0f}" for rank in sorted({ranks[0], ranks[-1]}))
+        beside += f" that need {needed}, the rest zeros"
+    facts = [Fact("Rank", shown, beside)]
     detail = f"of the change (Frobenius), {what}; at most {_small(worst)} in a target"
     facts.append(Fact("Error", _small(error), detail))
     modules = items(record, "modules")

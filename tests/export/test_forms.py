@@ -161,17 +161,24 @@ def test_a_cut_change_is_the_nearest_of_its_rank(
     assert check["judged"]["against"] == "the cut change"
 
 
-def test_a_lora_run_is_passed_through(runs: Callable[..., Path], exported: Exported) -> None:
+def test_a_lora_run_is_passed_through_unscaled(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
+    """A reader that knows no rslora, or takes alpha for r, reads it right: the scale is in B."""
     run = runs(*MATRIX["lora-rslora-conv1d"][0], architecture="gpt2")
     folder, _ = exported(run, "lora")
     trained = load_file(run / "adapter" / "adapter.safetensors")
     written = load_file(folder / "adapter_model.safetensors")
     for name in targets_of("gpt2"):
+        parts = {}
         for part in ("lora_A", "lora_B"):
-            ours = trained[f"{name}.{part}.default.weight"]
-            assert torch.equal(written[f"base_model.model.{name}.{part}.weight"], ours)
+            parts[part] = trained[f"{name}.{part}.default.weight"]
+        prefix = f"base_model.model.{name}"
+        assert torch.equal(written[f"{prefix}.lora_A.weight"], parts["lora_A"])
+        scaled = 16 / 8**0.5 * parts["lora_B"].double()
+        assert torch.equal(written[f"{prefix}.lora_B.weight"], scaled.float())
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 16, True)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 8, False)
     assert not config["rank_pattern"] and config["fan_in_fan_out"] is True
 
 
@@ -187,7 +194,7 @@ def test_the_core_is_a_lora_of_its_rank(runs: Callable[..., Path], exported: Exp
     assert not same["truncated"] and same["error"] == said["error"]
 
 
-def test_ranks_that_differ_are_written_as_patterns(
+def test_ranks_that_differ_are_filled_up_with_zeros(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
     run = runs(*MATRIX["core-dense-energy"][0])
@@ -195,10 +202,15 @@ def test_ranks_that_differ_are_written_as_patterns(
     ranks = {row["name"]: row["rank"] for row in said["targets"]}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert len(set(ranks.values())) > 1, "this run is meant to have several"
-    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"] == said["rank"] == max(ranks.values())
     written = load_file(folder / "adapter_model.safetensors")
     for name, rank in ranks.items():
-        assert written[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
+        a_RI = written[f"base_model.model.{name}.lora_A.weight"]
+        b_OR = written[f"base_model.model.{name}.lora_B.weight"]
+        assert a_RI.shape[0] == b_OR.shape[1] == said["rank"]
+        assert not a_RI[rank:].any() and not b_OR[:, rank:].any()
+        assert bool(a_RI[rank - 1].any()) and bool(b_OR[:, rank - 1].any())
 
 
 def test_what_peft_cannot_factor_goes_along_whole(

@@ -1,0 +1,231 @@
+"""What an export holds is read right by whoever reads it: peft, pipelines, servers and people."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from little import ROWS, answers, base_folder, data_folder, record, tokenizer_of, train
+from safetensors.torch import load_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import structural_rank
+from small import Cli, Outcome
+
+from sparsegrad_cli.export.forms import WRITERS
+from sparsegrad_cli.modeling.pretrained import locate
+
+Exported = Callable[..., tuple[Path, dict[str, Any]]]
+
+THIN = ("method.form=core", "method.density=0.02", "method.rank=12")  # 12 values in 12 x 12
+
+
+def term_ranks(run: Path) -> dict[str, int]:
+    """Target -> term rank of the support that trained in it."""
+    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    found = {}
+    for name, positions in tensors.items():
+        if name.endswith(".support"):
+            rows, columns = divmod(positions.numpy(), 12)
+            pattern = coo_array(([1.0] * len(rows), (rows, columns)), shape=(12, 12))
+            found[name.removesuffix(".support")] = int(structural_rank(pattern.tocsr()))
+    return found
+
+
+def test_a_static_support_is_exported_at_the_term_rank_of_its_mask(
+    runs: Callable[..., Path], exported: Exported, cli: Cli
+) -> None:
+    run = runs(*THIN)
+    folder, said = exported(run, "lora")
+    ranks = {row["name"]: row["rank"] for row in said["targets"]}
+    assert ranks == term_ranks(run) and max(ranks.values()) < 12
+    assert said["error"] < 1e-6 and not said["truncated"]
+    assert said["check"]["difference"] < 1e-5
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == said["rank"] == max(ranks.values())
+    assert config["use_rslora"] is False
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    shown = cli("export", str(run), "--to", "lora", "-o", "again").out
+    assert f"that need {min(ranks.values())} to {max(ranks.values())}, the rest zeros" in shown
+
+
+def test_a_rank_that_servers_take(runs: Callable[..., Path], exported: Exported) -> None:
+    run = runs(*THIN)
+    _, exact = exported(run, "lora")
+    folder, said = exported(run, "lora", "--server-rank", "--overwrite")
+    assert 1 < exact["rank"] < said["rank"] == 8
+    assert said["error"] == exact["error"] and not said["truncated"]
+    parts = load_file(folder / "adapter_model.safetensors")
+    assert {t.shape[0] for n, t in parts.items() if ".lora_A." in n} == {said["rank"]}
+    _, said = exported(run, "lora", "--server-rank", "--rank", "2", "--overwrite")
+    assert said["rank"] == 8 and said["truncated"]
+    assert {row["rank"] for row in said["targets"]} == {2} and said["error"] > 1e-3
+    _, said = exported(run, "lora", "--server-rank", "--rank", "1", "--overwrite")
+    assert said["rank"] == 1
+
+
+def test_a_rank_above_what_servers_take_is_cut(
+    runs: Callable[..., Path], exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsegrad_cli.export.lora.SERVER_RANKS", (1, 2))
+    _, said = exported(runs(*THIN), "lora", "--server-rank")
+    assert said["rank"] == 2 and said["truncated"] and said["error"] > 0
+    assert said["check"]["judged"]["against"] == "the cut change"
+
+
+def test_a_server_rank_is_for_lora(
+    runs: Callable[..., Path], refused: Callable[..., Outcome]
+) -> None:
+    run = runs(*THIN)
+    assert "--to lora" in refused(2, run, "--to", "merged", "--server-rank").flat
+    said = refused(2, runs("method=full"), "--to", "lora", "--server-rank")
+    assert "the change is of full rank" in said.flat and "--rank" in said.flat
+
+
+def code_of(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a base whose files hold a head of three classes, a licence, and no pad token."""
+    from transformers import AutoModelForSequenceClassification
+
+    place = tmp_path_factory.mktemp("labelled")
+    base = base_folder(place / "secret-place" / "tiny gpt", "gpt2", pad_token_id=None)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        base, id2label={0: "joy", 1: "anger", 2: "fear"}
+    )
+    model.save_pretrained(base)
+    (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n")
+    return train(place / "run", base, data_folder(place / "data"), "method=lora")
+
+
+def test_the_line_and_the_card_load_it_with_its_labels(
+    labelled: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+    import transformers
+
+    names = {**vars(transformers), "PeftModel": peft.PeftModel}
+    merged, said = exported(labelled, "merged")
+    expected, loss = answers(eval(said["load"], names), tokenizer_of(labelled))
+    assert loss == pytest.approx(record(labelled)["metrics"]["final"]["loss"], abs=2e-5)
+    folder, said = exported(labelled, "lora")
+    labels, numbers = {0: "high", 1: "low"}, {"high": 0, "low": 1}
+    model = eval(said["load"], names)
+    assert model.config.id2label == labels and model.config.label2id == numbers
+    torch.testing.assert_close(answers(model, tokenizer_of(labelled))[0], expected)
+
+    texts = ["abc", "zyx", "mno"]
+    tokenizer = tokenizer_of(labelled)
+    want = [labels[int(number)] for number in _classes(model, tokenizer, texts)]
+    for place in (merged, folder):
+        monkeypatch.chdir(place)
+        blocks = code_of((place / "README.md").read_text(encoding="utf-8"))
+        source = json.loads(json.dumps(said["model"]["name"]))
+        for code in blocks:
+            scope: dict[str, Any] = {}
+            exec(code.replace("PATH/TO/tiny gpt", source), scope)
+            assert scope["model"].config.id2label == labels
+            assert scope["model"].config.label2id == numbers
+            torch.testing.assert_close(answers(scope["model"], tokenizer)[0], expected)
+            if "pipe" in scope:
+                assert [found["label"] for found in scope["pipe"](texts)] == want
+        assert any("pipe" in code for code in blocks)
+
+
+@torch.no_grad()
+def _classes(model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    return model.eval()(**inputs).logits.argmax(-1)
+
+
+@pytest.mark.parametrize("form", sorted(WRITERS))
+def test_the_card_says_what_it_is_and_not_where_it_was_made(
+    form: str, labelled: Path, exported: Exported
+) -> None:
+    folder, said = exported(labelled, form)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "README.md" in said["files"]
+    for path in (folder, labelled, Path(said["model"]["name"])):
+        assert str(path) not in card and str(path.parent) not in card
+    assert "secret-place" not in card and "More Information Needed" not in card
+    about = yaml.safe_load(card.split("---\n")[1])
+    assert about["license"] == "apache-2.0" and "base_model" not in about
+    assert about["library_name"] in ("transformers", "peft", "sparsegrad")
+    assert about["pipeline_tag"] == "text-classification" and "lora" in about["tags"]
+    best = record(labelled)["metrics"]["best"]
+    shown = re.search(r"accuracy ([\d.]+) on validation \(step 6\)", card)
+    assert shown and float(shown[1]) == pytest.approx(best["score"], abs=1e-3)
+    for words in ("tiny gpt", "0: high, 1: low", f"{ROWS} of validation", "Licence", "sparsegrad"):
+        assert words in card
+
+
+def test_a_base_without_a_licence_or_a_run_without_an_end(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
+    folder, _ = exported(runs("method=lora", stop=True), "merged")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "license: unknown" in card and "put it into the field `license`" in card
+    assert "none: checkpoint-6 of a run that has not come to its end" in card
+
+
+def test_a_pipeline_gives_the_score_of_a_regression(
+    runs: Callable[..., Path], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told of one class alone it would squash the score between 0 and 1."""
+    data = data_folder(tmp_path / "data")
+    for name in ("train.csv", "validation.csv"):
+        path = data / name
+        path.write_text(path.read_text().replace(",low", ",0.25").replace(",high", ",7.5"))
+    base = Path(record(runs("method=full"))["model"]["name"])
+    run = train(tmp_path / "run", base, data, "method=lora", "train.max_steps=40")
+    folder, _ = exported(run, "lora")
+    monkeypatch.chdir(folder)
+    code = code_of((folder / "README.md").read_text(encoding="utf-8"))[1]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    tokenizer = tokenizer_of(run)
+    with torch.no_grad():
+        inputs = tokenizer(["zyx"], return_tensors="pt")
+        score = float(scope["model"].eval()(**inputs).logits)
+    found = scope["pipe"](["zyx"])[0]
+    assert found["label"] == "score" and found["score"] == pytest.approx(score, abs=1e-4)
+    assert score > 1
+
+
+def test_an_export_of_other_labels_is_not_left(
+    runs: Callable[..., Path], refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsegrad_cli.export.base_model import BaseModel
+
+    plain = BaseModel.of.__func__  # type: ignore[attr-defined]
+
+    def unnamed(kind: Any, section: Any, model: Any) -> BaseModel:
+        found: BaseModel = plain(kind, section, model)
+        for name in ("id2label", "label2id"):
+            found.words.pop(name)
+        return found
+
+    monkeypatch.setattr(BaseModel, "of", classmethod(unnamed))
+    said = refused(1, runs("method=lora"), "--to", "lora")
+    assert "other labels than the run" in said.flat and "LABEL_0" in said.flat
+
+
+def test_a_run_of_the_built_in_model_has_a_card_without_its_path(cli: Cli, tmp_path: Path) -> None:
+    small = ("task.train_limit=32", "task.eval_limit=16", "task.max_length=24")
+    steps = ("train.max_steps=2", "train.per_device_train_batch_size=8", "method=lora")
+    assert cli("train", *small, *steps, "-q", "-o", "run").code == 0
+    assert cli("export", "run", "--to", "lora", "-q").code == 0
+    folder = tmp_path / "run" / "export-lora"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "builtin:minilm" in card and locate("builtin:minilm") not in card
+    assert str(tmp_path) not in card
+    shutil.rmtree(tmp_path / "run")

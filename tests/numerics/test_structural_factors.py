@@ -1,0 +1,55 @@
+"""Exact factors of a sparse matrix, of the term rank of its pattern."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from sparsegrad_cli.numerics.lowrank import structural_factors
+
+
+def sparse(rows: int, columns: int, entries: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.zeros(rows * columns, dtype=torch.float64)
+    places = torch.randperm(rows * columns, generator=generator)[:entries]
+    matrix[places] = torch.randn(entries, generator=generator, dtype=torch.float64)
+    return matrix.view(rows, columns)
+
+
+def term_rank(pattern: torch.Tensor) -> int:
+    """By the definition, over all ways to give each row a column."""
+    rows, columns = pattern.shape
+    ways = itertools.permutations(range(max(rows, columns)), rows)
+    return max(
+        sum(bool(pattern[row, c]) for row, c in enumerate(way) if c < columns) for way in ways
+    )
+
+
+@pytest.mark.parametrize("entries", range(0, 21, 2))
+@pytest.mark.parametrize(("rows", "columns"), [(5, 4), (4, 5), (5, 5)])
+def test_the_factors_are_exact_and_of_the_term_rank(rows: int, columns: int, entries: int) -> None:
+    matrix = sparse(rows, columns, min(entries, rows * columns), seed=entries)
+    left, right = structural_factors(matrix, matrix != 0)
+    assert torch.equal(left @ right, matrix)
+    assert left.shape[1] == right.shape[0] == max(1, term_rank(matrix != 0))
+
+
+@pytest.mark.parametrize(("rows", "columns", "entries"), [(64, 64, 120), (40, 90, 60), (90, 40, 9)])
+def test_almost_every_matrix_of_a_pattern_has_that_rank(
+    rows: int, columns: int, entries: int
+) -> None:
+    matrix = sparse(rows, columns, entries, seed=1)
+    left, right = structural_factors(matrix, matrix != 0)
+    assert torch.equal(left @ right, matrix)
+    assert left.shape[1] == int(torch.linalg.matrix_rank(matrix)) < min(rows, columns)
+
+
+def test_the_pattern_counts_not_the_values() -> None:
+    """Two equal rows are of rank 1; what their pattern allows is 2."""
+    matrix = torch.ones(2, 3, dtype=torch.float64)
+    left, right = structural_factors(matrix, torch.ones(2, 3, dtype=torch.bool))
+    assert left.shape[1] == 2 and torch.equal(left @ right, matrix)
+    left, right = structural_factors(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+    assert left.shape[1] == 1 and not (left @ right).any()
