@@ -226,10 +226,11 @@ def _absent_classes(
 def _dataset(spec: TaskSpec, examples: Examples) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    features = {"text": Value("string")}
+    # Arrow's string holds 2 GiB in all.
+    features = {"text": Value("large_string")}
     columns: dict[str, Any] = {"text": examples.text}
     if examples.text_pair is not None:
-        features["text_pair"] = Value("string")
+        features["text_pair"] = Value("large_string")
         columns["text_pair"] = examples.text_pair
     features["label"] = Value("float32" if spec.regression else "int64")
     columns["label"] = examples.label

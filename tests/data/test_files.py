@@ -214,6 +214,11 @@ def test_an_integer_of_thousands_of_digits_in_a_column_nobody_uses(tmp_path: Pat
     assert str(read_table(path).columns["id"][0]) == number
 
 
+def test_texts_may_come_to_more_than_arrows_strings_hold(tmp_path: Path) -> None:
+    task = load_task("csv", path=put(tmp_path / "d.csv", CSV))
+    assert task.train.features["text"].dtype == "large_string"  # string: 2 GiB of a column
+
+
 # --- separators, quotes and headers
 
 
