@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import preflight, ranks
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
 from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
@@ -54,6 +54,8 @@ def run_recorded(
     recipe = loaded.recipe
     _check_shares(loaded, command)
     check_sharding(loaded, command, resume=resume)
+    if not resume:
+        _check_outside(loaded, command)
     ranks.join(use_cpu=recipe.train.use_cpu)
     with ExitStack() as held:
         held.callback(observer.close)
@@ -71,6 +73,8 @@ def run_recorded(
         done = False
         if resume:
             before, done = ranks.from_first(lambda: _recorded_before(run_dir, command))
+        if resume and not done:
+            _check_outside(loaded, command)
         if done:
             observer.note("the run is done: nothing is trained again")
             record = RunRecord(run_dir, {**before, "output_dir": str(run_dir)})
@@ -92,6 +96,14 @@ def _recorded_before(run_dir: Path, command: str) -> tuple[dict[str, Any], bool]
     if found.get("command") != command:  # of a calibration the basis is of use, the record is not
         return {}, False
     return found, found.get("status") == "done" and is_file(run_dir / ADAPTER)
+
+
+def _check_outside(loaded: LoadedRecipe, command: str) -> None:
+    """Find what packages and data will refuse before anything heavy is imported."""
+    try:
+        preflight.check(loaded, trains=command == "train")
+    except SparsegradError as error:
+        ranks.refuse(error)  # every process has found it
 
 
 def _check_shares(loaded: LoadedRecipe, command: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import ranks, trackers
 from sparsegrad_cli.errors import (
     DiskError,
     FileFormatError,
@@ -39,7 +39,7 @@ from sparsegrad_cli.report.records import (
 
 SCHEMA = 1
 ADAPTER = Path("adapter", "adapter.safetensors")
-_OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers")
+_OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers", *trackers.FOLDERS)
 _OUR_FILES = (
     "run.json",
     "recipe.yaml",

@@ -87,6 +87,7 @@ def compare(
     """
     from rich.console import Console
 
+    from sparsegrad_cli import preflight
     from sparsegrad_cli.compare.folder import StudyFolder
     from sparsegrad_cli.compare.grid import Comparison
     from sparsegrad_cli.compare.parity import check_parity
@@ -99,6 +100,7 @@ def compare(
         why = "it says whose memory a budget counts, and --match names none"
         refuse_without_effect("--device", why, "--match peak=2GiB, or leave it out")
     check_parity(study)  # before anything is solved
+    preflight.check_study(study)
     folder = output_dir or from_here(study.study.output_dir or f"runs/compare-{study.study.name}")
     quiet = quiet or as_json
     place = StudyFolder(folder)

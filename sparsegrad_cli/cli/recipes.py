@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsegrad_cli import preflight
 from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
 from sparsegrad_cli.errors import DiskError, UsageError
 from sparsegrad_cli.paths import exists, is_file, is_folder
@@ -43,6 +44,7 @@ def validate(
 
         study = load_study(source, overrides)
         check_parity(study)
+        preflight.check_study(study)
         if as_json:
             shown = {"name": study.study.name, "match": study.study.match}
             cells = [
@@ -54,6 +56,9 @@ def validate(
         typer.echo(f"{source}: a valid study, {len(study.cells)} cells{_before_them(study)}")
         return
     loaded = load(recipe, None)
+    preflight.check(loaded, trains=True)
+    for note in preflight.notes(loaded):
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(to_plain(loaded.recipe)))
         return

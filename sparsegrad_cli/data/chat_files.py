@@ -48,8 +48,19 @@ def load_chat_files(path: Path, settings: ChatSettings) -> RawChat:
         DataError: files that cannot be read, hold something else than text, or leave no
             conversation.
     """
+    tables, notes = _tables(path)
+    return _raw(tables, settings, notes)
+
+
+def check_chat_columns(path: Path, settings: ChatSettings) -> None:
+    """Refuse files whose columns hold no conversations; errors as :func:`load_chat_files`."""
+    for table in _tables(path)[0].values():
+        _reader(table, settings)
+
+
+def _tables(path: Path) -> tuple[dict[str, Table], list[str]]:
     if path.is_file():
-        return _raw({"train": read_table(path, "json")}, settings, lone_shard_note(path))
+        return {"train": read_table(path, "json")}, lone_shard_note(path)
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}", where="task.path")
     folder = split_folder(path, _SUFFIXES)
@@ -60,7 +71,7 @@ def load_chat_files(path: Path, settings: ChatSettings) -> RawChat:
     validation = find_split(folder, VALIDATION_STEMS, _SUFFIXES)
     if validation:
         tables["validation"] = read_table(validation, "json")
-    return _raw(tables, settings, unread_note(folder, [*train, *validation]))
+    return tables, unread_note(folder, [*train, *validation])
 
 
 def load_hub_chat(settings: ChatSettings) -> RawChat:

@@ -74,15 +74,52 @@ def load_task(
     seed: int = 0,
     separator: str | None = None,
 ) -> LoadedTask:
-    """Load the task ``name``.
+    """Load the task ``name`` as data sets.
+
+    Args:
+        name, path, columns, validation_fraction, task_type, metric, positive_label, seed,
+            separator: as :func:`load_raw`.
+        train_limit: use the FIRST n training rows, in file order; None uses all.
+        eval_limit: use the first n rows of every validation split; None uses all.
+
+    Raises:
+        SparsegradError: as :func:`load_raw`.
+        UsageError: a limit below 1.
+        DataError: an empty split.
+    """
+    raw = load_raw(
+        name,
+        path=path,
+        columns=columns,
+        validation_fraction=validation_fraction,
+        task_type=task_type,
+        metric=metric,
+        positive_label=positive_label,
+        seed=seed,
+        separator=separator,
+    )
+    return _finish(raw, train_limit, eval_limit, metric, positive_label)
+
+
+def load_raw(
+    name: str,
+    *,
+    path: str | Path | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    validation_fraction: float = 0.1,
+    task_type: TaskType | None = None,
+    metric: str | None = None,
+    positive_label: str | None = None,
+    seed: int = 0,
+    separator: str | None = None,
+) -> RawTask:
+    """Read the task ``name``, all of it.
 
     Args:
         name: one of known_task_names().
         path: local folder (GLUE), or file or folder (csv, json, parquet). GLUE without a path
             comes from the hub or its local cache.
         columns: names of the text, text_pair and label columns; only for csv, json, parquet.
-        train_limit: use the FIRST n training rows, in file order; None uses all.
-        eval_limit: use the first n rows of every validation split; None uses all.
         validation_fraction: share split off at random where the user's files have no validation.
         task_type: what the labels are; only for csv, json, parquet.
         metric: the selecting metric; None takes the task's own.
@@ -123,7 +160,7 @@ def load_task(
     else:
         fix = suggest(name, known_task_names())
         raise UsageError(f"unknown task {name!r}", where="task.name", fix=fix)
-    return _finish(raw, train_limit, eval_limit, metric, positive_label)
+    return raw
 
 
 def _tabular(

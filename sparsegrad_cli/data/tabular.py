@@ -95,6 +95,16 @@ def load_tabular(
     return RawTask(spec, train, {"validation": validation}, [*notes, *labels.notes])
 
 
+def check_columns(
+    name: str, path: Path, columns: Mapping[str, str | None] | None, *, separator: str | None
+) -> None:
+    """Refuse files that lack a column; arguments and errors as :func:`load_tabular`."""
+    train_table, validation_table, _ = _find_tables(name, path, separator)
+    roles = _resolve_columns(train_table, columns)
+    if validation_table is not None:
+        _require_columns(validation_table, roles)
+
+
 def _find_tables(
     name: str, path: Path, separator: str | None
 ) -> tuple[Table, Table | None, list[str]]:

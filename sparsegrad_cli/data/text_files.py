@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +49,27 @@ UNPACKED_BYTES = 256 * 2**20
 UNPACKED_RATIO = 200
 
 
+_head: ContextVar[int | None] = ContextVar("head", default=None)
+
+
+@contextmanager
+def heads_only(size: int) -> Iterator[None]:
+    """Inside, a text file ends with the last whole line in its first ``size`` bytes."""
+    token = _head.set(size)
+    try:
+        yield
+    finally:
+        _head.reset(token)
+
+
+def _read(file: IO[bytes]) -> bytes:
+    size = _head.get()
+    if size is None:
+        return file.read()
+    data = file.read(size)
+    return data if len(data) < size else data[: data.rfind(b"\n") + 1]
+
+
 def read_text(path: Path) -> str:
     """Return the file as text, unpacked, without a byte-order mark; line ends stay as they are.
 
@@ -55,7 +77,7 @@ def read_text(path: Path) -> str:
         DataError: the file cannot be read, cannot be unpacked, or is not UTF-8.
     """
     with _opened(path) as file:
-        data = file.read()
+        data = _read(file)
     _check_beginning(data[:512], path)
     return _decoded(data.removeprefix(_BOM), "the file", str(path))
 
@@ -69,7 +91,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         DataError: as read_text, naming the line.
     """
     with _opened(path) as file:
-        for number, data in enumerate(file, start=1):
+        lines = file if _head.get() is None else io.BytesIO(_read(file))
+        for number, data in enumerate(lines, start=1):
             if number == 1:
                 _check_beginning(data[:512], path)
                 data = data.removeprefix(_BOM)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fit import MOST, largest_batch
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
@@ -24,7 +25,6 @@ from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training.setup import check_precision
-from sparsegrad_cli.training.texts import fitting_length
 
 # Of a recipe's train section, what memory depends on.
 _TRAIN = (

@@ -28,8 +28,7 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.numerics.frozen_linear import frozen_linear
-
-INSTALL = "pip install 'bitsandbytes>=0.46.1'"
+from sparsegrad_cli.recipe.quantization import INSTALL
 
 
 def require_bitsandbytes() -> None:

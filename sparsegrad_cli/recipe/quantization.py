@@ -6,6 +6,8 @@ from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath
 
+INSTALL = "pip install 'bitsandbytes>=0.46.1'"
+
 
 def quantization_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
     """(key, what is wrong, what to do), all of them; none where nothing is quantized."""

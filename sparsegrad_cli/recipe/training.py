@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from sparsegrad_cli.data.spec import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
+from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.source import KeyPath
+from sparsegrad_cli.trackers import TRACKERS
 
+_POLYNOMIAL_END = 1e-7  # the rate at which transformers' polynomial schedule ends
 SMOOTHED_SCORES = "label smoothing is one of classes, and the labels of this task are scores"
 
 
 def training_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
     """(key, what is wrong, what to do), all of them."""
-    found = _of_the_best(recipe.train)
+    found = [*_of_the_best(recipe.train), *_of_the_trackers(recipe.train)]
+    train = recipe.train
+    if train.lr_scheduler_type == "polynomial" and train.learning_rate <= _POLYNOMIAL_END:
+        what = f"lr_scheduler_type polynomial ends at {_POLYNOMIAL_END:g}, which must be smaller"
+        found.append((("train", "learning_rate"), what, "raise it, or use linear"))
     task = recipe.task.name
     spec = GLUE_TASKS.get(task.removeprefix("glue/"))
     if recipe.train.label_smoothing_factor:
@@ -25,6 +32,21 @@ def training_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
             or (spec is not None and spec.regression)
         ):
             found.append((key, SMOOTHED_SCORES, "leave it out"))
+    return found
+
+
+def _of_the_trackers(train: TrainSection) -> list[tuple[KeyPath, str, str]]:
+    """Names that transformers would refuse once model and data are loaded."""
+    names = (train.report_to,) if isinstance(train.report_to, str) else train.report_to
+    alone = ("none", "all")
+    found: list[tuple[KeyPath, str, str]] = []
+    for name in names:
+        if name in alone and len(names) > 1:
+            what = f"{name!r} does not go with other trackers"
+            found.append((("train", "report_to"), what, "name the trackers alone"))
+        elif name not in (*alone, *TRACKERS):
+            fix = did_you_mean(name, (*TRACKERS, *alone))
+            found.append((("train", "report_to"), f"unknown tracker {name!r}", fix))
     return found
 
 

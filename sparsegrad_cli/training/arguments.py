@@ -9,6 +9,7 @@ import torch
 
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.scales import scale_of
+from sparsegrad_cli.trackers import PROJECT, named, study_of
 
 # Ours, not TrainingArguments'. Of save_total_limit training/shelf.py takes care.
 _OWN = {
@@ -38,14 +39,15 @@ def training_arguments(recipe: Recipe, output_dir: Path, metric: str) -> Any:
     )
     if not train.gradient_checkpointing:
         settings.pop("gradient_checkpointing")
-    report_to = train.report_to
     # CUDA or the CPU, as device_of says: nothing here has met another kind of device.
     settings["use_cpu"] = train.use_cpu or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         seed=recipe.seed,
         data_seed=recipe.seed,
-        report_to=list(report_to) if isinstance(report_to, tuple) else report_to,
+        report_to=list(named(train.report_to)),
+        run_name=output_dir.absolute().name,
+        project=(study_of(output_dir) or Path(PROJECT)).name,
         metric_for_best_model="eval_score",
         greater_is_better=not scale_of(metric).lower_is_better,
         restore_callback_states_from_checkpoint=True,

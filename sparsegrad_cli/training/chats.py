@@ -8,6 +8,7 @@ from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.conversation import ChatData
+from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.plain_text import plain_text_rows
 from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
@@ -20,7 +21,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
-from sparsegrad_cli.training.texts import Few, Parts, fitting_length
+from sparsegrad_cli.training.texts import Few, Parts
 
 
 def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:

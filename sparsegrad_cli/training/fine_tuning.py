@@ -14,6 +14,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.rundir import RunRecord
 from sparsegrad_cli.stopping import politely, stop_here
+from sparsegrad_cli.trackers import files_in
 from sparsegrad_cli.training.basis_file import (
     BasisFile,
     check_belongs,
@@ -39,7 +40,7 @@ class TrainingSession(Session):
 
     def run(self) -> None:
         """Do it all."""
-        with self.explained():
+        with self.explained(), files_in(self.record.path, self.recipe.train.report_to):
             setup = self.load()
             with politely():
                 method = make_method(self.method)

@@ -12,13 +12,14 @@ from typing import Any
 
 from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, tokenize
+from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.spec import CHAT_TASKS, TaskSpec
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.modeling.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.training.chats import load_conversations, packed_rows
-from sparsegrad_cli.training.texts import fitting_length, load_examples
+from sparsegrad_cli.training.texts import load_examples
 
 _MOST_TEXTS = 20_000  # rows to tokenize; of more, those with the most characters
 _MOST_CONVERSATIONS = 2_000

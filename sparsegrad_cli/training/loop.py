@@ -136,6 +136,7 @@ class TrainingLoop:
             callbacks=callbacks,
         )
         _quiet(trainer)
+        _dvclive_in(folder, trainer)
         settle(trainer, setup.model, setup.targets, session.observer.note)
         if trainer.split_by != DEEPSPEED:  # whose engine takes every backward pass for its own
             trainer.add_callback(ProbeCallback(session.meter, self._probe))
@@ -255,6 +256,17 @@ class TrainingLoop:
         with torch.no_grad(), meter.phase("evaluate"), trainer.compute_loss_context_manager():
             trainer.compute_loss(model, dict(batch))
         model.train()
+
+
+def _dvclive_in(folder: Path, trainer: SparsegradTrainer) -> None:
+    """DVCLive alone is told by its maker where to write, not by the environment."""
+    from transformers.integrations import DVCLiveCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, DVCLiveCallback):
+            from dvclive import Live  # type: ignore[import-not-found]
+
+            callback.live = Live(dir=str(folder / "dvclive"))
 
 
 def _quiet(trainer: SparsegradTrainer) -> None:

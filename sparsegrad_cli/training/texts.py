@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
+from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.loading import LoadedTask, load_task
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.modeling.head import HeadStart
@@ -106,14 +107,3 @@ def load_examples(section: TaskSection) -> LoadedTask:
         # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
         seed=0,
     )
-
-
-def fitting_length(wanted: int, config: Any) -> tuple[int, str | None]:
-    """``wanted``, or less where the model has fewer positions, and then a note."""
-    positions = getattr(config, "max_position_embeddings", None)
-    kind = getattr(config, "model_type", "")
-    offset = 2 if kind in ("roberta", "xlm-roberta", "camembert") else 0
-    if isinstance(positions, int) and positions > 0 and wanted > positions - offset:
-        room = positions - offset
-        return room, f"max_length {wanted} cut to the model's {room} positions"
-    return wanted, None

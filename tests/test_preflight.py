@@ -1,0 +1,243 @@
+"""What packages and data would refuse after minutes is found by validate, train and compare."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from paths import REPO
+from small import Cli
+
+from sparsegrad_cli import preflight, trackers
+from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe.loading import load_recipe
+
+COMMANDS = ("validate", "train", "calibrate")
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Hide packages from find_spec."""
+    real = importlib.util.find_spec
+
+    def hide(*names: str) -> None:
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *more: None if name in names else real(name, *more),
+        )
+
+    return hide
+
+
+def csv_file(path: Path, header: str = "text,label", rows: int = 8) -> Path:
+    lines = [f"text {row},{row % 2}" for row in range(rows)]
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def test_the_trackers_are_those_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(trackers.TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
+    cli: Cli, without: Any, command: str
+) -> None:
+    without("wandb", "tensorboard", "tensorboardX", "comet_ml")
+    told = cli(command, "train.report_to=[tensorboard, wandb, comet_ml]")
+    assert told.code == 2
+    assert "the tracker wandb, whose package is not installed" in told.flat
+    assert "pip install comet-ml" in told.flat and "pip install tensorboard" in told.flat
+
+
+def test_calibrate_needs_no_tracker(without: Any) -> None:
+    without("wandb")
+    loaded = load_recipe(None, ("train.report_to=wandb",))
+    preflight.check(loaded, trains=False)
+    with pytest.raises(RecipeError):
+        preflight.check(loaded, trains=True)
+
+
+@pytest.mark.parametrize(
+    ("report_to", "words"),
+    [
+        ("tensorbord", "did you mean tensorboard?"),
+        ("[none, codecarbon]", "'none' does not go with other trackers"),
+    ],
+)
+def test_an_unknown_tracker_is_refused(cli: Cli, report_to: str, words: str) -> None:
+    told = cli("validate", f"train.report_to={report_to}")
+    assert told.code == 2 and words in told.flat
+
+
+def test_all_without_any_tracker_is_refused(cli: Cli, without: Any) -> None:
+    without(*(name for groups in trackers.TRACKERS.values() for group in groups for name in group))
+    told = cli("validate", "train.report_to=all")
+    assert told.code == 2 and "stands for the trackers that are installed" in told.flat
+
+
+def test_quantization_without_bitsandbytes_is_refused(cli: Cli, without: Any) -> None:
+    without("bitsandbytes")
+    told = cli("validate", "model.quantization=8bit", "method=lora")
+    assert told.code == 2 and "pip install 'bitsandbytes" in told.flat
+
+
+def test_the_polynomial_schedule_needs_a_rate_above_its_end(cli: Cli) -> None:
+    told = cli("validate", "train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8")
+    assert told.code == 2 and "train.learning_rate" in told.flat
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_column_that_is_not_in_the_file_is_refused_with_a_near_name(
+    cli: Cli, tmp_path: Path, command: str
+) -> None:
+    csv_file(tmp_path / "data.csv", "sentence,label")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task:\n  name: csv\n  path: data.csv\n  columns:\n    text: sentense\n")
+    told = cli(command, str(recipe), "train.max_steps=1", "train.use_cpu=true")
+    assert told.code == 2
+    assert "there is no column 'sentense' for the text" in told.flat
+    assert "did you mean sentence?" in told.flat
+    assert "recipe.yaml:5: task.columns.text" in told.flat
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.csv.gz", "data.jsonl", "data.parquet"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_columns_are_found_in_files_of_every_kind_and_size(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, whole: bool
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not whole:
+        monkeypatch.setattr(preflight, "_WHOLE_BYTES", 0)
+        monkeypatch.setattr(preflight, "_HEAD_BYTES", 200)
+    path, rows = tmp_path / name, [{"text": f"text {n}", "target": n % 2} for n in range(40)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if "csv" in name:
+            text = "text,target\n" + "".join(f"{r['text']},{r['target']}\n" for r in rows)
+        packed = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        path.write_bytes(packed)
+    kind = "csv" if "csv" in name else "json" if "json" in name else "parquet"
+    told = cli("validate", f"task={kind}", f"task.path={path}")
+    assert told.code == 2 and "there is no column 'label'" in told.flat
+    named = ("task.columns.label=target", f"task={kind}", f"task.path={path}")
+    assert cli("validate", *named).code == 0
+
+
+def test_what_is_wrong_with_a_small_file_is_found_by_validate(cli: Cli, tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "data.csv")
+    path.write_text(path.read_text() + "one more,\n")
+    told = cli("validate", "task=csv", f"task.path={path}")
+    assert told.code == 1 and "data.csv:10" in told.flat
+    (tmp_path / "folder").mkdir()
+    told = cli("validate", "task=csv", f"task.path={tmp_path / 'folder'}")
+    assert told.code == 1 and "no training file" in told.flat
+
+
+def test_chat_files_of_another_shape_are_found_by_validate(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    told = cli("validate", "task=chat", f"task.path={path}")
+    assert told.code == 2 and "no conversation among the columns" in told.flat
+    told = cli("validate", "task=chat", f"task.path={path}", "task.metric=accuracy")
+    assert told.code == 2 and "not a metric of conversations" in told.flat
+
+
+def test_a_study_is_refused_before_any_of_its_cells_runs(
+    cli: Cli, tmp_path: Path, without: Any
+) -> None:
+    without("wandb")
+    study = tmp_path / "study.yaml"
+    study.write_text("name: s\nrecipe: recipe.yaml\nmethods: [{method: lora}]\nseeds: [1]\n")
+    (tmp_path / "recipe.yaml").write_text("train: {report_to: wandb}\n")
+    for command in (("validate", str(study)), ("compare", str(study), "-o", "out")):
+        told = cli(*command)
+        assert told.code == 2 and "pip install wandb" in told.flat, told.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_validate_says_where_a_length_is_cut_to_the_models_positions(
+    cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "bert", "max_position_embeddings": 32}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    told = cli("validate", f"model={tmp_path / 'model'}", "task.max_length=64")
+    assert told.code == 0
+    assert "max_length 64 cut to the model's 32 positions" in told.flat
+
+
+def test_validate_imports_no_torch(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "data.csv")
+    code = (
+        "import sys\nfrom sparsegrad_cli.cli.errors import run_guarded\n"
+        "from sparsegrad_cli.cli.app import app\n"
+        "code = run_guarded(app)\n"
+        "sys.exit(code or sum(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "validate", "task=csv", f"task.path={path}"],
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_tracker_files_go_into_the_runs_folder_and_a_comparison_is_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_GROUP", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    run = tmp_path / "study" / "cells" / "task-lora-s1"
+    run.mkdir(parents=True)
+    asked = ("wandb", "tensorboard", "mlflow")
+    with trackers.files_in(run, asked):
+        assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(run / "tensorboard")
+        assert os.environ["WANDB_DIR"] == str(run)
+        assert "WANDB_RUN_GROUP" not in os.environ
+        assert os.environ["MLFLOW_TRACKING_URI"] == (run / "mlflow").as_uri()
+    (tmp_path / "study" / "compare.json").write_text("{}")
+    with trackers.files_in(run, asked):
+        assert os.environ["WANDB_RUN_GROUP"] == "study"
+        assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "study" / "mlflow").as_uri()
+        assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "mine"
+    assert "WANDB_DIR" not in os.environ
+
+
+def test_arguments_name_the_run_and_its_comparison(tmp_path: Path) -> None:
+    from sparsegrad_cli.training.arguments import training_arguments
+
+    recipe = load_recipe(None, ("train.use_cpu=true",)).recipe
+    made: SimpleNamespace = training_arguments(recipe, tmp_path / "runs" / "one", "accuracy")
+    assert (made.run_name, made.project, made.report_to) == ("one", "sparsegrad", [])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
+def test_tensorboard_writes_into_the_runs_folder(cli: Cli, tmp_path: Path) -> None:
+    from small import SMALL
+
+    told = cli("train", "method=lora", *SMALL, "train.report_to=tensorboard", "-o", "run")
+    assert told.code == 0, told.err
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
