@@ -12,15 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparsegrad_cli.data.lengths import fitting_length
-from sparsegrad_cli.data.spec import (
-    BUILTIN_TASKS,
-    CHAT_METRICS,
-    CHAT_TASKS,
-    FILE_TASKS,
-    GLUE_TASKS,
-    suggest,
-    with_metric,
-)
+from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS, with_metric
 from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
 from sparsegrad_cli.paths import expanded, is_file
@@ -97,15 +89,6 @@ def _placed(loaded: LoadedRecipe, key: str, what: str, fix: str) -> Problem:
 
 
 def _check_files(section: TaskSection) -> None:
-    known = BUILTIN_TASKS.get(section.name) or GLUE_TASKS.get(section.name.removeprefix("glue/"))
-    if known is not None:
-        with_metric(known, section.metric)
-    elif section.name in CHAT_TASKS and section.metric not in (None, *CHAT_METRICS):
-        raise UsageError(
-            f"{section.metric!r} is not a metric of conversations",
-            where="task.metric",
-            fix=suggest(str(section.metric), CHAT_METRICS),
-        )
     if section.path is None:
         return
     path = expanded(section.path)
