@@ -13,8 +13,9 @@ from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradErro
 from sparsegrad_cli.known_errors import known_errors
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.paths import is_file
-from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
-from sparsegrad_cli.report.records import load_record
+from sparsegrad_cli.recipe.loading import LoadedRecipe, digest, to_yaml
+from sparsegrad_cli.report.access import mappings
+from sparsegrad_cli.report.records import load_record, write_text_atomic
 from sparsegrad_cli.rundir import ADAPTER, RunRecord, choose_run_dir, held_run_dir, open_run_dir
 from sparsegrad_cli.sharding import check_sharding
 from sparsegrad_cli.stopping import signals_stop_the_run
@@ -61,18 +62,19 @@ def run_recorded(
         held.callback(observer.close)
         held.enter_context(signals_stop_the_run(observer.note, _AGAIN[command]))
 
-        def opened() -> Path:
+        def opened() -> tuple[Path, dict[str, Any] | None]:
             path = choose_run_dir(recipe, command)
             held.enter_context(held_run_dir(path))
-            open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
-            return path
+            return path, open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
 
         # Of processes that train together, the first holds the folder for all.
-        run_dir = ranks.from_first(opened)
+        run_dir, extended = ranks.from_first(opened)
         before: dict[str, Any] = {}
         done = False
         if resume:
             before, done = ranks.from_first(lambda: _recorded_before(run_dir, command))
+        if extended is not None:
+            before["extended"], done = [*mappings(before, "extended"), extended], False
         if resume and not done:
             _check_outside(loaded, command)
         if done:
@@ -158,6 +160,9 @@ def _recorded(
     try:
         with known_errors(_AGAIN[command]):
             record.save()
+            if ranks.is_first() and before.get("extended"):
+                # After the record, by which the run is known: the same command mends a kill here.
+                write_text_atomic(run_dir / "recipe.yaml", to_yaml(recipe))
             work(record, observer)
             record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
             record.finish()

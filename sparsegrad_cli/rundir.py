@@ -17,6 +17,7 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
+from sparsegrad_cli.extension import extension
 from sparsegrad_cli.locking import NAME as LOCK
 from sparsegrad_cli.locking import RunLock, owner_of
 from sparsegrad_cli.paths import (
@@ -95,8 +96,13 @@ def held_run_dir(path: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def open_run_dir(
+    path: Path, recipe: Recipe, *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
     """Make a held directory ready, or refuse.
+
+    Returns:
+        What the run was before, where it is resumed to train longer (:func:`extension`).
 
     A directory with something in it is refused, unless ``resume`` (it holds a run of the same
     recipe), ``overwrite`` (what a run leaves is removed; foreign files stay), or nothing is in it
@@ -107,9 +113,9 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
         DiskError: it cannot be written.
     """
     if resume:
-        _check_resumable(path, recipe)
+        extended = _check_resumable(path, recipe)
         _remove_left(path)
-        return
+        return extended
     occupied = path.is_dir() and any(found.name != LOCK for found in path.iterdir())
     if occupied and not overwrite and not _never_trained(path):
         raise UsageError(
@@ -125,6 +131,7 @@ def open_run_dir(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
     write_text_atomic(path / "recipe.yaml", to_yaml(recipe))
+    return None
 
 
 def _never_trained(path: Path) -> bool:
@@ -168,18 +175,14 @@ def _clear(path: Path) -> None:
     _remove_left(path)
 
 
-def _check_resumable(path: Path, recipe: Recipe) -> None:
+def _check_resumable(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     for name in ("adapter", "steps.jsonl"):  # written in place
         refuse_link(path / name, path)
     steps = path / "steps.jsonl"
     if exists(steps) and not is_file(steps):
         raise UsageError(f"{steps} is no file", where=str(steps), fix="take it away")
-    if _recipe_of(path) != digest(recipe):
-        raise UsageError(
-            f"the run in {path} was started with another recipe",
-            where="output_dir",
-            fix=f"sparsegrad train {path / 'recipe.yaml'} --resume, or another output_dir",
-        )
+    recorded = _recipe_of(path)
+    return None if recorded == digest(recipe) else extension(path, recorded, recipe)
 
 
 def _recipe_of(path: Path) -> str | None:

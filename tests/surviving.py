@@ -115,12 +115,12 @@ class Bench:
 
     def __init__(self, place: Path, killer: Killer) -> None:
         self.place, self.killer = place, killer
-        self._base, self.data = base_folder(place / "base"), data_folder(place / "data")
+        self.base, self.data = base_folder(place / "base"), data_folder(place / "data")
         self._number = 0
 
     def settings(self, method: str, *more: str) -> tuple[str, ...]:
         """Arguments of ``sparsegrad train``, but for where to write."""
-        return (f"model={self._base}", f"task.path={self.data}", *COMMON, *METHODS[method], *more)
+        return (f"model={self.base}", f"task.path={self.data}", *COMMON, *METHODS[method], *more)
 
     def train(self, method: str, run: Path, *flags: str, **kill: Any) -> Ended:
         """One run or its resumption."""

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError
@@ -132,7 +133,16 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
     for name, value in content["optimizer_numbers"].items():
         number, key = name.split("/", 1)
         state.setdefault(int(number), {})[key] = value
-    groups = content["optimizer_groups"]
+    groups, scheduled = content["optimizer_groups"], content["scheduler"]
+    if isinstance(scheduler, LambdaLR):
+        # As the schedule has it now: over more steps than it was saved with, where it is longer.
+        rates = [
+            base * factor(scheduled["last_epoch"])
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduled["_last_lr"] = rates
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
     for group in groups:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
@@ -147,7 +157,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
         raise FileFormatError(
             f"the optimizer state does not fit this run: {error}", where=str(folder)
         ) from error
-    scheduler.load_state_dict(content["scheduler"])
+    scheduler.load_state_dict(scheduled)
 
 
 def load_random(folder: Path) -> None:

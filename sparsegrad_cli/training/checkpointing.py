@@ -53,16 +53,36 @@ class Resumed:
     Attributes:
         folder: the checkpoint.
         best: the best checkpoint so far.
-        over: training had come to its end there.
+        stopped: training was ended there before its last step, by early stopping.
+        steps: how many steps the run had in all when the checkpoint was written.
         loss: summed in this process since the step that was logged last, and that step.
         measured: times and memory up to there.
     """
 
     folder: Path
     best: Path | None
-    over: bool
+    stopped: bool
+    steps: int
     loss: tuple[float, int]
     measured: dict[str, Any]
+
+
+def stopped_early(state: Mapping[str, Any]) -> bool:
+    """Return whether early stopping ended a run at a checkpoint, by its trainer_state.json.
+
+    Raises:
+        KeyError, TypeError: it does not say so.
+    """
+    callbacks = state["stateful_callbacks"]
+    if not callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        return False
+    if state["global_step"] < state["max_steps"]:
+        return True
+    stopping = callbacks.get("EarlyStoppingCallback")  # may have had its say in the last step
+    if not stopping:
+        return False
+    waited = stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(waited >= stopping["args"]["early_stopping_patience"])
 
 
 class CheckpointedTrainer(Trainer):
@@ -205,13 +225,12 @@ class CheckpointedTrainer(Trainer):
         extras = files.load_state_json(folder)["extras"]
         state = trainer_state(folder)
         try:
-            control = state["stateful_callbacks"]["TrainerControl"]["args"]
-            over = control["should_training_stop"] or state["global_step"] >= state["max_steps"]
             losses, logged = extras["loss"]
             self.resumed = Resumed(
                 folder,
                 best_of(folder),
-                bool(over),
+                stopped_early(state),
+                operator.index(state["max_steps"]),
                 (float(losses[ranks.number()]), operator.index(logged)),
                 check_measured(extras["measured"]),
             )
@@ -259,6 +278,8 @@ class CheckpointedTrainer(Trainer):
         self.state.best_model_checkpoint = None if best is None else str(best)
         total, self._globalstep_last_logged = self.resumed.loss
         self._tr_loss = torch.full_like(self._tr_loss, total)
+        if self.state.max_steps > self.resumed.steps:
+            self.order.forget_last()
         if evaluation_due(self.resumed.folder):
             files.load_random(self.resumed.folder)
             self._maybe_log_save_evaluate(
@@ -268,7 +289,10 @@ class CheckpointedTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers would take a step before it looks whether there is one left to take.
-        if self.resumed is not None and (self.resumed.over or self.control.should_training_stop):
+        over = self.state.global_step >= self.state.max_steps
+        if self.resumed is not None and (
+            over or self.resumed.stopped or self.control.should_training_stop
+        ):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

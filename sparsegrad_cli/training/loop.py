@@ -11,7 +11,9 @@ import torch
 from sparsegrad_cli import ranks, stopping
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.paths import remove_folder
 from sparsegrad_cli.recipe.loading import digest
+from sparsegrad_cli.report.access import mappings
 from sparsegrad_cli.rundir import ADAPTER
 from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.sharding import DEEPSPEED
@@ -22,10 +24,11 @@ from sparsegrad_cli.training.callbacks import (
     RecordCallback,
     SaveAfterEvaluation,
 )
+from sparsegrad_cli.training.checkpointing import stopped_early
 from sparsegrad_cli.training.going_on import blaming_checkpoint
 from sparsegrad_cli.training.gradients import forked_random
 from sparsegrad_cli.training.setup import Setup, to_device
-from sparsegrad_cli.training.shelf import Shelf, evaluation_due, step_of
+from sparsegrad_cli.training.shelf import Shelf, evaluation_due, step_of, trainer_state
 from sparsegrad_cli.training.splitting import settle
 from sparsegrad_cli.training.touched import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
@@ -34,6 +37,8 @@ from sparsegrad_cli.training.writing import save_tensors
 if TYPE_CHECKING:
     from sparsegrad_cli.training.session import Session
 
+# Schedules that do not look at the number of steps.
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 _STEPS_KEPT = 10_000  # durations in a checkpoint
 
 
@@ -80,6 +85,7 @@ class TrainingLoop:
             session.enter("evaluate", "before the first step")
             trainer.evaluate_untrained()
             initial = trainer.last_evaluation
+        self._say_extended(last)
         session.enter("train", session.recipe.method.name)
         torch.manual_seed(session.recipe.seed)  # dropout is the same whatever was drawn before
         self._began = time.perf_counter() - trainer.evaluate_seconds
@@ -97,6 +103,34 @@ class TrainingLoop:
         session.record.data["time"].update(session.seconds)
         if ranks.is_first():
             trainer.shelf.finish(trainer.best_checkpoint)
+
+    def _say_extended(self, last: Path | None) -> None:
+        """Say what becomes of the learning rates of an extended run, and remove its old adapter."""
+        record, train = self.session.record, self.session.recipe.train
+        extended = mappings(record.data, "extended")
+        if not extended or "schedule" in extended[-1]:
+            return
+        kind, total = train.lr_scheduler_type, self.trainer.steps_in_all()
+        if last is None:
+            words = "no checkpoint is left: training begins anew"
+        else:
+            state = trainer_state(last)
+            before = int(state["max_steps"])
+            words = f"extended from {before} to {total} steps, from {last.name}"
+            if kind in _WITHOUT_END and not 0 < train.warmup_steps < 1:
+                words += f": lr_scheduler_type {kind} is the same for any length"
+            else:
+                words += (
+                    f": lr_scheduler_type {kind} is recomputed over {total} steps; a run of "
+                    f"{total} steps from the start has other learning rates before {last.name}"
+                )
+            if stopped_early(state):
+                words += f". Early stopping ended it at step {state['global_step']}: it stays ended"
+        extended = [*extended[:-1], {**extended[-1], "steps": total, "schedule": words}]
+        record.save(extended=extended)
+        self.session.observer.note(words)
+        if ranks.is_first():
+            remove_folder(record.path / ADAPTER.parent)
 
     def _found(self) -> Path | None:
         return self.trainer.shelf.find(self.session.observer.note)
@@ -122,6 +156,9 @@ class TrainingLoop:
                 digest(session.recipe),
                 limit=train.save_total_limit,
                 keep_best=arguments.load_best_model_at_end,
+                earlier=[
+                    str(was["recipe_digest"]) for was in mappings(session.record.data, "extended")
+                ],
             ),
             origins={
                 "basis": calibration.get("digest"),

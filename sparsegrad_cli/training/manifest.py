@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,11 @@ def damage(folder: Path) -> str | None:
     return None if files else f"{MANIFEST} names no files"
 
 
-def check_ours(folder: Path, recipe: str) -> list[str]:
+def check_ours(folder: Path, recipes: Collection[str]) -> list[str]:
     """Refuse a checkpoint of another format or recipe.
+
+    Args:
+        recipes: digests of the run's recipe, and of what it was before it was extended.
 
     Returns:
         Notes: packages that were others then, so that what follows may differ in the last bits.
@@ -96,7 +100,7 @@ def check_ours(folder: Path, recipe: str) -> list[str]:
             where=str(folder),
             fix="go on with the version that wrote it; --overwrite begins anew",
         )
-    if manifest.get("recipe") != recipe:
+    if manifest.get("recipe") not in recipes:
         raise UsageError(
             f"{folder.name} belongs to another recipe",
             where=str(folder),

@@ -124,6 +124,12 @@ class OrderHash:
             if self._rows is not None:
                 self.kept_rows[str(step)] = self._rows.hex()
 
+    def forget_last(self) -> None:
+        """Drop what was kept because a step was the last one, which it is no more."""
+        for kept in (self.kept, self.kept_rows):
+            for step in [step for step in kept if int(step) % self._every]:
+                del kept[step]
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with the chains."""
         rows = None if self._rows is None else self._rows.hex()

@@ -6,7 +6,7 @@ Which one is the newest is said by its step, never by a clock. No torch at impor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Shelf:
     Args:
         run_dir: where they stand.
         recipe: digest of the run's recipe.
+        earlier: digests of what that was before the run was extended.
         limit: how many are kept; the newest and the best are kept in any case.
         keep_best: the run ends with its best checkpoint, so that one is worth nothing without it.
 
@@ -83,9 +84,15 @@ class Shelf:
     """
 
     def __init__(
-        self, run_dir: Path, recipe: str, *, limit: int | None, keep_best: bool = False
+        self,
+        run_dir: Path,
+        recipe: str,
+        *,
+        limit: int | None,
+        keep_best: bool = False,
+        earlier: Collection[str] = (),
     ) -> None:
-        self.run_dir, self._recipe = run_dir, recipe
+        self.run_dir, self._recipe, self._earlier = run_dir, recipe, tuple(earlier)
         self._limit, self._keep_best = limit, keep_best
         self._useless: set[Path] = set()
         self.newest: Path | None = None
@@ -104,7 +111,7 @@ class Shelf:
         for folder in reversed(checkpoints(self.run_dir)):
             wrong = damage(folder)
             if wrong is None:
-                for text in check_ours(folder, self._recipe):
+                for text in check_ours(folder, (self._recipe, *self._earlier)):
                     note(text)
                 wrong = self._without_its_best(folder)
             if wrong is None:

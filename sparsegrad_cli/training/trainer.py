@@ -88,6 +88,11 @@ class SparsegradTrainer(CheckpointedTrainer):
             self._sampler.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
+    def steps_in_all(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        steps: int = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return steps
+
     def _make_sampler(self, data: Any) -> EpochSampler:
         strategy = self.recipe.train.train_sampling_strategy
         lengths = None

@@ -1,0 +1,121 @@
+"""More epochs or steps for a run that is done: bit for bit the longer run, where rates allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from surviving import Bench, flat, record, results, weights
+
+METHODS = {
+    "core": ("method.form=core", "method.density=0.05", "method.rank=7", "calibration.steps=2"),
+    "lora": ("method=lora", "method.rank=2", "method.dropout=0.1"),
+}
+
+
+COMMON = (
+    "task=csv",
+    "task.max_length=16",
+    "train.per_device_train_batch_size=16",
+    "train.num_train_epochs=2",
+    "train.learning_rate=1e-2",
+    "train.lr_scheduler_type=constant",
+    "train.warmup_steps=0",
+    "train.logging_steps=2",
+    "train.use_cpu=true",
+)
+
+
+def train(bench: Bench, run: Path, method: str, *more: str) -> None:
+    folders = (f"model={bench.base}", f"task.path={bench.data}", "-o", str(run))
+    ended = bench.killer.run("train", *COMMON, *METHODS[method], *more, *folders)
+    assert ended.code == 0, ended.err
+
+
+def resume(bench: Bench, run: Path, *more: str) -> tuple[int, str]:
+    """The exit code, and what was said."""
+    ended = bench.killer.run("train", str(run), "--resume", *more)
+    return ended.code, flat(ended)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ((), ("train.num_train_epochs=4",)),
+        (
+            ("train.max_steps=5", "train.eval_strategy=steps", "train.eval_steps=5"),
+            ("train.max_steps=10",),
+        ),
+    ],
+)
+def test_an_extended_run_is_bitwise_the_longer_one(
+    bench: Bench, method: str, short: tuple[str, ...], long: tuple[str, ...]
+) -> None:
+    run, whole = bench.fresh(), bench.fresh()
+    train(bench, whole, method, *short, *long)
+    train(bench, run, method, *short)
+    code, said = resume(bench, run, *long)
+    assert code == 0, said
+    assert "extended from" in said and "the same for any length" in said
+    assert weights(run) == weights(whole)
+    assert results(record(run)) == results(record(whole))
+    assert record(run)["recipe_digest"] == record(whole)["recipe_digest"]
+    assert len(record(run)["extended"]) == 1
+    code, said = resume(bench, run)
+    assert code == 0 and "the run is done" in said
+
+
+def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(bench: Bench) -> None:
+    run = bench.fresh()
+    train(bench, run, "lora", "train.lr_scheduler_type=linear", "train.logging_steps=1")
+    code, said = resume(bench, run, "train.num_train_epochs=4")
+    assert code == 0, said
+    assert "linear is recomputed over 12 steps" in said
+    rates = {r["step"]: r["learning_rate"] for r in record(run)["metrics"]["train"]}
+    for step in range(record(run)["resumed_from"] + 1, 13):
+        assert rates[step] == pytest.approx(1e-2 * (13 - step) / 12)
+
+
+def test_any_other_change_is_refused_and_leaves_the_run_done(bench: Bench) -> None:
+    run = bench.fresh()
+    train(bench, run, "lora")
+    before = (run / "run.json").read_bytes()
+    for settings, words in (
+        (("train.num_train_epochs=4", "seed=1"), "seed was 42, now 1"),
+        (("train.num_train_epochs=4", "train.learning_rate=1"), "train.learning_rate was 0.01"),
+        (("train.num_train_epochs=1",), "can be extended, not shortened"),
+        (("train.max_steps=3",), "train.max_steps was 6, now 3"),
+        (("train.num_train_epochs=9", "train.max_steps=9"), "has no effect: train.max_steps is 9"),
+    ):
+        code, said = resume(bench, run, *settings)
+        assert code == 2 and words in said, said
+        assert (run / "run.json").read_bytes() == before
+
+
+def test_a_run_by_steps_is_extended_by_steps(bench: Bench) -> None:
+    run = bench.fresh()
+    train(bench, run, "lora", "train.max_steps=3")
+    code, said = resume(bench, run, "train.max_steps=-1")
+    assert code == 2 and "was started with train.max_steps 3" in said
+
+
+def test_a_run_that_early_stopping_ended_stays_ended(bench: Bench) -> None:
+    run = bench.fresh()
+    train(
+        bench,
+        run,
+        "lora",
+        "train.max_steps=20",
+        "train.eval_strategy=steps",
+        "train.eval_steps=1",
+        "train.early_stopping_patience=1",
+        "train.learning_rate=1e-12",
+        "train.save_total_limit=9",
+    )
+    steps = record(run)["time"]["steps"]
+    assert steps < 20
+    code, said = resume(bench, run, "train.max_steps=40")
+    assert code == 0, said
+    assert f"Early stopping ended it at step {steps}" in said
+    assert record(run)["time"]["steps"] == steps
