@@ -231,6 +231,12 @@ def _finish(
             f"{spec.metric} is that of class {spec.positive_label!r}, the second of "
             f"{', '.join(spec.label_names or ())}; task.positive_label chooses another"
         )
+    for split, part in validation.items():
+        if spec.positive_label is not None and spec.positive_id not in part.label:
+            notes.append(
+                f"{split} has no row of class {spec.positive_label!r}: f1, precision and recall "
+                "are 0 there whatever the model answers"
+            )
     if metric is not None and metric != spec.metric:
         notes.append(
             f"{metric} of {len(spec.label_names or ())} classes is their plain mean: {spec.metric}"

@@ -333,6 +333,8 @@ def test_the_positive_class_is_named_and_can_be_chosen(tmp_path: Path) -> None:
     assert chosen.spec.positive_label == "fraud" and chosen.majority["f1"] == 0.0
     assert chosen.notes == ()
     assert load(tmp_path, labels).spec.positive_label is None
+    absent = load(tmp_path, labels, ["ok", "ok"], metric="f1", positive_label="fraud")
+    assert absent.notes[0].startswith("validation has no row of class 'fraud': f1,")
 
 
 def test_of_three_classes_f1_is_recorded_as_the_mean_that_it_is(tmp_path: Path) -> None:
