@@ -15,6 +15,7 @@ from benchmarks.common import save
 from benchmarks.models import batch_of, methods_at, model_of, random_bases
 from sparsegrad_cli.measure.memory import MemoryMeter
 from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.targets import find_targets
 from sparsegrad_cli.recipe.schema import TargetsSection, TrainSection
 
@@ -32,6 +33,7 @@ def step_bytes(method: Any, model_name: str, batch: int, length: int) -> dict[st
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
     targets = find_targets(model, TargetsSection())
     rank = getattr(method, "rank", None) if method.name == "sparsegrad" else None
+    save_memory(model, targets, method.recompute)
     tuned = make_method(method)
     bases = random_bases(targets, rank) if tuned.needs_basis else None
     prepared = tuned.prepare(model, targets, scope="head", bases=bases)
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--rank", type=int, default=160, help="of the core form")
-    parser.add_argument("--methods", default="lora,core,core recomputed,full")
+    parser.add_argument("--methods", default="lora,core,lora recomputed,core recomputed,full")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -91,7 +91,9 @@ def methods_at(
 
     return {
         "lora": LoraMethod(name="lora", density=density),
+        "lora recomputed": LoraMethod(name="lora", density=density, recompute="activation"),
         "full": FullMethod(name="full"),
+        "full recomputed": FullMethod(name="full", recompute="activation"),
         "meprop entries": MepropMethod(name="meprop", density=density),
         "core": sparsegrad("core", support="static", rank=rank),
         "core dense": sparsegrad("core", support="dense", rank=rank),

@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.common import interleave, ratios, save
 from benchmarks.models import batch_of, methods_at, model_of, random_bases
 from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.targets import Target, find_targets, freeze
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TargetsSection, TrainSection
@@ -36,6 +37,7 @@ def step_of(
     method: object, model: nn.Module, targets: list[Target], bases: dict[str, Basis], batch: dict
 ) -> Callable[[], None]:
     """A closure that makes one training step."""
+    save_memory(model, targets, method.recompute)  # type: ignore[attr-defined]
     tuned = make_method(method)  # type: ignore[arg-type]
     tuned.prepare(model, targets, scope="head", bases=bases)
     optimizer = tuned.optimizer(model, TrainSection())
@@ -52,6 +54,7 @@ def step_of(
 def floor_of(model: nn.Module, targets: list[Target], batch: dict) -> Callable[[], None]:
     """Forward and input gradients through the frozen model down to the first target: no less."""
     freeze(model)
+    save_memory(model, targets)
     model.train()
 
     def wants_gradient(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.loading import load_classifier
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
@@ -86,6 +87,7 @@ class Packed:
         self.model = loaded(folder, bits, dtype)
         self.before = self.logits()
         self.targets = targets_of(self.model)
+        save_memory(self.model, self.targets, METHODS[name].recompute)
         self.method: Any = make_method(METHODS[name])
         bases = None
         if self.method.needs_basis:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.core import CoreLinear
 from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.targets import Target, find_targets
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, Stream
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
@@ -22,6 +25,7 @@ from sparsegrad_cli.recipe.method_section import (
 )
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection, TrainSection
 from sparsegrad_cli.training.calibration import Calibration, calibrate
+from sparsegrad_cli.training.diagnostics import KindGrams
 from sparsegrad_cli.training.gradients import forked_random
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
@@ -160,6 +164,27 @@ def targets_of(model: nn.Module, **section: Any) -> list[Target]:
     return find_targets(model, TargetsSection(**section))
 
 
+@dataclass
+class Found(Calibration):
+    """A calibration whose sums were kept, by key."""
+
+    streams: dict[str, Stream] = field(default_factory=dict)
+
+    def per_kind(self, targets: list[Target]) -> dict[str, Basis]:
+        """Bases of whole kinds, as ``sparsegrad calibrate`` makes them from the sums."""
+        kinds = KindGrams(targets, self.keys)
+        for key, stream in self.streams.items():
+            kinds.add(key, copy.deepcopy(stream))
+        return kinds.bases()
+
+
+def found_by(model: nn.Module, *arguments: Any, **named: Any) -> Found:
+    """Calibration that keeps its sums; arguments are those of :func:`calibrate`."""
+    streams: dict[str, Stream] = {}
+    found = calibrate(model, *arguments, on_stream=streams.__setitem__, **named)
+    return Found(**vars(found), streams=streams)
+
+
 def calibrated(
     model: nn.Module,
     targets: list[Target],
@@ -169,10 +194,10 @@ def calibrated(
     rank: int | float | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     **section: Any,
-) -> Calibration:
+) -> Found:
     """Calibration with the settings of a recipe's section."""
     settings = CalibrationSection(**section)
-    return calibrate(model, targets, stream, settings, seed=seed, rank=rank, on_step=on_step)
+    return found_by(model, targets, stream, settings, seed=seed, rank=rank, on_step=on_step)
 
 
 def orthogonal_bases(
@@ -288,6 +313,7 @@ class Tuned:
         settings, basis_per = METHODS[name]
         self.model = classifier(architecture, seed, **overrides)
         self.targets = targets_of(self.model)
+        save_memory(self.model, self.targets, settings.recompute)
         bases = None
         if basis_per is not None:
             bases = calibrated(

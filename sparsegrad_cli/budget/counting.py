@@ -85,8 +85,8 @@ class Counting:
         size = longest.size(section.batch_size or train.per_device_train_batch_size)
 
         def count() -> int:
-            exact = changed(loaded, "calibration", batch_size=size, steps=1)
-            peak = self._rehearsal(exact, True).calibration
+            any_size = changed(loaded, "calibration", batch_size=None, steps=1)
+            peak = self._rehearsal(any_size, True).calibration(size)
             return 0 if peak is None else peak.peak_bytes
 
         return self._figure(f"calibration {size}", loaded, count)

@@ -172,13 +172,16 @@ def _too_much(least: LoadedRecipe, counting: Counting) -> UnreachableError:
     step = counting.step(least)
     making = counting.calibration(calibrations(least)[-1])
     if making > step:
-        fix = "calibration.basis: one that `sparsegrad calibrate` made where there was room"
-        return UnreachableError(making, f"{size}, calibration of 1 x {width} tokens", fix)
-    batch = least.recipe.train.per_device_train_batch_size
-    advice = ["a shorter task.max_length"]
+        advice = ["calibration.basis: one that `sparsegrad calibrate` made where there was room"]
+    else:
+        advice = ["a shorter task.max_length"]
     if not least.recipe.train.gradient_checkpointing:
         advice.insert(0, "train.gradient_checkpointing: true")
-    return UnreachableError(step, f"{size}, {batch} x {width} tokens", " or ".join(advice))
+    fix = " or ".join(advice)
+    if making > step:
+        return UnreachableError(making, f"{size}, calibration of 1 x {width} tokens", fix)
+    batch = least.recipe.train.per_device_train_batch_size
+    return UnreachableError(step, f"{size}, {batch} x {width} tokens", fix)
 
 
 def _least(loaded: LoadedRecipe, knob: Knob | None) -> LoadedRecipe:

@@ -9,12 +9,12 @@ memory (:mod:`sparsegrad_cli.estimate.shapes`). So what is counted is what a rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
@@ -27,10 +27,12 @@ from sparsegrad_cli.estimate.stand_ins import (
     mask_of,
     transformers_sees,
 )
+from sparsegrad_cli.measure.ledger import PhasePeak
 from sparsegrad_cli.measure.memory import MemoryMeter
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.core_plan import with_known_rank
 from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.targets import (
     Target,
     find_targets,
@@ -41,6 +43,7 @@ from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.training.calibration import basis_keys, calibrate
+from sparsegrad_cli.training.warmup import warmed_head
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -60,45 +63,14 @@ class Conditions:
     padded: bool = True
 
 
-class Rehearsal:
-    """One recipe, ready for steps at any batch size; its optimizer has all the state it will have.
-
-    Args:
-        loaded: the recipe.
-        config: the model's configuration, told of the task (:func:`name_task`).
-        conditions: see there.
-
-    Attributes:
-        model, optimizer: ready for a step, of fake tensors.
-        prepared: what the method says it trains.
-        weights_bytes: parameters and buffers before the method came.
-        parameters: entries of the model's parameters before the method came.
-        calibration: the peak of calibration (:class:`PhasePeak`); None where there is none.
-        state_bytes: what the optimizer keeps, once it keeps all that it will.
-        notes: what was supposed, for this recipe.
-
-    Raises:
-        UsageError: the recipe leaves open what only real gradients can say; or no targets.
-        SparsegradError: the model looks at values in a way that has no answer here.
-    """
+class _Stage:
+    """What rehearsals of one recipe share: tensors without memory, and batches of them."""
 
     def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
         self.recipe, self.conditions = loaded.recipe, conditions
-        self.notes: list[str] = []
         self._loaded = loaded
         self._config = config
         self._shapes = ShapesOnly()
-        meter = MemoryMeter(DEVICE)
-        with self._inside():
-            self.model = bare_model(loaded, config)
-            meter.watch(self.model)
-            self.weights_bytes = meter.live()["weights"]
-            self.parameters = sum(p.numel() for p in self.model.parameters())
-            self.prepared = self._prepared(meter)
-            meter.watch(self.model, bases=self.prepared.bases)  # they were bases all along
-            self.calibration = meter.peak("calibrate")
-            self._enable()
-            self._fill_state()
 
     def _mask(self, evaluating: bool) -> Mask:
         return mask_of(self.recipe, padded=self.conditions.padded, evaluating=evaluating)
@@ -120,25 +92,127 @@ class Rehearsal:
                     fix="count a real one: `sparsegrad train` with train.max_steps=2",
                 ) from error
 
+    def _batch(self, size: int, length: int, *, evaluating: bool = False) -> Batch:
+        return bare_batch(self.recipe, self._config, size, length, self._mask(evaluating))
+
+    def _targets(self, model: nn.Module) -> list[Target]:
+        return find_targets(model, self.recipe.targets, self._loaded.where("targets"))
+
+
+class CalibrationRehearsal(_Stage):
+    """A recipe's calibration and the warm-up of its head, at any batch size.
+
+    Args:
+        loaded, config, conditions: as of :class:`Rehearsal`.
+        rank: directions that the method keeps.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        config: Any,
+        conditions: Conditions,
+        rank: int | float | None,
+    ) -> None:
+        super().__init__(loaded, config, conditions)
+        self._rank = rank
+        with self._inside():
+            self.model = bare_model(loaded, config)
+            self.targets = self._targets(self.model)
+            save_memory(self.model, self.targets, self.recipe.method.recompute)
+
+    def peak(self, size: int) -> PhasePeak | None:
+        """Calibration's peak on batches of ``size`` examples of the task's length.
+
+        None where no data is read: such bases take no more than the step that they serve.
+        """
+        section, train = self.recipe.calibration, self.recipe.train
+        meter, length = MemoryMeter(DEVICE), self.recipe.task.max_length
+
+        def measured() -> AbstractContextManager[Any]:
+            return meter.phase("calibrate")
+
+        def batches(count: int) -> Iterator[Batch]:
+            return (self._batch(size, length) for _ in range(count))
+
+        with self._inside():
+            meter.watch(self.model)
+            warming = min(2, section.warmup_steps)  # the second has the optimizer's state
+            with warmed_head(
+                self.model,
+                batches(warming),
+                steps=warming,
+                learning_rate=section.warmup_learning_rate,
+                seed=self.recipe.seed,
+                train=train,
+                meter=measured,
+            ):
+                calibrate(
+                    self.model,
+                    self.targets,
+                    lambda: batches(1),
+                    section.model_copy(update={"steps": 1}),
+                    seed=self.recipe.seed,
+                    rank=self._rank,
+                    train=train,
+                    meter=measured,
+                )
+        return meter.peak("calibrate")
+
+
+class Rehearsal(_Stage):
+    """One recipe, ready for steps at any batch size; its optimizer has all the state it will have.
+
+    Args:
+        loaded: the recipe.
+        config: the model's configuration, told of the task (:func:`name_task`).
+        conditions: see there.
+
+    Attributes:
+        model, optimizer: ready for a step, of fake tensors.
+        prepared: what the method says it trains.
+        weights_bytes: parameters and buffers before the method came.
+        parameters: entries of the model's parameters before the method came.
+        state_bytes: what the optimizer keeps, once it keeps all that it will.
+        notes: what was supposed, for this recipe.
+
+    Raises:
+        UsageError: the recipe leaves open what only real gradients can say; or no targets.
+        SparsegradError: the model looks at values in a way that has no answer here.
+    """
+
+    def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
+        super().__init__(loaded, config, conditions)
+        self.notes: list[str] = []
+        self._rank: int | float | None = None
+        self._calibrating: CalibrationRehearsal | None = None
+        meter = MemoryMeter(DEVICE)
+        with self._inside():
+            self.model = bare_model(loaded, config)
+            meter.watch(self.model)
+            self.weights_bytes = meter.live()["weights"]
+            self.parameters = sum(p.numel() for p in self.model.parameters())
+            self.prepared = self._prepared()
+            self._enable()
+            self._fill_state()
+
     # --- what the run does before its first step
 
-    def _prepared(self, meter: MemoryMeter) -> Prepared:
-        targets = find_targets(self.model, self.recipe.targets, self._loaded.where("targets"))
+    def _prepared(self) -> Prepared:
+        targets = self._targets(self.model)
         left_out = not_adapted(self.model, targets, self.recipe.targets)
         if left_out:
             self.notes.append(not_adapted_note(left_out))
         settings = self.recipe.method
+        save_memory(self.model, targets, settings.recompute)
         if isinstance(settings, SparsegradMethod):
             settings = self._settled(settings, targets)
         self._method = make_method(settings)
         bases: dict[str, Basis] | None = None
-        scores: dict[str, Tensor] | None = None
         if self._method.needs_basis:
             assert isinstance(settings, SparsegradMethod)
-            bases, scores = self._calibrated(settings, targets, meter)
-        return self._method.prepare(
-            self.model, targets, scope=self.recipe.scope, bases=bases, scores=scores
-        )
+            bases = self._bases(settings, targets)
+        return self._method.prepare(self.model, targets, scope=self.recipe.scope, bases=bases)
 
     def _settled(self, settings: SparsegradMethod, targets: list[Target]) -> SparsegradMethod:
         """Settings that need no values: the rank is a number, the support is shared out evenly."""
@@ -148,27 +222,33 @@ class Rehearsal:
         keys = basis_keys(targets, self.recipe.calibration.basis_per)
         return with_known_rank(settings, targets, keys, self._loaded.where("method.rank"))
 
-    def _calibrated(
-        self, settings: SparsegradMethod, targets: list[Target], meter: MemoryMeter
-    ) -> tuple[dict[str, Basis], dict[str, Tensor]]:
-        """Bases of the right shapes by the real calibration, one step of it."""
-        section, train = self.recipe.calibration, self.recipe.train
-        measured = section.basis is None
-        changes: dict[str, Any] = {"steps": 1}
-        if not measured:  # a basis that is there already costs nothing but its own memory
-            changes |= {"source": "random", "decomposition": "exact", "score": "spectral"}
+    def _bases(self, settings: SparsegradMethod, targets: list[Target]) -> dict[str, Basis]:
+        """Bases of the right shapes: a step does not depend on how they were made."""
+        section = self.recipe.calibration
+        if section.basis is not None:
             self.notes.append("calibration.basis is not read: bases as calibration would make them")
-        size = section.batch_size or train.per_device_train_batch_size
+        if settings.form == "core":
+            assert not isinstance(settings.rank, str)
+            self._rank = settings.rank
         found = calibrate(
             self.model,
             targets,
-            lambda: iter([self._batch(size, self.recipe.task.max_length)]),
-            section.model_copy(update=changes),
+            lambda: iter(()),
+            section.model_copy(update={"source": "original", "score": "spectral"}),
             seed=self.recipe.seed,
-            rank=settings.rank if settings.form == "core" else None,  # type: ignore[arg-type]
-            meter=(lambda: meter.phase("calibrate")) if measured else nullcontext,
+            rank=self._rank,
         )
-        return found.by_target(), found.scores
+        return found.by_target()
+
+    def calibration(self, size: int) -> PhasePeak | None:
+        """Calibration's peak on batches of so many examples; None where nothing calibrates."""
+        if not self._method.needs_basis or self.recipe.calibration.basis is not None:
+            return None
+        if self._calibrating is None:
+            self._calibrating = CalibrationRehearsal(
+                self._loaded, self._config, self.conditions, self._rank
+            )
+        return self._calibrating.peak(size)
 
     def _enable(self) -> None:
         """What the trainer switches on: recomputing, mixed precision, the optimizer."""
@@ -204,9 +284,6 @@ class Rehearsal:
             self.model.zero_grad(set_to_none=True)
 
     # --- steps
-
-    def _batch(self, size: int, length: int, *, evaluating: bool = False) -> Batch:
-        return bare_batch(self.recipe, self._config, size, length, self._mask(evaluating))
 
     def _loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self.model(**batch).loss

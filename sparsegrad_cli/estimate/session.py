@@ -6,6 +6,7 @@ One row a recipe: the peak of forward, backward and optimizer by category, count
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,8 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
         meter = rehearsal.step(size, length)
         step = _step(meter, rehearsal.weights_bytes)
         fit = None if room is None else _fit(rehearsal, length, room, {size: step["peak_bytes"]})
+        own = recipe.calibration.batch_size or size
+        calibration = rehearsal.calibration(own)
         evaluation = rehearsal.evaluation(train.per_device_eval_batch_size, length)
     return {
         "model": {
@@ -141,7 +144,8 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
         "autocast": "bfloat16" if train.bf16 else "float16" if train.fp16 else None,
         "gradient_checkpointing": train.gradient_checkpointing,
         **step,
-        "calibrate_peak_bytes": _bytes(rehearsal.calibration),
+        "calibrate_peak_bytes": _bytes(calibration),
+        "calibrate_batch": None if calibration is None else own,
         "evaluate_peak_bytes": _bytes(evaluation.peak("evaluate")),
         "evaluate_batch": train.per_device_eval_batch_size,
         "fit": fit,
@@ -182,16 +186,34 @@ def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
 
 
 def _fit(rehearsal: Rehearsal, length: int, room: Room, known: Mapping[int, int]) -> dict[str, Any]:
-    """The largest batch; ``known`` peaks need no rehearsal."""
+    """The largest batch at which both the step and the calibration before it fit.
 
-    def peak(size: int) -> int:
+    ``known`` peaks of steps need no rehearsal. Calibration keeps its own batch where the recipe
+    sets one. ``limited_by`` says which of the two needs too much at the next larger batch.
+    """
+    own, taken = rehearsal.recipe.calibration.batch_size, room.for_tensors
+
+    @functools.cache
+    def calibration(size: int) -> int:
+        return _bytes(rehearsal.calibration(size)) or 0
+
+    @functools.cache
+    def step(size: int) -> int:
         if size in known:
             return known[size]
         meter = rehearsal.step(size, length)
         return max(p.peak_bytes for name in STEP if (p := meter.peak(name)) is not None)
 
-    batch, taken = largest_batch(peak, room.for_tensors)
-    return {"batch": batch, "length": length, "peak_bytes": taken}
+    def peak(size: int) -> int:
+        if step(size) > taken:
+            return step(size)
+        return max(step(size), calibration(own or size))
+
+    batch, most = largest_batch(peak, taken)
+    limit = None
+    if batch < MOST:
+        limit = "step" if step(batch + 1) > taken else "calibration"
+    return {"batch": batch, "length": length, "peak_bytes": most, "limited_by": limit}
 
 
 def changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:

@@ -28,7 +28,6 @@ from sparsegrad_cli.methods.core_layers import CoreLinear, QuantizedCoreLinear
 from sparsegrad_cli.methods.core_plan import planned_supports
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
-from sparsegrad_cli.modeling.lean import recompute_activations, use_byte_masks, use_lean_gates
 from sparsegrad_cli.modeling.quantized import count_entries, dtype_of, is_quantized
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.core_linear import effective_weight
@@ -82,10 +81,6 @@ class SparsegradCore:
         for target in targets:
             core = self._core(model, target, fitted[target.name], fixed.get(target.name))
             model.set_submodule(target.name, core)
-        use_byte_masks(model)
-        use_lean_gates(model, targets)
-        if self.settings.recompute == "activation":
-            recompute_activations(model, targets)
         entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
         requested = None
         if self.settings.support != "dense":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import plain_adamw
-from sparsegrad_cli.modeling.quantized import count_entries
+from sparsegrad_cli.modeling.quantized import count_entries, dequantized, is_quantized
 from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.frozen_linear import adapter_linear
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import entries_for
 from sparsegrad_cli.recipe.method_section import LoraMethod
@@ -72,6 +74,50 @@ def _adapter_parameters(model: nn.Module, target: Target) -> int:
     return sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name)
 
 
+def keep_inputs_once(model: nn.Module) -> int:
+    """Let LoRA layers keep their input once, in its own dtype (:func:`adapter_linear`).
+
+    Outputs and gradients are those of peft's layers, which keep another copy of the input wherever
+    the adapter's dtype differs from the model's, or dropout acts on it.
+
+    Args:
+        model: with plain LoRA adapters in it, one to a layer.
+
+    Returns:
+        How many layers.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        patched: Any = layer
+        patched.forward = functools.partial(_lean_forward, layer, patched.forward)
+    return len(layers)
+
+
+def _lean_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, **more: Any) -> Tensor:
+    """x (..., in) -> (..., out); what is not training a single adapter is left to peft."""
+    # A compiler chooses by itself what to keep.
+    compiling = torch.compiler.is_compiling()
+    if more or layer.merged or layer.disable_adapters or compiling or not torch.is_grad_enabled():
+        return plain(x, **more)
+    (name,) = layer.active_adapters
+    dropout, base = layer.lora_dropout[name], layer.base_layer
+    packed = is_quantized(base)
+    weight = None if packed else base.weight.T if layer.fan_in_fan_out else base.weight
+    return adapter_linear(
+        x,
+        weight,
+        None if packed else base.bias,
+        layer.lora_A[name].weight,
+        layer.lora_B[name].weight,
+        scaling=layer.scaling[name],
+        dropout=dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0,
+        product=base if packed else None,
+        unpacked=functools.partial(dequantized, base) if packed else None,
+    )
+
+
 class Lora:
     """See :class:`sparsegrad_cli.methods.base.Method`."""
 
@@ -117,6 +163,7 @@ class Lora:
             inject_adapter_in_model(config, model, state_dict=keys)
         fix = "choose other layers with targets.modules, or use method sparsegrad"
         check_adapted(model, (target.name for target in targets), fix)
+        keep_inputs_once(model)
         for name, parameter in model.named_parameters():
             # peft freezes whatever is not its own: the head and the rest are opened again.
             parameter.requires_grad_("lora_" in name or id(parameter) in open_names)

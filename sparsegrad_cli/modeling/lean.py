@@ -17,6 +17,20 @@ from sparsegrad_cli.numerics.dropout import ByteDropout
 from sparsegrad_cli.numerics.gated import gated
 
 
+def save_memory(model: nn.Module, targets: Sequence[Target], recompute: str = "none") -> None:
+    """Let a freshly loaded model keep less for the backward pass, whatever method then trains it.
+
+    Args:
+        model: as loaded: targets are plain layers.
+        targets: its targets.
+        recompute: ``none``, or ``activation`` as in :func:`recompute_activations`.
+    """
+    use_byte_masks(model)
+    use_lean_gates(model, targets)
+    if recompute == "activation":
+        recompute_activations(model, targets)
+
+
 def use_byte_masks(model: nn.Module) -> int:
     """Replace every nn.Dropout of the model by one whose mask takes a byte; returns how many."""
     found = [name for name, module in model.named_modules() if type(module) is nn.Dropout]
@@ -32,9 +46,9 @@ def use_byte_masks(model: nn.Module) -> int:
 def recompute_activations(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     """Run the modules that hold the wide activations again in the backward pass.
 
-    The input of the activation function is the widest tensor that a core layer leaves alive. The
-    module that holds both the layer which widens and the function (``intermediate``, ``mlp``) then
-    keeps its own input only, at the price of one product of that layer more.
+    The module that holds both the layer which widens and the activation function
+    (``intermediate``, ``mlp``) then keeps its own input only, at the price of one product of that
+    layer more.
 
     Returns:
         Names of the modules.

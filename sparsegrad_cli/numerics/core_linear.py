@@ -36,7 +36,10 @@ def effective_weight(
 
 
 class _CoreLinear(torch.autograd.Function):
-    """See :func:`core_linear`. All tensors of one dtype; x has two dimensions."""
+    """See :func:`core_linear`. All tensors but W of one dtype; x has two dimensions.
+
+    W is kept as it is, and made of x's dtype where it is needed: a copy would live until backward.
+    """
 
     @staticmethod
     def forward(
@@ -49,6 +52,8 @@ class _CoreLinear(torch.autograd.Function):
         q_in_IS: Tensor,
         materialize: bool,
     ) -> Tensor:
+        frozen_OI = weight_OI
+        weight_OI = weight_OI.to(x_NI.dtype)
         u_NS = x_NI @ q_in_IS  # (N, in) @ (in, r_in)
         if materialize:
             built_OI = effective_weight(weight_OI, core_RS, q_out_OR, q_in_IS)
@@ -57,7 +62,7 @@ class _CoreLinear(torch.autograd.Function):
             y_NO = F.linear(x_NI, weight_OI, bias_O)  # (N, in) @ (in, out)
             # In place: the side path never holds a second (N, out).
             y_NO.addmm_(u_NS @ core_RS.T, q_out_OR.T)  # (N, r_out) @ (r_out, out)
-        ctx.save_for_backward(u_NS, weight_OI, core_RS, q_out_OR, q_in_IS)
+        ctx.save_for_backward(u_NS, frozen_OI, core_RS, q_out_OR, q_in_IS)
         ctx.materialize = materialize
         return y_NO
 
@@ -67,6 +72,8 @@ class _CoreLinear(torch.autograd.Function):
         u_NS, weight_OI, core_RS, q_out_OR, q_in_IS = ctx.saved_tensors
         needs_x, _, needs_bias, needs_core = ctx.needs_input_grad[:4]
         dx_NI = dbias_O = dcore_RS = h_NR = None
+        if needs_x:
+            weight_OI = weight_OI.to(g_NO.dtype)
         if needs_core or (needs_x and not ctx.materialize):
             h_NR = g_NO @ q_out_OR  # (N, out) @ (out, r_out)
         if needs_core:
@@ -119,7 +126,7 @@ def core_linear(
         materialize = exact and materializing_pays(flat_NI.shape[0], *sides)
     y_NO = _CoreLinear.apply(
         flat_NI,
-        weight_OI.to(dtype),
+        weight_OI,
         None if bias_O is None else bias_O.to(dtype),
         core_RS.to(dtype),
         q_out_OR.to(dtype),

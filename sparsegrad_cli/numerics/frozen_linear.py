@@ -8,6 +8,7 @@ only what the backward pass needs: a way to have W as a matrix for the length of
                                                                     dS = (g Q_out)' (x Q_in)
 
 The sum is :func:`sparsegrad_cli.numerics.core_linear.core_linear`, taken apart at the plus sign.
+LoRA's adapter goes beside such a layer in the same way (:func:`adapter_linear`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -58,6 +60,73 @@ class _CoreBeside(torch.autograd.Function):
         dx_NI = (h_NR @ core_RS) @ q_in_IS.T if needs_x else None  # (N, r_in) @ (r_in, in)
         dcore_RS = h_NR.T @ u_NS if needs_core else None  # (r_out, N) @ (N, r_in)
         return dx_NI, g_NO if needs_y else None, dcore_RS, None, None
+
+
+class _AdapterLinear(torch.autograd.Function):
+    """See :func:`adapter_linear`. x has two dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor | None,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        product: Callable[[Tensor], Tensor] | None,
+        unpacked: Callable[[], Tensor] | None,
+        scaling: float,
+        dropout: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        y_NO = product(x_NI) if product else F.linear(x_NI, weight_OI, bias_O)  # type: ignore
+        mask = None
+        if dropout:
+            mask = torch.empty_like(x_NI, dtype=a_RI.dtype).bernoulli_(1 - dropout).bool()
+        dropped_NI = _dropped(x_NI, mask, dropout, a_RI.dtype).to(dtype)
+        h_NR = dropped_NI @ a_RI.to(dtype).T  # (N, in) @ (in, r)
+        # In place: there is never a second (N, out) in y's dtype.
+        if y_NO.dtype == dtype:
+            y_NO.addmm_(h_NR, b_OR.to(dtype).T, alpha=scaling)  # (N, r) @ (r, out)
+        else:
+            y_NO.add_(h_NR @ b_OR.to(dtype).T, alpha=scaling)
+        ctx.save_for_backward(x_NI, h_NR, weight_OI, bias_O, a_RI, b_OR, mask)
+        ctx.unpacked, ctx.scaling, ctx.dropout, ctx.dtype = unpacked, scaling, dropout, dtype
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (g_NO,) = grads
+        x_NI, h_NR, weight_OI, bias_O, a_RI, b_OR, mask = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        wide, dtype = a_RI.dtype, ctx.dtype
+        dx_NI = dbias_O = da_RI = db_OR = None
+        scaled_NO = g_NO.to(dtype)
+        dh_NR = (scaled_NO @ b_OR.to(dtype)) * ctx.scaling  # (N, out) @ (out, r)
+        if needs_b:
+            db_OR = ((scaled_NO.T @ h_NR) * ctx.scaling).to(wide)  # (out, N) @ (N, r)
+        del scaled_NO
+        if needs_bias:
+            dbias_O = g_NO.sum(0).to(bias_O.dtype)
+        if needs_a:
+            dropped_NI = _dropped(x_NI, mask, ctx.dropout, wide).to(dtype)
+            da_RI = (dh_NR.T @ dropped_NI).to(wide)  # (r, N) @ (N, in)
+            del dropped_NI
+        if needs_x:
+            weight_OI = ctx.unpacked() if ctx.unpacked else weight_OI
+            dx_NI = (g_NO @ weight_OI.to(g_NO.dtype)).to(x_NI.dtype)  # (N, out) @ (out, in)
+            if mask is None and dx_NI.dtype == dtype:
+                dx_NI.addmm_(dh_NR, a_RI.to(dtype))  # (N, r) @ (r, in)
+            else:
+                dx_NI.add_(_dropped(dh_NR @ a_RI.to(dtype), mask, ctx.dropout, wide))
+        return dx_NI, None, dbias_O, da_RI, db_OR, None, None, None, None, None
+
+
+def _dropped(x: Tensor, mask: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``, entries outside of the mask set to zero and the others scaled up."""
+    if mask is None:
+        return x.to(dtype)
+    return mask.to(dtype).div_(1 - dropout).mul_(x)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -109,5 +178,45 @@ def core_beside(
     flat_NI = x.reshape(-1, x.shape[-1]).to(dtype)
     y_NO: Tensor = _CoreBeside.apply(
         flat_NI, base(flat_NI).to(dtype), core_RS.to(dtype), q_out_OR.to(dtype), q_in_IS.to(dtype)
+    )
+    return y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
+
+
+def adapter_linear(
+    x: Tensor,
+    weight_OI: Tensor | None,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    product: Callable[[Tensor], Tensor] | None = None,
+    unpacked: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """x W' + b + s (dropout(x) A') B', saving x once and in its own dtype.
+
+    Plain autograd would keep x in the dtype of A, dropped, beside the x that other layers keep.
+    Of dropout, a mask of one byte an entry is saved.
+
+    Args:
+        x: (..., in). The adapter's products are made in autocast's dtype inside it, else in A's.
+        weight_OI: (out, in), frozen; None where ``product`` and ``unpacked`` stand for it.
+        bias_O: (out,) or None; with ``product``, which adds its own, None.
+        a_RI, b_OR: (r, in) and (out, r) of one dtype.
+        scaling: s.
+        dropout: share of x's entries that the adapter does not see.
+        product: gives x W' + b (N, out) for x (N, in); a new tensor.
+        unpacked: gives W (out, in); called once a backward pass.
+
+    Returns:
+        (..., out), in the dtype of x W' + b.
+    """
+    flat_NI = x.reshape(-1, x.shape[-1])
+    dtype = a_RI.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    y_NO: Tensor = _AdapterLinear.apply(
+        flat_NI, weight_OI, bias_O, a_RI, b_OR, product, unpacked, scaling, dropout, dtype
     )
     return y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])

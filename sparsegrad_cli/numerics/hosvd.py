@@ -207,6 +207,15 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
     )
 
 
+def leading(basis: Basis, rank: int | float | None) -> Basis:
+    """:func:`truncated`, with all singular values: a share of energy is one of the whole.
+
+    With those of the kept directions alone, cutting to the same share again would drop more.
+    """
+    cut = truncated(basis, rank)
+    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in)
+
+
 def kept_columns(singular: Tensor, columns: int, rank: int | float | None) -> int:
     """How many of ``columns`` directions a rank keeps; see :func:`truncated`."""
     if rank is None:

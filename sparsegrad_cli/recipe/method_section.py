@@ -10,7 +10,13 @@ from sparsegrad_cli.recipe.section import Bytes, Density, PositiveInt, Section
 
 
 class _Method(Section):
-    """What every method's section answers."""
+    """What every method's section says and answers."""
+
+    recompute: Literal["none", "activation"] = Field(
+        "none",
+        description="compute the MLP's activation again in the backward pass: less memory, "
+        "one product more",
+    )
 
     @property
     def calibrates(self) -> bool:
@@ -120,11 +126,6 @@ class SparsegradMethod(_SparseMethod):
         "target",
         description="static: the density holds in every target, or over all of them together",
     )
-    recompute: Literal["none", "activation"] = Field(
-        "none",
-        description="core: compute the MLP's activation anew in the backward pass: less memory, "
-        "one product more",
-    )
 
     @property
     def calibrates(self) -> bool:
@@ -159,8 +160,6 @@ class SparsegradMethod(_SparseMethod):
             raise ValueError(f"form {self.form} chooses in every step: support is dynamic")
         if self.rank is not None:
             raise ValueError(f"form {self.form} is of full rank: rank is for form core")
-        if self.recompute != "none":
-            raise ValueError("recompute is for form core")
         return self
 
 

@@ -115,13 +115,16 @@ def _phase_table(rows: Rows, unit: str, show: Show) -> Table:
         if highest in TRAIN_STEP:
             strong.add((place, len(header) + TRAIN_STEP.index(highest)))
     sizes = {format_count(number(row, "evaluate_batch")) for row in rows}
+    batches = [number(row, "calibrate_batch") for row in rows]
+    own = sorted({format_count(batch) for batch in batches if batch is not None})
+    notes = [f"calibrate: batches of {', '.join(own)}, in training's precision"] if own else []
     return Table(
         f"Peak by phase, and of what is no part of the step, {unit}",
         (*header, *TRAIN_STEP, "calibrate", "evaluate"),
         cells,
         left=len(header),
         strong=frozenset(strong),
-        notes=[f"evaluate: batches of {', '.join(sorted(sizes))}, as long"],
+        notes=[*notes, f"evaluate: batches of {', '.join(sorted(sizes))}, as long"],
     ).without_empty()
 
 
@@ -138,21 +141,21 @@ def _size_table(rows: Rows, unit: str, show: Show, room: Mapping[str, Any]) -> T
         caption += f"; the largest batch in {format_bytes(number(room, 'total_bytes'))}"
     return Table(
         caption,
-        (*header, "trained", "beyond weights", "largest batch", "its peak"),
+        (*header, "trained", "beyond weights", "largest batch", "its peak", "limited by"),
         cells,
         left=len(header),
         notes=_fit_notes(rows, room) if room else (),
     ).without_empty()
 
 
-def _fit_cells(row: Mapping[str, Any], show: Show, room: Mapping[str, Any]) -> tuple[Cell, Cell]:
+def _fit_cells(row: Mapping[str, Any], show: Show, room: Mapping[str, Any]) -> tuple[Cell, ...]:
     batch, peak = number(row, "fit", "batch"), number(row, "fit", "peak_bytes")
     if batch is None or peak is None:
-        return None, None
+        return None, None, None
     size = format_count(batch) if batch else "none"
     if batch == number(room, "most_examples"):
         size = f"≥ {size}"
-    return size, show(peak + (number(room, "overhead_bytes") or 0))
+    return size, show(peak + (number(room, "overhead_bytes") or 0)), text(row, "fit", "limited_by")
 
 
 def _fit_notes(rows: Rows, room: Mapping[str, Any]) -> list[str]:
@@ -162,6 +165,14 @@ def _fit_notes(rows: Rows, room: Mapping[str, Any]) -> list[str]:
         f"its peak: with {format_bytes(overhead)} for the CUDA context, kernels and workspaces; "
         "where no batch fits, that of one example"
     ]
+    limited = [
+        text(row, "label") for row in rows if text(row, "fit", "limited_by") == "calibration"
+    ]
+    if limited:
+        notes.append(
+            f"{', '.join(map(str, limited))}: the step alone would fit a larger batch; "
+            "calibration.batch_size sets another one for calibration"
+        )
     larger = [
         f"{text(row, 'label')} in {phase}"
         for row in rows

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, truncated
+from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, leading, truncated
 from sparsegrad_cli.numerics.scores import ScoreStream
 from sparsegrad_cli.numerics.sequential import SequentialStream
 from sparsegrad_cli.numerics.sketch import SketchStream
-from sparsegrad_cli.recipe.schema import CalibrationSection
+from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
 from sparsegrad_cli.stopping import stop_here
 from sparsegrad_cli.training.gradients import (
     Batch,
+    as_in_training,
     forked_random,
     gradient_step,
     gradients_only,
@@ -35,6 +36,7 @@ from sparsegrad_cli.training.gradients import (
 Batches = Callable[[], Iterator[Batch]]
 Meter = Callable[[], AbstractContextManager[Any]]
 OnStep = Callable[[int, float], None]
+OnStream = Callable[[str, Stream], None]
 # Of tokens, the inputs of all targets are kept until their gradients come, which a training step
 # need not do. In two parts calibration stays below it, and sums the same tokens.
 _PARTS = 2
@@ -45,11 +47,11 @@ class Calibration:
     """What calibration found.
 
     Attributes:
-        bases: key -> basis (key: target name, or layer kind).
+        bases: key -> basis (key: target name, or layer kind), cut to the method's rank with all
+            singular values.
         keys: target name -> key.
         scores: target name -> (r_out, r_in) scores of core entries; empty where the support is
             chosen by the spectra alone.
-        streams: key -> sums, kept for diagnostics until dropped.
         seconds: wall time of gradients and eigenvectors.
         stream_bytes: bytes of all sums; the part of the peak that calibration itself adds.
         losses: one a step, pass after pass.
@@ -58,7 +60,6 @@ class Calibration:
     bases: dict[str, Basis]
     keys: dict[str, str]
     scores: dict[str, Tensor]
-    streams: dict[str, Stream]
     seconds: float
     stream_bytes: int
     losses: list[float] = field(default_factory=list)
@@ -78,6 +79,7 @@ class _Passes:
     seed: int
     meter: Meter
     on_step: OnStep
+    scale: float
     losses: list[float] = field(default_factory=list)
 
     def run(
@@ -93,7 +95,10 @@ class _Passes:
             for step in range(1, self.steps + 1):
                 with self.meter() if step <= 2 else nullcontext():
                     cut = micro_batches(next(batches), parts)
-                    losses = (gradient_step(self.model, b, step, share=s) for b, s in cut)
+                    losses = (
+                        gradient_step(self.model, part, step, share=share, scale=self.scale)
+                        for part, share in cut
+                    )
                     self.losses.append(sum(losses))
                     after()
                 self.on_step(len(self.losses), self.losses[-1])
@@ -122,8 +127,11 @@ def calibrate(
     *,
     seed: int,
     rank: int | float | None = None,
+    train: TrainSection | None = None,
+    whole: bool = False,
     meter: Meter = nullcontext,
     on_step: OnStep = lambda step, loss: None,
+    on_stream: OnStream = lambda key, stream: None,
 ) -> Calibration:
     """Bases, and scores where the support wants them, from ``settings.steps`` batches.
 
@@ -134,42 +142,54 @@ def calibrate(
         settings: what to calibrate from, how bases are found, what scores the support.
         seed: for dropout and test matrices; the global random state is restored.
         rank: directions the method keeps (:func:`truncated`), for the ways that need to know.
+        train: gradient checkpointing and autocast as in training; None for neither.
+        whole: keep all directions of the bases, whatever ``rank`` the method keeps.
         meter: context in which the first two steps of a pass and the eigenvectors are measured.
         on_step: told after each step: number from 1 over all passes, loss.
+        on_stream: given each key and its sums once its basis is made; they are freed afterwards
+            unless this keeps them.
 
     Raises:
         SparsegradError: a loss or gradient is not finite.
     """
     keys = basis_keys(targets, settings.basis_per)
     started = time.perf_counter()
-    passes = _Passes(model, batches, settings.steps, seed, meter, on_step)
     device = next(model.parameters()).device
     sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
-    streams: dict[str, Stream] = {}
-    if settings.source in ("batch", "token"):
-        for number, (key, shape) in enumerate(sides.items()):
-            streams[key] = _stream(settings, shape, rank, seed + number, device)
-        _fill(passes, targets, keys, streams, settings.source)
-        bases = {}
-        with meter():
-            for key, stream in streams.items():
-                with _finite(key):
-                    bases[key] = stream.basis()
-    else:
-        bases = {
-            key: _given_basis(settings.source, shape, seed + number, device)
-            for number, (key, shape) in enumerate(sides.items())
-        }
-    for b in bases.values():  # another library or device may decompose equal sums otherwise
-        ranks.spread((b.q_out, b.q_in, b.singular_out, b.singular_in))
-    scores: dict[str, Tensor] = {}
-    held = sum(s.nbytes() for s in streams.values())
-    if settings.score != "spectral":
-        kept = {key: truncated(basis, rank) for key, basis in bases.items()}
-        parts = _PARTS if settings.source == "token" else 1  # the same dropout in every pass
-        scores = _scores(passes, targets, keys, kept, settings.score, parts)
+    kept = None if whole else rank
+    bases, held = {}, 0
+    with as_in_training(model, train) as scale:
+        passes = _Passes(model, batches, settings.steps, seed, meter, on_step, scale)
+        if settings.source in ("batch", "token"):
+            streams = {
+                key: _stream(settings, shape, rank, seed + number, device)
+                for number, (key, shape) in enumerate(sides.items())
+            }
+            _fill(passes, targets, keys, streams, settings.source)
+            held = sum(stream.nbytes() for stream in streams.values())
+            with meter():
+                for key in sides:
+                    # Cut and freed one by one: the Grams and bases of all targets at full rank
+                    # would not fit where the sums alone do.
+                    stream = streams.pop(key)
+                    with _finite(key):
+                        bases[key] = leading(stream.basis(), kept)
+                    on_stream(key, stream)
+                    del stream
+        else:
+            for number, (key, shape) in enumerate(sides.items()):
+                basis = _given_basis(settings.source, shape, seed + number, device)
+                bases[key] = leading(basis, kept)
+                del basis
+        for b in bases.values():  # another library or device may decompose equal sums otherwise
+            ranks.spread((b.q_out, b.q_in, b.singular_out, b.singular_in))
+        scores: dict[str, Tensor] = {}
+        if settings.score != "spectral":
+            seen = bases if not whole else {k: truncated(b, rank) for k, b in bases.items()}
+            parts = _PARTS if settings.source == "token" else 1  # the same dropout in every pass
+            scores = _scores(passes, targets, keys, seen, settings.score, parts)
     seconds = time.perf_counter() - started
-    return Calibration(bases, keys, scores, streams, seconds, held, passes.losses)
+    return Calibration(bases, keys, scores, seconds, held, passes.losses)
 
 
 def _stream(
@@ -208,9 +228,10 @@ def _fill(
                 with _finite(key):
                     stream.next_pass()
         if source == "batch":
-            passes.run(gradients_only(passes.model, targets, collect))
+            passes.run(gradients_only(passes.model, targets, collect, scale=passes.scale))
         else:
-            passes.run(tokens_only(passes.model, targets, collect_tokens), parts=_PARTS)
+            hooks = tokens_only(passes.model, targets, collect_tokens, scale=passes.scale)
+            passes.run(hooks, parts=_PARTS)
         ranks.add_up(total for stream in streams.values() for total in stream.sums())
 
 
@@ -232,7 +253,8 @@ def _scores(
         for stream in streams.values():
             stream.end_step()
 
-    passes.run(tokens_only(passes.model, targets, collect), after, parts=parts)
+    hooks = tokens_only(passes.model, targets, collect, scale=passes.scale)
+    passes.run(hooks, after, parts=parts)
     ranks.add_up(total for stream in streams.values() for total in stream.sums())
     return {name: stream.mean() for name, stream in streams.items()}
 

@@ -6,7 +6,8 @@ import time
 from contextlib import nullcontext
 
 from sparsegrad_cli.stopping import politely
-from sparsegrad_cli.training.diagnostics import energy_table
+from sparsegrad_cli.training.calibration import basis_keys
+from sparsegrad_cli.training.diagnostics import KindGrams, energy_table
 from sparsegrad_cli.training.session import Session
 from sparsegrad_cli.training.setup import Setup, calibration_batches
 
@@ -25,8 +26,12 @@ class CalibrationSession(Session):
             self._measured(setup)
 
     def _measured(self, setup: Setup) -> None:
-        calibration = self.calibrated(setup)
         settings = self.recipe.calibration
+        kinds = KindGrams(setup.targets, basis_keys(setup.targets, settings.basis_per))
+        asked = bool(settings.energy_steps)
+        calibration = self.calibrated(
+            setup, whole=asked, on_stream=kinds.add if asked else lambda key, stream: None
+        )
         if settings.energy_steps:
             self.enter("energy", f"{settings.energy_steps} held-out steps")
             started = time.perf_counter()
@@ -43,6 +48,9 @@ class CalibrationSession(Session):
                     held_out,
                     steps=settings.energy_steps,
                     seed=self.recipe.seed + 1,
+                    per_kind=kinds.bases(),
+                    train=self.recipe.train,
+                    meter=lambda: self.meter.phase("calibrate"),
                 )
             self.seconds["diagnostics_s"] = time.perf_counter() - started
             self.record.data["calibration"].update(energy=energy, heat_map=heat_map)

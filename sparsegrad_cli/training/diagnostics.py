@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.modeling.quantized import quantized_layers
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.numerics.hosvd import Basis, GramStream
+from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.supports import energy_share
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.stopping import stop_here
 from sparsegrad_cli.training.calibration import Calibration
 from sparsegrad_cli.training.gradients import (
     Batch,
+    as_in_training,
     forked_random,
     gradient_step,
     gradients_only,
@@ -31,29 +34,36 @@ _HEAT_MAP_SIDE = 96
 _SPECTRUM_LENGTH = 256
 
 
-def kind_bases(calibration: Calibration, targets: list[Target]) -> dict[str, Basis]:
-    """One basis per layer kind from per-target Grams: the Gram of a union is the sum of Grams.
+class KindGrams:
+    """Sums per layer kind: the Gram of a union is the sum of Grams.
 
-    Empty where calibration kept no Grams.
+    One stream a kind is kept, so that those of single layers can be freed.
+
+    Args:
+        targets, keys: target name -> key of its basis.
     """
-    merged: dict[str, GramStream] = {}
-    seen: set[str] = set()
-    for target in targets:
-        key = calibration.keys[target.name]
-        stream = calibration.streams.get(key)
-        if key in seen or not isinstance(stream, GramStream):
-            continue
-        seen.add(key)
-        if target.kind not in merged:
-            merged[target.kind] = GramStream(
-                target.out_features, target.in_features, device=stream.gram_in.device
-            )
-        merged[target.kind].merge(stream)
-    bases = {}
-    for kind, stream in merged.items():
-        stop_here(f"the basis of {kind}")
-        bases[kind] = stream.basis()
-    return bases
+
+    def __init__(self, targets: list[Target], keys: Mapping[str, str]) -> None:
+        self._kinds = {keys[t.name]: t.kind for t in targets}
+        self._sums: dict[str, GramStream] = {}
+
+    def add(self, key: str, stream: Stream) -> None:
+        """Take a basis's sums, which may be changed; without Grams nothing is kept."""
+        if not isinstance(stream, GramStream):
+            return
+        kind = self._kinds[key]
+        if kind in self._sums:
+            self._sums[kind].merge(stream)
+        else:
+            self._sums[kind] = stream
+
+    def bases(self) -> dict[str, Basis]:
+        """Kind -> basis of all directions."""
+        bases = {}
+        for kind, stream in self._sums.items():
+            stop_here(f"the basis of {kind}")
+            bases[kind] = stream.basis()
+        return bases
 
 
 def energy_table(
@@ -64,6 +74,9 @@ def energy_table(
     *,
     steps: int,
     seed: int,
+    per_kind: Mapping[str, Basis] | None = None,
+    train: TrainSection | None = None,
+    meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean share of squared entries in the top 1 % of held-out gradients, per target.
 
@@ -72,10 +85,15 @@ def energy_table(
     layer, ``layer_basis``. The 1 % is of the target's entries, and the share is of all its energy,
     also where the basis is truncated; ``whole_core`` is then what all entries of the core hold.
 
+    Args:
+        per_kind: bases of whole kinds (:class:`KindGrams`), where those calibrated are per layer.
+        train: gradient checkpointing and autocast as in training.
+        meter: context in which the first two steps are measured.
+
     Returns:
         (``energy`` block, ``heat_map`` block) of run.json.
     """
-    per_kind = kind_bases(calibration, targets)
+    per_kind = per_kind or {}
     per_target = calibration.by_target()
     by_layer = any(calibration.keys[t.name] != t.kind for t in targets)
     sums: dict[str, dict[str, float]] = {t.name: defaultdict(float) for t in targets}
@@ -102,14 +120,16 @@ def energy_table(
                 maps[name] = maps[name] + pooled if name in maps else pooled
 
     def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
-        collect(target, g_NO.T @ x_NI)
+        collect(target, g_NO.float().T @ x_NI.float())
 
-    hooks = gradients_only(model, targets, collect)
-    if quantized_layers(model):  # whose weights have no gradient
-        hooks = tokens_only(model, targets, collect_tokens)
-    with hooks, forked_random(seed):
-        for step in range(1, steps + 1):
-            gradient_step(model, next(batches), step)
+    with as_in_training(model, train) as scale, forked_random(seed):
+        hooks = gradients_only(model, targets, collect, scale=scale)
+        if quantized_layers(model):  # whose weights have no gradient
+            hooks = tokens_only(model, targets, collect_tokens, scale=scale)
+        with hooks:
+            for step in range(1, steps + 1):
+                with meter() if step <= 2 else nullcontext():
+                    gradient_step(model, next(batches), step, scale=scale)
     rows = [{"target": t.name, "kind": t.kind, **sums[t.name]} for t in targets]
     energy = {"top": TOP, "steps": steps, "rows": rows, "mean_by_kind": _mean_by_kind(rows)}
     heat_map: dict[str, Any] = {"target": shown}

@@ -20,6 +20,7 @@ from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.known_errors import first_line, is_out_of_memory
 from sparsegrad_cli.measure.largest import LiveTensor
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.units import format_bytes
 from sparsegrad_cli.training.attempts import Attempt, forget
@@ -51,10 +52,6 @@ _NO_BATCH = {
         "free some memory, then go on with --resume",
     ),
 }
-_LESS = (
-    "train.gradient_checkpointing=true, a shorter task.max_length, or model.dtype=bfloat16 make "
-    "it smaller"
-)
 
 
 def explain(error: BaseException, recipe: Recipe, known: Situation) -> OutOfMemoryError:
@@ -224,6 +221,22 @@ def _fix(key: str, fits: tuple[int, Attempt] | None, recipe: Recipe, *, tried: b
     if key in advice:
         return advice[key]
     less = "no batch fits:" if tried else f"a smaller {key};"
+    return f"{less} {_less(key, recipe)} make it smaller"
+
+
+def _less(key: str, recipe: Recipe) -> str:
+    """The settings that the recipe has not used yet, of those that save memory in this phase."""
+    train, method, calibration = recipe.train, recipe.method, recipe.calibration
+    ways = ["a shorter task.max_length"]
+    if not train.gradient_checkpointing and key != EVAL_KEY:
+        ways.insert(0, "train.gradient_checkpointing=true")
+    if recipe.model.dtype == "float32":
+        ways.append("model.dtype=bfloat16")
     if key == CALIBRATION_KEY:
-        return f"{less} {_LESS}, or calibration.basis_per=kind"
-    return f"{less} {_LESS}"
+        if calibration.basis_per == "layer":
+            ways.append("calibration.basis_per=kind")
+        core = isinstance(method, SparsegradMethod) and method.form == "core"
+        share = isinstance(getattr(method, "rank", None), float)  # needs all singular values
+        if core and not share and calibration.decomposition == "exact":
+            ways.append("calibration.decomposition=randomized")
+    return ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])} or {ways[-1]}"

@@ -17,7 +17,7 @@ from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.quantized import quantization_state
 from sparsegrad_cli.modeling.targets import head_parameters
-from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
@@ -29,6 +29,7 @@ from sparsegrad_cli.training.basis_file import (
 )
 from sparsegrad_cli.training.calibration import (
     Calibration,
+    OnStream,
     basis_keys,
     calibrate,
     passes_of,
@@ -96,8 +97,13 @@ class Session:
         self.record.save(**loaded_facts(self.recipe, setup))
         return setup
 
-    def calibrated(self, setup: Setup) -> Calibration:
-        """Stream gradients and make bases; fills the calibration block, writes the basis file."""
+    def calibrated(
+        self, setup: Setup, *, whole: bool = False, on_stream: OnStream = lambda key, stream: None
+    ) -> Calibration:
+        """Stream gradients and make bases; fills the calibration block, writes the basis file.
+
+        ``whole`` and ``on_stream`` are for diagnostics, as in :func:`calibrate`.
+        """
         settings, seed = self.recipe.calibration, self.recipe.seed
         passes = passes_of(settings)
         again = f", {passes} passes" if passes > 1 else ""
@@ -113,8 +119,10 @@ class Session:
                 setup,
                 self.calibration_batch,
                 own,
+                whole=whole,
                 meter=lambda: self.meter.phase("calibrate"),
                 on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
+                on_stream=on_stream,
             )
         calibration.seconds += warmup_seconds
         self.seconds["calibrate_s"] = calibration.seconds
@@ -134,7 +142,9 @@ class Session:
         ranks.add_up([read])
         tokens = warmup_tokens + int(read)
         made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": tokens}
-        kept = {key: _cut(basis, self._rank) for key, basis in calibration.bases.items()}
+        kept = calibration.bases
+        if whole:
+            kept = {key: leading(basis, self._rank) for key, basis in kept.items()}
         file = BasisFile(
             kept,
             calibration.keys,
@@ -177,6 +187,7 @@ class Session:
             settings.model_copy(update={"steps": len(steps)}),
             seed=seed,
             rank=self._rank,
+            train=self.recipe.train,
             **told,
         )
 
@@ -195,6 +206,8 @@ class Session:
             learning_rate=settings.warmup_learning_rate,
             seed=seed,
             keep=settings.keep_head,
+            train=self.recipe.train,
+            meter=lambda: self.meter.phase("calibrate"),
         ):
             yield
         if settings.keep_head and settings.warmup_steps:
@@ -230,15 +243,6 @@ class Session:
             return None
         assert not isinstance(method.rank, str)
         return method.rank
-
-
-def _cut(basis: Basis, rank: int | float | None) -> Basis:
-    """The leading directions with all singular values: a share of energy is one of the whole.
-
-    With theirs alone, whoever reads the file would cut to the same share once more.
-    """
-    cut = truncated(basis, rank)
-    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in)
 
 
 def one_per_kind(bases: dict[str, Basis], setup: Setup) -> dict[str, Basis]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.quantized import placed
 from sparsegrad_cli.modeling.targets import (
     NotAdapted,
@@ -68,8 +69,10 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
         observer.note(not_adapted_note(left_out))
     device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
+    model = placed(model, device)
+    save_memory(model, targets, recipe.method.recompute)
     return Setup(
-        **vars(parts) | {"model": placed(model, device)},
+        **vars(parts) | {"model": model},
         targets=targets,
         not_adapted=left_out,
         fingerprint=fingerprint(model, targets),

@@ -6,16 +6,19 @@ the body runs forward only and without dropout, which costs a quarter of a train
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsegrad_cli.modeling.precision import HALF
 from sparsegrad_cli.modeling.targets import head_parameters
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.gradients import (
     Batch,
+    as_in_training,
     forked_random,
     frozen_for_a_while,
     gradient_step,
@@ -31,6 +34,8 @@ def warmed_head(
     learning_rate: float,
     seed: int,
     keep: bool = False,
+    train: TrainSection | None = None,
+    meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[None]:
     """Inside, the head has been trained for ``steps``; outside it is what it was.
 
@@ -40,6 +45,8 @@ def warmed_head(
         learning_rate: of AdamW, constant.
         seed: for models that draw numbers all the same; the global random state is restored.
         keep: whether the head stays warm on the way out.
+        train: autocast as in training.
+        meter: context in which the first two steps are measured.
 
     Raises:
         SparsegradError: a loss is not finite; the head is then restored.
@@ -49,7 +56,8 @@ def warmed_head(
     warm = False
     try:
         if head:
-            _train(model, head, batches, steps, learning_rate, seed)
+            with as_in_training(model, train) as scale:
+                _train(model, head, batches, steps, learning_rate, seed, scale, meter)
         warm = True
         yield
     finally:
@@ -66,6 +74,8 @@ def _train(
     steps: int,
     learning_rate: float,
     seed: int,
+    scale: float,
+    meter: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     # Half precision has no room for AdamW: of float16, eps is 0 and the second moment underflows.
     masters = [p.detach().float() if p.dtype in HALF else p for p in head]
@@ -77,17 +87,23 @@ def _train(
         for parameter in head:
             parameter.requires_grad_(True)
         for step in range(1, steps + 1):
-            gradient_step(model, next(batches), step)
-            _step(optimizer, head, masters)
+            with meter() if step <= 2 else nullcontext():
+                gradient_step(model, next(batches), step, scale=scale)
+                _step(optimizer, head, masters, scale)
 
 
 def _step(
-    optimizer: torch.optim.Optimizer, head: list[nn.Parameter], masters: list[torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    head: list[nn.Parameter],
+    masters: list[torch.Tensor],
+    scale: float,
 ) -> None:
     """One update in float32, rounded into parameters of half precision."""
     for parameter, master in zip(head, masters, strict=True):
         if master is not parameter and parameter.grad is not None:
             master.grad, parameter.grad = parameter.grad.float(), None
+        if master.grad is not None and scale != 1.0:
+            master.grad /= scale
     optimizer.step()
     with torch.no_grad():
         for parameter, master in zip(head, masters, strict=True):

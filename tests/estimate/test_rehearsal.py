@@ -23,6 +23,7 @@ from sparsegrad_cli.measure.memory import MemoryMeter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.architectures import configuration_of
+from sparsegrad_cli.modeling.lean import save_memory
 from sparsegrad_cli.modeling.lm_loss import use_lm_loss
 from sparsegrad_cli.modeling.loading import load_classifier
 from sparsegrad_cli.modeling.targets import find_targets
@@ -161,6 +162,7 @@ def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) ->
     recipe = loaded.recipe
     targets = find_targets(model, recipe.targets)
     settings = recipe.method
+    save_memory(model, targets, settings.recompute)
     bases = None
     if isinstance(settings, SparsegradMethod):
         section = recipe.calibration

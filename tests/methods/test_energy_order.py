@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import calibrated, targets_of, weight_of
+from tiny import Found, calibrated, targets_of, weight_of
 from torch import Tensor, nn
 
+from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.training.diagnostics import energy_table
 
@@ -67,6 +68,17 @@ def mean_of(energy: dict[str, Any], column: str) -> float:
     return sum(row[column] for row in energy["rows"]) / len(energy["rows"])
 
 
+def energy_of(
+    model: nn.Module,
+    targets: list[Target],
+    found: Found,
+    batches: Iterator[dict[str, Tensor]],
+    steps: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    kinds = found.per_kind(targets)
+    return energy_table(model, targets, found, batches, steps=steps, seed=1, per_kind=kinds)
+
+
 def assert_order(energy: dict[str, Any]) -> None:
     layer, kind, original, transposed = (
         mean_of(energy, c) for c in ("layer_basis", "kind_basis", "original", "transposed")
@@ -82,7 +94,7 @@ def test_order_on_a_problem_of_low_rank() -> None:
     found = calibrated(
         model, targets, lambda: low_rank_batches(1), steps=16, basis_per="layer", seed=0
     )
-    energy, heat_map = energy_table(model, targets, found, low_rank_batches(2), steps=4, seed=1)
+    energy, heat_map = energy_of(model, targets, found, low_rank_batches(2), steps=4)
     assert_order(energy)
     assert mean_of(energy, "layer_basis") > 2 * mean_of(energy, "original")
     assert energy["top"] == 0.01 and energy["steps"] == 4
@@ -96,7 +108,7 @@ def test_shares_are_shares_and_means_are_means() -> None:
     found = calibrated(
         model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
     )
-    energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=2, seed=1)
+    energy, _ = energy_of(model, targets, found, low_rank_batches(2), steps=2)
     columns = {"original", "transposed", "kind_basis", "layer_basis"}
     for row in energy["rows"]:
         assert set(row) == {"target", "kind"} | columns
@@ -115,7 +127,7 @@ def test_one_held_out_step_by_hand() -> None:
     found = calibrated(
         model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
     )
-    energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=1, seed=1)
+    energy, _ = energy_of(model, targets, found, low_rank_batches(2), steps=1)
     model.zero_grad()
     model(**next(low_rank_batches(2))).loss.backward()
     for target, row in zip(targets, energy["rows"], strict=True):
@@ -141,7 +153,7 @@ def test_a_truncated_basis_says_what_its_whole_core_holds() -> None:
         model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
     )
     found.bases = {key: truncated(basis, 2) for key, basis in found.bases.items()}
-    energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=1, seed=1)
+    energy, _ = energy_of(model, targets, found, low_rank_batches(2), steps=1)
     model.zero_grad()
     model(**next(low_rank_batches(2))).loss.backward()
     for target, row in zip(targets, energy["rows"], strict=True):
@@ -160,7 +172,7 @@ def test_a_basis_per_kind_has_no_layer_column() -> None:
     found = calibrated(
         model, targets, lambda: low_rank_batches(1), steps=8, basis_per="kind", seed=0
     )
-    energy, _ = energy_table(model, targets, found, low_rank_batches(2), steps=2, seed=1)
+    energy, _ = energy_of(model, targets, found, low_rank_batches(2), steps=2)
     assert all("layer_basis" not in row for row in energy["rows"])
     assert mean_of(energy, "kind_basis") > mean_of(energy, "original")
 
@@ -173,7 +185,7 @@ def test_the_energy_table_leaves_the_model_alone() -> None:
     )
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state = torch.get_rng_state()
-    energy_table(model, targets, found, low_rank_batches(2), steps=1, seed=1)
+    energy_of(model, targets, found, low_rank_batches(2), steps=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -222,5 +234,5 @@ def test_order_on_gradients_of_a_real_bert() -> None:
     found = calibrated(
         model, targets, lambda: eights(rows[:48]), steps=6, basis_per="layer", seed=0
     )
-    energy, _ = energy_table(model, targets, found, eights(rows[48:]), steps=2, seed=1)
+    energy, _ = energy_of(model, targets, found, eights(rows[48:]), steps=2)
     assert_order(energy)

@@ -143,7 +143,6 @@ PAPER = ("method.form=materialized",)
         ((*CORE, "method.state_capacity=2"), "support 'dynamic'"),
         (("method.form=core", "method.state_capacity=2"), "support 'dynamic'"),
         ((*PAPER, "method.support=refresh"), "support is dynamic"),
-        ((*PAPER, "method.recompute=activation"), "for form core"),
         ((*PAPER, "method.rank=8"), "for form core"),
         (("method={name: meprop, select: rows, state_capacity: 2}",), "select: entries"),
     ],

@@ -15,9 +15,11 @@ from tiny import (
     BLOCKS,
     HIDDEN,
     INNER,
+    Found,
     batch,
     batches,
     classifier,
+    found_by,
     one_thread,
     targets_of,
     weight_of,
@@ -28,8 +30,7 @@ from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import GramStream
 from sparsegrad_cli.recipe.schema import CalibrationSection
-from sparsegrad_cli.training.calibration import Calibration, calibrate
-from sparsegrad_cli.training.diagnostics import kind_bases, spectra
+from sparsegrad_cli.training.diagnostics import spectra
 from sparsegrad_cli.training.gradients import forked_random, gradient_step, gradients_only
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -49,14 +50,14 @@ def run(
     basis_per: Literal["layer", "kind"] = "layer",
     seed: int = 0,
     **more: Any,
-) -> tuple[Calibration, list[Target]]:
+) -> tuple[Found, list[Target]]:
     targets = targets_of(model)
     settings = CalibrationSection(steps=steps, basis_per=basis_per)
-    found = calibrate(model, targets, lambda: source or batches(), settings, seed=seed, **more)
+    found = found_by(model, targets, lambda: source or batches(), settings, seed=seed, **more)
     return found, targets
 
 
-def gram_of(found: Calibration, key: str) -> GramStream:
+def gram_of(found: Found, key: str) -> GramStream:
     stream = found.streams[key]
     assert isinstance(stream, GramStream)
     return stream
@@ -257,7 +258,7 @@ def test_kind_grams_are_the_sums_of_layer_grams() -> None:
         scale = float(total.abs().max())
         torch.testing.assert_close(stream.gram_in, total, rtol=1e-4, atol=1e-6 * scale)
         assert stream.count == 3 * BLOCKS
-    merged = kind_bases(layer, targets)
+    merged = layer.per_kind(targets)
     for name, basis in merged.items():
         torch.testing.assert_close(
             basis.singular_out, kind.bases[name].singular_out, rtol=1e-3, atol=1e-4
@@ -266,7 +267,7 @@ def test_kind_grams_are_the_sums_of_layer_grams() -> None:
 
 def test_kind_bases_of_a_kind_calibration_count_each_stream_once() -> None:
     found, targets = run(classifier(), basis_per="kind")
-    merged = kind_bases(found, targets)
+    merged = found.per_kind(targets)
     for name, basis in merged.items():
         assert torch.equal(basis.q_out, found.bases[name].q_out)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, batch, build, classifier, config, one_thread, targets_of
+from tiny import VOCABULARY, batch, build, classifier, config, found_by, one_thread, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.measure.memory import MemoryMeter
@@ -34,7 +34,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Tensor]]:
     def find(model: nn.Module, one: dict[str, Tensor], parts: int) -> dict[str, Tensor]:
         monkeypatch.setattr(calibration, "_PARTS", parts)
         targets = targets_of(model)
-        found = calibrate(model, targets, lambda: iter([one]), SETTINGS, seed=0, rank=4)
+        found = found_by(model, targets, lambda: iter([one]), SETTINGS, seed=0, rank=4)
         sums = {f"score {name}": score for name, score in found.scores.items()}
         for name, stream in found.streams.items():
             sums |= {f"{name} {side}": total for side, total in enumerate(stream.sums())}
