@@ -12,7 +12,7 @@ from sparsegrad_cli.data.chat_rows import KINDS, RowReader, UnusableRowError
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.held_out import held_out
+from sparsegrad_cli.data.held_out import check_fraction_unused, held_out
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
 from sparsegrad_cli.data.raw_chat import RawChat
 from sparsegrad_cli.data.spec import suggest
@@ -132,7 +132,7 @@ def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) 
             fix="split: hash; or a folder with train and validation files",
         )
     if settings.split != "hash" and "validation" in parts:
-        return _by_source(parts, counts, notes)
+        return _by_source(parts, settings, counts, notes)
     return _by_hash(parts, settings, counts, notes)
 
 
@@ -249,9 +249,13 @@ def _by_hash(
 
 
 def _by_source(
-    parts: Mapping[str, list[Conversation]], counts: dict[str, int], notes: list[str]
+    parts: Mapping[str, list[Conversation]],
+    settings: ChatSettings,
+    counts: dict[str, int],
+    notes: list[str],
 ) -> RawChat:
     """As the user split it: a row is a group. That both sides share prompts is only noted."""
+    check_fraction_unused(settings.validation_fraction)
     openings = {each.group for each in parts["train"]}
     shared = sum(each.group in openings for each in parts["validation"])
     if shared:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.errors import DataError, UsageError
+
+USUAL_FRACTION = 0.1  # the default of task.validation_fraction
 
 
 def position(group: str) -> float:
@@ -50,3 +52,17 @@ def held_out(groups: Iterable[str], fraction: float, unit: str) -> tuple[set[str
         side = "validation" if below == 0 else "training"
         note += f"; {side} would have been empty, so the nearest one is in it"
     return set(ordered[:count]), note
+
+
+def check_fraction_unused(fraction: float) -> None:
+    """Refuse a share to split off where the data has a validation part.
+
+    Raises:
+        UsageError: the share is not the default, so somebody has asked for it.
+    """
+    if fraction != USUAL_FRACTION:
+        raise UsageError(
+            f"validation_fraction {fraction:g} has no effect: the data has a validation part",
+            where="task.validation_fraction",
+            fix="leave it out, or give the training file alone as task.path",
+        )

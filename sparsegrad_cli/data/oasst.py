@@ -9,7 +9,7 @@ from typing import Any
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.held_out import held_out
+from sparsegrad_cli.data.held_out import check_fraction_unused, held_out
 from sparsegrad_cli.data.hub import load_hub_splits
 from sparsegrad_cli.data.json_text import json_records
 from sparsegrad_cli.data.oasst_messages import NO_MESSAGE, Message, Source, messages_of
@@ -92,6 +92,8 @@ def from_records(
         )
     notes = [*notes, *_notes(forest, settings)]
     by_source = settings.split == "source" or (settings.split == "auto" and by_source)
+    if by_source:
+        check_fraction_unused(settings.validation_fraction)
     split = _by_source if by_source else _by_hash
     train, validation, note = split(found, settings, where)
     counts = _counts(forest, found)

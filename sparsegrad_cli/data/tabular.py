@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.files import read_table
+from sparsegrad_cli.data.held_out import check_fraction_unused
 from sparsegrad_cli.data.labels import read_labels
 from sparsegrad_cli.data.spec import (
     SCORE_METRICS,
@@ -78,6 +79,7 @@ def load_tabular(
         train, validation, note = _split(splits[0], validation_fraction, seed, path)
         notes.append(note)
     else:
+        check_fraction_unused(validation_fraction)
         train, validation = splits
     text_columns: tuple[str] | tuple[str, str] = (
         (roles["text"], roles["text_pair"]) if "text_pair" in roles else (roles["text"],)

@@ -88,12 +88,14 @@ def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:
     found: list[Found] = []
     values: dict[KeyPath, Any] = {}
     for idle in idle_settings(recipe):
-        values[idle.key] = idle.neutral
         place = layer.places.get(idle.key)
+        causes = [find_place(layer.places, cause).strength for cause in idle.causes]
+        overruled = place is not None and place.strength < max(causes)
+        if place is not None and place.settled and not overruled:
+            continue  # a run has ended with it, and is not refused for it
+        values[idle.key] = idle.neutral
         if place is None:  # it has a default
             continue
-        causes = [find_place(layer.places, cause).strength for cause in idle.causes]
-        overruled = place.strength < max(causes)
         lenient = idle.common and place.file == COMMAND_LINE
         found.append(Found(idle, place, refused=not overruled and not lenient))
     return _replaced(recipe, values), found

@@ -11,7 +11,7 @@ from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.paths import expanded, is_file, is_folder
 from sparsegrad_cli.recipe.problems import did_you_mean
-from sparsegrad_cli.recipe.shipped import find_recipe
+from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
 from sparsegrad_cli.recipe.source import (
     COMMAND_LINE,
     KeyPath,
@@ -93,6 +93,8 @@ def _read_with_parents(
         what = f"comes to more than {_MOST_FILES} files"
         raise RecipeError([Problem("extends", what, file=str(seen[0]))])
     layer = read_yaml(path, shown_as=str(source))
+    if is_of_run(path):
+        layer.places = {key: replace(place, settled=True) for key, place in layer.places.items()}
     # Before paths were written in full, the recipe in a run's folder named files as seen from the
     # folder where the command ran: such a run is still read from there.
     if not (path.name == "recipe.yaml" and is_file(path.parent / "run.json")):

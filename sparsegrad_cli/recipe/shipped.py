@@ -45,6 +45,11 @@ def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | N
     return None
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a file is the resolved recipe that a run has kept."""
+    return path.name == "recipe.yaml" and is_file(path.parent / "run.json")
+
+
 def recipe_of_run(source: str | Path) -> Path | None:
     """The recipe in a run's folder, for which the folder stands; None where there is none."""
     path = Path(source) / "recipe.yaml"

@@ -24,11 +24,13 @@ class Place:
         file: its name, or ``command line``.
         line: 1-based, where known.
         strength: of its layer, once layers are stacked: what is written more strongly prevails.
+        settled: the file is the recipe that a run has resolved and kept.
     """
 
     file: str
     line: int | None = None
     strength: int = field(default=-1, compare=False)
+    settled: bool = field(default=False, compare=False)
 
 
 @dataclass

@@ -63,6 +63,13 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
     for note in parts.task.notes:
         observer.note(note)
     model = parts.model
+    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"{type(model).__name__} does not support gradient checkpointing",
+            where=loaded.where("train.gradient_checkpointing"),
+            fix="leave it out; a smaller train.per_device_train_batch_size with "
+            "train.gradient_accumulation_steps takes less memory, too",
+        )
     targets = find_targets(model, recipe.targets)
     left_out = not_adapted(model, targets, recipe.targets)
     if left_out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,31 @@ def test_further_keys_are_the_same_for_all_and_fill_their_ranges(tmp_path: Path)
     assert digest(again) == digest(cell.loaded.recipe) != digest(made)
 
 
+def test_a_tuned_warm_up_warms_up_under_the_default_scheduler(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    settings = "settings: {train: {lr_scheduler_type: constant, warmup_steps: 0}}\n"
+    path.write_text(f"{ROWS}{settings}tune: {{space: {{warmup_steps: {{low: 1, high: 9}}}}}}\n")
+    found = load_study(path)
+    (series, *_) = series_of(found)
+    steps = {first_point(series.space, number)["train.warmup_steps"] for number in range(9)}
+    assert steps <= set(range(1, 10)), "whole steps"
+    made = with_settings(series.recipe, {"train.warmup_steps": 4}).train
+    assert (made.lr_scheduler_type, made.warmup_steps) == ("constant_with_warmup", 4)
+    cells = tuple(
+        replace(
+            cell,
+            loaded=replace(
+                cell.loaded,
+                recipe=with_settings(
+                    cell.loaded.recipe, {"train.warmup_steps": 4 if cell.label == "lora" else 0}
+                ),
+            ),
+        )
+        for cell in found.cells
+    )
+    assert check_parity(replace(found, cells=cells))["flagged"] == []
+
+
 def test_ends_and_choices_of_a_dimension() -> None:
     rate = Dimension(RATE, 1e-4, 1e-2, log=True)
     assert (rate.at(0), rate.at(0.5), rate.at(1)) == (1e-4, 1e-3, 1e-2)
@@ -176,6 +202,8 @@ def _reported(folder: Path, seeds: str) -> Path:
         ("{space: {learning_rate: {decades: 0}}}", "decades"),
         ("{space: {learning_rate: {centres: {lorra: 1e-3}}}}", "did you mean lora"),
         ("{seeds: [7, 7]}", "names a seed twice"),
+        ("{space: {lr_scheduler_type: [constant, constant_with_warmup]}}", "are one scheduler"),
+        ("{space: {warmup_steps: {low: 0, high: 100}}}", "a range is of one kind"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused(tmp_path: Path, tune: str, said: str) -> None:

@@ -139,6 +139,18 @@ def test_what_a_stronger_setting_disables_goes_with_it(
     assert load_recipe(again).recipe == loaded.recipe
 
 
+def test_the_recipe_of_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A run of an earlier version may have kept settings that had no effect."""
+    text = "method: lora\ncalibration: {steps: 9}\ntrain: {eval_strategy: no, eval_steps: 7}\n"
+    path = write(tmp_path, text, "recipe.yaml")
+    assert set(problems(path)) == {"calibration.steps", "train.eval_steps"}
+    (tmp_path / "run.json").write_text("{}")
+    found = load_recipe(path).recipe
+    assert (found.calibration.steps, found.train.eval_steps) == (9, 7)
+    assert make_study(str(tmp_path), ("lora", "full"), 1, ()).cells
+    assert set(problems(path, "train.save_steps=3")) == {"train.save_steps"}
+
+
 def test_another_method_or_task_leaves_the_settings_of_the_first_behind(tmp_path: Path) -> None:
     path = write(tmp_path, "calibration: {steps: 9, keep_head: true}\n")
     loaded = load_recipe(path, ("method=lora",))
@@ -377,3 +389,33 @@ def test_validate_says_what_was_overruled(cli: Cli, tmp_path: Path) -> None:
         "full",
         "lora",
     ]
+
+
+def test_a_share_to_split_off_is_refused_where_there_is_a_validation_part(
+    cli: Cli, tmp_path: Path
+) -> None:
+    data_folder(tmp_path / "data")
+    base_folder(tmp_path / "base")
+    split = ("task={name: csv, path: data}", "task.validation_fraction=0.2")
+    outcome = cli("train", "model=base", "method=full", *split)
+    assert outcome.code == 2 and "validation_fraction 0.2 has no effect" in outcome.flat
+    line = '{"prompt": "a?", "completion": "b"}\n'
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(line * 3)
+    split = ("task={name: chat, path: .}", "task.validation_fraction=0.2")
+    outcome = cli("train", "model=base", "method=full", *split)
+    assert outcome.code == 2 and "validation_fraction 0.2 has no effect" in outcome.flat
+
+
+def test_gradient_checkpointing_is_refused_where_a_model_cannot(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertForSequenceClassification
+
+    monkeypatch.setattr(BertForSequenceClassification, "supports_gradient_checkpointing", False)
+    data_folder(tmp_path / "data")
+    base_folder(tmp_path / "base")
+    task = "task={name: csv, path: data, max_length: 16}"
+    outcome = cli("train", "model=base", task, "method=full", "train.gradient_checkpointing=true")
+    assert outcome.code == 2
+    assert "BertForSequenceClassification does not support gradient checkpointing" in outcome.flat
