@@ -104,7 +104,7 @@ class SparsegradCore:
         # In the dtype in which the products are made: half the bytes for half precision.
         device, dtype = next(layer.parameters()).device, dtype_of(layer)
         sides = (cut.q_out.to(device, dtype), cut.q_in.to(device, dtype))
-        return Basis(*sides, cut.singular_out, cut.singular_in)
+        return Basis(*sides, cut.singular_out, cut.singular_in, cut.tokens)
 
     def _core(
         self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import (
     allocate,
+    comparable_scores,
     largest_entries,
     spectral_scores,
 )
@@ -114,6 +116,10 @@ def planned_supports(
     wanted = asked_entries(settings, targets)
     asked = {t.name: min(wanted[t.name], worth[t.name].numel()) for t in targets}
     if settings.allocation == "model":
+        sharing = Counter(id(bases[name]) for name in worth)
+        for name in worth.keys() - scores.keys():
+            tokens, number = bases[name].tokens, sharing[id(bases[name])]
+            worth[name] = comparable_scores(worth[name], tokens, number)
         chosen = allocate(list(worth.values()), sum(asked.values()))
         return dict(zip(worth, chosen, strict=True))
     return {name: largest_entries(score, asked[name]) for name, score in worth.items()}

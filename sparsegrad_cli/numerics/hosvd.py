@@ -29,12 +29,16 @@ class Basis:
         singular_out: (r_out,) singular values of the stack unfolded along out, descending. Read
             from a file there may be more: those of the directions that were left out follow.
         singular_in: (r_in,) the same along in.
+        tokens: () float64, how many live tokens were summed, all targets that share the basis
+            together; None where it comes from gradients of batches, or from a file that does not
+            say.
     """
 
     q_out: Tensor
     q_in: Tensor
     singular_out: Tensor
     singular_in: Tensor
+    tokens: Tensor | None = None
 
     def nbytes(self) -> int:
         """Bytes of the two bases."""
@@ -95,6 +99,8 @@ class GramStream:
     ) -> None:
         self.gram_out = torch.zeros(out_features, out_features, device=device, dtype=dtype)
         self.gram_in = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self.tokens = torch.zeros((), device=device, dtype=torch.float64)
+        self.of_tokens = False
         self.count = 0
 
     def add(self, grad_OI: Tensor) -> None:
@@ -118,12 +124,16 @@ class GramStream:
         g_NO, x_NI = live_tokens(g_NO, x_NI, self.gram_out.dtype)
         self.gram_out.addmm_(g_NO.T, g_NO)  # (out, N) @ (N, out)
         self.gram_in.addmm_(x_NI.T, x_NI)  # (in, N) @ (N, in)
+        self.tokens += len(g_NO)
+        self.of_tokens = True
         self.count += 1
 
     def merge(self, other: GramStream) -> None:
         """Add the sums of another stream of the same shape: Grams of unions are sums."""
         self.gram_out += other.gram_out
         self.gram_in += other.gram_in
+        self.tokens += other.tokens
+        self.of_tokens = self.of_tokens or other.of_tokens
         self.count += other.count
 
     def basis(self) -> Basis:
@@ -136,7 +146,8 @@ class GramStream:
             raise ValueError("no gradient was added")
         q_out, singular_out = principal_directions(self.gram_out)
         q_in, singular_in = principal_directions(self.gram_in)
-        return Basis(q_out, q_in, singular_out, singular_in)
+        tokens = self.tokens.clone() if self.of_tokens else None
+        return Basis(q_out, q_in, singular_out, singular_in, tokens)
 
     def next_pass(self) -> None:
         """There is one pass only."""
@@ -144,7 +155,7 @@ class GramStream:
 
     def sums(self) -> list[Tensor]:
         """What is a sum over the stream: to be added up where several processes share it."""
-        return [self.gram_out, self.gram_in]
+        return [self.gram_out, self.gram_in, self.tokens]
 
     def nbytes(self) -> int:
         """Bytes of the two sums."""
@@ -204,6 +215,7 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
         by_columns(basis.q_in)[:, :r_in].clone(),
         basis.singular_out[:r_out].clone(),
         basis.singular_in[:r_in].clone(),
+        basis.tokens,
     )
 
 
@@ -213,7 +225,7 @@ def leading(basis: Basis, rank: int | float | None) -> Basis:
     With those of the kept directions alone, cutting to the same share again would drop more.
     """
     cut = truncated(basis, rank)
-    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in)
+    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in, basis.tokens)
 
 
 def kept_columns(singular: Tensor, columns: int, rank: int | float | None) -> int:

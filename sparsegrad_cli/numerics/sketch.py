@@ -53,6 +53,8 @@ class SketchStream:
         self.omega_out = torch.linalg.qr(omega_out).Q.to(device=device, dtype=dtype)
         self.omega_in = torch.linalg.qr(omega_in).Q.to(device=device, dtype=dtype)
         self.y_out, self.y_in = torch.zeros_like(self.omega_out), torch.zeros_like(self.omega_in)
+        self.tokens = torch.zeros((), device=device, dtype=torch.float64)
+        self.of_tokens = False
 
     def add(self, grad_OI: Tensor) -> None:
         """Add one gradient, (out, in), any floating dtype."""
@@ -68,6 +70,8 @@ class SketchStream:
         # (out, N) @ ((N, out) @ (out, l)) and (in, N) @ ((N, in) @ (in, l))
         self.y_out.addmm_(g_NO.T, g_NO @ self.omega_out)
         self.y_in.addmm_(x_NI.T, x_NI @ self.omega_in)
+        self.tokens += len(g_NO)
+        self.of_tokens = True
         self.count += 1
 
     def next_pass(self) -> None:
@@ -76,6 +80,7 @@ class SketchStream:
             torch.linalg.qr(y.double()).Q.to(y.dtype) for y in (self.y_out, self.y_in)
         )
         self.y_out, self.y_in = torch.zeros_like(self.y_out), torch.zeros_like(self.y_in)
+        self.tokens.zero_()
         self.count = 0
 
     def basis(self) -> Basis:
@@ -88,11 +93,12 @@ class SketchStream:
             raise ValueError("no gradient was added")
         q_out, singular_out = nystroem(self.omega_out, self.y_out, self.rank)
         q_in, singular_in = nystroem(self.omega_in, self.y_in, self.rank)
-        return Basis(q_out, q_in, singular_out, singular_in)
+        tokens = self.tokens.clone() if self.of_tokens else None
+        return Basis(q_out, q_in, singular_out, singular_in, tokens)
 
     def sums(self) -> list[Tensor]:
         """What is a sum over the stream: to be added up where several processes share it."""
-        return [self.y_out, self.y_in]
+        return [self.y_out, self.y_in, self.tokens]
 
     def nbytes(self) -> int:
         """Bytes of test matrices and products."""

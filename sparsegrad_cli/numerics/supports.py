@@ -116,11 +116,31 @@ def energy_share(matrix: Tensor, fraction: float, whole: Tensor | None = None) -
 def spectral_scores(basis: Basis) -> Tensor:
     """(r_out, r_in) product of the singular values of either side.
 
-    With Grams over tokens, sum g'g and sum x'x, this is the expected square of a core entry if g
-    and x are independent (a Kronecker-factored second moment); its level sets are hyperbolas. It
-    needs no second pass over the data.
+    With Grams over tokens, sum g'g and sum x'x, the square of this is, if g and x are independent
+    (a Kronecker-factored second moment), the number of tokens times the summed square of a core
+    entry over tokens; its level sets are hyperbolas. It needs no second pass over the data.
     """
     return torch.outer(basis.singular_out, basis.singular_in)
+
+
+def comparable_scores(score: Tensor, tokens: Tensor | None, sharing: int = 1) -> Tensor:
+    """Turn spectral scores of a target into ones that compare with those of other targets.
+
+    With n tokens, h = g Q_out and u = x Q_in, the summed square of an entry of the core is
+
+        sum_n h_ni^2 u_nj^2  =  (sum_n h_ni^2) (sum_n u_nj^2) / n  =  (s_i s_j)^2 / n
+
+    for independent h and u. Without the division by sqrt(n), targets that few live tokens reach
+    (the last block, where only one position matters to a classifier) get too few entries.
+
+    Args:
+        score: s_i s_j (:func:`spectral_scores`).
+        tokens: n, the live tokens behind s; None leaves the scores as they are.
+        sharing: targets whose sums are in s together: each has its share of them.
+    """
+    if tokens is None:
+        return score
+    return score / (tokens * sharing).sqrt().to(score)
 
 
 def allocate(scores: Sequence[Tensor], count: int) -> list[Tensor]:

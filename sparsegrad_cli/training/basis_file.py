@@ -3,7 +3,8 @@
 Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
 ``singular_in/<key>``, at least r of either; a key is a target's name, or a layer kind when targets
 share a basis.
-``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
+``tokens/<key>`` (), how many live tokens were summed, where the basis was made of tokens; files of
+older versions lack it. ``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
 Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
 recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +32,7 @@ from sparsegrad_cli.training.writing import save_tensors
 
 _FORMAT = "sparsegrad-basis-1"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
-_SCORE = "score/"
+_SCORE, _TOKENS = "score/", "tokens/"
 _LENGTH_ERROR = 0.02  # of a direction, as bfloat16 rounds
 
 
@@ -135,7 +137,10 @@ def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
     q_out, q_in, singular_out, singular_in = (tensors.pop(f"{part}/{key}") for part in _PARTS)
     check_directions(f"q_out/{key}", q_out, singular_out)
     check_directions(f"q_in/{key}", q_in, singular_in)
-    return Basis(by_columns(q_out), by_columns(q_in), singular_out, singular_in)
+    tokens = tensors.pop(_TOKENS + key, None)
+    if tokens is not None and not (tokens.shape == () and 0 < float(tokens) < math.inf):
+        raise ValueError(f"{_TOKENS}{key} is not a number of tokens")
+    return Basis(by_columns(q_out), by_columns(q_in), singular_out, singular_in, tokens)
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -239,6 +244,22 @@ def check_rank(basis: BasisFile, rank: int | float | None, where: str | None = N
                 )
 
 
+def check_tokens(basis: BasisFile, where: str | None = None) -> None:
+    """Refuse a basis from which a support over the whole model cannot be chosen.
+
+    Raises:
+        UsageError: it has neither scores nor the number of tokens behind its singular values.
+    """
+    unknown = [key for key, one in basis.bases.items() if one.tokens is None]
+    if unknown and not basis.scores:
+        raise UsageError(
+            "expected a basis that says how many tokens each target saw, without which targets "
+            f"cannot be compared; {unknown[0]} does not say it (an older version made the file)",
+            where=where,
+            fix="make it again with `sparsegrad calibrate`, or use method.allocation: target",
+        )
+
+
 def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over all tensors in key order."""
     sha = hashlib.sha256()
@@ -256,4 +277,5 @@ def _check(metadata: Mapping[str, str]) -> str:
 
 def _tensors(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {f"{part}/{key}": getattr(b, part) for key, b in bases.items() for part in _PARTS}
+    parts |= {_TOKENS + key: b.tokens for key, b in bases.items() if b.tokens is not None}
     return parts | {_SCORE + name: score for name, score in scores.items()}

@@ -19,6 +19,7 @@ from sparsegrad_cli.training.basis_file import (
     BasisFile,
     check_belongs,
     check_rank,
+    check_tokens,
     read_basis,
 )
 from sparsegrad_cli.training.calibration import Calibration
@@ -84,6 +85,9 @@ class TrainingSession(Session):
             check_rank(basis, None, where)
         elif isinstance(method.rank, int | float):
             check_rank(basis, method.rank, where)
+        # A run that is resumed chooses as it did, also from a file of an older version.
+        if given and isinstance(method, SparsegradMethod) and method.allocation == "model":
+            check_tokens(basis, where)
         # What the basis cost when it was made is charged to this run too.
         self.seconds["calibrate_s"] = float(basis.settings.get("seconds") or 0.0)
         self.record.save(

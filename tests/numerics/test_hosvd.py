@@ -107,7 +107,7 @@ def test_bytes_of_a_stream_do_not_depend_on_its_length() -> None:
         stream.add(grad)
         held.add(stream.nbytes())
         tensors = [v for v in vars(stream).values() if isinstance(v, Tensor)]
-        assert len(tensors) == 2, "nothing but the two sums is kept"
+        assert len(tensors) == 3, "nothing but the two sums and a count is kept"
     assert held == {empty}
 
 
