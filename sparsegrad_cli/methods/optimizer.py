@@ -108,7 +108,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
                 parameter.grad,
                 moments,
                 adamw,
-                lambda grad: self._choose(parameter, how, grad),
+                lambda grad: self._choose(parameter, how, grad, moments, adamw.beta2),
             )
             self._keep(parameter, moments, indices, parameter.numel())
             return
@@ -117,7 +117,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
             weight, grad = weight.T, grad.T
         core_grad = to_core(grad, how.basis)
         moments = self._moments(parameter, how, core_grad)
-        indices = self._choose(parameter, how, core_grad)
+        indices = self._choose(parameter, how, core_grad, moments, adamw.beta2)
         values = core_grad.new_zeros(len(indices))
         if adamw.weight_decay:  # decay acts on the core's values, which are not kept: recompute
             values = to_core(weight, how.basis).reshape(-1)[indices]
@@ -125,8 +125,19 @@ class SelectiveAdamW(torch.optim.Optimizer):
         weight += from_sparse_core(indices, update, how.basis)
         self._keep(parameter, moments, indices, core_grad.numel())
 
-    def _choose(self, parameter: nn.Parameter, how: Selection, grad: Tensor) -> Tensor:
-        """Flat positions to step now: the largest, or those that are held for a while."""
+    def _choose(
+        self,
+        parameter: nn.Parameter,
+        how: Selection,
+        grad: Tensor,
+        moments: Moments | BoundedMoments,
+        beta2: float,
+    ) -> Tensor:
+        """Flat positions to step now: the largest, or those that are held for a while.
+
+        What is held is chosen again after ``refresh`` steps. Entries that come in then take over
+        the mean |gradient| of these steps as their second moment (:meth:`Moments.join`).
+        """
         if how.refresh is None:
             return how.choose(grad)
         state = self.state[parameter]
@@ -136,13 +147,15 @@ class SelectiveAdamW(torch.optim.Optimizer):
             self._selections[parameter] = replace(how, first=None)
             state["score"] = torch.zeros_like(grad)
             state["since"] = torch.zeros((), dtype=torch.int32, device=grad.device)
-        held: Tensor = state["held"]
-        state["score"] += grad.abs()
-        state["since"] += 1
-        if int(state["since"]) == how.refresh:  # holds from the next step on
-            state["held"] = largest_entries(state["score"], len(held))
+        if int(state["since"]) == how.refresh:
+            state["held"] = largest_entries(state["score"], len(state["held"]))
+            mean_k = state["score"].reshape(-1)[state["held"]] / how.refresh
+            moments.join(state["held"], mean_k.square(), beta2)
             state["score"].zero_()
             state["since"].zero_()
+        state["score"] += grad.abs()
+        state["since"] += 1
+        held: Tensor = state["held"]
         return held
 
     def _moments(

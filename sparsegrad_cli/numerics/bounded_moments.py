@@ -3,7 +3,7 @@
 Dense state holds twelve bytes for every entry of a target, whether it was ever touched or not. Here
 state grows with the entries that are touched; at the limit, those that were not stepped for longest
 lose theirs. A forgotten entry keeps its value; chosen again, it starts as a new one (age 0), which
-its own bias correction allows for. Below the limit the steps are those of dense state, bit for bit.
+its own bias correction allows for, or as :meth:`BoundedMoments.join` starts it. Below the limit the steps are those of dense state, bit for bit.
 """
 
 from __future__ import annotations
@@ -79,6 +79,24 @@ class BoundedMoments:
         self.last[rows] = self.clock
         return rows
 
+    def join(self, indices: Tensor, square_k: Tensor, beta2: float) -> None:
+        """Give new entries rows as if they had been updated in every step; see
+        :meth:`sparsegrad_cli.numerics.selective_adamw.Moments.join`.
+
+        Args:
+            indices: as in :meth:`places`.
+            square_k: (k,) what is known of their squared gradients; 0 leaves an entry at age 0.
+            beta2: decay of the second moment.
+        """
+        wanted = indices.to(torch.int32)
+        rows = self._find(wanted)
+        known = self._holds(rows, wanted)
+        self._admit(wanted[~known], rows[known])
+        new = ~known & (square_k > 0)
+        rows = self._find(wanted[new])
+        self.age[rows] = self.clock
+        self.second[rows] = start_of_second(square_k[new].to(self.second), self.clock, beta2)
+
     def _find(self, wanted: Tensor) -> Tensor:
         return torch.searchsorted(self.positions, wanted)
 
@@ -101,3 +119,8 @@ class BoundedMoments:
         for name in ("first", "second", "age", "last"):
             rows: Tensor = getattr(self, name)
             setattr(self, name, torch.cat((rows[keep], rows.new_zeros(len(new))))[order])
+
+
+def start_of_second(square_k: Tensor, age: Tensor, beta2: float) -> Tensor:
+    """The second moment whose bias-corrected value at an age is ``square_k``."""
+    return square_k * (1 - torch.pow(beta2, age.to(square_k.dtype)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsegrad_cli.numerics.bounded_moments import BoundedMoments
+from sparsegrad_cli.numerics.bounded_moments import BoundedMoments, start_of_second
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,25 @@ class Moments:
     def places(self, indices: Tensor) -> Tensor:
         """Where the state of these entries is: at their own positions."""
         return indices
+
+    def join(self, indices: Tensor, square_k: Tensor, beta2: float) -> None:
+        """Start entries that were never updated as if they had been updated from the beginning.
+
+        At age 0 the first step of an entry is lr in size whatever its gradient is, and after a new
+        choice many entries would make it at once. With age t, the steps so far, first moment 0 and
+        second moment square (1 - beta2^t), the next gradient g gives a step of about
+        lr (1 - beta1) g / sqrt(square).
+
+        Args:
+            indices: (k,) int64 flat positions; those that have an age are left alone.
+            square_k: (k,) what is known of their squared gradients; 0 leaves an entry at age 0.
+            beta2: decay of the second moment.
+        """
+        age, second = self.age.view(-1), self.second.view(-1)
+        new = (age[indices] == 0) & (square_k > 0)
+        steps = age.max()
+        age[indices[new]] = steps
+        second[indices[new]] = start_of_second(square_k[new].to(second), steps, beta2)
 
 
 def step_on_entries(
