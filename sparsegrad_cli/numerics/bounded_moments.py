@@ -3,7 +3,8 @@
 Dense state holds twelve bytes for every entry of a target, whether it was ever touched or not. Here
 state grows with the entries that are touched; at the limit, those that were not stepped for longest
 lose theirs. A forgotten entry keeps its value; chosen again, it starts as a new one (age 0), which
-its own bias correction allows for, or as :meth:`BoundedMoments.join` starts it. Below the limit the steps are those of dense state, bit for bit.
+its own bias correction allows for, or as :meth:`BoundedMoments.join` starts it. Below the limit the
+steps are those of dense state, bit for bit.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``
 ``singular_in/<key>``, at least r of either; a key is a target's name, or a layer kind when targets
 share a basis.
 ``tokens/<key>`` (), how many live tokens were summed, where the basis was made of tokens; files of
-older versions lack it. ``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
+older versions lack it.
+``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
 Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
 recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).
 """
