@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.export.adapter import load_adapter, write_adapter
 from sparsegrad_cli.export.base_model import BaseModel, load_lora
+from sparsegrad_cli.export.chat_check import Loading
 from sparsegrad_cli.export.check import logits_of
 from sparsegrad_cli.export.lora import LoraParts, lora_parts, reference, write_lora
 from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
@@ -20,6 +21,7 @@ from sparsegrad_cli.export.plain import (
     load_plain,
     merge,
     plain_model,
+    with_stop_tokens,
     write_plain,
 )
 from sparsegrad_cli.export.rebuild import Trained
@@ -42,6 +44,7 @@ class Written:
         rounded: one side's products round x, and the other's do not.
         on_plain: the folder on the base model as it was before it was quantized.
         as_trained: it is the form it was trained in, and computes under autocast if that did.
+        loading: how a process of its own loads the folder of a language model.
         notes: what the user should know.
     """
 
@@ -52,6 +55,7 @@ class Written:
     rounded: bool = False
     on_plain: Callable[[], nn.Module] | None = None
     as_trained: bool = False
+    loading: Loading | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,6 +83,7 @@ def _merged(
         f'{auto}.from_pretrained("{folder}")',
         # On the CPU an 8-bit product takes x as it is.
         rounded=trained.recipe.model.quantization == "8bit" and device.type != "cpu",
+        loading=_loading(auto, partial, None, {"trust_remote_code": trust}),
         notes=notes,
     )
 
@@ -91,6 +96,8 @@ def _lora(
     plain = plain_model(trained)
     parts = lora_parts(trained, plain, options.rank, server=options.server_rank)
     write_lora(plain, parts, trained, base, partial)
+    if base.auto == "AutoModelForCausalLM":
+        with_stop_tokens(plain, trained.setup.tokenizer).save_pretrained(partial)
     del plain
     written = Written(
         parts.record,
@@ -98,6 +105,7 @@ def _lora(
         f'PeftModel.from_pretrained({base.snippet}, "{folder}")',
         logits_of(reference(trained, parts), batches) if parts.truncated else None,
         rounded=rounds_in_evaluation(trained.setup.model, device),
+        loading=_loading(base.auto, partial, base, base.words),
     )
     written.notes += _for_servers(parts, auto_class(trained.setup.model))
     if section.quantization is not None:
@@ -123,6 +131,17 @@ def _for_servers(parts: LoraParts, auto: str) -> list[str]:
             "not take: --to merged is for them"
         )
     return notes
+
+
+def _loading(
+    auto: str, partial: Path, base: BaseModel | None, words: dict[str, Any]
+) -> Loading | None:
+    """How a process of its own loads the folder, on its base model where it has one."""
+    if auto != "AutoModelForCausalLM":
+        return None
+    folder = str(partial)
+    bits = base.quantization if base else {}
+    return Loading(folder, base.source if base else folder, words, bits, adapter=base is not None)
 
 
 def _adapter(

@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.generate.answering import stop_tokens
+from sparsegrad_cli.generate.prompting import ChatPrompts
 from sparsegrad_cli.modeling.loading import load_again
 from sparsegrad_cli.modeling.quantized import dequantized, quantized_layers
 from sparsegrad_cli.modeling.targets import Target
@@ -161,8 +163,25 @@ def merge(trained: Trained) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
+def with_stop_tokens(plain: Any, tokenizer: Any) -> Any:
+    """The model's generation settings, with the end-of-turn token of the chat template.
+
+    A model that was trained on turns ends them with it, whatever its base model ended texts with.
+    """
+    from transformers import GenerationConfig
+
+    stops = stop_tokens(plain, ChatPrompts(tokenizer))
+    # Anew, for settings that transformers made from the model's are made again where it loads them.
+    said = plain.generation_config.to_dict()
+    own = {key: value for key, value in said.items() if not key.startswith("_")}
+    stop: Any = stops if len(stops) != 1 else stops[0]
+    return GenerationConfig.from_dict({**own, "eos_token_id": stop or None})
+
+
 def write_plain(plain: Any, trained: Trained, folder: Path) -> None:
     """A Hugging Face folder: sharded safetensors, configuration, tokenizer, chat template."""
+    if auto_class(plain) == "AutoModelForCausalLM":
+        plain.generation_config = with_stop_tokens(plain, trained.setup.tokenizer)
     plain.save_pretrained(folder, max_shard_size=_SHARD)
     trained.setup.tokenizer.save_pretrained(folder)
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.export.base_model import BaseModel
 from sparsegrad_cli.export.card import CARD, model_card
+from sparsegrad_cli.export.chat_check import (
+    Loading,
+    Said,
+    answers_of,
+    check_answers,
+    plain_prompts,
+)
 from sparsegrad_cli.export.check import allowed, compare, inputs_of, judge, logits_of
 from sparsegrad_cli.export.forms import WRITERS, Written
 from sparsegrad_cli.export.options import ExportOptions
@@ -85,6 +93,13 @@ class _Export:
         self.about = _about(self.trained, files)
         self.base = BaseModel.of(self.trained.recipe.model, self.trained.setup.model)
         self.labels = _labels(self.trained.setup.model)
+        self.tokenizer, self.device = self.trained.setup.tokenizer, self.trained.setup.device
+        self.prompts: list[Sequence[Turn]] = []
+        self.said: list[Said] = []
+        if options.to != "adapter" and self.trained.setup.conversations:
+            self.prompts = plain_prompts(self.trained.setup.conversations, self.tokenizer)
+            model = self.trained.setup.model
+            self.said = answers_of(model, self.tokenizer, self.prompts, self.autocast)
 
     def fill(self, partial: Path) -> None:
         """Write, load back, compare, record; nothing stays if any of it fails."""
@@ -106,8 +121,12 @@ class _Export:
                 where="check",
             )
         got = logits_of(model, self.batches, autocast)
-        del model
         checked = self._checked(got, written)
+        if self.said and written.cut is not None:  # it answers as the cut change, which it holds
+            self.said = answers_of(model, self.tokenizer, self.prompts)
+        del model  # before it is loaded once more
+        if self.said and written.loading is not None:
+            checked["answers_alone"] = self._answers_alone(written.loading, checked)
         if written.on_plain is not None:
             checked["on_plain_base"] = self._on_plain(written.on_plain)
         self.record = {
@@ -129,6 +148,17 @@ class _Export:
         }
         write_json_atomic(partial / RECORD, self.record)
         open_to_readers(partial)
+
+    def _answers_alone(self, loading: Loading, checked: dict[str, Any]) -> dict[str, int]:
+        """What the folder answers in a process of its own, compared with what the run does."""
+        said = f"{len(self.said)} answers, by transformers in a process of its own"
+        self.observer.phase("check", said)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the other process needs it
+        tolerance = checked["judged"]["tolerance"]
+        pad = self.tokenizer.pad_token_id
+        return check_answers(self.said, loading, self.device, pad, tolerance)
 
     def _on_plain(self, load: Callable[[], nn.Module]) -> dict[str, Any]:
         """How far quantizing the base moved the answers: reported, for no rounding explains it."""

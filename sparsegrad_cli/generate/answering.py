@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from sparsegrad_cli.data.conversation import Turn
@@ -28,6 +28,7 @@ class Answer:
         prompt_tokens: what was read.
         tokens: what was generated, the end-of-turn token included.
         seconds: it took; of a batch, an equal share.
+        ids: what was generated.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Answer:
     prompt_tokens: int
     tokens: int
     seconds: float
+    ids: tuple[int, ...] = ()
 
 
 class Answerer:
@@ -58,7 +60,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Any, settings: GenerationSettings) -> None:
         self._model, self._tokenizer, self._settings = model.eval(), tokenizer, settings
         self._prompts = ChatPrompts(tokenizer)
-        self._end = sorted(self._prompts.end | _end_tokens(model))
+        self._end = stop_tokens(model, self._prompts)
         text_config = model.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)
         self._positions = positions if isinstance(positions, int) and positions > 0 else None
@@ -180,7 +182,7 @@ class Answerer:
         stopped: Literal["end", "length", "full"] = "end" if ended else "length"
         if not ended and len(ids) < self._settings.max_new_tokens:
             stopped = "full"
-        return Answer(text.strip(), stopped, len(prompt), len(ids), seconds)
+        return Answer(text.strip(), stopped, len(prompt), len(ids), seconds, tuple(ids))
 
 
 _DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -201,8 +203,8 @@ class _Streamer(TextStreamer):
             self._told(text)
 
 
-def _end_tokens(model: nn.Module) -> set[int]:
-    """What the model's generation_config.json names as end tokens."""
-    config: Any = getattr(model, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    return set() if named is None else {named} if isinstance(named, int) else set(map(int, named))
+def stop_tokens(model: Any, prompts: ChatPrompts) -> list[int]:
+    """The tokens that end an answer: of the template, and of the model's generation_config."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = () if named is None else (named,) if isinstance(named, int) else map(int, named)
+    return sorted({*prompts.end, *own})

@@ -38,6 +38,11 @@ def export_facts(record: Any) -> list[Fact]:
     same, answers = number(check, "same_answers"), number(check, "answers")
     if same is not None:
         facts.append(Fact("Same answers", f"{same:.0f} of {format_count(answers)}"))
+    prompts = number(check, "answers_alone", "prompts")
+    if prompts is not None:
+        stopped = number(check, "answers_alone", "stopped") or 0
+        detail = f"text and stop as the run's, by transformers alone; {stopped:.0f} stopped"
+        facts.append(Fact("Generated answers", f"{prompts:.0f}", detail))
     plain = number(check, "on_plain_base", "difference")
     if plain is not None:
         beside = "what quantizing it had changed: reported, not judged"

@@ -7,6 +7,7 @@ from typing import Any
 from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
+from sparsegrad_cli.data.chat_text import LLAMA2
 from sparsegrad_cli.data.conversation import ChatData
 from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
@@ -22,6 +23,8 @@ from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.training.device import device_of
 from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
 from sparsegrad_cli.training.texts import Few, Parts
+
+_CONVERSATIONS = 32  # of validation that are kept as text
 
 
 def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
@@ -49,6 +52,8 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = LLAMA2  # what is saved with the model is what it was trained with
     train = encode_conversations(
         encoder, data.train, max_length=max_length, enough=few and few.train
     )
@@ -89,6 +94,7 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         ),
         model,
         None,
+        data.validation[:_CONVERSATIONS],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
+from sparsegrad_cli.data.conversation import Conversation
 from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.loading import LoadedTask, load_task
 from sparsegrad_cli.errors import UsageError
@@ -26,6 +27,7 @@ class Parts:
     """What a task gives to a run: the data sets hold what the collator takes, and nothing else.
 
     ``head`` says where a classifier's head comes from; a language model has none of its own.
+    ``conversations`` are the first ones that it is validated on, as they were read.
     """
 
     task: TaskFacts
@@ -36,6 +38,7 @@ class Parts:
     collator: Any
     model: nn.Module
     head: HeadStart | None
+    conversations: list[Conversation]
 
 
 class Few(NamedTuple):
@@ -83,6 +86,7 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         make_collator(tokenizer, max_length=max_length, padding=section.padding),
         model,
         head,
+        [],
     )
 
 

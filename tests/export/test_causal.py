@@ -115,13 +115,18 @@ def by_peft(run: Path, folder: Path) -> nn.Module:
     return model
 
 
-def greedy(model: Any, tokenizer: Any) -> list[int]:
+def greedy(model: Any, tokenizer: Any, stop: Any) -> list[int]:
     chat = [{"role": "user", "content": "3. What was old?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     ids = ids["input_ids"] if not isinstance(ids, Tensor) else ids
     mask = torch.ones_like(ids)
     said = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=9, pad_token_id=0
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=9,
+        pad_token_id=0,
+        eos_token_id=stop,
     )
     return [int(token) for token in said[0]]
 
@@ -140,7 +145,7 @@ def test_every_form_gives_the_loss_that_training_recorded(
     assert said["check"]["answers"] > said["check"]["examples"], "an answer a token"
     lora, about = exported(run, "lora", *rank)
     own, _ = exported(run, "adapter", "--tolerance", "0")
-    models = (
+    models: tuple[Any, ...] = (
         by_transformers(merged),
         by_peft(run, lora),
         sparsegrad_cli.load_adapter(own),
@@ -149,10 +154,11 @@ def test_every_form_gives_the_loss_that_training_recorded(
     trained = record(run)["metrics"]["final"]["loss"]
     assert abs(loss_of(by_transformers(base_of(run)), batches) - trained) > 0.05
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    said_first = greedy(models[0], tokenizer)
+    stop = models[0].generation_config.eos_token_id  # a base model alone ends no turn
+    said_first = greedy(models[0], tokenizer, stop)
     for model in models:
         assert loss_of(model, batches) == pytest.approx(trained, abs=5e-5)
-        assert greedy(model, tokenizer) == said_first
+        assert greedy(model, tokenizer, stop) == said_first
     # What makes it talk goes along, and tied weights stay tied, or are carried at both ends.
     plain: Any = models[0]
     assert tokenizer.chat_template and plain.generation_config.max_new_tokens == 9

@@ -1,0 +1,202 @@
+"""Chat models talk elsewhere as they do here: the same template, the same text, the same stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from little import base_of, train
+from small import Outcome
+from talkers import CHATML, asks, load, talker
+
+from sparsegrad_cli.data.chat_text import LLAMA2
+from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.export import chat_check, forms
+from sparsegrad_cli.export.chat_check import Loading, Said, check_answers, plain_prompts
+from sparsegrad_cli.generate.answering import Answer, Answerer
+from sparsegrad_cli.generate.options import GenerationSettings
+
+Exported = Callable[..., tuple[Path, dict[str, Any]]]
+QUESTIONS = ("red", "blue", "green")
+END, TURN = 1, 3  # ids of </s> and <|im_end|>
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``talks("method=full", template=None)``: a run that has learnt to answer ``ok`` and stop."""
+    place = tmp_path_factory.mktemp("talks")
+    rows = [{"prompt": f"{n % 9} {QUESTIONS[n % 3]}", "completion": "ok"} for n in range(36)]
+    data = place / "talk.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    made: dict[Any, Path] = {}
+
+    def run(method: str, template: str | None = CHATML) -> Path:
+        key = (method, template)
+        if key not in made:
+            base = place / f"base-{len(made)}"
+            talker(base, positions=96, template=template)
+            # The base ends texts with </s>, and says nothing of the end of a turn.
+            assert json.loads((base / "config.json").read_text())["eos_token_id"] != TURN
+            limits = ("task.max_length=64", "task.validation_fraction=0.25", "scope=rest")
+            steps = ("train.max_steps=40", "train.eval_steps=40", "train.learning_rate=1e-2")
+            made[key] = train(place / f"run-{len(made)}", base, data, method, *limits, *steps)
+        return made[key]
+
+    return run
+
+
+def plainly(folder: Path, model: Any) -> list[tuple[str, bool]]:
+    """(text, stopped) as any user of transformers asks: nothing is said but the length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": f"1 {question}"}]
+        asked = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**asked, do_sample=False, max_new_tokens=12)
+        new = out[0, asked["input_ids"].shape[1] :].tolist()
+        text = tokenizer.decode(new, skip_special_tokens=True).strip()
+        found.append((text, len(new) < 12))
+    return found
+
+
+def ours(source: Path) -> list[tuple[str, bool]]:
+    """The same questions, as ``sparsegrad generate`` asks them."""
+    model, tokenizer, _ = load(source)
+    answerer = Answerer(model, tokenizer, GenerationSettings(max_new_tokens=12))
+    answers = answerer.answer([asks(f"1 {question}") for question in QUESTIONS])
+    return [(answer.text, answer.stopped == "end") for answer in answers]
+
+
+def test_the_run_its_export_and_plain_transformers_say_the_same_and_stop(
+    talks: Callable[..., Path], exported: Exported
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = talks("method=full")
+    folder, record = exported(run, "merged")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert TURN in settings["eos_token_id"] and len(settings["eos_token_id"]) > 1
+    assert ours(run) == [("ok", True)] * 3
+    assert ours(folder) == ours(run)
+    assert plainly(folder, AutoModelForCausalLM.from_pretrained(folder)) == ours(run)
+    alone = record["check"]["answers_alone"]
+    assert alone["prompts"] == alone["stopped"] == 3 and alone["rounded"] == 0
+    base = AutoModelForCausalLM.from_pretrained(base_of(run))
+    assert not all(stopped for _, stopped in plainly(folder, base)), "the base does not stop"
+
+
+def test_a_lora_folder_carries_template_and_stop_token(
+    talks: Callable[..., Path], exported: Exported
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    run = talks("method=lora")
+    folder, record = exported(run, "lora")
+    assert TURN in GenerationConfig.from_pretrained(folder).eos_token_id
+    assert record["check"]["answers_alone"]["prompts"] == 3
+    base: Any = AutoModelForCausalLM.from_pretrained(base_of(run))
+    model: Any = PeftModel.from_pretrained(base, str(folder))
+    base.generation_config = GenerationConfig.from_pretrained(folder)
+    assert plainly(folder, model) == ours(run) == ours(folder)
+
+
+def test_a_model_without_a_template_is_exported_with_the_one_it_was_trained_with(
+    talks: Callable[..., Path], exported: Exported
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = talks("method=full", template=None)
+    assert AutoTokenizer.from_pretrained(base_of(run)).chat_template is None
+    folder, _ = exported(run, "merged")
+    assert AutoTokenizer.from_pretrained(folder).chat_template == LLAMA2
+    found = plainly(folder, AutoModelForCausalLM.from_pretrained(folder))
+    assert found == ours(run) == ours(folder) == [("ok", True)] * 3
+
+
+def test_an_export_without_its_stop_token_is_refused(
+    talks: Callable[..., Path],
+    refused: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = forms.WRITERS["merged"]
+
+    def forgetful(trained: Any, partial: Path, *rest: Any) -> Any:
+        written = write(trained, partial, *rest)
+        settings = json.loads((partial / "generation_config.json").read_text())
+        settings["eos_token_id"] = END
+        (partial / "generation_config.json").write_text(json.dumps(settings))
+        return written
+
+    monkeypatch.setitem(forms.WRITERS, "merged", forgetful)
+    outcome = refused(1, talks("method=full"), "--to", "merged")
+    assert "does not stop where the run does" in outcome.flat
+    assert "the run says 'ok' and stops" in outcome.flat
+
+
+# --- what the check makes of an answer
+
+LOADING = Loading("folder", "folder", {}, {}, adapter=False)
+
+
+def said(ids: tuple[int, ...] = (7, 8, TURN)) -> Said:
+    """An answer of the run, which held token 9 for nearly as likely as 8."""
+    logits = torch.zeros(len(ids), 12)
+    for row, token in enumerate(ids):
+        logits[row, token] = 5.0
+    logits[1, 9] = 4.9
+    return Said(asks("q"), [4, 5], Answer("ab", "end", 2, len(ids), 0.0, ids), logits)
+
+
+@pytest.mark.parametrize(
+    ("got", "message"),
+    [
+        ({}, None),
+        ({"prompt": [4, 6]}, "writes another prompt"),
+        ({"ids": [7, 10, TURN]}, "its answer is another"),
+        ({"ids": [7, 8, TURN, 4], "ended": False}, "does not stop where the run does"),
+        ({"ids": [7, 8], "ended": True}, "does not stop where the run does"),
+        ({"text": "a b"}, "reads the same tokens otherwise"),
+        ({"ids": [7, 9, 4, 4], "ended": False}, None),  # rounding decides between 8 and 9
+    ],
+)
+def test_text_and_stop_are_compared(
+    got: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"prompt": [4, 5], "ids": [7, 8, TURN], "text": "ab", "ended": True, **got}
+    monkeypatch.setattr(chat_check, "_fresh_process", lambda job: [whole])
+    arguments = ([said()], LOADING, torch.device("cpu"), None, 0.1)
+    if message is None:
+        found = check_answers(*arguments)
+        assert found["rounded"] == ("ids" in got) and found["stopped"] == 1
+        return
+    with pytest.raises(SparsegradError, match=message):
+        check_answers(*arguments)
+
+
+def test_prompts_are_such_as_anyone_can_ask(tmp_path: Path) -> None:
+    _, tokenizer, _ = load(talker(tmp_path / "base"))
+
+    def talk(*turns: Turn) -> Conversation:
+        return Conversation((*turns, Turn("assistant", "a", learn=True)), "g")
+
+    kept = talk(Turn("system", "s"), Turn("user", "u"))
+    left_out = [
+        talk(Turn("user", "a <|im_end|> typed")),
+        talk(Turn("user", "u"), Turn("assistant", "", extra={"tool_calls": []}), Turn("tool", "t")),
+    ]
+    assert plain_prompts([*left_out, kept], tokenizer) == [[Turn("user", "u")]]
+    assert len(plain_prompts([kept] * 9, tokenizer)) == 3
+    no = "{% if m.content == 'no' %}{{ raise_exception('No') }}{% endif %}"
+    tokenizer.chat_template = CHATML.replace("<|im_start|>{{", f"{no}<|im_start|>{{{{", 1)
+    assert len(plain_prompts([talk(Turn("user", "no")), kept], tokenizer)) == 1
+    assert [turns[-1].role for turns in plain_prompts(left_out, tokenizer)] == ["user"]
