@@ -114,7 +114,11 @@ def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor]) -> bool:
     width = layer.in_features if is_quantized(layer) else layer.weight.shape[1]
     x = torch.linspace(-1, 1, 2 * width).reshape(1, 2, -1)
     x = x.to(next(gate.parameters()).device, dtype_of(gate))
+    before = module.training
     try:
-        return torch.equal(module(x), lean(x))
+        # In training too, where a module may have dropout that evaluation does not show.
+        return all(torch.equal(module.train(mode)(x), lean(x)) for mode in (False, True))
     except (TypeError, ValueError, RuntimeError):
         return False
+    finally:
+        module.train(before)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -67,6 +68,7 @@ class _CoreLinear(torch.autograd.Function):
         return y_NO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g_NO,) = grads
         u_NS, weight_OI, core_RS, q_out_OR, q_in_IS = ctx.saved_tensors

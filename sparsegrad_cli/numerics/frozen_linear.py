@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -52,6 +53,7 @@ class _CoreBeside(torch.autograd.Function):
         return y_NO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g_NO,) = grads
         u_NS, core_RS, q_out_OR, q_in_IS = ctx.saved_tensors
@@ -95,6 +97,7 @@ class _AdapterLinear(torch.autograd.Function):
         return y_NO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g_NO,) = grads
         x_NI, h_NR, weight_OI, bias_O, a_RI, b_OR, mask = ctx.saved_tensors

@@ -16,6 +16,7 @@ from sparsegrad_cli.modeling.lean import (
     use_byte_masks,
     use_lean_gates,
 )
+from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.dropout import ByteDropout
 
 
@@ -109,3 +110,36 @@ def test_nothing_is_changed_on_classes() -> None:
     use_byte_masks(lean)
     assert "forward" not in vars(other.get_submodule("bert.encoder.layer.0.intermediate"))
     assert any(type(m) is nn.Dropout for m in other.modules())
+
+
+class DroppingMLP(nn.Module):
+    """A gated MLP that drops in training, by a function that no submodule shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 9), nn.Linear(4, 9)
+        self.down_proj, self.act_fn = nn.Linear(9, 4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return nn.functional.dropout(out, 0.5, training=self.training)
+
+
+@pytest.mark.parametrize("activation", ["dropout", "in place", "identity"])
+def test_gates_that_are_not_quite_such_are_left_alone_or_right(activation: str) -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([DroppingMLP().eval()])
+    mlp = model.layers[0]
+    targets = [
+        Target(f"layers.0.{n}", n, 0, out, width, False)
+        for n, out, width in (("gate_proj", 9, 4), ("up_proj", 9, 4), ("down_proj", 4, 9))
+    ]
+    if activation != "dropout":
+        mlp.act_fn = nn.Identity() if activation == "identity" else nn.ReLU(inplace=True)
+        mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    before = mlp.training
+    assert use_lean_gates(model, targets) == (activation == "identity")
+    assert mlp.training is before
+    x = torch.ones(2, 4)
+    expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert torch.equal(mlp(x), expected)
