@@ -50,8 +50,13 @@ def train(
         # Seconds of importing, for a run that may: a folder that is refused is refused at once.
         from sparsegrad_cli.training.fine_tuning import TrainingSession
 
+        initial = None
+        if loaded.recipe.init_from is not None:
+            from sparsegrad_cli.export.initial import Initial
+
+            initial = Initial(loaded)
         with all_here_to_stay():
-            TrainingSession(loaded, record, observer, resume=resume).run()
+            TrainingSession(loaded, record, observer, resume=resume, initial=initial).run()
 
     return run_recorded(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
 

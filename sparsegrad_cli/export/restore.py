@@ -120,13 +120,24 @@ def check_base(files: RunFiles, base: Base) -> None:
 
 
 def _basis(files: RunFiles, base: Base, settings: SparsegradMethod) -> BasisFile:
-    """The basis the run was trained with, and no other."""
-    path, where = files.basis
-    basis = read_basis(path)
+    """The basis the run was trained with, on the base of the run."""
+    where = files.basis[1]
+    basis = read_basis_of(files)
     check_belongs(basis, base.targets, base.fingerprint, where)
     rank = settings.rank if settings.form == "core" else None
     if not isinstance(rank, float | str):
         check_rank(basis, rank, where)
+    return basis
+
+
+def read_basis_of(files: RunFiles) -> BasisFile:
+    """Read the basis that a run was trained with, and no other.
+
+    Raises:
+        FileFormatError: it is damaged, or another one.
+    """
+    path, where = files.basis
+    basis = read_basis(path)
     if basis.digest != files.recorded("calibration", "digest"):
         raise FileFormatError(
             "the basis is not the one that this run was trained with: it was made anew since",

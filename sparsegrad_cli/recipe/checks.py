@@ -72,6 +72,9 @@ def outside_problems(
     if basis is not None and not is_file(basis):
         fix = "`sparsegrad calibrate` writes one"
         found.append((("calibration", "basis"), f"no such file: {from_here(basis)}", fix))
+    if data and recipe.init_from is not None and not _is_adapter(recipe.init_from):
+        what = f"expected a folder with run.json or adapter_config.json: {recipe.init_from}"
+        found.append((("init_from",), what, "name a run's folder or a PEFT LoRA folder"))
     if recipe.output_dir is not None and str(expanded(recipe.output_dir)).startswith("~"):
         found.append((("output_dir",), f"there is no such home: {recipe.output_dir}", None))
     found += [*quantization_problems(recipe), *training_problems(recipe)]
@@ -96,3 +99,9 @@ def _missing_model(
         fix = f"{near} For a model of that name on the hub, say model.revision: main"
         return path, f"no such folder: {name}", fix
     return None
+
+
+def _is_adapter(name: str) -> bool:
+    folder = expanded(name)
+    inside = folder.name == "adapter" and is_file(folder.parent / "run.json")
+    return inside or is_file(folder / "run.json") or is_file(folder / "adapter_config.json")

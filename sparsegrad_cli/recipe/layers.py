@@ -29,6 +29,7 @@ _PATH_KEYS: tuple[KeyPath, ...] = (
     ("task", "path"),
     ("task", "chat", "forgetting"),
     ("calibration", "basis"),
+    ("init_from",),
     ("output_dir",),
 )
 _MOST_FILES = 32  # that a recipe may extend, directly or by way of others

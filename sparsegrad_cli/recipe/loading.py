@@ -150,6 +150,8 @@ def digest(recipe: Recipe) -> str:
     """
     plain = to_plain(recipe)
     plain.pop("output_dir")
+    if recipe.init_from is None:
+        del plain["init_from"]
     if recipe.model.quantization is None:
         del plain["model"]["quantization"]
     if plain["method"].get("entries", 0) is None:

@@ -278,6 +278,12 @@ class Recipe(Section):
     calibration: CalibrationSection = CalibrationSection()
     train: TrainSection = TrainSection()
     seed: Seed = 42
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="a run's folder, or a PEFT LoRA folder, whose trained values training starts "
+        "from; for lora and sparsegrad's form core",
+    )
     output_dir: str | None = Field(
         None, min_length=1, description="runs/<task>-<method>-<n> by default"
     )

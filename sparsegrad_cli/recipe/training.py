@@ -14,7 +14,7 @@ SMOOTHED_SCORES = "label smoothing is one of classes, and the labels of this tas
 
 def training_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
     """(key, what is wrong, what to do), all of them."""
-    found = [*_of_the_best(recipe.train), *_of_the_trackers(recipe.train)]
+    found = [*_of_the_start(recipe), *_of_the_best(recipe.train), *_of_the_trackers(recipe.train)]
     train = recipe.train
     if train.lr_scheduler_type == "polynomial" and train.learning_rate <= _POLYNOMIAL_END:
         what = f"lr_scheduler_type polynomial ends at {_POLYNOMIAL_END:g}, which must be smaller"
@@ -32,6 +32,24 @@ def training_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
             or (spec is not None and spec.regression)
         ):
             found.append((key, SMOOTHED_SCORES, "leave it out"))
+    return found
+
+
+def _of_the_start(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
+    """What ``init_from`` cannot be, or what has no effect beside it."""
+    found: list[tuple[KeyPath, str, str]] = []
+    if recipe.init_from is None:
+        return found
+    if not recipe.method.beside_weights:
+        what = f"{recipe.method.name} trains the weights themselves, not an adapter beside them"
+        fix = "`sparsegrad export RUN --to merged`, and set model to the export"
+        found.append((("init_from",), what, fix))
+    elif recipe.method.calibrates and recipe.calibration.basis is not None:
+        what = "the basis comes with init_from"
+        found.append((("calibration", "basis"), what, "leave it out"))
+    if recipe.method.calibrates and recipe.calibration.keep_head:
+        what = "has no effect with init_from, which brings its head and needs no warm-up"
+        found.append((("calibration", "keep_head"), what, "leave it out"))
     return found
 
 

@@ -43,6 +43,7 @@ _ORIGINS = {
     "data": ("on other data", "the data"),
     "model": ("on another base model", "the model"),
     "basis": ("in another basis", "basis.safetensors"),
+    "start": ("from another adapter", "what init_from names"),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol
 
+from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
 from sparsegrad_cli.methods.table import make_method
@@ -21,6 +23,7 @@ from sparsegrad_cli.training.basis_file import (
     check_rank,
     check_tokens,
     read_basis,
+    write_basis,
 )
 from sparsegrad_cli.training.calibration import Calibration
 from sparsegrad_cli.training.diagnostics import spectra
@@ -30,13 +33,32 @@ from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
 from sparsegrad_cli.training.setup import Setup, check_autocast
 
 
+class InitialValues(Protocol):
+    """What training starts from, where the recipe names an adapter."""
+
+    def basis(self) -> BasisFile | None:
+        """Return the basis that it is written in, if any."""
+        ...
+
+    def load(self, setup: Setup, method: Method) -> dict[str, Any]:
+        """Copy its values into a prepared model; return what the record says of it."""
+        ...
+
+
 class TrainingSession(Session):
     """``sparsegrad train``: from recipe to record, adapter and checkpoints."""
 
     def __init__(
-        self, loaded: LoadedRecipe, record: RunRecord, observer: Observer, *, resume: bool
+        self,
+        loaded: LoadedRecipe,
+        record: RunRecord,
+        observer: Observer,
+        *,
+        resume: bool,
+        initial: InitialValues | None = None,
     ) -> None:
         super().__init__(loaded, record, observer)
+        self.initial = initial
         self.resume = resume
 
     def run(self) -> None:
@@ -68,6 +90,11 @@ class TrainingSession(Session):
                 scores=found.scores if found else None,
             )
         check_what_trains(setup.model, prepared.counts)
+        if self.initial is not None:
+            start = self.initial.load(setup, method)
+            self.record.save(init_from=start)
+            head = f"; its head is {start['head']}" if start["head"] else ""
+            self.observer.note(f"training starts from {start['path']}{head}")
         return prepared
 
     def _calibrated(self, setup: Setup) -> Calibration | BasisFile:
@@ -75,10 +102,18 @@ class TrainingSession(Session):
         given = self.recipe.calibration.basis
         own = self.record.path / BASIS_NAME
         path = expanded(given) if given else own
-        basis = read_basis(path) if given else self._own_basis(own, setup.task.data_hash)
-        if basis is None:
-            return self.calibrated(setup)
-        where = self.loaded.where("calibration.basis") if given else str(own)
+        brought = self.initial.basis() if self.initial is not None else None
+        if brought is not None:
+            basis, where = brought, self.loaded.where("init_from")
+            if ranks.is_first():  # the run needs nothing of the other one later
+                write_basis(own, brought)
+        elif given:
+            basis, where = read_basis(path), self.loaded.where("calibration.basis")
+        else:
+            kept, where = self._own_basis(own, setup.task.data_hash), str(own)
+            if kept is None:
+                return self.calibrated(setup)
+            basis = kept
         check_belongs(basis, setup.targets, setup.fingerprint, where)
         method = self.method
         if not isinstance(method, SparsegradMethod) or method.form != "core":

@@ -164,6 +164,7 @@ class TrainingLoop:
                 "basis": calibration.get("digest"),
                 "data": setup.task.data_hash,
                 "model": setup.fingerprint,
+                "start": (session.record.data.get("init_from") or {}).get("digest"),
             },
             model=setup.model,
             args=arguments,

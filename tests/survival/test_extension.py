@@ -59,7 +59,10 @@ def test_an_extended_run_is_bitwise_the_longer_one(
     assert code == 0, said
     assert "extended from" in said and "the same for any length" in said
     assert weights(run) == weights(whole)
-    assert results(record(run)) == results(record(whole))
+    mine, theirs = results(record(run)), results(record(whole))
+    for each in (mine, theirs):
+        each["task"].pop("notes")  # name the file of a key
+    assert mine == theirs
     assert record(run)["recipe_digest"] == record(whole)["recipe_digest"]
     assert len(record(run)["extended"]) == 1
     code, said = resume(bench, run)

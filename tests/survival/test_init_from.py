@@ -1,0 +1,175 @@
+"""init_from: training starts at what another run, or a PEFT LoRA folder, has trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from killing import Ended
+from surviving import Bench, flat, record, results, weights
+
+COMMON = (
+    "task=csv",
+    "task.max_length=16",
+    "train.per_device_train_batch_size=16",
+    "train.max_steps=4",
+    "train.learning_rate=1e-2",
+    "train.lr_scheduler_type=constant",
+    "train.warmup_steps=0",
+    "train.eval_strategy=steps",
+    "train.eval_steps=2",
+    "train.load_best_model_at_end=false",
+    "train.use_cpu=true",
+    "calibration.steps=2",
+    "calibration.warmup_steps=2",
+)
+METHODS = {
+    "lora": ("method=lora", "method.rank=2"),
+    "core static": ("method.form=core", "method.density=0.05", "method.rank=7"),
+    "core dynamic": ("method.form=core", "method.support=dynamic", "method.rank=7"),
+}
+
+
+def train(bench: Bench, run: Path, method: tuple[str, ...], *more: str, **kill: str) -> Ended:
+    folders = (f"model={bench.base}", f"task.path={bench.data}", "-o", str(run))
+    return bench.killer.run("train", *COMMON, *method, *folders, *more, **kill)
+
+
+@pytest.fixture(scope="module")
+def sources(bench: Bench) -> dict[str, Path]:
+    """One run of each method."""
+    found = {name: bench.fresh() for name in METHODS}
+    for name, run in found.items():
+        ended = train(bench, run, METHODS[name])
+        assert ended.code == 0, ended.err
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_starts_where_the_other_ended(
+    bench: Bench, sources: dict[str, Path], method: str
+) -> None:
+    run, source = bench.fresh(), sources[method]
+    ended = train(bench, run, METHODS[method], f"init_from={source}")
+    assert ended.code == 0, ended.err
+    assert f"training starts from {source}; its head is loaded" in flat(ended)
+    mine, theirs = record(run), record(source)
+    assert mine["metrics"]["initial"]["loss"] == theirs["metrics"]["final"]["loss"]
+    assert mine["init_from"]["path"] == str(source)
+    assert len(mine["init_from"]["digest"]) == 64
+    if method != "lora":
+        assert mine["calibration"]["digest"] == theirs["calibration"]["digest"]
+        assert (run / "basis.safetensors").is_file()
+        assert "calibrate" not in flat(ended).split()
+    # Nothing of the other run is needed to export this one.
+    moved = bench.fresh()
+    shutil.copytree(run, moved)
+    exported = bench.killer.run("export", str(moved), "--to", "merged")
+    assert exported.code == 0, exported.err
+
+
+def test_a_resumed_run_starts_from_the_same_values(bench: Bench, sources: dict[str, Path]) -> None:
+    method, start = METHODS["core static"], f"init_from={sources['core static']}"
+    whole, run = bench.fresh(), bench.fresh()
+    assert train(bench, whole, method, start).code == 0
+    assert train(bench, run, method, start, moment="evaluated", count=3).code == -9
+    resumed = train(bench, run, method, start, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert weights(run) == weights(whole)
+    assert results(record(run)) == results(record(whole))
+
+
+@pytest.mark.parametrize(
+    ("source", "method", "more", "words"),
+    [
+        ("lora", "lora", ("method.rank=3",), "method.rank is 3 here, and was 2"),
+        ("lora", "lora", ("method.rslora=true",), "method.rslora is True here, and was False"),
+        ("lora", "lora", ("targets.blocks=[0]",), "target modules is"),
+        ("lora", "lora", ("seed=7",), "seed (it draws bert.pooler.dense.bias"),
+        ("lora", "core static", (), "method.name is sparsegrad here, and was lora"),
+        ("core static", "core static", ("method.density=0.1",), "method.density is 0.1 here"),
+        ("core static", "core dynamic", (), "method.support is dynamic here"),
+    ],
+)
+def test_what_differs_is_named(
+    bench: Bench,
+    sources: dict[str, Path],
+    source: str,
+    method: str,
+    more: tuple[str, ...],
+    words: str,
+) -> None:
+    ended = train(bench, bench.fresh(), METHODS[method], f"init_from={sources[source]}", *more)
+    assert ended.code == 2, ended.err
+    assert words in flat(ended)
+
+
+@pytest.mark.parametrize("method", ["full", "meprop"])
+def test_a_method_that_trains_the_weights_starts_from_an_export(
+    bench: Bench, sources: dict[str, Path], method: str
+) -> None:
+    ended = bench.killer.run("validate", f"method={method}", f"init_from={sources['lora']}")
+    assert ended.code == 2
+    assert "export RUN --to merged" in flat(ended)
+
+
+def test_a_folder_without_an_adapter_and_keys_without_effect_are_refused(
+    bench: Bench, sources: dict[str, Path]
+) -> None:
+    ended = bench.killer.run("validate", "method=lora", f"init_from={bench.data}")
+    assert ended.code == 2 and "run.json or adapter_config.json" in flat(ended)
+    ended = bench.killer.run(
+        "validate", f"init_from={sources['core static']}", "calibration.keep_head=true"
+    )
+    assert ended.code == 2 and "calibration.keep_head" in flat(ended)
+
+
+def test_a_peft_folder_is_a_start_for_lora_of_its_rank_and_scale(
+    bench: Bench, sources: dict[str, Path]
+) -> None:
+    folder = bench.fresh()
+    exported = bench.killer.run("export", str(sources["lora"]), "--to", "lora", "-o", str(folder))
+    assert exported.code == 0, exported.err
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = (f"method.rank={config['r']}", f"method.alpha={config['lora_alpha']}")
+    run = bench.fresh()
+    ended = train(bench, run, ("method=lora", *scale), f"init_from={folder}")
+    assert ended.code == 0, ended.err
+    before = record(sources["lora"])["metrics"]["final"]["loss"]
+    assert record(run)["metrics"]["initial"]["loss"] == pytest.approx(before, rel=1e-4)
+    assert record(run)["init_from"]["kind"] == "peft"
+    other = train(bench, bench.fresh(), METHODS["lora"], f"init_from={folder}", "method.alpha=9")
+    assert other.code == 2 and "method.alpha is 9" in flat(other)
+    core = train(bench, bench.fresh(), METHODS["core static"], f"init_from={folder}")
+    assert core.code == 2 and "is a LoRA adapter" in flat(core)
+
+
+def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(
+    bench: Bench, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("train.csv", "validation.csv"):
+        text = (bench.data / name).read_text()
+        (tmp_path / name).write_text(text.replace(",low", ",other").replace(",high", ",word"))
+    ended = train(
+        bench,
+        bench.fresh(),
+        METHODS["lora"],
+        f"init_from={sources['lora']}",
+        f"task.path={tmp_path}",
+    )
+    assert ended.code == 0, ended.err
+    assert "its head is fresh" in flat(ended)
+
+
+def test_a_comparison_refuses_a_start_that_one_method_alone_has(
+    bench: Bench, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    from sparsegrad_cli.compare.parity import compared
+    from sparsegrad_cli.recipe.loading import digest, load_recipe
+
+    plain = load_recipe(None, ("method=lora",)).recipe
+    started = load_recipe(None, ("method=lora", f"init_from={sources['lora']}")).recipe
+    assert compared(plain)["init_from"] != compared(started)["init_from"]
+    assert digest(plain) != digest(started)
