@@ -17,13 +17,14 @@ COMMON = (
     "task=csv",
     "task.max_length=16",
     "train.per_device_train_batch_size=16",
-    "train.num_train_epochs=2",
     "train.learning_rate=1e-2",
     "train.lr_scheduler_type=constant",
     "train.warmup_steps=0",
     "train.logging_steps=2",
     "train.use_cpu=true",
 )
+
+TWO = ("train.num_train_epochs=2",)
 
 
 def train(bench: Bench, run: Path, method: str, *more: str) -> None:
@@ -42,7 +43,7 @@ def resume(bench: Bench, run: Path, *more: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("short", "long"),
     [
-        ((), ("train.num_train_epochs=4",)),
+        (("train.num_train_epochs=2",), ("train.num_train_epochs=4",)),
         (
             ("train.max_steps=5", "train.eval_strategy=steps", "train.eval_steps=5"),
             ("train.max_steps=10",),
@@ -71,7 +72,7 @@ def test_an_extended_run_is_bitwise_the_longer_one(
 
 def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(bench: Bench) -> None:
     run = bench.fresh()
-    train(bench, run, "lora", "train.lr_scheduler_type=linear", "train.logging_steps=1")
+    train(bench, run, "lora", *TWO, "train.lr_scheduler_type=linear", "train.logging_steps=1")
     code, said = resume(bench, run, "train.num_train_epochs=4")
     assert code == 0, said
     assert "linear is recomputed over 12 steps" in said
@@ -82,14 +83,14 @@ def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(bench: Bench) -
 
 def test_any_other_change_is_refused_and_leaves_the_run_done(bench: Bench) -> None:
     run = bench.fresh()
-    train(bench, run, "lora")
+    train(bench, run, "lora", *TWO)
     before = (run / "run.json").read_bytes()
     for settings, words in (
         (("train.num_train_epochs=4", "seed=1"), "seed was 42, now 1"),
         (("train.num_train_epochs=4", "train.learning_rate=1"), "train.learning_rate was 0.01"),
         (("train.num_train_epochs=1",), "can be extended, not shortened"),
         (("train.max_steps=3",), "train.max_steps was 6, now 3"),
-        (("train.num_train_epochs=9", "train.max_steps=9"), "has no effect: train.max_steps is 9"),
+        (("train.num_train_epochs=9", "train.max_steps=9"), "has no effect"),
     ):
         code, said = resume(bench, run, *settings)
         assert code == 2 and words in said, said

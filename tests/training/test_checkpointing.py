@@ -65,7 +65,7 @@ def test_losses_since_the_last_log_are_kept(tmp_path: Path) -> None:
     other._load_from_checkpoint(str(folder))
     other.go_on()
     assert (float(other._tr_loss), other._globalstep_last_logged) == (0.75, 4)
-    assert other.resumed.folder == folder and not other.resumed.over
+    assert other.resumed.folder == folder and not other.resumed.stopped
 
 
 @pytest.mark.parametrize(
