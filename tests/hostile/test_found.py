@@ -276,7 +276,7 @@ def test_cells_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ('{"text": "a", "label": 1%s}' % ("0" * 400), "there is nothing to learn"),
+        ('{"text": "a", "label": 1%s}\n{"text": "b", "label": 0.5}' % ("0" * 400), "too large"),
         ('{"text": "a", "label": 1e300}\n{"text": "b", "label": 0.5}', "too large"),
         ('{"text": "a", "label": "1e400"}\n{"text": "b", "label": "0.5"}', "too large"),
         ('{"text": "\\ud800", "label": 0}\n{"text": "b", "label": 1}', "half of a character"),
