@@ -109,6 +109,8 @@ def compare(
         _show_plan(solve(), as_json)
         return
     err = Console(stderr=True, quiet=quiet)
+    for note in study.notes:
+        err.print(plain_line(f"note: {note}"))
 
     def tell(line: str) -> None:
         err.print(plain_line(line, style="bold"))

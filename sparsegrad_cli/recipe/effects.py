@@ -12,7 +12,7 @@ A key that a recipe takes has an effect, or it is refused with the reason. Two c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -64,6 +64,11 @@ class Found:
     place: Place
     refused: bool
 
+    @property
+    def lenient(self) -> bool:
+        """Whether a command line gave it to whatever shares the key."""
+        return self.idle.common and self.place.file == COMMAND_LINE
+
     def problem(self) -> Problem:
         """The refusal."""
         key, what = dotted(self.idle.key), f"has no effect: {self.idle.why}"
@@ -96,8 +101,8 @@ def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:
         values[idle.key] = idle.neutral
         if place is None:  # it has a default
             continue
-        lenient = idle.common and place.file == COMMAND_LINE
-        found.append(Found(idle, place, refused=not overruled and not lenient))
+        each = Found(idle, place, refused=not overruled)
+        found.append(replace(each, refused=each.refused and not each.lenient))
     return _replaced(recipe, values), found
 
 

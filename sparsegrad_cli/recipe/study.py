@@ -63,6 +63,7 @@ class LoadedStudy:
     Attributes:
         match_place: where ``match`` was written.
         budget: once the budget is solved, what was picked: that block of compare.json.
+        notes: settings of the command line that have no effect in any cell.
     """
 
     study: Study
@@ -70,6 +71,7 @@ class LoadedStudy:
     cells: tuple[Cell, ...]
     match_place: Place = _DEFAULTS
     budget: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_study(
@@ -268,7 +270,8 @@ def expand(
             without_effect += [found for found in idle if found.place.strength >= 2 * len(base)]
         except RecipeError as error:
             problems.update({f"{p.where} {p.what}": p for p in error.problems})
-    problems.update(_idle_everywhere(without_effect, len(cells)))
+    everywhere = _idle_everywhere(without_effect, len(cells))
+    problems.update({f"idle {e.idle.key}": e.problem() for e in everywhere if not e.lenient})
     met = Counter((cell.task, cell.label, cell.seed) for cell in cells)
     twice = [f"{task} {label} seed {seed}" for (task, label, seed), n in met.items() if n > 1]
     if twice and not problems:
@@ -281,7 +284,8 @@ def expand(
             problems[f"{problem.where} {problem.what}"] = problem
     if problems:
         raise RecipeError(list(problems.values()))
-    return LoadedStudy(study, source, tuple(cells), match_place)
+    notes = tuple(each.note() for each in everywhere if each.lenient)
+    return LoadedStudy(study, source, tuple(cells), match_place, notes=notes)
 
 
 def _shared_decay(study: Study, cells: list[Cell]) -> dict[str, Problem]:
@@ -313,11 +317,11 @@ def _shared_decay(study: Study, cells: list[Cell]) -> dict[str, Problem]:
     return {key: Problem(key, what, place.file, place.line, f"{fix}differ")}
 
 
-def _idle_everywhere(found: list[Found], cells: int) -> dict[str, Problem]:
-    """Settings of the study, or beside it, that have no effect in any cell."""
+def _idle_everywhere(found: list[Found], cells: int) -> list[Found]:
+    """Settings of the study, or beside it, that have no effect in any cell; each once."""
     count = Counter((each.idle.key, each.place) for each in found)
-    refused = {each.idle.key: each for each in found if count[each.idle.key, each.place] == cells}
-    return {f"idle {key}": each.problem() for key, each in refused.items()}
+    everywhere = [each for each in found if count[each.idle.key, each.place] == cells]
+    return list({each.idle.key: each for each in everywhere}.values())
 
 
 def _cell_layers(

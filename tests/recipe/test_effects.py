@@ -330,9 +330,11 @@ def test_a_setting_without_effect_in_any_cell_is_refused(tmp_path: Path) -> None
     (problem,) = caught.value.problems
     assert (problem.key, problem.line) == ("calibration.steps", 4)
     assert load_study(write(tmp_path, text.replace("full", "sparsegrad"), "s.yaml"))
-    with pytest.raises(RecipeError, match=r"calibration\.steps"):
-        make_study(None, ("lora", "full"), 1, ("calibration.steps=9",))
-    make_study(None, ("lora", "sparsegrad"), 1, ("calibration.steps=9",))
+    (note,) = make_study(None, ("lora", "full"), 1, ("calibration.steps=9",)).notes
+    assert note.startswith("calibration.steps (command line) has no effect")
+    assert not make_study(None, ("lora", "sparsegrad"), 1, ("calibration.steps=9",)).notes
+    with pytest.raises(RecipeError, match=r"train\.eval_steps: has no effect"):
+        make_study(None, ("lora", "full"), 1, ("train.eval_steps=9",))
     text = "methods:\n  - {method: lora, calibration: {steps: 9}}\n  - sparsegrad\n"
     with pytest.raises(RecipeError, match=r"s\.yaml:2: calibration\.steps: has no effect"):
         load_study(write(tmp_path, text, "s.yaml"))
