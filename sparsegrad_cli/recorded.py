@@ -16,7 +16,13 @@ from sparsegrad_cli.paths import is_file
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest, to_yaml
 from sparsegrad_cli.report.access import mappings
 from sparsegrad_cli.report.records import load_record, write_text_atomic
-from sparsegrad_cli.rundir import ADAPTER, RunRecord, choose_run_dir, held_run_dir, open_run_dir
+from sparsegrad_cli.rundir import (
+    RunRecord,
+    adapter_file,
+    choose_run_dir,
+    held_run_dir,
+    open_run_dir,
+)
 from sparsegrad_cli.sharding import check_sharding
 from sparsegrad_cli.stopping import signals_stop_the_run
 
@@ -97,7 +103,7 @@ def _recorded_before(run_dir: Path, command: str) -> tuple[dict[str, Any], bool]
     found = load_record(run_dir) if is_file(run_dir / "run.json") else {}
     if found.get("command") != command:  # of a calibration the basis is of use, the record is not
         return {}, False
-    return found, found.get("status") == "done" and is_file(run_dir / ADAPTER)
+    return found, found.get("status") == "done" and adapter_file(run_dir) is not None
 
 
 def _check_outside(loaded: LoadedRecipe, command: str) -> None:

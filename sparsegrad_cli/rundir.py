@@ -40,6 +40,7 @@ from sparsegrad_cli.report.records import (
 
 SCHEMA = 1
 ADAPTER = Path("adapter", "adapter.safetensors")
+PEFT_ADAPTER = Path("adapter", "adapter_model.safetensors")
 _OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers", *trackers.FOLDERS)
 _OUR_FILES = (
     "run.json",
@@ -50,6 +51,14 @@ _OUR_FILES = (
     "basis.safetensors",
 )
 _OF_THE_END = ("metrics", "memory", "time", "sizes", "sparsity")
+
+
+def adapter_file(run: Path) -> Path | None:
+    """The file in a run's folder with what was trained, or None: training has not ended."""
+    for name in (PEFT_ADAPTER, ADAPTER):
+        if is_file(run / name):
+            return run / name
+    return None
 
 
 def choose_run_dir(recipe: Recipe, command: str) -> Path:

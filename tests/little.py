@@ -88,7 +88,8 @@ def train(
         stop: leave it as Ctrl-C after the last step does: checkpoints, no adapter.
         resume: go on with the run that lies there.
     """
-    task = ("task=csv", "task.max_length=16") if data.is_dir() else ("task=chat",)
+    classes = ("task=csv", "task.max_length=16", "calibration.warmup_steps=0")
+    task = classes if data.is_dir() else ("task=chat",)  # without a new head to warm
     settings = (
         f"model={base}",
         *task,
@@ -102,7 +103,6 @@ def train(
         "calibration.steps=3",
         "calibration.source=batch",
         "calibration.decomposition=exact",
-        "calibration.warmup_steps=0",
         "train.use_cpu=true",
         f"output_dir={run}",
     )

@@ -27,12 +27,13 @@ from sparsegrad_cli.export.adapter_file import (
     tensors_digest,
     write_settings,
 )
-from sparsegrad_cli.export.plain import auto_class, base_name, differing, put, task_settings
+from sparsegrad_cli.export.plain import auto_class, differing, put, task_settings
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.modeling.loading import load_as
+from sparsegrad_cli.modeling.pretrained import base_name
 from sparsegrad_cli.modeling.quantized import placed, use_frozen_products
 from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns

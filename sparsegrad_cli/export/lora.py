@@ -26,11 +26,9 @@ from sparsegrad_cli.export.plain import (
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
 from sparsegrad_cli.methods.lora import check_adapted
-from sparsegrad_cli.modeling.targets import Target, has_experts
+from sparsegrad_cli.methods.peft_folder import modules_to_save, target_settings
+from sparsegrad_cli.modeling.targets import has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
-
-# peft wraps modules of these names whole when the task is sequence classification.
-_PEFT_HEADS = ("classifier", "score")
 
 
 @dataclass
@@ -81,7 +79,15 @@ def lora_parts(
         for name in targets
         if f"{name}.bias" in changed
     }
-    modules = modules_to_save(plain, changed, targets)
+    classifier = AUTO_CLASSES[auto_class(plain)] == "SEQ_CLS"
+    modules, beside = modules_to_save(plain, changed, targets, classifier=classifier)
+    if beside:
+        raise UsageError(
+            f"a LoRA folder cannot hold {beside[0]}, which training changed: it can carry whole "
+            "modules only, and this one holds a target",
+            where="--to lora",
+            fix="--to merged",
+        )
     limit = math.inf if rank is None else rank
     if server:
         limit = min(limit, SERVER_RANKS[-1])
@@ -122,36 +128,6 @@ def _cut(exact: Factors | None, change_OI: Tensor, limit: float) -> Factors:
         return exact.folded()
     b_OR, a_RI = nearest_of_rank(change_OI, int(limit))
     return Factors(b_OR, a_RI, a_RI.shape[0]).folded()
-
-
-def modules_to_save(
-    plain: nn.Module, changed: dict[str, Tensor], targets: dict[str, Target]
-) -> list[str]:
-    """Modules for peft's ``modules_to_save``: the nearest ones that hold what has changed.
-
-    Raises:
-        UsageError: such a module holds a target as well, which peft would then adapt twice.
-    """
-    heads = _PEFT_HEADS if AUTO_CLASSES[auto_class(plain)] == "SEQ_CLS" else ()
-    owners: set[str] = set()
-    for name in changed:
-        owner = name.rpartition(".")[0]
-        parts = owner.split(".")
-        # peft takes its heads whole: a part of one must not be named again.
-        tops = [".".join(parts[: n + 1]) for n, part in enumerate(parts) if part.endswith(heads)]
-        owner = tops[0] if heads and tops else owner
-        inside = f"{owner}." if owner else ""
-        if any(target.startswith(inside) or target == owner for target in targets):
-            raise UsageError(
-                f"a LoRA folder cannot hold {name}, which training changed: it can carry whole "
-                "modules only, and this one holds a target",
-                where="--to lora",
-                fix="--to merged",
-            )
-        owners.add(owner)
-    outer = {o for o in owners if not any(o.startswith(f"{other}.") for other in owners)}
-    order = [name for name, _ in plain.named_modules(remove_duplicate=False)]
-    return [name for name in order if name in outer]
 
 
 def reference(trained: Trained, parts: LoraParts) -> nn.Module:
@@ -200,11 +176,8 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
     """peft's configuration: one rank and a scale of 1 for all targets."""
     from peft import LoraConfig
 
-    # peft rewrites the names of dense layers in target_modules to those of the experts, here and
-    # for whoever loads the folder. The names of parameters it takes as they are.
-    suffix = ".weight" if has_experts(plain) else ""
-    names = [f"{name}{suffix}" for name in parts.factors]
-    if suffix and parts.biases:
+    settings = target_settings(plain, parts.factors, getattr(trained.settings, "dropout", 0.0))
+    if has_experts(plain) and parts.biases:
         raise UsageError(
             "a LoRA folder of a mixture-of-experts model cannot hold the biases of targets, which "
             "training changed",
@@ -215,9 +188,7 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
         task_type=AUTO_CLASSES[auto_class(plain)],
         r=parts.rank,
         lora_alpha=parts.rank,
-        lora_dropout=0.0 if suffix else getattr(trained.settings, "dropout", 0.0),
-        target_modules=[] if suffix else names,
-        target_parameters=names if suffix else None,
+        **settings,
         lora_bias=bool(parts.biases),
         modules_to_save=list(parts.modules) or None,
         fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),

@@ -17,8 +17,6 @@ from sparsegrad_cli.generate.prompting import ChatPrompts
 from sparsegrad_cli.modeling.loading import load_again
 from sparsegrad_cli.modeling.quantized import dequantized, quantized_layers
 from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.paths import expanded, is_folder
-from sparsegrad_cli.recipe.schema import ModelSection
 
 # Auto classes that an export can be loaded by, with peft's name for the task.
 AUTO_CLASSES = {
@@ -215,9 +213,3 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
         "problem_type": getattr(config, "problem_type", None),
         "pad_token_id": getattr(config, "pad_token_id", None),
     }
-
-
-def base_name(section: ModelSection) -> str:
-    """How the base model is found from anywhere: a hub id, a built-in's name, or a whole path."""
-    folder = expanded(section.name)
-    return str(folder.resolve()) if is_folder(folder) else section.name

@@ -19,6 +19,8 @@ from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
+from sparsegrad_cli.report.access import dig
+from sparsegrad_cli.training.adapter_folder import read_adapter
 from sparsegrad_cli.training.basis_file import BasisFile, check_belongs, check_rank, read_basis
 from sparsegrad_cli.training.calibration import basis_keys
 from sparsegrad_cli.training.gradients import forked_random
@@ -149,15 +151,18 @@ def read_basis_of(files: RunFiles) -> BasisFile:
 
 def _load(files: RunFiles, base: Base, method: Method) -> dict[str, Tensor]:
     """Put what the run left onto the prepared model; returns it as an adapter."""
-    tensors = read_tensors(files.tensors)
     where = str(files.tensors)
     if files.from_adapter:
+        fresh = dig(files.record, "model", "head", "fresh")
+        names = [name for name in fresh if isinstance(name, str)] if isinstance(fresh, list) else []
+        tensors = read_adapter(files.tensors, base.model, names)
         with safe_open(files.tensors, framework="pt") as file:
             digest = (file.metadata() or {}).get("recipe_digest")
         if digest != files.record.get("recipe_digest"):
             raise _unfit("it was left by another run", where)
         load_checked(method, base.model, tensors, where)
         return tensors
+    tensors = read_tensors(files.tensors)
     state = trainable_state(base.model)
     check_alike(tensors, state, where)
     load_by_name(base.model, tensors)

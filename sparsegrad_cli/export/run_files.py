@@ -13,7 +13,7 @@ from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.report.records import load_record
-from sparsegrad_cli.rundir import as_it_is
+from sparsegrad_cli.rundir import adapter_file, as_it_is
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (
@@ -152,8 +152,8 @@ def _trained(
 ) -> tuple[Path, str, list[str]]:
     """The adapter; of a run that has none the checkpoint that it would have kept so far."""
     status = str(record.get("status"))
-    adapter = folder / "adapter" / "adapter.safetensors"
-    if adapter.is_file():
+    adapter = adapter_file(folder)
+    if adapter is not None:
         notes = [] if status == "done" else [f"the run is {status}, but training came to its end"]
         return adapter, "adapter", notes
     from sparsegrad_cli.training.checkpoint import TRAINABLE

@@ -177,6 +177,8 @@ class Method(Protocol):
 
     name: str
     needs_basis: bool
+    peft_config: Any
+    """peft's configuration of what :meth:`prepare` has made; None where peft does not know it."""
 
     def prepare(
         self,

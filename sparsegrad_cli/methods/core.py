@@ -45,6 +45,7 @@ class SparsegradCore:
 
     name = "sparsegrad"
     needs_basis = True
+    peft_config = None
 
     def __init__(self, settings: SparsegradMethod) -> None:
         self.settings = settings

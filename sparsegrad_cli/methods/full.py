@@ -30,6 +30,7 @@ class Full:
 
     name = "full"
     needs_basis = False
+    peft_config = None
 
     def __init__(self, settings: FullMethod) -> None:
         self.settings = settings

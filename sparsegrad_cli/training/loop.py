@@ -17,6 +17,7 @@ from sparsegrad_cli.report.access import mappings
 from sparsegrad_cli.rundir import ADAPTER
 from sparsegrad_cli.scales import scale_of
 from sparsegrad_cli.sharding import DEEPSPEED
+from sparsegrad_cli.training.adapter_folder import drawn_parameters, save_adapter
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.callbacks import (
     InterruptCallback,
@@ -32,7 +33,6 @@ from sparsegrad_cli.training.shelf import Shelf, evaluation_due, step_of, traine
 from sparsegrad_cli.training.splitting import settle
 from sparsegrad_cli.training.touched import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
-from sparsegrad_cli.training.writing import save_tensors
 
 if TYPE_CHECKING:
     from sparsegrad_cli.training.session import Session
@@ -63,6 +63,7 @@ class TrainingLoop:
         self.session, self.setup, self.method, self.resume = session, setup, method, resume
         self._prepared = prepared.counts
         self._batch_shape: list[int] | None = None
+        self._drawn = drawn_parameters(method, setup)
         self._began = time.perf_counter()
         self.recorder = RecordCallback(session.record.path, session.observer, [], str(setup.device))
         self.trainer = self._trainer()
@@ -245,15 +246,11 @@ class TrainingLoop:
 
     def _save_adapter(self) -> None:
         record = self.session.record
-        path = record.path / ADAPTER
-        tensors = self.method.adapter_tensors(self.setup.model)  # of all: what is split is gathered
+        about = {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]}
+        section = self.session.recipe.model
+        path = save_adapter(record.path, self.method, self.setup, section, self._drawn, about)
         if not ranks.is_first():
             return
-        save_tensors(
-            path,
-            tensors,
-            {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]},
-        )
         record.save(
             sizes={
                 "adapter_bytes": path.stat().st_size,

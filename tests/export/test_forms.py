@@ -29,9 +29,8 @@ from tiny import BLOCKS, HIDDEN, INNER
 from torch import Tensor, nn
 
 import sparsegrad_cli
-from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.export.lora import modules_to_save
 from sparsegrad_cli.methods.core import CoreLinear
+from sparsegrad_cli.methods.peft_folder import from_peft, modules_to_save
 from sparsegrad_cli.modeling.targets import find_targets
 from sparsegrad_cli.recipe.schema import TargetsSection
 
@@ -167,7 +166,7 @@ def test_a_lora_run_is_passed_through_unscaled(
     """A reader that knows no rslora, or takes alpha for r, reads it right: the scale is in B."""
     run = runs(*MATRIX["lora-rslora-conv1d"][0], architecture="gpt2")
     folder, _ = exported(run, "lora")
-    trained = load_file(run / "adapter" / "adapter.safetensors")
+    trained = from_peft(load_file(run / "adapter" / "adapter_model.safetensors"))
     written = load_file(folder / "adapter_model.safetensors")
     for name in targets_of("gpt2"):
         parts = {}
@@ -320,16 +319,17 @@ def test_a_regression_has_a_score_and_no_answer(
     assert "Same answers" not in shown.out and "Logits differ by" in shown.out
 
 
-def test_a_parameter_beside_the_targets_cannot_go_along(runs: Callable[..., Path]) -> None:
+def test_a_parameter_beside_the_targets_cannot_go_along(
+    runs: Callable[..., Path], refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """peft carries whole modules: the one that holds this parameter holds a target too."""
-    model = by_transformers(base_of(runs("method=full")), num_labels=2)
-    block = model.get_submodule("bert.encoder.layer.0")
-    block.register_parameter("gate", nn.Parameter(torch.ones(3)))
-    targets = {target.name: target for target in find_targets(model, TargetsSection())}
-    with pytest.raises(UsageError, match=r"cannot hold bert.encoder.layer.0.gate") as caught:
-        modules_to_save(model, {"bert.encoder.layer.0.gate": torch.zeros(3)}, targets)
-    assert "--to merged" in str(caught.value.fix)
-    norm = "bert.encoder.layer.0.output.LayerNorm"
-    changed = {f"{norm}.{part}": torch.zeros(16) for part in ("weight", "bias")}
-    head = {"classifier.weight": torch.zeros(2, 16)}
-    assert modules_to_save(model, changed | head, targets) == [norm, "classifier"]
+    run = runs("method=full")
+    model = by_transformers(base_of(run), num_labels=2)
+    gate, norm = "bert.encoder.layer.0.gate", "bert.encoder.layer.0.output.LayerNorm"
+    targets = [target.name for target in find_targets(model, TargetsSection())]
+    changed = [gate, f"{norm}.weight", f"{norm}.bias", "classifier.weight"]
+    found = modules_to_save(model, changed, targets, classifier=True)
+    assert found == ([norm, "classifier"], [gate])
+    monkeypatch.setattr("sparsegrad_cli.export.lora.modules_to_save", lambda *_, **__: ([], [gate]))
+    said = refused(2, run, "--to", "lora", "--rank", "2")
+    assert f"cannot hold {gate}" in said.flat and "--to merged" in said.flat

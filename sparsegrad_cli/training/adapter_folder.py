@@ -1,0 +1,149 @@
+"""The adapter of a run: a PEFT folder where peft knows the method, else a file of ours.
+
+adapter/adapter_config.json         of LoRA: peft's settings
+adapter/adapter_model.safetensors   of LoRA: what training changed, and what the base model's files
+                                    do not hold, by peft's names
+adapter/adapter.safetensors         of other methods, and of LoRA in runs of version 0.1.0 and
+                                    before: what training changed, by the method's names
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsegrad_cli import ranks
+from sparsegrad_cli.errors import DiskError
+from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.methods.peft_folder import from_peft, modules_to_save, target_settings, to_peft
+from sparsegrad_cli.modeling.pretrained import base_name, locate
+from sparsegrad_cli.paths import is_folder
+from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.rundir import ADAPTER, PEFT_ADAPTER
+from sparsegrad_cli.training.setup import Setup
+from sparsegrad_cli.training.writing import read_tensors, save_tensors
+
+
+def drawn_parameters(method: Method, setup: Setup) -> dict[str, Tensor]:
+    """Copies of the frozen parameters that the base model's files do not hold, on the CPU.
+
+    Taken before training, for later they may be split over processes.
+    """
+    if method.peft_config is None or setup.head is None:
+        return {}
+    every = dict(setup.model.named_parameters())
+    fresh = {name: every[name] for name in setup.head.fresh if name in every}
+    return {n: p.detach().cpu().clone() for n, p in fresh.items() if not p.requires_grad}
+
+
+def save_adapter(
+    run: Path,
+    method: Method,
+    setup: Setup,
+    section: ModelSection,
+    drawn: Mapping[str, Tensor],
+    about: Mapping[str, str],
+) -> Path:
+    """Write what a run has trained. Of processes that train together all have to ask.
+
+    Args:
+        run: the run's folder.
+        drawn: as :func:`drawn_parameters` gives them.
+        about: metadata of the file.
+
+    Returns:
+        The file with the tensors, which the first process has written.
+
+    Raises:
+        DiskError: it could not be written.
+    """
+    model = setup.model
+    tensors = method.adapter_tensors(model)  # of all: what is split is gathered
+    if method.peft_config is None:
+        if ranks.is_first():
+            save_tensors(run / ADAPTER, tensors, dict(about))
+        return run / ADAPTER
+    if ranks.is_first():
+        path = run / PEFT_ADAPTER
+        every = {**tensors, **drawn, **_aliases(model, tensors)}
+        names = [target.name for target in setup.targets]
+        config = _peft_config(model, method.peft_config, every, names, setup.task.kind == "chat")
+        source = locate(base_name(section))
+        config.base_model_name_or_path = source
+        config.revision = None if is_folder(source) else section.revision
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            config.save_pretrained(str(path.parent))
+        except OSError as error:
+            raise DiskError(
+                f"{path.parent.name} could not be written: {error}",
+                where=str(path.parent),
+                fix="free some space",
+            ) from error
+        # Last: where it is, the folder is whole.
+        save_tensors(path, to_peft(every), {**about, "format": "pt"})
+    return run / PEFT_ADAPTER
+
+
+def read_adapter(path: Path, model: nn.Module, fresh: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of an adapter by the method's names, as its ``load_adapter`` takes them.
+
+    Args:
+        path: as :func:`sparsegrad_cli.rundir.adapter_file` finds it.
+        model: prepared by the method. What the base model's files do not hold is put into it.
+        fresh: names of that, as the run has recorded them.
+
+    Raises:
+        FileFormatError: the file is missing or damaged.
+    """
+    tensors = read_tensors(path)
+    if path.name != PEFT_ADAPTER.name:
+        return tensors
+    tensors = from_peft(tensors)
+    for name in _aliases(model, tensors):
+        del tensors[name]
+    every = dict(model.named_parameters())
+    for name in fresh:
+        parameter = every.get(name)
+        if parameter is None or parameter.requires_grad or name not in tensors:
+            continue
+        if parameter.shape == tensors[name].shape:
+            parameter.data.copy_(tensors.pop(name))
+    return tensors
+
+
+def _aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other names of parameters that are tied to those of these tensors, with copies of them."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: tensors[first[id(parameter)]].detach().clone()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name != first[id(parameter)] and first[id(parameter)] in tensors
+    }
+
+
+def _peft_config(
+    model: nn.Module, trained: Any, tensors: Iterable[str], targets: list[str], chat: bool
+) -> Any:
+    """peft's configuration for the folder: as in training, and whole modules for what lies beside.
+
+    Biases of targets, and parameters whose module holds a target, are plain parameters in the file,
+    which peft puts in their place.
+    """
+    config = copy.deepcopy(trained)
+    inside = tuple(f"{name}." for name in targets)
+    others = [name for name in tensors if not name.startswith(inside)]
+    modules, _ = modules_to_save(model, others, targets, classifier=not chat)
+    settings = target_settings(model, targets, trained.lora_dropout)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.task_type = "CAUSAL_LM" if chat else "SEQ_CLS"
+    config.modules_to_save = modules or None
+    biases = any(n.startswith(inside) and n.endswith("base_layer.bias") for n in tensors)
+    config.bias = "all" if biases else "none"
+    config.inference_mode = True
+    return config
