@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters import trained_in
 from killing import Ended, Killer
 from little import base_folder, data_folder
 from safetensors.torch import load_file
@@ -200,7 +201,7 @@ def results(run: dict[str, Any]) -> dict[str, Any]:
 
 def weights(run: Path) -> str:
     """sha256 (hex) of what was trained."""
-    return tensors_hash(run / "adapter" / "adapter.safetensors")
+    return tensors_hash(trained_in(run))
 
 
 def tensors_hash(path: Path) -> str:

@@ -10,6 +10,7 @@ adapter/adapter.safetensors         of other methods, and of LoRA in runs of ver
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,19 @@ from torch import Tensor, nn
 from sparsegrad_cli import ranks
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.methods.peft_folder import from_peft, modules_to_save, target_settings, to_peft
+from sparsegrad_cli.methods.peft_folder import (
+    CONFIG,
+    from_peft,
+    modules_to_save,
+    target_settings,
+    to_peft,
+)
 from sparsegrad_cli.modeling.pretrained import base_name, locate
 from sparsegrad_cli.paths import is_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.rundir import ADAPTER, PEFT_ADAPTER
 from sparsegrad_cli.training.setup import Setup
-from sparsegrad_cli.training.writing import read_tensors, save_tensors
+from sparsegrad_cli.training.writing import read_tensors, save_tensors, sync_tree
 
 
 def drawn_parameters(method: Method, setup: Setup) -> dict[str, Tensor]:
@@ -75,9 +82,13 @@ def save_adapter(
         source = locate(base_name(section))
         config.base_model_name_or_path = source
         config.revision = None if is_folder(source) else section.revision
+        text = json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            config.save_pretrained(str(path.parent))
+            written = path.parent / CONFIG
+            written.unlink(missing_ok=True)  # a link of that name would be written through
+            written.write_text(text + "\n", encoding="utf-8")
+            sync_tree(path.parent)
         except OSError as error:
             raise DiskError(
                 f"{path.parent.name} could not be written: {error}",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from little import base_folder, data_folder, record, train
 from paths import REPO
 from safetensors.torch import load_file
@@ -157,7 +158,7 @@ def test_an_update_in_micro_batches_is_the_update(place: Path, tmp_path: Path) -
     cut = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
     whole = train(tmp_path / "whole", place / "base", place / "data", *plain)
     parts = train(tmp_path / "parts", place / "base", place / "data", *plain, *cut)
-    tensors = [load_file(run / "adapter" / "adapter.safetensors") for run in (whole, parts)]
+    tensors = [load_file(trained_in(run)) for run in (whole, parts)]
     assert set(tensors[0]) == set(tensors[1])
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from chats import byte_level
 from safetensors.torch import load_file
 from small import METHODS, Cli
@@ -116,7 +117,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(
         )
         outcome = cli("train", *settings, *method, *batches, "-o", f"r{size}", "--json")
         assert outcome.code == 0, outcome.err
-        adapters.append(load_file(f"r{size}/adapter/adapter.safetensors"))
+        adapters.append(load_file(trained_in(Path(f"r{size}"))))
         losses.append([entry["loss"] for entry in json.loads(outcome.out)["metrics"]["train"]])
     for other, logged in zip(adapters[1:], losses[1:], strict=True):
         assert other.keys() == adapters[0].keys()

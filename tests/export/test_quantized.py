@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from little import answers, base_folder, by_transformers, data_folder, record, tokenizer_of, train
 from packed import BITS, need_bitsandbytes
 from safetensors.torch import load_file
@@ -70,10 +71,10 @@ def test_a_run_goes_on_bit_for_bit(name: str, bits: str, trained: Trained, tmp_p
     shutil.rmtree(again / "checkpoint-6")
     shutil.rmtree(again / "adapter")
     train(again, base, data, *more, resume=True)
-    expected = load_file(whole / "adapter" / "adapter.safetensors")
+    expected = load_file(trained_in(whole))
     assert record(again)["metrics"]["final"] == record(whole)["metrics"]["final"]
     for run in (half, again):
-        found = load_file(run / "adapter" / "adapter.safetensors")
+        found = load_file(trained_in(run))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from adapters import trained_in
 from little import (
     answers,
     base_folder,
@@ -134,7 +135,7 @@ def test_another_basis_or_other_labels(
 def test_an_adapter_of_another_run_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
     run = copy(runs("method=lora", "method.rank=3", "method.alpha=5"))
     other = runs("method=lora", "method.rank=3", "method.alpha=50", "seed=7")
-    shutil.copy(other / "adapter" / "adapter.safetensors", run / "adapter")
+    shutil.copy(trained_in(other), run / "adapter")
     assert "left by another run" in refused(1, run, "--to", "merged").flat
 
 

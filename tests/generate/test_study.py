@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import trained_in
 from answered import CELLS, make_study
 from judging import Said, judge_server
 from pages import outline
@@ -97,7 +98,7 @@ def test_what_was_answered_is_not_asked_again(cli: Cli, study: Path) -> None:
     assert [column["asked"] for column in again["columns"]] == [0, 0, 1, 0]
     assert [said(column) for column in again["columns"]] == [said(c) for c in first["columns"]]
     # Other weights are another model.
-    adapter = study / "cells/chat-lora-s1/adapter/adapter.safetensors"
+    adapter = trained_in(study / "cells/chat-lora-s1")
     with safe_open(adapter, "pt") as file:
         tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, adapter, about)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from holding import holder, read
 from killing import Ended
 from little import ROWS, base_folder
@@ -27,7 +28,7 @@ def both(bench: Bench, method: str, run: Path, *flags: str, **moment: Any) -> li
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "adapter" / "adapter.safetensors")
+    return load_file(trained_in(run))
 
 
 def codes(ended: list[Ended]) -> list[int]:

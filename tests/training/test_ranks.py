@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from safetensors.torch import load_file
 from talkers import talker
 from tiny import one_thread
@@ -160,7 +161,7 @@ def alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str,
 
 def change(run: Path) -> Tensor:
     """All that training changed, as one vector, in a form that no choice of basis shows in."""
-    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    tensors = load_file(trained_in(run))
     before = load_file(run.parent / "base" / "model.safetensors")
     parts = []
     for name, tensor in sorted(tensors.items()):
@@ -279,6 +280,6 @@ def test_a_step_sends_the_gradients_of_what_trains_and_nothing_else(two: Path) -
         if name != "meprop":
             assert sent[name] == 4 * record["counts"]["trainable"]
     assert sent["meprop"] == sent["full"]
-    core = load_file(two / "two-core" / "adapter" / "adapter.safetensors")
+    core = load_file(trained_in(two / "two-core"))
     values = sum(tensor.nbytes for key, tensor in core.items() if key.endswith(".values"))
     assert 0 < sent["core"] == values < 0.03 * sent["full"]

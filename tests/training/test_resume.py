@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import trained_in
 from paths import REPO
 from safetensors.torch import load_file
 from small import METHODS, SMALL, Cli
@@ -62,8 +63,8 @@ def test_training_twice_is_bitwise_the_same(cli: Cli, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert cli("train", *SMALL, "-o", name).code == 0
     assert tensors_equal(
-        tmp_path / "a" / "adapter" / "adapter.safetensors",
-        tmp_path / "b" / "adapter" / "adapter.safetensors",
+        trained_in(tmp_path / "a"),
+        trained_in(tmp_path / "b"),
     )
     a, b = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("a", "b"))
     assert a["memory"] | {"phases": None} == b["memory"] | {"phases": None}

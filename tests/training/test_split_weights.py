@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from safetensors.torch import load_file
 from split import BATCH, METHODS, STEPS, cut, place, trained
 from split_runs import CELLS, COMPARED, FILES, one_of_two
@@ -53,7 +54,7 @@ def losses(run: dict[str, Any]) -> list[float]:
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "adapter" / "adapter.safetensors")
+    return load_file(trained_in(run))
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -119,7 +120,7 @@ def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) ->
     """As DistributedDataParallel, whatever the precision."""
     split, whole = (two / f"{way}-{name}" for way in ("split", "whole"))
     assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
-    equal(split / "adapter" / "adapter.safetensors", whole / "adapter" / "adapter.safetensors")
+    equal(trained_in(split), trained_in(whole))
     assert losses(record(split)) == losses(record(whole))
     assert {t.dtype for t in adapter(split).values()} <= {torch.float32, torch.int32}
     if name == "autocast":  # it was on
@@ -136,8 +137,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(two: Path, method: str) -> None:
         for name in FILES:
             equal(resumed / "checkpoint-4" / name, straight / "checkpoint-4" / name)
         equal(
-            resumed / "adapter" / "adapter.safetensors",
-            straight / "adapter" / "adapter.safetensors",
+            trained_in(resumed),
+            trained_in(straight),
         )
         assert told["metrics"]["history"] == record(straight)["metrics"]["history"]
 

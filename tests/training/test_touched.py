@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import trained_in
 from little import base_folder, data_folder, record, sentences, train
 from safetensors.torch import load_file
 from torch import nn
@@ -49,7 +50,7 @@ def runs(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 def entries_by_target(run: Path) -> dict[str, int]:
     """What the adapter file holds of each target: positions, else the core's entries that moved."""
-    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    tensors = load_file(trained_in(run))
     found = {}
     for name, tensor in tensors.items():
         if name.startswith("positions/"):

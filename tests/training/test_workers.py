@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import trained_in
 from little import base_folder, data_folder, record
 from safetensors.torch import load_file
 from small import Cli
@@ -71,6 +72,6 @@ def test_workers_change_nothing(cli: Cli, tmp_path: Path, task: str, method: str
     assert shared["metrics"]["train"] == alone["metrics"]["train"]
     assert shared["metrics"]["final"]["values"] == alone["metrics"]["final"]["values"]
     assert shared["hashes"]["order"] == alone["hashes"]["order"]
-    expected, found = (load_file(run / "adapter" / "adapter.safetensors") for run in runs)
+    expected, found = (load_file(trained_in(run)) for run in runs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
