@@ -219,6 +219,11 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
     )
 
 
+def is_whole(basis: Basis) -> bool:
+    """Whether a basis is of full rank on both sides."""
+    return all(q.shape[0] == q.shape[1] for q in (basis.q_out, basis.q_in))
+
+
 def leading(basis: Basis, rank: int | float | None) -> Basis:
     """:func:`truncated`, with all singular values: a share of energy is one of the whole.
 

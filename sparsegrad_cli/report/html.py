@@ -23,6 +23,7 @@ from sparsegrad_cli.report.record_tables import (
     energy_by_target,
     provenance,
     spectra_table,
+    support_energy,
 )
 from sparsegrad_cli.report.records import write_text_atomic
 from sparsegrad_cli.report.run_tables import (
@@ -50,11 +51,12 @@ _MEMORY = (
 )
 _TIME = "Where the time went. Calibration is part of what SparseGrad costs, and is charged to it."
 _ENERGY = (
-    "How much of a gradient's squared norm its largest entries hold, on gradients the basis never "
-    "saw. A sparse method keeps those entries only, so higher is better. Original: the gradient as "
-    "it is. Published code: the basis put on with its sides swapped. Per kind and per layer: the "
-    "gradient as its core, with one basis shared by all layers of a kind, or with one per layer. "
-    "Where bases are truncated, whole core is all that fits into them: a larger rank raises it."
+    "How much of a gradient's squared norm a number of its entries hold, on gradients the basis "
+    "never saw. Higher is better. Support that trains: the parameters that this method changes. "
+    "Best in a basis: as many, chosen in hindsight for each gradient, in the basis of full rank "
+    "and in the original one (no basis). Where entries are compared by basis instead, published "
+    "code is the basis put on with its sides swapped; per kind and per layer, one basis shared by "
+    "all layers of a kind, or one per layer."
 )
 _SPECTRA = (
     "Singular values of the calibration gradients, by side. The faster they fall, the fewer "
@@ -124,6 +126,7 @@ def _calibration(record: Mapping[str, Any], *, with_facts: bool) -> str:
     if not shown:
         return "" if with_facts else paragraph("Calibration: not recorded.", dim=True)
     parts = [cards(shown)] if with_facts else []
+    parts.append(html_table(support_energy(record)))
     parts += [drawing(run_charts.energy_bars(record), _ENERGY), html_table(energy_by_kind(record))]
     parts.append(folded("Energy of every target", html_table(energy_by_target(record))))
     parts.append(drawing(run_charts.heat_maps(record), _heat_caption(record)))

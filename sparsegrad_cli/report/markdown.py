@@ -21,6 +21,7 @@ from sparsegrad_cli.report.record_tables import (
     energy_by_target,
     provenance,
     spectra_table,
+    support_energy,
 )
 from sparsegrad_cli.report.run_tables import (
     facts,
@@ -50,8 +51,15 @@ def run_markdown(run: Mapping[str, Any]) -> str:
     if calibration or calibrates:
         parts.append("## Calibration")
         parts.append(_facts("Cost", calibration) if calibration else "Not recorded.")
-        for table in (energy_by_kind(run), energy_by_target(run), spectra_table(run)):
-            parts += [table_markdown(table)] if table else []
+        tables = (
+            support_energy(run),
+            energy_by_kind(run),
+            energy_by_target(run),
+            spectra_table(run),
+        )
+        for table in tables:
+            if table:
+                parts += [table_markdown(table), *map(escape_markdown, table.notes)]
     notes = notes_of(run)
     if notes:
         parts.append("\n".join(["## Notes", "", *(f"- {escape_markdown(n)}" for n in notes)]))

@@ -18,7 +18,7 @@ from sparsegrad_cli.report.access import (
 )
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import format_bytes, format_count, format_seconds, format_share
-from sparsegrad_cli.report.words import ENERGY
+from sparsegrad_cli.report.words import ENERGY, SUPPORT_ENERGY
 
 _CALIBRATION = {
     "steps": "steps",
@@ -66,11 +66,37 @@ def calibration_facts(run: Any) -> list[Fact]:
     return shown
 
 
+def support_means(run: Any) -> dict[str, Mapping[str, Any]]:
+    """Layer kind to mean shares in the support that trains and in the best in hindsight."""
+    kinds = block(run, "calibration", "energy", "compared", "mean_by_kind").items()
+    return {clean(str(kind)): mean for kind, mean in kinds if isinstance(mean, Mapping)}
+
+
+def support_energy(run: Any) -> Table | None:
+    """Energy in the support that trains, beside the best in hindsight, by kind; and a verdict."""
+    rows: list[tuple[Cell, ...]] = []
+    for kind, means in support_means(run).items():
+        count = number(means, "count")
+        words = format_count(count) if count is not None else None
+        rows.append((kind, words, *_shares(means, list(SUPPORT_ENERGY))))
+    if not rows:
+        return None
+    caption = "Energy of held-out gradients in the same number of parameters of a target, %"
+    verdict = text(run, "calibration", "energy", "compared", "verdict")
+    header = ("kind", "parameters", *SUPPORT_ENERGY.values())
+    return Table(caption, header, rows, notes=[verdict] if verdict else [])
+
+
 def energy_columns(run: Any) -> list[str]:
-    """The columns of the energy table that were computed, worst first."""
+    """The columns of the table by basis that were computed, worst first.
+
+    None where bases are truncated and :func:`support_energy` is there: the largest entries of a
+    truncated core do not compare with those of a whole matrix.
+    """
     energy = block(run, "calibration", "energy")
     rows: list[Any] = [*mappings(energy, "rows"), *block(energy, "mean_by_kind").values()]
-    return [key for key in ENERGY if any(number(row, key) is not None for row in rows)]
+    found = [key for key in ENERGY if any(number(row, key) is not None for row in rows)]
+    return [] if "whole_core" in found and block(energy, "compared", "mean_by_kind") else found
 
 
 def energy_caption(run: Any) -> str:

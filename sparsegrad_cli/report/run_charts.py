@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
 
 from sparsegrad_cli.report.access import block, dig, items, mappings, number, numbers, points, text
-from sparsegrad_cli.report.record_tables import energy_columns, kind_means
+from sparsegrad_cli.report.record_tables import energy_columns, kind_means, support_means
 from sparsegrad_cli.report.run_tables import memory_phases, scale_of_run, times
 from sparsegrad_cli.report.svg import (
     INK,
@@ -20,7 +21,7 @@ from sparsegrad_cli.report.svg import (
     stacked,
     whole_steps,
 )
-from sparsegrad_cli.report.words import CATEGORIES, ENERGY
+from sparsegrad_cli.report.words import CATEGORIES, ENERGY, SUPPORT_ENERGY
 from sparsegrad_cli.scales import scale_of
 
 MIB = 1024 * 1024
@@ -107,8 +108,11 @@ def time_bar(run: Any) -> str | None:
 
 
 def energy_bars(run: Any) -> str | None:
-    """Share of the squared gradient in the top entries, by layer kind and basis."""
-    columns, means = energy_columns(run), kind_means(run)
+    """Share of the squared gradient in a number of entries, by layer kind and choice."""
+    means: Mapping[str, Any] = support_means(run)
+    words, columns = SUPPORT_ENERGY, list(SUPPORT_ENERGY)
+    if not means:
+        words, columns, means = ENERGY, energy_columns(run), kind_means(run)
     if not columns or not means:
         return None
     places = np.arange(len(means))
@@ -118,7 +122,7 @@ def energy_bars(run: Any) -> str | None:
         for at, column in enumerate(columns):
             shares = [100 * (number(row, column) or 0.0) for row in means.values()]
             bars = axes.bar(
-                places + width * at, shares, width * 0.92, color=colour(at), label=ENERGY[column]
+                places + width * at, shares, width * 0.92, color=colour(at), label=words[column]
             )
             axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
         axes.set_xticks(places + 0.4 - width / 2, [plain(kind) for kind in means])

@@ -33,7 +33,12 @@ from sparsegrad_cli.report.judge_tables import (
     judge_title,
 )
 from sparsegrad_cli.report.published import figures_table
-from sparsegrad_cli.report.record_tables import calibration_facts, energy_by_kind, spectra_table
+from sparsegrad_cli.report.record_tables import (
+    calibration_facts,
+    energy_by_kind,
+    spectra_table,
+    support_energy,
+)
 from sparsegrad_cli.report.run_tables import (
     facts,
     memory_table,
@@ -65,8 +70,9 @@ def run_table(run: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [*_heading(run), _facts(facts(run))]
     parts.append(drawn(memory_table(run)) or Text("Memory: not recorded", style="dim"))
     parts.append(_labelled("Time", time_line(run) or "not recorded"))
-    if energy_by_kind(run):
-        parts += [Text(), drawn(energy_by_kind(run)) or Text()]
+    energy = support_energy(run) or energy_by_kind(run)
+    if energy:
+        parts += [Text(), drawn(energy) or Text()]
     return Group(*parts, *_notes(notes_of(run)))
 
 
@@ -76,7 +82,7 @@ def calibration_table(run: dict[str, Any]) -> RenderableType:
     shown = calibration_facts(run)
     parts.append(_facts(shown) if shown else Text("Calibration: not recorded", style="dim"))
     missing = Text("Energy: not recorded", style="dim")
-    parts.append(drawn(energy_by_kind(run)) or missing)
+    parts.append(drawn(support_energy(run) or energy_by_kind(run)) or missing)
     spectra = spectra_table(run)
     if spectra is not None:
         more = len(spectra.rows) - _MOST_SPECTRA

@@ -33,6 +33,11 @@ TIMES = {
     "train_s": "train",
     "evaluate_s": "evaluate",
 }
+SUPPORT_ENERGY = {
+    "support": "support that trains",
+    "full_basis": "best in full-rank basis",
+    "original": "best in original basis",
+}
 ENERGY = {
     "original": "original",
     "transposed": "published code",

@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 
+from sparsegrad_cli.methods.asked import asked_entries
+from sparsegrad_cli.methods.core_plan import planned_supports
+from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis, is_whole, truncated
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.stopping import politely
-from sparsegrad_cli.training.calibration import basis_keys
-from sparsegrad_cli.training.diagnostics import KindGrams, energy_table
+from sparsegrad_cli.training.calibration import Calibration, basis_keys
+from sparsegrad_cli.training.diagnostics import Choice, KindGrams, energy_table
 from sparsegrad_cli.training.session import Session
 from sparsegrad_cli.training.setup import Setup, calibration_batches
 
@@ -49,9 +54,48 @@ class CalibrationSession(Session):
                     steps=settings.energy_steps,
                     seed=self.recipe.seed + 1,
                     per_kind=kinds.bases(),
+                    choices=self._choices(setup, calibration),
                     train=self.recipe.train,
                     meter=lambda: self.meter.phase("calibrate"),
                 )
             self.seconds["diagnostics_s"] = time.perf_counter() - started
             self.record.data["calibration"].update(energy=energy, heat_map=heat_map)
         self.record.save(time=dict(self.seconds), memory=self.meter.report())
+
+    def _choices(self, setup: Setup, calibration: Calibration) -> dict[str, Choice]:
+        """What would train of each target, beside its basis of full rank; empty for other methods.
+
+        Calibration that keeps the leading directions alone knows no basis of full rank. It is then
+        made from the same batches, for one target of each kind: all of them may not fit.
+        """
+        settings, targets = self.method, setup.targets
+        if not isinstance(settings, SparsegradMethod):
+            return {}
+        own = calibration.by_target()
+        full = {t.name: own[t.name] for t in targets if is_whole(own[t.name])}
+        if len(full) < len(targets):
+            kinds: dict[str, list[Target]] = {}
+            for target in targets:
+                kinds.setdefault(target.kind, []).append(target)
+            few = [group[len(group) // 2] for group in kinds.values()]
+            if self.recipe.calibration.basis_per == "kind":
+                few = targets
+            exact = {"decomposition": "exact", "score": "spectral"}
+            size = self.calibration_batch
+            found = self._calibrate(
+                setup, size, self._own_steps, targets=few, changes=exact, whole=True
+            )
+            full = found.by_target()
+        cut: dict[int, Basis] = {}
+        for basis in own.values():
+            cut.setdefault(id(basis), truncated(basis, self._rank))
+        bases = {name: cut[id(basis)] for name, basis in own.items()}
+        fixed = planned_supports(settings, targets, bases, calibration.scores)
+        asked = asked_entries(settings, targets) if settings.support != "dense" else {}
+        choices = {}
+        for name, whole in full.items():
+            room = bases[name].q_out.shape[1] * bases[name].q_in.shape[1]
+            support = fixed.get(name)
+            count = len(support) if support is not None else min(asked.get(name, room), room)
+            choices[name] = Choice(bases[name], whole, count, support)
+        return choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,43 @@ from sparsegrad_cli.training.gradients import (
 TOP = 0.01
 _HEAT_MAP_SIDE = 96
 _SPECTRUM_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What trains of a target.
+
+    Attributes:
+        basis: that it trains in, cut to the method's rank.
+        full: the basis of full rank.
+        count: parameters that train.
+        support: their flat positions in the core; None for the largest ones of each gradient.
+    """
+
+    basis: Basis
+    full: Basis
+    count: int
+    support: Tensor | None
+
+    def energies(self, grad_OI: Tensor) -> dict[str, float]:
+        """Shares of a gradient's energy in ``count`` entries, by how they are chosen.
+
+        Returns:
+            ``support``: those that train; ``full_basis`` and ``original``: the largest in
+            hindsight in the basis of full rank and without a basis.
+        """
+        squares = to_core(grad_OI, self.basis).reshape(-1).double().square()
+        if self.support is None:
+            trained = torch.topk(squares, self.count, sorted=False).values
+        else:
+            trained = squares[self.support.to(squares.device, torch.int64)]
+        total = grad_OI.double().square().sum()
+        part = self.count / grad_OI.numel()
+        return {
+            "support": float(trained.sum() / total) if total > 0 else 0.0,
+            "full_basis": energy_share(to_core(grad_OI, self.full), part),
+            "original": energy_share(grad_OI, part),
+        }
 
 
 class KindGrams:
@@ -77,6 +114,7 @@ def energy_table(
     per_kind: Mapping[str, Basis] | None = None,
     train: TrainSection | None = None,
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    choices: Mapping[str, Choice] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean share of squared entries in the top 1 % of held-out gradients, per target.
 
@@ -89,10 +127,14 @@ def energy_table(
         per_kind: bases of whole kinds (:class:`KindGrams`), where those calibrated are per layer.
         train: gradient checkpointing and autocast as in training.
         meter: context in which the first two steps are measured.
+        choices: target name -> what trains of it; compared with as many entries chosen in
+            hindsight, in the ``compared`` block.
 
     Returns:
         (``energy`` block, ``heat_map`` block) of run.json.
     """
+    choices = choices or {}
+    compared: dict[str, dict[str, float]] = {name: defaultdict(float) for name in choices}
     per_kind = per_kind or {}
     per_target = calibration.by_target()
     by_layer = any(calibration.keys[t.name] != t.kind for t in targets)
@@ -114,6 +156,9 @@ def energy_table(
         own_core = cores["layer_basis" if by_layer else "kind_basis"]
         if own_core.numel() < grad.numel():
             sums[target.name]["whole_core"] += energy_share(own_core, 1.0, whole=grad) / steps
+        if target.name in choices:
+            for name, share in choices[target.name].energies(grad).items():
+                compared[target.name][name] += share / steps
         if target.name == shown:
             for name, core in (("original", grad), ("basis", to_core(grad, own))):
                 pooled = _pool(core.abs())
@@ -132,9 +177,40 @@ def energy_table(
                     gradient_step(model, next(batches), step, scale=scale)
     rows = [{"target": t.name, "kind": t.kind, **sums[t.name]} for t in targets]
     energy = {"top": TOP, "steps": steps, "rows": rows, "mean_by_kind": _mean_by_kind(rows)}
+    if choices:
+        against = [
+            {"target": t.name, "kind": t.kind, "count": choices[t.name].count, **compared[t.name]}
+            for t in targets
+            if t.name in choices
+        ]
+        means = _mean_by_kind(against)
+        verdict = verdict_of(means)
+        energy["compared"] = {"rows": against, "mean_by_kind": means, "verdict": verdict}
     heat_map: dict[str, Any] = {"target": shown}
     heat_map.update({name: (m / steps).tolist() for name, m in maps.items()})
     return energy, heat_map
+
+
+def verdict_of(means: Mapping[str, Mapping[str, float]]) -> str:
+    """One sentence: what the support that trains catches, beside the best in hindsight."""
+
+    def mean(name: str) -> float:
+        return 100 * sum(row[name] for row in means.values()) / len(means)
+
+    support, full, original = mean("support"), mean("full_basis"), mean("original")
+    figures = (
+        f"the support that trains holds {support:.1f} % of the energy of held-out gradients, the "
+        f"same number of parameters chosen in hindsight {full:.1f} % in the full-rank basis and "
+        f"{original:.1f} % in the original one"
+    )
+    if support > original:
+        return f"The support pays: {figures}."
+    if full > original:
+        return (
+            "The basis concentrates the gradients, but the support that trains catches less than "
+            f"as many original parameters chosen in hindsight: {figures}."
+        )
+    return f"The basis does not pay on these gradients: {figures}."
 
 
 def _mean_by_kind(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

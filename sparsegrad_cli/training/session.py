@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.measure.memory import make_meter
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.modeling.quantized import quantization_state
-from sparsegrad_cli.modeling.targets import head_parameters
+from sparsegrad_cli.modeling.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.observer import Observer
 from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
@@ -110,7 +110,7 @@ class Session:
         self.enter("calibrate", f"{settings.steps} steps, no update{again}")
         self.known.calibration_batch = self.calibration_batch
         self.known.calibrate = lambda size: self._calibrate(setup, size, range(1))
-        own = range(ranks.number(), settings.steps, ranks.count())  # of the steps
+        own = self._own_steps
         self.observer.total_steps("calibrate", len(own) * passes)
         started = time.perf_counter()
         with self.warmed_head(setup):
@@ -170,8 +170,22 @@ class Session:
         )
         return calibration
 
-    def _calibrate(self, setup: Setup, batch_size: int, steps: range, **told: Any) -> Calibration:
-        """Calibration with some of the steps' batches, and nothing recorded of it."""
+    def _calibrate(
+        self,
+        setup: Setup,
+        batch_size: int,
+        steps: range,
+        *,
+        targets: list[Target] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        **told: Any,
+    ) -> Calibration:
+        """Calibration with some of the steps' batches, and nothing recorded of it.
+
+        Args:
+            targets: of the model's; all by default.
+            changes: settings of the recipe's calibration that are others here.
+        """
         settings, seed = self.recipe.calibration, self.recipe.seed
 
         def batches() -> Iterator[dict[str, Tensor]]:
@@ -182,9 +196,9 @@ class Session:
 
         return calibrate(
             setup.model,
-            setup.targets,
+            targets or setup.targets,
             batches,
-            settings.model_copy(update={"steps": len(steps)}),
+            settings.model_copy(update={**(changes or {}), "steps": len(steps)}),
             seed=seed,
             rank=self._rank,
             train=self.recipe.train,
@@ -234,6 +248,11 @@ class Session:
         """Examples of one calibration step."""
         train = self.recipe.train.per_device_train_batch_size
         return self.recipe.calibration.batch_size or train
+
+    @property
+    def _own_steps(self) -> range:
+        """The calibration steps that this process takes."""
+        return range(ranks.number(), self.recipe.calibration.steps, ranks.count())
 
     @property
     def _rank(self) -> int | float | None:

@@ -67,7 +67,17 @@ def test_calibrate_then_train_on_its_basis(
     assert run["status"] == "done" and run["command"] == "calibrate"
     assert run["calibration"]["seconds"] > 0 and run["calibration"]["peak_bytes"] > 0
     assert columns == set(run["calibration"]["energy"]["rows"][0]) - {"target", "kind"}
-    assert (tmp_path / "basis" / "report.html").stat().st_size > 10_000
+    compared = run["calibration"]["energy"]["compared"]
+    for row in compared["rows"]:
+        assert 0 < row["support"] <= 1 and 0 < row["original"] < row["full_basis"] <= 1
+    assert set(compared["mean_by_kind"]) == {"intermediate.dense", "output.dense"}
+    page = (tmp_path / "basis" / "report.html").read_text(encoding="utf-8")
+    markdown = (tmp_path / "basis" / "report.md").read_text(encoding="utf-8")
+    for shown in (made.out, page, markdown):
+        assert compared["verdict"][:20] in " ".join(shown.split())
+        for column in ("support that trains", "full-rank basis"):
+            assert column in " ".join(shown.split()) or shown is made.out
+    assert len(page) > 10_000
     basis = tmp_path / "basis" / "basis.safetensors"
     settings = (*METHODS[method], *SMALL, f"calibration.basis={basis}")
     trained = cli("train", *settings, "-o", "run", "--json")

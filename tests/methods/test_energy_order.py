@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.modeling.targets import Target
 from sparsegrad_cli.numerics.hosvd import truncated
-from sparsegrad_cli.training.diagnostics import energy_table
+from sparsegrad_cli.training.diagnostics import Choice, energy_table, verdict_of
 
 WIDTH, INNER_WIDTH, RANK, LAYERS = 24, 72, 3, 4
 
@@ -236,3 +236,56 @@ def test_order_on_gradients_of_a_real_bert() -> None:
     )
     energy, _ = energy_of(model, targets, found, eights(rows[48:]), steps=2)
     assert_order(energy)
+
+
+@pytest.mark.parametrize("support", ["static", "dynamic", "dense"])
+def test_the_support_that_trains_against_hindsight_by_hand(support: str) -> None:
+    """Energies of one held-out gradient in the same number of entries, by sorting."""
+    model = Parallel()
+    targets = targets_of(model)
+    found = calibrated(
+        model, targets, lambda: low_rank_batches(1), steps=4, basis_per="layer", seed=0
+    )
+    choices = {}
+    for target in targets:
+        full = found.by_target()[target.name]
+        cut = truncated(full, 5)
+        count = 25 if support == "dense" else 9
+        fixed = torch.arange(9) * 2 if support == "static" else None
+        choices[target.name] = Choice(cut, full, count, fixed)
+    energy, _ = energy_table(
+        model, targets, found, low_rank_batches(2), steps=1, seed=1, choices=choices
+    )
+    model.zero_grad()
+    model(**next(low_rank_batches(2))).loss.backward()
+    for target, row in zip(targets, energy["compared"]["rows"], strict=True):
+        grad = weight_of(model, target).grad
+        assert isinstance(grad, Tensor)
+        choice = choices[target.name]
+
+        def best(matrix: Tensor, count: int) -> float:
+            squares = matrix.reshape(-1).double().square().sort(descending=True).values
+            return float(squares[:count].sum() / grad.double().square().sum())  # noqa: B023
+
+        core = choice.basis.q_out.T @ grad @ choice.basis.q_in
+        trained = best(core, choice.count)
+        if choice.support is not None:
+            trained = best(core.reshape(-1)[choice.support], choice.count)
+        expected = {
+            "support": trained,
+            "full_basis": best(choice.full.q_out.T @ grad @ choice.full.q_in, choice.count),
+            "original": best(grad, choice.count),
+        }
+        assert row["count"] == choice.count
+        for name, share in expected.items():
+            assert row[name] == pytest.approx(share, rel=1e-4), name
+        assert row["support"] <= row["full_basis"] + 1e-6 or support == "dense"
+    means = energy["compared"]["mean_by_kind"]
+    assert set(means) == {"up", "down"}
+    assert energy["compared"]["verdict"] == verdict_of(means)
+    pays = {"up": {"support": 0.6, "full_basis": 0.7, "original": 0.2}}
+    assert verdict_of(pays).startswith("The support pays: the support that trains holds 60.0 %")
+    pays["up"]["original"] = 0.65
+    assert verdict_of(pays).startswith("The basis concentrates the gradients, but the support")
+    pays["up"]["original"] = 0.75
+    assert verdict_of(pays).startswith("The basis does not pay on these gradients")
