@@ -163,9 +163,12 @@ class RowReader:
     def _messages(self, value: Any, place: str, *, learn: bool) -> list[Turn]:
         if not isinstance(value, list):
             raise UnusableRowError("the turns are missing or not a list")
-        return [self._message(message, place, learn=learn) for message in value]
+        return [
+            self._message(message, place, number, learn=learn)
+            for number, message in enumerate(value, start=1)
+        ]
 
-    def _message(self, message: Any, place: str, *, learn: bool) -> Turn:
+    def _message(self, message: Any, place: str, number: int, *, learn: bool) -> Turn:
         if not isinstance(message, dict):
             raise UnusableRowError("a turn is not an object")
         keys = next((keys for keys in _KEYS if message.get(keys[0]) is not None), _KEYS[0])
@@ -183,10 +186,11 @@ class RowReader:
             raise UnusableRowError("text is not valid Unicode")
         loss = [key for key in _LOSS if _given(message.get(key))]
         for key in loss:
-            turn = self._asked(turn, key, message[key], place)
+            turn = self._asked(turn, f"{key} of message {number}", message[key], place)
         if len({_SAYS.get(str(message[key]).lower()) for key in loss}) > 1:
+            both = " and ".join(f"{key}: {message[key]}" for key in loss)
             raise DataError(
-                f"a message says both {' and '.join(f'{key}: {message[key]}' for key in loss)}",
+                f"message {number} says both {both}",
                 where=place,
                 fix="leave one of them",
             )
@@ -199,7 +203,7 @@ class RowReader:
         """The turns as a loss key of their row says: of all of them, of each, or of each answer."""
         answers = [at for at, turn in enumerate(turns) if turn.role == "assistant"]
         if not isinstance(value, list):
-            off = _says(key, value, place) is False
+            off = _says(f"{key} of the row", value, place) is False
             return [self._asked(t, key, 0, place) if off and t.learn else t for t in turns]
         if len(value) not in (len(turns), len(answers)):
             raise DataError(
@@ -211,18 +215,18 @@ class RowReader:
         marked = list(turns)
         of = answers if len(value) == len(answers) else range(len(turns))
         for at, one in zip(of, value, strict=True):
-            marked[at] = self._asked(turns[at], key, one, place)
+            marked[at] = self._asked(turns[at], f"{key} of message {at + 1}", one, place)
         return marked
 
-    def _asked(self, turn: Turn, key: str, value: Any, place: str) -> Turn:
-        """The turn as its loss key asks."""
-        learn = _says(key, value, place)
+    def _asked(self, turn: Turn, what: str, value: Any, place: str) -> Turn:
+        """The turn as its loss key asks; ``what`` names the key and the message."""
+        learn = _says(what, value, place)
         if learn and turn.role != "assistant":
             raise DataError(
-                f"{key} asks for a turn of the {turn.role} to be learnt, and only an assistant's "
+                f"{what} asks for a turn of the {turn.role} to be learnt, and only an assistant's "
                 "can be",
                 where=place,
-                fix=f"set {key} to 0 there, or take it out",
+                fix="set it to 0 there, or take it out",
             )
         self._masked += turn.learn and not learn
         return replace(turn, learn=learn)
@@ -300,7 +304,7 @@ def _says_loss(key: str, row: Mapping[str, Any]) -> bool:
     return str(value).lower() in _SAYS
 
 
-def _says(key: str, value: Any, place: str) -> bool:
+def _says(what: str, value: Any, place: str) -> bool:
     """Whether a loss key asks for its turn to be learnt.
 
     Raises:
@@ -309,9 +313,9 @@ def _says(key: str, value: Any, place: str) -> bool:
     said = _SAYS.get(str(value).lower())
     if said is None:
         raise DataError(
-            f"{key} is {value!r}, expected 0 or 1 (false or true): a turn is learnt or it is not",
+            f"{what} is {value!r}, expected 0 or 1 (false or true): a turn is learnt or it is not",
             where=place,
-            fix=f"round {key} to 0 or 1, or take the key out",
+            fix="round it to 0 or 1, or take the key out",
         )
     return said
 

@@ -229,7 +229,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise DataError(
                 f"the chat template refuses the conversation: {error}",
                 where=asked.where,

@@ -53,7 +53,8 @@ def finish(
             raise UsageError(f"{key} is {limit}, it must be at least 1", where=f"task.{key}")
         part = [_last_only(each) if last_only else each for each in whole[:limit]]
         if not part:
-            raise DataError(f"there is no conversation for {split}", where="task")
+            why = f": {'; '.join(raw.notes)}" if raw.notes else ""
+            raise DataError(f"there is no conversation for {split}{why}", where="task")
         if len(part) < len(whole):
             notes.append(f"{split} uses the first {len(part)} of {len(whole)} conversations")
         learnt, distinct = learnt_turns(part)

@@ -130,14 +130,20 @@ def test_a_row_may_say_it_for_all_of_its_turns(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [user(), assistant(weight=0.5)]}, r"weight is 0\.5, expected 0 or 1"),
-        ({"messages": [user(), assistant(loss_mask=[0, 1])]}, "loss_mask is"),
-        ({"messages": [user(), assistant(train=True, weight=0)]}, "both weight: 0 and train: True"),
-        ({"messages": [user(train=True), assistant()]}, "a turn of the user to be learnt"),
-        ({"messages": [user(), assistant()], "weight": 0.3}, r"weight is 0\.3"),
+        (
+            {"messages": [user(), assistant(weight=0.5)]},
+            r"weight of message 2 is 0\.5, expected 0 or 1",
+        ),
+        ({"messages": [user(), assistant(loss_mask=[0, 1])]}, "loss_mask of message 2 is"),
+        ({"messages": [user(), assistant(train=True, weight=0)]}, "message 2 says both weight: 0"),
+        (
+            {"messages": [user(train=True), assistant()]},
+            "train of message 1 asks for a turn of the u",
+        ),
+        ({"messages": [user(), assistant()], "weight": 0.3}, r"weight of the row is 0\.3"),
         ({"messages": [user(), assistant()], "loss_mask": [0, 1, 1]}, "3 values for 2 turns"),
         ({"messages": [user(), assistant()], "loss_mask": [1, 1]}, "a turn of the user to be"),
-        ({"prompt": "u", "completion": "a", "sample_weight": 2}, "sample_weight is 2"),
+        ({"prompt": "u", "completion": "a", "sample_weight": 2}, "sample_weight of the row is 2"),
     ],
 )
 def test_another_weight_is_refused_with_its_line(
