@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.effects import without_idle
-from sparsegrad_cli.recipe.layers import read_layers, stack
+from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
 from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, clip, dotted, find_place, setting
@@ -69,6 +69,7 @@ def load_recipe(
     layers = read_layers(name, overrides)
     if output_dir is not None:
         layers.append(setting("output_dir", str(output_dir)))
+        anchor_paths(layers[-1].data, Path.cwd())
     layer = stack(layers)
     said = check(layer, Recipe)
     recipe, idle = without_idle(said, layer)

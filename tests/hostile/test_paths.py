@@ -224,10 +224,12 @@ def test_a_folder_is_called_what_it_is_called(name: str) -> None:
     from sparsegrad_cli.cli.arguments import load
 
     with scratch() as folder:
-        assert load(None, Path(name)).recipe.output_dir == name
+        assert load(None, Path(name)).recipe.output_dir == str(Path.cwd() / name)
         run = folder / "runs" / name
         run.mkdir(parents=True)
         (run / "recipe.yaml").write_text("seed: 7\noutput_dir: ../outside\n")
         loaded = load([f"runs/{name}"], None).recipe
-        assert (loaded.output_dir, loaded.seed) == (f"runs/{name}", 7)
-        assert load([f"runs/{name}", "output_dir=y"], None).recipe.output_dir == "y"
+        assert (loaded.output_dir, loaded.seed) == (str(Path.cwd() / "runs" / name), 7)
+        assert load([f"runs/{name}", "output_dir=y"], None).recipe.output_dir == str(
+            Path.cwd() / "y"
+        )
