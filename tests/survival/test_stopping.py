@@ -148,3 +148,13 @@ def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(ben
     assert text.count("batch ") <= 2 + text.count("batch 1")
     assert "asked to stop: the calibrate phase" in text
     assert "cannot leave batch 1 halfway" in text
+
+
+def test_sigterm_and_sigint_from_two_senders_at_once_are_one_request() -> None:
+    """A job system and a comparison both tell a run; a user who insists repeats one of them."""
+    from sparsegrad_cli.stopping import _Requests
+
+    requests = _Requests()
+    assert not requests.insists(signal.SIGTERM)
+    assert not requests.insists(signal.SIGINT)
+    assert requests.insists(signal.SIGTERM)
