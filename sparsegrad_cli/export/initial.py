@@ -15,7 +15,6 @@ from torch import Tensor
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.restore import load_checked, read_basis_of
 from sparsegrad_cli.export.run_files import RunFiles, open_run
-from sparsegrad_cli.generate.peft_folder import CONFIG, TENSORS
 from sparsegrad_cli.methods.base import (
     Method,
     load_by_name,
@@ -23,17 +22,19 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.lora import Lora
+from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
 from sparsegrad_cli.modeling.targets import head_parameters
 from sparsegrad_cli.paths import expanded, is_file
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.report.access import items
+from sparsegrad_cli.training.adapter_folder import read_adapter
 from sparsegrad_cli.training.basis_file import BasisFile
 from sparsegrad_cli.training.setup import Setup
 from sparsegrad_cli.training.writing import read_tensors
 
 # Settings of a method that say how it trains, not what its adapter is.
 _HOW = {"dropout", "recompute", "state_capacity", "refresh_steps"}
-_PREFIX = "base_model.model."
 _FIX = "set the same in this recipe; or export that run with `--to merged` and set model to it"
 
 
@@ -93,7 +94,12 @@ class Initial:
             {f"method.{key}": value for key, value in each.model_dump().items() if key not in _HOW}
             for each in (theirs, ours)
         )
-        tensors = read_tensors(self.tensors)
+        fresh_names = items(record, "model", "head", "fresh")
+        tensors = (
+            read_adapter(self.tensors, setup.model, [str(name) for name in fresh_names])
+            if self.run.from_adapter
+            else read_tensors(self.tensors)
+        )
         if isinstance(method, Lora) and theirs.name == "lora":
             then |= _scale(_rank_of(tensors), theirs.alpha, theirs.rslora)
             now |= _scale(method.rank, method.settings.alpha, method.settings.rslora)
@@ -140,7 +146,7 @@ class Initial:
         plain: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
         then |= {key: config.get(key) or value for key, value in plain.items()}
         self._check_same(then, now | plain)
-        found = {_ours(name): tensor for name, tensor in self._read_peft().items()}
+        found = from_peft({_ours(name): tensor for name, tensor in self._read_peft().items()})
         state = trainable_state(setup.model)
         wanted = {name for name in state if "lora_" in name}
         given = {name for name in found if "lora_" in name}
@@ -238,11 +244,8 @@ def _short(name: str) -> str:
 
 
 def _ours(name: str) -> str:
-    """The name in a model that peft's layers were put into one by one."""
-    name = name.removeprefix(_PREFIX).replace("modules_to_save.", "").replace(".default.", ".")
-    for part in ("lora_A", "lora_B"):
-        name = name.replace(f".{part}.weight", f".{part}.default.weight")
-    return name
+    """The name as a PEFT folder of today has it; some versions name what they save whole."""
+    return name.replace("modules_to_save.", "").replace(".default.", ".")
 
 
 def _sha256(path: Path) -> str:
