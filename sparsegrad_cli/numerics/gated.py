@@ -24,8 +24,7 @@ class _Gated(torch.autograd.Function):
         active = activation(gate)
         # In place only where the result is the activation's own: an identity returns the gate
         # itself, which is saved, and up may be of another dtype or shape.
-        shared = active.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
-        if shared or active.dtype != up.dtype or active.shape != up.shape:
+        if active.is_set_to(gate) or active.dtype != up.dtype or active.shape != up.shape:
             return active * up
         return active.mul_(up)
 
