@@ -24,7 +24,9 @@ class _Gated(torch.autograd.Function):
         active = activation(gate)
         # In place only where the result is the activation's own: an identity returns the gate
         # itself, which is saved, and up may be of another dtype or shape.
-        if active.is_set_to(gate) or active.dtype != up.dtype or active.shape != up.shape:
+        # Storages are compared by their handles, which tensors without memory have, too.
+        shared = active.untyped_storage()._cdata == gate.untyped_storage()._cdata
+        if shared or active.dtype != up.dtype or active.shape != up.shape:
             return active * up
         return active.mul_(up)
 

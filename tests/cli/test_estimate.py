@@ -69,6 +69,8 @@ def test_methods_are_matched_and_shown_whole_at_80_columns(
     assert targets["full"] == 2 * 32 * 64
     assert targets["meprop"] == targets["sparsegrad"] == 2 * round(0.05 * 32 * 64)
     assert abs(targets["lora"] - targets["meprop"]) <= (32 + 64)
+    assert rows["lora"]["fit"]["limited_by"] == "step"
+    assert rows["sparsegrad"]["fit"]["limited_by"] in ("step", "calibration")
     for row in rows.values():
         assert row["fit"]["batch"] > 0 and row["fit"]["peak_bytes"] <= 2 * 2**20
         assert sum(row["categories"].values()) == row["peak_bytes"]
@@ -76,7 +78,13 @@ def test_methods_are_matched_and_shown_whole_at_80_columns(
     console.print(estimate_table(record))
     shown = console.export_text()
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
-    for words in ("saved", "its local config.json", "CUDA: flash", "largest batch in 3.0 MiB"):
+    for words in (
+        "saved",
+        "its local config.json",
+        "CUDA: flash",
+        "largest batch in 3.0 MiB",
+        "limited",
+    ):
         assert words in " ".join(shown.split())
 
 

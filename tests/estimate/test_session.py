@@ -12,7 +12,7 @@ import torch
 from chats import smollm2_tokenizer
 
 from sparsegrad_cli.errors import DownloadError
-from sparsegrad_cli.estimate.rehearsal import Conditions
+from sparsegrad_cli.estimate.rehearsal import Conditions, Rehearsal
 from sparsegrad_cli.estimate.session import Room, estimate_steps
 from sparsegrad_cli.modeling.architectures import configuration_of
 from sparsegrad_cli.modeling.pretrained import load_configuration
@@ -71,6 +71,58 @@ def test_the_largest_batch_fits_and_the_next_does_not(tiny: str, accumulated: in
     assert found["fit"]["peak_bytes"] == at(loaded, batch) <= room.for_tensors
     assert at(loaded, batch + 1) > room.for_tensors
     assert found["peak_bytes"] == at(loaded, SIZE) == sum(found["categories"].values())
+
+
+CORE = ("method.rank=8", "calibration.warmup_steps=2")
+
+
+@pytest.mark.parametrize("limit", ["step", "calibration"])
+def test_step_and_calibration_both_fit_and_the_limit_is_named(
+    tiny: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, room = recipe(tiny, *CORE), Room(4 * 2**20, 2**20)
+    if limit == "calibration":  # of a model that needs twice as much there
+        theirs = Rehearsal.calibration
+
+        def twice(self: Rehearsal, size: int) -> Any:
+            peak = theirs(self, size)
+            assert peak is not None
+            return replace(peak, peak_bytes=2 * peak.peak_bytes)
+
+        monkeypatch.setattr(Rehearsal, "calibration", twice)
+    found = row(loaded, room)
+    batch = found["fit"]["batch"]
+    assert batch > SIZE and found["fit"]["limited_by"] == limit
+
+    def peaks(size: int) -> tuple[int, int]:
+        train = loaded.recipe.train.model_copy(update={"per_device_train_batch_size": size})
+        other = replace(loaded, recipe=loaded.recipe.model_copy(update={"train": train}))
+        one = row(other)
+        return int(one["peak_bytes"]), int(one["calibrate_peak_bytes"])
+
+    assert found["fit"]["peak_bytes"] == max(peaks(batch)) <= room.for_tensors
+    step, calibration = peaks(batch + 1)
+    assert (step if limit == "step" else calibration) > room.for_tensors
+    assert limit == "step" or step <= room.for_tensors
+
+
+def test_a_calibration_that_does_not_fit_leaves_no_batch(tiny: str) -> None:
+    loaded = recipe(tiny, *CORE, "calibration.batch_size=512")
+    found = row(loaded, Room(4 * 2**20, 2**20))
+    assert found["calibrate_batch"] == 512
+    assert found["fit"]["batch"] == 0 and found["fit"]["limited_by"] == "calibration"
+
+
+def test_calibration_recomputes_blocks_and_autocasts_as_the_step_does(tmp_path: Path) -> None:
+    deep = TINY | {"num_hidden_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(deep), encoding="utf-8")
+    large = (f"model={tmp_path}", *CORE, "calibration.batch_size=32")
+    plain, recomputed, half = (
+        row(recipe(*large, *more))["calibrate_peak_bytes"]
+        for more in ((), ("train.gradient_checkpointing=true",), ("train.bf16=true",))
+    )
+    assert recomputed < 0.6 * plain
+    assert half < 0.9 * plain
 
 
 def test_no_batch_fits_where_one_example_does_not(tiny: str) -> None:

@@ -287,13 +287,13 @@ def test_peak_bytes_beyond_the_weights_are_below_loras(bytes_of: Any) -> None:
 def test_peak_bytes_of_all_of_bert_base() -> None:
     """Twelve blocks: what is transient weighs less than in two."""
     methods = methods_at(0.01, rank=160)
-    lora, core, lean = (
+    lora, core, lean_lora, lean = (
         step_bytes(methods[name], "shapes:bert-base", 16, 128)
-        for name in ("lora", "core", "core recomputed")
+        for name in ("lora", "core", "lora recomputed", "core recomputed")
     )
-    assert core["beyond"] <= 0.74 * lora["beyond"]
-    assert core["beyond"] + core["bases"] <= 0.78 * lora["beyond"]
-    assert lean["beyond"] <= 0.60 * lora["beyond"]
+    assert core["beyond"] <= 0.80 * lora["beyond"]
+    assert core["beyond"] + core["bases"] <= 0.84 * lora["beyond"]
+    assert lean["beyond"] <= 0.80 * lean_lora["beyond"]
 
 
 def test_saved_bytes_are_those_of_the_written_count(bytes_of: Any) -> None:
