@@ -71,7 +71,7 @@ def _tables(path: Path) -> tuple[dict[str, Table], list[str]]:
     validation = find_split(folder, VALIDATION_STEMS, _SUFFIXES)
     if validation:
         tables["validation"] = read_table(validation, "json")
-    return tables, unread_note(folder, [*train, *validation])
+    return tables, unread_note(path, [*train, *validation])
 
 
 def load_hub_chat(settings: ChatSettings) -> RawChat:

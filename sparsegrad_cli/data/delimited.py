@@ -20,6 +20,7 @@ from sparsegrad_cli.errors import DataError
 Rows = list[tuple[int, list[str]]]  # (number of its first line, its cells)
 
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+_JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # how no header begins
 _DECLARED = re.compile(r'"?sep=([^"\r\n])"?\r?(\n|$)')  # what Excel puts and reads in a first line
 
 
@@ -38,6 +39,13 @@ def read_delimited(path: Path, *, tab: bool, separator: str | None = None) -> Ta
         DataError: the file cannot be read, is damaged, or a row does not fit the header.
     """
     text = read_text(path)
+    if _JSON.match(text):
+        raise DataError(
+            f"Expected {'tab' if tab else 'comma'}-separated values, got JSON",
+            where=str(path),
+            fix="rename it to .json or .jsonl; where its name has no such suffix, set "
+            "task.name: json",
+        )
     own = "\t" if tab else ","
     declared = _DECLARED.match(text)
     if declared and separator is None:

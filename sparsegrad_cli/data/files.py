@@ -5,14 +5,16 @@ Every fault says its file and its line, row or column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sparsegrad_cli.data.delimited import read_delimited
-from sparsegrad_cli.data.json_text import json_records
+from sparsegrad_cli.data.json_text import Record, RepeatedKeys, json_records
 from sparsegrad_cli.data.parquet_files import read_parquet
 from sparsegrad_cli.data.split_files import PREFERRED, SUFFIXES, is_unreadable, unreadable
-from sparsegrad_cli.data.table import Table, concatenated
+from sparsegrad_cli.data.table import Columns, Table, concatenated
 from sparsegrad_cli.data.text_files import COMPRESSIONS, unpacked_name
 from sparsegrad_cli.errors import DataError, UsageError
 
@@ -70,6 +72,7 @@ def _read_one(path: Path, kind: str | None, separator: str | None) -> Table:
 def _read_json(path: Path) -> Table:
     records = list(json_records(path, as_written=True))  # a label is kept as its text
     names: dict[str, None] = {}
+    twice: dict[str, str] = {}  # key -> the first row that writes it twice
     for record in records:
         if not isinstance(record.value, dict):
             raise DataError(
@@ -77,6 +80,24 @@ def _read_json(path: Path) -> Table:
                 where=record.place,
             )
         names.update(dict.fromkeys(record.value))
-    columns = {name: [record.value.get(name) for record in records] for name in names}
+        if isinstance(record.value, RepeatedKeys):
+            twice = {**dict.fromkeys(record.value.repeated, record.place), **twice}
+    readers: dict[str, Callable[[], list[Any]]] = {}
+    for name in names:
+        readers[name] = partial(_values, records, name)
+        if name in twice:
+            readers[name] = partial(_refuse_twice, name, twice[name])
     lines = [record.line for record in records if record.line is not None]
-    return Table(columns, str(path), lines or None, count=len(records), ragged=True)
+    return Table(Columns(readers), str(path), lines or None, count=len(records), ragged=True)
+
+
+def _values(records: Sequence[Record], name: str) -> list[Any]:
+    return [record.value.get(name) for record in records]
+
+
+def _refuse_twice(name: str, where: str) -> list[Any]:
+    raise DataError(
+        f"the object has two values for the key {name!r}",
+        where=where,
+        fix="rename one of the two, or take one out",
+    )

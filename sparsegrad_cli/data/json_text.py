@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -29,6 +30,24 @@ class WrittenFloat(float):
         return number
 
 
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that writes some keys twice; of each it holds the last value.
+
+    Attributes:
+        repeated: those keys.
+    """
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        times = Counter(key for key, _ in pairs)
+        self.repeated = tuple(key for key, count in times.items() if count > 1)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else RepeatedKeys(pairs)
+
+
 def _integer(digits: str) -> int | Decimal:
     """Return a whole number; exact, but no int, where it has more digits than Python converts."""
     try:
@@ -47,14 +66,20 @@ def parse_json(text: str, *, as_written: bool = False) -> Any:
     Args:
         text: one JSON value.
         as_written: make every number with a fraction or an exponent, and ``-0``, a
-            :class:`WrittenFloat`. A value that is nested too deeply for ``json`` has plain floats.
+            :class:`WrittenFloat`, and an object that writes a key twice a :class:`RepeatedKeys`.
+            A value that is nested too deeply for ``json`` has plain floats and objects.
 
     Raises:
         json.JSONDecodeError: it is not JSON; says where.
     """
     try:
         if as_written:
-            return json.loads(text, parse_float=WrittenFloat, parse_int=_written_integer)
+            return json.loads(
+                text,
+                parse_float=WrittenFloat,
+                parse_int=_written_integer,
+                object_pairs_hook=_object,
+            )
         try:
             return json.loads(text)
         except json.JSONDecodeError:
@@ -134,8 +159,20 @@ def _is_wrapped(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("data"), list)
 
 
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
 def _items(value: Any, path: Path) -> Iterator[Record]:
     """Yield the records of a file that is one array or object."""
+    if _is_wrapped(value):
+        lists = [key for key, held in value.items() if _holds_objects(held) or key == "data"]
+        if len(lists) > 1:
+            raise DataError(
+                f"Expected one list of rows in the object, got {', '.join(lists)}",
+                where=str(path),
+                fix="put each list into a file of its own",
+            )
     items = value["data"] if _is_wrapped(value) else value
     items = items if isinstance(items, list) else [items]
     return (Record(item, path, row, None) for row, item in enumerate(items, start=1))

@@ -37,8 +37,10 @@ from __future__ import annotations
 
 import math
 import re
+import struct
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
@@ -57,6 +59,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WITH_COMMAS = re.compile(r"[+-]?[0-9]+(,[0-9]+)+(\.[0-9]+)?")
 # Compared in lower case. Infinity is no more a number here than NaN is.
 _MISSING = re.compile(r"#?n/?a|<na>|nan|nil|null|none|missing|[+-]?inf(inity)?|--?|\?|\.")
+_SCORES_KEPT = 0.9  # share of the scores that float32 tells apart, below which a note says so
 _ROWS_OF_A_CLASS = 3  # fewer rows a class than this, and a note asks whether these are classes
 
 
@@ -116,6 +119,8 @@ class _Texts:
             part = []
             for row, value in enumerate(table.columns[column]):
                 text = _text_of(value, names, column, table, row)
+                if self.declared is not None and names is None:
+                    self._check_id_or_name(text, table, row)
                 trimmed += isinstance(value, str) and text != value
                 kinds.setdefault(text, set()).add(_kind_of(value, names))
                 part.append(text)
@@ -123,7 +128,25 @@ class _Texts:
         if trimmed:
             self.notes.append(f"spaces around {trimmed} labels are left out")
         self._mixed = [text for text, found in kinds.items() if len(found) > 1]
+        self._kinds = set().union(*kinds.values())
         self.counts = Counter(text for part in self.parts for text in part)
+
+    def _check_id_or_name(self, text: str, table: Table, row: int) -> None:
+        """Refuse an integer that names one class and is the id of another.
+
+        A file without a ClassLabel feature, beside files with one, may hold names or ids.
+        """
+        names = self.declared or ()
+        if text not in names or not _PLAIN_INTEGER.fullmatch(text):
+            return
+        by_id = names[int(text)] if int(text) < len(names) else text
+        if by_id != text:
+            raise DataError(
+                f"Expected a ClassLabel column {self.column!r} as in the other files, got {text!r} "
+                f"without class names: it may be class {text!r}, or the id of class {by_id!r}",
+                where=table.place(row),
+                fix="write all files with the same ClassLabel feature",
+            )
 
     def place(self, text: str) -> str:
         """Where a text stands first."""
@@ -194,6 +217,21 @@ class _Texts:
                     where=self.place(text),
                     fix="scale the scores, or task.type: classification",
                 )
+        learnt = {text: _as_learnt(text) for text in self.counts}
+        in_training = {learnt[text] for text in self.parts[0]}
+        if len(in_training) == 1 and len(self.parts[0]) > 1:
+            raise DataError(
+                f"every training label is {next(iter(in_training)):g} as a float32, in which "
+                "scores are learnt: there is nothing to learn",
+                where=self.tables[0].source,
+                fix="give scores that differ; subtract a large offset, or scale them",
+            )
+        written = len(_by_number(self.counts))
+        if len(set(learnt.values())) < _SCORES_KEPT * written:
+            self.notes.append(
+                f"the {written} different scores are only {len(set(learnt.values()))} as float32, "
+                "in which they are learnt: subtract a large offset, or scale them"
+            )
         return [[float(text) for text in part] for part in self.parts]
 
     def classes(self) -> tuple[tuple[str, ...], list[list[int]]]:
@@ -212,12 +250,18 @@ class _Texts:
             raise DataError(
                 f"every training label is {next(iter(seen))!r}: there is nothing to learn",
                 where=self.tables[0].source,
+                fix="give training rows of two classes or more",
             )
         if self._mixed:
             self.notes.append(
                 f"one class each: labels that are text in some rows, and a number or a boolean in "
                 f"others ({_listed(self._mixed)})"
             )
+        if {"boolean", "number"} <= self._kinds:
+            self.notes.append(
+                "labels are booleans in some rows and numbers in others: true and 1 are two classes"
+            )
+        self.notes += _look_alike(names)
         rows = len(self.parts[0])
         if len(seen) > 2 and rows < _ROWS_OF_A_CLASS * len(seen):
             note = f"{len(seen)} classes in {rows} training rows: few rows are left to learn from"
@@ -304,16 +348,46 @@ def _kind_of(value: Any, names: tuple[str, ...] | None) -> str:
 
 def _one_number(texts: Sequence[str]) -> list[str] | None:
     """The first two texts that write the same number."""
-    same: dict[Decimal | str, str] = {}
+    return next((same[:2] for same in _by_number(texts).values() if len(same) > 1), None)
+
+
+def _by_number(texts: Iterable[str]) -> dict[Decimal | str, list[str]]:
+    """Group texts by the number that they write, which is compared exactly."""
+    same: dict[Decimal | str, list[str]] = {}
     for text in texts:
         value: Decimal | str
         try:
             value = Decimal(text)
         except InvalidOperation:  # an exponent of twenty digits
             value = text
-        if same.setdefault(value, text) != text:
-            return [same[value], text]
-    return None
+        same.setdefault(value, []).append(text)
+    return same
+
+
+def _as_learnt(text: str) -> float:
+    """Return the score in the precision in which it is learnt."""
+    number: float = struct.unpack("<f", struct.pack("<f", float(text)))[0]
+    return number
+
+
+def _look_alike(names: Sequence[str]) -> list[str]:
+    """Return a note on classes that a reader may take for one class."""
+    same: dict[str | Decimal, list[str]] = {}
+    for name in names:
+        key: str | Decimal = unicodedata.normalize("NFKC", name).casefold()
+        if _NUMBER.fullmatch(name):
+            key = next(iter(_by_number([name])))
+        else:
+            visible = (c for c in str(key) if unicodedata.category(c) not in ("Cc", "Cf"))
+            key = " ".join("".join(visible).split())
+        same.setdefault(key, []).append(name)
+    twins = [" and ".join(map(ascii, found)) for found in same.values() if len(found) > 1]
+    if not twins:
+        return []
+    return [
+        "classes that differ only in case, spaces, invisible characters or the way a number is "
+        f"written: {_listed(twins)}"
+    ]
 
 
 def _ordered(texts: set[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.table import Columns, Table
+from sparsegrad_cli.data.text_files import LFS_POINTER
 from sparsegrad_cli.errors import DataError
 
 
@@ -28,8 +29,12 @@ def read_parquet(path: Path) -> Table:
     except MemoryError:
         raise
     except Exception as error:  # pyarrow raises errors of many classes on damaged files
-        reason = _first_line(error)
-        raise DataError(f"the Parquet file cannot be read: {reason}", where=str(path)) from None
+        reason, fix = _first_line(error), "fetch it again"
+        if _is_pointer(path):
+            reason, fix = "it is a Git LFS pointer", "fetch the file itself: git lfs pull"
+        raise DataError(
+            f"the Parquet file cannot be read: {reason}", where=str(path), fix=fix
+        ) from None
     times = Counter(names)
     readers: dict[str, Callable[[], list[Any]]] = {}
     for name in times:
@@ -91,6 +96,14 @@ def _opened(path: Path) -> Any:
     size = min(max(path.stat().st_size, 1), 2**31 - 1)
     # ParquetFile, not read_table: a folder named a=b must not turn into a column.
     return pq.ParquetFile(path, thrift_string_size_limit=size, thrift_container_size_limit=size)
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def _column(path: Path, name: str) -> list[Any]:

@@ -47,6 +47,8 @@ _UNREADABLE = {
     ".z": ("compressed in a way that is not read here", "unpack it"),
     ".sz": ("compressed in a way that is not read here", "unpack it"),
 }
+# Folders that may hold a data set's files beside its own.
+_SPLIT_FOLDERS = ("data", *TRAIN_STEMS, *VALIDATION_STEMS)
 _SHARD = re.compile(
     r"(?P<stem>.+?)[-_.](?P<index>\d+)[-_]of[-_](?P<count>\d+)(?:[-_.][0-9a-z]+)*", re.IGNORECASE
 )
@@ -112,9 +114,14 @@ def split_folder(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
 
 
 def unread_note(folder: Path, files: Sequence[Path]) -> list[str]:
-    """Return a note that names the data files of a folder that are not among ``files``."""
-    left = [each.path for each in _files(folder) if each.suffix in (*SUFFIXES, *_UNREADABLE)]
-    names = [path.name for path in left if path not in files and not _is_about_data(path)]
+    """Return a note that names the data files of a folder that are not among ``files``.
+
+    Files of a split in the folder's own folders (``data/``, ``validation/``) count among them.
+    """
+    inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS)
+    left = [each.path for place in (folder, *inner) for each in _files(place) if _is_data(each)]
+    left = [path for path in left if path not in files and not _is_about_data(path)]
+    names = [str(path.relative_to(folder)) for path in left]
     if not names:
         return []
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -164,14 +171,38 @@ def looked_for(stems: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:
     return f"{', '.join(names)}, each also with {', '.join(COMPRESSIONS)}"
 
 
+def _is_data(named: _Named) -> bool:
+    """True for a file in a format of data, or named like a split (train.zip, validation.txt)."""
+    if named.suffix:
+        return True
+    stem = named.path.name.lower().removesuffix(named.packing).removesuffix(".txt")
+    return stem in (*TRAIN_STEMS, *VALIDATION_STEMS)
+
+
 def _is_about_data(path: Path) -> bool:
     """True for files of settings that the datasets library leaves beside data."""
     return path.name.lower().startswith(("dataset_", "state.json"))
 
 
 def _files(folder: Path) -> list[_Named]:
-    """Return what the names of a folder's files say, plain ones before compressed ones."""
-    found = [path for path in folder.iterdir() if path.is_file() and path.name[:1] != "."]
+    """Return what the names of a folder's files say, plain ones before compressed ones.
+
+    Raises:
+        DataError: what is named like a file of a split is a broken link, a folder or a pipe.
+    """
+    found = []
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            found.append(path)
+        elif _named(path).suffix and _named(path).stem in (*TRAIN_STEMS, *VALIDATION_STEMS):
+            kind = "a folder" if path.is_dir() else "a broken link, or a pipe or device"
+            raise DataError(
+                f"Expected a file named {path.name}, got {kind}",
+                where=str(path),
+                fix="put the file there, or rename what is there",
+            )
     return sorted(map(_named, found), key=lambda each: (bool(each.packing), each.path.name))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def load_tabular(
     tables = [train_table] if validation_table is None else [train_table, validation_table]
     if validation_table is not None:
         _require_columns(validation_table, roles)
+    notes += _columns_notes(tables, roles, columns)
     labels = read_labels(tables, roles["label"], task_type=task_type, metric=metric)
     splits = [_examples(t, roles, labels.values[i]) for i, t in enumerate(tables)]
     if len(splits) == 1:
@@ -121,7 +122,7 @@ def _find_tables(
     if not files[0]:
         raise no_training_file(path, suffixes)
     tables = [read_table(part, name, separator) for part in files if part]
-    notes = unread_note(folder, [file for part in files for file in part])
+    notes = unread_note(path, [file for part in files for file in part])
     notes += [note for table in tables for note in table.notes]
     return tables[0], tables[1] if len(tables) > 1 else None, notes
 
@@ -140,7 +141,30 @@ def _resolve_columns(table: Table, columns: Mapping[str, str | None] | None) -> 
         roles["text_pair"] = given.get("text_pair", "text_pair")
     roles["label"] = given.get("label", "label")
     _require_columns(table, roles)
+    for role, column in roles.items():
+        twice = [other for other in roles if roles[other] == column]
+        if len(twice) > 1:
+            raise UsageError(
+                f"Expected a column for each of {' and '.join(twice)}, got {column!r} for both",
+                where=f"task.columns.{role}",
+                fix=f"columns found: {', '.join(table.columns)}",
+            )
     return roles
+
+
+def _columns_notes(
+    tables: Sequence[Table], roles: Mapping[str, str], columns: Mapping[str, str | None] | None
+) -> list[str]:
+    """Return notes on a second text that no setting names, and on columns that are not used."""
+    notes = []
+    if "text_pair" in roles and not (columns or {}).get("text_pair"):
+        notes.append("column text_pair is the second text of each row; rename it to leave it out")
+    names = dict.fromkeys(name for table in tables for name in table.columns)
+    unused = [name for name in names if name not in roles.values()]
+    if unused:
+        more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
+        notes.append(f"columns that are not used: {', '.join(unused[:10])}{more}")
+    return notes
 
 
 def _require_columns(table: Table, roles: Mapping[str, str]) -> None:

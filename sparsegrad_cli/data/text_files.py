@@ -9,7 +9,7 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,11 +29,13 @@ _MAGIC = (
     (b"PK\x05\x06", ".zip"),
 )
 _BOM = codecs.BOM_UTF8
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # How files begin that are not text, and what to do with them.
 _NOT_TEXT = (
     (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
     (codecs.BOM_UTF32_BE, "UTF-32", "save it as UTF-8"),
+    (LFS_POINTER, "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (b"PAR1", "a Parquet file", "rename it to .parquet"),
     (b"ARROW1", "an Arrow file", "convert it to Parquet"),
     (b"FEA1", "a Feather file", "convert it to Parquet"),
@@ -47,6 +49,7 @@ _NOT_TEXT = (
 # files cannot fill the memory.
 UNPACKED_BYTES = 256 * 2**20
 UNPACKED_RATIO = 200
+_CHUNK = 2**16  # bytes of a packed file that are read at a time
 
 
 _head: ContextVar[int | None] = ContextVar("head", default=None)
@@ -198,9 +201,9 @@ def _unpacking(packing: str, file: IO[bytes], path: Path) -> Any:
     if packing == ".gz":
         return gzip.open(file)
     if packing == ".bz2":
-        return bz2.open(file)
+        return _Streams(file, bz2.BZ2Decompressor)
     if packing == ".xz":
-        return lzma.open(file)
+        return _Streams(file, lzma.LZMADecompressor)
     if packing == ".zip":
         return _only_member(file, path)
     import pyarrow as pa
@@ -241,6 +244,50 @@ def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
         raise DataError(
             f"the zip file cannot be unpacked: {error}", where=str(path), fix="unpack it yourself"
         ) from None
+
+
+class _Streams(io.RawIOBase):
+    """Unpack bzip2 or xz streams, one after another.
+
+    The readers of the standard library stop without an error at a later stream that is damaged,
+    and so lose its rows. Zero bytes between and after streams are padding.
+
+    Args:
+        file: the packed bytes.
+        stream: makes the decompressor of one stream.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        stream: Callable[[], bz2.BZ2Decompressor] | Callable[[], lzma.LZMADecompressor],
+    ) -> None:
+        super().__init__()
+        self._file, self._new_stream = file, stream
+        self._stream = stream()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")
+                while not packed:
+                    chunk = self._file.read(_CHUNK)
+                    if not chunk:
+                        return 0
+                    packed = chunk.lstrip(b"\0")
+                self._stream = self._new_stream()
+            elif self._stream.needs_input:
+                packed = self._file.read(_CHUNK)
+                if not packed:
+                    raise EOFError
+            data = self._stream.decompress(packed, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
 
 
 class _Bounded(io.RawIOBase):

@@ -166,6 +166,34 @@ def test_columns_that_only_some_shards_have(tmp_path: Path) -> None:
     assert table.columns["b"] == [None, 2, None] and table.place(2) == f"{tmp_path}/b.jsonl:2"
 
 
+def test_files_in_data_and_beside_it_that_are_not_read_are_named(tmp_path: Path) -> None:
+    shards(tmp_path, "train.csv", "train.zip", "val.txt", "data/validation.csv", "valid/part.csv")
+    put(tmp_path / "checkpoints" / "train.csv", CSV)
+    (note,) = (n for n in load_task("csv", path=tmp_path).notes if "not read in" in n)
+    assert all(
+        name in note for name in ("train.zip", "val.txt", "data/validation.csv", "valid/part")
+    )
+    assert "checkpoints" not in note
+    # The other way about: training files are in data/ alone.
+    hub = tmp_path / "hub"
+    shards(hub, "validation.csv", "data/train.csv")
+    assert any(f"not read in {hub}: validation.csv" in n for n in load_task("csv", path=hub).notes)
+
+
+def test_what_is_named_like_a_split_and_is_no_file_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "train.csv", CSV)
+    named = tmp_path / "validation.csv"
+    named.symlink_to("nowhere.csv")
+    with pytest.raises(
+        DataError, match=r"Expected a file named validation\.csv, got a broken link"
+    ):
+        load_task("csv", path=tmp_path)
+    named.unlink()
+    put(named / "part-00000.csv", CSV)  # as Spark writes
+    with pytest.raises(DataError, match=r"Expected a file named validation\.csv, got a folder"):
+        load_task("csv", path=tmp_path)
+
+
 def test_a_data_set_cloned_from_the_hub(tmp_path: Path) -> None:
     shards(tmp_path / "data", "train-00000-of-00001.csv", "test-00000-of-00001.csv")
     put(tmp_path / "README.md", "# Data")
@@ -535,3 +563,30 @@ def test_a_damaged_parquet_file_names_itself(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=rf"cannot be read: .*\nwhere: {path}"):
         load_task("parquet", path=path)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_a_later_stream_that_is_damaged_is_not_dropped(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    header, *lines = CSV.encode().splitlines(keepends=True)
+    first, second = pack(header + b"".join(lines[:5])), pack(b"".join(lines[5:]))
+    file = tmp_path / f"d.csv{suffix}"
+    for padding in (b"", b"\0" * 8):
+        task = load_task("csv", path=put(file, first + padding + second + padding))
+        assert texts(task) == ALL
+    for packed, message in (
+        (first + b"X" + second[1:], "damaged"),
+        (first + second + b"more", "damaged|cut off"),
+        (first + second[:-9], "cut off"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_task("csv", path=put(file, packed))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, suffix: str) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    with pytest.raises(DataError, match="Git LFS pointer") as error:
+        load_task("csv", path=put(tmp_path / f"d.{suffix}", text))
+    assert "git lfs pull" in (error.value.fix or "")

@@ -78,14 +78,14 @@ def test_a_class_is_the_text_of_its_label(
     task = load(tmp_path, labels * 3)
     assert task.spec.label_names == names and not task.spec.regression
     assert [names[label] for label in task.train["label"]] == labels * 3
-    assert task.spec.metric == "accuracy" and task.notes == ()
+    assert task.spec.metric == "accuracy"
+    assert all("differ only in case" in note for note in task.notes)
 
 
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
         ([True, False], ("false", "true")),
-        ([True, 1], ("1", "true")),
         ([9007199254740993, 9007199254740992], ("9007199254740992", "9007199254740993")),
         ([2, "ten", 10], ("10", "2", "ten")),
     ],
@@ -182,6 +182,20 @@ def test_glue_reads_class_ids_by_their_names(tmp_path: Path) -> None:
     task = load_task("glue/rte", path=tmp_path)
     assert task.spec.label_names == ("entailment", "not_entailment")
     assert list(task.train["label"]) == [1, 0]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_an_integer_that_is_one_class_by_name_and_another_by_id_is_refused(
+    tmp_path: Path, suffix: str
+) -> None:
+    write(tmp_path / "train.parquet", [0, 1, 2] * 3, names=["2", "1", "0"])
+    write(tmp_path / f"validation{suffix}", [1, 0, 1])
+    with pytest.raises(DataError, match="may be class '0', or the id of class '2'") as error:
+        load_task("parquet", path=tmp_path)
+    assert error.value.where and error.value.where.startswith(f"{tmp_path}/validation{suffix}")
+    write(tmp_path / "train.parquet", [0, 1, 2] * 3, names=["0", "1", "2"])
+    task = load_task("parquet", path=tmp_path)
+    assert list(task.validation["validation"]["label"]) == [1, 0, 1]
 
 
 # --- one decision over all files
@@ -292,7 +306,45 @@ def test_a_score_that_float32_does_not_hold(tmp_path: Path, label: str) -> None:
     assert load(tmp_path, ["0.5", label], task_type=CLASSES).spec.label_names is not None
 
 
+def test_scores_that_are_one_float32_are_refused_or_noted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"every training label is 0\.5") as error:
+        load(tmp_path, ["0.5", "0.50", "0.5"], task_type=SCORES)
+    assert error.value.fix
+    # Seconds since 1970: float32 tells apart every 128 of them.
+    seconds = [str(1_700_000_000 + second) for second in range(20)]
+    with pytest.raises(DataError, match=r"every training label is 1\.7e\+09"):
+        load(tmp_path, seconds, task_type=SCORES)
+    task = load(tmp_path, [*seconds, "1800000000"], task_type=SCORES)
+    assert any("the 21 different scores are only 2 as float32" in note for note in task.notes)
+    fine = [f"{number / 7:.17f}" for number in range(1, 20)]
+    assert load(tmp_path, fine).notes == ()
+
+
 # --- notes
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (["Yes", "yes", "no"], "'Yes' and 'yes'"),
+        (["no", "no\u200b", "yes"], r"'no' and 'no\u200b'"),
+        (["b", "b\0", "c"], r"'b' and 'b\x00'"),
+        (["very good", "very  good", "bad"], "'very  good' and 'very good'"),
+        (["caf\u00e9", "cafe\u0301", "bar"], r"'cafe\u0301' and 'caf\xe9'"),
+        (["01", "1", "+1"], "'+1' and '01' and '1'"),
+    ],
+)
+def test_classes_that_look_alike_are_noted(tmp_path: Path, labels: list[str], shown: str) -> None:
+    (note,) = load(tmp_path, labels * 3).notes
+    assert note.endswith(f"written: {shown}")
+
+
+def test_booleans_among_numbers_are_noted(tmp_path: Path) -> None:
+    task = load(tmp_path, [True, 1] * 3, suffix=".jsonl")
+    assert task.spec.label_names == ("1", "true")
+    assert task.notes == (
+        "labels are booleans in some rows and numbers in others: true and 1 are two classes",
+    )
 
 
 def test_classes_that_approach_the_rows_are_noted(tmp_path: Path) -> None:

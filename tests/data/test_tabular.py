@@ -52,7 +52,7 @@ def test_every_format_reads_alike(tmp_path: Path, suffix: str) -> None:
     task = load_task("csv", path=tmp_path)
     assert task.train[:] == {**rows, "label": [0, 1, 0]}
     assert task.spec.label_names == ("2", "10") and task.spec.text_columns == ("text", "text_pair")
-    assert task.notes == ()
+    assert len(task.notes) == 1 and "second text" in task.notes[0]
     assert task.validation["validation"][:] == task.train[:]
 
 
@@ -238,3 +238,46 @@ def test_builtin_task_is_the_same_whatever_the_seed() -> None:
     assert set(one.train["label"]) == {0, 1} and one.spec.metric == "matthews_correlation"
     with pytest.raises(UsageError, match="takes no path"):
         load_task("builtin:acceptability", path=".")
+
+
+def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
+    text = "id,text,Text_Pair,label\n1,good,x,yes\n2,bad,y,no\n"
+    assert "columns that are not used: id, Text_Pair" in csv_task(tmp_path, text).notes
+    both = "text,text_pair,label\ngood,x,yes\nbad,y,no\n"
+    # Validation has a second text, and training has none.
+    assert "columns that are not used: text_pair" in folder_task(tmp_path, TWO, both).notes
+    named = csv_task(tmp_path, both, columns={"text_pair": "text_pair"})
+    assert not any("text_pair" in note for note in named.notes)
+    assert any("column text_pair is the second" in note for note in csv_task(tmp_path, both).notes)
+
+
+@pytest.mark.parametrize("columns", [{"text": "label"}, {"text_pair": "text"}])
+def test_one_column_for_two_roles_is_refused(tmp_path: Path, columns: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="Expected a column for each of text and"):
+        csv_task(tmp_path, TWO, columns=columns)
+
+
+def test_a_json_key_that_is_written_twice_is_refused_where_it_is_used(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    good = '{"text": "a", "x": 1, "x": 2, "label": 0}\n{"text": "b", "label": 1}\n'
+    file.write_text(good)
+    assert len(load_task("json", path=file).train) == 1
+    file.write_text(good + '{"text": "c", "label": 0, "l\\u0061bel": 1}\n')
+    with pytest.raises(DataError, match=r"two values for the key 'label'\nwhere: .*d\.jsonl:3"):
+        load_task("json", path=file)
+
+
+def test_an_object_with_two_lists_of_rows_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps({"data": rows, "version": 1, "licenses": []}))
+    assert len(load_task("json", path=file).train) == 1
+    file.write_text(json.dumps({"data": rows, "validation": rows}))
+    with pytest.raises(DataError, match="Expected one list of rows in the object, got data, vali"):
+        load_task("json", path=file)
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a", "label": 1}]', '\n{"text": "a"}\n{"text": "b"}'])
+def test_json_in_a_csv_file_is_said_to_be_json(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match="Expected comma-separated values, got JSON"):
+        csv_task(tmp_path, text)
