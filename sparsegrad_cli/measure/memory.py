@@ -41,7 +41,7 @@ from sparsegrad_cli.measure.ledger import CATEGORIES, Entry, Ledger, Peak, Phase
 
 __all__ = ["CATEGORIES", "PHASES", "MemoryMeter", "PhasePeak", "make_meter"]
 
-PHASES = ("load", "calibrate", "forward", "backward", "optimizer", "evaluate")
+PHASES = ("load", "calibrate", "energy", "forward", "backward", "optimizer", "evaluate")
 
 
 class _Saved:

@@ -24,7 +24,7 @@ CATEGORIES = {
     "saved_activations": "saved activations",
     "other": "other",
 }
-PHASES = ("load", "calibrate", "forward", "backward", "optimizer", "evaluate")
+PHASES = ("load", "calibrate", "energy", "forward", "backward", "optimizer", "evaluate")
 TRAIN_STEP = ("forward", "backward", "optimizer")
 TIMES = {
     "load_s": "load",

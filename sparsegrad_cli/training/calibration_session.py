@@ -39,6 +39,8 @@ class CalibrationSession(Session):
         )
         if settings.energy_steps:
             self.enter("energy", f"{settings.energy_steps} held-out steps")
+            # Its memory is not what calibration takes when a run is trained.
+            self.gradient_phase = "energy"
             started = time.perf_counter()
             held_out = self.batches(
                 calibration_batches(setup, self.calibration_batch, self.recipe.seed + 1),
@@ -56,7 +58,7 @@ class CalibrationSession(Session):
                     per_kind=kinds.bases(),
                     choices=self._choices(setup, calibration),
                     train=self.recipe.train,
-                    meter=lambda: self.meter.phase("calibrate"),
+                    meter=lambda: self.meter.phase(self.gradient_phase),
                 )
             self.seconds["diagnostics_s"] = time.perf_counter() - started
             self.record.data["calibration"].update(energy=energy, heat_map=heat_map)

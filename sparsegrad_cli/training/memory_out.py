@@ -33,6 +33,7 @@ _UNITS = {"bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _WORDS = {
     "load": "loading",
     "calibrate": "calibration",
+    "energy": "measuring the energy of held-out gradients",
     "prepare": "preparing the model for the method",
     "forward": "the forward pass",
     "backward": "the backward pass",
@@ -139,7 +140,7 @@ def _what_to_try(
     if setup is None or phase in _NO_BATCH:
         phase = phase if setup else "load"
         return _NO_BATCH[phase][0], 0, None
-    if phase == "calibrate":
+    if phase in ("calibrate", "energy"):
         if known.calibrate is None:
             return CALIBRATION_KEY, known.calibration_batch, None
         return CALIBRATION_KEY, known.calibration_batch, calibrating(setup, known.calibrate)

@@ -50,7 +50,13 @@ BASIS_NAME = "basis.safetensors"
 
 
 class Session:
-    """What calibration and training have in common."""
+    """What calibration and training have in common.
+
+    Attributes:
+        gradient_phase: under which phase of the memory report gradients without an update count.
+    """
+
+    gradient_phase = "calibrate"
 
     def __init__(self, loaded: LoadedRecipe, record: RunRecord, observer: Observer) -> None:
         self.loaded, self.recipe = loaded, loaded.recipe
@@ -120,7 +126,7 @@ class Session:
                 self.calibration_batch,
                 own,
                 whole=whole,
-                meter=lambda: self.meter.phase("calibrate"),
+                meter=lambda: self.meter.phase(self.gradient_phase),
                 on_step=lambda n, loss: self.observer.step("calibrate", {"step": n, "loss": loss}),
                 on_stream=on_stream,
             )
@@ -221,7 +227,7 @@ class Session:
             seed=seed,
             keep=settings.keep_head,
             train=self.recipe.train,
-            meter=lambda: self.meter.phase("calibrate"),
+            meter=lambda: self.meter.phase(self.gradient_phase),
         ):
             yield
         if settings.keep_head and settings.warmup_steps:
