@@ -23,6 +23,7 @@ def tokenize(
     *,
     max_length: int,
     padding: Literal["dynamic", "fixed"],
+    notes: list[str] | None = None,
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """Token ids of every split.
 
@@ -33,6 +34,7 @@ def tokenize(
             is cut first.
         padding: ``dynamic`` leaves rows at their own length for the collator to pad; ``fixed``
             pads every row to max_length here.
+        notes: gets a note on how many rows are cut to max_length.
 
     Returns:
         train and validation sets with columns ``input_ids`` (int32), ``attention_mask`` (int8),
@@ -58,17 +60,27 @@ def tokenize(
         "return_attention_mask": True,
     }
     sets = {"training": task.train, **task.validation}
+    cut: dict[str, int] = {}
     done = {
-        name: _tokenize_split(data, name, tokenizer, special, options)
+        name: _tokenize_split(data, name, tokenizer, special, options, cut)
         for name, data in sets.items()
     }
+    rows = [f"{count} of {len(sets[name])} {name} rows" for name, count in cut.items() if count]
+    if rows and notes is not None:
+        notes.append(f"cut to {max_length} tokens (task.max_length): {', '.join(rows)}")
     train = done.pop("training")
     return train, done
 
 
 def _tokenize_split(
-    data: Dataset, split: str, tokenizer: Any, special: int, options: dict[str, Any]
+    data: Dataset,
+    split: str,
+    tokenizer: Any,
+    special: int,
+    options: dict[str, Any],
+    cut: dict[str, int],
 ) -> Dataset:
+    """Tokenize one split, and count in ``cut`` its rows that are longer than max_length."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     parts = []
@@ -82,6 +94,8 @@ def _tokenize_split(
         if min(lengths) == 0:
             row = start + lengths.index(0) + 1
             raise DataError(f"row {row} of the {split} split gives no token at all", where="task")
+        full = [at for at, length in enumerate(lengths) if length == options["max_length"]]
+        cut[split] = cut.get(split, 0) + _cut_rows(tokenizer, texts, encoded, full)
         longest = max(longest, *lengths)
         features = {name: List(Value("int8")) for name in columns}
         features["input_ids"] = List(Value("int32"))
@@ -95,6 +109,19 @@ def _tokenize_split(
             fix="are the text columns the right ones, and does the tokenizer fit their language?",
         )
     return concatenate_datasets(parts)
+
+
+def _cut_rows(tokenizer: Any, texts: list[list[str]], encoded: Any, full: list[int]) -> int:
+    """Count which of the rows ``full``, whose tokens are max_length, had more of them."""
+    if encoded.encodings is not None:
+        return sum(bool(encoded.encodings[at].overflowing) for at in full)
+    # A tokenizer written in Python does not say what it cut.
+    count = 0
+    for at in full:
+        whole = tokenizer(*(part[at] for part in texts), truncation=False, verbose=False)
+        present = sum(encoded["attention_mask"][at])
+        count += len(whole["input_ids"]) > present
+    return count
 
 
 def make_collator(

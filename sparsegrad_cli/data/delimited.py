@@ -178,6 +178,12 @@ def _table(rows: Rows, path: Path) -> Table:
             raise column_count_error(path, number, len(fields), len(names))
         if not _is_blank(fields[len(names) :]):
             raise column_count_error(path, number, len(fields), len(names))
+        if len(names) > 1 and fields == header:
+            raise DataError(
+                "the header stands here again, as where files are joined",
+                where=f"{path}:{number}",
+                fix="take this line out",
+            )
     readers: dict[str, Any] = {}
     for at, name in enumerate(names):
         if name in readers:

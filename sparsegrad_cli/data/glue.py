@@ -19,7 +19,7 @@ from sparsegrad_cli.data.delimited import bare_rows, column_count_error
 from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.labels import as_number
 from sparsegrad_cli.data.spec import GLUE_TASKS, Examples, RawTask, TaskSpec
-from sparsegrad_cli.data.split_files import find_split, looked_for
+from sparsegrad_cli.data.split_files import find_split, looked_for, unread_note
 from sparsegrad_cli.data.table import Table, concatenated
 from sparsegrad_cli.data.text_files import is_text, read_text, unpacked_name
 from sparsegrad_cli.errors import DataError, UsageError
@@ -68,11 +68,13 @@ def load_local_glue(task: str, path: Path) -> RawTask:
         validation = examples_from_table(spec, found.validation, "validation", notes)
         notes.append(found.note)
         return RawTask(spec, train, {"validation": validation}, notes)
-    train = _read_split(task, folder, "train", ("train",), notes)
+    read: list[Path] = []
+    train = _read_split(task, folder, "train", ("train",), notes, read)
     parts = {}
     for split in spec.eval_splits:
         stems = (split.replace("validation", "dev"), split)
-        parts[split] = _read_split(task, folder, split, stems, notes)
+        parts[split] = _read_split(task, folder, split, stems, notes, read)
+    notes += unread_note(folder, read, without=("test", "test_matched", "test_mismatched"))
     return RawTask(spec, train, parts, notes)
 
 
@@ -99,9 +101,16 @@ def _task_folder(task: str, path: Path) -> Path:
 
 
 def _read_split(
-    task: str, folder: Path, split: str, stems: Sequence[str], notes: list[str]
+    task: str,
+    folder: Path,
+    split: str,
+    stems: Sequence[str],
+    notes: list[str],
+    read: list[Path],
 ) -> Examples:
+    """Read one split; ``notes`` and ``read`` get its notes and its files."""
     files = find_split(folder, stems, _SUFFIXES)
+    read += files
     if not files:
         part = "training" if split == "train" else split.replace("_", " ")
         raise DataError(

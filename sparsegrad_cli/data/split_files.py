@@ -113,14 +113,20 @@ def split_folder(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     return folder
 
 
-def unread_note(folder: Path, files: Sequence[Path]) -> list[str]:
+def unread_note(folder: Path, files: Sequence[Path], without: Sequence[str] = ()) -> list[str]:
     """Return a note that names the data files of a folder that are not among ``files``.
 
     Files of a split in the folder's own folders (``data/``, ``validation/``) count among them.
+
+    Args:
+        folder: of the data.
+        files: those that are read.
+        without: stems of files that are left out of the note, in lower case.
     """
     inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS)
     left = [each.path for place in (folder, *inner) for each in _files(place) if _is_data(each)]
     left = [path for path in left if path not in files and not _is_about_data(path)]
+    left = [path for path in left if _named(path).stem not in without]
     names = [str(path.relative_to(folder)) for path in left]
     if not names:
         return []

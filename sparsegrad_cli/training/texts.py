@@ -74,9 +74,11 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut = fitting_length(section.max_length, model.config)
     notes = [*task.notes, head.note, ensure_pad_token(tokenizer, model.config), cut]
+    of_lengths: list[str] = []
     train_data, validation = tokenize(
-        task, tokenizer, max_length=max_length, padding=section.padding
+        task, tokenizer, max_length=max_length, padding=section.padding, notes=of_lengths
     )
+    notes += of_lengths
     return Parts(
         replace(TaskFacts.of(task), notes=tuple(note for note in notes if note)),
         Classification(task.spec),

@@ -84,6 +84,30 @@ def test_truncation_keeps_special_tokens(tmp_path: Path, bert: Any) -> None:
     assert bert.decode(train[2]["input_ids"]) == "[CLS] one two three [SEP]"
 
 
+@pytest.mark.parametrize("padding", ["dynamic", "fixed"])
+@pytest.mark.parametrize("written_in_python", [False, True])
+def test_rows_that_are_cut_are_counted(
+    tmp_path: Path, bert: Any, padding: Any, written_in_python: bool
+) -> None:
+    class Slow:
+        num_special_tokens_to_add = staticmethod(bert.num_special_tokens_to_add)
+
+        def __call__(self, *texts: Any, **options: Any) -> Any:
+            encoded = bert(*texts, **options)
+            encoded._encodings = None
+            return encoded
+
+    tokenizer = Slow() if written_in_python else bert
+    task = make_task(tmp_path, pair=False)
+    lengths = [len(bert(text)["input_ids"]) for text, *_ in ROWS]
+    for max_length in (5, max(lengths) - 1, max(lengths)):
+        notes: list[str] = []
+        tokenize(task, tokenizer, max_length=max_length, padding=padding, notes=notes)
+        count = sum(length > max_length for length in lengths)
+        rows = f"{count} of 4 training rows, {count} of 4 validation rows"
+        assert notes == [f"cut to {max_length} tokens (task.max_length): {rows}"] * bool(count)
+
+
 @pytest.mark.parametrize(
     ("pair", "max_length", "special"), [(False, 2, 2), (True, 3, 3), (True, 1, 3)]
 )

@@ -416,3 +416,10 @@ def test_known_names_cover_all_nine_tasks() -> None:
     names = known_task_names()
     assert len([name for name in names if name.startswith("glue/")]) == 9
     assert {"builtin:acceptability", "csv", "json", "parquet"} <= set(names)
+
+
+def test_files_of_glue_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("train.csv", "dev.csv", "test.csv", "validation.jsonl", "more.csv"):
+        (tmp_path / name).write_text("sentence,label\na,0\nb,1\n")
+    (note,) = load_task("glue/sst2", path=tmp_path).notes
+    assert note == (f"not read in {tmp_path}: more.csv, validation.jsonl; read: train.csv, dev.csv")

@@ -281,3 +281,9 @@ def test_an_object_with_two_lists_of_rows_is_refused(tmp_path: Path) -> None:
 def test_json_in_a_csv_file_is_said_to_be_json(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="Expected comma-separated values, got JSON"):
         csv_task(tmp_path, text)
+
+
+@pytest.mark.parametrize("mark", [",", "\t"])
+def test_a_header_within_the_rows_is_refused(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(DataError, match=r"header stands here again.*\nwhere: .*data\.csv:4"):
+        csv_task(tmp_path, (TWO + TWO).replace(",", mark))
