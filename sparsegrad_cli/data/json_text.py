@@ -159,14 +159,17 @@ def _is_wrapped(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("data"), list)
 
 
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+def _first_keys(value: Any) -> set[str]:
+    """Return the keys of the first object in a list; none of what is not a list of objects."""
+    first = value[0] if isinstance(value, list) and value else None
+    return set(first) if isinstance(first, dict) else set()
 
 
 def _items(value: Any, path: Path) -> Iterator[Record]:
     """Yield the records of a file that is one array or object."""
     if _is_wrapped(value):
-        lists = [key for key, held in value.items() if _holds_objects(held) or key == "data"]
+        rows = _first_keys(value["data"])
+        lists = [key for key, held in value.items() if key == "data" or _first_keys(held) & rows]
         if len(lists) > 1:
             raise DataError(
                 f"Expected one list of rows in the object, got {', '.join(lists)}",

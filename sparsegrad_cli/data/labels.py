@@ -375,8 +375,8 @@ def _look_alike(names: Sequence[str]) -> list[str]:
     same: dict[str | Decimal, list[str]] = {}
     for name in names:
         key: str | Decimal = unicodedata.normalize("NFKC", name).casefold()
-        if _NUMBER.fullmatch(name):
-            key = next(iter(_by_number([name])))
+        if _NUMBER.fullmatch(str(key)):
+            key = next(iter(_by_number([str(key)])))
         else:
             visible = (c for c in str(key) if unicodedata.category(c) not in ("Cc", "Cf"))
             key = " ".join("".join(visible).split())

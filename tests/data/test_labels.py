@@ -332,6 +332,7 @@ def test_scores_that_are_one_float32_are_refused_or_noted(tmp_path: Path) -> Non
         (["very good", "very  good", "bad"], "'very  good' and 'very good'"),
         (["caf\u00e9", "cafe\u0301", "bar"], r"'cafe\u0301' and 'caf\xe9'"),
         (["01", "1", "+1"], "'+1' and '01' and '1'"),
+        (["1", "\uff11", "x"], r"'1' and '\uff11'"),
     ],
 )
 def test_classes_that_look_alike_are_noted(tmp_path: Path, labels: list[str], shown: str) -> None:

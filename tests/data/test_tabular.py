@@ -270,7 +270,7 @@ def test_a_json_key_that_is_written_twice_is_refused_where_it_is_used(tmp_path: 
 def test_an_object_with_two_lists_of_rows_is_refused(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     file = tmp_path / "d.json"
-    file.write_text(json.dumps({"data": rows, "version": 1, "licenses": []}))
+    file.write_text(json.dumps({"data": rows, "authors": [{"name": "c"}]}))
     assert len(load_task("json", path=file).train) == 1
     file.write_text(json.dumps({"data": rows, "validation": rows}))
     with pytest.raises(DataError, match="Expected one list of rows in the object, got data, vali"):
