@@ -118,11 +118,13 @@ class EncodedChats:
         data: columns ``input_ids`` and ``labels`` (int32), rows at their own length, in order.
         labelled: labelled tokens in all.
         counts: conversations encoded, cut and dropped, in words.
+        too_long: a note on conversations that were cut or dropped; None if there are none.
     """
 
     data: Dataset
     labelled: int
     counts: dict[str, int]
+    too_long: str | None = None
 
 
 def encode_conversations(
@@ -181,7 +183,11 @@ def encode_conversations(
         "cut to max_length": cut,
         "dropped, nothing to learn within max_length": dropped,
     }
-    return EncodedChats(concatenate_datasets(parts), labelled, counts)
+    too_long = None
+    if cut or dropped:
+        too_long = f"{split} conversations longer than max_length {max_length}: "
+        too_long += f"{cut} cut, {dropped} dropped, because no answer begins within it"
+    return EncodedChats(concatenate_datasets(parts), labelled, counts, too_long)
 
 
 def token_rows(ids: list[list[int]], labels: list[list[int]], **more: list[list[int]]) -> Dataset:

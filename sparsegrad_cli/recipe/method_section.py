@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparsegrad_cli.recipe.section import Bytes, Density, PositiveInt, Section
+from sparsegrad_cli.recipe.section import Bytes, Density, PositiveInt, Section, SettingError
 
 
 class _Method(Section):
@@ -77,7 +77,8 @@ class _SparseMethod(_Method):
     @model_validator(mode="after")
     def _one_of_the_two(self) -> Self:
         if (self.density is None) == (self.entries is None):
-            raise ValueError("density or entries says how many entries train: give one of the two")
+            what = "density or entries says how many entries train: give one of the two"
+            raise SettingError(what, "density", "entries")
         return self
 
 
@@ -149,21 +150,33 @@ class SparsegradMethod(_SparseMethod):
     @model_validator(mode="after")
     def _fits_the_form(self) -> SparsegradMethod:
         if self.allocation == "model" and self.support != "static":
-            raise ValueError("allocation 'model' is for support 'static'")
+            raise SettingError(
+                "allocation 'model' is for support 'static'", "allocation", "support"
+            )
         if self.refresh_steps is not None and self.support != "refresh":
-            raise ValueError("refresh_steps is for support 'refresh'")
+            raise SettingError("refresh_steps is for support 'refresh'", "refresh_steps", "support")
         if self.state_capacity is not None and self.support != "dynamic":
-            raise ValueError("state_capacity is for support 'dynamic'")
+            raise SettingError(
+                "state_capacity is for support 'dynamic'", "state_capacity", "support"
+            )
         if self.form == "core":
             return self
         if self.support != "dynamic":
-            raise ValueError(f"form {self.form} chooses in every step: support is dynamic")
+            what = f"form {self.form} chooses in every step: support is dynamic"
+            raise SettingError(what, "support", "form")
         if self.rank is not None:
-            raise ValueError(f"form {self.form} is of full rank: rank is for form core")
+            what = f"form {self.form} is of full rank: rank is for form core"
+            raise SettingError(what, "rank", "form")
         return self
 
 
 MethodSection = Annotated[
     FullMethod | LoraMethod | MepropMethod | SparsegradMethod, Field(discriminator="name")
 ]
-METHOD_NAMES = ("full", "lora", "meprop", "sparsegrad")
+METHODS: dict[str, type[_Method]] = {
+    "full": FullMethod,
+    "lora": LoraMethod,
+    "meprop": MepropMethod,
+    "sparsegrad": SparsegradMethod,
+}
+METHOD_NAMES = tuple(METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping
 from types import UnionType
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel
 
 from sparsegrad_cli.data.spec import nearest
-from sparsegrad_cli.recipe.method_section import METHOD_NAMES
+from sparsegrad_cli.recipe.method_section import METHOD_NAMES, METHODS
 from sparsegrad_cli.recipe.source import KeyPath
 from sparsegrad_cli.recipe.yaml_text import shorten
 
@@ -49,7 +50,7 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
     path, sections = _walk(tuple(detail["loc"]), schema, unknown=kind == "extra_forbidden")
     context = detail.get("ctx") or {}
     if kind == "extra_forbidden":
-        return path, "is not a key here", _suggest_key(str(path[-1]), sections)
+        return path, "is not a key here", _suggest_key(path, sections)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = context.get("tag")
         path = (*path, "name")
@@ -123,11 +124,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _suggest_key(key: str, sections: list[type[BaseModel]]) -> str | None:
+def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
+    key = str(path[-1])
     known = tuple(dict.fromkeys(name for section in sections for name in section.model_fields))
     close = _close(key, known)
     if close:
         return close
+    takers = [name for name, method in METHODS.items() if key in method.model_fields]
+    if path[0] == "method" and takers:
+        return f"it is a key of {' and '.join(takers)}"
     if key in _ELSEWHERE:
         return f"it is written {_ELSEWHERE[key]}"
     return f"keys here: {', '.join(known)}" if known else None
@@ -149,9 +154,26 @@ def method_advice(given: str) -> str:
     return _METHODS_ELSEWHERE.get(given.lower()) or did_you_mean(given, METHOD_NAMES)
 
 
+_PLAIN_TYPES = {
+    "float_type": "a number such as 0.001",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+}
+
+
 def _type_fix(kind: str, given: Any) -> str | None:
-    if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
-        return "write it without quotes"
+    if isinstance(given, str) and kind in _PLAIN_TYPES:
+        return "write it without quotes" if _reads_as(kind, given) else _PLAIN_TYPES[kind]
     if kind == "int_type" and isinstance(given, float):
         return "a whole number"
     return None
+
+
+def _reads_as(kind: str, text: str) -> bool:
+    """Whether a quoted value would be of its key's type without the quotes."""
+    if kind == "bool_type":
+        return text.lower() in ("true", "false")
+    try:
+        return math.isfinite(float(text) if kind == "float_type" else int(text))
+    except ValueError:
+        return False

@@ -57,6 +57,15 @@ class TargetsSection(Section):
         "all", description="all, a Python slice such as '::3', or a list of block numbers"
     )
 
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_are_not_a_number(cls, value: Any) -> Any:
+        if isinstance(value, int):  # pydantic would speak of a string and a tuple
+            raise ValueError(
+                f"expected all, a slice such as '::3' or a list of numbers, got {value}"
+            )
+        return value
+
     @field_validator("blocks")
     @classmethod
     def _blocks_are_a_slice(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
@@ -125,7 +134,7 @@ class CalibrationSection(Section):
     @model_validator(mode="after")
     def _ways_that_exist(self) -> CalibrationSection:
         if self.source == "token" and self.decomposition == "sequential":
-            raise ValueError("decomposition 'sequential' needs source 'batch'")
+            raise SettingError("'sequential' needs source 'batch'", "decomposition", "source")
         return self
 
 
@@ -219,9 +228,9 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> TrainSection:
         if self.eval_strategy == "steps" and self.eval_steps is None:
-            raise ValueError("eval_strategy 'steps' needs eval_steps")
+            raise SettingError("'steps' needs eval_steps", "eval_strategy", fix="eval_steps: 100")
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 exclude each other")
+            raise SettingError("and fp16 exclude each other", "bf16", "fp16")
         return self
 
 
@@ -342,13 +351,17 @@ class Recipe(Section):
                 raise SettingError(what, density, "match", fix=fix)
         if isinstance(method, MepropMethod):
             if method.state_capacity is not None and method.select != "entries":
-                raise ValueError("method.state_capacity goes with method.select: entries")
+                keys = ("method.state_capacity", "method.select")
+                raise SettingError("goes with method.select: entries", *keys)
             if method.unified and method.select != "rows":
-                raise ValueError("method.unified goes with method.select: rows")
+                keys = ("method.unified", "method.select")
+                raise SettingError("goes with method.select: rows", *keys)
             if method.unified and self.train.gradient_accumulation_steps > 1:
-                raise ValueError(
-                    "method.unified chooses rows in each backward pass, before gradients have "
-                    "accumulated: use gradient_accumulation_steps: 1 or unified: false"
+                raise SettingError(
+                    "chooses rows in each backward pass, before gradients have accumulated",
+                    "method.unified",
+                    "train.gradient_accumulation_steps",
+                    fix="train.gradient_accumulation_steps: 1, or method.unified: false",
                 )
         return self
 
@@ -356,17 +369,22 @@ class Recipe(Section):
         calibration = self.calibration
         thin = method.form == "core" and not isinstance(method.rank, float)
         if calibration.decomposition == "randomized" and not thin:
-            raise ValueError(
-                "calibration.decomposition 'randomized' finds a given number of directions: it "
-                "needs method.form 'core', and a method.rank that is no share of energy"
+            raise SettingError(
+                "'randomized' finds a given number of directions: it needs method.form 'core', and "
+                "a method.rank that is no share of energy",
+                "calibration.decomposition",
+                "method.form",
+                "method.rank",
             )
         if calibration.decomposition == "sequential" and method.form != "core":
-            raise ValueError(
-                "calibration.decomposition 'sequential' truncates: it needs method.form 'core'"
-            )
+            what = "'sequential' truncates: it needs method.form 'core'"
+            raise SettingError(what, "calibration.decomposition", "method.form")
         comparable = calibration.score != "spectral" or calibration.source == "token"
         if method.allocation == "model" and not comparable:
-            raise ValueError(
-                "method.allocation 'model' compares targets: it needs a calibration.score from "
-                "gradients, or calibration.source 'token'"
+            raise SettingError(
+                "'model' compares targets: it needs a calibration.score from gradients, or "
+                "calibration.source 'token'",
+                "method.allocation",
+                "calibration.score",
+                "calibration.source",
             )

@@ -81,7 +81,8 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
             max_length=max_length,
             limit=(few.of(section) if few else section).eval_limit,
         )
-    notes = [*data.notes, *encoder.notes, *(note for note in (cut, whole) if note)]
+    more = (train.too_long, held_out.too_long, cut, whole)
+    notes = [*data.notes, *encoder.notes, *(note for note in more if note)]
     task = TaskFacts(section.name, "chat", None, {}, tuple(notes), counts, data.data_hash)
     return Parts(
         task,

@@ -217,6 +217,28 @@ def test_a_run_says_what_its_data_masks_and_what_the_template_leaves_out(
     assert sum(labelled) == 20 * 3
 
 
+def test_conversations_that_max_length_cuts_or_drops_are_noted(
+    cli: Cli, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [("And 7?", "No."), ("word " * 200, "never reached"), ("And 9?", "word " * 200)]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(30):
+            asked, answer = rows[number % len(rows)]
+            row = {"prompt": f"{number} {asked}", "completion": answer}
+            file.write(json.dumps(row) + "\n")
+    overrides = ("method=full", f"task.path={path}", "train.max_steps=1")
+    outcome = cli("train", *settings, *overrides, "-o", "run")
+    assert outcome.code == 0, outcome.err
+    task = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["task"]
+    for part in ("training", "validation"):
+        cut = task["counts"][f"{part}: cut to max_length"]
+        dropped = task["counts"][f"{part}: dropped, nothing to learn within max_length"]
+        note = f"{part} conversations longer than max_length 96: {cut} cut, {dropped} dropped"
+        assert cut and dropped
+        assert note in outcome.flat and any(note in found for found in task["notes"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -190,6 +190,41 @@ def test_calibration_follows_the_form(
     assert (found.source, found.decomposition, found.warmup_steps) == expected
 
 
+def test_a_value_of_the_wrong_type_is_told_what_is_expected(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "r.yaml",
+        "train: {learning_rate: nan, max_steps: many, bf16: 'true', fp16: maybe}\n"
+        "targets: {blocks: 3}\n",
+    )
+    found = problems_of(path)
+    assert "a number such as 0.001" in found["train.learning_rate"]
+    assert "a whole number" in found["train.max_steps"]
+    assert "without quotes" in found["train.bf16"]
+    assert "true or false" in found["train.fp16"]
+    assert "a list of numbers, got 3" in found["targets.blocks"]
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "says"),
+    [
+        ("{name: full, density: 0.1}", "method.density", "it is a key of lora and meprop and"),
+        ("{name: meprop, select: rows, rank: 2}", "method.rank", "it is a key of lora and spars"),
+        ("{name: meprop, unified: true}", "method.unified", "goes with method.select: rows"),
+        ("{name: meprop, density: 0.1, entries: 5}", "method.density", "give one of the two"),
+        ("{name: sparsegrad, form: rotated, rank: 3}", "method.rank", "rank is for form core"),
+        ("{name: sparsegrad, state_capacity: 2}", "method.state_capacity", "support 'dynamic'"),
+    ],
+)
+def test_a_key_that_the_method_does_not_take_is_placed_where_it_was_written(
+    tmp_path: Path, method: str, key: str, says: str
+) -> None:
+    path = write(tmp_path, "r.yaml", f"seed: 1\nmethod: {method}\n")
+    assert says in problems_of(path)[key] and "r.yaml:2" in problems_of(path)[key]
+    typed = problems_of(write(tmp_path, "s.yaml", "method: lora\n"), f"method={method}")
+    assert says in typed[key] and "command line" in typed[key]
+
+
 def test_override_without_equals_and_bad_yaml(tmp_path: Path) -> None:
     assert "not an override" in next(iter(problems_of(None, "seed").values()))
     assert "not valid YAML" in next(iter(problems_of(None, "seed=[1").values()))
