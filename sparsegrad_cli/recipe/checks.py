@@ -15,6 +15,8 @@ from sparsegrad_cli.paths import (
     looks_like_folder,
     near_folder,
 )
+from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
@@ -75,6 +77,9 @@ def outside_problems(
     if data and recipe.init_from is not None and not _is_adapter(recipe.init_from):
         what = f"expected a folder with run.json or adapter_config.json: {recipe.init_from}"
         found.append((("init_from",), what, "name a run's folder or a PEFT LoRA folder"))
+    elif data and (differs := _other_start(recipe)):
+        fix = "set the same in this recipe; or export it with `--to merged` and set model to it"
+        found.append((("init_from",), differs, fix))
     if recipe.output_dir is not None and str(expanded(recipe.output_dir)).startswith("~"):
         found.append((("output_dir",), f"there is no such home: {recipe.output_dir}", None))
     found += [*quantization_problems(recipe), *training_problems(recipe)]
@@ -105,3 +110,38 @@ def _is_adapter(name: str) -> bool:
     folder = expanded(name)
     inside = folder.name == "adapter" and is_file(folder.parent / "run.json")
     return inside or is_file(folder / "run.json") or is_file(folder / "adapter_config.json")
+
+
+def _other_start(recipe: Recipe) -> str | None:
+    """Return how the adapter that `recipe.init_from` names was trained otherwise, by its JSON.
+
+    Settings that only its tensors or the model tell are compared when training loads them.
+    """
+    if recipe.init_from is None or not recipe.method.beside_weights:
+        return None
+    folder = expanded(recipe.init_from)
+    if folder.name == "adapter" and is_file(folder.parent / "run.json"):
+        folder = folder.parent
+    now: dict[str, object] = {"method.name": recipe.method.name}
+    then: dict[str, object]
+    try:
+        if is_file(folder / "run.json"):
+            method = plain_json((folder / "run.json").read_bytes())["method"]
+            then = {"method.name": method["name"], "scope": method["scope"]}
+            now["scope"], rank = recipe.scope, method["settings"].get("rank")
+        else:
+            if recipe.method.name != "lora":
+                shown = from_here(recipe.init_from)
+                return f"{shown} is a LoRA adapter, and method is {recipe.method.name}"
+            config = plain_json((folder / "adapter_config.json").read_bytes())
+            then, rank = {"method.name": "lora"}, config["r"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # damaged or not finished: reading its tensors says how
+    ours = recipe.method.rank if isinstance(recipe.method, LoraMethod) else None
+    if then["method.name"] == "lora" and ours is not None and rank is not None:
+        now["method.rank"], then["method.rank"] = ours, rank
+    differing = [key for key in then if then[key] != now[key]]
+    if not differing:
+        return None
+    told = "; ".join(f"{key} is {now[key]} here, and was {then[key]}" for key in differing)
+    return f"{from_here(recipe.init_from)} was trained otherwise: {told}"

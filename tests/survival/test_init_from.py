@@ -106,6 +106,24 @@ def test_what_differs_is_named(
     assert words in flat(ended)
 
 
+@pytest.mark.parametrize(
+    ("source", "more", "words"),
+    [
+        ("lora", ("method=lora", "method.rank=3"), "method.rank is 3 here, and was 2"),
+        ("lora", ("method=sparsegrad",), "method.name is sparsegrad here, and was lora"),
+        ("core static", ("scope=rest",), "scope is rest here, and was head"),
+    ],
+)
+def test_validate_compares_what_the_record_says_of_the_start(
+    bench: Bench, sources: dict[str, Path], source: str, more: tuple[str, ...], words: str
+) -> None:
+    start = f"init_from={sources[source]}"
+    ended = bench.killer.run("validate", *more, start)
+    assert ended.code == 2
+    assert words in flat(ended) and "command line" in flat(ended)
+    assert bench.killer.run("validate", *METHODS[source], start).code == 0
+
+
 @pytest.mark.parametrize("method", ["full", "meprop"])
 def test_a_method_that_trains_the_weights_starts_from_an_export(
     bench: Bench, sources: dict[str, Path], method: str
