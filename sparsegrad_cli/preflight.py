@@ -15,7 +15,8 @@ from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS, with_metric
 from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
-from sparsegrad_cli.paths import expanded, is_file
+from sparsegrad_cli.modeling.pretrained import refuse_other_weights
+from sparsegrad_cli.paths import expanded, is_file, is_folder
 from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.loading import LoadedRecipe
 from sparsegrad_cli.recipe.quantization import INSTALL
@@ -39,6 +40,7 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
         RecipeError: packages that are not installed; all together.
         UsageError: a column that is not in the file, with the place of the key.
         DataError: of a file that is small enough to be read whole.
+        FileFormatError: the model's folder has weights in a format that is not read.
     """
     recipe, problems = loaded.recipe, []
     for name in named(recipe.train.report_to) if trains else ():
@@ -55,6 +57,8 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
         problems.append(("model.quantization", what, INSTALL))
     if problems:
         raise RecipeError([_placed(loaded, *problem) for problem in problems])
+    if is_folder(recipe.model.name):
+        refuse_other_weights(expanded(recipe.model.name), recipe.model.name)
     try:
         _check_files(recipe.task)
     except UsageError as error:

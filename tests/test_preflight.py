@@ -50,6 +50,17 @@ def test_the_trackers_are_those_of_transformers() -> None:
     assert set(trackers.TRACKERS) == set(INTEGRATION_TO_CALLBACK)
 
 
+def test_weights_in_a_format_that_is_not_read_are_refused(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    assert cli("validate", f"model={folder}").code == 0  # without weights, for estimate
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    told = cli("validate", f"model={folder}")
+    assert told.code == 1
+    assert "pytorch_model.bin only, expected model.safetensors" in told.flat
+
+
 @pytest.mark.parametrize("command", ["validate", "train"])
 def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
     cli: Cli, without: Any, command: str

@@ -163,7 +163,7 @@ def from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: An
             f"{section.name} holds no model: there is no config.json in it", where="model.name"
         )
     if local and what == "model":
-        _refuse_other_weights(Path(source), section.name)
+        refuse_other_weights(Path(source), section.name)
     if not local:
         _refuse_missing_folder(section.name)
         if why_unreachable("model", source) is not None:
@@ -205,7 +205,7 @@ def _refuse_missing_folder(name: str) -> None:
     )
 
 
-def _refuse_other_weights(folder: Path, name: str) -> None:
+def refuse_other_weights(folder: Path, name: str) -> None:
     """Say how to convert a model whose weights are in another format only."""
     if any(folder.glob("*.safetensors")):
         return
