@@ -21,6 +21,7 @@ _MOVABLE = (
     "model.name",
     "model.trust_remote_code",
     "task.path",
+    "task.validation_fraction",
     "calibration.basis",
     "train.use_cpu",
 )

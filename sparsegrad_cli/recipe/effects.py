@@ -141,6 +141,8 @@ def _idle(
 ) -> Iterator[Idle]:
     """Those of the names whose value differs from the default.
 
+    A zero in place of a number says that something is off, which is true where it has no effect.
+
     Args:
         section: at ``path`` in the recipe.
         cause: dotted key, or several with spaces between.
@@ -149,7 +151,8 @@ def _idle(
     for name in names:
         usual = type(section).model_fields[name].default
         neutral = getattr(defaults, name) if defaults is not None else usual
-        if getattr(section, name) != neutral:
+        value = getattr(section, name)
+        if value != neutral and (value != 0 or neutral is None):
             yield Idle((*path, name), _paths(cause), why, fix, neutral, **more)
 
 

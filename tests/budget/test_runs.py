@@ -60,6 +60,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def study(place: Path, match: str, rows: Sequence[str]) -> LoadedStudy:
     path = place / "study.yaml"
+    calibrates = {"static", "refresh", "dense"} & set(rows)
+    calibration = "  calibration: {steps: 2, warmup_steps: 1}\n" if calibrates else ""
     listed = "".join(f"  - {{label: {row}, method: {ROWS[row]}}}\n" for row in rows)
     path.write_text(
         f"name: tiny\nmethods:\n{listed}seeds: [1]\nmatch: {match}\n"
@@ -67,7 +69,7 @@ def study(place: Path, match: str, rows: Sequence[str]) -> LoadedStudy:
         "settings:\n"
         f"  model: {place}/base\n"
         "  method: {support: static}\n"
-        "  calibration: {steps: 2, warmup_steps: 1}\n"
+        f"{calibration}"
         "  train: {per_device_train_batch_size: 8, max_steps: 3, eval_strategy: 'no',\n"
         "    use_cpu: true, logging_steps: 1}\n",
         encoding="utf-8",
@@ -121,7 +123,9 @@ def test_a_peak_is_met_and_what_could_not_be_is_said(
     rows = rows_of(solved, cells)
     for row in rows.values():
         # The tokenizer gives no token types, which an estimate supposes: 8 bytes a token.
-        assert 0 <= row["predicted"] - row["measured"] <= 2 * 8 * 8 * 11
+        # What calibration takes is estimated to within a few per cent, a step to the byte.
+        slack = 0.02 * row["predicted"] if row["method"] == "dense" else 0
+        assert -slack <= row["predicted"] - row["measured"] <= 2 * 8 * 8 * 11
         assert row["measured"] <= kib * 1024 < row["larger"]["takes"]
         assert row["verdict"] == ("under" if row["method"] == "full" else "met")
     if methods == ("dense",):

@@ -113,6 +113,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(
             "calibration.batch_size=4",
             "train.max_steps=3",
             "train.eval_strategy=no",
+            "train.eval_steps=null",
             "train.logging_steps=1",
         )
         outcome = cli("train", *settings, *method, *batches, "-o", f"r{size}", "--json")
@@ -247,7 +248,7 @@ def test_conversations_that_max_length_cuts_or_drops_are_noted(
         (("task={name: glue/rte, chat: {paths: best}}",), "task.chat"),
         (("train.label_smoothing_factor=0.1",), "label smoothing"),
         (("task.metric=accuracy",), "not a metric of conversations"),
-        (("task.chat.paths=best",), "does not go with chat"),
+        (("task.chat.paths=best",), "not with chat"),
         (("task.chat.packing=tight",), "task.chat.packing"),
         (("task.chat.forgetting=gone.txt",), "no such file: gone.txt"),
     ],

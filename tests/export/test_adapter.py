@@ -67,6 +67,7 @@ def test_it_holds_values_positions_bases_and_the_head_and_no_more(folder: Path) 
     assert tensors[f"{UP}.support"].dtype == torch.int32
     assert tensors[f"basis/q_out/{UP}"].shape == (40, 7)
     assert {p.name for p in folder.iterdir()} == {
+        "README.md",
         "adapter.safetensors",
         "adapter.json",
         "export.json",

@@ -77,7 +77,7 @@ def test_conversations_that_training_dropped_are_no_reason_to_refuse(
     long = json.dumps({"prompt": "x" * 200, "completion": "y"}) + "\n"
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(long * 40 + rows, encoding="utf-8")
-    found = rebuild(open_run(run, (f"task.path={tmp_path}",)), 3)
+    found = rebuild(open_run(run, (f"task.path={tmp_path}", "task.validation_fraction=0.1")), 3)
     assert len(next(iter(found.setup.validation.values()))) == 3
 
 

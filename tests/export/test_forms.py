@@ -60,7 +60,7 @@ MATRIX: dict[str, tuple[tuple[str, ...], str]] = {
     "core-dense-energy": (
         # Gradients of batches: the two kinds then need different ranks for that share.
         (
-            *CORE,
+            "method=sparsegrad",
             "method.support=dense",
             "method.rank=0.9",
             "calibration.basis_per=kind",

@@ -39,6 +39,7 @@ def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
         f"seed={seed}",
         "train.train_sampling_strategy=random",
         "calibration.source=random",
+        "calibration.steps=32",  # the default: no gradients are taken
         "calibration.warmup_steps=0",
     )
     run = tmp_path / "run"

@@ -41,6 +41,7 @@ SETTINGS = (
     "train.adam_epsilon=1",
     f"train.learning_rate={RATE}",
     "train.lr_scheduler_type=constant",
+    "train.warmup_steps=0",
     "train.use_cpu=true",
     "calibration.steps=4",
     "calibration.batch_size=2",

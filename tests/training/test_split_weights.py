@@ -122,7 +122,9 @@ def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) ->
     assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
     equal(trained_in(split), trained_in(whole))
     assert losses(record(split)) == losses(record(whole))
-    assert {t.dtype for t in adapter(split).values()} <= {torch.float32, torch.int32}
+    # The pooler is not in the base model's files: it is kept as it was drawn, in the model's dtype.
+    trained = {name: t for name, t in adapter(split).items() if "pooler" not in name}
+    assert {t.dtype for t in trained.values()} <= {torch.float32, torch.int32}
     if name == "autocast":  # it was on
         assert losses(record(split)) != losses(record(two / "two-llama-full"))
 
