@@ -38,7 +38,7 @@ def test_page_is_well_formed_and_fetches_nothing(tmp_path: Path, compare: bool) 
 def test_run_page_says_the_figures(tmp_path: Path) -> None:
     page = written(run_record(), tmp_path)
     text = " ".join(outline(page).text)
-    for figure in ("61.0", "219,554", "6.2 steps/s", "130.0 MiB", "majority class", "Calibration"):
+    for figure in ("61.0", "219,554", "6.2 steps/s", "140.0 MiB", "majority class", "Calibration"):
         assert figure in text
     # score, loss, energy, heat map, spectra, memory, time, what was touched
     assert page.count("<figure>") == 8
