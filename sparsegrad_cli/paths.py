@@ -58,7 +58,7 @@ def near_folder(name: str, *others: Path) -> str | None:
     """Return "did you mean ...?" where a model's folder of a similar name lies in its place.
 
     Args:
-        name: a model's name that is no folder.
+        name: the name of a model; not an existing folder.
         others: folders that a relative name may be relative to, beside the current one.
     """
     path = expanded(name)

@@ -160,7 +160,7 @@ def _is_wrapped(value: Any) -> bool:
 
 
 def _first_keys(value: Any) -> set[str]:
-    """Return the keys of the first object in a list; none of what is not a list of objects."""
+    """Return the keys of the first object in a list; empty for anything but a list of objects."""
     first = value[0] if isinstance(value, list) and value else None
     return set(first) if isinstance(first, dict) else set()
 

@@ -156,7 +156,7 @@ def _check_beginning(start: bytes, path: Path) -> None:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open the file's bytes, unpacked where they begin like a compressed file, whatever its name.
 
-    The ``name`` of what is opened is that of a zip file's member.
+    The stream's ``name`` is that of the zip file's member.
     """
     named = path.suffix.lower()
     what = _NAMES.get(named, "file")

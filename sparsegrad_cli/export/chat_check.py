@@ -247,7 +247,7 @@ def _fresh_process(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _differs(said: Said, got: dict[str, Any], what: str) -> SparsegradError:
     def ends(ended: bool) -> str:
-        return "and stops" if ended else "and goes on"
+        return "and stops" if ended else "and does not stop"
 
     asked = said.turns[-1].text[:60]
     mine = f"{said.answer.text[:60]!r} {ends(said.answer.stopped == 'end')}"

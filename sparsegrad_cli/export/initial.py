@@ -157,7 +157,7 @@ class Initial:
                 if name in {_short(n) for n in wanted - given}
                 else ("no target module of this recipe takes the adapter's")
             )
-            raise UsageError(f"{what} {name}", where=self.where, fix="set targets.modules alike")
+            raise UsageError(f"{what} {name}", where=self.where, fix="give the same targets")
         head = head_parameters(setup.model)
         frozen = dict(setup.model.named_parameters())
         others = sorted(name for name in found if name not in wanted and name not in head)

@@ -200,7 +200,7 @@ def _labels(model: nn.Module) -> dict[int, str]:
 
 
 def _plain_of(model: Any) -> nn.Module:
-    """The model inside of what peft has made of it."""
+    """Return the base model inside a PEFT model."""
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
 

@@ -178,7 +178,7 @@ class Method(Protocol):
     name: str
     needs_basis: bool
     peft_config: Any
-    """peft's configuration of what :meth:`prepare` has made; None where peft does not know it."""
+    """PEFT's configuration of the prepared adapter; None if PEFT does not know the method."""
 
     def prepare(
         self,

@@ -26,7 +26,7 @@ def target_settings(model: nn.Module, names: Iterable[str], dropout: float) -> d
     if not has_experts(model):
         return {"target_modules": list(names), "lora_dropout": dropout}
     # peft rewrites the names of dense layers in target_modules to those of the experts, here and
-    # for whoever loads the folder. The names of parameters it takes as they are, without dropout.
+    # when the folder is loaded. It takes names of parameters as they are, but without dropout.
     weights = [f"{name}.weight" for name in names]
     return {"target_modules": [], "target_parameters": weights, "lora_dropout": 0.0}
 

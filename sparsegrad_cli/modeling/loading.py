@@ -203,7 +203,7 @@ class _Loaded(NamedTuple):
     """What transformers has loaded.
 
     Attributes:
-        lacking: names of what the files lack or hold in another shape: it was drawn at random.
+        lacking: names of parameters that the files lack or hold in another shape; drawn at random.
         missing: those of them that the files lack.
     """
 
