@@ -202,7 +202,7 @@ class Rehearsal(_Stage):
         targets = self._targets(self.model)
         left_out = not_adapted(self.model, targets, self.recipe.targets)
         if left_out:
-            self.notes.append(not_adapted_note(left_out))
+            self.notes.append(not_adapted_note(left_out, self.recipe.scope))
         settings = self.recipe.method
         save_memory(self.model, targets, settings.recompute)
         if isinstance(settings, SparsegradMethod):

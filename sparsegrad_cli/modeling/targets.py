@@ -242,11 +242,17 @@ def not_adapted(
     return [NotAdapted(kind, shape, count) for (kind, shape), count in found.items()]
 
 
-def not_adapted_note(found: Sequence[NotAdapted]) -> str:
-    """Say which large parameters of the blocks no target covers; empty if there are none."""
+def not_adapted_note(found: Sequence[NotAdapted], scope: str) -> str:
+    """Say which large parameters of the blocks no target covers; empty if there are none.
+
+    Args:
+        found: see :func:`not_adapted`.
+        scope: of the recipe; with ``rest`` these parameters train, but as they are.
+    """
     if not found:
         return ""
-    return f"not adapted, because no target covers them: {', '.join(map(str, found))}"
+    whole = ", and trained whole by scope: rest" if scope == "rest" else ""
+    return f"not adapted, because no target covers them{whole}: {', '.join(map(str, found))}"
 
 
 def has_experts(model: nn.Module) -> bool:

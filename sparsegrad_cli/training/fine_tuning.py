@@ -68,7 +68,8 @@ class TrainingSession(Session):
             with politely():
                 method = make_method(self.method)
                 prepared = self._prepared(setup, method)
-                self._record_method(prepared, not_adapted_note(setup.not_adapted))
+                note = not_adapted_note(setup.not_adapted, self.recipe.scope)
+                self._record_method(prepared, note)
                 TrainingLoop(self, setup, method, prepared, resume=self.resume).run()
 
     def load(self) -> Setup:

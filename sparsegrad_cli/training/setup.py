@@ -73,7 +73,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
     targets = find_targets(model, recipe.targets)
     left_out = not_adapted(model, targets, recipe.targets)
     if left_out:
-        observer.note(not_adapted_note(left_out))
+        observer.note(not_adapted_note(left_out, recipe.scope))
     device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
     model = placed(model, device)

@@ -47,11 +47,14 @@ def test_the_note_names_experts_and_counts_their_parameters() -> None:
     model_type, settings, *_ = TABLE["qwen3_moe"]
     model = causal_or_body(model_type, settings)
     section = TargetsSection(modules=("*.q_proj",))  # who chooses layers still cannot choose these
-    note = not_adapted_note(not_adapted(model, targets_of(model, modules=("*.q_proj",)), section))
+    left_out = not_adapted(model, targets_of(model, modules=("*.q_proj",)), section)
+    note = not_adapted_note(left_out, "head")
+    assert "trained whole by scope: rest" in not_adapted_note(left_out, "rest")
+    assert "trained whole" not in note
     assert "mlp.experts.gate_up_proj (1 of 4 x 48 x 32, 6,144 parameters)" in note
     assert "mlp.experts.down_proj (1 of 4 x 32 x 24, 3,072 parameters)" in note
     assert "gate_proj" not in note.replace("gate_up_proj", "")
-    assert not_adapted_note([]) == ""
+    assert not_adapted_note([], "head") == ""
 
 
 class Mixer(nn.Module):
@@ -85,7 +88,7 @@ def test_attention_and_mixers_are_never_a_partner() -> None:
     model.layers = nn.ModuleList([Block(), Block()])
     targets = targets_of(model)
     assert [t.kind for t in targets] == ["ffn.0", "ffn.2"] * 2
-    note = not_adapted_note(not_adapted(model, targets, TargetsSection()))
+    note = not_adapted_note(not_adapted(model, targets, TargetsSection()), "head")
     assert "alone (2 of 40 x 8, 640 parameters)" in note
     assert "mixer.in_proj (2 of 24 x 8, 384 parameters)" in note
     assert "attn" not in note
