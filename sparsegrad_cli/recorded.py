@@ -28,7 +28,7 @@ from sparsegrad_cli.stopping import signals_stop_the_run
 
 _REPORT = ("report.md", "report.html")
 _AGAIN = {
-    "train": "--resume goes on from the last checkpoint, if there is one",
+    "train": "--resume continues from the last checkpoint, if there is one",
     "calibrate": "run it again with --overwrite",
 }
 

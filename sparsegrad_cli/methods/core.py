@@ -173,7 +173,7 @@ class SparsegradCore:
         return effective_weight(weight_OI, core_RS, layer.q_out.double(), layer.q_in.double())
 
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
-        """B = Q_out L, A = M Q_in' with S = L M of the term rank of what may change in S.
+        """Return B = Q_out L and A = M Q_in', where S = L M has the term rank of S's support.
 
         Of a static support that is the rank of nearly every S that it allows, and below r.
         """

@@ -4,9 +4,9 @@ A key that a recipe takes has an effect, or it is refused with the reason. Two c
 
 - The key is written as strongly as the one that disables it (in the same file, or in a stronger
   layer): the recipe contradicts itself and is refused.
-- The key comes from a weaker layer, such as a recipe that is extended: whoever set the stronger key
-  has overruled it. It goes back to its default, so that a resolved recipe says what runs, and a
-  note says so.
+- The key comes from a weaker layer, such as a recipe that is extended: the stronger key
+  overrules it. It is reset to its default, so that the resolved recipe says what runs, and a note
+  says so.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
     found = {idle.key: idle for idle in _of_a_calibration_that_is_made(recipe, usual)}
     usual = CalibrationSection(**calibration_of_the_form(form, {}))
     if settings.basis is not None:
-        why, fix = f"the bases come from {settings.basis}", "leave it out, or make a basis anew"
+        why, fix = f"the bases come from {settings.basis}", "leave it out, or calibrate again"
         names = _MAKES_A_BASIS if settings.keep_head else (*_MAKES_A_BASIS, *_WARMS, "batch_size")
         said = _idle(
             settings, at, names, "calibration.basis", why, fix, defaults=usual, common=True

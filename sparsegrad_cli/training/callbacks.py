@@ -44,7 +44,7 @@ class RecordCallback(TrainerCallback):
         self._observer = observer
 
     def cut(self, step: int | None, *, evaluated: bool = True) -> None:
-        """Forget what a run wrote after the checkpoint that it goes on from; None: everything.
+        """Drop what a run logged after the checkpoint it resumes from; None drops everything.
 
         Args:
             step: the checkpoint's.

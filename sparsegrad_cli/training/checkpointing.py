@@ -195,7 +195,7 @@ class CheckpointedTrainer(Trainer):
 
     @contextmanager
     def stopped_evaluation_saved(self) -> Iterator[None]:
-        """Around an evaluation: where it is stopped, the run can go on with this evaluation.
+        """Save a checkpoint if the evaluation inside is stopped, so that --resume repeats it.
 
         The checkpoint's control says that the evaluation is due, and its random state is the one
         from before it. After training, the weights may be those of the best checkpoint: the one
@@ -216,7 +216,7 @@ class CheckpointedTrainer(Trainer):
                     f"stopped in the evaluation after step {self.state.global_step} of "
                     f"{self.state.max_steps}; {folder.name} is saved"
                 )
-                stopped.fix = "go on with --resume, which makes that evaluation first"
+                stopped.fix = "use --resume, which repeats that evaluation first"
             raise
 
     # --- reading

@@ -113,7 +113,7 @@ class TrainingLoop:
             return
         kind, total = train.lr_scheduler_type, self.trainer.steps_in_all()
         if last is None:
-            words = "no checkpoint is left: training begins anew"
+            words = "no checkpoint is left: training starts again from step 0"
         else:
             state = trainer_state(last)
             before = int(state["max_steps"])

@@ -82,7 +82,7 @@ def check_ours(folder: Path, recipes: Collection[str]) -> list[str]:
     """Refuse a checkpoint of another format or recipe.
 
     Args:
-        recipes: digests of the run's recipe, and of what it was before it was extended.
+        recipes: digests of the run's recipe, and of the recipe before the run was extended.
 
     Returns:
         Notes: packages that were others then, so that what follows may differ in the last bits.

@@ -1,4 +1,4 @@
-"""What an export holds is read right by whoever reads it: peft, pipelines, servers and people."""
+"""Every reader reads an export right: peft, pipelines, servers and people."""
 
 from __future__ import annotations
 

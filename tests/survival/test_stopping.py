@@ -62,7 +62,7 @@ def test_an_evaluation_that_is_stopped_is_made_first_when_the_run_goes_on(
     assert ended.err.count("called ") == count
     # Stopped once more in the same evaluation.
     if count > 6:
-        assert "is saved" in flat(ended) and "makes that evaluation first" in flat(ended)
+        assert "is saved" in flat(ended) and "repeats that evaluation first" in flat(ended)
         again = bench.train(
             METHOD, run, *settings, "--resume", moment="interrupted-evaluating", count=2
         )
