@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import GLUE_TASKS
-from sparsegrad_cli.modeling.loading import load_classifier
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.load_model import load_classifier
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,

@@ -37,7 +37,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 def still_model(folder: Path) -> Path:
     """The built-in MiniLM without dropout, which each process would draw for itself."""
-    from sparsegrad_cli.modeling.pretrained import locate
+    from sparsegrad_cli.models.pretrained import locate
 
     shutil.copytree(locate("builtin:minilm"), folder)
     config = folder / "config.json"

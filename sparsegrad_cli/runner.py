@@ -7,17 +7,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli.error_mapping import known_errors
 from sparsegrad_cli.errors import InterruptedRunError, UsageError
-from sparsegrad_cli.known_errors import known_errors
-from sparsegrad_cli.measure.garbage import all_here_to_stay
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recorded import run_recorded
-from sparsegrad_cli.rundir import RunRecord
+from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.training.recorded_run import run_recorded
+from sparsegrad_cli.training.run_folder import RunRecord
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.estimate.estimate_steps import Room
     from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
-    from sparsegrad_cli.estimate.session import Room
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.generate.answering import Answerer
     from sparsegrad_cli.generate.options import (
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         GenerationSettings,
         ModelOptions,
     )
-    from sparsegrad_cli.judge.session import JudgeOptions
+    from sparsegrad_cli.judge.judge_answers import JudgeOptions
     from sparsegrad_cli.recipe.study import LoadedStudy
 
 
@@ -85,7 +85,7 @@ def calibrate(
         )
 
     def work(record: RunRecord, observer: Observer) -> None:
-        from sparsegrad_cli.training.calibration_session import CalibrationSession
+        from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
 
         with all_here_to_stay():
             CalibrationSession(loaded, record, observer).run()
@@ -108,7 +108,7 @@ def export(
     Raises:
         SparsegradError: of the kind that says what happened; nothing is left of the attempt.
     """
-    from sparsegrad_cli.export.session import export_run
+    from sparsegrad_cli.export.export_run import export_run
 
     observer = observer or Observer()
     try:
@@ -145,7 +145,7 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
                 from sparsegrad_cli.generate.study import answer_study
 
                 return answer_study(options, questions, observer)
-            from sparsegrad_cli.generate.session import answer_questions
+            from sparsegrad_cli.generate.answer_questions import answer_questions
 
             answerer, about = _answerer(options.model, options.settings, observer)
             return answer_questions(answerer, about, questions, options, observer)
@@ -182,7 +182,7 @@ def _answerer(
     model: ModelOptions, settings: GenerationSettings, observer: Observer
 ) -> tuple[Answerer, dict[str, Any]]:
     from sparsegrad_cli.generate.answering import Answerer
-    from sparsegrad_cli.generate.loading import load_run
+    from sparsegrad_cli.generate.load_chat_model import load_run
 
     observer.phase("load", model.source)
     loaded, tokenizer, about = load_run(model)
@@ -214,7 +214,7 @@ def estimate(
     Raises:
         SparsegradError: of the kind that says what happened.
     """
-    from sparsegrad_cli.estimate.session import estimate_steps
+    from sparsegrad_cli.estimate.estimate_steps import estimate_steps
 
     observer = observer or Observer()
     try:
@@ -241,7 +241,7 @@ def solve(
     """
     if study.study.budget is None:
         return study
-    from sparsegrad_cli.budget.session import solve_study
+    from sparsegrad_cli.budget.solve_study import solve_study
 
     observer = observer or Observer()
     try:
@@ -263,7 +263,7 @@ def judge(options: JudgeOptions, observer: Observer | None = None) -> dict[str, 
     Raises:
         SparsegradError: of the kind that says what happened; verdicts so far are kept.
     """
-    from sparsegrad_cli.judge.session import judge_answers
+    from sparsegrad_cli.judge.judge_answers import judge_answers
 
     observer = observer or Observer()
     try:

@@ -58,7 +58,7 @@ def messages(conversation: Conversation) -> list[dict[str, str]]:
 @functools.cache
 def smollm2_tokenizer() -> Any:
     """The real tokenizer of builtin:smollm2, or skip. Converts the model if nobody has yet."""
-    from sparsegrad_cli.modeling.pretrained import load_tokenizer
+    from sparsegrad_cli.models.pretrained import load_tokenizer
     from sparsegrad_cli.recipe.schema import ModelSection
 
     try:

@@ -19,7 +19,7 @@ from tried import table
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
-from sparsegrad_cli.measure.garbage import all_here_to_stay
+from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -33,8 +33,8 @@ _LIBRARIES = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.auto.modeling_auto",
     "sparsegrad_cli.cli.app",
-    "sparsegrad_cli.data.loading",
-    "sparsegrad_cli.export.session",
+    "sparsegrad_cli.data.load_task",
+    "sparsegrad_cli.export.export_run",
     "sparsegrad_cli.report.html",
     "sparsegrad_cli.training.fine_tuning",
 )
@@ -113,7 +113,7 @@ def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path])
     if moment is not None and number == of:
         MOMENTS[moment][1](count)
     if moment not in REPORTING:  # takes longer than all the rest
-        from sparsegrad_cli import recorded
+        from sparsegrad_cli.training import recorded_run as recorded
 
         recorded._write_report = lambda record, observer: None
     from sparsegrad_cli.cli.app import main

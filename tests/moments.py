@@ -84,7 +84,7 @@ def _renames(beginning: str) -> Callable[..., bool]:
 
 @moment("begun", "the folder is made, the recipe is in it, no record yet")
 def _begun(count: int) -> None:
-    from sparsegrad_cli import recorded
+    from sparsegrad_cli.training import recorded_run as recorded
 
     wrap(recorded, "RunRecord", count, before=_die)
 
@@ -98,14 +98,14 @@ def _loaded(count: int) -> None:
 
 @moment("calibrating", "in the middle of calibration")
 def _calibrating(count: int) -> None:
-    from sparsegrad_cli.training import calibration
+    from sparsegrad_cli.calibration import calibrate as calibration
 
     wrap(calibration, "gradient_step", count, after=_die)
 
 
 @moment("basis-torn", "half of basis.safetensors is written")
 def _basis_torn(count: int) -> None:
-    from sparsegrad_cli.training import writing
+    from sparsegrad_cli.io import atomic_folder as writing
 
     wrap(writing, "save_file", count, after=_torn, when=_writes("basis"))
 
@@ -179,21 +179,21 @@ def _asked_to_stop(owner: Any, name: str, count: int, *, times: int = 1) -> None
 
 @moment("interrupted-calibrating", "SIGTERM in the middle of calibration")
 def _interrupted_calibrating(count: int) -> None:
-    from sparsegrad_cli.training import calibration
+    from sparsegrad_cli.calibration import calibrate as calibration
 
     _asked_to_stop(calibration, "gradient_step", count)
 
 
 @moment("interrupted-calibrating-twice", "SIGTERM twice in the middle of calibration")
 def _interrupted_calibrating_twice(count: int) -> None:
-    from sparsegrad_cli.training import calibration
+    from sparsegrad_cli.calibration import calibrate as calibration
 
     _asked_to_stop(calibration, "gradient_step", count, times=2)
 
 
 @moment("interrupted-warming", "SIGTERM while the head warms up")
 def _interrupted_warming(count: int) -> None:
-    from sparsegrad_cli.training import warmup
+    from sparsegrad_cli.calibration import warmup
 
     _asked_to_stop(warmup, "gradient_step", count)
 
@@ -207,7 +207,7 @@ def _interrupted_decomposing(count: int) -> None:
 
 @moment("interrupted-measuring", "SIGTERM while the energy of held-out gradients is measured")
 def _interrupted_measuring(count: int) -> None:
-    from sparsegrad_cli.training import diagnostics
+    from sparsegrad_cli.calibration import diagnostics
 
     _asked_to_stop(diagnostics, "gradient_step", count)
 
@@ -254,14 +254,14 @@ def _evaluated(count: int) -> None:
 
 @moment("checkpoint-begun", "the checkpoint's folder is made, still empty")
 def _checkpoint_begun(count: int) -> None:
-    from sparsegrad_cli.training import checkpoint
+    from sparsegrad_cli.training import checkpoint_state as checkpoint
 
     wrap(checkpoint, "save_training_state", count, before=_die)
 
 
 @moment("checkpoint-torn", "half of the checkpoint's first file is written")
 def _checkpoint_torn(count: int) -> None:
-    from sparsegrad_cli.training import writing
+    from sparsegrad_cli.io import atomic_folder as writing
 
     wrap(writing, "save_file", count, after=_torn, when=_writes("trainable"))
 
@@ -299,7 +299,7 @@ def _trained(count: int) -> None:
 
 @moment("adapter-torn", "half of adapter.safetensors is written")
 def _adapter_torn(count: int) -> None:
-    from sparsegrad_cli.training import writing
+    from sparsegrad_cli.io import atomic_folder as writing
 
     wrap(writing, "save_file", count, after=_torn, when=_writes("adapter"))
 
@@ -311,14 +311,14 @@ def _adapter_renamed(count: int) -> None:
 
 @moment("reporting", "the record says done, the report is not written")
 def _reporting(count: int) -> None:
-    from sparsegrad_cli import recorded
+    from sparsegrad_cli.training import recorded_run as recorded
 
     wrap(recorded, "_write_report", count, before=_die)
 
 
 @moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
 def _reporting_begins(count: int) -> None:
-    from sparsegrad_cli.rundir import RunRecord
+    from sparsegrad_cli.training.run_folder import RunRecord
 
     wrap(RunRecord, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
 
@@ -332,7 +332,7 @@ def _reporting_interrupted(count: int) -> None:
 
 @moment("export-begun", "an export's folder is made")
 def _export_begun(count: int) -> None:
-    from sparsegrad_cli.export import session
+    from sparsegrad_cli.export import export_run as session
 
     wrap(session._Export, "fill", count, before=_die)
 
@@ -389,7 +389,7 @@ def _small_files(count: int) -> None:
 
 @moment("reporting-full", "KiB that a file may have once the run is done: a full disk")
 def _reporting_full(count: int) -> None:
-    from sparsegrad_cli import recorded
+    from sparsegrad_cli.training import recorded_run as recorded
 
     wrap(recorded, "_write_report", 1, before=lambda *args: _limit_files(count))
 

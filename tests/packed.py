@@ -10,13 +10,13 @@ import torch
 from tiny import batch, batches, build, calibrated, config, targets_of
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.lean import save_memory
-from sparsegrad_cli.modeling.loading import load_classifier
+from sparsegrad_cli.models.load_model import load_classifier
+from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
-from sparsegrad_cli.training.gradients import forked_random
 
 WHY = "bitsandbytes is not installed: there are no layers of 8 or 4 bits"
 BITS = ("8bit", "4bit")
@@ -73,7 +73,7 @@ def loaded(folder: Path, bits: str | None, dtype: Any = "float32") -> Any:
 
 def held(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that does not train: parameters, and the scales of quantized ones."""
-    from sparsegrad_cli.modeling.quantized import quantization_state
+    from sparsegrad_cli.models.quantized import quantization_state
 
     found = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     scales = enumerate(quantization_state(model))

@@ -10,7 +10,7 @@ from typing import Any
 
 from paths import REPO
 
-from sparsegrad_cli.compare.evidence import evidence
+from sparsegrad_cli.study.evidence import evidence
 
 
 def documented(number: int) -> dict[str, Any]:

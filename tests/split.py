@@ -14,8 +14,8 @@ from talkers import byte_tokenizer, talker
 from tiny import build, config
 
 from sparsegrad_cli import runner
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 
 # What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` puts into the environment.
 FSDP2 = {

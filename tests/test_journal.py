@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
-from sparsegrad_cli.journal import Journal, read_records
+from sparsegrad_cli.io.jsonl import Journal, read_records
 
 KIND = "sparsegrad-test-1"
 RECORDS = [{"a": 1}, {"a": "é\u2028\ud800\n"}, {"a": None}]

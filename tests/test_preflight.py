@@ -16,9 +16,9 @@ import pytest
 from paths import REPO
 from small import Cli
 
-from sparsegrad_cli import preflight, trackers
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.training import preflight, trackers
 
 COMMANDS = ("validate", "train", "calibrate")
 

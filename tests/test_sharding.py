@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from paths import REPO
 
-from sparsegrad_cli import runner, sharding
+from sparsegrad_cli import runner
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
-from sparsegrad_cli.sharding import check_sharding
+from sparsegrad_cli.training import sharding
+from sparsegrad_cli.training.sharding import check_sharding
 
 SETTINGS = REPO / "configs" / "accelerate"
 WORK = {

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.calibrate import Calibration, calibrate
+from sparsegrad_cli.calibration.diagnostics import KindGrams
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.core import CoreLinear
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.lean import save_memory
-from sparsegrad_cli.modeling.targets import Target, find_targets
+from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis, Stream
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,
@@ -24,9 +27,6 @@ from sparsegrad_cli.recipe.method_section import (
     SparsegradMethod,
 )
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection, TrainSection
-from sparsegrad_cli.training.calibration import Calibration, calibrate
-from sparsegrad_cli.training.diagnostics import KindGrams
-from sparsegrad_cli.training.gradients import forked_random
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
 

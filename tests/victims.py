@@ -17,13 +17,7 @@ from talkers import load, talker
 from tiny import batch, calibrated, classifier, logits, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.export.adapter import load_adapter
-from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
-from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import fingerprint
-from sparsegrad_cli.numerics.hosvd import Basis, truncated
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.basis_file import (
+from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
     check_belongs,
     check_rank,
@@ -31,6 +25,12 @@ from sparsegrad_cli.training.basis_file import (
     tensors_digest,
     write_basis,
 )
+from sparsegrad_cli.export.adapter import load_adapter
+from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.models.targets import fingerprint
+from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 
 SCORED = SparsegradMethod(name="sparsegrad", density=0.05, form="core", rank=7)
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from sparsegrad_cli.budget.counting import Counting
-from sparsegrad_cli.estimate.session import changed
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.estimate.estimate_steps import changed
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MepropMethod
 
 

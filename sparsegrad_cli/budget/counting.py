@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Kernels, Rehearsal
-from sparsegrad_cli.estimate.session import (
+from sparsegrad_cli.estimate.estimate_steps import (
     changed,
     check_rehearsable,
     left_out,
     what_memory_depends_on,
 )
+from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Kernels, Rehearsal
 from sparsegrad_cli.estimate.shapes import ShapesOnly
 from sparsegrad_cli.estimate.stand_ins import bare_model, name_task
-from sparsegrad_cli.modeling.architectures import configuration_of
-from sparsegrad_cli.modeling.targets import Target, find_targets
-from sparsegrad_cli.recipe.loading import LoadedRecipe, to_plain
+from sparsegrad_cli.models.architectures import configuration_of
+from sparsegrad_cli.models.targets import Target, find_targets
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.training.longest import Longest, find_longest
 from sparsegrad_cli.training.setup import check_precision
 

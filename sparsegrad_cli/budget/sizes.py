@@ -6,18 +6,18 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.methods.asked import asked_entries, asked_rows
 from sparsegrad_cli.methods.core_plan import rank_for_density, with_known_rank
 from sparsegrad_cli.methods.lora import DEFAULT_RANK, solve_rank
-from sparsegrad_cli.modeling.targets import Target
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
     MepropMethod,
     SparsegradMethod,
 )
-from sparsegrad_cli.training.calibration import basis_keys
 
 _CORE_STEP = 8  # ranks that follow the entries are multiples of it
 

@@ -24,7 +24,7 @@ from sparsegrad_cli.budget.counting import Counting
 from sparsegrad_cli.budget.search import largest, largest_in_levels
 from sparsegrad_cli.budget.sizes import Knob, entries_of, knob_of, levels_of, size_words
 from sparsegrad_cli.recipe.budget import Budget
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
 
 _SLACK = 1e-3  # of the budget, that a number of entries may leave

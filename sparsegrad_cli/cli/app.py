@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import distributed
 from sparsegrad_cli.cli import compare as compare_command
 from sparsegrad_cli.cli import estimate as estimate_command
 from sparsegrad_cli.cli import export as export_command
@@ -62,10 +62,10 @@ def _root(
 ) -> None:
     """Options of the program as a whole."""
     command = context.invoked_subcommand
-    if ranks.count() > 1 and command not in _TOGETHER and "--help" not in sys.argv:
-        ranks.refuse(
+    if distributed.world_size() > 1 and command not in _TOGETHER and "--help" not in sys.argv:
+        distributed.raise_on_rank_zero(
             UsageError(
-                f"sparsegrad {command} was started in {ranks.count()} processes, and is for one",
+                f"sparsegrad {command} was started in {distributed.world_size()} processes, and is for one",
                 where="WORLD_SIZE in the environment, as torchrun and accelerate launch set it",
                 fix=f"sparsegrad {command} without the launcher"
                 + ("; --jobs trains several cells at a time" if command == "compare" else ""),

@@ -9,8 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import exists
-from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.io.paths import exists
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.shipped import recipe_of_run
 
 RecipeAndOverrides = Annotated[

@@ -22,11 +22,11 @@ from sparsegrad_cli.cli.arguments import (
     split_arguments,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import from_here
+from sparsegrad_cli.io.paths import from_here
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.compare.folder import StudyFolder
     from sparsegrad_cli.recipe.study import LoadedStudy
+    from sparsegrad_cli.study.folder import StudyFolder
 
 
 def compare(
@@ -87,13 +87,13 @@ def compare(
     """
     from rich.console import Console
 
-    from sparsegrad_cli import preflight
-    from sparsegrad_cli.compare.folder import StudyFolder
-    from sparsegrad_cli.compare.grid import Comparison
-    from sparsegrad_cli.compare.parity import check_parity
-    from sparsegrad_cli.compare.solving import solving
     from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table, plain_line
+    from sparsegrad_cli.study.folder import StudyFolder
+    from sparsegrad_cli.study.parity import check_parity
+    from sparsegrad_cli.study.runner import Comparison
+    from sparsegrad_cli.study.solving import solving
+    from sparsegrad_cli.training import preflight
 
     study = _study(recipe, methods, seeds, match, tune)
     if device is not None and study.study.budget is None:
@@ -151,7 +151,7 @@ def _solved(
     """At the sizes that its budget allows; a comparison that goes on keeps those that it has."""
     from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.compare.solving import picked
+    from sparsegrad_cli.study.solving import picked
 
     if study.study.budget is None:
         return study
@@ -169,8 +169,8 @@ def _show_plan(study: LoadedStudy, as_json: bool) -> None:
     """What would run, on stdout."""
     from rich.console import Console
 
-    from sparsegrad_cli.compare.plan import plan_of
     from sparsegrad_cli.report.terminal import plan_table
+    from sparsegrad_cli.study.plan import plan_of
 
     plan = plan_of(study)
     if as_json:

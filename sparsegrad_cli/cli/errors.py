@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
 from sparsegrad_cli.report.access import clean, harmless
 
@@ -65,7 +65,7 @@ def show(error: SparsegradError) -> None:
             body.append(_quoting(f"\nwhere  {error.where}"), style="dim")
         if error.fix:
             body.append(_quoting(f"\nfix    {error.fix}"), style="bold")
-    several = f" (process {ranks.number()})" if ranks.count() > 1 else ""
+    several = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
     title = error.title + several
     console.print(Panel(body, title=title, title_align="left", border_style=colour))
 

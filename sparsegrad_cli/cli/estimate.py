@@ -20,9 +20,9 @@ from sparsegrad_cli.cli.arguments import (
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.estimate.estimate_steps import Room
     from sparsegrad_cli.estimate.rehearsal import Kernels
-    from sparsegrad_cli.estimate.session import Room
-    from sparsegrad_cli.recipe.loading import LoadedRecipe
+    from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 
 
 def estimate(
@@ -138,7 +138,7 @@ def _cells(
 
 
 def _room(gpu: str | None, overhead: str | None) -> Room | None:
-    from sparsegrad_cli.estimate.session import Room
+    from sparsegrad_cli.estimate.estimate_steps import Room
 
     if gpu is None:
         if overhead is not None:

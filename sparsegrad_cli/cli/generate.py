@@ -212,11 +212,11 @@ def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from sparsegrad_cli.records.store import load_record
     from sparsegrad_cli.report.access import harmless
     from sparsegrad_cli.report.answers_grades import column_label
     from sparsegrad_cli.report.answers_record import column_outcome
     from sparsegrad_cli.report.compare_files import write_compare_report
-    from sparsegrad_cli.report.records import load_record
     from sparsegrad_cli.report.terminal import plain_line
 
     kept = record["output"] is not None

@@ -93,9 +93,9 @@ def judge(
 
     from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.judge.session import REPORT, JudgeOptions
+    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions
+    from sparsegrad_cli.records.store import load_record
     from sparsegrad_cli.report.compare_files import write_compare_report
-    from sparsegrad_cli.report.records import load_record
     from sparsegrad_cli.report.terminal import judge_table, plain_line
 
     options = JudgeOptions(

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.records.metric_direction import METRICS, scale_of
 from sparsegrad_cli.report.access import clean
 from sparsegrad_cli.report.units import format_bytes, format_score
-from sparsegrad_cli.scales import METRICS, scale_of
 
 
 class QuietObserver(Observer):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsegrad_cli import preflight
 from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
 from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.paths import exists, is_file, is_folder
-from sparsegrad_cli.recipe.loading import digest, to_plain, to_yaml
+from sparsegrad_cli.io.paths import exists, is_file, is_folder
+from sparsegrad_cli.recipe.load_recipe import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
+from sparsegrad_cli.training import preflight
 
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.study import LoadedStudy
@@ -39,8 +39,8 @@ def validate(
     """Check a recipe or a study and print it resolved, defaults written out. Loads no model."""
     source, overrides = split_arguments(recipe)
     if source is not None and is_study(source):
-        from sparsegrad_cli.compare.parity import check_parity
         from sparsegrad_cli.recipe.study import load_study
+        from sparsegrad_cli.study.parity import check_parity
 
         study = load_study(source, overrides)
         check_parity(study)

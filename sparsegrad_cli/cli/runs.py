@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import distributed
 from sparsegrad_cli.cli.arguments import (
     Debug,
     Json,
@@ -19,7 +19,7 @@ from sparsegrad_cli.cli.arguments import (
     load,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import is_folder
+from sparsegrad_cli.io.paths import is_folder
 
 
 def train(
@@ -52,7 +52,7 @@ def train(
         raise UsageError("--resume and --overwrite exclude each other")
     with _observer(quiet or as_json) as observer:
         record = runner.train(loaded, observer, resume=resume, overwrite=overwrite)
-    ranks.leave()
+    distributed.shutdown()
     _show(record, run_table, as_json)
 
 
@@ -71,7 +71,7 @@ def calibrate(
     loaded = load(recipe, output_dir)
     with _observer(quiet or as_json) as observer:
         record = runner.calibrate(loaded, observer, overwrite=overwrite)
-    ranks.leave()
+    distributed.shutdown()
     _show(record, calibration_table, as_json)
 
 
@@ -81,13 +81,13 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show a run or a comparison again, and write its HTML, Markdown and LaTeX anew."""
-    from sparsegrad_cli.compare.evidence import up_to_date
+    from sparsegrad_cli.records.store import load_record, write_text_atomic
     from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
-    from sparsegrad_cli.report.records import load_record, write_text_atomic
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
-    from sparsegrad_cli.rundir import as_it_is
+    from sparsegrad_cli.study.evidence import up_to_date
+    from sparsegrad_cli.training.run_folder import as_it_is
 
     folder = run if is_folder(run) else run.parent
     record = as_it_is(load_record(run), folder)
@@ -105,11 +105,11 @@ def report(
 def _observer(quiet: bool) -> Any:
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
 
-    return QuietObserver() if quiet or not ranks.is_first() else ProgressObserver()
+    return QuietObserver() if quiet or not distributed.is_rank_zero() else ProgressObserver()
 
 
 def _show(record: dict[str, Any], table: Any, as_json: bool) -> None:
-    if not ranks.is_first():
+    if not distributed.is_rank_zero():
         return
     if as_json:
         typer.echo(json.dumps(record))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsegrad_cli.data.chat_dataset import RawChat, finish
 from sparsegrad_cli.data.chat_settings import CHAT_TASKS, ChatSettings
 from sparsegrad_cli.data.conversation import ChatData
-from sparsegrad_cli.data.raw_chat import RawChat, finish
 from sparsegrad_cli.data.spec import suggest
 from sparsegrad_cli.errors import UsageError
 

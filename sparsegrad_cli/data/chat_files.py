@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sparsegrad_cli.data.chat_dataset import RawChat
 from sparsegrad_cli.data.chat_rows import KINDS, RowReader, UnusableRowError
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.drop_counts import Tally
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.held_out import check_fraction_unused, held_out
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
-from sparsegrad_cli.data.raw_chat import RawChat
 from sparsegrad_cli.data.spec import suggest
 from sparsegrad_cli.data.split_files import (
     TRAIN_STEMS,
@@ -26,7 +26,7 @@ from sparsegrad_cli.data.split_files import (
     unread_note,
 )
 from sparsegrad_cli.data.table import Table
-from sparsegrad_cli.data.tally import Tally
+from sparsegrad_cli.data.validation_split import check_fraction_unused, held_out
 from sparsegrad_cli.errors import DataError, UsageError
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.data.chat_text import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.pieces import Piece, PieceEncoder
+from sparsegrad_cli.data.template_tokenizer import Piece, PieceEncoder
 from sparsegrad_cli.errors import DataError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any
 
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.tally import Tally
+from sparsegrad_cli.data.drop_counts import Tally
 from sparsegrad_cli.errors import DataError, UsageError
 
 # Touvron et al. 2023 (LLaMA 2), appendix A.3.3 and its released code: every pair of turns opens

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsegrad_cli.data.loading import LoadedTask
+from sparsegrad_cli.data.load_task import LoadedTask
 from sparsegrad_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:

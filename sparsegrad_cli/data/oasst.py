@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.data.chat_dataset import RawChat
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation
+from sparsegrad_cli.data.conversation_paths import Threads, threads
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.held_out import check_fraction_unused, held_out
 from sparsegrad_cli.data.hub import load_hub_splits
 from sparsegrad_cli.data.json_text import json_records
 from sparsegrad_cli.data.oasst_messages import NO_MESSAGE, Message, Source, messages_of
 from sparsegrad_cli.data.oasst_trees import BELOW, EXPECTED, FILTER, Forest, grow, speaks
-from sparsegrad_cli.data.raw_chat import RawChat
 from sparsegrad_cli.data.split_files import (
     PREFERRED,
     TRAIN_STEMS,
@@ -24,7 +24,7 @@ from sparsegrad_cli.data.split_files import (
     unreadable,
 )
 from sparsegrad_cli.data.text_files import COMPRESSIONS, unpacked_name
-from sparsegrad_cli.data.threads import Threads, threads
+from sparsegrad_cli.data.validation_split import check_fraction_unused, held_out
 from sparsegrad_cli.errors import DataError, UsageError
 
 HUB_ID = "OpenAssistant/oasst1"

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sparsegrad_cli.data.chat_settings import ChatSettings
+from sparsegrad_cli.data.drop_counts import Tally
 from sparsegrad_cli.data.oasst_messages import DELETED, NO_MESSAGE, REJECTED, Message
-from sparsegrad_cli.data.tally import Tally
 
 BELOW = "below a dropped message"
 FILTER = "filter "  # how the reasons of filters begin

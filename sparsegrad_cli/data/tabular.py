@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.held_out import check_fraction_unused
 from sparsegrad_cli.data.labels import read_labels
 from sparsegrad_cli.data.spec import (
     SCORE_METRICS,
@@ -31,6 +30,7 @@ from sparsegrad_cli.data.split_files import (
 )
 from sparsegrad_cli.data.table import Table
 from sparsegrad_cli.data.text_files import is_text
+from sparsegrad_cli.data.validation_split import check_fraction_unused
 from sparsegrad_cli.errors import DataError, UsageError
 
 _ROLES = ("text", "text_pair", "label")

@@ -2,7 +2,7 @@
 
 Nothing here knows a formula for memory. The model is built from its configuration, calibration
 makes the bases, the method prepares the model and makes the optimizer, and forward, backward and
-optimizer step run under :class:`~sparsegrad_cli.measure.memory.MemoryMeter`, all on tensors without
+optimizer step run under :class:`~sparsegrad_cli.memory.meter.MemoryMeter`, all on tensors without
 memory (:mod:`sparsegrad_cli.estimate.shapes`). So what is counted is what a real step would need.
 """
 
@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.calibrate import basis_keys, calibrate
+from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
 from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
@@ -27,23 +29,21 @@ from sparsegrad_cli.estimate.stand_ins import (
     mask_of,
     transformers_sees,
 )
-from sparsegrad_cli.measure.ledger import PhasePeak
-from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.memory.meter import MemoryMeter
+from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.core_plan import with_known_rank
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.lean import save_memory
-from sparsegrad_cli.modeling.targets import (
+from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.targets import (
     Target,
     find_targets,
     not_adapted,
     not_adapted_note,
 )
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.calibration import basis_keys, calibrate
-from sparsegrad_cli.training.warmup import warmed_head
 
 Kernels = Literal["cpu", "cuda"]
 

@@ -18,10 +18,10 @@ from sparsegrad_cli.data.spec import (
     type_by_settings,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.lm_loss import use_lm_loss
-from sparsegrad_cli.modeling.loading import name_labels
-from sparsegrad_cli.modeling.pretrained import require_task
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.models.lm_loss import use_lm_loss
+from sparsegrad_cli.models.load_model import name_labels
+from sparsegrad_cli.models.pretrained import require_task
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
 
 Batch = dict[str, Tensor]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.basis_file import check_directions
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.adapter_file import (
     FORMAT,
@@ -30,17 +32,15 @@ from sparsegrad_cli.export.adapter_file import (
 from sparsegrad_cli.export.plain import auto_class, differing, put, task_settings
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.export.restore import load_checked, widest
+from sparsegrad_cli.io.atomic_folder import read_tensors, save_tensors
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.loading import load_as
-from sparsegrad_cli.modeling.pretrained import base_name
-from sparsegrad_cli.modeling.quantized import placed, use_frozen_products
-from sparsegrad_cli.modeling.targets import Target, fingerprint, is_linear, linear_sides
+from sparsegrad_cli.models.load_model import load_as
+from sparsegrad_cli.models.pretrained import base_name
+from sparsegrad_cli.models.quantized import placed, use_frozen_products
+from sparsegrad_cli.models.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
-from sparsegrad_cli.training.basis_file import check_directions
-from sparsegrad_cli.training.gradients import forked_random
-from sparsegrad_cli.training.writing import read_tensors, save_tensors
 
 _BASIS, _FRESH = "basis/", "fresh/"
 # What tensors and settings raise that no export writes together.

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from sparsegrad_cli.errors import DiskError, FileFormatError
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.recipe.method_section import MethodSection
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 
@@ -20,7 +20,7 @@ TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
 class AdapterTarget(Section):
-    """As :class:`sparsegrad_cli.modeling.targets.Target`."""
+    """As :class:`sparsegrad_cli.models.targets.Target`."""
 
     name: str = Field(min_length=1)
     kind: str

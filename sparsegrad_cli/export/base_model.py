@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from sparsegrad_cli.export.plain import auto_class, task_settings
-from sparsegrad_cli.modeling.pretrained import (
+from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.models.pretrained import (
     base_name,
     from_pretrained,
     load_configuration,
     locate,
 )
-from sparsegrad_cli.modeling.quantized import placed, quantization_words
-from sparsegrad_cli.paths import is_folder
+from sparsegrad_cli.models.quantized import placed, quantization_words
 from sparsegrad_cli.recipe.schema import ModelSection
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from sparsegrad_cli.data.spec import FILE_TASKS
 from sparsegrad_cli.export.base_model import BaseModel
-from sparsegrad_cli.modeling.pretrained import locate
-from sparsegrad_cli.paths import is_folder
+from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.report.access import block, clean, dig, number, text
 from sparsegrad_cli.report.units import format_count, format_number
 

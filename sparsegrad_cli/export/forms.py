@@ -25,7 +25,7 @@ from sparsegrad_cli.export.plain import (
     write_plain,
 )
 from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.modeling.quantized import rounds_in_evaluation
+from sparsegrad_cli.models.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes
 
 # Above this share of the change, what rounding takes away is worth a word.

@@ -12,9 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.restore import load_checked, read_basis_of
 from sparsegrad_cli.export.run_files import RunFiles, open_run
+from sparsegrad_cli.io.atomic_folder import read_tensors
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.paths import expanded, is_file
 from sparsegrad_cli.methods.base import (
     Method,
     load_by_name,
@@ -23,15 +27,11 @@ from sparsegrad_cli.methods.base import (
 )
 from sparsegrad_cli.methods.lora import Lora
 from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
-from sparsegrad_cli.modeling.targets import head_parameters
-from sparsegrad_cli.paths import expanded, is_file
-from sparsegrad_cli.plain_json import plain_json
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.models.targets import head_parameters
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.report.access import items
 from sparsegrad_cli.training.adapter_folder import read_adapter
-from sparsegrad_cli.training.basis_file import BasisFile
 from sparsegrad_cli.training.setup import Setup
-from sparsegrad_cli.training.writing import read_tensors
 
 # Settings of a method that say how it trains, not what its adapter is.
 _HOW = {"dropout", "recompute", "state_capacity", "refresh_steps"}

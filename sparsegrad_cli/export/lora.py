@@ -27,7 +27,7 @@ from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
 from sparsegrad_cli.methods.lora import check_adapted
 from sparsegrad_cli.methods.peft_folder import modules_to_save, target_settings
-from sparsegrad_cli.modeling.targets import has_experts
+from sparsegrad_cli.models.targets import has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.paths import discard, exists, expanded, is_file, is_folder
-from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.paths import discard, exists, expanded, is_file, is_folder
 
 RECORD = "export.json"
 PARTIAL, MARK, NEW, BEFORE = ".partial", ".sparsegrad-export", "new", "before"

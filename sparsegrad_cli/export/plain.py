@@ -14,9 +14,9 @@ from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.generate.answering import stop_tokens
 from sparsegrad_cli.generate.prompting import ChatPrompts
-from sparsegrad_cli.modeling.loading import load_again
-from sparsegrad_cli.modeling.quantized import dequantized, quantized_layers
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.load_model import load_again
+from sparsegrad_cli.models.quantized import dequantized, quantized_layers
+from sparsegrad_cli.models.targets import Target
 
 # Auto classes that an export can be loaded by, with peft's name for the task.
 AUTO_CLASSES = {

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.export.restore import blaming_base, check_base, restore
 from sparsegrad_cli.export.run_files import RunFiles
 from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.modeling.quantized import dtype_of
+from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
-from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.access import dig
-from sparsegrad_cli.training.basis_file import BasisFile
 from sparsegrad_cli.training.setup import Setup, make_setup
 from sparsegrad_cli.training.texts import Few
 

@@ -10,21 +10,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.basis_file import BasisFile, check_belongs, check_rank, read_basis
+from sparsegrad_cli.calibration.calibrate import basis_keys
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import RunFiles
+from sparsegrad_cli.io.atomic_folder import read_tensors
 from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.training.adapter_folder import read_adapter
-from sparsegrad_cli.training.basis_file import BasisFile, check_belongs, check_rank, read_basis
-from sparsegrad_cli.training.calibration import basis_keys
-from sparsegrad_cli.training.gradients import forked_random
-from sparsegrad_cli.training.writing import read_tensors
 
 
 class Base(Protocol):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
-from sparsegrad_cli.paths import is_folder
-from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
+from sparsegrad_cli.records.store import load_record
 from sparsegrad_cli.report.access import dig
-from sparsegrad_cli.report.records import load_record
-from sparsegrad_cli.rundir import adapter_file, as_it_is
+from sparsegrad_cli.training.run_folder import adapter_file, as_it_is
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (
@@ -157,8 +157,8 @@ def _trained(
     if adapter is not None:
         notes = [] if status == "done" else [f"the run is {status}, but training came to its end"]
         return adapter, "adapter", notes
-    from sparsegrad_cli.training.checkpoint import TRAINABLE
-    from sparsegrad_cli.training.shelf import last_checkpoint
+    from sparsegrad_cli.training.checkpoint_folder import last_checkpoint
+    from sparsegrad_cli.training.checkpoint_state import TRAINABLE
 
     last = last_checkpoint(folder)
     if last is None:
@@ -176,7 +176,7 @@ def _trained(
 
 def _best_checkpoint(folder: Path, last: Path) -> Path | None:
     """The checkpoint that the last one names as the best so far, if it is there and whole."""
-    from sparsegrad_cli.training.manifest import damage
+    from sparsegrad_cli.training.checkpoint_manifest import damage
 
     try:
         state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ from sparsegrad_cli.export.place import (
     clear_work,
     put_back,
 )
-from sparsegrad_cli.paths import make_folder
-from sparsegrad_cli.training.writing import sync_folder, sync_tree
+from sparsegrad_cli.io.atomic_folder import sync_folder, sync_tree
+from sparsegrad_cli.io.paths import make_folder
 
 
 def write_export(folder: Path, fill: Callable[[Path], None], *, overwrite: bool) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.generate.prompting import ChatPrompts
-from sparsegrad_cli.training.gradients import forked_random
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.paths import is_file
-from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.paths import is_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _MARK = "lora_"  # in the names of what LoRA and its kin train in a layer

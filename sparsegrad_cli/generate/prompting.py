@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsegrad_cli.data.chat_text import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.pieces import PieceEncoder
+from sparsegrad_cli.data.template_tokenizer import PieceEncoder
 from sparsegrad_cli.errors import DataError
 
 _ASKED = (Turn("user", "Is 12 more than 7?"),)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DataError, FileFormatError, UsageError
-from sparsegrad_cli.journal import read_records
-from sparsegrad_cli.paths import expanded
+from sparsegrad_cli.io.jsonl import read_records
+from sparsegrad_cli.io.paths import expanded
 
 BUILTIN = "builtin:questions"
 _SHIPPED = Path(__file__).with_name("questions.jsonl")

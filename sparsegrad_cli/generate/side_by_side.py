@@ -14,8 +14,8 @@ from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.questions import questions_name
-from sparsegrad_cli.paths import expanded, is_file
-from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.paths import expanded, is_file
 
 SCHEMA = 1
 FOLDER = "answers"

@@ -24,19 +24,19 @@ from sparsegrad_cli.errors import (
     UsageError,
 )
 from sparsegrad_cli.export.run_files import RunFiles, open_run
+from sparsegrad_cli.generate.answer_questions import answer_questions, answers_to, default_output
 from sparsegrad_cli.generate.answering import Answerer
-from sparsegrad_cli.generate.loading import file_digest, load_base, load_run
+from sparsegrad_cli.generate.load_chat_model import file_digest, load_base, load_run
 from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, questions_name
-from sparsegrad_cli.generate.session import answer_questions, answers_to, default_output
 from sparsegrad_cli.generate.side_by_side import FOLDER, SCHEMA, side_by_side_file
-from sparsegrad_cli.journal import read_records
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.paths import expanded, refuse_link
+from sparsegrad_cli.io.jsonl import read_records
+from sparsegrad_cli.io.paths import expanded, refuse_link
+from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.records.store import load_record, write_json_atomic
 from sparsegrad_cli.report.access import dig, mappings, text
-from sparsegrad_cli.report.records import load_record, write_json_atomic
-from sparsegrad_cli.rundir import now
+from sparsegrad_cli.training.run_folder import now
 
 # Of one model only: the others can still be asked.
 _ITS_OWN = (UsageError, DataError, FileFormatError, DownloadError)

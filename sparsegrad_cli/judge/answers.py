@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import DataError, FileFormatError
 from sparsegrad_cli.generate.questions import Question
-from sparsegrad_cli.journal import read_records
+from sparsegrad_cli.io.jsonl import read_records
 
 
 @dataclass

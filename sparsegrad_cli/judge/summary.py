@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.compare.statistics import mean, std
 from sparsegrad_cli.judge.asking import DECIDED, FAILED, UNREADABLE
 from sparsegrad_cli.judge.tasks import Task
+from sparsegrad_cli.study.statistics import mean, std
 
 Verdicts = Mapping[str, Mapping[str, Any]]  # key of a task -> its last record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.supports import entries_for, shared_out
 from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
 

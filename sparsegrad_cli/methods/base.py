@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.modeling.precision import HALF, accept_half_inputs, open_parameter
-from sparsegrad_cli.modeling.shards import fold, gathered, shard_like
-from sparsegrad_cli.modeling.targets import Target, freeze, head_parameters
+from sparsegrad_cli.models.precision import HALF, accept_half_inputs, open_parameter
+from sparsegrad_cli.models.sharded_tensors import fold, gathered, shard_like
+from sparsegrad_cli.models.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
 

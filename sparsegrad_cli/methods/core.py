@@ -28,8 +28,8 @@ from sparsegrad_cli.methods.core_layers import CoreLinear, QuantizedCoreLinear
 from sparsegrad_cli.methods.core_plan import planned_supports
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
-from sparsegrad_cli.modeling.quantized import count_entries, dtype_of, is_quantized
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.quantized import count_entries, dtype_of, is_quantized
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import effective_weight
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.numerics.lowrank import structural_factors

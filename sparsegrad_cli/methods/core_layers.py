@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.modeling.quantized import dtype_of
+from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.frozen_linear import core_beside
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -78,7 +78,7 @@ class QuantizedCoreLinear(CoreLinear):
 
     Args:
         base_layer: a layer of bitsandbytes that keeps nothing
-            (:func:`sparsegrad_cli.modeling.quantized.use_frozen_products`); it stays whole, for its
+            (:func:`sparsegrad_cli.models.quantized.use_frozen_products`); it stays whole, for its
             scales hang on it.
         basis, support: as in :class:`CoreLinear`.
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 
 _POSITIONS, _VALUES = "positions/", "values/"
 

@@ -18,8 +18,8 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import plain_adamw
-from sparsegrad_cli.modeling.precision import open_parameter
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.precision import open_parameter
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.method_section import FullMethod
 from sparsegrad_cli.recipe.schema import TrainSection

@@ -22,8 +22,8 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import plain_adamw
-from sparsegrad_cli.modeling.quantized import count_entries, dequantized, is_quantized
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.quantized import count_entries, dequantized, is_quantized
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.frozen_linear import adapter_linear
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import entries_for

@@ -23,8 +23,8 @@ from sparsegrad_cli.methods.base import (
 )
 from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, selective_adamw
-from sparsegrad_cli.modeling.precision import open_parameter
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.precision import open_parameter
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
 from sparsegrad_cli.numerics.supports import bounded

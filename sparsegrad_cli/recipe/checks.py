@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from sparsegrad_cli.data.spec import check_settings, known_task_names
 from sparsegrad_cli.errors import Problem, UsageError
-from sparsegrad_cli.paths import (
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.paths import (
     exists,
     expanded,
     from_here,
@@ -15,7 +16,6 @@ from sparsegrad_cli.paths import (
     looks_like_folder,
     near_folder,
 )
-from sparsegrad_cli.plain_json import plain_json
 from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems

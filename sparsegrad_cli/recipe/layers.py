@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.paths import expanded, is_file, is_folder
+from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
 from sparsegrad_cli.recipe.source import (

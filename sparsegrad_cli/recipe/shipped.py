@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsegrad_cli.paths import exists, expanded, is_file
+from sparsegrad_cli.io.paths import exists, expanded, is_file
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from sparsegrad_cli.recipe.budget import NOTHING, MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, read_override, stack, still_said
-from sparsegrad_cli.recipe.loading import LoadedRecipe, check
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import method_advice
 from sparsegrad_cli.recipe.schema import Recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.compare.statistics import mean, std
 from sparsegrad_cli.report.access import clean, text
 from sparsegrad_cli.report.tables import Cell, Table
+from sparsegrad_cli.study.statistics import mean, std
 
 Graded = Mapping[tuple[str, int], Mapping[str, float]]  # (question, turn) -> judge -> grade
 

@@ -16,9 +16,9 @@ from sparsegrad_cli.generate.side_by_side import FOLDER, read_side_by_side
 from sparsegrad_cli.judge.grades import Grades
 from sparsegrad_cli.report.access import clean, dig, harmless, items, mappings, number, text
 from sparsegrad_cli.report.answers_grades import Graded, column_label, grade_table
+from sparsegrad_cli.report.labels import reason, status_of, status_words
 from sparsegrad_cli.report.tables import Table
 from sparsegrad_cli.report.units import format_count
-from sparsegrad_cli.report.words import reason, status_of, status_words
 
 _STOPPED = {"length": "cut at the limit of tokens", "full": "cut where the positions end"}
 _EMPTY = "(nothing)"

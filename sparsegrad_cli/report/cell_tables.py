@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import mappings, number, text
+from sparsegrad_cli.report.labels import reason, status_of, status_words
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.report.units import format_number, format_score
-from sparsegrad_cli.report.words import reason, status_of, status_words
-from sparsegrad_cli.scales import scale_of
 
 
 def failures_table(compare: Any) -> Table | None:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.records.store import write_text_atomic
 from sparsegrad_cli.report.answers_record import load_answers
 from sparsegrad_cli.report.compare_page import Drawings, is_alive, write_compare_html
 from sparsegrad_cli.report.latex import compare_latex
 from sparsegrad_cli.report.markdown import compare_markdown
-from sparsegrad_cli.report.records import write_text_atomic
 
 
 def write_compare_report(

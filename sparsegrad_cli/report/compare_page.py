@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.records.store import write_text_atomic
 from sparsegrad_cli.report import compare_charts, memory_charts, sparsity_charts
 from sparsegrad_cli.report.access import items, mappings, text
 from sparsegrad_cli.report.answers_page import answers_section
@@ -17,7 +18,7 @@ from sparsegrad_cli.report.cell_tables import cells_table, failures_table
 from sparsegrad_cli.report.compare_record import figures_in, rows_of, tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
-from sparsegrad_cli.report.fairness import check_lines, parity_table
+from sparsegrad_cli.report.labels import status_of
 from sparsegrad_cli.report.page import (
     checked,
     drawing,
@@ -27,12 +28,11 @@ from sparsegrad_cli.report.page import (
     paragraph,
     verdict,
 )
-from sparsegrad_cli.report.published import figures_table
+from sparsegrad_cli.report.parity_tables import check_lines, parity_table
 from sparsegrad_cli.report.record_tables import provenance
-from sparsegrad_cli.report.records import write_text_atomic
+from sparsegrad_cli.report.reference_results import figures_table
 from sparsegrad_cli.report.tuning_tables import trials_table, tuning_progress, tuning_table
 from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
-from sparsegrad_cli.report.words import status_of
 
 Chart = Callable[[Any, str], str | None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import Scale, scale_of
 from sparsegrad_cli.report.access import dig, items, mappings, number, numbers, text
 from sparsegrad_cli.report.units import format_interval, format_score
-from sparsegrad_cli.scales import Scale, scale_of
 
 MIN_SEEDS = 2  # below, nothing is ranked
 Row = Mapping[str, Any]

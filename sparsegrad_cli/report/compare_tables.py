@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import METRICS, common_metric, scale_of
 from sparsegrad_cli.report.access import number, text
 from sparsegrad_cli.report.columns import (
     METHOD,
@@ -30,10 +31,9 @@ from sparsegrad_cli.report.compare_record import (
     seeds_remark,
     tasks_of,
 )
+from sparsegrad_cli.report.labels import status_of, status_words
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.report.units import format_interval, format_score, format_spread
-from sparsegrad_cli.report.words import status_of, status_words
-from sparsegrad_cli.scales import METRICS, common_metric, scale_of
 
 
 def status_cell(row: Row) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsegrad_cli.report.access import block, items, mappings, number, text
+from sparsegrad_cli.report.labels import TRAIN_STEP
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.report.units import format_bytes, format_count, format_gib, format_mib
-from sparsegrad_cli.report.words import TRAIN_STEP
 
 _IN_GIB = 10 * 2**30
 # Eight figures a row must fit into 80 columns: the words of CATEGORIES are too long here.

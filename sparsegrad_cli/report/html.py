@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.records.store import write_text_atomic
 from sparsegrad_cli.report import run_charts
 from sparsegrad_cli.report.access import text
 from sparsegrad_cli.report.page import (
@@ -25,7 +26,6 @@ from sparsegrad_cli.report.record_tables import (
     spectra_table,
     support_energy,
 )
-from sparsegrad_cli.report.records import write_text_atomic
 from sparsegrad_cli.report.run_tables import (
     facts,
     memory_table,

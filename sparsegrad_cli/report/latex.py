@@ -11,8 +11,8 @@ from sparsegrad_cli.report.budget_tables import budget_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
-from sparsegrad_cli.report.fairness import check_lines, parity_table
-from sparsegrad_cli.report.published import figures_table
+from sparsegrad_cli.report.parity_tables import check_lines, parity_table
+from sparsegrad_cli.report.reference_results import figures_table
 from sparsegrad_cli.report.run_tables import title_of
 from sparsegrad_cli.report.tables import Table
 from sparsegrad_cli.report.tuning_tables import tuning_table

@@ -13,8 +13,8 @@ from sparsegrad_cli.report.cell_tables import failures_table
 from sparsegrad_cli.report.compare_record import tasks_of
 from sparsegrad_cli.report.compare_tables import overview_table, score_table
 from sparsegrad_cli.report.cost_tables import calibration_costs, counters_table
-from sparsegrad_cli.report.fairness import check_lines, parity_table
-from sparsegrad_cli.report.published import figures_table
+from sparsegrad_cli.report.labels import error_lines, status_of, status_words
+from sparsegrad_cli.report.parity_tables import check_lines, parity_table
 from sparsegrad_cli.report.record_tables import (
     calibration_facts,
     energy_by_kind,
@@ -23,6 +23,7 @@ from sparsegrad_cli.report.record_tables import (
     spectra_table,
     support_energy,
 )
+from sparsegrad_cli.report.reference_results import figures_table
 from sparsegrad_cli.report.run_tables import (
     facts,
     memory_table,
@@ -34,7 +35,6 @@ from sparsegrad_cli.report.run_tables import (
 from sparsegrad_cli.report.tables import Fact, Table, escape_markdown, table_markdown
 from sparsegrad_cli.report.tuning_tables import tuning_table
 from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
-from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 _SCALE = "Scores are times 100, with one decimal."
 

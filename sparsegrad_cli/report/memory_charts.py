@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import Scale
 from sparsegrad_cli.report.access import number, numbers, text
 from sparsegrad_cli.report.columns import method_name
 from sparsegrad_cli.report.compare_charts import place_of
@@ -15,6 +16,7 @@ from sparsegrad_cli.report.compare_record import (
     rows_of,
     scale_of_rows,
 )
+from sparsegrad_cli.report.labels import CATEGORIES
 from sparsegrad_cli.report.run_charts import MIB
 from sparsegrad_cli.report.run_tables import memory_phases
 from sparsegrad_cli.report.svg import (
@@ -27,8 +29,6 @@ from sparsegrad_cli.report.svg import (
     plain,
     stacked,
 )
-from sparsegrad_cli.report.words import CATEGORIES
-from sparsegrad_cli.scales import Scale
 
 _PHASES = ("calibrate", "forward", "backward", "optimizer", "evaluate")
 

@@ -7,10 +7,10 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from sparsegrad_cli.report.labels import error_lines, status_of, status_words
 from sparsegrad_cli.report.run_tables import subtitle, title_of
 from sparsegrad_cli.report.tables import Fact, Table
 from sparsegrad_cli.report.units import NOT_RECORDED
-from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 REFRESH_S = 30
 _STYLE = resources.files("sparsegrad_cli.report").joinpath("page.css").read_text("utf-8")

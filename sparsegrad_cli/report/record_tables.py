@@ -16,9 +16,9 @@ from sparsegrad_cli.report.access import (
     step_number,
     text,
 )
+from sparsegrad_cli.report.labels import ENERGY, SUPPORT_ENERGY
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import format_bytes, format_count, format_seconds, format_share
-from sparsegrad_cli.report.words import ENERGY, SUPPORT_ENERGY
 
 _CALIBRATION = {
     "steps": "steps",

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 
+from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import block, dig, items, mappings, number, numbers, points, text
+from sparsegrad_cli.report.labels import CATEGORIES, ENERGY, SUPPORT_ENERGY
 from sparsegrad_cli.report.record_tables import energy_columns, kind_means, support_means
 from sparsegrad_cli.report.run_tables import memory_phases, scale_of_run, times
 from sparsegrad_cli.report.svg import (
@@ -21,8 +23,6 @@ from sparsegrad_cli.report.svg import (
     stacked,
     whole_steps,
 )
-from sparsegrad_cli.report.words import CATEGORIES, ENERGY, SUPPORT_ENERGY
-from sparsegrad_cli.scales import scale_of
 
 MIB = 1024 * 1024
 _MOST_SPECTRA = 12

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import Scale, scale_of
 from sparsegrad_cli.report.access import block, clean, dig, items, mappings, number, text
+from sparsegrad_cli.report.labels import (
+    CATEGORIES,
+    PHASES,
+    TIMES,
+    TRAIN_STEP,
+    method_words,
+)
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import (
     MIB,
@@ -18,14 +26,6 @@ from sparsegrad_cli.report.units import (
     format_seconds,
     format_share,
 )
-from sparsegrad_cli.report.words import (
-    CATEGORIES,
-    PHASES,
-    TIMES,
-    TRAIN_STEP,
-    method_words,
-)
-from sparsegrad_cli.scales import Scale, scale_of
 
 
 def title_of(record: Any) -> str:

@@ -25,20 +25,21 @@ from sparsegrad_cli.report.compare_record import (
 from sparsegrad_cli.report.compare_tables import method_table, note_cell, overview_table
 from sparsegrad_cli.report.estimate_tables import estimate_notes, estimate_tables
 from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
-from sparsegrad_cli.report.fairness import check_lines
 from sparsegrad_cli.report.judge_tables import (
     judge_failures,
     judge_scores,
     judge_subtitle,
     judge_title,
 )
-from sparsegrad_cli.report.published import figures_table
+from sparsegrad_cli.report.labels import error_lines, status_of, status_words
+from sparsegrad_cli.report.parity_tables import check_lines
 from sparsegrad_cli.report.record_tables import (
     calibration_facts,
     energy_by_kind,
     spectra_table,
     support_energy,
 )
+from sparsegrad_cli.report.reference_results import figures_table
 from sparsegrad_cli.report.run_tables import (
     facts,
     memory_table,
@@ -52,7 +53,6 @@ from sparsegrad_cli.report.terminal_tables import drawn
 from sparsegrad_cli.report.tuning_tables import tuning_lines, tuning_table
 from sparsegrad_cli.report.units import format_seconds
 from sparsegrad_cli.report.verdicts import verdict_lines
-from sparsegrad_cli.report.words import error_lines, status_of, status_words
 
 _STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
 _MOST_SPECTRA = 8

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import block, dig, items, mappings, number, text
 from sparsegrad_cli.report.compare_record import tasks_of
+from sparsegrad_cli.report.labels import status_of, status_words
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.report.units import format_count, format_number, format_score, format_seconds
-from sparsegrad_cli.report.words import status_of, status_words
-from sparsegrad_cli.scales import scale_of
 
 Line = tuple[bool | None, str]
 

@@ -5,7 +5,7 @@ Every function takes what a record may hold, None included, and then says so: ``
 
 from __future__ import annotations
 
-from sparsegrad_cli.scales import SCORE, Scale
+from sparsegrad_cli.records.metric_direction import SCORE, Scale
 
 NOT_RECORDED = "not recorded"
 MINUS = "\u2212"

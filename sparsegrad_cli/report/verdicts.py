@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import block, items, mappings, number, text
 from sparsegrad_cli.report.compare_record import interval_of
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.report.units import format_interval, format_p, format_score
-from sparsegrad_cli.scales import scale_of
 
 _MOST_PAIRS = 45  # ten methods; beyond, those with the smallest p
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import DiskError
+from sparsegrad_cli.io.atomic_folder import read_tensors, save_tensors, sync_tree
+from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.methods.peft_folder import (
     CONFIG,
@@ -27,12 +29,10 @@ from sparsegrad_cli.methods.peft_folder import (
     target_settings,
     to_peft,
 )
-from sparsegrad_cli.modeling.pretrained import base_name, locate
-from sparsegrad_cli.paths import is_folder
+from sparsegrad_cli.models.pretrained import base_name, locate
 from sparsegrad_cli.recipe.schema import ModelSection
-from sparsegrad_cli.rundir import ADAPTER, PEFT_ADAPTER
+from sparsegrad_cli.training.run_folder import ADAPTER, PEFT_ADAPTER
 from sparsegrad_cli.training.setup import Setup
-from sparsegrad_cli.training.writing import read_tensors, save_tensors, sync_tree
 
 
 def drawn_parameters(method: Method, setup: Setup) -> dict[str, Tensor]:
@@ -71,10 +71,10 @@ def save_adapter(
     model = setup.model
     tensors = method.adapter_tensors(model)  # of all: what is split is gathered
     if method.peft_config is None:
-        if ranks.is_first():
+        if distributed.is_rank_zero():
             save_tensors(run / ADAPTER, tensors, dict(about))
         return run / ADAPTER
-    if ranks.is_first():
+    if distributed.is_rank_zero():
         path = run / PEFT_ADAPTER
         every = {**tensors, **drawn, **_aliases(model, tensors)}
         names = [target.name for target in setup.targets]
@@ -104,7 +104,7 @@ def read_adapter(path: Path, model: nn.Module, fresh: Iterable[str]) -> dict[str
     """The tensors of an adapter by the method's names, as its ``load_adapter`` takes them.
 
     Args:
-        path: as :func:`sparsegrad_cli.rundir.adapter_file` finds it.
+        path: as :func:`sparsegrad_cli.training.run_folder.adapter_file` finds it.
         model: prepared by the method. What the base model's files do not hold is put into it.
         fresh: names of that, as the run has recorded them.
 

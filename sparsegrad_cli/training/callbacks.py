@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsegrad_cli import ranks, stopping
+from sparsegrad_cli import distributed, interruption
 from sparsegrad_cli.errors import DiskError, InterruptedRunError
-from sparsegrad_cli.measure.environment import rss_bytes
-from sparsegrad_cli.measure.timing import StepTimer
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.report.records import write_text_atomic
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.records.environment import rss_bytes
+from sparsegrad_cli.records.store import write_text_atomic
+from sparsegrad_cli.training.step_timer import StepTimer
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 
@@ -50,7 +50,7 @@ class RecordCallback(TrainerCallback):
             step: the checkpoint's.
             evaluated: False where the evaluation of that step is to be made again.
         """
-        if step is None and ranks.is_first():
+        if step is None and distributed.is_rank_zero():
             self._path.unlink(missing_ok=True)
         if step is None or not self._path.is_file():
             return
@@ -58,8 +58,8 @@ class RecordCallback(TrainerCallback):
         kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= step]
         if not evaluated:
             kept = [r for r in kept if "eval" not in r or r["step"] < step]
-        ranks.wait()  # all have read it
-        if ranks.is_first():
+        distributed.barrier()  # all have read it
+        if distributed.is_rank_zero():
             write_text_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self.history[:] = [r["eval"] for r in kept if "eval" in r]
         self.train_log = [
@@ -117,7 +117,7 @@ class RecordCallback(TrainerCallback):
         self._observer.evaluated(record)
 
     def _append(self, record: dict[str, Any]) -> None:
-        if not ranks.is_first():
+        if not distributed.is_rank_zero():
             return
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -235,8 +235,8 @@ class InterruptCallback(TrainerCallback):
         self._first_of_epoch = False
 
     def _stop(self, state: Any) -> None:
-        if not stopping.asked():  # all processes stop after the same step
-            stopping.busy(f"step {state.global_step + 1}")
+        if not interruption.asked():  # all processes stop after the same step
+            interruption.busy(f"step {state.global_step + 1}")
             return
         if state.global_step == 0:
             raise InterruptedRunError("stopped before the first step", fix="--resume starts it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsegrad_cli.modeling.quantized import count_entries
+from sparsegrad_cli.models.quantized import count_entries
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training.setup import Setup, hash_facts
 

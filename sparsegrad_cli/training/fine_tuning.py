@@ -5,19 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsegrad_cli import ranks
-from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
-from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import not_adapted_note
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.paths import expanded
-from sparsegrad_cli.recipe.loading import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.rundir import RunRecord
-from sparsegrad_cli.stopping import politely, stop_here
-from sparsegrad_cli.trackers import files_in
-from sparsegrad_cli.training.basis_file import (
+from sparsegrad_cli import distributed
+from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
     check_belongs,
     check_rank,
@@ -25,12 +14,23 @@ from sparsegrad_cli.training.basis_file import (
     read_basis,
     write_basis,
 )
-from sparsegrad_cli.training.calibration import Calibration
-from sparsegrad_cli.training.diagnostics import spectra
-from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.calibration.calibrate import Calibration
+from sparsegrad_cli.calibration.diagnostics import spectra
+from sparsegrad_cli.calibration.gradients import forked_random
+from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.interruption import politely, stop_here
+from sparsegrad_cli.io.paths import expanded
+from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
+from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.models.targets import not_adapted_note
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.training.loop import TrainingLoop
+from sparsegrad_cli.training.run_folder import RunRecord
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
 from sparsegrad_cli.training.setup import Setup, check_autocast
+from sparsegrad_cli.training.trackers import files_in
 
 
 class InitialValues(Protocol):
@@ -106,7 +106,7 @@ class TrainingSession(Session):
         brought = self.initial.basis() if self.initial is not None else None
         if brought is not None:
             basis, where = brought, self.loaded.where("init_from")
-            if ranks.is_first():  # the run needs nothing of the other one later
+            if distributed.is_rank_zero():  # the run needs nothing of the other one later
                 write_basis(own, brought)
         elif given:
             basis, where = read_basis(path), self.loaded.where("calibration.basis")

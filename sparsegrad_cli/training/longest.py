@@ -15,7 +15,7 @@ from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, tokeniz
 from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.spec import CHAT_TASKS, TaskSpec
 from sparsegrad_cli.errors import DownloadError
-from sparsegrad_cli.modeling.pretrained import load_tokenizer
+from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.training.chats import load_conversations, packed_rows

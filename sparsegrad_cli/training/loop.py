@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsegrad_cli import ranks, stopping
+from sparsegrad_cli import distributed, interruption
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.data.collate import longest_batch
+from sparsegrad_cli.io.paths import remove_folder
 from sparsegrad_cli.methods.base import Method, Prepared
-from sparsegrad_cli.paths import remove_folder
-from sparsegrad_cli.recipe.loading import digest
+from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import mappings
-from sparsegrad_cli.rundir import ADAPTER
-from sparsegrad_cli.scales import scale_of
-from sparsegrad_cli.sharding import DEEPSPEED
 from sparsegrad_cli.training.adapter_folder import drawn_parameters, save_adapter
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.callbacks import (
@@ -25,13 +24,14 @@ from sparsegrad_cli.training.callbacks import (
     RecordCallback,
     SaveAfterEvaluation,
 )
-from sparsegrad_cli.training.checkpointing import stopped_early
-from sparsegrad_cli.training.going_on import blaming_checkpoint
-from sparsegrad_cli.training.gradients import forked_random
+from sparsegrad_cli.training.checkpoint_folder import Shelf, evaluation_due, step_of, trainer_state
+from sparsegrad_cli.training.checkpointed_trainer import stopped_early
+from sparsegrad_cli.training.fsdp import settle
+from sparsegrad_cli.training.resume_checks import blaming_checkpoint
+from sparsegrad_cli.training.run_folder import ADAPTER
 from sparsegrad_cli.training.setup import Setup, to_device
-from sparsegrad_cli.training.shelf import Shelf, evaluation_due, step_of, trainer_state
-from sparsegrad_cli.training.splitting import settle
-from sparsegrad_cli.training.touched import sparsity_map, with_touched
+from sparsegrad_cli.training.sharding import DEEPSPEED
+from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TrainingLoop:
     def run(self) -> None:
         """Train, or go on training, to the end; record it, save the adapter."""
         session, trainer = self.session, self.trainer
-        last = ranks.from_first(self._found) if self.resume else None
+        last = distributed.from_rank_zero(self._found) if self.resume else None
         trainer.shelf.newest = last
         start = step_of(last) if last else None
         self.recorder.cut(start, evaluated=last is None or not evaluation_due(last))
@@ -102,7 +102,7 @@ class TrainingLoop:
         self._finish(initial)
         session.seconds["evaluate_s"] = trainer.evaluate_seconds
         session.record.data["time"].update(session.seconds)
-        if ranks.is_first():
+        if distributed.is_rank_zero():
             trainer.shelf.finish(trainer.best_checkpoint)
 
     def _say_extended(self, last: Path | None) -> None:
@@ -130,7 +130,7 @@ class TrainingLoop:
         extended = [*extended[:-1], {**extended[-1], "steps": total, "schedule": words}]
         record.save(extended=extended)
         self.session.observer.note(words)
-        if ranks.is_first():
+        if distributed.is_rank_zero():
             remove_folder(record.path / ADAPTER.parent)
 
     def _found(self) -> Path | None:
@@ -234,7 +234,7 @@ class TrainingLoop:
                 "examples_per_s": timing["steps_per_s"]
                 * trainer.args.train_batch_size
                 * trainer.args.gradient_accumulation_steps
-                * ranks.count(),
+                * distributed.world_size(),
             },
             sizes={**session.record.data.get("sizes", {}), **sizes},
             hashes={
@@ -249,12 +249,12 @@ class TrainingLoop:
         about = {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]}
         section = self.session.recipe.model
         path = save_adapter(record.path, self.method, self.setup, section, self._drawn, about)
-        if not ranks.is_first():
+        if not distributed.is_rank_zero():
             return
         record.save(
             sizes={
                 "adapter_bytes": path.stat().st_size,
-                "gradient_bytes_per_step": ranks.gradient_bytes(self.trainer.model_wrapped),
+                "gradient_bytes_per_step": distributed.gradient_bytes(self.trainer.model_wrapped),
             }
         )
 
@@ -268,7 +268,9 @@ class TrainingLoop:
         rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
         batch = to_device(setup.collator(rows), setup.device)
         self._batch_shape = list(batch["input_ids"].shape)
-        if stopping.asked():  # training ends after this step: what was not measured stays unknown
+        if (
+            interruption.asked()
+        ):  # training ends after this step: what was not measured stays unknown
             return
         with forked_random(self.session.recipe.seed):
             model.train()

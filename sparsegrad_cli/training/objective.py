@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sparsegrad_cli.data.loading import LoadedTask
+from sparsegrad_cli.data.load_task import LoadedTask
+from sparsegrad_cli.data.metrics import mean_loss, score
 from sparsegrad_cli.data.spec import TaskSpec
-from sparsegrad_cli.measure.metrics import mean_loss, score
-from sparsegrad_cli.modeling.lm_head import LmHead
-from sparsegrad_cli.modeling.lm_loss import LmSums, lm_sums
-from sparsegrad_cli.modeling.shards import within
-from sparsegrad_cli.stopping import stop_here
+from sparsegrad_cli.interruption import stop_here
+from sparsegrad_cli.models.lm_head import LmHead
+from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
+from sparsegrad_cli.models.sharded_tensors import within
 
 _WORST = 1e9  # for what is not a number: JSON has none
 

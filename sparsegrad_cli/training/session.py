@@ -11,40 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegrad_cli import ranks, stopping
-from sparsegrad_cli.known_errors import is_out_of_memory, may_be_out_of_memory
-from sparsegrad_cli.measure.memory import make_meter
-from sparsegrad_cli.methods.core_plan import with_rank
-from sparsegrad_cli.modeling.quantized import quantization_state
-from sparsegrad_cli.modeling.targets import Target, head_parameters
-from sparsegrad_cli.numerics.hosvd import Basis, leading
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import LoadedRecipe, digest
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.rundir import RunRecord
-from sparsegrad_cli.training.basis_file import (
+from sparsegrad_cli import distributed, interruption
+from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
     tensors_digest,
     write_basis,
 )
-from sparsegrad_cli.training.calibration import (
+from sparsegrad_cli.calibration.calibrate import (
     Calibration,
     OnStream,
     basis_keys,
     calibrate,
     passes_of,
 )
-from sparsegrad_cli.training.diagnostics import spectra
+from sparsegrad_cli.calibration.diagnostics import spectra
+from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.error_mapping import is_out_of_memory, may_be_out_of_memory
+from sparsegrad_cli.memory.meter import make_meter
+from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.models.quantized import quantization_state
+from sparsegrad_cli.models.targets import Target, head_parameters
+from sparsegrad_cli.numerics.hosvd import Basis, leading
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest
+from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.training.facts import loaded_facts
-from sparsegrad_cli.training.memory_out import explain
+from sparsegrad_cli.training.oom import explain
+from sparsegrad_cli.training.oom_trials import Situation
+from sparsegrad_cli.training.run_folder import RunRecord
 from sparsegrad_cli.training.setup import (
     Setup,
     calibration_batches,
     hash_parameters,
     make_setup,
 )
-from sparsegrad_cli.training.trials import Situation
-from sparsegrad_cli.training.warmup import warmed_head
 
 BASIS_NAME = "basis.safetensors"
 
@@ -81,7 +81,7 @@ class Session:
     def enter(self, phase: str, detail: str) -> None:
         """A phase begins; should memory run out in it, this is where."""
         self.known.at = phase
-        stopping.enter(f"the {phase} phase ({detail})")
+        interruption.enter(f"the {phase} phase ({detail})")
         self.observer.phase(phase, detail)
 
     def load(self) -> Setup:
@@ -145,7 +145,7 @@ class Session:
         peak = self.meter.report()["phases"].get("calibrate", {}).get("peak_bytes")
         # Every process warms the head by itself, and calibrates on its share.
         read = torch.tensor(self._tokens - warmup_tokens, device=setup.device)
-        ranks.add_up([read])
+        distributed.all_reduce([read])
         tokens = warmup_tokens + int(read)
         made_with |= {"seconds": calibration.seconds, "peak_bytes": peak, "tokens": tokens}
         kept = calibration.bases
@@ -161,7 +161,7 @@ class Session:
             tensors_digest(kept, calibration.scores),
             calibration.scores,
         )
-        if ranks.is_first():
+        if distributed.is_rank_zero():
             write_basis(self.record.path / BASIS_NAME, file)
         self.record.save(
             calibration={
@@ -198,7 +198,7 @@ class Session:
             all_of_them = calibration_batches(setup, batch_size, seed)
             own = islice(all_of_them, steps.start, None, steps.step)
             # Of several processes some have a step more, at which the others are not asked.
-            return self.batches(own, together=settings.steps // ranks.count())
+            return self.batches(own, together=settings.steps // distributed.world_size())
 
         return calibrate(
             setup.model,
@@ -244,7 +244,7 @@ class Session:
         """
         for number, batch in enumerate(batches):
             if number < together:
-                stopping.stop_here(f"batch {number + 1}")
+                interruption.stop_here(f"batch {number + 1}")
             mask = batch.get("attention_mask")
             self._tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
             yield batch
@@ -258,7 +258,7 @@ class Session:
     @property
     def _own_steps(self) -> range:
         """The calibration steps that this process takes."""
-        return range(ranks.number(), self.recipe.calibration.steps, ranks.count())
+        return range(distributed.rank(), self.recipe.calibration.steps, distributed.world_size())
 
     @property
     def _rank(self) -> int | float | None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.lean import save_memory
-from sparsegrad_cli.modeling.quantized import placed
-from sparsegrad_cli.modeling.targets import (
+from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.quantized import placed
+from sparsegrad_cli.models.targets import (
     NotAdapted,
     Target,
     find_targets,
@@ -25,8 +25,8 @@ from sparsegrad_cli.modeling.targets import (
     not_adapted,
     not_adapted_note,
 )
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import LoadedRecipe
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.chats import load_chats
 from sparsegrad_cli.training.device import device_of

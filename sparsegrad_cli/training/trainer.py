@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsegrad_cli import ranks
+from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import NonFiniteError
+from sparsegrad_cli.interruption import stop_here
 from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.modeling.quantized import quantized_layers
+from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.sharding import DEEPSPEED, FSDP
-from sparsegrad_cli.stopping import stop_here
-from sparsegrad_cli.training.checkpointing import CheckpointedTrainer
-from sparsegrad_cli.training.finite import INPUTS, first_non_finite
+from sparsegrad_cli.training.checkpointed_trainer import CheckpointedTrainer
+from sparsegrad_cli.training.nan_check import INPUTS, first_non_finite
 from sparsegrad_cli.training.objective import Objective
 from sparsegrad_cli.training.order import EpochSampler, OrderHash
+from sparsegrad_cli.training.sharding import DEEPSPEED, FSDP
 
 
 class SparsegradTrainer(CheckpointedTrainer):
@@ -114,7 +114,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         if not self.objective.by_token:
             rows = torch.tensor(sum(map(_rows, batches)), device=self.args.device)
-            ranks.add_up([rows])
+            distributed.all_reduce([rows])
             self._step_rows = int(rows)
         return batches, items
 
@@ -145,7 +145,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         finally:
             self._weight = 1.0
         lost = not torch.isfinite(loss)
-        if ranks.anywhere(lost):  # the gradients are summed: a loss that is lost, is lost for all
+        if distributed.any(lost):  # the gradients are summed: a loss that is lost, is lost for all
             # Where weights are split, nobody can look for the module alone.
             looked = self._diverged(model, inputs, float(loss)) if lost or self.split_by else None
             raise looked if looked and lost else self._diverged_elsewhere()
@@ -285,7 +285,7 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         self.evaluate()
         self.is_fsdp_enabled, self.is_deepspeed_enabled = split
-        if ranks.count() == 1 and self.split_by is None:
+        if distributed.world_size() == 1 and self.split_by is None:
             return
         model: Any = self.model
         marks = model.__dict__

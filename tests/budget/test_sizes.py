@@ -10,14 +10,14 @@ import torch
 from tiny import classifier, orthogonal_bases, targets_of
 
 from sparsegrad_cli.budget.sizes import Levels, entries_of, knob_of, levels_of, size_words
+from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.core_plan import rank_for_density, with_known_rank
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.supports import shared_out
-from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.calibration import basis_keys
 
 METHODS = {
     "full": "{name: full}",

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 from little import base_folder, data_folder
 
-from sparsegrad_cli.budget.session import solve_study
-from sparsegrad_cli.compare.crew import Crew
-from sparsegrad_cli.compare.folder import StudyFolder, study_digest
-from sparsegrad_cli.compare.parity import check_parity
-from sparsegrad_cli.compare.plan import plan_of
-from sparsegrad_cli.compare.proposals import Referee, ended_trial, propose
-from sparsegrad_cli.compare.space import RATE, first_point, series_of
-from sparsegrad_cli.compare.trials import Trial
-from sparsegrad_cli.compare.tuning import Tuning
+from sparsegrad_cli.budget.solve_study import solve_study
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.report.budget_tables import plan_tables
-from sparsegrad_cli.report.fairness import check_lines, parity_table
+from sparsegrad_cli.report.parity_tables import check_lines, parity_table
+from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.parity import check_parity
+from sparsegrad_cli.study.plan import plan_of
+from sparsegrad_cli.study.proposals import Referee, ended_trial, propose
+from sparsegrad_cli.study.space import RATE, first_point, series_of
+from sparsegrad_cli.study.trials import Trial
+from sparsegrad_cli.study.tuning import Tuning
+from sparsegrad_cli.study.worker_pool import Crew
 
 STUDY = """name: tiny
 methods: [lora, meprop]

@@ -154,7 +154,7 @@ def test_runs_without_a_name_are_numbered(cli: Cli, tmp_path: Path) -> None:
 
 def test_help_is_quick_to_import_nothing_heavy() -> None:
     code = (
-        "import sys\nimport sparsegrad_cli.cli.app\nimport sparsegrad_cli.judge.session\n"
+        "import sys\nimport sparsegrad_cli.cli.app\nimport sparsegrad_cli.judge.judge_answers\n"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from small import METHODS, SMALL, Cli
 
-from sparsegrad_cli.measure.environment import rss_bytes
+from sparsegrad_cli.records.environment import rss_bytes
 from sparsegrad_cli.report.terminal import estimate_table
 
 TINY = {

@@ -16,7 +16,7 @@ import pytest
 from small import Cli
 from talkers import talker
 
-from sparsegrad_cli.journal import read_records
+from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.report.access import harmless
 
 BRIEF = ("--max-new-tokens", "6", "--device", "cpu")

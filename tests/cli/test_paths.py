@@ -13,7 +13,7 @@ import yaml
 from little import base_folder, data_folder
 from small import Cli
 
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import load_study
 
 RECIPE = """\

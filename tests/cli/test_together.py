@@ -53,6 +53,6 @@ def test_without_calibration_there_are_no_shares(
     def meet(*, use_cpu: bool) -> None:
         raise MetError
 
-    monkeypatch.setattr("sparsegrad_cli.ranks.join", meet)
+    monkeypatch.setattr("sparsegrad_cli.distributed.init", meet)
     outcome = cli("train", "method=lora", "calibration.steps=1")
     assert "share" not in outcome.err and "MetError" in outcome.err

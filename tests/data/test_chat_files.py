@@ -13,7 +13,7 @@ from talk import read, spoken, write
 from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import ChatData, Conversation
-from sparsegrad_cli.data.held_out import position
+from sparsegrad_cli.data.validation_split import position
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, make_collator, tokenize
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.load_task import LoadedTask, load_task
 from sparsegrad_cli.errors import DataError, UsageError
 
 ROWS = [
@@ -25,7 +25,7 @@ ROWS = [
 def bert() -> Any:
     from transformers import AutoTokenizer
 
-    from sparsegrad_cli.modeling.pretrained import locate
+    from sparsegrad_cli.models.pretrained import locate
 
     return AutoTokenizer.from_pretrained(locate("builtin:minilm"))
 

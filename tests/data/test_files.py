@@ -20,7 +20,7 @@ from talk import node, tree, write
 from sparsegrad_cli.data import text_files
 from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.load_task import LoadedTask, load_task
 from sparsegrad_cli.errors import DataError, UsageError
 
 ROWS = [(f"row {number}, of ten", "ab"[number % 2]) for number in range(10)]

@@ -9,7 +9,7 @@ from typing import Any
 import paths
 import pytest
 
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.load_task import LoadedTask, load_task
 from sparsegrad_cli.data.spec import GLUE_TASKS, known_task_names
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.load_task import LoadedTask, load_task
 from sparsegrad_cli.errors import DataError, UsageError
 
 CLASSES: Any = "classification"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 
+from sparsegrad_cli.data.chat_dataset import learnt_turns
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.raw_chat import learnt_turns
 from sparsegrad_cli.errors import DataError
 
 # --- paths and shapes of files

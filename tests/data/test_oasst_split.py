@@ -10,9 +10,9 @@ import pytest
 from talk import everything, flat, node, read, sides, spoken, write
 
 from sparsegrad_cli.data.chat import load_chat
+from sparsegrad_cli.data.chat_dataset import RawChat, finish
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.held_out import position
-from sparsegrad_cli.data.raw_chat import RawChat, finish
+from sparsegrad_cli.data.validation_split import position
 from sparsegrad_cli.errors import DataError, UsageError
 
 # --- the split

@@ -20,8 +20,8 @@ from sparsegrad_cli.data.packing import (
     pack,
 )
 from sparsegrad_cli.errors import DataError, UsageError
-from sparsegrad_cli.modeling.lm_head import check_packing
-from sparsegrad_cli.modeling.lm_loss import lm_loss
+from sparsegrad_cli.models.lm_head import check_packing
+from sparsegrad_cli.models.lm_loss import lm_loss
 
 END = 2  # also the pad token, as SmolLM2 has it
 

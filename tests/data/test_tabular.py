@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsegrad_cli.data.loading import LoadedTask, load_task
+from sparsegrad_cli.data.load_task import LoadedTask, load_task
 from sparsegrad_cli.errors import DataError, UsageError
 
 TWO = "text,label\ngood,yes\nbad,no\n"

@@ -12,24 +12,24 @@ import torch
 from tiny import classifier, config, one_thread
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.calibrate import basis_keys, calibrate
 from sparsegrad_cli.data.chat_template import UNLABELLED
 from sparsegrad_cli.data.packing import make_lm_collator
 from sparsegrad_cli.data.spec import BUILTIN_TASKS
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import name_task
-from sparsegrad_cli.measure.ledger import PhasePeak
-from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.memory.meter import MemoryMeter
+from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.architectures import configuration_of
-from sparsegrad_cli.modeling.lean import save_memory
-from sparsegrad_cli.modeling.lm_loss import use_lm_loss
-from sparsegrad_cli.modeling.loading import load_classifier
-from sparsegrad_cli.modeling.targets import find_targets
-from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.models.architectures import configuration_of
+from sparsegrad_cli.models.lm_loss import use_lm_loss
+from sparsegrad_cli.models.load_model import load_classifier
+from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.targets import find_targets
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.calibration import basis_keys, calibrate
 
 SIZE, LENGTH = 2, 32
 # SmolLM2-135M's shapes with fewer layers.

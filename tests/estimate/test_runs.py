@@ -15,9 +15,9 @@ from talkers import byte_tokenizer
 from tiny import build, one_thread
 
 from sparsegrad_cli import runner
+from sparsegrad_cli.estimate.estimate_steps import estimate_steps
 from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
-from sparsegrad_cli.estimate.session import estimate_steps
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 
 # SmolLM2's proportions: three query heads share one of keys and values, the MLP is 8/3 as wide.
 SHAPE = {

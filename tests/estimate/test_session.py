@@ -12,11 +12,11 @@ import torch
 from chats import smollm2_tokenizer
 
 from sparsegrad_cli.errors import DownloadError
+from sparsegrad_cli.estimate.estimate_steps import Room, estimate_steps
 from sparsegrad_cli.estimate.rehearsal import Conditions, Rehearsal
-from sparsegrad_cli.estimate.session import Room, estimate_steps
-from sparsegrad_cli.modeling.architectures import configuration_of
-from sparsegrad_cli.modeling.pretrained import load_configuration
-from sparsegrad_cli.recipe.loading import LoadedRecipe, load_recipe
+from sparsegrad_cli.models.architectures import configuration_of
+from sparsegrad_cli.models.pretrained import load_configuration
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.schema import ModelSection
 
 SIZE, LENGTH = 2, 32

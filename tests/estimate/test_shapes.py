@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
 from sparsegrad_cli.estimate.fit import MOST, largest_batch
 from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
-from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.numerics.supports import _largest_unsorted, largest_entries
 
 B, H, L, D = 2, 3, 40, 8  # batch, heads, length, head

@@ -13,7 +13,7 @@ from little import by_transformers
 from small import METHODS, SMALL, Cli
 
 import sparsegrad_cli
-from sparsegrad_cli.modeling.pretrained import locate
+from sparsegrad_cli.models.pretrained import locate
 
 TEXTS = ["The keys to the cabinet is on the table.", "Nobody has ever seen them.", "A cat the sat."]
 

@@ -19,7 +19,7 @@ from small import Cli
 
 import sparsegrad_cli
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.modeling.quantized import quantized_layers
+from sparsegrad_cli.models.quantized import quantized_layers
 
 need_bitsandbytes()
 from bitsandbytes.functional import has_avx512bf16  # noqa: E402

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import structural_rank
 from small import Cli, Outcome
 
 from sparsegrad_cli.export.forms import WRITERS
-from sparsegrad_cli.modeling.pretrained import locate
+from sparsegrad_cli.models.pretrained import locate
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 

@@ -13,7 +13,7 @@ from talkers import asks, load, talker
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
 from sparsegrad_cli.generate.answering import Answerer
-from sparsegrad_cli.generate.loading import load_run, weights_digest
+from sparsegrad_cli.generate.load_chat_model import load_run, weights_digest
 from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 
 

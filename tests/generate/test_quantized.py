@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.answering import Answerer
-from sparsegrad_cli.generate.loading import weights_digest
+from sparsegrad_cli.generate.load_chat_model import weights_digest
 from sparsegrad_cli.generate.options import GenerationSettings
-from sparsegrad_cli.modeling.quantized import dequantized, quantization_state, quantized_layers
+from sparsegrad_cli.models.quantized import dequantized, quantization_state, quantized_layers
 
 need_bitsandbytes()
 QUESTIONS = ("Is 12 more?", "And 7?", "Who came home?", "What was old?")

@@ -11,12 +11,12 @@ from talkers import load, talker
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.generate.answer_questions import answer_questions, default_output
 from sparsegrad_cli.generate.answering import Answerer
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
 from sparsegrad_cli.generate.questions import Question
-from sparsegrad_cli.generate.session import answer_questions, default_output
-from sparsegrad_cli.journal import read_records
-from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.io.jsonl import read_records
+from sparsegrad_cli.progress import Observer
 
 QUESTIONS = [
     Question(1, "math", ("2 + 2?", "Twice that?"), ("4", "8")),

@@ -19,7 +19,7 @@ from talkers import asks, load
 
 from sparsegrad_cli.generate.answering import Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
-from sparsegrad_cli.journal import read_records
+from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.judge.prompts import talk
 from sparsegrad_cli.report.access import harmless
 

@@ -10,7 +10,7 @@ from tables import delimited, json_rows, questions
 
 from sparsegrad_cli.data.chat_files import load_chat_files
 from sparsegrad_cli.data.chat_settings import ChatSettings
-from sparsegrad_cli.data.loading import load_task
+from sparsegrad_cli.data.load_task import load_task
 from sparsegrad_cli.generate.questions import read_questions
 from sparsegrad_cli.judge.answers import read_answers
 

@@ -28,17 +28,17 @@ from victims import (
     use_basis,
 )
 
-from sparsegrad_cli.compare.evidence import up_to_date
-from sparsegrad_cli.compare.folder import StudyFolder, study_digest
-from sparsegrad_cli.compare.grid import Comparison
-from sparsegrad_cli.data.loading import load_task
+from sparsegrad_cli.data.load_task import load_task
 from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
 from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
-from sparsegrad_cli.modeling.pretrained import load_configuration
-from sparsegrad_cli.plain_json import plain_json
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.models.pretrained import load_configuration
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
-from sparsegrad_cli.report.records import write_json_atomic
+from sparsegrad_cli.records.store import write_json_atomic
+from sparsegrad_cli.study.evidence import up_to_date
+from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.runner import Comparison
 
 # --- tensors
 

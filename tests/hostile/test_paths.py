@@ -15,17 +15,17 @@ from samples import compare_record, run_record
 from snares import furnish, things
 
 from sparsegrad_cli.cli.runs import report
-from sparsegrad_cli.compare.claims import Claim
-from sparsegrad_cli.compare.folder import StudyFolder, study_digest
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
 from sparsegrad_cli.generate.side_by_side import answer_files
-from sparsegrad_cli.judge.session import JudgeOptions
-from sparsegrad_cli.recipe.loading import load_recipe, to_yaml
+from sparsegrad_cli.judge.judge_answers import JudgeOptions
+from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
-from sparsegrad_cli.report.records import write_json_atomic, write_text_atomic
-from sparsegrad_cli.rundir import RunRecord, held_run_dir, open_run_dir
+from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
+from sparsegrad_cli.study.claims import Claim
+from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.training.run_folder import RunRecord, held_run_dir, open_run_dir
 
 RUN_NAMES = (
     *("run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md", "basis.safetensors"),

@@ -9,7 +9,7 @@ from hostility import check_harmless, holds, scratch, tree
 from hypothesis import strategies as st
 from yamls import junk, scalars, spoilt, torn, trees
 
-from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain, to_yaml
+from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import Study, load_study
 

@@ -28,8 +28,8 @@ from victims import (
 
 from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
-from sparsegrad_cli.modeling.loading import load_classifier
-from sparsegrad_cli.modeling.pretrained import load_tokenizer
+from sparsegrad_cli.models.load_model import load_classifier
+from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import ModelSection
 
 TWO = TaskSpec("t", ("text",), "label", ("a", "b"), False, "accuracy", ("accuracy",))

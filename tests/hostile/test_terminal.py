@@ -29,9 +29,9 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
+from sparsegrad_cli.records.store import write_json_atomic
 from sparsegrad_cli.report.compare_files import write_compare_report
 from sparsegrad_cli.report.judge_tables import judge_markdown
-from sparsegrad_cli.report.records import write_json_atomic
 from sparsegrad_cli.report.terminal import export_table, judge_table, plain_line
 
 KINDS = (SparsegradError, DataError, FileFormatError, UsageError, DiskError, OutOfMemoryError)

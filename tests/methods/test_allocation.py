@@ -11,18 +11,18 @@ import torch
 from small import SMALL, Cli
 from tiny import batch, calibrated, classifier, one_thread, targets_of
 
+from sparsegrad_cli.calibration.basis_file import (
+    check_tokens,
+    read_basis,
+    tensors_digest,
+    write_basis,
+)
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.core_plan import planned_supports
 from sparsegrad_cli.numerics.hosvd import GramStream, truncated
 from sparsegrad_cli.numerics.scores import ScoreStream
 from sparsegrad_cli.numerics.supports import comparable_scores, spectral_scores
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.basis_file import (
-    check_tokens,
-    read_basis,
-    tensors_digest,
-    write_basis,
-)
 
 
 @pytest.fixture(autouse=True)

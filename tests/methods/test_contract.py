@@ -21,12 +21,16 @@ from tiny import (
 )
 from torch import Tensor
 
+from sparsegrad_cli.calibration.gradients import forked_random
+from sparsegrad_cli.io.atomic_folder import read_tensors, save_tensors
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.training.checkpoint import load_optimizer, load_random, save_training_state
-from sparsegrad_cli.training.gradients import forked_random
-from sparsegrad_cli.training.writing import read_tensors, save_tensors
+from sparsegrad_cli.training.checkpoint_state import (
+    load_optimizer,
+    load_random,
+    save_training_state,
+)
 
 every_method = pytest.mark.parametrize("name", METHODS)
 both_scopes = pytest.mark.parametrize("scope", ["head", "rest"])

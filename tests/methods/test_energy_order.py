@@ -17,9 +17,9 @@ import torch
 from tiny import Found, calibrated, targets_of, weight_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.calibration.diagnostics import Choice, energy_table, verdict_of
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import truncated
-from sparsegrad_cli.training.diagnostics import Choice, energy_table, verdict_of
 
 WIDTH, INNER_WIDTH, RANK, LAYERS = 24, 72, 3, 4
 

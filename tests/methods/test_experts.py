@@ -10,13 +10,13 @@ from architectures import TABLE, causal_or_body, tokens
 from tiny import METHODS, calibrated, targets_of
 from torch import nn
 
+from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import Prepared, check_what_trains
 from sparsegrad_cli.methods.lora import Lora, check_adapted
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.training.gradients import forked_random
 
 ALL = ("lora", "full", "meprop-entries", "meprop-rows", "core-static", "materialized-layer")
 

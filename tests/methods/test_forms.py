@@ -11,7 +11,7 @@ from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.methods.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad import RotatedLinear
 from sparsegrad_cli.methods.table import make_method
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod

@@ -12,9 +12,9 @@ from packed import BITS, METHODS, Packed, body_folder, held, loaded, need_bitsan
 from tiny import batch, targets_of
 from torch import nn
 
-from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.methods.core_layers import QuantizedCoreLinear
-from sparsegrad_cli.modeling.quantized import quantization_state, quantized_in
+from sparsegrad_cli.models.quantized import quantization_state, quantized_in
 
 need_bitsandbytes()
 

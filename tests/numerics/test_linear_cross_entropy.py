@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsegrad_cli.measure.memory import MemoryMeter
+from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.numerics.linear_cross_entropy import (
     block_rows,
     linear_cross_entropy,

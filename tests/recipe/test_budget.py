@@ -9,7 +9,7 @@ from small import Cli
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
-from sparsegrad_cli.recipe.loading import digest, load_recipe
+from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
 from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod, SparsegradMethod
 from sparsegrad_cli.recipe.study import load_study, make_study
 

@@ -11,7 +11,7 @@ from small import Cli
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.effects import idle_settings
-from sparsegrad_cli.recipe.loading import load_recipe, to_yaml
+from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import load_study, make_study
 
 LORA = "method: {name: lora}\n"

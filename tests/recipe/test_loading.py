@@ -10,7 +10,7 @@ import pytest
 from paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.loading import digest, load_recipe, to_yaml
+from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.source import parse_yaml
 
@@ -307,7 +307,7 @@ def test_recipe_is_frozen() -> None:
 def test_loading_a_recipe_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from sparsegrad_cli.recipe.loading import load_recipe\n"
+        "from sparsegrad_cli.recipe.load_recipe import load_recipe\n"
         "from sparsegrad_cli.recipe.study import load_study\n"
         "import sparsegrad_cli.cli.app\n"
         "load_recipe(None); load_study('recipes/quickstart.yaml')\n"

@@ -9,7 +9,7 @@ import pytest
 from small import Cli
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.loading import digest, load_recipe, to_plain
+from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 
 BITS = ("8bit", "4bit")
 FOUR = "model={name: builtin:minilm, quantization: 4bit}"

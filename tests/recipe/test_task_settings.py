@@ -8,7 +8,7 @@ import pytest
 from small import Cli
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.loading import digest, load_recipe
+from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
 
 CSV = ("task.name=csv", "task.path=data.csv")
 

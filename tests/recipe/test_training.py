@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsegrad_cli.errors import RecipeError, UsageError
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.fine_tuning import TrainingSession
 from sparsegrad_cli.training.setup import check_autocast

@@ -11,7 +11,6 @@ from cells import cell
 from matplotlib.figure import Figure
 from samples import compare_record, study_record
 
-from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.report.memory_charts import (
     memory_by_phase,
     score_against_memory,
@@ -19,6 +18,7 @@ from sparsegrad_cli.report.memory_charts import (
 )
 from sparsegrad_cli.report.run_charts import MIB
 from sparsegrad_cli.report.sparsity_charts import sparsity_map, sparsity_maps, touched_by_target
+from sparsegrad_cli.study.evidence import evidence
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from samples import compare_record, study_record
 
-from sparsegrad_cli.compare.evidence import evidence
 from sparsegrad_cli.report import compare_page
 from sparsegrad_cli.report.compare_files import LiveReport, write_compare_report
 from sparsegrad_cli.report.compare_page import Drawings, write_compare_html
 from sparsegrad_cli.report.latex import escape_latex
 from sparsegrad_cli.report.tables import escape_markdown
+from sparsegrad_cli.study.evidence import evidence
 
 
 def running(record: dict[str, Any], left: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.records.store import load_record, write_json_atomic
 from sparsegrad_cli.report import access, units
-from sparsegrad_cli.report.records import load_record, write_json_atomic
 from sparsegrad_cli.report.tables import Table, escape_markdown, table_markdown
 
 

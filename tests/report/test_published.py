@@ -8,7 +8,7 @@ import pytest
 from samples import study_record
 
 from sparsegrad_cli.report.access import mappings, number
-from sparsegrad_cli.report.published import figures_table
+from sparsegrad_cli.report.reference_results import figures_table
 
 RTE, COLA = "glue/rte", "glue/cola"
 

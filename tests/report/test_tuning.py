@@ -7,7 +7,7 @@ from typing import Any
 
 from samples import compare_record
 
-from sparsegrad_cli.report.fairness import check_lines
+from sparsegrad_cli.report.parity_tables import check_lines
 from sparsegrad_cli.report.tuning_tables import (
     outcome_words,
     settings_words,

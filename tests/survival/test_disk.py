@@ -12,7 +12,7 @@ import pytest
 from paths import REPO
 from surviving import Bench, flat, largest_file, record, weights
 
-from sparsegrad_cli.training.shelf import last_checkpoint
+from sparsegrad_cli.training.checkpoint_folder import last_checkpoint
 
 # A mount of one's own, in a user's own name space: seen by nobody else, gone with the process.
 MOUNT = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
@@ -50,8 +50,8 @@ NO_ROOM = """
 import resource, signal, sys
 from pathlib import Path
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.recipe.loading import load_recipe
-from sparsegrad_cli.rundir import held_run_dir, open_run_dir
+from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.training.run_folder import held_run_dir, open_run_dir
 recipe = load_recipe("quickstart").recipe
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -85,8 +85,8 @@ os.environ["COLUMNS"] = "200"
 import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.training.checkpoint import save_training_state
-from sparsegrad_cli.training.shelf import Shelf, last_checkpoint
+from sparsegrad_cli.training.checkpoint_state import save_training_state
+from sparsegrad_cli.training.checkpoint_folder import Shelf, last_checkpoint
 
 run = Path(sys.argv[1]) / "run"
 run.mkdir()

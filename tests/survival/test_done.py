@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from surviving import Bench, flat, record, weights
 
-from sparsegrad_cli import recorded
 from sparsegrad_cli.errors import DownloadError
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import LoadedRecipe, digest, load_recipe, to_yaml
-from sparsegrad_cli.rundir import ADAPTER, RunRecord
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, load_recipe, to_yaml
+from sparsegrad_cli.training import recorded_run as recorded
+from sparsegrad_cli.training.run_folder import ADAPTER, RunRecord
 
 BLOCKS = {"metrics": {"best": {"score": 0.9}}, "method": {"name": "lora"}, "counts": {"targets": 3}}
 ENDED = {"status": "done", "error": None, "started": "then", "finished": "then"}

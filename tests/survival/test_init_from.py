@@ -184,8 +184,8 @@ def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(
 def test_a_comparison_refuses_a_start_that_one_method_alone_has(
     bench: Bench, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    from sparsegrad_cli.compare.parity import compared
-    from sparsegrad_cli.recipe.loading import digest, load_recipe
+    from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
+    from sparsegrad_cli.study.parity import compared
 
     plain = load_recipe(None, ("method=lora",)).recipe
     started = load_recipe(None, ("method=lora", f"init_from={sources['lora']}")).recipe

@@ -26,7 +26,7 @@ from surviving import (
     weights,
 )
 
-from sparsegrad_cli.locking import owner_of
+from sparsegrad_cli.io.locks import owner_of
 
 # A cell for every kind of moment and of method; the whole matrix is slow.
 FEW = (

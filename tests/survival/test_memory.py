@@ -15,11 +15,11 @@ from little import base_folder, data_folder, sentences
 from surviving import flat, record
 from tiny import one_thread
 
+from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
 from sparsegrad_cli.errors import OutOfMemoryError
-from sparsegrad_cli.observer import Observer
-from sparsegrad_cli.recipe.loading import load_recipe
-from sparsegrad_cli.rundir import RunRecord
-from sparsegrad_cli.training.calibration_session import CalibrationSession
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.training.run_folder import RunRecord
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from surviving import Bench, flat, largest_file, record, weights
 from torch import Tensor
 
-from sparsegrad_cli.locking import owner_of
-from sparsegrad_cli.training.shelf import checkpoints
+from sparsegrad_cli.io.locks import owner_of
+from sparsegrad_cli.training.checkpoint_folder import checkpoints
 
 MORE = ("train.max_steps=6",)
 

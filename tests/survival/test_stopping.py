@@ -102,11 +102,11 @@ def test_a_second_signal_does_not_wait_for_the_batch(bench: Bench) -> None:
 
 HELD_UP = """
 import sys, time
-from sparsegrad_cli import stopping
-from sparsegrad_cli.training import calibration
+from sparsegrad_cli import interruption
+from sparsegrad_cli.calibration import calibrate as calibration
 from sparsegrad_cli.cli.app import main
 
-stopping.PATIENCE_S = 0.3
+interruption.PATIENCE_S = 0.3
 real = calibration.gradient_step
 def slow(*args, **kwargs):
     print("batch", file=sys.stderr, flush=True)
@@ -152,7 +152,7 @@ def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(ben
 
 def test_sigterm_and_sigint_from_two_senders_at_once_are_one_request() -> None:
     """A job system and a comparison both tell a run; a user who insists repeats one of them."""
-    from sparsegrad_cli.stopping import _Requests
+    from sparsegrad_cli.interruption import _Requests
 
     requests = _Requests()
     assert not requests.insists(signal.SIGTERM)

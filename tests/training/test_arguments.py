@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import training_args
 
-from sparsegrad_cli.observer import Observer
+from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.callbacks import RecordCallback

@@ -24,20 +24,20 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from sparsegrad_cli.measure.memory import MemoryMeter
-from sparsegrad_cli.modeling.lean import save_memory
-from sparsegrad_cli.modeling.targets import Target, head_parameters
-from sparsegrad_cli.numerics.hosvd import GramStream, Stream
-from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
-from sparsegrad_cli.training.calibration import calibrate
-from sparsegrad_cli.training.gradients import (
+from sparsegrad_cli.calibration.calibrate import calibrate
+from sparsegrad_cli.calibration.gradients import (
     as_in_training,
     forked_random,
     gradient_step,
     gradients_only,
     tokens_only,
 )
-from sparsegrad_cli.training.warmup import warmed_head
+from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.memory.meter import MemoryMeter
+from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.targets import Target, head_parameters
+from sparsegrad_cli.numerics.hosvd import GramStream, Stream
+from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
 
 RECOMPUTED = TrainSection(gradient_checkpointing=True)
 BF16 = TrainSection(bf16=True)

@@ -10,10 +10,10 @@ import torch
 from tiny import batch, classifier
 from torch import Tensor, nn
 
+from sparsegrad_cli.error_mapping import is_out_of_memory, known_errors, may_be_out_of_memory
 from sparsegrad_cli.errors import OutOfMemoryError
-from sparsegrad_cli.known_errors import is_out_of_memory, known_errors, may_be_out_of_memory
-from sparsegrad_cli.measure.memory import make_meter
-from sparsegrad_cli.training.attempts import Attempt, Phase, attempt, forget, located
+from sparsegrad_cli.memory.meter import make_meter
+from sparsegrad_cli.training.oom_measure import Attempt, Phase, attempt, forget, located
 
 FAR_TOO_MUCH = 2**55  # bytes; no machine has them, and every allocator says so
 

@@ -15,10 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import calibrated, classifier, one_thread, targets_of
 
-from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.modeling.targets import Target, fingerprint
-from sparsegrad_cli.numerics.hosvd import truncated
-from sparsegrad_cli.training.basis_file import (
+from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
     check_belongs,
     check_rank,
@@ -26,6 +23,9 @@ from sparsegrad_cli.training.basis_file import (
     tensors_digest,
     write_basis,
 )
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.models.targets import Target, fingerprint
+from sparsegrad_cli.numerics.hosvd import truncated
 
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 

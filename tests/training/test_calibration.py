@@ -26,12 +26,12 @@ from tiny import (
 )
 from torch import Tensor, nn
 
+from sparsegrad_cli.calibration.diagnostics import spectra
+from sparsegrad_cli.calibration.gradients import forked_random, gradient_step, gradients_only
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.modeling.targets import Target
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import GramStream
 from sparsegrad_cli.recipe.schema import CalibrationSection
-from sparsegrad_cli.training.diagnostics import spectra
-from sparsegrad_cli.training.gradients import forked_random, gradient_step, gradients_only
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

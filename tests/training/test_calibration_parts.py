@@ -10,12 +10,12 @@ import torch
 from tiny import VOCABULARY, batch, build, classifier, config, found_by, one_thread, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.measure.memory import MemoryMeter
-from sparsegrad_cli.modeling.lm_loss import use_lm_loss
+from sparsegrad_cli.calibration import calibrate as calibration
+from sparsegrad_cli.calibration.calibrate import calibrate
+from sparsegrad_cli.calibration.gradients import micro_batches
+from sparsegrad_cli.memory.meter import MemoryMeter
+from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.recipe.schema import CalibrationSection
-from sparsegrad_cli.training import calibration
-from sparsegrad_cli.training.calibration import calibrate
-from sparsegrad_cli.training.gradients import micro_batches
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = CalibrationSection(steps=1, source="token", score="square")

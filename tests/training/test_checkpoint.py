@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.training.checkpoint import (
+from sparsegrad_cli.io.atomic_folder import read_tensors
+from sparsegrad_cli.training.checkpoint_state import (
     load_optimizer,
     load_random,
     load_state_json,
     save_training_state,
 )
-from sparsegrad_cli.training.writing import read_tensors
 
 Schedule = torch.optim.lr_scheduler.LambdaLR
 

@@ -11,11 +11,11 @@ import torch
 from tiny import HIDDEN, INNER, batches, calibrated, classifier, one_thread, snapshot, targets_of
 from torch import Tensor
 
+from sparsegrad_cli.calibration.calibrate import passes_of
+from sparsegrad_cli.calibration.gradients import forked_random, gradient_step, gradients_only
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.recipe.schema import CalibrationSection
-from sparsegrad_cli.training.calibration import passes_of
-from sparsegrad_cli.training.gradients import forked_random, gradient_step, gradients_only
 
 RANK = 4
 

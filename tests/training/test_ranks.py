@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsegrad_cli import runner
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.recipe.loading import load_recipe
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.training.chats import load_chats
 from sparsegrad_cli.training.objective import LanguageModelling
 from sparsegrad_cli.training.order import EpochSampler

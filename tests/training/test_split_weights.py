@@ -21,7 +21,7 @@ from tiny import one_thread, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
-from sparsegrad_cli.training.checkpoint import load_optimizer, save_training_state
+from sparsegrad_cli.training.checkpoint_state import load_optimizer, save_training_state
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ def _talker(folder: Path, method: str) -> nn.Module:
     """The run's model as its method prepares it."""
     from transformers import LlamaForCausalLM
 
+    from sparsegrad_cli.calibration.basis_file import read_basis
     from sparsegrad_cli.methods.table import make_method
-    from sparsegrad_cli.recipe.loading import load_recipe
-    from sparsegrad_cli.training.basis_file import read_basis
+    from sparsegrad_cli.recipe.load_recipe import load_recipe
 
     model = LlamaForCausalLM.from_pretrained(folder / "llama")
     run = folder / f"straight-{method}"

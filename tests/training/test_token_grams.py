@@ -10,10 +10,10 @@ import torch
 from tiny import batch, batches, calibrated, classifier, one_thread, snapshot, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.modeling.targets import head_parameters
+from sparsegrad_cli.calibration.gradients import forked_random, tokens_only
+from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import GramStream
-from sparsegrad_cli.training.gradients import forked_random, tokens_only
-from sparsegrad_cli.training.warmup import warmed_head
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2_DROPLESS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

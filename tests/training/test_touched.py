@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.setup import hash_facts, precision_of
-from sparsegrad_cli.training.touched import pooled_share
+from sparsegrad_cli.training.sparsity_stats import pooled_share
 
 
 @pytest.fixture(scope="module")

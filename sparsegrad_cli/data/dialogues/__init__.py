@@ -14,12 +14,12 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsegrad_cli.data.chat_dataset import RawChat
 from sparsegrad_cli.data.chat_settings import EXPORTED, ChatSettings
 from sparsegrad_cli.data.dialogues.lexicon import TRAIN, VALIDATION
 from sparsegrad_cli.data.dialogues.scenes import SCENES, SHORTER, THANKS, VAGUE, Draw, Scene
 from sparsegrad_cli.data.oasst import from_records
 from sparsegrad_cli.data.oasst_messages import Source
-from sparsegrad_cli.data.raw_chat import RawChat
 from sparsegrad_cli.errors import DataError
 
 __all__ = ["LIMIT", "SIZES", "generate", "load_dialogues", "write_trees"]

@@ -1,0 +1,214 @@
+"""A study under a budget: every method's size is solved for, and every cell's recipe says it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sparsegrad_cli.budget.counting import Counting
+from sparsegrad_cli.budget.refusals import check_nothing_is_said_twice, too_little
+from sparsegrad_cli.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
+from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
+from sparsegrad_cli.estimate.rehearsal import Kernels
+from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.budget import Budget
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.report.access import mappings, number, text
+from sparsegrad_cli.study.budget_report import MEASURED, TOLERANCE
+from sparsegrad_cli.study.space import with_settings
+
+_SIZES = ("rank", "density", "entries")
+# Of two recipes that differ in nothing else, one answer serves both.
+_NO_MATTER = ("seed", "output_dir")
+
+
+def solve_study(
+    study: LoadedStudy,
+    *,
+    kept: Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
+    observer: Observer | None = None,
+) -> LoadedStudy:
+    """The study with every matched method at the size that its budget allows.
+
+    Args:
+        study: as loaded; one without a budget is given back as it is.
+        kept: the ``budget`` block of a comparison that goes on: what was picked there for the same
+            recipe under the same budget stands.
+        kernels: whose memory is counted; by default those that training here would use.
+        observer: told of each method and task before it is solved.
+
+    Raises:
+        RecipeError: some method cannot be held to the budget; all that cannot, with what their
+            smallest sizes take.
+        SparsegradError: a recipe that cannot be counted.
+    """
+    budget = study.study.budget
+    if budget is None:
+        return study
+    started = time.perf_counter()
+    cells = {(c.task, c.label): c for c in study.cells if c.seed == study.study.seeds[0]}
+    check_nothing_is_said_twice(study, budget)
+    kernels = kernels or _kernels(study.cells[0].loaded.recipe)
+    solver = _Solver(study, budget, kernels, observer or Observer())
+    before = kept if text(kept, "match") == budget.text else {}
+    rows = solver.rows(list(cells.values()), kept)
+    picked = {(row["task"], row["method"]): row["set"] for row in rows}
+    solved = tuple(
+        replace(cell, loaded=_with_settings(cell.loaded, picked[cell.task, cell.label]))
+        for cell in study.cells
+    )
+    block = {
+        "match": budget.text,
+        "kind": budget.kind,
+        "request": int(budget.amount),
+        "tolerance": TOLERANCE,
+        "kernels": kernels if budget.in_bytes else None,
+        # Whoever shares the comparison, or goes on with it, says the same.
+        "rehearsals": int(number(before, "rehearsals") or 0) + solver.rehearsals,
+        "solved_s": (number(before, "solved_s") or 0.0)
+        + (time.perf_counter() - started if solver.solved else 0.0),
+        "rows": rows,
+    }
+    return replace(study, cells=solved, budget=block)
+
+
+def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedRecipe:
+    """The recipe with what was picked.
+
+    Raises:
+        FileFormatError: it was picked by nobody: compare.json says what no recipe could.
+    """
+    try:
+        return replace(loaded, recipe=with_settings(loaded.recipe, settings))
+    except RecipeError as error:
+        problem = error.problems[0]
+        raise FileFormatError(
+            f"its budget cannot have set {problem.key}: {problem.what}",
+            where="compare.json: budget",
+            fix="bring the file back from a copy, or begin anew with --overwrite",
+        ) from error
+
+
+def _known(kept: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Question -> the row that answers it, without what its runs took."""
+    found = {}
+    for row in mappings(kept, "rows"):
+        key, picked = row.get("key"), row.get("set")
+        if isinstance(key, str) and isinstance(picked, dict) and set(picked) <= set(SETTABLE):
+            found[key] = {name: value for name, value in row.items() if name not in MEASURED}
+    return found
+
+
+class _Solver:
+    """Solves rows, each kind of recipe once.
+
+    Attributes:
+        solved: how many questions were not answered before.
+    """
+
+    def __init__(
+        self,
+        study: LoadedStudy,
+        budget: Budget,
+        kernels: Kernels,
+        observer: Observer,
+    ) -> None:
+        self._study, self._budget, self._observer = study, budget, observer
+        self._entries = {entry.label: entry for entry in study.study.methods}
+        self._counting = Counting(kernels)
+        self.solved = 0
+        self._asked = (budget.kind, budget.amount, kernels if budget.in_bytes else None)
+
+    @property
+    def rehearsals(self) -> int:
+        """How many it took."""
+        return self._counting.rehearsals
+
+    def rows(self, cells: list[Cell], kept: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        """The rows of the block, in the order of the cells."""
+        known = _known(kept)
+        wanted = {self._key(cell): cell for cell in reversed(cells) if self._matched(cell)}
+        todo = [cell for key, cell in reversed(wanted.items()) if key not in known]
+        answers = self._solved(todo)
+        self.solved = len(answers)
+        problems = [
+            too_little(self._study, self._budget, cell, error)
+            for cell, error in answers
+            if isinstance(error, UnreachableError)
+        ]
+        if problems:
+            raise RecipeError(problems)
+        for cell, pick in answers:
+            assert isinstance(pick, Pick)
+            known[self._key(cell)] = self._plain(cell, pick)
+        return [
+            {
+                **(known[self._key(cell)] if self._matched(cell) else {"set": {}}),
+                "task": cell.task,
+                "method": cell.label,
+                "matched": self._matched(cell),
+            }
+            for cell in cells
+        ]
+
+    def _solved(self, cells: list[Cell]) -> list[tuple[Cell, Pick | UnreachableError]]:
+        with all_here_to_stay():
+            return [(cell, self._attempt(cell)) for cell in cells]
+
+    def _attempt(self, cell: Cell) -> Pick | UnreachableError:
+        self._observer.phase("solve", f"{self._budget.text}: {cell.task} {cell.label}")
+        try:
+            own = self._names_its_size(cell)
+            return solve(cell.loaded, self._budget, self._counting, own_size=own)
+        except UnreachableError as error:
+            return error
+        except SparsegradError as error:
+            where = f"{cell.task} {cell.label}"
+            error.where = f"{where}: {error.where}" if error.where else where
+            raise
+
+    def _matched(self, cell: Cell) -> bool:
+        return self._entries[cell.label].matched
+
+    def _names_its_size(self, cell: Cell) -> bool:
+        """A core of a named rank has its entries still to be picked, unless it is dense."""
+        said = set(self._entries[cell.label].method) & set(_SIZES)
+        method = cell.loaded.recipe.method
+        chooses = method.name != "lora" and getattr(method, "support", None) != "dense"
+        return bool(said - {"rank"} if chooses else said)
+
+    def _key(self, cell: Cell) -> str:
+        """sha256 (hex) of the question: the budget, and what its answer depends on."""
+        plain = {k: v for k, v in to_plain(cell.loaded.recipe).items() if k not in _NO_MATTER}
+        plain["train"] = {k: v for k, v in plain["train"].items() if k != "learning_rate"}
+        asked = [*self._asked, self._names_its_size(cell), plain]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _plain(self, cell: Cell, pick: Pick) -> dict[str, Any]:
+        larger = pick.larger and {"size": pick.larger[0], "takes": pick.larger[1]}
+        return {
+            "key": self._key(cell),
+            "set": settings_of(cell.loaded, pick.recipe),
+            "size": pick.size,
+            "predicted": pick.predicted,
+            "remainder": self._budget.amount - pick.predicted,
+            "limit": pick.limit,
+            "larger": larger,
+            "shape": pick.shape,
+            "shape_from": pick.shape_from,
+            "notes": pick.notes,
+        }
+
+
+def _kernels(recipe: Recipe) -> Kernels:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and not recipe.train.use_cpu else "cpu"

@@ -1,0 +1,1 @@
+"""Gradient steps without updates, from which bases and supports are made."""

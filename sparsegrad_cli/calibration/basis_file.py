@@ -1,0 +1,282 @@
+"""basis.safetensors: bases with what they belong to, and the refusal of any other's.
+
+Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
+``singular_in/<key>``, at least r of either; a key is a target's name, or a layer kind when targets
+share a basis.
+``tokens/<key>`` (), how many live tokens were summed, where the basis was made of tokens; files of
+older versions lack it.
+``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
+Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
+recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.io.atomic_folder import save_tensors
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns, kept_columns
+from sparsegrad_cli.report.access import number
+
+_FORMAT = "sparsegrad-basis-1"
+_PARTS = ("q_out", "q_in", "singular_out", "singular_in")
+_SCORE, _TOKENS = "score/", "tokens/"
+_LENGTH_ERROR = 0.02  # of a direction, as bfloat16 rounds
+
+
+@dataclass(frozen=True)
+class BasisFile:
+    """What a basis file holds.
+
+    Attributes:
+        bases: key -> basis.
+        keys: target name -> key.
+        model: name of the model it was made on.
+        fingerprint: of that model's targets (:func:`sparsegrad_cli.models.targets.fingerprint`).
+        settings: of the calibration: steps, batch_size, basis_per, seed.
+        recipe_digest: of the recipe it was made from.
+        digest: sha256 of the tensors.
+        scores: target name -> scores of its core's entries; empty if the spectra do.
+    """
+
+    bases: Mapping[str, Basis]
+    keys: Mapping[str, str]
+    model: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    recipe_digest: str
+    digest: str
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def by_target(self) -> dict[str, Basis]:
+        """Target name -> basis; targets of one key share the object."""
+        return {name: self.bases[key] for name, key in self.keys.items()}
+
+
+def write_basis(path: Path, basis: BasisFile) -> None:
+    """Write the file, whole or not at all (DiskError)."""
+    metadata = {
+        "format": _FORMAT,
+        "model": basis.model,
+        "fingerprint": basis.fingerprint,
+        "targets": json.dumps(dict(basis.keys)),
+        "settings": json.dumps(dict(basis.settings)),
+        "recipe_digest": basis.recipe_digest,
+        "digest": basis.digest,
+    }
+    metadata["check"] = _check(metadata)
+    save_tensors(path, _tensors(basis.bases, basis.scores), metadata)
+
+
+def read_basis(path: Path) -> BasisFile:
+    """Read and verify a basis file.
+
+    Raises:
+        FileFormatError: no basis file, damaged, truncated, or its digest does not fit.
+    """
+    fix = "make it anew with `sparsegrad calibrate`"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FileFormatError(
+            f"the basis cannot be read: {error}", where=str(path), fix=fix
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise FileFormatError("is no basis file of this version", where=str(path), fix=fix)
+    if metadata.pop("check", None) != _check(metadata):
+        raise FileFormatError(
+            "the basis file is damaged: its metadata was changed", where=str(path), fix=fix
+        )
+    try:
+        keys = _mapping(metadata["targets"])
+        settings = _mapping(metadata["settings"])
+        bases = {key: _basis(tensors, key) for key in set(keys.values())}
+        scores = {
+            name.removeprefix(_SCORE): t for name, t in tensors.items() if name.startswith(_SCORE)
+        }
+        found = BasisFile(
+            bases,
+            keys,
+            metadata["model"],
+            metadata["fingerprint"],
+            settings,
+            metadata["recipe_digest"],
+            metadata["digest"],
+            scores,
+        )
+        if settings.get("seconds") is not None and number(settings, "seconds") is None:
+            raise ValueError("seconds is no number")
+        for name, score in scores.items():
+            _check_score(name, score, bases[keys[name]])
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise FileFormatError(
+            f"the basis file is incomplete: {error}", where=str(path), fix=fix
+        ) from error
+    if tensors_digest(bases, scores) != found.digest:
+        raise FileFormatError(
+            "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
+        )
+    return found
+
+
+def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
+    q_out, q_in, singular_out, singular_in = (tensors.pop(f"{part}/{key}") for part in _PARTS)
+    check_directions(f"q_out/{key}", q_out, singular_out)
+    check_directions(f"q_in/{key}", q_in, singular_in)
+    tokens = tensors.pop(_TOKENS + key, None)
+    if tokens is not None and not (tokens.shape == () and 0 < float(tokens) < math.inf):
+        raise ValueError(f"{_TOKENS}{key} is not a number of tokens")
+    return Basis(by_columns(q_out), by_columns(q_in), singular_out, singular_in, tokens)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = plain_json(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text[:40]!r} maps nothing")
+    return found
+
+
+def check_directions(name: str, q: Tensor, singular: Tensor) -> None:
+    """Directions of a side of a layer: columns of length one, with their singular values.
+
+    Raises:
+        ValueError: says what cannot be one.
+    """
+    if not q.is_floating_point() or q.ndim != 2 or not 1 <= q.shape[1] <= q.shape[0]:
+        raise ValueError(f"{name} of shape {tuple(q.shape)} holds no directions")
+    lengths = torch.linalg.vector_norm(q.float(), dim=0)
+    if not bool((lengths - 1).abs().max() < _LENGTH_ERROR):  # NaN is not
+        raise ValueError(f"{name} has columns that are not of length one")
+    fits = singular.is_floating_point() and singular.ndim == 1 and len(singular) >= q.shape[1]
+    if not fits or not bool(torch.isfinite(singular).all()):
+        raise ValueError(f"the singular values of {name} do not fit it")
+
+
+def _check_score(name: str, score: Tensor, basis: Basis) -> None:
+    """Raises ValueError where scores are not those of a core's entries."""
+    shape = (basis.q_out.shape[1], basis.q_in.shape[1])
+    fits = score.is_floating_point() and score.shape == shape
+    if not fits or not bool(torch.isfinite(score).all()):
+        raise ValueError(f"{_SCORE}{name} does not score a core of {shape[0]} x {shape[1]}")
+
+
+def check_belongs(
+    basis: BasisFile, targets: list[Target], fingerprint: str, where: str | None = None
+) -> None:
+    """Refuse a basis of another model or target set.
+
+    Raises:
+        UsageError: says which of the two it is.
+    """
+    wanted, there = {t.name for t in targets}, set(basis.keys)
+    fix = "leave calibration.basis out to make one, or run `sparsegrad calibrate` on this recipe"
+    if wanted != there:
+        missing, extra = sorted(wanted - there), sorted(there - wanted)
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} targets have no basis in it (first: {missing[0]})")
+        if extra:
+            parts.append(f"it has {len(extra)} others (first: {extra[0]})")
+        raise UsageError(
+            "the basis belongs to another target set: " + "; ".join(parts), where=where, fix=fix
+        )
+    for target in targets:
+        got = basis.bases[basis.keys[target.name]]
+        shape = (got.q_out.shape[0], got.q_in.shape[0])
+        if shape != (target.out_features, target.in_features):
+            raise UsageError(
+                f"the basis of {target.name} is for a {shape[0]} x {shape[1]} layer, "
+                f"this one is {target.out_features} x {target.in_features}",
+                where=where,
+                fix=fix,
+            )
+    if basis.fingerprint != fingerprint:
+        raise UsageError(
+            f"the basis was made on other weights ({basis.model})", where=where, fix=fix
+        )
+
+
+def check_rank(basis: BasisFile, rank: int | float | None, where: str | None = None) -> None:
+    """Refuse a basis with fewer directions than a method needs.
+
+    Args:
+        rank: directions needed on either side (or all of a side that has fewer), or the share of
+            its energy that they hold; None: all.
+
+    Raises:
+        UsageError: says how many there are, or that there is not all of a spectrum.
+    """
+    for key, one in basis.bases.items():
+        sides = (("output", one.q_out, one.singular_out), ("input", one.q_in, one.singular_in))
+        for side, q, singular in sides:
+            features = q.shape[0]
+            if isinstance(rank, float):
+                if len(singular) < features:
+                    raise UsageError(
+                        f"the basis of {key} has {len(singular)} of the {features} singular values "
+                        f"of the {side} side: a rank of {rank:g} is a share of them all",
+                        where=where,
+                        fix="give method.rank in directions, or calibrate with exact decomposition",
+                    )
+                needed = kept_columns(singular, features, rank)
+            else:
+                needed = features if rank is None else min(rank, features)
+            if q.shape[1] < needed:
+                raise UsageError(
+                    f"the basis of {key} holds {q.shape[1]} directions of the {side} side, "
+                    f"{needed} are needed",
+                    where=where,
+                    fix="make it with this recipe's method, or ask for a smaller method.rank",
+                )
+
+
+def check_tokens(basis: BasisFile, where: str | None = None) -> None:
+    """Refuse a basis from which a support over the whole model cannot be chosen.
+
+    Raises:
+        UsageError: it has neither scores nor the number of tokens behind its singular values.
+    """
+    unknown = [key for key, one in basis.bases.items() if one.tokens is None]
+    if unknown and not basis.scores:
+        raise UsageError(
+            "expected a basis that says how many tokens each target saw, without which targets "
+            f"cannot be compared; {unknown[0]} does not say it (an older version made the file)",
+            where=where,
+            fix="make it again with `sparsegrad calibrate`, or use method.allocation: target",
+        )
+
+
+def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over all tensors in key order."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(_tensors(bases, scores).items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+    return sha.hexdigest()
+
+
+def _check(metadata: Mapping[str, str]) -> str:
+    """sha256 (hex) of the metadata itself: the tensors' digest does not cover it."""
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = {f"{part}/{key}": getattr(b, part) for key, b in bases.items() for part in _PARTS}
+    parts |= {_TOKENS + key: b.tokens for key, b in bases.items() if b.tokens is not None}
+    return parts | {_SCORE + name: score for name, score in scores.items()}

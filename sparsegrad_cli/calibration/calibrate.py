@@ -1,0 +1,285 @@
+"""Calibration: gradient steps with no update, streamed into bases and scores of supports.
+
+The model comes out as it went in: weights, gradients, requires_grad, mode and random state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli import distributed
+from sparsegrad_cli.calibration.gradients import (
+    Batch,
+    as_in_training,
+    forked_random,
+    gradient_step,
+    gradients_only,
+    micro_batches,
+    tokens_only,
+)
+from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.interruption import stop_here
+from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, leading, truncated
+from sparsegrad_cli.numerics.scores import ScoreStream
+from sparsegrad_cli.numerics.sequential import SequentialStream
+from sparsegrad_cli.numerics.sketch import SketchStream
+from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
+
+Batches = Callable[[], Iterator[Batch]]
+Meter = Callable[[], AbstractContextManager[Any]]
+OnStep = Callable[[int, float], None]
+OnStream = Callable[[str, Stream], None]
+# Of tokens, the inputs of all targets are kept until their gradients come, which a training step
+# need not do. In two parts calibration stays below it, and sums the same tokens.
+_PARTS = 2
+
+
+@dataclass
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        bases: key -> basis (key: target name, or layer kind), cut to the method's rank with all
+            singular values.
+        keys: target name -> key.
+        scores: target name -> (r_out, r_in) scores of core entries; empty where the support is
+            chosen by the spectra alone.
+        seconds: wall time of gradients and eigenvectors.
+        stream_bytes: bytes of all sums; the part of the peak that calibration itself adds.
+        losses: one a step, pass after pass.
+    """
+
+    bases: dict[str, Basis]
+    keys: dict[str, str]
+    scores: dict[str, Tensor]
+    seconds: float
+    stream_bytes: int
+    losses: list[float] = field(default_factory=list)
+
+    def by_target(self) -> dict[str, Basis]:
+        """Target name -> basis; targets of one key share the object."""
+        return {name: self.bases[key] for name, key in self.keys.items()}
+
+
+@dataclass
+class _Passes:
+    """Goes over the same batches, with the same dropout, as often as it is asked to."""
+
+    model: nn.Module
+    batches: Batches
+    steps: int
+    seed: int
+    meter: Meter
+    on_step: OnStep
+    scale: float
+    losses: list[float] = field(default_factory=list)
+
+    def run(
+        self,
+        hooks: AbstractContextManager[None],
+        after: Callable[[], None] = lambda: None,
+        *,
+        parts: int = 1,
+    ) -> None:
+        """One pass; ``after`` is called after each step. Each goes through its batch in parts."""
+        batches = self.batches()
+        with hooks, forked_random(self.seed):
+            for step in range(1, self.steps + 1):
+                with self.meter() if step <= 2 else nullcontext():
+                    cut = micro_batches(next(batches), parts)
+                    losses = (
+                        gradient_step(self.model, part, step, share=share, scale=self.scale)
+                        for part, share in cut
+                    )
+                    self.losses.append(sum(losses))
+                    after()
+                self.on_step(len(self.losses), self.losses[-1])
+
+
+def basis_keys(targets: list[Target], basis_per: str) -> dict[str, str]:
+    """Target name -> key of its basis: its own name, or its kind where a kind shares one."""
+    return {t.name: t.name if basis_per == "layer" else t.kind for t in targets}
+
+
+def passes_of(settings: CalibrationSection) -> int:
+    """How often calibration goes over its batches."""
+    count = int(settings.score != "spectral")
+    if settings.source in ("batch", "token"):
+        count += {"exact": 1, "sequential": 2, "randomized": 1 + settings.power_steps}[
+            settings.decomposition
+        ]
+    return count
+
+
+def calibrate(
+    model: nn.Module,
+    targets: list[Target],
+    batches: Batches,
+    settings: CalibrationSection,
+    *,
+    seed: int,
+    rank: int | float | None = None,
+    train: TrainSection | None = None,
+    whole: bool = False,
+    meter: Meter = nullcontext,
+    on_step: OnStep = lambda step, loss: None,
+    on_stream: OnStream = lambda key, stream: None,
+) -> Calibration:
+    """Bases, and scores where the support wants them, from ``settings.steps`` batches.
+
+    Args:
+        model: any model whose output has ``loss``; left as it was found.
+        batches: makes an iterator over at least ``steps`` batches on the model's device; called
+            once a pass, the same batches each time. Of several processes, each has its own.
+        settings: what to calibrate from, how bases are found, what scores the support.
+        seed: for dropout and test matrices; the global random state is restored.
+        rank: directions the method keeps (:func:`truncated`), for the ways that need to know.
+        train: gradient checkpointing and autocast as in training; None for neither.
+        whole: keep all directions of the bases, whatever ``rank`` the method keeps.
+        meter: context in which the first two steps of a pass and the eigenvectors are measured.
+        on_step: told after each step: number from 1 over all passes, loss.
+        on_stream: given each key and its sums once its basis is made; they are freed afterwards
+            unless this keeps them.
+
+    Raises:
+        SparsegradError: a loss or gradient is not finite.
+    """
+    keys = basis_keys(targets, settings.basis_per)
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
+    kept = None if whole else rank
+    bases, held = {}, 0
+    with as_in_training(model, train) as scale:
+        passes = _Passes(model, batches, settings.steps, seed, meter, on_step, scale)
+        if settings.source in ("batch", "token"):
+            streams = {
+                key: _stream(settings, shape, rank, seed + number, device)
+                for number, (key, shape) in enumerate(sides.items())
+            }
+            _fill(passes, targets, keys, streams, settings.source)
+            held = sum(stream.nbytes() for stream in streams.values())
+            with meter():
+                for key in sides:
+                    # Cut and freed one by one: the Grams and bases of all targets at full rank
+                    # would not fit where the sums alone do.
+                    stream = streams.pop(key)
+                    with _finite(key):
+                        bases[key] = leading(stream.basis(), kept)
+                    on_stream(key, stream)
+                    del stream
+        else:
+            for number, (key, shape) in enumerate(sides.items()):
+                basis = _given_basis(settings.source, shape, seed + number, device)
+                bases[key] = leading(basis, kept)
+                del basis
+        for b in bases.values():  # another library or device may decompose equal sums otherwise
+            distributed.broadcast((b.q_out, b.q_in, b.singular_out, b.singular_in))
+        scores: dict[str, Tensor] = {}
+        if settings.score != "spectral":
+            seen = bases if not whole else {k: truncated(b, rank) for k, b in bases.items()}
+            parts = _PARTS if settings.source == "token" else 1  # the same dropout in every pass
+            scores = _scores(passes, targets, keys, seen, settings.score, parts)
+    seconds = time.perf_counter() - started
+    return Calibration(bases, keys, scores, seconds, held, passes.losses)
+
+
+def _stream(
+    settings: CalibrationSection,
+    shape: tuple[int, int],
+    rank: int | float | None,
+    seed: int,
+    device: torch.device,
+) -> Stream:
+    if settings.decomposition == "sequential":
+        return SequentialStream(*shape, rank=rank, device=device)
+    if settings.decomposition == "randomized":
+        assert isinstance(rank, int)  # the recipe was checked
+        return SketchStream(
+            *shape, rank=rank, power_steps=settings.power_steps, seed=seed, device=device
+        )
+    return GramStream(*shape, device=device)
+
+
+def _fill(
+    passes: _Passes,
+    targets: list[Target],
+    keys: dict[str, str],
+    streams: dict[str, Stream],
+    source: str,
+) -> None:
+    def collect(target: Target, grad_OI: Tensor) -> None:
+        streams[keys[target.name]].add(grad_OI)
+
+    def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
+        streams[keys[target.name]].add_tokens(g_NO, x_NI)
+
+    for number in range(next(iter(streams.values())).passes):
+        if number:
+            for key, stream in streams.items():
+                with _finite(key):
+                    stream.next_pass()
+        if source == "batch":
+            passes.run(gradients_only(passes.model, targets, collect, scale=passes.scale))
+        else:
+            hooks = tokens_only(passes.model, targets, collect_tokens, scale=passes.scale)
+            passes.run(hooks, parts=_PARTS)
+        distributed.all_reduce(total for stream in streams.values() for total in stream.sums())
+
+
+def _scores(
+    passes: _Passes,
+    targets: list[Target],
+    keys: dict[str, str],
+    bases: dict[str, Basis],
+    score: str,
+    parts: int,
+) -> dict[str, Tensor]:
+    """One more pass: core gradients come from tokens, so that no weight gradient is formed."""
+    streams = {t.name: ScoreStream(bases[keys[t.name]], score) for t in targets}
+
+    def collect(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
+        streams[target.name].add_tokens(g_NO, x_NI)
+
+    def after() -> None:
+        for stream in streams.values():
+            stream.end_step()
+
+    hooks = tokens_only(passes.model, targets, collect, scale=passes.scale)
+    passes.run(hooks, after, parts=parts)
+    distributed.all_reduce(total for stream in streams.values() for total in stream.sums())
+    return {name: stream.mean() for name, stream in streams.items()}
+
+
+def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.device) -> Basis:
+    """A basis that knows nothing of the data, to compare with: random, or the original one."""
+    sides = []
+    generator = torch.Generator().manual_seed(seed)
+    for side in shape:
+        square = torch.eye(side)
+        if source == "random":
+            square = torch.linalg.qr(torch.randn(side, side, generator=generator)).Q
+        sides.append(square.to(device))
+    return Basis(sides[0], sides[1], *(torch.ones(side, device=device) for side in shape))
+
+
+@contextmanager
+def _finite(key: str) -> Iterator[None]:
+    """Name the basis that could not be found; stop before it when asked to."""
+    stop_here(f"the basis of {key}")
+    try:
+        yield
+    except ValueError as error:
+        raise SparsegradError(
+            f"calibration of {key} found no basis: {error}",
+            where="calibration",
+            fix="use model.dtype: float32, or look at the data of these steps",
+        ) from error

@@ -1,0 +1,244 @@
+"""What a training step will need, before anything is downloaded but a configuration.
+
+One row a recipe: the peak of forward, backward and optimizer by category, counted in a rehearsal
+(:mod:`sparsegrad_cli.estimate.rehearsal`); and, for a given device, the largest batch that fits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsegrad_cli.data.lengths import fitting_length
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.estimate.fit import MOST, largest_batch
+from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
+from sparsegrad_cli.estimate.stand_ins import mask_of, name_task
+from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.memory.meter import MemoryMeter
+from sparsegrad_cli.memory.storage_tracker import PhasePeak
+from sparsegrad_cli.models.architectures import configuration_of
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.training.setup import check_precision
+
+# Of a recipe's train section, what memory depends on.
+_TRAIN = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device's memory.
+
+    Attributes:
+        total_bytes: what it has.
+        overhead_bytes: what is taken before any tensor is: the context, kernels, workspaces.
+    """
+
+    total_bytes: int
+    overhead_bytes: int
+
+    @property
+    def for_tensors(self) -> int:
+        """What is left for tensors."""
+        return self.total_bytes - self.overhead_bytes
+
+
+def estimate_steps(
+    cells: Sequence[tuple[str, LoadedRecipe]],
+    conditions: Conditions,
+    room: Room | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Peaks of a training step of every recipe.
+
+    Args:
+        cells: label and recipe of every row.
+        conditions: what is supposed beside the recipes.
+        room: also find the largest batch that fits there.
+        observer: told of each row before its rehearsal.
+
+    Returns:
+        The record that ``--json`` prints: ``conditions``, ``room``, ``rows``, ``seconds``.
+
+    Raises:
+        UsageError, DownloadError, FileFormatError: a recipe that no step can be made of.
+    """
+    observer = observer or Observer()
+    started = time.perf_counter()
+    known: dict[str, dict[str, Any]] = {}
+    rows = []
+    for label, loaded in cells:
+        key = what_memory_depends_on(loaded.recipe)
+        if key not in known:
+            observer.phase("estimate", label)
+            known[key] = _row(loaded, conditions, room)
+        rows.append({"label": label, "task": loaded.recipe.task.name, **known[key]})
+    return {
+        "command": "estimate",
+        "conditions": {"kernels": conditions.kernels, "padded": conditions.padded},
+        "room": None if room is None else {**vars(room), "most_examples": MOST},
+        "rows": rows,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def what_memory_depends_on(recipe: Recipe) -> str:
+    """Two recipes of which it is equal need the same memory in a step."""
+    plain = to_plain(recipe)
+    train = {key: plain["train"][key] for key in _TRAIN}
+    kept = ("model", "task", "method", "targets", "scope", "calibration")
+    return json.dumps([{key: plain[key] for key in kept}, train])
+
+
+def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    check_rehearsable(loaded.recipe)
+    config, source = configuration_of(loaded.recipe.model)
+    notes = name_task(loaded.recipe, config)
+    length, cut = fitting_length(loaded.recipe.task.max_length, config)
+    notes += [cut] if cut else []
+    loaded = changed(loaded, "task", max_length=length)
+    loaded, autocast = _with_autocast(loaded)
+    notes += [*autocast, *left_out(loaded.recipe)]
+    if loaded.recipe.train.gradient_accumulation_steps > 1:
+        notes.append("gradients of earlier micro-batches are there in forward and backward")
+    recipe, train = loaded.recipe, loaded.recipe.train
+    rehearsal = Rehearsal(loaded, config, conditions)
+    size = train.per_device_train_batch_size
+    with all_here_to_stay():
+        meter = rehearsal.step(size, length)
+        step = _step(meter, rehearsal.weights_bytes)
+        fit = None if room is None else _fit(rehearsal, length, room, {size: step["peak_bytes"]})
+        own = recipe.calibration.batch_size or size
+        calibration = rehearsal.calibration(own)
+        evaluation = rehearsal.evaluation(train.per_device_eval_batch_size, length)
+    return {
+        "model": {
+            "name": recipe.model.name,
+            "configuration": source,
+            "parameters": rehearsal.parameters,
+            "dtype": recipe.model.dtype,
+        },
+        "method": recipe.method.model_dump(exclude_none=True),
+        "counts": {
+            "trainable_targets": rehearsal.prepared.counts.trainable_targets,
+            "trainable_head": rehearsal.prepared.counts.trainable_head,
+            "trainable_rest": rehearsal.prepared.counts.trainable_rest,
+            "note": rehearsal.prepared.counts.note,
+        },
+        "batch_shape": [size, length],
+        "mask": mask_of(recipe, padded=conditions.padded),
+        "autocast": "bfloat16" if train.bf16 else "float16" if train.fp16 else None,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        **step,
+        "calibrate_peak_bytes": _bytes(calibration),
+        "calibrate_batch": None if calibration is None else own,
+        "evaluate_peak_bytes": _bytes(evaluation.peak("evaluate")),
+        "evaluate_batch": train.per_device_eval_batch_size,
+        "fit": fit,
+        "notes": [*notes, *rehearsal.notes],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def check_rehearsable(recipe: Recipe) -> None:
+    """Raises UsageError where a step cannot be rehearsed."""
+    if recipe.model.quantization is not None:
+        raise UsageError(
+            "a quantized base cannot be rehearsed: bitsandbytes packs real numbers only",
+            where="model.quantization",
+            fix="leave it out here; docs/quantized.md says what the weights then take",
+        )
+
+
+def _bytes(peak: PhasePeak | None) -> int | None:
+    return None if peak is None else peak.peak_bytes
+
+
+def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
+    """The phase of the step that needs most, its categories, and every phase's peak."""
+    peaks = {name: peak for name in STEP if (peak := meter.peak(name)) is not None}
+    highest = max(peaks, key=lambda name: peaks[name].peak_bytes)
+    categories = dict(peaks[highest].categories)
+    # What the method has added to the model: values of an adapter, positions of a support.
+    categories["adapter"] = categories["weights"] - weights_bytes
+    categories["weights"] = weights_bytes
+    return {
+        "peak_bytes": peaks[highest].peak_bytes,
+        "peak_phase": highest,
+        "beyond_weights_bytes": peaks[highest].peak_bytes - weights_bytes,
+        "categories": categories,
+        "phases": {name: peak.peak_bytes for name, peak in peaks.items()},
+    }
+
+
+def _fit(rehearsal: Rehearsal, length: int, room: Room, known: Mapping[int, int]) -> dict[str, Any]:
+    """The largest batch at which both the step and the calibration before it fit.
+
+    ``known`` peaks of steps need no rehearsal. Calibration keeps its own batch where the recipe
+    sets one. ``limited_by`` says which of the two needs too much at the next larger batch.
+    """
+    own, taken = rehearsal.recipe.calibration.batch_size, room.for_tensors
+
+    @functools.cache
+    def calibration(size: int) -> int:
+        return _bytes(rehearsal.calibration(size)) or 0
+
+    @functools.cache
+    def step(size: int) -> int:
+        if size in known:
+            return known[size]
+        meter = rehearsal.step(size, length)
+        return max(p.peak_bytes for name in STEP if (p := meter.peak(name)) is not None)
+
+    def peak(size: int) -> int:
+        if step(size) > taken:
+            return step(size)
+        return max(step(size), calibration(own or size))
+
+    batch, most = largest_batch(peak, taken)
+    limit = None
+    if batch < MOST:
+        limit = "step" if step(batch + 1) > taken else "calibration"
+    return {"batch": batch, "length": length, "peak_bytes": most, "limited_by": limit}
+
+
+def changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:
+    """The recipe with other settings in one of its sections."""
+    before = getattr(loaded.recipe, section)
+    changed = loaded.recipe.model_copy(update={section: before.model_copy(update=settings)})
+    return replace(loaded, recipe=changed)
+
+
+def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
+    """A recipe that `train` takes: weights that train beside half-precision ones need autocast."""
+    try:
+        check_precision(loaded)
+    except UsageError:
+        switch = "bf16" if loaded.recipe.model.dtype == "bfloat16" else "fp16"
+        note = f"train.{switch}: true supposed, without which `train` refuses this method"
+        return changed(loaded, "train", **{switch: True}), [note]
+    return loaded, []
+
+
+def left_out(recipe: Recipe) -> list[str]:
+    """What a rehearsal of the recipe leaves out, in words."""
+    notes = []
+    if recipe.train.torch_compile:
+        notes.append("train.torch_compile is left out: what a compiler fuses is not known here")
+    if recipe.train.label_smoothing_factor:
+        notes.append("train.label_smoothing_factor is left out")
+    return notes

@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, JSON lines, paths. Imports no torch."""

@@ -1,0 +1,133 @@
+"""The sizes of some public models, so that nothing need be fetched to know them.
+
+Only `estimate` uses them: it needs shapes, and no weights. What is not said is transformers'
+default for that kind of model; tests hold the number of parameters against the published one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsegrad_cli.errors import DownloadError
+from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.models import smollm2
+from sparsegrad_cli.models.pretrained import load_configuration, locate
+from sparsegrad_cli.recipe.schema import ModelSection
+
+_ROBERTA = {"type_vocab_size": 1, "max_position_embeddings": 514, "vocab_size": 50265}
+_LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+
+_SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+# A model's name in a recipe -> (model_type of transformers, what differs from its defaults).
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-base-uncased": ("bert", {}),
+    "roberta-base": ("roberta", _ROBERTA),
+    "roberta-large": (
+        "roberta",
+        {
+            **_ROBERTA,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    smollm2.NAME: ("llama", _SMOLLM2),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", _SMOLLM2),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", _SMOLLM2),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (
+        "llama",
+        {
+            **_LLAMA,
+            "hidden_size": 2048,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "intermediate_size": 5632,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "meta-llama/Llama-2-7b-hf": (
+        "llama",
+        {
+            **_LLAMA,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 11008,
+        },
+    ),
+    "meta-llama/Llama-2-13b-hf": (
+        "llama",
+        {
+            **_LLAMA,
+            "hidden_size": 5120,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "intermediate_size": 13824,
+        },
+    ),
+    "mistralai/Mistral-7B-v0.1": (
+        "mistral",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "sliding_window": 4096,
+        },
+    ),
+}
+
+
+def configuration_of(section: ModelSection) -> tuple[Any, str]:
+    """A model's configuration, and in words where it came from.
+
+    The table above for the models in it, by their very names; else a local folder, the cache or
+    the hub; and where none of them has it, the table once more, by the last part of the name.
+
+    Raises:
+        DownloadError: it is neither there nor in the table.
+        FileFormatError: a local folder has none that can be read.
+    """
+    local = is_folder(section.name)
+    if section.name in KNOWN and section.revision is None and not local:
+        return _known(section.name), "the built-in table of public sizes"
+    try:
+        config = load_configuration(section)
+    except DownloadError as error:
+        alike = [name for name in KNOWN if _last_part(name) == _last_part(section.name)]
+        if not alike:
+            raise DownloadError(
+                error.what,
+                where=error.where,
+                fix="point `model` at a folder with its config.json; without one these are known: "
+                + ", ".join(KNOWN),
+            ) from error
+        return _known(alike[0]), f"the built-in sizes of {alike[0]}, its own being out of reach"
+    if is_folder(locate(section.name)):
+        return config, "its local config.json"
+    return config, "its config.json from the hub or its cache"
+
+
+def _known(name: str) -> Any:
+    from transformers import AutoConfig
+
+    model_type, settings = KNOWN[name]
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]

@@ -1,0 +1,187 @@
+"""The loss of a causal language model from its hidden states: logits of labelled tokens only.
+
+A batch holds ``input_ids``, ``labels`` (-100 where nothing is learnt), ``position_ids`` and, unless
+it is packed, ``attention_mask``; each (batch, length). Position t predicts the label of t + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.data.chat_template import UNLABELLED
+from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.models.lm_head import LmHead, find_lm_head, logits_of, states_of
+from sparsegrad_cli.models.sharded_tensors import within
+from sparsegrad_cli.numerics.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_sums,
+)
+
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True)
+class LmSums:
+    """What an evaluation adds up.
+
+    Attributes:
+        loss: sum of -log p(token) over the labelled tokens.
+        tokens: labelled tokens.
+        correct: of them, those with the highest logit.
+    """
+
+    loss: float = 0.0
+    tokens: int = 0
+    correct: int = 0
+
+    def __add__(self, other: LmSums) -> LmSums:
+        return LmSums(
+            self.loss + other.loss, self.tokens + other.tokens, self.correct + other.correct
+        )
+
+
+def lm_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    normalizer: float | Tensor,
+    *,
+    head: LmHead | None = None,
+) -> Tensor:
+    """Sum of -log p over the batch's labelled tokens, divided by the normalizer.
+
+    With the labelled tokens of a whole optimizer step as normalizer, every token weighs the same
+    however the step is cut into micro-batches.
+
+    Args:
+        model: of transformers, not wrapped: what synchronises gradients between processes does so
+            around ``model.forward``, see :func:`use_lm_loss`.
+        batch: see the module's text; other tensors are handed to the model.
+        normalizer: what to divide by.
+        head: :func:`find_lm_head` of the model; found anew by default, which costs a forward pass
+            of eight tokens.
+
+    Returns:
+        A scalar in float32 (float64 for a float64 model).
+
+    Raises:
+        DataError: nothing in the batch is labelled.
+    """
+    head = head or find_lm_head(model)
+    states_MI, target_M = _labelled(model, batch, head)
+    return _cross_entropy(model, states_MI, target_M, head) / normalizer
+
+
+@torch.no_grad()
+def lm_sums(model: nn.Module, batch: Mapping[str, Tensor], *, head: LmHead | None = None) -> LmSums:
+    """Loss, labelled and correct tokens of a batch; arguments and errors as :func:`lm_loss`.
+
+    The mode is the caller's: ``model.eval()`` before an evaluation.
+    """
+    head = head or find_lm_head(model)
+    states_MI, target_M = _labelled(model, batch, head)
+    if head.reason is None:
+        loss, correct = _at_head(model, states_MI, linear_cross_entropy_sums, target_M, head)
+    else:
+        loss = _cross_entropy(model, states_MI, target_M, head)
+        correct = (states_MI.argmax(1) == target_M).sum()
+    return LmSums(float(loss), len(target_M), int(correct))
+
+
+def use_lm_loss(model: nn.Module) -> LmHead:
+    """Let the model's own forward compute this loss where it is given labels.
+
+    ``model(**batch)`` then returns the loss and no logits. The normalizer is what transformers'
+    Trainer hands over as ``num_items_in_batch``, or else the batch's own labelled tokens. In this
+    way the loss lies inside what DistributedDataParallel wraps, which synchronises gradients for
+    nothing that goes around it.
+
+    Returns:
+        How the logits are made; ``reason`` says why they are not avoided, where they are not.
+    """
+    head = find_lm_head(model)
+    # On the instance, as modeling.lean does: nothing may change on the class.
+    model.forward = functools.partial(_forward, model, model.forward, head)
+    return head
+
+
+def _forward(
+    model: nn.Module,
+    plain: Callable[..., Any],
+    head: LmHead,
+    *positional: Any,
+    labels: Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    **inputs: Any,
+) -> Any:
+    """What a model does after :func:`use_lm_loss`."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    if labels is None:
+        return plain(*positional, **inputs)
+    names = inspect.signature(plain).parameters
+    batch = {**dict(zip(names, positional, strict=False)), **inputs, "labels": labels}
+    normalizer = num_items_in_batch
+    if normalizer is None:
+        normalizer = (labels[:, 1:] != UNLABELLED).sum()
+    return CausalLMOutputWithPast(loss=lm_loss(model, batch, normalizer, head=head))
+
+
+def _labelled(model: nn.Module, batch: Mapping[str, Tensor], head: LmHead) -> tuple[Tensor, Tensor]:
+    """Hidden states (M, hidden) that are to predict labels, or logits (M, V); and the labels."""
+    next_BL = torch.full_like(batch["labels"], UNLABELLED)
+    next_BL[:, :-1] = batch["labels"][:, 1:]
+    places_M = (next_BL.reshape(-1) != UNLABELLED).nonzero()[:, 0]
+    if len(places_M) == 0:
+        raise DataError(
+            f"no token of this batch of {len(next_BL)} rows is labelled: there is nothing to learn",
+            where="task",
+            fix="leave out rows without labels: data.chat_template and data.packing do",
+        )
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    states_BLI = (states_of if head.reason is None else logits_of)(model, inputs)
+    states_MI = states_BLI.reshape(-1, states_BLI.shape[-1]).index_select(0, places_M)
+    return states_MI, next_BL.reshape(-1).index_select(0, places_M)
+
+
+def _cross_entropy(model: nn.Module, states_MI: Tensor, target_M: Tensor, head: LmHead) -> Tensor:
+    """Summed, of hidden states or of logits."""
+    if head.reason is not None:
+        wide = torch.promote_types(states_MI.dtype, torch.float32)
+        return nn.functional.cross_entropy(states_MI.to(wide), target_M, reduction="sum")
+    return _at_head(model, states_MI, linear_cross_entropy, target_M, head)
+
+
+def _at_head(
+    model: nn.Module,
+    states_MI: Tensor,
+    compute: Callable[..., _Made],
+    target_M: Tensor,
+    head: LmHead,
+) -> _Made:
+    """``compute`` of states and head, in the dtype that nn.Linear would compute in.
+
+    As the head's own forward: a head that is split over processes is whole there alone.
+    """
+    linear = model.get_output_embeddings()  # type: ignore[operator]
+
+    def forward(states_MI: Tensor) -> _Made:
+        kind, dtype = states_MI.device.type, linear.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return compute(
+            states_MI.to(dtype),
+            linear.weight.to(dtype),
+            target_M,
+            bias_V=linear.bias,
+            scale=head.scale,
+            cap=head.cap,
+        )
+
+    return within(linear, forward, states_MI)

@@ -1,0 +1,290 @@
+"""Load the model of a recipe: a classifier, a language model, or one again as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sparsegrad_cli.data.spec import TaskSpec
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.models.classification_head import (
+    HeadStart,
+    align_output,
+    head_start,
+    match_labels,
+    output_dimensions,
+    put_output,
+)
+from sparsegrad_cli.models.pretrained import (
+    from_pretrained,
+    load_configuration,
+    require_task,
+)
+from sparsegrad_cli.models.quantized import (
+    quantization_config,
+    require_bitsandbytes,
+    use_frozen_products,
+)
+from sparsegrad_cli.recipe.schema import ModelSection
+
+_CPU = torch.device("cpu")
+
+
+def name_labels(config: Any, spec: TaskSpec) -> None:
+    """Tell a configuration what a task's classes are, or that it is a regression."""
+    names = spec.label_names or ("score",)
+    config.num_labels = 1 if spec.regression else len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = "regression" if spec.regression else "single_label_classification"
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier, and where its head comes from."""
+
+    model: nn.Module
+    head: HeadStart
+
+
+def load_classifier(
+    section: ModelSection, spec: TaskSpec, seed: int, device: torch.device = _CPU
+) -> Classifier:
+    """A sequence classifier (or regressor) for a task.
+
+    The output layer of a head that the files hold is kept if it is of the task's classes, whose
+    order it is given; else it is drawn afresh, as everything is that the files lack. The global
+    random state is seeded with ``seed`` just before the model is built, so that the head starts
+    from the same numbers whatever the method.
+
+    Args:
+        device: where a quantized model is made, for it cannot be moved; any other is made on the
+            CPU.
+
+    Raises:
+        UsageError: as :func:`require_task` and :func:`_model`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
+    """
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    kind: Any = AutoModelForSequenceClassification
+    config = load_configuration(section)
+    require_task(config, section.name, chat=False)
+    match = match_labels(config, spec)
+    name_labels(config, spec)
+    set_seed(seed)
+    loaded = _model(kind, section, config, device)
+    model = _with_body(section, loaded)
+    more = _with_one_more(config)
+    dimensions = output_dimensions(model, _weightless(kind, more, section))
+    stored = dimensions.keys() - loaded.lacking
+    if stored and match.order is not None:
+        align_output(model, {name: dimensions[name] for name in stored}, match.order)
+    elif stored:
+        # Drawn by transformers, as it draws an output layer that the files hold for other classes.
+        set_seed(seed)
+        plain = section.model_copy(update={"quantization": None})
+        put_output(model, dimensions, _model(kind, plain, more).model)
+    lacking = sorted({*loaded.lacking, *(dimensions if match.order is None else ())})
+    held = bool(dimensions.keys() - loaded.missing)
+    return Classifier(model, head_start(model, list(dimensions), lacking, match, held))
+
+
+def _with_one_more(config: Any) -> Any:
+    """The configuration for one class more."""
+    other = copy.deepcopy(config)
+    other.problem_type = None  # one class more than a regression has
+    other.num_labels = config.num_labels + 1
+    return other
+
+
+def load_causal_lm(
+    section: ModelSection, device: torch.device = _CPU, *, packed: bool = False
+) -> nn.Module:
+    """A causal language model as it was trained: no head is added, nothing is drawn at random.
+
+    Args:
+        device: as in :func:`load_classifier`.
+        packed: weights may lie quantized on disk: who only asks a model needs no others.
+
+    Raises:
+        UsageError: as :func:`require_task` and :func:`_model`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`; also where weights are missing,
+            such as the head of a model that was saved without it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_configuration(section)
+    require_task(config, section.name, chat=True)
+    kind: Any = AutoModelForCausalLM
+    model, lacking, _ = _model(kind, section, config, device, packed=packed)
+    if lacking:
+        raise FileFormatError(
+            f"{section.name} is no whole causal language model: it lacks {_some(lacking)}",
+            where="model.name",
+            fix="was it saved without its language-model head?",
+        )
+    return model
+
+
+def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
+    """The plain model of the class and configuration of ``like``, anew from its files.
+
+    What the files do not hold (a task head) is drawn with ``seed``.
+
+    Raises:
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    config: Any = copy.deepcopy(like.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what transformers wrote there when it quantized ``like``
+    return _with_body(section, _model(type(like), section, config))
+
+
+def load_as(
+    auto: str,
+    section: ModelSection,
+    settings: Mapping[str, Any],
+    device: torch.device = _CPU,
+) -> nn.Module:
+    """A model by the name of an Auto class of transformers, with changes to its configuration.
+
+    Args:
+        device: as in :func:`load_classifier`.
+
+    Raises:
+        UsageError: as :func:`_model`.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
+    """
+    import transformers
+
+    config = load_configuration(section)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    kind = getattr(transformers, auto)
+    return _with_body(section, _model(kind, section, config, device))
+
+
+def check_vocabulary(tokenizer: Any, model: nn.Module, where: str) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    More embeddings than tokens are fine: vocabularies are often padded to a round number.
+
+    Raises:
+        UsageError: names the tokens.
+    """
+    get_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        table = get_embeddings()
+    except NotImplementedError:  # of a model that reads bytes
+        return
+    if not isinstance(table, nn.Embedding):
+        return
+    beyond = {n: t for t, n in tokenizer.get_vocab().items() if n >= table.num_embeddings}
+    if not beyond:
+        return
+    some = [f"{beyond[number]!r} ({number})" for number in sorted(beyond)]
+    raise UsageError(
+        f"expected an embedding for every token, but the tokenizer has ids up to {max(beyond)} "
+        f"and the model {table.num_embeddings} embeddings: there is none for {_some(some)}",
+        where=where,
+        fix="add them with model.resize_token_embeddings(len(tokenizer)) of transformers, save the "
+        "model and name it here; or take the added tokens out of the tokenizer's files",
+    )
+
+
+class _Loaded(NamedTuple):
+    """What transformers has loaded.
+
+    Attributes:
+        lacking: names of parameters that the files lack or hold in another shape; drawn at random.
+        missing: those of them that the files lack.
+    """
+
+    model: nn.Module
+    lacking: list[str]
+    missing: set[str]
+
+
+def _with_body(section: ModelSection, loaded: _Loaded) -> nn.Module:
+    """The model, of which only a head or pooler is made anew.
+
+    Raises:
+        FileFormatError: weights of its body are missing, or have another shape.
+    """
+    model = loaded.model
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    body = [k for k in loaded.lacking if k.startswith(prefix) and "pooler" not in k.split(".")]
+    if body:
+        raise FileFormatError(
+            f"{section.name} does not hold the model that its config.json describes: it lacks "
+            f"{_some(body)}, or holds them in another shape",
+            where="model.name",
+            fix="bring the files back from where they came from",
+        )
+    return model
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _model(
+    kind: Any,
+    section: ModelSection,
+    config: Any,
+    device: torch.device = _CPU,
+    *,
+    packed: bool = False,
+) -> _Loaded:
+    """``kind.from_pretrained``, quantized where the section says so.
+
+    Raises:
+        UsageError: the folder holds quantized weights, or bitsandbytes is missing.
+        DownloadError, FileFormatError: as :func:`from_pretrained`.
+    """
+    stored = getattr(config, "quantization_config", None) is not None
+    if stored and (section.quantization is not None or not packed):
+        raise UsageError(
+            f"{section.name} holds weights that are quantized already",
+            where="model.name",
+            fix="name the model that it was made from, with model.quantization: 4bit or 8bit",
+        )
+    dtype = getattr(torch, section.dtype)
+    # Weights of other shapes: a head's are made anew, others are refused by name.
+    more: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    more |= {"use_safetensors": True, "output_loading_info": True}
+    if section.quantization is not None:
+        require_bitsandbytes()
+        settings = quantization_config(
+            section.quantization, dtype, _weightless(kind, config, section)
+        )
+        more["quantization_config"] = settings
+    if stored or section.quantization is not None:
+        more["device_map"] = {"": device}
+    model, report = from_pretrained(
+        kind.from_pretrained, section, what="model", config=config, **more
+    )
+    use_frozen_products(model, dtype)
+    missing = set(report["missing_keys"])
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    return _Loaded(model, sorted(missing | mismatched), missing)
+
+
+def _weightless(kind: Any, config: Any, section: ModelSection) -> nn.Module:
+    """The model on the meta device; the global random state is left alone."""
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        plain: nn.Module
+        if hasattr(kind, "from_config"):
+            plain = kind.from_config(config, trust_remote_code=section.trust_remote_code)
+        else:
+            plain = kind(config)
+    return plain

@@ -1,0 +1,349 @@
+"""Find the linear layers of MLP blocks by structure, without a list of architectures.
+
+A transformer holds its blocks in a ``ModuleList`` of equal modules. In a block, an MLP is what maps
+the hidden width to another width and back. A gated MLP may compute gate and up in one layer: it
+then maps to twice the width that it maps back from, within one module. Attention and other mixing
+over tokens, which may have layers of such shapes, is told apart by its module: the class or the
+attribute is called an attention, or it holds a convolution.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.models.quantized import dequantized, quantized_in
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.schema import TargetsSection, parse_slice
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that a method adapts.
+
+    Attributes:
+        name: its path in the model.
+        kind: the path below its block, such as ``intermediate.dense``.
+        block: number of its block.
+        out_features, in_features: shape of W.
+        transposed: the module holds W' (in, out), as GPT-2's Conv1D does.
+    """
+
+    name: str
+    kind: str
+    block: int
+    out_features: int
+    in_features: int
+    transposed: bool
+
+    @property
+    def size(self) -> int:
+        """Entries of W."""
+        return self.out_features * self.in_features
+
+    def weight_OI(self, model: nn.Module) -> Tensor:
+        """W (out, in) as a view of the module's parameter; of a quantized layer, made anew."""
+        layer = model.get_submodule(self.name)
+        if quantized_in(layer) is not None:
+            return dequantized(layer)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+    def within(self, model: nn.Module) -> Target:
+        """The same layer of a model in which it is plain: a quantized one never holds W'."""
+        conv = isinstance(model.get_submodule(self.name), Conv1D)
+        return replace(self, transposed=conv)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear (and its subclasses) or the Conv1D of GPT-2, which is a linear layer."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_sides(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; a 4-bit weight does not say them."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1]), int(weight.shape[0])
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Lists of transformer blocks: ModuleLists of one class that hold linear layers, outermost."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        same_class = len({type(block) for block in module}) == 1
+        if same_class and any(is_linear(m) for m in module[0].modules()):
+            found.append((name, module))
+    return found
+
+
+def find_targets(model: nn.Module, section: TargetsSection, where: str = "targets") -> list[Target]:
+    """The targets a recipe asks for, in model order.
+
+    Raises:
+        UsageError: nothing was found, or a pattern or block number matches nothing; says what
+            there is.
+    """
+    block_lists = find_blocks(model)
+    candidates = _linear_layers_in_blocks(model, block_lists)
+    if not candidates:
+        raise UsageError(
+            f"{type(model).__name__} has no list of blocks with linear layers in it", where=where
+        )
+    if section.modules == "auto":
+        chosen = _mlp_layers(model, candidates)
+        if not chosen:
+            others = [m for m in not_adapted(model, candidates, section) if len(m.shape) > 2]
+            experts = f": {', '.join(map(str, others))} are not linear layers" if others else ""
+            raise UsageError(
+                f"no MLP was recognised in {type(model).__name__}{experts}",
+                where=f"{where}.modules",
+                fix=f"name layers by pattern; there is: {_kinds(candidates)}",
+            )
+    else:
+        chosen = _by_patterns(candidates, section.modules, where)
+    return _in_blocks(chosen, section.blocks, where)
+
+
+def _linear_layers_in_blocks(
+    model: nn.Module, block_lists: Sequence[tuple[str, nn.ModuleList]]
+) -> list[Target]:
+    targets = []
+    for list_name, blocks in block_lists:
+        for number, block in enumerate(blocks):
+            for inner, module in block.named_modules():
+                if not is_linear(module):
+                    continue
+                sides = linear_sides(module)
+                name = f"{list_name}.{number}.{inner}"
+                targets.append(Target(name, inner, number, *sides, isinstance(module, Conv1D)))
+    return targets
+
+
+def _mlp_layers(model: nn.Module, candidates: Sequence[Target]) -> list[Target]:
+    """The layers of MLPs: pairs within a block, neither of which mixes tokens."""
+    by_block: dict[str, list[Target]] = {}
+    for target in candidates:
+        if not _mixes_tokens(model, target.name, target.kind):
+            by_block.setdefault(_block_of(target), []).append(target)
+    names = {
+        name
+        for layers in by_block.values()
+        for up in layers
+        for down in layers
+        if _is_pair(up, down)
+        for name in (up.name, down.name)
+    }
+    return [target for target in candidates if target.name in names]
+
+
+def _block_of(target: Target) -> str:
+    return target.name.removesuffix(f".{target.kind}")
+
+
+def _is_pair(up: Target, down: Target) -> bool:
+    """Whether an MLP maps hidden -> other by ``up`` and back by ``down``."""
+    if up.name == down.name or up.in_features != down.out_features:
+        return False
+    if up.out_features == down.in_features:
+        return up.out_features != up.in_features
+    together = up.name.rpartition(".")[0] == down.name.rpartition(".")[0]
+    return together and up.out_features == 2 * down.in_features  # gate and up in one layer
+
+
+def _mixes_tokens(model: nn.Module, name: str, kind: str, *, attention_only: bool = False) -> bool:
+    """Whether a layer or parameter lies in an attention, or in another module that mixes tokens.
+
+    Args:
+        name: its path in the model.
+        kind: its path below its block.
+        attention_only: leave out modules that hold a convolution, such as Mamba's mixer.
+    """
+    path = name.removesuffix(f".{kind}")
+    for part in kind.split(".")[:-1]:
+        path = f"{path}.{part}"
+        module = model.get_submodule(path)
+        words = f"{part} {type(module).__name__}".lower()
+        if "attn" in words or "attention" in words:
+            return True
+        if not attention_only and any(isinstance(m, _CONVOLUTIONS) for m in module.modules()):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class NotAdapted:
+    """Large parameters of blocks that no target covers, such as the experts of a mixture.
+
+    Attributes:
+        kind: the path of the parameter below its block.
+        shape: of each one.
+        count: how many there are of this kind and shape.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of all of them."""
+        return self.count * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        sides = " x ".join(map(str, self.shape))
+        return f"{self.kind} ({self.count} of {sides}, {self.parameters:,} parameters)"
+
+
+def not_adapted(
+    model: nn.Module, targets: Sequence[Target], section: TargetsSection
+) -> list[NotAdapted]:
+    """List the large parameters in the blocks that no target covers, by kind and shape.
+
+    Large means at least the size of the smallest target. Attention is left out, for the default
+    targets are the MLP's. Linear layers are left out too where the recipe chooses among them.
+    """
+    chosen = section.modules != "auto" or section.blocks != "all"
+    smallest = min((target.size for target in targets), default=2)
+    covered = {target.name for target in targets}
+    found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for list_name, blocks in find_blocks(model):
+        for number, block in enumerate(blocks):
+            for inner, module in block.named_modules():
+                name = f"{list_name}.{number}.{inner}"
+                if name in covered or (chosen and is_linear(module)):
+                    continue
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    kind = f"{inner}.{leaf}" if inner else leaf
+                    shape = tuple(parameter.shape)
+                    if is_linear(module) and leaf == "weight":
+                        kind, shape = inner, linear_sides(module)  # a 4-bit weight is packed
+                    large = len(shape) > 1 and math.prod(shape) >= smallest
+                    path = f"{list_name}.{number}.{kind}"
+                    if large and not _mixes_tokens(model, path, kind, attention_only=True):
+                        found[kind, shape] += 1
+    return [NotAdapted(kind, shape, count) for (kind, shape), count in found.items()]
+
+
+def not_adapted_note(found: Sequence[NotAdapted], scope: str) -> str:
+    """Say which large parameters of the blocks no target covers; empty if there are none.
+
+    Args:
+        found: see :func:`not_adapted`.
+        scope: of the recipe; with ``rest`` these parameters train, but as they are.
+    """
+    if not found:
+        return ""
+    whole = ", and trained whole by scope: rest" if scope == "rest" else ""
+    return f"not adapted, because no target covers them{whole}: {', '.join(map(str, found))}"
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether blocks hold experts as parameters of three dimensions."""
+    return any(len(found.shape) > 2 for found in not_adapted(model, [], TargetsSection()))
+
+
+def _by_patterns(candidates: list[Target], patterns: Sequence[str], where: str) -> list[Target]:
+    chosen: dict[str, Target] = {}
+    for pattern in patterns:
+        matched = [
+            t
+            for t in candidates
+            if fnmatch.fnmatchcase(t.name, pattern) or fnmatch.fnmatchcase(t.kind, pattern)
+        ]
+        if not matched:
+            kinds = list(dict.fromkeys(t.kind for t in candidates))
+            hint = did_you_mean(pattern.strip("*."), kinds)
+            there = f"there is: {_kinds(candidates)}"
+            raise UsageError(
+                f"pattern {pattern!r} matches no linear layer",
+                where=f"{where}.modules",
+                fix=there if hint.startswith("there is") else f"{hint} ({there})",
+            )
+        chosen.update((t.name, t) for t in matched)
+    return [t for t in candidates if t.name in chosen]
+
+
+def _in_blocks(targets: list[Target], blocks: str | Sequence[int], where: str) -> list[Target]:
+    there = sorted({t.block for t in targets})
+    if blocks == "all":
+        return targets
+    if isinstance(blocks, str):
+        wanted = set(there[parse_slice(blocks)])
+    else:
+        wanted = {there[b] if -len(there) <= b < 0 else b for b in blocks}
+    missing = sorted(wanted - set(there))
+    if missing or not wanted:
+        raise UsageError(
+            f"blocks {list(blocks) if not isinstance(blocks, str) else blocks!r} "
+            + (f"name {missing}, which is not there" if missing else "name none"),
+            where=f"{where}.blocks",
+            fix=f"blocks with targets: {there[0]} to {there[-1]}",
+        )
+    return [t for t in targets if t.block in wanted]
+
+
+def _kinds(targets: Sequence[Target]) -> str:
+    shapes = {t.kind: f"{t.kind} ({t.out_features} x {t.in_features})" for t in targets}
+    return ", ".join(shapes.values())
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of the model requires a gradient any more."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The task head: parameters outside the pretrained body (``base_model``), by name.
+
+    A pooler inside the body is part of the body; a causal language model has no head of its own.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    if body is None or body is model:
+        return {}
+    inside = {id(p) for p in body.parameters()}
+    tied = getattr(model, "get_output_embeddings", lambda: None)()
+    excluded = {id(p) for p in tied.parameters()} if isinstance(tied, nn.Module) else set()
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in inside and id(p) not in excluded
+    }
+
+
+def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
+    """sha256 (hex) of the targets' names, shapes and a sample of their weights.
+
+    4,096 evenly spaced values of each weight tell one model from another without reading
+    gigabytes.
+    """
+    import hashlib
+
+    sha = hashlib.sha256()
+    for target in targets:
+        weight = target.weight_OI(model).detach()
+        flat = weight.reshape(-1)
+        stride = max(1, flat.numel() // 4096)
+        sample = flat[::stride][:4096].to("cpu", torch.float32).contiguous()
+        sha.update(f"{target.name} {target.out_features} {target.in_features}".encode())
+        sha.update(sample.numpy().tobytes())
+    return sha.hexdigest()

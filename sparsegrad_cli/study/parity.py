@@ -1,0 +1,178 @@
+"""Methods are compared, and nothing else: resolved recipes are diffed before the first cell runs.
+
+Between the cells of a task and seed these may differ: the method's own section, its calibration,
+LoRA's ``match``, ``train.learning_rate``, which a study tunes for each method, what else it tunes
+(``tune.space``), and batches or steps that its budget has set. Any other key that differs is
+refused, or flagged in the report where the study names it under ``differ``. A head that starts warm
+(``calibration.keep_head``) is no method's own affair: it counts as any other key.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.recipe.load_recipe import to_plain
+from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.study import LoadedStudy
+from sparsegrad_cli.report.access import block, mappings
+
+DECLARED = "train.learning_rate"  # always; and what the study tunes
+_OWN = ("method", "calibration", "match", "seed", "output_dir")
+_HEAD = "calibration.keep_head"
+_BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_STEPS, _EPOCHS = "train.max_steps", "train.num_train_epochs"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key that is not the same for all methods of a task.
+
+    Attributes:
+        task: the task.
+        key: dotted recipe key.
+        values: method label to value, in the study's order.
+    """
+
+    task: str
+    key: str
+    values: Mapping[str, Any]
+
+    def words(self) -> str:
+        """``lora 3, meprop 3, all others 0``: the most common value last, and once."""
+        shown = {label: str(value) for label, value in self.values.items()}
+        common, count = Counter(shown.values()).most_common(1)[0]
+        odd = [f"{label} {value}" for label, value in shown.items() if value != common]
+        if count == 1:
+            return ", ".join(f"{label} {value}" for label, value in shown.items())
+        return f"{', '.join(odd)}, all others {common}"
+
+
+def differences(study: LoadedStudy) -> list[Difference]:
+    """All keys that differ between the methods of a task, by task, then by key.
+
+    Methods differ alike under every seed, since nothing in a study goes by seed: one seed's cells
+    are compared.
+    """
+    found = []
+    for task in dict.fromkeys(cell.task for cell in study.cells):
+        views = {
+            cell.label: compared(cell.loaded.recipe)
+            for cell in study.cells
+            if (cell.task, cell.seed) == (task, study.study.seeds[0])
+        }
+        keys = sorted({key for view in views.values() for key in view})
+        follows = _STEPS in keys and len({view.get(_STEPS) for view in views.values()}) > 1
+        for key in keys:
+            if key == _EPOCHS and follows:  # steps overrule it, so it says the same once more
+                continue
+            values = {label: view.get(key) for label, view in views.items()}
+            if len({str(value) for value in values.values()}) > 1:
+                found.append(Difference(task, key, values))
+    return found
+
+
+def compared(recipe: Recipe) -> dict[str, Any]:
+    """What must be equal, and the learning rate: dotted key to value, no sections left."""
+    plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
+    view = dict(_leaves(plain, ""))
+    if recipe.train.lr_scheduler_type == "constant_with_warmup":
+        view["train.lr_scheduler_type"] = "constant"  # warmup_steps says the rest
+    calibration = recipe.calibration
+    view[_HEAD] = "cold"
+    if recipe.method.name == "sparsegrad" and calibration.keep_head and calibration.warmup_steps:
+        view[_HEAD] = f"{calibration.warmup_steps} steps at {calibration.warmup_learning_rate:g}"
+    return view
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def check_parity(study: LoadedStudy) -> dict[str, Any]:
+    """Refuse a study whose methods differ in more than themselves.
+
+    Returns:
+        The ``parity`` block of compare.json: how many keys were compared, what differs as the study
+        declares it (learning rates, tuned keys) or as its budget was solved, and what differs
+        beyond that and is flagged.
+
+    Raises:
+        RecipeError: a difference the study does not name under ``differ``, or a name there that is
+            no key; all together.
+    """
+    allowed = study.study.differ
+    found = differences(study)
+    problems = _unknown(study, allowed)
+    tuned = {DECLARED, *(study.study.tune.keys() if study.study.tune else ())}
+    solved = _solved(study)
+    declared = [d for d in found if d.key in tuned or (d.task, d.key) in solved]
+    flagged = [d for d in found if d not in declared]
+    problems += _refusals(study, [d for d in flagged if d.key not in allowed])
+    if problems:
+        raise RecipeError(problems)
+    keys = {key for cell in study.cells for key in compared(cell.loaded.recipe)}
+    return {
+        "compared": len(keys),
+        "declared": [_plain(d) | ({} if d.key in tuned else {"why": "budget"}) for d in declared],
+        "flagged": [_plain(d) for d in flagged],
+    }
+
+
+def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
+    """(task, key) of what the budget has set and what may differ for that reason.
+
+    Batches may, as long as as many examples make an update for every method of the task.
+    """
+    found: set[tuple[str, str]] = set()
+    for row in mappings(study.budget, "rows"):
+        found |= {(str(row.get("task")), key) for key in block(row, "set")}
+    for task in {task for task, _ in found}:
+        trains = [cell.loaded.recipe.train for cell in study.cells if cell.task == task]
+        examples = {t.per_device_train_batch_size * t.gradient_accumulation_steps for t in trains}
+        if len(examples) > 1:
+            found -= {(task, key) for key in _BATCH}
+    return {(task, key) for task, key in found if key in _BATCH}
+
+
+def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:
+    keys = sorted({key for cell in study.cells for key in compared(cell.loaded.recipe)})
+    problems = []
+    for name in allowed:
+        if name not in keys:
+            hint = did_you_mean(name, keys)
+            fix = hint if hint.startswith("did you mean") else "such as train.warmup_steps"
+            what = f"{name!r} is no key that methods could differ in"
+            problems.append(Problem("differ", what, study.source, None, fix))
+    return problems
+
+
+def _refusals(study: LoadedStudy, refused: list[Difference]) -> list[Problem]:
+    """One problem for a key and what it is set to, however many tasks have it."""
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for difference in refused:
+        tasks.setdefault((difference.key, difference.words()), []).append(difference.task)
+    return [
+        Problem(
+            key,
+            f"differs between the methods of {', '.join(where)}: {words}",
+            study.source,
+            None,
+            f"set it for all of them, or say `differ: [{key}]` in the study and the report flags "
+            "it",
+        )
+        for (key, words), where in tasks.items()
+    ]
+
+
+def _plain(difference: Difference) -> dict[str, Any]:
+    return {"task": difference.task, "key": difference.key, "values": dict(difference.values)}

@@ -1,0 +1,175 @@
+"""What a run would be refused for once torch, the model and the data are there, found before.
+
+Files of a few megabytes are read as training reads them; of larger ones the columns are looked at.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sparsegrad_cli.data.lengths import fitting_length
+from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS, with_metric
+from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
+from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
+from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.paths import expanded, is_file, is_folder
+from sparsegrad_cli.models.pretrained import refuse_other_weights
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.quantization import INSTALL
+from sparsegrad_cli.recipe.source import find_place
+from sparsegrad_cli.recipe.study import LoadedStudy
+from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
+from sparsegrad_cli.training.trackers import missing_package, named
+
+_WHOLE_BYTES = 4 * 2**20  # files up to this size are read whole
+_HEAD_BYTES = 2**18  # of larger ones, so much
+_PACKED = 20  # how much smaller a compressed file may be than what it holds
+
+
+def check(loaded: LoadedRecipe, *, trains: bool) -> None:
+    """Refuse a recipe that a package or its data will refuse.
+
+    Args:
+        trains: trackers are used.
+
+    Raises:
+        RecipeError: packages that are not installed; all together.
+        UsageError: a column that is not in the file, with the place of the key.
+        DataError: of a file that is small enough to be read whole.
+        FileFormatError: the model's folder has weights in a format that is not read.
+    """
+    recipe, problems = loaded.recipe, []
+    for name in named(recipe.train.report_to) if trains else ():
+        package = missing_package(name)
+        if package is not None:
+            what = f"expected the tracker {name}, whose package is not installed"
+            fix = f"pip install {package}, or train.report_to: none"
+            problems.append(("train.report_to", what, fix))
+    if trains and recipe.train.report_to == "all" and not named("all"):
+        what = "'all' stands for the trackers that are installed, and none is"
+        problems.append(("train.report_to", what, "pip install tensorboard, or none"))
+    if recipe.model.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        what = "expected bitsandbytes, which holds weights in 8 or 4 bits; it is not installed"
+        problems.append(("model.quantization", what, INSTALL))
+    if problems:
+        raise RecipeError([_placed(loaded, *problem) for problem in problems])
+    if is_folder(recipe.model.name):
+        refuse_other_weights(expanded(recipe.model.name), recipe.model.name)
+    try:
+        _check_files(recipe.task)
+    except UsageError as error:
+        if error.where and error.where.startswith("task."):
+            error.where = loaded.where(error.where)
+        raise
+
+
+def check_study(study: LoadedStudy) -> None:
+    """Check every recipe of a study that differs in what :func:`check` looks at."""
+    seen = set()
+    for cell in study.cells:
+        recipe = cell.loaded.recipe
+        looked_at = (recipe.task, recipe.train.report_to, recipe.model.quantization)
+        if str(looked_at) not in seen:
+            seen.add(str(looked_at))
+            check(cell.loaded, trains=True)
+
+
+def notes(loaded: LoadedRecipe) -> list[str]:
+    """Return what training will say of the recipe once the model's files are read."""
+    config = _config(loaded.recipe.model.name)
+    if config is None:
+        return []
+    note = fitting_length(loaded.recipe.task.max_length, config)[1]
+    return [] if note is None else [note]
+
+
+def _placed(loaded: LoadedRecipe, key: str, what: str, fix: str) -> Problem:
+    place = find_place(loaded.places, tuple(key.split(".")))
+    return Problem(key, what, place.file, place.line, fix)
+
+
+def _check_files(section: TaskSection) -> None:
+    if section.path is None:
+        return
+    path = expanded(section.path)
+    if _is_small(path):
+        _read(section, path)
+        return
+    try:
+        with heads_only(_HEAD_BYTES):
+            _look_at_columns(section, path)
+    except DataError:
+        return  # a head can end within a record: what is wrong with the file, training says
+
+
+def _is_small(path: Path) -> bool:
+    files = [path] if path.is_file() else [each for each in path.glob("*") if each.is_file()]
+    sizes = (
+        each.stat().st_size * (_PACKED if each.name.lower().endswith(COMPRESSIONS) else 1)
+        for each in files
+    )
+    return sum(sizes) <= _WHOLE_BYTES
+
+
+def _columns(section: TaskSection) -> dict[str, str] | None:
+    return section.columns.model_dump(exclude_none=True) if section.columns else None
+
+
+def _separator(section: TaskSection) -> str | None:
+    return "\t" if section.separator == "tab" else section.separator
+
+
+def _chat_settings(section: TaskSection) -> Any:
+    from sparsegrad_cli.data.chat_settings import ChatSettings
+
+    chat = (section.chat or ChatSection()).model_dump(exclude={"packing", "forgetting"})
+    return ChatSettings(**chat, validation_fraction=section.validation_fraction)
+
+
+def _read(section: TaskSection, path: Path) -> None:
+    """Read small files as training does, less what it makes of them."""
+    if section.name in CHAT_TASKS:
+        from sparsegrad_cli.data.chat import load_chat
+
+        load_chat(section.name, path=path, settings=_chat_settings(section))
+        return
+    from sparsegrad_cli.data.load_task import load_raw
+
+    raw = load_raw(
+        section.name,
+        path=path,
+        columns=_columns(section),
+        validation_fraction=section.validation_fraction,
+        task_type=section.type,
+        metric=section.metric,
+        positive_label=section.positive_label,
+        separator=section.separator,
+    )
+    with_metric(raw.spec, section.metric, section.positive_label)
+
+
+def _look_at_columns(section: TaskSection, path: Path) -> None:
+    if section.name in FILE_TASKS:
+        from sparsegrad_cli.data.tabular import check_columns
+
+        check_columns(section.name, path, _columns(section), separator=_separator(section))
+    elif section.name == "chat":
+        from sparsegrad_cli.data.chat_files import check_chat_columns
+
+        check_chat_columns(path, _chat_settings(section))
+
+
+def _config(model: str) -> Any:
+    """Return the configuration of a model that lies in a folder, as attributes."""
+    path = expanded(model) / "config.json"
+    if not is_file(path):
+        return None
+    try:
+        found = plain_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return SimpleNamespace(**found) if isinstance(found, dict) else None

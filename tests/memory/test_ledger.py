@@ -1,0 +1,152 @@
+"""What counts is storages: shared, resized, sparse, freed; with an address used again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
+from sparsegrad_cli.memory.storage_tracker import Ledger, Peak
+
+FLOAT = 4  # bytes
+
+
+def total(meter: MemoryMeter) -> int:
+    return sum(meter.live().values())
+
+
+def peak_of(meter: MemoryMeter, name: str) -> int:
+    peak = meter.peak(name)
+    assert peak is not None and sum(peak.categories.values()) == peak.peak_bytes
+    return peak.peak_bytes
+
+
+@pytest.fixture
+def meter() -> MemoryMeter:
+    return make_meter("cpu")
+
+
+def test_views_and_in_place_changes_add_nothing(meter: MemoryMeter) -> None:
+    x = torch.zeros(10, 10)
+    with meter.phase("forward"):
+        view = x.t()[2:]
+        view.add_(1)
+        x.mul_(2)
+        part = x[0].detach()
+        assert total(meter) == 100 * FLOAT and meter.tracked() == 1
+    assert peak_of(meter, "forward") == meter.live()["other"] == 100 * FLOAT
+    assert part.sum() == 2 * 8
+
+
+def test_freeing_lowers_what_lives_but_not_the_peak(meter: MemoryMeter) -> None:
+    with meter.phase("forward"):
+        first = torch.zeros(100)
+        second = torch.zeros(50)
+        assert total(meter) == 150 * FLOAT
+        del first
+        assert total(meter) == 50 * FLOAT
+        third = torch.zeros(60)
+    assert peak_of(meter, "forward") == 150 * FLOAT
+    assert total(meter) == second.nbytes + third.nbytes
+    del second, third
+    assert total(meter) == 0 and meter.tracked() == 0
+
+
+def test_a_small_view_keeps_its_whole_storage(meter: MemoryMeter) -> None:
+    with meter.phase("forward"):
+        small = torch.zeros(100)[:1]
+    assert total(meter) == 100 * FLOAT
+    del small
+    assert total(meter) == 0
+
+
+def test_resized_storage(meter: MemoryMeter) -> None:
+    with meter.phase("forward"):
+        x = torch.zeros(10)
+        x.resize_(100)
+        assert total(meter) == 100 * FLOAT
+        x.untyped_storage().resize_(0)
+        y = x.detach()
+        assert total(meter) == 0
+    x.untyped_storage().resize_(40)  # while nothing is intercepted
+    with meter.phase("backward"):
+        pass
+    assert peak_of(meter, "backward") == 40
+    assert y.untyped_storage().nbytes() == 40
+
+
+def test_sparse_tensors_count_their_parts_and_meta_tensors_nothing(meter: MemoryMeter) -> None:
+    with meter.phase("forward"):
+        indices, values = torch.tensor([[0, 1], [1, 0]]), torch.ones(2)
+        sparse = torch.sparse_coo_tensor(indices, values, (1000, 1000), check_invariants=True)
+        ghost = torch.empty(10**9, device="meta") + 1
+        product = torch.sparse.mm(sparse, torch.ones(1000, 1))
+    kept = indices.nbytes + values.nbytes + product.nbytes
+    assert total(meter) >= kept
+    assert peak_of(meter, "forward") < 10**6
+    assert ghost.numel() == 10**9
+
+
+def test_an_address_used_again_is_another_storage() -> None:
+    ledger = Ledger(torch.device("cpu"))
+    for size in range(1, 200):  # each dies before the next is made, mostly at the same address
+        ledger.touch(torch.zeros(size), "weights")
+    ledger.bury()
+    assert len(ledger) == 0 and not any(ledger.bytes.values())
+
+
+def test_a_label_reaches_back_only_as_far_as_the_storage() -> None:
+    ledger = Ledger(torch.device("cpu"))
+    ledger.open = peak = Peak()
+    early, late = torch.zeros(100), torch.zeros(10)
+    ledger.touch(early)
+    assert peak.categories["other"] == early.nbytes
+    big = torch.zeros(50)
+    ledger.touch(big)
+    del big
+    ledger.touch(late)  # seen when the peak was over: 110 floats live, 150 did
+    ledger.touch(late, "optimizer_state")
+    ledger.touch(early, "gradients")
+    assert peak.counted == 150 * FLOAT
+    assert peak.categories["optimizer_state"] == 0
+    assert peak.categories["gradients"] == early.nbytes
+    assert peak.categories["other"] == 50 * FLOAT
+    assert ledger.bytes["optimizer_state"] == late.nbytes
+
+
+def test_labels_only_become_more_specific() -> None:
+    ledger = Ledger(torch.device("cpu"))
+    x = torch.zeros(10)
+    for category in ("saved_activations", "weights", "gradients", "other", "bases", "weights"):
+        ledger.touch(x, category)
+    assert ledger.bytes["bases"] == x.nbytes == sum(ledger.bytes.values())
+
+
+def test_saved_again_is_counted_once_and_corrects_no_old_peak() -> None:
+    ledger = Ledger(torch.device("cpu"))
+    x = torch.zeros(10)
+    saved = {**dict.fromkeys(ledger.bytes, 0), "saved_activations": x.nbytes}
+    other = {**dict.fromkeys(ledger.bytes, 0), "other": x.nbytes}
+    for name in ("forward", "backward"):  # the second pass is over the same batch
+        ledger.open = Peak()
+        ledger.note_peak()
+        first, second = ledger.hold(x), ledger.hold(x)
+        assert ledger.bytes == saved
+        ledger.release(first)
+        assert ledger.bytes == saved
+        ledger.release(second)
+        assert ledger.bytes == other
+        ledger.kept[name] = ledger.open
+    assert ledger.kept["forward"].categories == ledger.kept["backward"].categories == saved
+
+
+def test_a_label_leaves_a_peak_of_another_size_alone() -> None:
+    ledger = Ledger(torch.device("cpu"))
+    ledger.open = peak = Peak()
+    x = torch.zeros(100)
+    ledger.touch(x)
+    x.untyped_storage().resize_(10 * FLOAT)
+    ledger.touch(x)
+    ledger.touch(x, "gradients")
+    assert ledger.bytes["gradients"] == sum(ledger.bytes.values()) == 10 * FLOAT
+    assert peak.categories["other"] == peak.counted == 100 * FLOAT

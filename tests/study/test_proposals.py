@@ -1,0 +1,197 @@
+"""What is tried next is a function of what came before; what is stopped, of the median."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from paths import REPO
+
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.study.proposals import (
+    FIRST,
+    NEXT_SEED,
+    Referee,
+    TuningStore,
+    ended_trial,
+    entry_of,
+    propose,
+)
+from sparsegrad_cli.study.space import RATE, Dimension, first_point
+
+SPACE = (
+    Dimension(RATE, 1e-4, 1e-2, log=True, centre=1e-3),
+    Dimension("train.warmup_steps", 0.0, 0.2),
+    Dimension("train.lr_scheduler_type", choices=("linear", "cosine")),
+)
+ADD = """
+import sys
+from pathlib import Path
+from sparsegrad_cli.study.proposals import TuningStore, ended_trial
+from sparsegrad_cli.study.space import Dimension
+store = TuningStore(Path(sys.argv[1]))
+store.open("s", {"a": 1})
+entry = {"settings": {"k": 2.0}, "status": "done", "metric": None, "score": 0.5}
+store.add("s", ended_trial((Dimension("k", 1.0, 3.0),), entry, {}))
+"""
+
+
+def entry(settings: dict[str, Any], score: float | None, status: str = "done") -> dict[str, Any]:
+    return {"settings": settings, "status": status, "metric": "accuracy", "score": score}
+
+
+def quality(settings: dict[str, Any]) -> float:
+    """Best at 5e-4, linear."""
+    off = math.log10(settings[RATE] / 5e-4)
+    return 1 - off * off - 0.2 * (settings["train.lr_scheduler_type"] == "cosine")
+
+
+def searched(count: int, told: list[Any] | None = None) -> list[Any]:
+    """So many trials of an objective that is known, on from those told."""
+    told = list(told or [])
+    while len(told) < count:
+        settings = propose(SPACE, told, "t lora")
+        told.append(ended_trial(SPACE, entry(settings, quality(settings)), {1: 0.0}))
+    return told
+
+
+def settings_of(trials: list[Any]) -> list[dict[str, Any]]:
+    return [entry_of(trial)["settings"] for trial in trials]
+
+
+def test_proposals_are_halton_then_a_function_of_the_results() -> None:
+    told = searched(FIRST + 4)
+    found = settings_of(told)
+    assert found[:FIRST] == [first_point(SPACE, number) for number in range(FIRST)]
+    for settings in found:
+        assert 1e-4 <= settings[RATE] <= 1e-2 and 0 <= settings["train.warmup_steps"] <= 0.2
+    # Again, and begun anew in the middle.
+    assert settings_of(searched(FIRST + 4)) == found
+    assert settings_of(searched(FIRST + 4, told[: FIRST + 2])) == found
+    # Other results, or another series, and TPE proposes something else.
+    last = propose(SPACE, told, "t lora")
+    turned = [ended_trial(SPACE, entry(s, -quality(s)), {1: 0.0}) for s in found]
+    assert propose(SPACE, turned, "t lora") != last != propose(SPACE, told, "t full")
+
+
+def test_tpe_looks_where_it_was_good_and_not_where_runs_fail() -> None:
+    rate = SPACE[:1]
+
+    def search(best: float) -> list[float]:
+        told: list[Any] = []
+        for _ in range(FIRST + 8):
+            settings = propose(rate, told, "t lora")
+            off = abs(math.log10(settings[RATE] / best))
+            fails = off > 1
+            made = entry(settings, None if fails else -off, "failed" if fails else "done")
+            told.append(ended_trial(rate, made, {}))
+        return [settings[RATE] for settings in settings_of(told)[FIRST:]]
+
+    low, high = search(3e-4), search(3e-3)
+    assert np.median(low) < 1e-3 < np.median(high)
+    # It goes on exploring: half of the first points failed, of eight proposals one or none does.
+    assert sum(rate > 3e-4 * 10 for rate in low) <= 1
+    assert sum(rate < 3e-3 / 10 for rate in high) <= 1
+
+
+def test_the_referee_by_hand() -> None:
+    """Medians of the finished at steps 1 to 6: (3 + 4 + 8) / 10 have the median 0.4."""
+
+    def finished(level: float, **changes: Any) -> Any:
+        made = entry({RATE: 1e-3}, level) | changes
+        return ended_trial(SPACE[:1], made, dict.fromkeys(range(1, 7), level))
+
+    told = [finished(level) for level in (0.3, 0.4, 0.8)]
+    pruned = finished(0.9, status="pruned")  # no measure of what finished trials had
+    referee = Referee([*told, pruned])
+    assert not referee.stops(1, 0.0)  # the first third of six steps is no time to judge
+    assert not referee.stops(2, 0.45)
+    assert not referee.stops(3, 0.1)  # the best so far is above the median
+    worse = Referee(told)
+    assert not worse.stops(1, 0.39)
+    assert worse.stops(2, 0.39)
+    assert not worse.stops(2, 0.0)  # told twice, judged once
+    assert not Referee(told).stops(2, 0.4)  # not below
+    assert not Referee(told).stops(6, 0.0)  # over anyway
+    assert not Referee(told[:2]).stops(3, 0.0)  # too few to compare with
+    assert Referee(told).seen == {}
+
+
+def test_the_referee_compares_a_second_seed_with_second_seeds() -> None:
+    levels = (0.3, 0.4, 0.8)
+    told = [
+        ended_trial(
+            SPACE[:1],
+            entry({RATE: 1e-3}, level),
+            {s + step: level + at / 10 for at, s in enumerate((0, NEXT_SEED)) for step in (3, 6)},
+        )
+        for level in levels
+    ]
+    referee = Referee(told)
+    assert not referee.stops(3, 0.41) and not referee.stops(6, 0.42)
+    assert referee.stops(NEXT_SEED + 3, 0.0)  # 0.42 in all, 0.5 the median of the second seed
+    assert not Referee(told).stops(NEXT_SEED + 6, 0.0)  # the very last
+    assert Referee(told).stops(6, 0.0)  # the last of the first: spares the second
+
+
+def test_the_store_keeps_trials_whole_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.db"
+    told = searched(FIRST + 2)
+    for trial in told:
+        store = TuningStore(path)  # as if interrupted after every trial
+        assert store.open("t lora", {"a": 1})
+        store.add("t lora", trial)
+        store.close()
+    store = TuningStore(path)
+    store.open("t lora", {"a": 1})
+    kept = store.ended("t lora", 99)
+    assert settings_of(kept) == settings_of(told)
+    assert [entry_of(trial)["number"] for trial in kept] == list(range(FIRST + 2))
+    assert [t.intermediate_values for t in kept] == [t.intermediate_values for t in told]
+    assert propose(SPACE, kept, "t lora") == propose(SPACE, told, "t lora")
+    assert len(store.ended("t lora", 3)) == 3
+    assert store.spent("t lora", "run") == 0
+    store.spend("t lora", "run", 2.5)
+    assert store.spent("t lora", "run") == 2.5
+    assert not store.open("t full", {"a": 1}, make=False)
+    with pytest.raises(UsageError, match=r"t lora in another space"):
+        store.open("t lora", {"a": 2})
+    store.forget("t lora", {"a": 2})
+    assert store.ended("t lora", 99) == []
+    store.close()
+
+
+def test_the_store_shows_what_another_process_has_added(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.db"
+    store = TuningStore(path)
+    store.open("s", {"a": 1})
+    assert store.ended("s", 9) == []
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, "-c", ADD, str(path)], env=environment, check=True)
+    assert settings_of(store.ended("s", 9)) == [{"k": 2.0}]
+    store.close()
+
+
+def test_a_database_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.db"
+    path.write_bytes(b"SQLite format 4, or so it says" * 100)
+    with pytest.raises(FileFormatError, match=r"tuning\.db cannot be read"):
+        TuningStore(path)
+    assert path.read_bytes().startswith(b"SQLite format 4")
+
+
+def test_a_comparison_without_tuning_imports_no_optuna() -> None:
+    code = (
+        "import sys, sparsegrad_cli.study.runner, sparsegrad_cli.study.tuning\n"
+        "import sparsegrad_cli.cli.compare, sparsegrad_cli.report.terminal\n"
+        "sys.exit(str([m for m in ('optuna', 'sqlalchemy', 'torch') if m in sys.modules] or ''))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert found.stderr.decode().strip() == ""

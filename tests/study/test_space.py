@@ -1,0 +1,248 @@
+"""Every method is tuned over a space as wide, and the best trial is the best."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import SMALL, Cli
+
+from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.recipe.method_section import METHOD_NAMES
+from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
+from sparsegrad_cli.study.folder import study_digest
+from sparsegrad_cli.study.parity import check_parity
+from sparsegrad_cli.study.space import (
+    CENTRES,
+    RATE,
+    Dimension,
+    best_trial,
+    edges,
+    first_point,
+    series_of,
+    space_of,
+    with_settings,
+)
+
+ROWS = (
+    "methods:\n"
+    "  - full\n"
+    "  - {label: lora, method: lora, train: {learning_rate: 3e-3}}\n"
+    "  - meprop\n"
+    "  - {label: dense, method: {name: sparsegrad, support: dense, rank: 32}}\n"
+    "tasks: [builtin:acceptability, {name: glue/rte, methods: {meprop: {learning_rate: 7e-4}}}]\n"
+    "seeds: [1, 2]\n"
+)
+
+
+def study(folder: Path, tune: str) -> LoadedStudy:
+    (folder / "s.yaml").write_text(f"{ROWS}tune: {tune}\n", encoding="utf-8")
+    return load_study(folder / "s.yaml")
+
+
+def problems(folder: Path, tune: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        study(folder, tune)
+    return str(caught.value)
+
+
+def trial(number: int, score: float, *, loss: float = 1.0, **changes: Any) -> dict[str, Any]:
+    made = {"number": number, "status": "done", "metric": "accuracy", "score": score, "loss": loss}
+    return {**made, "settings": {RATE: 1e-3 * (number + 1)}, **changes}
+
+
+def test_learning_rates_span_as_many_decades_for_every_method(tmp_path: Path) -> None:
+    found = study(tmp_path, "{space: {learning_rate: {decades: 1.5, centres: {full: 5e-5}}}}")
+    series = series_of(found)
+    assert len(series) == 8 and {s.task for s in series} == {"builtin:acceptability", "glue/rte"}
+    for each in series:
+        (rate,) = each.space
+        assert rate.key == RATE and rate.log and rate.low and rate.high and rate.centre
+        assert math.isclose(math.log10(rate.high / rate.low), 1.5, abs_tol=1e-3)
+        assert math.isclose(rate.low * rate.high, rate.centre**2, rel_tol=1e-3)
+    where = {(s.task[:4], s.label): (s.space[0].centre, s.space[0].centre_from) for s in series}
+    assert where["buil", "full"] == where["glue", "full"] == (5e-5, "tune")
+    assert where["buil", "lora"] == where["glue", "lora"] == (3e-3, "study")
+    assert where["buil", "meprop"] == (1e-3, "measured")
+    assert where["glue", "meprop"] == (7e-4, "study")
+    assert where["buil", "dense"] == (3e-4, "measured")
+    assert set(CENTRES) == set(METHOD_NAMES)
+
+
+def test_the_first_points_are_an_even_grid_that_begins_at_the_centre() -> None:
+    found = make_study(None, ("full", "lora"), 1, (), trials=2)
+    for cell in found.cells:
+        space = space_of(found, cell)
+        points = [first_point(space, number)[RATE] for number in range(7)]
+        assert points[0] == space[0].centre
+        centre = space[0].centre or 0
+        exponents = sorted(math.log10(point / centre) for point in points)
+        assert exponents == pytest.approx([-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75], abs=1e-3)
+        assert sorted(points[:3]) == [points[1], points[0], points[2]]
+
+
+def test_further_keys_are_the_same_for_all_and_fill_their_ranges(tmp_path: Path) -> None:
+    found = study(
+        tmp_path,
+        "{space: {warmup_steps: {low: 0, high: 0.3}, weight_decay: [0, 0.01, 0.1], "
+        "lr_scheduler_type: [linear, cosine]}}",
+    )
+    spaces = [series.space for series in series_of(found)]
+    assert all(space[1:] == spaces[0][1:] for space in spaces)
+    points = [first_point(spaces[0], number) for number in range(30)]
+    assert {point["train.weight_decay"] for point in points} == {0, 0.01, 0.1}
+    assert {point["train.lr_scheduler_type"] for point in points} == {"linear", "cosine"}
+    shares = [point["train.warmup_steps"] for point in points]
+    assert 0 <= min(shares) < 0.03 and 0.27 < max(shares) <= 0.3
+    # Every point makes a recipe, which differs from the cell's in these keys and the seed alone.
+    cell = found.cells[0]
+    made = with_settings(cell.loaded.recipe, points[4], seed=9)
+    assert made.train.warmup_steps == points[4]["train.warmup_steps"] and made.seed == 9
+    back = {key: getattr(cell.loaded.recipe.train, key.split(".")[1]) for key in points[4]}
+    again = with_settings(made, back, seed=cell.seed)
+    assert digest(again) == digest(cell.loaded.recipe) != digest(made)
+
+
+def test_a_tuned_warm_up_warms_up_under_the_default_scheduler(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    settings = "settings: {train: {lr_scheduler_type: constant, warmup_steps: 0}}\n"
+    path.write_text(f"{ROWS}{settings}tune: {{space: {{warmup_steps: {{low: 1, high: 9}}}}}}\n")
+    found = load_study(path)
+    (series, *_) = series_of(found)
+    steps = {first_point(series.space, number)["train.warmup_steps"] for number in range(9)}
+    assert steps <= set(range(1, 10)), "whole steps"
+    made = with_settings(series.recipe, {"train.warmup_steps": 4}).train
+    assert (made.lr_scheduler_type, made.warmup_steps) == ("constant_with_warmup", 4)
+    cells = tuple(
+        replace(
+            cell,
+            loaded=replace(
+                cell.loaded,
+                recipe=with_settings(
+                    cell.loaded.recipe, {"train.warmup_steps": 4 if cell.label == "lora" else 0}
+                ),
+            ),
+        )
+        for cell in found.cells
+    )
+    assert check_parity(replace(found, cells=cells))["flagged"] == []
+
+
+def test_ends_and_choices_of_a_dimension() -> None:
+    rate = Dimension(RATE, 1e-4, 1e-2, log=True)
+    assert (rate.at(0), rate.at(0.5), rate.at(1)) == (1e-4, 1e-3, 1e-2)
+    assert rate.rounded(9.99999e-3) == 1e-2 and rate.rounded(0.0123456) == 1e-2
+    assert Dimension("k", 0.0, 0.3).at(0.5) == 0.15
+    chosen = Dimension("k", choices=("a", "b", "c"))
+    assert [chosen.at(share) for share in (0, 0.34, 0.99, 1)] == ["a", "b", "c", "c"]
+
+
+def test_the_best_trial_by_score_then_loss_then_the_first() -> None:
+    trials = [trial(0, 0.5), trial(1, 0.7, loss=0.9), trial(2, 0.7, loss=0.8), trial(3, 0.6)]
+    best = best_trial(trials)
+    assert best is not None and best["number"] == 2
+    trials[1]["loss"] = 0.8
+    best = best_trial(trials)
+    assert best is not None and best["number"] == 1
+    trials[1] |= {"status": "pruned"}
+    trials[2] |= {"status": "failed", "score": None}
+    best = best_trial(trials)
+    assert best is not None and best["number"] == 3
+    losses = [trial(n, score, metric="perplexity") for n, score in enumerate((9.0, 7.5, 8.0))]
+    best = best_trial(losses)
+    assert best is not None and best["number"] == 1  # less is better
+    assert best_trial([trial(0, 0.1, status="failed")]) is None and best_trial([]) is None
+
+
+def test_a_best_rate_that_nothing_was_tried_beyond_is_at_the_edge() -> None:
+    space = (Dimension(RATE, 1e-4, 1e-1, log=True), Dimension("train.k", choices=(1, 2)))
+    scores = [0.1, 0.3, 0.2]
+    trials = [trial(n, score) for n, score in enumerate(scores)]
+    assert edges(space, trials) == []
+    for number, end in ((0, "lowest"), (2, "highest")):
+        shifted = [trial(n, 0.9 if n == number else 0.1) for n in range(3)]
+        assert edges(space, shifted) == [{"key": RATE, "end": end}]
+    # One that failed or was pruned was tried all the same.
+    beyond = trial(3, 0.0) | {"status": "failed", "score": None}
+    assert edges(space, [trial(0, 0.1), trial(2, 0.9), beyond]) == []
+    assert edges(space, [beyond]) == []
+
+
+def test_seeds_of_tuning_are_not_those_reported(tmp_path: Path) -> None:
+    said = problems(tmp_path, "{seeds: [5, 2]}")
+    assert "tune.seeds: 2: reported, too" in said and "such as 101" in said
+    with pytest.raises(RecipeError, match="reported, too"):
+        load_study(_reported(tmp_path, "[101, 3]"), trials=3)  # by default, too
+    assert study(tmp_path, "{seeds: [5, 6]}").study.tune is not None
+
+
+def _reported(folder: Path, seeds: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(f"methods: [lora]\nseeds: {seeds}\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [
+        ("1", "tune.trials: 1 should be greater than or equal to 2"),
+        ("{trials: many}", "tune.trials"),
+        ("{space: {warmup_stepz: [0, 1]}}", "did you mean warmup_steps"),
+        ("{space: {max_steps: [10, 20]}}", "tune.space.max_steps: is not a key here"),
+        ("{space: {weight_decay: {low: 1, high: 0.1}}}", "low is below high"),
+        ("{space: {weight_decay: {low: 0, high: 1, log: true}}}", "low above 0"),
+        ("{space: {weight_decay: [0.1]}}", "at least 2"),
+        ("{space: {weight_decay: [0.1, 0.1]}}", "names a value twice"),
+        ("{space: {adam_beta1: {low: 0.5, high: 1.5}}}", "train.adam_beta1 cannot be 1.5"),
+        ("{space: {lr_scheduler_type: [linear, cosin]}}", "cannot be 'cosin'"),
+        ("{space: {learning_rate: {decades: 0}}}", "decades"),
+        ("{space: {learning_rate: {centres: {lorra: 1e-3}}}}", "did you mean lora"),
+        ("{seeds: [7, 7]}", "names a seed twice"),
+        ("{space: {lr_scheduler_type: [constant, constant_with_warmup]}}", "are one scheduler"),
+        ("{space: {warmup_steps: {low: 0, high: 100}}}", "a range is of one kind"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused(tmp_path: Path, tune: str, said: str) -> None:
+    assert said in problems(tmp_path, tune)
+
+
+def test_what_is_tuned_cannot_be_set_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: is tuned .*centres"):
+        make_study(None, ("lora",), 1, ("train.learning_rate=1e-3",), trials=3)
+    make_study(None, ("lora",), 1, ("train.weight_decay=0.1",), trials=3)
+    assert make_study(None, ("lora",), 1, ("train.learning_rate=1e-3",)).study.tune is None
+
+
+def test_trials_on_the_command_line_are_those_of_the_study(tmp_path: Path) -> None:
+    found = study(tmp_path, "5")
+    assert found.study.tune is not None and found.study.tune.trials == 5
+    more = load_study(tmp_path / "s.yaml", trials=9)
+    assert more.study.tune is not None and more.study.tune.trials == 9
+    assert study_digest(found) != study_digest(more)  # another comparison
+
+
+def test_parity_takes_tuned_keys_as_declared(tmp_path: Path) -> None:
+    text = ROWS.replace("  - meprop", "  - {method: meprop, train: {warmup_steps: 3}}")
+    path = tmp_path / "p.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"train\.warmup_steps"):
+        check_parity(load_study(path))
+    path.write_text(f"{text}tune: {{space: {{warmup_steps: [0, 3]}}}}\n", encoding="utf-8")
+    parity = check_parity(load_study(path))
+    assert parity["flagged"] == []
+    assert {d["key"] for d in parity["declared"]} == {RATE, "train.warmup_steps"}
+
+
+def test_validate_and_compare_say_so_before_anything_runs(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("methods: [lora, full]\ntune: 4\n", encoding="utf-8")
+    valid = cli("validate", "t.yaml")
+    assert valid.code == 0, valid.err
+    assert "4 cells, after 4 trials of tuning for each of 2 methods on 1 task" in valid.out
+    refused = cli("compare", "t.yaml", "-o", "c", *SMALL, "train.learning_rate=1")
+    assert refused.code == 2 and "is tuned" in refused.flat
+    assert cli("compare", "t.yaml", "--tune", "1", "-o", "c").code == 2
+    assert not (tmp_path / "c").exists()

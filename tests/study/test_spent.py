@@ -1,0 +1,158 @@
+"""What runs took against what was asked for, and what the report says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cells import cell
+from samples import compare_record, damaged
+
+from sparsegrad_cli.report.budget_tables import budget_flags, budget_lines, budget_table
+from sparsegrad_cli.report.compare_tables import overview_table
+from sparsegrad_cli.report.markdown import compare_markdown
+from sparsegrad_cli.report.parity_tables import check_lines, parity_table
+from sparsegrad_cli.study.budget_report import measured, with_measured
+from sparsegrad_cli.study.evidence import up_to_date
+
+
+def row(method: str, **changes: Any) -> dict[str, Any]:
+    made = {"task": "t", "method": method, "matched": True, "set": {}, "size": "rank 3"}
+    return {**made, "predicted": 9.0, "remainder": 1.0, "limit": "", "larger": None, **changes}
+
+
+def budget(kind: str, request: float, *rows: dict[str, Any]) -> dict[str, Any]:
+    about = {"match": f"{kind}={request}", "kind": kind, "request": request, "tolerance": 0.05}
+    return {**about, "rows": list(rows)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("trainable", 10),
+        ("optimizer_state", 8),  # the most of a step's phases, where the end was not recorded
+        ("peak", 150),
+    ],
+)
+def test_a_run_says_what_it_took(kind: str, value: float) -> None:
+    assert measured(cell("lora", 0, 0.5)["run"], kind) == value
+
+
+def test_calibration_counts_with_the_step() -> None:
+    made = cell("core", 0, 0.5, calibration={"peak_bytes": 700, "seconds": 12.0})["run"]
+    assert measured(made, "peak") == 700
+    made["calibration"]["peak_bytes"] = 3
+    assert measured(made, "peak") == 150
+    made["sizes"]["optimizer_state_bytes"] = 6
+    assert measured(made, "optimizer_state") == 6
+    assert measured({}, "peak") is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "verdict"),
+    [(150, "met"), (157, "met"), (158, "under"), (143, "met"), (142, "over"), (1, "over")],
+)
+def test_within_five_per_cent_is_met(request_: float, verdict: str) -> None:
+    (found,) = with_measured(budget("peak", request_, row("lora")), [cell("lora", 0, 0.5)])["rows"]
+    assert (found["verdict"], found["measured"], found["runs"]) == (verdict, 150, 1)
+    assert found["deviation"] == pytest.approx(150 / request_ - 1)
+
+
+def test_the_seed_furthest_off_decides() -> None:
+    cells = [cell("lora", seed, 0.5) for seed in range(3)]
+    for each, peak in zip(cells, (200, 202, 184), strict=True):
+        each["run"]["memory"]["phases"]["backward"]["peak_bytes"] = peak
+    (found,) = with_measured(budget("peak", 200.0, row("lora")), cells)["rows"]
+    assert found["measured"] == 202 and found["runs"] == 3
+    assert found["deviation"] == pytest.approx(-0.08) and found["verdict"] == "under"
+
+
+def test_nothing_done_has_no_verdict_and_nor_has_who_is_outside() -> None:
+    asked = budget("peak", 10, row("lora"), row("full", matched=False), row("core"))
+    cells = [
+        cell("lora", 0, 0.5, status="failed"),
+        cell("full", 0, 0.5),
+        cell("core", 0, 0.5, run=None),
+    ]
+    lora, full, core = with_measured(asked, cells)["rows"]
+    assert lora["verdict"] is None and lora["measured"] is None and lora["runs"] == 0
+    assert core["verdict"] is None
+    assert full["measured"] == 150 and full["verdict"] is None
+
+
+def test_a_report_says_it_in_words() -> None:
+    asked = budget(
+        "peak",
+        1500,
+        row("lora", larger={"size": "rank 4", "takes": 1600}),
+        row("full", limit="every entry of the targets trains"),
+        row("core"),
+        row("free", matched=False),
+        row("late"),
+    )
+    taken = {"lora": 1300, "full": 900, "core": 1600, "free": 2000}
+    cells = []
+    for method, peak in taken.items():
+        made = cell(method, 0, 0.5)
+        made["run"]["memory"]["phases"]["backward"]["peak_bytes"] = peak
+        cells.append(made)
+    record = {"budget": with_measured(asked, cells), "cells": cells}
+    said = budget_flags(record)
+    assert said[0] == "t: lora took 1.3 KiB, 13.3 % less than peak=1500: rank 4 would take 1.6 KiB."
+    assert "full took 900 B" in said[1] and said[1].endswith(": every entry of the targets trains.")
+    assert "outside of peak=1500" in said[2] and len(said) == 3
+    ((held, line),) = budget_lines(record)
+    assert held is False and line == "t: core took 1.6 KiB, 6.67 % MORE than peak=1500."
+    assert (False, line) in check_lines(record)
+    table = budget_table(record)
+    assert table is not None and table.notes[:3] == said
+    assert [cells[-1] for cells in table.rows] == [
+        "under, \N{MINUS SIGN}13.3 %",
+        "under, \N{MINUS SIGN}40 %",
+        "over, +6.67 %",
+        "outside of it",
+        "",
+    ]
+    assert "MORE" in compare_markdown(record) and "would take" in compare_markdown(record)
+
+
+def test_parity_lists_what_the_budget_set() -> None:
+    values = {"full": 8, "lora": 32}
+    declared = [
+        {"task": "t", "key": "train.per_device_train_batch_size", "values": values, "why": "budget"}
+    ]
+    record = {"tasks": ["t"], "parity": {"compared": 49, "declared": declared, "flagged": []}}
+    table = parity_table(record)
+    assert table is not None and table.rows[0][2] == "set for the budget"
+    (said,) = [line for held, line in check_lines(record) if held]
+    assert "batches cut up for the budget" in said and "learning rates" not in said
+
+
+def test_without_a_budget_nothing_is_said() -> None:
+    record = compare_record() | {"budget": None}
+    assert budget_table(record) is None and not budget_lines(record) and not budget_flags(record)
+    assert "Budget" not in compare_markdown(record)
+
+
+def test_a_record_is_brought_up_to_date() -> None:
+    record = compare_record()
+    for made in record["cells"]:
+        if made["run"]:
+            made["run"]["counts"]["trainable_targets"] = 90_000
+    (found,) = up_to_date(record)["budget"]["rows"]
+    assert (found["measured"], found["verdict"]) == (90_000, "over")
+
+
+def test_damaged_records_are_read_as_far_as_they_go() -> None:
+    record = compare_record()
+    for name, broken in damaged(record["budget"]):
+        for damage in (record | {"budget": broken}, record | {"budget": {"rows": [broken, 3]}}):
+            table = budget_table(damage)
+            assert table is None or all(len(line) == len(table.header) for line in table.rows), name
+            budget_lines(damage)
+            budget_flags(damage)
+    for name, broken in damaged(record["budget"]["rows"][0]):
+        damage = record | {"budget": record["budget"] | {"rows": [broken]}}
+        assert compare_markdown(damage), name
+        assert with_measured(damage["budget"], record["cells"])["rows"]
+    assert overview_table(record) is None

@@ -1,0 +1,270 @@
+"""Real trials: begun, pruned, interrupted, resumed, and the cells that run with what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import REPO
+from small import Cli
+
+from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.recipe.study import LoadedStudy, make_study
+from sparsegrad_cli.records.store import write_json_atomic
+from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.proposals import Referee, TuningStore, ended_trial, propose
+from sparsegrad_cli.study.space import RATE, best_trial, series_of, with_settings
+from sparsegrad_cli.study.trials import Trial, TrialLog
+from sparsegrad_cli.study.tuning import Tuning
+from sparsegrad_cli.study.worker_pool import Crew
+
+STEPS = 24
+TINY = (
+    "task.train_limit=32",
+    "task.eval_limit=16",
+    "task.max_length=16",
+    "train.per_device_train_batch_size=8",
+    "train.eval_strategy=steps",
+    "train.eval_steps=2",
+    "train.logging_steps=1",
+)
+
+
+def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
+    """A comparison that was interrupted after so many trials, with these scores throughout."""
+    assert study.study.tune is not None
+    place = StudyFolder(folder)
+    place.prepare(overwrite=False)
+    record = {"schema": 1, "digest": study_digest(study), "status": "interrupted", "cells": []}
+    write_json_atomic(folder / "compare.json", record)
+    store = TuningStore(folder / "tuning.db")
+    for series in series_of(study):
+        store.open(series.name, series.about(study.study.tune.seeds))
+        for number, score in enumerate(scores):
+            told = store.ended(series.name, 99)
+            entry = {
+                "settings": propose(series.space, told, series.name),
+                **{"number": number, "status": "done", "metric": "matthews_correlation"},
+                **{"score": score, "loss": 1.0, "seconds": 1.0, "steps": STEPS, "error": None},
+                "runs": [],
+            }
+            seen = dict.fromkeys(range(2, STEPS + 1, 2), score)
+            store.add(series.name, ended_trial(series.space, entry, seen))
+    store.close()
+
+
+def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
+    cli: Cli, tmp_path: Path
+) -> None:
+    """No run scores 2: the fourth trial, a real one, is stopped. The third was the best."""
+    over = (*TINY, f"train.max_steps={STEPS}")
+    study = make_study(None, ("full",), 1, over, trials=4)
+    prepared(tmp_path / "c", study, [2.0, 2.1, 2.5])
+    command = ("--methods", "full", "--seeds", "1", "--tune", "4", "-o", "c", "-q")
+    outcome = cli("compare", *command, *over)
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "c" / "compare.json").read_text())
+    (series,) = record["tuning"]["series"]
+    assert [trial["status"] for trial in series["trials"]] == ["done", "done", "done", "pruned"]
+    pruned = series["trials"][3]
+    assert pruned["settings"] == {RATE: 3.557e-05}  # the fourth of Halton's points
+    assert pruned["score"] <= 1 and pruned["seconds"] > 0
+    assert STEPS // 3 <= pruned["steps"] <= STEPS
+    # What it took is kept, weights are not.
+    run = tmp_path / "c" / pruned["runs"][0]["run_dir"]
+    kept = json.loads((run / "run.json").read_text())
+    assert kept["seed"] == 101 and kept["status"] in ("pruned", "done")
+    assert not list(run.glob("checkpoint-*")) and not (run / "adapter").exists()
+    # The cell ran with the best, which nothing was tried beyond.
+    assert series["best"]["number"] == 2 and series["best"]["settings"] == {RATE: 6.325e-4}
+    assert series["edges"] == [{"key": RATE, "end": "highest"}]
+    (cell,) = record["cells"]
+    recipe = (tmp_path / "c" / cell["run_dir"] / "recipe.yaml").read_text()
+    assert "learning_rate: 0.0006325" in recipe and "seed: 42" in recipe
+    assert cell["run"]["metrics"]["history"][-1]["step"] == STEPS  # nothing prunes a cell
+    flat = " ".join(outcome.out.split())
+    assert "4 (1 pruned)" in flat and "may lie beyond" in flat
+    assert "4 trials of tuning for every method on every task" in flat
+    for name in ("report.html", "report.md", "report.tex"):
+        text = (tmp_path / "c" / name).read_text()
+        assert "4 (1 pruned)" in text and "may lie beyond" in text
+    # Nothing is run again. Another space is another comparison, and so is none.
+    again = cli("compare", *command, *over)
+    assert again.code == 0
+    after = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert after["tuning"] == record["tuning"] and after["cells"] == record["cells"]
+    for others in (("--tune", "5"), ("--tune", "3", "train.weight_decay=0.1"), ()):
+        refused = cli("compare", *command[:4], *others, "-o", "c", "-q", *over)
+        assert refused.code == 2, refused.err
+
+
+def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) -> None:
+    study = make_study(None, ("full", "lora"), 2, TINY, trials=2)
+    prepared(tmp_path / "c", study, [0.5, 0.4])
+    place = StudyFolder(tmp_path / "c")
+    tuning = Tuning(study, place, Crew(quiet=True, jobs=1), print, lambda: None)
+    assert tuning.connect(make=False)
+    full, lora = series_of(study)
+    store = tuning.store
+    store.forget(lora.name, lora.about((101,)))
+    assert tuning.tuned() is None  # trials are missing
+    for number in range(2):
+        entry = {"number": number, "settings": {RATE: 1e-3}, "status": "failed", "metric": None}
+        entry |= {"score": None, "loss": None, "seconds": 3.0, "steps": 1, "error": "diverged"}
+        store.add(lora.name, ended_trial(lora.space, entry | {"runs": []}, {}))
+    tuned = tuning.tuned()
+    assert tuned is not None
+    assert [(cell.label, cell.seed) for cell in tuned.cells] == [("full", 42), ("full", 3705)]
+    for cell in tuned.cells:
+        assert cell.loaded.recipe.train.learning_rate == full.space[0].centre
+    block = tuning.block()
+    assert [s["best"] is None for s in block["series"]] == [False, True]
+    assert [s["seconds"] for s in block["series"]] == [2.0, 6.0]
+    tuning.retry()  # what is broken is run again
+    assert [len(s["trials"]) for s in tuning.block()["series"]] == [2, 0]
+    tuning.close()
+
+
+def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_pruned(
+    tmp_path: Path,
+) -> None:
+    """Runs that outlived the process that began them are judged as they would have been."""
+    study = make_study(None, ("full",), 1, TINY, trials=4)
+    (series,) = series_of(study)
+    settings = {RATE: 1e-3}
+
+    def ended(place: StudyFolder, number: int, seed: int, scores: list[float]) -> None:
+        folder = place.trial(f"{series.name}-t{number}-s{seed}")
+        (folder / "checkpoint-6").mkdir(parents=True)
+        history = [{"step": 2 * at, "score": s, "loss": 1 - s} for at, s in enumerate(scores, 1)]
+        lines = [json.dumps({"step": e["step"], "eval": e}) + "\n" for e in history]
+        (folder / "steps.jsonl").write_text("".join(lines))
+        run = {"schema": 1, "status": "done", "time": {"total_s": 5.0}, "seed": seed}
+        run["recipe_digest"] = digest(with_settings(series.recipe, settings, seed))
+        best = max(history, key=lambda e: e["score"])
+        run |= {"metrics": {"best": best}, "task": {"metric": "accuracy"}}
+        write_json_atomic(folder / "run.json", run)
+
+    place, crew = StudyFolder(tmp_path), Crew(quiet=True, jobs=1)
+    store = TuningStore(tmp_path / "tuning.db")
+    store.open(series.name, series.about((7, 8)))
+    curves = [([0.5, 0.6, 0.6], [0.4, 0.8, 0.7]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])]
+    curves += [([0.6, 0.9, 0.9], [0.6, 0.9, 0.9]), ([0.1, 0.2, 0.9], [1.0, 1.0, 1.0])]
+    entries = []
+    for number, both in enumerate(curves):
+        for seed, scores in zip((7, 8), both, strict=True):
+            ended(place, number, seed, scores)
+        told = store.ended(series.name, 9)
+        trial = Trial(series, number, settings, Referee(told), store)
+        entry = trial.run((7, 8), place, crew, [], lambda: None)
+        assert entry is not None
+        store.add(series.name, ended_trial(series.space, entry, trial.referee.seen))
+        entries.append(entry)
+    store.close()
+    first, *_, last = entries
+    assert first["status"] == "done" and first["score"] == 0.7 and first["steps"] == 12
+    assert first["loss"] == pytest.approx(0.3) and first["seconds"] == 10
+    assert [run["score"] for run in first["runs"]] == [0.6, 0.8]
+    assert first["runs"][1]["run_dir"] == "tuning/builtin-acceptability-full-t0-s8"
+    # 0.1 and 0.2 are below 0.5 and 0.6, the medians: its second seed is spared.
+    assert last["status"] == "pruned" and len(last["runs"]) == 1 and last["seconds"] == 5
+    best = best_trial(entries)
+    assert best is not None and best["number"] == 2
+    (spared,) = tmp_path.glob("tuning/*/checkpoint-*")  # all that were looked at lost theirs
+    assert spared.parent.name == "builtin-acceptability-full-t3-s8"
+
+
+def test_evaluations_are_read_once_each_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    log = TrialLog(path)
+    assert list(log.evaluations()) == []
+
+    def line(step: int, score: float | None = None) -> str:
+        found: dict[str, Any] = {"step": step, "loss": 0.5}
+        if score is not None:
+            evaluation = {"step": step, "score": score, "loss": 1.0, "metric": "loss"}
+            found = {"step": step, "eval": evaluation}
+        return json.dumps(found) + "\n"
+
+    def read() -> list[int]:
+        return [int(found["step"]) for found in log.evaluations()]
+
+    path.write_text(line(0, 0.1) + line(1) + line(2, 0.9)[:20])
+    assert read() == [0] and log.last_step == 1
+    path.write_text(line(0, 0.1) + line(1) + line(2, 0.9) + "{torn\n" + line(3))
+    assert read() == [2] and read() == [] and log.last_step == 3
+    assert log.best()["score"] == 0.9  # of what was trained
+    path.write_text(line(0, 0.1) + line(1))  # cut, as a resumed run does
+    assert read() == [0]
+    with path.open("a") as file:
+        file.write(line(4, 0.3) + line(6, 0.5))
+    assert read() == [4, 6] and log.best()["score"] == 0.3  # less is better
+
+
+def compare(folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = ("compare", "--methods", "lora,full", "--seeds", "1", "--tune", "3", "-o")
+    return subprocess.Popen(
+        [sys.executable, "-m", "sparsegrad_cli", *command, str(folder), *TINY, *more],
+        env=os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_three_trials_of_two_methods_interrupted_and_resumed(tmp_path: Path) -> None:
+    folder, over = tmp_path / "c", ("train.max_steps=4",)
+    first = compare(folder, *over)
+    second = folder / "tuning" / "builtin-acceptability-lora-t1-s101" / "steps.jsonl"
+    deadline = time.monotonic() + 600
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    told = first.communicate(timeout=600)[1]
+    assert first.returncode == 130, told
+    stopped = json.loads((folder / "compare.json").read_text())
+    assert stopped["status"] == "interrupted"
+    assert [len(s["trials"]) for s in stopped["tuning"]["series"]] == [1, 0]
+    two = [compare(folder, *over) for _ in range(2)]  # and share what is left
+    more = [process.communicate(timeout=1800)[1] for process in two]
+    assert [process.returncode for process in two] == [0, 0], more
+    begun = re.findall(r"^\S+  (\S+)  trial (\d) of 3: learning_rate", "".join(more), re.MULTILINE)
+    assert sorted(begun) == sorted([("lora", n) for n in "23"] + [("full", n) for n in "123"])
+    record = json.loads((folder / "compare.json").read_text())
+    assert record["status"] == "done"
+    study = make_study(None, ("lora", "full"), 1, (*TINY, *over), trials=3)
+    assert record["digest"] == study_digest(study)
+    for series, asked in zip(record["tuning"]["series"], series_of(study), strict=True):
+        trials = series["trials"]
+        assert len(trials) == record["tuning"]["trials"] == 3
+        assert all(trial["status"] == "done" for trial in trials)
+        assert all(trial["seconds"] > 0 and trial["steps"] == 4 for trial in trials)
+        # What was proposed is what the results before propose, interrupted or not.
+        told_so_far: list[Any] = []
+        for trial in trials:
+            assert propose(asked.space, told_so_far, asked.name) == trial["settings"]
+            told_so_far.append(ended_trial(asked.space, trial, {}))
+        best = best_trial(trials)
+        assert best is not None and series["best"]["number"] == best["number"]
+    rates = {s["method"]: s["best"]["settings"][RATE] for s in record["tuning"]["series"]}
+    store = StudyFolder(folder)
+    tuning = Tuning(study, store, Crew(quiet=True, jobs=1), print, lambda: None)
+    tuning.connect(make=False)
+    tuned = tuning.tuned()
+    tuning.close()
+    assert tuned is not None
+    for cell, ran in zip(tuned.cells, record["cells"], strict=True):
+        assert cell.loaded.recipe.train.learning_rate == rates[cell.label]
+        assert ran["run"]["recipe_digest"] == digest(cell.loaded.recipe)
+        assert ran["run"]["seed"] not in record["tuning"]["seeds"]
+    assert record["parity"]["declared"][0]["values"] == rates
+    assert not list(folder.glob("*/*.claim"))
