@@ -65,7 +65,8 @@ def _root(
     if distributed.world_size() > 1 and command not in _TOGETHER and "--help" not in sys.argv:
         distributed.raise_on_rank_zero(
             UsageError(
-                f"sparsegrad {command} was started in {distributed.world_size()} processes, and is for one",
+                f"sparsegrad {command} was started in {distributed.world_size()} processes, "
+                "and is for one",
                 where="WORLD_SIZE in the environment, as torchrun and accelerate launch set it",
                 fix=f"sparsegrad {command} without the launcher"
                 + ("; --jobs trains several cells at a time" if command == "compare" else ""),
