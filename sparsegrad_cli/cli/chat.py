@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import DataError
-from sparsegrad_cli.report.access import harmless
+from sparsegrad_cli.io.untrusted_text import printable_text
 
 if TYPE_CHECKING:
     from sparsegrad_cli.generate.answering import Answerer
@@ -72,7 +72,7 @@ class Chat:
 
         def tell(text: str) -> None:
             told.append(text)
-            self._out.write(harmless(text))
+            self._out.write(printable_text(text))
             self._out.flush()
 
         asked = [*self._turns, Turn("user", line)]
@@ -95,4 +95,4 @@ class Chat:
             self._say(stopped)
 
     def _say(self, text: str) -> None:
-        print(harmless(text), file=self._err, flush=True)
+        print(printable_text(text), file=self._err, flush=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
-from sparsegrad_cli.report.access import clean, harmless
+from sparsegrad_cli.io.untrusted_text import printable_line, printable_text
 
 DEBUG_FLAG = "--debug"
 _MOST, _END = 2000, 500  # characters of a part of an error, and how many of them are its last
@@ -74,7 +74,7 @@ def _quoting(text: str) -> str:
     """Text that may quote files and servers: what they say is shown and not obeyed, nor at length
     of a file; the reason often comes last."""
     long = len(text) > _MOST
-    return harmless(f"{text[: _MOST - _END]}…{text[-_END:]}" if long else text)
+    return printable_text(f"{text[: _MOST - _END]}…{text[-_END:]}" if long else text)
 
 
 def _append_problem(body: Text, problem: Problem) -> None:
@@ -82,8 +82,8 @@ def _append_problem(body: Text, problem: Problem) -> None:
     if problem.line is not None:
         place += f":{problem.line}"
     if place:
-        body.append(f"{clean(place)}  ", style="dim")
-    body.append(clean(problem.key), style="bold")
+        body.append(f"{printable_line(place)}  ", style="dim")
+    body.append(printable_line(problem.key), style="bold")
     body.append(f"  {_quoting(problem.what)}")
     if problem.fix:
         body.append(_quoting(f"\n    {problem.fix}"), style="bold")

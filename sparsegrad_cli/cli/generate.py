@@ -166,9 +166,9 @@ def _observer(quiet: bool) -> Any:
 
 
 def _show_answer(record: dict[str, Any]) -> None:
-    from sparsegrad_cli.report.access import harmless
+    from sparsegrad_cli.io.untrusted_text import printable_text
 
-    typer.echo(harmless(record["answers"][0]["answers"][0]))
+    typer.echo(printable_text(record["answers"][0]["answers"][0]))
 
 
 def _show_file(record: dict[str, Any]) -> None:
@@ -212,8 +212,8 @@ def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from sparsegrad_cli.io.untrusted_text import printable_text
     from sparsegrad_cli.records.store import load_record
-    from sparsegrad_cli.report.access import harmless
     from sparsegrad_cli.report.answers_grades import column_label
     from sparsegrad_cli.report.answers_record import column_outcome
     from sparsegrad_cli.report.compare_files import write_compare_report
@@ -232,7 +232,7 @@ def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
                 console.print(parts.append(column_outcome(column)))
                 continue
             console.print(parts)
-            typer.echo(harmless(column["answers"][0]["answers"][0]) + "\n")
+            typer.echo(printable_text(column["answers"][0]["answers"][0]) + "\n")
         if kept:
             console.print(plain_line(f"Report: {study / 'report.html'}"))
     if record["status"] != "done":

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.metric_direction import METRICS, scale_of
-from sparsegrad_cli.report.access import clean
 from sparsegrad_cli.report.units import format_bytes, format_score
 
 
@@ -54,12 +54,14 @@ class ProgressObserver(Observer):
 
     def phase(self, name: str, detail: str = "") -> None:
         """A line per phase."""
-        self._progress.console.print(Text.assemble((name, "bold"), " ", (clean(detail), "dim")))
+        self._progress.console.print(
+            Text.assemble((name, "bold"), " ", (printable_line(detail), "dim"))
+        )
 
     def note(self, text: str) -> None:
         """A dim line."""
         # A note may quote files and servers: it is no markup.
-        self._progress.console.print(Text(f"  note: {clean(text)}", style="dim"))
+        self._progress.console.print(Text(f"  note: {printable_line(text)}", style="dim"))
 
     def total_steps(self, phase: str, steps: int) -> None:
         """A bar per phase with steps."""

@@ -13,8 +13,9 @@ from typing import Any
 from sparsegrad_cli.data.spec import FILE_TASKS
 from sparsegrad_cli.export.base_model import BaseModel
 from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.models.pretrained import locate
-from sparsegrad_cli.report.access import block, clean, dig, number, text
+from sparsegrad_cli.report.access import block, dig, number, text
 from sparsegrad_cli.report.units import format_count, format_number
 
 CARD = "README.md"
@@ -103,11 +104,11 @@ def _facts(
     facts = [("Base model", f"{base}{f', quantized to {bits}' if bits else ''})")]
     rows = [f"{format_count(number(run, 'task', 'train_examples'))} training rows"]
     for split, count in block(run, "task", "validation_examples").items():
-        rows.append(f"{format_count(count)} of {clean(str(split))}")
+        rows.append(f"{format_count(count)} of {printable_line(str(split))}")
     facts.append(("Data", f"{text(run, 'task', 'name')}: {', '.join(rows)}"))
     facts.append(("Digest of the data", str(text(run, "hashes", "data"))))
     if labels:
-        shown = ", ".join(f"{number}: {clean(label)}" for number, label in labels.items())
+        shown = ", ".join(f"{number}: {printable_line(label)}" for number, label in labels.items())
         facts.append(("Labels", shown))
     facts.append(("Method", _method(record, run)))
     facts.append(("Score", _score(record, run)))

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
-from sparsegrad_cli.report.access import clean
+from sparsegrad_cli.io.untrusted_text import printable_line
 
 _COMPLETIONS = "/chat/completions"
 _HOPELESS = {401: "refuses the key", 403: "forbids the request", 404: "knows no such address"}
@@ -102,7 +102,7 @@ class Endpoint:
         except openai.APIStatusError as error:
             raise self._refused(error) from error
         except openai.APIConnectionError as error:
-            said = clean(str(error.__cause__ or error)) or type(error.__cause__).__name__
+            said = printable_line(str(error.__cause__ or error)) or type(error.__cause__).__name__
             raise UnansweredError(self.without_key(f"network: {said}")) from error
         except (openai.OpenAIError, ValueError, RecursionError) as error:
             raise UnansweredError("the response is not a chat completion") from error
@@ -176,4 +176,4 @@ def _message(body: Any) -> str:
     """What an error's body says, in one line."""
     inner = body.get("error", body.get("message", "")) if isinstance(body, dict) else body
     said = inner.get("message", "") if isinstance(inner, dict) else inner
-    return clean(str(said or "")[:1000])[:300]
+    return printable_line(str(said or "")[:1000])[:300]

@@ -15,7 +15,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from sparsegrad_cli.report.access import harmless
+from sparsegrad_cli.io.untrusted_text import printable_text
 
 MOST_BYTES = 256 * 1024  # the longest recipe that comes along has 4 KiB
 MOST_DEPTH = 40
@@ -119,7 +119,7 @@ def load(
 def dump(data: Any) -> str:
     """Plain data as YAML that :func:`load` reads back equal, and that a terminal shows as it is."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    if harmless(text) != text:  # marks that turn the direction of writing are escaped, as all else
+    if printable_text(text) != text:  # escape bidirectional marks with everything else
         text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
     return text
 

@@ -7,13 +7,12 @@ both, so every value is fetched through these functions.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from sparsegrad_cli.io.untrusted_text import printable_line
+
 _DIGITS = 19  # of a number of 64 bits
-# Embeddings, overrides and isolates: what follows is written backwards until further notice.
-_TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
 
 
 def dig(data: Any, *keys: str) -> Any:
@@ -74,39 +73,10 @@ def text(data: Any, *keys: str) -> str | None:
         return None
     if isinstance(found, bool):
         return "yes" if found else "no"
-    return clean(str(found)) or None
+    return printable_line(str(found)) or None
 
 
 def step_number(key: Any) -> int | None:
     """A step that stands for a key, as JSON has them: ``"100"``; None for what is none."""
     plain = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < _DIGITS
     return int(key) if plain else None
-
-
-def harmless(raw: str) -> str:
-    """Text of several lines that a terminal shows and does not obey.
-
-    Control characters become their pictures, ESC becomes ␛; those that have none, the marks that
-    turn the direction of writing, and lone surrogates become U+FFFD. Line breaks and tabs stay.
-    """
-    return "".join(c if c in "\n\t" or c.isprintable() else _shown(c) for c in raw)
-
-
-def _shown(character: str) -> str:
-    code, kind = ord(character), unicodedata.category(character)
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2421 if code == 0x7F else 0x2400 + code)
-    turns = unicodedata.bidirectional(character) in _TURNING
-    return "\ufffd" if kind in ("Cc", "Cs") or turns else character
-
-
-def clean(raw: str) -> str:
-    """One line: white space and control characters become spaces; lone surrogates, and the marks
-    that turn the direction of writing, U+FFFD."""
-    return " ".join((raw if raw.isprintable() else "".join(map(_plain, raw))).split())
-
-
-def _plain(character: str) -> str:
-    turns = unicodedata.bidirectional(character) in _TURNING
-    kind = "Cs" if turns else unicodedata.category(character)
-    return {"Cc": " ", "Cs": "\ufffd"}.get(kind, character)

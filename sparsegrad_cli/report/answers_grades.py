@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.report.access import clean, text
+from sparsegrad_cli.io.untrusted_text import printable_line
+from sparsegrad_cli.report.access import text
 from sparsegrad_cli.report.tables import Cell, Table
 from sparsegrad_cli.study.statistics import mean, std
 
@@ -25,7 +26,9 @@ def grade_words(grades: Mapping[str, float] | None) -> str:
         return ""
     if len(grades) == 1:
         return f"grade {next(iter(grades.values())):g}"
-    return ", ".join(f"{clean(judge)} {grade:g}" for judge, grade in sorted(grades.items()))
+    return ", ".join(
+        f"{printable_line(judge)} {grade:g}" for judge, grade in sorted(grades.items())
+    )
 
 
 def judges_of(graded: Mapping[int, Graded]) -> list[str]:
@@ -53,7 +56,7 @@ def grade_table(bases: Sequence[Any], runs: Sequence[Any], graded: Mapping[int, 
         "A question's grade is the mean over its turns, a run's the mean over its questions; ± is "
         "the standard deviation over seeds, n their number."
     )
-    return Table("Mean grades", ("model", *map(clean, judges)), rows, notes=(note,))
+    return Table("Mean grades", ("model", *map(printable_line, judges)), rows, notes=(note,))
 
 
 def _mean(graded: Graded, judge: str) -> float | None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.generate.side_by_side import FOLDER, read_side_by_side
+from sparsegrad_cli.io.untrusted_text import printable_line, printable_text
 from sparsegrad_cli.judge.grades import Grades
-from sparsegrad_cli.report.access import clean, dig, harmless, items, mappings, number, text
+from sparsegrad_cli.report.access import dig, items, mappings, number, text
 from sparsegrad_cli.report.answers_grades import Graded, column_label, grade_table
 from sparsegrad_cli.report.labels import reason, status_of, status_words
 from sparsegrad_cli.report.tables import Table
@@ -118,7 +119,9 @@ def side_by_side(
 def column_outcome(column: Any) -> str:
     """``12 questions answered, 0 kept``, or why not."""
     if status_of(column) != "done":
-        return clean(": ".join(p for p in (status_words(status_of(column)), _why(column)) if p))
+        return printable_line(
+            ": ".join(p for p in (status_words(status_of(column)), _why(column)) if p)
+        )
     asked, there = number(column, "asked") or 0, len(items(column, "answers"))
     return f"{format_count(asked)} questions answered, {format_count(there - asked)} kept"
 
@@ -181,7 +184,7 @@ def _subtitle(record: Any, judges: Sequence[str], seeds: set[str | None]) -> str
     if len(seeds) == 1:
         parts.append(f"seed {next(iter(seeds)) or '?'}")
     if judges:
-        parts.append(f"graded from 1 to 10 by {', '.join(map(clean, judges))}")
+        parts.append(f"graded from 1 to 10 by {', '.join(map(printable_line, judges))}")
     return " · ".join(parts)
 
 
@@ -218,7 +221,7 @@ def _question(asked: Any, columns: Sequence[Any], graded: Mapping[int, Graded]) 
     name, category = text(asked, "question_id") or "?", text(asked, "category")
     turns = tuple(
         Asked(
-            harmless(turn),
+            printable_text(turn),
             tuple(_answer(column, asked, number, graded[id(column)]) for column in columns),
         )
         for number, turn in enumerate(_turns(asked))
@@ -237,4 +240,6 @@ def _answer(column: Any, asked: Any, turn: int, graded: Graded) -> Answer:
     why = stopped[turn] if turn < len(stopped) else None
     remark = _STOPPED.get(why, "") if isinstance(why, str) else ""
     given = graded.get((str(dig(asked, "question_id")), turn), {})
-    return Answer(harmless(said) if said.strip() else _EMPTY, bool(said.strip()), remark, given)
+    return Answer(
+        printable_text(said) if said.strip() else _EMPTY, bool(said.strip()), remark, given
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsegrad_cli.report.access import block, clean, dig, items, mappings, number, text
+from sparsegrad_cli.io.untrusted_text import printable_line
+from sparsegrad_cli.report.access import block, dig, items, mappings, number, text
 from sparsegrad_cli.report.tables import Fact
 from sparsegrad_cli.report.units import format_bytes, format_count, format_number
 
@@ -48,7 +49,7 @@ def export_facts(record: Any) -> list[Fact]:
         beside = "what quantizing it had changed: reported, not judged"
         facts.append(Fact("On the plain base by", _small(plain), beside))
     facts += _errors(record)
-    names = ", ".join(sorted(map(clean, block(record, "files"))))
+    names = ", ".join(sorted(map(printable_line, block(record, "files"))))
     facts.append(Fact("On disk", format_bytes(number(record, "bytes")), names))
     return facts
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad_cli.report.access import clean, dig, items, mappings, number, text
+from sparsegrad_cli.io.untrusted_text import printable_line
+from sparsegrad_cli.report.access import dig, items, mappings, number, text
 from sparsegrad_cli.report.tables import Cell, Table, escape_markdown, table_markdown
 from sparsegrad_cli.report.units import format_count, format_share
 
@@ -124,7 +125,9 @@ def _settings(answers: Any) -> str | None:
     found = dig(answers, "settings")
     if not isinstance(found, Mapping):
         return None
-    shown = [f"{clean(key)} {text(value)}" for key, value in found.items() if value is not None]
+    shown = [
+        f"{printable_line(key)} {text(value)}" for key, value in found.items() if value is not None
+    ]
     return ", ".join(shown) or None
 
 

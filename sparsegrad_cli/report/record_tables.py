@@ -6,16 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad_cli.report.access import (
-    block,
-    clean,
-    dig,
-    mappings,
-    number,
-    numbers,
-    step_number,
-    text,
-)
+from sparsegrad_cli.io.untrusted_text import printable_line
+from sparsegrad_cli.report.access import block, dig, mappings, number, numbers, step_number, text
 from sparsegrad_cli.report.labels import ENERGY, SUPPORT_ENERGY
 from sparsegrad_cli.report.tables import Cell, Fact, Table
 from sparsegrad_cli.report.units import format_bytes, format_count, format_seconds, format_share
@@ -69,7 +61,7 @@ def calibration_facts(run: Any) -> list[Fact]:
 def support_means(run: Any) -> dict[str, Mapping[str, Any]]:
     """Layer kind to mean shares in the support that trains and in the best in hindsight."""
     kinds = block(run, "calibration", "energy", "compared", "mean_by_kind").items()
-    return {clean(str(kind)): mean for kind, mean in kinds if isinstance(mean, Mapping)}
+    return {printable_line(str(kind)): mean for kind, mean in kinds if isinstance(mean, Mapping)}
 
 
 def support_energy(run: Any) -> Table | None:
@@ -119,7 +111,7 @@ def kind_means(run: Any) -> dict[str, Mapping[str, Any]]:
     """Layer kind to mean share per column."""
     energy = block(run, "calibration", "energy")
     kinds = block(energy, "mean_by_kind").items()
-    means = {clean(str(kind)): mean for kind, mean in kinds if isinstance(mean, Mapping)}
+    means = {printable_line(str(kind)): mean for kind, mean in kinds if isinstance(mean, Mapping)}
     if means:
         return means
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -199,7 +191,7 @@ def provenance(record: Any) -> Table:
             found.append((key.replace("_", " "), text(environment, key)))
     for package, version in block(environment, "packages").items():
         if text(version):
-            found.append((clean(str(package)), text(version)))
+            found.append((printable_line(str(package)), text(version)))
     found += [*_cells(record), *_precision(record), *_hashes(record)]
     return Table("Provenance", ("what", "value"), found, left=2)
 
@@ -222,7 +214,7 @@ def _precision(record: Any) -> list[tuple[str, Cell]]:
     found = block(record, "precision")
     if not found:
         return []
-    dtypes = " and ".join(clean(str(name)) for name in block(found, "weights"))
+    dtypes = " and ".join(printable_line(str(name)) for name in block(found, "weights"))
     autocast = text(found, "autocast") or "no"
     return [("precision", f"{dtypes} weights, {autocast} autocast, {text(found, 'matmul')} matmul")]
 

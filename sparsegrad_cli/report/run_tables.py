@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.records.metric_direction import Scale, scale_of
-from sparsegrad_cli.report.access import block, clean, dig, items, mappings, number, text
+from sparsegrad_cli.report.access import block, dig, items, mappings, number, text
 from sparsegrad_cli.report.labels import (
     CATEGORIES,
     PHASES,
@@ -211,7 +212,7 @@ def memory_phases(run: Any) -> list[tuple[str, Mapping[str, Any]]]:
     there = block(run, "memory", "phases")
     names = [*PHASES, *sorted(str(name) for name in there if name not in PHASES)]
     known = [name for name in names if number(there, name, "peak_bytes") is not None]
-    return [(clean(name), block(there, name)) for name in known]
+    return [(printable_line(name), block(there, name)) for name in known]
 
 
 def times(run: Any) -> list[tuple[str, float]]:

@@ -13,7 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.report.access import dig, harmless, items, text
+from sparsegrad_cli.io.untrusted_text import printable_text
+from sparsegrad_cli.report.access import dig, items, text
 from sparsegrad_cli.report.budget_tables import budget_flags, budget_table, plan_tables
 from sparsegrad_cli.report.compare_record import (
     difference_cell,
@@ -62,7 +63,7 @@ _CHECKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim
 
 def plain_line(raw: str, style: str = "") -> Text:
     """One line that may name files: no markup, and nothing that a terminal obeys."""
-    return Text(harmless(raw).replace("\n", "\N{SYMBOL FOR NEWLINE}"), style=style)
+    return Text(printable_text(raw).replace("\n", "\N{SYMBOL FOR NEWLINE}"), style=style)
 
 
 def run_table(run: dict[str, Any]) -> RenderableType:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.report.access import clean
+from sparsegrad_cli.io.untrusted_text import printable_line
 
 _MOST_WORDS = 200  # bytes read of what a claim says
 
@@ -126,7 +126,7 @@ def holder_of(path: Path) -> str | None:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         said = os.pread(file, _MOST_WORDS, 0).decode("utf-8", "replace")
-        return clean(said) or "another process"
+        return printable_line(said) or "another process"
     except OSError:
         return None
     finally:

@@ -17,7 +17,7 @@ from small import Cli
 from talkers import talker
 
 from sparsegrad_cli.io.jsonl import read_records
-from sparsegrad_cli.report.access import harmless
+from sparsegrad_cli.io.untrusted_text import printable_text
 
 BRIEF = ("--max-new-tokens", "6", "--device", "cpu")
 
@@ -33,7 +33,7 @@ def test_one_prompt(cli: Cli, model: str) -> None:
     assert shown.code == 0, shown.err
     record = json.loads(cli("generate", model, "-p", "Hi", *BRIEF, "--json").out)
     (line,) = record["answers"]
-    assert shown.out == harmless(line["answers"][0]) + "\n"
+    assert shown.out == printable_text(line["answers"][0]) + "\n"
     assert line["turns"] == ["Hi"] and record["output"] is None
     assert record["model"] == model and record["settings"]["temperature"] == 0.0
 
@@ -47,15 +47,16 @@ def test_what_a_model_writes_is_shown_and_not_obeyed(cli: Cli, model: str) -> No
     shown = cli(*hot)
     assert shown.code == 0, shown.err
     assert not controls & set(shown.out)
-    assert shown.out == harmless(raw) + "\n"
+    assert shown.out == printable_text(raw) + "\n"
 
 
 def test_text_made_harmless() -> None:
     assert (
-        harmless("a\tb\nc [bold]<b> é 日本 👩‍👧 \u00a0") == "a\tb\nc [bold]<b> é 日本 👩‍👧 \u00a0"
+        printable_text("a\tb\nc [bold]<b> é 日本 👩‍👧 \u00a0")
+        == "a\tb\nc [bold]<b> é 日本 👩‍👧 \u00a0"
     )
-    assert harmless("\x1b[2J\x07\r\x00\x7f") == "␛[2J␇␍␀␡"
-    assert harmless("\x9b1m\u202eabc\u2066\ud800") == "\ufffd1m\ufffdabc\ufffd\ufffd"
+    assert printable_text("\x1b[2J\x07\r\x00\x7f") == "␛[2J␇␍␀␡"
+    assert printable_text("\x9b1m\u202eabc\u2066\ud800") == "\ufffd1m\ufffdabc\ufffd\ufffd"
 
 
 def test_questions_are_answered_once(cli: Cli, model: str, tmp_path: Path) -> None:
