@@ -38,7 +38,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
 )
 # Torch-free parts of a layer that the recipe is built from, and the layer they count as.
-GROUND = {"methods.registry": "recipe", "methods.settings": "recipe"}
+GROUND = {
+    "methods.registry": "recipe",
+    "methods.settings": "recipe",
+    "data.spec": "recipe",
+    "data.chat_settings": "recipe",
+}
 METHODS = ("sparsegrad", "lora", "meprop", "full")
 # Where a method's name is another word: (file, name) -> why.
 OTHER_WORDS = {
@@ -306,8 +311,9 @@ def _method_tests(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.MatchClass):
         if ast.unparse(node.cls).endswith(classes):
             yield f"case {ast.unparse(node.cls)}()"
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
-        if any(name in ast.unparse(node.args[1]) for name in classes):
+    elif isinstance(node, ast.Call):
+        asks = getattr(node.func, "id", "") in ("isinstance", "issubclass")
+        if asks and any(name in ast.unparse(node.args[1]) for name in classes):
             yield ast.unparse(node)
 
 
