@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.records.environment import collect, git_state
-from sparsegrad_cli.training.run_folder import now
+from sparsegrad_cli.run.folder import now
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -12,8 +12,8 @@ from sparsegrad_cli.errors import InterruptedRunError, UsageError
 from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.training.recorded_run import run_recorded
-from sparsegrad_cli.training.run_folder import RunRecord
+from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.run.recorded import run_recorded
 
 if TYPE_CHECKING:
     from sparsegrad_cli.estimate.estimate_steps import Room

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsegrad_cli.training.run_folder import adapter_file
+from sparsegrad_cli.run.folder import adapter_file
 
 
 def trained_in(run: Path) -> Path:

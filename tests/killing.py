@@ -113,7 +113,7 @@ def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path])
     if moment is not None and number == of:
         MOMENTS[moment][1](count)
     if moment not in REPORTING:  # takes longer than all the rest
-        from sparsegrad_cli.training import recorded_run as recorded
+        from sparsegrad_cli.run import recorded as recorded
 
         recorded._write_report = lambda record, observer: None
     from sparsegrad_cli.cli.app import main

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
+from sparsegrad_cli.run.folder import RunRecord, open_run_dir
 from sparsegrad_cli.training.fine_tuning import TrainingSession
-from sparsegrad_cli.training.run_folder import RunRecord, open_run_dir
 
 ROWS = 24  # of validation
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

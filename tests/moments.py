@@ -84,7 +84,7 @@ def _renames(beginning: str) -> Callable[..., bool]:
 
 @moment("begun", "the folder is made, the recipe is in it, no record yet")
 def _begun(count: int) -> None:
-    from sparsegrad_cli.training import recorded_run as recorded
+    from sparsegrad_cli.run import recorded as recorded
 
     wrap(recorded, "RunRecord", count, before=_die)
 
@@ -311,14 +311,14 @@ def _adapter_renamed(count: int) -> None:
 
 @moment("reporting", "the record says done, the report is not written")
 def _reporting(count: int) -> None:
-    from sparsegrad_cli.training import recorded_run as recorded
+    from sparsegrad_cli.run import recorded as recorded
 
     wrap(recorded, "_write_report", count, before=_die)
 
 
 @moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
 def _reporting_begins(count: int) -> None:
-    from sparsegrad_cli.training.run_folder import RunRecord
+    from sparsegrad_cli.run.folder import RunRecord
 
     wrap(RunRecord, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
 
@@ -389,7 +389,7 @@ def _small_files(count: int) -> None:
 
 @moment("reporting-full", "KiB that a file may have once the run is done: a full disk")
 def _reporting_full(count: int) -> None:
-    from sparsegrad_cli.training import recorded_run as recorded
+    from sparsegrad_cli.run import recorded as recorded
 
     wrap(recorded, "_write_report", 1, before=lambda *args: _limit_files(count))
 

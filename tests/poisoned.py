@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from surviving import Bench
 
-from sparsegrad_cli.training.order import EpochSampler
+from sparsegrad_cli.data.order import EpochSampler
 
 POISONED = 17  # the row, with a letter that no other row has
 _LETTER = "~"

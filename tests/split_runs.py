@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.models.sharded_tensors import is_split
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.training.nan_check import check_weights
 
 CELLS = [(model, method) for model in ("bert", "llama") for method in METHODS]
 # Compared with whole weights: frozen half-precision weights beside float32 values, autocast, and a

@@ -13,8 +13,8 @@ from sparsegrad_cli.methods.core_plan import planned_supports
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, is_whole, truncated
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.tasks.setup import Setup, calibration_batches
 from sparsegrad_cli.training.session import Session
-from sparsegrad_cli.training.setup import Setup, calibration_batches
 
 
 class CalibrationSession(Session):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
+from sparsegrad_cli.models.nan_check import first_non_finite
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.frozen_linear import product_dtype
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.training.nan_check import first_non_finite
 
 Batch = Mapping[str, Any]
 IGNORED = -100  # a label that counts for nothing

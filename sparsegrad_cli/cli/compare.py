@@ -89,11 +89,11 @@ def compare(
 
     from sparsegrad_cli.report.compare_files import LiveReport
     from sparsegrad_cli.report.terminal import compare_table, plain_line
+    from sparsegrad_cli.run import preflight
     from sparsegrad_cli.study.folder import StudyFolder
     from sparsegrad_cli.study.parity import check_parity
     from sparsegrad_cli.study.runner import Comparison
     from sparsegrad_cli.study.solving import solving
-    from sparsegrad_cli.training import preflight
 
     study = _study(recipe, methods, seeds, match, tune)
     if device is not None and study.study.budget is None:

@@ -14,7 +14,7 @@ from sparsegrad_cli.errors import DiskError, UsageError
 from sparsegrad_cli.io.paths import exists, is_file, is_folder
 from sparsegrad_cli.recipe.load_recipe import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
-from sparsegrad_cli.training import preflight
+from sparsegrad_cli.run import preflight
 
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.study import LoadedStudy

@@ -86,8 +86,8 @@ def report(
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
     from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
+    from sparsegrad_cli.run.folder import as_it_is
     from sparsegrad_cli.study.evidence import up_to_date
-    from sparsegrad_cli.training.run_folder import as_it_is
 
     folder = run if is_folder(run) else run.parent
     record = as_it_is(load_record(run), folder)

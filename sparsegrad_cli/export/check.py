@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.plain import auto_class
-from sparsegrad_cli.training.setup import Setup, validation_batches
+from sparsegrad_cli.tasks.setup import Setup, validation_batches
 
 # Largest difference allowed, as a share of the largest logit. It is some roundings of a number of
 # that size: products in another order differ by about a tenth of it through six layers (measured).

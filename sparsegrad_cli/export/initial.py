@@ -30,8 +30,8 @@ from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.report.access import items
+from sparsegrad_cli.tasks.setup import Setup
 from sparsegrad_cli.training.adapter_folder import read_adapter
-from sparsegrad_cli.training.setup import Setup
 
 # Settings of a method that say how it trains, not what its adapter is.
 _HOW = {"dropout", "recompute", "state_capacity", "refresh_steps"}

@@ -18,8 +18,8 @@ from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.access import dig
-from sparsegrad_cli.training.setup import Setup, make_setup
-from sparsegrad_cli.training.texts import Few
+from sparsegrad_cli.tasks.classification import Few
+from sparsegrad_cli.tasks.setup import Setup, make_setup
 
 # Rows of the training data that are read: what a task is (its labels) is known from the whole file.
 _TRAIN_ROWS = 32

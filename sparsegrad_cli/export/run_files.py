@@ -13,7 +13,7 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.records.store import load_record
 from sparsegrad_cli.report.access import dig
-from sparsegrad_cli.training.run_folder import adapter_file, as_it_is
+from sparsegrad_cli.run.folder import adapter_file, as_it_is
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (

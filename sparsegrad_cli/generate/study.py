@@ -36,7 +36,7 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.records.store import load_record, write_json_atomic
 from sparsegrad_cli.report.access import dig, mappings, text
-from sparsegrad_cli.training.run_folder import now
+from sparsegrad_cli.run.folder import now
 
 # Of one model only: the others can still be asked.
 _ITS_OWN = (UsageError, DataError, FileFormatError, DownloadError)

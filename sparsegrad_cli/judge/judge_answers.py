@@ -28,7 +28,7 @@ from sparsegrad_cli.judge.verdicts import is_grade
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
 from sparsegrad_cli.report.judge_tables import judge_markdown
-from sparsegrad_cli.training.run_folder import now
+from sparsegrad_cli.run.folder import now
 
 SCHEMA = 1
 FORMAT = "sparsegrad-verdicts-1"

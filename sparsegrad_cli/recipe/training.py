@@ -6,7 +6,7 @@ from sparsegrad_cli.data.spec import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
 from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.source import KeyPath
-from sparsegrad_cli.training.trackers import TRACKERS
+from sparsegrad_cli.recipe.trackers import TRACKERS
 
 _POLYNOMIAL_END = 1e-7  # the rate at which transformers' polynomial schedule ends
 SMOOTHED_SCORES = "label smoothing is one of classes, and the labels of this task are scores"

@@ -18,6 +18,7 @@ from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.records.environment import collect, git_state
 from sparsegrad_cli.records.store import SCHEMA, load_record, write_json_atomic
 from sparsegrad_cli.report.labels import status_of
+from sparsegrad_cli.run.folder import now
 from sparsegrad_cli.study.budget_report import with_measured
 from sparsegrad_cli.study.claims import Claim
 from sparsegrad_cli.study.entries import claim_of, entry_of, stamp
@@ -26,7 +27,6 @@ from sparsegrad_cli.study.folder import LEDGER, StudyFolder, study_digest
 from sparsegrad_cli.study.jobs import Job, work_off
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.worker_pool import Crew, run_in
-from sparsegrad_cli.training.run_folder import now
 
 if TYPE_CHECKING:
     from sparsegrad_cli.study.tuning import Tuning

@@ -31,8 +31,8 @@ from sparsegrad_cli.methods.peft_folder import (
 )
 from sparsegrad_cli.models.pretrained import base_name, locate
 from sparsegrad_cli.recipe.schema import ModelSection
-from sparsegrad_cli.training.run_folder import ADAPTER, PEFT_ADAPTER
-from sparsegrad_cli.training.setup import Setup
+from sparsegrad_cli.run.folder import ADAPTER, PEFT_ADAPTER
+from sparsegrad_cli.tasks.setup import Setup
 
 
 def drawn_parameters(method: Method, setup: Setup) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def read_adapter(path: Path, model: nn.Module, fresh: Iterable[str]) -> dict[str
     """The tensors of an adapter by the method's names, as its ``load_adapter`` takes them.
 
     Args:
-        path: as :func:`sparsegrad_cli.training.run_folder.adapter_file` finds it.
+        path: as :func:`sparsegrad_cli.run.folder.adapter_file` finds it.
         model: prepared by the method. What the base model's files do not hold is put into it.
         fresh: names of that, as the run has recorded them.
 

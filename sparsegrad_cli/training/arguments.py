@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.trackers import PROJECT, named, study_of
 from sparsegrad_cli.records.metric_direction import scale_of
-from sparsegrad_cli.training.trackers import PROJECT, named, study_of
 
 # Ours, not TrainingArguments'. Of save_total_limit training/checkpoint_folder.py takes care.
 _OWN = {

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sparsegrad_cli import distributed
+from sparsegrad_cli.data.order import OrderHash
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.interruption import busy
 from sparsegrad_cli.io.atomic_folder import read_tensors
 from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
+from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.training import checkpoint_state as files
 from sparsegrad_cli.training.checkpoint_folder import (
     TRAINER_STATE,
@@ -34,8 +36,6 @@ from sparsegrad_cli.training.checkpoint_folder import (
     trainer_state,
 )
 from sparsegrad_cli.training.checkpoint_manifest import damage
-from sparsegrad_cli.training.nan_check import check_weights
-from sparsegrad_cli.training.order import OrderHash
 from sparsegrad_cli.training.resume_checks import check_measured
 
 # What a run is made of, in the order asked: of other data a basis is another, too.

@@ -26,11 +26,11 @@ from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.recipe.trackers import files_in
+from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.tasks.setup import Setup, check_autocast
 from sparsegrad_cli.training.loop import TrainingLoop
-from sparsegrad_cli.training.run_folder import RunRecord
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
-from sparsegrad_cli.training.setup import Setup, check_autocast
-from sparsegrad_cli.training.trackers import files_in
 
 
 class InitialValues(Protocol):

@@ -11,8 +11,8 @@ import torch
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.memory.meter import make_meter
 from sparsegrad_cli.models.quantized import quantization_state
+from sparsegrad_cli.tasks.setup import Setup, to_device
 from sparsegrad_cli.training.oom_measure import Attempt, Phase, attempt
-from sparsegrad_cli.training.setup import Setup, to_device
 
 _ROUNDS = 2  # of accumulation: gradients of the first are there while the second runs
 

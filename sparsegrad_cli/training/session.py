@@ -35,16 +35,16 @@ from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.training.facts import loaded_facts
-from sparsegrad_cli.training.oom import explain
-from sparsegrad_cli.training.oom_trials import Situation
-from sparsegrad_cli.training.run_folder import RunRecord
-from sparsegrad_cli.training.setup import (
+from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.tasks.facts import loaded_facts
+from sparsegrad_cli.tasks.setup import (
     Setup,
     calibration_batches,
     hash_parameters,
     make_setup,
 )
+from sparsegrad_cli.training.oom import explain
+from sparsegrad_cli.training.oom_trials import Situation
 
 BASIS_NAME = "basis.safetensors"
 

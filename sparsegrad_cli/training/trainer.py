@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from sparsegrad_cli import distributed
+from sparsegrad_cli.data.order import EpochSampler, OrderHash
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.interruption import stop_here
 from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.models.nan_check import INPUTS, first_non_finite
 from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.tasks.objective import Objective
 from sparsegrad_cli.training.checkpointed_trainer import CheckpointedTrainer
-from sparsegrad_cli.training.nan_check import INPUTS, first_non_finite
-from sparsegrad_cli.training.objective import Objective
-from sparsegrad_cli.training.order import EpochSampler, OrderHash
 from sparsegrad_cli.training.sharding import DEEPSPEED, FSDP
 
 

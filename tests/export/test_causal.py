@@ -23,7 +23,7 @@ from sparsegrad_cli.export.rebuild import rebuild
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.training.setup import make_setup, validation_batches
+from sparsegrad_cli.tasks.setup import make_setup, validation_batches
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 

@@ -21,8 +21,8 @@ from sparsegrad_cli.export.place import free_folder
 from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import make_study
+from sparsegrad_cli.run.folder import RunRecord, held_run_dir, open_run_dir
 from sparsegrad_cli.study.folder import StudyFolder, safe_name, study_digest
-from sparsegrad_cli.training.run_folder import RunRecord, held_run_dir, open_run_dir
 
 LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
 ODD = (

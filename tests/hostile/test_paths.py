@@ -23,9 +23,9 @@ from sparsegrad_cli.judge.judge_answers import JudgeOptions
 from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
+from sparsegrad_cli.run.folder import RunRecord, held_run_dir, open_run_dir
 from sparsegrad_cli.study.claims import Claim
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
-from sparsegrad_cli.training.run_folder import RunRecord, held_run_dir, open_run_dir
 
 RUN_NAMES = (
     *("run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md", "basis.safetensors"),

@@ -27,7 +27,7 @@ from sparsegrad_cli.models.quantized import (
     quantized_layers,
 )
 from sparsegrad_cli.models.targets import fingerprint, is_linear
-from sparsegrad_cli.training.setup import hash_parameters, head_parameters
+from sparsegrad_cli.tasks.setup import hash_parameters, head_parameters
 
 need_bitsandbytes()
 ARCHITECTURES = ("llama", "bert", "gpt2")

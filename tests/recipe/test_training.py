@@ -11,10 +11,10 @@ import torch
 from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.tasks.classification import load_texts
+from sparsegrad_cli.tasks.setup import check_autocast
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.fine_tuning import TrainingSession
-from sparsegrad_cli.training.setup import check_autocast
-from sparsegrad_cli.training.texts import load_texts
 
 STEPS = ("train.eval_strategy=steps", "train.eval_steps=2")
 BEST = "save_strategy: best keeps every best one; load_best_model_at_end: false ends with the last"

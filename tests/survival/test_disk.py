@@ -51,7 +51,7 @@ import resource, signal, sys
 from pathlib import Path
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.training.run_folder import held_run_dir, open_run_dir
+from sparsegrad_cli.run.folder import held_run_dir, open_run_dir
 recipe = load_recipe("quickstart").recipe
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -13,8 +13,8 @@ from surviving import Bench, flat, record, weights
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, load_recipe, to_yaml
-from sparsegrad_cli.training import recorded_run as recorded
-from sparsegrad_cli.training.run_folder import ADAPTER, RunRecord
+from sparsegrad_cli.run import recorded as recorded
+from sparsegrad_cli.run.folder import ADAPTER, RunRecord
 
 BLOCKS = {"metrics": {"best": {"score": 0.9}}, "method": {"name": "lora"}, "counts": {"targets": 3}}
 ENDED = {"status": "done", "error": None, "started": "then", "finished": "then"}

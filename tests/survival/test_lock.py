@@ -20,7 +20,7 @@ from surviving import Bench
 from sparsegrad_cli.errors import BusyError, DiskError
 from sparsegrad_cli.io.locks import RunLock, owner_of
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.training.run_folder import choose_run_dir, held_run_dir, open_run_dir
+from sparsegrad_cli.run.folder import choose_run_dir, held_run_dir, open_run_dir
 
 
 def test_a_held_folder_is_refused_with_who_and_since_when(bench: Bench) -> None:

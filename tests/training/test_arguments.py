@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import training_args
 
+from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.training.arguments import training_arguments
 from sparsegrad_cli.training.callbacks import RecordCallback
-from sparsegrad_cli.training.device import device_of
 
 RECIPE = Recipe.model_validate({"train": {"per_device_train_batch_size": 16}})
 

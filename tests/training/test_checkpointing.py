@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from sparsegrad_cli.data.order import OrderHash
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.training.checkpoint_folder import Shelf
 from sparsegrad_cli.training.checkpointed_trainer import CheckpointedTrainer
-from sparsegrad_cli.training.order import OrderHash
 
 ORIGINS = {"basis": "a basis", "data": "rows", "model": "weights"}
 

@@ -17,11 +17,11 @@ from tiny import one_thread
 from torch import Tensor
 
 from sparsegrad_cli import runner
+from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.training.chats import load_chats
-from sparsegrad_cli.training.objective import LanguageModelling
-from sparsegrad_cli.training.order import EpochSampler
+from sparsegrad_cli.tasks.chat import load_chats
+from sparsegrad_cli.tasks.objective import LanguageModelling
 
 METHODS = {
     "full": ("method=full",),

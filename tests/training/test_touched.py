@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.training.setup import hash_facts, precision_of
+from sparsegrad_cli.tasks.setup import hash_facts, precision_of
 from sparsegrad_cli.training.sparsity_stats import pooled_share
 
 

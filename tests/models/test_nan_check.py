@@ -8,7 +8,7 @@ from tiny import batch, classifier
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
-from sparsegrad_cli.training.nan_check import INPUTS, LOSS, check_weights, first_non_finite
+from sparsegrad_cli.models.nan_check import INPUTS, LOSS, check_weights, first_non_finite
 
 
 class Overflows(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
+from sparsegrad_cli.data.order import EpochSampler, OrderHash
 from sparsegrad_cli.data.packing import make_lm_collator
-from sparsegrad_cli.training.order import EpochSampler, OrderHash
 
 SIZE = 103
 LENGTHS = [5 + (7 * n) % 60 for n in range(SIZE)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparsegrad_cli.models.quantized import count_entries
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.training.setup import Setup, hash_facts
+from sparsegrad_cli.tasks.setup import Setup, hash_facts
 
 
 def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
 from sparsegrad_cli.records.store import load_record, write_text_atomic
 from sparsegrad_cli.report.access import mappings
-from sparsegrad_cli.training import preflight
-from sparsegrad_cli.training.run_folder import (
+from sparsegrad_cli.run import preflight
+from sparsegrad_cli.run.folder import (
     RunRecord,
     adapter_file,
     choose_run_dir,

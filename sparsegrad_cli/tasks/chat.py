@@ -14,15 +14,15 @@ from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.plain_text import plain_text_rows
 from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
-from sparsegrad_cli.training.device import device_of
-from sparsegrad_cli.training.objective import LanguageModelling, TaskFacts
-from sparsegrad_cli.training.texts import Few, Parts
+from sparsegrad_cli.tasks.classification import Few, Parts
+from sparsegrad_cli.tasks.objective import LanguageModelling, TaskFacts
 
 _CONVERSATIONS = 32  # of validation that are kept as text
 

@@ -18,8 +18,8 @@ from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
-from sparsegrad_cli.training.chats import load_conversations, packed_rows
-from sparsegrad_cli.training.texts import load_examples
+from sparsegrad_cli.tasks.chat import load_conversations, packed_rows
+from sparsegrad_cli.tasks.classification import load_examples
 
 _MOST_TEXTS = 20_000  # rows to tokenize; of more, those with the most characters
 _MOST_CONVERSATIONS = 2_000

@@ -13,13 +13,13 @@ from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.load_task import LoadedTask, load_task
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.classification_head import HeadStart
+from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.load_model import check_vocabulary, load_classifier
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.training import SMOOTHED_SCORES
-from sparsegrad_cli.training.device import device_of
-from sparsegrad_cli.training.objective import Classification, Objective, TaskFacts
+from sparsegrad_cli.tasks.objective import Classification, Objective, TaskFacts
 
 
 @dataclass

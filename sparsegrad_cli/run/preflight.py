@@ -23,7 +23,7 @@ from sparsegrad_cli.recipe.quantization import INSTALL
 from sparsegrad_cli.recipe.source import find_place
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
-from sparsegrad_cli.training.trackers import missing_package, named
+from sparsegrad_cli.recipe.trackers import missing_package, named
 
 _WHOLE_BYTES = 4 * 2**20  # files up to this size are read whole
 _HEAD_BYTES = 2**18  # of larger ones, so much

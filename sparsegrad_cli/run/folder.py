@@ -28,6 +28,7 @@ from sparsegrad_cli.io.paths import (
     refuse_link,
     remove_folder,
 )
+from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.store import (
@@ -36,8 +37,7 @@ from sparsegrad_cli.records.store import (
     write_json_atomic,
     write_text_atomic,
 )
-from sparsegrad_cli.training import trackers
-from sparsegrad_cli.training.extension import extension
+from sparsegrad_cli.run.extension import extension
 
 SCHEMA = 1
 ADAPTER = Path("adapter", "adapter.safetensors")

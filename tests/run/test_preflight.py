@@ -17,8 +17,9 @@ from paths import REPO
 from small import Cli
 
 from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.training import preflight, trackers
+from sparsegrad_cli.run import preflight
 
 COMMANDS = ("validate", "train", "calibrate")
 
