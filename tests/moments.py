@@ -105,7 +105,7 @@ def _calibrating(count: int) -> None:
 
 @moment("basis-torn", "half of basis.safetensors is written")
 def _basis_torn(count: int) -> None:
-    from sparsegrad_cli.io import atomic_folder as writing
+    from sparsegrad_cli.io import atomic as writing
 
     wrap(writing, "save_file", count, after=_torn, when=_writes("basis"))
 
@@ -261,7 +261,7 @@ def _checkpoint_begun(count: int) -> None:
 
 @moment("checkpoint-torn", "half of the checkpoint's first file is written")
 def _checkpoint_torn(count: int) -> None:
-    from sparsegrad_cli.io import atomic_folder as writing
+    from sparsegrad_cli.io import atomic as writing
 
     wrap(writing, "save_file", count, after=_torn, when=_writes("trainable"))
 
@@ -299,7 +299,7 @@ def _trained(count: int) -> None:
 
 @moment("adapter-torn", "half of adapter.safetensors is written")
 def _adapter_torn(count: int) -> None:
-    from sparsegrad_cli.io import atomic_folder as writing
+    from sparsegrad_cli.io import atomic as writing
 
     wrap(writing, "save_file", count, after=_torn, when=_writes("adapter"))
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.io.atomic_folder import save_tensors
+from sparsegrad_cli.io.atomic import save_tensors
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns, kept_columns

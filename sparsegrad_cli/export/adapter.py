@@ -32,7 +32,7 @@ from sparsegrad_cli.export.adapter_file import (
 from sparsegrad_cli.export.plain import auto_class, differing, put, task_settings
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.export.restore import load_checked, widest
-from sparsegrad_cli.io.atomic_folder import read_tensors, save_tensors
+from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.models.load_model import load_as

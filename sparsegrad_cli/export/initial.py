@@ -16,7 +16,7 @@ from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.restore import load_checked, read_basis_of
 from sparsegrad_cli.export.run_files import RunFiles, open_run
-from sparsegrad_cli.io.atomic_folder import read_tensors
+from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file
 from sparsegrad_cli.methods.base import (

@@ -15,7 +15,7 @@ from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import RunFiles
-from sparsegrad_cli.io.atomic_folder import read_tensors
+from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
 from sparsegrad_cli.methods.core_plan import with_rank
 from sparsegrad_cli.methods.table import make_method

@@ -17,7 +17,7 @@ from sparsegrad_cli.export.place import (
     clear_work,
     put_back,
 )
-from sparsegrad_cli.io.atomic_folder import sync_folder, sync_tree
+from sparsegrad_cli.io.atomic import sync_folder, sync_tree
 from sparsegrad_cli.io.paths import make_folder
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.io.atomic_folder import read_tensors, save_tensors, sync_tree
+from sparsegrad_cli.io.atomic import read_tensors, save_tensors, sync_tree
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.methods.peft_folder import (

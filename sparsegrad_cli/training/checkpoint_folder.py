@@ -133,7 +133,7 @@ class Shelf:
         return f"its best checkpoint, {best.name}: {wrong}" if wrong else None
 
     def _clear_up(self) -> None:
-        from sparsegrad_cli.io.atomic_folder import BEFORE, PARTIAL, REMOVED, put_back
+        from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED, put_back
 
         for before in self.run_dir.glob(f"{_PREFIX}*{BEFORE}"):
             put_back(before.with_name(before.name.removesuffix(BEFORE)))
@@ -147,7 +147,7 @@ class Shelf:
         Raises:
             DiskError: it could not be written, or is not what was written; all others stand.
         """
-        from sparsegrad_cli.io.atomic_folder import write_folder
+        from sparsegrad_cli.io.atomic import write_folder
 
         folder = self.place(step)
 
@@ -173,7 +173,7 @@ class Shelf:
         return self.run_dir / f"{_PREFIX}{step}"
 
     def _drop(self, newest: Path, best: Path | None) -> None:
-        from sparsegrad_cli.io.atomic_folder import remove_folder
+        from sparsegrad_cli.io.atomic import remove_folder
 
         # Beyond the newest lies only what damage made this run go back behind.
         until = step_of(newest) or 0
@@ -189,7 +189,7 @@ class Shelf:
 
     def finish(self, best: Path | None) -> None:
         """The run is over: of a limit of one, the best one is what stays."""
-        from sparsegrad_cli.io.atomic_folder import remove_folder
+        from sparsegrad_cli.io.atomic import remove_folder
 
         useless = {path for path in self._useless if path.is_dir()}
         if self._limit == 1 and best is not None and best.is_dir():

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.io.atomic_folder import read_tensors, write_tensors
+from sparsegrad_cli.io.atomic import read_tensors, write_tensors
 from sparsegrad_cli.models.sharded_tensors import gathered, shard_like
 
 TRAINABLE, OPTIMIZER, RANDOM, STATE = (

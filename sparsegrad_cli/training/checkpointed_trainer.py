@@ -24,7 +24,7 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.data.order import OrderHash
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.interruption import busy
-from sparsegrad_cli.io.atomic_folder import read_tensors
+from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.training import checkpoint_state as files

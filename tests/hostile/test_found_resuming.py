@@ -17,7 +17,7 @@ from snares import furnish
 from stopped import quick, resumed, seal_anew, stopped
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.io.atomic_folder import BEFORE, PARTIAL, REMOVED
+from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED
 from sparsegrad_cli.io.locks import Owner, _lives, owner_of
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.run.folder import held_run_dir

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.io.atomic_folder import read_tensors
+from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.training.checkpoint_state import (
     load_optimizer,
     load_random,

@@ -14,7 +14,7 @@ from paths import REPO
 from torch import nn
 
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.io.atomic_folder import (
+from sparsegrad_cli.io.atomic import (
     put_back,
     read_tensors,
     remove_folder,
@@ -140,7 +140,7 @@ import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.training.checkpoint_state import save_training_state
-from sparsegrad_cli.io.atomic_folder import save_tensors, write_folder
+from sparsegrad_cli.io.atomic import save_tensors, write_folder
 
 run = Path(sys.argv[1])
 model = nn.Linear(256, 256)
@@ -257,7 +257,7 @@ for name in ("fsync", "replace", "rename"):
         events.append((name, Path(target).name))
         return real(*args)
     setattr(os, name, watched)
-from sparsegrad_cli.io.atomic_folder import write_folder
+from sparsegrad_cli.io.atomic import write_folder
 def fill(folder):
     (folder / "one").write_text("1")
     (folder / "two").write_text("2")
