@@ -105,9 +105,9 @@ def _calibrating(count: int) -> None:
 
 @moment("basis-torn", "half of basis.safetensors is written")
 def _basis_torn(count: int) -> None:
-    from sparsegrad_cli.io import atomic as writing
+    import safetensors.torch
 
-    wrap(writing, "save_file", count, after=_torn, when=_writes("basis"))
+    wrap(safetensors.torch, "save_file", count, after=_torn, when=_writes("basis"))
 
 
 @moment("calibrated", "calibration is done, its basis on the disk")
@@ -261,9 +261,9 @@ def _checkpoint_begun(count: int) -> None:
 
 @moment("checkpoint-torn", "half of the checkpoint's first file is written")
 def _checkpoint_torn(count: int) -> None:
-    from sparsegrad_cli.io import atomic as writing
+    import safetensors.torch
 
-    wrap(writing, "save_file", count, after=_torn, when=_writes("trainable"))
+    wrap(safetensors.torch, "save_file", count, after=_torn, when=_writes("trainable"))
 
 
 @moment("checkpoint-written", "all of the checkpoint is written, under its temporary name")
@@ -299,9 +299,9 @@ def _trained(count: int) -> None:
 
 @moment("adapter-torn", "half of adapter.safetensors is written")
 def _adapter_torn(count: int) -> None:
-    from sparsegrad_cli.io import atomic as writing
+    import safetensors.torch
 
-    wrap(writing, "save_file", count, after=_torn, when=_writes("adapter"))
+    wrap(safetensors.torch, "save_file", count, after=_torn, when=_writes("adapter"))
 
 
 @moment("adapter-renamed", "the adapter is in its place, the record does not say so")

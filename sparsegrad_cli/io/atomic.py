@@ -1,37 +1,100 @@
-"""Files and folders that are on the disk whole, or not at all: written aside, synced, renamed.
+"""Write files and folders so that each is on disk whole or not at all.
 
-A kill, a full disk or a power cut at any moment leaves what stood there before, or what was to
-stand there; beside it at most a folder or file named ``.partial``, ``.before`` or ``.removed``,
-which nobody reads and the next write takes away.
+Everything is written under a temporary name, synced to disk and renamed into place. A kill, a full
+disk or a power cut leaves the previous content or the new one. At most a file or folder with a
+temporary name is left beside it, which no reader opens and which the next write removes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
+import math
 import os
+import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import DiskError, FileFormatError
 from sparsegrad_cli.io.paths import discard, make_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PARTIAL, BEFORE, REMOVED = ".partial", ".before", ".removed"
 
-_RESUME = "free some space, then go on with --resume: the checkpoint before is whole"
 
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder under a temporary name, then rename it into place.
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write UTF-8 text; what UTF-8 cannot encode becomes a question mark.
 
     Raises:
-        DiskError: something could not be written; nothing is left of the attempt, and what stood
-            at ``folder`` before is untouched.
+        DiskError: The file cannot be written; the previous content is untouched.
     """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        # Not mkstemp: its files have mode 0600, and the umask cannot be read without a race.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(text.encode("utf-8", "replace"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise DiskError(
+            f"{target.name} could not be written: {error.strerror or error}",
+            where=str(target),
+            fix="free some space or check the permissions; the previous file is kept",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # After the rename it is gone.
+            temporary.unlink()
+
+
+def write_json_atomic(path: str | Path, data: Any) -> None:
+    """Write JSON values, mappings and sequences; NaN and infinities are written as null.
+
+    Raises:
+        DiskError: The file cannot be written; the previous content is untouched.
+    """
+    text = json.dumps(_without_nan(data), indent=1, allow_nan=False, ensure_ascii=True)
+    write_text_atomic(path, text + "\n")
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(key): _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return data
+
+
+def torn_writes(path: str | Path) -> list[Path]:
+    """Return the temporary files of a text file, which is being written or whose writer died."""
+    target = Path(path)
+    return list(target.parent.glob(f".{target.name}.*.tmp"))
+
+
+def write_folder(
+    folder: Path, fill: Callable[[Path], None], *, fix: str = "free some space"
+) -> None:
+    """Fill a new folder under a temporary name, then rename it into place.
+
+    Args:
+        folder: Its place; a folder that stands there is replaced.
+        fill: Writes the content into the folder that it is given.
+        fix: What the error advises.
+
+    Raises:
+        DiskError: Something cannot be written. No partial folder is left, and a folder that stood
+            there before is untouched.
+    """
+    from safetensors import SafetensorError
+
     partial, before = beside(folder, PARTIAL), beside(folder, BEFORE)
     try:
         put_back(folder)
@@ -40,7 +103,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         partial.mkdir()
         fill(partial)
         sync_tree(partial)
-        if folder.exists():  # moved aside, so that a failing rename does not lose it
+        if folder.exists():  # Moved aside, so that a failing rename does not lose it.
             discard(before)
             folder.replace(before)
         try:
@@ -51,19 +114,15 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         sync_folder(folder.parent)
         discard(before)
     except (OSError, SafetensorError) as error:
-        discard(partial)
         raise DiskError(
-            f"{folder.name} could not be written: {error}",
-            where=str(folder),
-            fix=_RESUME,
+            f"{folder.name} could not be written: {error}", where=str(folder), fix=fix
         ) from error
-    except BaseException:
-        discard(partial)
-        raise
+    finally:
+        discard(partial)  # After the rename it is gone.
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The name under which a file or folder waits beside its place."""
+    """Return the temporary name of a file or folder with one of the endings."""
     return path.with_name(path.name + ending)
 
 
@@ -75,20 +134,22 @@ def put_back(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove it; however far that gets, no half of it stands under its name."""
-    gone = beside(folder, REMOVED)
-    with suppress(OSError):
-        discard(gone)
-        folder.replace(gone)
-        discard(gone)
+    """Rename a folder, then remove it, so that no half of it ever has its name."""
+    removed = beside(folder, REMOVED)
+    with contextlib.suppress(OSError):
+        discard(removed)
+        folder.replace(removed)
+        discard(removed)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """safetensors, contiguous, from whatever device; one file, written then renamed.
+    """Write one safetensors file atomically, from tensors on any device.
 
     Raises:
-        DiskError: it could not be written; a file that stood there before is untouched.
+        DiskError: The file cannot be written; the previous content is untouched.
     """
+    from safetensors import SafetensorError
+
     partial = beside(path, PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +159,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         partial.replace(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise DiskError(
             f"{path.name} could not be written: {error}", where=str(path), fix="free some space"
@@ -108,10 +169,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 def write_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """save_file, readable by whom other files in the folder are: safetensors itself makes 0600."""
+    """Write a safetensors file, not atomically, with the mode that the umask gives.
+
+    safetensors itself gives its files mode 0600.
+    """
+    from safetensors.torch import save_file
+
     like = beside(path, ".mode")
-    for there in (like, path):
-        there.unlink(missing_ok=True)  # a link of that name would be written through
+    for left in (like, path):
+        left.unlink(missing_ok=True)  # A link of that name would be written through.
     like.touch()
     mode = like.stat().st_mode & 0o777
     like.unlink()
@@ -120,11 +186,14 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
-        FileFormatError: the file is missing or damaged.
+        FileFormatError: The file is missing or damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
@@ -136,7 +205,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Until this returns, a power cut may take what was written."""
+    """Sync every file and folder below a folder to disk, and the folder itself."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             _sync(path)
@@ -145,19 +214,19 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to disk, where the file system supports that."""
+    with contextlib.suppress(OSError):
+        _sync(folder)
+
+
 def _sync(path: Path) -> None:
-    """A file's bytes on the disk: what a full one refuses late, it refuses here (OSError)."""
+    """Sync a file's bytes to disk; a full disk may refuse them only here, with an OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # nothing to be synced there
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Such a file cannot be synced.
             raise
     finally:
         os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """A folder's names on the disk, where the file system does that."""
-    with suppress(OSError):
-        _sync(folder)

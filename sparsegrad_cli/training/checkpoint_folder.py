@@ -155,7 +155,11 @@ class Shelf:
             fill(partial)
             seal(partial, self._recipe)
 
-        write_folder(folder, fill_and_seal)
+        write_folder(
+            folder,
+            fill_and_seal,
+            fix="free some space, then continue with --resume: the previous checkpoint is whole",
+        )
         wrong = damage(folder)
         if wrong is not None:
             raise DiskError(
