@@ -110,9 +110,9 @@ def copy(
         stem = stem.removeprefix(f"{kind}/")
     there = {path.stem: path for kind in _KINDS for path in shipped_files(kind)}
     if stem not in there:
-        from sparsegrad_cli.recipe.problems import did_you_mean
+        from sparsegrad_cli.io.suggest import suggest
 
-        raise UsageError(f"no shipped recipe {name!r}", fix=did_you_mean(stem, list(there)))
+        raise UsageError(f"no shipped recipe {name!r}", fix=suggest(stem, list(there)))
     target = to or Path(there[stem].name)
     if is_folder(target):
         target = target / there[stem].name

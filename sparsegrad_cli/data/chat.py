@@ -7,8 +7,8 @@ from pathlib import Path
 from sparsegrad_cli.data.chat_dataset import RawChat, finish
 from sparsegrad_cli.data.chat_settings import CHAT_TASKS, ChatSettings
 from sparsegrad_cli.data.conversation import ChatData
-from sparsegrad_cli.data.spec import suggest
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.suggest import suggest
 
 
 def load_chat(

@@ -15,7 +15,6 @@ from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.drop_counts import Tally
 from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
-from sparsegrad_cli.data.spec import suggest
 from sparsegrad_cli.data.split_files import (
     TRAIN_STEMS,
     VALIDATION_STEMS,
@@ -28,6 +27,7 @@ from sparsegrad_cli.data.split_files import (
 from sparsegrad_cli.data.table import Table
 from sparsegrad_cli.data.validation_split import check_fraction_unused, held_out
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import suggest
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _CHAT_COLUMNS = ("messages", "conversations")

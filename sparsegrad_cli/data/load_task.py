@@ -23,11 +23,11 @@ from sparsegrad_cli.data.spec import (
     TaskType,
     check_settings,
     known_task_names,
-    suggest,
     with_metric,
 )
 from sparsegrad_cli.data.tabular import load_tabular
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import suggest
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.suggest import suggest
 
 TaskType = Literal["classification", "regression"]
 POSITIVE_METRICS = ("f1", "precision", "recall")  # those of one class of two, the positive one
@@ -274,18 +272,3 @@ def _positive_without_effect(metrics: str) -> UsageError:
         where="task.positive_label",
         fix=f"leave it out, or set task.metric: {', '.join(POSITIVE_METRICS)}, of two classes",
     )
-
-
-def suggest(given: str, choices: Sequence[str]) -> str:
-    """``did you mean X?`` when something is near, then all there is."""
-    near = nearest(given, choices)
-    hint = f"did you mean {near}? " if near else ""
-    return f"{hint}there is: {', '.join(choices)}"
-
-
-def nearest(given: str, choices: Sequence[str]) -> str | None:
-    """Return the choice whose name, or what follows its prefix (``glue/``), is most similar."""
-    forms = {re.split("[/:]", choice)[-1].lower(): choice for choice in choices}
-    forms |= {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(given.lower(), list(forms), n=1, cutoff=0.6)
-    return forms[near[0]] if near else None

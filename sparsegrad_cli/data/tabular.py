@@ -9,14 +9,7 @@ from typing import Any
 
 from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.labels import read_labels
-from sparsegrad_cli.data.spec import (
-    SCORE_METRICS,
-    Examples,
-    RawTask,
-    TaskSpec,
-    TaskType,
-    suggest,
-)
+from sparsegrad_cli.data.spec import SCORE_METRICS, Examples, RawTask, TaskSpec, TaskType
 from sparsegrad_cli.data.split_files import (
     PREFERRED,
     SUFFIXES,
@@ -32,6 +25,7 @@ from sparsegrad_cli.data.table import Table
 from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.data.validation_split import check_fraction_unused
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import suggest
 
 _ROLES = ("text", "text_pair", "label")
 

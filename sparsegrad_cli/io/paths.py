@@ -6,7 +6,6 @@ delete: what it names may be anybody's.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.suggest import nearest
 
 
 def expanded(name: str | Path) -> Path:
@@ -67,9 +67,9 @@ def near_folder(name: str, *others: Path) -> str | None:
             around = [each for each in (start / path).parent.iterdir() if is_model(each)]
         except (OSError, ValueError):
             continue
-        near = difflib.get_close_matches(path.name, [each.name for each in around], n=1, cutoff=0.7)
+        near = nearest(path.name, [each.name for each in around], cutoff=0.7)
         if near:
-            return f"did you mean {from_here(path.parent / near[0])}?"
+            return f"did you mean {from_here(path.parent / near)}?"
     return None
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.suggest import did_you_mean
 from sparsegrad_cli.models.quantized import dequantized, quantized_in
-from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import TargetsSection, parse_slice
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -275,7 +275,7 @@ def _by_patterns(candidates: list[Target], patterns: Sequence[str], where: str) 
             raise UsageError(
                 f"pattern {pattern!r} matches no linear layer",
                 where=f"{where}.modules",
-                fix=there if hint.startswith("there is") else f"{hint} ({there})",
+                fix=f"{hint} ({there})" if hint else there,
             )
         chosen.update((t.name, t) for t in matched)
     return [t for t in candidates if t.name in chosen]

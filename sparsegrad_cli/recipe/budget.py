@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, get_args
 
-from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.section import parse_bytes
 from sparsegrad_cli.recipe.yaml_text import shorten
 
@@ -71,7 +71,7 @@ def parse_match(text: str) -> Budget | None:
         )
         raise MisspeltError("seconds is no longer a budget: a time differs from run to run", fix)
     if kind is None:
-        fix = did_you_mean(name, KINDS) if sign else f"such as {_EXAMPLES['peak']}, or trainable"
+        fix = suggest(name, KINDS) if sign else f"such as {_EXAMPLES['peak']}, or trainable"
         raise MisspeltError(f"{shorten(text)} is nothing that methods could be matched by", fix)
     if not sign:
         raise MisspeltError(f"{shorten(text)} says no amount", f"such as {_EXAMPLES[kind]}")

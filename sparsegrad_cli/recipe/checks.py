@@ -16,8 +16,8 @@ from sparsegrad_cli.io.paths import (
     looks_like_folder,
     near_folder,
 )
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.method_section import LoraMethod
-from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Place, clip, dotted, find_place
@@ -39,9 +39,7 @@ def outside_problems(
     task = recipe.task
     names = known_task_names()
     if task.name not in names:
-        found.append(
-            (("task", "name"), f"unknown task {task.name!r}", did_you_mean(task.name, names))
-        )
+        found.append((("task", "name"), f"unknown task {task.name!r}", suggest(task.name, names)))
     elif task.name in _FILE_TASKS and task.path is None:
         fix = f"give task.path: the {task.name} file, or a folder with train and validation files"
         found.append((("task", "path"), f"is missing for task {task.name}", fix))
@@ -67,7 +65,7 @@ def outside_problems(
     model = recipe.model.name
     if model.startswith("builtin:") and model not in BUILTIN_MODELS:
         what = f"unknown built-in model {model!r}"
-        found.append((("model", "name"), what, did_you_mean(model, BUILTIN_MODELS)))
+        found.append((("model", "name"), what, suggest(model, BUILTIN_MODELS)))
     elif not is_folder(model) and (problem := _missing_model(recipe, places)):
         found.append(problem)
     basis = recipe.calibration.basis

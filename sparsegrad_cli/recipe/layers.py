@@ -10,7 +10,7 @@ from typing import Any
 from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
-from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
 from sparsegrad_cli.recipe.source import (
     COMMAND_LINE,
@@ -243,7 +243,7 @@ def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
     for name, settings in per_task.items():
         if name not in known_task_names():
             here = find_place(layer.places, ("per_task", name))
-            fix = did_you_mean(str(name), known_task_names())
+            fix = suggest(str(name), known_task_names())
             return Problem(f"per_task.{name}", "is not a task", here.file, here.line, fix)
         if not isinstance(settings, dict):
             here = find_place(layer.places, ("per_task", name))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel
 
-from sparsegrad_cli.data.spec import nearest
+from sparsegrad_cli.io.suggest import did_you_mean, suggest
 from sparsegrad_cli.recipe.method_section import METHOD_NAMES, METHODS
 from sparsegrad_cli.recipe.source import KeyPath
 from sparsegrad_cli.recipe.yaml_text import shorten
@@ -61,7 +61,7 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
         expected = str(context.get("expected", ""))
         choices = tuple(part.strip("' ") for part in expected.replace(" or ", ", ").split(", "))
         given = detail.get("input")
-        return path, f"{shorten(given)} is not one of {expected}", _close(str(given), choices)
+        return path, f"{shorten(given)} is not one of {expected}", did_you_mean(str(given), choices)
     if kind == "missing":
         return path, "is missing", None
     if kind == "value_error":
@@ -127,7 +127,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
     key = str(path[-1])
     known = tuple(dict.fromkeys(name for section in sections for name in section.model_fields))
-    close = _close(key, known)
+    close = did_you_mean(key, known)
     if close:
         return close
     takers = [name for name, method in METHODS.items() if key in method.model_fields]
@@ -138,20 +138,9 @@ def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
     return f"keys here: {', '.join(known)}" if known else None
 
 
-def _close(given: str, choices: tuple[str, ...]) -> str | None:
-    near = nearest(given, choices)
-    return f"did you mean {near}?" if near else None
-
-
-def did_you_mean(given: str, choices: typing.Sequence[str]) -> str:
-    """``did you mean X?`` when something is near, else the list of what there is."""
-    names = tuple(choices)
-    return _close(given, names) or f"there is: {', '.join(names)}"
-
-
 def method_advice(given: str) -> str:
     """Return which method is meant by a name that is none."""
-    return _METHODS_ELSEWHERE.get(given.lower()) or did_you_mean(given, METHOD_NAMES)
+    return _METHODS_ELSEWHERE.get(given.lower()) or suggest(given, METHOD_NAMES)
 
 
 _PLAIN_TYPES = {

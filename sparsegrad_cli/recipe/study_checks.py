@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study
 from sparsegrad_cli.recipe.yaml_text import shorten
@@ -33,7 +33,7 @@ def of_rows(study: Study, source: str) -> dict[str, Problem]:
     for number, task in enumerate(study.tasks):
         for label in sorted(set(task.methods) - set(labels)):
             what = f"{shorten(label)} is no row of this study"
-            hint = did_you_mean(label, tuple(labels))
+            hint = suggest(label, tuple(labels))
             key = f"tasks[{number}].methods"
             problems[f"{number} {label}"] = Problem(key, what, source, None, hint)
     if len(set(labels)) != len(labels):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsegrad_cli.data.spec import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
-from sparsegrad_cli.recipe.problems import did_you_mean
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.source import KeyPath
 from sparsegrad_cli.recipe.trackers import TRACKERS
@@ -63,7 +63,7 @@ def _of_the_trackers(train: TrainSection) -> list[tuple[KeyPath, str, str]]:
             what = f"{name!r} does not go with other trackers"
             found.append((("train", "report_to"), what, "name the trackers alone"))
         elif name not in (*alone, *TRACKERS):
-            fix = did_you_mean(name, (*TRACKERS, *alone))
+            fix = suggest(name, (*TRACKERS, *alone))
             found.append((("train", "report_to"), f"unknown tracker {name!r}", fix))
     return found
 

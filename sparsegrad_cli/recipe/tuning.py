@@ -130,7 +130,7 @@ def tuning_problems(
         overridden: dotted keys that the command line sets.
         source: the study, to be named.
     """
-    from sparsegrad_cli.recipe.problems import did_you_mean
+    from sparsegrad_cli.io.suggest import suggest
 
     problems = []
     both = sorted(set(tune.seeds) & set(seeds))
@@ -143,7 +143,7 @@ def tuning_problems(
     for label in sorted(set(tune.space.learning_rate.centres) - set(labels)):
         what = f"{label!r} is no row of this study"
         key = "tune.space.learning_rate.centres"
-        problems.append(Problem(key, what, source, None, did_you_mean(label, tuple(labels))))
+        problems.append(Problem(key, what, source, None, suggest(label, tuple(labels))))
     for key in sorted(set(tune.keys()) & set(overridden)):
         fix = "leave it out, or give tune.space.learning_rate.centres"
         if key != "train.learning_rate":

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.io.suggest import did_you_mean
 from sparsegrad_cli.recipe.load_recipe import to_plain
-from sparsegrad_cli.recipe.problems import did_you_mean
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.report.access import block, mappings
@@ -149,8 +149,7 @@ def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:
     problems = []
     for name in allowed:
         if name not in keys:
-            hint = did_you_mean(name, keys)
-            fix = hint if hint.startswith("did you mean") else "such as train.warmup_steps"
+            fix = did_you_mean(name, keys) or "such as train.warmup_steps"
             what = f"{name!r} is no key that methods could differ in"
             problems.append(Problem("differ", what, study.source, None, fix))
     return problems

@@ -12,8 +12,9 @@ from sparsegrad_cli.data.conversation import ChatData
 from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.plain_text import plain_text_rows
-from sparsegrad_cli.data.spec import CHAT_METRICS, suggest
+from sparsegrad_cli.data.spec import CHAT_METRICS
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import use_lm_loss

@@ -450,7 +450,7 @@ def test_a_file_that_is_one_object_around_its_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not JSON: .*\n.*d\.json:3"):
         load_task("json", path=tmp_path / "d.json")
     put(tmp_path / "d.json", json.dumps({"train": rows}, indent=2))
-    with pytest.raises(UsageError, match="there is: train"):
+    with pytest.raises(UsageError, match="choose one of: train"):
         load_task("json", path=tmp_path / "d.json")
 
 

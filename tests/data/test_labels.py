@@ -401,7 +401,7 @@ def test_of_three_classes_f1_is_recorded_as_the_mean_that_it_is(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"positive_label": "fruad", "metric": "f1"}, "did you mean fraud.*there is: fraud, ok"),
+        ({"positive_label": "fruad", "metric": "f1"}, "did you mean fraud"),
         ({"positive_label": "fraud"}, "no effect on the default metric"),
         ({"positive_label": "fraud", "metric": "accuracy"}, "no effect on accuracy"),
         ({"positive_label": "fraud", "metric": "f1_macro"}, "no effect on f1_macro"),

@@ -106,7 +106,7 @@ def test_own_column_names(tmp_path: Path) -> None:
     [
         ({"label": "lable"}, "did you mean label"),
         ({"text": "sentence"}, "no column 'sentence' for the text"),
-        ({"text_pair": "other"}, "there is: text, label"),
+        ({"text_pair": "other"}, "choose one of: text, label"),
         ({"txt": "text"}, "did you mean text"),
     ],
 )

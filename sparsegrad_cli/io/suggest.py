@@ -1,0 +1,37 @@
+"""Suggest the name that a user probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+_MOST = 20  # choices that are listed
+
+
+def suggest(given: str, choices: Sequence[str]) -> str:
+    """Return ``did you mean X?`` if a choice is similar to ``given``, then the choices."""
+    shown = ", ".join(choices[:_MOST])
+    more = f" and {len(choices) - _MOST} more" if len(choices) > _MOST else ""
+    near = did_you_mean(given, choices)
+    return f"{near} Choose one of: {shown}{more}" if near else f"choose one of: {shown}{more}"
+
+
+def did_you_mean(given: str, choices: Sequence[str]) -> str | None:
+    """Return ``did you mean X?`` for the most similar choice, or None if none is similar."""
+    found = nearest(given, choices)
+    return f"did you mean {found}?" if found else None
+
+
+def nearest(given: str, choices: Sequence[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the most similar choice, ignoring case and prefixes such as ``glue/``.
+
+    Args:
+        given: what the user wrote.
+        choices: the names that exist.
+        cutoff: smallest similarity, from 0 to 1 (``difflib.get_close_matches``).
+    """
+    forms = {re.split("[/:]", choice)[-1].lower(): choice for choice in choices}
+    forms |= {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(given.lower(), list(forms), n=1, cutoff=cutoff)
+    return forms[found[0]] if found else None
