@@ -14,8 +14,8 @@ from paths import REPO
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from sparsegrad_cli.io.locks import RunLock
-lock = RunLock(Path(sys.argv[1]))
+from sparsegrad_cli.io.locks import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
 if len(sys.argv) > 2 and os.fork() == 0:
     os.write(1, b"child %d\\n" % os.getpid())
     time.sleep(3600)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sparsegrad_cli.errors import (
     UsageError,
 )
 from sparsegrad_cli.io.locks import NAME as LOCK
-from sparsegrad_cli.io.locks import RunLock, owner_of
+from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.io.paths import (
     exists,
     from_here,
@@ -82,7 +82,7 @@ def choose_run_dir(recipe: Recipe, command: str) -> Path:
 
 
 @contextmanager
-def held_run_dir(path: Path) -> Iterator[None]:
+def held_run_dir(path: Path, tell: Callable[[str], None] = lambda note: None) -> Iterator[None]:
     """Inside, the directory is there, and this process alone may write into it.
 
     Raises:
@@ -98,7 +98,7 @@ def held_run_dir(path: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
-        with RunLock(path):
+        with FolderLock(path, tell=tell):
             yield
     finally:
         if made:

@@ -71,7 +71,7 @@ def run_recorded(
 
         def opened() -> tuple[Path, dict[str, Any] | None]:
             path = choose_run_dir(recipe, command)
-            held.enter_context(held_run_dir(path))
+            held.enter_context(held_run_dir(path, observer.note))
             return path, open_run_dir(path, recipe, resume=resume, overwrite=overwrite)
 
         # Of processes that train together, the first holds the folder for all.

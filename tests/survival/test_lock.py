@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from paths import REPO
 from surviving import Bench
 
 from sparsegrad_cli.errors import BusyError, DiskError
-from sparsegrad_cli.io.locks import RunLock, owner_of
+from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.run.folder import choose_run_dir, held_run_dir, open_run_dir
 
@@ -44,7 +45,7 @@ def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -
     with holder(tmp_path, "fork") as process:
         said = dict(read(process) for _ in range(2))
         with pytest.raises(BusyError, match=f"process {said['held']} on"):
-            RunLock(tmp_path)
+            FolderLock(tmp_path)
         assert owner_of(tmp_path) is not None
         os.kill(said["held"], signal.SIGKILL)
         process.wait()
@@ -52,64 +53,65 @@ def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -
             os.kill(said["child"], 0)  # it is there
             assert (tmp_path / ".lock").exists()
             assert owner_of(tmp_path) is None
-            with RunLock(tmp_path):
+            with FolderLock(tmp_path):
                 pass
         finally:
             os.kill(said["child"], signal.SIGKILL)
 
 
-def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as lock:
+def test_a_process_holds_a_folder_until_its_last_release(tmp_path: Path) -> None:
+    with FolderLock(tmp_path) as lock:
         owner = json.loads(lock.path.read_text())
         assert owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
-        with pytest.raises(BusyError):
-            RunLock(tmp_path)
-        assert owner_of(tmp_path) is None  # it is ours
+        with FolderLock(tmp_path):
+            assert owner_of(tmp_path) is None  # it is ours
+        assert lock.path.exists()
     lock.release()
     assert list(tmp_path.iterdir()) == []
     assert owner_of(tmp_path) is None and owner_of(tmp_path / "nowhere") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_whatever_stands_in_an_unheld_file_does_not_lock(tmp_path: Path) -> None:
     for text in ("", "{", "[]", "null", '{"pid": "x"}', json.dumps({"pid": os.getppid()})):
         (tmp_path / ".lock").write_text(text)
         assert owner_of(tmp_path) is None
-        with RunLock(tmp_path):
+        with FolderLock(tmp_path):
             pass
 
 
-def test_without_locks_in_the_file_system_the_file_is_believed(
+def test_a_file_system_without_locks_is_noted_and_the_lock_file_protects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "flock", none)
+    notes: list[str] = []
+    with FolderLock(tmp_path, tell=notes.append):
+        assert "has no file locks" in notes[0] and str(tmp_path) in notes[0]
+        assert owner_of(tmp_path) is None
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = socket.gethostname()
-    for owner, busy in (
-        ({"pid": os.getppid(), "host": host, "since": "then"}, True),
-        ({"pid": ended.pid, "host": host, "since": "then"}, False),
-        ({"pid": os.getpid(), "host": host, "since": "then"}, False),
-        ({"pid": ended.pid, "host": "another", "since": "then"}, True),
+    for pid, host, busy in (
+        (os.getppid(), socket.gethostname(), True),
+        (ended.pid, socket.gethostname(), False),
+        (ended.pid, "another", True),
     ):
-        (tmp_path / ".lock").write_text(json.dumps(owner))
+        (tmp_path / ".lock").write_text(f"{pid}\n{host}\n")
         assert (owner_of(tmp_path) is not None) == busy
         if busy:
-            with pytest.raises(BusyError, match=f"process {owner['pid']}"):
-                RunLock(tmp_path)
-        else:
-            RunLock(tmp_path).release()
+            with pytest.raises(BusyError, match=f"process {pid} on {host}"):
+                FolderLock(tmp_path)
+            (tmp_path / ".lock").unlink()
 
 
-def test_a_lock_whose_file_was_taken_away_while_waiting_is_not_believed(tmp_path: Path) -> None:
-    """Between a last owner's unlink and close, another opens: it must not hold a nameless file."""
+def test_a_second_owner_waits_where_asked(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         read(process)
-        (tmp_path / ".lock").unlink()
-        with RunLock(tmp_path) as lock:
-            assert os.path.samestat(os.fstat(lock._file), lock.path.stat())
+        threading.Timer(0.3, process.kill).start()
+        with FolderLock(tmp_path, wait_s=None) as lock:
+            assert json.loads(lock.path.read_text())["pid"] == os.getpid()
 
 
 def test_two_runs_without_a_name_get_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
