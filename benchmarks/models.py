@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.spec import GLUE_TASKS
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
@@ -16,6 +15,7 @@ from sparsegrad_cli.recipe.method_section import (
     SparsegradMethod,
 )
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import GLUE_TASKS
 
 # name -> (model_type of transformers, what differs from its defaults). Time and memory depend on
 # shapes alone, so the weights are random.

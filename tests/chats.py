@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from paths import shared_data
 
-from sparsegrad_cli.data.chat_template import ChatEncoder
+from sparsegrad_cli.data.chat_tokens import ChatEncoder
 from sparsegrad_cli.data.conversation import Conversation, Role, Turn
 from sparsegrad_cli.errors import UsageError
 

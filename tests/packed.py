@@ -11,12 +11,12 @@ from tiny import batch, batches, build, calibrated, config, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.gradients import forked_random
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.methods.table import make_method
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 WHY = "bitsandbytes is not installed: there are no layers of 8 or 4 bits"
 BITS = ("8bit", "4bit")

@@ -64,6 +64,6 @@ def _load(name: str, path: Path | None, settings: ChatSettings) -> RawChat:
         return load_chat_files(path, settings) if path is not None else load_hub_chat(settings)
     if path is not None:
         raise UsageError(f"{name} is generated and takes no path", where="task.path")
-    from sparsegrad_cli.data.dialogues import load_dialogues
+    from sparsegrad_cli.data.builtin.dialogues import load_dialogues
 
     return load_dialogues(settings)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from sparsegrad_cli.data.conversation import Role, Turn
-from sparsegrad_cli.data.json_text import parse_json
+from sparsegrad_cli.data.json_files import parse_json
 from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.errors import DataError
 

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS
 
 PATHS = ("threads", "best", "replies")
 SPLITS = ("auto", "hash", "source")

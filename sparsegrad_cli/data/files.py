@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.delimited import read_delimited
-from sparsegrad_cli.data.json_text import Record, RepeatedKeys, json_records
+from sparsegrad_cli.data.json_files import Record, RepeatedKeys, json_records
 from sparsegrad_cli.data.parquet_files import read_parquet
 from sparsegrad_cli.data.split_files import PREFERRED, SUFFIXES, is_unreadable, unreadable
 from sparsegrad_cli.data.table import Columns, Table, concatenated

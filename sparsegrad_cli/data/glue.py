@@ -18,11 +18,11 @@ from sparsegrad_cli.data import mrpc
 from sparsegrad_cli.data.delimited import bare_rows, column_count_error
 from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.labels import as_number
-from sparsegrad_cli.data.spec import GLUE_TASKS, Examples, RawTask, TaskSpec
 from sparsegrad_cli.data.split_files import find_split, looked_for, unread_note
 from sparsegrad_cli.data.table import Table, concatenated
 from sparsegrad_cli.data.text_files import is_text, read_text, unpacked_name
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.recipe.tasks import GLUE_TASKS, Examples, RawTask, TaskSpec
 
 # Column names in the original files where they differ from the hub's.
 _ORIGINAL_NAMES = {

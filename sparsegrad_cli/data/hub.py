@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.data.glue import examples_from_table
 from sparsegrad_cli.data.parquet_files import converted
-from sparsegrad_cli.data.spec import GLUE_TASKS, RawTask
 from sparsegrad_cli.data.table import Columns, Table
 from sparsegrad_cli.errors import DownloadError, UsageError
 from sparsegrad_cli.hub_access import why_unreachable
 from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.recipe.tasks import GLUE_TASKS, RawTask
 
 if TYPE_CHECKING:
     from datasets import Dataset

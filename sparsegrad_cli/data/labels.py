@@ -45,11 +45,11 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
-from sparsegrad_cli.data.json_text import WrittenFloat
-from sparsegrad_cli.data.spec import TaskType, type_by_settings
+from sparsegrad_cli.data.json_files import WrittenFloat
 from sparsegrad_cli.data.table import Table
 from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.recipe.tasks import TaskType, type_by_settings
 
 _LARGEST = 3.4e38  # that float32 holds, in which scores are learnt
 # ASCII digits only: float() would also take "1_000", "nan" and the digits of other scripts.

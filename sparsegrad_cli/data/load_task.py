@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparsegrad_cli.data.glue import load_local_glue
 from sparsegrad_cli.data.hub import load_hub_glue
-from sparsegrad_cli.data.spec import (
+from sparsegrad_cli.data.labelled_files import load_tabular
+from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.recipe.tasks import (
     BUILTIN_TASKS,
     FILE_TASKS,
     GLUE_TASKS,
@@ -25,9 +28,6 @@ from sparsegrad_cli.data.spec import (
     known_task_names,
     with_metric,
 )
-from sparsegrad_cli.data.tabular import load_tabular
-from sparsegrad_cli.errors import DataError, UsageError
-from sparsegrad_cli.io.suggest import suggest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -192,7 +192,7 @@ def _tabular(
 
 
 def _builtin(name: str) -> RawTask:
-    from sparsegrad_cli.data.acceptability import generate
+    from sparsegrad_cli.data.builtin.acceptability import generate
 
     parts: dict[str, Examples] = {}
     for split, size in _BUILTIN_SIZES.items():

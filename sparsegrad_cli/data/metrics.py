@@ -33,14 +33,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsegrad_cli.data.spec import (
+from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.recipe.tasks import (
     BUILTIN_TASKS,
     CLASS_METRICS,
     GLUE_TASKS,
     SCORE_METRICS,
     TaskSpec,
 )
-from sparsegrad_cli.errors import DataError
 
 LOWEST = {
     **dict.fromkeys(CLASS_METRICS, 0.0),

@@ -12,7 +12,7 @@ from sparsegrad_cli.data.conversation import Conversation
 from sparsegrad_cli.data.conversation_paths import Threads, threads
 from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.hub import load_hub_splits
-from sparsegrad_cli.data.json_text import json_records
+from sparsegrad_cli.data.json_files import json_records
 from sparsegrad_cli.data.oasst_messages import NO_MESSAGE, Message, Source, messages_of
 from sparsegrad_cli.data.oasst_trees import BELOW, EXPECTED, FILTER, Forest, grow, speaks
 from sparsegrad_cli.data.split_files import (

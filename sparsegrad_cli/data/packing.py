@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.data.chat_template import UNLABELLED, token_rows
+from sparsegrad_cli.data.chat_tokens import UNLABELLED, token_rows
 from sparsegrad_cli.errors import DataError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.data.chat_template import UNLABELLED, token_rows
+from sparsegrad_cli.data.chat_tokens import UNLABELLED, token_rows
 from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError
 

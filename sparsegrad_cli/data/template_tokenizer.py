@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
-from sparsegrad_cli.data.chat_text import ChatText
+from sparsegrad_cli.data.chat_template import ChatText
 from sparsegrad_cli.errors import DataError, UsageError
 
 _ANCHORS = ("", "\n")  # what is put before a piece, and taken off again

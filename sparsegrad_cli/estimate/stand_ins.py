@@ -10,19 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.spec import (
-    BUILTIN_TASKS,
-    CHAT_TASKS,
-    GLUE_TASKS,
-    TaskSpec,
-    type_by_settings,
-)
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import name_labels
 from sparsegrad_cli.models.pretrained import require_task
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.tasks import (
+    BUILTIN_TASKS,
+    CHAT_TASKS,
+    GLUE_TASKS,
+    TaskSpec,
+    type_by_settings,
+)
 
 Batch = dict[str, Tensor]
 Mask = Literal["none", "padding", "packing"]

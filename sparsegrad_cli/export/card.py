@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.spec import FILE_TASKS
 from sparsegrad_cli.export.base_model import BaseModel
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.models.pretrained import locate
+from sparsegrad_cli.recipe.tasks import FILE_TASKS
 from sparsegrad_cli.report.access import block, dig, number, text
 from sparsegrad_cli.report.units import format_count, format_number
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.place import RECORD
 from sparsegrad_cli.generate.options import ModelOptions
@@ -21,6 +20,7 @@ from sparsegrad_cli.models.pretrained import load_tokenizer, locate
 from sparsegrad_cli.models.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.models.targets import Target, find_targets, fingerprint
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsegrad_cli.data.chat_text import ChatTemplate
+from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.template_tokenizer import PieceEncoder
 from sparsegrad_cli.errors import DataError

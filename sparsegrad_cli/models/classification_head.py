@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.models.targets import head_parameters
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 _GENERIC = re.compile(r"LABEL_(\d+)")  # transformers' names for classes that nobody has named
 _SHOWN = 4  # labels in a note

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.models.classification_head import (
     HeadStart,
@@ -30,6 +29,7 @@ from sparsegrad_cli.models.quantized import (
     use_frozen_products,
 )
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 _CPU = torch.device("cpu")
 

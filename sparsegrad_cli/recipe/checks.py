@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sparsegrad_cli.data.spec import check_settings, known_task_names
 from sparsegrad_cli.errors import Problem, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import (
@@ -21,6 +20,7 @@ from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Place, clip, dotted, find_place
+from sparsegrad_cli.recipe.tasks import check_settings, known_task_names
 from sparsegrad_cli.recipe.training import training_problems
 
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")

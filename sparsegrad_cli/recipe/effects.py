@@ -18,11 +18,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from sparsegrad_cli.data.chat_settings import GOES_WITH
-from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_form
 from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place, dotted, find_place
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS
 
 _MAKES_A_BASIS = (*("steps", "basis_per", "source", "decomposition", "power_steps", "score"),)
 _WARMS = ("warmup_steps", "warmup_learning_rate", "keep_head")

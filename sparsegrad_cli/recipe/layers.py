@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.spec import known_task_names
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.io.suggest import suggest
@@ -22,6 +21,7 @@ from sparsegrad_cli.recipe.source import (
     parse_override,
     read_yaml,
 )
+from sparsegrad_cli.recipe.tasks import known_task_names
 
 # A relative path in a recipe is relative to that recipe's folder, one on the command line to the
 # current folder. ``model`` is anchored, too, where it names a folder (see _anchor_model).

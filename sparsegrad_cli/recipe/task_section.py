@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sparsegrad_cli.data.spec import TaskType
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+from sparsegrad_cli.recipe.tasks import TaskType
 
 
 class ColumnsSection(Section):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparsegrad_cli.data.spec import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.source import KeyPath
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
 from sparsegrad_cli.recipe.trackers import TRACKERS
 
 _POLYNOMIAL_END = 1e-7  # the rate at which transformers' polynomial schedule ends

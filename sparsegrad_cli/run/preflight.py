@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparsegrad_cli.data.lengths import fitting_length
-from sparsegrad_cli.data.spec import CHAT_TASKS, FILE_TASKS, with_metric
 from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json
@@ -23,6 +22,7 @@ from sparsegrad_cli.recipe.quantization import INSTALL
 from sparsegrad_cli.recipe.source import find_place
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS, with_metric
 from sparsegrad_cli.recipe.trackers import missing_package, named
 
 _WHOLE_BYTES = 4 * 2**20  # files up to this size are read whole
@@ -154,7 +154,7 @@ def _read(section: TaskSection, path: Path) -> None:
 
 def _look_at_columns(section: TaskSection, path: Path) -> None:
     if section.name in FILE_TASKS:
-        from sparsegrad_cli.data.tabular import check_columns
+        from sparsegrad_cli.data.labelled_files import check_columns
 
         check_columns(section.name, path, _columns(section), separator=_separator(section))
     elif section.name == "chat":

@@ -6,13 +6,12 @@ from typing import Any
 
 from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
-from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
-from sparsegrad_cli.data.chat_text import LLAMA2
+from sparsegrad_cli.data.chat_template import LLAMA2
+from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.conversation import ChatData
 from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.plain_text import plain_text_rows
-from sparsegrad_cli.data.spec import CHAT_METRICS
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.models.device import device_of
@@ -22,6 +21,7 @@ from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
+from sparsegrad_cli.recipe.tasks import CHAT_METRICS
 from sparsegrad_cli.tasks.classification import Few, Parts
 from sparsegrad_cli.tasks.objective import LanguageModelling, TaskFacts
 

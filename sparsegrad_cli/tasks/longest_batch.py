@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
+from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, tokenize
 from sparsegrad_cli.data.lengths import fitting_length
-from sparsegrad_cli.data.spec import CHAT_TASKS, TaskSpec
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS, TaskSpec
 from sparsegrad_cli.tasks.chat import load_conversations, packed_rows
 from sparsegrad_cli.tasks.classification import load_examples
 

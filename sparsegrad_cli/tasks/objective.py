@@ -13,11 +13,11 @@ import torch
 
 from sparsegrad_cli.data.load_task import LoadedTask
 from sparsegrad_cli.data.metrics import mean_loss, score
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.interruption import stop_here
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import within
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 _WORST = 1e9  # for what is not a number: JSON has none
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.order import EpochSampler
-from sparsegrad_cli.data.spec import CHAT_TASKS
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
@@ -30,6 +29,7 @@ from sparsegrad_cli.models.targets import (
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS
 from sparsegrad_cli.tasks.chat import load_chats
 from sparsegrad_cli.tasks.classification import Few, Parts, load_texts
 

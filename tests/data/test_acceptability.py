@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from sparsegrad_cli.data.acceptability import (
+from sparsegrad_cli.data.builtin import acceptability_grammar as grammar
+from sparsegrad_cli.data.builtin import acceptability_phrases as phrases
+from sparsegrad_cli.data.builtin.acceptability import (
     CLOSED_CLASS,
     LIMIT,
     PHENOMENA,
     generate,
-    grammar,
     open_class_words,
-    phrases,
     write_tsv,
 )
-from sparsegrad_cli.data.acceptability.lexicon import TRAIN, VALIDATION
+from sparsegrad_cli.data.builtin.acceptability_lexicon import TRAIN, VALIDATION
 from sparsegrad_cli.data.glue import load_local_glue
 from sparsegrad_cli.errors import DataError
 

@@ -10,8 +10,8 @@ import pytest
 from chats import CHATML, byte_level, labelled_parts
 from talk import read, spoken, write
 
-from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations
-from sparsegrad_cli.data.chat_text import ChatTemplate
+from sparsegrad_cli.data.chat_template import ChatTemplate
+from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.conversation import ChatData, Conversation
 from sparsegrad_cli.errors import DataError, UsageError
 

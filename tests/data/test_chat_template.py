@@ -19,7 +19,7 @@ from chats import (
 )
 from tokenizers import AddedToken
 
-from sparsegrad_cli.data.chat_template import ChatEncoder, encode_conversations, render
+from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations, render
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError, UsageError
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from talk import flat, read
 
+from sparsegrad_cli.data.builtin.dialogue_lexicon import CLOSED_CLASS, TRAIN, VALIDATION
+from sparsegrad_cli.data.builtin.dialogues import LIMIT, SIZES, Split, generate, write_trees
 from sparsegrad_cli.data.chat import load_chat
 from sparsegrad_cli.data.chat_settings import ChatSettings
-from sparsegrad_cli.data.dialogues import LIMIT, SIZES, Split, generate, write_trees
-from sparsegrad_cli.data.dialogues.lexicon import CLOSED_CLASS, TRAIN, VALIDATION
 from sparsegrad_cli.errors import DataError
 
 GOOD = re.compile(r"Short answer: [^\n]+\.\n\n1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+\n\nNext: [^\n]+\.")

@@ -10,8 +10,8 @@ import paths
 import pytest
 
 from sparsegrad_cli.data.load_task import LoadedTask, load_task
-from sparsegrad_cli.data.spec import GLUE_TASKS, known_task_names
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
+from sparsegrad_cli.recipe.tasks import GLUE_TASKS, known_task_names
 
 
 def write(path: Path, text: str, bom: bool = False) -> Path:

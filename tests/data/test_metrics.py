@@ -14,8 +14,8 @@ import pytest
 
 from sparsegrad_cli.data import metrics
 from sparsegrad_cli.data.metrics import LOWEST, mean_loss, metric_values, score
-from sparsegrad_cli.data.spec import BUILTIN_TASKS, CLASS_METRICS, GLUE_TASKS, TaskSpec
 from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.recipe.tasks import BUILTIN_TASKS, CLASS_METRICS, GLUE_TASKS, TaskSpec
 
 COLA, MRPC, MNLI, STSB = (GLUE_TASKS[name] for name in ("cola", "mrpc", "mnli", "stsb"))
 
@@ -267,7 +267,7 @@ def test_two_at_a_time_do_not_mix() -> None:
 
 SCRIPT = """
 import sys
-from sparsegrad_cli.data import spec
+from sparsegrad_cli.recipe import tasks as spec
 from sparsegrad_cli.data import metrics
 heavy = {"torch", "datasets", "evaluate", "sklearn", "scipy", "pandas", "transformers"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

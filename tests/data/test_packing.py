@@ -11,7 +11,7 @@ import torch
 from tiny import VOCABULARY, build, config, one_thread
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.chat_template import token_rows
+from sparsegrad_cli.data.chat_tokens import token_rows
 from sparsegrad_cli.data.packing import (
     concatenate,
     first_fit,

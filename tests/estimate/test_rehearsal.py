@@ -13,9 +13,8 @@ from tiny import classifier, config, one_thread
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import basis_keys, calibrate
-from sparsegrad_cli.data.chat_template import UNLABELLED
+from sparsegrad_cli.data.chat_tokens import UNLABELLED
 from sparsegrad_cli.data.packing import make_lm_collator
-from sparsegrad_cli.data.spec import BUILTIN_TASKS
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import name_task
@@ -30,6 +29,7 @@ from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.recipe.tasks import BUILTIN_TASKS
 
 SIZE, LENGTH = 2, 32
 # SmolLM2-135M's shapes with fewer layers.

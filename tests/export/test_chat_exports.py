@@ -13,7 +13,7 @@ from little import base_of, train
 from small import Outcome
 from talkers import CHATML, asks, load, talker
 
-from sparsegrad_cli.data.chat_text import LLAMA2
+from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export import chat_check, forms

@@ -26,11 +26,11 @@ from victims import (
     use_basis,
 )
 
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 TWO = TaskSpec("t", ("text",), "label", ("a", "b"), False, "accuracy", ("accuracy",))
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, batch, build, classifier, config
 from torch import nn
 
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
 from sparsegrad_cli.models import pretrained
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.pretrained import from_pretrained, load_tokenizer, locate
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 TWO = TaskSpec("t", ("text",), "label", ("no", "yes"), False, "accuracy", ("accuracy",))
 THREE = TaskSpec("t", ("text",), "label", ("a", "b", "c"), False, "accuracy", ("accuracy",))

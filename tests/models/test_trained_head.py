@@ -13,12 +13,12 @@ from small import Cli
 from tiny import batch, build, classifier, config
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.spec import TaskSpec
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.classification_head import match_labels
 from sparsegrad_cli.models.load_model import check_vocabulary, load_classifier
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import TaskSpec
 
 Names = tuple[str, ...]
 

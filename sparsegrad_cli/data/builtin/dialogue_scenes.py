@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparsegrad_cli.data.dialogues.lexicon import Lexicon
+from sparsegrad_cli.data.builtin.dialogue_lexicon import Lexicon
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsegrad_cli.data.acceptability import grammar
-from sparsegrad_cli.data.acceptability.lexicon import CLOSED_CLASS, TRAIN, VALIDATION, Lexicon
+from sparsegrad_cli.data.builtin import acceptability_grammar as grammar
+from sparsegrad_cli.data.builtin.acceptability_lexicon import (
+    CLOSED_CLASS,
+    TRAIN,
+    VALIDATION,
+    Lexicon,
+)
 from sparsegrad_cli.errors import DataError
 
 __all__ = [

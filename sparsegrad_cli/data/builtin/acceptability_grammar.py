@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparsegrad_cli.data.acceptability.phrases import Maker, Words, present
+from sparsegrad_cli.data.builtin.acceptability_phrases import Maker, Words, present
 
 Pair = tuple[Words, Words]
 

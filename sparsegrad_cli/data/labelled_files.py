@@ -9,7 +9,6 @@ from typing import Any
 
 from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.labels import read_labels
-from sparsegrad_cli.data.spec import SCORE_METRICS, Examples, RawTask, TaskSpec, TaskType
 from sparsegrad_cli.data.split_files import (
     PREFERRED,
     SUFFIXES,
@@ -26,6 +25,7 @@ from sparsegrad_cli.data.text_files import is_text
 from sparsegrad_cli.data.validation_split import check_fraction_unused
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.recipe.tasks import SCORE_METRICS, Examples, RawTask, TaskSpec, TaskType
 
 _ROLES = ("text", "text_pair", "label")
 

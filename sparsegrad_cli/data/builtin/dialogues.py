@@ -14,10 +14,10 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsegrad_cli.data.builtin.dialogue_lexicon import TRAIN, VALIDATION
+from sparsegrad_cli.data.builtin.dialogue_scenes import SCENES, SHORTER, THANKS, VAGUE, Draw, Scene
 from sparsegrad_cli.data.chat_dataset import RawChat
 from sparsegrad_cli.data.chat_settings import EXPORTED, ChatSettings
-from sparsegrad_cli.data.dialogues.lexicon import TRAIN, VALIDATION
-from sparsegrad_cli.data.dialogues.scenes import SCENES, SHORTER, THANKS, VAGUE, Draw, Scene
 from sparsegrad_cli.data.oasst import from_records
 from sparsegrad_cli.data.oasst_messages import Source
 from sparsegrad_cli.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.json_text import _parse_deep, json_records, parse_json
+from sparsegrad_cli.data.json_files import _parse_deep, json_records, parse_json
 from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from sparsegrad_cli.data.acceptability.lexicon import Lexicon, Noun, Verb
+from sparsegrad_cli.data.builtin.acceptability_lexicon import Lexicon, Noun, Verb
 
 Words = list[str]
 

@@ -1,0 +1,1 @@
+"""Tasks that are generated: they need neither files nor a network."""
