@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparsegrad_cli.estimate.estimate_steps import Room
     from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
     from sparsegrad_cli.export.options import ExportOptions
-    from sparsegrad_cli.generate.answering import Answerer
+    from sparsegrad_cli.generate.answerer import Answerer
     from sparsegrad_cli.generate.options import (
         GenerateOptions,
         GenerationSettings,
@@ -52,7 +52,7 @@ def train(
 
         initial = None
         if loaded.recipe.init_from is not None:
-            from sparsegrad_cli.export.initial import Initial
+            from sparsegrad_cli.export.init_from import Initial
 
             initial = Initial(loaded)
         with all_here_to_stay():
@@ -142,7 +142,7 @@ def generate(options: GenerateOptions, observer: Observer | None = None) -> dict
     try:
         with _generating():
             if is_study(options.model.source):
-                from sparsegrad_cli.generate.study import answer_study
+                from sparsegrad_cli.generate.answer_study import answer_study
 
                 return answer_study(options, questions, observer)
             from sparsegrad_cli.generate.answer_questions import answer_questions
@@ -181,7 +181,7 @@ def converse(
 def _answerer(
     model: ModelOptions, settings: GenerationSettings, observer: Observer
 ) -> tuple[Answerer, dict[str, Any]]:
-    from sparsegrad_cli.generate.answering import Answerer
+    from sparsegrad_cli.generate.answerer import Answerer
     from sparsegrad_cli.generate.load_chat_model import load_run
 
     observer.phase("load", model.source)

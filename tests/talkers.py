@@ -12,7 +12,7 @@ from tiny import build, config
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.load_chat_model import load_run
 from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 

@@ -14,7 +14,7 @@ from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, refuse_without_effe
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.generate.answering import Answerer
+    from sparsegrad_cli.generate.answerer import Answerer
     from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 
 

@@ -29,7 +29,7 @@ from sparsegrad_cli.export.adapter_file import (
     tensors_digest,
     write_settings,
 )
-from sparsegrad_cli.export.plain import auto_class, differing, put, task_settings
+from sparsegrad_cli.export.merged import auto_class, differing, put, task_settings
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors

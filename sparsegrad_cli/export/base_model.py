@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsegrad_cli.export.plain import auto_class, task_settings
+from sparsegrad_cli.export.merged import auto_class, task_settings
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.models.pretrained import (
     base_name,

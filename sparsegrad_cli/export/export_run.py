@@ -15,19 +15,19 @@ from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.error_mapping import is_out_of_memory
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.export.base_model import BaseModel
-from sparsegrad_cli.export.card import CARD, model_card
-from sparsegrad_cli.export.chat_check import (
+from sparsegrad_cli.export.check_answers import (
     Loading,
     Said,
     answers_of,
     check_answers,
     plain_prompts,
 )
-from sparsegrad_cli.export.check import allowed, compare, inputs_of, judge, logits_of
+from sparsegrad_cli.export.check_logits import allowed, compare, inputs_of, judge, logits_of
 from sparsegrad_cli.export.forms import WRITERS, Written
+from sparsegrad_cli.export.merged import auto_class
+from sparsegrad_cli.export.model_card import CARD, model_card
 from sparsegrad_cli.export.options import ExportOptions
 from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to_readers
-from sparsegrad_cli.export.plain import auto_class
 from sparsegrad_cli.export.rebuild import Trained, rebuild
 from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.export.writing import write_export

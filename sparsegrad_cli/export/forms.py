@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.export.adapter import load_adapter, write_adapter
 from sparsegrad_cli.export.base_model import BaseModel, load_lora
-from sparsegrad_cli.export.chat_check import Loading
-from sparsegrad_cli.export.check import logits_of
+from sparsegrad_cli.export.check_answers import Loading
+from sparsegrad_cli.export.check_logits import logits_of
 from sparsegrad_cli.export.lora import LoraParts, lora_parts, reference, write_lora
-from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
-from sparsegrad_cli.export.plain import (
+from sparsegrad_cli.export.merged import (
     auto_class,
     load_plain,
     merge,
@@ -24,6 +23,7 @@ from sparsegrad_cli.export.plain import (
     with_stop_tokens,
     write_plain,
 )
+from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.models.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.export.base_model import BaseModel
-from sparsegrad_cli.export.options import SERVER_RANKS
-from sparsegrad_cli.export.plain import (
+from sparsegrad_cli.export.merged import (
     AUTO_CLASSES,
     Distance,
     auto_class,
@@ -23,6 +22,7 @@ from sparsegrad_cli.export.plain import (
     put,
     put_weight,
 )
+from sparsegrad_cli.export.options import SERVER_RANKS
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.methods.base import Factors
 from sparsegrad_cli.methods.lora import check_adapted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.conversation import Turn
-from sparsegrad_cli.generate.answering import Answer, Answerer
+from sparsegrad_cli.generate.answerer import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, file_word, questions_name
 from sparsegrad_cli.io.jsonl import Journal

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.io.jsonl import read_records
-from sparsegrad_cli.judge.asking import DECIDED
+from sparsegrad_cli.judge.ask import DECIDED
 from sparsegrad_cli.judge.prompts import talk
 from sparsegrad_cli.judge.verdicts import is_grade
 

@@ -19,7 +19,7 @@ from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_o
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.io.paths import exists, is_folder, refuse_link
 from sparsegrad_cli.judge.answers import Answered, read_answers
-from sparsegrad_cli.judge.asking import DECIDED, FAILED, Judge, ask_all
+from sparsegrad_cli.judge.ask import DECIDED, FAILED, Judge, ask_all
 from sparsegrad_cli.judge.endpoint import Endpoint
 from sparsegrad_cli.judge.grades import VERDICTS
 from sparsegrad_cli.judge.summary import grade_rows, pair_rows

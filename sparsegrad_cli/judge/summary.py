@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.judge.asking import DECIDED, FAILED, UNREADABLE
+from sparsegrad_cli.judge.ask import DECIDED, FAILED, UNREADABLE
 from sparsegrad_cli.judge.tasks import Task
 from sparsegrad_cli.study.statistics import mean, std
 

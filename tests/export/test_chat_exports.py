@@ -16,9 +16,10 @@ from talkers import CHATML, asks, load, talker
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.export import chat_check, forms
-from sparsegrad_cli.export.chat_check import Loading, Said, check_answers, plain_prompts
-from sparsegrad_cli.generate.answering import Answer, Answerer
+from sparsegrad_cli.export import check_answers as chat_check
+from sparsegrad_cli.export import forms
+from sparsegrad_cli.export.check_answers import Loading, Said, check_answers, plain_prompts
+from sparsegrad_cli.generate.answerer import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]

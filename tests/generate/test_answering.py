@@ -10,7 +10,7 @@ import torch
 from talkers import asks, load, real_answerer, smollm2, talker
 
 from sparsegrad_cli.data.conversation import Turn
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.generate.prompting import ChatPrompts
 

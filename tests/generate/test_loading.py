@@ -12,7 +12,7 @@ from little import base_folder, data_folder, train
 from talkers import asks, load, talker
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.load_chat_model import load_run, weights_digest
 from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 

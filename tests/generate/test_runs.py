@@ -15,7 +15,7 @@ from small import METHODS, Cli
 from talkers import asks, load, talker
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
 
 QUESTIONS = ("Is 12 more?", "And 7?", "Who came home?", "What was old?")

@@ -12,7 +12,7 @@ from talkers import load, talker
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.answer_questions import answer_questions, default_output
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
 from sparsegrad_cli.generate.questions import Question
 from sparsegrad_cli.io.jsonl import read_records

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from small import Cli, Outcome
 from talkers import asks, load
 
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.untrusted_text import printable_text

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError, SparsegradError
-from sparsegrad_cli.generate.answering import Answer, Answerer
+from sparsegrad_cli.generate.answerer import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.generate.prompting import ChatPrompts
 

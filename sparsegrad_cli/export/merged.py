@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.generate.answering import stop_tokens
+from sparsegrad_cli.generate.answerer import stop_tokens
 from sparsegrad_cli.generate.prompting import ChatPrompts
 from sparsegrad_cli.models.load_model import load_again
 from sparsegrad_cli.models.quantized import dequantized, quantized_layers

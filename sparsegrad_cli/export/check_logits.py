@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.export.plain import auto_class
+from sparsegrad_cli.export.merged import auto_class
 from sparsegrad_cli.tasks.setup import Setup, validation_batches
 
 # Largest difference allowed, as a share of the largest logit. It is some roundings of a number of

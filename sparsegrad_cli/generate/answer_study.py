@@ -25,7 +25,7 @@ from sparsegrad_cli.errors import (
 )
 from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.generate.answer_questions import answer_questions, answers_to, default_output
-from sparsegrad_cli.generate.answering import Answerer
+from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.load_chat_model import file_digest, load_base, load_run
 from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, questions_name
