@@ -241,7 +241,7 @@ def solve(
     """
     if study.study.budget is None:
         return study
-    from sparsegrad_cli.budget.solve_study import solve_study
+    from sparsegrad_cli.study.budget.solve_study import solve_study
 
     observer = observer or Observer()
     try:

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from small import Cli
 from tiny import one_thread
 
-from sparsegrad_cli.budget.solve_study import solve_study
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.run.folder import RunRecord, open_run_dir
+from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.budget_report import measured, with_measured
 from sparsegrad_cli.study.checks import make_checks
 from sparsegrad_cli.study.parity import check_parity

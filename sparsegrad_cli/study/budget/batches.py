@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from sparsegrad_cli.budget.counting import Counting
 from sparsegrad_cli.estimate.estimate_steps import changed
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MepropMethod
+from sparsegrad_cli.study.budget.counting import Counting
 
 
 def largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int | None:

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sparsegrad_cli.budget.counting import Counting
-from sparsegrad_cli.budget.refusals import check_nothing_is_said_twice, too_little
-from sparsegrad_cli.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
 from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
 from sparsegrad_cli.estimate.rehearsal import Kernels
 from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
@@ -21,6 +18,9 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings, number, text
+from sparsegrad_cli.study.budget.counting import Counting
+from sparsegrad_cli.study.budget.refusals import check_nothing_is_said_twice, too_little
+from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
 from sparsegrad_cli.study.budget_report import MEASURED, TOLERANCE
 from sparsegrad_cli.study.space import with_settings
 

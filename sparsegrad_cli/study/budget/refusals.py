@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from sparsegrad_cli.budget.solve import UnreachableError
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.units import format_amount
+from sparsegrad_cli.study.budget.solve import UnreachableError
 
 
 def too_little(study: LoadedStudy, budget: Budget, cell: Cell, error: UnreachableError) -> Problem:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sparsegrad_cli.budget.search import largest, largest_in_levels
+from sparsegrad_cli.study.budget.search import largest, largest_in_levels
 
 
 class Looked:

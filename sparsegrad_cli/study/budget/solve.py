@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsegrad_cli.budget.batches import (
+from sparsegrad_cli.recipe.budget import Budget
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
+from sparsegrad_cli.study.budget.batches import (
     at_batch,
     calibrated,
     calibrations,
@@ -20,12 +23,9 @@ from sparsegrad_cli.budget.batches import (
     largest_batch,
     may_accumulate,
 )
-from sparsegrad_cli.budget.counting import Counting
-from sparsegrad_cli.budget.search import largest, largest_in_levels
-from sparsegrad_cli.budget.sizes import Knob, entries_of, knob_of, levels_of, size_words
-from sparsegrad_cli.recipe.budget import Budget
-from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
+from sparsegrad_cli.study.budget.counting import Counting
+from sparsegrad_cli.study.budget.search import largest, largest_in_levels
+from sparsegrad_cli.study.budget.sizes import Knob, entries_of, knob_of, levels_of, size_words
 
 _SLACK = 1e-3  # of the budget, that a number of entries may leave
 SETTABLE = (

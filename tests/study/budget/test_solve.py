@@ -10,14 +10,14 @@ import pytest
 from little import base_folder, data_folder, sentences
 from tiny import one_thread
 
-from sparsegrad_cli.budget.counting import Counting
-from sparsegrad_cli.budget.sizes import entries_of, knob_of
-from sparsegrad_cli.budget.solve import Pick, UnreachableError, settings_of, solve
-from sparsegrad_cli.budget.solve_study import solve_study
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.budget import Budget, Kind
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
+from sparsegrad_cli.study.budget.counting import Counting
+from sparsegrad_cli.study.budget.sizes import entries_of, knob_of
+from sparsegrad_cli.study.budget.solve import Pick, UnreachableError, settings_of, solve
+from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.budget_report import with_measured
 
 BATCH = 8

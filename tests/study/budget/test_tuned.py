@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from little import base_folder, data_folder
 
-from sparsegrad_cli.budget.solve_study import solve_study
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.report.budget_tables import plan_tables
 from sparsegrad_cli.report.parity_tables import check_lines, parity_table
+from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.plan import plan_of

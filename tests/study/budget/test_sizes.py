@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import classifier, orthogonal_bases, targets_of
 
-from sparsegrad_cli.budget.sizes import Levels, entries_of, knob_of, levels_of, size_words
 from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.core_plan import rank_for_density, with_known_rank
@@ -18,6 +17,7 @@ from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.supports import shared_out
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.study.budget.sizes import Levels, entries_of, knob_of, levels_of, size_words
 
 METHODS = {
     "full": "{name: full}",
