@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import save
 from benchmarks.models import batch_of, methods_at, model_of, random_bases
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.schema import TargetsSection, TrainSection

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.common import interleave, ratios, save
 from benchmarks.models import batch_of, methods_at, model_of, random_bases
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets, freeze
 from sparsegrad_cli.numerics.hosvd import Basis

@@ -11,7 +11,7 @@ from tiny import batch, batches, build, calibrated, config, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.gradients import forked_random
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod

@@ -15,8 +15,8 @@ from sparsegrad_cli.calibration.calibrate import Calibration, calibrate
 from sparsegrad_cli.calibration.diagnostics import KindGrams
 from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.methods.base import Prepared
-from sparsegrad_cli.methods.core import CoreLinear
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis, Stream

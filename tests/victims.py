@@ -27,7 +27,7 @@ from sparsegrad_cli.calibration.basis_file import (
 )
 from sparsegrad_cli.export.adapter import load_adapter
 from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.targets import fingerprint
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.recipe.method_section import SparsegradMethod

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from sparsegrad_cli.calibration.calibrate import Calibration, basis_keys
 from sparsegrad_cli.calibration.diagnostics import Choice, KindGrams, energy_table
 from sparsegrad_cli.interruption import politely
-from sparsegrad_cli.methods.asked import asked_entries
-from sparsegrad_cli.methods.core_plan import planned_supports
+from sparsegrad_cli.methods.sparse_sizing import asked_entries
+from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, is_whole, truncated
 from sparsegrad_cli.recipe.method_section import SparsegradMethod

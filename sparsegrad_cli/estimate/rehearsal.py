@@ -32,8 +32,8 @@ from sparsegrad_cli.estimate.stand_ins import (
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import Prepared
-from sparsegrad_cli.methods.core_plan import with_known_rank
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.core_plan import with_known_rank
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import (
     Target,

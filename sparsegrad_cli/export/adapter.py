@@ -33,8 +33,8 @@ from sparsegrad_cli.export.merged import auto_class, differing, put, task_settin
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
-from sparsegrad_cli.methods.entries import check_positions
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparse_adapter import check_positions
 from sparsegrad_cli.models.load_model import load_as
 from sparsegrad_cli.models.pretrained import base_name
 from sparsegrad_cli.models.quantized import placed, use_frozen_products

@@ -25,8 +25,8 @@ from sparsegrad_cli.methods.base import (
     trainable_names,
     trainable_state,
 )
-from sparsegrad_cli.methods.lora import Lora
-from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
+from sparsegrad_cli.methods.lora.method import Lora
+from sparsegrad_cli.methods.lora.peft_folder import CONFIG, TENSORS, from_peft
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.report.access import items

@@ -21,7 +21,7 @@ from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.interruption import politely, stop_here
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe

@@ -28,7 +28,7 @@ from sparsegrad_cli.calibration.diagnostics import spectra
 from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.error_mapping import is_out_of_memory, may_be_out_of_memory
 from sparsegrad_cli.memory.meter import make_meter
-from sparsegrad_cli.methods.core_plan import with_rank
+from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
 from sparsegrad_cli.models.quantized import quantization_state
 from sparsegrad_cli.models.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, leading

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import Counts
-from sparsegrad_cli.methods.core_layers import CoreLinear
 from sparsegrad_cli.methods.optimizer import SelectiveAdamW
+from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
 from sparsegrad_cli.models.targets import Target
 
 MAP_SIDE = 24

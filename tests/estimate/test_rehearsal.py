@@ -20,8 +20,8 @@ from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import name_task
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
-from sparsegrad_cli.methods.core_plan import with_rank
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import load_classifier

@@ -18,7 +18,7 @@ from sparsegrad_cli.calibration.basis_file import (
     write_basis,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.core_plan import planned_supports
+from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
 from sparsegrad_cli.numerics.hosvd import GramStream, truncated
 from sparsegrad_cli.numerics.scores import ScoreStream
 from sparsegrad_cli.numerics.supports import comparable_scores, spectral_scores

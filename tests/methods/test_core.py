@@ -14,9 +14,9 @@ from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
 from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.core import CoreLinear, SparsegradCore
-from sparsegrad_cli.methods.core_plan import with_rank
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear, SparsegradCore
+from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores

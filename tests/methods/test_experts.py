@@ -13,8 +13,8 @@ from torch import nn
 from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import Prepared, check_what_trains
-from sparsegrad_cli.methods.lora import Lora, check_adapted
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.lora.method import Lora, check_adapted
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 

@@ -8,9 +8,9 @@ from tiny import METHODS, Tuned, batch, classifier, logits, orthogonal_bases, ta
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.methods.core import CoreLinear
-from sparsegrad_cli.methods.sparsegrad import RotatedLinear
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
+from sparsegrad_cli.methods.sparsegrad.rotated import RotatedLinear
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import to_core

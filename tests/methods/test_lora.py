@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import batch, classifier, logits, targets_of
 
-from sparsegrad_cli.methods.lora import DEFAULT_RANK, Lora, solve_rank
+from sparsegrad_cli.methods.lora.method import DEFAULT_RANK, Lora, solve_rank
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.supports import entries_for
 from sparsegrad_cli.recipe.method_section import LoraMethod

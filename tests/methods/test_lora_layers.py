@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny import batch, classifier, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.lora import keep_inputs_once
+from sparsegrad_cli.methods.lora.method import keep_inputs_once
 
 
 def adapted(architecture: str, dropout: float, *, lean: bool, **config: Any) -> nn.Module:

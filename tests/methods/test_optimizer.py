@@ -9,10 +9,10 @@ import torch
 from tiny import METHODS, Tuned, batch, classifier, targets_of, weight_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.meprop import Meprop
+from sparsegrad_cli.methods.meprop.method import Meprop
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW
-from sparsegrad_cli.methods.sparsegrad import Sparsegrad
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.rotated import Sparsegrad
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection

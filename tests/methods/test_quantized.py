@@ -13,7 +13,7 @@ from tiny import batch, targets_of
 from torch import nn
 
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.methods.core_layers import QuantizedCoreLinear
+from sparsegrad_cli.methods.sparsegrad.core_layers import QuantizedCoreLinear
 from sparsegrad_cli.models.quantized import quantization_state, quantized_in
 
 need_bitsandbytes()

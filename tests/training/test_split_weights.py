@@ -182,7 +182,7 @@ def _talker(folder: Path, method: str) -> nn.Module:
     from transformers import LlamaForCausalLM
 
     from sparsegrad_cli.calibration.basis_file import read_basis
-    from sparsegrad_cli.methods.table import make_method
+    from sparsegrad_cli.methods.registry import make_method
     from sparsegrad_cli.recipe.load_recipe import load_recipe
 
     model = LlamaForCausalLM.from_pretrained(folder / "llama")

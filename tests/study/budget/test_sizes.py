@@ -11,8 +11,8 @@ from tiny import classifier, orthogonal_bases, targets_of
 
 from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.core_plan import rank_for_density, with_known_rank
-from sparsegrad_cli.methods.table import make_method
+from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.core_plan import rank_for_density, with_known_rank
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.supports import shared_out
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe

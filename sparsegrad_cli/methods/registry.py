@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.methods.core import SparsegradCore
-from sparsegrad_cli.methods.full import Full
-from sparsegrad_cli.methods.lora import Lora
-from sparsegrad_cli.methods.meprop import Meprop
-from sparsegrad_cli.methods.sparsegrad import Sparsegrad
+from sparsegrad_cli.methods.full.method import Full
+from sparsegrad_cli.methods.lora.method import Lora
+from sparsegrad_cli.methods.meprop.method import Meprop
+from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
+from sparsegrad_cli.methods.sparsegrad.rotated import Sparsegrad
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,

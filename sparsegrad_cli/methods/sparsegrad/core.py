@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.asked import asked_entries
 from sparsegrad_cli.methods.base import (
     Counts,
     Factors,
@@ -24,10 +23,11 @@ from sparsegrad_cli.methods.base import (
     open_scope,
     trainable_state,
 )
-from sparsegrad_cli.methods.core_layers import CoreLinear, QuantizedCoreLinear
-from sparsegrad_cli.methods.core_plan import planned_supports
-from sparsegrad_cli.methods.entries import check_positions
 from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
+from sparsegrad_cli.methods.sparse_adapter import check_positions
+from sparsegrad_cli.methods.sparse_sizing import asked_entries
+from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear, QuantizedCoreLinear
+from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
 from sparsegrad_cli.models.quantized import count_entries, dtype_of, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import effective_weight

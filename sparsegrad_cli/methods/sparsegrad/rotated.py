@@ -17,7 +17,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.asked import asked_entries
 from sparsegrad_cli.methods.base import (
     Counts,
     Factors,
@@ -26,8 +25,9 @@ from sparsegrad_cli.methods.base import (
     count_parameters,
     open_scope,
 )
-from sparsegrad_cli.methods.entries import pack_entries, unpack_entries
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, selective_adamw
+from sparsegrad_cli.methods.sparse_adapter import pack_entries, unpack_entries
+from sparsegrad_cli.methods.sparse_sizing import asked_entries
 from sparsegrad_cli.models.precision import open_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis

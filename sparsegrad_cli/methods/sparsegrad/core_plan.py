@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.asked import asked_entries
+from sparsegrad_cli.methods.sparse_sizing import asked_entries
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import (

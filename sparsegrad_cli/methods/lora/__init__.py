@@ -1,0 +1,1 @@
+"""LoRA, by the peft library."""

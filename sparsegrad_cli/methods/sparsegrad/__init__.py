@@ -1,0 +1,1 @@
+"""SparseGrad: the core form, and the two forms of the paper."""
