@@ -44,7 +44,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def known_errors(
+def mapped_errors(
     again: str = "--resume goes on from the last checkpoint, if there is one",
     memory: tuple[str, str] = (
         "train.per_device_train_batch_size",

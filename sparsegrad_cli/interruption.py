@@ -1,9 +1,12 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop, the second stops it at once. No torch.
+"""Ctrl-C and SIGTERM: the first signal asks the run to stop, the second stops it at once.
 
-A run is asked politely while it computes: it looks between two batches (:func:`stop_here`), and
-leaves what it was doing whole. Elsewhere, while models and data load, KeyboardInterrupt is raised.
-A thread says at once that the signal was heard, and says so when stopping takes long: python's own
-handlers wait until a library's call, such as an eigen-decomposition, returns.
+While a run computes (:func:`deferred_interrupt`), the first signal only sets a flag. The run checks
+it between two batches (:func:`raise_if_requested`), so that no step is left half done. Elsewhere,
+while models and data load, a signal raises KeyboardInterrupt where it arrives.
+
+Python runs its signal handlers only between two of its own instructions, so a long call into a
+library, such as an eigendecomposition, delays them. A thread therefore tells the user at once that
+the signal was received, and again when stopping takes long. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,59 +23,59 @@ from types import FrameType
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import InterruptedRunError
 
-PATIENCE_S = 20.0  # after which a run that has not stopped says why not
-_INSIST_S = 10.0  # for a run that was asked twice to write its status, before the process ends
-_SAME_S = 1.0  # SIGINT and SIGTERM so close together are one request, from two senders
+PATIENCE_S = 20.0  # after which the user is told why the run has not stopped yet
+_FORCED_EXIT_S = 10.0  # for writing the record after the second signal, before the process ends
+_SAME_REQUEST_S = 1.0  # SIGINT and SIGTERM this close together are one request from two senders
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Requests:
-    """Tells a second request from the echo of the first."""
+    """Distinguish a second request from the echo of the first."""
 
     def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None  # signal, time
+        self._first: tuple[int, float] | None = None  # signal number, time
 
     def insists(self, number: int) -> bool:
-        """Whether a signal that has just come asks for the second time."""
+        """Return whether a signal that has just arrived is the second request."""
         if self._first is None:
             self._first = (number, time.monotonic())
             return False
-        return number == self._first[0] or time.monotonic() - self._first[1] > _SAME_S
+        return number == self._first[0] or time.monotonic() - self._first[1] > _SAME_REQUEST_S
 
 
-class _Stop:
-    """What the signals of this process have asked for."""
+class _State:
+    """What the signals of this process have requested, and what the process is doing."""
 
     def __init__(self, tell: Callable[[str], None], again: str) -> None:
         self.tell, self.again = tell, again
-        self.phase, self.busy = "start", "start"
-        self.polite = self.asked = False
+        self.phase = self.activity = "start"
+        self.deferred = self.requested = False
         self._requests = _Requests()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first request, where the run looks for it; raise for any other."""
-        wait = self.polite and not self._requests.insists(number)
-        self.asked = True
+        """Set the flag for a first request that is deferred; raise for any other."""
+        wait = self.deferred and not self._requests.insists(number)
+        self.requested = True
         if not wait:
             raise KeyboardInterrupt
 
 
-_current: _Stop | None = None
+_current: _State | None = None
 
 
 @contextmanager
-def signals_stop_the_run(tell: Callable[[str], None], again: str) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM end the run with InterruptedRunError or KeyboardInterrupt.
+def handle_signals(tell: Callable[[str], None], again: str) -> Iterator[None]:
+    """End the run inside with InterruptedRunError or KeyboardInterrupt on SIGINT or SIGTERM.
 
     Args:
-        tell: called from another thread with what the user should know of a stop under way.
-        again: how to go on later, for the error.
+        tell: called from another thread with messages for the user about the stop under way.
+        again: how to continue later, for the error.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    outer, _current = _current, _Stop(tell, again)
+    outer, _current = _current, _State(tell, again)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = {number: signal.signal(number, _current.handle) for number in _SIGNALS}
@@ -91,93 +94,96 @@ def signals_stop_the_run(tell: Callable[[str], None], again: str) -> Iterator[No
         _current = outer
 
 
-def _watch(stop: _Stop, reader: socket.socket) -> None:
-    """Say what becomes of a request; end the process where python cannot.
+def _watch(state: _State, reader: socket.socket) -> None:
+    """Tell the user how a request is handled; end the process where Python cannot.
 
     Args:
-        reader: gives the number of every signal, even of one that python has not handled yet;
-            closed once the run has ended.
+        reader: yields the number of every signal, even of one that Python has not handled yet. It
+            is closed when the run has ended.
     """
-    requests, polite, deadline = _Requests(), True, None
+    requests, deferred, deadline = _Requests(), True, None
     while True:
         reader.settimeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         try:
             got = reader.recv(1)
         except TimeoutError:
-            if not polite:
+            if not deferred:
                 os._exit(InterruptedRunError.exit_code)
             deadline = None
-            stop.tell(
-                f"not stopped after {PATIENCE_S:.0f} s: {stop.phase} cannot leave {stop.busy} "
-                "halfway; a second signal ends the process at once"
+            state.tell(
+                f"not stopped after {PATIENCE_S:.0f} s: {state.phase} cannot leave "
+                f"{state.activity} halfway; a second signal ends the process at once"
             )
             continue
         if not got:
             return
         if got[0] not in _SIGNALS:
             continue
-        first, insists = deadline is None and polite, requests.insists(got[0])
-        polite = polite and stop.polite and not insists
-        if not polite:
-            deadline = time.monotonic() + _INSIST_S
+        first, insists = deadline is None and deferred, requests.insists(got[0])
+        deferred = deferred and state.deferred and not insists
+        if not deferred:
+            deadline = time.monotonic() + _FORCED_EXIT_S
         elif first:
             deadline = time.monotonic() + PATIENCE_S
-            stop.tell(f"asked to stop: {stop.phase} ends at the next point where it can")
+            state.tell(f"asked to stop: {state.phase} ends at the next point where it can")
 
 
 @contextmanager
-def politely() -> Iterator[None]:
-    """Inside, the first request waits for :func:`stop_here` instead of raising where it comes."""
-    stop = _current
-    if stop is None:
+def deferred_interrupt() -> Iterator[None]:
+    """Defer the first request inside until the next call of :func:`raise_if_requested`."""
+    state = _current
+    if state is None:
         yield
         return
-    stop.polite = True
+    state.deferred = True
     try:
         yield
     finally:
-        stop.polite = False
+        state.deferred = False
 
 
-def enter(phase: str) -> None:
-    """A phase begins."""
+def set_phase(phase: str) -> None:
+    """Name the phase that begins, for messages to the user."""
     if _current is not None:
-        _current.phase = _current.busy = phase
+        _current.phase = _current.activity = phase
 
 
-def busy(what: str) -> None:
-    """Something begins that cannot be left halfway."""
+def set_activity(activity: str) -> None:
+    """Name what begins now and cannot be left halfway, for messages to the user."""
     if _current is not None:
-        _current.busy = what
+        _current.activity = activity
 
 
-def asked(*, together: bool = True) -> bool:
-    """Whether the run is to stop.
+def requested(*, together: bool = True) -> bool:
+    """Return whether the run should stop.
 
     Args:
-        together: all processes of the run ask at this point, and get the same answer.
+        together: all processes of the run call this at the same point and get the same answer.
     """
-    here = _current is not None and _current.asked
+    here = _current is not None and _current.requested
     return distributed.any(here) if together else here
 
 
-def stop_here(what: str, *, together: bool = True) -> None:
-    """Stop if that was asked for; else ``what`` comes next.
+def raise_if_requested(next_activity: str, *, together: bool = True) -> None:
+    """Stop the run here if that was requested; otherwise ``next_activity`` begins.
+
+    Args:
+        together: as in :func:`requested`.
 
     Raises:
-        InterruptedRunError: says in which phase the run stops.
+        InterruptedRunError: names the phase in which the run stops.
     """
-    stop = _current
-    if asked(together=together):
-        phase, again = (stop.phase, stop.again) if stop else ("", None)
+    state = _current
+    if requested(together=together):
+        phase, again = (state.phase, state.again) if state else ("", None)
         raise InterruptedRunError(f"stopped in {phase}", fix=again)
-    busy(what)
+    set_activity(next_activity)
 
 
-def _forget() -> None:
-    """A forked worker's signals are its own: the parent must not hear of them."""
+def _disconnect_child() -> None:
+    """Keep the signals of a forked worker from the parent's watcher."""
     if _current is not None:
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_disconnect_child)

@@ -1,4 +1,4 @@
-"""Who watches a run. The base class does nothing; the command line renders, tests record."""
+"""Progress of a run. The command line renders it and tests record it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 
 class Observer:
-    """Told of what happens in a run, as it happens. Override what you need."""
+    """Receive the events of a run. Every method does nothing; override the ones you need."""
 
     def phase(self, name: str, detail: str = "") -> None:
-        """A phase began: load, calibrate, train, evaluate, report."""
+        """Begin a phase: load, calibrate, train, evaluate, report."""
 
     def note(self, text: str) -> None:
-        """Something the user should know: a default taken, a row dropped."""
+        """Tell the user something, such as a default that was chosen or rows that were dropped."""
 
     def total_steps(self, phase: str, steps: int) -> None:
-        """How many steps the phase will have."""
+        """Announce the number of steps of the phase."""
 
     def step(self, phase: str, record: dict[str, Any]) -> None:
-        """One step of a phase is done; ``record`` has ``step`` and what is known of it."""
+        """Finish one step of a phase; ``record`` has ``step`` and what is known about it."""
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """An evaluation is done: ``step``, ``score``, ``loss``, ``values``."""
+        """Finish an evaluation; ``record`` has ``step``, ``score``, ``loss`` and ``values``."""
 
     def close(self) -> None:
-        """The run is over, well or not."""
+        """End the run, whether it succeeded or failed."""

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.error_mapping import known_errors
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import InterruptedRunError, UsageError
-from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.run.folder import RunRecord
@@ -55,7 +55,7 @@ def train(
             from sparsegrad_cli.export.init_from import Initial
 
             initial = Initial(loaded)
-        with all_here_to_stay():
+        with frozen_gc():
             TrainingSession(loaded, record, observer, resume=resume, initial=initial).run()
 
     return run_recorded(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
@@ -87,7 +87,7 @@ def calibrate(
     def work(record: RunRecord, observer: Observer) -> None:
         from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
 
-        with all_here_to_stay():
+        with frozen_gc():
             CalibrationSession(loaded, record, observer).run()
 
     return run_recorded(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
@@ -112,7 +112,7 @@ def export(
 
     observer = observer or Observer()
     try:
-        with known_errors(
+        with mapped_errors(
             again="run the same command again",
             memory=("--check-examples", "fewer examples, or train.use_cpu=true"),
         ):
@@ -192,7 +192,7 @@ def _answerer(
 
 
 def _generating() -> AbstractContextManager[None]:
-    return known_errors(
+    return mapped_errors(
         again="the same command goes on where it stopped",
         memory=("--batch-size", "a smaller batch, fewer --max-new-tokens, or --device cpu"),
     )
@@ -218,7 +218,7 @@ def estimate(
 
     observer = observer or Observer()
     try:
-        with known_errors(
+        with mapped_errors(
             again="run the same command again",
             memory=("estimate", "fewer methods at a time: shapes alone take a few hundred MiB"),
         ):
@@ -245,7 +245,7 @@ def solve(
 
     observer = observer or Observer()
     try:
-        with known_errors(
+        with mapped_errors(
             again="run the same command again",
             memory=("match", "a method at a time: shapes alone take a few hundred MiB"),
         ):

@@ -19,7 +19,7 @@ from tried import table
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
-from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.memory.frozen_gc import frozen_gc
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,7 +33,7 @@ def _few_objects_to_collect(request: pytest.FixtureRequest) -> Iterator[None]:
     if len(request.session.items) > 50:  # not for a single file that may need none of them
         for name in _LIBRARIES:
             importlib.import_module(name)
-        with all_here_to_stay():
+        with frozen_gc():
             yield
     else:
         yield

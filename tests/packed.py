@@ -10,10 +10,10 @@ import torch
 from tiny import batch, batches, build, calibrated, config, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
 from sparsegrad_cli.recipe.tasks import TaskSpec
@@ -95,7 +95,7 @@ class Packed:
                 self.model, self.targets, batches, steps=3, source="token", rank=7, seed=0
             )
             bases = found.by_target()
-        with forked_random(0):
+        with temporary_seed(0):
             self.prepared = self.method.prepare(self.model, self.targets, scope="head", bases=bases)
         self.optimizer = self.method.optimizer(self.model, TrainSection(learning_rate=2e-2))
 
@@ -108,7 +108,7 @@ class Packed:
     def steps(self, count: int) -> list[float]:
         """Steps on one batch; the losses before each."""
         losses = []
-        with forked_random(0):
+        with temporary_seed(0):
             for _ in range(count):
                 self.optimizer.zero_grad()
                 loss = self.model.train()(**batch(seed=5)).loss

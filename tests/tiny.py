@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import Calibration, calibrate
 from sparsegrad_cli.calibration.diagnostics import KindGrams
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.methods.base import Prepared
 from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis, Stream
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,
     LoraMethod,
@@ -320,7 +320,7 @@ class Tuned:
                 self.model, self.targets, steps=3, basis_per=basis_per, seed=seed
             ).by_target()
         self.method: Any = make_method(settings)
-        with forked_random(seed):
+        with temporary_seed(seed):
             self.prepared: Prepared = self.method.prepare(
                 self.model, self.targets, scope=scope, bases=bases
             )
@@ -331,7 +331,7 @@ class Tuned:
         """Training steps on batches that differ; returns the losses."""
         losses = []
         self.model.train()
-        with forked_random(seed):
+        with temporary_seed(seed):
             for number in range(start, start + count):
                 losses.append(self.step(batch(seed=1000 + number)))
         self.model.eval()

@@ -18,17 +18,17 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.calibration.gradients import (
     Batch,
     as_in_training,
-    forked_random,
     gradient_step,
     gradients_only,
     micro_batches,
     tokens_only,
 )
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.interruption import stop_here
+from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, leading, truncated
 from sparsegrad_cli.numerics.scores import ScoreStream
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.numerics.sequential import SequentialStream
 from sparsegrad_cli.numerics.sketch import SketchStream
 from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
@@ -91,7 +91,7 @@ class _Passes:
     ) -> None:
         """One pass; ``after`` is called after each step. Each goes through its batch in parts."""
         batches = self.batches()
-        with hooks, forked_random(self.seed):
+        with hooks, temporary_seed(self.seed):
             for step in range(1, self.steps + 1):
                 with self.meter() if step <= 2 else nullcontext():
                     cut = micro_batches(next(batches), parts)
@@ -274,7 +274,7 @@ def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.d
 @contextmanager
 def _finite(key: str) -> Iterator[None]:
     """Name the basis that could not be found; stop before it when asked to."""
-    stop_here(f"the basis of {key}")
+    raise_if_requested(f"the basis of {key}")
     try:
         yield
     except ValueError as error:

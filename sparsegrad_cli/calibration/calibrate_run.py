@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from sparsegrad_cli.calibration.calibrate import Calibration, basis_keys
 from sparsegrad_cli.calibration.diagnostics import Choice, KindGrams, energy_table
-from sparsegrad_cli.interruption import politely
+from sparsegrad_cli.interruption import deferred_interrupt
 from sparsegrad_cli.methods.sparse_sizing import asked_entries
 from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
 from sparsegrad_cli.models.targets import Target
@@ -27,7 +27,7 @@ class CalibrationSession(Session):
 
     def _run(self) -> None:
         setup = self.load()
-        with politely():
+        with deferred_interrupt():
             self._measured(setup)
 
     def _measured(self, setup: Setup) -> None:

@@ -16,16 +16,16 @@ from sparsegrad_cli.calibration.calibrate import Calibration
 from sparsegrad_cli.calibration.gradients import (
     Batch,
     as_in_training,
-    forked_random,
     gradient_step,
     gradients_only,
     tokens_only,
 )
-from sparsegrad_cli.interruption import stop_here
+from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream
 from sparsegrad_cli.numerics.rotation import to_core
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.numerics.supports import energy_share
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -98,7 +98,7 @@ class KindGrams:
         """Kind -> basis of all directions."""
         bases = {}
         for kind, stream in self._sums.items():
-            stop_here(f"the basis of {kind}")
+            raise_if_requested(f"the basis of {kind}")
             bases[kind] = stream.basis()
         return bases
 
@@ -167,7 +167,7 @@ def energy_table(
     def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
         collect(target, g_NO.float().T @ x_NI.float())
 
-    with as_in_training(model, train) as scale, forked_random(seed):
+    with as_in_training(model, train) as scale, temporary_seed(seed):
         hooks = gradients_only(model, targets, collect, scale=scale)
         if quantized_layers(model):  # whose weights have no gradient
             hooks = tokens_only(model, targets, collect_tokens, scale=scale)

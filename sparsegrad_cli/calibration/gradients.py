@@ -5,12 +5,10 @@ The model comes out as it went in: weights, gradients, requires_grad, mode and r
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -267,19 +265,3 @@ def frozen_for_a_while(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires)
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def forked_random(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and python inside; restore their random state on the way out."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -16,12 +16,12 @@ from torch import nn
 from sparsegrad_cli.calibration.gradients import (
     Batch,
     as_in_training,
-    forked_random,
     frozen_for_a_while,
     gradient_step,
 )
 from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.targets import head_parameters
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection
 
 
@@ -80,7 +80,7 @@ def _train(
     # Half precision has no room for AdamW: of float16, eps is 0 and the second moment underflows.
     masters = [p.detach().float() if p.dtype in HALF else p for p in head]
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
-    with frozen_for_a_while(model), forked_random(seed):
+    with frozen_for_a_while(model), temporary_seed(seed):
         # Dropout in a frozen body is noise that costs as much as a matrix product (a third of
         # MiniLM's forward pass on a CPU), and fifty steps overfit nothing.
         model.eval()

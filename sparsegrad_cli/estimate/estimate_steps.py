@@ -18,7 +18,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fit import MOST, largest_batch
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import mask_of, name_task
-from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.models.architectures import configuration_of
@@ -118,7 +118,7 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
     recipe, train = loaded.recipe, loaded.recipe.train
     rehearsal = Rehearsal(loaded, config, conditions)
     size = train.per_device_train_batch_size
-    with all_here_to_stay():
+    with frozen_gc():
         meter = rehearsal.step(size, length)
         step = _step(meter, rehearsal.weights_bytes)
         fit = None if room is None else _fit(rehearsal, length, room, {size: step["peak_bytes"]})

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import check_directions
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.adapter_file import (
     FORMAT,
@@ -40,6 +39,7 @@ from sparsegrad_cli.models.pretrained import base_name
 from sparsegrad_cli.models.quantized import placed, use_frozen_products
 from sparsegrad_cli.models.targets import Target, fingerprint, is_linear, linear_sides
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _BASIS, _FRESH = "basis/", "fresh/"
@@ -146,7 +146,7 @@ def load_adapter(
         put(model, fresh)
         tensors = {n: t for n, t in tensors.items() if not n.startswith((_BASIS, _FRESH))}
         scores = _scores(tensors, bases, targets)
-        with forked_random(settings.seed):
+        with temporary_seed(settings.seed):
             method.prepare(
                 model, targets, scope=settings.scope, bases=bases or None, scores=scores or None
             )
@@ -173,7 +173,7 @@ def _base(base: AdapterBase, device: torch.device, *, trust_remote_code: bool) -
         "problem_type": base.problem_type,
         "pad_token_id": base.pad_token_id,
     }
-    with forked_random(0):
+    with temporary_seed(0):
         return placed(load_as(base.auto_class, section, config, device), device)
 
 

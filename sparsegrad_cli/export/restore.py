@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import BasisFile, check_belongs, check_rank, read_basis
 from sparsegrad_cli.calibration.calibrate import basis_keys
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import RunFiles
 from sparsegrad_cli.io.atomic import read_tensors
@@ -21,6 +20,7 @@ from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.report.access import dig
@@ -58,7 +58,7 @@ def restore(files: RunFiles, base: Base) -> Restored:
     if isinstance(settings, SparsegradMethod):
         settings, basis = _settled(files, base, settings)
     method = make_method(settings)
-    with forked_random(files.loaded.recipe.seed):
+    with temporary_seed(files.loaded.recipe.seed):
         method.prepare(
             base.model,
             base.targets,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.generate.prompting import ChatPrompts
+from sparsegrad_cli.numerics.seeding import temporary_seed
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Answerer:
             ids_BL[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask_BL[row, longest - len(prompt) :] = 1
         seed = hashlib.sha256(f"{self._settings.seed} {name}".encode()).digest()[:7]
-        with forked_random(int.from_bytes(seed)):
+        with temporary_seed(int.from_bytes(seed)):
             out_BL: Tensor = self._model.generate(
                 input_ids=ids_BL.to(device),
                 attention_mask=mask_BL.to(device),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def all_here_to_stay() -> Iterator[None]:
+def frozen_gc() -> Iterator[None]:
     """Inside, what is there already is not searched for garbage.
 
     The memory meter collects before every phase, transformers and accelerate at the end of a run.

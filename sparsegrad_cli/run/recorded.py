@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli import distributed
-from sparsegrad_cli.error_mapping import known_errors
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
-from sparsegrad_cli.interruption import signals_stop_the_run
+from sparsegrad_cli.interruption import handle_signals
 from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
@@ -67,7 +67,7 @@ def run_recorded(
     distributed.init(use_cpu=recipe.train.use_cpu)
     with ExitStack() as held:
         held.callback(observer.close)
-        held.enter_context(signals_stop_the_run(observer.note, _AGAIN[command]))
+        held.enter_context(handle_signals(observer.note, _AGAIN[command]))
 
         def opened() -> tuple[Path, dict[str, Any] | None]:
             path = choose_run_dir(recipe, command)
@@ -91,7 +91,7 @@ def run_recorded(
             record = _recorded(loaded, command, run_dir, work, observer, before)
         reported = done and all(is_file(run_dir / name) for name in _REPORT)
         if distributed.is_rank_zero() and not reported:
-            with known_errors(again=f"sparsegrad report {run_dir}"):
+            with mapped_errors(again=f"sparsegrad report {run_dir}"):
                 _write_report(record, observer)
     return record.data
 
@@ -165,7 +165,7 @@ def _recorded(
     )
     started = time.perf_counter()
     try:
-        with known_errors(_AGAIN[command]):
+        with mapped_errors(_AGAIN[command]):
             record.save()
             if distributed.is_rank_zero() and before.get("extended"):
                 # After the record, by which the run is known: the same command mends a kill here.

@@ -13,7 +13,7 @@ import torch
 
 from sparsegrad_cli.data.load_task import LoadedTask
 from sparsegrad_cli.data.metrics import mean_loss, score
-from sparsegrad_cli.interruption import stop_here
+from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import within
@@ -92,7 +92,7 @@ class LanguageModelling:
         # Where weights are split, a forward pass is everybody's: who has no rows left, joins in.
         most = -(-len(data) // args.world_size)
         for start in range(0, most, size):
-            stop_here("a batch of an evaluation")
+            raise_if_requested("a batch of an evaluation")
             own = rows[start : start + size]
             batch = trainer.data_collator([data[row] for row in own or [0]])
             batch = {key: value.to(args.device) for key, value in batch.items()}

@@ -235,8 +235,8 @@ class InterruptCallback(TrainerCallback):
         self._first_of_epoch = False
 
     def _stop(self, state: Any) -> None:
-        if not interruption.asked():  # all processes stop after the same step
-            interruption.busy(f"step {state.global_step + 1}")
+        if not interruption.requested():  # all processes stop after the same step
+            interruption.set_activity(f"step {state.global_step + 1}")
             return
         if state.global_step == 0:
             raise InterruptedRunError("stopped before the first step", fix="--resume starts it")

@@ -23,7 +23,7 @@ from transformers import Trainer
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.order import OrderHash
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
-from sparsegrad_cli.interruption import busy
+from sparsegrad_cli.interruption import set_activity
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
@@ -121,7 +121,7 @@ class CheckpointedTrainer(Trainer):
         """Write checkpoint-N whole or not at all, then drop what is over save_total_limit."""
         assert isinstance(self.model, nn.Module)
         step = self.state.global_step
-        busy(f"writing checkpoint-{step}")
+        set_activity(f"writing checkpoint-{step}")
         check_weights(self.model, step)  # or the last good checkpoint would make room for a bad one
         if self.state.best_global_step:
             best = self.shelf.place(self.state.best_global_step)

@@ -16,13 +16,13 @@ from sparsegrad_cli.calibration.basis_file import (
 )
 from sparsegrad_cli.calibration.calibrate import Calibration
 from sparsegrad_cli.calibration.diagnostics import spectra
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.interruption import politely, stop_here
+from sparsegrad_cli.interruption import deferred_interrupt, raise_if_requested
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
 from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.targets import not_adapted_note
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
@@ -65,7 +65,7 @@ class TrainingSession(Session):
         """Do it all."""
         with self.explained(), files_in(self.record.path, self.recipe.train.report_to):
             setup = self.load()
-            with politely():
+            with deferred_interrupt():
                 method = make_method(self.method)
                 prepared = self._prepared(setup, method)
                 note = not_adapted_note(setup.not_adapted, self.recipe.scope)
@@ -80,9 +80,9 @@ class TrainingSession(Session):
     def _prepared(self, setup: Setup, method: Method) -> Prepared:
         """The model made ready. Bases live on only in what the method keeps of them."""
         found = self._calibrated(setup) if method.needs_basis else None
-        stop_here("preparing the model")
+        raise_if_requested("preparing the model")
         self.known.at = "prepare"
-        with forked_random(self.recipe.seed):  # peft draws A; the others draw nothing
+        with temporary_seed(self.recipe.seed):  # peft draws A; the others draw nothing
             prepared = method.prepare(
                 setup.model,
                 setup.targets,

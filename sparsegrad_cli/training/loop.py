@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsegrad_cli import distributed, interruption
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.data.collate import longest_batch
 from sparsegrad_cli.io.paths import remove_folder
 from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import mappings
@@ -269,10 +269,10 @@ class TrainingLoop:
         batch = to_device(setup.collator(rows), setup.device)
         self._batch_shape = list(batch["input_ids"].shape)
         if (
-            interruption.asked()
+            interruption.requested()
         ):  # training ends after this step: what was not measured stays unknown
             return
-        with forked_random(self.session.recipe.seed):
+        with temporary_seed(self.session.recipe.seed):
             model.train()
             if train.gradient_accumulation_steps > 1:
                 small = to_device(setup.collator(rows[:1]), setup.device)

@@ -81,7 +81,7 @@ class Session:
     def enter(self, phase: str, detail: str) -> None:
         """A phase begins; should memory run out in it, this is where."""
         self.known.at = phase
-        interruption.enter(f"the {phase} phase ({detail})")
+        interruption.set_phase(f"the {phase} phase ({detail})")
         self.observer.phase(phase, detail)
 
     def load(self) -> Setup:
@@ -244,7 +244,7 @@ class Session:
         """
         for number, batch in enumerate(batches):
             if number < together:
-                interruption.stop_here(f"batch {number + 1}")
+                interruption.raise_if_requested(f"batch {number + 1}")
             mask = batch.get("attention_mask")
             self._tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
             yield batch

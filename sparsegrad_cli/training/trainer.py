@@ -13,7 +13,7 @@ from torch import nn
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.order import EpochSampler, OrderHash
 from sparsegrad_cli.errors import NonFiniteError
-from sparsegrad_cli.interruption import stop_here
+from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.models.nan_check import INPUTS, first_non_finite
 from sparsegrad_cli.models.quantized import quantized_layers
@@ -271,7 +271,7 @@ class SparsegradTrainer(CheckpointedTrainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', after a look whether the run is to stop."""
-        stop_here("a batch of an evaluation")
+        raise_if_requested("a batch of an evaluation")
         return super().prediction_step(*args, **kwargs)
 
     def evaluate_untrained(self) -> None:

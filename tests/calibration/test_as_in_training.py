@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from sparsegrad_cli.calibration.calibrate import calibrate
 from sparsegrad_cli.calibration.gradients import (
     as_in_training,
-    forked_random,
     gradient_step,
     gradients_only,
     tokens_only,
@@ -37,6 +36,7 @@ from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import GramStream, Stream
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
 
 RECOMPUTED = TrainSection(gradient_checkpointing=True)
@@ -64,7 +64,7 @@ def collected(
     def tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
         found[target.name].append((g_NO.clone(), x_NI.clone()))
 
-    with as_in_training(model, train) as scale, forked_random(3):
+    with as_in_training(model, train) as scale, temporary_seed(3):
         hooks = (
             gradients_only(model, targets, gradient, scale=scale)
             if source == "batch"
@@ -134,7 +134,7 @@ def test_under_autocast_they_are_trainings_own_gradients(source: str) -> None:
     trained.forward = convert_outputs_to_fp32(
         torch.autocast("cpu", torch.bfloat16)(trained.forward)
     )
-    with forked_random(3):
+    with temporary_seed(3):
         trained(**inputs).loss.backward()
     for target in targets:
         gradient = trained.get_submodule(target.name).weight.grad

@@ -27,10 +27,11 @@ from tiny import (
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.diagnostics import spectra
-from sparsegrad_cli.calibration.gradients import forked_random, gradient_step, gradients_only
+from sparsegrad_cli.calibration.gradients import gradient_step, gradients_only
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import GramStream
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import CalibrationSection
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -332,10 +333,10 @@ def test_forked_random_seeds_inside_and_restores_outside_also_on_errors() -> Non
     before = random_state()
     drawn = []
     for _ in range(2):
-        with forked_random(7):
+        with temporary_seed(7):
             drawn.append((torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()))
     assert drawn[0] == drawn[1]
-    with pytest.raises(KeyError), forked_random(7):
+    with pytest.raises(KeyError), temporary_seed(7):
         torch.rand(1)
         raise KeyError
     assert random_state() == before

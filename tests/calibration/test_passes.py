@@ -12,9 +12,10 @@ from tiny import HIDDEN, INNER, batches, calibrated, classifier, one_thread, sna
 from torch import Tensor
 
 from sparsegrad_cli.calibration.calibrate import passes_of
-from sparsegrad_cli.calibration.gradients import forked_random, gradient_step, gradients_only
+from sparsegrad_cli.calibration.gradients import gradient_step, gradients_only
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.rotation import to_core
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import CalibrationSection
 
 RANK = 4
@@ -98,7 +99,7 @@ def core_gradients(steps: int, bases: dict[str, Any]) -> dict[str, list[Tensor]]
         cores[target.name].append(to_core(grad_OI, truncated(bases[target.name], RANK)))
 
     source = batches()
-    with gradients_only(model, targets, collect), forked_random(0):
+    with gradients_only(model, targets, collect), temporary_seed(0):
         for number in range(steps):
             gradient_step(model, next(source), number)
     return cores

@@ -10,10 +10,11 @@ import torch
 from tiny import batch, batches, calibrated, classifier, one_thread, snapshot, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.calibration.gradients import forked_random, tokens_only
+from sparsegrad_cli.calibration.gradients import tokens_only
 from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import GramStream
+from sparsegrad_cli.numerics.seeding import temporary_seed
 
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2_DROPLESS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -102,7 +103,7 @@ def test_nothing_is_left_behind() -> None:
         def stop(*_: object) -> None:
             raise RuntimeError("stop")
 
-        with tokens_only(model, targets, stop), forked_random(0):
+        with tokens_only(model, targets, stop), temporary_seed(0):
             model(**batch()).loss.backward()
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not model.training

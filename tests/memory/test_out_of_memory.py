@@ -10,7 +10,7 @@ import torch
 from tiny import batch, classifier
 from torch import Tensor, nn
 
-from sparsegrad_cli.error_mapping import is_out_of_memory, known_errors, may_be_out_of_memory
+from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors, may_be_out_of_memory
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.memory.meter import make_meter
 from sparsegrad_cli.training.oom_measure import Attempt, Phase, attempt, forget, located
@@ -164,7 +164,7 @@ def test_what_counts_as_out_of_memory() -> None:
 def test_outside_a_session_it_is_an_error_of_ours_too() -> None:
     with (
         pytest.raises(OutOfMemoryError, match="you tried to allocate") as error,
-        known_errors(memory=("--batch-size", "a smaller one")),
+        mapped_errors(memory=("--batch-size", "a smaller one")),
     ):
         torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
     assert error.value.where == "--batch-size" and error.value.exit_code == 3

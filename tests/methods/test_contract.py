@@ -21,10 +21,10 @@ from tiny import (
 )
 from torch import Tensor
 
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.base import load_by_name, trainable_state
 from sparsegrad_cli.numerics.rotation import to_core
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.checkpoint_state import (
     load_optimizer,
@@ -273,15 +273,15 @@ def test_interrupted_training_goes_on_bit_for_bit(name: str, scope: str, tmp_pat
             tuned.step(batch(seed=1000 + number))
             schedule.step()
 
-    with forked_random(4):
+    with temporary_seed(4):
         whole, schedule = fresh()
         run(whole, schedule, range(10))
-    with forked_random(4):
+    with temporary_seed(4):
         first, schedule = fresh()
         run(first, schedule, range(5))
         state = trainable_state(first.model)
         save_training_state(tmp_path, state, first.optimizer, schedule, {"epoch": 0.5})
-    with forked_random(99):
+    with temporary_seed(99):
         second, schedule = fresh()
         load_by_name(second.model, read_tensors(tmp_path / "trainable.safetensors"))
         load_optimizer(tmp_path, second.optimizer, schedule)

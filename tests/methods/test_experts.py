@@ -10,11 +10,11 @@ from architectures import TABLE, causal_or_body, tokens
 from tiny import METHODS, calibrated, targets_of
 from torch import nn
 
-from sparsegrad_cli.calibration.gradients import forked_random
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import Prepared, check_what_trains
 from sparsegrad_cli.methods.lora.method import Lora, check_adapted
 from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -31,7 +31,7 @@ def prepared(name: str, architecture: str, scope: str) -> tuple[nn.Module, Any, 
         found = calibrated(model, targets, lambda: iter([tokens()] * 2), steps=2, rank=None)
         bases = found.by_target()
     method: Any = make_method(chosen)
-    with forked_random(0):
+    with temporary_seed(0):
         return model, method, method.prepare(model, targets, scope=scope, bases=bases)
 
 

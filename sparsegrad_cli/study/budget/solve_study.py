@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
 from sparsegrad_cli.estimate.rehearsal import Kernels
-from sparsegrad_cli.memory.frozen_gc import all_here_to_stay
+from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
@@ -160,7 +160,7 @@ class _Solver:
         ]
 
     def _solved(self, cells: list[Cell]) -> list[tuple[Cell, Pick | UnreachableError]]:
-        with all_here_to_stay():
+        with frozen_gc():
             return [(cell, self._attempt(cell)) for cell in cells]
 
     def _attempt(self, cell: Cell) -> Pick | UnreachableError:
