@@ -59,17 +59,18 @@ def write_json_atomic(path: str | Path, data: Any) -> None:
     Raises:
         DiskError: The file cannot be written; the previous content is untouched.
     """
-    text = json.dumps(_without_nan(data), indent=1, allow_nan=False, ensure_ascii=True)
+    text = json.dumps(without_nan(data), indent=1, allow_nan=False, ensure_ascii=True)
     write_text_atomic(path, text + "\n")
 
 
-def _without_nan(data: Any) -> Any:
+def without_nan(data: Any) -> Any:
+    """Return JSON values with every NaN and infinity replaced by None: JSON does not have them."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
-        return {str(key): _without_nan(value) for key, value in data.items()}
+        return {str(key): without_nan(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_without_nan(value) for value in data]
+        return [without_nan(value) for value in data]
     return data
 
 

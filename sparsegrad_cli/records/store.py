@@ -1,55 +1,116 @@
-"""run.json and compare.json on disk: read with checks, written whole or not at all."""
+"""Records on disk: read and checked, written whole or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import torn_writes, write_json_atomic, write_text_atomic
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import exists, is_file, is_folder
+from sparsegrad_cli.records.base import SCHEMA, Record, problems
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.study import StudyRecord
 
 __all__ = ["load_record", "torn_writes", "write_json_atomic", "write_text_atomic"]
-SCHEMA = 1
-FILES = ("run.json", "compare.json")
+RUN, STUDY = "run.json", "compare.json"
+FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
+_DAMAGED = "bring the file back from a copy, or run again with --overwrite"
+R = TypeVar("R", bound=Record)
+
+
+def load_run(path: str | Path) -> RunRecord:
+    """Read and check the record of a run.
+
+    Args:
+        path: the run's folder, or its run.json.
+
+    Raises:
+        UsageError: there is no such file, or the path leads to a comparison.
+        FileFormatError: the file is damaged, or has a schema that this version does not read.
+    """
+    found = load_run_or_study(path)
+    if isinstance(found, RunRecord):
+        return found
+    folder = Path(path) if is_folder(path) else Path(path).parent
+    raise UsageError(
+        f"expected a run, but {folder} is a comparison",
+        fix=f"name one of its runs in {folder / 'cells'}",
+    )
+
+
+def load_study(path: str | Path) -> StudyRecord:
+    """Read and check the record of a comparison; arguments and errors as :func:`load_run`."""
+    folder = Path(path)
+    found = load_run_or_study(folder / STUDY if is_file(folder / STUDY) else folder)
+    if isinstance(found, StudyRecord):
+        return found
+    raise UsageError(f"expected a comparison, but {path} holds a run")
+
+
+def load_run_or_study(path: str | Path) -> RunRecord | StudyRecord:
+    """Read and check run.json or compare.json; of a folder with both, run.json.
+
+    Raises:
+        UsageError, FileFormatError: as :func:`load_run`.
+    """
+    file = _find(Path(path))
+    found = read_object(file)
+    if "cells" in found:
+        return validated(StudyRecord, found, file)
+    return validated(RunRecord, found, file)
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
-    """Read the record of a run or a comparison.
+    """Read run.json or compare.json as plain JSON. Deprecated: use the functions above."""
+    file = _find(Path(path))
+    found = read_object(file)
+    _check_schema(found, file)
+    return found
 
-    Args:
-        path: the file, or the folder that holds ``run.json`` or ``compare.json`` (the run's where
-            there are both).
 
-    Returns:
-        The record; numbers JSON cannot hold (NaN, infinities) are None.
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object. NaN and infinities become None.
 
     Raises:
-        UsageError: no such file, or a folder without a record.
-        FileFormatError: not JSON, not an object, or of a schema this version does not read.
+        UsageError: the file cannot be read.
+        FileFormatError: it is not JSON, nested too deeply, or not an object.
     """
-    file = _find(Path(path))
     try:
-        record = plain_json(file.read_bytes())
+        found = plain_json(file.read_bytes())
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise FileFormatError(
-            f"{file.name} is damaged: {error}",
-            where=str(file),
-            fix="run again with --overwrite, or bring the file back from a copy",
+            f"{file.name} is damaged: {error}", where=str(file), fix=_DAMAGED
         ) from error
-    if not isinstance(record, dict):
+    if not isinstance(found, dict):
         raise FileFormatError(
-            f"{file.name} holds no record (a JSON object is expected)",
+            f"expected a JSON object in {file.name}, got {type(found).__name__}",
             where=str(file),
             fix="name the folder or the run.json of a run",
         )
-    _check_schema(record, file)
-    return record
+    return found
+
+
+def validated(model: type[R], found: Mapping[str, Any], file: Path) -> R:
+    """Return an object from a file as a record.
+
+    Raises:
+        FileFormatError: it has another schema, or a value is not what its key expects.
+    """
+    _check_schema(found, file)
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        raise FileFormatError(
+            f"{file.name} is damaged: {problems(error)}", where=str(file), fix=_DAMAGED
+        ) from error
 
 
 def _find(path: Path) -> Path:

@@ -17,6 +17,7 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
+from sparsegrad_cli.io.atomic import without_nan
 from sparsegrad_cli.io.locks import NAME as LOCK
 from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.io.paths import (
@@ -31,6 +32,9 @@ from sparsegrad_cli.io.paths import (
 from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.records.base import Block
+from sparsegrad_cli.records.run import ErrorBlock
+from sparsegrad_cli.records.run import RunRecord as RunBlocks
 from sparsegrad_cli.records.store import (
     load_record,
     torn_writes,
@@ -219,7 +223,7 @@ def _recipe_of(path: Path) -> str | None:
         raise FileFormatError("recipe.yaml is damaged", where=str(recipe)) from error
 
 
-class RunRecord:
+class RunWriter:
     """run.json of a living run: written whole at every milestone, so that it is never missing.
 
     Of several processes the first alone writes.
@@ -244,9 +248,20 @@ class RunRecord:
             **data,
         }
 
-    def save(self, **changes: Any) -> None:
-        """Merge changes and write."""
-        self.data.update(changes)
+    @property
+    def record(self) -> RunBlocks:
+        """The record as it is now."""
+        return RunBlocks.model_validate(without_nan(self.data), extra="forbid")
+
+    def save(self, **blocks: Any) -> None:
+        """Set blocks and write the file.
+
+        Raises:
+            ValidationError: a block is not what records/run.py says.
+            DiskError: the file cannot be written.
+        """
+        self.data.update({k: v.to_json() if isinstance(v, Block) else v for k, v in blocks.items()})
+        self.data = self.record.to_json()
         if distributed.is_rank_zero():
             write_json_atomic(self.path / "run.json", self.data)
 
@@ -261,14 +276,14 @@ class RunRecord:
             error = None
         problem = None
         if error is not None:
-            problem = {
-                "title": error.title,
-                "what": error.what,
-                "where": error.where,
-                "fix": error.fix,
-                **error.details,
-            }
+            details = {k: v for k, v in error.details.items() if k in ErrorBlock.model_fields}
+            problem = ErrorBlock(
+                title=error.title, what=error.what, where=error.where, fix=error.fix, **details
+            )
         self.save(status=error.status if error else "done", error=problem, finished=now())
+
+
+RunRecord = RunWriter  # its name so far
 
 
 def now() -> str:

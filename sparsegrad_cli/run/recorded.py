@@ -15,7 +15,7 @@ from sparsegrad_cli.interruption import handle_signals
 from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
-from sparsegrad_cli.records.store import load_record, write_text_atomic
+from sparsegrad_cli.records.store import load_run, write_text_atomic
 from sparsegrad_cli.report.access import mappings
 from sparsegrad_cli.run import preflight
 from sparsegrad_cli.run.folder import (
@@ -101,7 +101,7 @@ def _recorded_before(run_dir: Path, command: str) -> tuple[dict[str, Any], bool]
 
     One whose adapter has been taken away is not: that is made again.
     """
-    found = load_record(run_dir) if is_file(run_dir / "run.json") else {}
+    found = load_run(run_dir).to_json() if is_file(run_dir / "run.json") else {}
     if found.get("command") != command:  # of a calibration the basis is of use, the record is not
         return {}, False
     return found, found.get("status") == "done" and adapter_file(run_dir) is not None

@@ -16,7 +16,11 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, load_recipe,
 from sparsegrad_cli.run import recorded as recorded
 from sparsegrad_cli.run.folder import ADAPTER, RunRecord
 
-BLOCKS = {"metrics": {"best": {"score": 0.9}}, "method": {"name": "lora"}, "counts": {"targets": 3}}
+BLOCKS = {
+    "metrics": {"best": {"step": 4, "score": 0.9}},
+    "method": {"name": "lora"},
+    "counts": {"note": ""},
+}
 ENDED = {"status": "done", "error": None, "started": "then", "finished": "then"}
 ENDED |= {"command": "train", "schema": 1}
 

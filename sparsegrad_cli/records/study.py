@@ -1,0 +1,322 @@
+"""compare.json: the record of a comparison."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sparsegrad_cli.records.base import (
+    Block,
+    Bytes,
+    Count,
+    Fraction,
+    Interval,
+    Number,
+    Record,
+    Seconds,
+)
+from sparsegrad_cli.records.run import (
+    EnvironmentBlock,
+    ErrorBlock,
+    GitBlock,
+    MemoryCategories,
+    RunRecord,
+    Status,
+)
+
+CellStatus = Literal[
+    "pending", "running", "done", "failed", "out_of_memory", "interrupted", "pruned"
+]
+Verdict = Literal["met", "over", "under"]
+
+
+class CellEntry(Block):
+    """One run of a comparison: a task, a method and a seed."""
+
+    task: str
+    method: str
+    seed: int
+    run_dir: str | None = Field(None, description="Relative to the comparison's folder.")
+    status: CellStatus
+    error: ErrorBlock | None = None
+    run: RunRecord | None = Field(
+        None, description="Its run.json without calibration.heat_map and calibration.spectra."
+    )
+
+
+class Difference(Block):
+    """A mean paired difference of scores."""
+
+    against: str = Field(description="The other method.")
+    mean: Number = None
+    interval: Interval | None = Field(None, description="95 % confidence interval.")
+    n: Count = Field(description="Seeds that both methods have finished.")
+
+
+class ResultRow(Block):
+    """One task and method over all seeds. Bytes are the most of any seed, all else means."""
+
+    task: str
+    method: str
+    seeds_done: Count = 0
+    seeds_asked: Count = 0
+    status: CellStatus = "pending"
+    metric: str | None = None
+    positive_label: str | None = None
+    score_mean: Number = None
+    score_std: Number = None
+    score_interval: Interval | None = Field(None, description="95 % confidence interval.")
+    scores: list[Number] = Field([], description="By seed.")
+    validation_loss_mean: Number = None
+    trainable_targets: Count | None = None
+    trainable: Count | None = None
+    touched_targets: Number = None
+    touched: Number = None
+    peak_bytes: Bytes | None = Field(None, description="Of the training step.")
+    memory_categories: MemoryCategories | None = Field(None, description="At that peak.")
+    beyond_weights_bytes: int | None = Field(None, description="`peak_bytes` less the weights.")
+    peak_charged_bytes: Bytes | None = Field(
+        None, description="`peak_bytes`, or the peak of calibration where it is higher."
+    )
+    optimizer_state_bytes: Bytes | None = None
+    saved_activation_bytes: Bytes | None = None
+    adapter_bytes: Bytes | None = None
+    steps_per_s: Number = None
+    steps_per_s_iqr: Number = None
+    train_s: Seconds = None
+    calibrate_s: Seconds = Field(None, description="Charged whole to every run.")
+    calibrate_tokens: Number = None
+    calibrate_peak_bytes: Bytes | None = None
+    basis_uses: Count | None = Field(None, description="Runs that trained in the same basis.")
+    calibrate_s_per_use: Seconds = Field(None, description="Shared among those runs.")
+    note: str = ""
+    difference: Difference | None = None
+
+
+class PairTest(Block):
+    """Two methods on all cells that both have finished."""
+
+    a: str
+    b: str
+    n: Count = Field(description="Pairs of runs.")
+    tasks: Count
+    seeds: Count
+    metric: str | None = Field(None, description="Null where the tasks' metrics do not mix.")
+    wins: Count = Field(description="Pairs that a won; less is more for losses and perplexities.")
+    losses: Count
+    mean: Number = Field(None, description="Of a - b.")
+    interval: Interval | None = Field(None, description="95 % confidence interval.")
+    p: Fraction = Field(None, description="Of the permutation test.")
+    p_holm: Fraction = Field(None, description="Corrected for the number of pairs.")
+    p_t: Fraction = Field(None, description="Of the t-test.")
+    p_t_holm: Fraction = None
+    smallest_p: Fraction = Field(None, description="The least p that this many pairs can give.")
+    better: str | None = Field(None, description="The better method; null where none is shown.")
+
+
+class PairTestsBlock(Block):
+    """Which methods differ, over all seeds and tasks."""
+
+    test: str
+    check: str
+    correction: str
+    level: Fraction = None
+    untested: Count = Field(0, description="Pairs that share too few seeds.")
+    pairs: list[PairTest] = []
+
+
+class KeyDifference(Block):
+    """A recipe key that differs between the methods of a task."""
+
+    task: str
+    key: str
+    values: dict[str, Any] = Field(description="By method.")
+    why: str | None = Field(None, description="`budget` for what was set for it.")
+
+
+class ParityBlock(Block):
+    """Whether methods differ in nothing but themselves, by their recipes."""
+
+    compared: Count = Field(0, description="Keys that were compared.")
+    declared: list[KeyDifference] = Field([], description="Allowed, such as learning rates.")
+    flagged: list[KeyDifference] = Field([], description="Named under `differ` in the study.")
+
+
+class Check(Block):
+    """What the runs of a task and seed had in common; null where fewer than two say it."""
+
+    task: str
+    seed: int
+    methods: Count = 0
+    same_data: bool | None = None
+    same_head_init: bool | None = None
+    same_model: bool | None = None
+    same_precision: bool | None = None
+    same_order: bool | None = None
+    steps_compared: Count | None = Field(None, description="Of the order.")
+    same_code: bool | None = None
+
+
+class LargerSize(Block):
+    """The next size of a method, which would exceed the budget."""
+
+    size: str
+    takes: Number = Field(None, description="Parameters, bytes or seconds, by kind of budget.")
+
+
+class BudgetRow(Block):
+    """One task and method under a budget."""
+
+    task: str
+    method: str
+    matched: bool = True
+    key: str | None = Field(None, description="sha256 (hex) of the question that was solved.")
+    set: dict[str, Any] = Field({}, description="Overrides of the recipe.")
+    size: str | None = Field(None, description="In words, such as `rank 3`.")
+    predicted: Number = None
+    remainder: Number = Field(None, description="The request less what is predicted.")
+    limit: str | None = Field(None, description="Why no larger size is possible.")
+    larger: LargerSize | None = None
+    shape: list[Count] | None = Field(None, description="Batch (examples x tokens) counted at.")
+    shape_from: str | None = None
+    notes: list[str] = []
+    timed: Any = None
+    runs: Count | None = Field(None, description="Finished runs that were measured.")
+    measured: Number = Field(None, description="The most of any seed.")
+    deviation: Number = Field(
+        None, description="Of the seed furthest from the request, as a share of it."
+    )
+    verdict: Verdict | None = None
+
+
+class BudgetBlock(Block):
+    """The budget that every method was solved for; null where `match` names no amount."""
+
+    match: str | None = None
+    kind: str | None = Field(None, description="trainable, optimizer_state, peak or seconds.")
+    request: Number = Field(None, description="Parameters, bytes or seconds.")
+    tolerance: Fraction = None
+    kernels: str | None = Field(None, description="Whose memory was counted: cpu or cuda.")
+    rehearsals: Count | None = Field(None, description="Fake runs that solving took.")
+    solved_s: Seconds = None
+    rows: list[BudgetRow] = []
+
+
+class SearchDimension(Block):
+    """One recipe key that is tuned: a range, or choices."""
+
+    key: str
+    low: Number = None
+    high: Number = None
+    log: bool = False
+    centre: Number = None
+    centre_from: str | None = Field(None, description="`tune`, `study` or `measured`.")
+    choices: list[Any] | None = None
+
+
+class TrialRun(Block):
+    """One seed of a trial."""
+
+    seed: int
+    status: CellStatus
+    score: Number = None
+    loss: Number = None
+    seconds: Seconds = None
+    steps: Count | None = None
+    run_dir: str | None = None
+
+
+class Trial(Block):
+    """One trial of tuning."""
+
+    number: Count
+    settings: dict[str, Any] = Field(description="By recipe key.")
+    status: CellStatus
+    metric: str | None = None
+    score: Number = Field(None, description="Mean over its seeds.")
+    loss: Number = None
+    seconds: Seconds = Field(None, description="Of all its processes, interrupted ones included.")
+    steps: Count | None = None
+    error: str | None = None
+    runs: list[TrialRun] = []
+
+
+class BestTrial(Block):
+    """The trial whose settings are used."""
+
+    number: Count
+    settings: dict[str, Any]
+    score: Number = None
+    loss: Number = None
+
+
+class Edge(Block):
+    """A best value at an end of its range."""
+
+    key: str
+    end: str
+
+
+class TuningSeries(Block):
+    """All trials of a method on a task."""
+
+    task: str
+    method: str
+    metric: str | None = None
+    space: list[SearchDimension] = []
+    seconds: Seconds = None
+    best: BestTrial | None = Field(None, description="Null until all trials have ended.")
+    edges: list[Edge] = []
+    trials: list[Trial] = []
+
+
+class TuningBlock(Block):
+    """How every method was tuned; null where nothing was."""
+
+    trials: Count
+    seeds: list[int] = []
+    keys: list[str] = []
+    sampler: str | None = None
+    pruner: str | None = None
+    optuna: str | None = Field(None, description="Its version.")
+    series: list[TuningSeries] = []
+
+
+class PublishedFigure(Block):
+    """A published result that the study sets beside its own."""
+
+    source: str
+    task: str
+    method: str
+    score: Number = Field(None, description="A fraction.")
+    std: Number = None
+    steps_per_s: Number = None
+    peak_mb: Number = Field(None, description="Megabytes of 1,000,000 bytes.")
+    learning_rate: Number = None
+
+
+class StudyRecord(Record):
+    """What `compare` leaves. `rows`, `tests` and `checks` are functions of `cells` alone."""
+
+    name: str | None = None
+    digest: str | None = Field(None, description="sha256 (hex) of all cells and their tuning.")
+    status: Status = "running"
+    command: str | None = Field(None, description="The command line.")
+    started: str | None = Field(None, description="ISO 8601, UTC.")
+    finished: str | None = None
+    match: str | None = Field(None, description="What methods are matched in, as in the study.")
+    budget: BudgetBlock | None = None
+    parity: ParityBlock | None = None
+    jobs: Count | None = Field(None, description="Cells that ran at once.")
+    methods: list[str] = []
+    tasks: list[str] = []
+    seeds: list[int] = []
+    figures: list[PublishedFigure] = []
+    environment: EnvironmentBlock | None = None
+    git: GitBlock | None = None
+    tuning: TuningBlock | None = None
+    cells: list[CellEntry]
+    rows: list[ResultRow] = []
+    tests: PairTestsBlock | None = None
+    checks: list[Check] = []
