@@ -99,7 +99,7 @@ def test_records_round_trip_without_nan(tmp_path: Path) -> None:
     ("raw", "says"),
     [
         ("{", "damaged"),
-        ("[1]", "no record"),
+        ("[1]", "expected a JSON object"),
         ("{}", "names no schema"),
         ('{"schema": 99}', "schema 99"),
         ('{"schema": true}', "schema True"),
