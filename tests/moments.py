@@ -214,9 +214,9 @@ def _interrupted_measuring(count: int) -> None:
 
 @moment("interrupted-evaluating", "SIGTERM in the middle of an evaluation")
 def _interrupted_evaluating(count: int) -> None:
-    from sparsegrad_cli.training.trainer import SparsegradTrainer
+    from sparsegrad_cli.training import evaluation
 
-    _asked_to_stop(SparsegradTrainer, "prediction_step", count)
+    _asked_to_stop(evaluation, "ValidationBatch", count)
 
 
 @moment("interrupted-loading", "SIGTERM while model and data are loaded")

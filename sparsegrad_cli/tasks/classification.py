@@ -81,7 +81,7 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     notes += of_lengths
     return Parts(
         replace(TaskFacts.of(task), notes=tuple(note for note in notes if note)),
-        Classification(task.spec),
+        Classification(task.spec, recipe.train.label_smoothing_factor),
         train_data,
         validation,
         tokenizer,

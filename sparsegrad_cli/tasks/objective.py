@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from sparsegrad_cli import distributed
+from sparsegrad_cli.data.chat_tokens import UNLABELLED
 from sparsegrad_cli.data.load_task import LoadedTask
 from sparsegrad_cli.data.metrics import mean_loss, score
-from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import within
@@ -31,49 +33,114 @@ class Judgement:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ValidationBatch:
+    """One batch of a split, as one process sees it.
+
+    Attributes:
+        inputs: What the model's forward takes, on the model's device.
+        rows: Numbers of the batch's rows in the split. Empty where this process has no rows left
+            and only takes part in the forward pass, which sharded weights ask of every process.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Sequence[int]
+
+
 class Objective(Protocol):
-    """What training is for."""
+    """The loss that training lowers and the metrics that a model is judged by."""
 
     metric: str
-    """The metric that selects the best model; sparsegrad_cli/scales.py says which way is up."""
+    """The metric that selects the best model; records/metric_direction.py knows its direction."""
 
     by_token: bool
-    """The loss of an optimizer step is a mean over its labelled tokens, not over micro-batches."""
+    """The loss of an optimizer step is the mean over its labelled tokens, else over its rows."""
 
-    def judge(self, trainer: Any, name: str, data: Any) -> Judgement:
-        """Evaluate the trainer's model on a split, over all processes."""
+    def items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Count what the loss of a step is a mean over: labelled tokens or rows, a 0-d tensor."""
+        ...
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of a batch, a 0-d tensor with a gradient.
+
+        Args:
+            model: As prepared for training; its forward is called.
+            batch: Inputs and labels, on the model's device.
+            items: With ``by_token``, what to divide the sum over the tokens by; the batch's own
+                count by default.
+        """
+        ...
+
+    def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
+        """Judge a model on a split, of which each process sees its own batches.
+
+        Args:
+            model: In evaluation mode, not wrapped for data parallelism.
+            batches: Those of this process.
+        """
         ...
 
 
 class Classification:
-    """Classes or scores of whole texts, by the task's metrics."""
+    """Classes or scores of whole texts, judged by the task's metrics.
+
+    Args:
+        spec: The task.
+        label_smoothing: Share of each label that is spread evenly over all classes.
+    """
 
     by_token = False
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self, spec: TaskSpec, label_smoothing: float = 0.0) -> None:
         self.spec, self.metric = spec, spec.metric
+        self._label_smoothing = label_smoothing
 
-    def judge(self, trainer: Any, name: str, data: Any) -> Judgement:
-        """All metrics of the task; see :class:`Objective`."""
-        loader = trainer.get_eval_dataloader(data)
-        output = trainer.evaluation_loop(loader, description=name)
-        predictions = output.predictions
-        if isinstance(predictions, tuple):
-            predictions = predictions[0]
-        predictions, labels = np.asarray(predictions), np.asarray(output.label_ids)
-        found = score(self.spec, predictions, labels)
-        # Not transformers' mean of batch means: where the last batch of several processes is filled
-        # up with rows from the beginning, these would count twice.
-        loss = mean_loss(
-            self.spec, predictions, labels, smoothing=trainer.args.label_smoothing_factor
+    def items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Count the rows."""
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean loss over the batch's rows; see :class:`Objective`."""
+        if not self._label_smoothing:
+            loss: Tensor = model(**batch).loss
+            return loss
+        labels_N = batch["labels"]
+        logits_NC = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return nn.functional.cross_entropy(
+            logits_NC.float(), labels_N, label_smoothing=self._label_smoothing
         )
+
+    def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
+        """Return all metrics of the task; see :class:`Objective`."""
+        rows: list[int] = []
+        predictions: list[Tensor] = []
+        labels: list[Tensor] = []
+        for batch in batches:
+            inputs = {key: value for key, value in batch.inputs.items() if key != "labels"}
+            logits = model(**inputs).logits.float().cpu()
+            if batch.rows:
+                rows += batch.rows
+                predictions.append(logits)
+                labels.append(batch.inputs["labels"].cpu())
+        own = (rows, torch.cat(predictions), torch.cat(labels)) if rows else None
+        parts = [part for part in distributed.all_gather(own) if part is not None]
+        order = np.argsort(np.concatenate([part[0] for part in parts]))
+        predictions_NC = torch.cat([part[1] for part in parts]).numpy()[order]
+        labels_N = torch.cat([part[2] for part in parts]).numpy()[order]
+        found = score(self.spec, predictions_NC, labels_N)
+        # From the logits of all rows: the mean of batch means would weight rows unequally.
+        loss = mean_loss(self.spec, predictions_NC, labels_N, smoothing=self._label_smoothing)
         return Judgement(dict(found.values), loss, found.notes)
 
 
 class LanguageModelling:
-    """Answers token by token: loss, perplexity and next-token accuracy per labelled token.
+    """Answers token by token: loss, perplexity and next-token accuracy over labelled tokens.
 
-    Sums are kept, not logits; every conversation counts once, over however many processes.
+    Sums are kept, not logits; every conversation counts once, over any number of processes.
     """
 
     by_token = True
@@ -81,32 +148,33 @@ class LanguageModelling:
     def __init__(self, metric: str, head: LmHead) -> None:
         self.metric, self._head = metric, head
 
-    def judge(self, trainer: Any, name: str, data: Any) -> Judgement:
-        """Over the labelled tokens of a split; see :class:`Objective`."""
-        model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-        rows = range(args.process_index, len(data), args.world_size)
-        size = args.eval_batch_size
-        sums = LmSums()
-        was_training = model.training
-        model.eval()
-        # Where weights are split, a forward pass is everybody's: who has no rows left, joins in.
-        most = -(-len(data) // args.world_size)
-        for start in range(0, most, size):
-            raise_if_requested("a batch of an evaluation")
-            own = rows[start : start + size]
-            batch = trainer.data_collator([data[row] for row in own or [0]])
-            batch = {key: value.to(args.device) for key, value in batch.items()}
-            # What accelerate wraps in autocast is the model's forward, which is not called here.
-            with torch.no_grad(), trainer.accelerator.autocast():
-                found = within(model, functools.partial(lm_sums, model, batch, head=self._head))
-            if own:
+    def items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Count the labelled tokens. The label at position 0 has no token that predicts it."""
+        return (batch["labels"][..., 1:] != UNLABELLED).sum()
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
+    ) -> Tensor:
+        """Return the summed loss over labelled tokens divided by ``items``; see `Objective`."""
+        loss: Tensor = model(**batch, num_items_in_batch=items).loss
+        return loss
+
+    def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
+        """Return means over the labelled tokens of the split; see :class:`Objective`."""
+        sums, device = LmSums(), torch.device("cpu")
+        for batch in batches:
+            device = batch.inputs["labels"].device
+            found = within(model, functools.partial(lm_sums, model, batch.inputs, head=self._head))
+            if batch.rows:
                 sums += found
-        model.train(was_training)
-        here = torch.tensor([sums.loss, sums.tokens, sums.correct], dtype=torch.float64)
-        nll, tokens, correct = trainer.accelerator.reduce(here.to(args.device), "sum").tolist()
+        totals = torch.tensor(
+            [sums.loss, sums.tokens, sums.correct], dtype=torch.float64, device=device
+        )
+        distributed.all_reduce([totals])
+        nll, tokens, correct = totals.tolist()
         loss = nll / tokens
         if not math.isfinite(loss):
-            note = "the validation loss is not a number: it is given its highest value"
+            note = "the validation loss is NaN or infinite: it is recorded as the highest value"
             return Judgement(
                 {"loss": _WORST, "perplexity": _WORST, "token_accuracy": 0.0}, _WORST, (note,)
             )

@@ -13,13 +13,13 @@ from torch import nn
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.order import EpochSampler, OrderHash
 from sparsegrad_cli.errors import NonFiniteError
-from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.models.nan_check import INPUTS, first_non_finite
 from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.tasks.objective import Objective
 from sparsegrad_cli.training.checkpointed_trainer import CheckpointedTrainer
+from sparsegrad_cli.training.evaluation import judge_splits, validation_batches
 from sparsegrad_cli.training.sharding import DEEPSPEED, FSDP
 
 
@@ -102,11 +102,6 @@ class SparsegradTrainer(CheckpointedTrainer):
         per_step *= self.args.world_size
         return EpochSampler(
             data, seed=self.recipe.seed, strategy=strategy, lengths=lengths, batch_size=per_step
-        )
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return (
-            torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -244,10 +239,19 @@ class SparsegradTrainer(CheckpointedTrainer):
         flat: dict[str, float] = {}
         values: dict[str, dict[str, float]] = {}
         with self.stopped_evaluation_saved():
-            judgements = {
-                name: self.objective.judge(self, name, data)
-                for name, data in self.validation.items()
-            }
+            judgements = judge_splits(
+                self.objective,
+                self.accelerator.unwrap_model(self.model),
+                self.validation,
+                lambda data: validation_batches(
+                    data,
+                    self.data_collator,
+                    batch_size=self.args.eval_batch_size,
+                    device=self.args.device,
+                    workers=self.args.dataloader_num_workers,
+                ),
+                self.accelerator.autocast,
+            )
         for name, judged in judgements.items():
             values[name] = judged.values
             self._note(judged.notes)
@@ -269,30 +273,9 @@ class SparsegradTrainer(CheckpointedTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', after a look whether the run is to stop."""
-        raise_if_requested("a batch of an evaluation")
-        return super().prediction_step(*args, **kwargs)
-
     def evaluate_untrained(self) -> None:
-        """Evaluate before training begins.
-
-        Of what has been evaluated accelerate believes that it is prepared for training, too, and
-        would not wrap it: several processes would each train for itself. It is told otherwise.
-        Weights are not split yet: that needs the optimizer, and takes place when training begins.
-        """
-        split = (self.is_fsdp_enabled, self.is_deepspeed_enabled)
-        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+        """Evaluate before training begins, when weights are neither wrapped nor sharded."""
         self.evaluate()
-        self.is_fsdp_enabled, self.is_deepspeed_enabled = split
-        if distributed.world_size() == 1 and self.split_by is None:
-            return
-        model: Any = self.model
-        marks = model.__dict__
-        marks.pop("_is_accelerate_prepared", None)
-        if "_original_forward" in marks:  # autocast, which it would put around once more
-            marks["forward"] = marks.pop("_original_forward")
-        self.accelerator._models.clear()
 
     def _note(self, notes: tuple[str, ...]) -> None:
         for note in notes:
