@@ -34,16 +34,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsegrad_cli.memory.fsdp_gathers import gathers_booked, resizes_storage
-from sparsegrad_cli.memory.largest_storages import LiveTensor, largest
 from sparsegrad_cli.memory.storage_tracker import (
     CATEGORIES,
     Entry,
     Ledger,
+    LiveTensor,
     Peak,
     PhasePeak,
+    largest,
     tensors_in,
 )
+from sparsegrad_cli.models.sharded_tensors import split_modules
 from sparsegrad_cli.records.environment import rss_bytes
 
 __all__ = ["CATEGORIES", "PHASES", "MemoryMeter", "PhasePeak", "make_meter"]
@@ -83,7 +84,7 @@ class _Counter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if resizes_storage(func):
+        if _resizes_storage(func):
             self._ledger.refresh()
         out = func(*args, **(kwargs or {}))
         # Inputs after the call, too: all are alive still, and some may have been resized.
@@ -156,7 +157,7 @@ class MemoryMeter:
             for parameter in self._parameters():
                 if parameter.requires_grad:
                     stack.callback(self._hook(parameter))
-            stack.enter_context(gathers_booked(self._known_models(), self._ledger))
+            stack.enter_context(_gathers_as_weights(self._known_models(), self._ledger))
             stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
             stack.enter_context(_Counter(self._ledger))
             yield
@@ -274,6 +275,56 @@ def _unpack(saved: _Saved) -> Tensor:
     return saved.tensor
 
 
+@contextmanager
+def _gathers_as_weights(models: Iterable[nn.Module], ledger: Ledger) -> Iterator[None]:
+    """Inside, what modules gather for their forward pass is booked as weights, not as activations.
+
+    Autograd saves gathered weights as it does any others; nothing but the module knows them.
+    """
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        for parameter in module.parameters():
+            ledger.touch(parameter, "weights")
+
+    with ExitStack() as stack:
+        for model in models:
+            for module in split_modules(model):  # its own hook, which gathers, runs before
+                stack.callback(module.register_forward_pre_hook(look).remove)
+        yield
+
+
+def _resizes_storage(func: Any) -> bool:
+    """Whether an operation is FSDP2's: around these, storages shrink and grow with none to see."""
+    return getattr(func, "namespace", "") == "fsdp"
+
+
+class CudaMeter(MemoryMeter):
+    """Peaks are the allocator's; what it holds beyond counted storages is other.
+
+    The allocator does not say what was alive at its peak. The categories are those of the moment
+    at which the counted storages peaked, which is the same but for rounding to the allocator's
+    blocks and for workspaces that an operation asks for and returns inside itself.
+
+    Args:
+        device: a CUDA device; without an index, the current one.
+    """
+
+    how = "CUDA caching allocator; categories from live tensor storage"
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        device = torch.device(device)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        super().__init__(device)
+
+    def _reset_allocator(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _read_allocator(self, peak: Peak) -> None:
+        peak.allocated = torch.cuda.max_memory_allocated(self.device)
+        peak.reserved = torch.cuda.max_memory_reserved(self.device)
+
+
 def make_meter(device: torch.device | str) -> MemoryMeter:
     """The meter for a device: CUDA's allocator where there is one, else counted storages."""
     device = torch.device(device)
@@ -281,6 +332,4 @@ def make_meter(device: torch.device | str) -> MemoryMeter:
         return MemoryMeter(device)
     if not torch.cuda.is_available():
         return MemoryMeter("cpu")
-    from sparsegrad_cli.memory.cuda_meter import CudaMeter
-
     return CudaMeter(device)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsegrad_cli.records.environment import rss_bytes
@@ -172,7 +173,7 @@ class Ledger:
 
     def _touch(self, storage: torch.UntypedStorage) -> Entry:
         self.bury()  # first: this storage may lie at the address of one that died
-        key, nbytes = storage._cdata, storage.nbytes()
+        key, nbytes = id(storage), storage.nbytes()
         entry = self._entries.get(key)
         if entry is None:
             entry = Entry(storage, self._dead.append)
@@ -259,3 +260,72 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()):
             yield from storages_of(part)
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """One live storage.
+
+    Attributes:
+        nbytes: its bytes.
+        category: of memory/storage_tracker.py.
+        shape, dtype: of the largest tensor that was seen on it.
+        of: the parameter it holds, or holds the gradient or state of; else the module that was
+            running when it was first seen; empty where nobody knows.
+    """
+
+    nbytes: int
+    category: str
+    shape: tuple[int, ...]
+    dtype: str
+    of: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of ``error.tensors`` in run.json."""
+        return {
+            "bytes": self.nbytes,
+            "category": self.category,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "of": self.of,
+        }
+
+
+def largest(
+    ledger: Ledger, models: Iterable[nn.Module], optimizers: Iterable[Optimizer], count: int
+) -> list[LiveTensor]:
+    """The ``count`` largest live storages of the books, largest first."""
+    owners = _owners(models, optimizers)
+    return [
+        LiveTensor(
+            entry.nbytes,
+            entry.category,
+            entry.shape,
+            str(entry.dtype).removeprefix("torch."),
+            owners.get(entry.key, entry.place),
+        )
+        for entry in ledger.entries()[:count]
+    ]
+
+
+def _owners(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> dict[int, str]:
+    """Key of a storage -> name of its parameter, or of what it is to that parameter."""
+    found: dict[int, str] = {}
+    names: dict[int, str] = {}
+
+    def enter(tensor: Tensor, name: str) -> None:
+        for storage in storages_of(tensor):
+            found.setdefault(id(storage), name)
+
+    for model in models:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            names[id(tensor)] = name
+            enter(tensor, name)
+            if tensor.grad is not None:
+                enter(tensor.grad, name)
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    enter(value, f"{names.get(id(parameter), 'a parameter')}, {key}")
+    return found

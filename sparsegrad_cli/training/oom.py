@@ -19,7 +19,7 @@ from torch import nn
 from sparsegrad_cli import distributed
 from sparsegrad_cli.error_mapping import first_line, is_out_of_memory
 from sparsegrad_cli.errors import OutOfMemoryError
-from sparsegrad_cli.memory.largest_storages import LiveTensor
+from sparsegrad_cli.memory.storage_tracker import LiveTensor
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.units import format_bytes

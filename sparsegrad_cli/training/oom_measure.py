@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.error_mapping import is_out_of_memory, may_be_out_of_memory
-from sparsegrad_cli.memory.largest_storages import LiveTensor
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.memory.storage_tracker import tensors_in
+from sparsegrad_cli.memory.storage_tracker import LiveTensor, tensors_in
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 SHOWN = 5
