@@ -157,7 +157,7 @@ def _trained(
     if adapter is not None:
         notes = [] if status == "done" else [f"the run is {status}, but training came to its end"]
         return adapter, "adapter", notes
-    from sparsegrad_cli.training.checkpoint_folder import last_checkpoint
+    from sparsegrad_cli.run.checkpoints import last_checkpoint
     from sparsegrad_cli.training.checkpoint_state import TRAINABLE
 
     last = last_checkpoint(folder)
@@ -176,7 +176,7 @@ def _trained(
 
 def _best_checkpoint(folder: Path, last: Path) -> Path | None:
     """The checkpoint that the last one names as the best so far, if it is there and whole."""
-    from sparsegrad_cli.training.checkpoint_manifest import damage
+    from sparsegrad_cli.run.checkpoint_manifest import damage
 
     try:
         state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))

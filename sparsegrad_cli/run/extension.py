@@ -85,7 +85,7 @@ def _check_longer(path: Path, key: str, then: dict[str, Any], now: dict[str, Any
 
 def _steps_of(path: Path) -> int:
     """Return how many steps the run in ``path`` had in all, by its newest checkpoint; 0 without."""
-    from sparsegrad_cli.training.checkpoint_folder import last_checkpoint, trainer_state
+    from sparsegrad_cli.run.checkpoints import last_checkpoint, trainer_state
 
     last = last_checkpoint(path)
     steps = trainer_state(last).get("max_steps") if last is not None else 0

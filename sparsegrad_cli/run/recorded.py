@@ -25,7 +25,7 @@ from sparsegrad_cli.run.folder import (
     held_run_dir,
     open_run_dir,
 )
-from sparsegrad_cli.training.sharding import check_sharding
+from sparsegrad_cli.run.launcher import check_sharding
 
 _REPORT = ("report.md", "report.html")
 _AGAIN = {

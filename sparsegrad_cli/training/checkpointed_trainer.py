@@ -27,15 +27,15 @@ from sparsegrad_cli.interruption import set_activity
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
-from sparsegrad_cli.training import checkpoint_state as files
-from sparsegrad_cli.training.checkpoint_folder import (
+from sparsegrad_cli.run.checkpoint_manifest import damage
+from sparsegrad_cli.run.checkpoints import (
     TRAINER_STATE,
     Shelf,
     best_of,
     evaluation_due,
     trainer_state,
 )
-from sparsegrad_cli.training.checkpoint_manifest import damage
+from sparsegrad_cli.training import checkpoint_state as files
 from sparsegrad_cli.training.resume_checks import check_measured
 
 # What a run is made of, in the order asked: of other data a basis is another, too.

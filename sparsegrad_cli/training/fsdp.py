@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.training import sharding
+from sparsegrad_cli.run import launcher
 
 
 def settle(
@@ -26,11 +26,11 @@ def settle(
         note: told where weights stay whole although a launcher asked for them to be split.
     """
     if trainer.split_by is None:
-        asked = sharding.asked()
+        asked = launcher.asked()
         if asked is not None:
             note(f"accelerate splits weights on accelerators alone: no {asked} here, but DDP")
         return
-    if trainer.split_by != sharding.FSDP:
+    if trainer.split_by != launcher.FSDP:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy

@@ -16,7 +16,9 @@ from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.access import mappings
+from sparsegrad_cli.run.checkpoints import Shelf, evaluation_due, step_of, trainer_state
 from sparsegrad_cli.run.folder import ADAPTER
+from sparsegrad_cli.run.launcher import DEEPSPEED
 from sparsegrad_cli.tasks.setup import Setup, to_device
 from sparsegrad_cli.training.adapter_folder import drawn_parameters, save_adapter
 from sparsegrad_cli.training.arguments import training_arguments
@@ -26,11 +28,9 @@ from sparsegrad_cli.training.callbacks import (
     RecordCallback,
     SaveAfterEvaluation,
 )
-from sparsegrad_cli.training.checkpoint_folder import Shelf, evaluation_due, step_of, trainer_state
 from sparsegrad_cli.training.checkpointed_trainer import stopped_early
 from sparsegrad_cli.training.fsdp import settle
 from sparsegrad_cli.training.resume_checks import blaming_checkpoint
-from sparsegrad_cli.training.sharding import DEEPSPEED
 from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 

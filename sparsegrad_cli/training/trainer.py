@@ -17,10 +17,10 @@ from sparsegrad_cli.methods.base import Method
 from sparsegrad_cli.models.nan_check import INPUTS, first_non_finite
 from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.run.launcher import DEEPSPEED, FSDP
 from sparsegrad_cli.tasks.objective import Objective
 from sparsegrad_cli.training.checkpointed_trainer import CheckpointedTrainer
 from sparsegrad_cli.training.evaluation import judge_splits, validation_batches
-from sparsegrad_cli.training.sharding import DEEPSPEED, FSDP
 
 
 class SparsegradTrainer(CheckpointedTrainer):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from small import Cli, Outcome
 from torch import Tensor
 
-from sparsegrad_cli.training.checkpoint_manifest import seal
+from sparsegrad_cli.run.checkpoint_manifest import seal
 
 Runs = Callable[..., Path]
 Refused = Callable[..., Outcome]

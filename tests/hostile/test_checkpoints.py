@@ -21,7 +21,7 @@ from snares import furnish, things
 from stopped import quick, resumed, seal_anew, stopped
 from torn_tensors import Spoils, spoil, spoils, torn
 
-from sparsegrad_cli.training.checkpoint_manifest import MANIFEST, checked
+from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, checked
 
 
 @pytest.fixture(scope="module", autouse=True)

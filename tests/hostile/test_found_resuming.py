@@ -19,10 +19,10 @@ from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED
 from sparsegrad_cli.io.locks import owner_of
 from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, check_ours, checked, damage
+from sparsegrad_cli.run.checkpoints import Shelf, best_of
 from sparsegrad_cli.run.folder import held_run_dir
 from sparsegrad_cli.training.callbacks import RecordCallback
-from sparsegrad_cli.training.checkpoint_folder import Shelf, best_of
-from sparsegrad_cli.training.checkpoint_manifest import MANIFEST, check_ours, checked, damage
 
 
 @pytest.fixture(scope="module", autouse=True)

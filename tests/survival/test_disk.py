@@ -12,7 +12,7 @@ import pytest
 from paths import REPO
 from surviving import Bench, flat, largest_file, record, weights
 
-from sparsegrad_cli.training.checkpoint_folder import last_checkpoint
+from sparsegrad_cli.run.checkpoints import last_checkpoint
 
 # A mount of one's own, in a user's own name space: seen by nobody else, gone with the process.
 MOUNT = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
@@ -86,7 +86,7 @@ import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.training.checkpoint_state import save_training_state
-from sparsegrad_cli.training.checkpoint_folder import Shelf, last_checkpoint
+from sparsegrad_cli.run.checkpoints import Shelf, last_checkpoint
 
 run = Path(sys.argv[1]) / "run"
 run.mkdir()

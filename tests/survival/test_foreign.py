@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from surviving import Bench, flat, record, weights
 
-from sparsegrad_cli.training.checkpoint_manifest import MANIFEST, checked, seal
+from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, checked, seal
 
 METHOD = "core static"
 

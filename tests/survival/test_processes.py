@@ -17,7 +17,7 @@ from surviving import Bench, flat, largest_file, record, weights
 from torch import Tensor
 
 from sparsegrad_cli.io.locks import owner_of
-from sparsegrad_cli.training.checkpoint_folder import checkpoints
+from sparsegrad_cli.run.checkpoints import checkpoints
 
 MORE = ("train.max_steps=6",)
 

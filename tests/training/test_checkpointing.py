@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from sparsegrad_cli.data.order import OrderHash
 from sparsegrad_cli.errors import FileFormatError
-from sparsegrad_cli.training.checkpoint_folder import Shelf
+from sparsegrad_cli.run.checkpoints import Shelf
 from sparsegrad_cli.training.checkpointed_trainer import CheckpointedTrainer
 
 ORIGINS = {"basis": "a basis", "data": "rows", "model": "weights"}

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
-from sparsegrad_cli.training.checkpoint_folder import (
+from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, check_ours, checked, damage
+from sparsegrad_cli.run.checkpoints import (
     Shelf,
     best_of,
     checkpoints,
     last_checkpoint,
     step_of,
 )
-from sparsegrad_cli.training.checkpoint_manifest import MANIFEST, check_ours, checked, damage
 
 RECIPE = "a recipe's digest"
 

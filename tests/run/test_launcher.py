@@ -14,8 +14,8 @@ from sparsegrad_cli import runner
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
-from sparsegrad_cli.training import sharding
-from sparsegrad_cli.training.sharding import check_sharding
+from sparsegrad_cli.run import launcher
+from sparsegrad_cli.run.launcher import check_sharding
 
 SETTINGS = REPO / "configs" / "accelerate"
 WORK = {
@@ -105,7 +105,7 @@ def test_fsdp2_takes_what_trains_whole_tensors(
     monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
     enter(monkeypatch, launched("fsdp2.yaml"))
-    assert sharding.asked() == sharding.FSDP
+    assert launcher.asked() == launcher.FSDP
     check(*overrides)
     check(*overrides, resume=True)
 
@@ -129,7 +129,7 @@ def test_zero_is_what_accelerate_makes_of_it(
     from accelerate import DeepSpeedPlugin
 
     enter(monkeypatch, launched(f"deepspeed_zero{stage}.yaml"))
-    assert sharding.asked() == sharding.DEEPSPEED
+    assert launcher.asked() == launcher.DEEPSPEED
     config: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
     assert config["zero_optimization"]["stage"] == stage
     assert config["zero_optimization"]["offload_param"]["device"] == "none"
@@ -139,7 +139,7 @@ def test_zero_is_what_accelerate_makes_of_it(
 
 def test_each_with_all_weights_takes_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
     enter(monkeypatch, launched("ddp.yaml"))
-    assert sharding.asked() is None
+    assert launcher.asked() is None
     for overrides in DO_NOT:
         check(*overrides, resume=True)
 

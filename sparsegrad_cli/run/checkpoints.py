@@ -13,7 +13,7 @@ from typing import Any
 from sparsegrad_cli.errors import DiskError, FileFormatError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import discard
-from sparsegrad_cli.training.checkpoint_manifest import check_ours, damage, seal
+from sparsegrad_cli.run.checkpoint_manifest import check_ours, damage, seal
 
 TRAINER_STATE = "trainer_state.json"
 _PREFIX = "checkpoint-"
