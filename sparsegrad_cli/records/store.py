@@ -74,6 +74,15 @@ def load_record(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def load(model: type[R], file: Path) -> R:
+    """Read and check a file that holds a record of this kind.
+
+    Raises:
+        UsageError, FileFormatError: as :func:`load_run`.
+    """
+    return validated(model, read_object(file), file)
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. NaN and infinities become None.
 

@@ -1,0 +1,148 @@
+"""Records of `generate` and `judge`: answers to questions, and their grades."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sparsegrad_cli.records.base import Block, Count, Number, Record, Seconds
+from sparsegrad_cli.records.run import ErrorBlock
+
+Name = str | int
+Stopped = Literal["end", "length", "full"]
+
+
+class GenerationSettings(Block):
+    """All settings that an answer depends on."""
+
+    system: str | None = None
+    max_new_tokens: Count | None = None
+    temperature: Number = Field(None, description="0: the most likely token every time.")
+    top_p: Number = None
+    seed: int | None = None
+
+
+class AnswerLine(Block):
+    """The answers of one model to one question. In a .jsonl file a line has all of the keys."""
+
+    question_id: Name | None = None
+    category: str | None = None
+    turns: list[str] = Field([], description="The question, one text a turn.")
+    answers: list[str] = Field([], description="One a turn.")
+    stopped: list[Stopped] = Field(
+        [], description="By turn: at a stop token, at max_new_tokens, or out of positions."
+    )
+    model: str | None = None
+    kind: str | None = Field(None, description="What answered: run, adapter or model.")
+    source: str | None = Field(None, description="Of a run: `adapter`, or a checkpoint.")
+    trained: str | None = Field(None, description="Of a run: sha256 (hex) of what was trained.")
+    recipe_digest: str | None = None
+    method: str | None = None
+    base: str | None = Field(None, description="The base model.")
+    digest: str | None = Field(None, description="sha256 (hex) of all weights.")
+    dtype: str | None = None
+    quantization: str | None = None
+    settings: GenerationSettings | None = None
+    prompt_tokens: list[Count] = []
+    answer_tokens: list[Count] = []
+    seconds: Seconds = None
+    time: str | None = None
+
+
+class AskedQuestion(Block):
+    """One question."""
+
+    question_id: Name | None = None
+    category: str | None = None
+    turns: list[str] = []
+    reference: list[str] = []
+
+
+class AnswersColumn(Block):
+    """One model that was asked: a run, or a base model that runs began as."""
+
+    task: str | None = Field(None, description="Null for a base model.")
+    method: str | None = None
+    seed: int | None = None
+    tasks: list[str] = Field([], description="Of a base model: the tasks of its runs.")
+    run_dir: str | None = Field(None, description="Relative to the comparison's folder.")
+    finished: str | None = Field(None, description="When the run ended.")
+    model: str | None = None
+    digest: str | None = Field(None, description="sha256 (hex) of all weights.")
+    dtype: str | None = None
+    status: Literal["pending", "done", "failed"]
+    error: ErrorBlock | None = None
+    asked: Count | None = Field(None, description="Questions that the last call answered.")
+    file: str | None = Field(None, description="Its answers, relative to the comparison's folder.")
+    answers: list[AnswerLine] = []
+
+
+class AnswersRecord(Record):
+    """answers/<questions>.json of a comparison. Base models come first."""
+
+    status: Literal["running", "done", "failed", "interrupted"]
+    questions: str | None = None
+    settings: GenerationSettings | None = None
+    asked: list[AskedQuestion] = []
+    columns: list[AnswersColumn] = []
+    finished: str | None = None
+    output: str | None = Field(None, description="Only in the output of the command.")
+
+
+class JudgedAnswers(Block):
+    """One file of answers that was judged."""
+
+    model: str
+    file: str | None = None
+    digest: str | None = None
+    settings: dict[str, Any] | None = None
+    questions: Count | None = None
+
+
+class JudgeRow(Block):
+    """Grades of one model (mode `single`) or wins of the first of two models (`pairwise`)."""
+
+    model: str | None = Field(None, description="single")
+    models: list[str] = Field([], description="pairwise: the two models.")
+    category: str | None = Field(None, description="Null: all questions.")
+    mean: Number = Field(None, description="single: grade from 1 to 10, mean over questions.")
+    share: Number = Field(None, description="pairwise: share won by the first; ties count half.")
+    standard_error: Number = Field(None, description="Over questions.")
+    questions: Count = 0
+    graded: Count | None = Field(None, description="single: turns with a grade.")
+    turn_means: list[Number] = []
+    pairs: Count | None = Field(None, description="pairwise: pairs of answers.")
+    wins: Count | None = None
+    losses: Count | None = None
+    ties: Count | None = None
+    flips: Count | None = Field(None, description="Ties where each order preferred another model.")
+    first_flips: Count | None = Field(None, description="Flips to the answer shown first.")
+    one_order: Count | None = Field(None, description="Ties with a preference in one order only.")
+    asked: Count = Field(0, description="Prompts.")
+    unreadable: Count = Field(0, description="Replies without a verdict.")
+    failed: Count = Field(0, description="Prompts without a reply.")
+
+
+class JudgeRequests(Block):
+    """How many verdicts were asked for by the last call, and how many were kept."""
+
+    asked: Count
+    kept: Count
+
+
+class JudgeRecord(Record):
+    """judge.json: what `judge` leaves beside verdicts.jsonl."""
+
+    mode: Literal["single", "pairwise"]
+    status: Literal["done", "failed"]
+    judge: str | None = Field(None, description="The judging model's name.")
+    endpoint: str | None = None
+    questions: str | None = None
+    answers: list[JudgedAnswers] = []
+    rows: list[JudgeRow] = []
+    requests: JudgeRequests | None = None
+    failures: list[str] = []
+    notes: list[str] = []
+    finished: str | None = None
+    output_dir: str | None = None

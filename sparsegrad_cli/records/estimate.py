@@ -1,0 +1,90 @@
+"""The result of `estimate`: predicted memory of a training step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sparsegrad_cli.records.base import Block, Bytes, Count, Seconds
+from sparsegrad_cli.records.run import MemoryCategories
+
+
+class EstimateConditions(Block):
+    """What is assumed beside the recipes."""
+
+    kernels: str = Field(description="Whose kernels: cpu or cuda.")
+    padded: bool = Field(description="Whether batches have padding, and attention a mask.")
+
+
+class DeviceRoom(Block):
+    """The memory of the device that batches must fit into."""
+
+    total_bytes: Bytes
+    overhead_bytes: Bytes = Field(description="Taken before any tensor: context and kernels.")
+    most_examples: Count = Field(description="The largest batch that is tried.")
+
+
+class EstimatedModel(Block):
+    """The model, of which only the configuration is read."""
+
+    name: str
+    configuration: str = Field(description="Where the configuration came from.")
+    parameters: Count
+    dtype: str
+
+
+class EstimatedCounts(Block):
+    """How many parameters train."""
+
+    trainable_targets: Count
+    trainable_head: Count
+    trainable_rest: Count
+    note: str = ""
+
+
+class LargestBatch(Block):
+    """The largest batch that fits."""
+
+    batch: Count
+    length: Count
+    peak_bytes: Bytes | None = None
+    limited_by: Literal["step", "calibration"] | None = Field(
+        None, description="What needs too much at the next larger batch."
+    )
+
+
+class EstimateRow(Block):
+    """The memory of one recipe."""
+
+    label: str
+    task: str
+    model: EstimatedModel
+    method: dict[str, Any] = Field(description="The method's section of the recipe.")
+    counts: EstimatedCounts
+    batch_shape: list[Count] = Field(description="Examples x tokens.")
+    mask: str | None = Field(None, description="Why attention has a mask: padding, packing, none.")
+    autocast: str | None = None
+    gradient_checkpointing: bool = False
+    peak_bytes: Bytes
+    peak_phase: str
+    beyond_weights_bytes: int
+    categories: MemoryCategories = Field(description="At the peak.")
+    phases: dict[str, Bytes] = Field(description="Peak of each phase.")
+    calibrate_peak_bytes: Bytes | None = None
+    calibrate_batch: Count | None = None
+    evaluate_peak_bytes: Bytes | None = None
+    evaluate_batch: Count | None = None
+    fit: LargestBatch | None = None
+    notes: list[str] = []
+    seconds: Seconds = None
+
+
+class EstimateRecord(Block):
+    """What `estimate --json` prints."""
+
+    command: Literal["estimate"] = "estimate"
+    conditions: EstimateConditions
+    room: DeviceRoom | None = None
+    rows: list[EstimateRow]
+    seconds: Seconds = None

@@ -1,0 +1,105 @@
+"""export.json: the record of an exported model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sparsegrad_cli.records.base import Block, Bytes, Count, Number, Record
+
+
+class ExportedModel(Block):
+    """The base model of the exported run."""
+
+    name: str
+    auto_class: str | None = Field(None, description="The Auto class that loads it.")
+    architecture: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    fingerprint: str | None = None
+
+
+class ExportedMethod(Block):
+    """The method of the exported run."""
+
+    name: str
+    form: str | None = None
+    support: str | None = None
+    density: Number = None
+
+
+class ExportedTarget(Block):
+    """What became of the change of one target module."""
+
+    name: str
+    rank: Count | None = Field(None, description="Of its factors (`lora`).")
+    error: Number = Field(None, description="Share of the change that is lost (`lora`).")
+    rounding: Number = Field(None, description="Share of the change rounded away (`merged`).")
+    rounding_max: Number = Field(None, description="Largest rounding of a weight (`merged`).")
+
+
+class Judged(Block):
+    """The comparison that decided whether the export was written."""
+
+    against: Literal["the run", "the cut change"]
+    difference: Number
+    tolerance: Number
+
+
+class AnswersAlone(Block):
+    """Answers that transformers generated from the folder in another process."""
+
+    prompts: Count
+    stopped: Count = Field(description="Answers that ended with a stop token.")
+    tokens: Count = Field(description="Tokens that agree with the run's.")
+    rounded: Count = Field(description="Answers that part where two tokens are nearly tied.")
+
+
+class OnPlainBase(Block):
+    """The adapter on the base model as it was before quantization."""
+
+    difference: Number = None
+    same_answers: Count | None = None
+
+
+class ExportCheck(Block):
+    """The exported model, loaded back, against the run: logits on validation rows."""
+
+    examples: Count | None = None
+    answers: Count | None = Field(None, description="Rows, or labelled tokens.")
+    same_answers: Count | None = Field(None, description="Answers with the same most likely class.")
+    largest_logit: Number = None
+    difference: Number = Field(None, description="Largest difference of two logits.")
+    judged: Judged | None = None
+    answers_alone: AnswersAlone | None = None
+    on_plain_base: OnPlainBase | None = None
+
+
+class ExportRecord(Record):
+    """What `export` leaves beside the exported files."""
+
+    to: Literal["merged", "lora", "adapter"]
+    created: str | None = Field(None, description="ISO 8601, UTC.")
+    run: str | None = Field(None, description="The run's folder.")
+    source: str | None = Field(None, description="`adapter`, or the checkpoint that was exported.")
+    model: ExportedModel
+    method: ExportedMethod | None = None
+    scope: str | None = None
+    versions: dict[str, str | None] = {}
+    dtype: str | None = Field(None, description="Of the merged weights.")
+    rounding: Number = Field(None, description="Share of the whole change that was rounded away.")
+    dequantized: Count | None = Field(None, description="Layers that are plain again.")
+    rank: Count | None = Field(None, description="Of all factors; some are padded with zeros.")
+    truncated: bool | None = Field(None, description="Whether the change has a higher rank.")
+    error: Number = Field(None, description="Share of the whole change that is lost.")
+    targets: list[ExportedTarget] = []
+    modules: list[str] = Field([], description="Modules that are saved whole.")
+    fresh: list[str] = Field([], description="Parameters drawn from the seed (`adapter`).")
+    bases_bytes: Bytes | None = None
+    check: ExportCheck | None = None
+    files: dict[str, Bytes] = {}
+    bytes: Bytes | None = Field(None, description="Of all files.")
+    load: str | None = Field(None, description="The Python expression that loads it.")
+    notes: list[str] = []
+    output_dir: str | None = Field(None, description="Only in the output of the command.")
