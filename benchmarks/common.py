@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.environment import collect, git_state
-from sparsegrad_cli.run.folder import now
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

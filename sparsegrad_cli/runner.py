@@ -12,7 +12,7 @@ from sparsegrad_cli.errors import InterruptedRunError, UsageError
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.recorded import run_recorded
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def train(
             run.json that says so too, and with its last checkpoint.
     """
 
-    def work(record: RunRecord, observer: Observer) -> None:
+    def work(record: RunWriter, observer: Observer) -> None:
         # Seconds of importing, for a run that may: a folder that is refused is refused at once.
         from sparsegrad_cli.training.fine_tuning import TrainingSession
 
@@ -84,7 +84,7 @@ def calibrate(
             fix="calibration.basis=null makes another; train uses the one that is named",
         )
 
-    def work(record: RunRecord, observer: Observer) -> None:
+    def work(record: RunWriter, observer: Observer) -> None:
         from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
 
         with frozen_gc():

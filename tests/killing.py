@@ -115,7 +115,7 @@ def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path])
     if moment not in REPORTING:  # takes longer than all the rest
         from sparsegrad_cli.run import recorded as recorded
 
-        recorded._write_report = lambda record, observer: None
+        recorded._write_report = lambda *args: None
     from sparsegrad_cli.cli.app import main
 
     sys.argv = ["sparsegrad", *job["arguments"]]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
-from sparsegrad_cli.run.folder import RunRecord, open_run_dir
+from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.run.folder import open_run_dir
 from sparsegrad_cli.training.fine_tuning import TrainingSession
 
 ROWS = 24  # of validation
@@ -109,7 +110,7 @@ def train(
     loaded = load_recipe(None, (*settings, *overrides))
     open_run_dir(run, loaded.recipe, resume=resume, overwrite=False)
     about = {"recipe_digest": digest(loaded.recipe), "seed": loaded.recipe.seed}
-    kept = RunRecord(run, {"command": "train", "name": run.name, **about})
+    kept = RunWriter(run, command="train", name=run.name, **about)
     TrainingSession(loaded, kept, Observer(), resume=resume).run()
     if stop:
         shutil.rmtree(run / "adapter")

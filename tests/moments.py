@@ -86,7 +86,7 @@ def _renames(beginning: str) -> Callable[..., bool]:
 def _begun(count: int) -> None:
     from sparsegrad_cli.run import recorded as recorded
 
-    wrap(recorded, "RunRecord", count, before=_die)
+    wrap(recorded, "RunWriter", count, before=_die)
 
 
 @moment("loaded", "model and data are loaded")
@@ -318,9 +318,9 @@ def _reporting(count: int) -> None:
 
 @moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
 def _reporting_begins(count: int) -> None:
-    from sparsegrad_cli.run.folder import RunRecord
+    from sparsegrad_cli.records.writer import RunWriter
 
-    wrap(RunRecord, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    wrap(RunWriter, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
 
 
 @moment("reporting-interrupted", "Ctrl-C (SIGINT, not -9) while the report is written")

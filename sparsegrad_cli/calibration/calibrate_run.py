@@ -13,6 +13,7 @@ from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, is_whole, truncated
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.records.run import CalibrationBlock
 from sparsegrad_cli.tasks.setup import Setup, calibration_batches
 from sparsegrad_cli.training.session import Session
 
@@ -61,7 +62,8 @@ class CalibrationSession(Session):
                     meter=lambda: self.meter.phase(self.gradient_phase),
                 )
             self.seconds["diagnostics_s"] = time.perf_counter() - started
-            self.record.data["calibration"].update(energy=energy, heat_map=heat_map)
+            made = self.record.record.calibration or CalibrationBlock()
+            self.record.save(calibration=made.changed(energy=energy, heat_map=heat_map))
         self.record.save(time=dict(self.seconds), memory=self.meter.report())
 
     def _choices(self, setup: Setup, calibration: Calibration) -> dict[str, Choice]:

@@ -34,8 +34,8 @@ from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.io.paths import is_folder, refuse_link
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.store import write_json_atomic
-from sparsegrad_cli.run.folder import now
 
 SCHEMA = 1
 

@@ -13,7 +13,7 @@ from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, file_word, questions_name
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.run.folder import now
+from sparsegrad_cli.records.base import now
 
 FORMAT = "sparsegrad-answers-1"
 

@@ -34,9 +34,9 @@ from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.paths import expanded, refuse_link
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.store import load_record, write_json_atomic
 from sparsegrad_cli.report.access import dig, mappings, text
-from sparsegrad_cli.run.folder import now
 
 # Of one model only: the others can still be asked.
 _ITS_OWN = (UsageError, DataError, FileFormatError, DownloadError)

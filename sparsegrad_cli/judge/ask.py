@@ -12,7 +12,7 @@ from typing import Any
 from sparsegrad_cli.judge.endpoint import Endpoint, UnansweredError
 from sparsegrad_cli.judge.tasks import Task
 from sparsegrad_cli.judge.verdicts import parse_rating, parse_winner
-from sparsegrad_cli.run.folder import now
+from sparsegrad_cli.records.base import now
 
 # How a prompt ended: with a verdict, with replies that hold none, or without a reply.
 DECIDED, UNREADABLE, FAILED = "decided", "unreadable", "failed"

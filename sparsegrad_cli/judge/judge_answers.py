@@ -26,9 +26,9 @@ from sparsegrad_cli.judge.summary import grade_rows, pair_rows
 from sparsegrad_cli.judge.tasks import Task, pair_tasks, single_tasks
 from sparsegrad_cli.judge.verdicts import is_grade
 from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
 from sparsegrad_cli.report.judge_tables import judge_markdown
-from sparsegrad_cli.run.folder import now
 
 SCHEMA = 1
 FORMAT = "sparsegrad-verdicts-1"

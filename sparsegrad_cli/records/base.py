@@ -6,6 +6,7 @@ keys are ignored when a file is read, and refused when a record is written.
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,8 +73,20 @@ class Block(BaseModel):
         Raises:
             ValidationError: a value is not of its field's type, or no field has the name.
         """
-        fields = {name: getattr(self, name) for name in self.model_fields_set}
-        return type(self).model_validate({**fields, **changes}, extra="forbid")
+        return type(self).model_validate({**self._set(), **changes}, extra="forbid")
+
+    def without(self, *names: str) -> Self:
+        """Return a copy in which some keys were never set."""
+        kept = {name: value for name, value in self._set().items() if name not in names}
+        return type(self).model_validate(kept)
+
+    def _set(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+def now() -> str:
+    """Return the time in UTC to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class Record(Block):

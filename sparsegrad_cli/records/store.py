@@ -83,6 +83,15 @@ def load(model: type[R], file: Path) -> R:
     return validated(model, read_object(file), file)
 
 
+def write(record: Record, file: Path) -> None:
+    """Write a record, whole or not at all; NaN and infinities become null.
+
+    Raises:
+        DiskError: The file cannot be written; what was there before is untouched.
+    """
+    write_json_atomic(file, record.to_json())
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. NaN and infinities become None.
 

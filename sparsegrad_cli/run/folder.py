@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import (
     DiskError,
     FileFormatError,
@@ -17,7 +15,6 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
-from sparsegrad_cli.io.atomic import without_nan
 from sparsegrad_cli.io.locks import NAME as LOCK
 from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.io.paths import (
@@ -32,18 +29,13 @@ from sparsegrad_cli.io.paths import (
 from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.records.base import Block
-from sparsegrad_cli.records.run import ErrorBlock
-from sparsegrad_cli.records.run import RunRecord as RunBlocks
 from sparsegrad_cli.records.store import (
     load_record,
     torn_writes,
-    write_json_atomic,
     write_text_atomic,
 )
 from sparsegrad_cli.run.extension import extension
 
-SCHEMA = 1
 ADAPTER = Path("adapter", "adapter.safetensors")
 PEFT_ADAPTER = Path("adapter", "adapter_model.safetensors")
 _OURS = ("checkpoint-*", "adapter", "model", "export-*", "answers", *trackers.FOLDERS)
@@ -55,7 +47,6 @@ _OUR_FILES = (
     "report.md",
     "basis.safetensors",
 )
-_OF_THE_END = ("metrics", "memory", "time", "sizes", "sparsity")
 
 
 def adapter_file(run: Path) -> Path | None:
@@ -221,74 +212,6 @@ def _recipe_of(path: Path) -> str | None:
         return digest(load_recipe(recipe, data=False).recipe)
     except RecipeError as error:
         raise FileFormatError("recipe.yaml is damaged", where=str(recipe)) from error
-
-
-class RunWriter:
-    """run.json of a living run: written whole at every milestone, so that it is never missing.
-
-    Of several processes the first alone writes.
-
-    Args:
-        path: the run directory.
-        data: the first content; ``status`` is set to ``running``.
-        before: of a run that is resumed, what was recorded so far.
-    """
-
-    def __init__(
-        self, path: Path, data: dict[str, Any], before: Mapping[str, Any] | None = None
-    ) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {
-            **(before or {}),
-            "schema": SCHEMA,
-            "status": "running",
-            "error": None,
-            "started": now(),
-            "finished": None,
-            **data,
-        }
-
-    @property
-    def record(self) -> RunBlocks:
-        """The record as it is now."""
-        return RunBlocks.model_validate(without_nan(self.data), extra="forbid")
-
-    def save(self, **blocks: Any) -> None:
-        """Set blocks and write the file.
-
-        Raises:
-            ValidationError: a block is not what records/run.py says.
-            DiskError: the file cannot be written.
-        """
-        self.data.update({k: v.to_json() if isinstance(v, Block) else v for k, v in blocks.items()})
-        self.data = self.record.to_json()
-        if distributed.is_rank_zero():
-            write_json_atomic(self.path / "run.json", self.data)
-
-    def forget_the_end(self) -> None:
-        """Training begins, or goes on: what was recorded of an end is of none any more."""
-        for block in _OF_THE_END:
-            self.data.pop(block, None)
-
-    def finish(self, error: SparsegradError | None = None) -> None:
-        """Set the final status and write. What is done stays done, whatever comes after it."""
-        if self.data["status"] == "done":
-            error = None
-        problem = None
-        if error is not None:
-            details = {k: v for k, v in error.details.items() if k in ErrorBlock.model_fields}
-            problem = ErrorBlock(
-                title=error.title, what=error.what, where=error.where, fix=error.fix, **details
-            )
-        self.save(status=error.status if error else "done", error=problem, finished=now())
-
-
-RunRecord = RunWriter  # its name so far
-
-
-def now() -> str:
-    """The time in UTC, to the second, ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def as_it_is(record: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from sparsegrad_cli.interruption import handle_signals
 from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
-from sparsegrad_cli.records.store import load_run, write_text_atomic
-from sparsegrad_cli.report.access import mappings
+from sparsegrad_cli.records.run import RunRecord, TimeBlock
+from sparsegrad_cli.records.store import RUN, load_run, write_text_atomic
+from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run import preflight
 from sparsegrad_cli.run.folder import (
-    RunRecord,
     adapter_file,
     choose_run_dir,
     held_run_dir,
@@ -37,7 +37,7 @@ _AGAIN = {
 def run_recorded(
     loaded: LoadedRecipe,
     command: str,
-    work: Callable[[RunRecord, Observer], None],
+    work: Callable[[RunWriter, Observer], None],
     observer: Observer | None,
     *,
     resume: bool,
@@ -76,35 +76,36 @@ def run_recorded(
 
         # Of processes that train together, the first holds the folder for all.
         run_dir, extended = distributed.from_rank_zero(opened)
-        before: dict[str, Any] = {}
+        before: RunRecord | None = None
         done = False
         if resume:
             before, done = distributed.from_rank_zero(lambda: _recorded_before(run_dir, command))
         if extended is not None:
-            before["extended"], done = [*mappings(before, "extended"), extended], False
+            before, done = before or RunRecord(status="running"), False
+            before = before.changed(extended=[*before.extended, extended])
         if resume and not done:
             _check_outside(loaded, command)
-        if done:
+        if done and before is not None:
             observer.note("the run is done: nothing is trained again")
-            record = RunRecord(run_dir, {**before, "output_dir": str(run_dir)})
+            record = before.changed(output_dir=str(run_dir))
         else:
             record = _recorded(loaded, command, run_dir, work, observer, before)
         reported = done and all(is_file(run_dir / name) for name in _REPORT)
         if distributed.is_rank_zero() and not reported:
             with mapped_errors(again=f"sparsegrad report {run_dir}"):
-                _write_report(record, observer)
-    return record.data
+                _write_report(record, run_dir, observer)
+    return record.to_json()
 
 
-def _recorded_before(run_dir: Path, command: str) -> tuple[dict[str, Any], bool]:
+def _recorded_before(run_dir: Path, command: str) -> tuple[RunRecord | None, bool]:
     """What a run that is resumed has recorded so far, and whether it is done.
 
     One whose adapter has been taken away is not: that is made again.
     """
-    found = load_run(run_dir).to_json() if is_file(run_dir / "run.json") else {}
-    if found.get("command") != command:  # of a calibration the basis is of use, the record is not
-        return {}, False
-    return found, found.get("status") == "done" and adapter_file(run_dir) is not None
+    found = load_run(run_dir) if is_file(run_dir / RUN) else None
+    if found is None or found.command != command:  # a calibration's basis is of use, no more
+        return None, False
+    return found, found.status == "done" and adapter_file(run_dir) is not None
 
 
 def _check_outside(loaded: LoadedRecipe, command: str) -> None:
@@ -138,9 +139,9 @@ def _recorded(
     loaded: LoadedRecipe,
     command: str,
     run_dir: Path,
-    work: Callable[[RunRecord, Observer], None],
+    work: Callable[[RunWriter, Observer], None],
     observer: Observer,
-    before: dict[str, Any],
+    before: RunRecord | None,
 ) -> RunRecord:
     """Do the work; run.json says how it ended, however it ended.
 
@@ -149,64 +150,66 @@ def _recorded(
     from sparsegrad_cli.records.environment import collect, git_state
 
     recipe = loaded.recipe
-    record = RunRecord(
+    writer = RunWriter(
         run_dir,
-        {
-            "command": command,
-            "name": run_dir.name,
-            "recipe_digest": digest(recipe),
-            "seed": recipe.seed,
-            "output_dir": str(run_dir),
-            "processes": distributed.world_size(),
-            "environment": collect("cpu" if recipe.train.use_cpu else None),
-            "git": git_state(Path.cwd()),
-        },
         before,
+        command=command,
+        name=run_dir.name,
+        recipe_digest=digest(recipe),
+        seed=recipe.seed,
+        output_dir=str(run_dir),
+        processes=distributed.world_size(),
+        environment=collect("cpu" if recipe.train.use_cpu else None),
+        git=git_state(Path.cwd()),
     )
     started = time.perf_counter()
     try:
         with mapped_errors(_AGAIN[command]):
-            record.save()
-            if distributed.is_rank_zero() and before.get("extended"):
+            writer.save()
+            if distributed.is_rank_zero() and writer.record.extended:
                 # After the record, by which the run is known: the same command mends a kill here.
                 write_text_atomic(run_dir / "recipe.yaml", to_yaml(recipe))
-            work(record, observer)
-            record.data.setdefault("time", {})["total_s"] = time.perf_counter() - started
-            record.finish()
+            work(writer, observer)
+            times = writer.record.time or TimeBlock()
+            writer.record = writer.record.changed(
+                time=times.changed(total_s=time.perf_counter() - started)
+            )
+            writer.finish()
     except SparsegradError as error:
-        _record_failure(record, error)
-        if isinstance(error, InterruptedRunError) and record.data["status"] == "done":
+        _record_failure(writer, error)
+        if isinstance(error, InterruptedRunError) and writer.record.status == "done":
             error.fix = f"the run is done: sparsegrad report {run_dir}"
         raise
     except BaseException as error:
         what = f"{type(error).__name__}: {error}"
-        _record_failure(record, SparsegradError(what, fix="run again with --debug"))
+        _record_failure(writer, SparsegradError(what, fix="run again with --debug"))
         raise
-    return record
+    return writer.record
 
 
-def _record_failure(record: RunRecord, error: SparsegradError) -> None:
+def _record_failure(writer: RunWriter, error: SparsegradError) -> None:
     """Write the status; a disk too full even for that must not hide the first error."""
     try:
-        record.finish(error)
+        writer.finish(error)
     except SparsegradError:
         return
 
 
-def _write_report(record: RunRecord, observer: Observer) -> None:
+def _write_report(record: RunRecord, folder: Path, observer: Observer) -> None:
     """The run is done, whatever becomes of its report."""
     from sparsegrad_cli.records.store import write_text_atomic
     from sparsegrad_cli.report.html import write_run_html
     from sparsegrad_cli.report.markdown import run_markdown
 
+    content = record.to_json()
     observer.phase("report")
     try:
-        write_text_atomic(record.path / _REPORT[0], run_markdown(record.data))
-        write_run_html(record.data, record.path / _REPORT[1])
+        write_text_atomic(folder / _REPORT[0], run_markdown(content))
+        write_run_html(content, folder / _REPORT[1])
     except (OSError, DiskError) as error:
         reason = error.what if isinstance(error, DiskError) else str(error)
         raise DiskError(
             f"the run is done, but its report could not be written: {reason}",
-            where=str(record.path),
-            fix=f"free some space, then sparsegrad report {record.path}",
+            where=str(folder),
+            fix=f"free some space, then sparsegrad report {folder}",
         ) from error

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from sparsegrad_cli.errors import InterruptedRunError, SparsegradError
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.environment import collect, git_state
 from sparsegrad_cli.records.store import SCHEMA, load_record, write_json_atomic
 from sparsegrad_cli.report.labels import status_of
-from sparsegrad_cli.run.folder import now
 from sparsegrad_cli.study.budget_report import with_measured
 from sparsegrad_cli.study.claims import Claim
 from sparsegrad_cli.study.entries import claim_of, entry_of, stamp

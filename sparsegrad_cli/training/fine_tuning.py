@@ -27,7 +27,7 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.trackers import files_in
-from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.tasks.setup import Setup, check_autocast
 from sparsegrad_cli.training.loop import TrainingLoop
 from sparsegrad_cli.training.session import BASIS_NAME, Session, one_per_kind
@@ -51,7 +51,7 @@ class TrainingSession(Session):
     def __init__(
         self,
         loaded: LoadedRecipe,
-        record: RunRecord,
+        record: RunWriter,
         observer: Observer,
         *,
         resume: bool,

@@ -15,7 +15,7 @@ from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.metric_direction import scale_of
-from sparsegrad_cli.report.access import mappings
+from sparsegrad_cli.records.run import HashesBlock, SizesBlock, TimeBlock
 from sparsegrad_cli.run.checkpoints import Shelf, evaluation_due, step_of, trainer_state
 from sparsegrad_cli.run.folder import ADAPTER
 from sparsegrad_cli.run.launcher import DEEPSPEED
@@ -79,7 +79,7 @@ class TrainingLoop:
         trainer.shelf.newest = last
         start = step_of(last) if last else None
         self.recorder.cut(start, evaluated=last is None or not evaluation_due(last))
-        session.record.forget_the_end()
+        session.record.forget_results()
         session.record.save(resumed_from=(start or 0) if self.resume else None)
         initial = None
         if last is None:
@@ -94,22 +94,24 @@ class TrainingLoop:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         session.seconds["train_s"] = self._measured()["train_s"]
         session.enter("evaluate", "best model")
-        setup, counts = self.setup, session.record.data["counts"]
+        setup, counts = self.setup, session.record.record.counts
+        assert counts is not None  # recorded before the loop is made
         session.record.save(
             counts=with_touched(counts, self._prepared, setup.model, self.optimizer),
             sparsity=sparsity_map(setup.targets, setup.model, self.optimizer),
         )
         self._finish(initial)
         session.seconds["evaluate_s"] = trainer.evaluate_seconds
-        session.record.data["time"].update(session.seconds)
+        times = session.record.record.time or TimeBlock()
+        session.record.save(time=times.changed(**session.seconds))
         if distributed.is_rank_zero():
             trainer.shelf.finish(trainer.best_checkpoint)
 
     def _say_extended(self, last: Path | None) -> None:
         """Say what becomes of the learning rates of an extended run, and remove its old adapter."""
         record, train = self.session.record, self.session.recipe.train
-        extended = mappings(record.data, "extended")
-        if not extended or "schedule" in extended[-1]:
+        extended = record.record.extended
+        if not extended or extended[-1].schedule is not None:
             return
         kind, total = train.lr_scheduler_type, self.trainer.steps_in_all()
         if last is None:
@@ -127,8 +129,8 @@ class TrainingLoop:
                 )
             if stopped_early(state):
                 words += f". Early stopping ended it at step {state['global_step']}: it stays ended"
-        extended = [*extended[:-1], {**extended[-1], "steps": total, "schedule": words}]
-        record.save(extended=extended)
+        last_one = extended[-1].changed(steps=total, schedule=words)
+        record.save(extended=[*extended[:-1], last_one])
         self.session.observer.note(words)
         if distributed.is_rank_zero():
             remove_folder(record.path / ADAPTER.parent)
@@ -146,7 +148,7 @@ class TrainingLoop:
             callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
         folder = session.record.path
         arguments = training_arguments(session.recipe, folder, setup.objective.metric)
-        calibration = session.record.data.get("calibration") or {}
+        so_far = session.record.record
         trainer = SparsegradTrainer(
             recipe=session.recipe,
             method=self.method,
@@ -157,15 +159,13 @@ class TrainingLoop:
                 digest(session.recipe),
                 limit=train.save_total_limit,
                 keep_best=arguments.load_best_model_at_end,
-                earlier=[
-                    str(was["recipe_digest"]) for was in mappings(session.record.data, "extended")
-                ],
+                earlier=[str(was.recipe_digest) for was in so_far.extended],
             ),
             origins={
-                "basis": calibration.get("digest"),
+                "basis": so_far.calibration.digest if so_far.calibration else None,
                 "data": setup.task.data_hash,
                 "model": setup.fingerprint,
-                "start": (session.record.data.get("init_from") or {}).get("digest"),
+                "start": so_far.init_from.digest if so_far.init_from else None,
             },
             model=setup.model,
             args=arguments,
@@ -216,7 +216,8 @@ class TrainingLoop:
         timing = recorder.timer.summary()
         self._save_adapter()
         session.meter.watch(self.setup.model)  # looks again: bounded state has grown since
-        sizes = {"optimizer_state_bytes": session.meter.live()["optimizer_state"]}
+        sizes = session.record.record.sizes or SizesBlock()
+        hashes = session.record.record.hashes or HashesBlock()
         steps = trainer.state.global_step
         session.record.save(
             metrics={
@@ -236,17 +237,13 @@ class TrainingLoop:
                 * trainer.args.gradient_accumulation_steps
                 * distributed.world_size(),
             },
-            sizes={**session.record.data.get("sizes", {}), **sizes},
-            hashes={
-                **session.record.data["hashes"],
-                "order": trainer.order.kept,
-                "rows": trainer.order.kept_rows,
-            },
+            sizes=sizes.changed(optimizer_state_bytes=session.meter.live()["optimizer_state"]),
+            hashes=hashes.changed(order=trainer.order.kept, rows=trainer.order.kept_rows),
         )
 
     def _save_adapter(self) -> None:
         record = self.session.record
-        about = {"method": self.method.name, "recipe_digest": record.data["recipe_digest"]}
+        about = {"method": self.method.name, "recipe_digest": str(record.record.recipe_digest)}
         section = self.session.recipe.model
         path = save_adapter(record.path, self.method, self.setup, section, self._drawn, about)
         if not distributed.is_rank_zero():

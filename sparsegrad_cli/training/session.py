@@ -35,7 +35,8 @@ from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest
 from sparsegrad_cli.recipe.method_section import SparsegradMethod
-from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.records.run import HashesBlock
+from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.tasks.facts import loaded_facts
 from sparsegrad_cli.tasks.setup import (
     Setup,
@@ -58,7 +59,7 @@ class Session:
 
     gradient_phase = "calibrate"
 
-    def __init__(self, loaded: LoadedRecipe, record: RunRecord, observer: Observer) -> None:
+    def __init__(self, loaded: LoadedRecipe, record: RunWriter, observer: Observer) -> None:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.record, self.observer = record, observer
         self.seconds: dict[str, float] = {}
@@ -232,7 +233,8 @@ class Session:
             yield
         if settings.keep_head and settings.warmup_steps:
             kept = hash_parameters(head_parameters(setup.model))
-            self.record.save(hashes={**self.record.data["hashes"], "head_init": kept})
+            hashes = self.record.record.hashes or HashesBlock()
+            self.record.save(hashes=hashes.changed(head_init=kept))
 
     def batches(
         self, batches: Iterator[dict[str, Tensor]], *, together: int

@@ -6,8 +6,6 @@ its adapter, and what it may forget, go by the larger number.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -15,32 +13,33 @@ from sparsegrad_cli.methods.base import Counts
 from sparsegrad_cli.methods.optimizer import SelectiveAdamW
 from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
 from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.records.base import Matrix
+from sparsegrad_cli.records.run import CountsBlock, SparsityBlock
 
 MAP_SIDE = 24
 
 
 def with_touched(
-    counts: dict[str, Any], prepared: Counts, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """The ``counts`` block of run.json with ``touched``, of all and of every target.
+    counts: CountsBlock, prepared: Counts, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> CountsBlock:
+    """Return the counts with ``touched``, of the whole model and of every target.
 
     Args:
-        counts: ``prepared`` as JSON.
-        prepared: what trains.
-        model: after its last step.
-        optimizer: the method's own, not accelerate's wrapper around it.
+        counts: What is recorded of ``prepared``.
+        prepared: What trains.
+        model: The model after its last step.
+        optimizer: The method's own, not accelerate's wrapper around it.
     """
     touched = [_touched(c.target, c.entries, model, optimizer) for c in prepared.targets]
     total = sum(touched)
-    return {
-        **counts,
-        "touched": total + prepared.trainable_head + prepared.trainable_rest,
-        "touched_targets": total,
-        "targets": [
-            {**target, "touched": count}
-            for target, count in zip(counts["targets"], touched, strict=True)
+    return counts.changed(
+        touched=total + prepared.trainable_head + prepared.trainable_rest,
+        touched_targets=total,
+        targets=[
+            target.changed(touched=count)
+            for target, count in zip(counts.targets, touched, strict=True)
         ],
-    }
+    )
 
 
 def _touched(
@@ -66,14 +65,8 @@ def _selected(
 
 def sparsity_map(
     targets: list[Target], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Where the touched entries of the middle target lie: the ``sparsity`` block of run.json.
-
-    Returns:
-        ``target``; ``rows`` and ``columns`` of the matrix that is sparse (a core, or W); ``map``:
-        shares touched (0..1) in at most 24 x 24 blocks of it. None for a method that leaves no
-        entry out.
-    """
+) -> SparsityBlock | None:
+    """Return where the touched parameters of the middle target lie; None for a dense method."""
     target = targets[len(targets) // 2]
     layer = model.get_submodule(target.name)
     parameter = _selected(target, model, optimizer)
@@ -86,17 +79,15 @@ def sparsity_map(
         rows, columns = layer.shape
     else:
         return None
-    return {
-        "target": target.name,
-        "rows": rows,
-        "columns": columns,
-        "map": pooled_share(positions, rows, columns),
-    }
+    return SparsityBlock(
+        target=target.name,
+        rows=rows,
+        columns=columns,
+        map=pooled_share(positions, rows, columns),
+    )
 
 
-def pooled_share(
-    positions: Tensor, rows: int, columns: int, side: int = MAP_SIDE
-) -> list[list[float]]:
+def pooled_share(positions: Tensor, rows: int, columns: int, side: int = MAP_SIDE) -> Matrix:
     """Share of each block of a matrix that is among the flat positions, to four decimals.
 
     Row i of ``rows`` falls into block floor(i * blocks / rows), blocks being at most ``side``;
@@ -109,5 +100,5 @@ def pooled_share(
     heights = torch.bincount(torch.arange(rows) * down // rows, minlength=down)
     widths = torch.bincount(torch.arange(columns) * across // columns, minlength=across)
     shares = counts.double() / (heights[:, None] * widths[None, :])
-    found: list[list[float]] = [[round(v, 4) for v in row] for row in shares.tolist()]
+    found: Matrix = [[round(v, 4) for v in row] for row in shares.tolist()]
     return found

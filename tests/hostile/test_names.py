@@ -21,7 +21,8 @@ from sparsegrad_cli.export.place import free_folder
 from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import make_study
-from sparsegrad_cli.run.folder import RunRecord, held_run_dir, open_run_dir
+from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.run.folder import held_run_dir, open_run_dir
 from sparsegrad_cli.study.folder import StudyFolder, safe_name, study_digest
 
 LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
@@ -100,7 +101,7 @@ def test_names_of_folders_to_write_to(name: str) -> None:
         run, comparison = folder / "runs" / inside, folder / "compared" / inside
         with held_run_dir(run):
             open_run_dir(run, recipe, resume=False, overwrite=False)
-            RunRecord(run, {"command": "train"}).save()
+            RunWriter(run, command="train").save()
         assert (run / "run.json").is_file()
         place = StudyFolder(comparison)
         place.prepare(overwrite=False)

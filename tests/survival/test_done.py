@@ -13,8 +13,10 @@ from surviving import Bench, flat, record, weights
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, load_recipe, to_yaml
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run import recorded as recorded
-from sparsegrad_cli.run.folder import ADAPTER, RunRecord
+from sparsegrad_cli.run.folder import ADAPTER
 
 BLOCKS = {
     "metrics": {"best": {"step": 4, "score": 0.9}},
@@ -40,10 +42,10 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs whose report was written; pages take longer than all the rest."""
     written: list[str] = []
 
-    def write(of: RunRecord, observer: Observer) -> None:
-        written.append(of.path.name)
+    def write(of: RunRecord, folder: Path, observer: Observer) -> None:
+        written.append(folder.name)
         for name in ("report.md", "report.html"):
-            (of.path / name).write_text("")
+            (folder / name).write_text("")
 
     monkeypatch.setattr(recorded, "_write_report", write)
     return written
@@ -64,7 +66,7 @@ def resume(loaded: LoadedRecipe, work: Any, observer: Observer | None = None) ->
     return recorded.run_recorded(loaded, "train", work, observer, resume=True, overwrite=False)
 
 
-def unreachable(of: RunRecord, observer: Observer) -> None:
+def unreachable(of: RunWriter, observer: Observer) -> None:
     raise DownloadError("the hub cannot be reached", where="model.name")
 
 
@@ -100,7 +102,7 @@ def test_what_was_recorded_outlives_a_resumption_that_fails(
     assert {name: found[name] for name in BLOCKS} == BLOCKS and not reports
     seen: list[dict[str, Any]] = []
 
-    def goes_well(of: RunRecord, observer: Observer) -> None:
+    def goes_well(of: RunWriter, observer: Observer) -> None:
         seen.append(record(tmp_path / "run"))
 
     resume(loaded, goes_well)

@@ -19,7 +19,7 @@ from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.run.folder import RunRecord
+from sparsegrad_cli.records.writer import RunWriter
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4
@@ -169,7 +169,7 @@ def calibrating(
         "calibration.warmup_steps=0",
         "calibration.decomposition=exact",
     )
-    session = CalibrationSession(load_recipe(None, settings), RunRecord(place, {}), Observer())
+    session = CalibrationSession(load_recipe(None, settings), RunWriter(place), Observer())
     session.load()
 
     def calibrate(one_step: Callable[[int], None]) -> None:

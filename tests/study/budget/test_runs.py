@@ -24,7 +24,8 @@ from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
-from sparsegrad_cli.run.folder import RunRecord, open_run_dir
+from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.run.folder import open_run_dir
 from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.budget_report import measured, with_measured
 from sparsegrad_cli.study.checks import make_checks
@@ -84,7 +85,7 @@ def ran(solved: LoadedStudy, folder: Path) -> list[dict[str, Any]]:
         run = folder / f"{cell.label}-{cell.seed}"
         recipe = cell.loaded.recipe.model_copy(update={"output_dir": str(run)})
         open_run_dir(run, recipe, resume=False, overwrite=False)
-        kept = RunRecord(run, {"recipe_digest": digest(recipe), "seed": cell.seed})
+        kept = RunWriter(run, recipe_digest=digest(recipe), seed=cell.seed)
         TrainingSession(replace(cell.loaded, recipe=recipe), kept, Observer(), resume=False).run()
         kept.finish()
         about = {"task": cell.task, "method": cell.label, "seed": cell.seed, "status": "done"}
