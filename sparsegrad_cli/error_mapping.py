@@ -1,4 +1,4 @@
-"""Ctrl-C and failed allocations, wherever they happen, as errors of ours. Imports nothing heavy."""
+"""Map Ctrl-C and failed allocations to the package's own errors. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from sparsegrad_cli.errors import InterruptedRunError, OutOfMemoryError, SparsegradError
 
-# How libraries say so in a RuntimeError: torch's CPU allocator, C++, CUDA's runtime and cuBLAS.
+# What libraries say in a RuntimeError whose cause is a failed allocation: torch's CPU allocator,
+# C++, CUDA's runtime, cuBLAS, and oneDNN.
 _PHRASES = (
     "can't allocate memory",
     "not enough memory",
@@ -17,13 +18,14 @@ _PHRASES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA out of memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "could not execute a primitive",
 )
-# oneDNN's words where an allocation fails inside it, and where a CPU lacks an instruction.
-_PERHAPS = ("could not create a primitive", "could not create a memory", "could not execute a")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """An allocation failed: on a CUDA device, in torch's CPU allocator, in python or the system."""
+    """Return whether an allocation failed: in CUDA, torch, oneDNN, Python or the OS."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -32,31 +34,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(p in str(error) for p in _PHRASES)
 
 
-def may_be_out_of_memory(error: BaseException) -> bool:
-    """It is, or it can be and only a smaller batch can tell."""
-    perhaps = isinstance(error, RuntimeError) and any(p in str(error) for p in _PERHAPS)
-    return perhaps or is_out_of_memory(error)
-
-
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or ["an allocation failed"])[0]
 
 
 @contextmanager
 def mapped_errors(
-    again: str = "--resume goes on from the last checkpoint, if there is one",
+    again: str = "--resume continues from the last checkpoint, if there is one",
     memory: tuple[str, str] = (
         "train.per_device_train_batch_size",
         "a smaller batch with more gradient_accumulation_steps, "
         "train.gradient_checkpointing: true, a shorter task.max_length",
     ),
 ) -> Iterator[None]:
-    """Ctrl-C and failed allocations as errors of ours, with their exit codes.
+    """Raise Ctrl-C and failed allocations inside as errors with their own exit codes.
 
     Args:
         again: what to do after Ctrl-C.
-        memory: what to blame for a failed allocation, and what to do.
+        memory: the setting that a failed allocation depends on, and what to do.
+
+    Raises:
+        InterruptedRunError: the user pressed Ctrl-C.
+        OutOfMemoryError: an allocation failed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The one place that wires the parts: recipe -> model + data -> method -> training -> record."""
+"""Export, generate, judge, estimate and solve, with their errors mapped."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.error_mapping import mapped_errors
-from sparsegrad_cli.errors import InterruptedRunError, UsageError
-from sparsegrad_cli.memory.frozen_gc import frozen_gc
+from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.records.writer import RunWriter
-from sparsegrad_cli.run.recorded import run_recorded
 
 if TYPE_CHECKING:
     from sparsegrad_cli.estimate.estimate_steps import Room
@@ -27,70 +24,6 @@ if TYPE_CHECKING:
     )
     from sparsegrad_cli.judge.judge_answers import JudgeOptions
     from sparsegrad_cli.recipe.study import LoadedStudy
-
-
-def train(
-    loaded: LoadedRecipe,
-    observer: Observer | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Run a recipe: load, calibrate if the method wants a basis, train, evaluate, report.
-
-    Returns:
-        The content of run.json.
-
-    Raises:
-        SparsegradError: of the kind that says what happened; the run directory is left with a
-            run.json that says so too, and with its last checkpoint.
-    """
-
-    def work(record: RunWriter, observer: Observer) -> None:
-        # Seconds of importing, for a run that may: a folder that is refused is refused at once.
-        from sparsegrad_cli.training.fine_tuning import TrainingSession
-
-        initial = None
-        if loaded.recipe.init_from is not None:
-            from sparsegrad_cli.export.init_from import Initial
-
-            initial = Initial(loaded)
-        with frozen_gc():
-            TrainingSession(loaded, record, observer, resume=resume, initial=initial).run()
-
-    return run_recorded(loaded, "train", work, observer, resume=resume, overwrite=overwrite)
-
-
-def calibrate(
-    loaded: LoadedRecipe, observer: Observer | None = None, *, overwrite: bool = False
-) -> dict[str, Any]:
-    """Make basis.safetensors of a recipe, with its table and plots; see :func:`train`.
-
-    Raises:
-        UsageError: the method has no use for a basis, or the recipe names a basis that is there.
-        SparsegradError: as :func:`train`.
-    """
-    recipe = loaded.recipe
-    if not recipe.method.calibrates:
-        raise UsageError(
-            f"calibrate makes a basis, and method {recipe.method.name} needs none",
-            where=loaded.where("method.name"),
-            fix="method.name: sparsegrad",
-        )
-    if recipe.calibration.basis is not None:
-        raise UsageError(
-            f"calibrate makes a basis, and the recipe names one: {recipe.calibration.basis}",
-            where=loaded.where("calibration.basis"),
-            fix="calibration.basis=null makes another; train uses the one that is named",
-        )
-
-    def work(record: RunWriter, observer: Observer) -> None:
-        from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
-
-        with frozen_gc():
-            CalibrationSession(loaded, record, observer).run()
-
-    return run_recorded(loaded, "calibrate", work, observer, resume=False, overwrite=overwrite)
 
 
 def export(

@@ -18,7 +18,8 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import open_run_dir
-from sparsegrad_cli.training.fine_tuning import TrainingSession
+from sparsegrad_cli.run.open_run import Run
+from sparsegrad_cli.training.fine_tuning import fine_tune
 
 ROWS = 24  # of validation
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -111,7 +112,7 @@ def train(
     open_run_dir(run, loaded.recipe, resume=resume, overwrite=False)
     about = {"recipe_digest": digest(loaded.recipe), "seed": loaded.recipe.seed}
     kept = RunWriter(run, command="train", name=run.name, **about)
-    TrainingSession(loaded, kept, Observer(), resume=resume).run()
+    fine_tune(Run(loaded, kept, Observer(), resume=resume))
     if stop:
         shutil.rmtree(run / "adapter")
     kept.finish(InterruptedRunError("stopped") if stop else None)

@@ -84,16 +84,16 @@ def _renames(beginning: str) -> Callable[..., bool]:
 
 @moment("begun", "the folder is made, the recipe is in it, no record yet")
 def _begun(count: int) -> None:
-    from sparsegrad_cli.run import recorded as recorded
+    from sparsegrad_cli.run import open_run
 
-    wrap(recorded, "RunWriter", count, before=_die)
+    wrap(open_run, "RunWriter", count, before=_die)
 
 
 @moment("loaded", "model and data are loaded")
 def _loaded(count: int) -> None:
-    from sparsegrad_cli.training.fine_tuning import TrainingSession
+    from sparsegrad_cli.training import fine_tuning
 
-    wrap(TrainingSession, "load", count, after=_die)
+    wrap(fine_tuning, "load", count, after=_die)
 
 
 @moment("calibrating", "in the middle of calibration")
@@ -112,9 +112,9 @@ def _basis_torn(count: int) -> None:
 
 @moment("calibrated", "calibration is done, its basis on the disk")
 def _calibrated(count: int) -> None:
-    from sparsegrad_cli.training import session
+    from sparsegrad_cli.calibration import run_calibration
 
-    wrap(session, "write_basis", count, after=_die)
+    wrap(run_calibration, "write_basis", count, after=_die)
 
 
 @moment("record-torn", "half of run.json is written, under its temporary name")
@@ -221,9 +221,9 @@ def _interrupted_evaluating(count: int) -> None:
 
 @moment("interrupted-loading", "SIGTERM while model and data are loaded")
 def _interrupted_loading(count: int) -> None:
-    from sparsegrad_cli.training import session
+    from sparsegrad_cli.tasks import setup
 
-    _asked_to_stop(session, "make_setup", count)
+    _asked_to_stop(setup, "make_setup", count)
 
 
 @moment("interrupted-probing", "SIGTERM while memory is measured in a step")
@@ -311,9 +311,9 @@ def _adapter_renamed(count: int) -> None:
 
 @moment("reporting", "the record says done, the report is not written")
 def _reporting(count: int) -> None:
-    from sparsegrad_cli.run import recorded as recorded
+    from sparsegrad_cli.run import open_run
 
-    wrap(recorded, "_write_report", count, before=_die)
+    wrap(open_run, "write_report", count, before=_die)
 
 
 @moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
@@ -370,9 +370,9 @@ def _limit_memory(mebibytes: int) -> None:
 
 @moment("short-of-memory", "MiB that are left once model and data are loaded")
 def _short_of_memory(count: int) -> None:
-    from sparsegrad_cli.training.fine_tuning import TrainingSession
+    from sparsegrad_cli.training import fine_tuning
 
-    wrap(TrainingSession, "load", 1, after=lambda *args: _limit_memory(count))
+    wrap(fine_tuning, "load", 1, after=lambda *args: _limit_memory(count))
 
 
 @moment("short-of-memory-later", "MiB that are left when the second evaluation begins")
@@ -389,9 +389,9 @@ def _small_files(count: int) -> None:
 
 @moment("reporting-full", "KiB that a file may have once the run is done: a full disk")
 def _reporting_full(count: int) -> None:
-    from sparsegrad_cli.run import recorded as recorded
+    from sparsegrad_cli.run import open_run
 
-    wrap(recorded, "_write_report", 1, before=lambda *args: _limit_files(count))
+    wrap(open_run, "write_report", 1, before=lambda *args: _limit_files(count))
 
 
 def _limit_files(kibibytes: int) -> None:

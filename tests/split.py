@@ -13,9 +13,9 @@ from little import base_folder, data_folder
 from talkers import byte_tokenizer, talker
 from tiny import build, config
 
-from sparsegrad_cli import runner
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.training.train import train as train_recipe
 
 # What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` puts into the environment.
 FSDP2 = {
@@ -93,7 +93,7 @@ def trained(
 ) -> dict[str, Any]:
     """run.json of a run in the working folder, as the command makes it."""
     settings = (*TASKS[model], *_SETTINGS, *METHODS[method], *more, f"output_dir={run}")
-    return runner.train(load_recipe(None, settings), observer, resume=resume)
+    return train_recipe(load_recipe(None, settings), observer, resume=resume).to_json()
 
 
 def undraw() -> None:

@@ -25,7 +25,7 @@ from sparsegrad_cli.calibration.gradients import (
 )
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.interruption import raise_if_requested
-from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.models.targets import Target, basis_keys
 from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, leading, truncated
 from sparsegrad_cli.numerics.scores import ScoreStream
 from sparsegrad_cli.numerics.seeding import temporary_seed
@@ -102,11 +102,6 @@ class _Passes:
                     self.losses.append(sum(losses))
                     after()
                 self.on_step(len(self.losses), self.losses[-1])
-
-
-def basis_keys(targets: list[Target], basis_per: str) -> dict[str, str]:
-    """Target name -> key of its basis: its own name, or its kind where a kind shares one."""
-    return {t.name: t.name if basis_per == "layer" else t.kind for t in targets}
 
 
 def passes_of(settings: CalibrationSection) -> int:

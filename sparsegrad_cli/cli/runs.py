@@ -26,7 +26,7 @@ def train(
     recipe: RecipeAndOverrides = None,
     output_dir: OutputDir = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in output_dir.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -39,8 +39,8 @@ def train(
 
     [bold]sparsegrad train configs/roberta_glue.yaml task.name=glue/rte seed=3705[/bold]
     """
-    from sparsegrad_cli import runner
     from sparsegrad_cli.report.terminal import run_table
+    from sparsegrad_cli.training.train import train as train_recipe
 
     loaded = load(recipe, output_dir)
     if resume and loaded.recipe.output_dir is None:
@@ -51,9 +51,9 @@ def train(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     with _observer(quiet or as_json) as observer:
-        record = runner.train(loaded, observer, resume=resume, overwrite=overwrite)
+        record = train_recipe(loaded, observer, resume=resume, overwrite=overwrite)
     distributed.shutdown()
-    _show(record, run_table, as_json)
+    _show(record.to_json(), run_table, as_json)
 
 
 def calibrate(
@@ -65,14 +65,14 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Make the basis of a recipe from a few gradient steps, and show what it is worth."""
-    from sparsegrad_cli import runner
+    from sparsegrad_cli.calibration.calibrate_run import calibrate_run
     from sparsegrad_cli.report.terminal import calibration_table
 
     loaded = load(recipe, output_dir)
     with _observer(quiet or as_json) as observer:
-        record = runner.calibrate(loaded, observer, overwrite=overwrite)
+        record = calibrate_run(loaded, observer, overwrite=overwrite)
     distributed.shutdown()
-    _show(record, calibration_table, as_json)
+    _show(record.to_json(), calibration_table, as_json)
 
 
 def report(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.calibration.calibrate import basis_keys, calibrate
+from sparsegrad_cli.calibration.calibrate import calibrate
 from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
@@ -37,6 +37,7 @@ from sparsegrad_cli.methods.sparsegrad.core_plan import with_known_rank
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import (
     Target,
+    basis_keys,
     find_targets,
     not_adapted,
     not_adapted_note,

@@ -11,14 +11,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import BasisFile, check_belongs, check_rank, read_basis
-from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import RunFiles
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
 from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
-from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.models.targets import Target, basis_keys
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe

@@ -42,8 +42,8 @@ from sparsegrad_cli.memory.storage_tracker import (
     Peak,
     PhasePeak,
     largest,
-    tensors_in,
 )
+from sparsegrad_cli.models.module_trace import tensors_in
 from sparsegrad_cli.models.sharded_tensors import split_modules
 from sparsegrad_cli.records.environment import rss_bytes
 

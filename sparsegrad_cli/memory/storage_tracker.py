@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,18 +225,6 @@ class Ledger:
                 self.bytes["saved_activations"] -= entry.nbytes
                 self.bytes["other"] += entry.nbytes
                 entry.category, entry.since = "other", self._tick()
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Tensors in nested lists, tuples and mappings."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for branch in tree.values():
-            yield from tensors_in(branch)
-    elif isinstance(tree, list | tuple):
-        for branch in tree:
-            yield from tensors_in(branch)
 
 
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

@@ -347,3 +347,8 @@ def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
         sha.update(f"{target.name} {target.out_features} {target.in_features}".encode())
         sha.update(sample.numpy().tobytes())
     return sha.hexdigest()
+
+
+def basis_keys(targets: Sequence[Target], basis_per: str) -> dict[str, str]:
+    """Return target name -> key of its basis: its own name, or its kind where a kind shares one."""
+    return {t.name: t.name if basis_per == "layer" else t.kind for t in targets}

@@ -59,7 +59,7 @@ def study_of(run_dir: Path) -> Path | None:
 
 
 @contextmanager
-def files_in(run_dir: Path, report_to: str | tuple[str, ...]) -> Iterator[None]:
+def tracker_environment(run_dir: Path, report_to: str | tuple[str, ...]) -> Iterator[None]:
     """Inside, trackers write into the run's folder and group the runs of a comparison.
 
     A place or name that the user has set in the environment stands.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
+from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
+from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
 from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
-from sparsegrad_cli.models.quantized import placed
+from sparsegrad_cli.models.quantized import count_entries, placed, quantization_state
 from sparsegrad_cli.models.targets import (
     NotAdapted,
     Target,
+    basis_keys,
     find_targets,
     fingerprint,
     head_parameters,
@@ -28,15 +33,28 @@ from sparsegrad_cli.models.targets import (
 )
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
+from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
+from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.chat import load_chats
 from sparsegrad_cli.tasks.classification import Few, Parts, load_texts
 
 
 @dataclass
 class Setup(Parts):
-    """A recipe made real, before any method has touched the model."""
+    """Model, data and targets of a recipe, before the method has changed the model.
+
+    Attributes:
+        targets: the target modules.
+        not_adapted: blocks of the model whose parameters the method leaves alone.
+        fingerprint: of the targets' weights.
+        head_hash: sha256 (hex) of the head's values.
+        precision: the ``precision`` block of the record.
+        device: where the model is.
+        method_settings: the recipe's ``method`` section, with the rank filled in.
+        meter: watches the model.
+    """
 
     targets: list[Target]
     not_adapted: list[NotAdapted]
@@ -44,6 +62,51 @@ class Setup(Parts):
     head_hash: str
     precision: dict[str, Any]
     device: torch.device
+    method_settings: MethodSection
+    meter: MemoryMeter
+
+    @property
+    def basis_rank(self) -> int | float | None:
+        """Directions per side that the method keeps of a basis, or a share; None for all."""
+        method = self.method_settings
+        if not isinstance(method, SparsegradMethod) or method.form != "core":
+            return None
+        assert not isinstance(method.rank, str)
+        return method.rank
+
+    @property
+    def compares_targets(self) -> bool:
+        """Whether the basis must say how many tokens each target has seen."""
+        method = self.method_settings
+        return isinstance(method, SparsegradMethod) and method.allocation == "model"
+
+    def new_meter(self) -> MemoryMeter:
+        """Return another meter that watches the model, for a trial."""
+        return watching_meter(self.model, self.device)
+
+
+def watching_meter(model: nn.Module, device: torch.device) -> MemoryMeter:
+    """Return a memory meter that watches a model."""
+    meter = make_meter(device)
+    meter.watch(model, weights=quantization_state(model))
+    return meter
+
+
+def load(run: Run) -> Setup:
+    """Load model, data and targets of a run, and record them.
+
+    Raises:
+        SparsegradError: see :func:`make_setup`; also if memory runs out.
+    """
+    run.begin_phase("load", run.recipe.model.name)
+    started = time.perf_counter()
+    with out_of_memory_explained(run.recipe, "load"):
+        setup = make_setup(run.loaded, run.observer)
+    run.seconds["load_s"] = time.perf_counter() - started
+    with setup.meter.phase("load"):
+        pass
+    run.writer.save(**loaded_facts(run.recipe, setup))
+    return setup
 
 
 def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None) -> Setup:
@@ -86,7 +149,63 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
         head_hash=head_hash,
         precision=precision_of(model, recipe.train, device),
         device=device,
+        method_settings=_settled_method(loaded, targets),
+        meter=watching_meter(model, device),
     )
+
+
+def _settled_method(loaded: LoadedRecipe, targets: list[Target]) -> MethodSection:
+    """Return the recipe's method with a rank in directions, not in bytes."""
+    settings = loaded.recipe.method
+    if not isinstance(settings, SparsegradMethod):
+        return settings
+    keys = basis_keys(targets, loaded.recipe.calibration.basis_per)
+    return with_rank(settings, targets, keys, loaded.where("method.rank"))
+
+
+def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:
+    """Return the blocks ``model``, ``task``, ``precision`` and ``hashes`` of the record."""
+    config: Any = setup.model.config
+    task = setup.task
+    return {
+        "model": {
+            "name": recipe.model.name,
+            "architecture": type(setup.model).__name__,
+            "model_type": getattr(config, "model_type", None),
+            "parameters": count_entries(setup.model),
+            "dtype": recipe.model.dtype,
+            "quantization": recipe.model.quantization,
+            "fingerprint": setup.fingerprint,
+            "head": setup.head.to_json() if setup.head else None,
+            "not_adapted": [
+                {"kind": n.kind, "shape": list(n.shape), "count": n.count}
+                for n in setup.not_adapted
+            ],
+        },
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "metric": setup.objective.metric,
+            "regression": task.kind == "regression",
+            "label_names": list(task.label_names) if task.label_names else None,
+            "positive_label": task.positive_label,
+            "train_examples": len(setup.train_data),
+            "validation_examples": {k: len(v) for k, v in setup.validation.items()},
+            "majority_score": task.majority.get(setup.objective.metric),
+            "majority_accuracy": task.majority.get("accuracy"),
+            "max_length": recipe.task.max_length,
+            "padding": recipe.task.padding,
+            "notes": list(task.notes),
+            "counts": dict(task.counts),
+        },
+        "precision": setup.precision,
+        "hashes": {
+            "data": task.data_hash,
+            "head_init": setup.head_hash,
+            "precision": hash_facts(setup.precision),
+            "order": {},
+        },
+    }
 
 
 def check_precision(loaded: LoadedRecipe) -> None:

@@ -35,7 +35,7 @@ from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
 from sparsegrad_cli.training.trainer import SparsegradTrainer
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.training.session import Session
+    from sparsegrad_cli.run.open_run import Run
 
 # Schedules that do not look at the number of steps.
 _WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -46,70 +46,66 @@ class TrainingLoop:
     """One run's training.
 
     Args:
-        session: has loaded, calibrated and recorded so far.
+        run: the open run.
         setup, method, prepared: the model, and what has made it ready.
-        resume: go on from the newest whole checkpoint, if there is one.
     """
 
     def __init__(
         self,
-        session: Session,
+        run: Run,
         setup: Setup,
         method: Method,
         prepared: Prepared,
-        *,
-        resume: bool,
     ) -> None:
-        self.session, self.setup, self.method, self.resume = session, setup, method, resume
+        self._run, self.setup, self.method, self.resume = run, setup, method, run.resume
         self._prepared = prepared.counts
         self._batch_shape: list[int] | None = None
         self._drawn = drawn_parameters(method, setup)
         self._began = time.perf_counter()
-        self.recorder = RecordCallback(session.record.path, session.observer, [], str(setup.device))
+        self.recorder = RecordCallback(run.path, run.observer, [], str(setup.device))
         self.trainer = self._trainer()
-        session.record.save(split_by=self.trainer.split_by)
+        run.writer.save(split_by=self.trainer.split_by)
         self.optimizer = self.trainer.create_optimizer()
-        session.meter.watch(setup.model, bases=prepared.bases, optimizer=self.optimizer)
-        session.known.trainer, session.known.bases = self.trainer, tuple(prepared.bases)
+        setup.meter.watch(setup.model, bases=prepared.bases, optimizer=self.optimizer)
 
     def run(self) -> None:
         """Train, or go on training, to the end; record it, save the adapter."""
-        session, trainer = self.session, self.trainer
+        run, setup, trainer = self._run, self.setup, self.trainer
         last = distributed.from_rank_zero(self._found) if self.resume else None
         trainer.shelf.newest = last
         start = step_of(last) if last else None
         self.recorder.cut(start, evaluated=last is None or not evaluation_due(last))
-        session.record.forget_results()
-        session.record.save(resumed_from=(start or 0) if self.resume else None)
+        run.writer.forget_results()
+        run.writer.save(resumed_from=(start or 0) if self.resume else None)
         initial = None
         if last is None:
-            session.enter("evaluate", "before the first step")
+            run.begin_phase("evaluate", "before the first step")
             trainer.evaluate_untrained()
             initial = trainer.last_evaluation
         self._say_extended(last)
-        session.enter("train", session.recipe.method.name)
-        torch.manual_seed(session.recipe.seed)  # dropout is the same whatever was drawn before
+        run.begin_phase("train", run.recipe.method.name)
+        torch.manual_seed(run.recipe.seed)  # dropout is the same whatever was drawn before
         self._began = time.perf_counter() - trainer.evaluate_seconds
         with blaming_checkpoint(last, trainer):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-        session.seconds["train_s"] = self._measured()["train_s"]
-        session.enter("evaluate", "best model")
-        setup, counts = self.setup, session.record.record.counts
+        run.seconds["train_s"] = self._measured()["train_s"]
+        run.begin_phase("evaluate", "best model")
+        counts = run.writer.record.counts
         assert counts is not None  # recorded before the loop is made
-        session.record.save(
+        run.writer.save(
             counts=with_touched(counts, self._prepared, setup.model, self.optimizer),
             sparsity=sparsity_map(setup.targets, setup.model, self.optimizer),
         )
         self._finish(initial)
-        session.seconds["evaluate_s"] = trainer.evaluate_seconds
-        times = session.record.record.time or TimeBlock()
-        session.record.save(time=times.changed(**session.seconds))
+        run.seconds["evaluate_s"] = trainer.evaluate_seconds
+        times = run.writer.record.time or TimeBlock()
+        run.writer.save(time=times.changed(**run.seconds))
         if distributed.is_rank_zero():
             trainer.shelf.finish(trainer.best_checkpoint)
 
     def _say_extended(self, last: Path | None) -> None:
         """Say what becomes of the learning rates of an extended run, and remove its old adapter."""
-        record, train = self.session.record, self.session.recipe.train
+        record, train = self._run.writer, self._run.recipe.train
         extended = record.record.extended
         if not extended or extended[-1].schedule is not None:
             return
@@ -131,32 +127,32 @@ class TrainingLoop:
                 words += f". Early stopping ended it at step {state['global_step']}: it stays ended"
         last_one = extended[-1].changed(steps=total, schedule=words)
         record.save(extended=[*extended[:-1], last_one])
-        self.session.observer.note(words)
+        self._run.observer.note(words)
         if distributed.is_rank_zero():
             remove_folder(record.path / ADAPTER.parent)
 
     def _found(self) -> Path | None:
-        return self.trainer.shelf.find(self.session.observer.note)
+        return self.trainer.shelf.find(self._run.observer.note)
 
     def _trainer(self) -> SparsegradTrainer:
         from transformers import EarlyStoppingCallback
 
-        session, setup, train = self.session, self.setup, self.session.recipe.train
+        run, setup, train = self._run, self.setup, self._run.recipe.train
         interrupter = InterruptCallback()
         callbacks: list[Any] = [self.recorder, interrupter, SaveAfterEvaluation()]
         if train.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
-        folder = session.record.path
-        arguments = training_arguments(session.recipe, folder, setup.objective.metric)
-        so_far = session.record.record
+        folder = run.path
+        arguments = training_arguments(run.recipe, folder, setup.objective.metric)
+        so_far = run.writer.record
         trainer = SparsegradTrainer(
-            recipe=session.recipe,
+            recipe=run.recipe,
             method=self.method,
             objective=setup.objective,
             validation=setup.validation,
             shelf=Shelf(
                 folder,
-                digest(session.recipe),
+                digest(run.recipe),
                 limit=train.save_total_limit,
                 keep_best=arguments.load_best_model_at_end,
                 earlier=[str(was.recipe_digest) for was in so_far.extended],
@@ -176,9 +172,9 @@ class TrainingLoop:
         )
         _quiet(trainer)
         _dvclive_in(folder, trainer)
-        settle(trainer, setup.model, setup.targets, session.observer.note)
+        settle(trainer, setup.model, setup.targets, run.observer.note)
         if trainer.split_by != DEEPSPEED:  # whose engine takes every backward pass for its own
-            trainer.add_callback(ProbeCallback(session.meter, self._probe))
+            trainer.add_callback(ProbeCallback(setup.meter, self._probe))
         trainer.measured = self._measured
         self.recorder.trainer = interrupter.trainer = trainer
         return trainer
@@ -187,7 +183,7 @@ class TrainingLoop:
         """What a checkpoint keeps of time and memory."""
         before = self.trainer.resumed.measured if self.trainer.resumed else {}
         here = time.perf_counter() - self._began - self.trainer.evaluate_seconds
-        memory = {**self.session.meter.report(), "batch_shape": self._batch_shape}
+        memory = {**self.setup.meter.report(), "batch_shape": self._batch_shape}
         if "backward" not in memory["phases"]:  # measured before a kill, and past that step now
             memory = before.get("memory", memory)
         return {
@@ -198,7 +194,7 @@ class TrainingLoop:
 
     def _finish(self, initial: dict[str, Any] | None) -> None:
         """Record what came out and save the adapter."""
-        session, trainer, recorder = self.session, self.trainer, self.recorder
+        run, setup, trainer, recorder = self._run, self.setup, self.trainer, self.recorder
         history = recorder.history
         if not history or history[-1]["step"] != trainer.state.global_step:
             trainer.evaluate()
@@ -215,11 +211,11 @@ class TrainingLoop:
         initial = initial or next((r for r in history if r["step"] == 0), None)
         timing = recorder.timer.summary()
         self._save_adapter()
-        session.meter.watch(self.setup.model)  # looks again: bounded state has grown since
-        sizes = session.record.record.sizes or SizesBlock()
-        hashes = session.record.record.hashes or HashesBlock()
+        setup.meter.watch(setup.model)  # looks again: bounded state has grown since
+        sizes = run.writer.record.sizes or SizesBlock()
+        hashes = run.writer.record.hashes or HashesBlock()
         steps = trainer.state.global_step
-        session.record.save(
+        run.writer.save(
             metrics={
                 "initial": initial,
                 "best": best,
@@ -237,14 +233,14 @@ class TrainingLoop:
                 * trainer.args.gradient_accumulation_steps
                 * distributed.world_size(),
             },
-            sizes=sizes.changed(optimizer_state_bytes=session.meter.live()["optimizer_state"]),
+            sizes=sizes.changed(optimizer_state_bytes=setup.meter.live()["optimizer_state"]),
             hashes=hashes.changed(order=trainer.order.kept, rows=trainer.order.kept_rows),
         )
 
     def _save_adapter(self) -> None:
-        record = self.session.record
+        record = self._run.writer
         about = {"method": self.method.name, "recipe_digest": str(record.record.recipe_digest)}
-        section = self.session.recipe.model
+        section = self._run.recipe.model
         path = save_adapter(record.path, self.method, self.setup, section, self._drawn, about)
         if not distributed.is_rank_zero():
             return
@@ -260,8 +256,8 @@ class TrainingLoop:
 
         Of a step in micro-batches it is a later one: gradients of earlier ones are there.
         """
-        setup, trainer, meter = self.setup, self.trainer, self.session.meter
-        train, model = self.session.recipe.train, setup.model
+        setup, trainer, meter = self.setup, self.trainer, self.setup.meter
+        train, model = self._run.recipe.train, setup.model
         rows = longest_batch(setup.train_data, train.per_device_train_batch_size)
         batch = to_device(setup.collator(rows), setup.device)
         self._batch_shape = list(batch["input_ids"].shape)
@@ -269,7 +265,7 @@ class TrainingLoop:
             interruption.requested()
         ):  # training ends after this step: what was not measured stays unknown
             return
-        with temporary_seed(self.session.recipe.seed):
+        with temporary_seed(self._run.recipe.seed):
             model.train()
             if train.gradient_accumulation_steps > 1:
                 small = to_device(setup.collator(rows[:1]), setup.device)

@@ -14,10 +14,10 @@ from paths import REPO
 from talkers import byte_tokenizer
 from tiny import build, one_thread
 
-from sparsegrad_cli import runner
 from sparsegrad_cli.estimate.estimate_steps import estimate_steps
 from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
 from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.training.train import train as train_recipe
 
 # SmolLM2's proportions: three query heads share one of keys and values, the MLP is 8/3 as wide.
 SHAPE = {
@@ -123,7 +123,7 @@ def test_what_the_allocator_counts_was_estimated(tmp_path: Path, method: str) ->
     brief = ("train.per_device_train_batch_size=8", "train.max_steps=2", "calibration.steps=1")
     source = REPO / "configs" / "smollm2_dialogues.yaml"
     overrides = (*shape, *brief, f"method={method}", f"output_dir={tmp_path / 'run'}")
-    counted = runner.train(load_recipe(source, overrides))["memory"]
+    counted = train_recipe(load_recipe(source, overrides)).to_json()["memory"]
     row = estimated(tmp_path / "run", counted, "cuda")
     for phase in ("forward", "backward"):
         expected = counted["phases"][phase]["peak_bytes"]

@@ -10,10 +10,11 @@ import torch
 from tiny import batch, classifier
 from torch import Tensor, nn
 
-from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors, may_be_out_of_memory
+from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.memory.meter import make_meter
-from sparsegrad_cli.training.oom_measure import Attempt, Phase, attempt, forget, located
+from sparsegrad_cli.memory.out_of_memory import Attempt, Phase, attempt, release
+from sparsegrad_cli.models.module_trace import trace_location
 
 FAR_TOO_MUCH = 2**55  # bytes; no machine has them, and every allocator says so
 
@@ -85,7 +86,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 def test_places_in_a_real_model() -> None:
     model, seen = classifier("bert"), []
-    with located(model, seen.append):
+    with trace_location(model, seen.append):
         loss = model(**batch()).loss
         forward = len(seen)
         loss.backward()
@@ -137,7 +138,7 @@ def test_forgetting_an_error_frees_what_its_frames_held() -> None:
         kept.append(error)
     gc.collect()
     assert held[0]() is not None
-    forget(kept[0])
+    release(kept[0])
     assert held[0]() is None
 
 
@@ -157,8 +158,8 @@ def test_what_counts_as_out_of_memory() -> None:
     assert not is_out_of_memory(OSError(28, "No space left on device"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
     primitive = RuntimeError("could not create a primitive")
-    assert may_be_out_of_memory(primitive) and not is_out_of_memory(primitive)
-    assert not may_be_out_of_memory(RuntimeError("shape mismatch"))
+    assert is_out_of_memory(primitive)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_outside_a_session_it_is_an_error_of_ours_too() -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from sparsegrad_cli.errors import RecipeError, UsageError
-from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.tasks.classification import load_texts
 from sparsegrad_cli.tasks.setup import check_autocast
 from sparsegrad_cli.training.arguments import training_arguments
-from sparsegrad_cli.training.fine_tuning import TrainingSession
 
 STEPS = ("train.eval_strategy=steps", "train.eval_steps=2")
 BEST = "save_strategy: best keeps every best one; load_best_model_at_end: false ends with the last"
@@ -102,12 +99,9 @@ def test_labels_that_are_scores_are_not_smoothed(tmp_path: Path) -> None:
     "overrides", [("bf16=true",), ("fp16=true",), ("use_cpu=true", "fp16=true")]
 )
 def test_autocast_that_this_machine_cannot(overrides: tuple[str, ...]) -> None:
-    """Known before there is a record, let alone a model."""
     settings = ("model=nobody/none", *(f"train.{text}" for text in overrides))
-    record: Any = None
-    session = TrainingSession(load_recipe(None, settings), record, Observer(), resume=False)
     with pytest.raises(UsageError, match="GPU") as caught:
-        session.load()
+        check_autocast(load_recipe(None, settings))
     assert str(caught.value.where).endswith(f": train.{overrides[-1].removesuffix('=true')}")
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from paths import REPO
 
-from sparsegrad_cli import runner
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
 from sparsegrad_cli.run import launcher
 from sparsegrad_cli.run.launcher import check_sharding
+from sparsegrad_cli.training.train import train as train_recipe
 
 SETTINGS = REPO / "configs" / "accelerate"
 WORK = {
@@ -221,9 +221,9 @@ def test_a_run_is_refused_before_anything_is_there(
     enter(monkeypatch, said)
     loaded = load_recipe(None, ("model=nowhere", "method=meprop", f"output_dir={tmp_path}/run"))
     with pytest.raises(UsageError, match="meprop chooses"):
-        runner.train(loaded)
+        train_recipe(loaded).to_json()
     enter(monkeypatch, said, rank=1)
     with pytest.raises(SystemExit) as ended:  # the first process has said it
-        runner.train(loaded)
+        train_recipe(loaded).to_json()
     assert ended.value.code == 2
     assert not (tmp_path / "run").exists()

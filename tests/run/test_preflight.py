@@ -222,13 +222,13 @@ def test_tracker_files_go_into_the_runs_folder_and_a_comparison_is_a_group(
     run = tmp_path / "study" / "cells" / "task-lora-s1"
     run.mkdir(parents=True)
     asked = ("wandb", "tensorboard", "mlflow")
-    with trackers.files_in(run, asked):
+    with trackers.tracker_environment(run, asked):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(run / "tensorboard")
         assert os.environ["WANDB_DIR"] == str(run)
         assert "WANDB_RUN_GROUP" not in os.environ
         assert os.environ["MLFLOW_TRACKING_URI"] == (run / "mlflow").as_uri()
     (tmp_path / "study" / "compare.json").write_text("{}")
-    with trackers.files_in(run, asked):
+    with trackers.tracker_environment(run, asked):
         assert os.environ["WANDB_RUN_GROUP"] == "study"
         assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "study" / "mlflow").as_uri()
         assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "mine"

@@ -13,9 +13,8 @@ from surviving import Bench, flat, record, weights
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, load_recipe, to_yaml
-from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.writer import RunWriter
-from sparsegrad_cli.run import recorded as recorded
+from sparsegrad_cli.run import open_run
 from sparsegrad_cli.run.folder import ADAPTER
 
 BLOCKS = {
@@ -42,12 +41,12 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs whose report was written; pages take longer than all the rest."""
     written: list[str] = []
 
-    def write(of: RunRecord, folder: Path, observer: Observer) -> None:
-        written.append(folder.name)
+    def write(writer: RunWriter, observer: Observer) -> None:
+        written.append(writer.path.name)
         for name in ("report.md", "report.html"):
-            (folder / name).write_text("")
+            (writer.path / name).write_text("")
 
-    monkeypatch.setattr(recorded, "_write_report", write)
+    monkeypatch.setattr(open_run, "write_report", write)
     return written
 
 
@@ -63,10 +62,13 @@ def run_in(folder: Path, **changes: Any) -> LoadedRecipe:
 
 
 def resume(loaded: LoadedRecipe, work: Any, observer: Observer | None = None) -> dict[str, Any]:
-    return recorded.run_recorded(loaded, "train", work, observer, resume=True, overwrite=False)
+    with open_run.open_run(loaded, "train", observer, resume=True) as run:
+        if not run.done:
+            work(run)
+    return run.writer.record.to_json()
 
 
-def unreachable(of: RunWriter, observer: Observer) -> None:
+def unreachable(run: open_run.Run) -> None:
     raise DownloadError("the hub cannot be reached", where="model.name")
 
 
@@ -102,7 +104,7 @@ def test_what_was_recorded_outlives_a_resumption_that_fails(
     assert {name: found[name] for name in BLOCKS} == BLOCKS and not reports
     seen: list[dict[str, Any]] = []
 
-    def goes_well(of: RunWriter, observer: Observer) -> None:
+    def goes_well(run: open_run.Run) -> None:
         seen.append(record(tmp_path / "run"))
 
     resume(loaded, goes_well)
@@ -116,7 +118,7 @@ def test_what_was_recorded_outlives_a_resumption_that_fails(
 
 def test_a_calibration_is_no_beginning_of_a_record(tmp_path: Path, reports: list[str]) -> None:
     loaded = run_in(tmp_path / "run", command="calibrate")
-    resume(loaded, lambda of, observer: None)
+    resume(loaded, lambda run: None)
     assert record(tmp_path / "run")["command"] == "train"
     assert not BLOCKS.keys() & record(tmp_path / "run").keys()
 

@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from killing import Ended, Killer
 from little import base_folder, data_folder, sentences
 from surviving import flat, record
 from tiny import one_thread
 
-from sparsegrad_cli.calibration.calibrate_run import CalibrationSession
+from sparsegrad_cli.calibration.run_calibration import RunCalibration
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.run.open_run import Run
+from sparsegrad_cli.tasks.setup import load
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4
-# MiB, of which three do not fit and a small batch does. What libraries take of it is theirs to say,
-# and oneDNN's own words for it are taken for it only where a smaller batch fits: so look again.
+# MiB, in which three activations do not fit and a small batch does. Libraries need some of it, and
+# how much differs between machines: the first amount at which memory runs out is taken.
 LEFT = (100, 110, 120, 90, 130)
-WORDS = "could not create a primitive"  # oneDNN's
-FAR_TOO_MUCH = 2**55  # bytes; every allocator says so
+ONEDNN_FAILURE = "could not create a primitive"
 Short = Callable[..., tuple[Ended, dict[str, Any], Path]]
 
 
@@ -154,78 +154,35 @@ def test_calibration_blames_its_own_batch(short: Short) -> None:
     assert not (folder / "basis.safetensors").exists()
 
 
-@pytest.fixture(scope="module")
-def calibrating(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Callable[[int], None]], None]:
-    """A calibration with batches of 16 whose step does what is given, in a session."""
-    place = tmp_path_factory.mktemp("calibrating")
+def test_calibration_that_fails_tries_smaller_batches(tmp_path: Path) -> None:
+    """oneDNN's words for a failed allocation count, too."""
     settings = (
-        f"model={base_folder(place / 'base')}",
+        f"model={base_folder(tmp_path / 'base')}",
         "task=csv",
-        f"task.path={data_folder(place / 'data')}",
+        f"task.path={data_folder(tmp_path / 'data')}",
         "train.use_cpu=true",
         "calibration.batch_size=16",
         "calibration.warmup_steps=0",
         "calibration.decomposition=exact",
     )
-    session = CalibrationSession(load_recipe(None, settings), RunWriter(place), Observer())
-    session.load()
+    run = Run(load_recipe(None, settings), RunWriter(tmp_path), Observer())
 
-    def calibrate(one_step: Callable[[int], None]) -> None:
-        session.known.at, session.known.calibration_batch = "calibrate", 16
-        session.known.calibrate = one_step
-        with session.explained():
-            one_step(16)
+    class FitsUpTo(RunCalibration):
+        """Calibration that fails with larger batches."""
 
-    return calibrate
+        largest = 5
 
+        def calibrate(self, steps: range, batch_size: int | None = None, **rest: Any) -> Any:
+            if (batch_size or self.batch_size) > self.largest:
+                raise RuntimeError(ONEDNN_FAILURE)
 
-def test_words_that_may_mean_it_count_if_a_smaller_batch_fits(calibrating: Any) -> None:
-    """oneDNN's are the same where a CPU cannot do something at all."""
-
-    def step(largest: int) -> Callable[[int], None]:
-        """No batch beyond ``largest`` finds room."""
-
-        def one_step(size: int) -> None:
-            if size > largest:
-                raise RuntimeError(WORDS)
-
-        return one_step
-
-    with pytest.raises(OutOfMemoryError) as found:
-        calibrating(step(5))
+    calibration = FitsUpTo(run, load(run))
+    with pytest.raises(OutOfMemoryError) as found, calibration.memory_explained("calibrate"):
+        calibration.calibrate(range(1))
     assert found.value.details["fits"]["calibration.batch_size"] == 4
-    assert WORDS in found.value.what
-    with pytest.raises(RuntimeError, match=WORDS):
-        calibrating(step(0))
-
-
-@pytest.mark.parametrize("first", ["allocation", "onednn"])
-def test_where_memory_is_short_a_batch_counts_that_fits_without_onednn(
-    calibrating: Any, first: str
-) -> None:
-    """oneDNN finds no room for its code in what was freed, however small the batch is."""
-    done: list[int] = []
-
-    def one_step(size: int) -> None:
-        done.append(size)
-        if torch.backends.mkldnn.enabled and (len(done) > 1 or first == "onednn"):
-            raise RuntimeError(WORDS)
-        if size > 5:
-            torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
-
-    with pytest.raises(OutOfMemoryError) as found:
-        calibrating(one_step)
-    assert found.value.details["fits"]["calibration.batch_size"] == 4
-    assert torch.backends.mkldnn.enabled
-
-
-def test_what_onednn_cannot_do_at_any_size_is_no_lack_of_memory(calibrating: Any) -> None:
-    def one_step(size: int) -> None:
-        if torch.backends.mkldnn.enabled:
-            raise RuntimeError(WORDS)
-
-    with pytest.raises(RuntimeError, match=WORDS) as found:
-        calibrating(one_step)
-    assert not isinstance(found.value, OutOfMemoryError)
+    assert ONEDNN_FAILURE in found.value.what
+    calibration.largest = 0
+    with pytest.raises(OutOfMemoryError) as found, calibration.memory_explained("calibrate"):
+        calibration.calibrate(range(1))
+    assert found.value.details["fits"] is None
+    assert str(found.value.fix).startswith("no batch fits: train.gradient_checkpointing=true")

@@ -16,12 +16,12 @@ from talkers import talker
 from tiny import one_thread
 from torch import Tensor
 
-from sparsegrad_cli import runner
 from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.tasks.chat import load_chats
 from sparsegrad_cli.tasks.objective import LanguageModelling
+from sparsegrad_cli.training.train import train as train_recipe
 
 METHODS = {
     "full": ("method=full",),
@@ -58,7 +58,7 @@ def cut(size: int, micro_batches: int) -> tuple[str, ...]:
 def trained(name: str, folder: str, *more: str) -> dict[str, Any]:
     """run.json of a run in the working folder, as the command makes it."""
     settings = (*SETTINGS, *METHODS[name], *more, f"output_dir={folder}")
-    return runner.train(load_recipe(None, settings))
+    return train_recipe(load_recipe(None, settings)).to_json()
 
 
 def place(folder: Path) -> Path:

@@ -6,11 +6,10 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.methods.lora.method import DEFAULT_RANK, solve_rank
 from sparsegrad_cli.methods.sparse_sizing import asked_entries, asked_rows
 from sparsegrad_cli.methods.sparsegrad.core_plan import rank_for_density, with_known_rank
-from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.models.targets import Target, basis_keys
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.method_section import (
     FullMethod,

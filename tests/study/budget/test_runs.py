@@ -26,11 +26,12 @@ from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import open_run_dir
+from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.budget_report import measured, with_measured
 from sparsegrad_cli.study.checks import make_checks
 from sparsegrad_cli.study.parity import check_parity
-from sparsegrad_cli.training.fine_tuning import TrainingSession
+from sparsegrad_cli.training.fine_tuning import fine_tune
 
 ROWS = {
     "full": "full",
@@ -86,7 +87,7 @@ def ran(solved: LoadedStudy, folder: Path) -> list[dict[str, Any]]:
         recipe = cell.loaded.recipe.model_copy(update={"output_dir": str(run)})
         open_run_dir(run, recipe, resume=False, overwrite=False)
         kept = RunWriter(run, recipe_digest=digest(recipe), seed=cell.seed)
-        TrainingSession(replace(cell.loaded, recipe=recipe), kept, Observer(), resume=False).run()
+        fine_tune(Run(replace(cell.loaded, recipe=recipe), kept, Observer()))
         kept.finish()
         about = {"task": cell.task, "method": cell.label, "seed": cell.seed, "status": "done"}
         cells.append({**about, "run": record(run)})

@@ -1,0 +1,329 @@
+"""Calibrate a run by its recipe: batches, warm-up and settings; keep the basis and the record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsegrad_cli import distributed, interruption
+from sparsegrad_cli.calibration.basis_file import (
+    BasisFile,
+    check_belongs,
+    check_rank,
+    check_tokens,
+    read_basis,
+    tensors_digest,
+    write_basis,
+)
+from sparsegrad_cli.calibration.calibrate import Calibration, OnStream, calibrate, passes_of
+from sparsegrad_cli.calibration.diagnostics import spectra
+from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.io.paths import expanded
+from sparsegrad_cli.memory.out_of_memory import (
+    CALIBRATION_KEY,
+    Attempt,
+    Phase,
+    Trial,
+    attempt,
+    out_of_memory_explained,
+)
+from sparsegrad_cli.models.targets import Target, head_parameters
+from sparsegrad_cli.numerics.hosvd import Basis, leading
+from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.records.run import HashesBlock
+from sparsegrad_cli.run.open_run import Run
+from sparsegrad_cli.tasks.setup import Setup, calibration_batches, hash_parameters
+
+BASIS_NAME = "basis.safetensors"
+
+
+@dataclass
+class RunCalibration:
+    """Calibration as the recipe of a run describes it.
+
+    Attributes:
+        run: the open run.
+        setup: model, data and targets, before the method has changed the model.
+        tokens: tokens without padding that this process has read so far, warm-up included.
+    """
+
+    run: Run
+    setup: Setup
+    tokens: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of one calibration step."""
+        recipe = self.run.recipe
+        return recipe.calibration.batch_size or recipe.train.per_device_train_batch_size
+
+    @property
+    def own_steps(self) -> range:
+        """The calibration steps that this process takes."""
+        return range(
+            distributed.rank(), self.run.recipe.calibration.steps, distributed.world_size()
+        )
+
+    def make_basis(
+        self, *, whole: bool = False, on_stream: OnStream = lambda key, stream: None
+    ) -> Calibration:
+        """Calibrate; write basis.safetensors and the ``calibration`` block of the record.
+
+        Args:
+            whole, on_stream: for diagnostics, as in :func:`calibrate`.
+
+        Raises:
+            SparsegradError: a loss or gradient is not finite, or memory ran out.
+        """
+        settings, observer = self.run.recipe.calibration, self.run.observer
+        passes = passes_of(settings)
+        again = f", {passes} passes" if passes > 1 else ""
+        self.run.begin_phase("calibrate", f"{settings.steps} steps, no update{again}")
+        observer.total_steps("calibrate", len(self.own_steps) * passes)
+        started = time.perf_counter()
+        with self.memory_explained("calibrate"), self.warmed_head():
+            warmup_seconds, warmup_tokens = time.perf_counter() - started, self.tokens
+            calibration = self.calibrate(
+                self.own_steps,
+                whole=whole,
+                meter=lambda: self.setup.meter.phase("calibrate"),
+                on_step=lambda n, loss: observer.step("calibrate", {"step": n, "loss": loss}),
+                on_stream=on_stream,
+            )
+        calibration.seconds += warmup_seconds
+        self.run.seconds["calibrate_s"] = calibration.seconds
+        # Every process warms up the whole head, and calibrates on its share of the steps.
+        read = torch.tensor(self.tokens - warmup_tokens, device=self.setup.device)
+        distributed.all_reduce([read])
+        self._keep(calibration, tokens=warmup_tokens + int(read), whole=whole)
+        return calibration
+
+    def _keep(self, calibration: Calibration, *, tokens: int, whole: bool) -> None:
+        """Write the basis file and the record."""
+        setup, recipe = self.setup, self.run.recipe
+        settings = recipe.calibration
+        names = ("steps", "basis_per", "source", "decomposition", "score")
+        made_with: dict[str, Any] = {
+            **{name: getattr(settings, name) for name in names},
+            # A language model has no new head to warm up.
+            "warmup_steps": settings.warmup_steps if head_parameters(setup.model) else 0,
+            "batch_size": self.batch_size,
+            "passes": passes_of(settings),
+            "seed": recipe.seed,
+            "data": setup.task.data_hash,
+            "seconds": calibration.seconds,
+            "peak_bytes": setup.meter.report()["phases"].get("calibrate", {}).get("peak_bytes"),
+            "tokens": tokens,
+        }
+        kept = calibration.bases
+        if whole:
+            kept = {key: leading(basis, setup.basis_rank) for key, basis in kept.items()}
+        file = BasisFile(
+            kept,
+            calibration.keys,
+            recipe.model.name,
+            setup.fingerprint,
+            made_with,
+            digest(recipe),
+            tensors_digest(kept, calibration.scores),
+            calibration.scores,
+        )
+        if distributed.is_rank_zero():
+            write_basis(self.run.path / BASIS_NAME, file)
+        self.run.writer.save(
+            calibration={
+                **made_with,
+                "stream_bytes": calibration.stream_bytes,
+                "basis_file": BASIS_NAME,
+                "basis_bytes": sum(b.nbytes() for b in kept.values()),
+                "reused": False,
+                "digest": file.digest,
+                "spectra": spectra(_one_per_kind(calibration.bases, setup.targets)),
+            }
+        )
+
+    def calibrate(
+        self,
+        steps: range,
+        batch_size: int | None = None,
+        *,
+        targets: list[Target] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        **hooks: Any,
+    ) -> Calibration:
+        """Calibrate on some of the recipe's steps, and record nothing.
+
+        Args:
+            steps: numbers of the steps' batches.
+            batch_size: of the recipe by default.
+            targets: all of the model's by default.
+            changes: settings that differ from the recipe's ``calibration`` section.
+            hooks: further arguments of :func:`sparsegrad_cli.calibration.calibrate.calibrate`.
+        """
+        recipe = self.run.recipe
+        # Some processes have one step more, before which the others are not asked.
+        together = recipe.calibration.steps // distributed.world_size()
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            every = self.random_batches(recipe.seed, batch_size)
+            return self.counted(islice(every, steps.start, None, steps.step), together=together)
+
+        return calibrate(
+            self.setup.model,
+            targets or self.setup.targets,
+            batches,
+            recipe.calibration.model_copy(update={**(changes or {}), "steps": len(steps)}),
+            seed=recipe.seed,
+            rank=self.setup.basis_rank,
+            train=recipe.train,
+            **hooks,
+        )
+
+    @contextmanager
+    def warmed_head(self, phase: str = "calibrate") -> Iterator[None]:
+        """Train the head for a few steps inside; afterwards too if the recipe keeps it.
+
+        Args:
+            phase: the phase of the memory report that it counts as.
+        """
+        settings, seed = self.run.recipe.calibration, self.run.recipe.seed
+        with warmed_head(
+            self.setup.model,
+            # Other batches than those that calibration sees.
+            self.counted(self.random_batches(seed + 2), together=settings.warmup_steps),
+            steps=settings.warmup_steps,
+            learning_rate=settings.warmup_learning_rate,
+            seed=seed,
+            keep=settings.keep_head,
+            train=self.run.recipe.train,
+            meter=lambda: self.setup.meter.phase(phase),
+        ):
+            yield
+        if settings.keep_head and settings.warmup_steps:
+            kept = hash_parameters(head_parameters(self.setup.model))
+            hashes = self.run.writer.record.hashes or HashesBlock()
+            self.run.writer.save(hashes=hashes.changed(head_init=kept))
+
+    def random_batches(
+        self, seed: int, batch_size: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Return endless random batches of the training data."""
+        return calibration_batches(self.setup, batch_size or self.batch_size, seed)
+
+    def counted(
+        self, batches: Iterator[dict[str, Tensor]], *, together: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches, count their tokens, and stop before a batch if that was requested.
+
+        Args:
+            together: the number of batches that every process of the run takes.
+        """
+        for number, batch in enumerate(batches):
+            if number < together:
+                interruption.raise_if_requested(f"batch {number + 1}")
+            mask = batch.get("attention_mask")
+            self.tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
+            yield batch
+
+    def memory_explained(self, phase: str) -> AbstractContextManager[None]:
+        """Explain memory that runs out inside, by trying smaller calibration batches."""
+        trial = Trial(CALIBRATION_KEY, self.batch_size, self._attempt)
+        return out_of_memory_explained(
+            self.run.recipe, phase, self.setup.model, {"calibrate": trial}
+        )
+
+    def _attempt(self, batch_size: int) -> Attempt:
+        """Try one calibration step, and what is made of it."""
+
+        def work(phase: Phase) -> None:
+            with phase("calibrate"):
+                self.calibrate(range(1), batch_size)
+
+        return attempt(self.setup.model, self.setup.new_meter(), work)
+
+
+def basis_for_run(
+    run: Run, setup: Setup, initial: Callable[[], BasisFile | None]
+) -> Calibration | BasisFile:
+    """Return the basis that a run trains in, and record it.
+
+    That is the basis of ``init_from``, else the one that the recipe names, else the run's own when
+    it is resumed, else a new one.
+
+    Args:
+        initial: reads the basis of ``init_from``, if there is one.
+
+    Raises:
+        UsageError: the basis belongs to another model, or is too small for the method.
+        SparsegradError: it is damaged, or calibration failed.
+    """
+    calibration = RunCalibration(run, setup)
+    given = run.recipe.calibration.basis
+    own = run.path / BASIS_NAME
+    path = expanded(given) if given else own
+    brought = initial()
+    if brought is not None:
+        basis, where = brought, run.loaded.where("init_from")
+        if distributed.is_rank_zero():  # so that the run needs nothing of the other one later
+            write_basis(own, brought)
+    elif given:
+        basis, where = read_basis(path), run.loaded.where("calibration.basis")
+    else:
+        kept, where = _own_basis(run, own, setup.task.data_hash), str(own)
+        if kept is None:
+            return calibration.make_basis()
+        basis = kept
+    check_belongs(basis, setup.targets, setup.fingerprint, where)
+    check_rank(basis, setup.basis_rank, where)
+    # A resumed run chooses its support as it did before, also from a file of an older version.
+    if given and setup.compares_targets:
+        check_tokens(basis, where)
+    # The cost of a basis that was made earlier is charged to this run, too.
+    run.seconds["calibrate_s"] = float(basis.settings.get("seconds") or 0.0)
+    run.writer.save(
+        calibration={
+            **basis.settings,
+            "basis_file": str(path),
+            "basis_bytes": sum(b.nbytes() for b in basis.bases.values()),
+            "reused": True,
+            "digest": basis.digest,
+            "spectra": spectra(_one_per_kind(basis.bases, setup.targets)),
+        }
+    )
+    if run.recipe.calibration.keep_head:
+        with calibration.memory_explained("calibrate"), calibration.warmed_head():
+            pass
+    return basis
+
+
+def _own_basis(run: Run, path: Path, data_hash: str) -> BasisFile | None:
+    """Return the basis that a resumed run has made of the same data, if it is whole."""
+    if not run.resume or not path.is_file():
+        return None
+    try:
+        basis = read_basis(path)
+    except FileFormatError as error:
+        run.observer.note(f"{error.what}: {path.name} is made again")
+        return None
+    if basis.settings.get("data", data_hash) == data_hash:  # older files do not say
+        return basis
+    run.observer.note(f"the data has changed: {path.name} is made again")
+    return None
+
+
+def _one_per_kind(bases: Mapping[str, Basis], targets: list[Target]) -> dict[str, Basis]:
+    """Return the bases to plot: all if they are shared by kind, else those of the middle block."""
+    if len(bases) <= 4:
+        return dict(bases)
+    middle = targets[len(targets) // 2].block
+    names = {t.name for t in targets if t.block == middle}
+    return {key: basis for key, basis in bases.items() if key in names}

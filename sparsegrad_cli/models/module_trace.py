@@ -1,0 +1,95 @@
+"""Follow which module of a model is running, in forward and backward passes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def trace_modules(
+    model: nn.Module,
+    *,
+    before: Callable[[str, Any], None],
+    after: Callable[[str, Any], None],
+) -> Iterator[list[str]]:
+    """Call functions around the forward of every module of a model.
+
+    Args:
+        model: its modules are named as ``named_modules`` does; the model itself by its class.
+        before: called with a module's name and its inputs ``(args, kwargs)``.
+        after: called with a module's name and its output.
+
+    Yields:
+        The names of the modules that are running, outermost first. A module is in the list between
+        its ``before`` and its ``after``.
+    """
+    running: list[str] = []
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            before(name, (args, kwargs))
+            running.append(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+            after(name, output)
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+
+    for name, module in model.named_modules():
+        watch(name or type(model).__name__, module)
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def trace_location(model: nn.Module, arrive: Callable[[str], None]) -> Iterator[None]:
+    """Call ``arrive`` with the name of the module at work, in forward and in backward passes.
+
+    In a forward pass that is the innermost module that is running, or an empty string outside the
+    model. In a backward pass it is the module whose output's gradient has arrived last.
+    """
+    hooked: dict[int, weakref.ref[Tensor]] = {}  # a parent often returns its child's output
+
+    def before(name: str, inputs: Any) -> None:
+        arrive(name)
+
+    def after(name: str, output: Any) -> None:
+        arrive(running[-1] if running else "")
+        for tensor in tensors_in(output):
+            known = hooked.get(id(tensor))
+            if tensor.requires_grad and (known is None or known() is not tensor):
+                hooked[id(tensor)] = weakref.ref(tensor)
+                tensor.register_hook(_gradient_hook(name, arrive))
+
+    with trace_modules(model, before=before, after=after) as running:
+        yield
+
+
+def _gradient_hook(name: str, arrive: Callable[[str], None]) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        arrive(name)
+
+    return hook
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from tensors_in(branch)
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from tensors_in(branch)

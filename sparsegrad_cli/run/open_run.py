@@ -1,0 +1,232 @@
+"""Open a run's folder for this process alone, record how the run ends, and report it.
+
+Imports no torch: a recipe or a folder that is refused is refused at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsegrad_cli import distributed, interruption
+from sparsegrad_cli.error_mapping import mapped_errors
+from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError
+from sparsegrad_cli.io.paths import is_file
+from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
+from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.records.run import RunRecord, TimeBlock
+from sparsegrad_cli.records.store import RUN, load_run, write_text_atomic
+from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.run.folder import (
+    adapter_file,
+    choose_run_dir,
+    held_run_dir,
+    open_run_dir,
+)
+from sparsegrad_cli.run.launcher import check_sharding
+from sparsegrad_cli.run.preflight import check_calibration_share, check_outside
+
+Command = Literal["train", "calibrate"]
+REPORTS = ("report.md", "report.html")
+_AGAIN = {
+    "train": "--resume continues from the last checkpoint, if there is one",
+    "calibrate": "run it again with --overwrite",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose folder is open.
+
+    Attributes:
+        loaded: the resolved recipe, with the file and line of each key.
+        writer: keeps run.json up to date.
+        observer: receives progress.
+        resume: continue from what the folder holds.
+        done: the run had finished before; nothing is left to do.
+        seconds: wall time by phase, for the record.
+    """
+
+    loaded: LoadedRecipe
+    writer: RunWriter
+    observer: Observer
+    resume: bool = False
+    done: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.loaded.recipe
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.writer.path
+
+    def begin_phase(self, name: str, detail: str) -> None:
+        """Announce a phase: load, calibrate, energy, train or evaluate."""
+        interruption.set_phase(f"the {name} phase ({detail})")
+        self.observer.phase(name, detail)
+
+
+@contextmanager
+def open_run(
+    loaded: LoadedRecipe,
+    command: Command,
+    observer: Observer | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Iterator[Run]:
+    """Open the folder of a run, and record and report the run when the context ends.
+
+    Inside, the folder is locked for this process, SIGINT and SIGTERM end the run, and run.json says
+    ``running``. Afterwards it says how the run ended, however it ended.
+
+    Args:
+        loaded: the recipe.
+        command: what is done in the folder.
+        observer: receives progress; closed at the end.
+        resume, overwrite: see :func:`sparsegrad_cli.run.folder.open_run_dir`.
+
+    Raises:
+        SparsegradError: the recipe or the folder is refused, or the run failed; run.json holds the
+            same error.
+    """
+    observer = observer or Observer()
+    check_calibration_share(loaded, command)
+    check_sharding(loaded, command, resume=resume)
+    if not resume:
+        check_outside(loaded, trains=command == "train")
+    distributed.init(use_cpu=loaded.recipe.train.use_cpu)
+    with ExitStack() as held:
+        held.callback(observer.close)
+        held.enter_context(interruption.handle_signals(observer.note, _AGAIN[command]))
+
+        def lock_and_open() -> tuple[Path, dict[str, Any] | None]:
+            path = choose_run_dir(loaded.recipe, command)
+            held.enter_context(held_run_dir(path))
+            return path, open_run_dir(path, loaded.recipe, resume=resume, overwrite=overwrite)
+
+        # Rank zero locks the folder for all processes of the run.
+        path, extended = distributed.from_rank_zero(lock_and_open)
+        before: RunRecord | None = None
+        done = False
+        if resume:
+            before, done = distributed.from_rank_zero(lambda: _recorded_before(path, command))
+        if extended is not None:
+            before, done = before or RunRecord(status="running"), False
+            before = before.changed(extended=[*before.extended, extended])
+        if done and before is not None:
+            observer.note("the run is done: nothing is trained again")
+            writer = RunWriter(path)
+            writer.record = before.changed(output_dir=str(path))
+            yield Run(loaded, writer, observer, resume=resume, done=True)
+        else:
+            if resume:
+                check_outside(loaded, trains=command == "train")
+            writer = _new_record(loaded, command, path, before)
+            run = Run(loaded, writer, observer, resume=resume)
+            with _recorded_end(writer, command):
+                writer.save()
+                if distributed.is_rank_zero() and writer.record.extended:
+                    # After the record, which identifies the run: the same command repairs a kill
+                    # at this point.
+                    write_text_atomic(path / "recipe.yaml", to_yaml(loaded.recipe))
+                yield run
+        reported = done and all(is_file(path / name) for name in REPORTS)
+        if distributed.is_rank_zero() and not reported:
+            with mapped_errors(again=f"sparsegrad report {path}"):
+                write_report(writer, observer)
+
+
+def _recorded_before(path: Path, command: Command) -> tuple[RunRecord | None, bool]:
+    """Return what a resumed run has recorded so far, and whether it is done.
+
+    A run whose adapter is missing is not done: the adapter is made again.
+    """
+    found = load_run(path) if is_file(path / RUN) else None
+    if found is None or found.command != command:  # a calibration's basis is of use, not its record
+        return None, False
+    return found, found.status == "done" and adapter_file(path) is not None
+
+
+def _new_record(
+    loaded: LoadedRecipe, command: Command, path: Path, before: RunRecord | None
+) -> RunWriter:
+    """Begin the record. What was recorded before stands until it is replaced, so that a resumption
+    that fails loses nothing."""
+    from sparsegrad_cli.records.environment import collect, git_state
+
+    recipe = loaded.recipe
+    return RunWriter(
+        path,
+        before,
+        command=command,
+        name=path.name,
+        recipe_digest=digest(recipe),
+        seed=recipe.seed,
+        output_dir=str(path),
+        processes=distributed.world_size(),
+        environment=collect("cpu" if recipe.train.use_cpu else None),
+        git=git_state(Path.cwd()),
+    )
+
+
+@contextmanager
+def _recorded_end(writer: RunWriter, command: Command) -> Iterator[None]:
+    """Write into run.json how the work inside ended."""
+    started = time.perf_counter()
+    try:
+        with mapped_errors(_AGAIN[command]):
+            yield
+            times = writer.record.time or TimeBlock()
+            total_s = time.perf_counter() - started
+            writer.record = writer.record.changed(time=times.changed(total_s=total_s))
+            writer.finish()
+    except SparsegradError as error:
+        _record_failure(writer, error)
+        if isinstance(error, InterruptedRunError) and writer.record.status == "done":
+            error.fix = f"the run is done: sparsegrad report {writer.path}"
+        raise
+    except BaseException as error:
+        what = f"{type(error).__name__}: {error}"
+        _record_failure(writer, SparsegradError(what, fix="run again with --debug"))
+        raise
+
+
+def _record_failure(writer: RunWriter, error: SparsegradError) -> None:
+    """Write the status; a disk that is too full for it must not hide the first error."""
+    try:
+        writer.finish(error)
+    except SparsegradError:
+        return
+
+
+def write_report(writer: RunWriter, observer: Observer) -> None:
+    """Write report.md and report.html of a finished run.
+
+    Raises:
+        DiskError: a report could not be written; the run stays done.
+    """
+    from sparsegrad_cli.report.html import write_run_html
+    from sparsegrad_cli.report.markdown import run_markdown
+
+    content = writer.record.to_json()
+    observer.phase("report")
+    try:
+        write_text_atomic(writer.path / REPORTS[0], run_markdown(content))
+        write_run_html(content, writer.path / REPORTS[1])
+    except (OSError, DiskError) as error:
+        reason = error.what if isinstance(error, DiskError) else str(error)
+        raise DiskError(
+            f"the run is done, but its report could not be written: {reason}",
+            where=str(writer.path),
+            fix=f"free some space, then sparsegrad report {writer.path}",
+        ) from error
