@@ -41,8 +41,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 GROUND = {
     "methods.registry": "recipe",
     "methods.settings": "recipe",
-    "data.spec": "recipe",
-    "data.chat_settings": "recipe",
 }
 METHODS = ("sparsegrad", "lora", "meprop", "full")
 # Where a method's name is another word: (file, name) -> why.

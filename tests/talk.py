@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.chat_settings import ChatSettings
+from task_data import load_chat
+
 from sparsegrad_cli.data.conversation import ChatData, Conversation
 
 
@@ -46,7 +46,7 @@ def write(path: Path, *records: Any) -> Path:
 
 def read(path: Path, name: str = "oasst", **settings: Any) -> ChatData:
     """Both splits of a file."""
-    return load_chat(name, path=path, settings=ChatSettings(**settings))
+    return load_chat(name, path=path, **settings)
 
 
 def spoken(conversation: Conversation) -> str:

@@ -1,4 +1,4 @@
-"""Ordinary chat data from files or the hub, one conversation a row."""
+"""Read chat data with one conversation per row, from the user's files or from the hub."""
 
 from __future__ import annotations
 
@@ -6,92 +6,62 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
-from sparsegrad_cli.data.chat_dataset import RawChat
+from sparsegrad_cli.data.chat_data import DropCounts, RawChat, refuse_fraction, validation_groups
 from sparsegrad_cli.data.chat_rows import KINDS, RowReader, UnusableRowError
-from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.drop_counts import Tally
-from sparsegrad_cli.data.files import read_table
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
-from sparsegrad_cli.data.split_files import (
-    TRAIN_STEMS,
-    VALIDATION_STEMS,
-    find_split,
-    lone_shard_note,
-    no_training_file,
-    split_folder,
-    unread_note,
-)
-from sparsegrad_cli.data.table import Table
-from sparsegrad_cli.data.validation_split import check_fraction_unused, held_out
+from sparsegrad_cli.data.read_table import read_table
+from sparsegrad_cli.data.split_files import SplitFiles, split_files
+from sparsegrad_cli.data.tables import Table
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
-_CHAT_COLUMNS = ("messages", "conversations")
-_PREFERENCES = ("chosen", "rejected")
+_MESSAGE_COLUMNS = ("messages", "conversations")
+_PREFERENCE_COLUMNS = ("chosen", "rejected")
 
 
-def load_chat_files(path: Path, settings: ChatSettings) -> RawChat:
-    """Chat data of the user's own.
-
-    Args:
-        path: a file (JSON lines, JSON, CSV, TSV, plain or compressed; Parquet), or a folder with
-            train.* and, where it has one, validation.* (or dev.*, valid.*, val.*).
-        settings: checked.
+def load_chat_files(task: TaskSection) -> RawChat:
+    """Read the file or folder that ``task.path`` names.
 
     Raises:
-        UsageError: columns that are of no kind or of two; ``split: source`` without a validation
-            file.
-        DataError: files that cannot be read, hold something else than text, or leave no
-            conversation.
+        UsageError: the columns hold no conversations, or two kinds of them; or ``split: source``
+            without a validation file.
+        DataError: a file cannot be read, or no conversation is left.
     """
-    tables, notes = _tables(path)
-    return _raw(tables, settings, notes)
+    files = split_files(expanded(str(task.path)), _SUFFIXES)
+    return _conversations(_tables(files), task, files.notes)
 
 
-def check_chat_columns(path: Path, settings: ChatSettings) -> None:
-    """Refuse files whose columns hold no conversations; errors as :func:`load_chat_files`."""
-    for table in _tables(path)[0].values():
-        _reader(table, settings)
+def check_chat_columns(task: TaskSection) -> None:
+    """Check that the columns hold conversations; errors as :func:`load_chat_files`."""
+    files = split_files(expanded(str(task.path)), _SUFFIXES)
+    for table in _tables(files).values():
+        _row_reader(table, task.chat or ChatSection())
 
 
-def _tables(path: Path) -> tuple[dict[str, Table], list[str]]:
-    if path.is_file():
-        return {"train": read_table(path, "json")}, lone_shard_note(path)
-    if not path.is_dir():
-        raise DataError(f"no such file or folder: {path}", where="task.path")
-    folder = split_folder(path, _SUFFIXES)
-    train = find_split(folder, TRAIN_STEMS, _SUFFIXES)
-    if not train:
-        raise no_training_file(path, _SUFFIXES)
-    tables = {"train": read_table(train, "json")}
-    validation = find_split(folder, VALIDATION_STEMS, _SUFFIXES)
-    if validation:
-        tables["validation"] = read_table(validation, "json")
-    return tables, unread_note(path, [*train, *validation])
-
-
-def load_hub_chat(settings: ChatSettings) -> RawChat:
-    """Chat data from the hub: ``settings.hub`` names it, its splits and its column.
+def load_hub_chat(task: TaskSection) -> RawChat:
+    """Read the data set that ``task.chat.hub`` names.
 
     Raises:
-        UsageError: no such split or column.
-        DataError: as load_chat_files.
+        UsageError: it has no such split or column.
+        DataError: as :func:`load_chat_files`.
         DownloadError: it is neither cached nor reachable.
     """
-    hub_id = str(settings.hub)
+    chat = task.chat or ChatSection()
+    hub_id = str(chat.hub)
     loaded, notes = load_hub_splits(
         hub_id,
         None,
-        config=settings.config,
+        config=chat.config,
         called=f"task.chat.hub: {hub_id}",
-        fix="point task.path at local files instead, or connect once to fill the cache; a data set "
-        "with several configurations needs task.chat.config",
+        fix="set task.path to local files, or connect once to fill the cache; a data set with "
+        "several configurations needs task.chat.config",
     )
-    names = {"train": settings.train_split, "validation": settings.validation_split}
+    names = {"train": chat.train_split, "validation": chat.validation_split}
     if names["validation"] is None and "validation" in loaded:
         names["validation"] = "validation"
     tables = {}
@@ -105,15 +75,27 @@ def load_hub_chat(settings: ChatSettings) -> RawChat:
                 fix=suggest(name, list(loaded)),
             )
         tables[part] = hub_table(loaded[name], f"{hub_id} {name}")
-    return _raw(tables, settings, notes)
+    return _conversations(tables, task, notes)
 
 
-def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) -> RawChat:
-    notes = [*notes, *(note for table in tables.values() for note in table.notes)]
-    dropped = Tally()
-    counted: Counter[str] = Counter()
-    readers = {name: _reader(table, settings) for name, table in tables.items()}
-    parts = {name: _read(table, readers[name], dropped, counted) for name, table in tables.items()}
+def _tables(files: SplitFiles) -> dict[str, Table]:
+    parts = {"train": files.train, "validation": files.validation}
+    return {name: read_table(part, "json") for name, part in parts.items() if part}
+
+
+def _conversations(
+    tables: Mapping[str, Table], task: TaskSection, file_notes: Iterable[str]
+) -> RawChat:
+    """Make conversations of all rows, and split them as the recipe says."""
+    chat = task.chat or ChatSection()
+    notes = [*file_notes, *(note for table in tables.values() for note in table.notes)]
+    dropped = DropCounts()
+    masked_or_cut: Counter[str] = Counter()
+    readers = {name: _row_reader(table, chat) for name, table in tables.items()}
+    parts = {
+        name: _read_rows(table, readers[name], dropped, masked_or_cut)
+        for name, table in tables.items()
+    }
     read = sum(len(table) for table in tables.values())
     kept = sum(map(len, parts.values()))
     if not kept:
@@ -121,23 +103,28 @@ def _raw(tables: Mapping[str, Table], settings: ChatSettings, notes: list[str]) 
             f"no conversation is left of {read} rows: {dropped.sentence()}",
             where=next(iter(tables.values())).source,
         )
-    counts = {"rows read": read, **dropped.listed("rows dropped: "), "rows kept": kept, **counted}
-    for reason, place in dropped.first.items():
-        notes.append(f"{dropped.counts[reason]} x {reason}; first: {place}")
-    notes += _unused(readers.values())
-    if settings.split == "source" and "validation" not in parts:
+    counts = {
+        "rows read": read,
+        **dropped.listed("rows dropped: "),
+        "rows kept": kept,
+        **masked_or_cut,
+    }
+    notes += [dropped.note(reason) for reason in dropped.counts]
+    notes += _unused_key_notes(readers.values())
+    if chat.split == "source" and "validation" not in parts:
         raise UsageError(
             "there is no validation part",
             where="task.chat.split",
-            fix="split: hash; or a folder with train and validation files",
+            fix="set split: hash, or use a folder with train and validation files",
         )
-    if settings.split != "hash" and "validation" in parts:
-        return _by_source(parts, settings, counts, notes)
-    return _by_hash(parts, settings, counts, notes)
+    if chat.split != "hash" and "validation" in parts:
+        refuse_fraction(task)
+        return _by_source(parts, counts, notes)
+    return _by_hash(parts, task.validation_fraction, counts, notes)
 
 
-def _unused(readers: Iterable[RowReader]) -> list[str]:
-    """A note on the keys that nothing reads, with how many rows or messages have each."""
+def _unused_key_notes(readers: Iterable[RowReader]) -> list[str]:
+    """Return a note on keys that nothing reads, with the number of rows or messages of each."""
     parts = []
     for unit in ("rows", "messages"):
         total = sum((reader.unused[unit] for reader in readers), Counter[str]())
@@ -146,65 +133,67 @@ def _unused(readers: Iterable[RowReader]) -> list[str]:
     return [f"keys that are not used: {', '.join(parts)}"] if parts else []
 
 
-def _read(
-    table: Table, reader: RowReader, dropped: Tally, counted: Counter[str]
+def _read_rows(
+    table: Table, reader: RowReader, dropped: DropCounts, masked_or_cut: Counter[str]
 ) -> list[Conversation]:
-    """The conversations of a file or split, each with its place; its group is its opening."""
     conversations = []
     for at in range(len(table)):
         place = table.place(at)
         try:
-            found = reader.read(table.row(at), place)
+            row = reader.read(table.row(at), place)
         except UnusableRowError as error:
             dropped.add(str(error), place)
             continue
-        counted.update(found.counts)
-        group = _opening(found.turns)
-        conversations.append(Conversation(found.turns, group, found.tools, place))
+        masked_or_cut.update(row.counts)
+        group = _prompt_hash(row.turns)
+        conversations.append(Conversation(row.turns, group, row.tools, place))
     return conversations
 
 
-def _reader(table: Table, settings: ChatSettings) -> RowReader:
-    """What reads the rows of this table, by the settings or by the columns' names."""
+def _row_reader(table: Table, chat: ChatSection) -> RowReader:
+    """Choose how the rows of a table are read, by the settings or by the column names."""
     names = tuple(table.columns)
-    column = settings.column
-    if column is not None and column not in names:
+    if chat.column is not None and chat.column not in names:
         raise UsageError(
-            f"there is no column {column!r} in {table.source}",
+            f"there is no column {chat.column!r} in {table.source}",
             where="task.chat.column",
-            fix=suggest(column, names),
+            fix=suggest(chat.column, names),
         )
-    if column is not None and settings.kind not in ("auto", "messages"):
+    if chat.column is not None and chat.kind not in ("auto", "messages"):
         raise UsageError(
-            f"kind {settings.kind} has its own columns: {', '.join(KINDS[settings.kind])}",
+            f"kind {chat.kind} has its own columns: {', '.join(KINDS[chat.kind])}",
             where="task.chat.column",
         )
-    found = {name: "messages" for name in _CHAT_COLUMNS if name in names}
-    if column is not None:
-        found = {column: "messages"}
+    found = {name: "messages" for name in _MESSAGE_COLUMNS if name in names}
+    if chat.column is not None:
+        found = {chat.column: "messages"}
     else:
         for kind, columns in KINDS.items():
             if all(name in names for name in columns):
                 found[" and ".join(columns)] = kind
-    if settings.kind != "auto":
-        found = {name: kind for name, kind in found.items() if kind == settings.kind}
+    if chat.kind != "auto":
+        found = {name: kind for name, kind in found.items() if kind == chat.kind}
     if len(found) != 1:
-        raise _which_columns(table, list(found))
+        raise _ambiguous_columns(table, list(found))
     name, kind = next(iter(found.items()))
-    if kind == settings.kind or kind != "prompt_completion" or "label" not in names:
-        return RowReader(kind, name, table.typed)
+    if kind == "prompt_completion" and chat.kind == "auto" and "label" in names:
+        _refuse_preferences(table)
+    return RowReader(kind, name, table.typed)
+
+
+def _refuse_preferences(table: Table) -> None:
+    """Refuse completions with a true or false label."""
     if all(isinstance(label, bool) for label in table.columns["label"]):
         raise DataError(
             "the label column says which completions are good: this is preference data, and every "
             "completion would be learnt",
             where=table.source,
-            fix="leave out the rows that are not to be learnt, then the column; or "
+            fix="remove the rows that must not be learnt, then the column; or set "
             "task.chat.kind=prompt_completion, which learns every row",
         )
-    return RowReader(kind, name, table.typed)
 
 
-def _which_columns(table: Table, found: list[str]) -> UsageError:
+def _ambiguous_columns(table: Table, found: list[str]) -> UsageError:
     if found:
         return UsageError(
             f"{table.source} has {' as well as '.join(found)}",
@@ -212,52 +201,49 @@ def _which_columns(table: Table, found: list[str]) -> UsageError:
             fix="choose by task.chat.kind (messages, prompt_completion, instruction) or by "
             "task.chat.column",
         )
-    if all(name in table.columns for name in _PREFERENCES):
+    if all(name in table.columns for name in _PREFERENCE_COLUMNS):
         return UsageError(
-            f"{table.source} is preference data (chosen and rejected answers), which is not "
-            "learnt from here",
+            f"{table.source} is preference data (chosen and rejected answers), which this task "
+            "does not learn from",
             where="task.path",
-            fix="task.chat.column=chosen learns the chosen answers, where they are lists of "
-            "messages",
+            fix="task.chat.column=chosen learns the chosen answers if they are lists of messages",
         )
     return UsageError(
         f"no conversation among the columns of {table.source}: {', '.join(table.columns)}",
         where="task.chat.column",
-        fix=f"{' or '.join(_CHAT_COLUMNS)} (a list of messages), prompt and completion, "
+        fix=f"{' or '.join(_MESSAGE_COLUMNS)} (a list of messages), prompt and completion, "
         "instruction, input and output; or name the column of messages by task.chat.column",
     )
 
 
-def _opening(turns: tuple[Turn, ...]) -> str:
-    """The name of a conversation's first prompt: rows that answer the same one belong together."""
+def _prompt_hash(turns: tuple[Turn, ...]) -> str:
+    """Return the group of a conversation: rows that answer the same first prompt belong together.
+
+    The group is a hash of the first user turn.
+    """
     text = next(turn.text for turn in turns if turn.role == "user")
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _by_hash(
     parts: Mapping[str, list[Conversation]],
-    settings: ChatSettings,
+    fraction: float,
     counts: dict[str, int],
     notes: list[str],
 ) -> RawChat:
     every = [each for part in parts.values() for each in part]
-    groups = (each.group for each in every)
-    held, note = held_out(groups, settings.validation_fraction, "opening prompts")
-    train = [each for each in every if each.group not in held]
-    validation = [each for each in every if each.group in held]
+    groups, note = validation_groups((each.group for each in every), fraction, "opening prompts")
+    train = [each for each in every if each.group not in groups]
+    validation = [each for each in every if each.group in groups]
     return RawChat(train, validation, "opening prompts", counts, [*notes, note])
 
 
 def _by_source(
-    parts: Mapping[str, list[Conversation]],
-    settings: ChatSettings,
-    counts: dict[str, int],
-    notes: list[str],
+    parts: Mapping[str, list[Conversation]], counts: dict[str, int], notes: list[str]
 ) -> RawChat:
-    """As the user split it: a row is a group. That both sides share prompts is only noted."""
-    check_fraction_unused(settings.validation_fraction)
-    openings = {each.group for each in parts["train"]}
-    shared = sum(each.group in openings for each in parts["validation"])
+    """Keep the split of the source. Prompts that both sides share are only noted."""
+    prompts = {each.group for each in parts["train"]}
+    shared = sum(each.group in prompts for each in parts["validation"])
     if shared:
         notes = [*notes, f"{shared} validation rows open with a prompt that training has too"]
     train, validation = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsegrad_cli.data.conversation import Role, Turn
 from sparsegrad_cli.data.json_files import parse_json
-from sparsegrad_cli.data.text_files import is_text
+from sparsegrad_cli.data.text_files import is_unicode
 from sparsegrad_cli.errors import DataError
 
 ROLES: dict[str, Role] = {
@@ -182,7 +182,7 @@ class RowReader:
         if content is None and _SPEAKS & extra.keys():
             content = ""
         turn = Turn(role, _text(content, place), learn and role == "assistant", extra)
-        if not is_text(turn.text):
+        if not is_unicode(turn.text):
             raise UnusableRowError("text is not valid Unicode")
         loss = [key for key in _LOSS if _given(message.get(key))]
         for key in loss:
@@ -253,7 +253,7 @@ def settled(turns: list[Turn], system: Any) -> tuple[tuple[Turn, ...], dict[str,
     if system is not None and not isinstance(system, str):
         raise UnusableRowError("system is not text")
     if system is not None and system.strip():
-        if not is_text(system):
+        if not is_unicode(system):
             raise UnusableRowError("text is not valid Unicode")
         turns = [Turn("system", system), *turns]
     if turns and turns[0].role == "system" and not turns[0].text.strip():
@@ -326,7 +326,7 @@ def _says(what: str, value: Any, place: str) -> bool:
 def _extra(message: Mapping[str, Any]) -> dict[str, Any]:
     """What a message has beside its text that a chat template reads, under transformers' names."""
     extra: dict[str, Any] = {key: message[key] for key in _PASSED if _given(message.get(key))}
-    if not all(is_text(str(value)) for value in extra.values()):
+    if not all(is_unicode(str(value)) for value in extra.values()):
         raise UnusableRowError("text is not valid Unicode")
     reasoning = {message[key] for key in _REASONING if _is_thought(message.get(key))}
     if len(reasoning) > 1:
@@ -342,7 +342,7 @@ def _extra(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_thought(value: Any) -> bool:
-    if value is not None and not (isinstance(value, str) and is_text(value)):
+    if value is not None and not (isinstance(value, str) and is_unicode(value)):
         raise UnusableRowError("reasoning is not text")
     return bool(value and value.strip())
 
@@ -383,7 +383,7 @@ def _objects(value: Any, what: str) -> list[Any]:
         text = json.dumps(found, ensure_ascii=False, default=str)
     except (RecursionError, TypeError):
         raise UnusableRowError(f"{what} cannot be written as JSON") from None
-    if not is_text(text):
+    if not is_unicode(text):
         raise UnusableRowError("text is not valid Unicode")
     plain: list[Any] = json.loads(text)
     return plain

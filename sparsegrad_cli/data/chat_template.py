@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from sparsegrad_cli.data.chat_data import DropCounts
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.drop_counts import Tally
 from sparsegrad_cli.errors import DataError, UsageError
 
 # Touvron et al. 2023 (LLaMA 2), appendix A.3.3 and its released code: every pair of turns opens
@@ -82,7 +82,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
         self._notes: list[str] = []
-        self._left_out = Tally()
+        self._left_out = DropCounts()
         self._variables = dict(tokenizer.special_tokens_map)
         if tokenizer.chat_template is None:
             if tokenizer.eos_token is None:

@@ -1,6 +1,6 @@
-"""Read CSV and TSV files as text: separator, quoting, header, and columns without a name.
+"""Read CSV and TSV files as text: separator, quotes, header, and columns without a name.
 
-Nothing is guessed about a cell: one that says ``NA``, ``None`` or ``01`` is that word.
+Cells are not interpreted: ``NA``, ``None`` and ``01`` are texts.
 """
 
 from __future__ import annotations
@@ -8,32 +8,32 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.table import Columns, Table
+from sparsegrad_cli.data.tables import Columns, Table
 from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError
 
 Rows = list[tuple[int, list[str]]]  # (number of its first line, its cells)
 
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-_JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # how no header begins
-_DECLARED = re.compile(r'"?sep=([^"\r\n])"?\r?(\n|$)')  # what Excel puts and reads in a first line
+_JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # how JSON begins and no header does
+_DECLARED = re.compile(r'"?sep=([^"\r\n])"?\r?(\n|$)')  # Excel's declaration in the first line
 
 
-def read_delimited(path: Path, *, tab: bool, separator: str | None = None) -> Table:
+def read_delimited(path: Path, *, tabs: bool, separator: str | None = None) -> Table:
     """Read a file of comma- or tab-separated values.
 
-    Where ``separator`` is None, the file's own one by its name is tried first; another is taken,
-    and said in a note, where only that makes the rows fit a header of several columns.
+    Without ``separator``, the separator that the file's name suggests is tried first. Another one
+    is taken, with a note, if only that one makes the rows fit a header of several columns.
 
     Args:
         path: the file, plain or compressed.
-        tab: its name says that tabs separate its columns.
-        separator: what separates columns; one character.
+        tabs: whether its name says that tabs separate its columns.
+        separator: one character.
 
     Raises:
         DataError: the file cannot be read, is damaged, or a row does not fit the header.
@@ -41,32 +41,38 @@ def read_delimited(path: Path, *, tab: bool, separator: str | None = None) -> Ta
     text = read_text(path)
     if _JSON.match(text):
         raise DataError(
-            f"Expected {'tab' if tab else 'comma'}-separated values, got JSON",
+            f"Expected {'tab' if tabs else 'comma'}-separated values, got JSON",
             where=str(path),
-            fix="rename it to .json or .jsonl; where its name has no such suffix, set "
-            "task.name: json",
+            fix="rename it to .json or .jsonl, or set task.name: json",
         )
-    own = "\t" if tab else ","
+    expected = "\t" if tabs else ","
     declared = _DECLARED.match(text)
     if declared and separator is None:
         separator = declared[1]
-    candidates = [separator] if separator else [own, *(m for m in _SEPARATORS if m != own)]
-    failed: tuple[int, DataError] | None = None
+    candidates = (
+        [separator] if separator else [expected, *(s for s in _SEPARATORS if s != expected)]
+    )
+    failed: tuple[int, DataError] | None = None  # of the candidate with the widest header
     narrow: Table | None = None
-    for mark in candidates:
-        wide = 0
+    for candidate in candidates:
+        width = 0
         try:
-            rows = _tab_separated(text, path) if mark == "\t" else quoted_rows(text, mark, path)
+            rows = (
+                _tab_rows(text, path) if candidate == "\t" else quoted_rows(text, candidate, path)
+            )
             rows = rows[1:] if declared else rows
-            wide = len(rows[0][1]) if rows else 0
+            width = len(rows[0][1]) if rows else 0
             table = _table(rows, path)
         except DataError as error:
-            wide = wide or _header_width(text, mark)
-            if failed is None or wide > failed[0]:
-                failed = (wide, error)
+            width = width or text.lstrip().split("\n", 1)[0].count(candidate) + 1
+            if failed is None or width > failed[0]:
+                failed = (width, error)
             continue
         if len(table.columns) > 1 or len(candidates) == 1:
-            return table if mark == own else _with_note(table, path, mark)
+            if candidate == expected:
+                return table
+            what = _SEPARATORS.get(candidate, repr(candidate))
+            return table.with_notes(f"{path.name}: columns are separated by {what}")
         narrow = narrow or table
     if narrow is not None and (failed is None or failed[0] < 2):
         return narrow
@@ -74,9 +80,8 @@ def read_delimited(path: Path, *, tab: bool, separator: str | None = None) -> Ta
     raise failed[1]
 
 
-def bare_rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, cells) of text that is split at tabs only: quotes are text, as in GLUE's
-    files."""
+def unquoted_rows(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, cells) of text that is split at tabs; quotes are text, as in GLUE."""
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), start=1):
         line = line.removesuffix("\r")
         if line:
@@ -89,16 +94,16 @@ def quoted_rows(text: str, separator: str, path: Path) -> Rows:
     Raises:
         DataError: the quoting is damaged; names the line where the row begins.
     """
-    # newline="" keeps line ends inside quoted texts, and line_num counts what an editor counts.
+    # newline="" keeps line ends inside quoted texts, and line_num counts as an editor does.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: Rows = []
     start = 1
-    # The library's limit on a cell's length says nothing about the file: no cell is longer than it.
+    # The csv module refuses cells above 128 KiB by default; no cell is longer than its file.
     limit = csv.field_size_limit(max(len(text), 1))
     try:
-        for fields in reader:
-            if fields:
-                rows.append((start, fields))
+        for cells in reader:
+            if cells:
+                rows.append((start, cells))
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -112,103 +117,103 @@ def quoted_rows(text: str, separator: str, path: Path) -> Rows:
     return rows
 
 
-def column_count_error(path: Path, line: int, found: int, expected: int) -> DataError:
-    """Return the error for a row that does not fit its header."""
-    return DataError(
-        f"the row has {found} column{'' if found == 1 else 's'}, expected {expected}",
-        where=f"{path}:{line}",
-        fix="a text that holds the separator must be quoted (CSV) or cleaned of it (TSV)",
-    )
+def check_width(cells: Sequence[str], expected: int, path: Path, line: int) -> None:
+    """Refuse a row whose number of cells differs from that of the header.
+
+    Raises:
+        DataError: names the line and both numbers.
+    """
+    found = len(cells)
+    if found != expected:
+        raise DataError(
+            f"the row has {found} column{'' if found == 1 else 's'}, expected {expected}",
+            where=f"{path}:{line}",
+            fix="quote a text that holds the separator (CSV), or remove it from the text (TSV)",
+        )
 
 
-def _tab_separated(text: str, path: Path) -> Rows:
-    """Return the rows of a tab-separated file, quoted like CSV or not at all.
+def _tab_rows(text: str, path: Path) -> Rows:
+    """Return the rows of a tab-separated file, which is quoted like CSV or not at all.
 
-    Spreadsheets and pandas quote some cells; GLUE-like files hold bare quotes that mean nothing.
-    The first kind reads without a fault and no bare quote has swallowed a separator.
+    Spreadsheets and pandas quote some cells. Files like GLUE's hold bare quotes without a meaning.
+    A file counts as quoted if it reads without an error and no quote has swallowed a tab.
 
     Raises:
         DataError: some cells are quoted like CSV and others cannot be.
     """
-    bare = list(bare_rows(text))
+    unquoted = list(unquoted_rows(text))
     if '"' not in text:
-        return bare
+        return unquoted
     try:
         quoted = quoted_rows(text, "\t", path)
     except DataError:
-        if any(_is_quoted(cell) for _, fields in bare for cell in fields):
+        if any(_is_quoted(cell) for _, cells in unquoted for cell in cells):
             raise
-        return bare
-    swallowed = any("\t" in cell for _, fields in quoted for cell in fields)
-    if (swallowed or not _fit(quoted)) and _fit(bare):
-        return bare
+        return unquoted
+    swallowed = any("\t" in cell for _, cells in quoted for cell in cells)
+    if (swallowed or not _equal_widths(quoted)) and _equal_widths(unquoted):
+        return unquoted
     return quoted
 
 
 def _is_quoted(cell: str) -> bool:
-    """True where only CSV quoting explains the cell: its inner quotes are all doubled."""
+    """Return whether only CSV quoting explains a cell: it has inner quotes, and all are doubled."""
     inner = cell[1:-1]
-    ends = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return ends and '""' in inner and '"' not in inner.replace('""', "")
+    in_quotes = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return in_quotes and '""' in inner and '"' not in inner.replace('""', "")
 
 
-def _fit(rows: Rows) -> bool:
-    return len({len(fields) for _, fields in rows}) == 1
+def _equal_widths(rows: Rows) -> bool:
+    return len({len(cells) for _, cells in rows}) == 1
 
 
-def _header_width(text: str, mark: str) -> int:
-    return text.lstrip().split("\n", 1)[0].count(mark) + 1
-
-
-def _is_blank(cells: list[str]) -> bool:
+def _is_blank(cells: Sequence[str]) -> bool:
     return not any(cell.strip() for cell in cells)
 
 
 def _table(rows: Rows, path: Path) -> Table:
-    while rows and _is_blank(rows[-1][1]):  # spreadsheets leave rows of nothing at the end
+    """Return the rows below the header as a table.
+
+    Spreadsheets leave empty rows and empty columns at the end, and write separators at the end of
+    rows: these are left out.
+    """
+    while rows and _is_blank(rows[-1][1]):
         rows = rows[:-1]
     if not rows:
         return Table({}, str(path))
-    (line, header), rows = rows[0], rows[1:]
+    (header_line, header), rows = rows[0], rows[1:]
     names = [name.strip() for name in header]
     while names and not names[-1]:
         names.pop()
-    for number, fields in rows:
-        if len(fields) < len(names):
-            raise column_count_error(path, number, len(fields), len(names))
-        if not _is_blank(fields[len(names) :]):
-            raise column_count_error(path, number, len(fields), len(names))
-        if len(names) > 1 and fields == header:
+    for line, cells in rows:
+        if len(cells) < len(names) or not _is_blank(cells[len(names) :]):
+            check_width(cells, len(names), path, line)
+        if len(names) > 1 and cells == header:
             raise DataError(
-                "the header stands here again, as where files are joined",
-                where=f"{path}:{number}",
-                fix="take this line out",
+                "the header is repeated here, as in files that were joined",
+                where=f"{path}:{line}",
+                fix="remove this line",
             )
     readers: dict[str, Any] = {}
     for at, name in enumerate(names):
         if name in readers:
-            readers[name] = partial(_refuse_twice, name, f"{path}:{line}")
+            readers[name] = partial(_refuse_repeated, name, f"{path}:{header_line}")
         elif name:
             readers[name] = partial(_cells, rows, at)
     unnamed = [at for at, name in enumerate(names) if not name]
-    unnamed = [at for at in unnamed if any(fields[at].strip() for _, fields in rows)]
+    unnamed = [at for at in unnamed if any(cells[at].strip() for _, cells in rows)]
     notes = [f"{path.name}: column {at + 1} has no name in the header: not read" for at in unnamed]
-    lines = [number for number, _ in rows]
+    lines = [line for line, _ in rows]
     return Table(Columns(readers), str(path), lines, count=len(rows), notes=tuple(notes))
 
 
 def _cells(rows: Rows, at: int) -> list[Any]:
-    return [fields[at] for _, fields in rows]
+    return [cells[at] for _, cells in rows]
 
 
-def _refuse_twice(name: str, where: str) -> list[Any]:
+def _refuse_repeated(name: str, where: str) -> list[Any]:
     raise DataError(
         f"the header names a column twice: {name}",
         where=where,
-        fix="rename one of the two, or take one out",
+        fix="rename one of the two, or remove one",
     )
-
-
-def _with_note(table: Table, path: Path, mark: str) -> Table:
-    what = _SEPARATORS.get(mark, repr(mark))
-    return table.with_notes(f"{path.name}: columns are separated by {what}")

@@ -1,4 +1,4 @@
-"""Data sets from the Hugging Face hub or its local cache."""
+"""Load data sets from the Hugging Face hub or from its local cache."""
 
 from __future__ import annotations
 
@@ -7,46 +7,18 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.data.glue import examples_from_table
-from sparsegrad_cli.data.parquet_files import converted
-from sparsegrad_cli.data.table import Columns, Table
+from sparsegrad_cli.data.parquet_files import to_python
+from sparsegrad_cli.data.tables import Columns, Table
 from sparsegrad_cli.errors import DownloadError, UsageError
 from sparsegrad_cli.hub_access import why_unreachable
 from sparsegrad_cli.io.suggest import suggest
-from sparsegrad_cli.recipe.tasks import GLUE_TASKS, RawTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_GLUE = "nyu-mll/glue"
-
-
-def load_hub_glue(task: str) -> RawTask:
-    """Read one GLUE task from the hub's nyu-mll/glue, or from the cache where it lies already.
-
-    Args:
-        task: short name: ``cola``, ``rte``, ...
-
-    Raises:
-        DownloadError: it is neither cached nor reachable; says how to go local.
-    """
-    spec = GLUE_TASKS[task]
-    fix = (
-        f"point task.path at a local folder that holds {task}'s train and dev files (the original "
-        "TSV files, or Parquet, CSV or JSON lines), or connect once to fill the cache"
-    )
-    splits = ("train", *spec.eval_splits)
-    loaded, notes = load_hub_splits(_GLUE, splits, config=task, called=spec.name, fix=fix)
-    parts = {}
-    for split, data in loaded.items():
-        table = hub_table(data, f"{_GLUE} {task} {split}")
-        parts[split] = examples_from_table(spec, table, split, notes)
-    train = parts.pop("train")
-    return RawTask(spec, train, parts, notes)
-
 
 def hub_table(data: Dataset, source: str) -> Table:
-    """Return a split as a table, whose columns are converted when they are used."""
+    """Return a split as a table whose columns are converted on first use."""
     from datasets import ClassLabel
 
     plain = data.with_format("arrow")
@@ -57,7 +29,7 @@ def hub_table(data: Dataset, source: str) -> Table:
     }
 
     def column(name: str) -> list[Any]:
-        return converted(plain.select_columns([name])[:].column(0), name, source)
+        return to_python(plain.select_columns([name])[:].column(0), name, source)
 
     readers = {name: partial(column, name) for name in data.column_names}
     return Table(Columns(readers), source, count=len(data), class_names=names, typed=True)
@@ -71,17 +43,17 @@ def load_hub_splits(
     fix: str,
     config: str | None = None,
 ) -> tuple[dict[str, Dataset], list[str]]:
-    """Splits of a data set by name, and notes for the user.
+    """Return splits of a data set by name, and notes for the user.
 
     Args:
         hub_id: ``owner/name``.
-        splits: their names; None takes all there are.
-        called: what the user calls the data set.
-        fix: how to do without the hub.
-        config: the data set's configuration, where it has several.
+        splits: names of the splits; None takes all.
+        called: the name of the data set in messages.
+        fix: how to do without the hub, for the error.
+        config: configuration of a data set that has several.
 
     Raises:
-        UsageError: it has no split of such a name.
+        UsageError: the data set has no split of such a name.
         DownloadError: it is neither cached nor reachable.
     """
     import datasets
@@ -112,7 +84,7 @@ def load_hub_splits(
 
 @contextmanager
 def _cache_only(wanted: bool) -> Iterator[None]:
-    """While open and wanted, ``datasets`` looks into its cache and nowhere else."""
+    """Make ``datasets`` use nothing but its cache inside the block, if ``wanted``."""
     import datasets
 
     if not wanted:
@@ -120,7 +92,7 @@ def _cache_only(wanted: bool) -> Iterator[None]:
         return
     before, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
     datasets.config.HF_HUB_OFFLINE = True
-    datasets.logging.set_verbosity_error()  # what it would warn of is a note of the task
+    datasets.logging.set_verbosity_error()  # the task has a note about it
     try:
         yield
     finally:

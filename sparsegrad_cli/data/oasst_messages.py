@@ -1,32 +1,32 @@
-"""OpenAssistant messages out of the records of an export, nested or flat, faults noted.
+"""Extract OpenAssistant messages from the records of an export, nested or flat.
 
 Three shapes are read, and a file may mix them: a tree (``message_tree_id``, ``tree_state``,
 ``prompt`` with nested ``replies``); a message (``message_id``, ``parent_id``, ...); a message with
-its replies nested in it, which is what the files called "messages" also hold: the root of a tree
-without the tree's envelope.
+nested ``replies``, which is the root of a tree without the tree's envelope.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from sparsegrad_cli.data.conversation import Role
-from sparsegrad_cli.data.text_files import is_text
+from sparsegrad_cli.data.text_files import is_unicode
 
-_ROLES: dict[str, Role] = {"prompter": "user", "assistant": "assistant"}
-NO_MESSAGE = "neither a tree nor a message"
+NOT_A_MESSAGE = "neither a tree nor a message"
 DELETED = "deleted"
 REJECTED = "rejected by review"
-_NAMELESS = "\udfff"  # begins the name of a message without an id: no id holds a lone surrogate
-_SAYS_ITSELF = "\udffe"  # in place of a parent: read it from the message
+
+_ROLES: dict[str, Role] = {"prompter": "user", "assistant": "assistant"}
+# A message without an id gets a name that begins so: no id holds a lone surrogate.
+_WITHOUT_ID = "\udfff"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a record stands: its place in words, and the split its source puts it into."""
+    """Where a record comes from: its place in the file, and the split of the file."""
 
     place: str
     split: str | None = None
@@ -37,14 +37,18 @@ class Message:
     """One message.
 
     Attributes:
-        id, parent: as in the source; a message without an id gets one that no file can hold.
+        id: as in the source; a message without an id gets a name that no file can hold.
+        parent: id of the message that it answers; None for the root of a tree.
+        text: what it says.
         role: ``user`` for a prompter.
-        lang: language tag, None where not given.
-        rank: among its siblings, 0 the best; None where not given.
-        quality: label, 0 to 1; None where not given.
-        tree, state: of the tree it says it is in; None where not given.
-        fault: why it cannot be used, None where it can.
-        remarks: what about it was damaged and is read as not given.
+        source: where it comes from.
+        lang: language tag.
+        rank: rank among its siblings, 0 is best.
+        quality: quality label, 0 to 1.
+        tree: id of its tree.
+        state: state of its tree.
+        fault: why it cannot be used; None if it can.
+        unusable: which of its other values were damaged and are read as missing.
     """
 
     id: str
@@ -58,35 +62,34 @@ class Message:
     tree: str | None = None
     state: str | None = None
     fault: str | None = None
-    remarks: tuple[str, ...] = ()
+    unusable: tuple[str, ...] = ()
 
 
 def messages_of(record: Any, source: Source) -> Iterator[Message]:
-    """Every message of one record, parents before their replies, siblings in order.
+    """Yield every message of one record, parents before their replies, siblings in order.
 
-    A message that is damaged comes with its ``fault``, so that what hangs below it can be told.
+    A damaged message is yielded with its ``fault``, so that the messages below it are found.
     """
-    first, is_root = _topmost(record)
-    # A list of what is left to read, with the parent that nesting says: replies may be nested
-    # thousands deep. _SAYS_ITSELF: the message's own parent_id counts.
-    left: list[tuple[Any, str | None]] = [(first, None if is_root else _SAYS_ITSELF)]
+    topmost, is_tree = _topmost(record)
+    # (message, its parent by nesting, whether nesting decides its parent)
+    left: list[tuple[Any, str | None, bool]] = [(topmost, None, is_tree)]
     number = 0
     while left:
-        item, parent = left.pop()
+        item, parent, nested = left.pop()
         number += 1
-        message = _message(item, parent, f"{_NAMELESS}{source.place}:{number}", source)
+        message = _message(item, parent, nested, f"{_WITHOUT_ID}{source.place}:{number}", source)
         yield message
         replies = item.get("replies") if isinstance(item, dict) else None
         if isinstance(replies, list):
-            left.extend((reply, message.id) for reply in reversed(replies))
+            left.extend((reply, message.id, True) for reply in reversed(replies))
         elif replies is not None:
             number += 1
-            name = f"{_NAMELESS}{source.place}:{number}"
-            yield _faulty(name, message.id, source, "replies that are not a list")
+            name = f"{_WITHOUT_ID}{source.place}:{number}"
+            yield _faulty(name, message.id, source, "replies is not a list")
 
 
 def _topmost(record: Any) -> tuple[Any, bool]:
-    """The record's topmost message, and whether it must be the root of a tree."""
+    """Return the record's topmost message, and whether the record is a tree."""
     if not isinstance(record, dict) or "message_id" in record:
         return record, False
     prompt = record.get("prompt")
@@ -96,52 +99,47 @@ def _topmost(record: Any) -> tuple[Any, bool]:
     return prompt | {key: prompt.get(key) or value for key, value in of_tree.items()}, True
 
 
+def _message(
+    item: Any, parent: str | None, nested: bool, name_without_id: str, source: Source
+) -> Message:
+    """Make a message of ``item``; its own ``parent_id`` counts only if it is not nested."""
+    own_parent = item.get("parent_id") if isinstance(item, dict) else None
+    if not nested:
+        parent = own_parent if _is_id(own_parent) else None
+    if not isinstance(item, dict) or not (nested or "message_id" in item):
+        is_tree = isinstance(item, dict) and _is_id(item.get("message_tree_id"))
+        what = "not an object" if nested else "tree without a prompt" if is_tree else NOT_A_MESSAGE
+        return _faulty(name_without_id, parent, source, what)
+    name, text = item.get("message_id"), item.get("text")
+    if not _is_id(name):
+        return _faulty(name_without_id, parent, source, "no message_id")
+    fault = _fault(item)
+    if own_parent is not None and not _is_id(own_parent):
+        fault = "parent_id is not an id"
+    elif nested and own_parent is not None and own_parent != parent:
+        fault = "parent_id is not the message above it"
+    if not isinstance(text, str):
+        return _faulty(name, parent, source, fault or "")
+    role = _ROLES.get(str(item.get("role")), "user")
+    tree = item.get("message_tree_id")
+    message = Message(name, parent, text, role, source, tree=tree, fault=fault)
+    return replace(message, **_filter_values(item))
+
+
 def _faulty(name: str, parent: str | None, source: Source, fault: str) -> Message:
     return Message(name, parent, "", "user", source, fault=fault)
 
 
-def _message(item: Any, parent: str | None, spare_name: str, source: Source) -> Message:
-    """The message in ``item``; ``parent`` as nesting says, or _SAYS_ITSELF."""
-    nested = parent != _SAYS_ITSELF
-    own = item.get("parent_id") if isinstance(item, dict) else None
-    if not nested:
-        parent = own if _is_id(own) else None
-    if not isinstance(item, dict) or not (nested or "message_id" in item):
-        tree = isinstance(item, dict) and _is_id(item.get("message_tree_id"))
-        what = "not an object" if nested else "tree without a prompt" if tree else NO_MESSAGE
-        return _faulty(spare_name, parent, source, what)
-    name = item.get("message_id")
-    if not _is_id(name):
-        return _faulty(spare_name, parent, source, "no message_id")
-    fault = _fault(item)
-    if own is not None and not _is_id(own):
-        fault = "parent_id is not an id"
-    elif nested and own is not None and own != parent:
-        fault = "parent_id is not the message it hangs below"
-    if not isinstance(item.get("text"), str):
-        return _faulty(name, parent, source, fault or "")
-    message = Message(
-        id=name,
-        parent=parent,
-        text=item["text"],
-        role=_ROLES.get(str(item.get("role")), "user"),
-        source=source,
-        tree=item.get("message_tree_id"),
-        fault=fault,
-    )
-    return _with_extras(message, item)
-
-
 def _is_id(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and bool(value) and is_text(value)
+    return isinstance(value, str) and bool(value) and is_unicode(value)
 
 
-def _fault(item: dict[str, Any]) -> str | None:
-    """Why a message with an id cannot be used, damage first."""
+def _fault(item: Mapping[str, Any]) -> str | None:
+    """Return why a message with an id cannot be used; damage comes first."""
     text, role, tree = item.get("text"), item.get("role"), item.get("message_tree_id")
     if not isinstance(text, str):
         return "text is missing or not text"
-    if not is_text(text):
+    if not is_unicode(text):
         return "text is not valid Unicode"
     if not isinstance(role, str) or role not in _ROLES:
         return "role is neither prompter nor assistant"
@@ -157,31 +155,24 @@ def _fault(item: dict[str, Any]) -> str | None:
     return None if text.strip() else "empty text"
 
 
-def _with_extras(message: Message, item: dict[str, Any]) -> Message:
-    """The message with what filters look at; damage there costs the value, not the message."""
-    remarks: list[str] = []
-    words: dict[str, str | None] = {}
-    for key in ("lang", "tree_state"):
-        value = item.get(key)
-        if value is not None and not (isinstance(value, str) and value):
-            remarks.append(f"{key} that is no word")
-            value = None
-        words[key] = value
-    rank, quality = item.get("rank"), _quality(item.get("labels"))
-    if rank is not None and not (_is_number(rank) and rank == int(rank)):
-        remarks.append("rank that is no whole number")
-        rank = None
-    if quality is not None and not _is_number(quality):
-        remarks.append("quality that is no number")
-        quality = None
-    return replace(
-        message,
-        lang=words["lang"],
-        state=words["tree_state"],
-        rank=None if rank is None else int(rank),
-        quality=quality,
-        remarks=tuple(remarks),
-    )
+def _filter_values(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that filters use; a damaged one is missing, and ``unusable`` names it."""
+    quality = _quality(item.get("labels"))
+    rank, lang, state = item.get("rank"), item.get("lang"), item.get("tree_state")
+    usable = {
+        "lang that is not text": lang is None or (isinstance(lang, str) and lang != ""),
+        "tree_state that is not text": state is None or (isinstance(state, str) and state != ""),
+        "rank that is not a whole number": rank is None or (_is_number(rank) and rank == int(rank)),
+        "quality that is not a number": quality is None or _is_number(quality),
+    }
+    is_lang, is_state, is_rank, is_quality = usable.values()
+    return {
+        "lang": lang if is_lang else None,
+        "state": state if is_state else None,
+        "rank": int(rank) if is_rank and rank is not None else None,
+        "quality": quality if is_quality else None,
+        "unusable": tuple(what for what, is_usable in usable.items() if not is_usable),
+    }
 
 
 def _is_number(value: Any) -> bool:
@@ -191,7 +182,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _quality(labels: Any) -> Any:
-    """The quality label in any of its three shapes, whatever it is; None where there is none.
+    """Return the quality label, whatever it is, from any of its three shapes; None if missing.
 
     Exports: ``{"quality": {"value": v, "count": n}, ...}``. The hub: ``{"name": [...], "value":
     [...], ...}``, or a list of ``{"name": ..., "value": ...}``.
@@ -200,7 +191,7 @@ def _quality(labels: Any) -> Any:
         named = [each for each in labels if isinstance(each, dict)]
         return next((each.get("value") for each in named if each.get("name") == "quality"), None)
     if not isinstance(labels, dict):
-        return labels  # None, or damage that the caller remarks on
+        return labels  # None, or damage
     if "quality" in labels:
         quality = labels["quality"]
         return quality.get("value") if isinstance(quality, dict) else quality

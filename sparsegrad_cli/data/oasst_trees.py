@@ -1,22 +1,22 @@
-"""OpenAssistant trees from messages in any order; what is unusable or not wanted is pruned."""
+"""Build OpenAssistant trees from messages in any order, and prune what is unusable or filtered."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sparsegrad_cli.data.chat_settings import ChatSettings
-from sparsegrad_cli.data.drop_counts import Tally
-from sparsegrad_cli.data.oasst_messages import DELETED, NO_MESSAGE, REJECTED, Message
+from sparsegrad_cli.data.chat_data import DropCounts
+from sparsegrad_cli.data.oasst_messages import DELETED, NOT_A_MESSAGE, REJECTED, Message
+from sparsegrad_cli.recipe.task_section import ChatSection
 
 BELOW = "below a dropped message"
-FILTER = "filter "  # how the reasons of filters begin
-EXPECTED = (BELOW, DELETED, REJECTED)  # reasons of whole data; the others mean damage
+FILTER = "filter "  # reasons of filters begin so
+NOT_DAMAGE = (BELOW, DELETED, REJECTED)  # reasons that occur in undamaged data
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree that is left; ``key`` is its id, ``split`` what its source says of it."""
+    """A tree that is kept: its id, its root, and the split of its source."""
 
     key: str
     root: Message
@@ -29,92 +29,107 @@ class Forest:
 
     Attributes:
         trees: in the order of their roots.
-        replies: message id -> its replies, in source order; a message without any is not in it.
-        found: how many roots were met.
-        read: how many messages were met, each id once.
-        dropped: why messages were dropped; each once, under its own reason or as BELOW.
-        remarks: what was damaged or repeated without costing a message.
+        replies: message id -> its replies in source order; a message without any is not in it.
+        found: number of roots.
+        read: number of messages; each id counts once.
+        dropped: why messages were dropped; each counts once, under its own reason or as BELOW.
+        unusable_values: what was damaged or repeated without costing a message.
     """
 
     trees: list[Tree]
     replies: dict[str, list[Message]]
     found: int
     read: int
-    dropped: Tally
-    remarks: Tally
+    dropped: DropCounts
+    unusable_values: DropCounts
 
 
-def grow(messages: Iterable[Message], settings: ChatSettings) -> Forest:
-    """Link messages to trees and prune these: a message goes with all that hangs below it."""
-    remarks = Tally()
-    known = _by_id(messages, remarks)
-    roots = [message for message in known.values() if message.parent is None]
-    pruning = _Pruning(known, settings)
+def prune(messages: Iterable[Message], chat: ChatSection) -> Forest:
+    """Link messages to trees, and drop unusable and filtered messages with all below them."""
+    unusable_values = DropCounts()
+    by_id = _by_id(messages, unusable_values)
+    roots = [message for message in by_id.values() if message.parent is None]
+    pruning = _Pruning(by_id, chat)
     trees = [tree for root in roots if (tree := pruning.tree(root)) is not None]
     pruning.drop_unreached()
-    found = sum(root.fault != NO_MESSAGE for root in roots)
-    return Forest(trees, pruning.kept, found, len(known), pruning.dropped, remarks)
+    found = sum(root.fault != NOT_A_MESSAGE for root in roots)
+    return Forest(trees, pruning.kept, found, len(by_id), pruning.dropped, unusable_values)
 
 
-def _by_id(messages: Iterable[Message], remarks: Tally) -> dict[str, Message]:
-    """Messages by id. The same one again counts once; an id with two meanings is a fault."""
-    known: dict[str, Message] = {}
+def matches_language(lang: str | None, wanted: str) -> bool:
+    """Return whether a language tag is ``wanted`` or a regional form: ``pt`` takes ``pt-BR``."""
+    tag, wanted = (lang or "").lower(), wanted.lower()
+    return tag == wanted or tag.startswith(f"{wanted}-")
+
+
+def _by_id(messages: Iterable[Message], unusable_values: DropCounts) -> dict[str, Message]:
+    """Return messages by id. A repeated message counts once; two messages of one id are a fault."""
+    by_id: dict[str, Message] = {}
     for message in messages:
-        for remark in message.remarks:
-            remarks.add(f"{remark}, read as not given", message.source.place)
-        before = known.setdefault(message.id, message)
-        if before is message:
+        for what in message.unusable:
+            unusable_values.add(f"{what}, read as missing", message.source.place)
+        first = by_id.setdefault(message.id, message)
+        if first is message:
             continue
-        remarks.add("message met again, read once", message.source.place)
-        if (before.parent, before.role, before.text) != (
-            message.parent,
-            message.role,
-            message.text,
-        ):
-            known[message.id] = replace(before, fault="id of two different messages")
-        elif before.fault is None and message.fault is not None:
-            known[message.id] = message  # deleted in one copy is deleted
-    return known
+        unusable_values.add("repeated message, read once", message.source.place)
+        if (first.parent, first.role, first.text) != (message.parent, message.role, message.text):
+            by_id[message.id] = replace(first, fault="id of two different messages")
+        elif first.fault is None and message.fault is not None:
+            by_id[message.id] = message  # deleted in one copy is deleted
+    return by_id
 
 
 class _Pruning:
-    """One pass over all trees, without recursion: a chain may be thousands of messages long."""
+    """One pass over all trees.
 
-    def __init__(self, known: dict[str, Message], settings: ChatSettings) -> None:
-        self.known, self.settings = known, settings
+    Lists replace recursion, because a chain of messages may be thousands long.
+    """
+
+    def __init__(self, by_id: dict[str, Message], chat: ChatSection) -> None:
+        self.by_id, self.chat = by_id, chat
         self.children: dict[str, list[Message]] = {}
-        for message in known.values():
+        for message in by_id.values():
             if message.parent is not None:
                 self.children.setdefault(message.parent, []).append(message)
         self.kept: dict[str, list[Message]] = {}
-        self.dropped = Tally()
+        self.dropped = DropCounts()
         self.reached: set[str] = set()
 
     def tree(self, root: Message) -> Tree | None:
-        """The pruned tree below ``root``; None where the root itself is dropped."""
-        reason = root.fault or root_reason(root, self.settings)
+        """Return the pruned tree below ``root``; None if the root itself is dropped."""
+        reason = root.fault or _root_reason(root, self.chat)
         if reason is not None:
-            self.drop(root, reason)
+            self._drop(root, reason)
             return None
         key = root.tree or root.id
         left = [root]
         while left:
             message = left.pop()
             self.reached.add(message.id)
-            children = self.children.get(message.id, [])
             kept = []
-            for reply, reason in judged(message, children, key, self.settings):
+            children = self.children.get(message.id, [])
+            for reply, reason in _reply_reasons(message, children, key, self.chat):
                 if reason is None:
                     kept.append(reply)
                 else:
-                    self.drop(reply, reason)
+                    self._drop(reply, reason)
             if kept:
                 self.kept[message.id] = kept
                 left.extend(kept)
         return Tree(key, root, root.source.split)
 
-    def drop(self, message: Message, reason: str) -> None:
-        """Count ``message`` under its reason, and all below it as BELOW."""
+    def drop_unreached(self) -> None:
+        """Drop messages below no root: their parent is missing, or they form a cycle."""
+        for message in self.by_id.values():
+            if message.id not in self.reached and message.parent not in self.by_id:
+                self._drop(message, message.fault or "parent is not in the data")
+        cycles = list(self._in_cycles())
+        self.reached.update(message.id for message in cycles)
+        for message in cycles:
+            self._drop(message, "answers itself, directly or through others")
+
+    def _drop(self, message: Message, reason: str) -> None:
+        """Count ``message`` under its reason, and all messages below it as BELOW."""
         self.dropped.add(reason, message.source.place)
         self.reached.add(message.id)
         left = [message]
@@ -125,86 +140,73 @@ class _Pruning:
                     self.dropped.add(BELOW, reply.source.place)
                     left.append(reply)
 
-    def drop_unreached(self) -> None:
-        """Drop what no root leads to: messages whose parent is missing, and cycles."""
-        for message in self.known.values():
-            if message.id not in self.reached and message.parent not in self.known:
-                self.drop(message, message.fault or "parent is not in the data")
-        cycles = list(self._in_cycles())
-        self.reached.update(message.id for message in cycles)
-        for message in cycles:
-            self.drop(message, "answers itself, by way of others or at once")
-
     def _in_cycles(self) -> Iterator[Message]:
-        """Every message that is its own ancestor, among those not reached."""
-        walk_of: dict[str, int] = {}  # message id -> number of the walk that first met it
-        for number, start in enumerate(self.known.values()):
+        """Yield every message that is its own ancestor, among those that were not reached."""
+        walk_of: dict[str, int] = {}  # message id -> number of the walk that visited it first
+        for number, start in enumerate(self.by_id.values()):
             at = start
             while at.id not in self.reached and at.id not in walk_of:
                 walk_of[at.id] = number
-                at = self.known[at.parent or ""]
+                at = self.by_id[at.parent or ""]
             if walk_of.get(at.id) != number:
-                continue  # it ended in another walk's, or where a root or an orphan leads
+                continue  # the walk ended at a reached message or in an earlier walk
             first = at
             yield first
-            while (at := self.known[at.parent or ""]) is not first:
+            while (at := self.by_id[at.parent or ""]) is not first:
                 yield at
 
 
-def root_reason(root: Message, settings: ChatSettings) -> str | None:
-    """Why a root without a fault is dropped, or None."""
+def _root_reason(root: Message, chat: ChatSection) -> str | None:
+    """Return why a root without a fault is dropped, or None."""
     if root.role != "user":
-        return "tree begun by the assistant"
-    states = settings.tree_states
-    if states is not None and root.state is not None and root.state not in states:
+        return "tree that begins with the assistant"
+    if chat.tree_states is not None and root.state not in (None, *chat.tree_states):
         return f"{FILTER}tree_states: {root.state}"
-    return _language_reason(root, settings)
+    return _language_reason(root, chat)
 
 
-def judged(
-    message: Message, replies: Sequence[Message], key: str, settings: ChatSettings
+def _reply_reasons(
+    message: Message, replies: Sequence[Message], key: str, chat: ChatSection
 ) -> Iterator[tuple[Message, str | None]]:
-    """(reply, why it is dropped or None) for all replies to ``message`` in the tree ``key``."""
-    reasons = [reply.fault or _place_reason(message, reply, key, settings) for reply in replies]
+    """Yield (reply, why it is dropped or None) for all replies to ``message`` in tree ``key``."""
+    reasons = [reply.fault or _position_reason(message, reply, key, chat) for reply in replies]
     siblings = reasons.count(None)
     for reply, reason in zip(replies, reasons, strict=True):
         if reason is None and reply.role == "assistant":
-            reason = _worth_reason(reply, siblings, settings)
+            reason = _rating_reason(reply, siblings, chat)
         yield reply, reason
 
 
-def _place_reason(message: Message, reply: Message, key: str, settings: ChatSettings) -> str | None:
+def _position_reason(message: Message, reply: Message, key: str, chat: ChatSection) -> str | None:
     if reply.role == message.role:
         return "answers a message of its own role"
     if reply.tree is not None and reply.tree != key:
-        return "of another tree than the message it answers"
-    return _language_reason(reply, settings)
+        return "in another tree than the message it answers"
+    return _language_reason(reply, chat)
 
 
-def _language_reason(message: Message, settings: ChatSettings) -> str | None:
-    wanted = settings.languages
-    if wanted is None or any(speaks(message.lang, each) for each in wanted):
+def _language_reason(message: Message, chat: ChatSection) -> str | None:
+    wanted = chat.languages
+    if wanted is None or any(matches_language(message.lang, each) for each in wanted):
         return None
     why = f"not in {', '.join(wanted)}" if message.lang is not None else "none given"
     return f"{FILTER}languages: {why}"
 
 
-def speaks(lang: str | None, wanted: str) -> bool:
-    """A language takes its regional forms: ``pt`` takes ``pt-BR``, not the other way round."""
-    tag, wanted = (lang or "").lower(), wanted.lower()
-    return tag == wanted or tag.startswith(f"{wanted}-")
+def _rating_reason(reply: Message, siblings: int, chat: ChatSection) -> str | None:
+    """Return why rank or quality drops a reply, or None.
 
-
-def _worth_reason(reply: Message, siblings: int, settings: ChatSettings) -> str | None:
-    """By rank and quality. Only where a filter is set; what was not judged does not pass it."""
-    if settings.max_rank is not None:
+    A reply without a rank passes ``max_rank`` only if it has no siblings; one without a quality
+    label never passes ``min_quality``.
+    """
+    if chat.max_rank is not None:
         if reply.rank is None and siblings > 1:
             return f"{FILTER}max_rank: not ranked among its siblings"
-        if (reply.rank or 0) > settings.max_rank:
-            return f"{FILTER}max_rank: above {settings.max_rank}"
-    if settings.min_quality is not None:
+        if (reply.rank or 0) > chat.max_rank:
+            return f"{FILTER}max_rank: above {chat.max_rank}"
+    if chat.min_quality is not None:
         if reply.quality is None:
             return f"{FILTER}min_quality: none given"
-        if reply.quality < settings.min_quality:
-            return f"{FILTER}min_quality: below {settings.min_quality:g}"
+        if reply.quality < chat.min_quality:
+            return f"{FILTER}min_quality: below {chat.min_quality:g}"
     return None

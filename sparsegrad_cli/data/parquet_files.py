@@ -1,4 +1,4 @@
-"""Read Parquet files column by column, so that a column that nobody uses cannot fail."""
+"""Read Parquet files column by column, so that an unused column cannot fail."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.table import Columns, Table
+from sparsegrad_cli.data.tables import Columns, Table
 from sparsegrad_cli.data.text_files import LFS_POINTER
 from sparsegrad_cli.errors import DataError
 
 
 def read_parquet(path: Path) -> Table:
-    """Return the file's columns; each is read and converted when it is first used.
+    """Return the columns of a file; each is read and converted on first use.
 
     Raises:
-        DataError: the file is not Parquet or is damaged; names the column once one is used.
+        DataError: the file is not Parquet or is damaged. On first use of a column: names it.
     """
     try:
-        with _opened(path) as file:
+        with _open(path) as file:
             names = list(file.schema_arrow.names)
             count = file.metadata.num_rows
             class_names = _class_names(file.schema_arrow.metadata)
@@ -30,26 +30,23 @@ def read_parquet(path: Path) -> Table:
         raise
     except Exception as error:  # pyarrow raises errors of many classes on damaged files
         reason, fix = _first_line(error), "fetch it again"
-        if _is_pointer(path):
+        if _is_lfs_pointer(path):
             reason, fix = "it is a Git LFS pointer", "fetch the file itself: git lfs pull"
         raise DataError(
             f"the Parquet file cannot be read: {reason}", where=str(path), fix=fix
         ) from None
-    times = Counter(names)
-    readers: dict[str, Callable[[], list[Any]]] = {}
-    for name in times:
-        twice = times[name] > 1
-        readers[name] = (
-            partial(_refuse_twice, path, name) if twice else partial(_column, path, name)
-        )
+    readers: dict[str, Callable[[], list[Any]]] = {
+        name: partial(_column if times == 1 else _refuse_repeated, path, name)
+        for name, times in Counter(names).items()
+    }
     return Table(Columns(readers), str(path), count=count, class_names=class_names, typed=True)
 
 
-def converted(values: Sequence[Any], name: str, source: str) -> list[Any]:
-    """Return an Arrow column, or what behaves like one, as Python values.
+def to_python(values: Any, name: str, source: str) -> list[Any]:
+    """Convert an Arrow column to Python values.
 
     Args:
-        values: has ``to_pylist()``, or can be iterated.
+        values: an Arrow array.
         name: the column's name, for the error.
         source: the file.
 
@@ -57,26 +54,26 @@ def converted(values: Sequence[Any], name: str, source: str) -> list[Any]:
         DataError: a value cannot be converted; names the column and its first such row.
     """
     try:
-        found = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
+        found = values.to_pylist()
     except MemoryError:
         raise
     except Exception as error:
-        row = _first_fault(values)
+        row = _first_unconvertible_row(values)
         raise DataError(
             f"column {name!r} cannot be read: {_first_line(error)}",
             where=f"{source}, row {row}" if row else source,
-            fix="write the file again without what is at fault there",
+            fix="correct the value there, and write the file again",
         ) from None
-    return [_whole(value) if isinstance(value, Decimal) else value for value in found]
+    return [_without_point(value) if isinstance(value, Decimal) else value for value in found]
 
 
-def _whole(value: Decimal) -> int | Decimal:
-    """Return a decimal without a fraction as an integer; others keep all their digits."""
+def _without_point(value: Decimal) -> int | Decimal:
+    """Return a decimal type without decimal places as an integer; others keep all their digits."""
     return int(value) if value.as_tuple().exponent == 0 else value
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """The names of ClassLabel columns from what ``datasets`` writes into a Parquet file."""
+    """Return the names of ClassLabel columns from the metadata that ``datasets`` writes."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -84,21 +81,21 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str,
             for column, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}  # the block is another program's, or of another version
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}  # written by another program, or by another version of it
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     import pyarrow.parquet as pq
 
-    # The library's limits on the sizes in a header say nothing about the file: no name and no list
-    # in it is longer than the file itself.
+    # The library's default limits on sizes in the header do not depend on the file. No name and no
+    # list in a file is longer than the file itself.
     size = min(max(path.stat().st_size, 1), 2**31 - 1)
-    # ParquetFile, not read_table: a folder named a=b must not turn into a column.
+    # ParquetFile, not read_table, which turns a folder named a=b into a column.
     return pq.ParquetFile(path, thrift_string_size_limit=size, thrift_container_size_limit=size)
 
 
-def _is_pointer(path: Path) -> bool:
+def _is_lfs_pointer(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -108,8 +105,8 @@ def _is_pointer(path: Path) -> bool:
 
 def _column(path: Path, name: str) -> list[Any]:
     try:
-        with _opened(path) as file:
-            table = file.read(columns=[name])  # also another column whose name begins with "name."
+        with _open(path) as file:
+            table = file.read(columns=[name])  # also reads columns whose names begin with "name."
         column = table.column(table.column_names.index(name))
     except MemoryError:
         raise
@@ -117,26 +114,24 @@ def _column(path: Path, name: str) -> list[Any]:
         raise DataError(
             f"column {name!r} cannot be read: {_first_line(error)}", where=str(path)
         ) from None
-    return converted(column, name, str(path))
+    return to_python(column, name, str(path))
 
 
-def _first_fault(values: Sequence[Any]) -> int | None:
-    """Return the first row (from 1) that cannot be converted by itself."""
+def _first_unconvertible_row(values: Sequence[Any]) -> int | None:
+    """Return the first row, counted from 1, that cannot be converted by itself."""
     for row in range(len(values)):
         try:
-            value = values[row]
-            if hasattr(value, "as_py"):
-                value.as_py()
+            values[row].as_py()
         except Exception:
             return row + 1
     return None
 
 
-def _refuse_twice(path: Path, name: str) -> list[Any]:
+def _refuse_repeated(path: Path, name: str) -> list[Any]:
     raise DataError(
         f"the file has two columns named {name!r}",
         where=str(path),
-        fix="rename one of the two, or take one out",
+        fix="rename one of the two, or remove one",
     )
 
 

@@ -1,133 +1,154 @@
-"""Find the files of a split in a folder: one file or all its shards, of any format read here."""
+"""Find the files of a training and a validation split in a folder.
+
+A split is one file (``train.csv``) or all of its shards (``train-00000-of-00002.csv``), in any
+format that is read, plain or compressed.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from sparsegrad_cli.data.text_files import COMPRESSIONS
+from sparsegrad_cli.data.compressed_files import COMPRESSIONS
 from sparsegrad_cli.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-TRAIN_STEMS = ("train",)
-VALIDATION_STEMS = ("validation", "dev", "valid", "val")
-PREFERRED = {
+SUFFIXES_OF = {
     "csv": (".csv", ".tsv"),
     "json": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
 }
-# Files of data in formats that are not read: what they are, and what to do.
+TRAIN_NAMES = ("train",)
+VALIDATION_NAMES = ("validation", "dev", "valid", "val")
+# Suffixes of data in formats that are not read: what such a file is, and what to do.
 _CONVERT = "convert it to Parquet, JSON lines or CSV"
+_EXPORT_SHEET, _EXPORT_TABLE = "export the sheet as CSV", "export the table as CSV or JSON lines"
 _UNREADABLE = {
     ".arrow": ("an Arrow file", _CONVERT),
     ".feather": ("a Feather file", _CONVERT),
     ".orc": ("an ORC file", _CONVERT),
     ".avro": ("an Avro file", _CONVERT),
-    ".xlsx": ("an Excel file", "export the sheet as CSV"),
-    ".xls": ("an Excel file", "export the sheet as CSV"),
-    ".ods": ("a spreadsheet", "export the sheet as CSV"),
-    ".sqlite": ("a database", "export the table as CSV or JSON lines"),
-    ".db": ("a database", "export the table as CSV or JSON lines"),
     ".pkl": ("a pickle, which can run code", _CONVERT),
     ".pickle": ("a pickle, which can run code", _CONVERT),
-    ".npy": ("a NumPy file", _CONVERT),
-    ".npz": ("a NumPy file", _CONVERT),
-    ".h5": ("an HDF5 file", _CONVERT),
-    ".hdf5": ("an HDF5 file", _CONVERT),
-    ".tar": ("an archive", "unpack it"),
-    ".tgz": ("an archive", "unpack it"),
-    ".7z": ("an archive", "unpack it"),
-    ".rar": ("an archive", "unpack it"),
-    ".lz4": ("compressed in a way that is not read here", "unpack it"),
-    ".lzma": ("compressed in a way that is not read here", "unpack it"),
-    ".br": ("compressed in a way that is not read here", "unpack it"),
-    ".z": ("compressed in a way that is not read here", "unpack it"),
-    ".sz": ("compressed in a way that is not read here", "unpack it"),
+    **dict.fromkeys((".npy", ".npz"), ("a NumPy file", _CONVERT)),
+    **dict.fromkeys((".h5", ".hdf5"), ("an HDF5 file", _CONVERT)),
+    **dict.fromkeys((".xlsx", ".xls"), ("an Excel file", _EXPORT_SHEET)),
+    ".ods": ("a spreadsheet", _EXPORT_SHEET),
+    **dict.fromkeys((".sqlite", ".db"), ("a database", _EXPORT_TABLE)),
+    **dict.fromkeys((".tar", ".tgz", ".7z", ".rar"), ("an archive", "unpack it")),
+    **dict.fromkeys(
+        (".lz4", ".lzma", ".br", ".z", ".sz"),
+        ("compressed in a format that is not supported", "unpack it"),
+    ),
 }
-# Folders that may hold a data set's files beside its own.
-_SPLIT_FOLDERS = ("data", *TRAIN_STEMS, *VALIDATION_STEMS)
+# Subfolders that may hold files of a data set.
+_SUBFOLDERS = ("data", *TRAIN_NAMES, *VALIDATION_NAMES)
 _SHARD = re.compile(
     r"(?P<stem>.+?)[-_.](?P<index>\d+)[-_]of[-_](?P<count>\d+)(?:[-_.][0-9a-z]+)*", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
-class _Named:
-    """What a file's name says.
+class SplitFiles:
+    """The files to read. ``validation`` is empty if the data has no validation part."""
+
+    train: list[Path]
+    validation: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file and the parts of its name, for example ``train-00000-of-00002.csv.gz``.
 
     Attributes:
-        stem: ``train`` of train-00000-of-00002.csv.gz, in lower case.
-        suffix: ``.csv``, in lower case.
-        packing: ``.gz``, in lower case; "" where there is none.
-        shard: (0, 2); None for a file that is no shard.
+        path: the file.
+        stem: ``train``, in lower case.
+        suffix: ``.csv``; "" if the name has none that is known.
+        compression: ``.gz``; "" if the file is not compressed by its name.
+        shard: (index, count), here (0, 2); None for a file that is not a shard.
     """
 
     path: Path
     stem: str
     suffix: str
-    packing: str
+    compression: str
     shard: tuple[int, int] | None
+
+
+def split_files(path: Path, suffixes: Sequence[str]) -> SplitFiles:
+    """Return the files that a path stands for: itself, or the splits of a folder.
+
+    Args:
+        path: a file, or a folder that holds the splits itself or in its ``data/``.
+        suffixes: formats, the preferred one first.
+
+    Raises:
+        DataError: the path does not exist, the folder has no training file, or as
+            :func:`find_split`.
+    """
+    if path.is_file():
+        return SplitFiles([path], notes=_single_shard_notes(path))
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path}", where="task.path")
+    folder = path
+    train = find_split(folder, TRAIN_NAMES, suffixes)
+    if not train and (path / "data").is_dir():
+        folder = path / "data"
+        train = find_split(folder, TRAIN_NAMES, suffixes)
+    if not train:
+        raise _no_training_file(path, suffixes)
+    validation = find_split(folder, VALIDATION_NAMES, suffixes)
+    return SplitFiles(train, validation, unread_notes(path, [*train, *validation]))
 
 
 def find_split(
     folder: Path, stems: Sequence[str], suffixes: Sequence[str] = SUFFIXES
 ) -> list[Path]:
-    """Return the files of one split: ``stem.suffix``, or its shards ``stem-00000-of-00002.suffix``.
+    """Return the files of one split: ``stem.suffix``, or all of its shards in order.
 
-    Each may be compressed (``.gz``, ...). Stems and suffixes are tried in order, and the first that
-    is there wins; upper and lower case are the same. Empty when none is.
+    Stems and suffixes are tried in order, and the first that exists is taken. Case is ignored.
+    The result is empty if the folder does not exist or has no such file.
 
     Raises:
-        DataError: a shard is missing or there twice, shards are of two sets, there is a whole file
-            as well as shards, or the split is there in an unreadable format only.
+        DataError: a shard is missing or there twice, the shards belong to two sets, there are a
+            whole file and shards, or the split exists only in a format that is not read.
     """
-    named = _files(folder) if folder.is_dir() else []
+    files = _files(folder) if folder.is_dir() else []
     for stem in stems:
-        found = [each for each in named if each.stem == stem]
+        same_stem = [each for each in files if each.stem == stem]
         for suffix in suffixes:
-            files = [each for each in found if each.suffix == suffix]
-            if files:
-                _check_one_set(found, stem, folder)
-                return _whole(files, stem, folder)
-        # train.zip and train.gz do not say what is in them.
-        bare = [each for each in found if not each.suffix and each.packing]
-        if bare:
-            return [bare[0].path]
-    for each in named:
+            found = [each for each in same_stem if each.suffix == suffix]
+            if found:
+                _check_one_set(same_stem, stem, folder)
+                return _whole_split(found, stem, folder)
+        # The names train.zip and train.gz do not say which format is inside.
+        unnamed = [each for each in same_stem if not each.suffix and each.compression]
+        if unnamed:
+            return [unnamed[0].path]
+    for each in files:
         if each.stem in stems and each.suffix in _UNREADABLE:
             raise unreadable(each.path)
     return []
 
 
-def split_folder(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
-    """Return the folder itself, or its ``data/`` where only that holds training files.
+def unread_notes(folder: Path, files: Sequence[Path], ignored: Sequence[str] = ()) -> list[str]:
+    """Return a note that names the data files of a folder that are not read.
 
-    Data sets of the hub keep their files in ``data/``.
-    """
-    inner = folder / "data"
-    if inner.is_dir() and not find_split(folder, TRAIN_STEMS, suffixes):
-        return inner if find_split(inner, TRAIN_STEMS, suffixes) else folder
-    return folder
-
-
-def unread_note(folder: Path, files: Sequence[Path], without: Sequence[str] = ()) -> list[str]:
-    """Return a note that names the data files of a folder that are not among ``files``.
-
-    Files of a split in the folder's own folders (``data/``, ``validation/``) count among them.
+    Data files in subfolders named like a split, or in ``data/``, count too.
 
     Args:
-        folder: of the data.
-        files: those that are read.
-        without: stems of files that are left out of the note, in lower case.
+        folder: folder of the data.
+        files: the files that are read.
+        ignored: stems (in lower case) of files that the note leaves out.
     """
-    inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS)
-    left = [each.path for place in (folder, *inner) for each in _files(place) if _is_data(each)]
-    left = [path for path in left if path not in files and not _is_about_data(path)]
-    left = [path for path in left if _named(path).stem not in without]
-    names = [str(path.relative_to(folder)) for path in left]
+    inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.lower() in _SUBFOLDERS)
+    left = [each for place in (folder, *inner) for each in _files(place) if _is_data(each)]
+    left = [each for each in left if each.path not in files and each.stem not in ignored]
+    names = [str(each.path.relative_to(folder)) for each in left]
     if not names:
         return []
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -135,149 +156,149 @@ def unread_note(folder: Path, files: Sequence[Path], without: Sequence[str] = ()
     return [f"not read in {folder}: {', '.join(names[:5])}{more}; read: {read}"]
 
 
-def lone_shard_note(path: Path) -> list[str]:
-    """Return a note where a file that is read by itself is one shard of several."""
-    shard = _named(path).shard
-    if shard is None or shard[1] < 2:
-        return []
-    return [
-        f"{path.name} is one of {shard[1]} shards and is read by itself; to read all of them, let "
-        "task.path be the folder"
-    ]
+def refuse_unreadable(path: Path) -> None:
+    """Refuse a file whose suffix is that of a format that is not read.
 
-
-def no_training_file(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> DataError:
-    """Return the error for a folder without a training file."""
-    for inner in (folder, folder / "train", folder / "data"):
-        for each in _files(inner) if inner.is_dir() else []:
-            if each.suffix in _UNREADABLE and each.stem in ("data", *TRAIN_STEMS):
-                return unreadable(each.path)
-    return DataError(
-        "the folder has no training file",
-        where=str(folder),
-        fix=f"looked for: {looked_for(TRAIN_STEMS, suffixes)}; or let task.path be the file itself",
-    )
+    Raises:
+        DataError: says what the file is and how to convert it.
+    """
+    if _parse_name(path).suffix in _UNREADABLE:
+        raise unreadable(path)
 
 
 def unreadable(path: Path) -> DataError:
     """Return the error for a file in a format that is not read."""
-    what, fix = _UNREADABLE[_named(path).suffix]
+    what, fix = _UNREADABLE[_parse_name(path).suffix]
     return DataError(f"{path.name} is {what}, which cannot be read", where=str(path), fix=fix)
 
 
-def is_unreadable(path: Path) -> bool:
-    """True where the file's suffix is that of data in a format that is not read."""
-    return _named(path).suffix in _UNREADABLE
-
-
-def looked_for(stems: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:
-    """Return the names that find_split tries, for an error message."""
+def tried_names(stems: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:
+    """Return the names that :func:`find_split` tries, for an error message."""
     names = [f"{stem}{suffix}" for stem in stems for suffix in suffixes]
     names.append(f"{stems[0]}-00000-of-00002.* and so on")
     return f"{', '.join(names)}, each also with {', '.join(COMPRESSIONS)}"
 
 
-def _is_data(named: _Named) -> bool:
-    """True for a file in a format of data, or named like a split (train.zip, validation.txt)."""
-    if named.suffix:
-        return True
-    stem = named.path.name.lower().removesuffix(named.packing).removesuffix(".txt")
-    return stem in (*TRAIN_STEMS, *VALIDATION_STEMS)
+def _single_shard_notes(path: Path) -> list[str]:
+    shard = _parse_name(path).shard
+    if shard is None or shard[1] < 2:
+        return []
+    return [
+        f"{path.name} is one of {shard[1]} shards and is read alone; to read all shards, set "
+        "task.path to the folder"
+    ]
 
 
-def _is_about_data(path: Path) -> bool:
-    """True for files of settings that the datasets library leaves beside data."""
-    return path.name.lower().startswith(("dataset_", "state.json"))
+def _no_training_file(folder: Path, suffixes: Sequence[str]) -> DataError:
+    for inner in (folder, folder / "train", folder / "data"):
+        for each in _files(inner) if inner.is_dir() else []:
+            if each.suffix in _UNREADABLE and each.stem in ("data", *TRAIN_NAMES):
+                return unreadable(each.path)
+    return DataError(
+        "the folder has no training file",
+        where=str(folder),
+        fix=f"tried: {tried_names(TRAIN_NAMES, suffixes)}; or set task.path to the file itself",
+    )
 
 
-def _files(folder: Path) -> list[_Named]:
-    """Return what the names of a folder's files say, plain ones before compressed ones.
+def _is_data(file: _File) -> bool:
+    """Return whether a file is data by its suffix, or is named like a split."""
+    # The datasets library leaves these beside the data that it saves.
+    if file.path.name.lower().startswith(("dataset_", "state.json")):
+        return False
+    return bool(file.suffix) or file.stem.removesuffix(".txt") in (*TRAIN_NAMES, *VALIDATION_NAMES)
+
+
+def _files(folder: Path) -> list[_File]:
+    """Return the files of a folder, uncompressed ones first.
 
     Raises:
-        DataError: what is named like a file of a split is a broken link, a folder or a pipe.
+        DataError: something named like a file of a split is a folder, a broken link or a pipe.
     """
     found = []
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
+        file = _parse_name(path)
         if path.is_file():
-            found.append(path)
-        elif _named(path).suffix and _named(path).stem in (*TRAIN_STEMS, *VALIDATION_STEMS):
+            found.append(file)
+        elif file.suffix and file.stem in (*TRAIN_NAMES, *VALIDATION_NAMES):
             kind = "a folder" if path.is_dir() else "a broken link, or a pipe or device"
             raise DataError(
                 f"Expected a file named {path.name}, got {kind}",
                 where=str(path),
                 fix="put the file there, or rename what is there",
             )
-    return sorted(map(_named, found), key=lambda each: (bool(each.packing), each.path.name))
+    return sorted(found, key=lambda each: (bool(each.compression), each.path.name))
 
 
-def _named(path: Path) -> _Named:
+def _parse_name(path: Path) -> _File:
     name = path.name.lower()
-    packing = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
-    name = name.removesuffix(packing)
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    name = name.removesuffix(compression)
     suffix = next((s for s in (*SUFFIXES, *_UNREADABLE) if name.endswith(s)), "")
     stem = name.removesuffix(suffix)
     if suffix in _UNREADABLE:  # train.csv.7z
         stem = stem.removesuffix(next((s for s in SUFFIXES if stem.endswith(s)), ""))
     match = _SHARD.fullmatch(stem)
     if not match:
-        return _Named(path, stem, suffix, packing, None)
-    return _Named(path, match["stem"], suffix, packing, (int(match["index"]), int(match["count"])))
+        return _File(path, stem, suffix, compression, None)
+    shard = int(match["index"]), int(match["count"])
+    return _File(path, match["stem"], suffix, compression, shard)
 
 
-def _check_one_set(found: Sequence[_Named], stem: str, folder: Path) -> None:
-    """Raise a DataError where shards of a split, of whatever format, are of several sets."""
-    sets = sorted({each.shard[1] for each in found if each.shard})
-    if len(sets) > 1:
-        names = [next(e.path.name for e in found if e.shard and e.shard[1] == n) for n in sets]
+def _check_one_set(files: Sequence[_File], stem: str, folder: Path) -> None:
+    """Refuse shards of several sets, such as ``-of-2`` beside ``-of-3``."""
+    first_of = {each.shard[1]: each.path.name for each in reversed(files) if each.shard}
+    if len(first_of) > 1:
+        counts = sorted(first_of)
         raise DataError(
-            f"the shards of {stem} belong to several sets, of {' and '.join(map(str, sets))} "
-            f"files: {', '.join(names)}",
+            f"the shards of {stem} belong to several sets, of {' and '.join(map(str, counts))} "
+            f"files: {', '.join(first_of[count] for count in counts)}",
             where=str(folder),
             fix="remove the files of the older set",
         )
 
 
-def _whole(files: list[_Named], stem: str, folder: Path) -> list[Path]:
+def _whole_split(files: Sequence[_File], stem: str, folder: Path) -> list[Path]:
     """Return the one whole file, or all shards in order."""
-    shards = [each for each in files if each.shard]
     whole = [each.path for each in files if not each.shard]
+    shards = [(*each.shard, each.path) for each in files if each.shard]
     if not shards:
         return whole[:1]
     if whole:
         raise DataError(
-            f"the folder has {whole[0].name} as well as shards of {stem}: {shards[0].path.name}",
+            f"the folder has {whole[0].name} as well as shards of {stem}: {shards[0][2].name}",
             where=str(folder),
-            fix="remove the one or the others",
+            fix="remove either the file or the shards",
         )
-    count = shards[0].shard[1] if shards[0].shard else 0
+    count = shards[0][1]
     by_index: dict[int, Path] = {}
-    for each in shards:
-        index = each.shard[0] if each.shard else 0
+    for index, _, path in shards:
         if index in by_index:
             raise DataError(
                 f"shard {index} of {count} of {stem} is there twice: {by_index[index].name}, "
-                f"{each.path.name}",
+                f"{path.name}",
                 where=str(folder),
                 fix="remove the older one",
             )
-        by_index[index] = each.path
-    # Counted from 0, as on the hub, or from 1.
+        by_index[index] = path
+    # Shards are counted from 0, as on the hub, or from 1.
     first = 0 if 0 in by_index or count not in by_index else 1
-    absent = (index for index in range(first, first + count) if index not in by_index)
-    missing = list(islice(absent, 20))
-    beyond = [index for index in by_index if not first <= index < first + count]
+    expected = range(first, first + count)
+    missing = list(islice((index for index in expected if index not in by_index), 20))
+    beyond = [index for index in by_index if index not in expected]
     if missing or beyond:
-        what = f"shard {missing[0]} of {count} of {stem} is not there" if missing else ""
         if len(missing) > 1:
             what = f"shards {', '.join(map(str, missing))} of {count} of {stem} are not there"
-        if not missing:
+        elif missing:
+            what = f"shard {missing[0]} of {count} of {stem} is not there"
+        else:
             what = f"shard {beyond[0]} of {stem} is beyond its {count} shards"
         raise DataError(
             f"{what}; found: {', '.join(path.name for path in list(by_index.values())[:5])}",
             where=str(folder),
-            fix="put the missing files back; where these rows are all there is, merge them into "
+            fix="restore the missing files; if these rows are all of the data, merge them into "
             f"{stem}{files[0].suffix}",
         )
     return [by_index[index] for index in sorted(by_index)]

@@ -47,12 +47,7 @@ def outside_problems(
         fix = "give task.path (a file or folder) or task.chat.hub (owner/name)"
         found.append((("task", "path"), "is missing for task chat", fix))
     try:
-        check_settings(
-            task.name,
-            task_type=task.type,
-            metric=task.metric,
-            positive_label=task.positive_label,
-        )
+        check_settings(task)
     except UsageError as error:
         found.append((tuple((error.where or "task").split(".")), error.what, error.fix))
     if data and task.path is not None and not exists(task.path):

@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sparsegrad_cli.data.chat_settings import GOES_WITH
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_form
@@ -25,6 +24,13 @@ from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place, do
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS
 
 _MAKES_A_BASIS = (*("steps", "basis_per", "source", "decomposition", "power_steps", "score"),)
+# Keys of task.chat that have an effect on some chat tasks only, and these tasks.
+_TREES = ("oasst", "builtin:dialogues")
+_CHAT_TASKS_OF = {
+    **dict.fromkeys(("paths", "languages", "max_rank", "min_quality", "tree_states"), _TREES),
+    "hub": ("oasst", "chat"),
+    **dict.fromkeys(("config", "train_split", "validation_split", "kind", "column"), ("chat",)),
+}
 _WARMS = ("warmup_steps", "warmup_learning_rate", "keep_head")
 
 
@@ -195,7 +201,7 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
     if chat is None or name not in CHAT_TASKS:
         return
     at = ("task", "chat")
-    for setting, tasks in GOES_WITH.items():
+    for setting, tasks in _CHAT_TASKS_OF.items():
         if name not in tasks:
             why = f"it goes with {' and '.join(tasks)}, not with {name}"
             yield from _idle(chat, at, (setting,), cause, why)

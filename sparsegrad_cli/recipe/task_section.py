@@ -27,7 +27,7 @@ class ChatSection(Section):
         "reply at every step; replies: every reply once, what leads to it unlabelled",
     )
     languages: tuple[str, ...] | None = Field(
-        None, description="keep messages in these only, such as [en]"
+        None, min_length=1, description="keep only messages in these languages, such as [en]"
     )
     max_rank: NonNegativeInt | None = Field(
         None, description="keep replies of this rank or better; 0 is the best"
@@ -36,12 +36,16 @@ class ChatSection(Section):
         None, description="keep replies with such a quality label"
     )
     tree_states: tuple[str, ...] | None = Field(
-        ("ready_for_export",), description="keep trees in these states; null keeps all"
+        ("ready_for_export",),
+        min_length=1,
+        description="keep only trees in these states; null keeps all",
     )
     split: Literal["auto", "hash", "source"] = Field(
         "auto", description="hash: by a hash of tree or prompt; source: as files or hub have it"
     )
-    hub: str | None = Field(None, description="owner/name of a data set on the hub")
+    hub: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name of a data set on the hub"
+    )
     config: str | None = Field(None, description="configuration of that data set")
     train_split: str = "train"
     validation_split: str | None = None

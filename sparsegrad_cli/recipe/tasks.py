@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import suggest
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.recipe.task_section import TaskSection
 
 TaskType = Literal["classification", "regression"]
 POSITIVE_METRICS = ("f1", "precision", "recall")  # those of one class of two, the positive one
@@ -64,38 +67,6 @@ class TaskSpec:
         if len(self.label_names or ()) != 2 or not set(self.metrics) & set(POSITIVE_METRICS):
             return None
         return (self.label_names or ())[self.positive_id]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One split as it was read: ``text_pair`` is None for a single-text task.
-
-    ``label`` holds class ids or scores. All lists have one item an example, in file order.
-    """
-
-    text: list[str]
-    text_pair: list[str] | None
-    label: list[int] | list[float]
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def first(self, count: int | None) -> Examples:
-        """The first ``count`` examples, or all of them for None."""
-        if count is None or count >= len(self):
-            return self
-        pairs = self.text_pair[:count] if self.text_pair is not None else None
-        return Examples(self.text[:count], pairs, self.label[:count])
-
-
-@dataclass(frozen=True)
-class RawTask:
-    """A task read from wherever it lies, before limits; ``notes`` say what was left out."""
-
-    spec: TaskSpec
-    train: Examples
-    validation: dict[str, Examples]
-    notes: list[str] = field(default_factory=list)
 
 
 def _glue(
@@ -207,17 +178,16 @@ def with_metric(spec: TaskSpec, metric: str | None, positive_label: str | None =
     return replace(spec, chosen_positive=positive_label)
 
 
-def check_settings(
-    name: str, *, task_type: TaskType | None, metric: str | None, positive_label: str | None
-) -> None:
-    """Check a task's settings against its name, before any data are read.
+def check_settings(task: TaskSection) -> None:
+    """Check the settings of a task against its name, before any data is read.
 
     Raises:
         UsageError: a setting has no effect on this task or does not fit it; ``where`` is its key.
     """
+    name, metric, positive_label = task.name, task.metric, task.positive_label
     spec = BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
     is_chat = name in CHAT_TASKS
-    if task_type is not None and (is_chat or spec is not None):
+    if task.type is not None and (is_chat or spec is not None):
         kind = "conversations" if spec is None else "scores" if spec.regression else "classes"
         raise UsageError(
             f"task.type has no effect: {name} is a task of {kind}",
@@ -236,7 +206,7 @@ def check_settings(
     elif spec is not None:
         with_metric(spec, metric, positive_label)
     elif name in FILE_TASKS:
-        type_by_settings(task_type, metric)
+        type_by_settings(task.type, metric)
         if positive_label is not None and metric not in POSITIVE_METRICS:
             raise _positive_without_effect(metric or "the default metric")
 

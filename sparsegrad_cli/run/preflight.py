@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparsegrad_cli import distributed
+from sparsegrad_cli.data.compressed_files import COMPRESSIONS
 from sparsegrad_cli.data.lengths import fitting_length
-from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
+from sparsegrad_cli.data.text_files import heads_only
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, SparsegradError, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
@@ -22,8 +23,8 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.quantization import INSTALL
 from sparsegrad_cli.recipe.source import find_place
 from sparsegrad_cli.recipe.study import LoadedStudy
-from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
-from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS, with_metric
+from sparsegrad_cli.recipe.task_section import TaskSection
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS, with_metric
 from sparsegrad_cli.recipe.trackers import missing_package, named
 
 _WHOLE_BYTES = 4 * 2**20  # files up to this size are read whole
@@ -98,11 +99,13 @@ def _check_files(section: TaskSection) -> None:
         return
     path = expanded(section.path)
     if _is_small(path):
-        _read(section, path)
+        _read(section)
         return
+    from sparsegrad_cli.data.load_task import check_file_columns
+
     try:
         with heads_only(_HEAD_BYTES):
-            _look_at_columns(section, path)
+            check_file_columns(section)
     except DataError:
         return  # a head can end within a record: what is wrong with the file, training says
 
@@ -116,52 +119,14 @@ def _is_small(path: Path) -> bool:
     return sum(sizes) <= _WHOLE_BYTES
 
 
-def _columns(section: TaskSection) -> dict[str, str] | None:
-    return section.columns.model_dump(exclude_none=True) if section.columns else None
+def _read(task: TaskSection) -> None:
+    """Read small files as training does, and drop what was read."""
+    from sparsegrad_cli.data.load_task import load_chat, read_task
 
-
-def _separator(section: TaskSection) -> str | None:
-    return "\t" if section.separator == "tab" else section.separator
-
-
-def _chat_settings(section: TaskSection) -> Any:
-    from sparsegrad_cli.data.chat_settings import ChatSettings
-
-    chat = (section.chat or ChatSection()).model_dump(exclude={"packing", "forgetting"})
-    return ChatSettings(**chat, validation_fraction=section.validation_fraction)
-
-
-def _read(section: TaskSection, path: Path) -> None:
-    """Read small files as training does, less what it makes of them."""
-    if section.name in CHAT_TASKS:
-        from sparsegrad_cli.data.chat import load_chat
-
-        load_chat(section.name, path=path, settings=_chat_settings(section))
-        return
-    from sparsegrad_cli.data.load_task import load_raw
-
-    raw = load_raw(
-        section.name,
-        path=path,
-        columns=_columns(section),
-        validation_fraction=section.validation_fraction,
-        task_type=section.type,
-        metric=section.metric,
-        positive_label=section.positive_label,
-        separator=section.separator,
-    )
-    with_metric(raw.spec, section.metric, section.positive_label)
-
-
-def _look_at_columns(section: TaskSection, path: Path) -> None:
-    if section.name in FILE_TASKS:
-        from sparsegrad_cli.data.labelled_files import check_columns
-
-        check_columns(section.name, path, _columns(section), separator=_separator(section))
-    elif section.name == "chat":
-        from sparsegrad_cli.data.chat_files import check_chat_columns
-
-        check_chat_columns(path, _chat_settings(section))
+    if task.name in CHAT_TASKS:
+        load_chat(task)
+    else:
+        with_metric(read_task(task).spec, task.metric, task.positive_label)
 
 
 def _config(model: str) -> Any:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
-from sparsegrad_cli.data.conversation import ChatData
 from sparsegrad_cli.data.lengths import fitting_length
+from sparsegrad_cli.data.load_task import load_chat
 from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
 from sparsegrad_cli.data.plain_text import plain_text_rows
 from sparsegrad_cli.errors import UsageError
@@ -20,7 +18,7 @@ from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
+from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.recipe.tasks import CHAT_METRICS
 from sparsegrad_cli.tasks.classification import Few, Parts
 from sparsegrad_cli.tasks.objective import LanguageModelling, TaskFacts
@@ -47,7 +45,7 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
             where=loaded.where("task.metric"),
             fix=suggest(metric, CHAT_METRICS),
         )
-    data = load_conversations(section)
+    data = load_chat(section)
     tokenizer = load_tokenizer(recipe.model)
     model = load_causal_lm(recipe.model, device_of(recipe))
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
@@ -97,23 +95,6 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         model,
         None,
         data.validation[:_CONVERSATIONS],
-    )
-
-
-def load_conversations(section: TaskSection) -> ChatData:
-    """The conversations that a recipe names.
-
-    Raises:
-        SparsegradError: as :func:`load_chat`.
-    """
-    chat = section.chat or ChatSection()
-    settings = chat.model_dump(exclude={"packing", "forgetting"})
-    return load_chat(
-        section.name,
-        path=section.path,
-        settings=ChatSettings(**settings, validation_fraction=section.validation_fraction),
-        train_limit=section.train_limit,
-        eval_limit=section.eval_limit,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
 from sparsegrad_cli.data.conversation import Conversation
 from sparsegrad_cli.data.lengths import fitting_length
-from sparsegrad_cli.data.load_task import LoadedTask, load_task
+from sparsegrad_cli.data.load_task import load_task
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.classification_head import HeadStart
 from sparsegrad_cli.models.device import device_of
@@ -65,7 +65,7 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     """
     recipe = loaded.recipe
     section = few.of(recipe.task) if few else recipe.task
-    task = load_examples(section)
+    task = load_task(section)
     if task.spec.regression and recipe.train.label_smoothing_factor:
         where = loaded.where("train.label_smoothing_factor")
         raise UsageError(SMOOTHED_SCORES, where=where, fix="leave it out")
@@ -89,27 +89,4 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         model,
         head,
         [],
-    )
-
-
-def load_examples(section: TaskSection) -> LoadedTask:
-    """The texts that a recipe names, with their labels.
-
-    Raises:
-        SparsegradError: as :func:`load_task`.
-    """
-    columns = section.columns.model_dump(exclude_none=True) if section.columns else None
-    return load_task(
-        section.name,
-        path=section.path,
-        columns=columns,
-        train_limit=section.train_limit,
-        eval_limit=section.eval_limit,
-        validation_fraction=section.validation_fraction,
-        task_type=section.type,
-        metric=section.metric,
-        positive_label=section.positive_label,
-        separator=section.separator,
-        # Not the run's seed: seeds of a comparison must be scored on the same validation rows.
-        seed=0,
     )

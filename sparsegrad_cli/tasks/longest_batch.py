@@ -13,13 +13,13 @@ from typing import Any
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, tokenize
 from sparsegrad_cli.data.lengths import fitting_length
+from sparsegrad_cli.data.load_task import load_chat, load_task
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, TaskSpec
-from sparsegrad_cli.tasks.chat import load_conversations, packed_rows
-from sparsegrad_cli.tasks.classification import load_examples
+from sparsegrad_cli.tasks.chat import packed_rows
 
 _MOST_TEXTS = 20_000  # rows to tokenize; of more, those with the most characters
 _MOST_CONVERSATIONS = 2_000
@@ -75,7 +75,7 @@ def find_longest(recipe: Recipe, config: Any, size: int) -> Longest:
 
 def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
     section = recipe.task
-    task = load_examples(section)
+    task = load_task(section)
     tokenizer = load_tokenizer(recipe.model)
     ensure_pad_token(tokenizer)
     source, train, count = "the longest examples of the data", task.train, len(task.train)
@@ -106,7 +106,7 @@ def _most_characters(data: Any, count: int) -> Sequence[int]:
 
 def _of_conversations(recipe: Recipe, length: int, size: int) -> Longest:
     section = recipe.task
-    data = load_conversations(section)
+    data = load_chat(section)
     if len(data.train) > _MOST_CONVERSATIONS:
         count = f"{len(data.train):,} conversations"
         return Longest(length, source=f"max_length: {count} are too many to encode beforehand")

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from talk import read, spoken, write
+from task_data import load_chat
 
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.chat_settings import ChatSettings
+from sparsegrad_cli.data.chat_data import split_position
 from sparsegrad_cli.data.conversation import ChatData, Conversation
-from sparsegrad_cli.data.validation_split import position
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 
 
@@ -237,8 +236,8 @@ def test_system_twice_or_no_text(tmp_path: Path) -> None:
         ("7\n", r"expected an object.*int\nwhere: .*x\.jsonl:1"),
         ('{"messages": []}\n{', r"not JSON.*\nwhere: .*x\.jsonl:2"),
         ('{"messages": []}\n', r"no conversation is left of 1 rows: 1 no turn of the assistant"),
-        ("[" * 9000, "not JSON"),
-        ('{"prompt": "same", "completion": "a"}\n' * 9, "of the opening prompts one is left"),
+        ("[" * 9000, "at most about 1000 levels deep"),
+        ('{"prompt": "same", "completion": "a"}\n' * 9, "Expected at least two opening prompts"),
     ],
 )
 def test_file_is_refused_by_its_name(tmp_path: Path, text: str, message: str) -> None:
@@ -247,9 +246,12 @@ def test_file_is_refused_by_its_name(tmp_path: Path, text: str, message: str) ->
         read(tmp_path / "x.jsonl", "chat")
 
 
-def test_deeply_nested_row_is_an_error_or_a_drop_never_a_traceback(tmp_path: Path) -> None:
-    deep = '{"messages": ' + "[" * 9000 + "]" * 9000 + "}"
+def test_a_deeply_nested_row_is_dropped_or_refused_with_its_line(tmp_path: Path) -> None:
+    deep = '{"messages": ' + "[" * 500 + "]" * 500 + "}"
     assert found(tmp_path, deep) == (set(), {"a turn is not an object": 1})
+    deeper = '{"messages": ' + "[" * 9000 + "]" * 9000 + "}"
+    with pytest.raises(DataError, match=r"at most about 1000 levels deep.*\n.*x\.jsonl:1"):
+        found(tmp_path, deeper)
 
 
 # --- the split
@@ -261,7 +263,7 @@ def test_split_by_the_opening_prompt(tmp_path: Path) -> None:
     many = read(write(tmp_path / "many.jsonl", *rows[::-1]), "chat", validation_fraction=0.2)
     groups = [{each.group for each in part} for part in (many.train, many.validation)]
     assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == 100
-    assert groups[1] == {group for group in groups[0] | groups[1] if position(group) < 0.2}
+    assert groups[1] == {group for group in groups[0] | groups[1] if split_position(group) < 0.2}
     assert {each.group for each in few.validation} < groups[1]
     prompts = [{each.turns[0].text for each in part} for part in (many.train, many.validation)]
     assert not prompts[0] & prompts[1] and len(many.validation) == 3 * len(groups[1])
@@ -341,19 +343,19 @@ def test_hub_with_a_chat_column(offline: Path) -> None:
     rows = [{"prompt": "x", "talk": said(f"u{i}", f"a{i}")} for i in range(4)]
     fill_cache(offline, {"train_sft": rows[:3], "test_sft": rows[3:]})
     settings = {"hub": "some/chats", "column": "talk", "train_split": "train_sft"}
-    data = load_chat("chat", settings=ChatSettings(**settings, validation_split="test_sft"))
+    data = load_chat("chat", **settings, validation_split="test_sft")
     assert [spoken(each) for each in data.train] == ["u0 a0*", "u1 a1*", "u2 a2*"]
     assert [spoken(each) for each in data.validation] == ["u3 a3*"]
     assert "cached copy" in data.notes[0]
-    alone = load_chat("chat", settings=ChatSettings(**settings))
+    alone = load_chat("chat", **settings)
     assert len(every(alone)) == 3 and "chosen by a hash" in alone.notes[-1]
     with pytest.raises(UsageError, match=r"no split 'train'(.|\n)*train_sft"):
-        load_chat("chat", settings=ChatSettings(hub="some/chats", column="talk"))
+        load_chat("chat", hub="some/chats", column="talk")
     with pytest.raises(UsageError, match=r"no conversation among the columns of some/chats train"):
-        load_chat("chat", settings=ChatSettings(hub="some/chats", train_split="train_sft"))
+        load_chat("chat", hub="some/chats", train_split="train_sft")
 
 
 def test_hub_unreachable_says_how_to_go_local(offline: Path) -> None:
     with pytest.raises(DownloadError, match=r"some/other(.|\n)*task\.path") as caught:
-        load_chat("chat", settings=ChatSettings(hub="some/other"))
+        load_chat("chat", hub="some/other")
     assert "HF_HUB_OFFLINE is set" in str(caught.value)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from task_data import load_task
 
 from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, make_collator, tokenize
-from sparsegrad_cli.data.load_task import LoadedTask, load_task
+from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.errors import DataError, UsageError
 
 ROWS = [

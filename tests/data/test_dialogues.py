@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from talk import flat, read
+from task_data import load_chat
 
 from sparsegrad_cli.data.builtin.dialogue_lexicon import CLOSED_CLASS, TRAIN, VALIDATION
 from sparsegrad_cli.data.builtin.dialogues import LIMIT, SIZES, Split, generate, write_trees
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.errors import DataError
 
 GOOD = re.compile(r"Short answer: [^\n]+\.\n\n1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+\n\nNext: [^\n]+\.")
@@ -100,7 +99,7 @@ def test_limit_can_be_reached(split: Split) -> None:
 
 
 def test_best_paths_have_the_shape_throughout() -> None:
-    data = load_chat("builtin:dialogues", settings=ChatSettings(paths="best"))
+    data = load_chat("builtin:dialogues", paths="best")
     assert (len(data.train), len(data.validation)) == (SIZES["train"], SIZES["validation"])
     for each in [*data.train, *data.validation]:
         for turn in each.turns:
@@ -119,10 +118,7 @@ def test_generated_split_is_kept_and_filters_work() -> None:
     )
     by_rank: dict[str, Any] = {"max_rank": 0, "paths": "replies"}
     by_quality: dict[str, Any] = {"min_quality": 0.9, "paths": "replies"}
-    one, other = (
-        load_chat("builtin:dialogues", settings=ChatSettings(**settings))
-        for settings in (by_rank, by_quality)
-    )
+    one, other = (load_chat("builtin:dialogues", **settings) for settings in (by_rank, by_quality))
     assert one.counts["training conversations"] < data.counts["training conversations"]
     assert all(not turn.text.startswith("Well,") for each in one.train for turn in each.turns[1:2])
     assert set(map(spoken_last, other.train)) <= set(map(spoken_last, one.train))

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 from talk import node, tree, write
+from task_data import load_chat, load_task
 
-from sparsegrad_cli.data import text_files
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.files import read_table
-from sparsegrad_cli.data.load_task import LoadedTask, load_task
+from sparsegrad_cli.data import compressed_files
+from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.errors import DataError, UsageError
 
 ROWS = [(f"row {number}, of ten", "ab"[number % 2]) for number in range(10)]
@@ -213,7 +213,7 @@ def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
 def test_one_shard_that_is_named_itself_is_noted(tmp_path: Path) -> None:
     shards(tmp_path, "train-00000-of-00002.csv")
     notes = load_task("csv", path=tmp_path / "train-00000-of-00002.csv").notes
-    assert "is one of 2 shards" in notes[0] and "task.path be the folder" in notes[0]
+    assert "is one of 2 shards" in notes[0] and "set task.path to the folder" in notes[0]
 
 
 # --- long values
@@ -239,7 +239,7 @@ def test_an_integer_of_thousands_of_digits_in_a_column_nobody_uses(tmp_path: Pat
     array = "[" + ",".join(lines.strip().split("\n")) + "]"
     path = put(tmp_path / "d.json", array)
     assert texts(load_task("json", path=path)) == ALL
-    assert str(read_table(path).columns["id"][0]) == number
+    assert str(read_table([path]).columns["id"][0]) == number
 
 
 def test_texts_may_come_to_more_than_arrows_strings_hold(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_the_separator_can_be_set(tmp_path: Path) -> None:
     assert texts(load_task("csv", path=path, separator="^")) == ["a,x", "b"]
     tabs = put(tmp_path / "t.csv", "text\tlabel\na,x\t1\nb\t2\n")
     assert texts(load_task("csv", path=tabs, separator="tab")) == ["a,x", "b"]
-    with pytest.raises(UsageError, match="separator goes with CSV and TSV files"):
+    with pytest.raises(UsageError, match="separator is for CSV and TSV files"):
         load_task("json", path=put(tmp_path / "d.jsonl", JSONL), separator=";")
 
 
@@ -399,7 +399,7 @@ def test_damaged_compressed_files_are_refused_by_name(tmp_path: Path, packing: s
 def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packing: str
 ) -> None:
-    monkeypatch.setattr(text_files, "UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr(compressed_files, "MAX_BYTES", 2**20)
     bomb = PACKING[packing](b"a" * 2**22)
     path = put(tmp_path / f"{name}{packing}", bomb)
     with pytest.raises(DataError, match=r"unpacks to more than 1 MiB.*\n.*\n.*unpack it yourself"):
@@ -413,8 +413,8 @@ def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(
         ("d.zip", zipped(b"x", "a.csv.gz"), r"holds a compressed file: a\.csv\.gz"),
         ("d.csv.7z", b"7z\xbc\xaf\x27\x1c", r"is an archive.*\n.*\nfix: unpack it"),
         ("d.tar.gz", b"\x1f\x8b", r"is an archive.*\n.*\nfix: unpack it"),
-        ("d.csv.lz4", b"\x04\x22\x4d\x18", r"is compressed in a way.*\n.*\nfix: unpack it"),
-        ("d.parquet.gz", gzip.compress(b"PAR1"), r"is read unpacked\n.*\nfix: unpack it"),
+        ("d.csv.lz4", b"\x04\x22\x4d\x18", r"is compressed in a format.*\n.*\nfix: unpack it"),
+        ("d.parquet.gz", gzip.compress(b"PAR1"), r"that is not compressed\n.*\nfix: unpack it"),
         ("d.csv", b"ARROW1\0\0", r"found an Arrow file\n.*\nfix: convert it to Parquet"),
         ("d.csv", b"PAR1\x15\x04", r"found a Parquet file\n.*\nfix: rename it"),
         ("d.arrow", b"ARROW1\0\0", r"is an Arrow file.*\n.*\nfix: convert it"),

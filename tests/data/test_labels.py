@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from task_data import load_task
 
-from sparsegrad_cli.data.load_task import LoadedTask, load_task
+from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.errors import DataError, UsageError
 
 CLASSES: Any = "classification"
@@ -99,7 +100,7 @@ def test_json_numbers_keep_the_text_of_the_file(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         rows = "\n".join(f'{{"text": "t", "label": {n}}}' for n in ("1.1", "1.10", "1e0", "-0"))
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    task = load_task("json", path=tmp_path, task_type=CLASSES)
+    task = load_task("json", path=tmp_path, type=CLASSES)
     assert task.spec.label_names == ("-0", "1.1", "1.10", "1e0")
     with pytest.raises(UsageError, match=r"'1\.1' .*train\.jsonl:1.*'1\.10' .*train\.jsonl:2"):
         load_task("json", path=tmp_path)
@@ -118,7 +119,7 @@ def test_json_numbers_keep_the_text_of_the_file(tmp_path: Path) -> None:
 def test_parquet_values_have_a_text(
     tmp_path: Path, labels: list[Any], names: Sequence[Any]
 ) -> None:
-    task = load(tmp_path, labels * 3, suffix=".parquet", task_type=CLASSES)
+    task = load(tmp_path, labels * 3, suffix=".parquet", type=CLASSES)
     assert task.spec.label_names == tuple(sorted(map(str, names), key=names_order(names)))
 
 
@@ -244,7 +245,7 @@ def test_what_can_be_read_both_ways_is_refused_naming_the_setting(
         load(tmp_path, labels)
     assert error.value.where == f"{tmp_path / 'train.csv'}:{line}"
     assert "task.type: classification" in (error.value.fix or "")
-    task = load(tmp_path, labels, task_type=CLASSES)
+    task = load(tmp_path, labels, type=CLASSES)
     assert task.spec.label_names == tuple(sorted(set(labels)))
     assert load(tmp_path, labels, metric="accuracy").spec.label_names == task.spec.label_names
 
@@ -256,12 +257,12 @@ def test_whole_floats_are_classes_or_scores_by_the_setting_alone(
     labels = [1.0, 2.0, 3.0]
     with pytest.raises(UsageError, match="every label in column 'label' is a whole number"):
         load(tmp_path, labels, suffix=suffix)
-    task = load(tmp_path, labels, suffix=suffix, task_type=CLASSES)
+    task = load(tmp_path, labels, suffix=suffix, type=CLASSES)
     assert task.spec.label_names == ("1.0", "2.0", "3.0")
-    assert load(tmp_path, labels, suffix=suffix, task_type=SCORES).spec.regression
+    assert load(tmp_path, labels, suffix=suffix, type=SCORES).spec.regression
 
 
-@pytest.mark.parametrize("settings", [{"task_type": SCORES}, {"metric": "spearmanr"}])
+@pytest.mark.parametrize("settings", [{"type": SCORES}, {"metric": "spearmanr"}])
 def test_scores_by_a_setting(tmp_path: Path, settings: dict[str, Any]) -> None:
     task = load(tmp_path, ["1", "2", "1.10", "1.1", "-5e-1"], **settings)
     assert task.spec.regression
@@ -273,7 +274,7 @@ def test_scores_by_a_setting(tmp_path: Path, settings: dict[str, Any]) -> None:
 )
 def test_scores_by_a_setting_must_be_numbers(tmp_path: Path, label: str) -> None:
     with pytest.raises(UsageError, match=r"task\.type regression needs numbers") as error:
-        load(tmp_path, ["1", "2.5", label], task_type=SCORES)
+        load(tmp_path, ["1", "2.5", label], type=SCORES)
     assert error.value.where == f"{tmp_path / 'train.csv'}:4" and repr(label) in str(error.value)
     with pytest.raises(UsageError, match=r"task\.metric pearson needs numbers"):
         load(tmp_path, ["1", "2.5", label], metric="pearson")
@@ -290,12 +291,12 @@ def test_scores_by_a_setting_must_be_numbers(tmp_path: Path, label: str) -> None
         ("\ud800", "half of a character"),
     ],
 )
-@pytest.mark.parametrize("task_type", [None, CLASSES, SCORES])
+@pytest.mark.parametrize("type", [None, CLASSES, SCORES])
 def test_a_label_that_is_none_is_refused_whatever_the_setting(
-    tmp_path: Path, label: Any, message: str, task_type: Any
+    tmp_path: Path, label: Any, message: str, type: Any
 ) -> None:
     with pytest.raises(DataError, match=message) as error:
-        load(tmp_path, [1, label, 2], suffix=".jsonl", task_type=task_type)
+        load(tmp_path, [1, label, 2], suffix=".jsonl", type=type)
     assert error.value.where == f"{tmp_path / 'train.jsonl'}:2" and error.value.fix
 
 
@@ -303,18 +304,18 @@ def test_a_label_that_is_none_is_refused_whatever_the_setting(
 def test_a_score_that_float32_does_not_hold(tmp_path: Path, label: str) -> None:
     with pytest.raises(DataError, match="too large"):
         load(tmp_path, ["0.5", label])
-    assert load(tmp_path, ["0.5", label], task_type=CLASSES).spec.label_names is not None
+    assert load(tmp_path, ["0.5", label], type=CLASSES).spec.label_names is not None
 
 
 def test_scores_that_are_one_float32_are_refused_or_noted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"every training label is 0\.5") as error:
-        load(tmp_path, ["0.5", "0.50", "0.5"], task_type=SCORES)
+        load(tmp_path, ["0.5", "0.50", "0.5"], type=SCORES)
     assert error.value.fix
     # Seconds since 1970: float32 tells apart every 128 of them.
     seconds = [str(1_700_000_000 + second) for second in range(20)]
     with pytest.raises(DataError, match=r"every training label is 1\.7e\+09"):
-        load(tmp_path, seconds, task_type=SCORES)
-    task = load(tmp_path, [*seconds, "1800000000"], task_type=SCORES)
+        load(tmp_path, seconds, type=SCORES)
+    task = load(tmp_path, [*seconds, "1800000000"], type=SCORES)
     assert any("the 21 different scores are only 2 as float32" in note for note in task.notes)
     fine = [f"{number / 7:.17f}" for number in range(1, 20)]
     assert load(tmp_path, fine).notes == ()
@@ -361,16 +362,16 @@ def test_classes_that_approach_the_rows_are_noted(tmp_path: Path) -> None:
 
 
 def test_a_class_without_a_training_row_is_noted(tmp_path: Path) -> None:
-    labels = ["common", "other"] * 6 + ["rare"]
-    for seed in range(100):  # a seed that puts the one row into validation
-        write(tmp_path / "data.csv", labels)
-        task = load_task("csv", path=tmp_path / "data.csv", seed=seed)
+    labels = ["common", "other"] * 6
+    for row in range(13):  # one of these rows is split off for validation
+        write(tmp_path / "data.csv", [*labels[:row], "rare", *labels[row:]])
+        task = load_task("csv", path=tmp_path / "data.csv")
         if 2 not in task.train["label"]:
             break
     assert task.spec.label_names == ("common", "other", "rare")
     assert task.notes[-1] == "no training row has the class rare (validation rows: 1)"
     (tmp_path / "data.csv").unlink()
-    limited = load(tmp_path, labels, train_limit=2)
+    limited = load(tmp_path, [*labels, "rare"], train_limit=2)
     assert limited.notes[-1] == "no training row has the class rare (validation rows: 1)"
 
 
@@ -405,8 +406,8 @@ def test_of_three_classes_f1_is_recorded_as_the_mean_that_it_is(tmp_path: Path) 
         ({"positive_label": "fraud"}, "no effect on the default metric"),
         ({"positive_label": "fraud", "metric": "accuracy"}, "no effect on accuracy"),
         ({"positive_label": "fraud", "metric": "f1_macro"}, "no effect on f1_macro"),
-        ({"task_type": SCORES, "metric": "f1"}, "f1 is a metric of classification"),
-        ({"task_type": CLASSES, "metric": "pearson"}, "pearson is a metric of regression"),
+        ({"type": SCORES, "metric": "f1"}, "f1 is a metric of classification"),
+        ({"type": CLASSES, "metric": "pearson"}, "pearson is a metric of regression"),
         ({"metric": "f1_makro"}, "did you mean f1_macro"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 
-from sparsegrad_cli.data.chat_dataset import learnt_turns
+from sparsegrad_cli.data.chat_data import learnt_turns
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError
 
@@ -39,7 +39,7 @@ def test_paths_are_the_hand_written_ones(tmp_path: Path, paths: str, shape: str)
     used = {"threads": 11, "best": 6, "replies": 11}[paths]
     assert data.counts["messages in conversations"] == used
     assert data.counts.get("messages off the chosen paths", 0) == 11 - used
-    assert data.counts.get("message met again, read once", 0) == (12 if shape == "mixed" else 0)
+    assert data.counts.get("repeated message, read once", 0) == (12 if shape == "mixed" else 0)
 
 
 @pytest.mark.parametrize("paths", EXPECTED)

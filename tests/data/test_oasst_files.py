@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
+from task_data import chat_task, load_chat
 
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.chat_settings import ChatSettings
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 
 # --- where files lie
@@ -90,7 +90,7 @@ def test_hub_cache_is_read_like_the_export(offline: Path) -> None:
     data = load_chat("oasst")
     assert everything(data) == set(EXPECTED["threads"]) | {"p9 a9*"}
     assert "cached copy" in data.notes[0]
-    own = load_chat("oasst", settings=ChatSettings(split="source", min_quality=0.5))
+    own = load_chat("oasst", split="source", min_quality=0.5)
     assert [spoken(each) for each in own.validation] == ["q1 a7*"]
 
 
@@ -133,29 +133,32 @@ def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("settings", "key"),
     [
-        ("oasst", {"paths": "all"}, "paths is 'all'"),
-        ("oasst", {"validation_fraction": 1.0}, "validation_fraction is 1"),
-        ("oasst", {"max_rank": -1}, "max_rank is -1"),
-        ("oasst", {"min_quality": 2.0}, "min_quality is 2"),
-        ("oasst", {"min_quality": float("nan")}, "min_quality is nan"),
-        ("oasst", {"languages": ()}, "languages is an empty list"),
-        ("oasst", {"column": "chat"}, "column does not go with oasst"),
-        ("chat", {"languages": ("en",)}, "languages does not go with chat"),
-        ("chat", {"hub": "just-a-name"}, "no data set of the hub"),
-        ("chat", {}, "needs a path or a data set of the hub"),
-        ("builtin:dialogues", {"hub": "a/b"}, "hub does not go with builtin:dialogues"),
-        ("oast", {}, "did you mean oasst"),
+        ({"paths": "all"}, "paths"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"max_rank": -1}, "max_rank"),
+        ({"min_quality": 2.0}, "min_quality"),
+        ({"min_quality": float("nan")}, "min_quality"),
+        ({"languages": ()}, "languages"),
+        ({"tree_states": ()}, "tree_states"),
+        ({"hub": "just-a-name"}, "hub"),
     ],
 )
-def test_settings_that_cannot_be(name: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        load_chat(name, settings=ChatSettings(**settings))
+def test_invalid_settings_are_refused_by_the_section(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValidationError, match=key):
+        chat_task("oasst", **settings)
+
+
+def test_unknown_task_and_missing_path() -> None:
+    with pytest.raises(UsageError, match="did you mean oasst"):
+        load_chat("oast")
+    with pytest.raises(UsageError, match="task chat needs a path"):
+        load_chat("chat")
 
 
 def test_path_and_hub_together(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not from both"):
+    with pytest.raises(UsageError, match=r"either task\.path or task\.chat\.hub, got both"):
         read(tmp_path, hub="a/b")
     with pytest.raises(UsageError, match="takes no path"):
         read(tmp_path, "builtin:dialogues")

@@ -57,9 +57,9 @@ def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
         ({"message_id": 17}, "no message_id"),
         ({"message_id": "\udfff"}, "no message_id"),
         ({"parent_id": 3}, "parent_id is not an id"),
-        ({"parent_id": "elsewhere"}, "parent_id is not the message it hangs below"),
+        ({"parent_id": "elsewhere"}, "parent_id is not the message above it"),
         ({"message_tree_id": 3}, "message_tree_id is not an id"),
-        ({"message_tree_id": "other"}, "of another tree than the message it answers"),
+        ({"message_tree_id": "other"}, "in another tree than the message it answers"),
         ({"deleted": "yes"}, "deleted is neither true nor false"),
         ({"review_result": float("nan")}, "review_result is neither true nor false"),
     ],
@@ -83,7 +83,7 @@ def test_reply_that_is_no_object(tmp_path: Path, bad: Any) -> None:
 @pytest.mark.parametrize("bad", [{"0": node("a9")}, "none", 5, False])
 def test_replies_that_are_no_list(tmp_path: Path, bad: Any) -> None:
     found, wrong = survivors(tmp_path, node("p", node("a1", replies=bad)))
-    assert found == {"p a1*"} and wrong == {"replies that are not a list": 1}
+    assert found == {"p a1*"} and wrong == {"replies is not a list": 1}
 
 
 def test_replies_missing_or_null(tmp_path: Path) -> None:
@@ -94,16 +94,16 @@ def test_replies_missing_or_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ({"rank": "0"}, "rank that is no whole number"),
-        ({"rank": float("nan")}, "rank that is no whole number"),
-        ({"rank": float("inf")}, "rank that is no whole number"),
-        ({"rank": 0.5}, "rank that is no whole number"),
-        ({"rank": True}, "rank that is no whole number"),
-        ({"labels": {"quality": {"value": "good"}}}, "quality that is no number"),
-        ({"labels": {"quality": {"value": float("nan")}}}, "quality that is no number"),
-        ({"labels": "good"}, "quality that is no number"),
-        ({"lang": 3}, "lang that is no word"),
-        ({"tree_state": []}, "tree_state that is no word"),
+        ({"rank": "0"}, "rank that is not a whole number"),
+        ({"rank": float("nan")}, "rank that is not a whole number"),
+        ({"rank": float("inf")}, "rank that is not a whole number"),
+        ({"rank": 0.5}, "rank that is not a whole number"),
+        ({"rank": True}, "rank that is not a whole number"),
+        ({"labels": {"quality": {"value": "good"}}}, "quality that is not a number"),
+        ({"labels": {"quality": {"value": float("nan")}}}, "quality that is not a number"),
+        ({"labels": "good"}, "quality that is not a number"),
+        ({"lang": 3}, "lang that is not text"),
+        ({"tree_state": []}, "tree_state that is not text"),
     ],
 )
 def test_damage_beside_the_text_costs_the_value_only(
@@ -111,7 +111,7 @@ def test_damage_beside_the_text_costs_the_value_only(
 ) -> None:
     root = node("p", node("a1", **extra), node("a2", rank=0))
     found, wrong = survivors(tmp_path, tree(root))
-    assert found == {"p a1*", "p a2*"} and wrong == {f"{reason}, read as not given": 1}
+    assert found == {"p a1*", "p a2*"} and wrong == {f"{reason}, read as missing": 1}
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_tree_whose_root_is_damaged(tmp_path: Path) -> None:
     found, wrong = survivors(tmp_path, *records)
     assert not found
     assert wrong == {
-        "tree begun by the assistant": 1,
+        "tree that begins with the assistant": 1,
         "message_tree_id is not an id": 1,
-        "parent_id is not the message it hangs below": 1,
+        "parent_id is not the message above it": 1,
         "below a dropped message": 4,
     }
 
@@ -192,7 +192,7 @@ def test_cycles(tmp_path: Path) -> None:
     found, wrong = survivors(tmp_path, *rows)
     assert not found
     assert wrong == {
-        "answers itself, by way of others or at once": 5,
+        "answers itself, directly or through others": 5,
         "below a dropped message": 3,
     }
     assert survivors(tmp_path, *rows[::-1]) == (found, wrong)
@@ -201,14 +201,14 @@ def test_cycles(tmp_path: Path) -> None:
 def test_the_same_message_again(tmp_path: Path) -> None:
     root = node("p", node("a1", node("p2", node("a2"))))
     found, wrong = survivors(tmp_path, tree(root), *flat(root), root)
-    assert found == {"p a1* p2 a2*"} and wrong == {"message met again, read once": 8}
+    assert found == {"p a1* p2 a2*"} and wrong == {"repeated message, read once": 8}
 
 
 def test_deleted_in_one_copy_is_deleted(tmp_path: Path) -> None:
     rows = flat(node("p", node("a1"), node("a2")))
     for copies in ([rows[1] | {"deleted": True}, *rows], [*rows, rows[1] | {"deleted": True}]):
         found, wrong = survivors(tmp_path, *copies)
-        assert found == {"p a2*"} and wrong == {"deleted": 1, "message met again, read once": 1}
+        assert found == {"p a2*"} and wrong == {"deleted": 1, "repeated message, read once": 1}
 
 
 @pytest.mark.parametrize("extra", [{"text": "other"}, {"role": "prompter"}, {"parent_id": "q1"}])
@@ -220,7 +220,7 @@ def test_one_id_for_two_messages_serves_neither(tmp_path: Path, extra: dict[str,
         assert wrong == {
             "id of two different messages": 1,
             "below a dropped message": 2,
-            "message met again, read once": 1,
+            "repeated message, read once": 1,
         }
 
 
@@ -240,11 +240,15 @@ def nested_json(length: int) -> str:
     return "".join(heads) + "]}" * length
 
 
-@pytest.mark.parametrize("shape", ["nested", "flat", "flat, leaves first"])
-def test_chain_of_ten_thousand(tmp_path: Path, shape: str) -> None:
+def test_a_tree_nested_thousands_of_levels_deep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"at most about 1000 levels.*\n.*x\.jsonl:1\n.*parent_id"):
+        read(write(tmp_path / "x.jsonl", nested_json(10_000), *others()))
+
+
+@pytest.mark.parametrize("leaves_first", [False, True])
+def test_a_flat_chain_of_ten_thousand_messages_is_read(tmp_path: Path, leaves_first: bool) -> None:
     rows = flat(chain(10_000))
-    records: list[Any] = [nested_json(10_000)] if shape == "nested" else rows
-    records = records[::-1] if "first" in shape else records
+    records = rows[::-1] if leaves_first else rows
     data = read(write(tmp_path / "x.jsonl", *records, *others()))
     longest = max([*data.train, *data.validation], key=lambda each: len(each.turns))
     assert [turn.text for turn in longest.turns] == [row["text"] for row in rows]
@@ -265,7 +269,7 @@ def test_dropping_the_top_of_a_long_chain(tmp_path: Path) -> None:
     assert survivors(tmp_path, *rows)[1] == {"deleted": 1, "below a dropped message": 9998}
     rows[1]["parent_id"] = rows[-1]["message_id"]
     rows[1]["deleted"] = False
-    assert survivors(tmp_path, *rows)[1] == {"answers itself, by way of others or at once": 9999}
+    assert survivors(tmp_path, *rows)[1] == {"answers itself, directly or through others": 9999}
 
 
 # --- files that are not what they claim
@@ -290,8 +294,8 @@ LINE = json.dumps(tree(node("p", node("a1")))) + "\n"
         ("x.jsonl", LINE.encode() + b"\n\nnot json\n", r"not JSON.*\nwhere: .*x\.jsonl:4"),
         ("x.jsonl", LINE.encode() + b'{"a": "\xff"}\n', r"not UTF-8.*0xff.*\nwhere: .*x\.jsonl:2"),
         ("x.jsonl", b'{"rank": ' + b"9" * 5000 + b"}", r"none of the 1 records is an OpenAss"),
-        ("x.jsonl", b"[" * 5000, r"not JSON.*\nwhere: .*x\.jsonl:1"),
-        ("x.jsonl", b'{"replies": [' * 5000, r"not JSON.*\nwhere: .*x\.jsonl:1"),
+        ("x.jsonl", b"[" * 5000, r"at most about 1000 levels.*\nwhere: .*x\.jsonl"),
+        ("x.jsonl", b'{"replies": [' * 5000, r"at most about 1000 levels.*\nwhere: .*x\.jsonl"),
         ("x.jsonl.gz", packed(LINE * 50)[:-30], r"cut off before its end\nwhere: .*x\.jsonl\.gz"),
         ("x.jsonl.gz", packed(LINE)[:20] + b"\0" * 90, r"gzip file is damaged"),
         ("x.jsonl.gz", packed(LINE) + b"trailing", r"gzip file is damaged"),

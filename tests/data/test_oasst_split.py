@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from talk import everything, flat, node, read, sides, spoken, write
+from task_data import load_chat
 
-from sparsegrad_cli.data.chat import load_chat
-from sparsegrad_cli.data.chat_dataset import RawChat, finish
+from sparsegrad_cli.data.chat_data import RawChat, finish, split_position
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.validation_split import position
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.recipe.task_section import TaskSection
 
 # --- the split
 
@@ -30,7 +30,7 @@ def test_no_tree_is_on_both_sides_and_every_conversation_on_one(tmp_path: Path) 
     assert len(everything(data)) == 600
     assert 30 < len(validation) < 90  # 60 expected, standard deviation 7
     assert data.counts["training trees"] == len(train)
-    assert validation == {f"t{i}/p" for i in range(300) if position(f"t{i}/p") < 0.2}
+    assert validation == {f"t{i}/p" for i in range(300) if split_position(f"t{i}/p") < 0.2}
 
 
 def test_trees_that_are_added_move_no_other(tmp_path: Path) -> None:
@@ -57,16 +57,16 @@ def test_split_does_not_depend_on_order_or_shape_or_filter(tmp_path: Path) -> No
 
 def test_position_is_pinned() -> None:
     # sha256("validation\nabc"), first 8 bytes over 2^64: a change would move everybody's split.
-    assert position("abc") == pytest.approx(0.445165039965157, abs=1e-15)
+    assert split_position("abc") == pytest.approx(0.445165039965157, abs=1e-15)
 
 
 def test_too_few_trees_to_hit_the_fraction(tmp_path: Path) -> None:
     data = read(forest(tmp_path, 3), validation_fraction=0.001)
     assert len(sides(data)[1]) == 1 and "would have been empty" in data.notes[-1]
-    assert sides(data)[1] == {min((f"t{i}/p" for i in range(3)), key=position)}
+    assert sides(data)[1] == {min((f"t{i}/p" for i in range(3)), key=split_position)}
     data = read(forest(tmp_path, 3), validation_fraction=0.999)
     assert len(sides(data)[0]) == 1 and "training would have been empty" in data.notes[-1]
-    with pytest.raises(DataError, match="of the trees one is left, which cannot be split"):
+    with pytest.raises(DataError, match=r"Expected at least two trees to split .*, got one"):
         read(forest(tmp_path, 1))
 
 
@@ -93,14 +93,12 @@ def test_limits_take_the_first_conversations(tmp_path: Path) -> None:
     assert part.counts["training conversations"] == 7 and part.counts["training trees"] == 4
     assert f"training uses the first 7 of {len(whole.train)} conversations" in part.notes
     assert part.data_hash != whole.data_hash
-    with pytest.raises(UsageError, match="eval_limit is 0"):
-        load_chat("oasst", path=file, eval_limit=0)
 
 
 def test_hash_knows_everything_that_is_learnt_from() -> None:
     def hashed(train: list[list[Turn]], validation: list[list[Turn]]) -> str:
         made = [[Conversation(tuple(turns), "g") for turns in part] for part in (train, validation)]
-        return finish(RawChat(*made, "trees", {}), None, None).data_hash
+        return finish(RawChat(*made, "trees", {}), TaskSection(name="oasst")).data_hash
 
     p, q = Turn("user", "p"), Turn("user", "q")
     a, b = Turn("assistant", "a", True), Turn("assistant", "b", True)

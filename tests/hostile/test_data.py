@@ -7,10 +7,9 @@ from pathlib import Path
 
 from hostility import holds, scratch
 from tables import delimited, json_rows, questions
+from task_data import chat_task, load_task
 
 from sparsegrad_cli.data.chat_files import load_chat_files
-from sparsegrad_cli.data.chat_settings import ChatSettings
-from sparsegrad_cli.data.load_task import load_task
 from sparsegrad_cli.generate.questions import read_questions
 from sparsegrad_cli.judge.answers import read_answers
 
@@ -46,7 +45,7 @@ def test_chats(content: bytes) -> None:
     with scratch() as folder:
         path = folder / "d.jsonl"
         path.write_bytes(content)
-        found = load_chat_files(path, ChatSettings())
+        found = load_chat_files(chat_task("chat", path=path))
         for each in (*found.train, *found.validation):
             for turn in each.turns:
                 assert turn.text.encode("utf-8")

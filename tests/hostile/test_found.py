@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from samples import compare_record, run_record
 from small import Cli
+from task_data import load_task
 from torch import Tensor
 from victims import (
     adapter,
@@ -28,7 +29,6 @@ from victims import (
     use_basis,
 )
 
-from sparsegrad_cli.data.load_task import load_task
 from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
 from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
 from sparsegrad_cli.io.bounded_json import plain_json

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from sparsegrad_cli.data.builtin.dialogue_lexicon import TRAIN, VALIDATION
 from sparsegrad_cli.data.builtin.dialogue_scenes import SCENES, SHORTER, THANKS, VAGUE, Draw, Scene
-from sparsegrad_cli.data.chat_dataset import RawChat
-from sparsegrad_cli.data.chat_settings import EXPORTED, ChatSettings
-from sparsegrad_cli.data.oasst import from_records
+from sparsegrad_cli.data.chat_data import RawChat
+from sparsegrad_cli.data.oasst_files import conversations_from
 from sparsegrad_cli.data.oasst_messages import Source
 from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.recipe.task_section import TaskSection
 
 __all__ = ["LIMIT", "SIZES", "generate", "load_dialogues", "write_trees"]
 
@@ -31,13 +31,13 @@ LIMIT = 1000  # trees of one split; the smaller lexicon has more distinct first 
 _QUALITY = (0.9, 0.55, 0.2)  # labels by rank
 
 
-def load_dialogues(settings: ChatSettings) -> RawChat:
+def load_dialogues(task: TaskSection) -> RawChat:
     """The sample as conversations, by the reader of OpenAssistant's exports."""
     records = []
     for split, size in SIZES.items():
         for number, tree in enumerate(generate(split, size), start=1):
             records.append((tree, Source(f"{NAME} {split}, tree {number}", split)))
-    return from_records(records, settings, where=NAME, notes=[], by_source=True)
+    return conversations_from(records, task, where=NAME, has_split=True)
 
 
 def generate(split: Split, size: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ class _Grower:
             self.answers(asked, [scene.second_answer.plain()])
         if self.rng.random() < 0.2:
             self.reply(good, "prompter", self.rng.choice(THANKS))
-        return {"message_tree_id": self.key, "tree_state": EXPORTED, "prompt": prompt}
+        return {"message_tree_id": self.key, "tree_state": "ready_for_export", "prompt": prompt}
 
     def message(self, role: str, text: str, parent: str | None = None) -> dict[str, Any]:
         name = self.key if not self.made else f"{self.key}-{self.made}"

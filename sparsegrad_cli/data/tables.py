@@ -1,20 +1,22 @@
-"""A table whose columns are converted when they are used, with the place of each row."""
+"""Tables: columns that are read on first use, and the place of each row in its file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from sparsegrad_cli.data.text_files import is_unicode
 from sparsegrad_cli.errors import DataError
 
 
 class Columns(Mapping[str, list[Any]]):
-    """Columns by name, each read when it is first asked for: one that nobody uses cannot fail.
+    """Columns by name, each read on first use, so that an unused column cannot fail.
 
     Args:
-        readers: name -> what returns the column's values, or raises a DataError that names it.
+        readers: name -> function that returns the column's values, or raises a DataError that
+            names the column.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], list[Any]]]) -> None:
@@ -38,7 +40,7 @@ class Columns(Mapping[str, list[Any]]):
 
 @dataclass(frozen=True)
 class Row(Mapping[str, Any]):
-    """One row of a table by column name; a column is read when its cell is."""
+    """One row of a table by column name. Reading a cell reads its column."""
 
     columns: Mapping[str, list[Any]]
     at: int
@@ -58,20 +60,18 @@ class Row(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by name, all of one length, and where each row came from.
+    """Columns of one length, and the place of each row.
 
     Attributes:
         columns: name -> values in file order.
         source: the file.
-        lines: the line of each row, where it is known.
+        lines: the line of each row; None if unknown.
         count: number of rows; None counts those of the first column.
-        parts: the tables of single files that this one was put together from.
-        notes: what the user should know of how it was read.
-        class_names: by column, the names that a file written by ``datasets`` gives to the ids of a
-            ``ClassLabel`` column.
-        ragged: each row names its own columns, as in JSON, so that any may be missing.
-        typed: read from Arrow, where every object of a column has every key, and None stands for
-            a key that is not there.
+        parts: the tables of single files that this table was concatenated from.
+        notes: what the user should know of how the file was read.
+        class_names: column -> class names of a ``ClassLabel`` column that ``datasets`` wrote.
+        ragged: each row names its own columns, as in JSON, so any column may be missing.
+        typed: read from Arrow, where None stands for a key that a row does not have.
     """
 
     columns: Mapping[str, list[Any]]
@@ -94,7 +94,7 @@ class Table:
         return Row(self.columns, at)
 
     def place(self, row: int) -> str:
-        """Return ``file:line`` where lines are known, else ``file, row n`` (1-based)."""
+        """Return ``file:line`` if lines are known, else ``file, row n`` (counted from 1)."""
         for part in self.parts:
             if row < len(part):
                 return part.place(row)
@@ -108,14 +108,14 @@ class Table:
         return replace(self, notes=(*self.notes, *notes))
 
 
-def concatenated(tables: list[Table]) -> Table:
+def concatenated(tables: Sequence[Table]) -> Table:
     """Return the rows of several files as one table.
 
-    A column that a file lacks is None in its rows where the table is ragged; else it is refused
-    once it is used.
+    A column that a file lacks is None in its rows if the table is ragged. Otherwise it is refused
+    on first use.
 
     Raises:
-        DataError: the files give other names to the ids of a class.
+        DataError: the files name the classes of a column differently.
     """
     if len(tables) == 1:
         return tables[0]
@@ -153,3 +153,24 @@ def concatenated(tables: list[Table]) -> Table:
         ragged=all(table.ragged for table in tables),
         typed=all(table.typed for table in tables),
     )
+
+
+def read_text_cell(table: Table, column: str, row: int, *, blank: bool) -> str:
+    """Return the text of a cell.
+
+    Args:
+        blank: whether an empty text, or one of white space, is allowed.
+
+    Raises:
+        DataError: the cell is empty, is not text, or is not valid Unicode.
+    """
+    value = table.columns[column][row]
+    if value is None or (not blank and isinstance(value, str) and not value.strip()):
+        what = "is empty"
+    elif not isinstance(value, str):
+        what = f"holds a {type(value).__name__}, expected text"
+    elif not is_unicode(value):
+        what = "holds half of a character (a lone surrogate)"
+    else:
+        return value
+    raise DataError(f"column {column!r} {what}", where=table.place(row))

@@ -1,0 +1,203 @@
+"""Texts with labels: as they are read, and as a data set that is ready to be tokenized."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.recipe.task_section import TaskSection
+from sparsegrad_cli.recipe.tasks import POSITIVE_METRICS, TaskSpec, with_metric
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MAX_NAMES = 10  # class names that a note lists
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split as it was read.
+
+    Attributes:
+        text: the first text of every example, in file order.
+        text_pair: the second text of every example; None for a task with one text.
+        label: class ids or scores.
+    """
+
+    text: list[str]
+    text_pair: list[str] | None
+    label: list[int] | list[float]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def first(self, count: int | None) -> Examples:
+        """Return the first ``count`` examples, or all of them for None."""
+        if count is None or count >= len(self):
+            return self
+        pairs = self.text_pair[:count] if self.text_pair is not None else None
+        return Examples(self.text[:count], pairs, self.label[:count])
+
+
+@dataclass(frozen=True)
+class RawTask:
+    """A task as it was read, before limits; ``notes`` say what was left out."""
+
+    spec: TaskSpec
+    train: Examples
+    validation: dict[str, Examples]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task that is ready to be tokenized.
+
+    Attributes:
+        spec: texts, labels and metrics of the task.
+        train: columns ``text`` (str), ``text_pair`` (str, only if examples have two texts) and
+            ``label`` (int64 class ids, or float32 scores).
+        validation: split name -> the same columns; the first split selects the best model.
+        notes: what was left out or split off.
+        data_hash: sha256 (hex) over every text and label used, in order.
+        majority: metric -> its value on the first validation split for always answering the most
+            frequent training class (the mean training score for regression).
+    """
+
+    spec: TaskSpec
+    train: Dataset
+    validation: dict[str, Dataset]
+    notes: tuple[str, ...]
+    data_hash: str
+    majority: dict[str, float]
+
+
+def finish(raw: RawTask, task: TaskSection) -> LoadedTask:
+    """Apply the limits and the metric of a recipe, and make data sets.
+
+    Raises:
+        UsageError: the metric or the positive label does not fit the labels.
+        DataError: a split is empty.
+    """
+    spec = with_metric(raw.spec, task.metric, task.positive_label)
+    train = raw.train.first(task.train_limit)
+    validation = {split: part.first(task.eval_limit) for split, part in raw.validation.items()}
+    for split, part in (("training", train), *validation.items()):
+        if not len(part):
+            raise DataError(f"the {split} split of {spec.name} is empty", where="task")
+    notes = [
+        *raw.notes,
+        *_limit_notes(raw, train, validation),
+        *_missing_class_notes(spec, train, validation),
+        *_metric_notes(spec, task, validation),
+    ]
+    return LoadedTask(
+        spec=spec,
+        train=_dataset(spec, train),
+        validation={split: _dataset(spec, part) for split, part in validation.items()},
+        notes=tuple(notes),
+        data_hash=_hash({"train": train, **validation}),
+        majority=_majority(spec, train, next(iter(validation.values()))),
+    )
+
+
+def _limit_notes(raw: RawTask, train: Examples, validation: Mapping[str, Examples]) -> list[str]:
+    notes = []
+    if len(train) < len(raw.train):
+        notes.append(f"training uses the first {len(train)} of {len(raw.train)} rows")
+        if not raw.spec.regression and len(set(train.label)) == 1:
+            notes.append("all of these rows have one label: the file seems to be sorted by label")
+    for split, part in validation.items():
+        if len(part) < len(raw.validation[split]):
+            notes.append(f"{split} uses the first {len(part)} of {len(raw.validation[split])} rows")
+    return notes
+
+
+def _missing_class_notes(
+    spec: TaskSpec, train: Examples, validation: Mapping[str, Examples]
+) -> list[str]:
+    """Return a note on classes without a training row: they cannot be learnt."""
+    names = spec.label_names or ()
+    missing = set(range(len(names))) - set(train.label)
+    if not missing:
+        return []
+    shown = ", ".join(names[label] for label in sorted(missing)[:_MAX_NAMES])
+    shown += " ..." if len(missing) > _MAX_NAMES else ""
+    word = "class" if len(missing) == 1 else "classes"
+    rows = sum(label in missing for part in validation.values() for label in part.label)
+    return [f"no training row has the {word} {shown} (validation rows: {rows})"]
+
+
+def _metric_notes(
+    spec: TaskSpec, task: TaskSection, validation: Mapping[str, Examples]
+) -> list[str]:
+    """Return notes on the positive class and on a metric that was replaced by its mean."""
+    notes = []
+    names = spec.label_names or ()
+    if spec.metric in POSITIVE_METRICS and task.positive_label is None:
+        notes.append(
+            f"{spec.metric} is that of class {spec.positive_label!r}, the second of "
+            f"{', '.join(names)}; set task.positive_label to choose the other class"
+        )
+    for split, part in validation.items():
+        if spec.positive_label is not None and spec.positive_id not in part.label:
+            notes.append(
+                f"{split} has no row of class {spec.positive_label!r}: f1, precision and recall "
+                "are 0 there whatever the model answers"
+            )
+    if task.metric is not None and task.metric != spec.metric:
+        notes.append(f"{task.metric} of {len(names)} classes is their plain mean: {spec.metric}")
+    return notes
+
+
+def _dataset(spec: TaskSpec, examples: Examples) -> Dataset:
+    from datasets import Dataset, Features, Value
+
+    # An Arrow string column holds at most 2 GiB; a large_string column has no such limit.
+    features = {"text": Value("large_string")}
+    columns: dict[str, Any] = {"text": examples.text}
+    if examples.text_pair is not None:
+        features["text_pair"] = Value("large_string")
+        columns["text_pair"] = examples.text_pair
+    features["label"] = Value("float32" if spec.regression else "int64")
+    columns["label"] = examples.label
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _hash(parts: Mapping[str, Examples]) -> str:
+    sha = hashlib.sha256()
+
+    def add(text: str) -> None:
+        # Hash the length first, so that two different sequences of texts never read the same.
+        data = text.encode("utf-8", "surrogatepass")
+        sha.update(struct.pack("<q", len(data)) + data)
+
+    for split, part in parts.items():
+        add(split)
+        sha.update(struct.pack("<q?", len(part), part.text_pair is not None))
+        for row in range(len(part)):
+            add(part.text[row])
+            if part.text_pair is not None:
+                add(part.text_pair[row])
+            sha.update(struct.pack("<d", part.label[row]))
+    return sha.hexdigest()
+
+
+def _majority(spec: TaskSpec, train: Examples, validation: Examples) -> dict[str, float]:
+    import numpy as np
+
+    from sparsegrad_cli.data.metrics import metric_values
+
+    answer: float
+    if spec.regression:
+        answer = float(np.mean(train.label))
+    else:
+        counts = Counter(train.label)
+        answer = min(counts, key=lambda label: (-counts[label], label))
+    predictions = np.full(len(validation), answer)
+    return metric_values(spec, predictions, np.asarray(validation.label)).values
