@@ -2,6 +2,7 @@
 # make demo      install, then calibrate and train on the embedded default
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types
+# make schema    docs/reference/records.md, from the models of the records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
 # TORCH=torch==2.13.0          which torch
@@ -20,7 +21,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test test-slow check format schema clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -52,6 +53,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(STAMP)
+	$(BIN)/python -m sparsegrad_cli.records.schema_page > docs/reference/records.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

@@ -1,10 +1,9 @@
-"""Records to report on: the ones docs/run_json.md shows, so that page and code cannot part."""
+"""Records to report on, made from the examples in docs/reference."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,10 @@ from sparsegrad_cli.study.evidence import evidence
 
 
 def documented(number: int) -> dict[str, Any]:
-    """The n-th JSON block of docs/run_json.md."""
-    page = (REPO / "docs" / "run_json.md").read_text(encoding="utf-8")
-    record: dict[str, Any] = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[number])
+    """The example of a run (0) or a comparison (1)."""
+    name = ("run", "compare")[number]
+    page = (REPO / "docs" / "reference" / f"{name}.example.json").read_text(encoding="utf-8")
+    record: dict[str, Any] = json.loads(page)
     return record
 
 

@@ -6,14 +6,12 @@ share a basis.
 ``tokens/<key>`` (), how many live tokens were summed, where the basis was made of tokens; files of
 older versions lack it.
 ``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
-Metadata (strings): format, model, fingerprint, targets (JSON: name -> key), settings (JSON),
-recipe_digest, digest (sha256 of the tensors), check (sha256 of the other metadata).
+The metadata are :class:`sparsegrad_cli.records.basis.BasisMetadata`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,12 +24,11 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import save_tensors
-from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns, kept_columns
-from sparsegrad_cli.report.access import number
+from sparsegrad_cli.records.basis import FORMAT, BasisMetadata
+from sparsegrad_cli.records.run import CalibrationSettings
 
-_FORMAT = "sparsegrad-basis-1"
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 _SCORE, _TOKENS = "score/", "tokens/"
 _LENGTH_ERROR = 0.02  # of a direction, as bfloat16 rounds
@@ -68,17 +65,15 @@ class BasisFile:
 
 def write_basis(path: Path, basis: BasisFile) -> None:
     """Write the file, whole or not at all (DiskError)."""
-    metadata = {
-        "format": _FORMAT,
-        "model": basis.model,
-        "fingerprint": basis.fingerprint,
-        "targets": json.dumps(dict(basis.keys)),
-        "settings": json.dumps(dict(basis.settings)),
-        "recipe_digest": basis.recipe_digest,
-        "digest": basis.digest,
-    }
-    metadata["check"] = _check(metadata)
-    save_tensors(path, _tensors(basis.bases, basis.scores), metadata)
+    metadata = BasisMetadata(
+        model=basis.model,
+        fingerprint=basis.fingerprint,
+        targets=dict(basis.keys),
+        settings=CalibrationSettings.model_validate(dict(basis.settings)),
+        recipe_digest=basis.recipe_digest,
+        digest=basis.digest,
+    )
+    save_tensors(path, _tensors(basis.bases, basis.scores), metadata.to_texts())
 
 
 def read_basis(path: Path) -> BasisFile:
@@ -90,43 +85,42 @@ def read_basis(path: Path) -> BasisFile:
     fix = "make it anew with `sparsegrad calibrate`"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise FileFormatError(
             f"the basis cannot be read: {error}", where=str(path), fix=fix
         ) from error
-    if metadata.get("format") != _FORMAT:
+    if texts.get("format") != FORMAT:
         raise FileFormatError("is no basis file of this version", where=str(path), fix=fix)
-    if metadata.pop("check", None) != _check(metadata):
-        raise FileFormatError(
-            "the basis file is damaged: its metadata was changed", where=str(path), fix=fix
-        )
     try:
-        keys = _mapping(metadata["targets"])
-        settings = _mapping(metadata["settings"])
+        metadata = BasisMetadata.from_texts(texts)
+    except ValueError as error:
+        raise FileFormatError(
+            f"the basis file is damaged: {error}", where=str(path), fix=fix
+        ) from error
+    try:
+        keys = metadata.targets
         bases = {key: _basis(tensors, key) for key in set(keys.values())}
         scores = {
             name.removeprefix(_SCORE): t for name, t in tensors.items() if name.startswith(_SCORE)
         }
-        found = BasisFile(
-            bases,
-            keys,
-            metadata["model"],
-            metadata["fingerprint"],
-            settings,
-            metadata["recipe_digest"],
-            metadata["digest"],
-            scores,
-        )
-        if settings.get("seconds") is not None and number(settings, "seconds") is None:
-            raise ValueError("seconds is no number")
         for name, score in scores.items():
             _check_score(name, score, bases[keys[name]])
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise FileFormatError(
             f"the basis file is incomplete: {error}", where=str(path), fix=fix
         ) from error
+    found = BasisFile(
+        bases,
+        keys,
+        metadata.model,
+        metadata.fingerprint,
+        metadata.settings.to_json(),
+        metadata.recipe_digest,
+        metadata.digest,
+        scores,
+    )
     if tensors_digest(bases, scores) != found.digest:
         raise FileFormatError(
             "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
@@ -142,13 +136,6 @@ def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
     if tokens is not None and not (tokens.shape == () and 0 < float(tokens) < math.inf):
         raise ValueError(f"{_TOKENS}{key} is not a number of tokens")
     return Basis(by_columns(q_out), by_columns(q_in), singular_out, singular_in, tokens)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    found = plain_json(text)
-    if not isinstance(found, dict):
-        raise ValueError(f"{text[:40]!r} maps nothing")
-    return found
 
 
 def check_directions(name: str, q: Tensor, singular: Tensor) -> None:
@@ -269,11 +256,6 @@ def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> 
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return sha.hexdigest()
-
-
-def _check(metadata: Mapping[str, str]) -> str:
-    """sha256 (hex) of the metadata itself: the tensors' digest does not cover it."""
-    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def test_a_basis_that_holds_no_directions(tmp_path: Path, change: Any, says: str
 
 @pytest.mark.parametrize("text", ["[" * 3000, "[]", '{"seconds": "x"}', '{"seconds": []}', "7"])
 def test_settings_of_a_basis_that_are_none(tmp_path: Path, text: str) -> None:
-    with pytest.raises(FileFormatError, match="incomplete"):
+    with pytest.raises(FileFormatError, match="damaged"):
         use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None, settings=text))
 
 

@@ -1,0 +1,28 @@
+"""The reference page of the records is what the models say, and its examples are records."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from paths import REPO
+
+from sparsegrad_cli.records.answers import AnswersRecord
+from sparsegrad_cli.records.base import Record
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.schema_page import page
+from sparsegrad_cli.records.study import StudyRecord
+
+REFERENCE = REPO / "docs" / "reference"
+
+
+def test_the_page_on_disk_is_generated() -> None:
+    assert (REFERENCE / "records.md").read_text(encoding="utf-8") == page(), "run `make schema`"
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("run", RunRecord), ("compare", StudyRecord), ("answers", AnswersRecord)]
+)
+def test_the_examples_are_records(name: str, model: type[Record]) -> None:
+    example = json.loads((REFERENCE / f"{name}.example.json").read_text(encoding="utf-8"))
+    assert model.model_validate(example, extra="forbid").to_json() == example
