@@ -91,9 +91,8 @@ def judge(
     """
     from rich.console import Console
 
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions
+    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions, judge_answers
     from sparsegrad_cli.records.store import load_record
     from sparsegrad_cli.report.compare_files import write_compare_report
     from sparsegrad_cli.report.terminal import judge_table, plain_line
@@ -112,7 +111,7 @@ def judge(
         max_tokens=max_tokens,
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        record = runner.judge(options, observer)
+        record = judge_answers(options, observer)
     if options.study is not None:
         write_compare_report(options.study, load_record(options.study))
     if as_json:

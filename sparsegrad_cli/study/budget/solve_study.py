@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
 from sparsegrad_cli.estimate.rehearsal import Kernels
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
@@ -29,6 +30,10 @@ _SIZES = ("rank", "density", "entries")
 _NO_MATTER = ("seed", "output_dir")
 
 
+@mapped_errors(
+    again="run the same command again",
+    memory=("match", "one method at a time: shapes alone take a few hundred MiB"),
+)
 def solve_study(
     study: LoadedStudy,
     *,
