@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsegrad_cli.data.lengths import fitting_length
+from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fit import MOST, largest_batch

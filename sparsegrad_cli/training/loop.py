@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsegrad_cli import distributed, interruption
-from sparsegrad_cli.data.collate import longest_batch
+from sparsegrad_cli.data.batches import longest_batch
 from sparsegrad_cli.io.paths import remove_folder
 from sparsegrad_cli.methods.base import Method, Prepared
 from sparsegrad_cli.numerics.seeding import temporary_seed

@@ -13,8 +13,7 @@ from tiny import classifier, config, one_thread
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import basis_keys, calibrate
-from sparsegrad_cli.data.chat_tokens import UNLABELLED
-from sparsegrad_cli.data.packing import make_lm_collator
+from sparsegrad_cli.data.batches import UNLABELLED, ChatCollator
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import name_task
@@ -130,7 +129,7 @@ def conversations(*, short: int = 0, packed: bool = False) -> dict[str, Tensor]:
     rows[-1] = {name: ids[: LENGTH - short] for name, ids in rows[-1].items()}
     if packed:  # two conversations in each row
         rows = [row | {"lengths": [LENGTH // 2] * 2} for row in rows]
-    return make_lm_collator(0)(rows)
+    return ChatCollator(0)(rows)
 
 
 def bert(loaded: LoadedRecipe) -> nn.Module:
