@@ -250,6 +250,10 @@ class MethodSettings(Section):
         """
         return self.settle(shapes), []
 
+    def with_basis_rank(self, rank: int) -> Self:
+        """Return the settings for a basis that was cut to ``rank`` directions per side."""
+        return self
+
     def settle_from_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Return the settings with what follows from a trained adapter filled in.
 

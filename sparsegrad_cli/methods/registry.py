@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +28,8 @@ BASELINE = "lora"  # a comparison measures differences against this method where
 if TYPE_CHECKING:  # outside, settings are known by their contract alone
     MethodSection = MethodSettings
 else:
-    MethodSection = Annotated[tuple(METHODS.values()), Field(discriminator="name")]
+    _any_of = functools.reduce(operator.or_, METHODS.values())
+    MethodSection = Annotated[_any_of, Field(discriminator="name")]
 
 
 def settings_class(method: Any) -> type[MethodSettings] | None:

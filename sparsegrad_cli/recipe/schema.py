@@ -291,7 +291,9 @@ class Recipe(Section):
         calibration = data.get("calibration", {})
         if not isinstance(calibration, dict):
             return data
-        return data | {"calibration": calibration_of_the_method(data.get("method", {}), calibration)}
+        return data | {
+            "calibration": calibration_of_the_method(data.get("method", {}), calibration)
+        }
 
     @field_validator("match", mode="before")
     @classmethod

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.methods.registry import METHOD_NAMES, settings_class
 from sparsegrad_cli.recipe.budget import NOTHING, MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, read_override, stack, still_said
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
-from sparsegrad_cli.methods.registry import METHOD_NAMES, settings_class
 from sparsegrad_cli.recipe.problems import method_advice
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run

@@ -22,7 +22,7 @@ from tiny import (
 from torch import Tensor
 
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
-from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection

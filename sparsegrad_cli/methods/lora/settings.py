@@ -99,7 +99,7 @@ class LoraSettings(MethodSettings):
     def settle_from_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Return the settings with the rank of the adapter's A, and alpha."""
         rank = next((shape[0] for name, shape in shapes.items() if "lora_A" in name), self.rank)
-        alpha = self.alpha if self.alpha is not None or rank is None else float(2 * rank)
+        alpha = self.alpha if self.alpha is not None or rank is None else 2 * rank
         return self.model_copy(update={"rank": rank, "alpha": alpha})
 
     @classmethod

@@ -291,6 +291,10 @@ class SparsegradSettings(SparseSettings):
             settled = settled.model_copy(update={"allocation": "target"})
         return settled, notes
 
+    def with_basis_rank(self, rank: int) -> Self:
+        """Return the settings of a core of this rank; the other forms keep their full rank."""
+        return self.model_copy(update={"rank": rank}) if self.form == "core" else self
+
     def _rank_on(self, shapes: TargetShapes) -> int:
         rank = self.settle_for_estimate(shapes)[0].rank
         assert isinstance(rank, int)

@@ -25,7 +25,6 @@ from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, 
 from sparsegrad_cli.study.budget_report import MEASURED, TOLERANCE
 from sparsegrad_cli.study.space import with_settings
 
-_SIZES = ("rank", "density", "entries")
 # Of two recipes that differ in nothing else, one answer serves both.
 _NO_MATTER = ("seed", "output_dir")
 
@@ -184,11 +183,8 @@ class _Solver:
         return self._entries[cell.label].matched
 
     def _names_its_size(self, cell: Cell) -> bool:
-        """A core of a named rank has its entries still to be picked, unless it is dense."""
-        said = set(self._entries[cell.label].method) & set(_SIZES)
-        method = cell.loaded.recipe.method
-        chooses = method.name != "lora" and getattr(method, "support", None) != "dense"
-        return bool(said - {"rank"} if chooses else said)
+        """Return whether the study's row fixes the size, which a budget then leaves alone."""
+        return bool(cell.loaded.recipe.method.size_keys & set(self._entries[cell.label].method))
 
     def _key(self, cell: Cell) -> str:
         """sha256 (hex) of the question: the budget, and what its answer depends on."""
