@@ -90,7 +90,7 @@ class Packed:
         save_memory(self.model, self.targets, METHODS[name].recompute)
         self.method: Any = METHODS[name].implementation()
         bases = None
-        if self.method.needs_basis:
+        if METHODS[name].calibrates:
             found = calibrated(
                 self.model, self.targets, batches, steps=3, source="token", rank=7, seed=0
             )

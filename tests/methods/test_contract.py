@@ -186,7 +186,7 @@ def changed_entries(tuned: Tuned, inputs: dict[str, Tensor]) -> dict[str, int]:
     found = {}
     for target in tuned.targets:
         difference = weight_of(tuned.model, target).detach() - kept[target.name]
-        if tuned.method.name == "sparsegrad" and tuned.method.settings.form == "materialized":
+        if getattr(tuned.method.settings, "form", None) == "materialized":
             if target.transposed:
                 difference = difference.T
             basis = tuned.method._bases[target.name]

@@ -190,7 +190,7 @@ def accumulate(
     targets = targets_of(model)
     bases = None
     method = settings.implementation()
-    if method.needs_basis:
+    if settings.calibrates:
         bases = {
             t.name: Basis(
                 torch.linalg.qr(normal(t.out_features, t.out_features, seed=3)).Q,
