@@ -36,7 +36,6 @@ from sparsegrad_cli.methods.implementation import Prepared
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import (
     Target,
-    basis_keys,
     find_targets,
     not_adapted,
     not_adapted_note,

@@ -133,7 +133,10 @@ PAPER = ("method.form=materialized",)
         (("calibration.source=token", "calibration.decomposition=sequential"), "needs source"),
         ((*PAPER, "calibration.power_steps=1"), "decomposition 'randomized'"),
         ((*PAPER, "calibration.decomposition=randomized"), "needs method.form 'core'"),
-        (("calibration.decomposition=randomized", *CORE, "method.rank=0.9"), "not a share of energy"),
+        (
+            ("calibration.decomposition=randomized", *CORE, "method.rank=0.9"),
+            "a share of energy",
+        ),
         ((*PAPER, "calibration.decomposition=sequential"), "needs method.form 'core'"),
         ((*CORE, "calibration.source=batch", "method.allocation=model"), "compares targets"),
         (
