@@ -12,8 +12,8 @@ import torch
 from tiny import classifier, config, one_thread
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.batches import UNLABELLED, ChatCollator
 from sparsegrad_cli.calibration.calibrate import calibrate
+from sparsegrad_cli.data.batches import UNLABELLED, ChatCollator
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import name_task
