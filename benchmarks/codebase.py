@@ -27,8 +27,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export", "generate", "judge", "estimate"),
     ("training",),
     ("calibration",),
-    ("tasks",),
-    ("run",),
     ("methods",),
     ("models", "data", "memory"),
     ("numerics",),

@@ -33,7 +33,7 @@ def cell(
     }
     run = {
         "status": "done",
-        "metrics": {"best": {"score": score, "loss": 1 - score}},
+        "metrics": {"best": {"step": 20, "score": score, "loss": 1 - score}},
         "memory": {"phases": phases},
         "counts": {
             "trainable_targets": 10,
@@ -44,7 +44,7 @@ def cell(
         },
         "time": {"steps_per_s": 4.0 + seed, "train_s": 30.0, "calibrate_s": 0.0},
         "task": {"metric": metric},
-        "model": {"fingerprint": "m"},
+        "model": {"name": "m", "fingerprint": "m"},
         "hashes": {
             "data": "d",
             "head_init": f"h{seed}",

@@ -24,6 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 _LIBRARIES = (
     "datasets",
+    "evaluate",
     "matplotlib.pyplot",
     "peft",
     "sklearn.metrics",
@@ -34,7 +35,7 @@ _LIBRARIES = (
     "sparsegrad_cli.cli.app",
     "sparsegrad_cli.data.load_task",
     "sparsegrad_cli.export.export_run",
-    "sparsegrad_cli.report.html",
+    "sparsegrad_cli.report.files",
     "sparsegrad_cli.training.fine_tuning",
 )
 

@@ -325,9 +325,9 @@ def _reporting_begins(count: int) -> None:
 
 @moment("reporting-interrupted", "Ctrl-C (SIGINT, not -9) while the report is written")
 def _reporting_interrupted(count: int) -> None:
-    from sparsegrad_cli.report import html
+    from sparsegrad_cli.report import files
 
-    wrap(html, "write_run_html", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    wrap(files, "write_run_report", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT))
 
 
 @moment("export-begun", "an export's folder is made")

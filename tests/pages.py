@@ -57,8 +57,8 @@ def without(*, drawing: bool = True, figures: bool = True) -> Iterator[None]:
     """Figures are built but not drawn, or not even built: that is matplotlib's, and takes long."""
     with contextlib.ExitStack() as changes:
         if not drawing:
-            there = "sparsegrad_cli.report.svg._draw"
+            there = "sparsegrad_cli.report.svg.to_svg"
             changes.enter_context(patch(there, lambda figure: "<svg></svg>"))
         if not figures:
-            changes.enter_context(patch("sparsegrad_cli.report.compare_page._CHARTS", ()))
+            changes.enter_context(patch("sparsegrad_cli.report.study.CHARTS", ()))
         yield

@@ -9,7 +9,21 @@ from typing import Any
 
 from paths import REPO
 
+from sparsegrad_cli.io.atomic import without_nan
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.study.evidence import evidence
+
+
+def run_of(record: dict[str, Any]) -> RunRecord:
+    """The record of a run, as it would be read from a file."""
+    return RunRecord.model_validate(without_nan({"schema": 1, "status": "done", **record}))
+
+
+def study_of(record: dict[str, Any]) -> StudyRecord:
+    """The record of a study, as it would be read from a file; without runs unless it names some."""
+    whole = {"schema": 1, "status": "done", "cells": [], **record}
+    return StudyRecord.model_validate(without_nan(whole))
 
 
 def documented(number: int) -> dict[str, Any]:

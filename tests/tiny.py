@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import Calibration, calibrate
 from sparsegrad_cli.calibration.diagnostics import KindGrams
-from sparsegrad_cli.methods.full.settings import FullSettings
-from sparsegrad_cli.methods.implementation import Prepared
-from sparsegrad_cli.methods.lora.settings import LoraSettings
-from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.base import Prepared
+from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
-from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis, Stream
 from sparsegrad_cli.numerics.seeding import temporary_seed
+from sparsegrad_cli.recipe.method_section import (
+    FullMethod,
+    LoraMethod,
+    MepropMethod,
+    SparsegradMethod,
+)
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection, TrainSection
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
@@ -218,46 +221,44 @@ def orthogonal_bases(
     }
 
 
-MethodSettings = FullSettings | LoraSettings | MepropSettings | SparsegradSettings
+MethodSettings = FullMethod | LoraMethod | MepropMethod | SparsegradMethod
 
 # name -> (settings, basis_per for methods that need a basis)
 METHODS: dict[str, tuple[MethodSettings, str | None]] = {
-    "full": (FullSettings(name="full"), None),
-    "lora": (LoraSettings(name="lora", rank=2), None),
-    "meprop-entries": (MepropSettings(name="meprop", density=0.05), None),
-    "meprop-rows": (MepropSettings(name="meprop", density=0.1, select="rows"), None),
+    "full": (FullMethod(name="full"), None),
+    "lora": (LoraMethod(name="lora", rank=2), None),
+    "meprop-entries": (MepropMethod(name="meprop", density=0.05), None),
+    "meprop-rows": (MepropMethod(name="meprop", density=0.1, select="rows"), None),
     "meprop-unified": (
-        MepropSettings(name="meprop", density=0.1, select="rows", unified=True),
+        MepropMethod(name="meprop", density=0.1, select="rows", unified=True),
         None,
     ),
     "materialized-layer": (
-        SparsegradSettings(name="sparsegrad", density=0.05, form="materialized"),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized"),
         "layer",
     ),
     "materialized-kind": (
-        SparsegradSettings(name="sparsegrad", density=0.05, form="materialized"),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized"),
         "kind",
     ),
     "rotated-layer": (
-        SparsegradSettings(name="sparsegrad", density=0.05, form="rotated"),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
         "layer",
     ),
     "rotated-kind": (
-        SparsegradSettings(name="sparsegrad", density=0.05, form="rotated"),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
         "kind",
     ),
     "core-static": (
-        SparsegradSettings(name="sparsegrad", density=0.05, form="core", support="static", rank=8),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="static", rank=8),
         "layer",
     ),
     "core-dynamic": (
-        SparsegradSettings(
-            name="sparsegrad", density=0.05, form="core", support="dynamic", rank=1.0
-        ),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="dynamic", rank=1.0),
         "kind",
     ),
     "core-refresh": (
-        SparsegradSettings(
+        SparsegradMethod(
             name="sparsegrad",
             density=0.05,
             form="core",
@@ -268,7 +269,7 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         "layer",
     ),
     "core-bounded": (
-        SparsegradSettings(
+        SparsegradMethod(
             name="sparsegrad",
             density=0.05,
             form="core",
@@ -278,15 +279,13 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         ),
         "layer",
     ),
-    "meprop-bounded": (MepropSettings(name="meprop", density=0.05, state_capacity=1.5), None),
+    "meprop-bounded": (MepropMethod(name="meprop", density=0.05, state_capacity=1.5), None),
     "materialized-bounded": (
-        SparsegradSettings(
-            name="sparsegrad", density=0.05, form="materialized", state_capacity=1.5
-        ),
+        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized", state_capacity=1.5),
         "layer",
     ),
     "core-dense": (
-        SparsegradSettings(name="sparsegrad", form="core", support="dense", rank=6),
+        SparsegradMethod(name="sparsegrad", form="core", support="dense", rank=6),
         "layer",
     ),
 }
@@ -320,7 +319,7 @@ class Tuned:
             bases = calibrated(
                 self.model, self.targets, steps=3, basis_per=basis_per, seed=seed
             ).by_target()
-        self.method: Any = settings.implementation()
+        self.method: Any = make_method(settings)
         with temporary_seed(seed):
             self.prepared: Prepared = self.method.prepare(
                 self.model, self.targets, scope=scope, bases=bases

@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -87,8 +87,12 @@ def compare(
     """
     from rich.console import Console
 
-    from sparsegrad_cli.report.compare_files import LiveReport
-    from sparsegrad_cli.report.terminal import compare_table, plain_line
+    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.judge.grades import read_graded_answers
+    from sparsegrad_cli.records.study import StudyRecord
+    from sparsegrad_cli.report.files import LiveReport
+    from sparsegrad_cli.report.study import study_screen
+    from sparsegrad_cli.report.terminal import plain_line, screen
     from sparsegrad_cli.run import preflight
     from sparsegrad_cli.study.folder import StudyFolder
     from sparsegrad_cli.study.parity import check_parity
@@ -115,6 +119,11 @@ def compare(
     def tell(line: str) -> None:
         err.print(plain_line(line, style="bold"))
 
+    report = LiveReport(folder, lambda text: err.print(plain_line(text)), read_graded_answers)
+
+    def saved(record: dict[str, Any]) -> None:
+        report(StudyRecord.model_validate(without_nan(record)))
+
     with ExitStack() as held:
         if study.study.budget is not None:
             held.enter_context(solving(place, tell, overwrite=overwrite))
@@ -126,7 +135,7 @@ def compare(
             tell=tell,
             quiet=quiet,
             jobs=jobs,
-            saved=LiveReport(folder, lambda text: err.print(plain_line(text))),
+            saved=saved,
             begun=held.close,
         )
         record = comparison.run()
@@ -134,7 +143,7 @@ def compare(
         typer.echo(json.dumps(record))
     else:
         console = Console()
-        console.print(compare_table(record))
+        console.print(screen(study_screen(StudyRecord.model_validate(without_nan(record)))))
         console.print(plain_line(f"Report: {folder / 'report.html'}"))
     if record["status"] != "done":  # a cell that failed is named in the table
         raise typer.Exit(1)
@@ -149,6 +158,7 @@ def _solved(
     afresh: bool,
 ) -> LoadedStudy:
     """At the sizes that its budget allows; a comparison that goes on keeps those that it has."""
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.study.solving import picked
 
@@ -156,13 +166,11 @@ def _solved(
         return study
     kept = {} if afresh else picked(place)
     with QuietObserver() if quiet else ProgressObserver() as observer:
-        from sparsegrad_cli.study.budget.solve_study import solve_study
-
-        return solve_study(
+        return runner.solve(
             study,
+            observer,
             kept=kept,
             kernels=None if device is None else device.value,
-            observer=observer,
         )
 
 
@@ -170,14 +178,17 @@ def _show_plan(study: LoadedStudy, as_json: bool) -> None:
     """What would run, on stdout."""
     from rich.console import Console
 
-    from sparsegrad_cli.report.terminal import plan_table
+    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.records.study import PlanRecord
+    from sparsegrad_cli.report.budget import plan_screen
+    from sparsegrad_cli.report.terminal import screen
     from sparsegrad_cli.study.plan import plan_of
 
     plan = plan_of(study)
     if as_json:
         typer.echo(json.dumps(plan))
     else:
-        Console().print(plan_table(plan))
+        Console().print(screen(plan_screen(PlanRecord.model_validate(without_nan(plan)))))
 
 
 def _study(

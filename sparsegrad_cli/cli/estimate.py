@@ -80,9 +80,13 @@ def estimate(
     """
     from rich.console import Console
 
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.estimate.rehearsal import Conditions
-    from sparsegrad_cli.report.terminal import estimate_table
+    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.records.estimate import EstimateRecord
+    from sparsegrad_cli.report.estimate import estimate_screen
+    from sparsegrad_cli.report.terminal import screen
 
     room = _room(gpu, overhead)
     cells = _cells(recipe, methods or [], batch, length, device)
@@ -90,13 +94,12 @@ def estimate(
         kernels=_kernels(device, gpu is not None, cells[0][1]), padded=not no_padding
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        from sparsegrad_cli.estimate.estimate_steps import estimate_steps
-
-        record = estimate_steps(cells, conditions, room, observer)
+        record = runner.estimate(cells, conditions, room, observer)
     if as_json:
         typer.echo(json.dumps(record))
     else:
-        Console().print(estimate_table(record))
+        estimate = EstimateRecord.model_validate(without_nan(record))
+        Console().print(screen(estimate_screen(estimate)))
 
 
 def _cells(
@@ -107,6 +110,7 @@ def _cells(
     device: Device | None,
 ) -> list[tuple[str, LoadedRecipe]]:
     """Label and recipe of every row: of the recipe, of its methods, or of a study's cells."""
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.recipes import is_study
     from sparsegrad_cli.recipe.study import load_study, make_study
 
@@ -127,9 +131,7 @@ def _cells(
         study = load_study(source, overrides)
         budget = study.study.budget
         if budget is not None and budget.kind != "seconds":
-            from sparsegrad_cli.study.budget.solve_study import solve_study
-
-            study = solve_study(study, kernels=None if device is None else device.value)
+            study = runner.solve(study, kernels=None if device is None else device.value)
     elif names:
         study = make_study(source, names, 1, overrides, option="--method")
     else:

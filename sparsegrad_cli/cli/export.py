@@ -86,20 +86,22 @@ def export(
     """
     from rich.console import Console
 
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.export.options import ExportOptions
-    from sparsegrad_cli.report.terminal import export_table, plain_line
+    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.records.export import ExportRecord
+    from sparsegrad_cli.report.export import export_screen
+    from sparsegrad_cli.report.terminal import plain_line, screen
 
     options = ExportOptions(
         to.value, output_dir, rank, check_examples, tolerance, overwrite, server_rank
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        from sparsegrad_cli.export.export_run import export_run
-
-        record = export_run(run, options, observer, overrides=tuple(overrides or ()))
+        record = runner.export(run, options, observer, overrides=tuple(overrides or ()))
     if as_json:
         typer.echo(json.dumps(record))
         return
     console = Console()
-    console.print(export_table(record))
+    console.print(screen(export_screen(ExportRecord.model_validate(without_nan(record)))))
     console.print(plain_line(f"Export: {record['output_dir']}"))

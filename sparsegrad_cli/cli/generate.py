@@ -14,6 +14,7 @@ from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, refuse_without_effe
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from sparsegrad_cli.generate.answerer import Answerer
     from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 
 
@@ -121,12 +122,12 @@ def generate(
         return
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", where="--prompt")
-    from sparsegrad_cli.generate.generate import generate as answer
+    from sparsegrad_cli import runner
     from sparsegrad_cli.generate.options import GenerateOptions
 
     options = GenerateOptions(model, settings, prompts, prompt, batch_size, output)
     with _observer(quiet or as_json) as observer:
-        record = answer(options, observer)
+        record = runner.generate(options, observer)
     if study:
         _finish_study(Path(run).expanduser(), record, as_json)
     elif as_json:
@@ -139,8 +140,8 @@ def generate(
 
 def _talk(model: ModelOptions, settings: GenerationSettings, quiet: bool) -> None:
     """Turns from standard input until it ends."""
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.chat import Chat
-    from sparsegrad_cli.generate.generate import generation_errors, load_answerer
 
     if sys.stdin is None:
         raise UsageError("standard input is closed", fix="--prompt TEXT or --prompts FILE")
@@ -151,12 +152,11 @@ def _talk(model: ModelOptions, settings: GenerationSettings, quiet: bool) -> Non
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history for input()
 
-    with generation_errors():
-        with _observer(quiet) as observer:
-            answerer, about = load_answerer(model, settings, observer)
-            for note in answerer.notes:
-                observer.note(note)
+    def talk(answerer: Answerer, about: dict[str, Any]) -> None:
         Chat(answerer, source=sys.stdin, out=sys.stdout, err=sys.stderr).run(about)
+
+    with _observer(quiet) as observer:
+        runner.converse(model, settings, talk, observer)
 
 
 def _observer(quiet: bool) -> Any:
@@ -210,26 +210,29 @@ def _check_study(study: str, *, talk: bool, output: Path | None, dtype: str | No
 def _finish_study(study: Path, record: dict[str, Any], as_json: bool) -> None:
     """What a comparison's models answered; exit code 1 if one of them could not be asked."""
     from rich.console import Console
-    from rich.text import Text
 
+    from sparsegrad_cli.io.atomic import without_nan
     from sparsegrad_cli.io.untrusted_text import printable_text
-    from sparsegrad_cli.records.store import load_record
-    from sparsegrad_cli.report.answers_grades import column_label
-    from sparsegrad_cli.report.answers_record import column_outcome
-    from sparsegrad_cli.report.compare_files import write_compare_report
+    from sparsegrad_cli.judge.grades import read_graded_answers
+    from sparsegrad_cli.records.answers import AnswersColumn
+    from sparsegrad_cli.records.store import load_study
+    from sparsegrad_cli.report.answers import column_label, column_outcome
+    from sparsegrad_cli.report.files import write_study_report
     from sparsegrad_cli.report.terminal import plain_line
 
     kept = record["output"] is not None
     if kept:
-        write_compare_report(study, load_record(study))
+        compared = load_study(study)
+        write_study_report(study, compared, read_graded_answers(study, compared))
     if as_json:
         typer.echo(json.dumps(record))
     else:
         console = Console(highlight=False)
         for column in record["columns"]:
-            parts = Text.assemble((column_label(column), "bold"), "  ")
-            if kept or column["status"] != "done":
-                console.print(parts.append(column_outcome(column)))
+            made = AnswersColumn.model_validate(without_nan(column))
+            parts = plain_line(column_label(made), "bold").append("  ")
+            if kept or made.status != "done":
+                console.print(parts.append(plain_line(column_outcome(made))))
                 continue
             console.print(parts)
             typer.echo(printable_text(column["answers"][0]["answers"][0]) + "\n")

@@ -91,11 +91,16 @@ def judge(
     """
     from rich.console import Console
 
+    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions, judge_answers
-    from sparsegrad_cli.records.store import load_record
-    from sparsegrad_cli.report.compare_files import write_compare_report
-    from sparsegrad_cli.report.terminal import judge_table, plain_line
+    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.judge.grades import read_graded_answers
+    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions
+    from sparsegrad_cli.records.answers import JudgeRecord
+    from sparsegrad_cli.records.store import load_study
+    from sparsegrad_cli.report.files import write_study_report
+    from sparsegrad_cli.report.judge import judge_screen
+    from sparsegrad_cli.report.terminal import plain_line, screen
 
     options = JudgeOptions(
         answers=tuple(answers),
@@ -111,14 +116,15 @@ def judge(
         max_tokens=max_tokens,
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        record = judge_answers(options, observer)
+        record = runner.judge(options, observer)
     if options.study is not None:
-        write_compare_report(options.study, load_record(options.study))
+        study = load_study(options.study)
+        write_study_report(options.study, study, read_graded_answers(options.study, study))
     if as_json:
         typer.echo(json.dumps(record))
     else:
         console = Console()
-        console.print(judge_table(record))
+        console.print(screen(judge_screen(JudgeRecord.model_validate(without_nan(record)))))
         console.print(plain_line(f"Report: {options.folder / REPORT}"))
     if record["status"] != "done":
         raise typer.Exit(1)

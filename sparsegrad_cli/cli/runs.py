@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,11 @@ from sparsegrad_cli.cli.arguments import (
 )
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import is_folder
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.records.base import Record
+    from sparsegrad_cli.records.run import RunRecord
+    from sparsegrad_cli.report.document import Document
 
 
 def train(
@@ -39,7 +44,6 @@ def train(
 
     [bold]sparsegrad train configs/roberta_glue.yaml task.name=glue/rte seed=3705[/bold]
     """
-    from sparsegrad_cli.report.terminal import run_table
     from sparsegrad_cli.training.train import train as train_recipe
 
     loaded = load(recipe, output_dir)
@@ -53,7 +57,7 @@ def train(
     with _observer(quiet or as_json) as observer:
         record = train_recipe(loaded, observer, resume=resume, overwrite=overwrite)
     distributed.shutdown()
-    _show(record.to_json(), run_table, as_json)
+    _show_run(record, as_json)
 
 
 def calibrate(
@@ -66,13 +70,12 @@ def calibrate(
 ) -> None:
     """Make the basis of a recipe from a few gradient steps, and show what it is worth."""
     from sparsegrad_cli.calibration.calibrate_run import calibrate_run
-    from sparsegrad_cli.report.terminal import calibration_table
 
     loaded = load(recipe, output_dir)
     with _observer(quiet or as_json) as observer:
         record = calibrate_run(loaded, observer, overwrite=overwrite)
     distributed.shutdown()
-    _show(record.to_json(), calibration_table, as_json)
+    _show_run(record, as_json)
 
 
 def report(
@@ -80,26 +83,27 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run or a comparison again, and write its HTML, Markdown and LaTeX anew."""
-    from sparsegrad_cli.records.store import load_record, write_text_atomic
-    from sparsegrad_cli.report.compare_files import write_compare_report
-    from sparsegrad_cli.report.html import write_run_html
-    from sparsegrad_cli.report.markdown import run_markdown
-    from sparsegrad_cli.report.terminal import calibration_table, compare_table, run_table
+    """Show a run or a comparison again, and rewrite its reports (HTML, Markdown and LaTeX)."""
+    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.judge.grades import read_graded_answers
+    from sparsegrad_cli.records.run import RunRecord
+    from sparsegrad_cli.records.store import load_run_or_study
+    from sparsegrad_cli.records.study import StudyRecord
+    from sparsegrad_cli.report.files import write_run_report, write_study_report
+    from sparsegrad_cli.report.study import study_screen
     from sparsegrad_cli.run.folder import as_it_is
     from sparsegrad_cli.study.evidence import up_to_date
 
     folder = run if is_folder(run) else run.parent
-    record = as_it_is(load_record(run), folder)
-    if "cells" in record:
-        record = up_to_date(record)
-        write_compare_report(folder, record)
-        _show({**record, "output_dir": str(folder)}, compare_table, as_json)
+    found = load_run_or_study(run)
+    if isinstance(found, RunRecord):
+        found = RunRecord.model_validate(as_it_is(found.to_json(), folder))
+        write_run_report(folder, found)
+        _show_run(found.changed(output_dir=str(folder)), as_json)
         return
-    write_run_html(record, folder / "report.html")
-    write_text_atomic(folder / "report.md", run_markdown(record))
-    table = calibration_table if record.get("command") == "calibrate" else run_table
-    _show({**record, "output_dir": str(folder)}, table, as_json)
+    study = StudyRecord.model_validate(without_nan(up_to_date(found.to_json())))
+    write_study_report(folder, study, read_graded_answers(folder, study))
+    _show(study, study_screen(study), folder, as_json)
 
 
 def _observer(quiet: bool) -> Any:
@@ -108,16 +112,23 @@ def _observer(quiet: bool) -> Any:
     return QuietObserver() if quiet or not distributed.is_rank_zero() else ProgressObserver()
 
 
-def _show(record: dict[str, Any], table: Any, as_json: bool) -> None:
+def _show_run(run: RunRecord, as_json: bool) -> None:
+    from sparsegrad_cli.report.run import run_screen
+
+    _show(run, run_screen(run), Path(run.output_dir or ""), as_json)
+
+
+def _show(record: Record, document: Document, folder: Path, as_json: bool) -> None:
+    """Print a record, and where its report lies."""
     if not distributed.is_rank_zero():
         return
     if as_json:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(record.to_json() | {"output_dir": str(folder)}))
         return
     from rich.console import Console
 
-    from sparsegrad_cli.report.terminal import plain_line
+    from sparsegrad_cli.report.terminal import plain_line, screen
 
     console = Console()
-    console.print(table(record))
-    console.print(plain_line(f"Report: {Path(record['output_dir']) / 'report.html'}"))
+    console.print(screen(document))
+    console.print(plain_line(f"Report: {folder / 'report.html'}"))

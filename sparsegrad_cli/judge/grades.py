@@ -1,4 +1,4 @@
-"""Grades that were given before, found by what was graded. Imports no torch."""
+"""Look up the grades that a judge gave to answers, by what was graded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.generate.side_by_side import FOLDER
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.judge.ask import DECIDED
 from sparsegrad_cli.judge.prompts import talk
 from sparsegrad_cli.judge.verdicts import is_grade
+from sparsegrad_cli.records.answers import AnswersRecord
+from sparsegrad_cli.records.store import read_object, validated
+from sparsegrad_cli.records.study import StudyRecord
+from sparsegrad_cli.report.answers import SideBySide, side_by_side
 
 VERDICTS = "verdicts.jsonl"
 
@@ -64,3 +69,27 @@ def _shown(record: Mapping[str, Any]) -> str | None:
     last = messages[-1] if isinstance(messages, list) and messages else None
     content = last.get("content") if isinstance(last, Mapping) else None
     return content if isinstance(content, str) else None
+
+
+def read_graded_answers(study: Path, record: StudyRecord) -> list[SideBySide]:
+    """Read what the models of a study answered, with the grades of the answers.
+
+    Args:
+        study: the folder of the study.
+        record: its compare.json.
+
+    Returns:
+        One object for each file of questions and task. A file that cannot be read is named in a
+        note.
+    """
+    files = sorted((study / FOLDER).glob("*.json"))
+    grades = Grades([study] if files else [])
+    found: list[SideBySide] = []
+    for file in files:
+        try:
+            answers = validated(AnswersRecord, read_object(file), file)
+        except SparsegradError as error:
+            found.append(SideBySide(file.stem, notes=[f"{error.where or file}: {error.what}"]))
+        else:
+            found += side_by_side(answers, record, grades, grades.notes)
+    return found

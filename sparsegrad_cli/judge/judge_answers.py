@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.questions import questions_name, read_questions
 from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_of
+from sparsegrad_cli.io.atomic import without_nan
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.io.paths import exists, is_folder, refuse_link
 from sparsegrad_cli.judge.answers import Answered, read_answers
@@ -27,9 +27,11 @@ from sparsegrad_cli.judge.summary import grade_rows, pair_rows
 from sparsegrad_cli.judge.tasks import Task, pair_tasks, single_tasks
 from sparsegrad_cli.judge.verdicts import is_grade
 from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.records.answers import JudgeRecord
 from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
-from sparsegrad_cli.report.judge_tables import judge_markdown
+from sparsegrad_cli.report.judge import judge_document
+from sparsegrad_cli.report.render import render
 
 SCHEMA = 1
 FORMAT = "sparsegrad-verdicts-1"
@@ -100,11 +102,7 @@ class JudgeOptions:
         return found
 
 
-@mapped_errors(
-    again="the same command continues where it stopped",
-    memory=("judge", "fewer questions at a time"),
-)
-def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:
+def judge_answers(options: JudgeOptions, observer: Observer) -> dict[str, Any]:
     """Ask for every verdict that is not there yet, and sum up.
 
     Returns:
@@ -116,7 +114,6 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> di
         SparsegradError: the endpoint refuses every request, as with a wrong key. What was decided
             before is kept.
     """
-    observer = observer or Observer()
     questions = read_questions(options.questions)
     groups, notes = read_answers(options.files(), questions)
     make = pair_tasks if options.pairwise else single_tasks
@@ -140,7 +137,8 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> di
         verdicts, asked = _complete(judge, tasks, journal, observer, options.jobs)
     record = _record(options, judge, groups, tasks, verdicts, asked=asked, notes=notes)
     write_json_atomic(options.folder / RECORD, record)
-    write_text_atomic(options.folder / REPORT, judge_markdown(record))
+    document = judge_document(JudgeRecord.model_validate(without_nan(record)))
+    write_text_atomic(options.folder / REPORT, render(document, "md"))
     return record
 
 

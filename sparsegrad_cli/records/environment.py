@@ -19,6 +19,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
+    "evaluate",
     "safetensors",
 )
 GIT_TIMEOUT_S = 5.0

@@ -320,3 +320,24 @@ class StudyRecord(Record):
     rows: list[ResultRow] = []
     tests: PairTestsBlock | None = None
     checks: list[Check] = []
+
+
+class PlanRow(Block):
+    """One task and method of a plan."""
+
+    task: str
+    method: str
+    recipe: dict[str, Any] = Field(description="Resolved, of the first seed, before tuning.")
+
+
+class PlanRecord(Block):
+    """What `compare --dry-run --json` prints."""
+
+    name: str
+    match: str | None = None
+    seeds: list[int]
+    cells: Count = Field(description="Runs.")
+    trials: Count | None = Field(None, description="Of tuning, for each row.")
+    parity: ParityBlock | None = None
+    budget: BudgetBlock | None = None
+    rows: list[PlanRow]

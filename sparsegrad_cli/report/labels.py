@@ -1,11 +1,8 @@
-"""The words of the report: statuses, phases, categories, metrics, columns of the energy table."""
+"""The words that reports use for statuses, memory categories and phases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from sparsegrad_cli.report.access import block, number, text
+from sparsegrad_cli.report.access import text
 
 STATUSES = {
     "done": "done",
@@ -15,6 +12,7 @@ STATUSES = {
     "pruned": "pruned",
     "running": "still running",
     "pending": "not run yet",
+    "unknown": "unknown",
 }
 CATEGORIES = {
     "weights": "weights",
@@ -34,7 +32,7 @@ TIMES = {
     "evaluate_s": "evaluate",
 }
 SUPPORT_ENERGY = {
-    "support": "support that trains",
+    "support": "trained support",
     "full_basis": "best in full-rank basis",
     "original": "best in original basis",
 }
@@ -47,43 +45,11 @@ ENERGY = {
 }
 
 
-def status_of(data: Any) -> str:
-    """The key of a status; ``unknown`` where a record has none."""
-    return text(data, "status") or "unknown"
-
-
 def status_words(status: str) -> str:
-    """A status in words; one this version does not know is shown as it stands."""
+    """Return a status in words; an unknown one as it stands."""
     return STATUSES.get(status, status.replace("_", " "))
 
 
-def method_words(run: Any) -> str | None:
-    """``sparsegrad (rotated form, dynamic support, density 0.01, scope head)``."""
-    method = block(run, "method")
-    name = text(method, "name")
-    if name is None:
-        return None
-    parts = [
-        f"{text(method, key)} {word}".strip()
-        for key, word in (("form", "form"), ("support", "support"))
-        if text(method, key)
-    ]
-    entries = number(method, "settings", "entries")
-    parts += [f"{entries:,.0f} entries"] if entries is not None else []
-    parts += [f"{key} {text(method, key)}" for key in ("density", "scope") if text(method, key)]
-    return f"{name} ({', '.join(parts)})" if parts else name
-
-
-def error_lines(error: Any) -> list[tuple[str, str]]:
-    """(label, text) of what is known of an error."""
-    if not isinstance(error, Mapping):
-        plain = text(error)
-        return [("what", plain)] if plain else []
-    found = [(key, text(error, key)) for key in ("what", "where", "fix")]
-    return [(key, value) for key, value in found if value]
-
-
-def reason(error: Any) -> str | None:
-    """What went wrong, on one line."""
-    lines = error_lines(error)
-    return lines[0][1] if lines else None
+def status_of(data: object) -> str:
+    """Return the status of a record that is still a mapping; ``unknown`` where it has none."""
+    return text(data, "status") or "unknown"

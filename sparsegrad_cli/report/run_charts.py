@@ -1,18 +1,14 @@
-"""The figures of one run. Each function gives SVG, or None where the record has nothing to draw."""
+"""The figures of one run. Each function returns SVG, or None where there is nothing to draw."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.colors import LogNorm
 
-from sparsegrad_cli.records.metric_direction import scale_of
-from sparsegrad_cli.report.access import block, dig, items, mappings, number, numbers, points, text
-from sparsegrad_cli.report.labels import CATEGORIES, ENERGY, SUPPORT_ENERGY
-from sparsegrad_cli.report.record_tables import energy_columns, kind_means, support_means
-from sparsegrad_cli.report.run_tables import memory_phases, scale_of_run, times
+from sparsegrad_cli.records.metric_direction import Scale
+from sparsegrad_cli.records.run import HeatMap, MemoryPhase, MetricsBlock, SparsityBlock, Spectrum
+from sparsegrad_cli.report.labels import CATEGORIES
 from sparsegrad_cli.report.svg import (
     INK,
     Canvas,
@@ -23,32 +19,44 @@ from sparsegrad_cli.report.svg import (
     stacked,
     whole_steps,
 )
+from sparsegrad_cli.report.units import MIB
 
-MIB = 1024 * 1024
-_MOST_SPECTRA = 12
+_MAX_SPECTRA = 12
+_DARKEST = 1e-4  # of the largest entry, in a heat map
 
-
-def score_points(run: Any) -> list[tuple[float, float]]:
-    """(step, score as it is printed) of every evaluation, the one before training included."""
-    times = scale_of(text(run, "task", "metric")).times
-    first = points([dig(run, "metrics", "initial")], "step", "score")
-    history = points(items(run, "metrics", "history"), "step", "score")
-    return [(step, times * score) for step, score in dict([*first, *history]).items()]
+Points = list[tuple[int, float]]
 
 
-def learning_curve(run: Any) -> str | None:
-    """Validation score over steps, the kept model marked, the majority class as a line."""
-    found, scale = score_points(run), scale_of_run(run)
-    if not found:
+def score_points(metrics: MetricsBlock | None) -> Points:
+    """Return (step, score) of every evaluation, including the one before training."""
+    if metrics is None:
+        return []
+    every = [*([metrics.initial] if metrics.initial else []), *metrics.history]
+    return list({one.step: one.score for one in every if one.score is not None}.items())
+
+
+def learning_curve(
+    metrics: MetricsBlock | None, majority: float | None, scale: Scale
+) -> str | None:
+    """Draw the validation score over steps.
+
+    Args:
+        metrics: of the run; the model that was kept is marked.
+        majority: the score of always predicting the most frequent class, drawn as a line.
+        scale: of the scores.
+    """
+    points = score_points(metrics)
+    if metrics is None or not points:
         return None
-    with Canvas(7.2, 3.0) as canvas:
+    with Canvas(3.0) as canvas:
         axes = canvas.axes
-        axes.plot(*zip(*found, strict=True), marker="o", ms=4, color=colour(0), label="score")
-        best = points([dig(run, "metrics", "best")], "step", "score")
-        for step, score in best:
-            kept = scale.times * score
-            axes.plot([step], [kept], "o", ms=10, mfc="none", mec=colour(1), label="best, kept")
-        majority = number(run, "task", "majority_score")
+        steps = [step for step, _ in points]
+        scores = [scale.times * score for _, score in points]
+        axes.plot(steps, scores, marker="o", ms=4, color=colour(0), label="score")
+        best = metrics.best
+        if best and best.score is not None:
+            kept = [scale.times * best.score]
+            axes.plot([best.step], kept, "o", ms=10, mfc="none", mec=colour(1), label="best, kept")
         if majority is not None:
             axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
         axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
@@ -58,20 +66,22 @@ def learning_curve(run: Any) -> str | None:
     return canvas.svg()
 
 
-def loss_curve(run: Any) -> str | None:
-    """Training loss as logged, validation loss at each evaluation."""
-    train = points(items(run, "metrics", "train"), "step", "loss")
-    held_out = points(items(run, "metrics", "history"), "step", "loss")
-    if not train and not held_out:
+def loss_curve(metrics: MetricsBlock | None) -> str | None:
+    """Draw the training loss as logged and the validation loss at each evaluation."""
+    metrics = metrics or MetricsBlock()
+    training, validation = (
+        [(one.step, one.loss) for one in found if one.loss is not None]
+        for found in (metrics.train, metrics.history)
+    )
+    if not training and not validation:
         return None
-    with Canvas(7.2, 2.7) as canvas:
+    with Canvas(2.7) as canvas:
         axes = canvas.axes
-        if train:
-            axes.plot(*zip(*train, strict=True), lw=1, color=colour(0), label="training")
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True), marker="o", ms=4, color=colour(1), label="validation"
-            )
+        if training:
+            axes.plot(*zip(*training, strict=True), lw=1, color=colour(0), label="training")
+        if validation:
+            line = zip(*validation, strict=True)
+            axes.plot(*line, marker="o", ms=4, color=colour(1), label="validation")
         axes.set(xlabel="optimizer step", ylabel="loss")
         whole_steps(axes)
         grid(axes)
@@ -79,120 +89,125 @@ def loss_curve(run: Any) -> str | None:
     return canvas.svg()
 
 
-def memory_bars(run: Any) -> str | None:
-    """The peak of each phase, stacked by category, MiB."""
-    phases = memory_phases(run)
+def memory_bars(phases: Sequence[tuple[str, MemoryPhase]], thickness: float = 0.34) -> str | None:
+    """Draw the peak of each phase in MiB, stacked by category.
+
+    Args:
+        phases: (label, phase) of every bar, from the top.
+        thickness: inches a bar.
+    """
     if not phases:
         return None
     layers = [
-        (label, [(number(there, "categories", key) or 0.0) / MIB for _, there in phases])
+        (label, [getattr(phase.categories, key) / MIB for _, phase in phases])
         for key, label in CATEGORIES.items()
     ]
-    with Canvas(7.2, 0.9 + 0.34 * len(phases)) as canvas:
-        stacked(canvas.axes, [name for name, _ in phases], layers)
+    with Canvas(0.9 + thickness * len(phases)) as canvas:
+        stacked(canvas.axes, [label for label, _ in phases], layers)
         canvas.axes.set_xlabel("MiB")
         legend(canvas.axes)
     return canvas.svg()
 
 
-def time_bar(run: Any) -> str | None:
-    """Seconds by phase, one bar."""
-    found = times(run)
-    if not found:
+def time_bar(times: Sequence[tuple[str, float]]) -> str | None:
+    """Draw (phase, seconds) as one bar."""
+    if not times:
         return None
-    with Canvas(7.2, 1.35) as canvas:
-        stacked(canvas.axes, ["time"], [(label, [seconds]) for label, seconds in found])
+    with Canvas(1.35) as canvas:
+        stacked(canvas.axes, ["time"], [(label, [seconds]) for label, seconds in times])
         canvas.axes.set(xlabel="seconds", yticks=[])
-        legend(canvas.axes, columns=2 if len(found) > 3 else 1)
+        legend(canvas.axes, columns=2 if len(times) > 3 else 1)
     return canvas.svg()
 
 
-def energy_bars(run: Any) -> str | None:
-    """Share of the squared gradient in a number of entries, by layer kind and choice."""
-    means: Mapping[str, Any] = support_means(run)
-    words, columns = SUPPORT_ENERGY, list(SUPPORT_ENERGY)
-    if not means:
-        words, columns, means = ENERGY, energy_columns(run), kind_means(run)
-    if not columns or not means:
+def energy_bars(shares: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Draw the share of the squared gradient by layer kind.
+
+    Args:
+        shares: layer kind -> label -> share; a kind may lack labels.
+    """
+    labels = list(dict.fromkeys(label for found in shares.values() for label in found))
+    if not labels:
         return None
-    places = np.arange(len(means))
-    width = 0.8 / len(columns)
-    with Canvas(7.2, 2.8) as canvas:
+    places = np.arange(len(shares))
+    width = 0.8 / len(labels)
+    with Canvas(2.8) as canvas:
         axes = canvas.axes
-        for at, column in enumerate(columns):
-            shares = [100 * (number(row, column) or 0.0) for row in means.values()]
+        for at, label in enumerate(labels):
+            heights = [100 * found.get(label, 0.0) for found in shares.values()]
             bars = axes.bar(
-                places + width * at, shares, width * 0.92, color=colour(at), label=words[column]
+                places + width * at, heights, width * 0.92, color=colour(at), label=label
             )
             axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
-        axes.set_xticks(places + 0.4 - width / 2, [plain(kind) for kind in means])
+        axes.set_xticks(places + 0.4 - width / 2, [plain(kind) for kind in shares])
         axes.set(ylabel="% of squared gradient", ylim=(0, 108))
         grid(axes)
         legend(axes)
     return canvas.svg()
 
 
-def spectra_lines(run: Any) -> str | None:
-    """Singular values of the calibration gradients, output and input side, divided by the first."""
-    found = [
-        (text(item, "key") or "?", text(item, "side") or "?", numbers(item, "values"))
-        for item in mappings(run, "calibration", "spectra")
-    ]
-    found = [item for item in found if len(item[2]) > 1]
+def spectra_lines(spectra: Sequence[Spectrum]) -> str | None:
+    """Draw the singular values of the calibration gradients, output and input side."""
+    found = [(one, [v for v in one.values if v is not None and v > 0]) for one in spectra]
+    found = [(one, values) for one, values in found if len(values) > 1]
     if not found:
         return None
-    keys = list(dict.fromkeys(key for key, _, _ in found))[:_MOST_SPECTRA]
-    sides = list(dict.fromkeys(side for _, side, _ in found))
-    with Canvas(7.2, 3.0, columns=len(sides)) as canvas:
+    keys = list(dict.fromkeys(one.key for one, _ in found))[:_MAX_SPECTRA]
+    sides = list(dict.fromkeys(one.side for one, _ in found))
+    with Canvas(3.0, columns=len(sides)) as canvas:
         for axes, side in zip(canvas.all_axes, sides, strict=True):
-            for key, its, values in found:
-                if its == side and key in keys:
-                    kept = [value for value in values if value > 0]
-                    label = plain(key)
-                    axes.plot(
-                        range(1, len(kept) + 1),
-                        kept,
-                        lw=1.2,
-                        color=colour(keys.index(key)),
-                        label=label,
-                    )
-            axes.set(title=f"{plain(side)} side", xlabel="direction", xscale="log", yscale="log")
+            for one, values in found:
+                if one.side == side and one.key in keys:
+                    tint = colour(keys.index(one.key))
+                    directions = range(1, len(values) + 1)
+                    axes.plot(directions, values, lw=1.2, color=tint, label=plain(one.key))
+            axes.set(title=f"{side} side", xlabel="direction", xscale="log", yscale="log")
             grid(axes, "both")
         canvas.axes.set_ylabel("singular value / first")
         legend(canvas.all_axes[-1])
     return canvas.svg()
 
 
-def heat_maps(run: Any) -> str | None:
-    """One target's gradient, entry by entry: in the original basis and as its core."""
-    there = block(run, "calibration", "heat_map")
-    maps = [(title, matrix_of(there.get(key))) for key, title in _MAPS]
-    drawn = [(title, matrix) for title, matrix in maps if matrix is not None]
-    if not drawn:
+def gradient_maps(found: HeatMap | None) -> str | None:
+    """Draw the gradient of one target, entry by entry: in the original basis and as its core."""
+    original, core = (matrix_of(found.original), matrix_of(found.basis)) if found else (None, None)
+    if original is None or core is None:
         return None
-    highest = max(float(matrix.max()) for _, matrix in drawn)
+    highest = float(max(original.max(), core.max()))
     if highest <= 0:
         return None
-    scale = LogNorm(vmin=highest * 1e-4, vmax=highest, clip=True)
-    with Canvas(7.2, 3.4, columns=len(drawn)) as canvas:
-        for axes, (title, matrix) in zip(canvas.all_axes, drawn, strict=True):
-            image = axes.imshow(
-                np.maximum(matrix, highest * 1e-9), norm=scale, cmap="viridis", aspect="auto"
-            )
-            axes.set(title=title, xticks=[], yticks=[], xlabel="input direction")
+    with Canvas(3.4, columns=2) as canvas:
+        floored = [np.maximum(matrix, 1e-9 * highest) for matrix in (original, core)]
+        limits = (_DARKEST * highest, highest)
+        canvas.heat_maps(floored, "mean |entry|", limits, logarithmic=True)
+        titles = ("gradient, original basis", "core gradient, calibrated basis")
+        for axes, title in zip(canvas.all_axes, titles, strict=True):
+            axes.set(title=title, xlabel="input direction")
         canvas.axes.set_ylabel("output direction")
-        bar = canvas.figure.colorbar(image, ax=canvas.all_axes, shrink=0.9)
-        bar.set_label("mean |entry|")
     return canvas.svg()
 
 
-_MAPS = (("original", "gradient, original basis"), ("basis", "core gradient, calibrated basis"))
+def sparsity_map(found: SparsityBlock | None) -> str | None:
+    """Draw the share of each block of the middle target's matrix that changed."""
+    return sparsity_maps([("", found)], Canvas(3.2, width=4.6)) if found else None
 
 
-def matrix_of(rows: Any) -> Any:
-    """A rectangle of finite numbers as an array, or None."""
-    if not isinstance(rows, list) or not rows:
+def sparsity_maps(found: Sequence[tuple[str, SparsityBlock]], canvas: Canvas) -> str | None:
+    """Draw one map a (title, block), in one colour scale."""
+    shares = [matrix_of(block.map) for _, block in found]
+    maps = [100 * share for share in shares if share is not None]
+    if not maps or len(maps) < len(shares):
         return None
-    read = [numbers(row) if isinstance(row, list) else [] for row in rows]
-    widths = {len(row) for row in read}
-    return np.abs(np.array(read)) if len(widths) == 1 and widths != {0} else None
+    with canvas:
+        highest = max(float(each.max()) for each in maps) or 1.0
+        canvas.heat_maps(maps, "% of the block changed", (0.0, highest), logarithmic=False)
+        for axes, (title, block) in zip(canvas.all_axes, found, strict=False):
+            axes.set(title=plain(title), xlabel=f"{block.rows:,} × {block.columns:,}")
+    return canvas.svg()
+
+
+def matrix_of(rows: Sequence[Sequence[float | None]]) -> np.ndarray | None:
+    """Return absolute values as an array (rows, columns); None for an empty or ragged matrix."""
+    if len({len(row) for row in rows}) != 1 or not rows[0]:
+        return None
+    return np.abs(np.nan_to_num(np.array(rows, dtype=np.float64)))

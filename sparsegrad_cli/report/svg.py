@@ -1,7 +1,7 @@
 """Figures as SVG that stands inside a page: its text and grid take the page's colours.
 
-Matplotlib draws into ``Figure`` objects; no pyplot, no window system, no global state. Equal
-figures give equal bytes.
+Matplotlib draws into ``Figure`` objects: no pyplot, no window system, no global state. Equal
+figures give equal bytes. Matplotlib is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import numpy as np
+
+from sparsegrad_cli.io.untrusted_text import printable_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.figure import Figure
 
 # Legible on white and on near-black, and told apart by readers who do not see red or green.
 COLOURS = ("#3a86c8", "#e08214", "#2a9d7f", "#c7548f", "#8468c9", "#a8931a", "#7f8790")
 MARKERS = "osD^vPX"
-# Stand-ins that nothing else uses: in the SVG they become the page's own colours.
+# Placeholders that nothing else uses: in the SVG they become the page's own colours.
 INK, GRID = "#010203", "#040506"
 _PAGE = {INK: "currentColor", GRID: "var(--grid)"}
 _SETTINGS = {
@@ -37,24 +42,30 @@ _SETTINGS = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
 }
+WIDTH = 7.2  # inches
 
 
 class Canvas:
-    """One figure being drawn: ``with Canvas(7, 3) as canvas: ...`` then ``canvas.svg()``.
+    """One figure: ``with Canvas(3) as canvas: ...`` then ``canvas.svg()``.
 
     Args:
-        width, height: inches.
+        height, width: inches.
         columns: axes side by side.
         rows: rows of axes; ``all_axes`` goes through them one after the other.
     """
 
-    def __init__(self, width: float, height: float, columns: int = 1, rows: int = 1) -> None:
-        self._context = matplotlib.rc_context(_SETTINGS)
+    def __init__(
+        self, height: float, width: float = WIDTH, columns: int = 1, rows: int = 1
+    ) -> None:
         self._size = (width, height)
         self._columns, self._rows = columns, rows
         self._svg = ""
 
     def __enter__(self) -> Canvas:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        self._context = matplotlib.rc_context(_SETTINGS)
         self._context.__enter__()
         self.figure = Figure(figsize=self._size, layout="constrained")
         found = self.figure.subplots(self._rows, self._columns, squeeze=False)
@@ -68,41 +79,74 @@ class Canvas:
     def __exit__(self, *error: object) -> None:
         try:
             if error[0] is None:
-                self._svg = _draw(self.figure)
+                self._svg = to_svg(self.figure)
         finally:
             self._context.__exit__(None, None, None)
 
     def svg(self) -> str:
-        """The SVG element, to stand inside HTML."""
+        """Return the SVG element, to stand inside HTML."""
         return self._svg
+
+    def heat_maps(
+        self,
+        matrices: Sequence[np.ndarray],
+        label: str,
+        limits: tuple[float, float],
+        *,
+        logarithmic: bool,
+    ) -> Colorbar:
+        """Draw matrices on the first axes, in one colour scale with a bar beside them.
+
+        Args:
+            matrices: (rows, columns) each; NaN is left blank.
+            label: of the colour bar.
+            limits: values of the darkest and the brightest colour.
+            logarithmic: the scale.
+
+        Returns:
+            the colour bar.
+        """
+        from matplotlib.colors import LogNorm, Normalize
+
+        norm = LogNorm(*limits, clip=True) if logarithmic else Normalize(*limits)
+        for axes, matrix in zip(self.all_axes, matrices, strict=False):
+            image = axes.imshow(matrix, norm=norm, cmap="viridis", aspect="auto")
+            axes.set(xticks=[], yticks=[])
+        for axes in self.all_axes[len(matrices) :]:
+            axes.set_visible(False)
+        bar = self.figure.colorbar(image, ax=self.all_axes, shrink=0.9)
+        bar.set_label(label)
+        return bar
 
 
 def grid(axes: Axes, axis: str = "y") -> None:
-    """Faint lines behind the data."""
+    """Draw faint lines behind the data."""
     axes.grid(axis=axis, color=GRID, linewidth=0.7)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
 
 
 def whole_steps(axes: Axes) -> None:
-    """Ticks of an axis of steps: whole numbers with separators."""
+    """Set the ticks of an axis of steps: whole numbers with separators."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def height_for(least: float, labels: int) -> float:
-    """Inches that a figure needs for a legend of so many lines beside its data."""
+    """Return the inches that a figure needs for a legend of so many lines beside its data."""
     return max(least, 0.5 + 0.185 * labels)
 
 
 def legend(axes: Axes, columns: int = 1) -> None:
-    """A legend beside the data, where there is more than one thing to tell apart."""
+    """Draw a legend beside the data, if anything has a label."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
 
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Names below an axis, tilted where they would run into each other."""
+    """Write names below an axis, tilted where they would run into each other."""
     shown = [plain(name) for name in names]
     tilted = sum(map(len, shown)) > 60
     axes.set_xticks(range(len(names)), shown)
@@ -113,25 +157,31 @@ def name_ticks(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plain(label: str) -> str:
-    """Text that matplotlib neither reads as mathematics nor leaves out of a legend."""
-    shown = label.replace("$", r"\$")
+    """Return text that matplotlib neither reads as mathematics nor leaves out of a legend."""
+    shown = printable_line(label).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def colour(number: int) -> str:
-    """The colour of the n-th thing."""
+    """Return the colour of the n-th series."""
     return COLOURS[number % len(COLOURS)]
 
 
 def marker(number: int) -> str:
-    """The marker of the n-th thing: another where colours begin again."""
+    """Return the marker of the n-th series: another one where the colours repeat."""
     return MARKERS[number // len(COLOURS) % len(MARKERS)]
 
 
 def stacked(
     axes: Axes, names: Sequence[str], layers: Sequence[tuple[str, Sequence[float]]]
 ) -> None:
-    """Horizontal stacked bars: one bar a name, one layer a (label, values) that is not all zero."""
+    """Draw horizontal stacked bars with a legend.
+
+    Args:
+        axes: where to draw.
+        names: one a bar, from the top.
+        layers: (label, one value a bar); layers of zeros are left out.
+    """
     places = range(len(names))
     left = [0.0] * len(names)
     for number, (label, values) in enumerate(layers):
@@ -146,16 +196,17 @@ def stacked(
     grid(axes, "x")
 
 
-def _draw(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element that takes the colours of the page around it."""
     figure.patch.set_alpha(0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     raw = buffer.getvalue().decode()
     raw = raw[raw.index("<svg") :]
-    for stand_in, page in _PAGE.items():
-        raw = raw.replace(stand_in, page)
+    for placeholder, page in _PAGE.items():
+        raw = raw.replace(placeholder, page)
     raw = re.sub(r"\s*<metadata>.*?</metadata>", "", raw, flags=re.DOTALL)
-    # Several figures share a page: an id that nothing refers to would only be there twice.
+    # Several figures share a page: ids that nothing refers to would only be duplicates.
     used = set(re.findall(r"#([A-Za-z][\w.-]*)", raw))
     raw = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", raw)
     # The page sets the width; the drawing keeps its proportions.

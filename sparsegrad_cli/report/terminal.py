@@ -1,207 +1,171 @@
-"""Records in the terminal, whole at 80 columns.
+"""Print documents on a terminal, whole at 80 columns.
 
-All text of a record becomes ``Text``: in a string Rich would read ``[bold]`` as markup.
+All text of a record becomes ``Text``: Rich would read ``[bold]`` in a string as markup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsegrad_cli.io.untrusted_text import printable_text
-from sparsegrad_cli.report.access import dig, items, text
-from sparsegrad_cli.report.budget_tables import budget_flags, budget_table, plan_tables
-from sparsegrad_cli.report.compare_record import (
-    difference_cell,
-    reference_of,
-    rows_of,
-    seeds_remark,
-    tasks_of,
+from sparsegrad_cli.io.untrusted_text import printable_line, printable_text
+from sparsegrad_cli.report.document import (
+    Block,
+    Bullets,
+    Checks,
+    Document,
+    Facts,
+    Labelled,
+    Paragraph,
+    Table,
+    Verdict,
 )
-from sparsegrad_cli.report.compare_tables import method_table, note_cell, overview_table
-from sparsegrad_cli.report.estimate_tables import estimate_notes, estimate_tables
-from sparsegrad_cli.report.export_tables import export_facts, export_subtitle, export_title
-from sparsegrad_cli.report.judge_tables import (
-    judge_failures,
-    judge_scores,
-    judge_subtitle,
-    judge_title,
-)
-from sparsegrad_cli.report.labels import error_lines, status_of, status_words
-from sparsegrad_cli.report.parity_tables import check_lines
-from sparsegrad_cli.report.record_tables import (
-    calibration_facts,
-    energy_by_kind,
-    spectra_table,
-    support_energy,
-)
-from sparsegrad_cli.report.reference_results import figures_table
-from sparsegrad_cli.report.run_tables import (
-    facts,
-    memory_table,
-    notes_of,
-    subtitle,
-    time_line,
-    title_of,
-)
-from sparsegrad_cli.report.tables import Fact
-from sparsegrad_cli.report.terminal_tables import drawn
-from sparsegrad_cli.report.tuning_tables import tuning_lines, tuning_table
-from sparsegrad_cli.report.units import format_seconds
-from sparsegrad_cli.report.verdicts import verdict_lines
+from sparsegrad_cli.report.labels import status_words
+from sparsegrad_cli.report.units import NOT_RECORDED
 
-_STATUS_STYLE = {"done": "green", "failed": "red", "out_of_memory": "red"}
-_MOST_SPECTRA = 8
-_MOST_NOTES = 6
+DASH = "–"
+_STATUS_STYLE = {"done": "green", "checked": "green", "failed": "red", "out_of_memory": "red"}
 _CHECKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
+_GAP = 2  # characters between columns
+_NARROWEST_WORDS = 24  # a column of words folds, but not below this many characters
 
 
 def plain_line(raw: str, style: str = "") -> Text:
-    """One line that may name files: no markup, and nothing that a terminal obeys."""
+    """Return one line that may name files: no markup, and nothing that controls a terminal."""
     return Text(printable_text(raw).replace("\n", "\N{SYMBOL FOR NEWLINE}"), style=style)
 
 
-def run_table(run: dict[str, Any]) -> RenderableType:
-    """A training run: headline figures, memory by phase and category, time by phase."""
-    parts: list[RenderableType] = [*_heading(run), _facts(facts(run))]
-    parts.append(drawn(memory_table(run)) or Text("Memory: not recorded", style="dim"))
-    parts.append(_labelled("Time", time_line(run) or "not recorded"))
-    energy = support_energy(run) or energy_by_kind(run)
-    if energy:
-        parts += [Text(), drawn(energy) or Text()]
-    return Group(*parts, *_notes(notes_of(run)))
-
-
-def calibration_table(run: dict[str, Any]) -> RenderableType:
-    """A calibration run: its cost, energy in the top entries, how fast the spectra fall."""
-    parts: list[RenderableType] = _heading(run)
-    shown = calibration_facts(run)
-    parts.append(_facts(shown) if shown else Text("Calibration: not recorded", style="dim"))
-    missing = Text("Energy: not recorded", style="dim")
-    parts.append(drawn(support_energy(run) or energy_by_kind(run)) or missing)
-    spectra = spectra_table(run)
-    if spectra is not None:
-        more = len(spectra.rows) - _MOST_SPECTRA
-        notes = [f"and {more} more in the report"] if more > 0 else []
-        parts.append(drawn(replace(spectra, rows=spectra.rows[:_MOST_SPECTRA], notes=notes)) or "")
-    parts.append(_labelled("Time", time_line(run) or "not recorded"))
-    return Group(*parts, *_notes(notes_of(run)))
-
-
-def compare_table(compare: dict[str, Any]) -> RenderableType:
-    """A comparison: one row a method and task, what they mean, and whether it was fair."""
-    parts: list[RenderableType] = _heading(compare)
-    for task in tasks_of(compare):
-        table = method_table(compare, task)
-        if table is None:
-            parts.append(Text(f"{task}: no rows recorded", style="dim"))
-            continue
-        parts += [drawn(replace(table, notes=())) or "", *_below(compare, task)]
-    budget = budget_table(compare)
-    if budget is not None:  # the report says the rest
-        budget = replace(budget, notes=budget_flags(compare))
-    for extra in (overview_table(compare), figures_table(compare), budget):
-        if extra is not None:
-            parts += [drawn(extra) or ""]
-    tuned = tuning_table(compare)
-    if tuned is not None:
-        lines = tuning_lines(compare)
-        parts += [drawn(replace(tuned, notes=lines).without("space")) or ""]
-    parts += [Text(), *(Text(line) for line in verdict_lines(compare)), Text()]
-    for held, line in check_lines(compare):
-        mark, style = _CHECKS[held]
-        parts.append(Text(f"{mark} {line}", style=style))
-    return Group(*parts)
-
-
-def plan_table(plan: dict[str, Any]) -> RenderableType:
-    """What a comparison would run, and under which budget."""
-    return Group(*(drawn(table) or "" for table in plan_tables(plan)))
-
-
-def estimate_table(record: dict[str, Any]) -> RenderableType:
-    """An estimate: a row a method, the largest batches, and what was supposed."""
-    parts = [drawn(table) or "" for table in estimate_tables(record)]
-    lines = [Text(f"- {line}", style="dim") for line in estimate_notes(record)]
-    took = format_seconds(dig(record, "seconds"))
-    return Group(*parts, Text(), Text("Supposed", style="italic"), *lines, _labelled("took", took))
-
-
-def export_table(record: dict[str, Any]) -> RenderableType:
-    """An export: how alike it answers, what was lost, how to load it."""
-    return Group(
-        Text(),
-        Text.assemble((export_title(record), "bold"), "  ", ("checked", "green")),
-        Text(export_subtitle(record), style="dim"),
-        Text(),
-        _facts(export_facts(record)),
-        _labelled("load", text(record, "load") or "not recorded"),
-        *_notes([note for note in map(text, items(record, "notes")) if note]),
+def screen(document: Document) -> RenderableType:
+    """Return the heading and the blocks of a document, ready to print."""
+    status = Text(
+        printable_line(status_words(document.status)),
+        style=_STATUS_STYLE.get(document.status, "yellow"),
     )
+    heading = Text.assemble((printable_line(document.title), "bold"), "  ", status)
+    lines: list[RenderableType] = [Text(), heading] if document.title else []
+    if document.subtitle:
+        lines.append(_line(document.subtitle, "dim"))
+    for label, text in document.error:
+        lines.append(_labelled(label, text, "red" if label == "what" else ""))
+    if document.title:
+        lines.append(Text())
+    sections = [block for section in document.sections for block in section.blocks]
+    return Group(*lines, *(_drawn(block) for block in (*document.lead, *sections) if block))
 
 
-def judge_table(record: dict[str, Any]) -> RenderableType:
-    """Grades or wins by model and category; what failed, below."""
-    head = Text.assemble((judge_title(record), "bold"), "  ")
-    status = text(record, "status") or "?"
-    head.append(status, style=_STATUS_STYLE.get(status, "yellow"))
-    parts: list[RenderableType] = [Text(), head, Text(judge_subtitle(record), style="dim")]
-    parts.append(drawn(judge_scores(record)) or "")
-    failures = [_labelled("failed", line, "red") for line in judge_failures(record)]
-    return Group(*parts, *failures)
+def _drawn(block: Block) -> RenderableType:
+    match block:
+        case Table():
+            return _table(block)
+        case Facts():
+            return _facts(block)
+        case Labelled():
+            return _labelled(block.label, block.value, "red" if block.bad else "")
+        case Paragraph():
+            return _line(block.text, "dim" if block.dim else "")
+        case Bullets():
+            return Group(*(_line(f"- {line}", "dim") for line in block.lines))
+        case Verdict():
+            return Group(Text(), *(_line(line) for line in block.lines), Text())
+        case Checks():
+            marks = ((*_CHECKS[check.held], check.sentence) for check in block.checks)
+            return Group(*(_line(f"{mark} {sentence}", style) for mark, style, sentence in marks))
+        case _:  # figures and answers are for pages
+            return Group()
 
 
-def _below(compare: Any, task: str) -> list[RenderableType]:
-    """Differences, then what is odd about a row: under the table, where there is room."""
-    rows = rows_of(compare, task)
-    lines: list[RenderableType] = []
-    shown = [
-        f"{text(row, 'method')} {difference_cell(row)}" for row in rows if difference_cell(row)
-    ]
-    if shown:
-        against = _labelled(f"against {reference_of(rows)}", ", ".join(shown))
-        remark = seeds_remark(rows)
-        lines.append(Text.assemble(against, (f"; {remark}" if remark else "", "dim")))
-    for row in rows:
-        note = note_cell(row)
-        if note:
-            lines.append(_labelled(text(row, "method") or "?", note))
-    return [*lines, Text()]
-
-
-def _heading(record: Any) -> list[RenderableType]:
-    status = status_of(record)
-    head = Text.assemble((title_of(record), "bold"), "  ")
-    head.append(status_words(status), style=_STATUS_STYLE.get(status, "yellow"))
-    lines: list[RenderableType] = [Text(), head]
-    if subtitle(record):
-        lines.append(Text(subtitle(record), style="dim"))
-    for label, value in error_lines(record.get("error")):
-        lines.append(_labelled(label, value, "red" if label == "what" else ""))
-    return [*lines, Text()]
+def _line(raw: str, style: str = "") -> Text:
+    return Text(printable_line(raw), style=style)
 
 
 def _labelled(label: str, value: str, style: str = "") -> Text:
-    return Text.assemble((f"{label}  ", "dim"), (value, style))
+    return Text.assemble((f"{printable_line(label)}  ", "dim"), (printable_line(value), style))
 
 
-def _facts(shown: Sequence[Fact]) -> RenderableType:
+def _facts(block: Facts) -> RenderableType:
     grid = RichTable.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True, justify="right")
     grid.add_column(style="dim", overflow="fold")
-    for fact in shown:
-        grid.add_row(Text(fact.label), Text(fact.value, style="bold"), Text(fact.detail))
+    for fact in block.facts:
+        grid.add_row(_line(fact.label), _line(fact.value, "bold"), _line(fact.detail))
     return grid
 
 
-def _notes(notes: Sequence[str]) -> list[RenderableType]:
-    shown: list[RenderableType] = [_labelled("note", note) for note in notes[:_MOST_NOTES]]
-    if len(notes) > _MOST_NOTES:
-        shown.append(Text(f"and {len(notes) - _MOST_NOTES} more notes in the report", style="dim"))
-    return shown
+def _table(table: Table) -> RenderableType:
+    rows = [tuple(DASH if cell == NOT_RECORDED else cell for cell in row) for row in table.rows]
+    shown = replace(table, rows=rows)
+    parts: list[RenderableType] = [Text(), _line(table.caption, "italic"), _Fitted(shown)]
+    if any(cell == NOT_RECORDED for row in table.rows for cell in row):
+        parts.append(_line(f"{DASH} {NOT_RECORDED}", "dim"))
+    return Group(*parts, *(_line(note, "dim") for note in table.notes))
+
+
+class _Fitted:
+    """A table that is cut to the width of the terminal when it is printed."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, part in enumerate(cut_to_width(self._table, options.max_width)):
+            if number:
+                yield Text()
+            yield _rich(part)
+
+
+def cut_to_width(table: Table, width: int) -> list[Table]:
+    """Cut a table between columns into tables that fit, each with the first column.
+
+    No figure is shortened: 1,140… could be any number. A column of words may fold down to 24
+    characters. A figure that is wider than the terminal by itself stays whole.
+
+    Args:
+        table: any table.
+        width: of the terminal, in characters.
+    """
+    widths = [_width(table, column) for column in range(len(table.header))]
+    parts: list[list[int]] = [[0]]
+    used = widths[0]
+    for column in range(1, len(widths)):
+        if used + _GAP + widths[column] > width and len(parts[-1]) > 1:
+            parts.append([0])
+            used = widths[0]
+        parts[-1].append(column)
+        used += _GAP + widths[column]
+    return [table.select(columns) for columns in parts]
+
+
+def _width(table: Table, column: int) -> int:
+    """Return what a column needs: its longest cell, or word of its name; less if it may fold."""
+    name = max((cell_len(word) for word in table.header[column].split()), default=0)
+    cells = max((cell_len(row[column]) for row in table.rows), default=0)
+    if column and table.words[column]:
+        cells = min(cells, _NARROWEST_WORDS)
+    return max(name, cells)
+
+
+def _rich(table: Table) -> RichTable:
+    found = RichTable(
+        box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, collapse_padding=True
+    )
+    for column, (name, words) in enumerate(zip(table.header, table.words, strict=True)):
+        found.add_column(
+            Text(name.replace(" ", "\n"), justify="left" if words else "right"),
+            justify="left" if words else "right",
+            overflow="fold" if words else "ellipsis",
+            no_wrap=column == 0 or not words,
+        )
+    for number, row in enumerate(table.rows):
+        found.add_row(
+            *(
+                Text(cell, style="bold" if (number, column) in table.strong else "")
+                for column, cell in enumerate(row)
+            )
+        )
+    return found

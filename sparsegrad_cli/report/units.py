@@ -1,15 +1,28 @@
-"""Numbers as people read them. Inside the program bytes are ints, times seconds, scores fractions.
+"""Format numbers for readers. Inside the program bytes are ints, times seconds, scores fractions.
 
-Every function takes what a record may hold, None included, and then says so: ``not recorded``.
+Every function takes None for a value that a record does not have, and returns ``not recorded``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsegrad_cli.records.metric_direction import SCORE, Scale
 
 NOT_RECORDED = "not recorded"
+NOTHING = "–"  # the mean, the interval or the best of nothing
 MINUS = "\u2212"
 MIB = 1024**2
+GIB = 1024**3
+
+
+def words(value: object) -> str:
+    """Return a value as text; ``yes`` or ``no`` for a boolean."""
+    if value is None or value == "":
+        return NOT_RECORDED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def format_bytes(count: float | None) -> str:
@@ -27,14 +40,24 @@ def format_bytes(count: float | None) -> str:
     return f"{value / 1024:.1f} GiB"
 
 
-def format_mib(count: float | None) -> str | None:
+def format_kib(count: float | None) -> str:
+    """Bytes as a bare number of KiB, for columns that name the unit."""
+    return format_fixed(None if count is None else count / 1024, 1)
+
+
+def format_mib(count: float | None) -> str:
     """Bytes as a bare number of MiB, ``1,234.5``, for columns that name the unit."""
-    return None if count is None else f"{count / MIB:,.1f}"
+    return format_fixed(None if count is None else count / MIB, 1)
 
 
-def format_gib(count: float | None) -> str | None:
+def format_gib(count: float | None) -> str:
     """Bytes as a bare number of GiB, ``12.55``, for columns that name the unit."""
-    return None if count is None else f"{count / MIB / 1024:,.2f}"
+    return format_fixed(None if count is None else count / GIB, 2)
+
+
+def format_fixed(value: float | None, digits: int) -> str:
+    """A number with this many decimals, thousands separated."""
+    return NOT_RECORDED if value is None else f"{value:,.{digits}f}"
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -81,6 +104,11 @@ def format_share(share: float | None) -> str:
     return f"{percent:.2f} %" if abs(percent) >= 0.01 else f"{percent:.1g} %"
 
 
+def format_percent(share: float | None) -> str:
+    """A share as a bare percentage, ``61.2``, for columns that name the unit."""
+    return format_fixed(None if share is None else 100 * share, 1)
+
+
 def format_score(score: float | None, scale: Scale = SCORE, *, sign: bool = False) -> str:
     """A fraction times 100 with one decimal, ``61.2``, as papers print it; a loss as ``1.234``."""
     if score is None:
@@ -98,10 +126,11 @@ def format_spread(mean: float | None, std: float | None, scale: Scale = SCORE) -
     return f"{format_score(mean, scale)} ± {scale.times * std:.{scale.digits}f}"
 
 
-def format_interval(low: float | None, high: float | None, scale: Scale = SCORE) -> str | None:
-    """``58.1 to 62.3``; None where there is no interval (one seed)."""
-    if low is None or high is None:
-        return None
+def format_interval(interval: Sequence[float] | None, scale: Scale = SCORE) -> str:
+    """``58.1 to 62.3``; a dash where there is no interval (one seed)."""
+    if interval is None:
+        return NOTHING
+    low, high = interval
     return f"{format_score(low, scale)} to {format_score(high, scale)}"
 
 
@@ -117,16 +146,26 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_amount(amount: float | None, kind: str | None) -> str:
-    """What is spent of a budget, in its unit: ``69,120 entries``, ``1,036.2 MiB``, ``10 min``."""
+    """An amount of a budget in its unit: ``69,120 parameters``, ``1,036.2 MiB``, ``10 min``."""
     if amount is None:
         return NOT_RECORDED
     if kind == "trainable":
-        return f"{format_count(amount)} entries"
+        return f"{format_count(amount)} parameters"
     return format_seconds(amount) if kind == "seconds" else format_bytes(amount)
 
 
 def format_p(p: float | None) -> str:
-    """``0.030``; never a bare zero."""
+    """``0.030``; never a bare zero, and a dash where nothing was tested."""
     if p is None:
-        return NOT_RECORDED
+        return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def format_signed_share(share: float) -> str:
+    """``+1.26 %``."""
+    return f"{'+' if share >= 0 else MINUS}{format_share(abs(share))}"
+
+
+def counted(count: float, thing: str) -> str:
+    """``1 task``, ``3 tasks``."""
+    return f"{format_count(count)} {thing}{'' if count == 1 else 's'}"

@@ -215,14 +215,11 @@ def write_report(writer: RunWriter, observer: Observer) -> None:
     Raises:
         DiskError: a report could not be written; the run stays done.
     """
-    from sparsegrad_cli.report.html import write_run_html
-    from sparsegrad_cli.report.markdown import run_markdown
+    from sparsegrad_cli.report.files import write_run_report
 
-    content = writer.record.to_json()
     observer.phase("report")
     try:
-        write_text_atomic(writer.path / REPORTS[0], run_markdown(content))
-        write_run_html(content, writer.path / REPORTS[1])
+        write_run_report(writer.path, writer.record)
     except (OSError, DiskError) as error:
         reason = error.what if isinstance(error, DiskError) else str(error)
         raise DiskError(

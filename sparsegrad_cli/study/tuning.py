@@ -12,7 +12,8 @@ from typing import Any
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.recipe.study import LoadedStudy
-from sparsegrad_cli.report.tuning_tables import outcome_words, settings_words
+from sparsegrad_cli.records.study import Trial as TrialRecord
+from sparsegrad_cli.report.tuning import outcome_words, settings_words
 from sparsegrad_cli.study.claims import Claim
 from sparsegrad_cli.study.folder import TRIALS, TUNING, StudyFolder
 from sparsegrad_cli.study.jobs import Job
@@ -174,4 +175,4 @@ class Tuning:
                 return
             self.store.add(series.name, ended_trial(series.space, entry, trial.referee.seen))
             self._save()
-            self._tell(f"{which}: {outcome_words(entry)}")
+            self._tell(f"{which}: {outcome_words(TrialRecord.model_validate(entry))}")

@@ -11,7 +11,9 @@ from rich.console import Console
 from small import METHODS, SMALL, Cli
 
 from sparsegrad_cli.records.environment import rss_bytes
-from sparsegrad_cli.report.terminal import estimate_table
+from sparsegrad_cli.records.estimate import EstimateRecord
+from sparsegrad_cli.report.estimate import estimate_screen
+from sparsegrad_cli.report.terminal import screen
 
 TINY = {
     "model_type": "bert",
@@ -75,7 +77,7 @@ def test_methods_are_matched_and_shown_whole_at_80_columns(
         assert row["fit"]["batch"] > 0 and row["fit"]["peak_bytes"] <= 2 * 2**20
         assert sum(row["categories"].values()) == row["peak_bytes"]
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(estimate_table(record))
+    console.print(screen(estimate_screen(EstimateRecord.model_validate(record))))
     shown = console.export_text()
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
     for words in (

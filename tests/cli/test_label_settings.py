@@ -11,7 +11,8 @@ import pytest
 from little import base_folder
 from small import Cli, Outcome
 
-from sparsegrad_cli.report.compare_record import scale_of_rows
+from sparsegrad_cli.records.study import ResultRow
+from sparsegrad_cli.report.scores import scale_of_rows
 
 QUICK = ("method=full", "train.max_steps=2", "train.per_device_train_batch_size=8")
 
@@ -59,9 +60,10 @@ def test_reports_name_the_class_that_f1_is_of(cli: Cli, model: Path, tmp_path: P
 
 
 def test_a_comparison_names_the_class_too() -> None:
-    row = {"task": "csv", "metric": "f1", "positive_label": "fraud"}
-    assert scale_of_rows([{}, row]).label == "F1 of class fraud ×100"
-    assert scale_of_rows([{**row, "metric": "accuracy"}]).label == "accuracy ×100"
+    row = ResultRow(task="csv", method="full", metric="f1", positive_label="fraud")
+    empty = ResultRow(task="csv", method="lora")
+    assert scale_of_rows([empty, row]).label == "F1 of class fraud ×100"
+    assert scale_of_rows([row.changed(metric="accuracy")]).label == "accuracy ×100"
 
 
 def test_a_word_class_only_in_training_trains(cli: Cli, model: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No proxy on the way to this machine; and figures, which take the time, are left out."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
+    monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", lambda figure: "<svg></svg>")
 
 
 @pytest.fixture
@@ -194,7 +194,10 @@ def test_a_run_that_was_trained_again_is_told_apart(cli: Cli, study: Path) -> No
     record["cells"][0]["run"]["finished"] = "2030-01-01T00:00:00+00:00"
     path.write_text(json.dumps(record))
     assert cli("report", "s").code == 0
-    assert "lora, seed 1: answered before it was trained again" in (study / "report.md").read_text()
+    assert (
+        "lora, seed 1: answered before the run was trained again"
+        in (study / "report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hostility import check_error, check_harmless, holds, scratch
 from hypothesis import strategies as st
 from pages import without
 from rich.console import Console
-from samples import compare_record, run_record
+from samples import compare_record, run_record, study_of
 from small import Cli
 
 from sparsegrad_cli.cli.progress import ProgressObserver
@@ -29,10 +29,16 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
-from sparsegrad_cli.records.store import write_json_atomic
-from sparsegrad_cli.report.compare_files import write_compare_report
-from sparsegrad_cli.report.judge_tables import judge_markdown
-from sparsegrad_cli.report.terminal import export_table, judge_table, plain_line
+from sparsegrad_cli.judge.grades import read_graded_answers
+from sparsegrad_cli.records.answers import JudgeRecord
+from sparsegrad_cli.records.export import ExportRecord
+from sparsegrad_cli.records.store import validated, write_json_atomic
+from sparsegrad_cli.report.document import Document
+from sparsegrad_cli.report.export import export_screen
+from sparsegrad_cli.report.files import write_study_report
+from sparsegrad_cli.report.judge import judge_document, judge_screen
+from sparsegrad_cli.report.render import render
+from sparsegrad_cli.report.terminal import plain_line, screen
 
 KINDS = (SparsegradError, DataError, FileFormatError, UsageError, DiskError, OutOfMemoryError)
 NAMES = (
@@ -81,9 +87,9 @@ def test_progress(parts: list[str], number: float) -> None:
     check_harmless(shown.getvalue())
 
 
-def rendered(renderable: Any) -> str:
+def rendered(document: Document) -> str:
     console = Console(width=80, file=io.StringIO())
-    console.print(renderable)
+    console.print(screen(document))
     shown: str = console.file.getvalue()  # type: ignore[attr-defined]
     check_harmless(shown)
     return shown
@@ -113,6 +119,7 @@ PAIRS = JUDGED | {
     ],
 }
 EXPORTED = {
+    "schema": 1,
     "to": "lora",
     "run": "runs/a",
     "source": "adapter",
@@ -121,7 +128,7 @@ EXPORTED = {
     "check": {"examples": 3, "answers": 3, "same_answers": 3, "largest_logit": 2.0}
     | {"difference": 1e-6, "judged": {"against": "the run", "difference": 0.0, "tolerance": 1e-4}},
     "error": 0.1,
-    "targets": [{"rank": 4, "error": 0.1}],
+    "targets": [{"name": "t", "rank": 4, "error": 0.1}],
     "modules": ["classifier"],
     "files": {"a.safetensors": 7},
     "bytes": 7,
@@ -132,13 +139,14 @@ EXPORTED = {
 
 @holds("a judge's record, spoilt", record=records(lambda: JUDGED, lambda: PAIRS, most=4))
 def test_judged(record: Any) -> None:
-    rendered(judge_table(record))
-    check_markdown(judge_markdown(record))
+    judged = validated(JudgeRecord, record, Path("judge.json"))
+    rendered(judge_screen(judged))
+    check_markdown(render(judge_document(judged), "md"))
 
 
 @holds("an export's record, spoilt", record=records(lambda: EXPORTED, most=4))
 def test_exported(record: Any) -> None:
-    rendered(export_table(record))
+    rendered(export_screen(validated(ExportRecord, record, Path("export.json"))))
 
 
 @st.composite
@@ -163,7 +171,8 @@ def test_answers(talk: tuple[dict[str, Any], list[str]]) -> None:
         (folder / "judge-q").mkdir()
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
         (folder / "judge-q" / "verdicts.jsonl").write_bytes(content)
-        write_compare_report(folder, compare_record())
+        study = study_of(compare_record())
+        write_study_report(folder, study, read_graded_answers(folder, study))
         check_page((folder / "report.html").read_text(encoding="utf-8"))
         check_markdown((folder / "report.md").read_text(encoding="utf-8"))
 
@@ -187,7 +196,7 @@ def test_a_folder_of_any_name_is_reported(cli: Cli, tmp_path: Path, name: str) -
 def test_a_run_that_does_not_say_where_it_lies_is_reported_where_it_does(
     cli: Cli, tmp_path: Path
 ) -> None:
-    for said in ({}, {"output_dir": 3}, {"output_dir": "../elsewhere"}):
+    for said in ({}, {"output_dir": "../elsewhere"}):
         record = {k: v for k, v in run_record().items() if k != "output_dir"}
         write_json_atomic(tmp_path / "run.json", record | said)
         with without(drawing=False):

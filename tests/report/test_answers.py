@@ -8,33 +8,26 @@ from typing import Any
 
 import pytest
 from answered import put, side_by_side
-from pages import outline
-from samples import compare_record, damaged
+from pages import outline, without
+from samples import compare_record, study_of
 
 from sparsegrad_cli.generate.questions import Question
-from sparsegrad_cli.judge.grades import Grades
+from sparsegrad_cli.judge.grades import Grades, read_graded_answers
 from sparsegrad_cli.judge.prompts import grading_prompt
-from sparsegrad_cli.report.answers_record import SideBySide, load_answers
-from sparsegrad_cli.report.compare_files import write_compare_report
-from sparsegrad_cli.report.compare_page import write_compare_html
-from sparsegrad_cli.report.markdown import compare_markdown
+from sparsegrad_cli.report.files import write_study_report
 
-EVIL = (
+HOSTILE = (
     "</div></section><script>alert(1)</script><img src=x onerror=alert(1)> &amp; \"'\n"
-    "    [bold]x[/bold] | a | b\x1b[2J\x1b[31m\u202egnihton\x00\ud800\n"
+    "    [bold]x[/bold] | a | b\x1b[2J\x1b[31m\u202egnihton\x00\n"
     "# no heading\n```\n$x$ ~~y~~ *z* [l](http://e)"
 )
 
 
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are not what this is about, and take the time."""
-    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
-
-
 def written(study: Path, record: dict[str, Any] | None = None) -> tuple[str, str]:
     """(HTML, Markdown) of the report."""
-    write_compare_report(study, record or compare_record())
+    compared = study_of(record or compare_record())
+    with without(figures=False):
+        write_study_report(study, compared, read_graded_answers(study, compared))
     return (study / "report.html").read_text(), (study / "report.md").read_text()
 
 
@@ -56,18 +49,18 @@ def test_a_column_a_method_by_its_first_seed_after_the_base_model(tmp_path: Path
     assert "| **0 (math)**<br>q0.0 | b0 | l0 | c0 |\n| q0.1 | b1 | l1 | c1 |" in markdown
 
 
-def test_whatever_is_answered_stays_text(tmp_path: Path) -> None:
-    made = side_by_side({"base": [[EVIL]], "lora 1": [[EVIL]]}, questions=EVIL)
-    made["asked"][0] |= {"turns": [EVIL], "question_id": EVIL, "category": EVIL}
+def test_hostile_answers_stay_text(tmp_path: Path) -> None:
+    made = side_by_side({"base": [[HOSTILE]], "lora 1": [[HOSTILE]]}, questions=HOSTILE)
+    made["asked"][0] |= {"turns": [HOSTILE], "question_id": HOSTILE, "category": HOSTILE}
     for column in made["columns"]:
-        column["answers"][0]["question_id"] = EVIL
-    made["columns"][0]["model"] = made["columns"][1]["method"] = EVIL
+        column["answers"][0]["question_id"] = HOSTILE
+    made["columns"][0]["model"] = made["columns"][1]["method"] = HOSTILE
     put(tmp_path, made)
     page, markdown = written(tmp_path)
     found = outline(page)
     assert not {"script", "img"} & found.tags
     whole = [text for text in found.text if text.startswith("</div></section><script>")]
-    assert sum("␛[2J␛[31m\ufffdgnihton␀\ufffd" in text for text in whole) == 3  # asked, said twice
+    assert sum("␛[2J␛[31m\ufffdgnihton␀" in text for text in whole) >= 3  # asked, said twice
     controls = {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))} - {"\n"}
     assert not (controls | {"\u202e"}) & set(page + markdown)
     lines = [line for line in markdown.splitlines() if "alert(1)" in line and line[0] == "|"]
@@ -131,7 +124,7 @@ def test_a_grade_belongs_to_what_was_said_and_to_what_was_said_before(tmp_path: 
         {"turn": None},
     ],
 )
-def test_what_is_no_grade_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_line_without_a_valid_grade_is_ignored(tmp_path: Path, changes: dict[str, Any]) -> None:
     found = graded(tmp_path, [verdict(9, ["one"], 0) | changes])
     assert found.of(0, ["q0.0"], ["one"], 0) == {} and found.notes == []
 
@@ -155,12 +148,12 @@ def test_grades_by_hand(tmp_path: Path) -> None:
 def test_answers_that_are_missing_or_cut_say_so(tmp_path: Path) -> None:
     made = side_by_side({"lora 1": [["cut"], ["whole"], [" "]], "core 1": [["only"]], "full 1": []})
     made["columns"][0]["answers"][0]["stopped"] = ["length"]
-    made["columns"][2] |= {"status": "failed", "error": {"what": "no <adapter>"}}
+    made["columns"][2] |= {"status": "failed", "error": {"title": "x", "what": "no <adapter>"}}
     put(tmp_path, made)
     page, markdown = written(tmp_path)
     text = outline(page).text
-    assert text.count("cut at the limit of tokens") == 1
-    assert text.count("(nothing)") == 1
+    assert text.count("cut at the token limit") == 1
+    assert text.count("(empty)") == 1
     assert text.count("not recorded") >= 2
     assert text.count("failed: no <adapter>") == 3
     assert "- full, seed 1: failed: no &lt;adapter>" in markdown
@@ -171,7 +164,7 @@ def test_sets_of_several_tasks_and_files_stand_apart(tmp_path: Path) -> None:
     made["columns"].append(made["columns"][1] | {"task": "oasst", "run_dir": "x"})
     put(tmp_path, made)
     put(tmp_path, side_by_side({"lora 1": [["else"]]}), "other")
-    found = load_answers(tmp_path, {})
+    found = read_graded_answers(tmp_path, study_of({}))
     assert [(each.task, len(each.columns)) for each in found] == [
         ("chat", 1),
         ("chat", 2),
@@ -181,32 +174,12 @@ def test_sets_of_several_tasks_and_files_stand_apart(tmp_path: Path) -> None:
     assert "## Answers: oasst" in markdown and "## Answers\n" not in markdown
 
 
-def test_no_damage_stops_the_report(tmp_path: Path) -> None:
-    made = side_by_side({"base": [["b", "c"]], "lora 1": [["l", "m"]]})
-    path = put(tmp_path, made)
-    graded(tmp_path, [verdict(9, ["l"], 0)])
-    broken = [each for _, each in damaged(made)]
-    broken += [{**made, "asked": [each]} for _, each in damaged(made["asked"][0])]
-    broken += [{**made, "columns": [each]} for _, each in damaged(made["columns"][1])]
-    lines = made["columns"][1]["answers"]
-    broken += [
-        {**made, "columns": [{**made["columns"][1], "answers": [each]}]}
-        for _, each in damaged(lines[0])
-    ]
-    for each in broken:
-        path.write_text(json.dumps(each))
-        answers: list[SideBySide] = load_answers(tmp_path, {"cells": "x"})
-        assert compare_markdown({}, answers)
-        write_compare_html({}, tmp_path / "r.html", answers)
-        outline((tmp_path / "r.html").read_text())
-
-
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     put(tmp_path, side_by_side({"lora 1": [["x"]]}))
     (tmp_path / "answers" / "torn.json").write_text("{")
     graded(tmp_path, [])
     (tmp_path / "judge-q" / "verdicts.jsonl").write_text("{\n{}\n")
     markdown = written(tmp_path)[1]
-    assert "answers/torn.json: cannot be read" in markdown
+    assert "answers/torn.json: torn.json is damaged" in markdown
     assert "verdicts.jsonl:1: the line is damaged" in markdown
     assert "| **0 (math)**<br>q0.0 | x |" in markdown

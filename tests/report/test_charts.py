@@ -1,4 +1,4 @@
-"""What the figures of a comparison draw, read back from the drawing."""
+"""What the figures of a study draw, read back from the drawing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from cells import cell
 from matplotlib.figure import Figure
-from samples import compare_record, study_record
+from samples import compare_record, study_of, study_record
 
-from sparsegrad_cli.report.memory_charts import (
+from sparsegrad_cli.records.study import StudyRecord
+from sparsegrad_cli.report.study_charts import (
+    changed_by_target,
+    changed_maps,
     memory_by_phase,
     score_against_memory,
     score_under_budget,
 )
-from sparsegrad_cli.report.run_charts import MIB
-from sparsegrad_cli.report.sparsity_charts import sparsity_map, sparsity_maps, touched_by_target
+from sparsegrad_cli.report.units import MIB
 from sparsegrad_cli.study.evidence import evidence
 
 
@@ -30,7 +32,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
         kept.append(figure)
         return "<svg></svg>"
 
-    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", keep)
+    monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", keep)
     yield kept
 
 
@@ -40,6 +42,10 @@ def sized(method: str, seed: int, score: float, mib: int, **more: Any) -> dict[s
     made["run"]["memory"]["phases"]["backward"]["peak_bytes"] = mib * MIB
     made["run"]["method"] = {"name": method.split("-")[0], "form": None, "support": None}
     return made
+
+
+def study_with(cells: list[dict[str, Any]]) -> StudyRecord:
+    return study_of({"cells": cells, **evidence(cells)})
 
 
 def staircases(figure: Figure) -> dict[str, list[tuple[float, float]]]:
@@ -68,7 +74,7 @@ def test_a_budget_buys_the_best_row_that_fits_it(
             ),
         )
     ]
-    assert score_under_budget({"cells": cells, **evidence(cells)}, "t")
+    assert score_under_budget(study_with(cells), "t")
     drawn = staircases(figures[0])
     times = 100 if metric == "accuracy" else 1
     right = 400 + 0.15 * 300
@@ -87,9 +93,8 @@ def test_a_budget_buys_the_best_row_that_fits_it(
 
 def test_single_seeds_are_dashed_and_have_no_interval(figures: list[Figure]) -> None:
     cells = [sized("lora", 0, 0.5, 100), sized("full", 0, 0.6, 200)]
-    compare = {"cells": cells, **evidence(cells)}
-    score_under_budget(compare, "t")
-    score_against_memory(compare, "t")
+    score_under_budget(study_with(cells), "t")
+    score_against_memory(study_with(cells), "t")
     budget, trade = figures
     assert {
         line.get_linestyle()
@@ -98,13 +103,13 @@ def test_single_seeds_are_dashed_and_have_no_interval(figures: list[Figure]) -> 
     } == {"--"}
     assert not trade.axes[0].containers  # error bars are containers
     more = [*cells, sized("lora", 1, 0.52, 100), sized("full", 1, 0.7, 200)]
-    score_against_memory({"cells": more, **evidence(more)}, "t")
+    score_against_memory(study_with(more), "t")
     assert len(figures[2].axes[0].containers) == 2
 
 
 def test_the_interval_drawn_is_the_rows(figures: list[Figure]) -> None:
     compare = study_record()
-    assert score_against_memory(compare, "glue/rte")
+    assert score_against_memory(study_of(compare), "glue/rte")
     rows = [row for row in compare["rows"] if row["task"] == "glue/rte"]
     for row, bar in zip(rows, figures[0].axes[0].containers, strict=True):
         (segment,) = bar.lines[2][0].get_segments()
@@ -113,30 +118,31 @@ def test_the_interval_drawn_is_the_rows(figures: list[Figure]) -> None:
 
 
 def test_memory_is_drawn_for_every_phase_of_every_method(figures: list[Figure]) -> None:
-    assert memory_by_phase(study_record(), "glue/rte")
+    assert memory_by_phase(study_of(study_record()), "glue/rte")
     names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
     phases = ("calibrate", "forward", "backward", "optimizer", "evaluate")
     assert names == [f"{p} · {m}" for p in phases for m in ("lora", "core-1e-3", "full")]
 
 
-def test_maps_of_what_was_touched(figures: list[Figure]) -> None:
+def test_maps_of_the_parameters_that_changed(figures: list[Figure]) -> None:
     record = study_record()
-    assert sparsity_maps(record, "glue/rte")
-    (image,) = figures[0].axes[0].images  # the one method that leaves entries out
+    assert changed_maps(study_of(record), "glue/rte")
+    (image,) = figures[0].axes[0].images  # the one method that leaves parameters out
     assert image.get_array().tolist() == [[90.0, 20.0], [10.0, 0.0]]
     assert figures[0].axes[0].get_title() == "core-1e-3"
-    assert sparsity_map({"sparsity": None}) is None and sparsity_maps({}, "x") is None
+    assert changed_maps(study_of(record), "no task") is None
     for made in record["cells"]:
         made["run"]["counts"]["targets"] = [
-            {"name": f"t{n}", "out_features": 10, "in_features": 20, "touched": 2 * (n + 1)}
+            {"name": f"t{n}", "kind": "k", "entries": 2, "out_features": 10, "in_features": 20}
+            | {"touched": 2 * (n + 1)}
             for n in range(3)
         ]
-    assert touched_by_target(record, "glue/rte")
+    assert changed_by_target(study_of(record), "glue/rte")
     assert figures[1].axes[0].images[0].get_array().tolist() == [[1.0, 2.0, 3.0]] * 3
 
 
 def test_every_chart_of_the_sample_says_its_units() -> None:
-    drawn = score_under_budget(compare_record(), "builtin:acceptability")
+    drawn = score_under_budget(study_of(compare_record()), "builtin:acceptability")
     assert drawn is not None
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
     assert "budget: peak with calibration, MiB" in texts

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from samples import study_record
+from samples import study_of, study_record
 
-from sparsegrad_cli.report.access import mappings, number
-from sparsegrad_cli.report.reference_results import figures_table
+from sparsegrad_cli.report.published import published_table
+from sparsegrad_cli.report.units import NOT_RECORDED
 
 RTE, COLA = "glue/rte", "glue/cola"
 
@@ -16,16 +16,15 @@ RTE, COLA = "glue/rte", "glue/cola"
 def table(figures: list[dict[str, Any]], **more: Any) -> list[tuple[Any, ...]]:
     record = study_record() | more
     record["figures"] = [{"source": "paper", "method": "full", **figure} for figure in figures]
-    made = figures_table(record)
+    made = published_table(study_of(record))
     assert made is not None
     assert made.header[3:] == ("figure", "published", "ours", "difference")
     return [row[3:] for row in made.rows]
 
 
 def ours(key: str, task: str) -> float:
-    rows = mappings(study_record(), "rows")
-    value = next(number(r, key) for r in rows if (r["task"], r["method"]) == (task, "full"))
-    assert value is not None
+    rows = study_record()["rows"]
+    value: float = next(r[key] for r in rows if (r["task"], r["method"]) == (task, "full"))
     return value
 
 
@@ -58,12 +57,12 @@ def test_the_average_is_ours_over_all_tasks_or_nothing() -> None:
     )
     assert rows[1][2] == f"{rate:.3g}"
     rows = table([{"task": "average", "score": 0.825}], tasks=[RTE, COLA, "glue/sst2"])
-    assert rows == [("score", "82.5", None, None)]
+    assert rows == [("score", "82.5", NOT_RECORDED, NOT_RECORDED)]
 
 
 def test_a_tuned_rate_stands_beside_the_papers() -> None:
     best = {"number": 0, "settings": {"train.learning_rate": 6e-5}, "score": 0.5, "loss": 1.0}
     series = {"task": RTE, "method": "full", "best": best}
-    rows = table([{"task": RTE, "learning_rate": 3e-5}], tuning={"series": [series]})
+    rows = table([{"task": RTE, "learning_rate": 3e-5}], tuning={"trials": 1, "series": [series]})
     assert rows == [("tuned learning rate", "3e-05", "6e-05", "x 2")]
-    assert table([{"task": RTE, "learning_rate": 3e-5}])[0][2:] == (None, None)
+    assert table([{"task": RTE, "learning_rate": 3e-5}])[0][2:] == (NOT_RECORDED, NOT_RECORDED)

@@ -1,14 +1,15 @@
-"""How tuning is told: best settings, what lies at the edge, and whether all had as much of it."""
+"""What reports say of tuning: best settings, values at the edge, and whether it was equal."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from samples import compare_record
+from samples import compare_record, study_of
 
-from sparsegrad_cli.report.parity_tables import check_lines
-from sparsegrad_cli.report.tuning_tables import (
+from sparsegrad_cli.records.study import Trial
+from sparsegrad_cli.report.fairness import check_lines
+from sparsegrad_cli.report.tuning import (
     outcome_words,
     settings_words,
     trials_table,
@@ -36,18 +37,18 @@ def record() -> dict[str, Any]:
 def test_words_of_settings_and_outcomes() -> None:
     settings = {"train.learning_rate": 6.325e-4, "train.lr_scheduler_type": "cosine"}
     assert settings_words(settings) == "learning_rate 0.0006325, lr_scheduler_type cosine"
-    assert settings_words({"train.warmup_steps": 0, "x": None}) == "warmup_steps 0, x ?"
-    accuracy = {"status": "done", "metric": "accuracy", "score": 0.612}
+    assert settings_words({"train.warmup_steps": 0, "x": None}) == "warmup_steps 0, x not recorded"
+    accuracy = Trial(number=0, settings={}, status="done", metric="accuracy", score=0.612)
     assert outcome_words(accuracy) == "score ×100 61.2"
-    assert outcome_words(accuracy | {"status": "pruned"}) == "pruned, score ×100 61.2 so far"
-    loss = {"status": "done", "metric": "loss", "score": 1.5}
-    assert outcome_words(loss) == "validation loss 1.500"
-    failed = {"status": "out_of_memory", "error": "it ran out", "score": None}
+    pruned = outcome_words(accuracy.changed(status="pruned"))
+    assert pruned == "pruned, score ×100 61.2 so far"
+    assert outcome_words(accuracy.changed(metric="loss", score=1.5)) == "validation loss 1.500"
+    failed = accuracy.changed(status="out_of_memory", error="it ran out", score=None)
     assert outcome_words(failed) == "out of memory: it ran out"
 
 
 def test_the_table_says_best_settings_space_counts_and_what_lies_at_the_edge() -> None:
-    table = tuning_table(record())
+    table = tuning_table(study_of(record()))
     assert table is not None
     lora, core = table.rows
     assert lora == (
@@ -55,10 +56,10 @@ def test_the_table_says_best_settings_space_counts_and_what_lies_at_the_edge() -
         *("2 (1 pruned)", "58.0", "13 min 20 s"),
     )
     assert core[3] == "2 (1 failed)"
-    (edge,) = tuning_lines(record())
+    (edge,) = tuning_lines(study_of(record()))
     assert edge.startswith("lora: the best learning_rate is the lowest that was tried")
     assert edge in table.notes
-    trials = trials_table(record())
+    trials = trials_table(study_of(record()))
     assert trials is not None and len(trials.rows) == 4
     assert trials.strong == {(0, 3), (0, 5), (2, 3), (2, 5)}
     assert trials.rows[1][4:6] == ("pruned", "31.0") and trials.rows[3][4] == "it diverged"
@@ -66,33 +67,33 @@ def test_the_table_says_best_settings_space_counts_and_what_lies_at_the_edge() -
 
 def test_rows_are_told_apart_by_task_where_there_are_several() -> None:
     several = record() | {"tasks": ["builtin:acceptability", "glue/rte"]}
-    table = tuning_table(several)
+    table = tuning_table(study_of(several))
     assert table is not None and table.header[0] == "task"
-    assert tuning_lines(several)[0].startswith("builtin:acceptability, lora: ")
+    assert tuning_lines(study_of(several))[0].startswith("builtin:acceptability, lora: ")
     choices = {"key": "train.lr_scheduler_type", "choices": ["linear", "cosine"]}
     several["tuning"]["series"][0]["space"].append(choices)
-    table = tuning_table(several)
+    table = tuning_table(study_of(several))
     assert table is not None
     assert table.rows[0][3] == "0.0002 and 0.02; lr_scheduler_type linear, cosine"
 
 
 def test_unequal_numbers_of_trials_are_not_called_equal() -> None:
     whole = record()
-    assert tuning_check(whole) == check_lines(whole)[-1]
-    assert tuning_check(whole) == (
+    assert tuning_check(study_of(whole)) == check_lines(study_of(whole))[-1]
+    assert tuning_check(study_of(whole)) == (
         True,
-        "2 trials of tuning for every method on every task, over as wide a space, on seeds that "
-        "are not reported (101).",
+        "2 trials of tuning for every method on every task, over equally wide spaces, on seeds "
+        "that are not reported (101).",
     )
-    assert tuning_progress(whole) == ""
+    assert tuning_progress(study_of(whole)) == ""
     whole["tuning"]["series"][1]["trials"].pop()
-    held, line = tuning_check(whole) or (None, "")
+    held, line = tuning_check(study_of(whole)) or (None, "")
     assert held is None and "not done yet" in line
-    assert tuning_progress(whole) == "3 of 4 trials of tuning"
-    for none in ({}, {"tuning": None}, {"tuning": {"series": None}}):
-        assert tuning_table(none) is None and trials_table(none) is None
-        assert tuning_lines(none) == [] and tuning_progress(none) == ""
-    assert tuning_check({"tuning": None}) is None
+    assert tuning_progress(study_of(whole)) == "3 of 4 trials of tuning"
+    for none in ({}, {"tuning": None}, {"tuning": {"trials": 0}}):
+        assert tuning_table(study_of(none)) is None and trials_table(study_of(none)) is None
+        assert tuning_lines(study_of(none)) == [] and tuning_progress(study_of(none)) == ""
+    assert tuning_check(study_of({})) is None
 
 
 def test_a_row_without_settings_says_why() -> None:
@@ -101,4 +102,4 @@ def test_a_row_without_settings_says_why() -> None:
     for trial in core["trials"]:
         trial["status"] = "failed"
     core["best"] = None
-    assert any("sparsegrad: no trial came to an end" in line for line in tuning_lines(broken))
+    assert any("sparsegrad: every trial failed" in line for line in tuning_lines(study_of(broken)))

@@ -31,7 +31,7 @@ def watched(page: Path) -> Iterator[list[tuple[int, bool]]]:
             if page.is_file():
                 text = page.read_text(encoding="utf-8")
                 assert text.endswith("</html>\n")  # whole at every moment
-                done = re.search(r"(\d+) of 2 cells done", text)
+                done = re.search(r"(\d+) of 2 runs done", text)
                 assert done is not None
                 found = (int(done[1]), 'http-equiv="refresh"' in text)
                 if seen[-1:] != [found]:

@@ -6,10 +6,10 @@ import math
 
 import pytest
 from cells import cell, study_cells
+from samples import study_of
 
-from sparsegrad_cli.report.compare_record import best_rows
-from sparsegrad_cli.report.compare_tables import score_table
-from sparsegrad_cli.report.verdicts import pairs_table, verdict_lines
+from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
+from sparsegrad_cli.report.scores import best_rows, score_table
 from sparsegrad_cli.study.evidence import evidence, up_to_date
 from sparsegrad_cli.study.pairs import pair_tests
 from sparsegrad_cli.study.statistics import sign_flip_p, student
@@ -61,7 +61,7 @@ def test_unlike_metrics_are_tested_but_not_averaged() -> None:
     assert pair["better"] == "a" and pair["p"] == 2.0**-7
     assert pair["mean"] is None and pair["interval"] is None and pair["p_t"] is None
     compare = {"tests": pair_tests(cells), "seeds": [0, 1, 2, 3]}
-    (line,) = verdict_lines(compare)
+    (line,) = verdict_lines(study_of(compare))
     assert line == "a is better than b (8 paired runs on 2 tasks; Holm's p 0.008)."
 
 
@@ -78,21 +78,21 @@ def test_one_seed_ranks_nothing_anywhere() -> None:
     scores = {task: {m: [0.5 + 0.1 * at] for at, m in enumerate("abc")} for task in "xyzuvwpq"}
     compare = {**evidence(study_cells(scores)), "seeds": [0], "tasks": list(scores)}
     assert compare["tests"]["pairs"] == [] and compare["tests"]["untested"] == 3
-    assert verdict_lines(compare) == [
+    assert verdict_lines(study_of(compare)) == [
         "n = 1: one seed ranks no method, and no difference is tested."
     ]
-    assert pairs_table(compare) is None
+    assert pairs_table(study_of(compare)) is None
     for task in scores:
-        table = score_table(compare, task)
+        table = score_table(study_of(compare), task)
         assert table is not None and not table.strong and "95 % interval" not in table.header
         assert any("one seed ranks nothing" in note for note in table.notes)
 
 
 def test_a_row_of_one_seed_takes_the_ranking_from_all() -> None:
-    rows = evidence(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}}))["rows"]
-    assert best_rows(rows) == [1]
-    rows = evidence(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7]}}))["rows"]
-    assert best_rows(rows) == []
+    study = study_of(evidence(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})))
+    assert [row.method for row in best_rows(study.rows)] == ["b"]
+    study = study_of(evidence(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7]}})))
+    assert best_rows(study.rows) == []
 
 
 def test_differences_and_their_absence_are_said_in_words() -> None:
@@ -103,12 +103,12 @@ def test_differences_and_their_absence_are_said_in_words() -> None:
         "c": [0.70 + 0.0012 * s + (0.002 if s % 2 else -0.002) for s in seeds],
     }
     compare = evidence(study_cells({"t": scores}))
-    lines = verdict_lines(compare)
+    lines = verdict_lines(study_of(compare))
     assert lines[0].startswith("a is better than b by 9.9 (95 % interval 9.9 to 10.0; 9 paired")
     assert lines[1].startswith("a is better than c by ")
     assert lines[2].startswith("No difference shown in the other pair of methods, which does not")
     assert len(lines) == 3
-    table = pairs_table(compare)
+    table = pairs_table(study_of(compare))
     assert table is not None
     assert [row[-1] for row in table.rows] == ["a better", "a better", "no difference shown"]
 
@@ -121,11 +121,11 @@ def test_a_mean_that_one_wide_task_turns_is_not_said_as_the_gain() -> None:
     compare = evidence(study_cells(scores))
     pair = only(compare["tests"])
     assert pair["better"] == "a" and pair["mean"] < 0
-    (line,) = verdict_lines(compare)
-    assert line.startswith("a is better than b where each task counts in its own spread (24 paired")
-    assert line.endswith("though the plain mean over tasks has b ahead by 0.4.")
+    (line,) = verdict_lines(study_of(compare))
+    assert line.startswith("a is better than b when each task is weighted by its own spread (24")
+    assert line.endswith("although the plain mean over tasks puts b ahead by 0.4.")
     losses = {"t": {"a": [1.0 - 0.01 * s for s in range(8)], "b": [1.1] * 8}}
-    lines = verdict_lines(evidence(study_cells(losses, {"t": "loss"})))
+    lines = verdict_lines(study_of(evidence(study_cells(losses, {"t": "loss"}))))
     assert lines[0].startswith("a is better than b by 0.135 (95 % interval 0.1")
 
 
@@ -135,10 +135,10 @@ def test_too_few_runs_to_show_anything_is_said_with_the_number_that_could() -> N
         scores[task]["a"] = [0.6 + at / 100, 0.7]
     compare = evidence(study_cells(scores))
     assert compare["tests"]["pairs"][0]["smallest_p"] == 2.0**-5  # 0.031: one pair could
-    assert not any("could not" in line for line in verdict_lines(compare))
+    assert not any("could not" in line for line in verdict_lines(study_of(compare)))
     four = {t: {m: [0.5 + 0.1 * (m in "ac"), 0.6 + ord(m) / 999] for m in "abcd"} for t in "xyz"}
-    lines = verdict_lines(evidence(study_cells(four)))
-    assert lines[-1].endswith("correcting for 6 pairs of methods makes 0.19. 3 seeds could.")
+    lines = verdict_lines(study_of(evidence(study_cells(four))))
+    assert lines[-1].endswith("or 0.19 after correcting for 6 pairs of methods. 3 seeds could.")
 
 
 def test_up_to_date_leaves_a_record_without_telling_cells_alone() -> None:

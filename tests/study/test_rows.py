@@ -6,8 +6,9 @@ import math
 
 import pytest
 from cells import cell, study_cells
+from samples import study_of
 
-from sparsegrad_cli.report.parity_tables import check_lines, parity_table
+from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.study.checks import make_checks
 from sparsegrad_cli.study.rows import make_rows, paired_difference
 
@@ -106,18 +107,20 @@ def test_every_hash_that_differs_is_shouted_and_one_that_is_missing_is_unknown(
     cells = [cell("a", 0, 0.5), cell("a", 0, 0.5), cell("a", 0, 0.5)]
     (fair,) = make_checks(cells)
     assert fair[check] is True
-    lines = check_lines({"checks": [fair], "parity": {"compared": 48}})
+    lines = check_lines(study_of({"checks": [fair], "parity": {"compared": 48}}))
     assert [held for held, _ in lines] == [True, True]
     cells[1]["run"][keys[0]][keys[1]] = "other"
     (broken,) = make_checks(cells)
     assert broken[check] is False
-    lines = check_lines({"checks": [broken]})
+    lines = check_lines(study_of({"checks": [broken]}))
     assert (False, f"t, seed 0: methods did NOT have the same {word}.") in lines
     del cells[1]["run"][keys[0]][keys[1]]
     (unknown,) = make_checks(cells)
     assert unknown[check] is None
     pair = "1 of 1 pairs of task and seed"
-    assert (None, f"{pair}: same {word}: not recorded.") in check_lines({"checks": [unknown]})
+    assert (None, f"{pair}: same {word}: not recorded.") in check_lines(
+        study_of({"checks": [unknown]})
+    )
 
 
 def test_cells_of_two_versions_of_the_code_are_told() -> None:
@@ -126,8 +129,8 @@ def test_cells_of_two_versions_of_the_code_are_told() -> None:
     (check,) = make_checks(cells)
     assert check["same_code"] is False
     assert any(
-        "not all cells are of one code" in line.lower()
-        for _, line in check_lines({"checks": [check]})
+        "not all runs used the same code" in line.lower()
+        for _, line in check_lines(study_of({"checks": [check]}))
     )
 
 
@@ -136,9 +139,9 @@ def test_a_flagged_difference_is_in_the_words_and_in_the_table() -> None:
     found = {"task": "t", "key": "train.weight_decay", "values": values}
     rates = {"task": "t", "key": "train.learning_rate", "values": {"full": 1e-4, "lora": 2e-3}}
     compare = {"parity": {"compared": 48, "flagged": [found], "declared": [rates]}, "tasks": ["t"]}
-    said = "t: methods differ in train.weight_decay (full 0.0, lora 0.1), as the study allows."
-    assert (False, said) in check_lines(compare)
-    table = parity_table(compare)
+    said = "t: methods differ in train.weight_decay (full 0.0, lora 0.1), which the study allows."
+    assert (False, said) in check_lines(study_of(compare))
+    table = parity_table(study_of(compare))
     assert table is not None
     assert list(table.rows) == [
         ("train.weight_decay", "t", "allowed by the study", "full 0.0, lora 0.1"),

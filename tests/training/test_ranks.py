@@ -133,7 +133,7 @@ def undraw() -> None:
     """Figures are not what this is about, and take the time."""
     from sparsegrad_cli.report import svg
 
-    svg._draw = lambda figure: "<svg></svg>"
+    svg.to_svg = lambda figure: "<svg></svg>"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str,
     """``alone("lora", "run")``: by this process, in the same folder."""
     monkeypatch.chdir(two)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
+    monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", lambda figure: "<svg></svg>")
 
     def run(name: str, folder: str, *more: str) -> dict[str, Any]:
         with one_thread():

@@ -20,7 +20,7 @@ from split_runs import CELLS, COMPARED, FILES, one_of_two
 from tiny import one_thread, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
+from sparsegrad_cli.methods.base import load_by_name, trainable_state
 from sparsegrad_cli.training.checkpoint_state import load_optimizer, save_training_state
 
 
@@ -39,7 +39,7 @@ def here(two: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The same, as the working folder of this process, which is alone."""
     monkeypatch.chdir(two)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sparsegrad_cli.report.svg._draw", lambda figure: "<svg></svg>")
+    monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", lambda figure: "<svg></svg>")
     with one_thread():
         yield two
 
@@ -182,13 +182,14 @@ def _talker(folder: Path, method: str) -> nn.Module:
     from transformers import LlamaForCausalLM
 
     from sparsegrad_cli.calibration.basis_file import read_basis
+    from sparsegrad_cli.methods.registry import make_method
     from sparsegrad_cli.recipe.load_recipe import load_recipe
 
     model = LlamaForCausalLM.from_pretrained(folder / "llama")
     run = folder / f"straight-{method}"
     settings = load_recipe(None, METHODS[method]).recipe.method
     found = read_basis(run / "basis.safetensors") if method == "static" else None
-    settings.implementation().prepare(
+    make_method(settings).prepare(
         model,
         targets_of(model),
         scope="head",

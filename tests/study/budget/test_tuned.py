@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 from little import base_folder, data_folder
+from samples import study_of
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.lora.settings import LoraSettings
-from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.io.atomic import without_nan
+from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
-from sparsegrad_cli.report.budget_tables import plan_tables
-from sparsegrad_cli.report.parity_tables import check_lines, parity_table
+from sparsegrad_cli.records.study import PlanRecord
+from sparsegrad_cli.report.budget import plan_screen
+from sparsegrad_cli.report.document import Table
+from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 from sparsegrad_cli.study.parity import check_parity
@@ -49,8 +52,8 @@ def solved(folder: Path, entries: int) -> LoadedStudy:
 def size(recipe: Recipe) -> int | None:
     """A rank, or a number of entries."""
     method = recipe.method
-    assert isinstance(method, LoraSettings | MepropSettings)
-    return method.rank if isinstance(method, LoraSettings) else method.entries
+    assert isinstance(method, LoraMethod | MepropMethod)
+    return method.rank if isinstance(method, LoraMethod) else method.entries
 
 
 def tuning_of(study: LoadedStudy, folder: Path) -> Tuning:
@@ -80,8 +83,10 @@ def test_trials_and_cells_have_the_solved_size_and_the_budget_stays(tmp_path: Pa
         assert size(cell.loaded.recipe) == sizes[cell.label]
         assert cell.loaded.recipe.train.learning_rate == second[cell.label]
     assert study_digest(tuned) != study_digest(study)
-    listed, budget = plan_tables(plan_of(study))
-    assert listed.caption.endswith("4 cells, seeds 1, 2, after 2 trials of tuning for each row")
+    plan = PlanRecord.model_validate(without_nan(plan_of(study)))
+    listed, budget = plan_screen(plan).lead
+    assert isinstance(listed, Table) and isinstance(budget, Table)
+    assert listed.caption.endswith("4 runs, seeds 1, 2, after 2 trials of tuning for each row")
     assert budget.caption.startswith("Budget trainable=150")
 
 
@@ -126,9 +131,9 @@ def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> 
         "train.weight_decay": None,
     }
     compare = {"parity": parity, "tasks": ["csv"], "checks": []}
-    said = " ".join(line for _, line in check_lines(compare))
-    assert "settings as tuned for each, batches cut up for the budget" in said
-    table = parity_table(compare)
+    said = " ".join(line for _, line in check_lines(study_of(compare)))
+    assert "settings as tuned for each, micro-batches set for the budget" in said
+    table = parity_table(study_of(compare))
     assert table is not None
     assert {row[0]: row[2] for row in table.rows} == {
         micro: "set for the budget",

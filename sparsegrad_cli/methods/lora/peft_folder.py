@@ -1,0 +1,83 @@
+"""The names and settings of a PEFT folder, for adapters that peft can load by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsegrad_cli.models.targets import has_experts
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PARTS = ("lora_A", "lora_B")
+_NAME = "default"  # of the one adapter in a model; not in the files
+# peft wraps modules of these names whole when the task is sequence classification.
+_HEADS = ("classifier", "score")
+
+
+def target_settings(model: nn.Module, names: Iterable[str], dropout: float) -> dict[str, Any]:
+    """Arguments of LoraConfig that put adapters into the modules of these names and no others.
+
+    Args:
+        model: the plain model, or one with the adapters in it.
+    """
+    if not has_experts(model):
+        return {"target_modules": list(names), "lora_dropout": dropout}
+    # peft rewrites the names of dense layers in target_modules to those of the experts, here and
+    # when the folder is loaded. It takes names of parameters as they are, but without dropout.
+    weights = [f"{name}.weight" for name in names]
+    return {"target_modules": [], "target_parameters": weights, "lora_dropout": 0.0}
+
+
+def modules_to_save(
+    model: nn.Module, changed: Iterable[str], targets: Iterable[str], *, classifier: bool
+) -> tuple[list[str], list[str]]:
+    """Modules for peft's ``modules_to_save``: the nearest ones that hold what has changed.
+
+    Args:
+        changed: names of parameters, none of them a target's.
+        targets: names of the targets.
+        classifier: peft then takes its heads whole: a part of one must not be named again.
+
+    Returns:
+        The modules in the model's order, and the parameters whose nearest module holds a target as
+        well: peft would adapt that twice.
+    """
+    owners: set[str] = set()
+    beside = []
+    for name in changed:
+        owner = name.rpartition(".")[0]
+        parts = owner.split(".")
+        tops = [".".join(parts[: n + 1]) for n, part in enumerate(parts) if part.endswith(_HEADS)]
+        owner = tops[0] if classifier and tops else owner
+        inside = f"{owner}." if owner else ""
+        if any(target.startswith(inside) or target == owner for target in targets):
+            beside.append(name)
+        else:
+            owners.add(owner)
+    outer = {o for o in owners if not any(o.startswith(f"{other}.") for other in owners)}
+    order = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return [name for name in order if name in outer], beside
+
+
+def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a model with adapters in it, by the names of a PEFT folder."""
+    return {_PREFIX + _without(name): tensor for name, tensor in tensors.items()}
+
+
+def from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`to_peft`."""
+    return {_with(name.removeprefix(_PREFIX)): tensor for name, tensor in tensors.items()}
+
+
+def _without(name: str) -> str:
+    for part in _PARTS:
+        name = name.replace(f".{part}.{_NAME}.", f".{part}.")
+    return name
+
+
+def _with(name: str) -> str:
+    path, _, last = name.rpartition(".")
+    return f"{path}.{_NAME}.{last}" if path.endswith(_PARTS) else name

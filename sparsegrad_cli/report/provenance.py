@@ -1,0 +1,91 @@
+"""Where a record comes from: machine, versions, recipe, code and hashes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from sparsegrad_cli.records.run import EnvironmentBlock, GitBlock, RunRecord
+from sparsegrad_cli.records.study import StudyRecord
+from sparsegrad_cli.report.document import Table
+from sparsegrad_cli.report.units import words
+
+Rows = list[tuple[str, str | None]]
+_ENVIRONMENT = ("python", "platform", "cpu", "device", "device_name", "threads")
+# What the runs of one study can differ in although their recipes do not.
+_OF_RUNS: dict[str, Callable[[EnvironmentBlock, GitBlock], object]] = {
+    "commit": lambda environment, git: git.commit,
+    "device": lambda environment, git: environment.device,
+    "device name": lambda environment, git: environment.device_name,
+    "threads": lambda environment, git: environment.threads,
+    "torch": lambda environment, git: environment.packages.get("torch"),
+}
+
+
+def provenance(record: RunRecord | StudyRecord) -> Table:
+    """Return the table at the end of every report."""
+    environment, git = record.environment or EnvironmentBlock(), record.git or GitBlock()
+    rows: Rows = [
+        ("started", words(record.started)),
+        ("finished", words(record.finished)),
+        ("command", record.command),
+        *(_recipe(record) if isinstance(record, RunRecord) else _study(record)),
+        ("commit", words(git.commit)),
+    ]
+    if git.dirty:
+        rows.append(("uncommitted changes", "yes: the commit does not describe the code fully"))
+    rows += [(key.replace("_", " "), _text(getattr(environment, key))) for key in _ENVIRONMENT]
+    rows += environment.packages.items()
+    rows += _hashes(record) if isinstance(record, RunRecord) else _runs(record)
+    shown = [(label, value) for label, value in rows if value]
+    return Table("Provenance", ("what", "value"), shown, (True, True))
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _study(study: StudyRecord) -> Rows:
+    return [("matched by", study.match), ("runs at once", _text(study.jobs))]
+
+
+def _runs(study: StudyRecord) -> Rows:
+    """Return where the runs of a study ran: ``1 (20 runs), 2 (4 runs)`` where they differ."""
+    rows: Rows = []
+    runs = [cell.run for cell in study.cells if cell.run]
+    for label, value_of in _OF_RUNS.items():
+        blocks = ((run.environment or EnvironmentBlock(), run.git or GitBlock()) for run in runs)
+        counts = Counter(str(found) for both in blocks if (found := value_of(*both)) is not None)
+        parts = [f"{value} ({count} runs)" for value, count in counts.items()]
+        rows.append(
+            (f"{label} of runs", next(iter(counts)) if len(counts) == 1 else ", ".join(parts))
+        )
+    return rows
+
+
+def _recipe(run: RunRecord) -> Rows:
+    return [
+        ("recipe digest", run.recipe_digest),
+        ("model fingerprint", run.model.fingerprint if run.model else None),
+        ("output_dir", run.output_dir),
+    ]
+
+
+def _hashes(run: RunRecord) -> Rows:
+    rows: Rows = []
+    if run.precision:
+        dtypes = " and ".join(run.precision.weights)
+        autocast, matmul = run.precision.autocast or "no", words(run.precision.matmul)
+        rows.append(("precision", f"{dtypes} weights, {autocast} autocast, {matmul} matmul"))
+    if run.hashes:
+        rows += [
+            ("hash of data", run.hashes.data),
+            ("hash of head initialization", run.hashes.head_init),
+            ("hash of precision", run.hashes.precision),
+        ]
+        if run.hashes.order:
+            last = max(run.hashes.order)
+            rows.append((f"hash of order, {last:,} steps", run.hashes.order[last]))
+    if run.calibration:
+        rows.append(("hash of basis", run.calibration.digest))
+    return rows

@@ -1,0 +1,167 @@
+"""Write documents as HTML, Markdown and LaTeX, from the templates beside this module.
+
+Each form escapes every value that a template prints, as Jinja2 does for HTML: text of a record
+never becomes markup, a formula or a command.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sparsegrad_cli.io.untrusted_text import printable_text
+from sparsegrad_cli.report.document import Block, Document
+from sparsegrad_cli.report.labels import status_words
+from sparsegrad_cli.report.units import NOT_RECORDED
+
+Form = Literal["html", "md", "tex"]
+
+_UNFOLDED_QUESTIONS = 3
+_HEADER_WIDTH = 14  # characters of one line of a LaTeX header
+_WIDE_COLUMNS = 7  # LaTeX sets tables of more columns in a smaller size
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "\u00a0": "~",
+    "\u2212": "$-$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "–": "--",
+    "·": r"$\cdot$",
+}
+_LAST_LATIN = 0x17F  # the default fonts of every engine have the characters up to here
+
+
+def render(document: Document, form: Form) -> str:
+    """Return the document as an HTML page, a Markdown text or LaTeX tables.
+
+    LaTeX has the tables, conclusions and checks of the sections that belong in a paper.
+    """
+    environment = _ENVIRONMENTS[form]
+    macros = environment.get_template(f"blocks.{form}").module
+
+    def drawn(blocks: Sequence[Block | None]) -> list[Markup]:
+        """Return the blocks that have content in this form."""
+        parts = [getattr(macros, block.kind)(block).strip() for block in blocks if block]
+        return [part for part in parts if part]
+
+    sections = [
+        (section, parts)
+        for section in document.sections
+        if (section.in_paper or form != "tex") and (parts := drawn(section.blocks))
+    ]
+    text: str = environment.get_template(f"report.{form}").render(
+        document=document,
+        status=status_words(document.status),
+        lead=drawn(document.lead),
+        sections=sections,
+    )
+    return text
+
+
+def escape_html(raw: str) -> str:
+    """Return HTML that shows the text, control characters as their pictures."""
+    return html.escape(printable_text(raw))
+
+
+def escape_markdown(raw: str) -> str:
+    """Return one line of GitHub Markdown that begins no cell, tag, link, emphasis or formula."""
+    line = " ".join(printable_text(raw).split()).replace("&", "&amp;").replace("<", "&lt;")
+    # GitHub reads no emphasis from an underscore inside a word, and names are full of them.
+    return re.sub(r"([\\`*|~$\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def escape_latex(raw: str) -> str:
+    """Return one line of LaTeX in which no command, comment, column or formula begins.
+
+    Characters beyond the Latin scripts, which pdfTeX's fonts lack, are named: ``U+4E2D``.
+    """
+    line = " ".join(raw.replace("\u00a0", "\0").split()).replace("\0", "\u00a0")
+    return "".join(_LATEX.get(character) or _latin(character) for character in line)
+
+
+def _latin(character: str) -> str:
+    code = ord(character)
+    there = 0x20 <= code <= _LAST_LATIN and not 0x7F <= code < 0xA0
+    return character if there else f"U+{code:04X}"
+
+
+def _markdown_lines(raw: str) -> Markup:
+    """Return text of several lines for one cell of a table; indentation is kept."""
+    return Markup("<br>").join(
+        Markup("&nbsp;" * (len(line) - len(line.lstrip())) + escape_markdown(line))
+        for line in printable_text(raw).split("\n")
+    )
+
+
+def _guarded(line: str) -> Markup:
+    r"""Protect the start of a line: TeX reads ``[`` and ``*`` after ``\\`` as its arguments."""
+    return Markup("{}" + line if line[:1] in ("[", "*") else line)
+
+
+def _stacked(name: str, words: bool) -> Markup:
+    """Return a LaTeX header, broken into several lines where it is long."""
+    parts = textwrap.wrap(name, _HEADER_WIDTH, break_long_words=False) or [""]
+    lines = r"\\".join(_guarded(escape_latex(part)) for part in parts)
+    side = "l" if words else "r"
+    return Markup(lines if len(parts) == 1 else rf"\shortstack[{side}]{{{lines}}}")
+
+
+def _environment(escape: Callable[[str], str], **syntax: Any) -> Environment:
+    """Return a Jinja2 environment that passes every printed value through ``escape``."""
+
+    def finalize(value: object) -> Markup:
+        return value if isinstance(value, Markup) else Markup(escape(str(value)))
+
+    environment = Environment(
+        loader=PackageLoader("sparsegrad_cli.report"),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **syntax,
+    )
+    environment.globals.update(
+        not_recorded=NOT_RECORDED,
+        unfolded_questions=_UNFOLDED_QUESTIONS,
+        wide_columns=_WIDE_COLUMNS,
+    )
+    environment.filters.update(lines=_markdown_lines, guarded=_guarded, stacked=_stacked)
+    return environment
+
+
+_ENVIRONMENTS = {
+    "html": _environment(escape_html),
+    "md": _environment(escape_markdown),
+    "tex": _environment(
+        escape_latex,
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+    ),
+}

@@ -1,0 +1,412 @@
+"""What a report says of a training or calibration run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparsegrad_cli.records.metric_direction import Scale, scale_of
+from sparsegrad_cli.records.run import (
+    CountsBlock,
+    ErrorBlock,
+    Evaluation,
+    MemoryBlock,
+    MemoryPhase,
+    MethodBlock,
+    MetricsBlock,
+    RunRecord,
+    SizesBlock,
+    TargetCounts,
+    TaskBlock,
+    TimeBlock,
+)
+from sparsegrad_cli.report import run_charts
+from sparsegrad_cli.report.calibration import (
+    calibration_blocks,
+    calibration_facts,
+    energy_by_kind,
+    spectra_table,
+    support_energy,
+)
+from sparsegrad_cli.report.document import (
+    Block,
+    Bullets,
+    Column,
+    Document,
+    Fact,
+    Facts,
+    Figure,
+    Labelled,
+    Paragraph,
+    Section,
+    Table,
+)
+from sparsegrad_cli.report.labels import CATEGORIES, PHASES, TIMES, TRAIN_STEP
+from sparsegrad_cli.report.provenance import provenance
+from sparsegrad_cli.report.units import (
+    MIB,
+    NOT_RECORDED,
+    format_bytes,
+    format_count,
+    format_fixed,
+    format_mib,
+    format_number,
+    format_score,
+    format_seconds,
+    format_share,
+    words,
+)
+
+_LEARNING = (
+    "Score on the validation set at every evaluation, starting before the first step. The dotted "
+    "line is the score of always predicting the most frequent class: a method that stays on it "
+    "has learned nothing. The ring marks the model that was kept."
+)
+_LOSS = (
+    "Cross-entropy (mean squared error for regression). If the validation loss rises while the "
+    "training loss falls, the model overfits."
+)
+_MEMORY = (
+    "What was in memory when each phase peaked. Forward, backward and optimizer make up a training "
+    "step; the highest of the three decides whether it fits. RSS, in the table, is the memory of "
+    "the whole process, including libraries."
+)
+_TIME = "Where the time went. Calibration is part of the cost of a method and is charged to it."
+_TOUCHED = (
+    "Where the parameters lie that changed in any step: the share of each block of one matrix, "
+    "either a core sorted by singular value or the weight itself."
+)
+_MAX_SPECTRA = 8  # rows on a terminal
+_MAX_NOTES = 6  # on a terminal
+
+
+def run_document(run: RunRecord) -> Document:
+    """Return the whole report of a run."""
+    trained = run.command != "calibrate"
+    return heading(
+        run,
+        lead=[Facts("Figures", facts(run)) if trained else Facts("Cost", calibration_facts(run))],
+        sections=[
+            Section("Learning", _learning(run) if trained else []),
+            Section("Calibration", calibration_blocks(run, with_facts=trained)),
+            Section("Memory", _memory(run)),
+            Section("Time", _time(run)),
+            Section("Trainable parameters", _parameters(run)),
+            Section("Notes", [Bullets(notes_of(run))]),
+            Section("Provenance", [provenance(run)]),
+        ],
+    )
+
+
+def run_screen(run: RunRecord) -> Document:
+    """Return what a terminal shows of a run: headline figures, memory, time and notes."""
+    if run.command == "calibrate":
+        return _calibration_screen(run)
+    lead: list[Block | None] = [Facts("Figures", facts(run))]
+    lead.append(memory_table(run) or Paragraph("Memory: not recorded", dim=True))
+    lead.append(Labelled("Time", time_line(run)))
+    lead.append(support_energy(run) or energy_by_kind(run))
+    return heading(run, lead=[*lead, *short_notes(notes_of(run))])
+
+
+def _calibration_screen(run: RunRecord) -> Document:
+    found = calibration_facts(run)
+    lead: list[Block | None] = [
+        Facts("Cost", found) if found else Paragraph("Calibration: not recorded", dim=True),
+        support_energy(run) or energy_by_kind(run) or Paragraph("Energy: not recorded", dim=True),
+        spectra_table(run, most=_MAX_SPECTRA),
+        Labelled("Time", time_line(run)),
+    ]
+    return heading(run, lead=[*lead, *short_notes(notes_of(run))])
+
+
+def heading(
+    run: RunRecord, *, lead: Sequence[Block | None], sections: Sequence[Section] = ()
+) -> Document:
+    """Return a document under the name, status and error of a run."""
+    method = method_words(run.method) if run.method else None
+    parts = [run.task and run.task.name, run.model and run.model.name, method]
+    parts += [f"seed {run.seed}"] if run.seed is not None else []
+    return Document(
+        title=run.name or "unnamed",
+        status=run.status,
+        subtitle=" · ".join(part for part in parts if part),
+        error=error_lines(run.error),
+        lead=lead,
+        sections=sections,
+    )
+
+
+def method_words(method: MethodBlock) -> str:
+    """``sparsegrad (rotated form, dynamic support, density 0.01, scope head)``."""
+    parts = [f"{value} {key}" for key in ("form", "support") if (value := getattr(method, key))]
+    entries = method.settings.get("entries")
+    parts += [f"{entries:,} parameters"] if isinstance(entries, int) else []
+    parts += [f"density {method.density}"] if method.density is not None else []
+    parts += [f"scope {method.scope}"] if method.scope else []
+    return f"{method.name} ({', '.join(parts)})" if parts else method.name
+
+
+def error_lines(error: ErrorBlock | None) -> list[tuple[str, str]]:
+    """Return (label, text) of what is known about an error."""
+    if error is None:
+        return []
+    found = (("what", error.what), ("where", error.where), ("fix", error.fix))
+    return [(label, text) for label, text in found if text]
+
+
+def short_notes(notes: Sequence[str]) -> list[Block]:
+    """Return the first notes for a terminal, and how many more there are."""
+    shown: list[Block] = [Labelled("note", note) for note in notes[:_MAX_NOTES]]
+    more = len(notes) - _MAX_NOTES
+    if more > 0:
+        shown.append(Paragraph(f"and {more} more notes in the report", dim=True))
+    return shown
+
+
+# --- headline figures
+
+
+def facts(run: RunRecord) -> list[Fact]:
+    """Return the headline figures of a training run."""
+    sizes = run.sizes or SizesBlock()
+    found = [_score(run), _loss(run), _trainable(run), _peak(run), _speed(run), _calibration(run)]
+    found.append(Fact("Adapter on disk", format_bytes(sizes.adapter_bytes)))
+    if sizes.gradient_bytes_per_step is not None:
+        sent = format_bytes(sizes.gradient_bytes_per_step)
+        found.append(Fact("Gradients sent per step and process", sent))
+    return found
+
+
+def scale_of_run(run: RunRecord) -> Scale:
+    """Return the scale of a run's scores, which names the class that they are of."""
+    task = run.task or TaskBlock()
+    return scale_of(task.metric, task.positive_label)
+
+
+def _score(run: RunRecord) -> Fact:
+    task, metrics = run.task or TaskBlock(), run.metrics or MetricsBlock()
+    scale, best = scale_of_run(run), metrics.best
+    parts = [scale.label]
+    for label, value in (
+        ("majority class", task.majority_score),
+        ("before training", metrics.initial.score if metrics.initial else None),
+        ("last", metrics.final.score if metrics.final else None),
+    ):
+        if value is not None:
+            parts.append(f"{label} {format_score(value, scale)}")
+    if best:
+        steps = run.time and run.time.steps
+        parts.append(f"at step {best.step:,}" + (f" of {steps:,}" if steps is not None else ""))
+    score = format_score(best.score if best else None, scale)
+    return Fact("Best validation score", score, "; ".join(parts))
+
+
+def _loss(run: RunRecord) -> Fact:
+    metrics = run.metrics or MetricsBlock()
+    if run.task and run.task.kind == "chat":
+        return _perplexity(metrics)
+    last = metrics.final.loss if metrics.final else None
+    detail = f"last {format_number(last)}" if last is not None else ""
+    best = metrics.best.loss if metrics.best else None
+    return Fact("Validation loss", format_number(best), detail)
+
+
+def _perplexity(metrics: MetricsBlock) -> Fact:
+    """Return the perplexity of a language model, whose score is its loss."""
+    parts = []
+    for label, evaluation in (("before training", metrics.initial), ("last", metrics.final)):
+        if (value := _first_set(evaluation, "perplexity")) is not None:
+            parts.append(f"{label} {format_number(value)}")
+    before, best = (
+        evaluation.values.get("plain text", {}).get("loss") if evaluation else None
+        for evaluation in (metrics.initial, metrics.best)
+    )
+    if before is not None and best is not None:
+        parts.append(f"loss on plain text {format_number(best)}, {best - before:+.3f} by training")
+    accuracy = _first_set(metrics.best, "token_accuracy")
+    if accuracy is not None:
+        parts.append(f"next token predicted {format_share(accuracy)}")
+    return Fact(
+        "Perplexity", format_number(_first_set(metrics.best, "perplexity")), "; ".join(parts)
+    )
+
+
+def _first_set(evaluation: Evaluation | None, metric: str) -> float | None:
+    """Return a metric on the first validation set."""
+    sets = list(evaluation.values.values()) if evaluation else []
+    return sets[0].get(metric) if sets else None
+
+
+def _trainable(run: RunRecord) -> Fact:
+    counts = run.counts or CountsBlock()
+    parts = [
+        f"{label} {format_count(count)}"
+        for label, count in (
+            ("targets", counts.trainable_targets),
+            ("head", counts.trainable_head),
+            ("rest", counts.trainable_rest),
+        )
+        if count is not None
+    ]
+    if counts.model_parameters and counts.trainable is not None:
+        share = format_share(counts.trainable / counts.model_parameters)
+        parts.insert(0, f"{share} of the model")
+    return Fact("Trainable parameters", format_count(counts.trainable), "; ".join(parts))
+
+
+def _peak(run: RunRecord) -> Fact:
+    memory = run.memory or MemoryBlock()
+    label = "Peak memory, training step"
+    phases = [(name, memory.phases[name]) for name in TRAIN_STEP if name in memory.phases]
+    if not phases:
+        return Fact(label, format_bytes(memory.peak_bytes), memory.peak_phase or "")
+    name, phase = max(phases, key=lambda item: item[1].peak_bytes)
+    parts = [f"in {name}"]
+    if "load" in memory.phases:
+        beyond = phase.peak_bytes - memory.phases["load"].categories.weights
+        parts.append(f"{format_bytes(beyond)} beyond the weights")
+    if phase.reserved_bytes is not None:
+        parts.append(f"{format_bytes(phase.reserved_bytes)} reserved")
+    return Fact(label, format_bytes(phase.peak_bytes), "; ".join(parts))
+
+
+def _speed(run: RunRecord) -> Fact:
+    time = run.time or TimeBlock()
+    parts = []
+    if time.examples_per_s is not None:
+        parts.append(f"{format_number(time.examples_per_s)} examples/s")
+    if time.step_median_s is not None:
+        iqr = f", IQR {format_seconds(time.step_iqr_s)}" if time.step_iqr_s is not None else ""
+        parts.append(f"median step {format_seconds(time.step_median_s)}{iqr}")
+    rate = time.steps_per_s
+    value = NOT_RECORDED if rate is None else f"{format_number(rate)} steps/s"
+    return Fact("Speed", value, "; ".join(parts))
+
+
+def _calibration(run: RunRecord) -> Fact:
+    found = run.calibration
+    if found is None:
+        seconds = run.time and run.time.calibrate_s
+        value = format_seconds(seconds) if seconds else "none"
+        return Fact("Calibration", value, "" if seconds else "the method needs no basis")
+    parts = ["basis reused from an earlier run"] if found.reused else []
+    parts += [f"{format_count(found.steps)} steps"] if found.steps is not None else []
+    parts += [f"peak {format_bytes(found.peak_bytes)}"] if found.peak_bytes is not None else []
+    return Fact("Calibration", format_seconds(found.seconds), "; ".join(parts))
+
+
+# --- sections
+
+
+def _learning(run: RunRecord) -> list[Block]:
+    def learning_curve() -> str | None:
+        majority = run.task.majority_score if run.task else None
+        return run_charts.learning_curve(run.metrics, majority, scale_of_run(run))
+
+    return [
+        Figure(learning_curve, _LEARNING, "Scores: not recorded."),
+        Figure(lambda: run_charts.loss_curve(run.metrics), _LOSS, "Losses: not recorded."),
+    ]
+
+
+def _memory(run: RunRecord) -> list[Block]:
+    table = memory_table(run) or Paragraph("Memory: not recorded.", dim=True)
+    return [Figure(lambda: run_charts.memory_bars(memory_phases(run)), _MEMORY), table]
+
+
+def memory_table(run: RunRecord) -> Table | None:
+    """Return the peak of every phase by category in MiB; None where nothing was recorded."""
+    phases = memory_phases(run)
+    if run.memory is None or not phases:
+        return None
+
+    def category(key: str) -> Column[tuple[str, MemoryPhase]]:
+        return Column(CATEGORIES[key], lambda row: format_mib(getattr(row[1].categories, key)))
+
+    columns: list[Column[tuple[str, MemoryPhase]]] = [
+        Column("phase", lambda row: row[0], words=True),
+        *(category(key) for key in CATEGORIES),
+        Column("peak", lambda row: format_mib(row[1].peak_bytes)),
+        Column("reserved", lambda row: format_mib(row[1].reserved_bytes)),
+        # No decimals: RSS includes other libraries and is that coarse.
+        Column("RSS", lambda row: format_fixed(_mib(row[1].rss_bytes), 0)),
+    ]
+    notes = [f"{run.memory.device or 'device'}: {run.memory.how}"] if run.memory.how else []
+    if run.memory.batch_shape:
+        shape = " × ".join(map(format_count, run.memory.batch_shape))
+        notes.append(f"measured on batches of at most {shape}")
+    caption = "Memory at the peak of each phase, MiB"
+    return Table.of(phases, columns, caption, notes).without_empty()
+
+
+def _mib(count: int | None) -> float | None:
+    return None if count is None else count / MIB
+
+
+def memory_phases(run: RunRecord) -> list[tuple[str, MemoryPhase]]:
+    """Return the phases with a recorded peak in the order in which they happen."""
+    there = run.memory.phases if run.memory else {}
+    names = [*PHASES, *sorted(name for name in there if name not in PHASES)]
+    return [(name, there[name]) for name in names if name in there]
+
+
+def _time(run: RunRecord) -> list[Block]:
+    return [
+        Figure(lambda: run_charts.time_bar(times(run)), _TIME),
+        Paragraph(time_line(run), dim=True),
+    ]
+
+
+def times(run: RunRecord) -> list[tuple[str, float]]:
+    """Return (phase, seconds) of what a run spent its time on, the remainder last."""
+    clock = run.time or TimeBlock()
+    found = [(label, seconds) for key, label in TIMES.items() if (seconds := getattr(clock, key))]
+    if found and clock.total_s is not None:
+        rest = clock.total_s - sum(seconds for _, seconds in found)
+        if rest > 0.01 * clock.total_s:
+            found.append(("everything else", rest))
+    return found
+
+
+def time_line(run: RunRecord) -> str:
+    """Return all of :func:`times` in one line, with the total."""
+    parts = [f"{label} {format_seconds(seconds)}" for label, seconds in times(run)]
+    if run.time and run.time.total_s is not None:
+        parts.append(f"total {format_seconds(run.time.total_s)}")
+    return " · ".join(parts) or NOT_RECORDED
+
+
+def _parameters(run: RunRecord) -> list[Block | None]:
+    target = f" Target: {run.sparsity.target}." if run.sparsity else ""
+    return [
+        Figure(lambda: run_charts.sparsity_map(run.sparsity), _TOUCHED + target),
+        targets_table(run),
+    ]
+
+
+def targets_table(run: RunRecord) -> Table | None:
+    """Return what trains in every target."""
+    targets = run.counts.targets if run.counts else []
+    columns: list[Column[TargetCounts]] = [
+        Column("target", lambda t: t.name, words=True),
+        Column("kind", lambda t: t.kind, words=True),
+        Column("block", lambda t: words(t.block)),
+        Column("out × in", lambda t: f"{t.out_features:,} × {t.in_features:,}"),
+        Column("trainable", lambda t: format_count(t.entries)),
+        Column("share", lambda t: format_share(_density(t))),
+    ]
+    caption = "Trainable parameters by target"
+    return Table.of(targets, columns, caption, folded="Every target") if targets else None
+
+
+def _density(target: TargetCounts) -> float | None:
+    size = target.out_features * target.in_features
+    return target.entries / size if size else None
+
+
+def notes_of(run: RunRecord) -> list[str]:
+    """Return the remarks of the task, the counts and the metrics."""
+    found = [*run.task.notes] if run.task else []
+    found += [run.counts.note] if run.counts else []
+    found += run.metrics.notes if run.metrics else []
+    return list(dict.fromkeys(note for note in found if note))

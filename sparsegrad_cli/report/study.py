@@ -1,0 +1,356 @@
+"""What a report says of a study: scores, costs, and every run of it, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from sparsegrad_cli.records.metric_direction import scale_of
+from sparsegrad_cli.records.study import CellEntry, ResultRow, StudyRecord
+from sparsegrad_cli.report import study_charts
+from sparsegrad_cli.report.answers import SideBySide
+from sparsegrad_cli.report.budget import budget_flags, budget_table
+from sparsegrad_cli.report.document import (
+    Answers,
+    Block,
+    Checks,
+    Column,
+    Document,
+    Figure,
+    Labelled,
+    Paragraph,
+    Section,
+    Table,
+    Verdict,
+)
+from sparsegrad_cli.report.fairness import check_lines, parity_table
+from sparsegrad_cli.report.labels import status_words
+from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
+from sparsegrad_cli.report.provenance import provenance
+from sparsegrad_cli.report.published import published_table
+from sparsegrad_cli.report.scores import (
+    METHOD,
+    difference_words,
+    few_seeds,
+    note_words,
+    overview_table,
+    reference_of,
+    rows_of,
+    score_table,
+    summary_table,
+    tasks_of,
+)
+from sparsegrad_cli.report.tuning import trials_table, tuning_lines, tuning_progress, tuning_table
+from sparsegrad_cli.report.units import (
+    NOT_RECORDED,
+    format_count,
+    format_fixed,
+    format_mib,
+    format_number,
+    format_score,
+    format_share,
+    words,
+)
+
+Chart = Callable[[StudyRecord, str], str | None]
+
+REFRESH_S = 30
+
+_TESTS = (
+    "Every two methods are compared over all seeds and tasks, and the p-values are corrected for "
+    "the number of pairs. Runs are paired by task and seed."
+)
+_TUNING = (
+    "Before the runs of the study, every method had the same number of trials on each task, over "
+    "an equally wide space around a center of its own, on seeds that are not reported. The runs "
+    "use the best settings of their method and task."
+)
+_FAIR = (
+    "Recipes are compared before the first run: methods may differ only in their own settings, "
+    "their calibration, their learning rate, and what the study allows. During training, the "
+    "inputs of every run are hashed: the model, the initial head, the data, the batches in their "
+    "order, and the precision."
+)
+CHARTS: tuple[tuple[Chart, str], ...] = (
+    (
+        study_charts.score_dots,
+        "One dot a seed; the bar is the mean with its standard deviation. Diamonds are published "
+        "results. Differences smaller than the spread are not differences.",
+    ),
+    (
+        study_charts.learning_curves,
+        "Mean over seeds, with single seeds behind it. A curve that is flat at the end would not "
+        "gain from longer training.",
+    ),
+    (
+        study_charts.score_under_budget,
+        "The best mean score that fits a memory budget, by method: a curve starts at the smallest "
+        "budget that fits and steps up where a larger one allows a better score. The budget has "
+        "to hold calibration, too. Dashed: a single seed, which ranks nothing.",
+    ),
+    (
+        study_charts.score_against_memory,
+        "Further left is better, and so is higher (lower for losses and perplexities): a better "
+        "score with fewer bytes beyond the weights. Bars are 95 % confidence intervals of the mean "
+        "over seeds; with few seeds they are wide and leave the figure. One seed has none.",
+    ),
+    (
+        study_charts.memory_by_method,
+        "The peak of the training step by category, on the longest examples of the task.",
+    ),
+    (
+        study_charts.memory_by_phase,
+        "The peak of every phase by category, including calibration. First seed.",
+    ),
+    (
+        study_charts.speed_bars,
+        "Optimizer steps per second, everything in a step included; the bar is the range over "
+        "seeds. Speeds compare only if nothing else ran on the machine and runs did not run side "
+        "by side.",
+    ),
+    (
+        study_charts.changed_maps,
+        "Where the parameters of the middle target lie that changed in any step: the share of "
+        "each block of the matrix that the method selects from, either a core sorted by singular "
+        "value or the weight itself. Methods that change every parameter have no map. First seed.",
+    ),
+    (
+        study_charts.changed_by_target,
+        "Parameters that changed in any step, as a share of each target's weights; for LoRA, the "
+        "parameters of A and B. Logarithmic colors. First seed.",
+    ),
+)
+
+
+class ChartCache:
+    """Charts of the page before: those of a task in which no run has finished since are reused."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, str | None] = {}
+        self._used: dict[object, str | None] = {}
+
+    def draw(self, chart: Chart, study: StudyRecord, task: str) -> str | None:
+        """Return the chart of a task."""
+        runs = [cell for cell in study.cells if cell.task == task and cell.status == "done"]
+        state = tuple((c.method, c.seed, c.run.finished if c.run else None) for c in runs)
+        key = (chart, task, state)
+        if key not in self._kept:
+            self._kept[key] = chart(study, task)
+        self._used[key] = self._kept[key]
+        return self._used[key]
+
+    def finish_page(self) -> None:
+        """Forget the charts that the last page did not use."""
+        self._kept, self._used = self._used, {}
+
+
+def study_document(
+    study: StudyRecord, answers: Sequence[SideBySide] = (), charts: ChartCache | None = None
+) -> Document:
+    """Return the whole report of a study.
+
+    Args:
+        study: the record.
+        answers: what its models answered to the same questions.
+        charts: those of the page before.
+    """
+    charts = charts or ChartCache()
+    pairs, tuned = pairs_table(study), tuning_table(study)
+    alone = len(answers) == 1
+    return Document(
+        title=study.name or "unnamed",
+        status=study.status,
+        finished=study.finished or "",
+        refresh_s=REFRESH_S if study.status == "running" else 0,
+        lead=[
+            Paragraph(_progress(study), dim=True),
+            Verdict(verdict_lines(study)),
+            overview_table(study),
+        ],
+        sections=[
+            Section("Differences", [Paragraph(_TESTS), pairs] if pairs else []),
+            Section("Budget", [budget_table(study.budget)]),
+            *(Section(task, _task(study, task, charts)) for task in tasks_of(study)),
+            *(
+                Section("Answers" if alone else f"Answers: {each.task}", [Answers(each)])
+                for each in answers
+            ),
+            Section("Tuning", [Paragraph(_TUNING), tuned, trials_table(study)] if tuned else []),
+            Section("Published results", [published_table(study)]),
+            Section("Unfinished runs", [unfinished_table(study)], in_paper=False),
+            Section(
+                "Is the comparison fair?",
+                [Paragraph(_FAIR), Checks(check_lines(study)), parity_table(study)],
+            ),
+            Section("All runs", [runs_table(study)], in_paper=False),
+            Section("Provenance", [provenance(study)], in_paper=False),
+        ],
+    )
+
+
+def study_screen(study: StudyRecord) -> Document:
+    """Return what a terminal shows of a study: one row a method and task, tests and checks."""
+    lead: list[Block | None] = []
+    for task in tasks_of(study):
+        lead += _task_on_screen(study, task)
+    budget, tuned = budget_table(study.budget), tuning_table(study)
+    lead += [overview_table(study), published_table(study)]
+    lead.append(replace(budget, notes=budget_flags(study.budget)) if budget else None)
+    lead.append(replace(tuned, notes=tuning_lines(study)).without("space") if tuned else None)
+    lead += [Verdict(verdict_lines(study)), Checks(check_lines(study))]
+    return Document(title=study.name or "unnamed", status=study.status, lead=lead)
+
+
+def _progress(study: StudyRecord) -> str:
+    """``12 of 24 runs done; running: glue/rte lora seed 42. Scores are multiplied by 100.``"""
+    done = sum(cell.status == "done" for cell in study.cells)
+    running = [
+        f"{cell.task} {cell.method} seed {cell.seed}"
+        for cell in study.cells
+        if cell.status == "running"
+    ]
+    trials = tuning_progress(study)
+    first = f"{trials}, " if trials else ""
+    now = f"; running: {', '.join(running)}" if running else ""
+    return f"{first}{done} of {len(study.cells)} runs done{now}. Scores are multiplied by 100."
+
+
+def _task(study: StudyRecord, task: str, charts: ChartCache) -> list[Block | None]:
+    return [
+        score_table(study, task) or Paragraph("No results recorded.", dim=True),
+        cost_table(study, task),
+        calibration_costs(study, task),
+        *(Figure(partial(charts.draw, chart, study, task), caption) for chart, caption in CHARTS),
+    ]
+
+
+def _task_on_screen(study: StudyRecord, task: str) -> list[Block]:
+    """Return a table that fits a terminal; differences and remarks stand below it."""
+    rows, table = rows_of(study, task), summary_table(study, task)
+    if table is None:
+        return [Paragraph(f"{task}: no results recorded", dim=True)]
+    differences = [f"{row.method} {text}" for row in rows if (text := difference_words(row))]
+    blocks: list[Block] = [table]
+    if differences:
+        remark = few_seeds(rows)
+        shown = ", ".join(differences) + (f"; {remark}" if remark else "")
+        blocks.append(Labelled(f"against {reference_of(rows)}", shown))
+    notes = [Labelled(row.method, note) for row in rows if (note := note_words(row))]
+    return [*blocks, *notes, Paragraph("")]
+
+
+# --- costs
+
+
+def cost_table(study: StudyRecord, task: str) -> Table | None:
+    """Return the parameters that train and change, and the bytes of a step and an adapter."""
+    rows = rows_of(study, task)
+    columns: list[Column[ResultRow]] = [
+        METHOD,
+        Column("trainable at once", lambda row: format_count(row.trainable)),
+        Column("of them in targets", lambda row: format_count(row.trainable_targets)),
+        Column("ever changed in targets", lambda row: format_count(_rounded(row.touched_targets))),
+        Column("optimizer state, MiB", lambda row: format_mib(row.optimizer_state_bytes)),
+        Column("saved activations, MiB", lambda row: format_mib(row.saved_activation_bytes)),
+        Column("peak, MiB", lambda row: format_mib(row.peak_bytes)),
+        Column("beyond the weights, MiB", lambda row: format_mib(row.beyond_weights_bytes)),
+        Column("adapter, MiB", lambda row: format_mib(row.adapter_bytes)),
+        Column("steps/s", _speed),
+    ]
+    caption = f"{task}: costs; bytes are the maximum over seeds, all else the mean"
+    return Table.of(rows, columns, caption) if rows else None
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _speed(row: ResultRow) -> str:
+    """Return steps per second, ± half the distance from the fastest seed to the slowest."""
+    if row.steps_per_s is None or row.steps_per_s_iqr is None:
+        return format_number(row.steps_per_s)
+    return f"{row.steps_per_s:.3g} ± {row.steps_per_s_iqr / 2:.2g}"
+
+
+def calibration_costs(study: StudyRecord, task: str) -> Table | None:
+    """Return what calibration costs; None where no method of the task calibrates."""
+    rows = rows_of(study, task)
+    if not any(row.calibrate_s for row in rows):
+        return None
+
+    def share(row: ResultRow) -> str:
+        total = (row.calibrate_s or 0.0) + (row.train_s or 0.0)
+        known = row.calibrate_s is not None and row.train_s is not None and total > 0
+        return format_share((row.calibrate_s or 0.0) / total) if known else NOT_RECORDED
+
+    def peak(row: ResultRow) -> str:
+        return format_mib(row.calibrate_peak_bytes if row.calibrate_s else 0)
+
+    def tokens(row: ResultRow) -> str:
+        return format_count(_rounded(row.calibrate_tokens) if row.calibrate_s else 0)
+
+    columns: list[Column[ResultRow]] = [
+        METHOD,
+        Column("seconds", lambda row: format_fixed(row.calibrate_s, 1)),
+        Column("of the run", share),
+        Column("tokens", tokens),
+        Column("peak, MiB", peak),
+        Column("peak with training, MiB", lambda row: format_mib(row.peak_charged_bytes)),
+        Column("runs on one basis", lambda row: format_count(row.basis_uses)),
+        Column("seconds per run", lambda row: format_fixed(row.calibrate_s_per_use, 1)),
+    ]
+    note = (
+        "each run is charged the whole cost of its basis; the last column divides it among the "
+        "runs of this study that share the basis"
+    )
+    caption = f"{task}: calibration, charged to the method; means over seeds"
+    return Table.of(rows, columns, caption, [note])
+
+
+# --- runs
+
+_RUN: list[Column[CellEntry]] = [
+    Column("task", lambda cell: cell.task, words=True),
+    Column("method", lambda cell: cell.method, words=True),
+    Column("seed", lambda cell: str(cell.seed), words=True),
+    Column("status", lambda cell: status_words(cell.status), words=True),
+]
+
+
+def unfinished_table(study: StudyRecord) -> Table | None:
+    """Return the runs that are not done, with their reasons."""
+    cells = [cell for cell in study.cells if cell.status != "done"]
+
+    def reason(cell: CellEntry) -> str:
+        if cell.error:
+            return cell.error.what
+        return "" if cell.status in ("pending", "running") else NOT_RECORDED
+
+    columns: list[Column[CellEntry]] = [
+        *_RUN,
+        Column("reason", reason, words=True),
+        Column("what to do", lambda c: (c.error.fix if c.error else "") or "", words=True),
+    ]
+    return Table.of(cells, columns, "Runs that are not done") if cells else None
+
+
+def runs_table(study: StudyRecord) -> Table | None:
+    """Return every run: its score, its speed, its folder."""
+
+    def score(cell: CellEntry) -> str:
+        run = cell.run
+        best = run.metrics.best if run and run.metrics else None
+        metric = run.task.metric if run and run.task else None
+        return format_score(best.score if best else None, scale_of(metric))
+
+    def speed(cell: CellEntry) -> str:
+        return format_number(cell.run.time.steps_per_s if cell.run and cell.run.time else None)
+
+    columns: list[Column[CellEntry]] = [
+        *_RUN,
+        Column("folder", lambda cell: words(cell.run_dir), words=True),
+        Column("score", score),
+        Column("steps/s", speed),
+    ]
+    return Table.of(study.cells, columns, "Runs", folded="Every run") if study.cells else None

@@ -1,0 +1,333 @@
+"""The figures of a study, one set a task. Each returns SVG, or None where nothing is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from sparsegrad_cli.records.metric_direction import Scale
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.study import ResultRow, StudyRecord
+from sparsegrad_cli.report.labels import CATEGORIES
+from sparsegrad_cli.report.run_charts import memory_bars, score_points, sparsity_maps
+from sparsegrad_cli.report.scores import (
+    cells_of,
+    methods_of,
+    published_for,
+    rows_of,
+    scale_of_rows,
+)
+from sparsegrad_cli.report.svg import (
+    INK,
+    Canvas,
+    colour,
+    grid,
+    height_for,
+    legend,
+    marker,
+    name_ticks,
+    plain,
+    stacked,
+    whole_steps,
+)
+from sparsegrad_cli.report.units import MIB
+
+_PHASES = ("calibrate", "forward", "backward", "optimizer", "evaluate")
+_MAX_MAPS = 8
+_MAPS_ACROSS = 4
+
+
+def score_dots(study: StudyRecord, task: str) -> str | None:
+    """Draw one dot a seed, the mean with its standard deviation, published scores as diamonds."""
+    rows = _scored(study, task)
+    if not rows:
+        return None
+    scale = scale_of_rows(rows)
+    with Canvas(3.0) as canvas:
+        axes = canvas.axes
+        for at, row in enumerate(rows):
+            place = _place(study, row)
+            scores = [scale.times * score for score in row.scores if score is not None]
+            if len(scores) > 1:
+                mean, spread = scale.times * _mean(row), scale.times * (row.score_std or 0.0)
+                bar = ([at + 0.12], [mean], [spread])
+                axes.errorbar(*bar, fmt="_", ms=16, capsize=4, color=colour(place))
+            dots = ([at - 0.08] * len(scores), scores)
+            axes.plot(*dots, marker(place), ms=6, alpha=0.8, color=colour(place))
+            for figure in published_for(study, task, row.method):
+                diamond = [scale.times * (figure.score or 0.0)]
+                axes.plot([at + 0.28], diamond, "D", ms=5, mfc="none", mec=INK)
+        _majority_line(canvas, study, task, scale)
+        name_ticks(axes, [row.method for row in rows])
+        axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=plain(scale.label))
+        grid(axes)
+        legend(axes)
+    return canvas.svg()
+
+
+def learning_curves(study: StudyRecord, task: str) -> str | None:
+    """Draw the mean validation score over steps by method, each seed thin behind it."""
+    scale = scale_of_rows(rows_of(study, task))
+    drawn = []
+    for at, method in enumerate(methods_of(study)):
+        found = [dict(score_points(run.metrics)) for run in _runs(study, task, method)]
+        curves = [
+            {step: scale.times * score for step, score in curve.items()} for curve in found if curve
+        ]
+        if curves:
+            drawn.append((at, method, curves))
+    if not drawn:
+        return None
+    with Canvas(height_for(3.2, len(drawn) + 1)) as canvas:
+        axes = canvas.axes
+        for at, method, curves in drawn:
+            for curve in curves:
+                axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.5, color=colour(at))
+            shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+            means = [fmean(curve[step] for curve in curves) for step in shared]
+            line = axes.plot(shared, means, marker=marker(at), ms=3.5, color=colour(at))
+            line[0].set_label(plain(method))
+        _majority_line(canvas, study, task, scale)
+        axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
+        whole_steps(axes)
+        grid(axes)
+        legend(axes)
+    return canvas.svg()
+
+
+def speed_bars(study: StudyRecord, task: str) -> str | None:
+    """Draw optimizer steps per second with the range over seeds."""
+    rows = [row for row in rows_of(study, task) if row.steps_per_s is not None]
+    if not rows:
+        return None
+    with Canvas(0.9 + 0.36 * len(rows)) as canvas:
+        axes = canvas.axes
+        axes.barh(
+            range(len(rows)),
+            [row.steps_per_s or 0.0 for row in rows],
+            0.62,
+            color=[colour(_place(study, row)) for row in rows],
+            xerr=[(row.steps_per_s_iqr or 0.0) / 2 for row in rows],
+            ecolor=INK,
+            capsize=3,
+        )
+        axes.set_yticks(range(len(rows)), [plain(row.method) for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("optimizer steps/s")
+        grid(axes, "x")
+    return canvas.svg()
+
+
+# --- memory
+
+
+def memory_by_method(study: StudyRecord, task: str) -> str | None:
+    """Draw the training step's peak by category in MiB, one bar a method."""
+    rows = [row for row in rows_of(study, task) if row.memory_categories]
+    if not rows:
+        return None
+    layers = [
+        (label, [getattr(row.memory_categories, key) / MIB for row in rows])
+        for key, label in CATEGORIES.items()
+    ]
+    with Canvas(0.9 + 0.36 * len(rows)) as canvas:
+        stacked(canvas.axes, [row.method for row in rows], layers)
+        canvas.axes.set_xlabel("MiB")
+        legend(canvas.axes)
+    return canvas.svg()
+
+
+def memory_by_phase(study: StudyRecord, task: str) -> str | None:
+    """Draw the peak of every phase by category in MiB; phases in turn, methods within them."""
+    measured = []
+    for row in rows_of(study, task):
+        runs = (run.memory for run in _runs(study, task, row.method) if run.memory)
+        found = next((memory.phases for memory in runs if memory.phases), {})
+        measured.append((row.method, found))
+    bars = [
+        (f"{phase} · {method}", phases[phase])
+        for phase in _PHASES
+        for method, phases in measured
+        if phase in phases
+    ]
+    return memory_bars(bars, thickness=0.22)
+
+
+def score_against_memory(study: StudyRecord, task: str) -> str | None:
+    """Draw the score over the peak beyond the weights, with 95 % intervals where there are any."""
+    rows = [row for row in _scored(study, task) if row.beyond_weights_bytes]
+    if len(rows) < 2:
+        return None
+    scale = scale_of_rows(rows)
+    with Canvas(height_for(3.0, len(rows))) as canvas:
+        axes = canvas.axes
+        for row in rows:
+            at, memory = _place(study, row), (row.beyond_weights_bytes or 0) / MIB
+            mean = scale.times * _mean(row)
+            if row.score_interval and row.seeds_done != 1:
+                low, high = (scale.times * end for end in row.score_interval)
+                bars = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+                axes.errorbar([memory], [mean], bars, lw=1, capsize=3, color=colour(at))
+            dot = axes.plot([memory], [mean], marker(at), ms=7, color=colour(at))
+            dot[0].set_label(plain(row.method))
+        widest = max(row.beyond_weights_bytes or 0 for row in rows)
+        axes.set_xlim(left=0, right=1.1 * widest / MIB)
+        axes.set_ylim(*_window(rows, scale))
+        axes.set(xlabel="peak beyond the weights, MiB", ylabel=plain(scale.label))
+        grid(axes, "both")
+        legend(axes)
+    return canvas.svg()
+
+
+def _window(rows: Sequence[ResultRow], scale: Scale) -> tuple[float, float]:
+    """Return the limits of a score axis: twice the range of all seeds.
+
+    The interval of two seeds is so wide that nothing could be told apart beside it: it leaves the
+    figure.
+    """
+    scores = [scale.times * score for row in rows for score in row.scores if score is not None]
+    scores += [scale.times * _mean(row) for row in rows]
+    low, high = min(scores), max(scores)
+    room = 0.5 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def score_under_budget(study: StudyRecord, task: str) -> str | None:
+    """Draw the best mean score that fits a memory budget, as steps over the budget, by method.
+
+    Rows of one method (its sizes, its learning rates) make one curve. A budget has to hold
+    calibration, too.
+    """
+    families: dict[str, list[ResultRow]] = {}
+    for row in _scored(study, task):
+        if row.peak_charged_bytes is not None:
+            families.setdefault(_family(study, row), []).append(row)
+    if not families:
+        return None
+    every = [row for rows in families.values() for row in rows]
+    scale = scale_of_rows(every)
+    peaks = [(row.peak_charged_bytes or 0) / MIB for row in every]
+    right = max(peaks) + 0.15 * (max(peaks) - min(peaks) or max(peaks))
+    with Canvas(height_for(3.0, len(families))) as canvas:
+        axes = canvas.axes
+        for at, (name, rows) in enumerate(families.items()):
+            budgets, scores = _staircase(rows, scale)
+            line = ([*budgets, right], [*scores, scores[-1]])
+            style = "--" if any(row.seeds_done == 1 for row in rows) else "-"
+            axes.step(*line, where="post", ls=style, color=colour(at), label=plain(name))
+            axes.plot(budgets, scores, marker(at), ms=5, color=colour(at))
+        axes.set_xlim(right=right)
+        axes.set(xlabel="budget: peak with calibration, MiB", ylabel=plain(f"best {scale.label}"))
+        grid(axes, "both")
+        legend(axes)
+    return canvas.svg()
+
+
+def _staircase(rows: Sequence[ResultRow], scale: Scale) -> tuple[list[float], list[float]]:
+    """Return (budgets in MiB, scores) where a larger budget starts to allow a better row."""
+    budgets: list[float] = []
+    scores: list[float] = []
+    for budget, score in sorted(((row.peak_charged_bytes or 0) / MIB, _mean(row)) for row in rows):
+        if scores and scale.best([score, scores[-1]]) == scores[-1]:
+            continue
+        if budgets and budgets[-1] == budget:
+            scores[-1] = score
+        else:
+            budgets.append(budget)
+            scores.append(score)
+    return budgets, [scale.times * score for score in scores]
+
+
+def _family(study: StudyRecord, row: ResultRow) -> str:
+    """Return what the rows of one method have in common: ``sparsegrad core, static``."""
+    methods = [run.method for run in _runs(study, row.task, row.method) if run.method]
+    if not methods:
+        return row.method
+    first = " ".join(part for part in (methods[0].name, methods[0].form) if part)
+    return f"{first}, {methods[0].support}" if methods[0].support else first
+
+
+# --- which parameters changed
+
+
+def changed_maps(study: StudyRecord, task: str) -> str | None:
+    """Draw the share of each block of the middle target that changed, one small map a method."""
+    found = []
+    for row in rows_of(study, task):
+        blocks = [run.sparsity for run in _runs(study, task, row.method) if run.sparsity]
+        found += [(row.method, blocks[0])] if blocks else []
+    found = found[:_MAX_MAPS]
+    if not found:
+        return None
+    across = min(_MAPS_ACROSS, len(found))
+    down = -(-len(found) // across)
+    return sparsity_maps(found, Canvas(2.1 * down + 0.3, columns=across, rows=down))
+
+
+def changed_by_target(study: StudyRecord, task: str) -> str | None:
+    """Draw methods by targets: parameters that changed, as a share of the target's weights."""
+    shares = {row.method: _changed_shares(study, row) for row in rows_of(study, task)}
+    shares = {method: found for method, found in shares.items() if found}
+    targets = list(dict.fromkeys(name for found in shares.values() for name in found))
+    if not shares or len(targets) < 2:
+        return None
+    matrix = np.array(
+        [[100.0 * found.get(name, np.nan) for name in targets] for found in shares.values()]
+    )
+    positive = matrix[np.isfinite(matrix) & (matrix > 0)]
+    if not positive.size:
+        return None
+    with Canvas(1.2 + 0.28 * len(shares)) as canvas:
+        limits = (0.9 * float(positive.min()), 1.1 * float(positive.max()))
+        bar = canvas.heat_maps([matrix], "% changed", limits, logarithmic=True)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        canvas.axes.set_yticks(range(len(shares)), [plain(method) for method in shares])
+        canvas.axes.tick_params(length=0)
+        canvas.axes.set(xlabel=f"{len(targets)} targets, in the order of the model")
+    return canvas.svg()
+
+
+def _changed_shares(study: StudyRecord, row: ResultRow) -> dict[str, float]:
+    """Return target -> share that changed, of the first seed that recorded it."""
+    for run in _runs(study, row.task, row.method):
+        found = {
+            target.name: target.touched / size
+            for target in (run.counts.targets if run.counts else [])
+            if target.touched is not None and (size := target.out_features * target.in_features)
+        }
+        if found:
+            return found
+    return {}
+
+
+# --- parts
+
+
+def _runs(study: StudyRecord, task: str, method: str) -> list[RunRecord]:
+    return [cell.run for cell in cells_of(study, task, method) if cell.run]
+
+
+def _scored(study: StudyRecord, task: str) -> list[ResultRow]:
+    return [row for row in rows_of(study, task) if row.score_mean is not None]
+
+
+def _mean(row: ResultRow) -> float:
+    return row.score_mean or 0.0
+
+
+def _place(study: StudyRecord, row: ResultRow) -> int:
+    """Return the number of a method: it keeps its colour in every figure."""
+    return methods_of(study).index(row.method)
+
+
+def _majority_line(canvas: Canvas, study: StudyRecord, task: str, scale: Scale) -> None:
+    """Draw the score of always predicting the most frequent class, as the first run has it."""
+    for method in methods_of(study):
+        for run in _runs(study, task, method):
+            if run.task and run.task.majority_score is not None:
+                level = scale.times * run.task.majority_score
+                canvas.axes.axhline(level, color=INK, lw=1, ls=":", label="majority class")
+                return
