@@ -27,6 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export", "generate", "judge", "estimate"),
     ("training",),
     ("calibration",),
+    ("tasks",),
+    ("run",),
     ("methods",),
     ("models", "data", "memory"),
     ("numerics",),

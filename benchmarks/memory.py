@@ -14,7 +14,6 @@ import torch
 from benchmarks.common import save
 from benchmarks.models import batch_of, methods_at, model_of, random_bases
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.schema import TargetsSection, TrainSection
@@ -32,10 +31,10 @@ def step_bytes(method: Any, model_name: str, batch: int, length: int) -> dict[st
     model = model_of(model_name)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
     targets = find_targets(model, TargetsSection())
-    rank = getattr(method, "rank", None) if method.name == "sparsegrad" else None
+    rank = method.basis_rank
     save_memory(model, targets, method.recompute)
-    tuned = make_method(method)
-    bases = random_bases(targets, rank) if tuned.needs_basis else None
+    tuned = method.implementation()
+    bases = random_bases(targets, rank) if method.calibrates else None
     prepared = tuned.prepare(model, targets, scope="head", bases=bases)
     del bases
     optimizer = tuned.optimizer(model, TrainSection())

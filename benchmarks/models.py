@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsegrad_cli.methods.full.settings import FullSettings
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
-from sparsegrad_cli.recipe.method_section import (
-    FullMethod,
-    LoraMethod,
-    MepropMethod,
-    SparsegradMethod,
-)
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import GLUE_TASKS
 
@@ -82,19 +80,19 @@ def random_bases(targets: list[Target], rank: int | None = None) -> dict[str, Ba
 
 def methods_at(
     density: float, rank: int
-) -> dict[str, FullMethod | LoraMethod | MepropMethod | SparsegradMethod]:
+) -> dict[str, FullSettings | LoraSettings | MepropSettings | SparsegradSettings]:
     """All methods at equal trainable entries; ``rank`` is the core form's."""
 
-    def sparsegrad(form: str, **more: object) -> SparsegradMethod:
+    def sparsegrad(form: str, **more: object) -> SparsegradSettings:
         settings = {"name": "sparsegrad", "density": density, "form": form, **more}
-        return SparsegradMethod.model_validate(settings)
+        return SparsegradSettings.model_validate(settings)
 
     return {
-        "lora": LoraMethod(name="lora", density=density),
-        "lora recomputed": LoraMethod(name="lora", density=density, recompute="activation"),
-        "full": FullMethod(name="full"),
-        "full recomputed": FullMethod(name="full", recompute="activation"),
-        "meprop entries": MepropMethod(name="meprop", density=density),
+        "lora": LoraSettings(name="lora", density=density),
+        "lora recomputed": LoraSettings(name="lora", density=density, recompute="activation"),
+        "full": FullSettings(name="full"),
+        "full recomputed": FullSettings(name="full", recompute="activation"),
+        "meprop entries": MepropSettings(name="meprop", density=density),
         "core": sparsegrad("core", support="static", rank=rank),
         "core dense": sparsegrad("core", support="dense", rank=rank),
         "core recomputed": sparsegrad("core", support="static", rank=rank, recompute="activation"),

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import interleave, ratios, save
+from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, to_core
-from sparsegrad_cli.numerics.supports import entries_for, largest_entries
+from sparsegrad_cli.numerics.supports import largest_entries
 
 
 def measure(out_features: int, in_features: int, rounds: int) -> dict[str, object]:
@@ -26,7 +27,7 @@ def measure(out_features: int, in_features: int, rounds: int) -> dict[str, objec
         ones,
         ones,
     )
-    k = entries_for(0.01, out_features, in_features)
+    k = count_for_density(0.01, out_features, in_features)
     indices = largest_entries(grad, k)
     values = torch.randn(k)
 

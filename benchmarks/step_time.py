@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.common import interleave, ratios, save
 from benchmarks.models import batch_of, methods_at, model_of, random_bases
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets, freeze
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -34,11 +34,15 @@ METHODS = (
 
 
 def step_of(
-    method: object, model: nn.Module, targets: list[Target], bases: dict[str, Basis], batch: dict
+    method: MethodSettings,
+    model: nn.Module,
+    targets: list[Target],
+    bases: dict[str, Basis],
+    batch: dict,
 ) -> Callable[[], None]:
     """A closure that makes one training step."""
-    save_memory(model, targets, method.recompute)  # type: ignore[attr-defined]
-    tuned = make_method(method)  # type: ignore[arg-type]
+    save_memory(model, targets, method.recompute)
+    tuned = method.implementation()
     tuned.prepare(model, targets, scope="head", bases=bases)
     optimizer = tuned.optimizer(model, TrainSection())
     model.train()

@@ -24,7 +24,6 @@ REPO = Path(__file__).resolve().parent.parent
 
 _LIBRARIES = (
     "datasets",
-    "evaluate",
     "matplotlib.pyplot",
     "peft",
     "sklearn.metrics",

@@ -82,7 +82,7 @@ def data_folder(folder: Path) -> Path:
 def train(
     run: Path, base: Path, data: Path, *overrides: str, stop: bool = False, resume: bool = False
 ) -> Path:
-    """A run of six steps as the runner makes it, less its report, which takes longer than the rest.
+    """Train for six steps as `sparsegrad train` does, without the report, which takes longest.
 
     Args:
         data: a folder of classes, or a file of conversations.

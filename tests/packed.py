@@ -10,11 +10,11 @@ import torch
 from tiny import batch, batches, build, calibrated, config, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.numerics.seeding import temporary_seed
-from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
@@ -23,9 +23,9 @@ BITS = ("8bit", "4bit")
 TWO = TaskSpec("t", ("text",), "label", ("no", "yes"), False, "accuracy", ("accuracy",))
 
 
-def core(support: Any, **more: Any) -> SparsegradMethod:
+def core(support: Any, **more: Any) -> SparsegradSettings:
     """Settings of a core of rank 7."""
-    return SparsegradMethod(name="sparsegrad", density=0.05, rank=7, support=support, **more)
+    return SparsegradSettings(name="sparsegrad", density=0.05, rank=7, support=support, **more)
 
 
 METHODS: dict[str, Any] = {
@@ -33,7 +33,7 @@ METHODS: dict[str, Any] = {
     "dynamic": core("dynamic"),
     "dense": core("dense"),
     "recomputed": core("refresh", refresh_steps=2, recompute="activation"),
-    "lora": LoraMethod(name="lora", rank=3),
+    "lora": LoraSettings(name="lora", rank=3),
 }
 
 
@@ -88,9 +88,9 @@ class Packed:
         self.before = self.logits()
         self.targets = targets_of(self.model)
         save_memory(self.model, self.targets, METHODS[name].recompute)
-        self.method: Any = make_method(METHODS[name])
+        self.method: Any = METHODS[name].implementation()
         bases = None
-        if self.method.needs_basis:
+        if METHODS[name].calibrates:
             found = calibrated(
                 self.model, self.targets, batches, steps=3, source="token", rank=7, seed=0
             )

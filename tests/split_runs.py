@@ -12,7 +12,7 @@ from split import METHODS, cut, joined, splitting, trained
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
-from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.models.sharded_tensors import is_split
 from sparsegrad_cli.progress import Observer

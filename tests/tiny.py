@@ -13,19 +13,16 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import Calibration, calibrate
 from sparsegrad_cli.calibration.diagnostics import KindGrams
-from sparsegrad_cli.methods.base import Prepared
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.full.settings import FullSettings
+from sparsegrad_cli.methods.implementation import Prepared
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis, Stream
 from sparsegrad_cli.numerics.seeding import temporary_seed
-from sparsegrad_cli.recipe.method_section import (
-    FullMethod,
-    LoraMethod,
-    MepropMethod,
-    SparsegradMethod,
-)
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection, TrainSection
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
@@ -221,44 +218,46 @@ def orthogonal_bases(
     }
 
 
-MethodSettings = FullMethod | LoraMethod | MepropMethod | SparsegradMethod
+MethodSettings = FullSettings | LoraSettings | MepropSettings | SparsegradSettings
 
 # name -> (settings, basis_per for methods that need a basis)
 METHODS: dict[str, tuple[MethodSettings, str | None]] = {
-    "full": (FullMethod(name="full"), None),
-    "lora": (LoraMethod(name="lora", rank=2), None),
-    "meprop-entries": (MepropMethod(name="meprop", density=0.05), None),
-    "meprop-rows": (MepropMethod(name="meprop", density=0.1, select="rows"), None),
+    "full": (FullSettings(name="full"), None),
+    "lora": (LoraSettings(name="lora", rank=2), None),
+    "meprop-entries": (MepropSettings(name="meprop", density=0.05), None),
+    "meprop-rows": (MepropSettings(name="meprop", density=0.1, select="rows"), None),
     "meprop-unified": (
-        MepropMethod(name="meprop", density=0.1, select="rows", unified=True),
+        MepropSettings(name="meprop", density=0.1, select="rows", unified=True),
         None,
     ),
     "materialized-layer": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized"),
+        SparsegradSettings(name="sparsegrad", density=0.05, form="materialized"),
         "layer",
     ),
     "materialized-kind": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized"),
+        SparsegradSettings(name="sparsegrad", density=0.05, form="materialized"),
         "kind",
     ),
     "rotated-layer": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
+        SparsegradSettings(name="sparsegrad", density=0.05, form="rotated"),
         "layer",
     ),
     "rotated-kind": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="rotated"),
+        SparsegradSettings(name="sparsegrad", density=0.05, form="rotated"),
         "kind",
     ),
     "core-static": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="static", rank=8),
+        SparsegradSettings(name="sparsegrad", density=0.05, form="core", support="static", rank=8),
         "layer",
     ),
     "core-dynamic": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="core", support="dynamic", rank=1.0),
+        SparsegradSettings(
+            name="sparsegrad", density=0.05, form="core", support="dynamic", rank=1.0
+        ),
         "kind",
     ),
     "core-refresh": (
-        SparsegradMethod(
+        SparsegradSettings(
             name="sparsegrad",
             density=0.05,
             form="core",
@@ -269,7 +268,7 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         "layer",
     ),
     "core-bounded": (
-        SparsegradMethod(
+        SparsegradSettings(
             name="sparsegrad",
             density=0.05,
             form="core",
@@ -279,13 +278,15 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         ),
         "layer",
     ),
-    "meprop-bounded": (MepropMethod(name="meprop", density=0.05, state_capacity=1.5), None),
+    "meprop-bounded": (MepropSettings(name="meprop", density=0.05, state_capacity=1.5), None),
     "materialized-bounded": (
-        SparsegradMethod(name="sparsegrad", density=0.05, form="materialized", state_capacity=1.5),
+        SparsegradSettings(
+            name="sparsegrad", density=0.05, form="materialized", state_capacity=1.5
+        ),
         "layer",
     ),
     "core-dense": (
-        SparsegradMethod(name="sparsegrad", form="core", support="dense", rank=6),
+        SparsegradSettings(name="sparsegrad", form="core", support="dense", rank=6),
         "layer",
     ),
 }
@@ -319,7 +320,7 @@ class Tuned:
             bases = calibrated(
                 self.model, self.targets, steps=3, basis_per=basis_per, seed=seed
             ).by_target()
-        self.method: Any = make_method(settings)
+        self.method: Any = settings.implementation()
         with temporary_seed(seed):
             self.prepared: Prepared = self.method.prepare(
                 self.model, self.targets, scope=scope, bases=bases

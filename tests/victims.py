@@ -27,12 +27,11 @@ from sparsegrad_cli.calibration.basis_file import (
 )
 from sparsegrad_cli.export.adapter import load_adapter
 from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import fingerprint
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
 
-SCORED = SparsegradMethod(name="sparsegrad", density=0.05, form="core", rank=7)
+SCORED = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=7)
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
 
@@ -69,7 +68,7 @@ def use_basis(path: Path) -> None:
     check_belongs(found, targets, fingerprint(model, targets), "calibration.basis")
     check_rank(found, SCORED.rank, "calibration.basis")
     before = logits(model)
-    method = make_method(SCORED)
+    method = SCORED.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)
     assert torch.equal(logits(model), before)
     assert torch.isfinite(torch.tensor(float(found.settings.get("seconds") or 0.0)))
@@ -92,7 +91,7 @@ def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = base()
     targets = targets_of(model)
     found = calibrated(model, targets, steps=2, rank=7)
-    method = make_method(SCORED)
+    method = SCORED.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target())
     tensors = dict(method.adapter_tensors(model))
     tensors |= {f"basis/{p}/{k}": getattr(b, p) for k, b in found.bases.items() for p in PARTS}

@@ -16,13 +16,11 @@ from paths import REPO
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sparsegrad_cli.methods.full.settings import FullSettings
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.recipe.figures import Figure
-from sparsegrad_cli.recipe.method_section import (
-    FullMethod,
-    LoraMethod,
-    MepropMethod,
-    SparsegradMethod,
-)
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.task_section import ChatSection, ColumnsSection, TaskSection
@@ -32,7 +30,7 @@ SHIPPED = sorted([*(REPO / "configs").glob("*.yaml"), *(REPO / "recipes").glob("
 _SECTIONS: tuple[type[BaseModel], ...] = (
     Recipe,
     *(m.annotation for m in Recipe.model_fields.values() if isinstance(m.annotation, type)),
-    *(FullMethod, LoraMethod, MepropMethod, SparsegradMethod),
+    *(FullSettings, LoraSettings, MepropSettings, SparsegradSettings),
     *(TaskSection, ChatSection, ColumnsSection),
     *(Study, MethodEntry, TaskEntry, Figure),
 )

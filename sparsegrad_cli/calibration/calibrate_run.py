@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
+from sparsegrad_cli.methods.registry import DEFAULT_METHOD
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.records.run import RunRecord
@@ -32,7 +33,7 @@ def calibrate_run(
         raise UsageError(
             f"calibrate makes a basis, and method {recipe.method.name} needs none",
             where=loaded.where("method.name"),
-            fix="method.name: sparsegrad",
+            fix=f"method.name: {DEFAULT_METHOD.name}",
         )
     if recipe.calibration.basis is not None:
         raise UsageError(

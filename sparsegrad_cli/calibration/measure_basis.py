@@ -9,11 +9,8 @@ from sparsegrad_cli.calibration.calibrate import Calibration
 from sparsegrad_cli.calibration.diagnostics import Choice, KindGrams, energy_table
 from sparsegrad_cli.calibration.run_calibration import RunCalibration
 from sparsegrad_cli.interruption import deferred_interrupt
-from sparsegrad_cli.methods.sparse_sizing import asked_entries
-from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
 from sparsegrad_cli.models.targets import Target, basis_keys
 from sparsegrad_cli.numerics.hosvd import Basis, is_whole, truncated
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.records.run import CalibrationBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.setup import load
@@ -65,15 +62,13 @@ def _measure_energy(calibration: RunCalibration, made: Calibration, kinds: KindG
 
 
 def _choices(calibration: RunCalibration, made: Calibration) -> dict[str, Choice]:
-    """Return what would train of each target beside its full-rank basis; empty for other methods.
+    """Return what would train of each target beside its full-rank basis.
 
     Calibration that keeps only the leading directions has no full-rank basis. It is then made from
     the same batches for one target of each kind, since all of them may not fit in memory.
     """
     setup = calibration.setup
     settings, targets = setup.method_settings, setup.targets
-    if not isinstance(settings, SparsegradMethod):
-        return {}
     own = made.by_target()
     full = {t.name: own[t.name] for t in targets if is_whole(own[t.name])}
     if len(full) < len(targets):
@@ -85,17 +80,13 @@ def _choices(calibration: RunCalibration, made: Calibration) -> dict[str, Choice
         ).by_target()
     cut: dict[int, Basis] = {}
     for basis in own.values():
-        cut.setdefault(id(basis), truncated(basis, setup.basis_rank))
+        cut.setdefault(id(basis), truncated(basis, settings.basis_rank))
     bases = {name: cut[id(basis)] for name, basis in own.items()}
-    fixed = planned_supports(settings, targets, bases, made.scores)
-    asked = asked_entries(settings, targets) if settings.support != "dense" else {}
-    choices = {}
-    for name, whole in full.items():
-        room = bases[name].q_out.shape[1] * bases[name].q_in.shape[1]
-        support = fixed.get(name)
-        count = len(support) if support is not None else min(asked.get(name, room), room)
-        choices[name] = Choice(bases[name], whole, count, support)
-    return choices
+    plans = settings.implementation().planned(targets, bases, made.scores)
+    return {
+        name: Choice(bases[name], whole, plans[name].count, plans[name].positions)
+        for name, whole in full.items()
+    }
 
 
 def _to_decompose(calibration: RunCalibration) -> list[Target]:

@@ -126,7 +126,9 @@ class RunCalibration:
         }
         kept = calibration.bases
         if whole:
-            kept = {key: leading(basis, setup.basis_rank) for key, basis in kept.items()}
+            kept = {
+                key: leading(basis, setup.method_settings.basis_rank) for key, basis in kept.items()
+            }
         file = BasisFile(
             kept,
             calibration.keys,
@@ -183,7 +185,7 @@ class RunCalibration:
             batches,
             recipe.calibration.model_copy(update={**(changes or {}), "steps": len(steps)}),
             seed=recipe.seed,
-            rank=self.setup.basis_rank,
+            rank=self.setup.method_settings.basis_rank,
             train=recipe.train,
             **hooks,
         )
@@ -283,9 +285,9 @@ def basis_for_run(
             return calibration.make_basis()
         basis = kept
     check_belongs(basis, setup.targets, setup.fingerprint, where)
-    check_rank(basis, setup.basis_rank, where)
+    check_rank(basis, setup.method_settings.basis_rank, where)
     # A resumed run chooses its support as it did before, also from a file of an older version.
-    if given and setup.compares_targets:
+    if given and setup.method_settings.compares_targets:
         check_tokens(basis, where)
     # The cost of a basis that was made earlier is charged to this run, too.
     run.seconds["calibrate_s"] = float(basis.settings.get("seconds") or 0.0)

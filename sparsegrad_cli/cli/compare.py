@@ -158,7 +158,6 @@ def _solved(
     afresh: bool,
 ) -> LoadedStudy:
     """At the sizes that its budget allows; a comparison that goes on keeps those that it has."""
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.study.solving import picked
 
@@ -166,11 +165,13 @@ def _solved(
         return study
     kept = {} if afresh else picked(place)
     with QuietObserver() if quiet else ProgressObserver() as observer:
-        return runner.solve(
+        from sparsegrad_cli.study.budget.solve_study import solve_study
+
+        return solve_study(
             study,
-            observer,
             kept=kept,
             kernels=None if device is None else device.value,
+            observer=observer,
         )
 
 

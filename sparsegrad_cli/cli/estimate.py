@@ -80,7 +80,6 @@ def estimate(
     """
     from rich.console import Console
 
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.estimate.rehearsal import Conditions
     from sparsegrad_cli.io.atomic import without_nan
@@ -94,7 +93,9 @@ def estimate(
         kernels=_kernels(device, gpu is not None, cells[0][1]), padded=not no_padding
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        record = runner.estimate(cells, conditions, room, observer)
+        from sparsegrad_cli.estimate.estimate_steps import estimate_steps
+
+        record = estimate_steps(cells, conditions, room, observer)
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -110,7 +111,6 @@ def _cells(
     device: Device | None,
 ) -> list[tuple[str, LoadedRecipe]]:
     """Label and recipe of every row: of the recipe, of its methods, or of a study's cells."""
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.recipes import is_study
     from sparsegrad_cli.recipe.study import load_study, make_study
 
@@ -131,7 +131,9 @@ def _cells(
         study = load_study(source, overrides)
         budget = study.study.budget
         if budget is not None and budget.kind != "seconds":
-            study = runner.solve(study, kernels=None if device is None else device.value)
+            from sparsegrad_cli.study.budget.solve_study import solve_study
+
+            study = solve_study(study, kernels=None if device is None else device.value)
     elif names:
         study = make_study(source, names, 1, overrides, option="--method")
     else:

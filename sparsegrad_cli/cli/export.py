@@ -86,7 +86,6 @@ def export(
     """
     from rich.console import Console
 
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.io.atomic import without_nan
@@ -98,7 +97,9 @@ def export(
         to.value, output_dir, rank, check_examples, tolerance, overwrite, server_rank
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        record = runner.export(run, options, observer, overrides=tuple(overrides or ()))
+        from sparsegrad_cli.export.export_run import export_run
+
+        record = export_run(run, options, observer, overrides=tuple(overrides or ()))
     if as_json:
         typer.echo(json.dumps(record))
         return

@@ -14,7 +14,6 @@ from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, refuse_without_effe
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.generate.answerer import Answerer
     from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 
 
@@ -122,12 +121,12 @@ def generate(
         return
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", where="--prompt")
-    from sparsegrad_cli import runner
+    from sparsegrad_cli.generate.generate import generate as answer
     from sparsegrad_cli.generate.options import GenerateOptions
 
     options = GenerateOptions(model, settings, prompts, prompt, batch_size, output)
     with _observer(quiet or as_json) as observer:
-        record = runner.generate(options, observer)
+        record = answer(options, observer)
     if study:
         _finish_study(Path(run).expanduser(), record, as_json)
     elif as_json:
@@ -140,8 +139,8 @@ def generate(
 
 def _talk(model: ModelOptions, settings: GenerationSettings, quiet: bool) -> None:
     """Turns from standard input until it ends."""
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.chat import Chat
+    from sparsegrad_cli.generate.generate import generation_errors, load_answerer
 
     if sys.stdin is None:
         raise UsageError("standard input is closed", fix="--prompt TEXT or --prompts FILE")
@@ -152,11 +151,12 @@ def _talk(model: ModelOptions, settings: GenerationSettings, quiet: bool) -> Non
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history for input()
 
-    def talk(answerer: Answerer, about: dict[str, Any]) -> None:
+    with generation_errors():
+        with _observer(quiet) as observer:
+            answerer, about = load_answerer(model, settings, observer)
+            for note in answerer.notes:
+                observer.note(note)
         Chat(answerer, source=sys.stdin, out=sys.stdout, err=sys.stderr).run(about)
-
-    with _observer(quiet) as observer:
-        runner.converse(model, settings, talk, observer)
 
 
 def _observer(quiet: bool) -> Any:

@@ -91,11 +91,10 @@ def judge(
     """
     from rich.console import Console
 
-    from sparsegrad_cli import runner
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.io.atomic import without_nan
     from sparsegrad_cli.judge.grades import read_graded_answers
-    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions
+    from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions, judge_answers
     from sparsegrad_cli.records.answers import JudgeRecord
     from sparsegrad_cli.records.store import load_study
     from sparsegrad_cli.report.files import write_study_report
@@ -116,7 +115,7 @@ def judge(
         max_tokens=max_tokens,
     )
     with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
-        record = runner.judge(options, observer)
+        record = judge_answers(options, observer)
     if options.study is not None:
         study = load_study(options.study)
         write_study_report(options.study, study, read_graded_answers(options.study, study))

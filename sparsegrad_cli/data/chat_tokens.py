@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli.data.batches import UNLABELLED, token_rows
 from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.template_tokenizer import Piece, PieceEncoder
@@ -18,7 +19,6 @@ from sparsegrad_cli.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-UNLABELLED = -100
 _CHUNK = 1000  # conversations made a table at a time: bounds the memory that Python lists take
 
 
@@ -102,14 +102,6 @@ class ChatEncoder:
         return learnt
 
 
-def render(
-    tokenizer: Any, conversation: Conversation, *, max_length: int
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one conversation; see :meth:`ChatEncoder.encode`."""
-    ids, labels, _ = ChatEncoder(tokenizer).encode(conversation, max_length=max_length)
-    return ids, labels
-
-
 @dataclass(frozen=True)
 class EncodedChats:
     """Conversations as token ids.
@@ -188,16 +180,6 @@ def encode_conversations(
         too_long = f"{split} conversations longer than max_length {max_length}: "
         too_long += f"{cut} cut, {dropped} dropped, because no answer begins within it"
     return EncodedChats(concatenate_datasets(parts), labelled, counts, too_long)
-
-
-def token_rows(ids: list[list[int]], labels: list[list[int]], **more: list[list[int]]) -> Dataset:
-    """A table of rows of int32."""
-    from datasets import Dataset, Features, List, Value
-
-    columns = {"input_ids": ids, "labels": labels, **more}
-    return Dataset.from_dict(
-        columns, features=Features({name: List(Value("int32")) for name in columns})
-    )
 
 
 def _last_labelled(labels: Sequence[int]) -> int:

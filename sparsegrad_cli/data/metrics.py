@@ -1,31 +1,28 @@
-"""Metrics of classes and scores, GLUE's own among them, as an offline ``evaluate`` module.
+"""Metrics of classes and scores, with the values of scikit-learn and scipy.
 
-The numbers come from scikit-learn and scipy. All values are fractions (0.59, not 59). Where a
-metric has no value by its formula, it gets the one below and a note, never NaN:
+All values are fractions (0.59, not 59). A metric that its formula leaves undefined gets the value
+below and a note, never NaN:
 
 ==================================  ====================  ======================================
 case                                value                 why
 ==================================  ====================  ======================================
-one class predicted, or true        matthews 0            the limit of chance; scikit-learn's too
+one class predicted, or true        matthews 0            chance level; as in scikit-learn
 no positive predicted and none true f1 0 (precision and   scikit-learn's ``zero_division=0``
                                     recall likewise)
-constant predictions or references  pearson, spearman 0   nothing is told apart
-NaN or infinite logits anywhere     the lowest: 0, or -1  the model is broken, so that no
-                                    of a correlation      checkpoint of it may be selected
+constant predictions or references  pearson, spearman 0   the predictions rank nothing
+NaN or infinite logits anywhere     the lowest: 0, or -1  the model is broken, so no checkpoint
+                                    of a correlation      of it may be selected
 ==================================  ====================  ======================================
 
-``f1``, ``precision`` and ``recall`` are those of one class of two: ``task.positive_label``, by
-default the class with id 1. With ``_macro`` they are the plain mean, and with ``_weighted`` the
-mean weighted by rows, over the classes that are true or predicted (scikit-learn's default).
-Accuracy and the Matthews correlation do not depend on which class is the positive one.
-
-``evaluate`` takes seconds to import, so it is imported when the first score is computed.
+``f1``, ``precision`` and ``recall`` of two classes are those of the positive class:
+``task.positive_label``, by default the class with id 1. With ``_macro`` they are the plain mean,
+and with ``_weighted`` the mean weighted by rows, over the classes that are true or predicted
+(scikit-learn's default). Accuracy and the Matthews correlation do not depend on the positive
+class.
 """
 
 from __future__ import annotations
 
-import functools
-import tempfile
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsegrad_cli.errors import DataError
-from sparsegrad_cli.recipe.tasks import (
-    BUILTIN_TASKS,
-    CLASS_METRICS,
-    GLUE_TASKS,
-    SCORE_METRICS,
-    TaskSpec,
-)
+from sparsegrad_cli.recipe.tasks import CLASS_METRICS, SCORE_METRICS, TaskSpec
 
 LOWEST = {
     **dict.fromkeys(CLASS_METRICS, 0.0),
@@ -48,37 +39,24 @@ LOWEST = {
     "pearson": -1.0,
     "spearmanr": -1.0,
 }
-# Beyond this, the spread of numbers is rounding error of their mean (scipy's own threshold).
+# Below this relative spread, numbers differ by rounding only (scipy's own threshold).
 _CONSTANT = 1e-13
-
-_GENERIC = {
-    "classification": TaskSpec(
-        "classification",
-        ("text",),
-        "label",
-        None,
-        False,
-        "accuracy",
-        ("accuracy", "f1", "matthews_correlation"),
-    ),
-    "regression": TaskSpec("regression", ("text",), "label", None, True, "pearson", SCORE_METRICS),
-}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Metric name -> value (a fraction), and a note for every value that is so by definition."""
+    """Metric name -> value (a fraction), and a note for each value that holds by definition."""
 
     values: dict[str, float]
     notes: tuple[str, ...]
 
 
 def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> Scores:
-    """All metrics of a task.
+    """Compute all metrics of a task.
 
     Args:
-        spec: names the metrics.
-        logits: (N, C) class logits, of which the largest is the answer; or (N,) or (N, 1) scores.
+        spec: task, which names the metrics.
+        logits: (N, C) class logits, whose largest is the answer; or (N,) or (N, 1) scores.
         references: (N,) class ids or scores.
 
     Raises:
@@ -101,24 +79,24 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
         )
         return Scores({name: LOWEST[name] for name in spec.metrics}, (note,))
     predictions = outputs if spec.regression else outputs.argmax(axis=1)
-    metric = _metric_class()(spec.name, spec=spec)
-    values = metric.compute(predictions=predictions, references=true)
-    return Scores(values, metric.notes)
+    return metric_values(spec, predictions, true)
 
 
 def mean_loss(
     spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike, *, smoothing: float = 0.0
 ) -> float:
-    """The loss that training lowers, per example: cross-entropy (nats), or the squared error.
+    """Compute the mean training loss per example: cross-entropy (nats), or the squared error.
 
-    In float64 from the logits alone, so that neither batches nor processes show in it.
+    It is computed in float64 from all logits, so it does not depend on batches or processes.
 
     Args:
-        spec, logits, references: as in :func:`score`.
-        smoothing: share of a label that goes to all classes alike, as in transformers.
+        spec: the task.
+        logits: as in :func:`score`.
+        references: as in :func:`score`.
+        smoothing: share of a label that is spread over all classes, as in transformers.
 
     Returns:
-        NaN where a logit is NaN or infinite.
+        The loss; NaN if a logit is NaN or infinite.
     """
     outputs = np.asarray(logits, dtype=np.float64)
     true = np.asarray(references)
@@ -136,7 +114,7 @@ def mean_loss(
 def metric_values(
     spec: TaskSpec, predictions: npt.NDArray[Any], references: npt.NDArray[Any]
 ) -> Scores:
-    """All metrics of a task from its answers: class ids or finite scores, both (N,), N >= 1."""
+    """Compute all metrics from answers: class ids or finite scores, both (N,), N >= 1."""
     values: dict[str, float] = {}
     notes: list[str] = []
     for name in spec.metrics:
@@ -185,7 +163,7 @@ def _classification(
 
 
 def _named(spec: TaskSpec, label: int) -> str:
-    """``1 (acceptable)``, or the id alone where the classes have no names."""
+    """Return ``1 (acceptable)``, or the id alone if the classes have no names."""
     return f"{label} ({spec.label_names[label]})" if spec.label_names else str(label)
 
 
@@ -210,56 +188,3 @@ def _correlation(
 def _is_constant(numbers: npt.NDArray[np.float64]) -> bool:
     spread = float(numbers.max()) - float(numbers.min())
     return spread <= _CONSTANT * float(np.abs(numbers).max())
-
-
-@functools.cache
-def _metric_class() -> type[Any]:
-    """Make GlueMetric. A function, because its base class must not be imported with this file."""
-    import datasets
-    import evaluate
-
-    class GlueMetric(evaluate.Metric):
-        """``evaluate`` module of one task's official metrics.
-
-        Args:
-            config_name: a task (``glue/rte`` or ``rte``), ``classification`` or ``regression``.
-            spec: the task itself, where it is the user's own.
-
-        After ``compute(predictions=ids_or_scores, references=...)``, ``notes`` says which values
-        hold by definition only.
-        """
-
-        def __init__(self, config_name: str = "classification", spec: TaskSpec | None = None):
-            known = {**GLUE_TASKS, **BUILTIN_TASKS, **_GENERIC}
-            self.task = spec or known[config_name.removeprefix("glue/")]
-            self.notes: tuple[str, ...] = ()
-            super().__init__(config_name, keep_in_memory=True, seed=0)
-
-        def _build_data_dir(self) -> str:
-            # evaluate would make a folder in the user's cache that nothing in memory needs.
-            return tempfile.gettempdir()
-
-        def _info(self) -> Any:
-            dtype = "float64" if self.task.regression else "int64"
-            return evaluate.MetricInfo(
-                description=f"Metrics of {self.task.name}: {', '.join(self.task.metrics)}.",
-                citation="Wang et al. 2018, GLUE, arXiv 1804.07461",
-                inputs_description="predictions, references: (N,) class ids, or scores.",
-                features=datasets.Features(
-                    {"predictions": datasets.Value(dtype), "references": datasets.Value(dtype)}
-                ),
-            )
-
-        def _compute(self, predictions: Any = None, references: Any = None) -> dict[str, float]:
-            # Lists, not evaluate's numpy format: that one casts scores to float32.
-            scores = metric_values(self.task, np.asarray(predictions), np.asarray(references))
-            self.notes = scores.notes
-            return scores.values
-
-    return GlueMetric
-
-
-def __getattr__(name: str) -> Any:
-    if name == "GlueMetric":
-        return _metric_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

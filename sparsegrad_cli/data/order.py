@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from sparsegrad_cli.data.chat_tokens import UNLABELLED
+from sparsegrad_cli.data.batches import UNLABELLED
 
 
 class EpochSampler(Sampler[int]):

@@ -1,43 +1,39 @@
-"""Rows of token ids to batches: padded, packed without attention across, or run together.
-
-A row has ``input_ids`` and ``labels``; a packed row also ``lengths`` of the conversations in it.
-What is padding follows from lengths, never from a token's id: a model may use its end token to pad.
-"""
+"""Arrange tokens in rows: conversations packed or concatenated, and a plain text that is cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.data.chat_tokens import UNLABELLED, token_rows
+from sparsegrad_cli.data.batches import UNLABELLED, token_rows
+from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
 
 _CHUNK = 1000  # rows made a table at a time
 _Row = tuple[list[int], list[int], list[int]]  # ids, labels, lengths of the conversations in it
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: each item, longest first, into the first bin that has room.
+    """Put each item, longest first, into the first bin with enough room (first-fit decreasing).
 
-    At most 11/9 of the fewest bins possible, and 6/9 of a bin (Dosa 2007). The same lengths always
-    give the same bins. O(n log n): a tree over the bins holds the most room in each subtree.
+    It needs at most 11/9 of the smallest number of bins plus 6/9 of a bin (Dosa 2007), in
+    O(n log n) time: a tree over the bins holds the most room in each subtree. Equal lengths give
+    equal bins.
 
     Args:
-        lengths: of the items, none above capacity.
-        capacity: of a bin.
+        lengths: lengths of the items.
+        capacity: capacity of a bin.
 
     Returns:
-        Bins of item numbers, numbers ascending within a bin and bins by their first number, so that
-        packing neither sorts a data set by length nor moves a conversation further than it must.
+        Bins of item numbers. Numbers ascend within a bin, and bins are sorted by their first
+        number, so that packing does not sort a data set by length.
 
     Raises:
-        ValueError: an item fits no bin.
+        ValueError: an item does not fit a bin.
     """
     if not lengths:
         return []
@@ -59,18 +55,18 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(data: Dataset, length: int) -> Dataset:
-    """Conversations side by side in rows of at most ``length`` tokens, none seeing another.
+    """Put several conversations into each row of at most ``length`` tokens.
 
-    The collator tells them apart by position ids that start again. A conversation longer than
-    ``length`` is cut; one with nothing labelled left is dropped.
+    No conversation sees another: the collator restarts position ids at each. A conversation that is
+    longer than ``length`` is cut; one without a labelled token left is dropped.
 
     Returns:
         Columns ``input_ids``, ``labels`` and ``lengths`` (int32).
 
     Raises:
-        DataError: nothing is left.
+        DataError: no row is left.
     """
-    # Lengths first: token ids are fetched bin by bin and never all held as Python lists.
+    # Only lengths are kept here: token ids are fetched bin by bin.
     lengths = [
         (number, len(ids)) for number, row in enumerate(data) if (ids := _cut(row, length)[0])
     ]
@@ -87,15 +83,15 @@ def pack(data: Dataset, length: int) -> Dataset:
 
 
 def concatenate(data: Dataset, length: int, end_id: int) -> Dataset:
-    """The paper's blocks: all conversations run together and cut every ``length`` tokens.
+    """Join all conversations and cut the result every ``length`` tokens, as the paper does.
 
-    Attention goes across, and a conversation may go on in the next block. One end token stands
-    between two conversations: that of the assistant's last turn or, where a conversation does not
-    end in it, one more, unlabelled. The last block is shorter; blocks with nothing labelled are
-    left out.
+    Attention crosses conversations, and a conversation may continue in the next block. One end
+    token stands between two conversations: that of the assistant's last turn, or an unlabelled one
+    if a conversation does not end with it. The last block is shorter. Blocks without a labelled
+    token are left out.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no row is left.
     """
 
     def blocks() -> Iterator[_Row]:
@@ -114,10 +110,37 @@ def concatenate(data: Dataset, length: int, end_id: int) -> Dataset:
     return _table(found, length).remove_columns("lengths")
 
 
+def plain_text_rows(
+    tokenizer: Any, path: str | Path, *, max_length: int, limit: int | None = None
+) -> Dataset:
+    """Cut a text file into rows of ``max_length`` tokens; only a row's first token is unlabelled.
+
+    The loss on a text that the model knew before fine-tuning measures forgetting.
+
+    Args:
+        tokenizer: of transformers. No special token is added, and none is read in the text.
+        path: a UTF-8 file, plain or compressed.
+        max_length: tokens of a row; the last row may be shorter.
+        limit: number of rows; None takes all.
+
+    Raises:
+        DataError: the file does not exist, cannot be read, or has no text.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"no such file: {path}", where="task.chat.forgetting")
+    ids = tokenizer(read_text(file), add_special_tokens=False, split_special_tokens=True).input_ids
+    rows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    rows = [row for row in rows if len(row) > 1][:limit]
+    if not rows:
+        raise DataError(f"{path} holds no text", where="task.chat.forgetting")
+    return token_rows(rows, [[UNLABELLED, *row[1:]] for row in rows])
+
+
 def _cut(row: Mapping[str, Any], length: int) -> tuple[list[int], list[int]]:
-    """Ids and labels of at most ``length`` tokens, the first unlabelled; empty without a label."""
+    """Return ids and labels of at most ``length`` tokens; both are empty if none is labelled."""
     ids, labels = row["input_ids"][:length], row["labels"][:length]
-    labels[:1] = [UNLABELLED]  # or the conversation before would have to predict it
+    labels[:1] = [UNLABELLED]  # else the conversation before it would have to predict it
     return (ids, labels) if any(label != UNLABELLED for label in labels) else ([], [])
 
 
@@ -135,9 +158,9 @@ def _table(rows: Iterator[_Row], length: int) -> Dataset:
         parts.append(_rows(chunk))
     if not parts:
         raise DataError(
-            f"no row of {length} tokens holds one that is to be learnt",
+            f"no row of {length} tokens has a labelled token",
             where="task.max_length",
-            fix="longer rows: the first answer must begin within one",
+            fix="raise it: the first answer must begin within a row",
         )
     return concatenate_datasets(parts)
 
@@ -145,61 +168,3 @@ def _table(rows: Iterator[_Row], length: int) -> Dataset:
 def _rows(chunk: Sequence[_Row]) -> Dataset:
     ids, labels, lengths = (list(column) for column in zip(*chunk, strict=True))
     return token_rows(ids, labels, lengths=lengths)
-
-
-def make_lm_collator(
-    pad_id: int, *, fixed_length: int | None = None, pad_to_multiple_of: int | None = None
-) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
-    """Rows to one batch of int64 tensors, each (batch, length), padded on the right.
-
-    ``input_ids``; ``labels``, -100 where nothing is learnt; ``position_ids``, from 0 in every
-    conversation; and ``attention_mask`` of plain rows. Packed rows come without: transformers
-    keeps conversations apart where it sees position ids start again and neither a mask nor a
-    cache, so a packed batch goes to a model with ``use_cache=False``, as ``lm_loss`` does.
-
-    Args:
-        pad_id: any token; the end token does no harm.
-        fixed_length: the length of every batch; by default that of the longest row.
-        pad_to_multiple_of: round the length up to a multiple (8 suits tensor cores).
-    """
-
-    return _LmCollator(pad_id, fixed_length, pad_to_multiple_of)
-
-
-@dataclass(frozen=True)
-class _LmCollator:
-    """See :func:`make_lm_collator`. Worker processes can be sent it, as they cannot a closure."""
-
-    pad_id: int
-    fixed_length: int | None
-    pad_to_multiple_of: int | None
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        import torch
-
-        longest = self.fixed_length or max(len(row["input_ids"]) for row in rows)
-        multiple = self.pad_to_multiple_of or 1
-        shape = (len(rows), -(-longest // multiple) * multiple)
-        packed = any("lengths" in row for row in rows)
-        ids = torch.full(shape, self.pad_id)
-        labels = torch.full(shape, UNLABELLED)
-        positions = torch.zeros(shape, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            size = len(row["input_ids"])
-            ids[number, :size] = torch.as_tensor(row["input_ids"])
-            labels[number, :size] = torch.as_tensor(row["labels"])
-            mask[number, :size] = 1
-            lengths = list(row["lengths"]) if packed else [size]
-            for end, part in zip(accumulate(lengths), lengths, strict=True):
-                positions[number, end - part : end] = torch.arange(part)
-                labels[number, end - part] = UNLABELLED
-            # Padding counts from 0 too: as one more conversation, that nobody sees.
-            positions[number, size:] = torch.arange(shape[1] - size)
-        batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
-        return batch if packed else {**batch, "attention_mask": mask}
-
-
-def labelled_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch that the loss is a sum over: position t predicts token t + 1."""
-    return int((batch["labels"][:, 1:] != UNLABELLED).sum())

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsegrad_cli.data.lengths import fitting_length
+from sparsegrad_cli.data.text_tokens import fitting_length
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fit import MOST, largest_batch
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
@@ -56,6 +57,10 @@ class Room:
         return self.total_bytes - self.overhead_bytes
 
 
+@mapped_errors(
+    again="run the same command again",
+    memory=("estimate", "fewer methods at a time: shapes alone take a few hundred MiB"),
+)
 def estimate_steps(
     cells: Sequence[tuple[str, LoadedRecipe]],
     conditions: Conditions,

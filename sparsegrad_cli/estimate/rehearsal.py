@@ -31,20 +31,17 @@ from sparsegrad_cli.estimate.stand_ins import (
 )
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
-from sparsegrad_cli.methods.base import Prepared
-from sparsegrad_cli.methods.registry import make_method
-from sparsegrad_cli.methods.sparsegrad.core_plan import with_known_rank
+from sparsegrad_cli.methods.base import TargetShapes
+from sparsegrad_cli.methods.implementation import Prepared
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import (
     Target,
-    basis_keys,
     find_targets,
     not_adapted,
     not_adapted_note,
 )
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -185,7 +182,6 @@ class Rehearsal(_Stage):
     def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
         super().__init__(loaded, config, conditions)
         self.notes: list[str] = []
-        self._rank: int | float | None = None
         self._calibrating: CalibrationRehearsal | None = None
         meter = MemoryMeter(DEVICE)
         with self._inside():
@@ -206,48 +202,35 @@ class Rehearsal(_Stage):
             self.notes.append(not_adapted_note(left_out, self.recipe.scope))
         settings = self.recipe.method
         save_memory(self.model, targets, settings.recompute)
-        if isinstance(settings, SparsegradMethod):
-            settings = self._settled(settings, targets)
-        self._method = make_method(settings)
-        bases: dict[str, Basis] | None = None
-        if self._method.needs_basis:
-            assert isinstance(settings, SparsegradMethod)
-            bases = self._bases(settings, targets)
+        shapes = TargetShapes.of(self._loaded, targets)
+        self._settings, assumed = settings.settle_for_estimate(shapes)
+        self.notes += assumed
+        self._method = self._settings.implementation()
+        bases = self._bases(targets) if self._settings.calibrates else None
         return self._method.prepare(self.model, targets, scope=self.recipe.scope, bases=bases)
 
-    def _settled(self, settings: SparsegradMethod, targets: list[Target]) -> SparsegradMethod:
-        """Settings that need no values: the rank is a number, the support is shared out evenly."""
-        if settings.allocation == "model":
-            self.notes.append("allocation: entries shared out evenly over the targets, as many")
-            settings = settings.model_copy(update={"allocation": "target"})
-        keys = basis_keys(targets, self.recipe.calibration.basis_per)
-        return with_known_rank(settings, targets, keys, self._loaded.where("method.rank"))
-
-    def _bases(self, settings: SparsegradMethod, targets: list[Target]) -> dict[str, Basis]:
-        """Bases of the right shapes: a step does not depend on how they were made."""
+    def _bases(self, targets: list[Target]) -> dict[str, Basis]:
+        """Return bases of the right shapes: a step does not depend on how they were made."""
         section = self.recipe.calibration
         if section.basis is not None:
             self.notes.append("calibration.basis is not read: bases as calibration would make them")
-        if settings.form == "core":
-            assert not isinstance(settings.rank, str)
-            self._rank = settings.rank
         found = calibrate(
             self.model,
             targets,
             lambda: iter(()),
             section.model_copy(update={"source": "original", "score": "spectral"}),
             seed=self.recipe.seed,
-            rank=self._rank,
+            rank=self._settings.basis_rank,
         )
         return found.by_target()
 
     def calibration(self, size: int) -> PhasePeak | None:
         """Calibration's peak on batches of so many examples; None where nothing calibrates."""
-        if not self._method.needs_basis or self.recipe.calibration.basis is not None:
+        if not self._settings.calibrates or self.recipe.calibration.basis is not None:
             return None
         if self._calibrating is None:
             self._calibrating = CalibrationRehearsal(
-                self._loaded, self._config, self.conditions, self._rank
+                self._loaded, self._config, self.conditions, self._settings.basis_rank
             )
         return self._calibrating.peak(size)
 

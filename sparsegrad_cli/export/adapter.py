@@ -32,8 +32,7 @@ from sparsegrad_cli.export.merged import auto_class, differing, put, task_settin
 from sparsegrad_cli.export.rebuild import Trained
 from sparsegrad_cli.export.restore import load_checked, widest
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
-from sparsegrad_cli.methods.registry import make_method
-from sparsegrad_cli.methods.sparse_adapter import check_positions
+from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.models.load_model import load_as
 from sparsegrad_cli.models.pretrained import base_name
 from sparsegrad_cli.models.quantized import placed, use_frozen_products
@@ -76,9 +75,9 @@ def write_adapter(trained: Trained, plain: nn.Module, folder: Path) -> dict[str,
 def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSettings:
     recipe = trained.recipe
     method = trained.settings
-    if trained.bases and method.form == "core":
+    if trained.bases:
         # The bases are cut: whatever said how far, all that is there is used.
-        method = method.model_copy(update={"rank": widest(trained.bases.values())})
+        method = method.with_basis_rank(widest(trained.bases.values()))
     task = task_settings(plain)
     base = AdapterBase(
         name=base_name(recipe.model),
@@ -139,7 +138,7 @@ def load_adapter(
     targets = [target.target() for target in settings.targets]
     use_frozen_products(model, getattr(torch, settings.model.dtype))
     _check_base(model, targets, settings.model, str(folder))
-    method = make_method(settings.method)
+    method = settings.method.implementation()
     try:
         bases = _bases(tensors, settings.keys, targets)
         fresh = {n.removeprefix(_FRESH): t for n, t in tensors.items() if n.startswith(_FRESH)}

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli.methods.registry import MethodSection
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.recipe.method_section import MethodSection
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 
 FORMAT = "sparsegrad-adapter-1"

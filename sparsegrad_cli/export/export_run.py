@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.conversation import Turn
-from sparsegrad_cli.error_mapping import is_out_of_memory
+from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.export.base_model import BaseModel
 from sparsegrad_cli.export.check_answers import (
@@ -40,10 +40,18 @@ from sparsegrad_cli.records.store import write_json_atomic
 SCHEMA = 1
 
 
+@mapped_errors(
+    again="run the same command again",
+    memory=("--check-examples", "fewer examples, or train.use_cpu=true"),
+)
 def export_run(
-    run: Path, overrides: tuple[str, ...], options: ExportOptions, observer: Observer
+    run: Path,
+    options: ExportOptions,
+    observer: Observer | None = None,
+    *,
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Export a run.
+    """Write a run's model in a form that runs elsewhere, and check that its answers agree.
 
     Returns:
         The content of export.json, with ``output_dir``.
@@ -64,7 +72,7 @@ def export_run(
     base = Path(locate(files.loaded.recipe.model.name))
     needed = [files.folder, *([base] if is_folder(base) else [])]
     folder = free_folder(wanted, needed, overwrite=options.overwrite)
-    work = _Export(files, folder, options, observer)
+    work = _Export(files, folder, options, observer or Observer())
     write_export(folder, work.fill, overwrite=options.overwrite)
     return {**work.record, "output_dir": str(folder)}
 

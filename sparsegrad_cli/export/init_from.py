@@ -19,22 +19,20 @@ from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file
-from sparsegrad_cli.methods.base import (
+from sparsegrad_cli.methods.base import MethodSettings
+from sparsegrad_cli.methods.implementation import (
     Method,
     load_by_name,
     trainable_names,
     trainable_state,
 )
-from sparsegrad_cli.methods.lora.method import Lora
-from sparsegrad_cli.methods.lora.peft_folder import CONFIG, TENSORS, from_peft
+from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.report.access import items
 from sparsegrad_cli.tasks.setup import Setup
 from sparsegrad_cli.training.adapter_folder import read_adapter
 
-# Settings of a method that say how it trains, not what its adapter is.
-_HOW = {"dropout", "recompute", "state_capacity", "refresh_steps"}
 _FIX = "set the same in this recipe; or export that run with `--to merged` and set model to it"
 
 
@@ -89,22 +87,14 @@ class Initial:
     def _load_run(self, setup: Setup, method: Method) -> str | None:
         assert self.run is not None
         recipe, record = self.loaded.recipe, self.run.record
-        theirs, ours = self.run.loaded.recipe.method, recipe.method
-        then, now = (
-            {f"method.{key}": value for key, value in each.model_dump().items() if key not in _HOW}
-            for each in (theirs, ours)
-        )
         fresh_names = items(record, "model", "head", "fresh")
         tensors = (
             read_adapter(self.tensors, setup.model, [str(name) for name in fresh_names])
             if self.run.from_adapter
             else read_tensors(self.tensors)
         )
-        if isinstance(method, Lora) and theirs.name == "lora":
-            then |= _scale(_rank_of(tensors), theirs.alpha, theirs.rslora)
-            now |= _scale(method.rank, method.settings.alpha, method.settings.rslora)
-            for each in (then, now):
-                each.pop("method.density")  # only says how the rank was found
+        then = _of_adapter(self.run.loaded.recipe.method, tensors)
+        now = _of_adapter(recipe.method, _trained(setup))
         then |= {
             "scope": self.run.loaded.recipe.scope,
             "target modules": ", ".join(self.run.target_names),
@@ -133,19 +123,19 @@ class Initial:
         return None if not head else "fresh" if fresh else "loaded"
 
     def _load_peft(self, setup: Setup, method: Method) -> str | None:
-        if not isinstance(method, Lora):
+        config, settings = self._peft_config(), method.settings
+        kind = config.get("peft_type")
+        if settings.peft_type is None or kind != settings.peft_type:
             raise UsageError(
-                f"{self.path} is a LoRA adapter, and method is {method.name}",
+                f"{self.path} is a PEFT adapter of type {kind!s:.60}, and method is "
+                f"{settings.name}",
                 where=self.where,
-                fix="method: lora, or name a run of this method",
+                fix="set the method of that type (LORA is lora), or name a run of this method",
             )
-        config = self._peft_config()
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        then = _scale(rank, alpha, bool(config.get("use_rslora")))
-        now = _scale(method.rank, method.settings.alpha, method.settings.rslora)
-        plain: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
-        then |= {key: config.get(key) or value for key, value in plain.items()}
-        self._check_same(then, now | plain)
+        said, unused = settings.from_peft(config), settings.from_peft({})
+        then = {f"method.{key}": value for key, value in said.items()}
+        now = {f"method.{key}": value for key, value in unused.items()}
+        self._check_same(then, now | _of_adapter(settings, _trained(setup)))
         found = from_peft({_ours(name): tensor for name, tensor in self._read_peft().items()})
         state = trainable_state(setup.model)
         wanted = {name for name in state if "lora_" in name}
@@ -204,8 +194,8 @@ class Initial:
             config = plain_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error
-        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise UsageError(f"{path} is not of a LoRA adapter", where=self.where)
+        if not isinstance(config, dict):
+            raise FileFormatError("is not a JSON object", where=str(path))
         return config
 
     def _read_peft(self) -> dict[str, Tensor]:
@@ -226,13 +216,16 @@ def _equal(given: Tensor, here: Tensor) -> bool:
     return given.shape == here.shape and torch.equal(given.to(here), here.detach())
 
 
-def _scale(rank: Any, alpha: float | None, rslora: bool) -> dict[str, Any]:
-    alpha = 2 * rank if alpha is None and isinstance(rank, int) else alpha
-    return {"method.rank": rank, "method.alpha": alpha, "method.rslora": rslora}
+def _trained(setup: Setup) -> dict[str, Tensor]:
+    return {n: p for n, p in setup.model.named_parameters() if p.requires_grad}
 
 
-def _rank_of(tensors: Mapping[str, Tensor]) -> int | None:
-    return next((t.shape[0] for name, t in tensors.items() if "lora_A" in name), None)
+def _of_adapter(method: MethodSettings, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings that say what an adapter is, by dotted key."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    settled = method.settle_from_adapter(shapes)
+    said = settled.model_dump(exclude=set(settled.training_only))
+    return {f"method.{key}": value for key, value in said.items()}
 
 
 def _listed(names: tuple[str, ...] | None) -> list[str] | None:

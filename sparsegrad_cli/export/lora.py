@@ -24,9 +24,8 @@ from sparsegrad_cli.export.merged import (
 )
 from sparsegrad_cli.export.options import SERVER_RANKS
 from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.methods.base import Factors
-from sparsegrad_cli.methods.lora.method import check_adapted
-from sparsegrad_cli.methods.lora.peft_folder import modules_to_save, target_settings
+from sparsegrad_cli.methods.implementation import Factors
+from sparsegrad_cli.methods.peft_folder import check_adapted, modules_to_save, target_settings
 from sparsegrad_cli.models.targets import has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 

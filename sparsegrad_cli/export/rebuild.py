@@ -12,7 +12,7 @@ from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.export.restore import blaming_base, check_base, restore
 from sparsegrad_cli.export.run_files import RunFiles
-from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.methods.implementation import Method
 from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.progress import Observer
@@ -78,8 +78,7 @@ def rebuild(files: RunFiles, examples: int) -> Trained:
 
 def _cut(basis: BasisFile, trained: Trained) -> dict[str, Basis]:
     """Key -> the directions that the method uses, in the weights' dtype, in which it uses them."""
-    settings = trained.settings
-    rank = settings.rank if settings.form == "core" else None
+    rank = trained.settings.basis_rank
     dtype = dtype_of(trained.setup.model.get_submodule(trained.setup.targets[0].name))
     made = {}
     for key, one in basis.bases.items():

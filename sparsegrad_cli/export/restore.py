@@ -14,14 +14,12 @@ from sparsegrad_cli.calibration.basis_file import BasisFile, check_belongs, chec
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.export.run_files import RunFiles
 from sparsegrad_cli.io.atomic import read_tensors
-from sparsegrad_cli.methods.base import Method, load_by_name, trainable_state
-from sparsegrad_cli.methods.registry import make_method
-from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
-from sparsegrad_cli.models.targets import Target, basis_keys
+from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
+from sparsegrad_cli.methods.implementation import Method, load_by_name, trainable_state
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.training.adapter_folder import read_adapter
 
@@ -38,7 +36,7 @@ class Restored(NamedTuple):
     """What put a run's adapter onto its base; see ``Trained``."""
 
     method: Method
-    settings: MethodSection
+    settings: MethodSettings
     tensors: dict[str, Tensor]
     basis: BasisFile | None
 
@@ -52,11 +50,11 @@ def restore(files: RunFiles, base: Base) -> Restored:
     Raises:
         FileFormatError: a file of the run is damaged.
     """
-    settings: MethodSection = files.loaded.recipe.method
+    settings: MethodSettings = files.loaded.recipe.method
     basis = None
-    if isinstance(settings, SparsegradMethod):
+    if settings.calibrates:
         settings, basis = _settled(files, base, settings)
-    method = make_method(settings)
+    method = settings.implementation()
     with temporary_seed(files.loaded.recipe.seed):
         method.prepare(
             base.model,
@@ -71,15 +69,14 @@ def restore(files: RunFiles, base: Base) -> Restored:
 
 
 def _settled(
-    files: RunFiles, base: Base, settings: SparsegradMethod
-) -> tuple[SparsegradMethod, BasisFile]:
+    files: RunFiles, base: Base, settings: MethodSettings
+) -> tuple[MethodSettings, BasisFile]:
     """The settings with a core's rank as the run used it, and the basis."""
-    keys = basis_keys(base.targets, files.loaded.recipe.calibration.basis_per)
-    settings = with_rank(settings, base.targets, keys, files.loaded.where("method.rank"))
+    settings = settings.settle(TargetShapes.of(files.loaded, base.targets))
     basis = _basis(files, base, settings)
-    if isinstance(settings.rank, float) and files.owns_basis:
+    if isinstance(settings.basis_rank, float) and files.owns_basis:
         # It was cut to that share when it was written: all that is left of it was used.
-        settings = settings.model_copy(update={"rank": widest(basis.bases.values())})
+        settings = settings.with_basis_rank(widest(basis.bases.values()))
     return settings, basis
 
 
@@ -120,14 +117,13 @@ def check_base(files: RunFiles, base: Base) -> None:
         )
 
 
-def _basis(files: RunFiles, base: Base, settings: SparsegradMethod) -> BasisFile:
+def _basis(files: RunFiles, base: Base, settings: MethodSettings) -> BasisFile:
     """The basis the run was trained with, on the base of the run."""
     where = files.basis[1]
     basis = read_basis_of(files)
     check_belongs(basis, base.targets, base.fingerprint, where)
-    rank = settings.rank if settings.form == "core" else None
-    if not isinstance(rank, float | str):
-        check_rank(basis, rank, where)
+    if not isinstance(settings.basis_rank, float):
+        check_rank(basis, settings.basis_rank, where)
     return basis
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.questions import questions_name, read_questions
 from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_of
@@ -102,7 +103,11 @@ class JudgeOptions:
         return found
 
 
-def judge_answers(options: JudgeOptions, observer: Observer) -> dict[str, Any]:
+@mapped_errors(
+    again="the same command continues where it stopped",
+    memory=("judge", "fewer questions at a time"),
+)
+def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:
     """Ask for every verdict that is not there yet, and sum up.
 
     Returns:
@@ -114,6 +119,7 @@ def judge_answers(options: JudgeOptions, observer: Observer) -> dict[str, Any]:
         SparsegradError: the endpoint refuses every request, as with a wrong key. What was decided
             before is kept.
     """
+    observer = observer or Observer()
     questions = read_questions(options.questions)
     groups, notes = read_answers(options.files(), questions)
     make = pair_tasks if options.pairwise else single_tasks

@@ -27,7 +27,6 @@ from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import LiveTensor
 from sparsegrad_cli.models.module_trace import trace_location
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.units import format_bytes
 
@@ -323,8 +322,6 @@ def _memory_savers(key: str, recipe: Recipe) -> str:
     if key == CALIBRATION_KEY:
         if calibration.basis_per == "layer":
             ways.append("calibration.basis_per=kind")
-        core = isinstance(method, SparsegradMethod) and method.form == "core"
-        share = isinstance(getattr(method, "rank", None), float)  # needs all singular values
-        if core and not share and calibration.decomposition == "exact":
+        if method.thin_bases and calibration.decomposition == "exact":
             ways.append("calibration.decomposition=randomized")
     return ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])} or {ways[-1]}"

@@ -1,285 +1,277 @@
-"""What every method keeps to: one contract, so that training, memory and comparison know no names.
+"""The contract of a method. Imports no torch, so that reading a recipe stays fast.
 
-Life of a method: ``prepare`` (freeze, change the model, say what trains) -> ``optimizer`` ->
-training -> ``adapter_tensors`` (what is worth keeping) / ``load_adapter`` (put it back onto a
-freshly loaded model) -> ``merged_OI`` and ``factors`` (what a plain layer, or a LoRA adapter, must
-hold to compute the same). ``prepare`` must not change what the model computes, nor draw from the
-global random state in a way that depends on the method: the caller forks it.
+A method has two halves, and no code outside this package names a method or tests its type:
+
+:class:`MethodSettings`, in ``methods/<name>/settings.py``
+    The ``method`` section of a recipe. It answers every question that needs no weights: what may
+    be set and what goes together, what the method can do (calibrate, train beside frozen weights,
+    run on split or quantized weights), how large it is on given shapes, and where its learning
+    rates lie. Each answer has a default, so a small method overrides few of them.
+
+:class:`sparsegrad_cli.methods.implementation.Method`, in ``methods/<name>/method.py``
+    What changes a model: prepare it, make its optimizer, save and load what was trained, merge it.
+    :meth:`MethodSettings.implementation` imports it when a model is there.
+
+``methods/registry.py`` lists the settings classes. ``docs/how-to/add-a-method.md`` adds one.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.models.precision import HALF, accept_half_inputs, open_parameter
-from sparsegrad_cli.models.sharded_tensors import fold, gathered, shard_like
-from sparsegrad_cli.models.targets import Target, freeze, head_parameters
-from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.recipe.section import Idle, Section
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.methods.implementation import Method
+    from sparsegrad_cli.models.targets import Target
+    from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+    from sparsegrad_cli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class TargetCount:
-    """Entries of one target that change in one optimizer step."""
-
-    target: Target
-    entries: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What trains, counted. ``requested`` is what density asked for over all targets."""
-
-    targets: tuple[TargetCount, ...]
-    trainable_head: int
-    trainable_rest: int
-    model_parameters: int
-    requested: int | None = None
-    note: str = ""
-
-    @property
-    def trainable_targets(self) -> int:
-        """Entries that change in the targets per optimizer step."""
-        return sum(count.entries for count in self.targets)
-
-    def to_json(self) -> dict[str, Any]:
-        """The ``counts`` block of run.json."""
-        target_parameters = sum(count.target.size for count in self.targets)
-        entries = self.trainable_targets
-        return {
-            "model_parameters": self.model_parameters,
-            "target_parameters": target_parameters,
-            "trainable": entries + self.trainable_head + self.trainable_rest,
-            "trainable_targets": entries,
-            "trainable_head": self.trainable_head,
-            "trainable_rest": self.trainable_rest,
-            "requested_target_entries": self.requested,
-            "remainder": None if self.requested is None else entries - self.requested,
-            "density": entries / target_parameters,
-            "note": self.note,
-            "targets": [
-                {
-                    "name": c.target.name,
-                    "kind": c.target.kind,
-                    "block": c.target.block,
-                    "out_features": c.target.out_features,
-                    "in_features": c.target.in_features,
-                    "entries": c.entries,
-                }
-                for c in self.targets
-            ],
-        }
-
-
-def check_what_trains(model: nn.Module, counts: Counts) -> None:
-    """Check that the parameters that require a gradient are those that were counted.
-
-    Every target must hold at least as many as its count, and outside the targets there must be
-    exactly those of head and rest. Biases belong to the rest.
-
-    Raises:
-        SparsegradError: names a parameter or target that differs.
-    """
-    targets = {count.target.name: count for count in counts.targets}
-    inside: Counter[str] = Counter()
-    elsewhere: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        parts = name.split(".")
-        above = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-        target = next((path for path in above if path in targets), None)
-        if target is None or parts[-1] == "bias":
-            elsewhere[name] = parameter.numel()
-        else:
-            inside[target] += parameter.numel()
-    wrong = [name for name, count in targets.items() if inside[name] < count.entries]
-    total, expected = sum(elsewhere.values()), counts.trainable_head + counts.trainable_rest
-    if not wrong and total == expected:
-        return
-    if wrong:
-        entries = targets[wrong[0]].entries
-        what = f"{entries:,} parameters of {wrong[0]} to train, but {inside[wrong[0]]:,} do"
-    else:
-        what = f"{expected:,} parameters to train outside the targets, but {total:,} do"
-        what += f" (among them {max(elsewhere, key=elsewhere.__getitem__)})" if elsewhere else ""
-    raise SparsegradError(
-        f"expected {what}",
-        where="method",
-        fix="choose other layers with targets.modules, or another method",
-    )
-
-
-@dataclass
-class Prepared:
-    """A model made ready by a method.
+class TargetShapes:
+    """The target modules of a model, as far as the size of a method depends on them.
 
     Attributes:
-        counts: what trains.
-        bases: tensors to book as bases in the memory report.
+        targets: the target modules, in the model's order.
+        basis_per: ``layer`` or ``kind``: the targets that share a basis.
+        where: the place of ``method.rank`` in the recipe, for errors.
     """
 
-    counts: Counts
-    bases: list[Tensor] = field(default_factory=list)
+    targets: Sequence[Target]
+    basis_per: str = "layer"
+    where: str = "method.rank"
+
+    @classmethod
+    def of(cls, loaded: LoadedRecipe, targets: Sequence[Target]) -> TargetShapes:
+        """Return the shapes of a recipe's targets."""
+        basis_per = loaded.recipe.calibration.basis_per
+        return cls(targets, basis_per, loaded.where("method.rank"))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the targets' weights."""
+        return sum(target.size for target in self.targets)
 
 
 @dataclass(frozen=True)
-class Factors:
-    """A target's change as LoRA writes it: W + s B A.
+class Sizing:
+    """The size of a method on given shapes.
 
     Attributes:
-        b: B, (out, r).
-        a: A, (r, in).
-        alpha: s is alpha / r.
-        rslora: s is alpha / sqrt(r) instead (Kalajdzievski 2023).
+        trainable: parameters of the target modules that one optimizer step changes.
+        text: the size as a user reads it, such as ``rank 12``.
     """
 
-    b: Tensor
-    a: Tensor
-    alpha: float
-    rslora: bool = False
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.a.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def product_OI(self) -> Tensor:
-        """s B A in float64, (out, r) @ (r, in)."""
-        return self.scale * (self.b.double() @ self.a.double())
-
-    def folded(self) -> Factors:
-        """The same in float32 with s = 1, which stands in B: alpha is r."""
-        return Factors((self.scale * self.b.double()).float(), self.a.float(), self.rank)
-
-    def padded(self, rank: int) -> Factors:
-        """Folded factors with zeros beside them, of a higher rank."""
-        more = rank - self.rank
-        b_OR = nn.functional.pad(self.b, (0, more))
-        return Factors(b_OR, nn.functional.pad(self.a, (0, 0, 0, more)), rank)
+    trainable: int
+    text: str
 
 
-class Method(Protocol):
-    """The contract. One object serves one model."""
+class SizeLevels(Protocol):
+    """Where memory jumps as a size grows: a level is a range of sizes without a jump."""
+
+    def __len__(self) -> int: ...
+
+    def start(self, level: int) -> int:
+        """Return the first size of a level, counted from 0."""
+        ...
+
+    def is_last(self, size: int) -> bool:
+        """Return whether the next larger size belongs to the next level."""
+        ...
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """The sizes that a budget may choose from: whole numbers from ``least`` to ``most``.
+
+    Attributes:
+        fine: sizes are so many that one more makes no visible difference.
+        limit: why there is no size above ``most``.
+        costs_memory: whether a step with a larger size needs more memory.
+        advice: what bounds the memory where it does not depend on the size.
+        levels: where memory jumps; None where it grows evenly.
+    """
+
+    least: int
+    most: int
+    limit: str
+    fine: bool = False
+    costs_memory: bool = True
+    advice: str = ""
+    levels: SizeLevels | None = None
+
+
+class MethodSettings(Section):
+    """The ``method`` section of a recipe, and what every method answers without weights.
+
+    Subclasses declare ``name: Literal["<name>"]`` and implement :meth:`implementation` and
+    :meth:`sizing`; they override what differs from the defaults below.
+    """
 
     name: str
-    needs_basis: bool
-    peft_config: Any
-    """PEFT's configuration of the prepared adapter; None if PEFT does not know the method."""
+    recompute: Literal["none", "activation"] = Field(
+        "none",
+        description="compute the MLP's activation again in the backward pass: less memory, "
+        "one product more",
+    )
 
-    def prepare(
-        self,
-        model: nn.Module,
-        targets: list[Target],
-        *,
-        scope: str,
-        bases: Mapping[str, Basis] | None = None,
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> Prepared:
-        """Freeze the model, change its targets, mark what trains.
+    # --- how recipes and studies treat the settings
 
-        ``bases`` maps target names to bases for methods with ``needs_basis``; ``scores`` to
-        (r_out, r_in) scores of core entries, where calibration made them.
+    solves_rank: ClassVar[bool] = False
+    """Whether ``match: trainable`` solves its rank from ``density``."""
+    chooses_by_density: ClassVar[bool] = False
+    """Whether it chooses as many parameters as ``density`` says; the density of one such method
+    then carries over to another."""
+    rivals: ClassVar[tuple[str, ...]] = ()
+    """Keys that replace each other: the one in the stronger layer of settings prevails."""
+    training_only: ClassVar[frozenset[str]] = frozenset({"recompute"})
+    """Keys that say how the method trains, and not what its adapter is."""
+    peft_type: ClassVar[str | None] = None
+    """``peft_type`` of the PEFT folders that training can start from (``init_from``)."""
+
+    @classmethod
+    def calibration_defaults(
+        cls, method: Mapping[str, Any], calibration: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return a recipe's calibration section with this method's defaults filled in.
+
+        Args:
+            method: this section as the recipe says it, not yet checked.
+            calibration: the calibration section, likewise.
         """
-        ...
+        return calibration
 
-    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-        """The optimizer of a prepared model."""
-        ...
-
-    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What training changed, as few bytes as the method allows, by name.
-
-        Of processes that train together all have to ask (:func:`trainable_state`).
-        """
-        ...
-
-    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put :meth:`adapter_tensors` back onto a prepared model of the same base weights.
+    def check(self, recipe: Recipe) -> None:
+        """Check the recipe's other sections against these settings.
 
         Raises:
-            KeyError: names do not belong to this model and method.
-            ValueError: positions do not fit their target.
+            SettingError: two settings contradict each other; its keys are relative to the recipe.
         """
-        ...
 
-    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
-        """What a plain layer must hold to compute what the target does: (out, in), float64."""
-        ...
+    def unused(self, recipe: Recipe) -> Iterator[Idle]:
+        """Yield the settings of the recipe that have no effect because of these settings."""
+        return iter(())
 
-    def factors(self, model: nn.Module, target: Target) -> Factors | None:
-        """The target's change of low rank, exactly; None where W itself has changed."""
-        ...
+    @property
+    def learning_rate_center(self) -> float:
+        """Center of the learning rates that tuning tries by default."""
+        return 1e-3
 
+    # --- what the method can do
 
-def open_scope(
-    model: nn.Module, targets: Iterable[Target], scope: str
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Freeze all, then open the head, and under scope ``rest`` everything but the adapted matrices.
+    @property
+    def calibrates(self) -> bool:
+        """Whether it needs a basis."""
+        return False
 
-    Returns:
-        (head, rest) parameters by name. Biases of targets belong to the rest.
-    """
-    freeze(model)
-    head = head_parameters(model)
-    rest: dict[str, nn.Parameter] = {}
-    if scope == "rest":
-        adapted = {id(model.get_submodule(target.name).weight) for target in targets}
-        rest = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in adapted and name not in head
-        }
-    half = any(parameter.dtype in HALF for parameter in model.parameters())
-    for parameter in (*head.values(), *rest.values()):
-        open_parameter(parameter)
-    if half:
-        accept_half_inputs(model, head.values())
-    return head, rest
+    @property
+    def beside_weights(self) -> bool:
+        """Whether the targets' weights stay frozen and a change beside them trains.
 
+        Weight decay then pulls the change towards zero, so the weights towards what they were
+        before training. Otherwise it pulls the weights themselves towards zero.
+        """
+        return False
 
-def count_parameters(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Entries of all of them."""
-    return sum(parameter.numel() for parameter in parameters.values())
+    @property
+    def splits_batches(self) -> bool:
+        """Whether gradients may accumulate over parts of a batch without changing the update."""
+        return True
 
+    @property
+    def basis_rank(self) -> int | float | None:
+        """Directions per side that it keeps of a basis, or the share of energy; None for all."""
+        return None
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that trains, by name: what a checkpoint holds of the model.
+    @property
+    def thin_bases(self) -> bool:
+        """Whether calibration may find the leading directions alone (``randomized``)."""
+        return False
 
-    Where weights are split over processes, all of them have to ask; the first one gets the values.
-    """
-    fold(model)
-    return gathered({n: p for n, p in model.named_parameters() if p.requires_grad})
+    @property
+    def compares_targets(self) -> bool:
+        """Whether its basis must say how many tokens each target has seen."""
+        return False
 
+    def quantization_refusal(self) -> tuple[str, str] | None:
+        """Return (key, what it does) where it cannot train on quantized, thus frozen, weights."""
+        return None if self.beside_weights else ("name", f"{self.name} trains the weights")
 
-def trainable_names(model: nn.Module) -> set[str]:
-    """Names of :func:`trainable_state`."""
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    def sharding_refusal(self, how: str) -> tuple[str, str] | None:
+        """Return (key, why not) where it cannot train on weights that FSDP or DeepSpeed split.
 
+        Args:
+            how: what splits the weights, for the sentence.
+        """
+        return None
 
-def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into the parameters of those names, into each process's shard of them.
+    # --- how large it is
 
-    Raises:
-        KeyError: a name the model does not have, or another shape.
-    """
-    fold(model)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise KeyError(name)
-            parameters[name].copy_(shard_like(tensor, parameters[name]))
+    def sizing(self, shapes: TargetShapes) -> Sizing:
+        """Return the size on these shapes.
+
+        Raises:
+            UsageError: the settings ask for more than the targets have, or the size depends on
+                real gradients.
+        """
+        raise NotImplementedError
+
+    def size_range(self, shapes: TargetShapes) -> SizeRange | None:
+        """Return the sizes that a budget may choose from; None where there is only one."""
+        return None
+
+    def with_size(self, size: int) -> Self:
+        """Return the settings at a size of :meth:`size_range`."""
+        raise NotImplementedError
+
+    @property
+    def size_keys(self) -> frozenset[str]:
+        """Keys that fix the size where a study's row names one: a budget then leaves it alone."""
+        return frozenset({"density", "entries"})
+
+    def settle(self, shapes: TargetShapes) -> Self:
+        """Return the settings with what follows from the shapes filled in, such as a rank.
+
+        Raises:
+            UsageError: no size fits what was asked for.
+        """
+        return self
+
+    def settle_for_estimate(self, shapes: TargetShapes) -> tuple[Self, list[str]]:
+        """Return settings that need no values, only shapes, and notes on what was assumed.
+
+        Raises:
+            UsageError: the memory depends on real gradients.
+        """
+        return self.settle(shapes), []
+
+    def with_basis_rank(self, rank: int) -> Self:
+        """Return the settings for a basis that was cut to ``rank`` directions per side."""
+        return self
+
+    def settle_from_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """Return the settings with what follows from a trained adapter filled in.
+
+        Args:
+            shapes: name -> shape of the adapter's tensors.
+        """
+        return self
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that an ``adapter_config.json`` of :attr:`peft_type` says.
+
+        Further keys name what this method does not have, with the value that means "not used".
+        """
+        raise NotImplementedError
+
+    # --- the other half
+
+    def implementation(self) -> Method:
+        """Return the implementation; imports torch."""
+        raise NotImplementedError

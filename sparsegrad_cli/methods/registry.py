@@ -1,27 +1,41 @@
-"""The table of methods: explicit, no plugins."""
+"""The methods: an explicit table. Imports no torch."""
 
 from __future__ import annotations
 
-from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.methods.full.method import Full
-from sparsegrad_cli.methods.lora.method import Lora
-from sparsegrad_cli.methods.meprop.method import Meprop
-from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
-from sparsegrad_cli.methods.sparsegrad.rotated import Sparsegrad
-from sparsegrad_cli.recipe.method_section import (
-    FullMethod,
-    LoraMethod,
-    MepropMethod,
-    SparsegradMethod,
-)
+import functools
+import operator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from sparsegrad_cli.methods.base import MethodSettings
+from sparsegrad_cli.methods.full.settings import FullSettings
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
+
+METHODS: dict[str, type[MethodSettings]] = {
+    "full": FullSettings,
+    "lora": LoraSettings,
+    "meprop": MepropSettings,
+    "sparsegrad": SparsegradSettings,
+}
+METHOD_NAMES = tuple(METHODS)
+DEFAULT_METHOD = SparsegradSettings(name="sparsegrad", support="static")
+BASELINE = "lora"  # a comparison measures differences against this method where it is a row
+
+if TYPE_CHECKING:  # outside, settings are known by their contract alone
+    MethodSection = MethodSettings
+else:
+    _any_of = functools.reduce(operator.or_, METHODS.values())
+    MethodSection = Annotated[_any_of, Field(discriminator="name")]
 
 
-def make_method(settings: FullMethod | LoraMethod | MepropMethod | SparsegradMethod) -> Method:
-    """The method a recipe names."""
-    if isinstance(settings, LoraMethod):
-        return Lora(settings)
-    if isinstance(settings, MepropMethod):
-        return Meprop(settings)
-    if isinstance(settings, SparsegradMethod):
-        return SparsegradCore(settings) if settings.form == "core" else Sparsegrad(settings)
-    return Full(settings)
+def settings_class(method: Any) -> type[MethodSettings] | None:
+    """Return the settings class of a recipe's ``method``, a name or a mapping not yet checked.
+
+    Without a name it is that of the default method; None for an unknown one.
+    """
+    name = method.get("name", DEFAULT_METHOD.name) if isinstance(method, Mapping) else method
+    return METHODS.get(name) if isinstance(name, str) else None

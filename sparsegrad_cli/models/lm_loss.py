@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.chat_tokens import UNLABELLED
+from sparsegrad_cli.data.batches import UNLABELLED
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.models.lm_head import LmHead, find_lm_head, logits_of, states_of
 from sparsegrad_cli.models.sharded_tensors import within

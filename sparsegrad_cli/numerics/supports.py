@@ -12,41 +12,6 @@ from torch import Tensor
 from sparsegrad_cli.numerics.hosvd import Basis
 
 
-def entries_for(density: float, out_features: int, in_features: int) -> int:
-    """round(density x out x in), at least 1.
-
-    Raises:
-        ValueError: density is not in (0, 1].
-    """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density {density} is not in (0, 1]")
-    return max(1, round(density * out_features * in_features))
-
-
-def shared_out(total: int, sizes: Sequence[int]) -> list[int]:
-    """``total`` entries over matrices in proportion to their sizes, together exactly so many.
-
-    One goes to each; the others by largest remainders, of equal ones to the first.
-
-    Args:
-        total: from the number of matrices to the sum of their sizes.
-        sizes: entries of each matrix.
-
-    Raises:
-        ValueError: ``total`` is out of range.
-    """
-    room = sum(sizes)
-    if not len(sizes) <= total <= room:
-        raise ValueError(f"cannot share {total} of {room} entries out over {len(sizes)} matrices")
-    rest, left = total - len(sizes), max(1, room - len(sizes))
-    parts = [divmod(rest * (size - 1), left) for size in sizes]
-    shares = [1 + whole for whole, _ in parts]
-    by_remainder = sorted(range(len(sizes)), key=lambda at: -parts[at][1])
-    for at in by_remainder[: total - sum(shares)]:
-        shares[at] += 1
-    return shares
-
-
 def largest_entries(values: Tensor, count: int) -> Tensor:
     """Flat positions of the ``count`` entries of largest magnitude, ascending, exactly ``count``.
 
@@ -77,7 +42,7 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
 
 
 # An operator, not a function: torch then knows what shape comes out without looking at values, and
-# a step can be rehearsed on shapes alone (estimate/shapes.py).
+# a step can be rehearsed on shapes alone (estimate/fake_tensors.py).
 @torch.library.custom_op("sparsegrad::largest_unsorted", mutates_args=(), device_types="cpu")
 def _largest_unsorted(flat: Tensor, count: int) -> Tensor:
     """Positions of the ``count`` largest of (n,) float32 or float64 numbers, in any order."""

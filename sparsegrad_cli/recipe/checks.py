@@ -16,7 +16,6 @@ from sparsegrad_cli.io.paths import (
     near_folder,
 )
 from sparsegrad_cli.io.suggest import suggest
-from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath, Place, clip, dotted, find_place
@@ -115,24 +114,28 @@ def _other_start(recipe: Recipe) -> str | None:
     folder = expanded(recipe.init_from)
     if folder.name == "adapter" and is_file(folder.parent / "run.json"):
         folder = folder.parent
-    now: dict[str, object] = {"method.name": recipe.method.name}
+    ours = recipe.method
+    now: dict[str, object] = {"method.name": ours.name, "scope": recipe.scope}
     then: dict[str, object]
     try:
         if is_file(folder / "run.json"):
             method = plain_json((folder / "run.json").read_bytes())["method"]
             then = {"method.name": method["name"], "scope": method["scope"]}
-            now["scope"], rank = recipe.scope, method["settings"].get("rank")
+            said = method["settings"] if method["name"] == ours.name else {}
         else:
-            if recipe.method.name != "lora":
-                shown = from_here(recipe.init_from)
-                return f"{shown} is a LoRA adapter, and method is {recipe.method.name}"
             config = plain_json((folder / "adapter_config.json").read_bytes())
-            then, rank = {"method.name": "lora"}, config["r"]
+            if config["peft_type"] != ours.peft_type:
+                shown = from_here(recipe.init_from)
+                what = f"{shown} is a PEFT adapter of type {config['peft_type']:.60}"
+                return f"{what}, and method is {ours.name}"
+            then, said = {}, ours.from_peft(config)
+        settings = ours.model_dump(exclude={"name", *ours.training_only})
+        for key, value in settings.items():
+            # What one of the two leaves open is compared when the tensors are loaded.
+            if value is not None and said.get(key) is not None:
+                now[f"method.{key}"], then[f"method.{key}"] = value, said[key]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None  # damaged or not finished: reading its tensors says how
-    ours = recipe.method.rank if isinstance(recipe.method, LoraMethod) else None
-    if then["method.name"] == "lora" and ours is not None and rank is not None:
-        now["method.rank"], then["method.rank"] = ours, rank
     differing = [key for key in then if then[key] != now[key]]
     if not differing:
         return None

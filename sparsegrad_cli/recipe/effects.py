@@ -19,7 +19,8 @@ from pydantic import BaseModel
 
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.io.paths import is_folder
-from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_form
+from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_method
+from sparsegrad_cli.recipe.section import Idle
 from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place, dotted, find_place
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS
 
@@ -32,28 +33,6 @@ _CHAT_TASKS_OF = {
     **dict.fromkeys(("config", "train_split", "validation_split", "kind", "column"), ("chat",)),
 }
 _WARMS = ("warmup_steps", "warmup_learning_rate", "keep_head")
-
-
-@dataclass(frozen=True)
-class Idle:
-    """A setting without effect.
-
-    Attributes:
-        key: its path.
-        causes: paths of the settings that disable it; one that is stronger overrules it.
-        why: the reason, as the rest of a sentence about the key.
-        fix: what to write instead.
-        neutral: the value that says the same in a resolved recipe.
-        common: several commands share the key, of several methods or the one that made the basis:
-            on a command line it is noted, not refused.
-    """
-
-    key: KeyPath
-    causes: tuple[KeyPath, ...]
-    why: str
-    fix: str
-    neutral: Any
-    common: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,8 +108,9 @@ def idle_settings(recipe: Recipe) -> Iterator[Idle]:
     """Every setting of a recipe that differs from its default and has no effect."""
     yield from _of_model(recipe)
     yield from _of_task(recipe)
-    yield from _of_method(recipe)
-    yield from _of_calibration(recipe)
+    # A score that chooses nothing may also be one whose basis is given.
+    both = (*_of_method(recipe), *_of_calibration(recipe))
+    yield from {idle.key: idle for idle in both}.values()
     yield from _of_train(recipe)
 
 
@@ -217,20 +197,10 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
 
 def _of_method(recipe: Recipe) -> Iterator[Idle]:
     method = recipe.method
-    if method.name != "lora":
-        why = f"match solves LoRA's rank, and the method is {method.name}"
+    if not method.solves_rank:
+        why = f"match solves a rank from a density, and the method is {method.name}"
         yield from _idle(recipe, (), ("match",), "method.name", why)
-    dense = getattr(method, "support", None) == "dense"
-    if dense and getattr(method, "rank", None) is not None:
-        why = "support 'dense' trains all of the core, and method.rank says how large that is"
-        fix = "leave out the one or the other"
-        if getattr(method, "entries", None) is None:
-            yield from _idle(method, ("method",), ("density",), "method.rank", why, fix)
-        else:
-            density = type(method).model_fields["density"].default
-            cause = _paths("method.rank")
-            yield Idle(("method", "entries"), cause, why, fix, None)
-            yield Idle(("method", "density"), cause, why, fix, density)
+    yield from method.unused(recipe)
 
 
 def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
@@ -241,9 +211,9 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
         yield from _idle(settings, at, everything, "method.name", why, common=True)
         return
     form = method.model_dump()
-    usual = CalibrationSection(**calibration_of_the_form(form, {"source": settings.source}))
+    usual = CalibrationSection(**calibration_of_the_method(form, {"source": settings.source}))
     found = {idle.key: idle for idle in _of_a_calibration_that_is_made(recipe, usual)}
-    usual = CalibrationSection(**calibration_of_the_form(form, {}))
+    usual = CalibrationSection(**calibration_of_the_method(form, {}))
     if settings.basis is not None:
         why, fix = f"the bases come from {settings.basis}", "leave it out, or calibrate again"
         names = _MAKES_A_BASIS if settings.keep_head else (*_MAKES_A_BASIS, *_WARMS, "batch_size")
@@ -256,10 +226,6 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
 
 def _of_a_calibration_that_is_made(recipe: Recipe, usual: CalibrationSection) -> Iterator[Idle]:
     settings, at = recipe.calibration, ("calibration",)
-    support = getattr(recipe.method, "support", None)
-    if support not in ("static", "refresh"):
-        why = f"calibration.score chooses a static support, and method.support is {support!r}"
-        yield from _idle(settings, at, ("score",), "method.support", why)
     given = settings.source in ("random", "original")
     if given:
         why = f"source {settings.source!r} takes no gradients"

@@ -10,6 +10,7 @@ from typing import Any
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.methods.registry import METHODS, settings_class
 from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
 from sparsegrad_cli.recipe.source import (
     COMMAND_LINE,
@@ -33,9 +34,7 @@ _PATH_KEYS: tuple[KeyPath, ...] = (
     ("output_dir",),
 )
 _MOST_FILES = 32  # that a recipe may extend, directly or by way of others
-# Keys of a section that take each other's place; those of the method are LoRA's.
-_RIVALS = {"method": ("density", "rank"), "train": ("warmup_steps", "warmup_ratio")}
-_SELECTS_BY_DENSITY = ("meprop", "sparsegrad")
+_RIVALS_OF_TRAIN = ("warmup_steps", "warmup_ratio")  # they replace each other
 
 
 def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Layer]:
@@ -196,10 +195,12 @@ def _settle_rivals(layer: Layer) -> None:
 
     Where both are written as strongly, both stay, and the check of the recipe refuses them.
     """
-    for section, names in _RIVALS.items():
+    for section in ("method", "train"):
         data = layer.data.get(section)
-        if not isinstance(data, dict) or (section == "method" and data.get("name") != "lora"):
+        if not isinstance(data, dict):
             continue
+        method = settings_class(data) if section == "method" else None
+        names = _RIVALS_OF_TRAIN if section == "train" else method.rivals if method else ()
         said = {
             name: layer.places[section, name].strength
             for name in names
@@ -280,7 +281,8 @@ def _method_settings_that_carry_over(old: dict[str, Any], new: dict[str, Any]) -
     name = new.get("name", old.get("name"))
     if name == old.get("name", name):
         return old
-    keeps = name in _SELECTS_BY_DENSITY and "density" in old
+    method = METHODS.get(name) if isinstance(name, str) else None
+    keeps = method is not None and method.chooses_by_density and "density" in old
     return {"density": old["density"]} if keeps else {}
 
 

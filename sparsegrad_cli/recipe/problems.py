@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel
 
 from sparsegrad_cli.io.suggest import did_you_mean, suggest
-from sparsegrad_cli.recipe.method_section import METHOD_NAMES, METHODS
+from sparsegrad_cli.methods.registry import METHOD_NAMES, METHODS
 from sparsegrad_cli.recipe.source import KeyPath
 from sparsegrad_cli.recipe.yaml_text import shorten
 

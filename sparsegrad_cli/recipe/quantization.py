@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import KeyPath
 
@@ -17,14 +16,13 @@ def quantization_problems(recipe: Recipe) -> list[tuple[KeyPath, str, str]]:
     frozen = f"model.quantization {bits!r} freezes them"
     plain = "or leave model.quantization out"
     found: list[tuple[KeyPath, str, str]] = []
-    if isinstance(method, SparsegradMethod):
-        if method.form != "core":
-            what = f"form {method.form} trains the weights, and {frozen}"
-            found.append((("method", "form"), what, f"use form core, {plain}"))
+    refusal = method.quantization_refusal()
+    if refusal is not None:
+        key, what = refusal
+        fix = f"use sparsegrad (form core) or lora, {plain}"
+        found.append((("method", key), f"{what}, and {frozen}", fix))
+    if method.calibrates:
         found += _of_calibration(recipe, bits)
-    elif not isinstance(method, LoraMethod):
-        what = f"{method.name} trains the weights, and {frozen}"
-        found.append((("method", "name"), what, f"use sparsegrad (form core) or lora, {plain}"))
     if recipe.scope == "rest":
         what = f"scope rest trains what lies between the targets, and {frozen}"
         found.append((("scope",), what, f"use scope head, {plain}"))

@@ -10,12 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsegrad_cli.recipe.method_section import (
-    LoraMethod,
-    MepropMethod,
-    MethodSection,
-    SparsegradMethod,
-)
+from sparsegrad_cli.methods.registry import DEFAULT_METHOD, MethodSection, settings_class
 from sparsegrad_cli.recipe.section import (
     LARGEST,
     NonNegativeInt,
@@ -92,7 +87,7 @@ class CalibrationSection(Section):
     """Gradient steps with no update, from which the bases are made.
 
     The defaults of source, decomposition and warmup_steps here are the paper's; a recipe with the
-    core form has others (:func:`calibration_of_the_form`).
+    core form has others (:func:`calibration_of_the_method`).
     """
 
     steps: PositiveInt = 32
@@ -248,27 +243,17 @@ def _share_of_steps(ratio: Any, data: dict[str, Any]) -> Any:
     return ratio
 
 
-def calibration_of_the_form(method: Any, calibration: dict[str, Any]) -> dict[str, Any]:
-    """The calibration section with what is not said filled in for the core form.
-
-    Tokens, a warm head and thin products score best and cost least there (docs/results.md). The
-    other forms keep what the paper does.
+def calibration_of_the_method(method: Any, calibration: dict[str, Any]) -> dict[str, Any]:
+    """Return the calibration section with the method's defaults filled in.
 
     Args:
         method, calibration: as a recipe says them, not yet checked.
     """
-    said = {"name": method} if isinstance(method, str) else method
-    said = said if isinstance(said, dict) else {}
-    form = said.get("form", SparsegradMethod.model_fields["form"].default)
-    if said.get("name", "sparsegrad") != "sparsegrad" or form != "core":
+    settings = settings_class(method)
+    if settings is None:
         return calibration
-    filled = {"warmup_steps": 50, **calibration}
-    if filled.get("decomposition") != "sequential":
-        filled.setdefault("source", "token")
-    # A share of the energy can only be told from all of it.
-    if not isinstance(said.get("rank"), float) and filled.get("source") in ("batch", "token"):
-        filled.setdefault("decomposition", "randomized")
-    return filled
+    said = method if isinstance(method, dict) else {}
+    return settings.calibration_defaults(said, calibration)
 
 
 class Recipe(Section):
@@ -276,7 +261,7 @@ class Recipe(Section):
 
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
-    method: MethodSection = SparsegradMethod(name="sparsegrad", support="static")
+    method: MethodSection = DEFAULT_METHOD
     targets: TargetsSection = TargetsSection()
     scope: Literal["head", "rest"] = Field(
         "head", description="what trains beside the targets: the head, or everything else"
@@ -299,14 +284,16 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _what_the_form_calibrates_with(cls, data: Any) -> Any:
-        """What is not said follows the form, so that a resolved recipe says it."""
+    def _calibration_defaults(cls, data: Any) -> Any:
+        """Fill in what goes with the method, so that a resolved recipe says it."""
         if not isinstance(data, dict):
             return data
         calibration = data.get("calibration", {})
         if not isinstance(calibration, dict):
             return data
-        return data | {"calibration": calibration_of_the_form(data.get("method", {}), calibration)}
+        return data | {
+            "calibration": calibration_of_the_method(data.get("method", {}), calibration)
+        }
 
     @field_validator("match", mode="before")
     @classmethod
@@ -324,67 +311,10 @@ class Recipe(Section):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and "name" not in value:
-            return {"name": "sparsegrad", **value}
+            return {"name": DEFAULT_METHOD.name, **value}
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        method = self.method
-        if isinstance(method, SparsegradMethod):
-            self._check_sparsegrad(method)
-        if isinstance(method, LoraMethod):
-            rank, density, fix = "method.rank", "method.density", "give method.rank alone"
-            if method.rank is not None and method.density is not None:
-                what = "and method.density both say how large LoRA is: give one of the two"
-                fix = "method.rank alone, or method.density with match: trainable"
-                raise SettingError(what, rank, density, "match", fix=fix)
-            if self.match and method.rank is not None:
-                what = "is what match: trainable solves from method.density: give one of the two"
-                fix = "leave out match, or give method.density in place of method.rank"
-                raise SettingError(what, rank, "match", fix=fix)
-            if self.match and method.density is None:
-                what = "trainable solves LoRA's rank from method.density: give it"
-                raise SettingError(what, "match", density, fix="method.density: 0.01")
-            if method.density is not None and not self.match:
-                what = "of lora has an effect only with match: trainable, which solves its rank"
-                fix = "match: trainable, or method.rank in place of method.density"
-                raise SettingError(what, density, "match", fix=fix)
-        if isinstance(method, MepropMethod):
-            if method.state_capacity is not None and method.select != "entries":
-                keys = ("method.state_capacity", "method.select")
-                raise SettingError("goes with method.select: entries", *keys)
-            if method.unified and method.select != "rows":
-                keys = ("method.unified", "method.select")
-                raise SettingError("goes with method.select: rows", *keys)
-            if method.unified and self.train.gradient_accumulation_steps > 1:
-                raise SettingError(
-                    "chooses rows in each backward pass, before gradients have accumulated",
-                    "method.unified",
-                    "train.gradient_accumulation_steps",
-                    fix="train.gradient_accumulation_steps: 1, or method.unified: false",
-                )
+        self.method.check(self)
         return self
-
-    def _check_sparsegrad(self, method: SparsegradMethod) -> None:
-        calibration = self.calibration
-        thin = method.form == "core" and not isinstance(method.rank, float)
-        if calibration.decomposition == "randomized" and not thin:
-            raise SettingError(
-                "'randomized' finds a given number of directions: it needs method.form 'core', and "
-                "a method.rank that is no share of energy",
-                "calibration.decomposition",
-                "method.form",
-                "method.rank",
-            )
-        if calibration.decomposition == "sequential" and method.form != "core":
-            what = "'sequential' truncates: it needs method.form 'core'"
-            raise SettingError(what, "calibration.decomposition", "method.form")
-        comparable = calibration.score != "spectral" or calibration.source == "token"
-        if method.allocation == "model" and not comparable:
-            raise SettingError(
-                "'model' compares targets: it needs a calibration.score from gradients, or "
-                "calibration.source 'token'",
-                "method.allocation",
-                "calibration.score",
-                "calibration.source",
-            )

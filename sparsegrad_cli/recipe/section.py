@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.recipe.source import KeyPath
 
 LARGEST = 2**31 - 1  # a number of anything; what counts in C holds it
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -39,3 +43,25 @@ class Section(BaseModel):
     infinity and no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A setting without effect.
+
+    Attributes:
+        key: its path.
+        causes: paths of the settings that disable it; one that is stronger overrules it.
+        why: the reason, as the rest of a sentence about the key.
+        fix: what to write instead.
+        neutral: the value that says the same in a resolved recipe.
+        common: several commands share the key, of several methods or the one that made the basis:
+            on a command line it is noted, not refused.
+    """
+
+    key: KeyPath
+    causes: tuple[KeyPath, ...]
+    why: str
+    fix: str
+    neutral: Any
+    common: bool = False

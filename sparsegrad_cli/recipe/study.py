@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.methods.registry import METHOD_NAMES, settings_class
 from sparsegrad_cli.recipe.budget import NOTHING, MisspeltError, parse_match
 from sparsegrad_cli.recipe.checks import outside_problems
 from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, read_override, stack, still_said
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
-from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.problems import method_advice
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
@@ -360,7 +360,8 @@ def _method_layer(
     if method.get("name") == said.get("name"):
         method = {**still_said(said, method), **method}
     matched = match is not None and not SIZES & set(method)
-    if matched and method.get("name") != "full":
+    takes = settings_class(method)
+    if matched and takes is not None and "density" in takes.model_fields:
         if said.get("entries") is not None:  # which LoRA then refuses: it has ranks
             method["entries"] = said["entries"]
         else:
@@ -369,7 +370,7 @@ def _method_layer(
     data: dict[str, Any] = {"method": method, "train": dict(entry.train)}
     data["calibration"] = dict(entry.calibration)
     written = {**data, "method": dict(entry.method)}
-    if method.get("name") == "lora":
+    if takes is not None and takes.solves_rank:
         data["match"] = "trainable" if method.get("density") is not None else None
     return _layer(data, source, f"methods ({entry.label})", lines, written)
 

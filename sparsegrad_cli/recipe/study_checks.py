@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.methods.registry import settings_class
 from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study
 from sparsegrad_cli.recipe.yaml_text import shorten
@@ -84,14 +86,12 @@ def of_overrides(study: Study, keys: list[str]) -> dict[str, Problem]:
 def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[str, Problem]:
     """A rank that the recipe gives LoRA, where entries are to be matched by the density."""
     said = resolved.data.get("method")
-    rank = said.get("rank") if isinstance(said, dict) and said.get("name") == "lora" else None
+    rank = said.get("rank") if isinstance(said, dict) and _solves_rank(said) else None
     by_density = any(
-        row.matched
-        and row.method.get("name") not in ("lora", "full")
-        and not SIZES & set(row.method)
+        row.matched and _chooses_by_density(row.method) and not SIZES & set(row.method)
         for row in study.methods
     )
-    held = study.match == "trainable" and entry.matched and entry.method.get("name") == "lora"
+    held = study.match == "trainable" and entry.matched and _solves_rank(entry.method)
     if rank is None or not held or not by_density or SIZES & set(entry.method):
         return {}
     what = (
@@ -101,3 +101,13 @@ def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[st
     fix = "method.density in place of the rank, which then follows; or --match none or trainable=N"
     place = resolved.places.get(("method", "rank"), Place("defaults"))
     return {"rank": Problem("method.rank", what, place.file, place.line, fix)}
+
+
+def _solves_rank(method: Mapping[str, Any]) -> bool:
+    settings = settings_class(method)
+    return settings is not None and settings.solves_rank
+
+
+def _chooses_by_density(method: Mapping[str, Any]) -> bool:
+    settings = settings_class(method)
+    return settings is not None and settings.chooses_by_density

@@ -19,7 +19,6 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
-    "evaluate",
     "safetensors",
 )
 GIT_TIMEOUT_S = 5.0

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import FullMethod, LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe
 
 FSDP, DEEPSPEED = "FSDP2", "DeepSpeed"
@@ -120,17 +119,10 @@ def _deepspeed_problem() -> tuple[str, str] | None:
 
 def _recipe_problem(recipe: Recipe, how: str) -> tuple[str, str, str] | None:
     """(key, what, fix) of what no way of splitting allows."""
-    method, train = recipe.method, recipe.train
-    if not isinstance(method, FullMethod | LoraMethod | SparsegradMethod):
-        what = f"{method.name} chooses among all entries of a matrix, and {how} splits matrices"
-        return "method.name", what, _WHOLE
-    if isinstance(method, SparsegradMethod):
-        if method.form != "core":
-            what = f"form {method.form} needs whole matrices, and {how} splits them"
-            return "method.form", what, _WHOLE
-        if method.support not in ("static", "dense"):
-            what = f"support {method.support} chooses among all entries of a core: {how} splits it"
-            return "method.support", what, _WHOLE
+    train, refusal = recipe.train, recipe.method.sharding_refusal(how)
+    if refusal is not None:
+        key, what = refusal
+        return f"method.{key}", what, _WHOLE
     if recipe.model.quantization is not None:
         bits = recipe.model.quantization
         what = f"{how} cannot split weights of {bits}: every process would hold all of them"

@@ -13,8 +13,8 @@ from typing import Any
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.compressed_files import COMPRESSIONS
-from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.text_files import heads_only
+from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, SparsegradError, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder

@@ -85,7 +85,7 @@ def compared(recipe: Recipe) -> dict[str, Any]:
         view["train.lr_scheduler_type"] = "constant"  # warmup_steps says the rest
     calibration = recipe.calibration
     view[_HEAD] = "cold"
-    if recipe.method.name == "sparsegrad" and calibration.keep_head and calibration.warmup_steps:
+    if recipe.method.calibrates and calibration.keep_head and calibration.warmup_steps:
         view[_HEAD] = f"{calibration.warmup_steps} steps at {calibration.warmup_learning_rate:g}"
     return view
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsegrad_cli.methods.registry import BASELINE
 from sparsegrad_cli.report.access import dig, number, text
 from sparsegrad_cli.study.costs import costs_of
 from sparsegrad_cli.study.statistics import mean, std, student
@@ -29,7 +30,7 @@ def make_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
     for task in dict.fromkeys(task for task, _ in keys):
         here = [row for row in rows if row["task"] == task]
-        reference = next((r for r in here if r["method"] == "lora"), here[0])
+        reference = next((r for r in here if r["method"] == BASELINE), here[0])
         for row in here:
             row["difference"] = None
             if row is not reference:

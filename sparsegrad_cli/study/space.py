@@ -18,12 +18,6 @@ from sparsegrad_cli.recipe.tuning import Range
 from sparsegrad_cli.records.metric_direction import scale_of
 
 RATE = "train.learning_rate"
-# Rates chosen of those tried: geometric means over sst2 (twice) and cola with MiniLM-L6
-# and OpenAssistant with SmolLM2-135M, to one digit (docs/LOG.md; each method had three to five):
-# full 1e-4, 1e-4, 1e-4, 8e-4; lora 2e-3, 2e-3, 5e-4, 4e-3; meprop 2e-3, 1e-3, 5e-4, 2e-3;
-# sparsegrad, core 1e-3, 4e-3 and 5e-4 (constant), the paper's forms 2e-3, 5e-4.
-CENTRES = {"full": 2e-4, "lora": 2e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
-DENSE_CENTRE = 3e-4  # all of a core trains: 2e-4 by score, 5e-4 by loss
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
@@ -141,10 +135,7 @@ def _centre(study: LoadedStudy, cell: Cell) -> tuple[float, str]:
     ]
     if any("learning_rate" in train for train in own):
         return cell.loaded.recipe.train.learning_rate, "study"
-    method = cell.loaded.recipe.method
-    if getattr(method, "support", None) == "dense":
-        return DENSE_CENTRE, "measured"
-    return CENTRES[method.name], "measured"
+    return cell.loaded.recipe.method.learning_rate_center, "measured"
 
 
 def first_point(space: Sequence[Dimension], number: int) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsegrad_cli.data.batches import ChatCollator
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
-from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.load_task import load_chat
-from sparsegrad_cli.data.packing import concatenate, make_lm_collator, pack
-from sparsegrad_cli.data.plain_text import plain_text_rows
+from sparsegrad_cli.data.packing import concatenate, pack, plain_text_rows
+from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.models.device import device_of
@@ -89,7 +89,7 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         packed_rows(train.data, chat.packing, max_length, tokenizer),
         validation,
         tokenizer,
-        make_lm_collator(
+        ChatCollator(
             _pad_id(tokenizer), fixed_length=max_length if section.padding == "fixed" else None
         ),
         model,

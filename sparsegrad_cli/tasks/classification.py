@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sparsegrad_cli.data.collate import ensure_pad_token, make_collator, tokenize
+from sparsegrad_cli.data.batches import TextCollator
 from sparsegrad_cli.data.conversation import Conversation
-from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.load_task import load_task
+from sparsegrad_cli.data.text_tokens import ensure_pad_token, fitting_length, tokenize
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.classification_head import HeadStart
 from sparsegrad_cli.models.device import device_of
@@ -85,7 +85,7 @@ def load_texts(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
         train_data,
         validation,
         tokenizer,
-        make_collator(tokenizer, max_length=max_length, padding=section.padding),
+        TextCollator(tokenizer, max_length=max_length, padding=section.padding),
         model,
         head,
         [],

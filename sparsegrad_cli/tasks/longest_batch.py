@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsegrad_cli.data.batches import longest_batch
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
-from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, tokenize
-from sparsegrad_cli.data.lengths import fitting_length
 from sparsegrad_cli.data.load_task import load_chat, load_task
+from sparsegrad_cli.data.text_tokens import ensure_pad_token, fitting_length, tokenize
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe

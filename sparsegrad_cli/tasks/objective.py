@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli import distributed
-from sparsegrad_cli.data.chat_tokens import UNLABELLED
+from sparsegrad_cli.data.batches import UNLABELLED
 from sparsegrad_cli.data.load_task import LoadedTask
 from sparsegrad_cli.data.metrics import mean_loss, score
 from sparsegrad_cli.models.lm_head import LmHead

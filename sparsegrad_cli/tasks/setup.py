@@ -17,14 +17,13 @@ from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
-from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
+from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
 from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.quantized import count_entries, placed, quantization_state
 from sparsegrad_cli.models.targets import (
     NotAdapted,
     Target,
-    basis_keys,
     find_targets,
     fingerprint,
     head_parameters,
@@ -33,7 +32,6 @@ from sparsegrad_cli.models.targets import (
 )
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import MethodSection, SparsegradMethod
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
 from sparsegrad_cli.run.open_run import Run
@@ -62,23 +60,8 @@ class Setup(Parts):
     head_hash: str
     precision: dict[str, Any]
     device: torch.device
-    method_settings: MethodSection
+    method_settings: MethodSettings
     meter: MemoryMeter
-
-    @property
-    def basis_rank(self) -> int | float | None:
-        """Directions per side that the method keeps of a basis, or a share; None for all."""
-        method = self.method_settings
-        if not isinstance(method, SparsegradMethod) or method.form != "core":
-            return None
-        assert not isinstance(method.rank, str)
-        return method.rank
-
-    @property
-    def compares_targets(self) -> bool:
-        """Whether the basis must say how many tokens each target has seen."""
-        method = self.method_settings
-        return isinstance(method, SparsegradMethod) and method.allocation == "model"
 
     def new_meter(self) -> MemoryMeter:
         """Return another meter that watches the model, for a trial."""
@@ -149,18 +132,9 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
         head_hash=head_hash,
         precision=precision_of(model, recipe.train, device),
         device=device,
-        method_settings=_settled_method(loaded, targets),
+        method_settings=recipe.method.settle(TargetShapes.of(loaded, targets)),
         meter=watching_meter(model, device),
     )
-
-
-def _settled_method(loaded: LoadedRecipe, targets: list[Target]) -> MethodSection:
-    """Return the recipe's method with a rank in directions, not in bytes."""
-    settings = loaded.recipe.method
-    if not isinstance(settings, SparsegradMethod):
-        return settings
-    keys = basis_keys(targets, loaded.recipe.calibration.basis_per)
-    return with_rank(settings, targets, keys, loaded.where("method.rank"))
 
 
 def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:

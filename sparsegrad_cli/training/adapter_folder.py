@@ -21,8 +21,8 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors, sync_tree
 from sparsegrad_cli.io.paths import is_folder
-from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.methods.lora.peft_folder import (
+from sparsegrad_cli.methods.implementation import Method
+from sparsegrad_cli.methods.peft_folder import (
     CONFIG,
     from_peft,
     modules_to_save,

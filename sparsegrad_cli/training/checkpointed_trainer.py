@@ -25,7 +25,7 @@ from sparsegrad_cli.data.order import OrderHash
 from sparsegrad_cli.errors import FileFormatError, InterruptedRunError
 from sparsegrad_cli.interruption import set_activity
 from sparsegrad_cli.io.atomic import read_tensors
-from sparsegrad_cli.methods.base import load_by_name, trainable_names, trainable_state
+from sparsegrad_cli.methods.implementation import load_by_name, trainable_names, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.run.checkpoint_manifest import damage
 from sparsegrad_cli.run.checkpoints import (

@@ -8,8 +8,7 @@ from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.calibration.run_calibration import basis_for_run
 from sparsegrad_cli.interruption import deferred_interrupt, raise_if_requested
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
-from sparsegrad_cli.methods.base import Method, Prepared, check_what_trains
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.implementation import Method, Prepared, check_what_trains
 from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.trackers import tracker_environment
@@ -43,7 +42,7 @@ def fine_tune(run: Run) -> None:
     with tracker_environment(run.path, recipe.train.report_to):
         setup = load(run)
         with deferred_interrupt():
-            method = make_method(setup.method_settings)
+            method = setup.method_settings.implementation()
             prepared = _prepare(run, setup, method, initial)
             with out_of_memory_explained(recipe, "prepare", setup.model):
                 loop = TrainingLoop(run, setup, method, prepared)
@@ -66,7 +65,7 @@ def _prepare(run: Run, setup: Setup, method: Method, initial: InitialValues | No
     The basis is a local variable here: afterwards, only what the method keeps of it is in memory.
     """
     basis = None
-    if method.needs_basis:
+    if setup.method_settings.calibrates:
         basis = basis_for_run(run, setup, initial.basis if initial else lambda: None)
     raise_if_requested("preparing the model")
     with out_of_memory_explained(run.recipe, "prepare", setup.model):

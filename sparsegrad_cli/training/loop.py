@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsegrad_cli import distributed, interruption
-from sparsegrad_cli.data.collate import longest_batch
+from sparsegrad_cli.data.batches import longest_batch
 from sparsegrad_cli.io.paths import remove_folder
-from sparsegrad_cli.methods.base import Method, Prepared
+from sparsegrad_cli.methods.implementation import Method, Prepared
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.metric_direction import scale_of
@@ -94,7 +94,7 @@ class TrainingLoop:
         assert counts is not None  # recorded before the loop is made
         run.writer.save(
             counts=with_touched(counts, self._prepared, setup.model, self.optimizer),
-            sparsity=sparsity_map(setup.targets, setup.model, self.optimizer),
+            sparsity=sparsity_map(setup.targets, setup.model, self.method, self.optimizer),
         )
         self._finish(initial)
         run.seconds["evaluate_s"] = trainer.evaluate_seconds
@@ -239,7 +239,10 @@ class TrainingLoop:
 
     def _save_adapter(self) -> None:
         record = self._run.writer
-        about = {"method": self.method.name, "recipe_digest": str(record.record.recipe_digest)}
+        about = {
+            "method": self.method.settings.name,
+            "recipe_digest": str(record.record.recipe_digest),
+        }
         section = self._run.recipe.model
         path = save_adapter(record.path, self.method, self.setup, section, self._drawn, about)
         if not distributed.is_rank_zero():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegrad_cli.data.collate import longest_batch
+from sparsegrad_cli.data.batches import longest_batch
 from sparsegrad_cli.memory.out_of_memory import (
     EVAL_KEY,
     TRAIN_KEY,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.base import Counts
+from sparsegrad_cli.methods.implementation import Counts, Method
 from sparsegrad_cli.methods.optimizer import SelectiveAdamW
-from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.records.base import Matrix
 from sparsegrad_cli.records.run import CountsBlock, SparsityBlock
@@ -64,19 +63,17 @@ def _selected(
 
 
 def sparsity_map(
-    targets: list[Target], model: nn.Module, optimizer: torch.optim.Optimizer
+    targets: list[Target], model: nn.Module, method: Method, optimizer: torch.optim.Optimizer
 ) -> SparsityBlock | None:
     """Return where the touched parameters of the middle target lie; None for a dense method."""
     target = targets[len(targets) // 2]
-    layer = model.get_submodule(target.name)
     parameter = _selected(target, model, optimizer)
     if parameter is not None:
         assert isinstance(optimizer, SelectiveAdamW)
         positions = optimizer.touched(parameter)
         rows, columns = optimizer.shape_of(parameter)
-    elif isinstance(layer, CoreLinear) and "support" in layer._buffers:
-        positions = layer.support
-        rows, columns = layer.shape
+    elif (support := method.support(target)) is not None:
+        positions, (rows, columns) = support
     else:
         return None
     return SparsityBlock(

@@ -13,7 +13,7 @@ from torch import nn
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.order import EpochSampler, OrderHash
 from sparsegrad_cli.errors import NonFiniteError
-from sparsegrad_cli.methods.base import Method
+from sparsegrad_cli.methods.implementation import Method
 from sparsegrad_cli.models.nan_check import INPUTS, first_non_finite
 from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.recipe.schema import Recipe

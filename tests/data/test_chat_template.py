@@ -19,7 +19,7 @@ from chats import (
 )
 from tokenizers import AddedToken
 
-from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations, render
+from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError, UsageError
 
@@ -34,7 +34,8 @@ def whole(tokenizer: Any, conversation: Conversation) -> list[int]:
 
 
 def encode(tokenizer: Any, conversation: Conversation) -> tuple[list[int], list[int]]:
-    return render(tokenizer, conversation, max_length=LONG)
+    ids, labels, _ = ChatEncoder(tokenizer).encode(conversation, max_length=LONG)
+    return ids, labels
 
 
 def real(conversation: Conversation) -> tuple[list[int], list[int]]:

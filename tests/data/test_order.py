@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
+from sparsegrad_cli.data.batches import ChatCollator
 from sparsegrad_cli.data.order import EpochSampler, OrderHash
-from sparsegrad_cli.data.packing import make_lm_collator
 
 SIZE = 103
 LENGTHS = [5 + (7 * n) % 60 for n in range(SIZE)]
@@ -192,7 +192,7 @@ def ragged(seed: int, lengths: list[int], kind: str) -> dict[str, Tensor]:
         row["labels"] = [-100, *(number + n for n in row["input_ids"][1:])]
     if kind == "packed":
         rows = [row | {"lengths": [len(row["input_ids"])]} for row in rows]
-    return make_lm_collator(0)(rows)
+    return ChatCollator(0)(rows)
 
 
 def row_digest(batches: list[dict[str, Tensor]]) -> str:

@@ -11,14 +11,8 @@ import torch
 from tiny import VOCABULARY, build, config, one_thread
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.chat_tokens import token_rows
-from sparsegrad_cli.data.packing import (
-    concatenate,
-    first_fit,
-    labelled_tokens,
-    make_lm_collator,
-    pack,
-)
+from sparsegrad_cli.data.batches import ChatCollator, token_rows
+from sparsegrad_cli.data.packing import concatenate, first_fit, pack
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import lm_loss
@@ -80,7 +74,7 @@ def test_what_fits_exactly_leaves_no_room() -> None:
 
 def test_padding_is_where_no_row_reaches_whatever_the_tokens_say() -> None:
     data = rows(5, 3)
-    batch = make_lm_collator(END)(list(data))
+    batch = ChatCollator(END)(list(data))
     assert batch["input_ids"].tolist() == [data[0]["input_ids"], [*data[1]["input_ids"], END, END]]
     assert batch["labels"].tolist() == [data[0]["labels"], [*data[1]["labels"], -100, -100]]
     assert (
@@ -93,17 +87,12 @@ def test_padding_is_where_no_row_reaches_whatever_the_tokens_say() -> None:
 
 @pytest.mark.parametrize(
     ("options", "length"),
-    [({}, 5), ({"pad_to_multiple_of": 4}, 8), ({"fixed_length": 9}, 9)],
+    [({}, 5), ({"fixed_length": 9}, 9)],
 )
 def test_length_of_a_batch(options: dict[str, int], length: int) -> None:
     for data in (rows(5, 3), pack(rows(3, 2, 5), 5)):
-        batch = make_lm_collator(END, **options)(list(data))
+        batch = ChatCollator(END, **options)(list(data))
         assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, length)}
-
-
-def test_labelled_tokens_are_counted_after_the_shift() -> None:
-    labels = torch.tensor([[7, -100, 8, 9], [-100, 5, -100, -100]])
-    assert labelled_tokens({"labels": labels}) == 3  # the 7 has nothing before it
 
 
 # --- packing
@@ -141,7 +130,7 @@ def test_packing_cuts_what_is_longer_and_drops_what_is_not_learnt() -> None:
 
 def test_no_conversation_predicts_the_first_token_of_the_next() -> None:
     data = token_rows([[3, 4], [5, 6]], [[3, 4], [5, 6]])
-    batch = make_lm_collator(END)(list(pack(data, 4)))
+    batch = ChatCollator(END)(list(pack(data, 4)))
     assert batch["labels"].tolist() == [[-100, 4, -100, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
     assert "attention_mask" not in batch
@@ -191,7 +180,7 @@ def test_packed_losses_and_gradients_are_the_unpacked_ones(
         model.float()
         tolerance = {"rtol": 1e-5, "atol": 1e-5}
     data = rows(9, 4, 7, 2, 6, 11)
-    collate = make_lm_collator(END)
+    collate = ChatCollator(END)
     alone = summed(model, [collate([row]) for row in data])
     for batches in ([collate(list(data))], [collate(list(pack(data, 13)))]):
         for found, expected in zip(summed(model, batches), alone, strict=True):
@@ -237,7 +226,7 @@ def test_attention_goes_across_in_blocks() -> None:
     model = model_of("llama")
     data = rows(6, 6)
     (block,) = list(concatenate(data, 12, END))
-    batch = make_lm_collator(END)([block])
+    batch = ChatCollator(END)([block])
     assert batch["position_ids"].tolist() == [list(range(12))]
-    alone = [make_lm_collator(END)([row]) for row in data]
+    alone = [ChatCollator(END)([row]) for row in data]
     assert not torch.allclose(summed(model, [batch])[0], summed(model, alone)[0], rtol=1e-6)

@@ -12,23 +12,20 @@ import torch
 from tiny import classifier, config, one_thread
 from torch import Tensor, nn
 
-from sparsegrad_cli.calibration.calibrate import basis_keys, calibrate
-from sparsegrad_cli.data.chat_tokens import UNLABELLED
-from sparsegrad_cli.data.packing import make_lm_collator
+from sparsegrad_cli.calibration.calibrate import calibrate
+from sparsegrad_cli.data.batches import UNLABELLED, ChatCollator
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
 from sparsegrad_cli.estimate.stand_ins import name_task
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
-from sparsegrad_cli.methods.registry import make_method
-from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
+from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
 from sparsegrad_cli.recipe.tasks import BUILTIN_TASKS
 
 SIZE, LENGTH = 2, 32
@@ -130,7 +127,7 @@ def conversations(*, short: int = 0, packed: bool = False) -> dict[str, Tensor]:
     rows[-1] = {name: ids[: LENGTH - short] for name, ids in rows[-1].items()}
     if packed:  # two conversations in each row
         rows = [row | {"lengths": [LENGTH // 2] * 2} for row in rows]
-    return make_lm_collator(0)(rows)
+    return ChatCollator(0)(rows)
 
 
 def bert(loaded: LoadedRecipe) -> nn.Module:
@@ -164,13 +161,13 @@ def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) ->
     settings = recipe.method
     save_memory(model, targets, settings.recompute)
     bases = None
-    if isinstance(settings, SparsegradMethod):
+    if settings.calibrates:
         section = recipe.calibration
-        settings = with_rank(settings, targets, basis_keys(targets, section.basis_per), "")
+        settings = settings.settle(TargetShapes(targets, section.basis_per))
         found = calibrate(model, targets, lambda: iter([batch]), section, seed=0)
         bases = found.by_target()
         del found
-    method = make_method(settings)
+    method = settings.implementation()
     prepared = method.prepare(model, targets, scope=recipe.scope, bases=bases)
     del bases
     if recipe.train.gradient_checkpointing:

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from tiny import batch
 from torch import Tensor
 
-from sparsegrad_cli import load_adapter, runner
+from sparsegrad_cli import load_adapter
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.adapter_file import tensors_digest
+from sparsegrad_cli.export.export_run import export_run
 from sparsegrad_cli.export.options import ExportOptions
 
 Runs = Callable[..., Path]
@@ -38,7 +39,7 @@ UP = "bert.encoder.layer.0.intermediate.dense"
 def written(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported adapter."""
     place = tmp_path_factory.mktemp("adapter") / "written"
-    runner.export(runs(*STATIC), ExportOptions("adapter", place))
+    export_run(runs(*STATIC), ExportOptions("adapter", place))
     return place
 
 
@@ -208,7 +209,7 @@ def test_a_base_of_a_relative_path_is_found_from_anywhere(
     base = base_folder(Path("base")).resolve()
     run = train(Path("run"), Path("base"), data_folder(Path("data")), *STATIC, "train.max_steps=1")
     for form in ("adapter", "lora"):
-        runner.export(run, ExportOptions(form, Path(form)))
+        export_run(run, ExportOptions(form, Path(form)))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_adapter(tmp_path / "adapter") is not None

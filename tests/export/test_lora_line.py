@@ -11,7 +11,7 @@ import torch
 from little import answers, byte_tokenizer, data_folder, record, train
 from tiny import build, config
 
-from sparsegrad_cli import runner
+from sparsegrad_cli.export.export_run import export_run
 from sparsegrad_cli.export.options import ExportOptions
 
 
@@ -40,7 +40,7 @@ def test_a_base_that_takes_every_word(tmp_path: Path, monkeypatch: pytest.Monkey
     tokenizer.save_pretrained(base)
     data = data_folder(tmp_path / "data")
     run = train(tmp_path / "run", Path("me/tiny"), data, "model.revision=v1", "method=lora")
-    said = runner.export(run, ExportOptions("lora", tmp_path / "lora"))
+    said = export_run(run, ExportOptions("lora", tmp_path / "lora"))
     assert said["check"]["difference"] <= said["check"]["judged"]["tolerance"] < 1e-2
     about = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (about["base_model_name_or_path"], about["revision"]) == ("me/tiny", "v1")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import sparsegrad_cli
 from sparsegrad_cli.export.rebuild import rebuild
 from sparsegrad_cli.export.run_files import open_run
-from sparsegrad_cli.methods.lora.peft_folder import from_peft, to_peft
+from sparsegrad_cli.methods.peft_folder import from_peft, to_peft
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 

@@ -135,7 +135,7 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
 def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
     """Where compare.json says another thing, the models there are not asked."""
-    from sparsegrad_cli import runner
+    from sparsegrad_cli.generate.generate import generate
 
     with scratch() as folder:
         place = folder / "study"
@@ -149,13 +149,13 @@ def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="outside") as caught:
-            runner.generate(options)
+            generate(options)
         check_error(caught.value)
         assert tree(folder / "outside") == before
 
 
 def test_answers_are_not_written_through_a_link() -> None:
-    from sparsegrad_cli import runner
+    from sparsegrad_cli.generate.generate import generate
 
     with scratch() as folder:
         place = folder / "study"
@@ -166,7 +166,7 @@ def test_answers_are_not_written_through_a_link() -> None:
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="is a link"):
-            runner.generate(options)
+            generate(options)
         (place / "judge-questions").symlink_to(folder / "outside")
         with pytest.raises(UsageError, match="is a link"):
             assert JudgeOptions((place,), "builtin:questions", "http://x", "m").folder
@@ -205,7 +205,7 @@ def test_code_that_comes_with_a_run_is_not_run_unasked(tmp_path: Path) -> None:
 
 
 def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Path) -> None:
-    from sparsegrad_cli import runner
+    from sparsegrad_cli.export.export_run import export_run
     from sparsegrad_cli.export.options import ExportOptions
 
     outside = tmp_path / "outside"
@@ -215,7 +215,7 @@ def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Pat
     before = tree(outside)
     for overwrite in (True, False):
         with pytest.raises(UsageError, match="is a link"):
-            runner.export(exportable, ExportOptions("lora", overwrite=overwrite))
+            export_run(exportable, ExportOptions("lora", overwrite=overwrite))
     assert tree(outside) == before
 
 

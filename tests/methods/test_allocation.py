@@ -18,11 +18,11 @@ from sparsegrad_cli.calibration.basis_file import (
     write_basis,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
+from sparsegrad_cli.methods.sparsegrad.core import planned_supports
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.numerics.hosvd import GramStream, truncated
 from sparsegrad_cli.numerics.scores import ScoreStream
 from sparsegrad_cli.numerics.supports import comparable_scores, spectral_scores
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_the_last_block_gets_what_its_gradients_deserve(basis_per: str) -> None:
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     targets = targets_of(model)
     words = {"source": "token", "steps": 4, "rank": 8, "basis_per": basis_per}
-    method = SparsegradMethod(name="sparsegrad", density=0.03, rank=8, allocation="model")
+    method = SparsegradSettings(name="sparsegrad", density=0.03, rank=8, allocation="model")
 
     def shares(unknown: bool = False, **more: str) -> list[int]:
         found = calibrated(model, targets, **words, **more)

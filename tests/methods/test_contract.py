@@ -22,7 +22,7 @@ from tiny import (
 from torch import Tensor
 
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
-from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -186,7 +186,7 @@ def changed_entries(tuned: Tuned, inputs: dict[str, Tensor]) -> dict[str, int]:
     found = {}
     for target in tuned.targets:
         difference = weight_of(tuned.model, target).detach() - kept[target.name]
-        if tuned.method.name == "sparsegrad" and tuned.method.settings.form == "materialized":
+        if getattr(tuned.method.settings, "form", None) == "materialized":
             if target.transposed:
                 difference = difference.T
             basis = tuned.method._bases[target.name]

@@ -14,13 +14,13 @@ from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
 from sparsegrad_cli.calibration.calibrate import basis_keys
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.base import TargetShapes
+from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear, SparsegradCore
-from sparsegrad_cli.methods.sparsegrad.core_plan import with_rank
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.numerics.hosvd import truncated
-from sparsegrad_cli.numerics.supports import entries_for, largest_entries, spectral_scores
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.numerics.supports import largest_entries, spectral_scores
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.recipe.section import parse_bytes
 
@@ -33,9 +33,9 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def settings(**more: Any) -> SparsegradMethod:
+def settings(**more: Any) -> SparsegradSettings:
     plain = {"name": "sparsegrad", "form": "core", "support": "static", "rank": RANK}
-    return SparsegradMethod.model_validate({**plain, "density": 0.03, **more})
+    return SparsegradSettings.model_validate({**plain, "density": 0.03, **more})
 
 
 def prepared(
@@ -63,7 +63,7 @@ def test_without_scores_the_spectra_choose() -> None:
     for target in targets_of(model):
         expected = largest_entries(
             spectral_scores(truncated(bases[target.name], RANK)),
-            entries_for(0.03, target.out_features, target.in_features),
+            count_for_density(0.03, target.out_features, target.in_features),
         )
         assert torch.equal(layers[target.name].support.long(), expected)
 
@@ -74,7 +74,7 @@ def test_scores_choose_and_are_cut_to_the_rank(rank: int) -> None:
     scores = positive(targets, rank)
     _, layers, _ = prepared(orthogonal_bases(targets, torch.float32), scores)
     for target in targets:
-        count = entries_for(0.03, target.out_features, target.in_features)
+        count = count_for_density(0.03, target.out_features, target.in_features)
         expected = largest_entries(scores[target.name][:RANK, :RANK], count)
         assert torch.equal(layers[target.name].support.long(), expected)
 
@@ -83,7 +83,7 @@ def test_scores_choose_and_are_cut_to_the_rank(rank: int) -> None:
 @pytest.mark.parametrize("budget", ["20KiB", "33.5KiB", "1MiB"])
 def test_a_rank_in_bytes_is_the_largest_that_fits(per: str, budget: str) -> None:
     targets = targets_of(classifier())
-    keys = basis_keys(targets, per)
+    shapes, keys = TargetShapes(targets, per), basis_keys(targets, per)
 
     def taken(rank: int) -> int:
         """Counted on a prepared model: bases once each, and four numbers an entry of a core."""
@@ -94,7 +94,7 @@ def test_a_rank_in_bytes_is_the_largest_that_fits(per: str, budget: str) -> None
         found = method.prepare(classifier(), targets, scope="head", bases=shared)
         return 4 * sum(q.numel() for q in found.bases) + 16 * found.counts.trainable_targets
 
-    rank = with_rank(settings(rank=budget), targets, keys, "here").rank
+    rank = settings(rank=budget).settle(shapes).rank
     assert isinstance(rank, int)
     assert taken(rank) <= parse_bytes(budget)
     assert rank == INNER or taken(rank + 1) > parse_bytes(budget)
@@ -103,7 +103,7 @@ def test_a_rank_in_bytes_is_the_largest_that_fits(per: str, budget: str) -> None
 def test_a_rank_that_does_not_fit_is_refused() -> None:
     targets = targets_of(classifier())
     with pytest.raises(UsageError, match="rank 1 take more than 1KiB"):
-        with_rank(settings(rank="1KiB"), targets, basis_keys(targets, "layer"), "here")
+        settings(rank="1KiB").settle(TargetShapes(targets))
 
 
 @pytest.mark.parametrize(
@@ -116,18 +116,17 @@ def test_a_rank_that_is_left_open_follows_the_density(
 ) -> None:
     targets = targets_of(classifier())
     asked = settings(support=support, density=density, rank=None)
-    assert with_rank(asked, targets, basis_keys(targets, "layer"), "here").rank == rank
+    assert asked.settle(TargetShapes(targets)).rank == rank
 
 
 def test_other_forms_and_shares_keep_their_rank() -> None:
-    targets = targets_of(classifier())
-    keys = basis_keys(targets, "layer")
+    shapes = TargetShapes(targets_of(classifier()))
     share = settings(rank=0.9)
-    assert with_rank(share, targets, keys, "here") is share
-    paper = SparsegradMethod(name="sparsegrad", form="rotated")
-    assert with_rank(paper, targets, keys, "here") is paper
+    assert share.settle(shapes) is share
+    paper = SparsegradSettings(name="sparsegrad", form="rotated")
+    assert paper.settle(shapes) is paper
     assert (paper.support, settings(rank=4).support) == ("dynamic", "static")
-    assert SparsegradMethod(name="sparsegrad", form="core").support == "static"
+    assert SparsegradSettings(name="sparsegrad", form="core").support == "static"
 
 
 def test_allocation_over_the_model_gives_more_to_those_who_matter() -> None:
@@ -217,7 +216,7 @@ def test_a_refreshed_support_holds_and_then_follows_the_mean_gradient() -> None:
     )
     optimizer = method.optimizer(model, TrainSection(learning_rate=1e-2))
     name, layer = next(iter(layers.items()))
-    count = entries_for(0.03, targets[0].out_features, targets[0].in_features)
+    count = count_for_density(0.03, targets[0].out_features, targets[0].in_features)
     expected = largest_entries(scores[name], count)
     total = torch.zeros(RANK, RANK)
     for step in range(1, 8):
@@ -306,4 +305,4 @@ def test_saved_bytes_are_those_of_the_written_count(bytes_of: Any) -> None:
     # S itself, per target.
     kept += 4 * 4 * rank * rank
     assert lora - core == pytest.approx(dropped - kept, abs=4096)
-    assert make_method(methods_at(0.01, rank)["core"]).needs_basis
+    assert methods_at(0.01, rank)["core"].calibrates

@@ -11,11 +11,11 @@ from tiny import METHODS, calibrated, targets_of
 from torch import nn
 
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.methods.base import Prepared, check_what_trains
-from sparsegrad_cli.methods.lora.method import Lora, check_adapted
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.implementation import Prepared, check_what_trains
+from sparsegrad_cli.methods.lora.method import Lora
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.peft_folder import check_adapted
 from sparsegrad_cli.numerics.seeding import temporary_seed
-from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
 ALL = ("lora", "full", "meprop-entries", "meprop-rows", "core-static", "materialized-layer")
@@ -30,7 +30,7 @@ def prepared(name: str, architecture: str, scope: str) -> tuple[nn.Module, Any, 
     if basis_per:
         found = calibrated(model, targets, lambda: iter([tokens()] * 2), steps=2, rank=None)
         bases = found.by_target()
-    method: Any = make_method(chosen)
+    method: Any = chosen.implementation()
     with temporary_seed(0):
         return model, method, method.prepare(model, targets, scope=scope, bases=bases)
 
@@ -83,7 +83,7 @@ def test_up_and_down_alone_can_be_adapted() -> None:
     """By names in target_modules, peft refuses up without gate."""
     model = causal_or_body(*TABLE["qwen3_moe"][:2])
     targets = targets_of(model, modules=("*.mlp.up_proj", "*.mlp.down_proj"))
-    ready = Lora(LoraMethod(name="lora", rank=2)).prepare(model, targets, scope="head")
+    ready = Lora(LoraSettings(name="lora", rank=2)).prepare(model, targets, scope="head")
     check_what_trains(model, ready.counts)
     assert [c.entries for c in ready.counts.targets] == [2 * (72 + 32)] * 2
 

@@ -7,21 +7,21 @@ import torch
 from tiny import METHODS, Tuned, batch, classifier, logits, orthogonal_bases, targets_of, weight_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.base import Method
-from sparsegrad_cli.methods.registry import make_method
+from sparsegrad_cli.methods.implementation import Method
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.rotated import RotatedLinear
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import to_core
-from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
 STEPS = 20
 
 
 def trained(
-    settings: MepropMethod | SparsegradMethod,
+    settings: MepropSettings | SparsegradSettings,
     architecture: str,
     scope: str = "head",
     weight_decay: float = 0.0,
@@ -41,7 +41,7 @@ def trained(
             )
             for t in targets
         }
-    method: Method = make_method(settings)
+    method: Method = settings.implementation()
     method.prepare(model, targets, scope=scope, bases=bases)
     train = TrainSection(learning_rate=5e-3, weight_decay=weight_decay)
     optimizer = method.optimizer(model, train)
@@ -55,11 +55,11 @@ def trained(
     return model, targets, bases, losses
 
 
-def form(name: str, density: float = 0.05) -> SparsegradMethod:
+def form(name: str, density: float = 0.05) -> SparsegradSettings:
     """A form at full rank that chooses in every step."""
     rank = {"rank": 1.0} if name == "core" else {}
     settings = {"name": "sparsegrad", "form": name, "density": density, "support": "dynamic"}
-    return SparsegradMethod.model_validate({**settings, **rank})
+    return SparsegradSettings.model_validate({**settings, **rank})
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
@@ -112,7 +112,7 @@ def test_meprop_entries_is_sparsegrad_in_the_identity_basis(
     architecture: str, name: str, weight_decay: float
 ) -> None:
     meprop, targets, _, losses = trained(
-        MepropMethod(name="meprop", density=0.05), architecture, weight_decay=weight_decay
+        MepropSettings(name="meprop", density=0.05), architecture, weight_decay=weight_decay
     )
     sparse, _, _, losses_of_sparse = trained(
         form(name), architecture, weight_decay=weight_decay, identity=True
@@ -126,10 +126,10 @@ def test_meprop_entries_is_sparsegrad_in_the_identity_basis(
 
 
 def test_full_density_in_the_identity_basis_is_full_fine_tuning() -> None:
-    from sparsegrad_cli.recipe.method_section import FullMethod
+    from sparsegrad_cli.methods.full.settings import FullSettings
 
     sparse, targets, _, losses = trained(form("materialized", 1.0), "bert", identity=True)
-    full, _, _, losses_of_full = trained(FullMethod(name="full"), "bert")  # type: ignore[arg-type]
+    full, _, _, losses_of_full = trained(FullSettings(name="full"), "bert")  # type: ignore[arg-type]
     torch.testing.assert_close(losses, losses_of_full, atol=1e-12, rtol=0)
     for target in targets:
         torch.testing.assert_close(
@@ -194,7 +194,9 @@ def test_a_basis_shared_by_a_kind_is_moved_once() -> None:
     shared = {
         t.name: per_target[next(u.name for u in targets if u.kind == t.kind)] for t in targets
     }
-    prepared = make_method(form("materialized")).prepare(model, targets, scope="head", bases=shared)
+    prepared = (
+        form("materialized").implementation().prepare(model, targets, scope="head", bases=shared)
+    )
     assert len(prepared.bases) == 4
     assert {b.dtype for b in prepared.bases} == {torch.float64}
 
@@ -202,7 +204,7 @@ def test_a_basis_shared_by_a_kind_is_moved_once() -> None:
 def test_sparsegrad_without_bases_is_refused() -> None:
     model = classifier()
     with pytest.raises(ValueError, match="bases"):
-        make_method(form("rotated")).prepare(model, targets_of(model), scope="head")
+        form("rotated").implementation().prepare(model, targets_of(model), scope="head")
 
 
 def test_the_rotated_layer_keeps_the_bias_parameter_and_leaves_bases_out_of_the_state() -> None:
@@ -229,7 +231,7 @@ def test_methods_do_not_touch_what_is_no_target() -> None:
         model = classifier()
         targets = targets_of(model, blocks=(1,))
         bases = orthogonal_bases(targets, torch.float32)
-        make_method(METHODS[name][0]).prepare(model, targets, scope="head", bases=bases)
+        METHODS[name][0].implementation().prepare(model, targets, scope="head", bases=bases)
         classes: dict[str, type] = {
             n: type(m) for n, m in model.named_modules() if n.endswith("intermediate.dense")
         }
@@ -250,7 +252,7 @@ def test_gradients_flow_to_layers_below_a_rotated_one() -> None:
 
     model = classifier(dtype=torch.float64)
     targets = targets_of(model)
-    make_method(form("rotated")).prepare(
+    form("rotated").implementation().prepare(
         model, targets, scope="head", bases=orthogonal_bases(targets)
     )
     expected = embedding_gradient(classifier(dtype=torch.float64))

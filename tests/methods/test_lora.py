@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import batch, classifier, logits, targets_of
 
-from sparsegrad_cli.methods.lora.method import DEFAULT_RANK, Lora, solve_rank
+from sparsegrad_cli.methods.lora.method import Lora
+from sparsegrad_cli.methods.lora.settings import DEFAULT_RANK, LoraSettings, solve_rank
+from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.numerics.supports import entries_for
-from sparsegrad_cli.recipe.method_section import LoraMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
 
@@ -49,11 +49,10 @@ def test_the_rank_is_at_least_one() -> None:
 def test_density_sets_the_rank_and_the_remainder_is_stated() -> None:
     model = classifier()
     targets = targets_of(model)
-    method = Lora(LoraMethod(name="lora", density=0.2))
+    method = Lora(LoraSettings(name="lora", density=0.2))
     block = method.prepare(model, targets, scope="head").counts.to_json()
-    requested = sum(entries_for(0.2, t.out_features, t.in_features) for t in targets)
+    requested = sum(count_for_density(0.2, t.out_features, t.in_features) for t in targets)
     assert requested == 6 * 128
-    assert method.rank == 2
     assert block["requested_target_entries"] == requested
     assert block["trainable_targets"] == 6 * 2 * 56
     assert block["remainder"] == 6 * (2 * 56 - 128)
@@ -63,10 +62,10 @@ def test_density_sets_the_rank_and_the_remainder_is_stated() -> None:
 def test_default_rank_and_alpha() -> None:
     model = classifier()
     targets = targets_of(model)
-    method = Lora(LoraMethod(name="lora"))
+    method = Lora(LoraSettings(name="lora"))
     method.prepare(model, targets, scope="head")
     layer = model.get_submodule(targets[0].name)
-    assert method.rank == DEFAULT_RANK == layer.r["default"]  # type: ignore[index]
+    assert layer.r["default"] == DEFAULT_RANK  # type: ignore[index]
     assert layer.scaling["default"] == 2.0  # type: ignore[index]
 
 
@@ -75,7 +74,7 @@ def test_adapters_of_a_half_precision_model_train_in_float32(dtype: torch.dtype)
     model = classifier(dtype=dtype)
     before = logits(model)
     targets = targets_of(model)
-    method = Lora(LoraMethod(name="lora", rank=2))
+    method = Lora(LoraSettings(name="lora", rank=2))
     method.prepare(model, targets, scope="head")
     adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert len(adapters) == 12
@@ -96,7 +95,7 @@ def test_adapters_of_a_half_precision_model_train_in_float32(dtype: torch.dtype)
 def test_dropout_and_rslora_reach_peft() -> None:
     model = classifier()
     targets = targets_of(model)
-    settings = LoraMethod(name="lora", rank=4, alpha=6.0, dropout=0.25, rslora=True)
+    settings = LoraSettings(name="lora", rank=4, alpha=6.0, dropout=0.25, rslora=True)
     Lora(settings).prepare(model, targets, scope="head")
     layer = model.get_submodule(targets[-1].name)
     assert layer.lora_dropout["default"].p == 0.25  # type: ignore[index,union-attr]

@@ -10,11 +10,11 @@ from tiny import METHODS, Tuned, batch, classifier, targets_of, weight_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.meprop.method import Meprop
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW
-from sparsegrad_cli.methods.registry import make_method
 from sparsegrad_cli.methods.sparsegrad.rotated import Sparsegrad
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.recipe.method_section import MepropMethod, SparsegradMethod
 from sparsegrad_cli.recipe.schema import TrainSection
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.1}
@@ -182,13 +182,15 @@ def test_state_dict_round_trip_goes_on_bitwise_and_keeps_integer_ages(dtype: tor
         assert torch.equal(got, want)
 
 
-def accumulate(settings: MepropMethod | SparsegradMethod, micro: int) -> tuple[nn.Module, Tensor]:
+def accumulate(
+    settings: MepropSettings | SparsegradSettings, micro: int
+) -> tuple[nn.Module, Tensor]:
     """One optimizer step on 8 examples in ``micro`` backward passes; weights, ages."""
     model = classifier(dtype=torch.float64)
     targets = targets_of(model)
     bases = None
-    method = make_method(settings)
-    if method.needs_basis:
+    method = settings.implementation()
+    if settings.calibrates:
         bases = {
             t.name: Basis(
                 torch.linalg.qr(normal(t.out_features, t.out_features, seed=3)).Q,
@@ -216,7 +218,7 @@ def accumulate(settings: MepropMethod | SparsegradMethod, micro: int) -> tuple[n
     ids=["meprop", "materialized", "rotated"],
 )
 def test_accumulation_selects_once_on_the_accumulated_gradient(
-    settings: MepropMethod | SparsegradMethod,
+    settings: MepropSettings | SparsegradSettings,
 ) -> None:
     one, ages = accumulate(settings, 1)
     four, ages_of_four = accumulate(settings, 4)
@@ -293,10 +295,10 @@ def test_every_trainable_parameter_is_in_the_optimizer_once() -> None:
 
 def test_state_of_chosen_parameters_is_three_tensors_of_the_core() -> None:
     for settings in (
-        MepropMethod(name="meprop"),
-        SparsegradMethod(name="sparsegrad", form="materialized"),
+        MepropSettings(name="meprop"),
+        SparsegradSettings(name="sparsegrad", form="materialized"),
     ):
-        method = make_method(settings)
+        method = settings.implementation()
         assert isinstance(method, Meprop | Sparsegrad)
     tuned = Tuned("materialized-layer")
     tuned.steps(2)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparsegrad_cli.numerics.supports import (
     allocate,
+    count_for_density,
     energy_share,
-    entries_for,
     largest_entries,
 )
 
@@ -79,14 +79,14 @@ def test_the_choice_is_the_same_every_time() -> None:
     ("density", "expected"),
     [(0.01, 5898), (1.0, 589824), (0.5, 294912), (1e-9, 1), (1 / 589824, 1)],
 )
-def test_entries_for_a_density(density: float, expected: int) -> None:
-    assert entries_for(density, 1536, 384) == expected
+def test_count_for_density_a_density(density: float, expected: int) -> None:
+    assert count_for_density(density, 1536, 384) == expected
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, float("nan")])
 def test_a_density_out_of_range_is_refused(density: float) -> None:
     with pytest.raises(ValueError, match="density"):
-        entries_for(density, 10, 10)
+        count_for_density(density, 10, 10)
 
 
 def test_energy_share_by_hand() -> None:

@@ -8,9 +8,11 @@ import pytest
 from small import Cli
 
 from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.recipe.budget import MisspeltError, parse_match
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
-from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod, SparsegradMethod
 from sparsegrad_cli.recipe.study import load_study, make_study
 
 WRONG = {
@@ -100,7 +102,7 @@ def test_rows_outside_of_a_match_are_as_they_say(tmp_path: Path) -> None:
     found = {c.label: c.loaded.recipe for c in load_study(path).cells}
     assert found["lora"].match is None and found["as"].match == "trainable"
     outside, inside = found["lora"].method, found["as"].method
-    assert isinstance(outside, LoraMethod) and isinstance(inside, LoraMethod)
+    assert isinstance(outside, LoraSettings) and isinstance(inside, LoraSettings)
     assert (outside.density, inside.density) == (None, 0.02)
 
 
@@ -110,8 +112,8 @@ def test_rows_outside_of_a_match_are_as_they_say(tmp_path: Path) -> None:
 def test_entries_stand_in_place_of_the_density() -> None:
     plain = load_recipe(None).recipe
     counted = load_recipe(None, ("method={name: sparsegrad, entries: 500}",)).recipe
-    assert isinstance(plain.method, SparsegradMethod)
-    assert isinstance(counted.method, SparsegradMethod)
+    assert isinstance(plain.method, SparsegradSettings)
+    assert isinstance(counted.method, SparsegradSettings)
     assert (plain.method.density, plain.method.entries) == (0.01, None)
     assert (counted.method.density, counted.method.entries) == (None, 500)
     assert digest(plain) != digest(counted)
@@ -141,7 +143,7 @@ def test_a_recipe_in_entries_matches_methods_that_choose_them(tmp_path: Path) ->
     found = make_study(str(recipe), ("meprop", "sparsegrad"), 1, ())
     for cell in found.cells:
         method = cell.loaded.recipe.method
-        assert isinstance(method, MepropMethod | SparsegradMethod)
+        assert isinstance(method, MepropSettings | SparsegradSettings)
         assert (method.entries, method.density) == (700, None)
     with pytest.raises(RecipeError, match="entries"):
         make_study(str(recipe), ("lora",), 1, ())

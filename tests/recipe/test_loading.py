@@ -10,8 +10,9 @@ import pytest
 from paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_yaml
-from sparsegrad_cli.recipe.method_section import LoraMethod, SparsegradMethod
 from sparsegrad_cli.recipe.source import parse_yaml
 
 
@@ -48,7 +49,7 @@ def test_fixed_keys_of_the_readme_are_read(tmp_path: Path) -> None:
     )
     recipe = load_recipe(path).recipe
     assert recipe.model.name == "roberta-base"
-    assert isinstance(recipe.method, SparsegradMethod) and recipe.method.density == 0.012
+    assert isinstance(recipe.method, SparsegradSettings) and recipe.method.density == 0.012
     assert recipe.train.learning_rate == 3.05e-5
     assert recipe.train.num_train_epochs == 20
     assert recipe.output_dir == str(tmp_path / "runs" / "my-run")
@@ -132,7 +133,10 @@ PAPER = ("method.form=materialized",)
         (("calibration.source=token", "calibration.decomposition=sequential"), "needs source"),
         ((*PAPER, "calibration.power_steps=1"), "decomposition 'randomized'"),
         ((*PAPER, "calibration.decomposition=randomized"), "needs method.form 'core'"),
-        (("calibration.decomposition=randomized", *CORE, "method.rank=0.9"), "no share of energy"),
+        (
+            ("calibration.decomposition=randomized", *CORE, "method.rank=0.9"),
+            "a share of energy",
+        ),
         ((*PAPER, "calibration.decomposition=sequential"), "needs method.form 'core'"),
         ((*CORE, "calibration.source=batch", "method.allocation=model"), "compares targets"),
         (
@@ -273,7 +277,7 @@ def test_tuned_values_follow_the_task_unless_overridden(tmp_path: Path) -> None:
 
 def test_another_method_starts_afresh() -> None:
     recipe = load_recipe(None, ("method.name=lora", "method.rank=4")).recipe
-    assert isinstance(recipe.method, LoraMethod)
+    assert isinstance(recipe.method, LoraSettings)
     assert (recipe.method.rank, recipe.method.density) == (4, None)
     meprop = load_recipe(None, ("method.density=0.03", "method.name=meprop")).recipe
     assert meprop.method.model_dump()["density"] == 0.03

@@ -8,7 +8,7 @@ import pytest
 from paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.method_section import LoraMethod
+from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.recipe.study import load_study, make_study
 
 
@@ -25,7 +25,7 @@ def test_paper_study_uses_tuned_values_of_each_task_and_the_papers_rank() -> Non
     study = load_study(REPO / "recipes" / "paper_table_5_roberta.yaml")
     cell = next(c for c in study.cells if (c.task, c.label, c.seed) == ("glue/qqp", "lora", 3705))
     assert cell.loaded.recipe.train.learning_rate == 5.11e-6
-    assert isinstance(cell.loaded.recipe.method, LoraMethod)
+    assert isinstance(cell.loaded.recipe.method, LoraSettings)
     assert cell.loaded.recipe.method.rank == 7 and cell.loaded.recipe.seed == 3705
     figure = next(
         f for f in study.study.figures if (f.task, f.method) == ("glue/rte", "sparsegrad")

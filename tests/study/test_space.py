@@ -12,12 +12,10 @@ from small import SMALL, Cli
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.load_recipe import digest
-from sparsegrad_cli.recipe.method_section import METHOD_NAMES
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
 from sparsegrad_cli.study.folder import study_digest
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.space import (
-    CENTRES,
     RATE,
     Dimension,
     best_trial,
@@ -70,7 +68,6 @@ def test_learning_rates_span_as_many_decades_for_every_method(tmp_path: Path) ->
     assert where["buil", "meprop"] == (1e-3, "measured")
     assert where["glue", "meprop"] == (7e-4, "study")
     assert where["buil", "dense"] == (3e-4, "measured")
-    assert set(CENTRES) == set(METHOD_NAMES)
 
 
 def test_the_first_points_are_an_even_grid_that_begins_at_the_centre() -> None:

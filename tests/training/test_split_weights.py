@@ -20,7 +20,7 @@ from split_runs import CELLS, COMPARED, FILES, one_of_two
 from tiny import one_thread, targets_of
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.base import load_by_name, trainable_state
+from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.training.checkpoint_state import load_optimizer, save_training_state
 
 
@@ -182,14 +182,13 @@ def _talker(folder: Path, method: str) -> nn.Module:
     from transformers import LlamaForCausalLM
 
     from sparsegrad_cli.calibration.basis_file import read_basis
-    from sparsegrad_cli.methods.registry import make_method
     from sparsegrad_cli.recipe.load_recipe import load_recipe
 
     model = LlamaForCausalLM.from_pretrained(folder / "llama")
     run = folder / f"straight-{method}"
     settings = load_recipe(None, METHODS[method]).recipe.method
     found = read_basis(run / "basis.safetensors") if method == "static" else None
-    make_method(settings).prepare(
+    settings.implementation().prepare(
         model,
         targets_of(model),
         scope="head",

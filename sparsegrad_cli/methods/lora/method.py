@@ -4,68 +4,27 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.methods.base import (
+from sparsegrad_cli.methods.implementation import (
     Counts,
     Factors,
+    Method,
     Prepared,
     TargetCount,
     count_parameters,
-    load_by_name,
     open_scope,
-    trainable_state,
 )
-from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.methods.lora.settings import LoraSettings, solve_rank
+from sparsegrad_cli.methods.peft_folder import check_adapted
 from sparsegrad_cli.models.quantized import count_entries, dequantized, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.frozen_linear import adapter_linear
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.numerics.supports import entries_for
-from sparsegrad_cli.recipe.method_section import LoraMethod
-from sparsegrad_cli.recipe.schema import TrainSection
-
-DEFAULT_RANK = 8
-
-
-def solve_rank(targets: list[Target], density: float) -> tuple[int, int]:
-    """The one rank whose entries over all targets come nearest to what density asks for.
-
-    A rank-r adapter of an (out, in) layer has r (out + in) entries.
-
-    Returns:
-        (rank, requested entries over all targets). The rank is at least 1.
-    """
-    requested = sum(entries_for(density, t.out_features, t.in_features) for t in targets)
-    per_rank = sum(t.out_features + t.in_features for t in targets)
-    return max(1, round(requested / per_rank)), requested
-
-
-def check_adapted(model: nn.Module, names: Iterable[str], fix: str) -> None:
-    """Check that peft adapted the modules of these names and no others.
-
-    Raises:
-        SparsegradError: names the first module that differs.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    wanted = set(names)
-    if adapted == wanted:
-        return
-    extra, missing = sorted(adapted - wanted), sorted(wanted - adapted)
-    differences = [f"it adapted {extra[0]}, which is not a target"] if extra else []
-    differences += [f"it left out {missing[0]}, which is a target"] if missing else []
-    raise SparsegradError(
-        f"expected peft to adapt the {len(wanted)} targets: {' and '.join(differences)}",
-        where="method",
-        fix=fix,
-    )
 
 
 def _adapter_parameters(model: nn.Module, target: Target) -> int:
@@ -118,16 +77,10 @@ def _lean_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, **more: A
     )
 
 
-class Lora:
-    """See :class:`sparsegrad_cli.methods.base.Method`."""
+class Lora(Method):
+    """See :class:`sparsegrad_cli.methods.implementation.Method`."""
 
-    name = "lora"
-    needs_basis = False
-
-    def __init__(self, settings: LoraMethod) -> None:
-        self.settings = settings
-        self.rank = settings.rank or DEFAULT_RANK
-        self.peft_config: Any = None
+    settings: LoraSettings
 
     def prepare(
         self,
@@ -142,14 +95,14 @@ class Lora:
         from peft import LoraConfig, inject_adapter_in_model
 
         total = count_entries(model)
-        requested = None
+        rank, requested = self.settings.rank_on(targets), None
         if self.settings.density is not None:
-            self.rank, requested = solve_rank(targets, self.settings.density)
+            _, requested = solve_rank(targets, self.settings.density)
         head, rest = open_scope(model, targets, scope)
         open_names = {id(p) for p in (*head.values(), *rest.values())}
         config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.settings.alpha or 2 * self.rank,
+            r=rank,
+            lora_alpha=self.settings.alpha or 2 * rank,
             lora_dropout=self.settings.dropout,
             use_rslora=self.settings.rslora,
             target_modules=[],
@@ -173,33 +126,21 @@ class Lora:
                 # peft makes A and B in the frozen weights' dtype, where small increments are lost.
                 parameter.data = parameter.data.float()
         entries = tuple(TargetCount(t, _adapter_parameters(model, t)) for t in targets)
-        note = f"rank {self.rank}"
+        note = f"rank {rank}"
         counts = Counts(
             entries, count_parameters(head), count_parameters(rest), total, requested, note
         )
         return Prepared(counts)
 
-    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-        """torch's AdamW on A, B and what the scope opens."""
-        return plain_adamw(model, train)
-
-    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """A, B and what the scope opens."""
-        return trainable_state(model)
-
-    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Copy back by name."""
-        load_by_name(model, tensors)
-
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
-        """W and what peft itself would merge into it."""
+        """Return W plus what peft itself would merge into it."""
         layer: Any = model.get_submodule(target.name)
         delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
         delta_OI = delta.T if target.transposed else delta
         return target.weight_OI(model).detach().double() + delta_OI.double()
 
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
-        """B and A as they are, with the recipe's alpha."""
+        """Return B and A as they are, with alpha."""
         layer: Any = model.get_submodule(target.name)
         name = layer.active_adapters[0]
         return Factors(

@@ -8,14 +8,17 @@ left keeps its value and loses its state). Any optimizer will do for the first t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.base import (
+from sparsegrad_cli.methods.implementation import (
     Counts,
     Factors,
+    Method,
+    Plan,
     Prepared,
     TargetCount,
     count_parameters,
@@ -24,35 +27,50 @@ from sparsegrad_cli.methods.base import (
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
-from sparsegrad_cli.methods.sparse_adapter import check_positions
-from sparsegrad_cli.methods.sparse_sizing import asked_entries
+from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear, QuantizedCoreLinear
-from sparsegrad_cli.methods.sparsegrad.core_plan import planned_supports
+from sparsegrad_cli.methods.sparsegrad.settings import REFRESH_STEPS, SparsegradSettings
 from sparsegrad_cli.models.quantized import count_entries, dtype_of, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import effective_weight
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.numerics.lowrank import structural_factors
-from sparsegrad_cli.numerics.supports import bounded
-from sparsegrad_cli.recipe.method_section import SparsegradMethod
+from sparsegrad_cli.numerics.supports import (
+    allocate,
+    bounded,
+    comparable_scores,
+    largest_entries,
+    spectral_scores,
+)
 from sparsegrad_cli.recipe.schema import TrainSection
 
-REFRESH_STEPS = 100
 
+class SparsegradCore(Method):
+    """See :class:`sparsegrad_cli.methods.implementation.Method`."""
 
-class SparsegradCore:
-    """See :class:`sparsegrad_cli.methods.base.Method`."""
+    settings: SparsegradSettings
 
-    name = "sparsegrad"
-    needs_basis = True
-    peft_config = None
-
-    def __init__(self, settings: SparsegradMethod) -> None:
-        self.settings = settings
+    def __init__(self, settings: SparsegradSettings) -> None:
+        super().__init__(settings)
         self._layers: dict[str, CoreLinear] = {}
-        self._asked: Mapping[str, int] = {}
+        self._requested: Mapping[str, int] = {}
         self._counts: dict[str, int] = {}
         self._first: dict[str, Tensor] = {}
+
+    def planned(
+        self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
+    ) -> dict[str, Plan]:
+        """Return the supports that calibration chooses, or their sizes."""
+        chosen = planned_supports(self.settings, targets, bases, scores)
+        dense = self.settings.support == "dense"
+        requested = {} if dense else self.settings.requested(targets)
+        plans = {}
+        for target in targets:
+            name, positions = target.name, chosen.get(target.name)
+            room = bases[name].q_out.shape[1] * bases[name].q_in.shape[1]
+            count = min(requested.get(name, room), room) if positions is None else len(positions)
+            plans[name] = Plan(count, positions)
+        return plans
 
     def prepare(
         self,
@@ -75,7 +93,7 @@ class SparsegradCore:
             if id(given) not in shared:
                 shared[id(given)] = self._fitted(given, model.get_submodule(target.name))
             fitted[target.name] = shared[id(given)]
-        self._asked = asked_entries(self.settings, targets)
+        self._requested = self.settings.requested(targets)
         chosen = planned_supports(self.settings, targets, fitted, scores or {})
         fixed = chosen if self.settings.support == "static" else {}
         self._first = chosen if self.settings.support == "refresh" else {}
@@ -85,7 +103,7 @@ class SparsegradCore:
         entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
         requested = None
         if self.settings.support != "dense":
-            requested = sum(self._asked.values())
+            requested = sum(self._requested.values())
         ranks = sorted({"x".join(map(str, layer.shape)) for layer in self._layers.values()})
         counts = Counts(
             entries,
@@ -100,7 +118,7 @@ class SparsegradCore:
 
     def _fitted(self, basis: Basis, layer: nn.Module) -> Basis:
         rank = self.settings.rank
-        assert isinstance(rank, int | float)  # with_rank has settled it
+        assert isinstance(rank, int | float)  # the settings are settled
         cut = truncated(basis, rank)
         # In the dtype in which the products are made: half the bytes for half precision.
         device, dtype = next(layer.parameters()).device, dtype_of(layer)
@@ -125,7 +143,7 @@ class SparsegradCore:
             self._counts[target.name] = len(support)
         else:
             dense = self.settings.support == "dense"
-            self._counts[target.name] = room if dense else min(self._asked[target.name], room)
+            self._counts[target.name] = room if dense else min(self._requested[target.name], room)
         return core
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
@@ -145,6 +163,11 @@ class SparsegradCore:
             return Selection(count, capacity=count, refresh=steps, first=self._first.pop(name))
         room = bounded(self.settings.state_capacity, count, layer.trained.numel())
         return Selection(count, capacity=room)
+
+    def support(self, target: Target) -> tuple[Tensor, tuple[int, int]] | None:
+        """Return the static support and the shape of the core."""
+        layer = self._layers[target.name]
+        return (layer.support, layer.shape) if "support" in layer._buffers else None
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Values (or S), their positions, and what the scope opens."""
@@ -188,3 +211,39 @@ class SparsegradCore:
         left, right = structural_factors(core_RS, pattern_RS)
         b_OR, a_RI = layer.q_out.double() @ left, right @ layer.q_in.double().T
         return Factors(b_OR, a_RI, b_OR.shape[1])
+
+
+def planned_supports(
+    settings: SparsegradSettings,
+    targets: list[Target],
+    bases: Mapping[str, Basis],
+    scores: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return flat positions in each target's core; empty where training chooses them.
+
+    Args:
+        bases: target name -> basis of the core's rank.
+        scores: target name -> scores of the core's entries; without, the spectra choose.
+    """
+    if settings.support not in ("static", "refresh"):
+        return {}
+    # Chosen on the CPU, whatever trains: of equal scores a GPU takes others, and a resumed run,
+    # which has them from a file, must choose as the first one did.
+    worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)).cpu() for t in targets}
+    requested = settings.requested(targets)
+    counts = {t.name: min(requested[t.name], worth[t.name].numel()) for t in targets}
+    if settings.allocation == "model":
+        sharing = Counter(id(bases[name]) for name in worth)
+        for name in worth.keys() - scores.keys():
+            tokens, number = bases[name].tokens, sharing[id(bases[name])]
+            worth[name] = comparable_scores(worth[name], tokens, number)
+        chosen = allocate(list(worth.values()), sum(counts.values()))
+        return dict(zip(worth, chosen, strict=True))
+    return {name: largest_entries(score, counts[name]) for name, score in worth.items()}
+
+
+def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
+    """(r_out, r_in) scores: calibration's, cut to the core's directions, or the spectra's."""
+    if score is None:
+        return spectral_scores(basis)
+    return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]

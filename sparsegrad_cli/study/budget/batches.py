@@ -6,21 +6,14 @@ import math
 
 from sparsegrad_cli.estimate.estimate_steps import changed
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.method_section import MepropMethod
 from sparsegrad_cli.study.budget.counting import Counting
 
 
 def largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int | None:
     """The recipe's own batch, or the largest that divides it at which a step fits."""
     whole = loaded.recipe.train.per_device_train_batch_size
-    batches = divisors(whole) if may_accumulate(loaded) else [whole]
+    batches = divisors(whole) if loaded.recipe.method.splits_batches else [whole]
     return next((b for b in batches if counting.step(at_batch(loaded, b)) <= room), None)
-
-
-def may_accumulate(loaded: LoadedRecipe) -> bool:
-    """Whether a batch may be cut up: not where one choice is made for all of its rows."""
-    method = loaded.recipe.method
-    return not (isinstance(method, MepropMethod) and method.unified)
 
 
 def divisors(number: int) -> list[int]:
@@ -39,7 +32,7 @@ def at_batch(loaded: LoadedRecipe, batch: int) -> LoadedRecipe:
     smaller = changed(
         loaded, "train", per_device_train_batch_size=batch, gradient_accumulation_steps=steps
     )
-    if loaded.recipe.method.name != "sparsegrad":
+    if not loaded.recipe.method.calibrates:
         return smaller
     return changed(smaller, "calibration", batch_size=section.batch_size or whole)
 

@@ -15,6 +15,7 @@ from sparsegrad_cli.estimate.estimate_steps import (
 from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Kernels, Rehearsal
 from sparsegrad_cli.estimate.shapes import ShapesOnly
 from sparsegrad_cli.estimate.stand_ins import bare_model, name_task
+from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
@@ -56,6 +57,10 @@ class Counting:
             self._targets[key] = find_targets(model, loaded.recipe.targets, where)
         return self._targets[key]
 
+    def shapes(self, loaded: LoadedRecipe) -> TargetShapes:
+        """Return what the size of the recipe's method depends on."""
+        return TargetShapes.of(loaded, self.targets(loaded))
+
     def step(self, loaded: LoadedRecipe) -> int:
         """Bytes at the peak of a training step on the longest batch."""
         longest = self.longest(loaded)
@@ -79,7 +84,7 @@ class Counting:
     def calibration(self, loaded: LoadedRecipe) -> int:
         """Bytes at the peak of calibration on the longest batch; 0 where nothing calibrates."""
         method, longest = loaded.recipe.method, self.longest(loaded)
-        if method.name != "sparsegrad" or loaded.recipe.calibration.basis is not None:
+        if not method.calibrates or loaded.recipe.calibration.basis is not None:
             return 0
         section, train = loaded.recipe.calibration, loaded.recipe.train
         size = longest.size(section.batch_size or train.per_device_train_batch_size)

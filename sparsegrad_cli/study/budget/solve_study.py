@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
 from sparsegrad_cli.estimate.rehearsal import Kernels
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
@@ -24,11 +25,14 @@ from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, 
 from sparsegrad_cli.study.budget_report import MEASURED, TOLERANCE
 from sparsegrad_cli.study.space import with_settings
 
-_SIZES = ("rank", "density", "entries")
 # Of two recipes that differ in nothing else, one answer serves both.
 _NO_MATTER = ("seed", "output_dir")
 
 
+@mapped_errors(
+    again="run the same command again",
+    memory=("match", "one method at a time: shapes alone take a few hundred MiB"),
+)
 def solve_study(
     study: LoadedStudy,
     *,
@@ -179,11 +183,8 @@ class _Solver:
         return self._entries[cell.label].matched
 
     def _names_its_size(self, cell: Cell) -> bool:
-        """A core of a named rank has its entries still to be picked, unless it is dense."""
-        said = set(self._entries[cell.label].method) & set(_SIZES)
-        method = cell.loaded.recipe.method
-        chooses = method.name != "lora" and getattr(method, "support", None) != "dense"
-        return bool(said - {"rank"} if chooses else said)
+        """Return whether the study's row fixes the size, which a budget then leaves alone."""
+        return bool(cell.loaded.recipe.method.size_keys & set(self._entries[cell.label].method))
 
     def _key(self, cell: Cell) -> str:
         """sha256 (hex) of the question: the budget, and what its answer depends on."""

@@ -15,8 +15,7 @@ from sparsegrad_cli.recipe.budget import Budget, Kind
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.study.budget.counting import Counting
-from sparsegrad_cli.study.budget.sizes import entries_of, knob_of
-from sparsegrad_cli.study.budget.solve import Pick, UnreachableError, settings_of, solve
+from sparsegrad_cli.study.budget.solve import Pick, UnreachableError, at_size, settings_of, solve
 from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.budget_report import with_measured
 
@@ -83,11 +82,11 @@ def test_ranks_are_those_that_trying_all_would_find(
     place: Path, counting: Counting, method: str, most: int
 ) -> None:
     loaded = recipe(place, method)
-    knob = knob_of(loaded, counting.targets(loaded))
-    assert knob is not None and (knob.least, knob.most) == (1, most)
+    sizes = loaded.recipe.method.size_range(counting.shapes(loaded))
+    assert sizes is not None and (sizes.least, sizes.most) == (1, most)
     # Calibration here needs less than the step: its basis is random.
     loaded = replace_calibration(loaded)
-    at = {rank: knob.at(loaded, rank) for rank in range(1, most + 1)}
+    at = {rank: at_size(loaded, rank) for rank in range(1, most + 1)}
     both = {rank: (counting.step(cell), counting.state(cell)) for rank, cell in at.items()}
     for number, kind in enumerate(("peak", "optimizer_state")):
         known = {rank: figures[number] for rank, figures in both.items()}
@@ -118,14 +117,15 @@ def test_entries_are_met_as_nearly_as_any_size_does(
     place: Path, counting: Counting, method: str
 ) -> None:
     loaded = recipe(place, method)
-    targets = counting.targets(loaded)
-    knob = knob_of(loaded, targets)
-    assert knob is not None
-    known = [entries_of(knob.at(loaded, n), targets) for n in range(knob.least, knob.most + 1)]
+    shapes = counting.shapes(loaded)
+    sizes = loaded.recipe.method.size_range(shapes)
+    assert sizes is not None
+    every = (at_size(loaded, n).recipe for n in range(sizes.least, sizes.most + 1))
+    known = [at.method.sizing(shapes).trainable for at in every]
     for wanted in (min(known), 97, 100, 233, max(known), 10_000):
         pick = picked(loaded, "trainable", wanted, counting)
         assert pick.predicted == max(count for count in known if count <= wanted)
-        assert entries_of(pick.recipe, targets) == pick.predicted
+        assert pick.recipe.recipe.method.sizing(shapes).trainable == pick.predicted
         if method == STATIC and wanted < max(known):
             assert pick.predicted == wanted  # to the entry
     assert smallest(loaded, "trainable", min(known) - 0.5, counting) == min(known)
@@ -150,7 +150,7 @@ def test_entries_leave_a_thousandth_of_a_peak_unless_the_next_rank_is_in_the_way
         pick = picked(loaded, "peak", room, counting)
         assert pick.predicted <= room
         if pick.larger is None:
-            assert room - pick.predicted <= 1e-3 * room or "every entry" in pick.limit
+            assert room - pick.predicted <= 1e-3 * room or "every parameter" in pick.limit
         else:
             assert pick.larger[1] > room
 
@@ -205,9 +205,9 @@ def test_calibration_gives_way_before_the_size_and_the_batch_do(
 ) -> None:
     small = ("train.per_device_train_batch_size=2", "calibration.batch_size=32")
     loaded = recipe(place, STATIC, "calibration.steps=3", *small)
-    knob = knob_of(loaded, counting.targets(loaded))
-    assert knob is not None
-    least = knob.at(loaded, knob.least)
+    sizes = loaded.recipe.method.size_range(counting.shapes(loaded))
+    assert sizes is not None
+    least = at_size(loaded, sizes.least)
     room = counting.calibration(least) - 1
     assert room > counting.step(least)
     pick = picked(loaded, "peak", room, counting)

@@ -11,7 +11,8 @@ from samples import study_of
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.atomic import without_nan
-from sparsegrad_cli.recipe.method_section import LoraMethod, MepropMethod
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.records.study import PlanRecord
@@ -52,8 +53,8 @@ def solved(folder: Path, entries: int) -> LoadedStudy:
 def size(recipe: Recipe) -> int | None:
     """A rank, or a number of entries."""
     method = recipe.method
-    assert isinstance(method, LoraMethod | MepropMethod)
-    return method.rank if isinstance(method, LoraMethod) else method.entries
+    assert isinstance(method, LoraSettings | MepropSettings)
+    return method.rank if isinstance(method, LoraSettings) else method.entries
 
 
 def tuning_of(study: LoadedStudy, folder: Path) -> Tuning:

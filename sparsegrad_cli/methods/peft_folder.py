@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.models.targets import has_experts
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,6 +30,28 @@ def target_settings(model: nn.Module, names: Iterable[str], dropout: float) -> d
     # when the folder is loaded. It takes names of parameters as they are, but without dropout.
     weights = [f"{name}.weight" for name in names]
     return {"target_modules": [], "target_parameters": weights, "lora_dropout": 0.0}
+
+
+def check_adapted(model: nn.Module, names: Iterable[str], fix: str) -> None:
+    """Check that peft adapted the modules of these names and no others.
+
+    Raises:
+        SparsegradError: names the first module that differs.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    wanted = set(names)
+    if adapted == wanted:
+        return
+    extra, missing = sorted(adapted - wanted), sorted(wanted - adapted)
+    differences = [f"it adapted {extra[0]}, which is not a target"] if extra else []
+    differences += [f"it left out {missing[0]}, which is a target"] if missing else []
+    raise SparsegradError(
+        f"expected peft to adapt the {len(wanted)} targets: {' and '.join(differences)}",
+        where="method",
+        fix=fix,
+    )
 
 
 def modules_to_save(

@@ -1,20 +1,17 @@
-"""Texts to token ids, and rows of token ids to padded batches."""
+"""Turn texts into token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsegrad_cli.data.load_task import LoadedTask
+from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_CHUNK = 5000  # rows tokenized at a time: bounds the memory that Python lists take
+_CHUNK = 5000  # rows that are tokenized at a time, to bound the memory of Python lists
 
 
 def tokenize(
@@ -25,33 +22,34 @@ def tokenize(
     padding: Literal["dynamic", "fixed"],
     notes: list[str] | None = None,
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """Token ids of every split.
+    """Tokenize every split.
 
     Args:
-        task: with columns text, text_pair, label.
-        tokenizer: of transformers; needs a pad token for fixed padding (ensure_pad_token).
+        task: with columns ``text``, ``text_pair`` and ``label``.
+        tokenizer: of transformers; fixed padding needs a pad token (:func:`ensure_pad_token`).
         max_length: tokens kept of an example, special tokens included; of two texts the longer
             is cut first.
         padding: ``dynamic`` leaves rows at their own length for the collator to pad; ``fixed``
-            pads every row to max_length here.
-        notes: gets a note on how many rows are cut to max_length.
+            pads every row to ``max_length``.
+        notes: gets a note on the number of rows that are cut.
 
     Returns:
-        train and validation sets with columns ``input_ids`` (int32), ``attention_mask`` (int8),
-        ``token_type_ids`` (int8, where the tokenizer has them) and ``labels`` (int64 or float32).
+        The training set and the validation sets, with columns ``input_ids`` (int32),
+        ``attention_mask`` (int8), ``token_type_ids`` (int8, if the tokenizer has them) and
+        ``labels`` (int64 or float32).
 
     Raises:
-        DataError: max_length leaves no room beside the special tokens, or a text has no tokens.
+        DataError: ``max_length`` leaves no room beside the special tokens, or a text has no token.
     """
     pair = task.spec.has_pair
     special = int(tokenizer.num_special_tokens_to_add(pair=pair))
     if max_length <= special:
-        # Checked first: with less room than that, tokenizers do not truncate at all.
+        # With less room than that, tokenizers do not truncate at all.
         raise DataError(
             f"max_length {max_length} is too small: the tokenizer adds {special} special tokens "
             f"to {'a pair' if pair else 'a text'}, so every sequence is truncated to nothing",
             where="task.max_length",
-            fix=f"at least {special + 1}; 128 is usual",
+            fix=f"set it to at least {special + 1}; 128 is usual",
         )
     options = {
         "truncation": True,
@@ -80,7 +78,7 @@ def _tokenize_split(
     options: dict[str, Any],
     cut: dict[str, int],
 ) -> Dataset:
-    """Tokenize one split, and count in ``cut`` its rows that are longer than max_length."""
+    """Tokenize one split, and count its rows that are longer than ``max_length`` in ``cut``."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     parts = []
@@ -93,7 +91,7 @@ def _tokenize_split(
         lengths = [sum(mask) for mask in columns["attention_mask"]]
         if min(lengths) == 0:
             row = start + lengths.index(0) + 1
-            raise DataError(f"row {row} of the {split} split gives no token at all", where="task")
+            raise DataError(f"row {row} of the {split} split has no token", where="task")
         full = [at for at, length in enumerate(lengths) if length == options["max_length"]]
         cut[split] = cut.get(split, 0) + _cut_rows(tokenizer, texts, encoded, full)
         longest = max(longest, *lengths)
@@ -112,10 +110,10 @@ def _tokenize_split(
 
 
 def _cut_rows(tokenizer: Any, texts: list[list[str]], encoded: Any, full: list[int]) -> int:
-    """Count which of the rows ``full``, whose tokens are max_length, had more of them."""
+    """Count the rows that were cut, among the rows ``full`` that have ``max_length`` tokens."""
     if encoded.encodings is not None:
         return sum(bool(encoded.encodings[at].overflowing) for at in full)
-    # A tokenizer written in Python does not say what it cut.
+    # A tokenizer in Python does not say which rows it cut.
     count = 0
     for at in full:
         whole = tokenizer(*(part[at] for part in texts), truncation=False, verbose=False)
@@ -124,51 +122,14 @@ def _cut_rows(tokenizer: Any, texts: list[list[str]], encoded: Any, full: list[i
     return count
 
 
-def make_collator(
-    tokenizer: Any,
-    *,
-    max_length: int,
-    padding: Literal["dynamic", "fixed"],
-    pad_to_multiple_of: int | None = None,
-) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Rows of tokenize() -> one batch of tensors, each (batch, length); labels (batch,).
-
-    Args:
-        tokenizer: with a pad token (ensure_pad_token); its padding side is kept.
-        max_length: the length of every batch with fixed padding.
-        padding: ``dynamic`` pads to the batch's longest row, ``fixed`` to max_length.
-        pad_to_multiple_of: round the length up to a multiple (8 suits tensor cores).
-    """
-    from transformers import DataCollatorWithPadding
-
-    fixed = padding == "fixed"
-    collator = DataCollatorWithPadding(
-        tokenizer,
-        padding="max_length" if fixed else "longest",
-        max_length=max_length if fixed else None,
-        pad_to_multiple_of=pad_to_multiple_of,
-    )
-    return _PaddingCollator(collator)
-
-
-@dataclass(frozen=True)
-class _PaddingCollator:
-    """A collator that worker processes can be sent (a closure cannot be pickled)."""
-
-    collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return dict(self.collator(rows))
-
-
 def ensure_pad_token(tokenizer: Any, model_config: Any = None) -> str | None:
-    """Give a tokenizer (and model configuration) without a pad token the end token as one.
+    """Make the end token the pad token of a tokenizer and a model configuration without one.
 
-    LLaMA and GPT-2 come without. Their classifiers read the last token that is not padding and
-    refuse batches where the configuration names no pad token.
+    LLaMA and GPT-2 have no pad token. Their classifiers read the last token that is not padding,
+    and refuse batches if the configuration names no pad token.
 
     Returns:
-        A note where something was changed, else None.
+        A note if something was changed, else None.
 
     Raises:
         UsageError: there is no end token either.
@@ -191,16 +152,21 @@ def ensure_pad_token(tokenizer: Any, model_config: Any = None) -> str | None:
     return f"the {' and the '.join(changed)} had no pad token: {tokenizer.pad_token!r} is used"
 
 
-def longest_batch(dataset: Dataset, size: int) -> list[dict[str, Any]]:
-    """The ``size`` rows with the most input_ids, longest first: the worst case for memory.
+def fitting_length(wanted: int, config: Any) -> tuple[int, str | None]:
+    """Return ``wanted``, or the number of positions that a model has if that is less.
 
-    Fewer where the data set is smaller; of equal lengths the first in order.
+    Args:
+        wanted: tokens of an example, as ``task.max_length`` says.
+        config: configuration of the model.
+
+    Returns:
+        The length, and a note if it is less than ``wanted``.
     """
-    import pyarrow.compute as pc
-
-    if size < 1:
-        raise ValueError(f"size is {size}, it must be at least 1")
-    table = dataset.select_columns(["input_ids"]).with_format("arrow")[:]
-    lengths = pc.list_value_length(table["input_ids"]).to_pylist()
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [dataset[row] for row in order[:size]]
+    positions = getattr(config, "max_position_embeddings", None)
+    kind = getattr(config, "model_type", "")
+    # Positions of RoBERTa start behind the id of its pad token.
+    offset = 2 if kind in ("roberta", "xlm-roberta", "camembert") else 0
+    if isinstance(positions, int) and positions > 0 and wanted > positions - offset:
+        room = positions - offset
+        return room, f"max_length {wanted} cut to the model's {room} positions"
+    return wanted, None

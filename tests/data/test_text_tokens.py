@@ -10,8 +10,9 @@ import pytest
 import torch
 from task_data import load_task
 
-from sparsegrad_cli.data.collate import ensure_pad_token, longest_batch, make_collator, tokenize
+from sparsegrad_cli.data.batches import TextCollator, longest_batch
 from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.text_tokens import ensure_pad_token, tokenize
 from sparsegrad_cli.errors import DataError, UsageError
 
 ROWS = [
@@ -133,20 +134,18 @@ def test_text_without_any_token(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("x\t1\t\tgood\nx\t0\t*\t\n")
     task = load_task("glue/cola", path=tmp_path)
-    with pytest.raises(DataError, match="row 2 of the training split gives no token"):
+    with pytest.raises(DataError, match="row 2 of the training split has no token"):
         tokenize(task, byte_tokenizer(bos=False), max_length=8, padding="dynamic")
 
 
 def test_dynamic_padding_goes_to_the_longest_of_the_batch(tmp_path: Path, bert: Any) -> None:
     train, _ = tokenize(make_task(tmp_path, pair=False), bert, max_length=64, padding="dynamic")
-    collate = make_collator(bert, max_length=64, padding="dynamic")
+    collate = TextCollator(bert, max_length=64, padding="dynamic")
     batch = collate([train[i] for i in (0, 1)])
     assert batch["input_ids"].shape == (2, 8) and batch["input_ids"].dtype == torch.int64
     assert batch["attention_mask"].sum(1).tolist() == [8, 3]
     assert batch["input_ids"][1, 3:].tolist() == [bert.pad_token_id] * 5
     assert batch["labels"].tolist() == [0, 1] and batch["labels"].dtype == torch.int64
-    wide = make_collator(bert, max_length=64, padding="dynamic", pad_to_multiple_of=16)
-    assert wide([train[0]])["input_ids"].shape == (1, 16)
 
 
 def test_fixed_padding_is_the_same_with_longer_rows(tmp_path: Path, bert: Any) -> None:
@@ -154,7 +153,7 @@ def test_fixed_padding_is_the_same_with_longer_rows(tmp_path: Path, bert: Any) -
     fixed, _ = tokenize(task, bert, max_length=20, padding="fixed")
     dynamic, _ = tokenize(task, bert, max_length=20, padding="dynamic")
     assert {len(row["input_ids"]) for row in fixed} == {20}
-    collate = make_collator(bert, max_length=20, padding="fixed")
+    collate = TextCollator(bert, max_length=20, padding="fixed")
     one, two = collate(list(fixed)), collate(list(dynamic))
     assert one["input_ids"].shape == (4, 20)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -164,7 +163,7 @@ def test_scores_stay_floats(tmp_path: Path, bert: Any) -> None:
     train, _ = tokenize(
         make_task(tmp_path, pair=False, scores=True), bert, max_length=16, padding="dynamic"
     )
-    batch = make_collator(bert, max_length=16, padding="dynamic")(list(train))
+    batch = TextCollator(bert, max_length=16, padding="dynamic")(list(train))
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [
         0.5,
         1.5,
@@ -187,7 +186,7 @@ def test_tokenizers_without_pad_token(tmp_path: Path, bos: bool) -> None:
     )
     assert train.column_names == ["input_ids", "attention_mask", "labels"]
     assert [len(row["input_ids"]) for row in train] == [12, 4 + bos, 12, 3 + bos]
-    batch = make_collator(tokenizer, max_length=12, padding="dynamic")(list(train))
+    batch = TextCollator(tokenizer, max_length=12, padding="dynamic")(list(train))
     assert batch["input_ids"].shape == (4, 12)
     assert (batch["input_ids"][1, 4 + bos :] == 1).all()
     if bos:
@@ -221,6 +220,6 @@ def test_more_rows_than_one_chunk(
 ) -> None:
     task = make_task(tmp_path, pair=True)
     whole, _ = tokenize(task, bert, max_length=16, padding="dynamic")
-    monkeypatch.setattr("sparsegrad_cli.data.collate._CHUNK", 3)
+    monkeypatch.setattr("sparsegrad_cli.data.text_tokens._CHUNK", 3)
     pieces, _ = tokenize(task, bert, max_length=16, padding="dynamic")
     assert pieces[:] == whole[:] and len(pieces) == 4

@@ -1,0 +1,339 @@
+"""The implementation of a method, the half of the contract that needs torch (:mod:`.base`).
+
+A run calls ``prepare`` (freeze, change the model, mark what trains), ``optimizer``, and after
+training ``adapter_tensors``. ``load_adapter`` loads them into a freshly prepared model;
+``merged_OI`` and ``factors`` give the weights of a plain layer, or of a LoRA adapter, that computes
+the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.methods.base import MethodSettings
+from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.models.precision import HALF, accept_half_inputs, open_parameter
+from sparsegrad_cli.models.sharded_tensors import fold, gathered, shard_like
+from sparsegrad_cli.models.targets import Target, freeze, head_parameters
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.recipe.schema import TrainSection
+
+
+@dataclass(frozen=True)
+class TargetCount:
+    """Parameters of one target that change in one optimizer step."""
+
+    target: Target
+    entries: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters that train.
+
+    Attributes:
+        requested: what density asked for over all targets.
+        note: what the numbers leave out, for the report.
+    """
+
+    targets: tuple[TargetCount, ...]
+    trainable_head: int
+    trainable_rest: int
+    model_parameters: int
+    requested: int | None = None
+    note: str = ""
+
+    @property
+    def trainable_targets(self) -> int:
+        """Parameters of the targets that change in an optimizer step."""
+        return sum(count.entries for count in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ``counts`` block of run.json."""
+        target_parameters = sum(count.target.size for count in self.targets)
+        entries = self.trainable_targets
+        return {
+            "model_parameters": self.model_parameters,
+            "target_parameters": target_parameters,
+            "trainable": entries + self.trainable_head + self.trainable_rest,
+            "trainable_targets": entries,
+            "trainable_head": self.trainable_head,
+            "trainable_rest": self.trainable_rest,
+            "requested_target_entries": self.requested,
+            "remainder": None if self.requested is None else entries - self.requested,
+            "density": entries / target_parameters,
+            "note": self.note,
+            "targets": [
+                {
+                    "name": c.target.name,
+                    "kind": c.target.kind,
+                    "block": c.target.block,
+                    "out_features": c.target.out_features,
+                    "in_features": c.target.in_features,
+                    "entries": c.entries,
+                }
+                for c in self.targets
+            ],
+        }
+
+
+def check_what_trains(model: nn.Module, counts: Counts) -> None:
+    """Check that the parameters that require a gradient are those that were counted.
+
+    Every target must hold at least as many as its count, and outside the targets there must be
+    exactly those of head and rest. Biases belong to the rest.
+
+    Raises:
+        SparsegradError: names a parameter or target that differs.
+    """
+    targets = {count.target.name: count for count in counts.targets}
+    inside: Counter[str] = Counter()
+    elsewhere: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parts = name.split(".")
+        above = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        target = next((path for path in above if path in targets), None)
+        if target is None or parts[-1] == "bias":
+            elsewhere[name] = parameter.numel()
+        else:
+            inside[target] += parameter.numel()
+    wrong = [name for name, count in targets.items() if inside[name] < count.entries]
+    total, expected = sum(elsewhere.values()), counts.trainable_head + counts.trainable_rest
+    if not wrong and total == expected:
+        return
+    if wrong:
+        entries = targets[wrong[0]].entries
+        what = f"{entries:,} parameters of {wrong[0]} to train, but {inside[wrong[0]]:,} do"
+    else:
+        what = f"{expected:,} parameters to train outside the targets, but {total:,} do"
+        what += f" (among them {max(elsewhere, key=elsewhere.__getitem__)})" if elsewhere else ""
+    raise SparsegradError(
+        f"expected {what}",
+        where="method",
+        fix="choose other layers with targets.modules, or another method",
+    )
+
+
+@dataclass
+class Prepared:
+    """A prepared model.
+
+    Attributes:
+        counts: numbers of parameters that train.
+        bases: tensors that the memory report counts as bases.
+    """
+
+    counts: Counts
+    bases: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change of a target as LoRA factors: W + s B A.
+
+    Attributes:
+        b: B, (out, r).
+        a: A, (r, in).
+        alpha: s is alpha / r.
+        rslora: s is alpha / sqrt(r) instead (Kalajdzievski 2023).
+    """
+
+    b: Tensor
+    a: Tensor
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def product_OI(self) -> Tensor:
+        """Return s B A in float64, (out, in)."""
+        return self.scale * (self.b.double() @ self.a.double())
+
+    def folded(self) -> Factors:
+        """Return the same in float32 with s multiplied into B: alpha is r."""
+        return Factors((self.scale * self.b.double()).float(), self.a.float(), self.rank)
+
+    def padded(self, rank: int) -> Factors:
+        """Return folded factors padded with zeros to a higher rank."""
+        more = rank - self.rank
+        b_OR = nn.functional.pad(self.b, (0, more))
+        return Factors(b_OR, nn.functional.pad(self.a, (0, 0, 0, more)), rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will train of a target's core.
+
+    Attributes:
+        count: number of parameters per step.
+        positions: flat positions in the core, ascending; None where training chooses them.
+    """
+
+    count: int
+    positions: Tensor | None
+
+
+class Method:
+    """The implementation of a method; one object serves one model.
+
+    The defaults are those of a method whose trained parameters are plain parameters of the model:
+    AdamW trains them, and the adapter holds them by name. Only :meth:`prepare` must be implemented.
+    """
+
+    peft_config: Any = None
+    """PEFT's configuration of the prepared adapter; None if PEFT does not know the method."""
+
+    def __init__(self, settings: MethodSettings) -> None:
+        self.settings = settings
+
+    def prepare(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        *,
+        scope: str,
+        bases: Mapping[str, Basis] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> Prepared:
+        """Freeze the model, change its targets, and mark what trains.
+
+        The function that the model computes must not change, and no random number may be drawn in
+        a way that depends on the method: the caller forks the random state.
+
+        Args:
+            bases: target name -> basis, for methods that calibrate.
+            scores: target name -> (r_out, r_in) scores of core entries, where calibration made
+                them.
+        """
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+        """Return the optimizer of a prepared model; by default torch's AdamW."""
+        return plain_adamw(model, train)
+
+    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what training changed, in as few bytes as the method allows, by name.
+
+        Every process must call it: see :func:`trainable_state`.
+        """
+        return trainable_state(model)
+
+    def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Load :meth:`adapter_tensors` into a prepared model of the same base weights.
+
+        Raises:
+            KeyError: names do not belong to this model and method.
+            ValueError: positions do not fit their target.
+        """
+        load_by_name(model, tensors)
+
+    def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
+        """Return the weight of a plain layer that computes the same: (out, in), float64."""
+        return target.weight_OI(model).detach().double()
+
+    def factors(self, model: nn.Module, target: Target) -> Factors | None:
+        """Return the exact low-rank change of a target; None where W itself has changed."""
+        return None
+
+    def support(self, target: Target) -> tuple[Tensor, tuple[int, int]] | None:
+        """Return flat positions that train and the shape that they index, for a fixed support.
+
+        None where all of a matrix trains, or the optimizer chooses.
+        """
+        return None
+
+    def planned(
+        self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
+    ) -> dict[str, Plan]:
+        """Return target name -> what would train of its core, before a model is prepared.
+
+        Args:
+            bases: target name -> basis, cut to the directions that the method keeps.
+            scores: target name -> scores, where calibration made them.
+        """
+        return {}
+
+
+def open_scope(
+    model: nn.Module, targets: Iterable[Target], scope: str
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Freeze the model, then open the head and, under scope ``rest``, all but the targets' weights.
+
+    Returns:
+        (head, rest) parameters by name. Biases of targets belong to the rest.
+    """
+    freeze(model)
+    head = head_parameters(model)
+    rest: dict[str, nn.Parameter] = {}
+    if scope == "rest":
+        adapted = {id(model.get_submodule(target.name).weight) for target in targets}
+        rest = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in adapted and name not in head
+        }
+    half = any(parameter.dtype in HALF for parameter in model.parameters())
+    for parameter in (*head.values(), *rest.values()):
+        open_parameter(parameter)
+    if half:
+        accept_half_inputs(model, head.values())
+    return head, rest
+
+
+def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
+    """Return the weight of a target that is not quantized, as its module holds it."""
+    weight = model.get_submodule(target.name).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def count_parameters(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Return their number of values."""
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter that trains, by name: what a checkpoint holds of the model.
+
+    Where weights are split over processes, every process must call this; rank zero gets the values.
+    """
+    fold(model)
+    return gathered({n: p for n, p in model.named_parameters() if p.requires_grad})
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """Return the names of :func:`trainable_state`."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into the parameters of those names, or into each process's shard.
+
+    Raises:
+        KeyError: a name the model does not have, or another shape.
+    """
+    fold(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise KeyError(name)
+            parameters[name].copy_(shard_like(tensor, parameters[name]))

@@ -1,0 +1,133 @@
+"""Settings of LoRA. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from sparsegrad_cli.methods.base import MethodSettings, SizeRange, Sizing, TargetShapes
+from sparsegrad_cli.methods.sparse_settings import count_for_density
+from sparsegrad_cli.recipe.section import Density, PositiveInt, SettingError
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.methods.implementation import Method
+    from sparsegrad_cli.models.targets import Target
+    from sparsegrad_cli.recipe.schema import Recipe
+
+DEFAULT_RANK = 8
+
+
+class LoraSettings(MethodSettings):
+    """LoRA (Hu et al. 2021) by the peft library."""
+
+    name: Literal["lora"]
+    rank: PositiveInt | None = Field(None, description="8 unless density solves it")
+    density: Density | None = Field(
+        None, description="with match: trainable, rank is solved from this"
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="2 x rank by default")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = False
+
+    solves_rank: ClassVar[bool] = True
+    rivals: ClassVar[tuple[str, ...]] = ("density", "rank")
+    # The density only says how the rank was found.
+    training_only: ClassVar[frozenset[str]] = frozenset({"recompute", "dropout", "density"})
+    peft_type: ClassVar[str | None] = "LORA"
+
+    @property
+    def learning_rate_center(self) -> float:
+        """Geometric mean, to one digit, of the rates that tuning chose.
+
+        sst2 2e-3 twice, cola 5e-4, OpenAssistant with SmolLM2-135M 4e-3.
+        """
+        return 2e-3
+
+    def check(self, recipe: Recipe) -> None:
+        """Check that rank, density and ``match`` fix the rank once."""
+        rank, density, fix = "method.rank", "method.density", "give method.rank alone"
+        if self.rank is not None and self.density is not None:
+            what = "and method.density both say how large LoRA is: give one of the two"
+            fix = "method.rank alone, or method.density with match: trainable"
+            raise SettingError(what, rank, density, "match", fix=fix)
+        if recipe.match and self.rank is not None:
+            what = "is what match: trainable solves from method.density: give one of the two"
+            fix = "leave out match, or give method.density in place of method.rank"
+            raise SettingError(what, rank, "match", fix=fix)
+        if recipe.match and self.density is None:
+            what = "trainable solves LoRA's rank from method.density: give it"
+            raise SettingError(what, "match", density, fix="method.density: 0.01")
+        if self.density is not None and not recipe.match:
+            what = "of lora has an effect only with match: trainable, which solves its rank"
+            fix = "match: trainable, or method.rank in place of method.density"
+            raise SettingError(what, density, "match", fix=fix)
+
+    @property
+    def beside_weights(self) -> bool:
+        """True: A and B train."""
+        return True
+
+    def sizing(self, shapes: TargetShapes) -> Sizing:
+        """Return the parameters of A and B; a rank-r adapter has r (out + in) of them."""
+        rank = self.rank_on(shapes.targets)
+        per_rank = sum(t.out_features + t.in_features for t in shapes.targets)
+        return Sizing(rank * per_rank, f"rank {rank}")
+
+    def size_range(self, shapes: TargetShapes) -> SizeRange:
+        """Return ranks up to the narrow side of the widest layer."""
+        narrow = max(min(t.out_features, t.in_features) for t in shapes.targets)
+        limit = "a higher rank than the layers' narrow side adds nothing"
+        return SizeRange(1, narrow, limit)
+
+    def with_size(self, size: int) -> Self:
+        """Return the settings at a rank."""
+        return self.model_copy(update={"rank": size, "density": None})
+
+    @property
+    def size_keys(self) -> frozenset[str]:
+        """The rank, or the density that it is solved from."""
+        return frozenset({"rank", "density", "entries"})
+
+    def rank_on(self, targets: Sequence[Target]) -> int:
+        """Return the rank, solved from the density where there is one."""
+        if self.density is None:
+            return self.rank or DEFAULT_RANK
+        return solve_rank(targets, self.density)[0]
+
+    def settle_from_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """Return the settings with the rank of the adapter's A, and alpha."""
+        rank = next((shape[0] for name, shape in shapes.items() if "lora_A" in name), self.rank)
+        alpha = self.alpha if self.alpha is not None or rank is None else 2 * rank
+        return self.model_copy(update={"rank": rank, "alpha": alpha})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return rank, alpha and rsLoRA; patterns and DoRA are what this method does not have."""
+        unused: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+        return {
+            "rank": config.get("r"),
+            "alpha": config.get("lora_alpha"),
+            "rslora": bool(config.get("use_rslora")),
+            **{key: config.get(key) or value for key, value in unused.items()},
+        }
+
+    def implementation(self) -> Method:
+        """Return the implementation."""
+        from sparsegrad_cli.methods.lora.method import Lora
+
+        return Lora(self)
+
+
+def solve_rank(targets: Sequence[Target], density: float) -> tuple[int, int]:
+    """Return the rank whose parameters over all targets come nearest to what density asks for.
+
+    A rank-r adapter of an (out, in) layer has r (out + in) parameters.
+
+    Returns:
+        (rank, requested parameters over all targets). The rank is at least 1.
+    """
+    requested = sum(count_for_density(density, t.out_features, t.in_features) for t in targets)
+    per_rank = sum(t.out_features + t.in_features for t in targets)
+    return max(1, round(requested / per_rank)), requested

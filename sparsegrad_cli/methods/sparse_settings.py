@@ -1,0 +1,109 @@
+"""Settings that MeProp and SparseGrad share: how many parameters are chosen. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.methods.base import MethodSettings
+from sparsegrad_cli.recipe.section import Density, PositiveInt, SettingError
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.models.targets import Target
+
+ALL_TRAIN = "every parameter of the targets trains"
+
+
+def count_for_density(density: float, out_features: int, in_features: int) -> int:
+    """Return round(density x out x in), at least 1.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density {density} is not in (0, 1]")
+    return max(1, round(density * out_features * in_features))
+
+
+def split_by_size(total: int, sizes: Sequence[int]) -> list[int]:
+    """Split ``total`` over matrices in proportion to their sizes, exactly and at least 1 each.
+
+    One goes to each matrix; the others by largest remainders, of equal ones to the first.
+
+    Args:
+        total: from the number of matrices to the sum of their sizes.
+        sizes: number of parameters of each matrix.
+
+    Raises:
+        ValueError: ``total`` is out of range.
+    """
+    room = sum(sizes)
+    if not len(sizes) <= total <= room:
+        raise ValueError(f"cannot split {total} of {room} parameters over {len(sizes)} matrices")
+    rest, left = total - len(sizes), max(1, room - len(sizes))
+    parts = [divmod(rest * (size - 1), left) for size in sizes]
+    shares = [1 + whole for whole, _ in parts]
+    by_remainder = sorted(range(len(sizes)), key=lambda at: -parts[at][1])
+    for at in by_remainder[: total - sum(shares)]:
+        shares[at] += 1
+    return shares
+
+
+class SparseSettings(MethodSettings):
+    """Settings of a method that chooses parameters: how many, by density or by number."""
+
+    density: Density | None = 0.01
+    entries: PositiveInt | None = Field(
+        None, description="in place of density: entries of all targets together, shared by size"
+    )
+
+    chooses_by_density: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _entries_or_density(cls, data: Any) -> Any:
+        """Drop the default of density where ``entries`` is given."""
+        if isinstance(data, dict) and data.get("entries") is not None:
+            return {"density": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> Self:
+        if (self.density is None) == (self.entries is None):
+            what = "density or entries says how many entries train: give one of the two"
+            raise SettingError(what, "density", "entries")
+        return self
+
+    def requested(self, targets: Sequence[Target]) -> Mapping[str, int]:
+        """Return target name -> number of parameters that density or ``entries`` asks for.
+
+        Raises:
+            UsageError: the targets do not have so many, or there are more targets than parameters
+                to train.
+        """
+        if self.entries is None:
+            assert self.density is not None  # the recipe was checked
+            shapes = ((t.out_features, t.in_features) for t in targets)
+            counts = [count_for_density(self.density, *shape) for shape in shapes]
+        else:
+            try:
+                counts = split_by_size(self.entries, [t.size for t in targets])
+            except ValueError:
+                raise UsageError(
+                    f"method.entries is {self.entries:,}: the {len(targets)} targets have "
+                    f"{sum(t.size for t in targets):,}, and each needs at least one",
+                    where="method.entries",
+                ) from None
+        return {target.name: count for target, count in zip(targets, counts, strict=True)}
+
+    def with_size(self, size: int) -> Self:
+        """Return the settings with this number of parameters over all targets."""
+        return self.model_copy(update={"entries": size, "density": None})
+
+
+def count_text(count: int, of: int) -> str:
+    """Return such as ``70,776 parameters (1.00 %)``."""
+    return f"{count:,} parameters ({100 * count / of:.3g} %)"
