@@ -17,7 +17,7 @@ from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
 from sparsegrad_cli.records.writer import RunWriter
-from sparsegrad_cli.run.folder import open_run_dir
+from sparsegrad_cli.run.folder import prepare_folder
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.training.fine_tuning import fine_tune
 
@@ -109,7 +109,7 @@ def train(
         f"output_dir={run}",
     )
     loaded = load_recipe(None, (*settings, *overrides))
-    open_run_dir(run, loaded.recipe, resume=resume, overwrite=False)
+    prepare_folder(run, loaded.recipe, resume=resume, overwrite=False)
     about = {"recipe_digest": digest(loaded.recipe), "seed": loaded.recipe.seed}
     kept = RunWriter(run, command="train", name=run.name, **about)
     fine_tune(Run(loaded, kept, Observer(), resume=resume))

@@ -91,13 +91,13 @@ def report(
     from sparsegrad_cli.records.study import StudyRecord
     from sparsegrad_cli.report.files import write_run_report, write_study_report
     from sparsegrad_cli.report.study import study_screen
-    from sparsegrad_cli.run.folder import as_it_is
+    from sparsegrad_cli.run.folder import with_current_status
     from sparsegrad_cli.study.evidence import up_to_date
 
     folder = run if is_folder(run) else run.parent
     found = load_run_or_study(run)
     if isinstance(found, RunRecord):
-        found = RunRecord.model_validate(as_it_is(found.to_json(), folder))
+        found = RunRecord.model_validate(with_current_status(found.to_json(), folder))
         write_run_report(folder, found)
         _show_run(found.changed(output_dir=str(folder)), as_json)
         return

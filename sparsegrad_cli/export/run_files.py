@@ -13,7 +13,7 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
 from sparsegrad_cli.records.store import load_record
 from sparsegrad_cli.report.access import dig
-from sparsegrad_cli.run.folder import adapter_file, as_it_is
+from sparsegrad_cli.run.folder import adapter_file, with_current_status
 
 # What may lie elsewhere by now. All else says what was trained, and stays as it was.
 _MOVABLE = (
@@ -96,7 +96,7 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
     folder = run if is_folder(run) else run.parent
-    record = as_it_is(load_record(run), folder)
+    record = with_current_status(load_record(run), folder)
     if "cells" in record:
         raise UsageError(
             f"{folder} is a comparison, not a run", fix=f"name one of its runs in {folder}/cells"

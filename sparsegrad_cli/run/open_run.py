@@ -24,9 +24,9 @@ from sparsegrad_cli.records.store import RUN, load_run, write_text_atomic
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import (
     adapter_file,
-    choose_run_dir,
-    held_run_dir,
-    open_run_dir,
+    choose_folder,
+    lock_folder,
+    prepare_folder,
 )
 from sparsegrad_cli.run.launcher import check_sharding
 from sparsegrad_cli.run.preflight import check_calibration_share, check_outside
@@ -93,7 +93,7 @@ def open_run(
         loaded: the recipe.
         command: what is done in the folder.
         observer: receives progress; closed at the end.
-        resume, overwrite: see :func:`sparsegrad_cli.run.folder.open_run_dir`.
+        resume, overwrite: see :func:`sparsegrad_cli.run.folder.prepare_folder`.
 
     Raises:
         SparsegradError: the recipe or the folder is refused, or the run failed; run.json holds the
@@ -110,9 +110,9 @@ def open_run(
         held.enter_context(interruption.handle_signals(observer.note, _AGAIN[command]))
 
         def lock_and_open() -> tuple[Path, dict[str, Any] | None]:
-            path = choose_run_dir(loaded.recipe, command)
-            held.enter_context(held_run_dir(path))
-            return path, open_run_dir(path, loaded.recipe, resume=resume, overwrite=overwrite)
+            path = choose_folder(loaded.recipe, command)
+            held.enter_context(lock_folder(path, observer.note))
+            return path, prepare_folder(path, loaded.recipe, resume=resume, overwrite=overwrite)
 
         # Rank zero locks the folder for all processes of the run.
         path, extended = distributed.from_rank_zero(lock_and_open)

@@ -21,7 +21,7 @@ from sparsegrad_cli.io.locks import owner_of
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, check_ours, checked, damage
 from sparsegrad_cli.run.checkpoints import Shelf, best_of
-from sparsegrad_cli.run.folder import held_run_dir
+from sparsegrad_cli.run.folder import lock_folder
 from sparsegrad_cli.training.callbacks import RecordCallback
 
 
@@ -156,7 +156,7 @@ def test_lines_of_a_log_that_no_run_writes(tmp_path: Path) -> None:
 def test_a_log_that_is_no_file(run: Path, kind: str) -> None:
     (run / "steps.jsonl").unlink()
     furnish(run, {"steps.jsonl": kind})
-    with no_hang(), pytest.raises(UsageError, match="is no file") as caught:
+    with no_hang(), pytest.raises(UsageError, match="is not a file") as caught:
         resumed(run)
     check_error(caught.value)
 
@@ -188,5 +188,5 @@ def test_an_adapter_is_not_written_through_what_a_kill_would_leave(run: Path) ->
 def test_a_lock_that_says_anything(run: Path, words: str) -> None:
     (run / ".lock").write_text(words)
     assert owner_of(run) is None
-    with held_run_dir(run):
+    with lock_folder(run):
         assert json.loads((run / ".lock").read_text())["pid"] == os.getpid()

@@ -22,7 +22,7 @@ from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.writer import RunWriter
-from sparsegrad_cli.run.folder import held_run_dir, open_run_dir
+from sparsegrad_cli.run.folder import lock_folder, prepare_folder
 from sparsegrad_cli.study.folder import StudyFolder, safe_name, study_digest
 
 LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
@@ -99,8 +99,8 @@ def test_names_of_folders_to_write_to(name: str) -> None:
     inside = Path("new", *(part for part in Path(name).parts if part not in ("/", "..")))
     with scratch() as folder:
         run, comparison = folder / "runs" / inside, folder / "compared" / inside
-        with held_run_dir(run):
-            open_run_dir(run, recipe, resume=False, overwrite=False)
+        with lock_folder(run):
+            prepare_folder(run, recipe, resume=False, overwrite=False)
             RunWriter(run, command="train").save()
         assert (run / "run.json").is_file()
         place = StudyFolder(comparison)

@@ -24,7 +24,7 @@ from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
 from sparsegrad_cli.records.writer import RunWriter
-from sparsegrad_cli.run.folder import held_run_dir, open_run_dir
+from sparsegrad_cli.run.folder import lock_folder, prepare_folder
 from sparsegrad_cli.study.claims import Claim
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 
@@ -62,8 +62,8 @@ def test_overwriting_a_run(found: dict[str, str]) -> None:
         furnish(run, found)
         before = tree(folder / "outside")
         try:
-            with held_run_dir(run):
-                open_run_dir(run, recipe, resume=False, overwrite=True)
+            with lock_folder(run):
+                prepare_folder(run, recipe, resume=False, overwrite=True)
                 record = RunWriter(run, command="train")
                 record.save()
             with (run / "steps.jsonl").open("a") as steps:

@@ -51,14 +51,14 @@ import resource, signal, sys
 from pathlib import Path
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.run.folder import held_run_dir, open_run_dir
+from sparsegrad_cli.run.folder import lock_folder, prepare_folder
 recipe = load_recipe("quickstart").recipe
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 run = Path(sys.argv[1])
 try:
-    with held_run_dir(run):
-        open_run_dir(run, recipe, resume=False, overwrite=False)
+    with lock_folder(run):
+        prepare_folder(run, recipe, resume=False, overwrite=False)
 except DiskError as error:
     print(error.what)
 print(run.exists())

@@ -21,7 +21,7 @@ from surviving import Bench
 from sparsegrad_cli.errors import BusyError, DiskError
 from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.run.folder import choose_run_dir, held_run_dir, open_run_dir
+from sparsegrad_cli.run.folder import choose_folder, lock_folder, prepare_folder
 
 
 def test_a_held_folder_is_refused_with_who_and_since_when(bench: Bench) -> None:
@@ -117,22 +117,22 @@ def test_a_second_owner_waits_where_asked(tmp_path: Path) -> None:
 def test_two_runs_without_a_name_get_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("quickstart", ("method=full",)).recipe
-    names = [choose_run_dir(recipe, "train").name for _ in range(2)]
+    names = [choose_folder(recipe, "train").name for _ in range(2)]
     assert names == ["acceptability-full-1", "acceptability-full-2"]
 
 
 def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", ()).recipe
     new = tmp_path / "new"
-    with pytest.raises(Exception, match="holds no run"), held_run_dir(new):
-        open_run_dir(new, recipe, resume=True, overwrite=False)
+    with pytest.raises(Exception, match="holds no run"), lock_folder(new):
+        prepare_folder(new, recipe, resume=True, overwrite=False)
     assert not new.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
-    with pytest.raises(Exception, match="is not empty"), held_run_dir(tmp_path / "full"):
-        open_run_dir(tmp_path / "full", recipe, resume=False, overwrite=False)
+    with pytest.raises(Exception, match="is not empty"), lock_folder(tmp_path / "full"):
+        prepare_folder(tmp_path / "full", recipe, resume=False, overwrite=False)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
-    with pytest.raises(DiskError), held_run_dir(tmp_path / "full" / "thesis.txt" / "run"):
+    with pytest.raises(DiskError), lock_folder(tmp_path / "full" / "thesis.txt" / "run"):
         pass
 
 

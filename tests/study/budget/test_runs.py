@@ -25,7 +25,7 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.records.writer import RunWriter
-from sparsegrad_cli.run.folder import open_run_dir
+from sparsegrad_cli.run.folder import prepare_folder
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.budget_report import measured, with_measured
@@ -85,7 +85,7 @@ def ran(solved: LoadedStudy, folder: Path) -> list[dict[str, Any]]:
     for cell in solved.cells:
         run = folder / f"{cell.label}-{cell.seed}"
         recipe = cell.loaded.recipe.model_copy(update={"output_dir": str(run)})
-        open_run_dir(run, recipe, resume=False, overwrite=False)
+        prepare_folder(run, recipe, resume=False, overwrite=False)
         kept = RunWriter(run, recipe_digest=digest(recipe), seed=cell.seed)
         fine_tune(Run(replace(cell.loaded, recipe=recipe), kept, Observer()))
         kept.finish()
