@@ -30,6 +30,7 @@ from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import fingerprint
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.records.run import CalibrationSettings
 
 SCORED = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=7)
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
@@ -41,7 +42,7 @@ def basis_bytes() -> bytes:
     model = base()
     targets = targets_of(model)
     found = calibrated(model, targets, steps=2, basis_per="kind", score="square", rank=7)
-    settings = {"steps": 2, "seconds": 0.5}
+    settings = CalibrationSettings(steps=2, seconds=0.5)
     bases = {key: truncated(basis, 7) for key, basis in found.bases.items()}
     digest = tensors_digest(bases, found.scores)
     mark = fingerprint(model, targets)

@@ -53,7 +53,7 @@ class BasisFile:
     keys: Mapping[str, str]
     model: str
     fingerprint: str
-    settings: Mapping[str, Any]
+    settings: CalibrationSettings
     recipe_digest: str
     digest: str
     scores: Mapping[str, Tensor] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def write_basis(path: Path, basis: BasisFile) -> None:
         model=basis.model,
         fingerprint=basis.fingerprint,
         targets=dict(basis.keys),
-        settings=CalibrationSettings.model_validate(dict(basis.settings)),
+        settings=basis.settings,
         recipe_digest=basis.recipe_digest,
         digest=basis.digest,
     )
@@ -116,7 +116,7 @@ def read_basis(path: Path) -> BasisFile:
         keys,
         metadata.model,
         metadata.fingerprint,
-        metadata.settings.to_json(),
+        metadata.settings,
         metadata.recipe_digest,
         metadata.digest,
         scores,

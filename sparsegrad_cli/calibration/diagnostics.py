@@ -28,6 +28,7 @@ from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.numerics.supports import energy_share
 from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.records.run import EnergyBlock, HeatMap, Side, Spectrum
 
 TOP = 0.01
 _HEAT_MAP_SIDE = 96
@@ -115,7 +116,7 @@ def energy_table(
     train: TrainSection | None = None,
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
     choices: Mapping[str, Choice] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[EnergyBlock, HeatMap]:
     """Mean share of squared entries in the top 1 % of held-out gradients, per target.
 
     Columns: ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code; needs a
@@ -131,7 +132,7 @@ def energy_table(
             hindsight, in the ``compared`` block.
 
     Returns:
-        (``energy`` block, ``heat_map`` block) of run.json.
+        The ``energy`` and ``heat_map`` of the calibration block.
     """
     choices = choices or {}
     compared: dict[str, dict[str, float]] = {name: defaultdict(float) for name in choices}
@@ -176,7 +177,8 @@ def energy_table(
                 with meter() if step <= 2 else nullcontext():
                     gradient_step(model, next(batches), step, scale=scale)
     rows = [{"target": t.name, "kind": t.kind, **sums[t.name]} for t in targets]
-    energy = {"top": TOP, "steps": steps, "rows": rows, "mean_by_kind": _mean_by_kind(rows)}
+    energy: dict[str, Any] = {"top": TOP, "steps": steps, "rows": rows}
+    energy["mean_by_kind"] = _mean_by_kind(rows)
     if choices:
         against = [
             {"target": t.name, "kind": t.kind, "count": choices[t.name].count, **compared[t.name]}
@@ -186,9 +188,9 @@ def energy_table(
         means = _mean_by_kind(against)
         verdict = verdict_of(means)
         energy["compared"] = {"rows": against, "mean_by_kind": means, "verdict": verdict}
-    heat_map: dict[str, Any] = {"target": shown}
-    heat_map.update({name: (m / steps).tolist() for name, m in maps.items()})
-    return energy, heat_map
+    original, basis = ((maps[name] / steps).tolist() for name in ("original", "basis"))
+    heat_map = HeatMap(target=shown, original=original, basis=basis)
+    return EnergyBlock.model_validate(energy), heat_map
 
 
 def verdict_of(means: Mapping[str, Mapping[str, float]]) -> str:
@@ -231,11 +233,15 @@ def _pool(matrix: Tensor) -> Tensor:
     return pooled.to("cpu", torch.float32)
 
 
-def spectra(bases: dict[str, Basis]) -> list[dict[str, Any]]:
-    """Singular values divided by the first, strongest first, at most 256 a side."""
+def spectra(bases: dict[str, Basis]) -> list[Spectrum]:
+    """Return singular values divided by the first, strongest first, at most 256 a side."""
     found = []
     for key, basis in bases.items():
-        for side, values in (("out", basis.singular_out), ("in", basis.singular_in)):
+        sides: tuple[tuple[Side, Tensor], ...] = (
+            ("out", basis.singular_out),
+            ("in", basis.singular_in),
+        )
+        for side, values in sides:
             scaled = (values / values[0].clamp_min(1e-30))[:_SPECTRUM_LENGTH]
-            found.append({"key": key, "side": side, "values": [float(v) for v in scaled]})
+            found.append(Spectrum(key=key, side=side, values=[float(v) for v in scaled]))
     return found

@@ -39,7 +39,7 @@ from sparsegrad_cli.memory.out_of_memory import (
 from sparsegrad_cli.models.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.recipe.load_recipe import digest
-from sparsegrad_cli.records.run import HashesBlock
+from sparsegrad_cli.records.run import CalibrationBlock, CalibrationSettings, HashesBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.setup import Setup, calibration_batches, hash_parameters
 
@@ -111,19 +111,23 @@ class RunCalibration:
         """Write the basis file and the record."""
         setup, recipe = self.setup, self.run.recipe
         settings = recipe.calibration
-        names = ("steps", "basis_per", "source", "decomposition", "score")
-        made_with: dict[str, Any] = {
-            **{name: getattr(settings, name) for name in names},
+        peak = setup.meter.peak("calibrate")
+        made_with = CalibrationSettings(
+            steps=settings.steps,
+            basis_per=settings.basis_per,
+            source=settings.source,
+            decomposition=settings.decomposition,
+            score=settings.score,
             # A language model has no new head to warm up.
-            "warmup_steps": settings.warmup_steps if head_parameters(setup.model) else 0,
-            "batch_size": self.batch_size,
-            "passes": passes_of(settings),
-            "seed": recipe.seed,
-            "data": setup.task.data_hash,
-            "seconds": calibration.seconds,
-            "peak_bytes": setup.meter.report()["phases"].get("calibrate", {}).get("peak_bytes"),
-            "tokens": tokens,
-        }
+            warmup_steps=settings.warmup_steps if head_parameters(setup.model) else 0,
+            batch_size=self.batch_size,
+            passes=passes_of(settings),
+            seed=recipe.seed,
+            data=setup.task.data_hash,
+            seconds=calibration.seconds,
+            peak_bytes=peak.peak_bytes if peak else None,
+            tokens=tokens,
+        )
         kept = calibration.bases
         if whole:
             kept = {
@@ -142,15 +146,15 @@ class RunCalibration:
         if distributed.is_rank_zero():
             write_basis(self.run.path / BASIS_NAME, file)
         self.run.writer.save(
-            calibration={
-                **made_with,
-                "stream_bytes": calibration.stream_bytes,
-                "basis_file": BASIS_NAME,
-                "basis_bytes": sum(b.nbytes() for b in kept.values()),
-                "reused": False,
-                "digest": file.digest,
-                "spectra": spectra(_one_per_kind(calibration.bases, setup.targets)),
-            }
+            calibration=CalibrationBlock(
+                **made_with.given(),
+                stream_bytes=calibration.stream_bytes,
+                basis_file=BASIS_NAME,
+                basis_bytes=sum(b.nbytes() for b in kept.values()),
+                reused=False,
+                digest=file.digest,
+                spectra=spectra(_one_per_kind(calibration.bases, setup.targets)),
+            )
         )
 
     def calibrate(
@@ -290,16 +294,16 @@ def basis_for_run(
     if given and setup.method_settings.compares_targets:
         check_tokens(basis, where)
     # The cost of a basis that was made earlier is charged to this run, too.
-    run.seconds["calibrate_s"] = float(basis.settings.get("seconds") or 0.0)
+    run.seconds["calibrate_s"] = basis.settings.seconds or 0.0
     run.writer.save(
-        calibration={
-            **basis.settings,
-            "basis_file": str(path),
-            "basis_bytes": sum(b.nbytes() for b in basis.bases.values()),
-            "reused": True,
-            "digest": basis.digest,
-            "spectra": spectra(_one_per_kind(basis.bases, setup.targets)),
-        }
+        calibration=CalibrationBlock(
+            **basis.settings.given(),
+            basis_file=str(path),
+            basis_bytes=sum(b.nbytes() for b in basis.bases.values()),
+            reused=True,
+            digest=basis.digest,
+            spectra=spectra(_one_per_kind(basis.bases, setup.targets)),
+        )
     )
     if run.recipe.calibration.keep_head:
         with calibration.memory_explained("calibrate"), calibration.warmed_head():
@@ -316,7 +320,7 @@ def _own_basis(run: Run, path: Path, data_hash: str) -> BasisFile | None:
     except FileFormatError as error:
         run.observer.note(f"{error.what}: {path.name} is made again")
         return None
-    if basis.settings.get("data", data_hash) == data_hash:  # older files do not say
+    if basis.settings.data in (None, data_hash):  # older files do not say
         return basis
     run.observer.note(f"the data has changed: {path.name} is made again")
     return None

@@ -46,6 +46,7 @@ from sparsegrad_cli.memory.storage_tracker import (
 from sparsegrad_cli.models.module_trace import tensors_in
 from sparsegrad_cli.models.sharded_tensors import split_modules
 from sparsegrad_cli.records.environment import rss_bytes
+from sparsegrad_cli.records.run import MemoryBlock
 
 __all__ = ["CATEGORIES", "PHASES", "MemoryMeter", "PhasePeak", "make_meter"]
 
@@ -258,17 +259,17 @@ class MemoryMeter:
         peak = self._ledger.kept.get(phase)
         return None if peak is None else peak.frozen()
 
-    def report(self) -> dict[str, Any]:
-        """The ``memory`` block of run.json but for the batch's shape; phases in their order."""
+    def report(self) -> MemoryBlock:
+        """Return the ``memory`` block of run.json without the batch's shape; phases in order."""
         peaks = {name: peak for name in PHASES if (peak := self.peak(name)) is not None}
         highest = max(peaks, key=lambda name: peaks[name].peak_bytes) if peaks else None
-        return {
-            "device": str(self.device),
-            "how": self.how,
-            "peak_bytes": peaks[highest].peak_bytes if highest else 0,
-            "peak_phase": highest,
-            "phases": {name: peak.to_json() for name, peak in peaks.items()},
-        }
+        return MemoryBlock(
+            device=str(self.device),
+            how=self.how,
+            peak_bytes=peaks[highest].peak_bytes if highest else 0,
+            peak_phase=highest,
+            phases={name: peak.record() for name, peak in peaks.items()},
+        )
 
 
 def _unpack(saved: _Saved) -> Tensor:

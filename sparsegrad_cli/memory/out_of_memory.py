@@ -127,7 +127,7 @@ def attempt(model: nn.Module, meter: MemoryMeter, work: Callable[[Phase], None])
         fits = False
         tensors = tuple(meter.largest(_TENSORS_SHOWN))  # while the error's frames hold them
         release(error)
-    return Attempt(fits, int(meter.report()["peak_bytes"]), phase_name, module_name, tensors)
+    return Attempt(fits, meter.report().peak_bytes or 0, phase_name, module_name, tensors)
 
 
 def release(error: BaseException) -> None:
@@ -213,7 +213,7 @@ def _explained(
             "phase": phase,
             "module": module or None,
             "asked_bytes": requested,
-            "tensors": [tensor.to_json() for tensor in tensors],
+            "tensors": [tensor.record() for tensor in tensors],
             "fits": found,
         },
     )

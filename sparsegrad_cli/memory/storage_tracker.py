@@ -7,14 +7,15 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparsegrad_cli.records import run as records
 from sparsegrad_cli.records.environment import rss_bytes
+from sparsegrad_cli.records.run import MemoryCategories, MemoryPhase
 
 CATEGORIES = ("weights", "bases", "gradients", "optimizer_state", "saved_activations", "other")
 
@@ -42,14 +43,14 @@ class PhasePeak:
     reserved_bytes: int | None
     saved_at_end: int
 
-    def to_json(self) -> dict[str, Any]:
-        """One entry of ``memory.phases`` in run.json."""
-        return {
-            "peak_bytes": self.peak_bytes,
-            "categories": dict(self.categories),
-            "rss_bytes": self.rss_bytes,
-            "reserved_bytes": self.reserved_bytes,
-        }
+    def record(self) -> MemoryPhase:
+        """Return the peak as run.json keeps it."""
+        return MemoryPhase(
+            peak_bytes=self.peak_bytes,
+            categories=MemoryCategories(**self.categories),
+            rss_bytes=self.rss_bytes,
+            reserved_bytes=self.reserved_bytes,
+        )
 
 
 class Peak:
@@ -268,15 +269,15 @@ class LiveTensor:
     dtype: str
     of: str
 
-    def to_json(self) -> dict[str, Any]:
-        """One entry of ``error.tensors`` in run.json."""
-        return {
-            "bytes": self.nbytes,
-            "category": self.category,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "of": self.of,
-        }
+    def record(self) -> records.LiveTensor:
+        """Return the tensor as run.json keeps it."""
+        return records.LiveTensor(
+            bytes=self.nbytes,
+            category=self.category,
+            shape=list(self.shape),
+            dtype=self.dtype,
+            of=self.of,
+        )
 
 
 def largest(

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.tasks import TaskSpec
+from sparsegrad_cli.records import run as records
 
 _GENERIC = re.compile(r"LABEL_(\d+)")  # transformers' names for classes that nobody has named
 _SHOWN = 4  # labels in a note
@@ -47,14 +48,14 @@ class HeadStart:
         note: for the user, where the files held an output layer.
     """
 
-    start: str
+    start: records.Start
     kept: tuple[str, ...]
     fresh: tuple[str, ...]
     note: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        """The ``model.head`` block of run.json."""
-        return {"start": self.start, "kept": list(self.kept), "fresh": list(self.fresh)}
+    def record(self) -> records.HeadStart:
+        """Return the start as run.json keeps it."""
+        return records.HeadStart(start=self.start, kept=list(self.kept), fresh=list(self.fresh))
 
 
 def match_labels(config: Any, spec: TaskSpec) -> HeadMatch:

@@ -73,14 +73,15 @@ class Block(BaseModel):
         Raises:
             ValidationError: a value is not of its field's type, or no field has the name.
         """
-        return type(self).model_validate({**self._set(), **changes}, extra="forbid")
+        return type(self).model_validate({**self.given(), **changes}, extra="forbid")
 
     def without(self, *names: str) -> Self:
         """Return a copy in which some keys were never set."""
-        kept = {name: value for name, value in self._set().items() if name not in names}
+        kept = {name: value for name, value in self.given().items() if name not in names}
         return type(self).model_validate(kept)
 
-    def _set(self) -> dict[str, object]:
+    def given(self) -> dict[str, Any]:
+        """Return the values that were set, by name."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
 

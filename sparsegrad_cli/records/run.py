@@ -23,6 +23,8 @@ from sparsegrad_cli.records.base import (
 
 Status = Literal["running", "done", "failed", "out_of_memory", "interrupted", "pruned"]
 Side = Literal["out", "in"]
+Start = Literal["kept", "aligned", "fresh"]
+TaskKind = Literal["classification", "regression", "chat"]
 
 
 class LiveTensor(Block):
@@ -84,7 +86,7 @@ class InitFromBlock(Block):
 class HeadStart(Block):
     """Where the initial values of a classification head come from."""
 
-    start: Literal["kept", "aligned", "fresh"] = Field(
+    start: Start = Field(
         description="Of the output layer: kept, kept with its classes in the order of the data, "
         "or drawn from the seed."
     )
@@ -118,7 +120,7 @@ class TaskBlock(Block):
     """The task and its data."""
 
     name: str | None = Field(None, description="As in the recipe.")
-    kind: Literal["classification", "regression", "chat"] | None = None
+    kind: TaskKind | None = None
     metric: str | None = Field(None, description="The metric that `score` is a value of.")
     regression: bool = False
     label_names: list[str] | None = None

@@ -20,6 +20,7 @@ from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import within
 from sparsegrad_cli.recipe.tasks import TaskSpec
+from sparsegrad_cli.records.run import TaskKind
 
 _WORST = 1e9  # for what is not a number: JSON has none
 
@@ -203,7 +204,7 @@ class TaskFacts:
     """
 
     name: str
-    kind: str
+    kind: TaskKind
     label_names: tuple[str, ...] | None
     majority: Mapping[str, float]
     notes: tuple[str, ...]
@@ -215,7 +216,7 @@ class TaskFacts:
     def of(cls, task: LoadedTask) -> TaskFacts:
         """Facts of a task of whole texts."""
         spec = task.spec
-        kind = "regression" if spec.regression else "classification"
+        kind: TaskKind = "regression" if spec.regression else "classification"
         return cls(
             spec.name,
             kind,

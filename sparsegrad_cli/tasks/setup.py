@@ -34,6 +34,9 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
+from sparsegrad_cli.records import run as records
+from sparsegrad_cli.records.base import Block
+from sparsegrad_cli.records.run import HashesBlock, ModelBlock, PrecisionBlock, TaskBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.chat import load_chats
 from sparsegrad_cli.tasks.classification import Few, Parts, load_texts
@@ -58,7 +61,7 @@ class Setup(Parts):
     not_adapted: list[NotAdapted]
     fingerprint: str
     head_hash: str
-    precision: dict[str, Any]
+    precision: PrecisionBlock
     device: torch.device
     method_settings: MethodSettings
     meter: MemoryMeter
@@ -88,7 +91,7 @@ def load(run: Run) -> Setup:
     run.seconds["load_s"] = time.perf_counter() - started
     with setup.meter.phase("load"):
         pass
-    run.writer.save(**loaded_facts(run.recipe, setup))
+    run.writer.save(**loaded_blocks(run.recipe, setup))
     return setup
 
 
@@ -137,48 +140,48 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
     )
 
 
-def loaded_facts(recipe: Recipe, setup: Setup) -> dict[str, Any]:
+def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
     """Return the blocks ``model``, ``task``, ``precision`` and ``hashes`` of the record."""
     config: Any = setup.model.config
     task = setup.task
     return {
-        "model": {
-            "name": recipe.model.name,
-            "architecture": type(setup.model).__name__,
-            "model_type": getattr(config, "model_type", None),
-            "parameters": count_entries(setup.model),
-            "dtype": recipe.model.dtype,
-            "quantization": recipe.model.quantization,
-            "fingerprint": setup.fingerprint,
-            "head": setup.head.to_json() if setup.head else None,
-            "not_adapted": [
-                {"kind": n.kind, "shape": list(n.shape), "count": n.count}
+        "model": ModelBlock(
+            name=recipe.model.name,
+            architecture=type(setup.model).__name__,
+            model_type=getattr(config, "model_type", None),
+            parameters=count_entries(setup.model),
+            dtype=recipe.model.dtype,
+            quantization=recipe.model.quantization,
+            fingerprint=setup.fingerprint,
+            head=setup.head.record() if setup.head else None,
+            not_adapted=[
+                records.NotAdapted(kind=n.kind, shape=list(n.shape), count=n.count)
                 for n in setup.not_adapted
             ],
-        },
-        "task": {
-            "name": task.name,
-            "kind": task.kind,
-            "metric": setup.objective.metric,
-            "regression": task.kind == "regression",
-            "label_names": list(task.label_names) if task.label_names else None,
-            "positive_label": task.positive_label,
-            "train_examples": len(setup.train_data),
-            "validation_examples": {k: len(v) for k, v in setup.validation.items()},
-            "majority_score": task.majority.get(setup.objective.metric),
-            "majority_accuracy": task.majority.get("accuracy"),
-            "max_length": recipe.task.max_length,
-            "padding": recipe.task.padding,
-            "notes": list(task.notes),
-            "counts": dict(task.counts),
-        },
+        ),
+        "task": TaskBlock(
+            name=task.name,
+            kind=task.kind,
+            metric=setup.objective.metric,
+            regression=task.kind == "regression",
+            label_names=list(task.label_names) if task.label_names else None,
+            positive_label=task.positive_label,
+            train_examples=len(setup.train_data),
+            validation_examples={k: len(v) for k, v in setup.validation.items()},
+            majority_score=task.majority.get(setup.objective.metric),
+            majority_accuracy=task.majority.get("accuracy"),
+            max_length=recipe.task.max_length,
+            padding=recipe.task.padding,
+            notes=list(task.notes),
+            counts=dict(task.counts),
+        ),
         "precision": setup.precision,
-        "hashes": {
-            "data": task.data_hash,
-            "head_init": setup.head_hash,
-            "precision": hash_facts(setup.precision),
-            "order": {},
-        },
+        "hashes": HashesBlock(
+            data=task.data_hash,
+            head_init=setup.head_hash,
+            precision=hash_block(setup.precision),
+            order={},
+        ),
     }
 
 
@@ -229,31 +232,28 @@ def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
     return sha.hexdigest()
 
 
-def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> dict[str, Any]:
-    """In what numbers a run computes: the ``precision`` block of run.json.
+def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> PrecisionBlock:
+    """Return the number formats that a run computes in.
 
     Args:
-        model: as loaded, before a method has touched it.
-
-    Returns:
-        ``weights``: entries by dtype; ``autocast``: its dtype or None; ``matmul``: how float32
-        products are made (torch's word; TF32 or not on CUDA); ``device``: its type.
+        model: The model as loaded, before a method has touched it.
+        train: Sets autocast.
+        device: The run's device.
     """
     weights: Counter[str] = Counter()
     for parameter in model.parameters():
         weights[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    autocast = "bfloat16" if train.bf16 else "float16" if train.fp16 else None
-    return {
-        "weights": dict(sorted(weights.items())),
-        "autocast": autocast,
-        "matmul": torch.get_float32_matmul_precision(),
-        "device": device.type,
-    }
+    return PrecisionBlock(
+        weights=dict(sorted(weights.items())),
+        autocast="bfloat16" if train.bf16 else "float16" if train.fp16 else None,
+        matmul=torch.get_float32_matmul_precision(),
+        device=device.type,
+    )
 
 
-def hash_facts(facts: Mapping[str, Any]) -> str:
-    """sha256 (hex) of what can be written as JSON."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def hash_block(block: Block) -> str:
+    """Return the sha256 (hex) of a block of a record."""
+    return hashlib.sha256(json.dumps(block.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:

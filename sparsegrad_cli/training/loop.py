@@ -183,7 +183,8 @@ class TrainingLoop:
         """What a checkpoint keeps of time and memory."""
         before = self.trainer.resumed.measured if self.trainer.resumed else {}
         here = time.perf_counter() - self._began - self.trainer.evaluate_seconds
-        memory = {**self.setup.meter.report(), "batch_shape": self._batch_shape}
+        report = self.setup.meter.report().changed(batch_shape=self._batch_shape)
+        memory = report.to_json()
         if "backward" not in memory["phases"]:  # measured before a kill, and past that step now
             memory = before.get("memory", memory)
         return {

@@ -26,6 +26,7 @@ from sparsegrad_cli.calibration.basis_file import (
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.models.targets import Target, fingerprint
 from sparsegrad_cli.numerics.hosvd import truncated
+from sparsegrad_cli.records.run import CalibrationSettings
 
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
@@ -43,7 +44,7 @@ def made(
     targets = targets_of(model)
     found = calibrated(model, targets, steps=2, basis_per=basis_per, score=score)
     mark = fingerprint(model, targets)
-    settings = {"steps": 2, "batch_size": 8, "basis_per": basis_per, "seed": 0}
+    settings = CalibrationSettings(steps=2, batch_size=8, basis_per=basis_per, seed=0)
     digest = tensors_digest(found.bases, found.scores)
     return (
         BasisFile(

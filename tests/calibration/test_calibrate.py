@@ -345,10 +345,10 @@ def test_forked_random_seeds_inside_and_restores_outside_also_on_errors() -> Non
 def test_spectra_start_at_one_and_fall() -> None:
     found, _ = run(classifier(), basis_per="kind")
     rows = spectra(found.bases)
-    assert [(row["key"], row["side"]) for row in rows] == [
+    assert [(row.key, row.side) for row in rows] == [
         (kind, side) for kind in ("intermediate.dense", "output.dense") for side in ("out", "in")
     ]
     for row in rows:
-        assert row["values"][0] == pytest.approx(1.0)
-        assert row["values"] == sorted(row["values"], reverse=True)
-        assert len(row["values"]) in (HIDDEN, INNER)
+        assert row.values[0] == pytest.approx(1.0)
+        assert row.values == sorted(row.values, reverse=True)
+        assert len(row.values) in (HIDDEN, INNER)

@@ -94,7 +94,7 @@ def test_two_parts_take_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None
         calibrate(
             model, targets_of(model), lambda one=one: iter([one]), settings, seed=0, meter=measured
         )
-        found = meter.report()["phases"]["calibrate"]
+        found = meter.report().to_json()["phases"]["calibrate"]
         peaks.append(found["peak_bytes"] - found["categories"]["weights"])
     assert 0.45 < peaks[1] / peaks[0] < 0.6
 

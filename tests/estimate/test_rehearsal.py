@@ -287,10 +287,10 @@ def test_without_padding_attention_has_no_mask(tiny: str) -> None:
 
 def test_a_rehearsal_serves_batches_of_any_size_and_leaves_nothing_behind(tiny: str) -> None:
     rehearsal = rehearsed(recipe(tiny, *CORE))
-    first = rehearsal.step(SIZE, LENGTH).report()
-    larger = rehearsal.step(2 * SIZE, LENGTH).report()
+    first = rehearsal.step(SIZE, LENGTH).report().to_json()
+    larger = rehearsal.step(2 * SIZE, LENGTH).report().to_json()
     rehearsal.evaluation(64, LENGTH)
-    again = rehearsal.step(SIZE, LENGTH).report()
+    again = rehearsal.step(SIZE, LENGTH).report().to_json()
     assert larger["peak_bytes"] > 1.3 * first["peak_bytes"]
     for report in (first, again):
         for phase in report["phases"].values():

@@ -34,7 +34,7 @@ def test_what_an_allocator_holds_beyond_storages_is_other() -> None:
         pass
     weights = parameter_bytes(layer)
     assert categories_of(meter, "evaluate") == {"weights": weights, "other": 1024 - weights}
-    assert meter.report()["phases"]["evaluate"]["reserved_bytes"] == 4096
+    assert meter.report().to_json()["phases"]["evaluate"]["reserved_bytes"] == 4096
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -43,7 +43,7 @@ def test_without_cuda_a_cuda_meter_counts_on_the_cpu() -> None:
     with meter.phase("forward"):
         x = torch.zeros(10)
     assert categories_of(meter, "forward") == {"other": x.nbytes}
-    assert meter.report()["device"] == "cpu"
+    assert meter.report().to_json()["device"] == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")

@@ -62,7 +62,7 @@ def test_a_failed_attempt_names_phase_and_module(when: str, phase: str, module: 
     assert found.peak_bytes >= first.nbytes
     weight = next(tensor for tensor in found.tensors if tensor.of == "0.weight")
     assert (weight.nbytes, weight.category) == (300 * 4 * 4, "weights")
-    assert weight.to_json()["dtype"] == "float32"
+    assert weight.record().dtype == "float32"
     for part in model.modules():
         assert not part._forward_hooks and not part._forward_pre_hooks
 

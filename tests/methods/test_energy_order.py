@@ -76,7 +76,10 @@ def energy_of(
     steps: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     kinds = found.per_kind(targets)
-    return energy_table(model, targets, found, batches, steps=steps, seed=1, per_kind=kinds)
+    energy, heat_map = energy_table(
+        model, targets, found, batches, steps=steps, seed=1, per_kind=kinds
+    )
+    return energy.to_json(), heat_map.to_json()
 
 
 def assert_order(energy: dict[str, Any]) -> None:
@@ -253,9 +256,10 @@ def test_the_support_that_trains_against_hindsight_by_hand(support: str) -> None
         count = 25 if support == "dense" else 9
         fixed = torch.arange(9) * 2 if support == "static" else None
         choices[target.name] = Choice(cut, full, count, fixed)
-    energy, _ = energy_table(
+    made, _ = energy_table(
         model, targets, found, low_rank_batches(2), steps=1, seed=1, choices=choices
     )
+    energy = made.to_json()
     model.zero_grad()
     model(**next(low_rank_batches(2))).loss.backward()
     for target, row in zip(targets, energy["compared"]["rows"], strict=True):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.tasks.setup import hash_facts, precision_of
+from sparsegrad_cli.tasks.setup import hash_block, precision_of
 from sparsegrad_cli.training.sparsity_stats import pooled_share
 
 
@@ -155,7 +155,7 @@ def test_precision_is_one_for_all_methods_and_another_for_another_arithmetic(
 
     def found(dtype: torch.dtype, **train: Any) -> str:
         model, cpu = nn.Linear(3, 2).to(dtype), torch.device("cpu")
-        return hash_facts(precision_of(model, TrainSection(**train), cpu))
+        return hash_block(precision_of(model, TrainSection(**train), cpu))
 
     plain = found(torch.float32)
     assert plain == found(torch.float32, learning_rate=1e-5)
