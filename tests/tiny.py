@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import Calibration, calibrate
 from sparsegrad_cli.calibration.diagnostics import KindGrams
+from sparsegrad_cli.methods import registry
+from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.implementation import Prepared
 from sparsegrad_cli.methods.lora.settings import LoraSettings
@@ -218,8 +220,6 @@ def orthogonal_bases(
     }
 
 
-MethodSettings = FullSettings | LoraSettings | MepropSettings | SparsegradSettings
-
 # name -> (settings, basis_per for methods that need a basis)
 METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     "full": (FullSettings(name="full"), None),
@@ -289,6 +289,14 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         SparsegradSettings(name="sparsegrad", form="core", support="dense", rank=6),
         "layer",
     ),
+}
+
+
+# Registered methods that no variant above stands for.
+METHODS |= {
+    name: (settings(name=name), "layer" if settings(name=name).calibrates else None)
+    for name, settings in registry.METHODS.items()
+    if name not in {known.name for known, _ in METHODS.values()}
 }
 
 

@@ -28,6 +28,7 @@ from sparsegrad_cli.models.quantized import (
     require_bitsandbytes,
     use_frozen_products,
 )
+from sparsegrad_cli.models.targets import linear_outside_blocks
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
@@ -263,10 +264,8 @@ def _model(
     more |= {"use_safetensors": True, "output_loading_info": True}
     if section.quantization is not None:
         require_bitsandbytes()
-        settings = quantization_config(
-            section.quantization, dtype, _weightless(kind, config, section)
-        )
-        more["quantization_config"] = settings
+        skipped = linear_outside_blocks(_weightless(kind, config, section))
+        more["quantization_config"] = quantization_config(section.quantization, dtype, skipped)
     if stored or section.quantization is not None:
         more["device_map"] = {"": device}
     model, report = from_pretrained(

@@ -19,7 +19,7 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,27 +41,26 @@ def require_bitsandbytes() -> None:
         )
 
 
-def quantization_config(bits: str, dtype: torch.dtype, plain: nn.Module) -> Any:
-    """transformers' BitsAndBytesConfig.
+def quantization_config(bits: str, dtype: torch.dtype, skipped: Sequence[str]) -> Any:
+    """Return transformers' BitsAndBytesConfig.
 
     Args:
         bits: ``8bit`` or ``4bit``.
         dtype: of products.
-        plain: the same model without weights (on the meta device): its linear layers outside the
-            blocks are named, so that they stay as they are.
+        skipped: full names of the linear layers that stay as they are.
     """
     from transformers import BitsAndBytesConfig
 
     # Whole names: a bare one would also match the end of others.
-    skipped = [f"{re.escape(name)}$" for name in _outside_blocks(plain)]
+    patterns = [f"{re.escape(name)}$" for name in skipped]
     if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=patterns)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
+        llm_int8_skip_modules=patterns,
     )
 
 
@@ -73,14 +72,6 @@ def quantization_words(model: nn.Module) -> dict[str, Any]:
     if made["load_in_4bit"]:
         names += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"]
     return {name: made[name] for name in (*names, "llm_int8_skip_modules") if made[name]}
-
-
-def _outside_blocks(plain: nn.Module) -> list[str]:
-    from sparsegrad_cli.models.targets import find_blocks, is_linear
-
-    inside = tuple(f"{name}." for name, _ in find_blocks(plain))
-    linear = (name for name, module in plain.named_modules() if is_linear(module))
-    return [name for name in linear if not name.startswith(inside)]
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -94,6 +94,13 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return found
 
 
+def linear_outside_blocks(model: nn.Module) -> list[str]:
+    """Return the full names of the linear layers outside the blocks, such as poolers and heads."""
+    inside = tuple(f"{name}." for name, _ in find_blocks(model))
+    linear = (name for name, module in model.named_modules() if is_linear(module))
+    return [name for name in linear if not name.startswith(inside)]
+
+
 def find_targets(model: nn.Module, section: TargetsSection, where: str = "targets") -> list[Target]:
     """The targets a recipe asks for, in model order.
 
