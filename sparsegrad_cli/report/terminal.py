@@ -98,8 +98,11 @@ def _facts(block: Facts) -> RenderableType:
 
 
 def _table(table: Table) -> RenderableType:
-    rows = [tuple(DASH if cell == NOT_RECORDED else cell for cell in row) for row in table.rows]
-    shown = replace(table, rows=rows)
+    rows = [
+        tuple(DASH if cell == NOT_RECORDED else printable_line(cell) for cell in row)
+        for row in table.rows
+    ]
+    shown = replace(table, header=tuple(map(printable_line, table.header)), rows=rows)
     parts: list[RenderableType] = [Text(), _line(table.caption, "italic"), _Fitted(shown)]
     if any(cell == NOT_RECORDED for row in table.rows for cell in row):
         parts.append(_line(f"{DASH} {NOT_RECORDED}", "dim"))
