@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sparsegrad_cli.data.chat_data import DropCounts, RawChat, refuse_fraction, validation_groups
-from sparsegrad_cli.data.chat_rows import KINDS, RowReader, UnusableRowError
+from sparsegrad_cli.data.chat_messages import UnusableRowError
+from sparsegrad_cli.data.chat_rows import KINDS, RowReader
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
 from sparsegrad_cli.data.read_table import read_table

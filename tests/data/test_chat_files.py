@@ -180,7 +180,7 @@ def test_csv_of_prompts(tmp_path: Path) -> None:
         ([*said("u"), {"role": "assistant", "content": ["a"]}], "a part of a turn is not text"),
         (said("u", "a", "u", " "), "a turn is empty"),
         (said("u", "\ud83d"), "text is not valid Unicode"),
-        (said("a", "u", "a", roles="aua"), "begun by the assistant"),
+        (said("a", "u", "a", roles="aua"), "begins with the assistant"),
         (said("u", "u", "a", roles="uua"), "two turns of one role in a row"),
         (said("u", "a", "a", roles="uaa"), "two turns of one role in a row"),
         (said("u", "a", "s", "u", "a", roles="uasua"), "a system turn that is not the first"),
