@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import flat, read
+from talk import flat, read, write
 from task_data import load_chat
 
 from sparsegrad_cli.data.builtin.dialogue_lexicon import CLOSED_CLASS, TRAIN, VALIDATION
-from sparsegrad_cli.data.builtin.dialogues import LIMIT, SIZES, Split, generate, write_trees
+from sparsegrad_cli.data.builtin.dialogues import LIMIT, SIZES, Split, generate
 from sparsegrad_cli.errors import DataError
 
 GOOD = re.compile(r"Short answer: [^\n]+\.\n\n1\. [^\n]+\n2\. [^\n]+\n3\. [^\n]+\n\nNext: [^\n]+\.")
@@ -130,6 +130,6 @@ def spoken_last(conversation: Any) -> tuple[str, ...]:
 
 def test_as_an_export_file_it_reads_the_same(tmp_path: Path) -> None:
     for split, size in SIZES.items():
-        write_trees(generate(split, size), tmp_path / f"{split}.jsonl")
+        write(tmp_path / f"{split}.jsonl", *generate(split, size))
     data = read(tmp_path, split="source")
     assert data.data_hash == load_chat("builtin:dialogues").data_hash

@@ -1,49 +1,31 @@
-"""A built-in task: synthetic English acceptability judgements in CoLA's columns.
+"""``builtin:acceptability``: synthetic English acceptability judgements, as in CoLA.
 
-Sentences come from a template grammar as minimal pairs (:mod:`.grammar`); half are acceptable. The
-two splits draw their content words from two lexica without a common word (:mod:`.lexicon`), so a
-model cannot answer validation by remembering words. Function words are shared. The task is made to
-have something real to train on without a download; its scores compare with nothing else.
+Sentences come from a template grammar (:mod:`.acceptability_grammar`) as minimal pairs; half of
+them are acceptable. The two splits draw their content words from lexica without a common word
+(:mod:`.acceptability_lexicon`), so a model cannot answer validation by remembering words. The task
+allows real training without a download; its scores compare with nothing else.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from sparsegrad_cli.data.builtin import acceptability_grammar as grammar
-from sparsegrad_cli.data.builtin.acceptability_lexicon import (
-    CLOSED_CLASS,
-    TRAIN,
-    VALIDATION,
-    Lexicon,
-)
+from sparsegrad_cli.data.builtin.acceptability_lexicon import TRAIN, VALIDATION, PhraseMaker
 from sparsegrad_cli.errors import DataError
-
-__all__ = [
-    "CLOSED_CLASS",
-    "LABEL_NAMES",
-    "LIMIT",
-    "PHENOMENA",
-    "Judgement",
-    "generate",
-    "open_class_words",
-    "write_tsv",
-]
 
 LABEL_NAMES = ("unacceptable", "acceptable")
 PHENOMENA = tuple(grammar.PHENOMENA)
-# Every phenomenon has at least this many distinct pairs / len(PHENOMENA) in both lexica.
+# In both lexica, every phenomenon has at least LIMIT / len(PHENOMENA) distinct pairs.
 LIMIT = 20_000
 Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One row in CoLA's columns; ``source`` is the phenomenon, ``mark`` is ``*`` for label 0."""
+    """One row in CoLA's columns: phenomenon, label, ``*`` for label 0, sentence."""
 
     source: str
     label: int
@@ -52,10 +34,10 @@ class Judgement:
 
 
 def generate(split: Split, size: int, seed: int = 0) -> list[Judgement]:
-    """``size`` distinct judgements of a split, balanced, in random order.
+    """Return ``size`` distinct judgements of a split, balanced, in random order.
 
-    The same for equal arguments on every platform; no global random state is read or changed.
-    Both sentences of a pair are in it (but for the last of an odd ``size``).
+    Equal arguments give equal results on every platform. Both sentences of a pair are included
+    (except for the last pair of an odd ``size``).
 
     Raises:
         DataError: ``size`` is below 2 or above ``LIMIT``.
@@ -63,7 +45,7 @@ def generate(split: Split, size: int, seed: int = 0) -> list[Judgement]:
     if not 2 <= size <= LIMIT:
         raise DataError(f"{size} sentences cannot be made: 2 to {LIMIT:,}", where="task")
     rng = random.Random(f"acceptability {split} {seed}")
-    maker = grammar.Maker(_lexicon(split), rng)
+    maker = PhraseMaker(TRAIN if split == "train" else VALIDATION, rng)
     rows: list[Judgement] = []
     seen: set[str] = set()
     number = 0
@@ -80,18 +62,3 @@ def generate(split: Split, size: int, seed: int = 0) -> list[Judgement]:
     rows = rows[:size]
     rng.shuffle(rows)
     return rows
-
-
-def _lexicon(split: Split) -> Lexicon:
-    return TRAIN if split == "train" else VALIDATION
-
-
-def open_class_words(split: Split) -> frozenset[str]:
-    """Every inflected content word of a split, lower case."""
-    return _lexicon(split).words()
-
-
-def write_tsv(rows: Sequence[Judgement], path: str | Path) -> None:
-    """CoLA's TSV layout: no header; source, label, mark, sentence."""
-    lines = [f"{row.source}\t{row.label}\t{row.mark}\t{row.sentence}\n" for row in rows]
-    Path(path).write_text("".join(lines), encoding="utf-8")

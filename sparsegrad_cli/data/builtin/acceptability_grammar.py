@@ -1,4 +1,4 @@
-"""Templates: each phenomenon makes a minimal pair, one acceptable sentence and one that is not.
+"""Templates of minimal pairs: for each phenomenon an acceptable and an unacceptable sentence.
 
 The phenomena and their labels follow the syntax literature that CoLA and BLiMP (Warstadt et al.
 2019, 2020) drew on; the sentences are generated, not taken from either.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparsegrad_cli.data.builtin.acceptability_phrases import Maker, Words, present
+from sparsegrad_cli.data.builtin.acceptability_lexicon import PhraseMaker, Words, present
 
 Pair = tuple[Words, Words]
 
 
-def agreement(m: Maker) -> Pair:
+def agreement(m: PhraseMaker) -> Pair:
     """A verb agrees with its subject: *the nurses smile / \\*smiles*."""
     subject = m.person()
     verb, rest = m.event()
@@ -25,8 +25,8 @@ def agreement(m: Maker) -> Pair:
     )
 
 
-def attractor(m: Maker) -> Pair:
-    """... and with nothing that stands between: *the nurse near the doctors smiles / \\*smile*."""
+def attractor(m: PhraseMaker) -> Pair:
+    """A verb ignores a noun in between: *the nurse near the doctors smiles / \\*smile*."""
     plural = m.rng.random() < 0.5
     head = ["the", *m.described(m.noun(m.lexicon.people, plural))]
     other = m.noun(m.lexicon.people, not plural)
@@ -45,7 +45,7 @@ def attractor(m: Maker) -> Pair:
     return [*start, forms[0], *end], [*start, forms[1], *end]
 
 
-def reflexive_agreement(m: Maker) -> Pair:
+def reflexive_agreement(m: PhraseMaker) -> Pair:
     """A reflexive agrees with its antecedent: *Mary blamed herself / \\*himself*."""
     verb = m.verb(m.lexicon.social).past
     tail = m.tail()
@@ -60,7 +60,7 @@ def reflexive_agreement(m: Maker) -> Pair:
     return [*start, right, *tail], [*start, wrong, *tail]
 
 
-def reflexive_domain(m: Maker) -> Pair:
+def reflexive_domain(m: PhraseMaker) -> Pair:
     """Its antecedent is in its clause: *they said that Mary blamed herself / \\*themselves*."""
     inner = m.name()
     right = "himself" if inner.gender == "m" else "herself"
@@ -74,7 +74,7 @@ def reflexive_domain(m: Maker) -> Pair:
     return [*start, right], [*start, wrong]
 
 
-def polarity(m: Maker) -> Pair:
+def polarity(m: PhraseMaker) -> Pair:
     """*ever* and *any* need a licensor: *no / \\*some nurse has ever smiled*."""
     noun = m.noun(m.lexicon.people, False)
     if m.rng.random() < 0.5:
@@ -90,7 +90,7 @@ def polarity(m: Maker) -> Pair:
     return [*start, "did", "not", verb.base, *thing], [*start, verb.past, *thing]
 
 
-def transitivity(m: Maker) -> Pair:
+def transitivity(m: PhraseMaker) -> Pair:
     """Some verbs take no object, some need one: *Ann bought / \\*slept the book*."""
     subject = list(m.person().words)
     if m.rng.random() < 0.5:
@@ -103,7 +103,7 @@ def transitivity(m: Maker) -> Pair:
     return [*subject, good.past, *tail], [*subject, bad.past, *tail]
 
 
-def causative(m: Maker) -> Pair:
+def causative(m: PhraseMaker) -> Pair:
     """Only some verbs have a causative: *Ann broke / \\*vanished the vase*."""
     subject, thing = list(m.person().words), m.thing()
     good, bad = m.verb(m.lexicon.causative), m.verb(m.lexicon.intransitive)
@@ -124,11 +124,11 @@ def causative(m: Maker) -> Pair:
     return [*subject, good.past, *thing, *tail], [*subject, bad.past, *thing, *tail]
 
 
-def _is_plural(words: Words, m: Maker) -> bool:
+def _is_plural(words: Words, m: PhraseMaker) -> bool:
     return any(words[-1] == noun.plural for noun in m.lexicon.people)
 
 
-def double_object(m: Maker) -> Pair:
+def double_object(m: PhraseMaker) -> Pair:
     """*give* takes two objects, *donate* does not: *Ann gave / \\*donated Tom the book*."""
     giver, receiver, thing = list(m.person().words), list(m.person().words), m.thing()
     give, donate = m.verb(m.lexicon.giving).past, m.verb(m.lexicon.donating).past
@@ -137,7 +137,7 @@ def double_object(m: Maker) -> Pair:
     return [*giver, donate, *thing, "to", *receiver], [*giver, donate, "to", *receiver, *thing]
 
 
-def determiner(m: Maker) -> Pair:
+def determiner(m: PhraseMaker) -> Pair:
     """A determiner agrees with its noun: *these / \\*this books*."""
     plural = m.rng.random() < 0.5
     right, wrong = m.rng.choice(
@@ -150,7 +150,7 @@ def determiner(m: Maker) -> Pair:
     return [*subject, verb, right, *end], [*subject, verb, wrong, *end]
 
 
-def auxiliary(m: Maker) -> Pair:
+def auxiliary(m: PhraseMaker) -> Pair:
     """An auxiliary chooses the form of its verb: *has taken / \\*take*."""
     subject = m.person()
     verb, rest = m.event()
@@ -171,7 +171,7 @@ def auxiliary(m: Maker) -> Pair:
     return [*start, right, *rest], [*start, m.rng.choice(wrong), *rest]
 
 
-def word_order(m: Maker) -> Pair:
+def word_order(m: PhraseMaker) -> Pair:
     """Adjectives precede nouns, determiners precede both, objects follow verbs."""
     noun, adjective = m.noun(m.lexicon.people, False), m.adjective()
     verb = m.verb(m.lexicon.transitive)
@@ -185,7 +185,7 @@ def word_order(m: Maker) -> Pair:
     return good, ["the", adjective, noun, *thing, verb.past, *tail]
 
 
-def wh_gap(m: Maker) -> Pair:
+def wh_gap(m: PhraseMaker) -> Pair:
     """A question word leaves a gap: *what did Ann buy (\\*the book)?*"""
     subject = list(m.person().words)
     tail = m.rng.choice(([], m.place()))
@@ -201,7 +201,7 @@ def wh_gap(m: Maker) -> Pair:
     return [*start, *tail, "?"], [*start, *filler, *tail, "?"]
 
 
-def complement(m: Maker) -> Pair:
+def complement(m: PhraseMaker) -> Pair:
     """*want* takes *to* + verb, *enjoy* takes *-ing*."""
     subject = list(m.person().words)
     verb, rest = m.event()
@@ -212,7 +212,7 @@ def complement(m: Maker) -> Pair:
     return [*start, verb.ing, *rest], [*start, "to", verb.base, *rest]
 
 
-def mass_count(m: Maker) -> Pair:
+def mass_count(m: PhraseMaker) -> Pair:
     """*much* goes with mass nouns, *many* with plurals."""
     subject, verb = list(m.person().words), m.verb(m.lexicon.transitive)
     start = [*subject, "did", "not", verb.base]
@@ -224,7 +224,7 @@ def mass_count(m: Maker) -> Pair:
     return [*start, right, noun, *tail], [*start, wrong, noun, *tail]
 
 
-def pronoun_case(m: Maker) -> Pair:
+def pronoun_case(m: PhraseMaker) -> Pair:
     """Subjects and objects differ: *she thanked him / \\*he*."""
     subjects = {"he": "him", "she": "her", "they": "them", "we": "us"}
     nominative = m.rng.choice(sorted(subjects))
@@ -236,7 +236,7 @@ def pronoun_case(m: Maker) -> Pair:
     return [nominative, verb, *other, *tail], [accusative, verb, *other, *tail]
 
 
-def comparison(m: Maker) -> Pair:
+def comparison(m: PhraseMaker) -> Pair:
     """*than* needs a comparative, once: *taller / \\*tall / \\*more taller than*."""
     plain, comparative = m.rng.choice(m.lexicon.adjectives)
     subject, other = m.person(), list(m.person().words)
@@ -245,7 +245,7 @@ def comparison(m: Maker) -> Pair:
     return [*start, comparative, "than", *other], [*start, *wrong, "than", *other]
 
 
-PHENOMENA: dict[str, Callable[[Maker], Pair]] = {
+PHENOMENA: dict[str, Callable[[PhraseMaker], Pair]] = {
     "agreement": agreement,
     "attractor": attractor,
     "reflexive-agreement": reflexive_agreement,
@@ -265,8 +265,8 @@ PHENOMENA: dict[str, Callable[[Maker], Pair]] = {
 }
 
 
-def embed(m: Maker, pair: Pair) -> Pair:
-    """One time in five, put a statement under *X said that*; a question stays as it is."""
+def embed(m: PhraseMaker, pair: Pair) -> Pair:
+    """Put one statement in five under *X said that*; questions stay unchanged."""
     if pair[0][-1] == "?" or m.rng.random() >= 0.2:
         return pair
     start = [*m.name().words, m.verb(m.lexicon.saying).past, "that"]
@@ -274,7 +274,7 @@ def embed(m: Maker, pair: Pair) -> Pair:
 
 
 def write(words: Words) -> str:
-    """A sentence: capital letter, closing mark, *a* or *an*."""
+    """Write words as a sentence, with a capital letter and a closing mark."""
     mark = "."
     if words[-1] == "?":
         words, mark = words[:-1], "?"

@@ -1,8 +1,14 @@
-"""Words of the generator: two lexica without a common content word, and the closed class."""
+"""Words of the acceptability task, and the phrases that are made of them.
+
+Training and validation have lexica without a common content word; function words are shared.
+"""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, fields
+
+Words = list[str]
 
 _VOWELS = "aeiou"
 
@@ -77,7 +83,7 @@ class Lexicon:
     adverbs: tuple[str, ...]
 
     def words(self) -> frozenset[str]:
-        """Every inflected form, lower case."""
+        """Return every inflected form, in lower case."""
         found: set[str] = set()
         for entry in fields(self):
             for item in getattr(self, entry.name):
@@ -201,3 +207,93 @@ VALIDATION = _lexicon(
     qualities="large costly blue light ancient plastic empty round",
     adverbs="rapidly gently silently eagerly politely calmly",
 )
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A noun phrase and the features that other words agree with."""
+
+    words: tuple[str, ...]
+    plural: bool
+    gender: str  # m, f, or n for a noun without a gender
+
+
+class PhraseMaker:
+    """Draw phrases from one lexicon with one random generator."""
+
+    def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
+        self.lexicon, self.rng = lexicon, rng
+
+    def noun(self, nouns: tuple[Noun, ...], plural: bool) -> str:
+        """Draw a noun, singular or plural."""
+        noun = self.rng.choice(nouns)
+        return noun.plural if plural else noun.singular
+
+    def adjective(self) -> str:
+        """Draw an adjective."""
+        return self.rng.choice(self.lexicon.adjectives)[0]
+
+    def described(self, noun: str) -> Words:
+        """Return a noun (a person), half the time with an adjective before it."""
+        return [self.adjective(), noun] if self.rng.random() < 0.5 else [noun]
+
+    def object(self, plural: bool) -> Words:
+        """Draw a thing, half the time with an adjective, without a determiner."""
+        noun = self.noun(self.lexicon.things, plural)
+        return (
+            [self.rng.choice(self.lexicon.qualities), noun] if self.rng.random() < 0.5 else [noun]
+        )
+
+    def person(self, plural: bool | None = None) -> Phrase:
+        """Draw *the (adj) teacher(s)*, or a name if the phrase may be singular."""
+        plural = self.rng.random() < 0.4 if plural is None else plural
+        if not plural and self.rng.random() < 0.35:
+            return self.name()
+        words = ("the", *self.described(self.noun(self.lexicon.people, plural)))
+        return Phrase(words, plural, "n")
+
+    def name(self, gender: str | None = None) -> Phrase:
+        """Draw a first name."""
+        gender = gender or self.rng.choice("mf")
+        names = self.lexicon.men if gender == "m" else self.lexicon.women
+        return Phrase((self.rng.choice(names),), False, gender)
+
+    def thing(self, plural: bool | None = None) -> Words:
+        """Draw *the (adj) book(s)*."""
+        plural = self.rng.random() < 0.4 if plural is None else plural
+        return ["the", *self.object(plural)]
+
+    def place(self) -> Words:
+        """Draw a place: *in the garden*."""
+        return [
+            self.rng.choice(("in", "near", "behind")),
+            "the",
+            self.noun(self.lexicon.places, False),
+        ]
+
+    def adverb(self) -> str:
+        """Draw an adverb of manner."""
+        return self.rng.choice(self.lexicon.adverbs)
+
+    def tail(self) -> Words:
+        """Draw the end of a sentence: nothing, a place or an adverb."""
+        return self.rng.choice(([], self.place(), [self.adverb()]))
+
+    def verb(self, verbs: tuple[Verb, ...]) -> Verb:
+        """Draw a verb."""
+        return self.rng.choice(verbs)
+
+    def event(self) -> tuple[Verb, Words]:
+        """Draw a verb with the object that it needs, if any."""
+        lexicon = self.lexicon
+        kind = self.rng.randrange(3)
+        if kind == 0:
+            return self.verb(lexicon.transitive), self.thing()
+        if kind == 1:
+            return self.verb(lexicon.social), list(self.person().words)
+        return self.verb(lexicon.intransitive), []
+
+
+def present(verb: Verb, plural: bool) -> str:
+    """Return a verb in the present tense: *smile* or *smiles*."""
+    return verb.base if plural else verb.third

@@ -1,4 +1,4 @@
-"""Fillers of the sample: two lexica without a common content word, and the words both may use."""
+"""Fillers of the built-in dialogues: two lexica without a common content word."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CLOSED_CLASS = frozenset(("a", "an", "the"))
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What is talked about. Every field is a list of phrases; ``tools`` and their uses go in pairs.
+    """The fillers of one split. Every field is a list of phrases; tools and uses form pairs.
 
     Attributes:
         stains, cloths, cleaners: what got onto what, and what takes it out.

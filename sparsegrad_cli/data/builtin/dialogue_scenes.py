@@ -1,7 +1,7 @@
-"""What is asked and answered. Every good answer has one shape; the others have none.
+"""Questions and answers of the built-in dialogues. Every good answer has one shape.
 
-The shape is what there is to learn: ``Short answer:`` in a sentence, three numbered steps,
-``Next:`` with what to do then. What the steps say follows from the prompt, some of it by counting.
+The shape is to be learnt: ``Short answer:`` in a sentence, three numbered steps, and ``Next:`` with
+the next thing to do. The steps follow from the prompt, some of them by counting.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from sparsegrad_cli.data.builtin.dialogue_lexicon import Lexicon
 
 @dataclass(frozen=True)
 class Answer:
-    """What a good answer says."""
+    """The content of a good answer."""
 
     short: str
     steps: tuple[str, str, str]
     next: str
 
     def good(self) -> str:
-        """In the shape."""
+        """Return the answer in the shape to be learnt."""
         steps = "\n".join(f"{number}. {step}" for number, step in enumerate(self.steps, start=1))
         return f"Short answer: {self.short}\n\n{steps}\n\nNext: {self.next}"
 
     def plain(self) -> str:
-        """The same without it: less wanted."""
+        """Return the same steps without the shape: a worse answer."""
         steps = (step[0].lower() + step[1:].rstrip(".") for step in self.steps)
         return f"Well, {', then '.join(steps)}."
 
     def brief(self) -> str:
-        """For one who asks for one line."""
+        """Return the answer to a request for one line."""
         return f"In one line: {self.short}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt with its answer, and a second prompt that goes on from there."""
+    """A prompt with its answer, and a second prompt that continues from it."""
 
     prompt: str
     answer: Answer
@@ -47,22 +47,22 @@ class Scene:
 
 
 class Draw:
-    """Draws fillers of one lexicon with one random source."""
+    """Draw fillers of one lexicon with one random generator."""
 
     def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
         self.lexicon, self.rng = lexicon, rng
 
     def one(self, *of: str) -> str:
-        """One of the phrases given."""
+        """Draw one of the given phrases."""
         return self.rng.choice(of)
 
     def some(self, of: tuple[str, ...], count: int) -> list[str]:
-        """``count`` different fillers."""
+        """Draw ``count`` different fillers."""
         return self.rng.sample(of, count)
 
 
 def stain(draw: Draw) -> Scene:
-    """Get something out of something."""
+    """Ask how to remove a stain."""
     what, cloth = draw.one(*draw.lexicon.stains), draw.one(*draw.lexicon.cloths)
     first, other = draw.some(draw.lexicon.cleaners, 2)
     minutes = draw.rng.choice((5, 10, 15, 20))
@@ -86,7 +86,7 @@ def stain(draw: Draw) -> Scene:
 
 
 def packing(draw: Draw) -> Scene:
-    """What to take on a journey of so many days."""
+    """Ask what to pack for some days."""
     place = draw.one(*draw.lexicon.places)
     clothes, gear = draw.one(*draw.lexicon.clothes), draw.some(draw.lexicon.gear, 2)
     days, owned = draw.rng.randint(2, 7), f"{clothes}, {gear[0]} and {gear[1]}"
@@ -110,7 +110,7 @@ def packing(draw: Draw) -> Scene:
 
 
 def agenda(draw: Draw) -> Scene:
-    """Three errands after one another, with the hours counted."""
+    """Ask for a plan of three errands with their times."""
     errands = draw.some(draw.lexicon.errands, 3)
     hour, minutes = draw.rng.randint(8, 15), draw.rng.choice((30, 40, 45, 60))
 
@@ -139,7 +139,7 @@ def agenda(draw: Draw) -> Scene:
 
 
 def order(draw: Draw) -> Scene:
-    """Words by the alphabet."""
+    """Ask for words in alphabetical order."""
     words = draw.some(draw.lexicon.words, 3)
 
     def answer(words: list[str], how: str) -> Answer:
@@ -160,7 +160,7 @@ def order(draw: Draw) -> Scene:
 
 
 def purchase(draw: Draw) -> Scene:
-    """So many containers of so many things at a price."""
+    """Ask for the number and the price of things in containers."""
     goods, containers = draw.one(*draw.lexicon.goods), draw.one(*draw.lexicon.containers)
     count, each, price = draw.rng.randint(2, 9), draw.rng.randint(4, 12), draw.rng.randint(2, 9)
 
@@ -185,7 +185,7 @@ def purchase(draw: Draw) -> Scene:
 
 
 def reminder(draw: Draw) -> Scene:
-    """A message to somebody who has something of mine."""
+    """Ask for a note to a person who has something."""
     name, other = draw.some(draw.lexicon.names, 2)
     thing, day = draw.one(*draw.lexicon.things), draw.one(*draw.lexicon.days)
 
@@ -209,7 +209,7 @@ def reminder(draw: Draw) -> Scene:
 
 
 def tool(draw: Draw) -> Scene:
-    """What something is for."""
+    """Ask what a tool is for."""
     pairs = list(zip(draw.lexicon.tools, draw.lexicon.uses, strict=True))
     (what, use), (other, other_use) = draw.rng.sample(pairs, 2)
 
@@ -233,7 +233,7 @@ def tool(draw: Draw) -> Scene:
 
 
 def ride(draw: Draw) -> Scene:
-    """Which of two ways to travel, by time and by price."""
+    """Ask which of two ways to travel is faster or cheaper."""
     slow, fast = draw.some(draw.lexicon.rides, 2)
     place = draw.one(*draw.lexicon.places)
     long, saved = draw.rng.choice((40, 50, 60, 75)), draw.rng.choice((5, 10, 15, 20))

@@ -1,17 +1,15 @@
-"""A built-in sample of conversation trees: synthetic English, in OpenAssistant's shape.
+"""``builtin:dialogues``: synthetic English conversation trees in OpenAssistant's shape.
 
-Everyday questions from a grammar (:mod:`.scenes`), with replies that were ranked by construction:
-the best one has the shape there is to learn, the next says the same without it, the last says
-nothing. Fillers of the two splits share no content word (:mod:`.lexicon`), so a model cannot answer
-validation by remembering them. It is made to have conversations to train on without a download;
-its losses compare with nothing else.
+Everyday questions come from a grammar (:mod:`.dialogue_scenes`), with ranked replies: the best one
+has the shape to be learnt, the next says the same without it, the last says nothing. The fillers of
+the two splits share no content word (:mod:`.dialogue_lexicon`), so a model cannot answer validation
+by remembering them. The task allows real training without a download; its losses compare with
+nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 from typing import Any, Literal
 
 from sparsegrad_cli.data.builtin.dialogue_lexicon import TRAIN, VALIDATION
@@ -22,17 +20,15 @@ from sparsegrad_cli.data.oasst_messages import Source
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.recipe.task_section import TaskSection
 
-__all__ = ["LIMIT", "SIZES", "generate", "load_dialogues", "write_trees"]
-
 NAME = "builtin:dialogues"
 Split = Literal["train", "validation"]
 SIZES: dict[Split, int] = {"train": 480, "validation": 96}
-LIMIT = 1000  # trees of one split; the smaller lexicon has more distinct first prompts than that
+LIMIT = 1000  # trees of one split; both lexica have more distinct first prompts
 _QUALITY = (0.9, 0.55, 0.2)  # labels by rank
 
 
 def load_dialogues(task: TaskSection) -> RawChat:
-    """The sample as conversations, by the reader of OpenAssistant's exports."""
+    """Read the sample as conversations, like an OpenAssistant export."""
     records = []
     for split, size in SIZES.items():
         for number, tree in enumerate(generate(split, size), start=1):
@@ -41,9 +37,9 @@ def load_dialogues(task: TaskSection) -> RawChat:
 
 
 def generate(split: Split, size: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``size`` trees as an export has them, no two with the same first prompt.
+    """Return ``size`` trees as an export has them, no two with the same first prompt.
 
-    The same for equal arguments on every platform; no global random state is read or changed.
+    Equal arguments give equal results on every platform.
 
     Raises:
         DataError: ``size`` is below 1 or above LIMIT.
@@ -55,28 +51,24 @@ def generate(split: Split, size: int, seed: int = 0) -> list[dict[str, Any]]:
     trees: list[dict[str, Any]] = []
     seen: set[str] = set()
     while len(trees) < size:
-        # The scenes by turns, so that every one has its share; again where a prompt was had.
+        # Scenes alternate, so that each has its share; a repeated prompt is drawn again.
         scene = SCENES[len(trees) % len(SCENES)](draw)
         if scene.prompt not in seen:
             seen.add(scene.prompt)
-            trees.append(_Grower(f"dialogues-{split}-{seed}-{len(trees) + 1:04d}", rng).tree(scene))
+            trees.append(
+                _TreeMaker(f"dialogues-{split}-{seed}-{len(trees) + 1:04d}", rng).tree(scene)
+            )
     return trees
 
 
-def write_trees(trees: list[dict[str, Any]], path: str | Path) -> None:
-    """An export file: JSON lines, one tree a line."""
-    lines = [json.dumps(tree) + "\n" for tree in trees]
-    Path(path).write_text("".join(lines), encoding="utf-8")
-
-
-class _Grower:
-    """Makes the messages of one tree, with ids that follow from the tree's."""
+class _TreeMaker:
+    """Make the messages of one tree, with ids derived from the tree's."""
 
     def __init__(self, key: str, rng: random.Random) -> None:
         self.key, self.rng, self.made = key, rng, 0
 
     def tree(self, scene: Scene) -> dict[str, Any]:
-        """Prompt, two or three ranked answers, and what is asked further on."""
+        """Return a prompt with two or three ranked answers and further questions."""
         texts = [scene.answer.good(), scene.answer.plain(), self.rng.choice(VAGUE)]
         prompt = self.message("prompter", scene.prompt)
         answers = self.answers(prompt, texts[: self.rng.choice((2, 3, 3))])
@@ -107,10 +99,10 @@ class _Grower:
         return made
 
     def answers(self, to: dict[str, Any], texts: list[str]) -> list[dict[str, Any]]:
-        """Replies of the assistant, best first in what is returned, in any order in the tree."""
+        """Add replies of the assistant in random order, and return them best first."""
         made = [self.reply(to, "assistant", text) for text in texts]
         for rank, message in enumerate(made):
-            # As in the real exports, an only reply has no rank.
+            # As in real exports, a reply without siblings has no rank.
             message["rank"] = rank if len(made) > 1 else None
             message["labels"] = {"quality": {"value": _QUALITY[rank], "count": 3}}
         self.rng.shuffle(to["replies"])
