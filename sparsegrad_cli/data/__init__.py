@@ -1,1 +1,1 @@
-"""Tasks: what they are (spec), where they are read from, and how they become batches."""
+"""Read the data of a task, and turn it into token ids and batches."""

@@ -1,13 +1,13 @@
-"""A conversation as its chat template writes it, and where in that text the assistant speaks.
+"""Render a conversation with its chat template, and locate the assistant's turns in the text.
 
 A template is a program: it may add a system prompt, strip texts, refuse roles, or write an earlier
-turn otherwise once later ones follow. So nothing is looked for in what it wrote. An assistant's
-turn is what the text of the turns up to it has more than the prompt that asks for it, and both must
-be beginnings of the whole text; or it is what ``{% generation %}`` marks in the template.
+turn differently once later turns follow. So the text is never searched for a turn. An assistant's
+turn is the difference between the text of the turns up to it and the prompt that asks for it; both
+must be prefixes of the whole text. Or it is the part that ``{% generation %}`` marks.
 
-Control tokens that somebody typed (``<|im_end|>`` in a question) are masked before the template
-sees them, by as many private-use characters: what reads as a control token afterwards was written
-by the template.
+Control tokens that a user typed (``<|im_end|>`` in a question) are replaced by as many private-use
+characters before the template sees them. So every control token in the text comes from the
+template.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sparsegrad_cli.data.chat_data import DropCounts
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError, UsageError
 
-# Touvron et al. 2023 (LLaMA 2), appendix A.3.3 and its released code: every pair of turns opens
-# with BOS and closes with EOS, the system prompt stands in the first question.
+# Touvron et al. 2023 (LLaMA 2), appendix A.3.3 and the released code: every pair of turns begins
+# with BOS and ends with EOS, and the system prompt is part of the first question.
 LLAMA2 = """\
 {%- set first = 1 if messages and messages[0].role == 'system' else 0 -%}
 {%- for message in messages[first:] -%}
@@ -46,14 +46,14 @@ _PRIVATE = range(0x100000, 0x10FFFE)  # supplementary private use area B
 
 
 @dataclass(frozen=True)
-class ChatText:
-    """What the template wrote.
+class RenderedChat:
+    """The text that a template made of a conversation.
 
     Attributes:
-        text: with control tokens of the turns masked.
+        text: the text; control tokens that a user typed are masked.
         learnt: (start, end) in characters of each learnt turn, in order, end of turn included.
-        masks: private-use character -> the control token it stands for, repeated to its length.
-        where: the place of the conversation, for errors.
+        masks: private-use character -> the control token that it stands for.
+        where: place of the conversation, for errors.
     """
 
     text: str
@@ -62,7 +62,7 @@ class ChatText:
     where: str = "task"
 
     def unmasked(self, start: int, end: int) -> str:
-        """The text from start to end, with what was typed."""
+        """Return the text from ``start`` to ``end`` as the user typed it."""
         part = self.text[start:end]
         for character, token in self.masks.items():
             part = part.replace(character * len(token), token)
@@ -70,14 +70,14 @@ class ChatText:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or LLaMA-2's form where it has none.
+    """The chat template of a tokenizer, or LLaMA-2's form if it has none.
 
     Args:
         tokenizer: of transformers.
         control: its control tokens, as text.
 
     Raises:
-        UsageError: no template, and no end token that LLaMA-2's form needs.
+        UsageError: the tokenizer has neither a template nor an end token for LLaMA-2's form.
     """
 
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
@@ -97,7 +97,7 @@ class ChatTemplate:
             )
         else:
             self._source = tokenizer.get_chat_template()
-            # Some tokenizers have a template of its own for conversations with tools.
+            # Some tokenizers have another template for conversations with tools.
             self._tools_source = tokenizer.get_chat_template(tools=[{}])
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -105,108 +105,108 @@ class ChatTemplate:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the template; may grow with what is rendered."""
+        """What the user should know of the template; may grow with every conversation."""
         left_out = self._left_out
         return self._notes + [
             f"the chat template leaves out {what}: {count} x; first: {left_out.first[what]}"
             for what, count in left_out.counts.items()
         ]
 
-    def render(self, conversation: Conversation) -> ChatText:
-        """What the template makes of a conversation.
+    def render(self, conversation: Conversation) -> RenderedChat:
+        """Render a conversation.
 
         Raises:
-            DataError: the template refuses it, or does not let the learnt turns be told.
+            DataError: the template refuses it, or its learnt turns cannot be located.
         """
-        asked, masks = self._mask(self._with_system_where_it_goes(conversation))
-        marked = _GENERATION.search(self._source_for(asked.tools)) is not None
-        text, spans = self._write(asked, marks=marked)
-        assistants = [i for i, turn in enumerate(asked.turns) if turn.role == "assistant"]
+        chat, masks = self._mask(self._with_system_where_it_goes(conversation))
+        marked = _GENERATION.search(self._source_for(chat.tools)) is not None
+        text, spans = self._write(chat, marks=marked)
+        assistants = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
         if not marked:
-            learnt = {i: self._turn(asked, i, text) for i in assistants if asked.turns[i].learn}
+            learnt = {i: self._turn(chat, i, text) for i in assistants if chat.turns[i].learn}
         elif len(spans) == len(assistants):
             every = zip(assistants, spans, strict=True)
-            learnt = {i: span for i, span in every if asked.turns[i].learn}
+            learnt = {i: span for i, span in every if chat.turns[i].learn}
         else:
             raise DataError(
                 f"the chat template marks {len(spans)} parts as generated in a conversation with "
                 f"{len(assistants)} turns of the assistant",
-                where=asked.where,
-                fix="mend {% generation %} in the tokenizer's chat_template",
+                where=chat.where,
+                fix="correct {% generation %} in the tokenizer's chat_template",
             )
-        for what in self._lost(asked, text, learnt):
-            self._left_out.add(what, asked.where)
-        return ChatText(text, list(learnt.values()), masks, asked.where)
+        for what in self._lost(chat, text, learnt):
+            self._left_out.add(what, chat.where)
+        return RenderedChat(text, list(learnt.values()), masks, chat.where)
 
-    def prompt(self, turns: Sequence[Turn]) -> ChatText:
-        """What the template writes to ask for an answer to the turns; nothing in it is learnt.
+    def prompt(self, turns: Sequence[Turn]) -> RenderedChat:
+        """Render the prompt that asks for an answer to the turns; nothing in it is learnt.
 
         Raises:
-            DataError: the template refuses them.
+            DataError: the template refuses the turns.
         """
-        asked = Conversation(tuple(turns), "to be answered", place="the conversation")
-        masked, masks = self._mask(self._with_system_where_it_goes(asked))
+        chat = Conversation(tuple(turns), "to be answered", place="the conversation")
+        masked, masks = self._mask(self._with_system_where_it_goes(chat))
         text, _ = self._write(masked, prompt=True)
-        return ChatText(text, [], masks, asked.where)
+        return RenderedChat(text, [], masks, chat.where)
 
-    def _turn(self, asked: Conversation, i: int, text: str) -> tuple[int, int]:
-        """Where turn i stands in the text, from the texts of the turns before and up to it."""
+    def _turn(self, chat: Conversation, i: int, text: str) -> tuple[int, int]:
+        """Locate turn ``i`` in the text by rendering the turns before it and up to it."""
         if i == 0:
             raise DataError(
-                "the assistant speaks first and is to be learnt: nothing asks for that turn",
-                where=asked.where,
+                "the first turn is the assistant's and is learnt: nothing asks for it",
+                where=chat.where,
                 fix="put a system or user turn before it",
             )
-        before, _ = self._write(replace(asked, turns=asked.turns[:i]), prompt=True)
-        after, _ = self._write(replace(asked, turns=asked.turns[: i + 1]))
+        before, _ = self._write(replace(chat, turns=chat.turns[:i]), prompt=True)
+        after, _ = self._write(replace(chat, turns=chat.turns[: i + 1]))
         if after.startswith(before) and text.startswith(after):
             return len(before), len(after)
         if not after.startswith(before):
-            what = "the chat template prompts for an assistant's turn otherwise than it writes one"
+            what = "the chat template does not begin an assistant's turn with its prompt for one"
             fix = "mark what is generated by {% generation %} in the tokenizer's chat_template"
         else:
             what = (
-                f"the chat template writes turn {i + 1} otherwise once others follow: its tokens "
-                "cannot be told"
+                f"the chat template writes turn {i + 1} differently once others follow: its tokens "
+                "cannot be located"
             )
             fix = (
                 "task.chat.train_on=last_answer learns the last answer only; or mark what is "
                 "generated by {% generation %} in the tokenizer's chat_template"
             )
-        raise DataError(what, where=asked.where, fix=fix)
+        raise DataError(what, where=chat.where, fix=fix)
 
     def _lost(
-        self, asked: Conversation, text: str, learnt: Mapping[int, tuple[int, int]]
+        self, chat: Conversation, text: str, learnt: Mapping[int, tuple[int, int]]
     ) -> Iterator[str]:
-        """What the conversation holds and the template's text does not, white space aside.
+        """Yield what the conversation has and the template's text lacks, white space aside.
 
-        The text of an assistant's turn that is not learnt is not looked for: templates leave
-        earlier reasoning out of the prompt on purpose.
+        Turns of the assistant that are not learnt are not checked: templates leave earlier
+        reasoning out of the prompt on purpose.
         """
-        whole = _letters(text)
-        for i, turn in enumerate(asked.turns):
-            said = _letters(text[slice(*learnt[i])]) if i in learnt else whole
+        whole = _without_space(text)
+        for i, turn in enumerate(chat.turns):
+            said = _without_space(text[slice(*learnt[i])]) if i in learnt else whole
             of = "to be learnt" if i in learnt else f"of the {turn.role}"
             if turn.role == "assistant" and i not in learnt:
                 pass
-            elif _letters(turn.text) not in said:
+            elif _without_space(turn.text) not in said:
                 yield f"text {of}"
-            elif _letters(turn.extra.get(_REASONING, "")) not in said:
+            elif _without_space(turn.extra.get(_REASONING, "")) not in said:
                 yield f"reasoning {of}"
-            # Written in a form that only the template knows: the text must depend on it.
+            # Only the template knows their form, so the text must change without them.
             for key in turn.extra.keys() & {"tool_calls", "name"}:
                 extra = {name: value for name, value in turn.extra.items() if name != key}
-                without = list(asked.turns)
+                without = list(chat.turns)
                 without[i] = replace(turn, extra=extra)
-                if self._same(replace(asked, turns=tuple(without)), text):
+                if self._renders_same(replace(chat, turns=tuple(without)), text):
                     yield f"{key} {of}"
-        if asked.tools and self._same(replace(asked, tools=None), text):
+        if chat.tools and self._renders_same(replace(chat, tools=None), text):
             yield "tools"
 
-    def _same(self, asked: Conversation, text: str) -> bool:
-        """Whether the template writes this text of another conversation, too."""
+    def _renders_same(self, chat: Conversation, text: str) -> bool:
+        """Return whether the template makes the same text of another conversation."""
         try:
-            return self._write(asked)[0] == text
+            return self._write(chat)[0] == text
         except DataError:
             return False
 
@@ -214,17 +214,17 @@ class ChatTemplate:
         return self._tools_source if tools else self._source
 
     def _write(
-        self, asked: Conversation, *, prompt: bool = False, marks: bool = False
+        self, chat: Conversation, *, prompt: bool = False, marks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The template's text, and the spans it marks as generated."""
+        """Return the template's text, and the spans that it marks as generated."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
-                [[_message(turn) for turn in asked.turns]],
-                tools=asked.tools,
-                chat_template=self._source_for(asked.tools),
+                [[_message(turn) for turn in chat.turns]],
+                tools=chat.tools,
+                chat_template=self._source_for(chat.tools),
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=prompt,
                 **self._variables,
@@ -232,19 +232,19 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise DataError(
                 f"the chat template refuses the conversation: {error}",
-                where=asked.where,
-                fix="most templates want one system turn at most, then user and assistant in turn; "
-                "not every one takes turns and calls of tools",
+                where=chat.where,
+                fix="most templates take at most one system turn, then user and assistant "
+                "alternating; some take no turns and calls of tools",
             ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if marks else []
 
     def _with_system_where_it_goes(self, conversation: Conversation) -> Conversation:
-        """The system's turn put before the first question if the template takes none."""
+        """Put the system's text before the first question if the template takes no system turn."""
         turns = conversation.turns
         wrong = next((t for t in turns if t.learn and t.role != "assistant"), None)
         if wrong is not None:
             raise DataError(
-                f"a turn of the {wrong.role} is to be learnt, only an assistant's can be",
+                f"a turn of the {wrong.role} is marked as learnt; only an assistant's can be",
                 where=conversation.where,
             )
         if len(turns) < 2 or turns[0].role != "system" or turns[1].role != "user":
@@ -262,7 +262,7 @@ class ChatTemplate:
         return replace(conversation, turns=(first, *turns[2:]))
 
     def _shows_system(self) -> bool:
-        """Whether a system turn is let through, and changes what is written."""
+        """Return whether the template accepts a system turn, and writes its text."""
         rest = (Turn("user", "question"), Turn("assistant", "answer"))
         try:
             one, two = (
@@ -273,21 +273,21 @@ class ChatTemplate:
             return False
         return one != two
 
-    def _mask(self, asked: Conversation) -> tuple[Conversation, dict[str, str]]:
-        """Control tokens in the texts made private-use characters that nobody typed."""
-        texts = list(_strings([[turn.text, turn.extra] for turn in asked.turns]))
-        texts += _strings(asked.tools)
+    def _mask(self, chat: Conversation) -> tuple[Conversation, dict[str, str]]:
+        """Replace control tokens in the texts by private-use characters that nobody typed."""
+        texts = list(_strings([[turn.text, turn.extra] for turn in chat.turns]))
+        texts += _strings(chat.tools)
         if not any(self._control.search(text) for text in texts):
-            return asked, {}
+            return chat, {}
         typed = set(chain.from_iterable(texts))
         fresh = (chr(code) for code in _PRIVATE if chr(code) not in typed)
-        stands: dict[str, str] = {}
+        stands_for: dict[str, str] = {}
 
         def hide(match: re.Match[str]) -> str:
             token = match.group()
-            if token not in stands:
-                stands[token] = next(fresh)
-            return stands[token] * len(token)
+            if token not in stands_for:
+                stands_for[token] = next(fresh)
+            return stands_for[token] * len(token)
 
         def masked(value: Any) -> Any:
             if isinstance(value, str):
@@ -297,27 +297,27 @@ class ChatTemplate:
             return [masked(each) for each in value] if isinstance(value, list) else value
 
         turns = tuple(
-            replace(turn, text=masked(turn.text), extra=masked(turn.extra)) for turn in asked.turns
+            replace(turn, text=masked(turn.text), extra=masked(turn.extra)) for turn in chat.turns
         )
-        tools = masked(asked.tools)
-        masks = {character: token for token, character in stands.items()}
-        return replace(asked, turns=turns, tools=tools), masks
+        tools = masked(chat.tools)
+        masks = {character: token for token, character in stands_for.items()}
+        return replace(chat, turns=turns, tools=tools), masks
 
 
 def _message(turn: Turn) -> dict[str, Any]:
-    """A turn as templates take it; reasoning under each of the names by which they know it."""
+    """Return a turn as templates take it, with reasoning under each of its common names."""
     message = {"role": turn.role, "content": turn.text, **turn.extra}
     if _REASONING in message:
         message |= {"reasoning": message[_REASONING], "thinking": message[_REASONING]}
     return message
 
 
-def _letters(text: str) -> str:
+def _without_space(text: str) -> str:
     return "".join(text.split())
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested data."""
+    """Yield every string in nested data."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

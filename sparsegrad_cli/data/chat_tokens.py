@@ -1,7 +1,7 @@
-"""Conversations to token ids, with the loss on what the assistant is to learn and on nothing else.
+"""Turn conversations into token ids, with labels on the learnt turns of the assistant only.
 
-Labelled are the tokens of an assistant's learnt turn up to its end-of-turn token, which is what
-makes a model stop; not the header before it, nor the line break that a template may write behind.
+Labels cover a learnt turn and its end-of-turn token, which teaches the model to stop. They do not
+cover the header before the turn, or a line break that the template writes after it.
 """
 
 from __future__ import annotations
@@ -13,60 +13,60 @@ from typing import TYPE_CHECKING, Any
 from sparsegrad_cli.data.batches import UNLABELLED, token_rows
 from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.template_tokenizer import Piece, PieceEncoder
+from sparsegrad_cli.data.template_tokenizer import Piece, TemplateTokenizer
 from sparsegrad_cli.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_CHUNK = 1000  # conversations made a table at a time: bounds the memory that Python lists take
+_CHUNK = 1000  # conversations per table, to bound the memory of Python lists
 
 
 class ChatEncoder:
-    """A tokenizer and its chat template, proven to fit each other.
+    """Encode conversations by a tokenizer and its chat template.
 
     Args:
         tokenizer: of transformers; needs no pad token. It is not changed.
 
-    Attributes:
-        notes: what the user should know; may grow with what is encoded.
-
     Raises:
-        UsageError: as :class:`ChatTemplate` and :class:`PieceEncoder`, or where the tokens of what
-            the assistant says cannot be told.
+        UsageError: as :class:`ChatTemplate` and :class:`TemplateTokenizer`, or the tokens of the
+            assistant cannot be told from the others.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._pieces = PieceEncoder(tokenizer)
-        self._template = ChatTemplate(tokenizer, self._pieces.control)
+        self._tokenizer = TemplateTokenizer(tokenizer)
+        self._template = ChatTemplate(tokenizer, self._tokenizer.control)
         self._end = tokenizer.eos_token_id
         try:
             chat = self._template.render(_probe(learn_all=True))
-        except DataError:  # a template that writes the last turn otherwise than those before
+        except DataError:  # the template writes the last turn differently from earlier ones
             chat = self._template.render(_probe(learn_all=False))
-        self._pieces.prove(chat)
+        self._tokenizer.fit(chat)
         self._endless = False
 
     @property
     def notes(self) -> list[str]:
-        """Of the template, and of turns without an end."""
+        """What the user should know of the template; may grow with every conversation."""
         endless = "the chat template ends an assistant's turn without a control token"
         return [*self._template.notes, *([endless] if self._endless else [])]
 
     def encode(
         self, conversation: Conversation, *, max_length: int
     ) -> tuple[list[int], list[int], bool]:
-        """Token ids, labels (-100 where nothing is learnt), and whether max_length cut any off.
+        """Encode one conversation.
 
-        Tokens behind the last labelled one are left out: no loss depends on them. Both lists are
-        empty if none is labelled within max_length; the first token, which nothing comes before,
-        never is.
+        Tokens after the last labelled one are left out, because no loss depends on them. The first
+        token never has a label, because nothing predicts it.
+
+        Returns:
+            Token ids; labels, -100 for tokens without a loss; and whether ``max_length`` cut off a
+            labelled token. Both lists are empty if no token within ``max_length`` is labelled.
 
         Raises:
-            DataError: the template or the tokenizer cannot take the conversation.
+            DataError: the template or the tokenizer cannot encode the conversation.
         """
         chat = self._template.render(conversation)
-        pieces = self._pieces.encode(chat)
+        pieces = self._tokenizer.encode(chat)
         learnt = self._learnt(pieces, chat.learnt, chat.text)
         ids = [i for piece in pieces for i in piece.ids]
         labels = [
@@ -82,7 +82,7 @@ class ChatEncoder:
     def _learnt(
         self, pieces: Sequence[Piece], spans: Sequence[tuple[int, int]], text: str
     ) -> list[bool]:
-        """Which pieces are labelled."""
+        """Return for each piece whether it is labelled."""
         learnt = [False] * len(pieces)
         for start, end in spans:
             inside = [k for k, p in enumerate(pieces) if start <= p.start and p.end <= end]
@@ -94,7 +94,7 @@ class ChatEncoder:
                 inside = inside[: -len(behind)]
             follower = inside[-1] + 1
             if not controls and follower < len(pieces) and pieces[follower].ids == [self._end]:
-                inside.append(follower)  # a template that leaves it out of {% generation %}
+                inside.append(follower)  # the template has it outside of {% generation %}
             elif not controls:
                 self._endless = True
             for k in inside:
@@ -107,9 +107,9 @@ class EncodedChats:
     """Conversations as token ids.
 
     Attributes:
-        data: columns ``input_ids`` and ``labels`` (int32), rows at their own length, in order.
-        labelled: labelled tokens in all.
-        counts: conversations encoded, cut and dropped, in words.
+        data: columns ``input_ids`` and ``labels`` (lists of int32), in order.
+        labelled: number of labelled tokens.
+        counts: what was encoded, cut and dropped -> how many.
         too_long: a note on conversations that were cut or dropped; None if there are none.
     """
 
@@ -127,17 +127,17 @@ def encode_conversations(
     split: str = "training",
     enough: int | None = None,
 ) -> EncodedChats:
-    """A data set of token ids; conversations with nothing to learn within max_length are dropped.
+    """Encode conversations; those without a labelled token within ``max_length`` are dropped.
 
     Args:
-        encoder: keeps the notes.
+        encoder: collects the notes.
         conversations: of one split.
         max_length: tokens kept of a conversation, from its beginning.
-        split: its name, for the error.
-        enough: the first n that are not dropped; None takes all.
+        split: name of the split, for messages.
+        enough: stop after this many conversations that are not dropped; None takes all.
 
     Raises:
-        DataError: nothing is left, or as :meth:`ChatEncoder.encode`.
+        DataError: no conversation is left, or as :meth:`ChatEncoder.encode`.
     """
     from datasets import concatenate_datasets
 
@@ -168,7 +168,7 @@ def encode_conversations(
             if total
             else f"the {split} split holds no conversation",
             where="task.max_length" if total else "task",
-            fix="a longer max_length: the first answer must begin within it" if total else None,
+            fix="raise it: the first answer must begin within it" if total else None,
         )
     counts = {
         "conversations": total - dropped,
@@ -183,12 +183,12 @@ def encode_conversations(
 
 
 def _last_labelled(labels: Sequence[int]) -> int:
-    """Position of the last labelled token, -1 if there is none."""
+    """Return the position of the last labelled token, -1 if there is none."""
     return next((k for k in reversed(range(len(labels))) if labels[k] != UNLABELLED), -1)
 
 
 def _probe(*, learn_all: bool) -> Conversation:
-    """Plain words, to find out how a template and a tokenizer go together."""
+    """Return a conversation to find out how a template and a tokenizer work together."""
     turns = (
         Turn("user", "Is 12 more than 7?"),
         Turn("assistant", "It is, by 5.", learn_all),

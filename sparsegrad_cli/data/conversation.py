@@ -1,4 +1,4 @@
-"""What a conversation is, wherever it was read from. Imports nothing heavy."""
+"""Conversations, independent of where they were read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Turn:
     """One message.
 
     Attributes:
-        role: who speaks.
-        text: what is said, as it stands in the source.
+        role: role of the speaker.
+        text: the text, unchanged from the source.
         learn: whether its tokens are labelled; only an assistant's can be.
-        extra: other keys of the message that the chat template reads: ``tool_calls``,
-            ``tool_call_id``, ``name``, ``reasoning_content``.
+        extra: other keys that the chat template reads: ``tool_calls``, ``tool_call_id``, ``name``,
+            ``reasoning_content``.
     """
 
     role: Role
@@ -32,11 +32,11 @@ class Conversation:
     """A sequence of turns that ends with a learnt one.
 
     Attributes:
-        turns: in order.
-        group: conversations of one group (an OpenAssistant tree, a row of a file) must stay in one
-            split: they share text.
+        turns: the turns in order.
+        group: conversations of one group (an OpenAssistant tree, a row of a file) share text, so
+            they must stay in one split.
         tools: JSON schemas of the tools that the assistant may call, or None.
-        place: where it stands, as ``file:line``; empty where that is not known.
+        place: ``file:line``; empty if unknown.
     """
 
     turns: tuple[Turn, ...]
@@ -46,7 +46,7 @@ class Conversation:
 
     @property
     def where(self) -> str:
-        """Its place for an error message."""
+        """The place for an error message."""
         return self.place or f"conversation {self.group}"
 
 
@@ -55,10 +55,11 @@ class ChatData:
     """A chat data set, split.
 
     Attributes:
-        train, validation: conversations in source order; no group is in both.
-        counts: what was kept and dropped, in words, with how many: ``{"trees read": 100, ...}``.
+        train: training conversations in source order. No group is in both splits.
+        validation: validation conversations in source order.
+        counts: what was kept and dropped -> how many: ``{"trees read": 100, ...}``.
+        data_hash: sha256 (hex) over every turn that is used, in order and by split.
         notes: what the user should know beyond the counts.
-        data_hash: sha256 (hex) over every turn used, in order, and over the split.
     """
 
     train: list[Conversation]

@@ -1,13 +1,13 @@
-"""Token ids of a chat template's text, piece by piece, so that every token has one owner.
+"""Tokenize the text of a chat template in pieces, so that every token belongs to one turn.
 
-The text is cut at the template's control tokens and where an assistant's turn begins and ends. A
-control token is its id; any other piece is plain text, and encoded so that nothing in it becomes a
-control token, whoever typed it. No token lies across a cut: the ids before an assistant's turn are
-those a model is prompted with.
+The text is cut at the template's control tokens, and where an assistant's turn begins and ends. A
+control token becomes its id. Any other piece is encoded as plain text, so that a user cannot type
+a control token. No token crosses a cut, so the ids before an assistant's turn are exactly the
+prompt that a model is given.
 
-The ids are what the tokenizer makes of the whole text. That is put to the proof once, on a
-conversation in the same template (:meth:`PieceEncoder.prove`): tokenizers with a space in front of
-every text (SentencePiece) need a character before a piece that is taken off again.
+The ids equal those of the whole text. :meth:`TemplateTokenizer.fit` checks this once for each
+template: tokenizers that put a space before every text (SentencePiece) need a character before a
+piece, whose tokens are then removed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
-from sparsegrad_cli.data.chat_template import ChatText
+from sparsegrad_cli.data.chat_template import RenderedChat
 from sparsegrad_cli.errors import DataError, UsageError
 
-_ANCHORS = ("", "\n")  # what is put before a piece, and taken off again
+_ANCHORS = ("", "\n")  # candidates for the character before a piece
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Piece:
     """A part of the text and its tokens.
 
     Attributes:
-        start, end: in characters of the text.
-        ids: its tokens.
-        control: it is one control token, written by the template.
+        start: first character.
+        end: character after the last one.
+        ids: its token ids.
+        control: whether it is one control token that the template wrote.
     """
 
     start: int
@@ -45,22 +46,22 @@ class Piece:
 class _Cut:
     start: int
     end: int
-    after: str  # what stands before: "start" of the text, "control" token, or a "cut"
-    control: str | None
+    after: str  # what comes before it: "start" of the text, "control" token, or a "cut"
+    control: str | None  # its control token; None for plain text
 
 
-class PieceEncoder:
-    """Encodes the text of a chat template.
+class TemplateTokenizer:
+    """Tokenizer for the text of a chat template.
 
     Args:
-        tokenizer: of transformers, by the tokenizers library. It is not changed.
+        tokenizer: of transformers, based on the tokenizers library. It is not changed.
 
     Attributes:
-        control: its control tokens, and their ids. Added tokens that are not special (tags such as
-            ``<think>``, which an assistant may well write) are ordinary vocabulary.
+        control: control token -> its id. Added tokens that are not special (tags such as
+            ``<think>``, which an assistant may write) are ordinary vocabulary.
 
     Raises:
-        UsageError: a tokenizer in Python.
+        UsageError: the tokenizer is written in Python.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -69,26 +70,26 @@ class PieceEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UsageError(
-                f"{type(tokenizer).__name__} is a tokenizer in Python: chat data needs one of the "
-                "tokenizers library",
+                f"{type(tokenizer).__name__} is written in Python: chat data needs a tokenizer of "
+                "the tokenizers library",
                 where="model.name",
-                fix="a model whose folder holds a tokenizer.json",
+                fix="use a model whose folder holds a tokenizer.json",
             )
         self._tokenizer = tokenizer
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
         texts = {*tokenizer.all_special_tokens, *(token.content for token in added)}
         self.control = {t: int(tokenizer.convert_tokens_to_ids(t)) for t in texts if t}
-        # Unknown letters are one too, and may stand in any text.
+        # The unknown token is a control token, too, but any text may contain unknown letters.
         self._ids = {*self.control.values()} - {tokenizer.unk_token_id}
         self._named = {text.strip(): text for text in self.control}
         content = json.loads(backend.to_str())
         for token in content["added_tokens"]:
             token["special"] = token["content"] in self.control
         self._plain = Tokenizer.from_str(json.dumps(content))
-        self._plain.encode_special_tokens = True  # special tokens are read as text
+        self._plain.encode_special_tokens = True  # read special tokens as text
         self._plain.no_truncation()
         self._plain.no_padding()
-        # Some control tokens take the space around them along: it is part of their match.
+        # The match of some control tokens includes the space around them.
         spaces = {t.content: (r"\s*" * t.lstrip, r"\s*" * t.rstrip) for t in added}
         forms = []
         for text in sorted(self.control, key=len, reverse=True):
@@ -97,11 +98,14 @@ class PieceEncoder:
         self._split = re.compile("|".join(forms) or r"(?!)")
         self._anchors = {"start": "", "control": "", "cut": ""}
 
-    def prove(self, chat: ChatText) -> None:
-        """Find out, on a text without typed control tokens, how its pieces are to be encoded.
+    def fit(self, chat: RenderedChat) -> None:
+        """Find out how pieces must be encoded so that they give the tokens of the whole text.
+
+        Args:
+            chat: a text in which no user typed a control token.
 
         Raises:
-            UsageError: the tokenizer makes other tokens of the pieces than of the whole.
+            UsageError: the pieces give other tokens than the whole text.
         """
         whole = list(self._tokenizer(chat.text, add_special_tokens=False)["input_ids"])
         for control, cut in product(_ANCHORS, _ANCHORS):
@@ -112,17 +116,17 @@ class PieceEncoder:
             except DataError:
                 continue
         raise UsageError(
-            "where the assistant begins or ends to speak in this chat template is in the middle of "
-            "a token: what is learnt would not be what follows the prompt",
+            "in this chat template, the assistant's turn begins or ends in the middle of a token: "
+            "the learnt text would not be what follows the prompt",
             where="model.name",
-            fix="does the template's prompt end in a space? take it out of chat_template",
+            fix="if the template's prompt ends in a space, remove it from chat_template",
         )
 
-    def encode(self, chat: ChatText) -> list[Piece]:
-        """The pieces of a text in order.
+    def encode(self, chat: RenderedChat) -> list[Piece]:
+        """Return the pieces of a text in order.
 
         Raises:
-            DataError: a typed control token cannot be told from a true one.
+            DataError: a typed control token cannot be told from one of the template.
         """
         cuts = self._cut(chat)
         plain = [cut for cut in cuts if cut.control is None]
@@ -147,15 +151,15 @@ class PieceEncoder:
             ids = next(encoded).ids
             if ids[: len(head)] != head or self._ids.intersection(ids):
                 raise DataError(
-                    "the tokenizer cannot encode this text by itself: "
+                    "the tokenizer cannot encode this text separately: "
                     f"{chat.unmasked(cut.start, cut.end)[:60]!r}",
                     where=chat.where,
                 )
             pieces.append(Piece(cut.start, cut.end, ids[len(head) :], False))
         return pieces
 
-    def _cut(self, chat: ChatText) -> list[_Cut]:
-        """The text cut at control tokens and at the ends of learnt turns."""
+    def _cut(self, chat: RenderedChat) -> list[_Cut]:
+        """Cut the text at control tokens and at both ends of learnt turns."""
         edges = sorted({edge for span in chat.learnt for edge in span})
         cuts: list[_Cut] = []
 

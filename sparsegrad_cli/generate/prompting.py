@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
-from sparsegrad_cli.data.template_tokenizer import PieceEncoder
+from sparsegrad_cli.data.template_tokenizer import TemplateTokenizer
 from sparsegrad_cli.errors import DataError
 
 _ASKED = (Turn("user", "Is 12 more than 7?"),)
@@ -27,13 +27,13 @@ class ChatPrompts:
         notes: what the user should know of the template.
 
     Raises:
-        UsageError: as :class:`ChatTemplate` and :class:`PieceEncoder`.
+        UsageError: as :class:`ChatTemplate` and :class:`TemplateTokenizer`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._pieces = PieceEncoder(tokenizer)
+        self._pieces = TemplateTokenizer(tokenizer)
         self._template = ChatTemplate(tokenizer, self._pieces.control)
-        self._pieces.prove(self._template.prompt(_TOLD))
+        self._pieces.fit(self._template.prompt(_TOLD))
         own = tokenizer.eos_token_id
         self.end = self._ends_of_turn() | ({own} if own is not None else set())
 

@@ -289,14 +289,14 @@ def test_a_template_that_writes_earlier_turns_otherwise() -> None:
     last = chat("a", "one", "b", "two", learn="last")
     ids, labels, _ = encoder.encode(last, max_length=LONG)
     assert labelled_parts(tokenizer, ids, labels) == ["<think>\n\n</think>\n\ntwo<|im_end|>"]
-    with pytest.raises(DataError, match="turn 2 otherwise once others follow") as caught:
+    with pytest.raises(DataError, match="turn 2 differently once others follow") as caught:
         encoder.encode(chat("a", "one", "b", "two"), max_length=LONG)
     assert "task.chat.train_on=last_answer" in str(caught.value.fix)
 
 
 def test_a_prompt_that_is_not_what_the_turn_begins_with_is_refused() -> None:
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    with pytest.raises(DataError, match="prompts for an assistant's turn otherwise"):
+    with pytest.raises(DataError, match="does not begin an assistant's turn with its prompt"):
         ChatEncoder(byte_level(template))
 
 
@@ -415,13 +415,13 @@ def test_no_template_and_no_end_token() -> None:
 def test_a_tokenizer_in_python() -> None:
     from transformers import CanineTokenizer
 
-    with pytest.raises(UsageError, match="tokenizer in Python"):
+    with pytest.raises(UsageError, match="is written in Python"):
         ChatEncoder(CanineTokenizer())
 
 
 def test_turns_that_cannot_be_learnt() -> None:
     asked = Conversation((Turn("user", "a", True), Turn("assistant", "b", True)), "g")
-    with pytest.raises(DataError, match="a turn of the user is to be learnt"):
+    with pytest.raises(DataError, match="a turn of the user is marked as learnt"):
         encode(byte_level(), asked)
     first = Conversation((Turn("assistant", "b", True),), "g")
     with pytest.raises(DataError, match="speaks first"):
