@@ -157,7 +157,7 @@ def test_a_record_of_another_version_or_damaged_is_refused_and_then_not_needed(
     for text in ("{", json.dumps(good | {"schema": 9})):
         (run / "run.json").write_text(text)
         ended = bench.train(METHOD, run, "--resume")
-        assert ended.code == 1 and "take it away" in flat(ended)
+        assert ended.code == 1 and "remove it" in flat(ended)
         assert (run / "checkpoint-4").is_dir()
     (run / "run.json").unlink()  # what the message says to do
     assert bench.train(METHOD, run, "--resume").code == 0
