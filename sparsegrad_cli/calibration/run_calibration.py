@@ -41,7 +41,7 @@ from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.run import CalibrationBlock, CalibrationSettings, HashesBlock
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.setup import Setup, calibration_batches, hash_parameters
+from sparsegrad_cli.tasks.setup import Setup, hash_parameters, random_batches
 
 BASIS_NAME = "basis.safetensors"
 
@@ -223,7 +223,7 @@ class RunCalibration:
         self, seed: int, batch_size: int | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """Return endless random batches of the training data."""
-        return calibration_batches(self.setup, batch_size or self.batch_size, seed)
+        return random_batches(self.setup, batch_size or self.batch_size, seed)
 
     def counted(
         self, batches: Iterator[dict[str, Tensor]], *, together: int

@@ -26,7 +26,7 @@ from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.tasks.setup import check_precision
+from sparsegrad_cli.tasks.precision import check_precision
 
 # Of a recipe's train section, what memory depends on.
 _TRAIN = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.merged import auto_class
-from sparsegrad_cli.tasks.setup import Setup, validation_batches
+from sparsegrad_cli.tasks.setup import Setup, first_validation_batches
 
 # Largest difference allowed, as a share of the largest logit. It is some roundings of a number of
 # that size: products in another order differ by about a tenth of it through six layers (measured).
@@ -47,7 +47,7 @@ class Agreement:
 def inputs_of(setup: Setup, count: int) -> list[dict[str, Tensor]]:
     """The first validation rows in batches; of one row where logits are as wide as a vocabulary."""
     wide = auto_class(setup.model) == "AutoModelForCausalLM"
-    return validation_batches(setup, count, 1 if wide else _ROWS)
+    return first_validation_batches(setup, count, 1 if wide else _ROWS)
 
 
 @torch.no_grad()

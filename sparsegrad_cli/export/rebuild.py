@@ -18,8 +18,8 @@ from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.report.access import dig
-from sparsegrad_cli.tasks.classification import Few
 from sparsegrad_cli.tasks.setup import Setup, make_setup
+from sparsegrad_cli.tasks.task import RowLimits
 
 # Rows of the training data that are read: what a task is (its labels) is known from the whole file.
 _TRAIN_ROWS = 32
@@ -92,7 +92,7 @@ def _setup(files: RunFiles, examples: int) -> Setup:
     """Model, tokenizer, targets and a few rows; refused where they are not those of the run."""
     loaded = files.loaded
     with blaming_base(loaded):
-        setup = make_setup(loaded, Observer(), Few(_TRAIN_ROWS, examples))
+        setup = make_setup(loaded, Observer(), RowLimits(_TRAIN_ROWS, examples))
     check_base(files, setup)
     labels, names = dig(files.record, "task", "label_names"), setup.task.label_names or ()
     if isinstance(labels, list) and list(names) != labels:

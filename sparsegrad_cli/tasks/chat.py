@@ -1,4 +1,4 @@
-"""Model and data of a chat task: conversations, and a language model that learns to answer."""
+"""Load model and data of a chat task: conversations, and a language model that learns to answer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.recipe.tasks import CHAT_METRICS
-from sparsegrad_cli.tasks.classification import Few, Parts
-from sparsegrad_cli.tasks.objective import LanguageModelling, TaskFacts
+from sparsegrad_cli.tasks.objective import LanguageModelling
+from sparsegrad_cli.tasks.task import LoadedTask, RowLimits, TaskFacts
 
-_CONVERSATIONS = 32  # of validation that are kept as text
+_CONVERSATIONS_KEPT = 32  # of validation, as text
 
 
-def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
-    """Conversations as rows of token ids, tokenizer, and a model that makes few logits.
+def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> LoadedTask:
+    """Load conversations as rows of token ids, the tokenizer, and a model that makes few logits.
 
     Args:
-        few: conversations that are enough: of those that have something to learn, as training
-            counts them, for the first ones of a file may all be too long.
+        limits: conversations that suffice, counted after those that are too long were dropped; all
+            by default.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
@@ -49,20 +49,20 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     tokenizer = load_tokenizer(recipe.model)
     model = load_causal_lm(recipe.model, device_of(recipe))
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
-    max_length, cut = fitting_length(section.max_length, model.config)
+    max_length, cut_note = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = LLAMA2  # what is saved with the model is what it was trained with
+        tokenizer.chat_template = LLAMA2  # so that it is saved with the model
     train = encode_conversations(
-        encoder, data.train, max_length=max_length, enough=few and few.train
+        encoder, data.train, max_length=max_length, enough=limits and limits.train
     )
-    # Packed or not, validation is by conversation: what it measures must not depend on packing.
+    # Validation goes by conversation, so that its metrics do not depend on packing.
     held_out = encode_conversations(
         encoder,
         data.validation,
         max_length=max_length,
         split="validation",
-        enough=few and few.validation,
+        enough=limits and limits.validation,
     )
     counts = dict(data.counts)
     for name, split in (("training", train), ("validation", held_out)):
@@ -71,20 +71,24 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
     if chat.packing == "pack":
         check_packing(model)
     head = use_lm_loss(model)
-    whole = f"all logits are made, because {head.reason}" if head.reason else None
+    head_note = f"all logits are made, because {head.reason}" if head.reason else None
     validation = {"validation": held_out.data}
     if chat.forgetting is not None:
         validation["plain text"] = plain_text_rows(
             tokenizer,
             chat.forgetting,
             max_length=max_length,
-            limit=(few.of(section) if few else section).eval_limit,
+            limit=(limits.apply(section) if limits else section).eval_limit,
         )
-    more = (train.too_long, held_out.too_long, cut, whole)
-    notes = [*data.notes, *encoder.notes, *(note for note in more if note)]
-    task = TaskFacts(section.name, "chat", None, {}, tuple(notes), counts, data.data_hash)
-    return Parts(
-        task,
+    notes = (*data.notes, *encoder.notes, train.too_long, held_out.too_long, cut_note, head_note)
+    return LoadedTask(
+        TaskFacts(
+            section.name,
+            "chat",
+            data.data_hash,
+            notes=tuple(note for note in notes if note),
+            counts=counts,
+        ),
         LanguageModelling(metric, head),
         packed_rows(train.data, chat.packing, max_length, tokenizer),
         validation,
@@ -93,13 +97,12 @@ def load_chats(loaded: LoadedRecipe, few: Few | None = None) -> Parts:
             _pad_id(tokenizer), fixed_length=max_length if section.padding == "fixed" else None
         ),
         model,
-        None,
-        data.validation[:_CONVERSATIONS],
+        conversations=data.validation[:_CONVERSATIONS_KEPT],
     )
 
 
 def packed_rows(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
-    """Rows of token ids as the recipe packs them."""
+    """Return rows of token ids, packed as the recipe says."""
     if packing == "pack":
         return pack(data, length)
     if packing == "concatenate":
@@ -108,6 +111,6 @@ def packed_rows(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Any token does: what is padding follows from lengths."""
+    """Return a token for padding. Any token serves: the lengths say what is padding."""
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(number for number in found if number is not None)

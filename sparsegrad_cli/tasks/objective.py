@@ -1,4 +1,4 @@
-"""How a model is judged on a task, and what the run's record says of the task."""
+"""How a model is judged on a task: the loss that training lowers, and the metrics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.batches import UNLABELLED
-from sparsegrad_cli.data.load_task import LoadedTask
 from sparsegrad_cli.data.metrics import mean_loss, score
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import within
 from sparsegrad_cli.recipe.tasks import TaskSpec
-from sparsegrad_cli.records.run import TaskKind
 
 _WORST = 1e9  # for what is not a number: JSON has none
 
@@ -185,45 +183,3 @@ class LanguageModelling:
             "token_accuracy": correct / tokens,
         }
         return Judgement(values, loss)
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """What a record says of a task.
-
-    Attributes:
-        name: as in the recipe.
-        kind: ``classification``, ``regression`` or ``chat``.
-        label_names: of a classification.
-        majority: metric -> its value for always giving the commonest answer; empty for chat.
-        notes: what was left out or split off.
-        counts: conversations read, kept and dropped, each with its reason; empty but for chat.
-        data_hash: sha256 (hex) over everything used, in order.
-        positive_label: the class of two that f1, precision and recall are of, where one of them is
-            measured.
-    """
-
-    name: str
-    kind: TaskKind
-    label_names: tuple[str, ...] | None
-    majority: Mapping[str, float]
-    notes: tuple[str, ...]
-    counts: Mapping[str, int]
-    data_hash: str
-    positive_label: str | None = None
-
-    @classmethod
-    def of(cls, task: LoadedTask) -> TaskFacts:
-        """Facts of a task of whole texts."""
-        spec = task.spec
-        kind: TaskKind = "regression" if spec.regression else "classification"
-        return cls(
-            spec.name,
-            kind,
-            spec.label_names,
-            task.majority,
-            task.notes,
-            {},
-            task.data_hash,
-            spec.positive_label,
-        )

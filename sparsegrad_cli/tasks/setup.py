@@ -1,11 +1,10 @@
-"""What calibration and training begin with: task, tokenizer, model, targets."""
+"""Load what calibration and training begin with: model, data, targets, and a memory meter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,23 +31,30 @@ from sparsegrad_cli.models.targets import (
 )
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.schema import Recipe, TrainSection
+from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
-from sparsegrad_cli.records import run as records
 from sparsegrad_cli.records.base import Block
-from sparsegrad_cli.records.run import HashesBlock, ModelBlock, PrecisionBlock, TaskBlock
+from sparsegrad_cli.records.run import (
+    HashesBlock,
+    ModelBlock,
+    PrecisionBlock,
+    TaskBlock,
+)
+from sparsegrad_cli.records.run import NotAdapted as NotAdaptedBlock
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.chat import load_chats
-from sparsegrad_cli.tasks.classification import Few, Parts, load_texts
+from sparsegrad_cli.tasks.chat import load_chat_task
+from sparsegrad_cli.tasks.classification import load_classification
+from sparsegrad_cli.tasks.precision import check_precision, precision_of
+from sparsegrad_cli.tasks.task import LoadedTask, RowLimits
 
 
-@dataclass
-class Setup(Parts):
+@dataclass(kw_only=True)
+class Setup(LoadedTask):
     """Model, data and targets of a recipe, before the method has changed the model.
 
     Attributes:
         targets: the target modules.
-        not_adapted: blocks of the model whose parameters the method leaves alone.
+        not_adapted: large layers of the model that no target covers.
         fingerprint: of the targets' weights.
         head_hash: sha256 (hex) of the head's values.
         precision: the ``precision`` block of the record.
@@ -95,19 +101,19 @@ def load(run: Run) -> Setup:
     return setup
 
 
-def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None) -> Setup:
-    """Load everything a recipe names.
+def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | None = None) -> Setup:
+    """Load everything that a recipe names.
 
     Args:
-        few: rows that are enough; None takes all that the recipe does.
+        limits: rows that suffice; all by default.
 
     Raises:
         SparsegradError: of the kind that fits; see the loaders.
     """
     recipe = loaded.recipe
     check_precision(loaded)
-    load = load_chats if recipe.task.name in CHAT_TASKS else load_texts
-    parts = load(loaded, few)
+    load_parts = load_chat_task if recipe.task.name in CHAT_TASKS else load_classification
+    parts = load_parts(loaded, limits)
     parts.task = replace(parts.task, notes=(*loaded.notes, *parts.task.notes))
     for note in parts.task.notes:
         observer.note(note)
@@ -143,7 +149,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, few: Few | None = None)
 def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
     """Return the blocks ``model``, ``task``, ``precision`` and ``hashes`` of the record."""
     config: Any = setup.model.config
-    task = setup.task
+    task, metric = setup.task, setup.objective.metric
     return {
         "model": ModelBlock(
             name=recipe.model.name,
@@ -155,20 +161,20 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             fingerprint=setup.fingerprint,
             head=setup.head.record() if setup.head else None,
             not_adapted=[
-                records.NotAdapted(kind=n.kind, shape=list(n.shape), count=n.count)
+                NotAdaptedBlock(kind=n.kind, shape=list(n.shape), count=n.count)
                 for n in setup.not_adapted
             ],
         ),
         "task": TaskBlock(
             name=task.name,
             kind=task.kind,
-            metric=setup.objective.metric,
+            metric=metric,
             regression=task.kind == "regression",
             label_names=list(task.label_names) if task.label_names else None,
             positive_label=task.positive_label,
             train_examples=len(setup.train_data),
             validation_examples={k: len(v) for k, v in setup.validation.items()},
-            majority_score=task.majority.get(setup.objective.metric),
+            majority_score=task.majority.get(metric),
             majority_accuracy=task.majority.get("accuracy"),
             max_length=recipe.task.max_length,
             padding=recipe.task.padding,
@@ -180,51 +186,12 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             data=task.data_hash,
             head_init=setup.head_hash,
             precision=hash_block(setup.precision),
-            order={},
         ),
     }
 
 
-def check_precision(loaded: LoadedRecipe) -> None:
-    """Weights that train are float32 among half-precision ones: only autocast makes that work."""
-    recipe, method = loaded.recipe, loaded.recipe.method
-    leaves_weights = method.beside_weights and recipe.scope == "head"
-    autocast = recipe.train.bf16 or recipe.train.fp16
-    if recipe.model.dtype != "float32" and not autocast and not leaves_weights:
-        raise UsageError(
-            f"method {recipe.method.name} trains the model's own weights, kept in float32 "
-            f"beside others in {recipe.model.dtype}: products of the two need autocast",
-            where=loaded.where("model.dtype"),
-            fix="train.bf16: true, or model.dtype: float32; lora and sparsegrad's form: core leave "
-            "the weights alone",
-        )
-
-
-def check_autocast(loaded: LoadedRecipe) -> None:
-    """transformers and accelerate refuse it only once model and data are there and calibrated.
-
-    Raises:
-        UsageError: autocast to a dtype that this machine cannot.
-    """
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    train = loaded.recipe.train
-    if train.bf16 and not train.use_cpu and not is_torch_bf16_gpu_available():
-        raise UsageError(
-            "there is no GPU here that knows bfloat16",
-            where=loaded.where("train.bf16"),
-            fix="train.use_cpu: true trains in bfloat16 on the CPU; or leave it out",
-        )
-    if train.fp16 and (train.use_cpu or not torch.cuda.is_available()):
-        raise UsageError(
-            "float16 needs a GPU, and training is to be on the CPU",
-            where=loaded.where("train.fp16"),
-            fix="train.bf16: true with train.use_cpu: true, or leave it out",
-        )
-
-
 def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
-    """sha256 (hex) of names and values."""
+    """Return the sha256 (hex) of names and values."""
     sha = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
         sha.update(name.encode())
@@ -232,32 +199,13 @@ def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
     return sha.hexdigest()
 
 
-def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> PrecisionBlock:
-    """Return the number formats that a run computes in.
-
-    Args:
-        model: The model as loaded, before a method has touched it.
-        train: Sets autocast.
-        device: The run's device.
-    """
-    weights: Counter[str] = Counter()
-    for parameter in model.parameters():
-        weights[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    return PrecisionBlock(
-        weights=dict(sorted(weights.items())),
-        autocast="bfloat16" if train.bf16 else "float16" if train.fp16 else None,
-        matmul=torch.get_float32_matmul_precision(),
-        device=device.type,
-    )
-
-
 def hash_block(block: Block) -> str:
     """Return the sha256 (hex) of a block of a record."""
     return hashlib.sha256(json.dumps(block.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Endless random batches of the training data on the model's device, epoch after epoch."""
+def random_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield random batches of the training data on the model's device, epoch after epoch."""
     data = setup.train_data
     sampler = EpochSampler(data, seed=seed, strategy="random")
     epoch = 0
@@ -270,8 +218,8 @@ def calibration_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[di
         epoch += 1
 
 
-def validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Tensor]]:
-    """The first ``count`` rows of the selecting validation split, ``size`` a batch."""
+def first_validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Tensor]]:
+    """Return the first ``count`` rows of the first validation split, in batches of ``size``."""
     data = next(iter(setup.validation.values()))
     rows = [data[row] for row in range(min(count, len(data)))]
     starts = range(0, len(rows), size)
@@ -279,5 +227,5 @@ def validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Te
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch, on a device."""
+    """Return the tensors of a batch on a device."""
     return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}

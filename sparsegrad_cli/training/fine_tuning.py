@@ -13,7 +13,8 @@ from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.trackers import tracker_environment
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.setup import Setup, check_autocast, load
+from sparsegrad_cli.tasks.precision import check_autocast
+from sparsegrad_cli.tasks.setup import Setup, load
 from sparsegrad_cli.training.loop import TrainingLoop
 from sparsegrad_cli.training.memory_trials import training_trials
 

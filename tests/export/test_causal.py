@@ -23,7 +23,7 @@ from sparsegrad_cli.export.rebuild import rebuild
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.tasks.setup import make_setup, validation_batches
+from sparsegrad_cli.tasks.setup import first_validation_batches, make_setup
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 
@@ -83,7 +83,7 @@ def test_conversations_that_training_dropped_are_no_reason_to_refuse(
 
 def held_out(run: Path) -> list[dict[str, Tensor]]:
     setup = make_setup(load_recipe(run / "recipe.yaml"), Observer())
-    return validation_batches(setup, 1000, 4)
+    return first_validation_batches(setup, 1000, 4)
 
 
 @torch.no_grad()

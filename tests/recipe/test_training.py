@@ -9,8 +9,8 @@ import torch
 
 from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.tasks.classification import load_texts
-from sparsegrad_cli.tasks.setup import check_autocast
+from sparsegrad_cli.tasks.classification import load_classification
+from sparsegrad_cli.tasks.precision import check_autocast
 from sparsegrad_cli.training.arguments import training_arguments
 
 STEPS = ("train.eval_strategy=steps", "train.eval_steps=2")
@@ -90,7 +90,7 @@ def test_labels_that_are_scores_are_not_smoothed(tmp_path: Path) -> None:
     (tmp_path / "scores.csv").write_text("text,label\n" + rows)
     task = f"model: nobody/none\ntask: {{name: csv, path: {tmp_path / 'scores.csv'}}}\n"
     with pytest.raises(UsageError, match="the labels of this task are scores") as found:
-        load_texts(load_recipe(written(tmp_path, smoothed, task)))
+        load_classification(load_recipe(written(tmp_path, smoothed, task)))
     assert found.value.where == f"{tmp_path / 'r.yaml'}:4: train.label_smoothing_factor"
 
 

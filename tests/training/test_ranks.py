@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.tasks.chat import load_chats
+from sparsegrad_cli.tasks.chat import load_chat_task
 from sparsegrad_cli.tasks.objective import LanguageModelling
 from sparsegrad_cli.training.train import train as train_recipe
 
@@ -224,7 +224,7 @@ def by_hand(folder: Path, *, by_token: bool) -> Tensor:
     """As :func:`change` of full fine-tuning: plain transformers, row by row, and torch's AdamW."""
     from transformers import LlamaForCausalLM
 
-    parts = load_chats(load_recipe(None, (*SETTINGS, *METHODS["full"])))
+    parts = load_chat_task(load_recipe(None, (*SETTINGS, *METHODS["full"])))
     sampler = EpochSampler(parts.train_data, seed=42, strategy="random")
     order = list(sampler)
     model = LlamaForCausalLM.from_pretrained(folder / "base")

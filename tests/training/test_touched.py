@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.tasks.setup import hash_block, precision_of
+from sparsegrad_cli.tasks.precision import precision_of
+from sparsegrad_cli.tasks.setup import hash_block
 from sparsegrad_cli.training.sparsity_stats import pooled_share
 
 

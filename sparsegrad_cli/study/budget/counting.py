@@ -20,7 +20,7 @@ from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.tasks.longest_batch import Longest, find_longest
-from sparsegrad_cli.tasks.setup import check_precision
+from sparsegrad_cli.tasks.precision import check_precision
 
 # Bases of the right shapes that cost nothing to make: a step does not know where they came from.
 _ANY_BASIS = {"source": "original", "decomposition": "exact", "score": "spectral", "basis": None}

@@ -1,0 +1,75 @@
+"""Check the number formats of a recipe, and record those that a run computes in."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.records.run import PrecisionBlock
+
+
+def check_precision(loaded: LoadedRecipe) -> None:
+    """Refuse half-precision weights without autocast where some of them train.
+
+    What trains is kept in float32, and products of float32 and half-precision tensors need
+    autocast.
+
+    Raises:
+        UsageError: names ``model.dtype``.
+    """
+    recipe, method = loaded.recipe, loaded.recipe.method
+    leaves_weights = method.beside_weights and recipe.scope == "head"
+    autocast = recipe.train.bf16 or recipe.train.fp16
+    if recipe.model.dtype != "float32" and not autocast and not leaves_weights:
+        raise UsageError(
+            f"method {recipe.method.name} trains the model's own weights, kept in float32 "
+            f"beside others in {recipe.model.dtype}: products of the two need autocast",
+            where=loaded.where("model.dtype"),
+            fix="train.bf16: true, or model.dtype: float32; lora and sparsegrad's form: core leave "
+            "the weights alone",
+        )
+
+
+def check_autocast(loaded: LoadedRecipe) -> None:
+    """Refuse autocast that this machine does not support, before model and data are loaded.
+
+    Raises:
+        UsageError: names ``train.bf16`` or ``train.fp16``.
+    """
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    train = loaded.recipe.train
+    if train.bf16 and not train.use_cpu and not is_torch_bf16_gpu_available():
+        raise UsageError(
+            "there is no GPU here that supports bfloat16",
+            where=loaded.where("train.bf16"),
+            fix="train.use_cpu: true trains in bfloat16 on the CPU; or leave it out",
+        )
+    if train.fp16 and (train.use_cpu or not torch.cuda.is_available()):
+        raise UsageError(
+            "float16 needs a GPU, and the recipe trains on the CPU",
+            where=loaded.where("train.fp16"),
+            fix="train.bf16: true with train.use_cpu: true, or leave it out",
+        )
+
+
+def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> PrecisionBlock:
+    """Return the ``precision`` block of the record.
+
+    Args:
+        model: as loaded, before the method has changed it.
+    """
+    weights: Counter[str] = Counter()
+    for parameter in model.parameters():
+        weights[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return PrecisionBlock(
+        weights=dict(sorted(weights.items())),
+        autocast="bfloat16" if train.bf16 else "float16" if train.fp16 else None,
+        matmul=torch.get_float32_matmul_precision(),
+        device=device.type,
+    )
