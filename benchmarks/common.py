@@ -46,8 +46,8 @@ def save(path: Path | None, name: str, content: Mapping[str, Any]) -> None:
     record = {
         "benchmark": name,
         "when": now(),
-        "environment": collect(),
-        "git": git_state(Path(__file__).parent),
+        "environment": collect().to_json(),
+        "git": git_state(Path(__file__).parent).to_json(),
         **content,
     }
     text = json.dumps(record, indent=1)

@@ -97,7 +97,7 @@ def report(
     folder = run if is_folder(run) else run.parent
     found = load_run_or_study(run)
     if isinstance(found, RunRecord):
-        found = RunRecord.model_validate(with_current_status(found.to_json(), folder))
+        found = with_current_status(found, folder)
         write_run_report(folder, found)
         _show_run(found.changed(output_dir=str(folder)), as_json)
         return

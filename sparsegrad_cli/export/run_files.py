@@ -11,7 +11,7 @@ from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
-from sparsegrad_cli.records.store import load_record
+from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.run.folder import adapter_file, with_current_status
 
@@ -96,11 +96,7 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
         FileFormatError: a file of it is missing, damaged, or was changed since.
     """
     folder = run if is_folder(run) else run.parent
-    record = with_current_status(load_record(run), folder)
-    if "cells" in record:
-        raise UsageError(
-            f"{folder} is a comparison, not a run", fix=f"name one of its runs in {folder}/cells"
-        )
+    record = with_current_status(load_run(run), folder).to_json()
     if record.get("command") != "train":
         raise UsageError(f"{folder} is a calibration: it has trained nothing")
     if not (folder / "recipe.yaml").is_file():

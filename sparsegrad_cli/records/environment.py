@@ -1,4 +1,4 @@
-"""Where a run ran: machine, versions, git state, resident memory. No torch at import."""
+"""Describe where a run ran: machine, versions, git state, resident memory. No torch at import."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from sparsegrad_cli.records.run import EnvironmentBlock, GitBlock
 
 PACKAGES = (
     "sparsegrad",
@@ -24,11 +25,11 @@ PACKAGES = (
 GIT_TIMEOUT_S = 5.0
 
 
-def collect(device: str | None = None) -> dict[str, Any]:
-    """The ``environment`` block of run.json. Imports torch, if nobody has yet.
+def collect(device: str | None = None) -> EnvironmentBlock:
+    """Return the machine and the software. Imports torch.
 
     Args:
-        device: the run's device (``cpu``, ``cuda:0``); by default the accelerator if there is one.
+        device: The run's device (``cpu``, ``cuda:0``); by default CUDA if this machine has it.
     """
     import torch
 
@@ -37,19 +38,19 @@ def collect(device: str | None = None) -> dict[str, Any]:
     name = None
     if device.startswith("cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_model(),
-        "device": device,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "packages": package_versions(),
-    }
+    return EnvironmentBlock(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=cpu_model(),
+        device=device,
+        device_name=name,
+        threads=torch.get_num_threads(),
+        packages=package_versions(),
+    )
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed version of each package that a result can depend on; None: not installed."""
+    """Return the version of each package that a result can depend on; None: not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -60,7 +61,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def cpu_model() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
+    """Return the name of the processor, or its architecture where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -72,22 +73,22 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_state(folder: str | Path) -> dict[str, Any]:
-    """Commit of the checkout that holds ``folder``, and whether tracked files differ from it.
+def git_state(folder: str | Path) -> GitBlock:
+    """Return the commit of the checkout around a folder, and whether tracked files differ from it.
 
-    Both are None when the folder is in no checkout, git is missing or does not answer. A checkout
-    without a commit yet has commit None.
+    Both are None where the folder is not in a checkout, or git is missing or does not answer. A
+    checkout without any commit has commit None.
     """
     # Untracked files do not count: a run's own output would make every checkout dirty.
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     if changes is None:
-        return {"commit": None, "dirty": None}
+        return GitBlock(commit=None, dirty=None)
     commit = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD")
-    return {"commit": commit or None, "dirty": bool(changes)}
+    return GitBlock(commit=commit or None, dirty=bool(changes))
 
 
 def _git(folder: str | Path, *arguments: str) -> str | None:
-    """What git prints, stripped; None when it fails."""
+    """Return what git prints, stripped; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
@@ -97,7 +98,7 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
             errors="replace",
             timeout=GIT_TIMEOUT_S,
             check=False,
-            # Reading must not lock the index under somebody's own git command.
+            # Reading must not lock the index while the user runs git.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.SubprocessError):
@@ -106,12 +107,12 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now, in bytes."""
+    """Return the resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had since it started, in bytes."""
+    """Return the peak resident memory of this process since it started, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
 from sparsegrad_cli.io.locks import NAME as LOCK
@@ -24,7 +23,8 @@ from sparsegrad_cli.io.paths import (
 from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.records.store import load_record, torn_writes, write_text_atomic
+from sparsegrad_cli.records.run import ErrorBlock, Extension, RunRecord
+from sparsegrad_cli.records.store import load_run, torn_writes, write_text_atomic
 from sparsegrad_cli.run.resume import check_resumable
 
 ADAPTER = Path("adapter", "adapter.safetensors")
@@ -98,7 +98,7 @@ def lock_folder(path: Path, tell: Callable[[str], None] = lambda note: None) -> 
 
 def prepare_folder(
     path: Path, recipe: Recipe, *, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+) -> Extension | None:
     """Make a locked folder ready for a run, or refuse.
 
     A folder with content is refused, unless it holds nothing but a run that ended before it
@@ -146,7 +146,7 @@ def _never_trained(path: Path) -> bool:
     if exists(steps) and not (is_file(steps) and steps.stat().st_size == 0):
         return False
     try:
-        status = load_record(path).get("status")
+        status = load_run(path).status
     except SparsegradError:
         return False
     return status in ("failed", "out_of_memory", "interrupted")
@@ -178,15 +178,15 @@ def _unwritable(path: Path, error: OSError | ValueError) -> DiskError:
     )
 
 
-def with_current_status(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_current_status(record: RunRecord, folder: Path) -> RunRecord:
     """Return a run's record; with the status ``interrupted`` if the run was killed."""
-    if "cells" in record or record.get("status") != "running" or owner_of(folder) is not None:
+    if record.status != "running" or owner_of(folder) is not None:
         return record
-    trains = record.get("command") == "train"
-    error = {
-        "title": InterruptedRunError.title,
-        "what": "the process was killed",
-        "where": None,
-        "fix": f"sparsegrad train {folder} --resume" if trains else "again, with --overwrite",
-    }
-    return {**record, "status": InterruptedRunError.status, "error": error}
+    again = f"sparsegrad train {folder} --resume"
+    error = ErrorBlock(
+        title=InterruptedRunError.title,
+        what="the process was killed",
+        where=None,
+        fix=again if record.command == "train" else "run again with --overwrite",
+    )
+    return record.changed(status=InterruptedRunError.status, error=error)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sparsegrad_cli import distributed, interruption
 from sparsegrad_cli.error_mapping import mapped_errors
@@ -19,7 +19,7 @@ from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.records.run import RunRecord, TimeBlock
+from sparsegrad_cli.records.run import Extension, RunRecord, TimeBlock
 from sparsegrad_cli.records.store import RUN, load_run, write_text_atomic
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import (
@@ -109,7 +109,7 @@ def open_run(
         held.callback(observer.close)
         held.enter_context(interruption.handle_signals(observer.note, _AGAIN[command]))
 
-        def lock_and_open() -> tuple[Path, dict[str, Any] | None]:
+        def lock_and_open() -> tuple[Path, Extension | None]:
             path = choose_folder(loaded.recipe, command)
             held.enter_context(lock_folder(path, observer.note))
             return path, prepare_folder(path, loaded.recipe, resume=resume, overwrite=overwrite)

@@ -13,18 +13,18 @@ from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import exists, is_file, refuse_link
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.records.store import load_record
+from sparsegrad_cli.records.run import Extension
+from sparsegrad_cli.records.store import load_run
 
 EPOCHS, STEPS = "train.num_train_epochs", "train.max_steps"
 _OTHER_FOLDER = "name another output_dir to train from the start"
 
 
-def check_resumable(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+def check_resumable(path: Path, recipe: Recipe) -> Extension | None:
     """Check that the run in a folder can be resumed with a recipe.
 
     Returns:
-        None for the run's own recipe. For a recipe that trains longer: the ``recipe_digest``,
-        ``num_train_epochs`` and ``max_steps`` of the run so far.
+        None for the run's own recipe. For a recipe that trains longer: what the run was so far.
 
     Raises:
         UsageError: there is no run, another key of the recipe differs, or the run would be shorter.
@@ -47,14 +47,13 @@ def _recorded_digest(path: Path) -> str | None:
     recipe = path / "recipe.yaml"
     if (path / "run.json").is_file():
         try:
-            found: str | None = load_record(path).get("recipe_digest")
+            return load_run(path).recipe_digest
         except FileFormatError as error:
             raise FileFormatError(
                 error.what,
                 where=error.where,
                 fix=f"remove it; --resume then reads {recipe.name} instead",
             ) from error
-        return found
     if not recipe.is_file():
         raise UsageError(f"{path} holds no run to resume", where="output_dir")
     return digest(_load(recipe))
@@ -67,7 +66,7 @@ def _load(file: Path) -> Recipe:
         raise FileFormatError("recipe.yaml is damaged", where=str(file)) from error
 
 
-def _extension(path: Path, recorded: str | None, recipe: Recipe) -> dict[str, Any]:
+def _extension(path: Path, recorded: str | None, recipe: Recipe) -> Extension:
     """Return what the run was before it is extended; refuse any other change."""
     before = _load(path / "recipe.yaml")
     then, now = dict(_leaves(to_plain(before))), dict(_leaves(to_plain(recipe)))
@@ -87,11 +86,11 @@ def _extension(path: Path, recorded: str | None, recipe: Recipe) -> dict[str, An
         )
     for key in differing:
         _check_longer(path, key, then, now)
-    return {
-        "recipe_digest": recorded,
-        "num_train_epochs": before.train.num_train_epochs,
-        "max_steps": before.train.max_steps,
-    }
+    return Extension(
+        recipe_digest=recorded,
+        num_train_epochs=before.train.num_train_epochs,
+        max_steps=before.train.max_steps,
+    )
 
 
 def _check_longer(path: Path, key: str, then: dict[str, Any], now: dict[str, Any]) -> None:

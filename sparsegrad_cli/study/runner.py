@@ -89,8 +89,8 @@ class Comparison:
             "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
             "seeds": list(study.study.seeds),
             "figures": [figure.model_dump() for figure in study.study.figures],
-            "environment": collect(),
-            "git": git_state(Path.cwd()),
+            "environment": collect().to_json(),
+            "git": git_state(Path.cwd()).to_json(),
         }
 
     def run(self) -> dict[str, Any]:

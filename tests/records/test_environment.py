@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -10,10 +9,11 @@ import pytest
 import torch
 
 from sparsegrad_cli.records import environment
+from sparsegrad_cli.records.run import GitBlock
 
 
 def test_collect_is_the_environment_block() -> None:
-    found = json.loads(json.dumps(environment.collect("cpu")))
+    found = environment.collect("cpu").to_json()
     assert found["python"] == platform.python_version()
     assert found["device"] == "cpu" and found["device_name"] is None
     assert found["threads"] == torch.get_num_threads()
@@ -21,7 +21,7 @@ def test_collect_is_the_environment_block() -> None:
     assert set(found["packages"]) == set(environment.PACKAGES)
     assert found["cpu"] and found["platform"]
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert environment.collect()["device"] == expected
+    assert environment.collect().device == expected
 
 
 def test_a_package_that_is_missing_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     git(tmp_path, "init")
-    assert environment.git_state(tmp_path) == {"commit": None, "dirty": False}
+    assert environment.git_state(tmp_path) == GitBlock(commit=None, dirty=False)
     file = tmp_path / "a.txt"
     file.write_text("one")
     git(tmp_path, "add", "a.txt")
@@ -50,14 +50,14 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run.json").write_text("{}")  # untracked: not a change
     state = environment.git_state(tmp_path / "runs")
-    assert state["dirty"] is False and len(state["commit"]) == 40
+    assert state.dirty is False and len(state.commit or "") == 40
     file.write_text("two")
-    assert environment.git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+    assert environment.git_state(tmp_path) == state.changed(dirty=True)
 
 
 def test_git_state_elsewhere_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    unknown = {"commit": None, "dirty": None}
+    unknown = GitBlock(commit=None, dirty=None)
     assert environment.git_state(tmp_path) == unknown
     assert environment.git_state(tmp_path / "missing") == unknown
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
