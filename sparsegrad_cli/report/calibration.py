@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from functools import partial
 
 from sparsegrad_cli.records.run import (
     CalibrationBlock,
+    ComparedBlock,
     EnergyBlock,
-    EnergyRow,
     EnergyShares,
     RunRecord,
     Spectrum,
@@ -25,6 +25,8 @@ from sparsegrad_cli.report.units import (
     format_share,
     words,
 )
+
+NamedShares = tuple[str, EnergyShares | SupportShares]
 
 _ENERGY = (
     "How much of the squared norm of a gradient a given number of its entries hold, measured on "
@@ -58,7 +60,7 @@ def calibration_blocks(run: RunRecord, *, with_facts: bool) -> list[Block | None
     return [
         Facts("Cost", calibration_facts(run)) if with_facts else None,
         support_energy(run),
-        Figure(lambda: run_charts.energy_bars(_shares(run)), _ENERGY),
+        Figure(lambda: run_charts.energy_bars(_shown_shares(run)), _ENERGY),
         energy_by_kind(run),
         energy_by_target(run),
         Figure(lambda: run_charts.gradient_maps(found.heat_map), _HEAT + target),
@@ -97,102 +99,73 @@ def _energy(run: RunRecord) -> EnergyBlock:
     return calibration.energy or EnergyBlock()
 
 
-def support_means(run: RunRecord) -> Mapping[str, SupportShares]:
-    """Return by layer kind the shares in the trained support and in the best in hindsight."""
-    compared = _energy(run).compared
-    return compared.mean_by_kind if compared else {}
+def _compared(run: RunRecord) -> ComparedBlock:
+    return _energy(run).compared or ComparedBlock()
+
+
+def _share_columns(labels: Mapping[str, str]) -> list[Column[NamedShares]]:
+    """Return one column for each field of the shares, in percent."""
+    return [Column(label, partial(_share, key)) for key, label in labels.items()]
+
+
+def _share(key: str, row: NamedShares) -> str:
+    return format_percent(getattr(row[1], key))
 
 
 def support_energy(run: RunRecord) -> Table | None:
     """Return the energy in the trained support beside the best in hindsight, with a verdict."""
-    means = support_means(run)
-    if not means:
-        return None
-    columns: list[Column[tuple[str, SupportShares]]] = [
+    compared = _compared(run)
+    columns: list[Column[NamedShares]] = [
         Column("kind", lambda row: row[0], words=True),
-        Column("parameters", lambda row: format_count(row[1].count)),
-        *(_support_column(key) for key in SUPPORT_ENERGY),
+        Column("parameters", lambda row: format_count(getattr(row[1], "count", None))),
+        *_share_columns(SUPPORT_ENERGY),
     ]
-    compared = _energy(run).compared
-    notes = [compared.verdict] if compared and compared.verdict else []
+    notes = [compared.verdict] if compared.verdict else []
     caption = "Energy of held-out gradients in the same number of parameters of a target, %"
-    return Table.of(list(means.items()), columns, caption, notes)
+    rows: list[NamedShares] = list(compared.mean_by_kind.items())
+    return Table.of(rows, columns, caption, notes) if rows else None
 
 
-def _support_column(key: str) -> Column[tuple[str, SupportShares]]:
-    return Column(SUPPORT_ENERGY[key], lambda row: format_percent(getattr(row[1], key)))
-
-
-def energy_columns(run: RunRecord) -> list[str]:
-    """Return the bases that were compared, worst first.
+def _bases(run: RunRecord) -> dict[str, str]:
+    """Return the bases that were compared, worst first: field -> label.
 
     Empty where bases are truncated and :func:`support_energy` has a table: the largest entries of
     a truncated core do not compare with those of a whole matrix.
     """
-    energy = _energy(run)
-    rows: list[EnergyShares] = [*energy.rows, *energy.mean_by_kind.values()]
-    found = [key for key in ENERGY if any(getattr(row, key) is not None for row in rows)]
-    return [] if "whole_core" in found and support_means(run) else found
-
-
-def kind_means(run: RunRecord) -> dict[str, dict[str, float]]:
-    """Return layer kind -> basis -> mean share, made from the rows where it is not recorded."""
-    energy = _energy(run)
-    groups: dict[str, Sequence[EnergyShares]] = {k: [v] for k, v in energy.mean_by_kind.items()}
-    if not groups:
-        kinds = dict.fromkeys(row.kind for row in energy.rows)
-        groups = {kind: [row for row in energy.rows if row.kind == kind] for kind in kinds}
-    return {
-        kind: {
-            key: fmean(values)
-            for key in ENERGY
-            if (values := [v for row in rows if (v := getattr(row, key)) is not None])
-        }
-        for kind, rows in groups.items()
-    }
+    rows = _energy(run).rows
+    found = {k: v for k, v in ENERGY.items() if any(getattr(row, k) is not None for row in rows)}
+    return {} if "whole_core" in found and _compared(run).mean_by_kind else found
 
 
 def energy_by_kind(run: RunRecord) -> Table | None:
     """Return the means over the targets of a kind, by basis."""
-    keys, means = energy_columns(run), kind_means(run)
-    if not keys or not means:
-        return None
-    header = ("kind", *(ENERGY[key] for key in keys))
-    rows = [
-        (kind, *(format_percent(shares.get(key)) for key in keys)) for kind, shares in means.items()
-    ]
-    return Table(_energy_caption(run), header, rows, (True, *(False for _ in keys)))
-
-
-def _shares(run: RunRecord) -> dict[str, dict[str, float]]:
-    """Return the shares that the figure shows: layer kind -> label -> share."""
-    if support_means(run):
-        return {
-            kind: {label: getattr(means, key) or 0.0 for key, label in SUPPORT_ENERGY.items()}
-            for kind, means in support_means(run).items()
-        }
-    keys = energy_columns(run)
-    return {
-        kind: {ENERGY[key]: means[key] for key in keys if key in means}
-        for kind, means in kind_means(run).items()
-    }
+    bases, rows = _bases(run), list[NamedShares](_energy(run).mean_by_kind.items())
+    kind: Column[NamedShares] = Column("kind", lambda row: row[0], words=True)
+    columns = [kind, *_share_columns(bases)]
+    return Table.of(rows, columns, _energy_caption(run)) if bases and rows else None
 
 
 def energy_by_target(run: RunRecord) -> Table | None:
-    """Return one row a target."""
-    keys, rows = energy_columns(run), _energy(run).rows
-    if not keys or not rows:
-        return None
-
-    def share(key: str) -> Column[EnergyRow]:
-        return Column(ENERGY[key], lambda row: format_percent(getattr(row, key)))
-
-    columns: list[Column[EnergyRow]] = [
-        Column("target", lambda row: row.target, words=True),
-        Column("kind", lambda row: row.kind, words=True),
-        *(share(key) for key in keys),
+    """Return one row a target, by basis."""
+    bases, rows = _bases(run), [(row.target, row) for row in _energy(run).rows]
+    columns: list[Column[NamedShares]] = [
+        Column("target", lambda row: row[0], words=True),
+        Column("kind", lambda row: getattr(row[1], "kind", ""), words=True),
+        *_share_columns(bases),
     ]
-    return Table.of(rows, columns, _energy_caption(run), folded="Energy of every target")
+    caption, folded = _energy_caption(run), "Energy of every target"
+    return Table.of(rows, columns, caption, folded=folded) if bases else None
+
+
+def _shown_shares(run: RunRecord) -> dict[str, dict[str, float]]:
+    """Return the shares that the figure shows: layer kind -> label -> share."""
+    compared = _compared(run).mean_by_kind
+    labels = SUPPORT_ENERGY if compared else _bases(run)
+    means: Mapping[str, EnergyShares | SupportShares] = compared or _energy(run).mean_by_kind
+    return {
+        kind: {label: getattr(shares, key) or 0.0 for key, label in labels.items()}
+        for kind, shares in means.items()
+    }
 
 
 def _energy_caption(run: RunRecord) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from sparsegrad_cli.report.units import NOT_RECORDED
 
@@ -31,7 +31,6 @@ class Fact:
 class Facts:
     """Headline figures, under a caption where the form needs one."""
 
-    kind: ClassVar[str] = "facts"
     caption: str
     facts: Sequence[Fact]
 
@@ -67,7 +66,6 @@ class Table:
         folded: the summary under which a page folds the table. Folded tables are left out of LaTeX.
     """
 
-    kind: ClassVar[str] = "table"
     caption: str
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -136,7 +134,6 @@ class Figure:
         missing: a line in place of a figure that has nothing to draw.
     """
 
-    kind: ClassVar[str] = "figure"
     draw: Callable[[], str | None]
     caption: str
     missing: str = ""
@@ -146,7 +143,6 @@ class Figure:
 class Paragraph:
     """Plain text; dim for remarks."""
 
-    kind: ClassVar[str] = "paragraph"
     text: str
     dim: bool = False
 
@@ -155,7 +151,6 @@ class Paragraph:
 class Labelled:
     """A value after its label on one line."""
 
-    kind: ClassVar[str] = "labelled"
     label: str
     value: str
     bad: bool = False
@@ -165,7 +160,6 @@ class Labelled:
 class Bullets:
     """A list of remarks."""
 
-    kind: ClassVar[str] = "bullets"
     lines: Sequence[str]
 
 
@@ -173,7 +167,6 @@ class Bullets:
 class Verdict:
     """The conclusions of a study, set apart."""
 
-    kind: ClassVar[str] = "verdict"
     lines: Sequence[str]
 
 
@@ -188,7 +181,6 @@ class Check(NamedTuple):
 class Checks:
     """The fairness checks of a study."""
 
-    kind: ClassVar[str] = "checks"
     checks: Sequence[Check]
 
 
@@ -196,7 +188,6 @@ class Checks:
 class Answers:
     """What the models of a study answered to the same questions."""
 
-    kind: ClassVar[str] = "answers"
     content: SideBySide
 
 

@@ -62,8 +62,9 @@ def render(document: Document, form: Form) -> str:
 
     def drawn(blocks: Sequence[Block | None]) -> list[Markup]:
         """Return the blocks that have content in this form."""
-        parts = [getattr(macros, block.kind)(block).strip() for block in blocks if block]
-        return [part for part in parts if part]
+        shown = [block for block in blocks if block is not None]
+        parts = [getattr(macros, type(block).__name__.lower())(block) for block in shown]
+        return [part.strip() for part in parts if part.strip()]
 
     sections = [
         (section, parts)

@@ -189,7 +189,7 @@ def gradient_maps(found: HeatMap | None) -> str | None:
 
 def sparsity_map(found: SparsityBlock | None) -> str | None:
     """Draw the share of each block of the middle target's matrix that changed."""
-    return sparsity_maps([("", found)], Canvas(3.2, width=4.6)) if found else None
+    return sparsity_maps([("", found)], Canvas(3.2)) if found else None
 
 
 def sparsity_maps(found: Sequence[tuple[str, SparsityBlock]], canvas: Canvas) -> str | None:

@@ -28,13 +28,13 @@ from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.report.labels import status_words
 from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
 from sparsegrad_cli.report.provenance import provenance
-from sparsegrad_cli.report.published import published_table
 from sparsegrad_cli.report.scores import (
     METHOD,
     difference_words,
     few_seeds,
     note_words,
     overview_table,
+    published_table,
     reference_of,
     rows_of,
     score_table,

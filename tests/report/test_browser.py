@@ -1,4 +1,4 @@
-"""Reports as a browser shows them: on a desk and on a phone, by day and by night, and on paper."""
+"""Reports as a browser shows them: on a desk and on a phone, light and dark, and on paper."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, find_browser
-from samples import compare_record, run_of, run_record, study_of, study_record
+from samples import run_of, run_record, study_of, study_record
 
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.run import run_document
@@ -23,12 +23,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
 
 @pytest.fixture(scope="module")
 def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run, a comparison with a failed cell, and a study with every section there is."""
+    """A run, and a study with every section there is."""
     folder = tmp_path_factory.mktemp("pages")
-    found = {name: folder / f"{name}.html" for name in ("run", "compare", "study")}
+    found = {name: folder / f"{name}.html" for name in ("run", "study")}
     documents = {
         "run": run_document(run_of(run_record())),
-        "compare": study_document(study_of(compare_record())),
         "study": study_document(study_of(study_record())),
     }
     for name, path in found.items():
@@ -36,7 +35,7 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "study"])
+@pytest.mark.parametrize("name", ["run", "study"])
 def test_nothing_runs_out_of_the_window(
     browser: Browser, pages: dict[str, Path], name: str
 ) -> None:
@@ -46,22 +45,21 @@ def test_nothing_runs_out_of_the_window(
         assert found["text"] >= 8, (width, found)  # legible: drawings scroll, they do not shrink
 
 
-def test_day_and_night(browser: Browser, pages: dict[str, Path]) -> None:
-    for width in (PHONE, DESK):
-        light = browser.picture(pages["study"], width, 1500, dark=False)
-        dark = browser.picture(pages["study"], width, 1500, dark=True)
-        assert light.shape == dark.shape == (1500, width, 3)
-        # Paper and ink trade places: most of a page is paper, and some of it is ink.
-        assert np.median(light) > 0.95 and np.median(dark) < 0.15
-        assert light.min() < 0.3 and dark.max() > 0.7
+def test_light_and_dark(browser: Browser, pages: dict[str, Path]) -> None:
+    light = browser.picture(pages["study"], PHONE, 1500, dark=False)
+    dark = browser.picture(pages["study"], PHONE, 1500, dark=True)
+    assert light.shape == dark.shape == (1500, PHONE, 3)
+    # Paper and ink trade places: most of a page is paper, and some of it is ink.
+    assert np.median(light) > 0.95 and np.median(dark) < 0.15
+    assert light.min() < 0.3 and dark.max() > 0.7
 
 
-def test_paper(browser: Browser, pages: dict[str, Path]) -> None:
+def test_printing(browser: Browser, pages: dict[str, Path]) -> None:
     assert 1 <= browser.pdf_pages(pages["run"]) <= 8
     assert 2 <= browser.pdf_pages(pages["study"]) <= 14
 
 
-def test_a_measure_that_can_fail(browser: Browser, tmp_path: Path) -> None:
+def test_the_measure_of_these_tests_can_fail(browser: Browser, tmp_path: Path) -> None:
     wide = tmp_path / "wide.html"
     wide.write_text(
         '<body style="margin:0"><p style="width:700px">wide</p>'

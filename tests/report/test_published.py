@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from samples import study_of, study_record
 
-from sparsegrad_cli.report.published import published_table
+from sparsegrad_cli.report.scores import published_table
 from sparsegrad_cli.report.units import NOT_RECORDED
 
 RTE, COLA = "glue/rte", "glue/cola"
