@@ -21,7 +21,7 @@ from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from sparsegrad_cli.estimate.estimate_steps import Room
-    from sparsegrad_cli.estimate.rehearsal import Kernels
+    from sparsegrad_cli.estimate.fake_run import Kernels
     from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 
 
@@ -81,7 +81,7 @@ def estimate(
     from rich.console import Console
 
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.estimate.rehearsal import Conditions
+    from sparsegrad_cli.estimate.fake_run import Conditions
     from sparsegrad_cli.io.atomic import without_nan
     from sparsegrad_cli.records.estimate import EstimateRecord
     from sparsegrad_cli.report.estimate import estimate_screen

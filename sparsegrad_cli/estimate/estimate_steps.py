@@ -1,7 +1,7 @@
-"""What a training step will need, before anything is downloaded but a configuration.
+"""Estimate the memory of a training step from a model's configuration alone.
 
-One row a recipe: the peak of forward, backward and optimizer by category, counted in a rehearsal
-(:mod:`sparsegrad_cli.estimate.rehearsal`); and, for a given device, the largest batch that fits.
+One row per recipe: the peak of forward, backward and optimizer by category, counted in a fake
+(:mod:`sparsegrad_cli.estimate.fake_run`); and, for a given device, the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.estimate.fit import MOST, largest_batch
-from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
-from sparsegrad_cli.estimate.stand_ins import mask_of, name_task
+from sparsegrad_cli.estimate.fake_model import mask_of, name_task
+from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
+from sparsegrad_cli.estimate.search import MOST, largest_batch
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
@@ -28,7 +28,7 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.tasks.precision import check_precision
 
-# Of a recipe's train section, what memory depends on.
+# Keys of a recipe's train section that memory depends on.
 _TRAIN = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -44,8 +44,8 @@ class Room:
     """A device's memory.
 
     Attributes:
-        total_bytes: what it has.
-        overhead_bytes: what is taken before any tensor is: the context, kernels, workspaces.
+        total_bytes: its size.
+        overhead_bytes: taken before the first tensor: the context, kernels, workspaces.
     """
 
     total_bytes: int
@@ -53,7 +53,7 @@ class Room:
 
     @property
     def for_tensors(self) -> int:
-        """What is left for tensors."""
+        """Bytes left for tensors."""
         return self.total_bytes - self.overhead_bytes
 
 
@@ -67,19 +67,19 @@ def estimate_steps(
     room: Room | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Peaks of a training step of every recipe.
+    """Return the peaks of a training step of every recipe.
 
     Args:
         cells: label and recipe of every row.
-        conditions: what is supposed beside the recipes.
+        conditions: what is assumed beside the recipes.
         room: also find the largest batch that fits there.
-        observer: told of each row before its rehearsal.
+        observer: told of each row before it is counted.
 
     Returns:
         The record that ``--json`` prints: ``conditions``, ``room``, ``rows``, ``seconds``.
 
     Raises:
-        UsageError, DownloadError, FileFormatError: a recipe that no step can be made of.
+        UsageError, DownloadError, FileFormatError: a step of a recipe cannot be made.
     """
     observer = observer or Observer()
     started = time.perf_counter()
@@ -101,7 +101,7 @@ def estimate_steps(
 
 
 def what_memory_depends_on(recipe: Recipe) -> str:
-    """Two recipes of which it is equal need the same memory in a step."""
+    """Return a text that is equal for recipes that need the same memory in a step."""
     plain = to_plain(recipe)
     train = {key: plain["train"][key] for key in _TRAIN}
     kept = ("model", "task", "method", "targets", "scope", "calibration")
@@ -110,7 +110,7 @@ def what_memory_depends_on(recipe: Recipe) -> str:
 
 def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dict[str, Any]:
     started = time.perf_counter()
-    check_rehearsable(loaded.recipe)
+    check_countable(loaded.recipe)
     config, source = configuration_of(loaded.recipe.model)
     notes = name_task(loaded.recipe, config)
     length, cut = fitting_length(loaded.recipe.task.max_length, config)
@@ -119,30 +119,30 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
     loaded, autocast = _with_autocast(loaded)
     notes += [*autocast, *left_out(loaded.recipe)]
     if loaded.recipe.train.gradient_accumulation_steps > 1:
-        notes.append("gradients of earlier micro-batches are there in forward and backward")
+        notes.append("gradients of earlier micro-batches are in memory in forward and backward")
     recipe, train = loaded.recipe, loaded.recipe.train
-    rehearsal = Rehearsal(loaded, config, conditions)
+    fake = FakeRun(loaded, config, conditions)
     size = train.per_device_train_batch_size
     with frozen_gc():
-        meter = rehearsal.step(size, length)
-        step = _step(meter, rehearsal.weights_bytes)
-        fit = None if room is None else _fit(rehearsal, length, room, {size: step["peak_bytes"]})
+        meter = fake.step(size, length)
+        step = _step(meter, fake.weights_bytes)
+        fit = None if room is None else _fit(fake, length, room, {size: step["peak_bytes"]})
         own = recipe.calibration.batch_size or size
-        calibration = rehearsal.calibration(own)
-        evaluation = rehearsal.evaluation(train.per_device_eval_batch_size, length)
+        calibration = fake.calibration(own)
+        evaluation = fake.evaluation(train.per_device_eval_batch_size, length)
     return {
         "model": {
             "name": recipe.model.name,
             "configuration": source,
-            "parameters": rehearsal.parameters,
+            "parameters": fake.parameters,
             "dtype": recipe.model.dtype,
         },
         "method": recipe.method.model_dump(exclude_none=True),
         "counts": {
-            "trainable_targets": rehearsal.prepared.counts.trainable_targets,
-            "trainable_head": rehearsal.prepared.counts.trainable_head,
-            "trainable_rest": rehearsal.prepared.counts.trainable_rest,
-            "note": rehearsal.prepared.counts.note,
+            "trainable_targets": fake.prepared.counts.trainable_targets,
+            "trainable_head": fake.prepared.counts.trainable_head,
+            "trainable_rest": fake.prepared.counts.trainable_rest,
+            "note": fake.prepared.counts.note,
         },
         "batch_shape": [size, length],
         "mask": mask_of(recipe, padded=conditions.padded),
@@ -154,18 +154,22 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
         "evaluate_peak_bytes": _bytes(evaluation.peak("evaluate")),
         "evaluate_batch": train.per_device_eval_batch_size,
         "fit": fit,
-        "notes": [*notes, *rehearsal.notes],
+        "notes": [*notes, *fake.notes],
         "seconds": time.perf_counter() - started,
     }
 
 
-def check_rehearsable(recipe: Recipe) -> None:
-    """Raises UsageError where a step cannot be rehearsed."""
+def check_countable(recipe: Recipe) -> None:
+    """Check that the memory of a recipe can be counted on fake tensors.
+
+    Raises:
+        UsageError: the base is quantized.
+    """
     if recipe.model.quantization is not None:
         raise UsageError(
-            "a quantized base cannot be rehearsed: bitsandbytes packs real numbers only",
+            "a quantized base cannot be estimated: bitsandbytes packs real numbers only",
             where="model.quantization",
-            fix="leave it out here; docs/quantized.md says what the weights then take",
+            fix="leave it out here; docs/quantized.md says how much memory the weights then take",
         )
 
 
@@ -174,11 +178,11 @@ def _bytes(peak: PhasePeak | None) -> int | None:
 
 
 def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
-    """The phase of the step that needs most, its categories, and every phase's peak."""
+    """Return the phase with the highest peak, its categories, and the peak of every phase."""
     peaks = {name: peak for name in STEP if (peak := meter.peak(name)) is not None}
     highest = max(peaks, key=lambda name: peaks[name].peak_bytes)
     categories = dict(peaks[highest].categories)
-    # What the method has added to the model: values of an adapter, positions of a support.
+    # What the method added to the model: values of an adapter, positions of a support.
     categories["adapter"] = categories["weights"] - weights_bytes
     categories["weights"] = weights_bytes
     return {
@@ -190,23 +194,23 @@ def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
     }
 
 
-def _fit(rehearsal: Rehearsal, length: int, room: Room, known: Mapping[int, int]) -> dict[str, Any]:
-    """The largest batch at which both the step and the calibration before it fit.
+def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> dict[str, Any]:
+    """Return the largest batch at which the step and the calibration before it both fit.
 
-    ``known`` peaks of steps need no rehearsal. Calibration keeps its own batch where the recipe
+    ``known`` peaks of steps are not counted again. Calibration keeps its own batch where the recipe
     sets one. ``limited_by`` says which of the two needs too much at the next larger batch.
     """
-    own, taken = rehearsal.recipe.calibration.batch_size, room.for_tensors
+    own, taken = fake.recipe.calibration.batch_size, room.for_tensors
 
     @functools.cache
     def calibration(size: int) -> int:
-        return _bytes(rehearsal.calibration(size)) or 0
+        return _bytes(fake.calibration(size)) or 0
 
     @functools.cache
     def step(size: int) -> int:
         if size in known:
             return known[size]
-        meter = rehearsal.step(size, length)
+        meter = fake.step(size, length)
         return max(p.peak_bytes for name in STEP if (p := meter.peak(name)) is not None)
 
     def peak(size: int) -> int:
@@ -222,28 +226,28 @@ def _fit(rehearsal: Rehearsal, length: int, room: Room, known: Mapping[int, int]
 
 
 def changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:
-    """The recipe with other settings in one of its sections."""
+    """Return the recipe with other settings in one of its sections."""
     before = getattr(loaded.recipe, section)
     changed = loaded.recipe.model_copy(update={section: before.model_copy(update=settings)})
     return replace(loaded, recipe=changed)
 
 
 def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
-    """A recipe that `train` takes: weights that train beside half-precision ones need autocast."""
+    """Switch on the autocast without which `train` refuses weights that train in half precision."""
     try:
         check_precision(loaded)
     except UsageError:
         switch = "bf16" if loaded.recipe.model.dtype == "bfloat16" else "fp16"
-        note = f"train.{switch}: true supposed, without which `train` refuses this method"
+        note = f"train.{switch}: true assumed, without which `train` refuses this method"
         return changed(loaded, "train", **{switch: True}), [note]
     return loaded, []
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """What a rehearsal of the recipe leaves out, in words."""
+    """Return what a fake run of the recipe leaves out, as notes."""
     notes = []
     if recipe.train.torch_compile:
-        notes.append("train.torch_compile is left out: what a compiler fuses is not known here")
+        notes.append("train.torch_compile is left out: what a compiler fuses is unknown here")
     if recipe.train.label_smoothing_factor:
         notes.append("train.label_smoothing_factor is left out")
     return notes

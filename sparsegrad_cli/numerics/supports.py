@@ -1,4 +1,4 @@
-"""Which entries: exact counts, whatever the ties and the signs."""
+"""Choose entries of a matrix: exact counts, whatever the ties and the signs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsegrad_cli.numerics.hosvd import Basis
 
 
 def largest_entries(values: Tensor, count: int) -> Tensor:
-    """Flat positions of the ``count`` entries of largest magnitude, ascending, exactly ``count``.
+    """Return flat positions of the ``count`` entries of largest magnitude, ascending.
 
     A threshold (``abs(v) >= quantile``) takes more than ``count`` entries where values tie, and
     one on the signed value misses the negative ones; a selection by rank does neither.
@@ -42,10 +42,10 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
 
 
 # An operator, not a function: torch then knows what shape comes out without looking at values, and
-# a step can be rehearsed on shapes alone (estimate/fake_tensors.py).
+# a step can run on fake tensors (estimate/fake_tensors.py).
 @torch.library.custom_op("sparsegrad::largest_unsorted", mutates_args=(), device_types="cpu")
 def _largest_unsorted(flat: Tensor, count: int) -> Tensor:
-    """Positions of the ``count`` largest of (n,) float32 or float64 numbers, in any order."""
+    """Return positions of the ``count`` largest of (n,) float32 or float64, in any order."""
     array = flat.numpy()
     return torch.from_numpy(np.argpartition(array, array.size - count)[array.size - count :])
 
@@ -56,18 +56,18 @@ def _(flat: Tensor, count: int) -> Tensor:
 
 
 def bounded(capacity: float | None, count: int, room: int) -> int | None:
-    """Entries that may have optimizer state: ``capacity`` times ``count``, within what there is."""
+    """Return how many entries may have optimizer state, at most ``room``; None for all."""
     return None if capacity is None else min(room, round(capacity * count))
 
 
 def energy_share(matrix: Tensor, fraction: float, whole: Tensor | None = None) -> float:
-    """Share of the squared entries that the largest ``fraction`` of entries hold, 0 to 1.
+    """Return the share of the squared entries that the largest ``fraction`` holds, 0 to 1.
 
     Args:
         matrix: any shape.
         fraction: of the entries of ``whole``.
-        whole: what ``matrix`` is a part of (a gradient of which it is a truncated core); itself by
-            default.
+        whole: what ``matrix`` is a part of, such as the gradient whose truncated core it is; by
+            default itself.
     """
     whole = matrix if whole is None else whole
     count = min(matrix.numel(), max(1, round(fraction * whole.numel())))
@@ -79,7 +79,7 @@ def energy_share(matrix: Tensor, fraction: float, whole: Tensor | None = None) -
 
 
 def spectral_scores(basis: Basis) -> Tensor:
-    """(r_out, r_in) product of the singular values of either side.
+    """Return the (r_out, r_in) products of the singular values of both sides.
 
     With Grams over tokens, sum g'g and sum x'x, the square of this is, if g and x are independent
     (a Kronecker-factored second moment), the number of tokens times the summed square of a core
@@ -89,7 +89,7 @@ def spectral_scores(basis: Basis) -> Tensor:
 
 
 def comparable_scores(score: Tensor, tokens: Tensor | None, sharing: int = 1) -> Tensor:
-    """Turn spectral scores of a target into ones that compare with those of other targets.
+    """Scale the spectral scores of a target so that they compare with those of other targets.
 
     With n tokens, h = g Q_out and u = x Q_in, the summed square of an entry of the core is
 
@@ -101,7 +101,7 @@ def comparable_scores(score: Tensor, tokens: Tensor | None, sharing: int = 1) ->
     Args:
         score: s_i s_j (:func:`spectral_scores`).
         tokens: n, the live tokens behind s; None leaves the scores as they are.
-        sharing: targets whose sums are in s together: each has its share of them.
+        sharing: number of targets whose sums are in s together; each has its share of them.
     """
     if tokens is None:
         return score
@@ -109,7 +109,7 @@ def comparable_scores(score: Tensor, tokens: Tensor | None, sharing: int = 1) ->
 
 
 def allocate(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The ``count`` best entries over all targets at once, at least one in each.
+    """Choose the ``count`` best entries over all targets at once, at least one in each.
 
     Args:
         scores: per target, any shape; comparable across targets.

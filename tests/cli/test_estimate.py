@@ -140,7 +140,7 @@ def test_the_papers_recipe_needs_no_download(cli: Cli) -> None:
         (("task=builtin:dialogues",), "needs a causal language model"),
         (("targets.blocks=[7]",), "blocks with targets: 0 to 0"),
         (("task.name=glue/nothing",), "unknown task"),
-        (("model.quantization=8bit",), "cannot be rehearsed"),
+        (("model.quantization=8bit",), "cannot be estimated"),
     ],
 )
 def test_bad_input_is_one_clear_error(

@@ -15,7 +15,7 @@ from talkers import byte_tokenizer
 from tiny import build, one_thread
 
 from sparsegrad_cli.estimate.estimate_steps import estimate_steps
-from sparsegrad_cli.estimate.rehearsal import Conditions, Kernels
+from sparsegrad_cli.estimate.fake_run import Conditions, Kernels
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.training.train import train as train_recipe
 

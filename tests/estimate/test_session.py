@@ -13,7 +13,7 @@ from chats import smollm2_tokenizer
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.estimate.estimate_steps import Room, estimate_steps
-from sparsegrad_cli.estimate.rehearsal import Conditions, Rehearsal
+from sparsegrad_cli.estimate.fake_run import Conditions, FakeRun
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.pretrained import load_configuration
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
@@ -82,14 +82,14 @@ def test_step_and_calibration_both_fit_and_the_limit_is_named(
 ) -> None:
     loaded, room = recipe(tiny, *CORE), Room(4 * 2**20, 2**20)
     if limit == "calibration":  # of a model that needs twice as much there
-        theirs = Rehearsal.calibration
+        theirs = FakeRun.calibration
 
-        def twice(self: Rehearsal, size: int) -> Any:
+        def twice(self: FakeRun, size: int) -> Any:
             peak = theirs(self, size)
             assert peak is not None
             return replace(peak, peak_bytes=2 * peak.peak_bytes)
 
-        monkeypatch.setattr(Rehearsal, "calibration", twice)
+        monkeypatch.setattr(FakeRun, "calibration", twice)
     found = row(loaded, room)
     batch = found["fit"]["batch"]
     assert batch > SIZE and found["fit"]["limited_by"] == limit

@@ -1,1 +1,1 @@
-"""Budgets of a comparison: what each method's size has to be, so that all spend the same."""
+"""Budgets of a comparison: the size at which each method takes the same."""

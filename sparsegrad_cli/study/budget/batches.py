@@ -1,4 +1,4 @@
-"""Batches under a budget of memory: cut up only where nothing else helps."""
+"""Smaller batches under a budget of memory, where no size of the method fits without."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sparsegrad_cli.study.budget.counting import Counting
 
 
 def largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int | None:
-    """The recipe's own batch, or the largest that divides it at which a step fits."""
+    """Return the recipe's batch, or the largest divisor of it at which a step fits."""
     whole = loaded.recipe.train.per_device_train_batch_size
     batches = divisors(whole) if loaded.recipe.method.splits_batches else [whole]
     return next((b for b in batches if counting.step(at_batch(loaded, b)) <= room), None)
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, the largest first."""
+    """Return all divisors, the largest first."""
     small = [part for part in range(1, math.isqrt(number) + 1) if number % part == 0]
     return sorted({*small, *(number // part for part in small)}, reverse=True)
 
 
 def at_batch(loaded: LoadedRecipe, batch: int) -> LoadedRecipe:
-    """With a smaller batch and as many more of them accumulated; calibration keeps its own."""
+    """Return the recipe with a smaller batch and more accumulation; calibration keeps its batch."""
     train, section = loaded.recipe.train, loaded.recipe.calibration
     whole = train.per_device_train_batch_size
     if batch == whole:
@@ -38,12 +38,12 @@ def at_batch(loaded: LoadedRecipe, batch: int) -> LoadedRecipe:
 
 
 def calibrated(loaded: LoadedRecipe, counting: Counting, room: float) -> LoadedRecipe | None:
-    """With the largest batch of calibration that fits, and steps for as many examples."""
+    """Return the recipe with the largest calibration batch that fits; None if none does."""
     return next((at for at in calibrations(loaded) if counting.calibration(at) <= room), None)
 
 
 def calibrations(loaded: LoadedRecipe) -> list[LoadedRecipe]:
-    """Its calibration at each batch that it may have, the recipe's own first."""
+    """Return the recipe at each calibration batch that divides its own, with steps to match."""
     section = loaded.recipe.calibration
     whole = section.batch_size or loaded.recipe.train.per_device_train_batch_size
     smaller: list[LoadedRecipe] = []

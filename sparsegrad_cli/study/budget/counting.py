@@ -1,4 +1,4 @@
-"""What a recipe's step, optimizer and calibration need, counted in rehearsals; each one once."""
+"""Count what a recipe's step, optimizer and calibration take, each once, in fake runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from sparsegrad_cli.estimate.estimate_steps import (
     changed,
-    check_rehearsable,
+    check_countable,
     left_out,
     what_memory_depends_on,
 )
-from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Kernels, Rehearsal
-from sparsegrad_cli.estimate.shapes import ShapesOnly
-from sparsegrad_cli.estimate.stand_ins import bare_model, name_task
+from sparsegrad_cli.estimate.fake_model import bare_model, name_task
+from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun, Kernels
+from sparsegrad_cli.estimate.fake_tensors import ShapesOnly
 from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.targets import Target, find_targets
@@ -22,32 +22,32 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.tasks.longest_batch import Longest, find_longest
 from sparsegrad_cli.tasks.precision import check_precision
 
-# Bases of the right shapes that cost nothing to make: a step does not know where they came from.
+# Bases of the right shapes that are cheap to make: a step does not depend on their values.
 _ANY_BASIS = {"source": "original", "decomposition": "exact", "score": "spectral", "basis": None}
-_KEPT = 2  # rehearsals that stay ready for another batch
+_KEPT = 2  # fake runs that stay ready for another batch
 
 
 class Counting:
-    """Figures of recipes, and how many rehearsals they took.
+    """Figures of recipes, and the number of fake runs that they took.
 
     Args:
-        kernels: whose kernels save for the backward pass.
+        kernels: the device whose kernels save tensors for the backward pass.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self.rehearsals = 0
         self._kernels = kernels
         self._figures: dict[str, int] = {}
-        self._ready: dict[str, Rehearsal] = {}
+        self._ready: dict[str, FakeRun] = {}
         self._facts: dict[str, tuple[Any, Longest, list[str]]] = {}
         self._targets: dict[str, list[Target]] = {}
 
     def longest(self, loaded: LoadedRecipe) -> Longest:
-        """The longest batch of the recipe's data."""
+        """Return the longest batch of the recipe's data."""
         return self._known(loaded)[1]
 
     def targets(self, loaded: LoadedRecipe) -> list[Target]:
-        """The layers that the recipe adapts, of a model without weights."""
+        """Return the recipe's target modules, found in a model without weights."""
         plain = to_plain(loaded.recipe)
         key = json.dumps([plain["model"], plain["targets"], plain["task"]])
         if key not in self._targets:
@@ -62,27 +62,27 @@ class Counting:
         return TargetShapes.of(loaded, self.targets(loaded))
 
     def step(self, loaded: LoadedRecipe) -> int:
-        """Bytes at the peak of a training step on the longest batch."""
+        """Return the bytes at the peak of a training step on the longest batch."""
         longest = self.longest(loaded)
         size = longest.size(loaded.recipe.train.per_device_train_batch_size)
         padded = longest.padded(loaded.recipe.train.per_device_train_batch_size)
 
         def count() -> int:
-            meter = self._rehearsal(_plain_basis(loaded), padded).step(size, longest.width)
+            meter = self._fake_run(_plain_basis(loaded), padded).step(size, longest.width)
             return max(peak.peak_bytes for name in STEP if (peak := meter.peak(name)) is not None)
 
         return self._figure(f"step {size} {padded}", loaded, count)
 
     def state(self, loaded: LoadedRecipe) -> int:
-        """Bytes of optimizer state, once there is all that there will be."""
+        """Return the bytes of the full optimizer state."""
 
         def count() -> int:
-            return self._rehearsal(_plain_basis(loaded), True).state_bytes
+            return self._fake_run(_plain_basis(loaded), True).state_bytes
 
         return self._figure("state", loaded, count)
 
     def calibration(self, loaded: LoadedRecipe) -> int:
-        """Bytes at the peak of calibration on the longest batch; 0 where nothing calibrates."""
+        """Return the bytes at the peak of calibration on the longest batch; 0 without one."""
         method, longest = loaded.recipe.method, self.longest(loaded)
         if not method.calibrates or loaded.recipe.calibration.basis is not None:
             return 0
@@ -91,35 +91,35 @@ class Counting:
 
         def count() -> int:
             any_size = changed(loaded, "calibration", batch_size=None, steps=1)
-            peak = self._rehearsal(any_size, True).calibration(size)
+            peak = self._fake_run(any_size, True).calibration(size)
             return 0 if peak is None else peak.peak_bytes
 
         return self._figure(f"calibration {size}", loaded, count)
 
     def evaluation(self, loaded: LoadedRecipe) -> int:
-        """Bytes at the peak of an evaluation at the width of the longest training batch."""
+        """Return the bytes at the peak of evaluation at the width of the longest training batch."""
         size, width = loaded.recipe.train.per_device_eval_batch_size, self.longest(loaded).width
 
         def count() -> int:
-            meter = self._rehearsal(_plain_basis(loaded), True).evaluation(size, width)
+            meter = self._fake_run(_plain_basis(loaded), True).evaluation(size, width)
             peak = meter.peak("evaluate")
             return 0 if peak is None else peak.peak_bytes
 
         return self._figure("evaluation", loaded, count)
 
     def notes(self, loaded: LoadedRecipe) -> list[str]:
-        """What a rehearsal of the recipe's step supposes."""
+        """Return what a fake run of the recipe assumes."""
         padded = self.longest(loaded).padded(loaded.recipe.train.per_device_train_batch_size)
-        rehearsal = self._rehearsal(_plain_basis(loaded), padded)
-        return [*self._known(loaded)[2], *rehearsal.notes, *left_out(loaded.recipe)]
+        fake = self._fake_run(_plain_basis(loaded), padded)
+        return [*self._known(loaded)[2], *fake.notes, *left_out(loaded.recipe)]
 
     # --- kept
 
     def _known(self, loaded: LoadedRecipe) -> tuple[Any, Longest, list[str]]:
-        """The model's configuration, told of the task; the longest batch of the data; notes."""
+        """Return the configuration for the task, the longest batch of the data, and notes."""
         recipe, train = loaded.recipe, loaded.recipe.train
         plain = to_plain(recipe)
-        # However a step's examples are cut into batches, the longest of them are the same.
+        # However a step's examples are split into batches, the longest of them are the same.
         examples = train.gradient_accumulation_steps * train.per_device_train_batch_size
         key = json.dumps([plain["model"], plain["task"], examples])
         if key not in self._facts:
@@ -129,7 +129,7 @@ class Counting:
         return self._facts[key]
 
     def _figure(self, what: str, loaded: LoadedRecipe, count: Callable[[], int]) -> int:
-        check_rehearsable(loaded.recipe)
+        check_countable(loaded.recipe)
         check_precision(loaded)
         accumulates = loaded.recipe.train.gradient_accumulation_steps > 1
         key = f"{what} {accumulates} {what_memory_depends_on(loaded.recipe)}"
@@ -137,8 +137,8 @@ class Counting:
             self._figures[key] = count()
         return self._figures[key]
 
-    def _rehearsal(self, loaded: LoadedRecipe, padded: bool) -> Rehearsal:
-        """Ready for a step of any batch: recipes that differ in nothing else share it."""
+    def _fake_run(self, loaded: LoadedRecipe, padded: bool) -> FakeRun:
+        """Return a fake run for any batch; recipes that differ in nothing else share it."""
         config, longest, _ = self._known(loaded)
         fitted = changed(loaded, "task", max_length=longest.width)
         accumulates = fitted.recipe.train.gradient_accumulation_steps > 1
@@ -154,7 +154,7 @@ class Counting:
             conditions = Conditions(kernels=self._kernels, padded=padded)
             while len(self._ready) >= _KEPT:
                 del self._ready[next(iter(self._ready))]
-            self._ready[key] = Rehearsal(same, config, conditions)
+            self._ready[key] = FakeRun(same, config, conditions)
         return self._ready[key]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sparsegrad_cli.estimate.search import largest, largest_in_levels
 from sparsegrad_cli.methods.base import SizeRange, Sizing
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
@@ -22,7 +23,6 @@ from sparsegrad_cli.study.budget.batches import (
     largest_batch,
 )
 from sparsegrad_cli.study.budget.counting import Counting
-from sparsegrad_cli.study.budget.search import largest, largest_in_levels
 
 _SLACK = 1e-3  # share of a byte budget that a number of parameters may leave
 SETTABLE = (

@@ -1,26 +1,28 @@
-"""A study under a budget: every method's size is solved for, and every cell's recipe says it."""
+"""Solve a study under a budget: the size of every method, written into every run's recipe."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sparsegrad_cli.error_mapping import mapped_errors
-from sparsegrad_cli.errors import FileFormatError, RecipeError, SparsegradError
-from sparsegrad_cli.estimate.rehearsal import Kernels
+from sparsegrad_cli.errors import FileFormatError, Problem, RecipeError, SparsegradError
+from sparsegrad_cli.estimate.fake_run import Kernels
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.report.access import mappings, number, text
+from sparsegrad_cli.report.units import format_amount
 from sparsegrad_cli.study.budget.counting import Counting
-from sparsegrad_cli.study.budget.refusals import check_nothing_is_said_twice, too_little
 from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
 from sparsegrad_cli.study.budget_report import MEASURED, TOLERANCE
 from sparsegrad_cli.study.space import with_settings
@@ -40,7 +42,7 @@ def solve_study(
     kernels: Kernels | None = None,
     observer: Observer | None = None,
 ) -> LoadedStudy:
-    """The study with every matched method at the size that its budget allows.
+    """Return the study with every matched method at the size that its budget allows.
 
     Args:
         study: as loaded; one without a budget is given back as it is.
@@ -85,7 +87,7 @@ def solve_study(
 
 
 def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedRecipe:
-    """The recipe with what was picked.
+    """Return the recipe with what was picked.
 
     Raises:
         FileFormatError: it was picked by nobody: compare.json says what no recipe could.
@@ -102,7 +104,7 @@ def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedR
 
 
 def _known(kept: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Question -> the row that answers it, without what its runs took."""
+    """Return question -> the row that answers it, without what its runs took."""
     found = {}
     for row in mappings(kept, "rows"):
         key, picked = row.get("key"), row.get("set")
@@ -112,7 +114,7 @@ def _known(kept: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
 
 
 class _Solver:
-    """Solves rows, each kind of recipe once.
+    """Solve the rows, each kind of recipe once.
 
     Attributes:
         solved: how many questions were not answered before.
@@ -133,11 +135,11 @@ class _Solver:
 
     @property
     def rehearsals(self) -> int:
-        """How many it took."""
+        """The number of fake runs."""
         return self._counting.rehearsals
 
     def rows(self, cells: list[Cell], kept: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-        """The rows of the block, in the order of the cells."""
+        """Return the rows of the block, in the order of the cells."""
         known = _known(kept)
         wanted = {self._key(cell): cell for cell in reversed(cells) if self._matched(cell)}
         todo = [cell for key, cell in reversed(wanted.items()) if key not in known]
@@ -187,7 +189,7 @@ class _Solver:
         return bool(cell.loaded.recipe.method.size_keys & set(self._entries[cell.label].method))
 
     def _key(self, cell: Cell) -> str:
-        """sha256 (hex) of the question: the budget, and what its answer depends on."""
+        """Return the sha256 (hex) of the budget and of everything that its answer depends on."""
         plain = {k: v for k, v in to_plain(cell.loaded.recipe).items() if k not in _NO_MATTER}
         plain["train"] = {k: v for k, v in plain["train"].items() if k != "learning_rate"}
         asked = [*self._asked, self._names_its_size(cell), plain]
@@ -213,3 +215,54 @@ def _kernels(recipe: Recipe) -> Kernels:
     import torch
 
     return "cuda" if torch.cuda.is_available() and not recipe.train.use_cpu else "cpu"
+
+
+def too_little(study: LoadedStudy, budget: Budget, cell: Cell, error: UnreachableError) -> Problem:
+    """Return the problem that not even the smallest size fits, with a budget that would."""
+    kind, place = budget.kind, study.match_place
+    option = place.file == COMMAND_LINE
+    ways = [f"allow {kind}={_enough(budget, error.takes)}", error.fix]
+    if option:
+        ways.append(f"leave {cell.label} out")
+    else:
+        ways.append("`matched: false` in its row, which then runs outside of the budget")
+    return Problem(
+        "--match" if option else "match",
+        f"{budget.text} is too little for {cell.label} on {cell.task}: at its smallest "
+        f"({error.size}) it takes {format_amount(error.takes, kind)}",
+        place.file,
+        place.line,
+        "; or ".join(way for way in ways if way),
+    )
+
+
+def _enough(budget: Budget, takes: float) -> str:
+    """Return the amount, rounded up, as ``match`` writes it."""
+    if budget.in_bytes:
+        unit, name = (2**20, "MiB") if takes >= 2**20 else (2**10, "KiB")
+        return f"{math.ceil(takes / unit)}{name}"
+    return str(math.ceil(takes))
+
+
+def check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
+    """Refuse a size that is set for all runs: the budget picks it.
+
+    Raises:
+        RecipeError: ``settings`` or the command line say ``density`` or ``entries``.
+    """
+    said: dict[str, str] = {}
+    settings = study.study.settings.get("method")
+    for name in ("density", "entries"):
+        if isinstance(settings, dict) and name in settings:
+            said[f"method.{name}"] = f"{study.source}: settings"
+        if any(_overridden(cell, name) for cell in study.cells):
+            said[f"method.{name}"] = COMMAND_LINE
+    fix = "leave it out, or name it in a method's row, which then keeps it"
+    what = f"is what {budget.text} picks"
+    if said:
+        raise RecipeError([Problem(key, what, file, None, fix) for key, file in said.items()])
+
+
+def _overridden(cell: Cell, name: str) -> bool:
+    place = cell.loaded.places.get(("method", name))
+    return place is not None and place.file == COMMAND_LINE

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sparsegrad_cli.study.budget.search import largest, largest_in_levels
+from sparsegrad_cli.estimate.search import largest, largest_in_levels
 
 
 class Looked:
@@ -17,7 +17,7 @@ class Looked:
         self._figure, self.asked = figure, list[int]()
 
     def __call__(self, size: int) -> float:
-        assert size not in self.asked, "a rehearsal was repeated"
+        assert size not in self.asked, "a fake was repeated"
         self.asked.append(size)
         return self._figure(size)
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
-from sparsegrad_cli.estimate.fit import MOST, largest_batch
-from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
+from sparsegrad_cli.estimate.fake_tensors import DEVICE, NeedsValues, ShapesOnly, cuda_kernels
+from sparsegrad_cli.estimate.search import MOST, largest_batch
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.numerics.supports import _largest_unsorted, largest_entries
 

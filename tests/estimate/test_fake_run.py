@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sparsegrad_cli.calibration.calibrate import calibrate
 from sparsegrad_cli.data.batches import UNLABELLED, ChatCollator
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.estimate.rehearsal import STEP, Conditions, Rehearsal
-from sparsegrad_cli.estimate.stand_ins import name_task
+from sparsegrad_cli.estimate.fake_model import name_task
+from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import TargetShapes
@@ -99,8 +99,8 @@ def told(loaded: LoadedRecipe) -> Any:
     return config
 
 
-def rehearsed(loaded: LoadedRecipe, **conditions: Any) -> Rehearsal:
-    return Rehearsal(loaded, told(loaded), Conditions(**conditions))
+def faked(loaded: LoadedRecipe, **conditions: Any) -> FakeRun:
+    return FakeRun(loaded, told(loaded), Conditions(**conditions))
 
 
 # --- the other side: real tensors
@@ -215,7 +215,7 @@ def alike(estimated: MemoryMeter, real: MemoryMeter) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_minilm_is_estimated_to_the_byte(name: str) -> None:
     loaded = recipe(*METHODS[name])
-    same(rehearsed(loaded).step(SIZE, LENGTH), counted(loaded, minilm(loaded), sentences()))
+    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, minilm(loaded), sentences()))
 
 
 @pytest.mark.parametrize("name", ["full", "core"])
@@ -223,7 +223,7 @@ def test_a_step_of_a_language_model_is_estimated(smollm2: Path, name: str) -> No
     """test_runs.py has the other methods."""
     loaded = recipe(f"model={smollm2}", CHAT, *METHODS[name])
     real = counted(loaded, language_model(smollm2), conversations(short=1))
-    alike(rehearsed(loaded).step(SIZE, LENGTH), real)
+    alike(faked(loaded).step(SIZE, LENGTH), real)
 
 
 @pytest.mark.parametrize("packing", ["pack", "concatenate"])
@@ -232,7 +232,7 @@ def test_packed_rows_have_the_mask_that_they_need(smollm2: Path, packing: str) -
     loaded = recipe(f"model={smollm2}", CHAT, f"task.chat.packing={packing}", "method=lora")
     batch = conversations(packed=packing == "pack")
     real = counted(loaded, language_model(smollm2), batch)
-    estimated = rehearsed(loaded).step(SIZE, LENGTH)
+    estimated = faked(loaded).step(SIZE, LENGTH)
     alike(estimated, real)
     expected, found = real.peak("forward"), estimated.peak("forward")
     assert expected is not None and found is not None
@@ -258,7 +258,7 @@ def test_what_a_recipe_changes_is_estimated_to_the_byte(
     tiny: str, overrides: tuple[str, ...]
 ) -> None:
     loaded = recipe(tiny, *overrides)
-    same(rehearsed(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
 
 
 @pytest.mark.parametrize("name", ["deberta-v3", "gpt2", "opt"])
@@ -270,7 +270,7 @@ def test_other_architectures_are_estimated_to_the_byte(name: str) -> None:
     batch["input_ids"] = batch["input_ids"] % 60
     real = counted(loaded, classifier(name, max_position_embeddings=LENGTH), batch)
     # DeBERTa saves roots of its sides, eight bytes each, which fake tensors hold as numbers.
-    estimated = Rehearsal(loaded, settings, Conditions()).step(SIZE, LENGTH)
+    estimated = FakeRun(loaded, settings, Conditions()).step(SIZE, LENGTH)
     same(estimated, real, saved=name != "deberta-v3")
 
 
@@ -279,18 +279,18 @@ def test_without_padding_attention_has_no_mask(tiny: str) -> None:
     loaded = recipe(tiny, "method=lora")
     batch = sentences()
     batch["attention_mask"].fill_(1)
-    same(rehearsed(loaded, padded=False).step(SIZE, LENGTH), counted(loaded, bert(loaded), batch))
+    same(faked(loaded, padded=False).step(SIZE, LENGTH), counted(loaded, bert(loaded), batch))
 
 
 # --- steps
 
 
 def test_a_rehearsal_serves_batches_of_any_size_and_leaves_nothing_behind(tiny: str) -> None:
-    rehearsal = rehearsed(recipe(tiny, *CORE))
-    first = rehearsal.step(SIZE, LENGTH).report().to_json()
-    larger = rehearsal.step(2 * SIZE, LENGTH).report().to_json()
-    rehearsal.evaluation(64, LENGTH)
-    again = rehearsal.step(SIZE, LENGTH).report().to_json()
+    fake = faked(recipe(tiny, *CORE))
+    first = fake.step(SIZE, LENGTH).report().to_json()
+    larger = fake.step(2 * SIZE, LENGTH).report().to_json()
+    fake.evaluation(64, LENGTH)
+    again = fake.step(SIZE, LENGTH).report().to_json()
     assert larger["peak_bytes"] > 1.3 * first["peak_bytes"]
     for report in (first, again):
         for phase in report["phases"].values():
@@ -299,8 +299,8 @@ def test_a_rehearsal_serves_batches_of_any_size_and_leaves_nothing_behind(tiny: 
 
 
 def test_gradients_that_accumulate_are_there_in_forward_but_not_in_evaluation(tiny: str) -> None:
-    plain = rehearsed(recipe(tiny, "method=full"))
-    lying = rehearsed(recipe(tiny, "method=full", "train.gradient_accumulation_steps=2"))
+    plain = faked(recipe(tiny, "method=full"))
+    lying = faked(recipe(tiny, "method=full", "train.gradient_accumulation_steps=2"))
     without = plain.step(SIZE, LENGTH).peak("forward")
     gradients = sum(4 * p.numel() for p in lying.model.parameters() if p.requires_grad)
     for _ in range(2):  # evaluation clears them, the next step finds them again
@@ -319,7 +319,7 @@ def test_recomputing_blocks_keeps_their_inputs_alone(tiny: str, kernels: str) ->
         loaded = recipe(
             tiny, "method=full", "scope=rest", f"train.gradient_checkpointing={recompute}"
         )
-        peak = rehearsed(loaded, kernels=kernels).step(SIZE, LENGTH).peak("forward")
+        peak = faked(loaded, kernels=kernels).step(SIZE, LENGTH).peak("forward")
         assert peak is not None
         return peak
 
@@ -332,12 +332,12 @@ def test_recomputing_blocks_keeps_their_inputs_alone(tiny: str, kernels: str) ->
 def test_bounded_state_is_estimated_full() -> None:
     """Rows of 20 bytes (position, two means, age, last step), a clock, a bit an entry."""
     loaded = recipe(*CORE, "method.support=dynamic", "method.state_capacity=3")
-    rehearsal = rehearsed(loaded)
-    peak = rehearsal.step(SIZE, LENGTH).peak("forward")
+    fake = faked(loaded)
+    peak = fake.step(SIZE, LENGTH).peak("forward")
     assert peak is not None
-    entries = [count.entries for count in rehearsal.prepared.counts.targets]
+    entries = [count.entries for count in fake.prepared.counts.targets]
     state = sum(20 * min(3 * k, 96 * 96) + 4 + 96 * 96 for k in entries)
-    head = [p for n, p in rehearsal.model.named_parameters() if n.startswith("classifier")]
+    head = [p for n, p in fake.model.named_parameters() if n.startswith("classifier")]
     state += sum(2 * 4 * p.numel() + 4 for p in head)
     assert peak.categories["optimizer_state"] == state
 
@@ -347,7 +347,7 @@ def test_what_depends_on_values_is_taken_at_its_most(method: str) -> None:
     name = ("method.name=meprop",) if "rows" in method else CORE
     loaded = recipe(*name, method)
     real = counted(loaded, minilm(loaded), sentences())
-    estimated = rehearsed(loaded).step(SIZE, LENGTH)
+    estimated = faked(loaded).step(SIZE, LENGTH)
     for phase in ("forward", "backward"):
         expected, found = real.peak(phase), estimated.peak(phase)
         assert expected is not None and found is not None
@@ -359,7 +359,7 @@ def test_a_language_model_makes_larger_blocks_of_logits_on_a_gpu(smollm2: Path) 
     loaded = recipe(f"model={smollm2}", CHAT, "method=lora")
 
     def step(kernels: str) -> PhasePeak:
-        peak = rehearsed(loaded, kernels=kernels).step(8, 64).peak("forward")
+        peak = faked(loaded, kernels=kernels).step(8, 64).peak("forward")
         assert peak is not None
         return peak
 
@@ -375,15 +375,15 @@ def test_a_language_model_makes_larger_blocks_of_logits_on_a_gpu(smollm2: Path) 
 
 def test_a_share_of_energy_is_refused() -> None:
     with pytest.raises(UsageError, match="share of energy"):
-        rehearsed(recipe("calibration.decomposition=exact", "method.rank=0.9"))
+        faked(recipe("calibration.decomposition=exact", "method.rank=0.9"))
 
 
 def test_a_support_over_the_model_is_shared_out_evenly(tiny: str) -> None:
     loaded = recipe(tiny, *CORE, "method.allocation=model", "calibration.score=square")
-    rehearsal = rehearsed(loaded)
-    assert any("evenly" in note for note in rehearsal.notes)
-    even = rehearsed(recipe(tiny, *CORE)).prepared.counts.trainable_targets
-    assert rehearsal.prepared.counts.trainable_targets == even
+    fake = faked(loaded)
+    assert any("evenly" in note for note in fake.notes)
+    even = faked(recipe(tiny, *CORE)).prepared.counts.trainable_targets
+    assert fake.prepared.counts.trainable_targets == even
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "t5"])
@@ -392,4 +392,4 @@ def test_a_chat_task_wants_a_language_model(
 ) -> None:
     folder = config_folder(tmp_path_factory, config(architecture).to_dict())
     with pytest.raises(UsageError, match="language model"):
-        rehearsed(recipe(f"model={folder}", CHAT, "method=lora"))
+        faked(recipe(f"model={folder}", CHAT, "method=lora"))

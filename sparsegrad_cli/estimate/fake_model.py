@@ -1,4 +1,4 @@
-"""What stands in for a recipe's model and data in a rehearsal: both without one number in them."""
+"""Build a recipe's model and batches without weights and data."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ Mask = Literal["none", "padding", "packing"]
 
 
 def name_task(recipe: Recipe, config: Any, known: TaskSpec | None = None) -> list[str]:
-    """Tell a model's configuration what the task's classes are; gives notes on what was supposed.
+    """Set the task's classes in a model's configuration; return notes on what was assumed.
 
     A language model has no classes: its configuration stays as it is.
 
     Args:
-        known: the task, where its files were read.
+        known: the task, if its files were read.
     """
     name = recipe.task.name
     if name in CHAT_TASKS:
-        return ["every token labelled, as in no conversation: the most there could be"]
+        return ["every token is labelled, which no conversation does: the upper limit"]
     spec = known or BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
     notes = []
     if spec is None and type_by_settings(recipe.task.type, recipe.task.metric) == "regression":
         spec = TaskSpec(name, ("text",), "label", None, True, "pearson", ("pearson",))
     elif spec is None:
-        notes = ["two classes supposed: the task's files are not read"]
+        notes = ["two classes assumed: the task's files are not read"]
         spec = TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
     name_labels(config, spec)
     if getattr(config, "pad_token_id", None) is None:
-        # As the tokenizer's end token would do it: classifiers of decoders want to know.
+        # Classifiers on decoders need one; the tokenizer would give its end token.
         end = getattr(config, "eos_token_id", None)
         config.pad_token_id = end if isinstance(end, int) else 0
     return notes
 
 
 def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
-    """The model that training would load, and with a chat task the loss that training gives it.
+    """Return the model that training would load, with training's loss for a chat task.
 
     Raises:
-        UsageError: the task cannot be done with a model of this kind.
+        UsageError: a model of this kind cannot do the task.
     """
     import transformers
 
@@ -87,11 +87,11 @@ def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
 
 
 def mask_of(recipe: Recipe, *, padded: bool, evaluating: bool = False) -> Mask:
-    """Why attention has a mask: some row is padded, or rows hold several conversations.
+    """Return why attention has a mask: some row is padded, or rows hold several conversations.
 
     Args:
-        padded: where the data have rows of several lengths, a batch does.
-        evaluating: validation of a chat task is by conversation, packed or not.
+        padded: whether rows of a batch have several lengths, where those of the data do.
+        evaluating: a chat task is validated by conversation, packed or not.
     """
     if recipe.task.name in CHAT_TASKS and not evaluating:
         packing = recipe.task.chat.packing if recipe.task.chat else "none"
@@ -101,7 +101,7 @@ def mask_of(recipe: Recipe, *, padded: bool, evaluating: bool = False) -> Mask:
 
 
 def bare_batch(recipe: Recipe, config: Any, size: int, length: int, mask: Mask) -> Batch:
-    """(size, length) token ids and what goes with them, as the task's collator makes them."""
+    """Return (size, length) token ids and what the task's collator adds to them."""
     ids = torch.zeros(size, length, dtype=torch.int64)
     batch = {"input_ids": ids}
     if mask != "packing":
@@ -117,11 +117,11 @@ def bare_batch(recipe: Recipe, config: Any, size: int, length: int, mask: Mask) 
 
 @contextmanager
 def transformers_sees(mask: Mask) -> Iterator[None]:
-    """Inside, transformers makes a mask for attention, or none.
+    """Let transformers make a mask for attention, or none.
 
-    It reads in a batch whether there is anything to hide, but not in tensors without values: there
-    it supposes so. Told that it may read, it is answered that all is true (:class:`ShapesOnly`):
-    every position counts, and position ids never start again.
+    It reads from a batch whether anything must be hidden, except while it is traced: then it
+    assumes so. With tracing reported as off, it reads that every position counts and that position
+    ids never restart (:class:`ShapesOnly`), and makes no mask.
     """
     from transformers import masking_utils
 

@@ -1,9 +1,9 @@
-"""A recipe's training run on shapes alone: the real model, method, optimizer and memory meter.
+"""Run a recipe on fake tensors: the real model, method, optimizer and memory meter.
 
-Nothing here knows a formula for memory. The model is built from its configuration, calibration
+There is no formula for memory here. The model is built from its configuration, calibration
 makes the bases, the method prepares the model and makes the optimizer, and forward, backward and
 optimizer step run under :class:`~sparsegrad_cli.memory.meter.MemoryMeter`, all on tensors without
-memory (:mod:`sparsegrad_cli.estimate.shapes`). So what is counted is what a real step would need.
+storage (:mod:`sparsegrad_cli.estimate.fake_tensors`). So it counts what a real step would need.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from sparsegrad_cli.calibration.calibrate import calibrate
 from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.estimate.cuda_kernels import cuda_kernels
-from sparsegrad_cli.estimate.shapes import DEVICE, NeedsValues, ShapesOnly
-from sparsegrad_cli.estimate.stand_ins import (
+from sparsegrad_cli.estimate.fake_model import (
     Batch,
     Mask,
     bare_batch,
@@ -29,6 +27,7 @@ from sparsegrad_cli.estimate.stand_ins import (
     mask_of,
     transformers_sees,
 )
+from sparsegrad_cli.estimate.fake_tensors import DEVICE, NeedsValues, ShapesOnly, cuda_kernels
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import TargetShapes
@@ -50,11 +49,11 @@ STEP = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a rehearsal supposes beside the recipe.
+    """What a fake run assumes beside the recipe.
 
     Attributes:
-        kernels: whose kernels save for the backward pass.
-        padded: where rows have several lengths, some are padded, so that attention needs a mask.
+        kernels: the device whose kernels save tensors for the backward pass.
+        padded: rows have several lengths, so that some are padded and attention needs a mask.
     """
 
     kernels: Kernels = "cpu"
@@ -62,7 +61,7 @@ class Conditions:
 
 
 class _Stage:
-    """What rehearsals of one recipe share: tensors without memory, and batches of them."""
+    """What fake runs of one recipe share: fake tensors, and batches of them."""
 
     def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
         self.recipe, self.conditions = loaded.recipe, conditions
@@ -97,12 +96,12 @@ class _Stage:
         return find_targets(model, self.recipe.targets, self._loaded.where("targets"))
 
 
-class CalibrationRehearsal(_Stage):
+class FakeCalibration(_Stage):
     """A recipe's calibration and the warm-up of its head, at any batch size.
 
     Args:
-        loaded, config, conditions: as of :class:`Rehearsal`.
-        rank: directions that the method keeps.
+        loaded, config, conditions: as of :class:`FakeRun`.
+        rank: directions per side that the method keeps.
     """
 
     def __init__(
@@ -120,9 +119,9 @@ class CalibrationRehearsal(_Stage):
             save_memory(self.model, self.targets, self.recipe.method.recompute)
 
     def peak(self, size: int) -> PhasePeak | None:
-        """Calibration's peak on batches of ``size`` examples of the task's length.
+        """Return the peak on batches of ``size`` examples of the task's length.
 
-        None where no data is read: such bases take no more than the step that they serve.
+        None where no data is read: such bases take no more memory than the step after them.
         """
         section, train = self.recipe.calibration, self.recipe.train
         meter, length = MemoryMeter(DEVICE), self.recipe.task.max_length
@@ -158,31 +157,31 @@ class CalibrationRehearsal(_Stage):
         return meter.peak("calibrate")
 
 
-class Rehearsal(_Stage):
-    """One recipe, ready for steps at any batch size; its optimizer has all the state it will have.
+class FakeRun(_Stage):
+    """A recipe ready for steps at any batch size, whose optimizer has its full state.
 
     Args:
         loaded: the recipe.
         config: the model's configuration, told of the task (:func:`name_task`).
-        conditions: see there.
+        conditions: see :class:`Conditions`.
 
     Attributes:
-        model, optimizer: ready for a step, of fake tensors.
-        prepared: what the method says it trains.
-        weights_bytes: parameters and buffers before the method came.
-        parameters: entries of the model's parameters before the method came.
-        state_bytes: what the optimizer keeps, once it keeps all that it will.
-        notes: what was supposed, for this recipe.
+        model, optimizer: ready for a step, on fake tensors.
+        prepared: what the method trains.
+        weights_bytes: parameters and buffers before the method changed the model.
+        parameters: number of parameters before the method changed the model.
+        state_bytes: the optimizer's full state.
+        notes: what was assumed for this recipe.
 
     Raises:
-        UsageError: the recipe leaves open what only real gradients can say; or no targets.
-        SparsegradError: the model looks at values in a way that has no answer here.
+        UsageError: the memory depends on real gradients, or there are no targets.
+        SparsegradError: the model reads values, and fake tensors have none.
     """
 
     def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
         super().__init__(loaded, config, conditions)
         self.notes: list[str] = []
-        self._calibrating: CalibrationRehearsal | None = None
+        self._calibrating: FakeCalibration | None = None
         meter = MemoryMeter(DEVICE)
         with self._inside():
             self.model = bare_model(loaded, config)
@@ -193,7 +192,7 @@ class Rehearsal(_Stage):
             self._enable()
             self._fill_state()
 
-    # --- what the run does before its first step
+    # --- before the first step
 
     def _prepared(self) -> Prepared:
         targets = self._targets(self.model)
@@ -225,17 +224,17 @@ class Rehearsal(_Stage):
         return found.by_target()
 
     def calibration(self, size: int) -> PhasePeak | None:
-        """Calibration's peak on batches of so many examples; None where nothing calibrates."""
+        """Return the peak of calibration on batches of ``size`` examples; None without one."""
         if not self._settings.calibrates or self.recipe.calibration.basis is not None:
             return None
         if self._calibrating is None:
-            self._calibrating = CalibrationRehearsal(
+            self._calibrating = FakeCalibration(
                 self._loaded, self._config, self.conditions, self._settings.basis_rank
             )
         return self._calibrating.peak(size)
 
     def _enable(self) -> None:
-        """What the trainer switches on: recomputing, mixed precision, the optimizer."""
+        """Switch on what the trainer does: recomputation, mixed precision, the optimizer."""
         train = self.recipe.train
         if train.gradient_checkpointing:
             self.model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -248,13 +247,10 @@ class Rehearsal(_Stage):
         self.optimizer = self._method.optimizer(self.model, train)
         if self.conditions.kernels == "cuda" and isinstance(self.optimizer, torch.optim.AdamW):
             for group in self.optimizer.param_groups:
-                group["foreach"] = True  # torch's choice on CUDA; fake tensors hide that from it
+                group["foreach"] = True  # torch's choice on CUDA, which fake tensors hide
 
     def _fill_state(self) -> None:
-        """Optimizer steps until the state no longer grows; the first alone is not enough for some.
-
-        Training reaches this after as many steps: bounded state fills up in its own time.
-        """
+        """Step the optimizer until its state no longer grows: bounded state takes several steps."""
         self.model.train()
         self._loss(self._batch(1, 8)).backward()
         meter, size = MemoryMeter(DEVICE), -1
@@ -274,9 +270,9 @@ class Rehearsal(_Stage):
         return loss
 
     def step(self, size: int, length: int) -> MemoryMeter:
-        """Forward, backward and optimizer on one batch, measured.
+        """Measure forward, backward and optimizer on one batch of shape (size, length).
 
-        Nothing is left behind but, where they accumulate, gradients: the next step has them too.
+        Nothing stays in memory afterwards except gradients where they accumulate.
         """
         meter = MemoryMeter(DEVICE)
         with self._inside():
@@ -284,12 +280,14 @@ class Rehearsal(_Stage):
             self.model.train()
             meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
             if self._accumulates and not self._have_gradients():
-                self._loss(self._batch(1, 8)).backward()  # they lie there from the second on
+                self._loss(
+                    self._batch(1, 8)
+                ).backward()  # from the second micro-batch on they exist
             with meter.phase("forward"):
                 loss = self._loss(batch)
             with meter.phase("backward"):
                 loss.backward()
-            del loss  # as the trainer: what a recomputed block was made of lies behind it
+            del loss  # as the trainer does: it holds the inputs of recomputed blocks
             with meter.phase("optimizer"):
                 self.optimizer.step()
             if not self._accumulates:
@@ -304,7 +302,7 @@ class Rehearsal(_Stage):
         return any(parameter.grad is not None for parameter in self.model.parameters())
 
     def evaluation(self, size: int, length: int) -> MemoryMeter:
-        """Forward alone on one batch, without gradients, measured."""
+        """Measure the forward pass of one batch without gradients."""
         meter = MemoryMeter(DEVICE)
         with self._inside(evaluating=True), torch.no_grad():
             self.model.zero_grad(set_to_none=True)
