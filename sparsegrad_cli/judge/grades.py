@@ -15,7 +15,8 @@ from sparsegrad_cli.judge.verdicts import is_grade
 from sparsegrad_cli.records.answers import AnswersRecord
 from sparsegrad_cli.records.store import read_object, validated
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.report.answers import SideBySide, side_by_side
+from sparsegrad_cli.report.answers import side_by_side
+from sparsegrad_cli.report.document import SideBySide
 
 VERDICTS = "verdicts.jsonl"
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Protocol
 
 from sparsegrad_cli.records.answers import AnswerLine, AnswersColumn, AnswersRecord, AskedQuestion
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.report.document import Column, Table
+from sparsegrad_cli.report.document import (
+    Answer,
+    Column,
+    ColumnHead,
+    Question,
+    SideBySide,
+    Table,
+    Turn,
+)
 from sparsegrad_cli.report.labels import status_words
 from sparsegrad_cli.report.units import NOT_RECORDED, NOTHING, format_count
 
@@ -28,69 +35,6 @@ class Grades(Protocol):
         self, question_id: object, turns: Sequence[str], answers: Sequence[str], turn: int
     ) -> Mapping[str, float]:
         """Return judge -> grade of the answer to a turn, counted from 0."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer as it is shown.
-
-    Attributes:
-        text: several lines; or why there is no answer.
-        given: whether there is an answer.
-        remark: whether it was cut.
-        grade: in words, with the judges' names if there are several.
-    """
-
-    text: str
-    given: bool = True
-    remark: str = ""
-    grade: str = ""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a question, with one answer a column."""
-
-    question: str
-    answers: Sequence[Answer]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question: its name and category, its first words, and its turns."""
-
-    name: str
-    gist: str
-    turns: Sequence[Turn]
-
-
-@dataclass(frozen=True)
-class ColumnHead:
-    """The name of a column and, where columns differ in it, the model or the seed."""
-
-    name: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """The answers to one set of questions by the models of one task.
-
-    Attributes:
-        task: of the study.
-        subtitle: which questions, how they were asked, who graded the answers.
-        columns: base models first, then each method by its first seed.
-        questions: in the order in which they were asked.
-        grades: mean grades over all seeds; None where nothing was graded.
-        notes: columns without answers, and answers of runs that were trained again since.
-    """
-
-    task: str
-    subtitle: str = ""
-    columns: Sequence[ColumnHead] = ()
-    questions: Sequence[Question] = ()
-    grades: Table | None = None
-    notes: Sequence[str] = ()
 
 
 def side_by_side(

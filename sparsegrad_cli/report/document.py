@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from sparsegrad_cli.report.units import NOT_RECORDED
-
-if TYPE_CHECKING:
-    from sparsegrad_cli.report.answers import SideBySide
 
 Record = TypeVar("Record")
 
@@ -185,13 +182,69 @@ class Checks:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the models of a study answered to the same questions."""
+class Answer:
+    """One answer as it is shown.
 
-    content: SideBySide
+    Attributes:
+        text: several lines; or why there is no answer.
+        given: whether there is an answer.
+        remark: whether it was cut.
+        grade: in words, with the judges' names if there are several.
+    """
+
+    text: str
+    given: bool = True
+    remark: str = ""
+    grade: str = ""
 
 
-Block = Facts | Table | Figure | Paragraph | Labelled | Bullets | Verdict | Checks | Answers
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a question, with one answer a column."""
+
+    question: str
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its name and category, its first words, and its turns."""
+
+    name: str
+    gist: str
+    turns: Sequence[Turn]
+
+
+@dataclass(frozen=True)
+class ColumnHead:
+    """The name of a column and, where columns differ in it, the model or the seed."""
+
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The answers to one set of questions by the models of one task.
+
+    Attributes:
+        task: of the study.
+        subtitle: which questions, how they were asked, who graded the answers.
+        columns: base models first, then each method by its first seed.
+        questions: in the order in which they were asked.
+        grades: mean grades over all seeds; None where nothing was graded.
+        notes: columns without answers, and answers of runs that were trained again since.
+    """
+
+    task: str
+    subtitle: str = ""
+    columns: Sequence[ColumnHead] = ()
+    questions: Sequence[Question] = ()
+    grades: Table | None = None
+    notes: Sequence[str] = ()
+
+
+Block = Facts | Table | Figure | Paragraph | Labelled | Bullets | Verdict | Checks | SideBySide
 
 
 @dataclass(frozen=True)

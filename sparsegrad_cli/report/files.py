@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.report.answers import SideBySide
+from sparsegrad_cli.report.document import SideBySide
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.run import run_document
 from sparsegrad_cli.report.study import ChartCache, study_document

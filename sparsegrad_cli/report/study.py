@@ -9,10 +9,8 @@ from functools import partial
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.study import CellEntry, ResultRow, StudyRecord
 from sparsegrad_cli.report import study_charts
-from sparsegrad_cli.report.answers import SideBySide
 from sparsegrad_cli.report.budget import budget_flags, budget_table
 from sparsegrad_cli.report.document import (
-    Answers,
     Block,
     Checks,
     Column,
@@ -21,6 +19,7 @@ from sparsegrad_cli.report.document import (
     Labelled,
     Paragraph,
     Section,
+    SideBySide,
     Table,
     Verdict,
 )
@@ -172,10 +171,7 @@ def study_document(
             Section("Differences", [Paragraph(_TESTS), pairs] if pairs else []),
             Section("Budget", [budget_table(study.budget)]),
             *(Section(task, _task(study, task, charts)) for task in tasks_of(study)),
-            *(
-                Section("Answers" if alone else f"Answers: {each.task}", [Answers(each)])
-                for each in answers
-            ),
+            *(Section("Answers" if alone else f"Answers: {each.task}", [each]) for each in answers),
             Section("Tuning", [Paragraph(_TUNING), tuned, trials_table(study)] if tuned else []),
             Section("Published results", [published_table(study)]),
             Section("Unfinished runs", [unfinished_table(study)], in_paper=False),
