@@ -1,23 +1,22 @@
-"""Peak memory by phase and category, by counting live tensor storage as operations dispatch.
+"""Measure peak memory by phase and category, by counting live tensor storages.
 
-What is counted: every storage on the meter's device that an operation reads or writes while a phase
-is open, once however many views it has, from its first sight to its death; and from the start of a
-phase the tensors that the meter was told of (``watch``), touched or not. Sizes are those of whole
-storages, which is what a small view keeps alive. What is not: scratch space that an operation
-allocates and frees inside itself, operations on other threads, and memory outside tensors; hence
-the resident memory (RSS) beside it.
+Every storage on the meter's device counts that an operation reads or writes while a phase is open,
+once however many views it has, from when it is first seen until it is freed. From the start of a
+phase, the tensors that the meter watches count, too. Sizes are those of whole storages, because a
+small view keeps the whole storage alive. Not counted are scratch space that an operation allocates
+and frees itself, operations on other threads, and memory outside tensors; the report therefore
+states the resident memory (RSS) as well.
 
-A storage is booked for all its life as what it turns out to be: a gradient already when the
-product that makes it is computed, before it arrives in ``.grad``; optimizer state already when it
-is allocated, before the optimizer files it. Saved activations are the exception: bytes of the
-distinct storages that autograd keeps for backward, and only while it keeps them. They then pass
-to ``other``, where transients, inputs and logits are.
+A storage counts all its life as what it turns out to be. A gradient counts as one from the product
+that computes it, before it arrives in ``.grad``; optimizer state from its allocation, before the
+optimizer stores it. Saved activations are the exception: they are the distinct storages that
+autograd keeps for the backward pass, only while it keeps them. Afterwards they are ``other``, like
+temporary tensors, inputs and logits.
 
-The same program gives the same figures: garbage is collected before a phase, the collector is off
-during it, so a reference cycle counts as alive until the phase ends, whenever python would have
-found it. Random state, values and the order of operations are untouched; with no phase open
-nothing is intercepted. An in-place change of a tensor that backward needs, normally an error of
-autograd, goes unnoticed while a phase is open.
+The same program gives the same figures. Garbage is collected before a phase and not during it, so
+a reference cycle counts as alive until the phase ends. Random state, values and the order of
+operations do not change. Without an open phase nothing is intercepted. While a phase is open,
+autograd does not notice an in-place change of a tensor that the backward pass needs.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsegrad_cli.memory.storage_tracker import (
     CATEGORIES,
     Entry,
-    Ledger,
     LiveTensor,
     Peak,
     PhasePeak,
+    StorageTracker,
     largest,
 )
 from sparsegrad_cli.models.module_trace import tensors_in
@@ -54,29 +53,29 @@ PHASES = ("load", "calibrate", "energy", "forward", "backward", "optimizer", "ev
 
 
 class _Saved:
-    """What autograd holds in place of a saved tensor; dies with the node that saved it."""
+    """The object that autograd keeps for a saved tensor; freed with the node that saved it."""
 
-    __slots__ = ("entries", "ledger", "tensor")
+    __slots__ = ("entries", "tensor", "tracker")
 
-    def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
-        self.ledger = ledger
+    def __init__(self, tracker: StorageTracker, tensor: Tensor) -> None:
+        self.tracker = tracker
         self.entries: list[Entry] = []
-        # Detached: holding a node's own output would make a cycle with the node.
+        # Detached, because a reference to the node's own output would make a cycle with the node.
         self.tensor = tensor.detach()
-        self.entries = ledger.hold(self.tensor)
+        self.entries = tracker.hold(self.tensor)
 
     def __del__(self) -> None:
-        self.ledger.release(self.entries)
+        self.tracker.release(self.entries)
 
 
 class _Counter(TorchDispatchMode):
-    """Shows the ledger every tensor that an operation takes or gives."""
+    """Pass every input and output of an operation to the tracker."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, tracker: StorageTracker) -> None:
         super().__init__()
-        self._ledger = ledger
+        self._tracker = tracker
 
     def __torch_dispatch__(
         self,
@@ -86,16 +85,16 @@ class _Counter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if _resizes_storage(func):
-            self._ledger.refresh()
+            self._tracker.refresh()
         out = func(*args, **(kwargs or {}))
-        # Inputs after the call, too: all are alive still, and some may have been resized.
+        # Inputs after the call: all are still alive, and some may have been resized.
         for tensor in tensors_in((args, kwargs, out)):
-            self._ledger.touch(tensor)
+            self._tracker.track(tensor)
         return out
 
 
 class MemoryMeter:
-    """Measures phases of a program; see the module's text for what is counted.
+    """Measure phases of a program; the module's docstring says what is counted.
 
     Args:
         device: storages on this device count; without an index, on all of its type.
@@ -105,7 +104,7 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._ledger = Ledger(self.device)
+        self._tracker = StorageTracker(self.device)
         self._models: list[weakref.ref[nn.Module]] = []
         self._optimizers: list[weakref.ref[Optimizer]] = []
 
@@ -117,13 +116,13 @@ class MemoryMeter:
         bases: Iterable[Tensor] = (),
         optimizer: Optimizer | None = None,
     ) -> None:
-        """Say what tensors are; keeps none of them alive, and may be called again for more.
+        """Tell the meter what tensors are. It keeps none of them alive; call it again to add more.
 
         Args:
-            model: parameters and buffers are weights, ``.grad`` are gradients; looked up again
-                in each phase, so modules may be replaced.
-            weights: others that belong to them, such as the scales of quantized ones.
-            bases: bases, also where they are buffers of the model.
+            model: its parameters and buffers are weights, their ``.grad`` are gradients. They are
+                looked up again in each phase, so modules may be replaced.
+            weights: further tensors that belong to the weights, such as quantization scales.
+            bases: bases, even if they are buffers of the model.
             optimizer: tensors in its ``state``, now and later, are optimizer state.
         """
         if not any(known() is model for known in self._models):
@@ -131,22 +130,22 @@ class MemoryMeter:
         if optimizer is not None and not any(known() is optimizer for known in self._optimizers):
             self._optimizers.append(weakref.ref(optimizer))
         for tensor in weights:
-            self._ledger.touch(tensor, "weights")
+            self._tracker.track(tensor, "weights")
         for tensor in bases:
-            self._ledger.touch(tensor, "bases")
-        self._look()
+            self._tracker.track(tensor, "bases")
+        self._track_watched()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside. Of a phase that is repeated, the larger peak is kept.
+        """Measure what happens inside. The larger peak of a repeated phase is kept.
 
         Raises:
-            ValueError: not one of ``PHASES``.
-            RuntimeError: inside another phase.
+            ValueError: the name is not one of ``PHASES``.
+            RuntimeError: another phase is open.
         """
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}; one of {', '.join(PHASES)}")
-        if self._ledger.open is not None:
+        if self._tracker.open is not None:
             raise RuntimeError(f"phase {name!r} inside another phase")
         gc.collect()
         with ExitStack() as stack:
@@ -157,39 +156,39 @@ class MemoryMeter:
             stack.callback(self._end, name)
             for parameter in self._parameters():
                 if parameter.requires_grad:
-                    stack.callback(self._hook(parameter))
-            stack.enter_context(_gathers_as_weights(self._known_models(), self._ledger))
+                    stack.callback(self._label_gradients(parameter))
+            stack.enter_context(_gathers_as_weights(self._known_models(), self._tracker))
             stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
-            stack.enter_context(_Counter(self._ledger))
+            stack.enter_context(_Counter(self._tracker))
             yield
 
     def _begin(self) -> None:
-        self._ledger.refresh()
-        self._look()
+        self._tracker.refresh()
+        self._track_watched()
         self._reset_allocator()
-        self._ledger.open = Peak()
-        self._ledger.note_peak()
+        self._tracker.open = Peak()
+        self._tracker.note_peak()
 
     def _end(self, name: str) -> None:
-        ledger = self._ledger
+        tracker = self._tracker
         try:
-            self._look()
-            ledger.bury()
-            peak = ledger.open
+            self._track_watched()
+            tracker.drop_freed()
+            peak = tracker.open
             assert peak is not None
-            peak.saved_at_end = ledger.bytes["saved_activations"]
+            peak.saved_at_end = tracker.bytes["saved_activations"]
             peak.rss = max(peak.rss, rss_bytes())
             self._read_allocator(peak)
-            before = ledger.kept.get(name)
-            ledger.kept[name] = peak if before is None else peak.keep_larger(before)
+            before = tracker.kept.get(name)
+            tracker.kept[name] = peak if before is None else peak.keep_larger(before)
         finally:
-            ledger.open = None
+            tracker.open = None
 
     def _reset_allocator(self) -> None:
-        """Where the device's allocator keeps a peak, start it afresh."""
+        """Reset the peak of the device's allocator, if it keeps one."""
 
     def _read_allocator(self, peak: Peak) -> None:
-        """Where the device's allocator knows better, take its figures."""
+        """Take the figures of the device's allocator, if it keeps them."""
 
     def _known_models(self) -> list[nn.Module]:
         return [model for known in self._models if (model := known()) is not None]
@@ -198,29 +197,29 @@ class MemoryMeter:
         for model in self._known_models():
             yield from model.parameters()
 
-    def _look(self) -> None:
-        """Find the watched tensors as they are now."""
+    def _track_watched(self) -> None:
+        """Track the watched tensors as they are now."""
         for model in self._known_models():
             for buffer in model.buffers():
-                self._ledger.touch(buffer, "weights")
+                self._tracker.track(buffer, "weights")
         for parameter in self._parameters():
-            self._ledger.touch(parameter, "weights")
+            self._tracker.track(parameter, "weights")
             if parameter.grad is not None:
-                self._ledger.touch(parameter.grad, "gradients")
+                self._tracker.track(parameter.grad, "gradients")
         for owner in self._optimizers:
             optimizer = owner()
             for tensor in tensors_in(optimizer.state) if optimizer is not None else ():
-                self._ledger.touch(tensor, "optimizer_state")
+                self._tracker.track(tensor, "optimizer_state")
 
-    def _hook(self, parameter: nn.Parameter) -> Callable[[], None]:
-        """Label gradients on arrival: both what arrives and, where autograd copies it, the copy."""
+    def _label_gradients(self, parameter: nn.Parameter) -> Callable[[], None]:
+        """Label a gradient when it arrives, and the copy if autograd makes one; return the undo."""
 
         def arrives(grad: Tensor) -> None:
-            self._ledger.touch(grad, "gradients")
+            self._tracker.track(grad, "gradients")
 
         def arrived(owner: Tensor) -> None:
             if owner.grad is not None:
-                self._ledger.touch(owner.grad, "gradients")
+                self._tracker.track(owner.grad, "gradients")
 
         handles = (
             parameter.register_hook(arrives),
@@ -234,29 +233,29 @@ class MemoryMeter:
         return remove
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        return _Saved(self._ledger, tensor)
+        return _Saved(self._tracker, tensor)
 
     def live(self) -> dict[str, int]:
-        """Bytes by category of what is known to be alive now."""
-        self._ledger.bury()
-        return dict(self._ledger.bytes)
+        """Return the bytes by category that are known to be alive now."""
+        self._tracker.drop_freed()
+        return dict(self._tracker.bytes)
 
-    def at(self, place: str) -> None:
-        """What is allocated from now on is marked with this place, until the next call."""
-        self._ledger.place = place
+    def set_location(self, location: str) -> None:
+        """Set the module name that storages get which are allocated from now on."""
+        self._tracker.location = location
 
     def largest(self, count: int) -> list[LiveTensor]:
-        """The largest storages that are known to be alive now; see memory/largest_storages.py."""
+        """Return the largest storages that are known to be alive now."""
         optimizers = [owner for known in self._optimizers if (owner := known()) is not None]
-        return largest(self._ledger, self._known_models(), optimizers, count)
+        return largest(self._tracker, self._known_models(), optimizers, count)
 
     def tracked(self) -> int:
-        """How many live storages are known."""
-        return len(self._ledger)
+        """Return the number of live storages that are known."""
+        return len(self._tracker)
 
     def peak(self, phase: str) -> PhasePeak | None:
-        """A phase's peak; None if it was never measured."""
-        peak = self._ledger.kept.get(phase)
+        """Return the peak of a phase; None if it was not measured."""
+        peak = self._tracker.kept.get(phase)
         return None if peak is None else peak.frozen()
 
     def report(self) -> MemoryBlock:
@@ -277,34 +276,34 @@ def _unpack(saved: _Saved) -> Tensor:
 
 
 @contextmanager
-def _gathers_as_weights(models: Iterable[nn.Module], ledger: Ledger) -> Iterator[None]:
-    """Inside, what modules gather for their forward pass is booked as weights, not as activations.
+def _gathers_as_weights(models: Iterable[nn.Module], tracker: StorageTracker) -> Iterator[None]:
+    """Count what FSDP2 modules gather for their forward pass as weights, not as activations.
 
-    Autograd saves gathered weights as it does any others; nothing but the module knows them.
+    Autograd saves gathered weights like any other tensor; only the module knows what they are.
     """
 
-    def look(module: nn.Module, inputs: Any) -> None:
+    def track(module: nn.Module, inputs: Any) -> None:
         for parameter in module.parameters():
-            ledger.touch(parameter, "weights")
+            tracker.track(parameter, "weights")
 
     with ExitStack() as stack:
         for model in models:
-            for module in split_modules(model):  # its own hook, which gathers, runs before
-                stack.callback(module.register_forward_pre_hook(look).remove)
+            for module in split_modules(model):  # its own hook, which gathers, runs first
+                stack.callback(module.register_forward_pre_hook(track).remove)
         yield
 
 
 def _resizes_storage(func: Any) -> bool:
-    """Whether an operation is FSDP2's: around these, storages shrink and grow with none to see."""
+    """Return whether an operation is FSDP2's; around these, storages are resized unseen."""
     return getattr(func, "namespace", "") == "fsdp"
 
 
 class CudaMeter(MemoryMeter):
-    """Peaks are the allocator's; what it holds beyond counted storages is other.
+    """Measure with CUDA's caching allocator; what it holds beyond counted storages is ``other``.
 
     The allocator does not say what was alive at its peak. The categories are those of the moment
-    at which the counted storages peaked, which is the same but for rounding to the allocator's
-    blocks and for workspaces that an operation asks for and returns inside itself.
+    at which the counted storages peaked, which differs only by the rounding to allocator blocks and
+    by workspaces that an operation allocates and frees itself.
 
     Args:
         device: a CUDA device; without an index, the current one.
@@ -327,7 +326,7 @@ class CudaMeter(MemoryMeter):
 
 
 def make_meter(device: torch.device | str) -> MemoryMeter:
-    """The meter for a device: CUDA's allocator where there is one, else counted storages."""
+    """Return the meter for a device: by CUDA's allocator if there is one, else by count."""
     device = torch.device(device)
     if device.type != "cuda":
         return MemoryMeter(device)

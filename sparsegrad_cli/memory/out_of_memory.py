@@ -25,9 +25,9 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.error_mapping import first_line, is_out_of_memory
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.memory.storage_tracker import LiveTensor
 from sparsegrad_cli.models.module_trace import trace_location
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.records.run import LiveTensor
 from sparsegrad_cli.report.units import format_bytes
 
 TRAIN_KEY = "train.per_device_train_batch_size"
@@ -114,7 +114,7 @@ def attempt(model: nn.Module, meter: MemoryMeter, work: Callable[[Phase], None])
     def arrive(name: str) -> None:
         nonlocal module_name
         module_name = name
-        meter.at(name)
+        meter.set_location(name)
 
     tensors: tuple[LiveTensor, ...] = ()
     fits = True
@@ -213,7 +213,7 @@ def _explained(
             "phase": phase,
             "module": module or None,
             "asked_bytes": requested,
-            "tensors": [tensor.record() for tensor in tensors],
+            "tensors": [tensor.to_json() for tensor in tensors],
             "fits": found,
         },
     )
@@ -281,7 +281,7 @@ def _largest(tensors: Sequence[LiveTensor]) -> list[str]:
         shape = " x ".join(map(str, tensor.shape)) or "a number"
         category = tensor.category.replace("_", " ")
         lines.append(
-            f"  {format_bytes(tensor.nbytes)}  {category}, {shape} {tensor.dtype}"
+            f"  {format_bytes(tensor.bytes)}  {category}, {shape} {tensor.dtype}"
             + (f", {tensor.of}" if tensor.of else "")
         )
     return lines

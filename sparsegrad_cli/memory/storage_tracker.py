@@ -1,4 +1,4 @@
-"""The books of the memory meter: which tensor storages are alive, and what they are."""
+"""Track which tensor storages are alive, and what each of them is: weights, gradients, ..."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparsegrad_cli.records import run as records
 from sparsegrad_cli.records.environment import rss_bytes
-from sparsegrad_cli.records.run import MemoryCategories, MemoryPhase
+from sparsegrad_cli.records.run import LiveTensor, MemoryCategories, MemoryPhase
 
 CATEGORIES = ("weights", "bases", "gradients", "optimizer_state", "saved_activations", "other")
 
-# What a storage is that could be several things: the first of these.
+# A storage that could be several of these is the first of them.
 _PRECEDENCE = ("bases", "weights", "optimizer_state", "gradients", "saved_activations", "other")
 _RANK = {category: -index for index, category in enumerate(_PRECEDENCE)}
 
 
 @dataclass(frozen=True)
 class PhasePeak:
-    """The moment of a phase at which most was alive.
+    """The moment of a phase at which the most bytes were alive.
 
     Attributes:
-        peak_bytes: bytes alive then; the sum of ``categories``.
+        peak_bytes: bytes alive at that moment; the sum of ``categories``.
         categories: bytes by category at that moment.
-        rss_bytes: resident memory of the process, the most seen near the peak and at the end.
-        reserved_bytes: what CUDA's caching allocator held at most; None on other devices.
-        saved_at_end: saved activations when the phase ended; of a forward phase, all that its
-            backward needs.
+        rss_bytes: resident memory of the process, the maximum seen near the peak and at the end.
+        reserved_bytes: maximum that CUDA's caching allocator held; None on other devices.
+        saved_at_end: bytes of saved activations when the phase ended; after a forward phase, all
+            that its backward pass needs.
     """
 
     peak_bytes: int
@@ -54,13 +53,15 @@ class PhasePeak:
 
 
 class Peak:
-    """A peak that is still being measured, or that a later label may yet correct.
+    """A peak that is still measured, or whose categories a later label may still correct.
 
     Attributes:
-        counted: most bytes alive at once, by count; ``categories`` are those of that moment.
-        clock: the ledger's time of that moment.
-        rss: resident memory, sampled; ``rss_at``: what was counted at the last sample.
-        allocated: the most the device's allocator had given out, where it says.
+        counted: maximum of counted bytes alive at once; ``categories`` are those of that moment.
+        clock: the tracker's time at that moment.
+        rss: resident memory, sampled; ``rss_at``: the bytes counted at the last sample.
+        allocated: maximum that the device's allocator had given out, if it tells.
+        reserved: maximum that the device's allocator held, if it tells.
+        saved_at_end: bytes of saved activations when the phase ended.
     """
 
     def __init__(self) -> None:
@@ -74,18 +75,18 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """Peak bytes: the allocator's word, or the count."""
+        """Peak bytes by the allocator if it tells, else by count."""
         return self.counted if self.allocated is None else self.allocated
 
     def frozen(self) -> PhasePeak:
-        """As it stands now."""
+        """Return the peak as it is now."""
         categories = dict(self.categories)
-        # The allocator also sees what no operation shows (rounding, workspaces): that is other.
+        # The allocator also counts rounding and workspaces, which no operation shows.
         categories["other"] += self.total - self.counted
         return PhasePeak(self.total, categories, self.rss, self.reserved, self.saved_at_end)
 
     def keep_larger(self, before: Peak) -> Peak:
-        """Of a phase that is repeated: the larger peak, and the most of what is beside it."""
+        """Return the larger peak of a repeated phase, with the maxima of its other values."""
         kept = self if self.total > before.total else before
         kept.rss = max(self.rss, before.rss)
         kept.saved_at_end = max(self.saved_at_end, before.saved_at_end)
@@ -95,34 +96,44 @@ class Peak:
 
 
 class Entry(weakref.ref[torch.UntypedStorage]):
-    """A live storage: the weak reference to it is its own record.
+    """A live storage, as a weak reference to it.
 
-    torch keeps the python object of a storage for as long as the storage lives, also when only
-    C++ holds it, so the reference dies exactly when the memory is freed.
+    torch keeps the Python object of a storage as long as the storage lives, even if only C++ holds
+    it. The reference therefore dies exactly when the memory is freed, and the object's id
+    identifies the storage until then.
+
+    Attributes:
+        category: one of ``CATEGORIES``.
+        key: id of the storage.
+        nbytes: its size.
+        saves: number of tensors that autograd has saved on it.
+        since: time from which on later labels correct earlier peaks.
+        location: ``StorageTracker.location`` when it was first seen.
+        shape, dtype: of the largest tensor seen on it.
     """
 
-    __slots__ = ("category", "dtype", "key", "nbytes", "place", "saves", "shape", "since")
+    __slots__ = ("category", "dtype", "key", "location", "nbytes", "saves", "shape", "since")
     category: str
     key: int
     nbytes: int
-    saves: int  # how many saved tensors of autograd hold it
-    since: int  # later labels reach back to peaks from this time on
-    place: str  # where it was first seen: Ledger.place
-    shape: tuple[int, ...]  # of the largest tensor seen on it
+    saves: int
+    since: int
+    location: str
+    shape: tuple[int, ...]
     dtype: torch.dtype | None
 
 
-class Ledger:
-    """Live storages of a device, their categories and the running sums.
+class StorageTracker:
+    """Live storages of a device, their categories and running sums.
 
     Args:
         device: without an index, storages on every device of its type count.
 
     Attributes:
-        bytes: bytes alive by category; ``bury`` first.
+        bytes: bytes alive by category; call ``drop_freed`` first.
         open: the peak of the phase that is open.
-        kept: peaks of phases that are over, by name.
-        place: where the program is; whoever knows sets it, new storages are marked with it.
+        kept: peaks of finished phases, by name.
+        location: name of the module at work, set by the caller; new storages keep it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -130,56 +141,56 @@ class Ledger:
         self.bytes = dict.fromkeys(CATEGORIES, 0)
         self.open: Peak | None = None
         self.kept: dict[str, Peak] = {}
-        self.place = ""
+        self.location = ""
         self._entries: dict[int, Entry] = {}
-        # Storages die at any point of the program, also inside this class: deaths wait here.
-        self._dead: deque[Entry] = deque()
+        # Storages are freed at any point of the program, also inside this class: they wait here.
+        self._freed: deque[Entry] = deque()
         self._clock = 0
 
     def __len__(self) -> int:
-        self.bury()
+        self.drop_freed()
         return len(self._entries)
 
     def entries(self) -> list[Entry]:
-        """All live storages, the largest first."""
-        self.bury()
+        """Return all live storages, largest first."""
+        self.drop_freed()
         return sorted(self._entries.values(), key=lambda entry: -entry.nbytes)
 
-    def bury(self) -> None:
-        """Take what died out of the sums."""
-        while self._dead:
-            entry = self._dead.popleft()
+    def drop_freed(self) -> None:
+        """Subtract freed storages from the sums."""
+        while self._freed:
+            entry = self._freed.popleft()
             self.bytes[entry.category] -= entry.nbytes
             del self._entries[entry.key]
 
     def refresh(self) -> None:
-        """Deaths and sizes that changed while nothing was intercepted."""
-        self.bury()
+        """Account for storages that were freed or resized while nothing was intercepted."""
+        self.drop_freed()
         for entry in list(self._entries.values()):
             storage = entry()
             if storage is not None:
-                self._touch(storage)
+                self._track(storage)
 
-    def touch(self, tensor: Tensor, category: str = "other") -> list[Entry]:
+    def track(self, tensor: Tensor, category: str = "other") -> list[Entry]:
         """Count a tensor's storages, as ``category`` if that says more than what is known."""
-        entries = [self._touch(s) for s in storages_of(tensor) if self._ours(s.device)]
+        entries = [self._track(s) for s in storages_of(tensor) if self._counts(s.device)]
         for entry in entries:
             self._label(entry, category)
             if entry.dtype is None or tensor.numel() > math.prod(entry.shape):
                 entry.shape, entry.dtype = tuple(tensor.shape), tensor.dtype
         return entries
 
-    def _ours(self, device: torch.device) -> bool:
+    def _counts(self, device: torch.device) -> bool:
         return device.type == self._device.type and self._device.index in (None, device.index)
 
-    def _touch(self, storage: torch.UntypedStorage) -> Entry:
-        self.bury()  # first: this storage may lie at the address of one that died
+    def _track(self, storage: torch.UntypedStorage) -> Entry:
+        self.drop_freed()  # first: this storage may have the id of one that was freed
         key, nbytes = id(storage), storage.nbytes()
         entry = self._entries.get(key)
         if entry is None:
-            entry = Entry(storage, self._dead.append)
+            entry = Entry(storage, self._freed.append)
             entry.category, entry.key, entry.nbytes, entry.saves = "other", key, 0, 0
-            entry.place, entry.shape, entry.dtype = self.place, (), None
+            entry.location, entry.shape, entry.dtype = self.location, (), None
             entry.since = self._tick()
             self._entries[key] = entry
         if nbytes != entry.nbytes:
@@ -193,15 +204,16 @@ class Ledger:
         return self._clock
 
     def note_peak(self) -> None:
-        """If more is alive than ever in this phase, remember the moment."""
+        """Remember this moment if more bytes are alive than ever in this phase."""
         total, peak = sum(self.bytes.values()), self.open
         if peak is None or total <= peak.counted:
             return
         peak.counted, peak.clock, peak.categories = total, self._clock, dict(self.bytes)
-        if total > 1.05 * peak.rss_at:  # asking the system at every new peak would be slow
+        if total > 1.05 * peak.rss_at:  # asking the OS at every new peak would be slow
             peak.rss, peak.rss_at = max(peak.rss, rss_bytes()), total
 
     def _label(self, entry: Entry, category: str) -> None:
+        """Move a storage to a category of higher rank, in the sums and in the peaks so far."""
         if _RANK[category] <= _RANK[entry.category]:
             return
         peaks = [self.open, *self.kept.values()]
@@ -212,14 +224,14 @@ class Ledger:
         entry.category = category
 
     def hold(self, tensor: Tensor) -> list[Entry]:
-        """Autograd saves this tensor for backward."""
-        entries = self.touch(tensor, "saved_activations")
+        """Count a tensor that autograd saves for the backward pass."""
+        entries = self.track(tensor, "saved_activations")
         for entry in entries:
             entry.saves += 1
         return entries
 
     def release(self, entries: list[Entry]) -> None:
-        """Autograd is done with it. From now on, and not before, it is other."""
+        """Count storages as ``other`` from now on if autograd no longer needs them."""
         for entry in entries:
             entry.saves -= 1
             if entry.saves == 0 and entry.category == "saved_activations":
@@ -229,11 +241,11 @@ class Ledger:
 
 
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Storages behind a tensor: of a sparse one its parts', of a wrapper its inner tensors'."""
+    """Yield the storages of a tensor: of a sparse one its parts', of a wrapper its inner ones'."""
     if is_traceable_wrapper_subclass(tensor):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         for part in parts:
-            if isinstance(part, Tensor):  # a shard names the processes that it is split over, too
+            if isinstance(part, Tensor):  # a shard also holds the mesh of its processes
                 yield from storages_of(part)
     elif tensor.layout is torch.strided:
         try:
@@ -251,70 +263,48 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
             yield from storages_of(part)
 
 
-@dataclass(frozen=True)
-class LiveTensor:
-    """One live storage.
-
-    Attributes:
-        nbytes: its bytes.
-        category: of memory/storage_tracker.py.
-        shape, dtype: of the largest tensor that was seen on it.
-        of: the parameter it holds, or holds the gradient or state of; else the module that was
-            running when it was first seen; empty where nobody knows.
-    """
-
-    nbytes: int
-    category: str
-    shape: tuple[int, ...]
-    dtype: str
-    of: str
-
-    def record(self) -> records.LiveTensor:
-        """Return the tensor as run.json keeps it."""
-        return records.LiveTensor(
-            bytes=self.nbytes,
-            category=self.category,
-            shape=list(self.shape),
-            dtype=self.dtype,
-            of=self.of,
-        )
-
-
 def largest(
-    ledger: Ledger, models: Iterable[nn.Module], optimizers: Iterable[Optimizer], count: int
+    tracker: StorageTracker,
+    models: Iterable[nn.Module],
+    optimizers: Iterable[Optimizer],
+    count: int,
 ) -> list[LiveTensor]:
-    """The ``count`` largest live storages of the books, largest first."""
+    """Return the ``count`` largest live storages, largest first.
+
+    Each is named by the parameter that it holds, or holds the gradient or optimizer state of; else
+    by the module that was at work when it was first seen.
+    """
     owners = _owners(models, optimizers)
     return [
         LiveTensor(
-            entry.nbytes,
-            entry.category,
-            entry.shape,
-            str(entry.dtype).removeprefix("torch."),
-            owners.get(entry.key, entry.place),
+            bytes=entry.nbytes,
+            category=entry.category,
+            shape=list(entry.shape),
+            dtype=str(entry.dtype).removeprefix("torch."),
+            of=owners.get(entry.key, entry.location),
         )
-        for entry in ledger.entries()[:count]
+        for entry in tracker.entries()[:count]
     ]
 
 
 def _owners(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> dict[int, str]:
-    """Key of a storage -> name of its parameter, or of what it is to that parameter."""
+    """Return the key of a storage -> name of its parameter, or of the parameter's state."""
     found: dict[int, str] = {}
     names: dict[int, str] = {}
 
-    def enter(tensor: Tensor, name: str) -> None:
+    def add(tensor: Tensor, name: str) -> None:
         for storage in storages_of(tensor):
             found.setdefault(id(storage), name)
 
     for model in models:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             names[id(tensor)] = name
-            enter(tensor, name)
+            add(tensor, name)
             if tensor.grad is not None:
-                enter(tensor.grad, name)
+                add(tensor.grad, name)
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    enter(value, f"{names.get(id(parameter), 'a parameter')}, {key}")
+                    add(value, f"{names.get(id(parameter), 'a parameter')}, {key}")
     return found

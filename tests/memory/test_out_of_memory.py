@@ -58,11 +58,11 @@ def test_a_failed_attempt_names_phase_and_module(when: str, phase: str, module: 
     assert not found.fits and (found.phase, found.module) == (phase, module)
     first = found.tensors[0]
     # x: (50, 300) float32 is the largest of all, and nobody's but the caller's.
-    assert first.nbytes == 50 * 300 * 4 and first.shape == (50, 300)
-    assert found.peak_bytes >= first.nbytes
+    assert first.bytes == 50 * 300 * 4 and first.shape == [50, 300]
+    assert found.peak_bytes >= first.bytes
     weight = next(tensor for tensor in found.tensors if tensor.of == "0.weight")
-    assert (weight.nbytes, weight.category) == (300 * 4 * 4, "weights")
-    assert weight.record().dtype == "float32"
+    assert (weight.bytes, weight.category) == (300 * 4 * 4, "weights")
+    assert weight.dtype == "float32"
     for part in model.modules():
         assert not part._forward_hooks and not part._forward_pre_hooks
 
@@ -109,14 +109,14 @@ def test_gradients_and_state_are_named_by_their_parameter() -> None:
         model(torch.ones(1, 1000)).sum().backward()
     with meter.phase("optimizer"):
         optimizer.step()
-    named = {(t.category, t.of) for t in meter.largest(20) if t.nbytes == 4000}
+    named = {(t.category, t.of) for t in meter.largest(20) if t.bytes == 4000}
     assert named >= {
         ("weights", "weight"),
         ("gradients", "weight"),
         ("optimizer_state", "weight, exp_avg"),
         ("optimizer_state", "weight, exp_avg_sq"),
     }
-    sizes = [tensor.nbytes for tensor in meter.largest(20)]
+    sizes = [tensor.bytes for tensor in meter.largest(20)]
     assert sizes == sorted(sizes, reverse=True) and meter.largest(2) == meter.largest(20)[:2]
 
 

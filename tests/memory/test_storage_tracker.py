@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
-from sparsegrad_cli.memory.storage_tracker import Ledger, Peak
+from sparsegrad_cli.memory.storage_tracker import Peak, StorageTracker
 
 FLOAT = 4  # bytes
 
@@ -88,65 +88,65 @@ def test_sparse_tensors_count_their_parts_and_meta_tensors_nothing(meter: Memory
 
 
 def test_an_address_used_again_is_another_storage() -> None:
-    ledger = Ledger(torch.device("cpu"))
+    tracker = StorageTracker(torch.device("cpu"))
     for size in range(1, 200):  # each dies before the next is made, mostly at the same address
-        ledger.touch(torch.zeros(size), "weights")
-    ledger.bury()
-    assert len(ledger) == 0 and not any(ledger.bytes.values())
+        tracker.track(torch.zeros(size), "weights")
+    tracker.drop_freed()
+    assert len(tracker) == 0 and not any(tracker.bytes.values())
 
 
 def test_a_label_reaches_back_only_as_far_as_the_storage() -> None:
-    ledger = Ledger(torch.device("cpu"))
-    ledger.open = peak = Peak()
+    tracker = StorageTracker(torch.device("cpu"))
+    tracker.open = peak = Peak()
     early, late = torch.zeros(100), torch.zeros(10)
-    ledger.touch(early)
+    tracker.track(early)
     assert peak.categories["other"] == early.nbytes
     big = torch.zeros(50)
-    ledger.touch(big)
+    tracker.track(big)
     del big
-    ledger.touch(late)  # seen when the peak was over: 110 floats live, 150 did
-    ledger.touch(late, "optimizer_state")
-    ledger.touch(early, "gradients")
+    tracker.track(late)  # seen when the peak was over: 110 floats live, 150 did
+    tracker.track(late, "optimizer_state")
+    tracker.track(early, "gradients")
     assert peak.counted == 150 * FLOAT
     assert peak.categories["optimizer_state"] == 0
     assert peak.categories["gradients"] == early.nbytes
     assert peak.categories["other"] == 50 * FLOAT
-    assert ledger.bytes["optimizer_state"] == late.nbytes
+    assert tracker.bytes["optimizer_state"] == late.nbytes
 
 
 def test_labels_only_become_more_specific() -> None:
-    ledger = Ledger(torch.device("cpu"))
+    tracker = StorageTracker(torch.device("cpu"))
     x = torch.zeros(10)
     for category in ("saved_activations", "weights", "gradients", "other", "bases", "weights"):
-        ledger.touch(x, category)
-    assert ledger.bytes["bases"] == x.nbytes == sum(ledger.bytes.values())
+        tracker.track(x, category)
+    assert tracker.bytes["bases"] == x.nbytes == sum(tracker.bytes.values())
 
 
 def test_saved_again_is_counted_once_and_corrects_no_old_peak() -> None:
-    ledger = Ledger(torch.device("cpu"))
+    tracker = StorageTracker(torch.device("cpu"))
     x = torch.zeros(10)
-    saved = {**dict.fromkeys(ledger.bytes, 0), "saved_activations": x.nbytes}
-    other = {**dict.fromkeys(ledger.bytes, 0), "other": x.nbytes}
+    saved = {**dict.fromkeys(tracker.bytes, 0), "saved_activations": x.nbytes}
+    other = {**dict.fromkeys(tracker.bytes, 0), "other": x.nbytes}
     for name in ("forward", "backward"):  # the second pass is over the same batch
-        ledger.open = Peak()
-        ledger.note_peak()
-        first, second = ledger.hold(x), ledger.hold(x)
-        assert ledger.bytes == saved
-        ledger.release(first)
-        assert ledger.bytes == saved
-        ledger.release(second)
-        assert ledger.bytes == other
-        ledger.kept[name] = ledger.open
-    assert ledger.kept["forward"].categories == ledger.kept["backward"].categories == saved
+        tracker.open = Peak()
+        tracker.note_peak()
+        first, second = tracker.hold(x), tracker.hold(x)
+        assert tracker.bytes == saved
+        tracker.release(first)
+        assert tracker.bytes == saved
+        tracker.release(second)
+        assert tracker.bytes == other
+        tracker.kept[name] = tracker.open
+    assert tracker.kept["forward"].categories == tracker.kept["backward"].categories == saved
 
 
 def test_a_label_leaves_a_peak_of_another_size_alone() -> None:
-    ledger = Ledger(torch.device("cpu"))
-    ledger.open = peak = Peak()
+    tracker = StorageTracker(torch.device("cpu"))
+    tracker.open = peak = Peak()
     x = torch.zeros(100)
-    ledger.touch(x)
+    tracker.track(x)
     x.untyped_storage().resize_(10 * FLOAT)
-    ledger.touch(x)
-    ledger.touch(x, "gradients")
-    assert ledger.bytes["gradients"] == sum(ledger.bytes.values()) == 10 * FLOAT
+    tracker.track(x)
+    tracker.track(x, "gradients")
+    assert tracker.bytes["gradients"] == sum(tracker.bytes.values()) == 10 * FLOAT
     assert peak.categories["other"] == peak.counted == 100 * FLOAT
