@@ -25,6 +25,7 @@ from sparsegrad_cli.models.sharded_tensors import fold, gathered, shard_like
 from sparsegrad_cli.models.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.records.run import CountsBlock, TargetCounts
 
 
 @dataclass(frozen=True)
@@ -56,33 +57,33 @@ class Counts:
         """Parameters of the targets that change in an optimizer step."""
         return sum(count.entries for count in self.targets)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the ``counts`` block of run.json."""
+    def record(self) -> CountsBlock:
+        """Return the numbers as run.json keeps them."""
         target_parameters = sum(count.target.size for count in self.targets)
         entries = self.trainable_targets
-        return {
-            "model_parameters": self.model_parameters,
-            "target_parameters": target_parameters,
-            "trainable": entries + self.trainable_head + self.trainable_rest,
-            "trainable_targets": entries,
-            "trainable_head": self.trainable_head,
-            "trainable_rest": self.trainable_rest,
-            "requested_target_entries": self.requested,
-            "remainder": None if self.requested is None else entries - self.requested,
-            "density": entries / target_parameters,
-            "note": self.note,
-            "targets": [
-                {
-                    "name": c.target.name,
-                    "kind": c.target.kind,
-                    "block": c.target.block,
-                    "out_features": c.target.out_features,
-                    "in_features": c.target.in_features,
-                    "entries": c.entries,
-                }
+        return CountsBlock(
+            model_parameters=self.model_parameters,
+            target_parameters=target_parameters,
+            trainable=entries + self.trainable_head + self.trainable_rest,
+            trainable_targets=entries,
+            trainable_head=self.trainable_head,
+            trainable_rest=self.trainable_rest,
+            requested_target_entries=self.requested,
+            remainder=None if self.requested is None else entries - self.requested,
+            density=entries / target_parameters,
+            note=self.note,
+            targets=[
+                TargetCounts(
+                    name=c.target.name,
+                    kind=c.target.kind,
+                    block=c.target.block,
+                    out_features=c.target.out_features,
+                    in_features=c.target.in_features,
+                    entries=c.entries,
+                )
                 for c in self.targets
             ],
-        }
+        )
 
 
 def check_what_trains(model: nn.Module, counts: Counts) -> None:

@@ -12,6 +12,7 @@ from sparsegrad_cli.methods.implementation import Method, Prepared, check_what_t
 from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.trackers import tracker_environment
+from sparsegrad_cli.records.run import MethodBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.precision import check_autocast
 from sparsegrad_cli.tasks.setup import Setup, load
@@ -90,17 +91,16 @@ def _prepare(run: Run, setup: Setup, method: Method, initial: InitialValues | No
 
 def _record_method(run: Run, setup: Setup, prepared: Prepared) -> None:
     settings = run.recipe.method.model_dump()
-    counts = prepared.counts.to_json()
+    counts = prepared.counts.record()
     note = not_adapted_note(setup.not_adapted, run.recipe.scope)
-    counts["note"] = "; ".join(part for part in (counts["note"], note) if part)
     run.writer.save(
-        method={
-            "name": settings.pop("name"),
-            "form": settings.get("form"),
-            "support": settings.get("support"),
-            "density": settings.get("density"),
-            "scope": run.recipe.scope,
-            "settings": settings,
-        },
-        counts=counts,
+        method=MethodBlock(
+            name=settings.pop("name"),
+            form=settings.get("form"),
+            support=settings.get("support"),
+            density=settings.get("density"),
+            scope=run.recipe.scope,
+            settings=settings,
+        ),
+        counts=counts.changed(note="; ".join(part for part in (counts.note, note) if part)),
     )

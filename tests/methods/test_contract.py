@@ -263,7 +263,7 @@ def test_counts_block_adds_up(name: str, scope: str) -> None:
     counts = Tuned(name, scope=scope).prepared.counts
     base = classifier()
     total = sum(p.numel() for p in base.parameters())
-    block = counts.to_json()
+    block = counts.record().to_json()
     assert block["model_parameters"] == total
     assert block["target_parameters"] == TARGET_ENTRIES
     assert block["trainable_head"] == 2 * HIDDEN + 2

@@ -50,7 +50,7 @@ def test_density_sets_the_rank_and_the_remainder_is_stated() -> None:
     model = classifier()
     targets = targets_of(model)
     method = Lora(LoraSettings(name="lora", density=0.2))
-    block = method.prepare(model, targets, scope="head").counts.to_json()
+    block = method.prepare(model, targets, scope="head").counts.record().to_json()
     requested = sum(count_for_density(0.2, t.out_features, t.in_features) for t in targets)
     assert requested == 6 * 128
     assert block["requested_target_entries"] == requested
