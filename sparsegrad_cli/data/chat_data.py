@@ -118,6 +118,15 @@ def validation_groups(groups: Iterable[str], fraction: float, unit: str) -> tupl
     return set(ordered[:count]), note
 
 
+def split_by_hash(
+    conversations: Sequence[Conversation], fraction: float, unit: str
+) -> tuple[list[Conversation], list[Conversation], str]:
+    """Return training and validation conversations, and a note; see :func:`validation_groups`."""
+    groups, note = validation_groups((each.group for each in conversations), fraction, unit)
+    train = [each for each in conversations if each.group not in groups]
+    return train, [each for each in conversations if each.group in groups], note
+
+
 def refuse_fraction(task: TaskSection) -> None:
     """Refuse ``validation_fraction`` for data that has a validation part.
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from sparsegrad_cli.data.chat_data import DropCounts, RawChat, refuse_fraction, validation_groups
+from sparsegrad_cli.data.chat_data import DropCounts, RawChat, refuse_fraction, split_by_hash
 from sparsegrad_cli.data.chat_messages import UnusableRowError
 from sparsegrad_cli.data.chat_rows import KINDS, RowReader
 from sparsegrad_cli.data.conversation import Conversation, Turn
@@ -121,7 +121,10 @@ def _conversations(
     if chat.split != "hash" and "validation" in parts:
         refuse_fraction(task)
         return _by_source(parts, counts, notes)
-    return _by_hash(parts, task.validation_fraction, counts, notes)
+    every = [each for part in parts.values() for each in part]
+    unit = "opening prompts"
+    train, validation, note = split_by_hash(every, task.validation_fraction, unit)
+    return RawChat(train, validation, unit, counts, [*notes, note])
 
 
 def _unused_key_notes(readers: Iterable[RowReader]) -> list[str]:
@@ -224,19 +227,6 @@ def _prompt_hash(turns: tuple[Turn, ...]) -> str:
     """
     text = next(turn.text for turn in turns if turn.role == "user")
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _by_hash(
-    parts: Mapping[str, list[Conversation]],
-    fraction: float,
-    counts: dict[str, int],
-    notes: list[str],
-) -> RawChat:
-    every = [each for part in parts.values() for each in part]
-    groups, note = validation_groups((each.group for each in every), fraction, "opening prompts")
-    train = [each for each in every if each.group not in groups]
-    validation = [each for each in every if each.group in groups]
-    return RawChat(train, validation, "opening prompts", counts, [*notes, note])
 
 
 def _by_source(

@@ -194,26 +194,18 @@ def _table(rows: Rows, path: Path) -> Table:
                 where=f"{path}:{line}",
                 fix="remove this line",
             )
-    readers: dict[str, Any] = {}
-    for at, name in enumerate(names):
-        if name in readers:
-            readers[name] = partial(_refuse_repeated, name, f"{path}:{header_line}")
-        elif name:
-            readers[name] = partial(_cells, rows, at)
+    columns = Columns(
+        {name: partial(_cells, rows, at) for at, name in enumerate(names) if name},
+        repeated={
+            name: f"{path}:{header_line}" for name in names if name and names.count(name) > 1
+        },
+    )
     unnamed = [at for at, name in enumerate(names) if not name]
     unnamed = [at for at in unnamed if any(cells[at].strip() for _, cells in rows)]
     notes = [f"{path.name}: column {at + 1} has no name in the header: not read" for at in unnamed]
     lines = [line for line, _ in rows]
-    return Table(Columns(readers), str(path), lines, count=len(rows), notes=tuple(notes))
+    return Table(columns, str(path), lines, count=len(rows), notes=tuple(notes))
 
 
 def _cells(rows: Rows, at: int) -> list[Any]:
     return [cells[at] for _, cells in rows]
-
-
-def _refuse_repeated(name: str, where: str) -> list[Any]:
-    raise DataError(
-        f"the header names a column twice: {name}",
-        where=where,
-        fix="rename one of the two, or remove one",
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -131,27 +131,13 @@ def read_json_table(path: Path) -> Table:
         names.update(dict.fromkeys(record.value))
         if isinstance(record.value, RepeatedKeys):
             repeated = {**dict.fromkeys(record.value.repeated, record.place), **repeated}
-    readers: dict[str, Callable[[], list[Any]]] = {}
-    for name in names:
-        readers[name] = (
-            partial(_refuse_repeated, name, repeated[name])
-            if name in repeated
-            else partial(_values, records, name)
-        )
+    columns = Columns({name: partial(_values, records, name) for name in names}, repeated)
     lines = [record.line for record in records if record.line is not None]
-    return Table(Columns(readers), str(path), lines or None, count=len(records), ragged=True)
+    return Table(columns, str(path), lines or None, count=len(records), ragged=True)
 
 
 def _values(records: Sequence[Record], name: str) -> list[Any]:
     return [record.value.get(name) for record in records]
-
-
-def _refuse_repeated(name: str, where: str) -> list[Any]:
-    raise DataError(
-        f"the object has two values for the key {name!r}",
-        where=where,
-        fix="rename one of the two, or remove one",
-    )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

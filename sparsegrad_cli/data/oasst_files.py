@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.chat_data import RawChat, refuse_fraction, validation_groups
+from sparsegrad_cli.data.chat_data import RawChat, refuse_fraction, split_by_hash
 from sparsegrad_cli.data.compressed_files import COMPRESSIONS
 from sparsegrad_cli.data.hub import load_hub_splits
 from sparsegrad_cli.data.json_files import json_records
 from sparsegrad_cli.data.oasst_messages import NOT_A_MESSAGE, Message, Source, messages_of
-from sparsegrad_cli.data.oasst_paths import Paths, conversations_of
 from sparsegrad_cli.data.oasst_trees import (
     BELOW,
     FILTER,
     NOT_DAMAGE,
     Forest,
+    Paths,
+    conversations_of,
     matches_language,
     prune,
 )
@@ -101,7 +102,9 @@ def conversations_from(
     if chat.split == "source" or (chat.split == "auto" and has_split):
         refuse_fraction(task)
         return _by_source(paths, counts, notes, where)
-    return _by_hash(paths, task.validation_fraction, counts, notes)
+    every = [conversation for _, part in paths.by_tree for conversation in part]
+    train, validation, note = split_by_hash(every, task.validation_fraction, "trees")
+    return RawChat(train, validation, "trees", counts, [*notes, note])
 
 
 def _messages(records: Iterable[Record], where: str) -> Iterator[Message]:
@@ -154,14 +157,6 @@ def _counts(forest: Forest, paths: Paths) -> dict[str, int]:
     }
     always = ("trees found", "messages read", "messages kept")
     return {name: count for name, count in counts.items() if count or name in always}
-
-
-def _by_hash(paths: Paths, fraction: float, counts: dict[str, int], notes: list[str]) -> RawChat:
-    groups, note = validation_groups((tree.key for tree, _ in paths.by_tree), fraction, "trees")
-    every = [conversation for _, part in paths.by_tree for conversation in part]
-    train = [each for each in every if each.group not in groups]
-    validation = [each for each in every if each.group in groups]
-    return RawChat(train, validation, "trees", counts, [*notes, note])
 
 
 def _by_source(paths: Paths, counts: dict[str, int], notes: list[str], where: str) -> RawChat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -35,11 +35,11 @@ def read_parquet(path: Path) -> Table:
         raise DataError(
             f"the Parquet file cannot be read: {reason}", where=str(path), fix=fix
         ) from None
-    readers: dict[str, Callable[[], list[Any]]] = {
-        name: partial(_column if times == 1 else _refuse_repeated, path, name)
-        for name, times in Counter(names).items()
-    }
-    return Table(Columns(readers), str(path), count=count, class_names=class_names, typed=True)
+    columns = Columns(
+        {name: partial(_column, path, name) for name in names},
+        repeated={name: str(path) for name, times in Counter(names).items() if times > 1},
+    )
+    return Table(columns, str(path), count=count, class_names=class_names, typed=True)
 
 
 def to_python(values: Any, name: str, source: str) -> list[Any]:
@@ -125,14 +125,6 @@ def _first_unconvertible_row(values: Sequence[Any]) -> int | None:
         except Exception:
             return row + 1
     return None
-
-
-def _refuse_repeated(path: Path, name: str) -> list[Any]:
-    raise DataError(
-        f"the file has two columns named {name!r}",
-        where=str(path),
-        fix="rename one of the two, or remove one",
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -17,13 +17,24 @@ class Columns(Mapping[str, list[Any]]):
     Args:
         readers: name -> function that returns the column's values, or raises a DataError that
             names the column.
+        repeated: name that the file has twice -> its place. Such a column is refused on first use.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], list[Any]]]) -> None:
-        self._readers = readers
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], list[Any]]],
+        repeated: Mapping[str, str] | None = None,
+    ) -> None:
+        self._readers, self._repeated = readers, repeated or {}
         self._read: dict[str, list[Any]] = {}
 
     def __getitem__(self, name: str) -> list[Any]:
+        if name in self._repeated:
+            raise DataError(
+                f"Expected one column or key named {name!r}, got two",
+                where=self._repeated[name],
+                fix="rename one of the two, or remove one",
+            )
         if name not in self._read:
             self._read[name] = self._readers[name]()
         return self._read[name]

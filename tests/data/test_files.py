@@ -502,7 +502,9 @@ def test_two_columns_of_one_name_matter_only_when_they_are_used(tmp_path: Path) 
     path = tmp_path / "d.parquet"
     pq.write_table(table, path)
     assert texts(load_task("parquet", path=path)) == ["a", "b"]
-    with pytest.raises(DataError, match=rf"two columns named 'score'\nwhere: {path}"):
+    with pytest.raises(
+        DataError, match=rf"one column or key named 'score', got two\nwhere: {path}"
+    ):
         load_task("parquet", path=path, columns={"label": "score"})
 
 

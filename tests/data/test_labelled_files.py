@@ -155,7 +155,10 @@ def test_single_class_is_refused(tmp_path: Path) -> None:
         ("text,label\ngood,yes\nbad\n", r"1 column, expected 2\n.*data\.csv:3"),
         ('text,label\n"a\nb",yes\nbad,no,x\n', r"3 columns, expected 2\n.*data\.csv:4"),
         ('text,label\n"open,yes\nbad,no\n', r"not CSV.*\n.*data\.csv:2"),
-        ("text,label,text\na,1,b\nc,2,d\n", r"names a column twice: text\n.*data\.csv:1"),
+        (
+            "text,label,text\na,1,b\nc,2,d\n",
+            r"named 'text', got two\n.*data\.csv:1",
+        ),
         ("text,label\ngood,0.5\n", "one row cannot be split"),
     ],
 )
@@ -253,7 +256,7 @@ def test_a_json_key_that_is_written_twice_is_refused_where_it_is_used(tmp_path: 
     file.write_text(good)
     assert len(load_task("json", path=file).train) == 1
     file.write_text(good + '{"text": "c", "label": 0, "l\\u0061bel": 1}\n')
-    with pytest.raises(DataError, match=r"two values for the key 'label'\nwhere: .*d\.jsonl:3"):
+    with pytest.raises(DataError, match=r"named 'label', got two\nwhere: .*d\.jsonl:3"):
         load_task("json", path=file)
 
 

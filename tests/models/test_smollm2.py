@@ -178,7 +178,7 @@ def test_the_later_of_two_takes_the_earlier_ones_folder(package: Path, tmp_path:
     folder = tmp_path / "cache" / "won"
     folder.mkdir(parents=True)
     (folder / "mark").write_text("first")
-    smollm2._convert_aside(package, folder)
+    smollm2._convert_into_cache(package, folder)
     assert [p.name for p in folder.iterdir()] == ["mark"]
     assert list(folder.parent.iterdir()) == [folder]
 
