@@ -361,3 +361,12 @@ def test_preference_data_is_refused_by_name(tmp_path: Path) -> None:
         read(write(tmp_path / "y.jsonl", *rows), "chat")
     data = read(tmp_path / "y.jsonl", "chat", kind="prompt_completion")
     assert "keys that are not used: label (4 rows)" in data.notes
+
+
+def test_tools_nested_hundreds_of_levels_deep_drop_their_row(tmp_path: Path) -> None:
+    deep: Any = {}
+    for _ in range(200):
+        deep = {"properties": deep}
+    sound = [{"messages": [user(), assistant(text)]} for text in ("one", "two")]
+    data = data_of(tmp_path, {**sound[0], "tools": [deep]}, *sound)
+    assert data.counts["rows dropped: tools is nested too deeply, or is not JSON"] == 1
