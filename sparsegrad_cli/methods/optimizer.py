@@ -1,7 +1,7 @@
-"""The optimizer of the methods that update few entries of a dense parameter.
+"""Optimizers: torch's AdamW, and AdamW on chosen entries of dense parameters.
 
-Selection happens here, at the optimizer step, and nowhere else: so it acts once per step on the
-accumulated gradient, whatever the number of micro-batches or devices.
+Entries are chosen only here, in the optimizer step: so once per step, on the accumulated gradient,
+whatever the number of micro-batches or devices.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
-from sparsegrad_cli.numerics.bounded_moments import BoundedMoments
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_sparse_core, to_core
-from sparsegrad_cli.numerics.selective_adamw import AdamW, Moments, sparse_step, step_on_entries
+from sparsegrad_cli.numerics.selective_adamw import (
+    AdamW,
+    BoundedMoments,
+    Moments,
+    sparse_step,
+    step_on_entries,
+)
 from sparsegrad_cli.numerics.supports import largest_entries
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -30,9 +35,9 @@ class Selection:
         count: entries per step, the largest by magnitude; None takes the non-zero ones.
         basis: choose and step in this basis, while the parameter itself stays in the original one.
         transposed: the parameter holds W' (in, out).
-        capacity: entries that have optimizer state, at most; None keeps state for all.
-        refresh: hold a choice for this many steps, then choose by the mean |gradient| of them.
-        first: with ``refresh``, the choice to begin with.
+        capacity: maximum number of entries with optimizer state; None keeps state for all.
+        refresh: hold a choice for this many steps, then choose by their mean |gradient|.
+        first: with ``refresh``, the first choice.
     """
 
     count: int | None
@@ -43,7 +48,7 @@ class Selection:
     first: Tensor | None = None
 
     def choose(self, grad: Tensor) -> Tensor:
-        """Flat positions in ``grad``."""
+        """Return flat positions in ``grad``."""
         if self.count is None:
             return torch.nonzero(grad.reshape(-1)).squeeze(1)
         return largest_entries(grad, self.count)
@@ -81,7 +86,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on the accumulated gradients."""
+        """Make one step on the accumulated gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -133,10 +138,10 @@ class SelectiveAdamW(torch.optim.Optimizer):
         moments: Moments | BoundedMoments,
         beta2: float,
     ) -> Tensor:
-        """Flat positions to step now: the largest, or those that are held for a while.
+        """Return the flat positions to step now: the largest, or those that are held.
 
-        What is held is chosen again after ``refresh`` steps. Entries that come in then take over
-        the mean |gradient| of these steps as their second moment (:meth:`Moments.join`).
+        Held positions are chosen again after ``refresh`` steps. New ones then take the mean
+        |gradient| of these steps as their second moment (:meth:`Moments.join`).
         """
         if how.refresh is None:
             return how.choose(grad)
@@ -161,7 +166,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
     def _moments(
         self, parameter: nn.Parameter, how: Selection, like: Tensor
     ) -> Moments | BoundedMoments:
-        """State of a parameter that is stepped in the shape of ``like``."""
+        """Return the state of a parameter that is stepped in the shape of ``like``."""
         state = self.state[parameter]
         if how.capacity is not None:
             if "positions" not in state:
@@ -179,7 +184,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
         indices: Tensor,
         entries: int,
     ) -> None:
-        """Bounded state is new tensors after a step; and it forgets, so what moved is noted."""
+        """Store bounded state, whose tensors are new after a step, and mark what moved."""
         if isinstance(moments, Moments):
             return
         state = self.state[parameter]
@@ -197,7 +202,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
         state.update(zip(_BOUNDED, kept, strict=True))
 
     def _step_whole(self, parameter: nn.Parameter, adamw: AdamW) -> None:
-        """Plain AdamW; the same arithmetic as ``torch.optim.AdamW``, one shared counter."""
+        """Make a plain AdamW step with the arithmetic of ``torch.optim.AdamW``."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -222,9 +227,9 @@ class SelectiveAdamW(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts every state tensor to the parameter's dtype: not here.
+        """Load the state without torch's cast of every tensor to the parameter's dtype.
 
-        Ages stay int32 and moments float32, whatever the parameter is.
+        Ages stay int32 and moments float32, whatever the parameter's dtype.
         """
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -236,18 +241,18 @@ class SelectiveAdamW(torch.optim.Optimizer):
                 self.state[parameter].update(moved)
 
     def selects(self, parameter: nn.Parameter) -> bool:
-        """Whether only some entries of a parameter are stepped."""
+        """Return whether only some entries of a parameter are stepped."""
         return parameter in self._selections
 
     def shape_of(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """(rows, columns) of the matrix in which :meth:`touched` gives positions."""
+        """Return (rows, columns) of the matrix that the positions of :meth:`touched` index."""
         rows, columns = parameter.shape
         turned = self._selections[parameter].basis is not None
         turned = turned and self._selections[parameter].transposed
         return (columns, rows) if turned else (rows, columns)
 
     def touched(self, parameter: nn.Parameter) -> Tensor:
-        """Flat positions stepped at least once, ascending; empty before the first step."""
+        """Return the flat positions stepped at least once, ascending."""
         state = self.state.get(parameter, {})
         moved = state.get("touched", state.get("age"))
         if moved is None:
@@ -256,14 +261,14 @@ class SelectiveAdamW(torch.optim.Optimizer):
 
 
 def plain_adamw(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
-    """Return torch's AdamW on whatever trains, with a recipe's hyper-parameters."""
+    """Return torch's AdamW on all parameters that train, with a recipe's hyperparameters."""
     return torch.optim.AdamW(_groups(*by_decay(model, train)), **adamw_settings(train))
 
 
 def selective_adamw(
     model: nn.Module, selections: Mapping[nn.Parameter, Selection], train: TrainSection
 ) -> SelectiveAdamW:
-    """Return AdamW on the selections and, stepped whole, on whatever else trains."""
+    """Return AdamW on the selections, and on all entries of other parameters that train."""
     decayed, undecayed = by_decay(model, train, without=selections)
     return SelectiveAdamW(selections, decayed, undecayed=undecayed, **adamw_settings(train))
 
@@ -271,10 +276,10 @@ def selective_adamw(
 def by_decay(
     model: nn.Module, train: TrainSection, without: Container[nn.Parameter] = ()
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Split what trains into what weight decay acts on and what it leaves alone.
+    """Split the parameters that train into those that decay and those that do not.
 
     The rule is that of ``transformers.Trainer.get_decay_parameter_names``: biases and the
-    parameters of norms do not decay. Without weight decay there is nothing to split.
+    parameters of norms do not decay. Without weight decay all of them count as decaying.
 
     Args:
         without: parameters to leave out.
@@ -296,7 +301,7 @@ _UNDECAYED = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?
 def _groups(
     decayed: Iterable[nn.Parameter], undecayed: Iterable[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer; none is empty."""
+    """Return parameter groups of an optimizer; none is empty."""
     groups: list[dict[str, Any]] = [
         {"params": list(decayed)},
         {"params": list(undecayed), "weight_decay": 0.0},
@@ -305,7 +310,7 @@ def _groups(
 
 
 def adamw_settings(train: TrainSection) -> dict[str, Any]:
-    """AdamW's keyword arguments from a recipe."""
+    """Return AdamW's keyword arguments from a recipe."""
     return {
         "lr": train.learning_rate,
         "betas": (train.adam_beta1, train.adam_beta2),

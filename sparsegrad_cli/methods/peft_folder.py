@@ -1,4 +1,4 @@
-"""The names and settings of a PEFT folder, for adapters that peft can load by itself."""
+"""Names and settings of PEFT folders, which the peft library can load."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sparsegrad_cli.models.targets import has_experts
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B")
-_NAME = "default"  # of the one adapter in a model; not in the files
+_NAME = "default"  # of the only adapter in a model; not in the files
 # peft wraps modules of these names whole when the task is sequence classification.
 _HEADS = ("classifier", "score")
 
 
 def target_settings(model: nn.Module, names: Iterable[str], dropout: float) -> dict[str, Any]:
-    """Arguments of LoraConfig that put adapters into the modules of these names and no others.
+    """Return arguments of LoraConfig that adapt the modules of these names and no others.
 
     Args:
-        model: the plain model, or one with the adapters in it.
+        model: the plain model, or one with adapters.
     """
     if not has_experts(model):
         return {"target_modules": list(names), "lora_dropout": dropout}
@@ -57,16 +57,16 @@ def check_adapted(model: nn.Module, names: Iterable[str], fix: str) -> None:
 def modules_to_save(
     model: nn.Module, changed: Iterable[str], targets: Iterable[str], *, classifier: bool
 ) -> tuple[list[str], list[str]]:
-    """Modules for peft's ``modules_to_save``: the nearest ones that hold what has changed.
+    """Return peft's ``modules_to_save``: the nearest modules that hold what has changed.
 
     Args:
         changed: names of parameters, none of them a target's.
         targets: names of the targets.
-        classifier: peft then takes its heads whole: a part of one must not be named again.
+        classifier: whether peft saves its heads whole: parts of them must not be named again.
 
     Returns:
-        The modules in the model's order, and the parameters whose nearest module holds a target as
-        well: peft would adapt that twice.
+        The modules in the model's order, and the parameters whose nearest module also holds a
+        target: peft would adapt it twice.
     """
     owners: set[str] = set()
     beside = []
@@ -86,12 +86,12 @@ def modules_to_save(
 
 
 def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of a model with adapters in it, by the names of a PEFT folder."""
+    """Return the parameters of a model with adapters, by the names of a PEFT folder."""
     return {_PREFIX + _without(name): tensor for name, tensor in tensors.items()}
 
 
 def from_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`to_peft`."""
+    """Return parameters by the model's names; the inverse of :func:`to_peft`."""
     return {_with(name.removeprefix(_PREFIX)): tensor for name, tensor in tensors.items()}
 
 

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.quantized import dtype_of, is_quantized, quantized_in
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.numerics.dropout import ByteDropout
-from sparsegrad_cli.numerics.gated import gated
+from sparsegrad_cli.numerics.saved_activations import ByteDropout, gated
 
 
 def save_memory(model: nn.Module, targets: Sequence[Target], recompute: str = "none") -> None:
@@ -74,7 +73,7 @@ def recompute_activations(model: nn.Module, targets: Sequence[Target]) -> list[s
 
 
 def use_lean_gates(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Let gated MLPs keep two wide tensors instead of three (:mod:`sparsegrad_cli.numerics.gated`).
+    """Let gated MLPs keep two wide tensors instead of three (numerics/saved_activations.py).
 
     A module counts as a gated MLP if it has ``gate_proj``, ``up_proj``, ``down_proj`` and
     ``act_fn``, as in LLaMA and its kin, and if, asked, it computes what such an MLP does: other

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 def materializing_pays(
     tokens: int, out_features: int, in_features: int, r_out: int, r_in: int
 ) -> bool:
-    """Whether building W + Q_out S Q_in' costs fewer multiplications than the side path.
+    """Return whether building W + Q_out S Q_in' costs fewer multiplications than the side path.
 
     The side path multiplies every token by S and Q_out forward, and by S and Q_in backward. The
     built weight is made twice, forward and backward, so that it need not be kept between them.
@@ -32,7 +32,7 @@ def materializing_pays(
 def effective_weight(
     weight_OI: Tensor, core_RS: Tensor, q_out_OR: Tensor, q_in_IS: Tensor
 ) -> Tensor:
-    """W + Q_out S Q_in': (out, r_out) @ (r_out, r_in) @ (r_in, in) added to (out, in)."""
+    """Return W + Q_out S Q_in': (out, r_out) @ (r_out, r_in) @ (r_in, in) added to (out, in)."""
     return torch.addmm(weight_OI, q_out_OR @ core_RS, q_in_IS.T)
 
 
@@ -103,7 +103,7 @@ def core_linear(
     *,
     materialize: bool | None = None,
 ) -> Tensor:
-    """x W' + b + ((x Q_in) S') Q_out', saving only x Q_in for the backward pass.
+    """Return x W' + b + ((x Q_in) S') Q_out', saving only x Q_in for the backward pass.
 
     Args:
         x: (..., in). Under autocast all products are made in autocast's dtype, else in x's.

@@ -1,10 +1,10 @@
-"""A frozen layer whose product is made by somebody else, and a core beside it.
+"""A frozen layer whose product another library makes, and a core beside it.
 
-Where W lies packed in a few bits, what multiplies by it is another library's affair. Here stands
-only what the backward pass needs: a way to have W as a matrix for the length of one product.
+Where W is packed in a few bits, another library multiplies by it. This module only needs W as a
+matrix while the backward pass makes one product.
 
-    y  = x W' + b                                  nothing is kept: dx = g W
-    y += ((x Q_in) S') Q_out'                      x Q_in is kept:  dx = ((g Q_out) S) Q_in'
+    y  = x W' + b                                  nothing is saved: dx = g W
+    y += ((x Q_in) S') Q_out'                      x Q_in is saved:  dx = ((g Q_out) S) Q_in'
                                                                     dS = (g Q_out)' (x Q_in)
 
 The sum is :func:`sparsegrad_cli.numerics.core_linear.core_linear`, taken apart at the plus sign.
@@ -126,14 +126,14 @@ class _AdapterLinear(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, mask: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype``, entries outside of the mask set to zero and the others scaled up."""
+    """Return x in ``dtype``, zero outside the mask and scaled up inside."""
     if mask is None:
         return x.to(dtype)
     return mask.to(dtype).div_(1 - dropout).mul_(x)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """In which products with x are made: autocast's dtype inside it, else x's."""
+    """Return the dtype of products with x: autocast's under autocast, else x's."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -142,19 +142,19 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def frozen_linear(
     x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
 ) -> Tensor:
-    """x W' + b by ``product``, keeping nothing for the backward pass.
+    """Return x W' + b by ``product``, and save nothing for the backward pass.
 
     Args:
         x: (..., in).
-        product: gives x W' + b (N, out) for x (N, in), in x's dtype; not a view of it.
-        weight: gives W (out, in); asked once a backward pass.
+        product: returns x W' + b (N, out) for x (N, in), in x's dtype; not a view of it.
+        weight: returns W (out, in); called once per backward pass.
 
     Returns:
         (..., out). Only x gets a gradient.
     """
     flat_NI = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
     y_NO: Tensor = _FrozenLinear.apply(flat_NI, product, weight)
-    # As it is where it may be: what adds to it in place must not meet a view.
+    # Not reshaped where possible: an in-place addition must not meet a view.
     return y_NO if x.ndim == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
 
 
@@ -165,7 +165,7 @@ def core_beside(
     q_out_OR: Tensor,
     q_in_IS: Tensor,
 ) -> Tensor:
-    """base(x) + ((x Q_in) S') Q_out', saving only x Q_in beside what ``base`` saves.
+    """Return base(x) + ((x Q_in) S') Q_out', saving only x Q_in and what ``base`` saves.
 
     Args:
         x: (..., in). All products are made in the dtype of :func:`product_dtype`.
@@ -197,10 +197,10 @@ def adapter_linear(
     product: Callable[[Tensor], Tensor] | None = None,
     unpacked: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """x W' + b + s (dropout(x) A') B', saving x once and in its own dtype.
+    """Return x W' + b + s (dropout(x) A') B', saving x once and in its own dtype.
 
-    Plain autograd would keep x in the dtype of A, dropped, beside the x that other layers keep.
-    Of dropout, a mask of one byte an entry is saved.
+    Plain autograd would save x after dropout in the dtype of A, beside the x that other layers
+    save. Dropout saves a mask of one byte per value.
 
     Args:
         x: (..., in). The adapter's products are made in autocast's dtype inside it, else in A's.
@@ -208,9 +208,9 @@ def adapter_linear(
         bias_O: (out,) or None; with ``product``, which adds its own, None.
         a_RI, b_OR: (r, in) and (out, r) of one dtype.
         scaling: s.
-        dropout: share of x's entries that the adapter does not see.
-        product: gives x W' + b (N, out) for x (N, in); a new tensor.
-        unpacked: gives W (out, in); called once a backward pass.
+        dropout: share of x that the adapter does not see.
+        product: returns x W' + b (N, out) for x (N, in), a new tensor.
+        unpacked: returns W (out, in); called once per backward pass.
 
     Returns:
         (..., out), in the dtype of x W' + b.

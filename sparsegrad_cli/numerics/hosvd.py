@@ -5,7 +5,7 @@ For a stack {G_t} of gradients dL/dW, each (out, in), the HOSVD factors of the t
     Q_out = eigenvectors of  sum_t G_t G_t'   (out, out)
     Q_in  = eigenvectors of  sum_t G_t' G_t   (in, in)
 
-so nothing is ever stacked: two Gram matrices hold all that is needed, whatever the number of steps.
+so the stack is never stored: two Gram matrices suffice, whatever the number of steps.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ class Basis:
     Attributes:
         q_out: (out, r_out), columns orthonormal.
         q_in: (in, r_in), columns orthonormal.
-        singular_out: (r_out,) singular values of the stack unfolded along out, descending. Read
-            from a file there may be more: those of the directions that were left out follow.
+        singular_out: (r_out,) singular values of the stack unfolded along out, descending. A basis
+            from a file may have more: those of the directions that were left out.
         singular_in: (r_in,) the same along in.
-        tokens: () float64, how many live tokens were summed, all targets that share the basis
-            together; None where it comes from gradients of batches, or from a file that does not
-            say.
+        tokens: () float64, number of live tokens summed, over all targets that share the basis;
+            None for a basis from gradients of batches, or from a file without it.
     """
 
     q_out: Tensor
@@ -41,14 +40,14 @@ class Basis:
     tokens: Tensor | None = None
 
     def nbytes(self) -> int:
-        """Bytes of the two bases."""
+        """Return the bytes of the two bases."""
         return sum(q.numel() * q.element_size() for q in (self.q_out, self.q_in))
 
 
 class Stream(Protocol):
-    """Sums over a stream of gradients, from which a basis comes.
+    """Sums over a stream of gradients, from which a basis is made.
 
-    The data is gone over ``passes`` times, with :meth:`next_pass` between two passes.
+    The data is read ``passes`` times, with :meth:`next_pass` between two passes.
     """
 
     passes: int
@@ -63,19 +62,19 @@ class Stream(Protocol):
         ...
 
     def next_pass(self) -> None:
-        """Start the next pass from what the last one found."""
+        """Start the next pass from the result of the last one."""
         ...
 
     def basis(self) -> Basis:
-        """Bases after the last pass."""
+        """Return the bases after the last pass."""
         ...
 
     def sums(self) -> list[Tensor]:
-        """What is a sum over the stream: to be added up where several processes share it."""
+        """Return the sums over the stream, which are added up over processes."""
         ...
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the bytes held."""
         ...
 
 
@@ -137,7 +136,7 @@ class GramStream:
         self.count += other.count
 
     def basis(self) -> Basis:
-        """Full-rank bases of what was streamed.
+        """Return the full-rank bases of the stream.
 
         Raises:
             ValueError: nothing was added, or the sums are not finite.
@@ -150,26 +149,26 @@ class GramStream:
         return Basis(q_out, q_in, singular_out, singular_in, tokens)
 
     def next_pass(self) -> None:
-        """There is one pass only."""
+        """Raise: there is only one pass."""
         raise ValueError("Gram matrices are made in one pass")
 
     def sums(self) -> list[Tensor]:
-        """What is a sum over the stream: to be added up where several processes share it."""
+        """Return the sums over the stream, which are added up over processes."""
         return [self.gram_out, self.gram_in, self.tokens]
 
     def nbytes(self) -> int:
-        """Bytes of the two sums."""
+        """Return the bytes of the two sums."""
         return sum(g.numel() * g.element_size() for g in (self.gram_out, self.gram_in))
 
 
 def live_tokens(g_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rows on which the loss depends (g is not all zero: no padding), in ``dtype``."""
+    """Return the rows on which the loss depends (g is not all zero), in ``dtype``."""
     live = (g_NO != 0).any(1)
     return g_NO[live].to(dtype), x_NI[live].to(dtype)
 
 
 def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of a symmetric (d, d) matrix as columns, and the root of their eigenvalues.
+    """Return the eigenvectors of a symmetric (d, d) matrix and the roots of its eigenvalues.
 
     Strongest first. The sign of each column is fixed (its largest entry is positive), so that two
     runs of the same numbers give the same basis.
@@ -184,13 +183,13 @@ def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def signed(vectors_DR: Tensor) -> Tensor:
-    """The same columns, each with the sign that makes its largest entry positive."""
+    """Return the columns, each with the sign that makes its largest entry positive."""
     largest = vectors_DR.abs().argmax(dim=0, keepdim=True)
     return vectors_DR * torch.sign(vectors_DR.gather(0, largest))
 
 
 def by_columns(matrix: Tensor) -> Tensor:
-    """The same matrix with each column contiguous in memory.
+    """Return the matrix with each column contiguous in memory.
 
     A sparse core is rotated back one direction at a time, and a direction is a column: read with
     a stride, the sparse product takes 34 ms instead of 1.4 ms at 1536 x 384 and 1 %.
@@ -199,7 +198,7 @@ def by_columns(matrix: Tensor) -> Tensor:
 
 
 def truncated(basis: Basis, rank: int | float | None) -> Basis:
-    """The leading directions of either side.
+    """Return the leading directions of both sides.
 
     Args:
         rank: an int keeps that many of each side (or all there are); a float in (0, 1] keeps as
@@ -220,21 +219,22 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
 
 
 def is_whole(basis: Basis) -> bool:
-    """Whether a basis is of full rank on both sides."""
+    """Return whether a basis is of full rank on both sides."""
     return all(q.shape[0] == q.shape[1] for q in (basis.q_out, basis.q_in))
 
 
 def leading(basis: Basis, rank: int | float | None) -> Basis:
-    """:func:`truncated`, with all singular values: a share of energy is one of the whole.
+    """Truncate the directions, and keep all singular values.
 
-    With those of the kept directions alone, cutting to the same share again would drop more.
+    A share of energy refers to all of them: with those of the kept directions alone, truncating to
+    the same share again would drop more.
     """
     cut = truncated(basis, rank)
     return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in, basis.tokens)
 
 
 def kept_columns(singular: Tensor, columns: int, rank: int | float | None) -> int:
-    """How many of ``columns`` directions a rank keeps; see :func:`truncated`."""
+    """Return how many of ``columns`` directions a rank keeps; see :func:`truncated`."""
     if rank is None:
         return columns
     if isinstance(rank, int):

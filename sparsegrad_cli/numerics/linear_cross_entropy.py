@@ -25,7 +25,7 @@ _BLOCK_BYTES_ELSEWHERE = 64 << 20
 
 
 def block_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits made at a time; at least 16."""
+    """Return the number of rows of logits made at a time; at least 16."""
     return max(16, _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE) // (4 * vocabulary))
 
 
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     cap: float | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """Sum over N of -log softmax(z)[target], differentiable once in hidden, weight and bias.
+    """Return the sum over N of -log softmax(z)[target], differentiable once.
 
     Args:
         hidden_NI, weight_VI: of one floating dtype.
@@ -70,7 +70,7 @@ def linear_cross_entropy_sums(
     cap: float | None = None,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of :func:`linear_cross_entropy`, and how many targets have the highest logit.
+    """Return the loss of :func:`linear_cross_entropy` and the number of correct predictions.
 
     Returns:
         Two scalars, float32 (or float64) and int64.
@@ -142,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, g: Tensor) -> Tensor | None:
-    """gradient times the scalar g."""
+    """Return gradient times the scalar g."""
     if gradient is None:
         return None
     if gradient.dtype != g.dtype:  # a loss scale does not fit float16
@@ -155,7 +155,7 @@ def _scaled(gradient: Tensor | None, g: Tensor) -> Tensor | None:
 def _logits(
     hidden_BI: Tensor, weight_VI: Tensor, bias_V: Tensor | None, scale: float, cap: float | None
 ) -> Tensor:
-    """z (B, V) in float32 or float64, in memory of its own."""
+    """Return z (B, V) in float32 or float64, in its own memory."""
     z_BV = (hidden_BI @ weight_VI.T).to(_wide(hidden_BI.dtype))
     if bias_V is not None:
         z_BV.add_(bias_V)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nearest_of_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B (out, r) and A (r, in) whose product is nearest to a matrix in the Frobenius norm.
+    """Return B (out, r) and A (r, in) whose product is nearest in the Frobenius norm.
 
     That is its truncated singular value decomposition (Eckart and Young 1936), written as a
     projection: with U the leading eigenvectors of M M', B = U and A = U' M; or with V those of
@@ -15,7 +15,7 @@ def nearest_of_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix_OI: (out, in), float64: the eigenvalues are squares.
-        rank: at least 1; more than the narrow side has gives all of that.
+        rank: at least 1; at most the narrow side is used.
     """
     if matrix_OI.shape[0] <= matrix_OI.shape[1]:
         _, vectors = torch.linalg.eigh(matrix_OI @ matrix_OI.T)  # ascending
@@ -27,7 +27,7 @@ def nearest_of_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def structural_factors(matrix_RS: Tensor, pattern_RS: Tensor) -> tuple[Tensor, Tensor]:
-    """L (R, t) and M (t, S) with L M equal to a matrix, t the term rank of its pattern.
+    """Return L (R, t) and M (t, S) with L M equal to a matrix, t the term rank of its pattern.
 
     The term rank is the most entries of the pattern of which no two share a row or column: no
     matrix with this pattern has a higher rank, and almost all have this one. By König's theorem
@@ -51,7 +51,7 @@ def structural_factors(matrix_RS: Tensor, pattern_RS: Tensor) -> tuple[Tensor, T
 
 
 def _cover(pattern_RS: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns that hold every entry of a pattern, the fewest together."""
+    """Return the smallest set of rows and columns that holds every entry of a pattern."""
     import numpy as np
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import maximum_bipartite_matching

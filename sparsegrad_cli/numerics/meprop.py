@@ -56,7 +56,7 @@ class _MepropLinear(torch.autograd.Function):
 
 
 def keep_largest_per_row(g_NO: Tensor, k: int) -> Tensor:
-    """g with all but the k largest magnitudes of each row set to 0: exactly k, ties or not."""
+    """Return g with all but the k largest magnitudes of each row set to 0: exactly k, with ties."""
     indices = torch.topk(g_NO.abs(), k, dim=1, sorted=False).indices
     return torch.zeros_like(g_NO).scatter_(1, indices, g_NO.gather(1, indices))
 
@@ -64,7 +64,7 @@ def keep_largest_per_row(g_NO: Tensor, k: int) -> Tensor:
 def meprop_linear(
     x: Tensor, w_OI: Tensor, bias_O: Tensor | None, *, k: int, unified: bool = False
 ) -> Tensor:
-    """A linear layer whose backward pass keeps k entries of dL/dy per example (or per batch).
+    """Apply a linear layer whose backward pass keeps k entries of dL/dy per example or batch.
 
     Args:
         x: (..., in); w_OI: (out, in); bias_O: (out,) or None.

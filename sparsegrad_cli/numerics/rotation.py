@@ -1,4 +1,4 @@
-"""The one rotation, written once: weights and gradients seen in a basis.
+"""The rotation of weights and gradients into a basis and back.
 
 Row convention of torch: y = x W' + b with x (N, in), W (out, in), g = dL/dy (N, out),
 G = dL/dW = g' x (out, in). In a basis (Q_out, Q_in):
@@ -22,21 +22,21 @@ from sparsegrad_cli.numerics.hosvd import Basis
 
 
 def to_core(matrix_OI: Tensor, basis: Basis) -> Tensor:
-    """Q_out' M Q_in: (r_out, out) @ (out, in) @ (in, r_in) -> (r_out, r_in)."""
+    """Return Q_out' M Q_in: (r_out, out) @ (out, in) @ (in, r_in) -> (r_out, r_in)."""
     if matrix_OI.shape[0] <= matrix_OI.shape[1]:
         return (basis.q_out.T @ matrix_OI) @ basis.q_in
     return basis.q_out.T @ (matrix_OI @ basis.q_in)
 
 
 def from_core(core_RS: Tensor, basis: Basis) -> Tensor:
-    """Q_out C Q_in': (out, r_out) @ (r_out, r_in) @ (r_in, in) -> (out, in)."""
+    """Return Q_out C Q_in': (out, r_out) @ (r_out, r_in) @ (r_in, in) -> (out, in)."""
     if basis.q_out.shape[0] >= basis.q_in.shape[0]:
         return basis.q_out @ (core_RS @ basis.q_in.T)
     return (basis.q_out @ core_RS) @ basis.q_in.T
 
 
 def from_sparse_core(indices: Tensor, values: Tensor, basis: Basis) -> Tensor:
-    """Q_out C Q_in' for a core with few entries, without forming the core's dense product twice.
+    """Return Q_out C Q_in' for a core with few entries, with one dense product instead of two.
 
     Args:
         indices: (k,) int64, flat positions in the (r_out, r_in) core.
@@ -66,7 +66,7 @@ def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
 
 
 def rotated_linear(x_NI: Tensor, core_OI: Tensor, bias_O: Tensor | None, basis: Basis) -> Tensor:
-    """The paper's layer: ((x Q_in) C') Q_out' + b. x may have leading dimensions.
+    """Return the output of the paper's layer: ((x Q_in) C') Q_out' + b.
 
     Shapes: (N, in) @ (in, r_in) @ (r_in, r_out) @ (r_out, out) -> (N, out). Autograd gives
     dL/dC = (g Q_out)' (x Q_in), which keeps only x Q_in, and dL/db as the plain column sum of g:

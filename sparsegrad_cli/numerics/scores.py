@@ -1,9 +1,9 @@
-"""What an entry of the core is worth, from gradients seen in the basis.
+"""Scores of the entries of a core, from gradients seen in its basis.
 
 A core gradient is C = Q_out' G Q_in = (g Q_out)' (x Q_in); with h = g Q_out (N, r_out) and
 u = x Q_in (N, r_in) it is a sum over tokens of h_n' u_n. Three scores, each a mean over steps:
 
-``gradient``      |C|                    what one step would choose by
+``gradient``      |C|                    the criterion of a single step
 ``square``        C^2                    the diagonal of the empirical Fisher, by batch
 ``token_square``  (h^2)' (u^2)           the same by token: no two tokens cancel
 """
@@ -33,7 +33,7 @@ class ScoreStream:
         self.count = self.total.new_zeros(())
 
     def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
-        """Tokens of the running step: dL/dy (N, out) and x (N, in), any floating dtype."""
+        """Add tokens of the current step: dL/dy (N, out) and x (N, in), any floating dtype."""
         h_NR = g_NO.to(self.total.dtype) @ self.basis.q_out  # (N, out) @ (out, r_out)
         u_NS = x_NI.to(self.total.dtype) @ self.basis.q_in  # (N, in) @ (in, r_in)
         if self.score == "token_square":
@@ -41,16 +41,16 @@ class ScoreStream:
         self._step.addmm_(h_NR.T, u_NS)  # (r_out, N) @ (N, r_in)
 
     def end_step(self) -> None:
-        """A step is over: a layer that is used more than once has one gradient."""
+        """End a step: a layer that is used more than once has one gradient."""
         step = self._step.square_() if self.score == "square" else self._step.abs_()
         self.total += step
         self._step.zero_()
         self.count += 1
 
     def mean(self) -> Tensor:
-        """(r_out, r_in) mean over the steps."""
+        """Return the mean over the steps, (r_out, r_in)."""
         return self.total / self.count.clamp_min(1)
 
     def sums(self) -> list[Tensor]:
-        """What is a sum over the stream: to be added up where several processes share it."""
+        """Return the sums over the stream, which are added up over processes."""
         return [self.total, self.count]

@@ -51,7 +51,7 @@ class SequentialStream:
         self.count += 1
 
     def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
-        """Not for tokens: their two Grams have no common side to project.
+        """Raise: the two Grams of tokens have no common side to project.
 
         Raises:
             NotImplementedError: always.
@@ -59,18 +59,18 @@ class SequentialStream:
         raise NotImplementedError("sequential truncation is for gradients of batches")
 
     def next_pass(self) -> None:
-        """Fix the narrow side; what follows goes to the wide one."""
+        """Fix the narrow side; the next gradients go to the wide one."""
         if self.count == 0:
             raise ValueError("no gradient was added")
         q, singular = principal_directions(self.gram)
         keep = kept_columns(singular, q.shape[1], self.rank)
-        # The spectrum whole: of a share of its energy, the core's rank is told once more.
+        # The whole spectrum: the core's rank is derived from a share of its energy again.
         self._narrow = q[:, :keep].clone(), singular.clone()
         self.gram = self.gram.new_zeros(self._wide, self._wide)
         self.count = 0
 
     def basis(self) -> Basis:
-        """The narrow side truncated, the wide one whole.
+        """Return the narrow side truncated and the wide one whole.
 
         Raises:
             ValueError: a pass is missing, or the sums are not finite.
@@ -84,9 +84,9 @@ class SequentialStream:
         return Basis(q_wide, q_narrow, singular_wide, singular_narrow)
 
     def sums(self) -> list[Tensor]:
-        """What is a sum over the stream: to be added up where several processes share it."""
+        """Return the sums over the stream, which are added up over processes."""
         return [self.gram]
 
     def nbytes(self) -> int:
-        """Bytes of the sum."""
+        """Return the bytes of the sum."""
         return self.gram.numel() * self.gram.element_size()

@@ -1,7 +1,7 @@
 """Leading directions without a Gram matrix: a randomized range finder, streamed.
 
 A Gram matrix A of a wide side costs d x d bytes and, per gradient, d x d x (other side)
-multiplications; its eigenvectors d^3. Of a basis of rank r only r columns are wanted. So A is only
+multiplications; its eigenvectors d^3. A basis of rank r needs only r columns. So A is only
 ever multiplied by a thin test matrix Omega (d, l), l a little over r:
 
     Y = A Omega,   streamed as   Y += G (G' Omega)   or, over tokens,   Y += g' (g Omega)
@@ -26,9 +26,9 @@ class SketchStream:
 
     Args:
         out_features, in_features: shape of every gradient.
-        rank: directions wanted a side; sides that have no more than rank + 32 are exact.
+        rank: directions wanted per side; sides with at most rank + 32 are exact.
         power_steps: passes over the data beyond the first.
-        seed: of the test matrices; streams that are to be added up need the same.
+        seed: of the test matrices; streams that are added up need the same one.
         device, dtype: where and in what the products are kept; float32 by default.
     """
 
@@ -84,7 +84,7 @@ class SketchStream:
         self.count = 0
 
     def basis(self) -> Basis:
-        """The leading ``rank`` directions of either side.
+        """Return the leading ``rank`` directions of both sides.
 
         Raises:
             ValueError: nothing was added, or the products are not finite.
@@ -97,17 +97,17 @@ class SketchStream:
         return Basis(q_out, q_in, singular_out, singular_in, tokens)
 
     def sums(self) -> list[Tensor]:
-        """What is a sum over the stream: to be added up where several processes share it."""
+        """Return the sums over the stream, which are added up over processes."""
         return [self.y_out, self.y_in, self.tokens]
 
     def nbytes(self) -> int:
-        """Bytes of test matrices and products."""
+        """Return the bytes of test matrices and products."""
         tensors = (self.omega_out, self.omega_in, self.y_out, self.y_in)
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def nystroem(omega_DL: Tensor, y_DL: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors of A from Y = A Omega, and the root of their eigenvalues.
+    """Return the leading eigenvectors of A from Y = A Omega, and the roots of their eigenvalues.
 
     Args:
         omega_DL: (d, l), columns orthonormal.

@@ -11,7 +11,7 @@ from tiny import classifier, orthogonal_bases, targets_of
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
-from sparsegrad_cli.methods.sparse_settings import split_by_size
+from sparsegrad_cli.methods.sparse_settings import count_for_density, split_by_size
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings, rank_for_density
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.recipe.load_recipe import load_recipe
@@ -112,6 +112,20 @@ def test_which_methods_need_more_memory_at_a_larger_size() -> None:
 
 
 # --- a number of parameters over targets
+
+
+@pytest.mark.parametrize(
+    ("density", "expected"),
+    [(0.01, 5898), (1.0, 589824), (0.5, 294912), (1e-9, 1), (1 / 589824, 1)],
+)
+def test_a_density_is_a_rounded_number_of_parameters(density: float, expected: int) -> None:
+    assert count_for_density(density, 1536, 384) == expected
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, float("nan")])
+def test_a_density_out_of_range_is_refused(density: float) -> None:
+    with pytest.raises(ValueError, match="density"):
+        count_for_density(density, 10, 10)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -17,7 +17,7 @@ from sparsegrad_cli.models.memory_savers import (
     use_lean_gates,
 )
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.numerics.dropout import ByteDropout
+from sparsegrad_cli.numerics.saved_activations import ByteDropout
 
 
 @pytest.fixture(autouse=True)

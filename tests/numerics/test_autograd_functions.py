@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.frozen_linear import adapter_linear, core_beside, frozen_linear
-from sparsegrad_cli.numerics.gated import gated
 from sparsegrad_cli.numerics.linear_cross_entropy import linear_cross_entropy
 from sparsegrad_cli.numerics.meprop import meprop_linear
+from sparsegrad_cli.numerics.saved_activations import gated
 
 OUT, IN, RANK = 5, 4, 3
 

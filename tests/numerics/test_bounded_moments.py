@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsegrad_cli.numerics.bounded_moments import BoundedMoments
-from sparsegrad_cli.numerics.selective_adamw import AdamW, Moments, sparse_step
+from sparsegrad_cli.numerics.selective_adamw import AdamW, BoundedMoments, Moments, sparse_step
 from sparsegrad_cli.numerics.supports import largest_entries
 
 SIZE, COUNT, STEPS = 60, 7, 25

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.numerics.dropout import ByteDropout
+from sparsegrad_cli.numerics.saved_activations import ByteDropout
 
 
 def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegrad_cli.numerics.gated import gated
+from sparsegrad_cli.numerics.saved_activations import gated
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU()])

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sparsegrad_cli.numerics.supports import (
     allocate,
-    count_for_density,
     energy_share,
     largest_entries,
 )
@@ -73,20 +72,6 @@ def test_a_count_out_of_range_is_refused(count: int) -> None:
 def test_the_choice_is_the_same_every_time() -> None:
     values = torch.ones(50, 50)
     assert torch.equal(largest_entries(values, 100), largest_entries(values.clone(), 100))
-
-
-@pytest.mark.parametrize(
-    ("density", "expected"),
-    [(0.01, 5898), (1.0, 589824), (0.5, 294912), (1e-9, 1), (1 / 589824, 1)],
-)
-def test_count_for_density_a_density(density: float, expected: int) -> None:
-    assert count_for_density(density, 1536, 384) == expected
-
-
-@pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, float("nan")])
-def test_a_density_out_of_range_is_refused(density: float) -> None:
-    with pytest.raises(ValueError, match="density"):
-        count_for_density(density, 10, 10)
 
 
 def test_energy_share_by_hand() -> None:

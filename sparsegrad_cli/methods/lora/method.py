@@ -34,16 +34,16 @@ def _adapter_parameters(model: nn.Module, target: Target) -> int:
 
 
 def keep_inputs_once(model: nn.Module) -> int:
-    """Let LoRA layers keep their input once, in its own dtype (:func:`adapter_linear`).
+    """Let LoRA layers save their input once, in its own dtype (:func:`adapter_linear`).
 
-    Outputs and gradients are those of peft's layers, which keep another copy of the input wherever
-    the adapter's dtype differs from the model's, or dropout acts on it.
+    Outputs and gradients are those of peft's layers, which save another copy of the input where the
+    adapter's dtype differs from the model's, or where dropout acts on it.
 
     Args:
-        model: with plain LoRA adapters in it, one to a layer.
+        model: a model with one plain LoRA adapter per layer.
 
     Returns:
-        How many layers.
+        The number of layers.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -55,8 +55,8 @@ def keep_inputs_once(model: nn.Module) -> int:
 
 
 def _lean_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, **more: Any) -> Tensor:
-    """x (..., in) -> (..., out); what is not training a single adapter is left to peft."""
-    # A compiler chooses by itself what to keep.
+    """Return (..., out) for x (..., in); all but the training of one adapter is left to peft."""
+    # A compiler chooses itself what to save.
     compiling = torch.compiler.is_compiling()
     if more or layer.merged or layer.disable_adapters or compiling or not torch.is_grad_enabled():
         return plain(x, **more)
@@ -91,7 +91,7 @@ class Lora(Method):
         bases: Mapping[str, Basis] | None = None,
         scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
-        """Put peft's adapters into the targets; B starts at zero, so the function is unchanged."""
+        """Put peft's adapters into the targets. B starts at zero, so the function is unchanged."""
         from peft import LoraConfig, inject_adapter_in_model
 
         total = count_entries(model)
@@ -120,7 +120,7 @@ class Lora(Method):
         check_adapted(model, (target.name for target in targets), fix)
         keep_inputs_once(model)
         for name, parameter in model.named_parameters():
-            # peft freezes whatever is not its own: the head and the rest are opened again.
+            # peft freezes all other parameters: the head and the rest are opened again.
             parameter.requires_grad_("lora_" in name or id(parameter) in open_names)
             if "lora_" in name and parameter.dtype in (torch.float16, torch.bfloat16):
                 # peft makes A and B in the frozen weights' dtype, where small increments are lost.

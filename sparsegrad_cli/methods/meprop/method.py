@@ -1,4 +1,4 @@
-"""MeProp, both kinds.
+"""MeProp in two forms.
 
 *entries* (the SparseGrad authors' baseline): the largest entries of dL/dW; SparseGrad in the
 identity basis. *rows* (Sun et al. 2017): the largest entries of dL/dy per example or per batch, so

@@ -1,9 +1,9 @@
 """SparseGrad's core form: W stays frozen, S on its support trains (numerics/core_linear.py).
 
-What trains is small in truth: a flat vector of values (``support: static``), or the whole of S
-(``dense``), or S with a few entries stepped at a time (``dynamic``, the paper's choice by magnitude
-within the truncated basis; ``refresh``, a static choice made anew every so many steps: what was
-left keeps its value and loses its state). Any optimizer will do for the first two.
+The trained parameter is a flat vector of values (``support: static``), the whole of S (``dense``),
+or S of which a few entries are stepped at a time: ``dynamic`` chooses the largest in every step, as
+the paper does, and ``refresh`` holds a choice for some steps; entries that leave the support keep
+their value and lose their state. Any optimizer can train the first two.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class SparsegradCore(Method):
         bases: Mapping[str, Basis] | None = None,
         scores: Mapping[str, Tensor] | None = None,
     ) -> Prepared:
-        """Put a core beside every target; S starts at zero, so the function is unchanged."""
+        """Put a core beside every target. S starts at zero, so the function is unchanged."""
         if bases is None:
             raise ValueError("SparseGrad needs bases")
         total = count_entries(model)
@@ -147,7 +147,7 @@ class SparsegradCore(Method):
         return core
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-        """torch's AdamW; with dynamic support, AdamW on the largest entries of dL/dS."""
+        """Return torch's AdamW; for a support that changes, AdamW on chosen entries of S."""
         if self.settings.support in ("static", "dense"):
             return plain_adamw(model, train)
         selections = {
@@ -159,7 +159,7 @@ class SparsegradCore(Method):
         count = self._counts[name]
         if self.settings.support == "refresh":
             steps = self.settings.refresh_steps or REFRESH_STEPS
-            # Handed on, not kept: it is state from the first step on, and then it is replaced.
+            # Not kept here: from the first step on it is optimizer state.
             return Selection(count, capacity=count, refresh=steps, first=self._first.pop(name))
         room = bounded(self.settings.state_capacity, count, layer.trained.numel())
         return Selection(count, capacity=room)
@@ -170,7 +170,7 @@ class SparsegradCore(Method):
         return (layer.support, layer.shape) if "support" in layer._buffers else None
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Values (or S), their positions, and what the scope opens."""
+        """Return values (or S), their positions, and what the scope opens."""
         tensors = trainable_state(model)
         for name, layer in self._layers.items():
             if "support" in layer._buffers:
@@ -178,7 +178,7 @@ class SparsegradCore(Method):
         return tensors
 
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Copy back by name; positions too, so that the adapter does not depend on its making."""
+        """Load by name, positions too: the adapter does not depend on how they were chosen."""
         positions = {n: t for n, t in tensors.items() if n.endswith(".support")}
         fixed = {n: layer for n, layer in self._layers.items() if "support" in layer._buffers}
         for name, layer in fixed.items():
@@ -189,7 +189,7 @@ class SparsegradCore(Method):
             layer.support.copy_(positions[f"{name}.support"])
 
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
-        """W + Q_out S Q_in'."""
+        """Return W + Q_out S Q_in'."""
         layer = self._layers[target.name]
         weight_OI = target.weight_OI(model).detach().double()
         core_RS = layer.core_RS().detach().double()
@@ -198,7 +198,7 @@ class SparsegradCore(Method):
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
         """Return B = Q_out L and A = M Q_in', where S = L M has the term rank of S's support.
 
-        Of a static support that is the rank of nearly every S that it allows, and below r.
+        For a static support that is the rank of almost every S that it allows, and below r.
         """
         layer = self._layers[target.name]
         core_RS = layer.core_RS().detach().double()
@@ -223,12 +223,12 @@ def planned_supports(
 
     Args:
         bases: target name -> basis of the core's rank.
-        scores: target name -> scores of the core's entries; without, the spectra choose.
+        scores: target name -> scores of the core's entries; where missing, the spectra choose.
     """
     if settings.support not in ("static", "refresh"):
         return {}
-    # Chosen on the CPU, whatever trains: of equal scores a GPU takes others, and a resumed run,
-    # which has them from a file, must choose as the first one did.
+    # Always chosen on the CPU: among equal scores a GPU takes others, and a resumed run, which
+    # reads the scores from a file, must choose as before.
     worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)).cpu() for t in targets}
     requested = settings.requested(targets)
     counts = {t.name: min(requested[t.name], worth[t.name].numel()) for t in targets}
@@ -243,7 +243,7 @@ def planned_supports(
 
 
 def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
-    """(r_out, r_in) scores: calibration's, cut to the core's directions, or the spectra's."""
+    """Return (r_out, r_in) scores of calibration, cut to the core, or of the spectra."""
     if score is None:
         return spectral_scores(basis)
     return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]

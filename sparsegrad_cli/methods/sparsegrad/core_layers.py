@@ -17,7 +17,7 @@ class CoreLinear(nn.Module):
     Args:
         weight: the frozen parameter of the layer it replaces: (out, in), or its transpose.
         bias: its bias parameter or None.
-        basis: truncated bases; kept by the layer's side, not in the state dict.
+        basis: truncated bases; buffers outside the state dict.
         support: (k,) flat positions in S (below 2^31) that train; None trains all of S.
         transposed: the weight holds W'.
     """
@@ -50,13 +50,13 @@ class CoreLinear(nn.Module):
         if support is None:
             self.core = nn.Parameter(torch.zeros(self.shape, dtype=dtype, device=device))
         else:
-            # Persistent: an adapter without its positions is worth nothing. Four bytes each.
+            # Persistent: values without their positions are useless. Four bytes each.
             self.register_buffer("support", support.to(device, torch.int32))
             zeros = torch.zeros(len(support), dtype=dtype, device=device)
             self.values = nn.Parameter(zeros)
 
     def core_RS(self) -> Tensor:
-        """S, (r_out, r_in)."""
+        """Return S, (r_out, r_in)."""
         if "core" in self._parameters:
             return self.core
         flat = self.values.new_zeros(self.shape[0] * self.shape[1])
@@ -68,18 +68,18 @@ class CoreLinear(nn.Module):
         return self.core if "core" in self._parameters else self.values
 
     def forward(self, x: Tensor) -> Tensor:
-        """The plain layer's output while S is zero."""
+        """Return the output; that of the plain layer while S is zero."""
         weight = self.weight.T if self.transposed else self.weight
         return core_linear(x, weight, self.bias, self.core_RS(), self.q_out, self.q_in)
 
 
 class QuantizedCoreLinear(CoreLinear):
-    """The same beside a quantized layer, which makes its product itself.
+    """A core beside a quantized layer, which makes its product itself.
 
     Args:
-        base_layer: a layer of bitsandbytes that keeps nothing
-            (:func:`sparsegrad_cli.models.quantized.use_frozen_products`); it stays whole, for its
-            scales hang on it.
+        base_layer: a layer of bitsandbytes that saves nothing
+            (:func:`sparsegrad_cli.models.quantized.use_frozen_products`); it is kept whole, because
+            it holds the scales.
         basis, support: as in :class:`CoreLinear`.
     """
 
@@ -89,7 +89,7 @@ class QuantizedCoreLinear(CoreLinear):
         device = next(base_layer.parameters()).device
         self._make_core(basis, support, dtype_of(base_layer), device)
 
-    # As attributes of the plain layer's names, which are no parameters of their own here.
+    # Under the plain layer's attribute names, which are not parameters of this module.
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name in ("weight", "bias"):
             found: Tensor | nn.Module = getattr(self.base_layer, name)
@@ -97,5 +97,5 @@ class QuantizedCoreLinear(CoreLinear):
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized layer's output while S is zero."""
+        """Return the output; that of the quantized layer while S is zero."""
         return core_beside(x, self.base_layer, self.core_RS(), self.q_out, self.q_in)

@@ -1,6 +1,4 @@
-"""SparseGrad (Chekalina et al. 2024): step the largest entries of Q_out' G Q_in.
-
-Two forms, the same method:
+"""SparseGrad (Chekalina et al. 2024) in two forms: step the largest entries of Q_out' G Q_in.
 
 *rotated* (the paper's layer): the target holds its core C = Q_out' W Q_in as parameter and computes
 y = ((x Q_in) C') Q_out' + b. Three products per pass where a dense layer has one.
