@@ -1,4 +1,4 @@
-"""Models that answer: the real small one, and tiny random ones that lie in folders."""
+"""Models that answer: tiny random ones in folders, and the tokenizer of a real small one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tiny import build, config
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.load_chat_model import load_run
-from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
+from sparsegrad_cli.generate.load_chat_model import load_chat_model
+from sparsegrad_cli.generate.options import ModelOptions
+from sparsegrad_cli.models.pretrained import load_tokenizer
+from sparsegrad_cli.recipe.schema import ModelSection
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -29,25 +30,12 @@ PLAIN = (
 
 
 @functools.cache
-def _smollm2() -> Any:
+def smollm2_tokenizer() -> Any:
+    """The tokenizer of builtin:smollm2; skips the test where the package is not installed."""
     try:
-        return load_run(ModelOptions("builtin:smollm2", device="cpu"))
+        return load_tokenizer(ModelSection(name="builtin:smollm2"))
     except UsageError as error:
-        return error
-
-
-def smollm2() -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer and record of builtin:smollm2, loaded once for all tests, or skip."""
-    found = _smollm2()
-    if isinstance(found, UsageError):
-        pytest.skip(f"{found.what}: {found.fix}")
-    return found  # type: ignore[no-any-return]
-
-
-def real_answerer(**settings: Any) -> Answerer:
-    """SmolLM2, greedy and brief unless told otherwise."""
-    model, tokenizer, _ = smollm2()
-    return Answerer(model, tokenizer, GenerationSettings(**{"max_new_tokens": 16, **settings}))
+        pytest.skip(f"{error.what}: {error.fix}")
 
 
 def asks(*texts: str) -> list[Turn]:
@@ -106,4 +94,4 @@ def talker(
 
 def load(source: Path | str, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
     """As the command loads it, on the CPU."""
-    return load_run(ModelOptions(str(source), device="cpu", **options))
+    return load_chat_model(ModelOptions(str(source), device="cpu", **options))

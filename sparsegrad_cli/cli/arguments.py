@@ -22,6 +22,14 @@ RecipeAndOverrides = Annotated[
         show_default=False,
     ),
 ]
+MovedPaths = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="For a run, what has moved since: model.name=FOLDER, task.path=PATH.",
+        show_default=False,
+    ),
+]
 OutputDir = Annotated[
     Path | None,
     typer.Option("--output-dir", "-o", help="Run directory; output_dir of the recipe otherwise."),

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, or with whatever is at the other end of a pipe."""
+"""A conversation in the terminal or over a pipe."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from sparsegrad_cli.io.untrusted_text import printable_text
 if TYPE_CHECKING:
     from sparsegrad_cli.generate.answerer import Answerer
 
-_HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/reset starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 _COMMAND = re.compile(r"/[a-z]+")
 
 
 class Chat:
-    """Reads a turn a line, streams the answer, remembers both.
+    """Read one turn per line, stream the answer, and remember both.
 
     Args:
-        answerer: who answers.
-        source: where lines come from.
-        out: where answers go.
-        err: where everything else goes.
+        answerer: The model.
+        source: The user's lines.
+        out: Receives the answers.
+        err: Receives everything else.
     """
 
     def __init__(self, answerer: Answerer, *, source: TextIO, out: TextIO, err: TextIO) -> None:
         self._answerer, self._source, self._out, self._err = answerer, source, out, err
-        self._typed = source.isatty() and out.isatty()
+        self._interactive = source.isatty() and out.isatty()
         self._turns: list[Turn] = []
         self._count = 0
 
     def run(self, about: dict[str, Any]) -> None:
-        """Until the lines end, or /exit."""
-        if self._typed:
+        """Converse until the lines end or the user types /exit."""
+        if self._interactive:
             self._say(f"{about['model']}: {_HELP}")
         with contextlib.suppress(EOFError):
             while True:
-                line = self._line().strip()
+                line = self._read_line().strip()
                 if line in ("/exit", "/quit"):
                     return
                 if line == "/reset":
@@ -50,13 +50,13 @@ class Chat:
                 elif line:
                     self._answer(line)
 
-    def _line(self) -> str:
-        """The next line; Ctrl-C drops what has been typed of it.
+    def _read_line(self) -> str:
+        """Return the next line; Ctrl-C discards what has been typed of it.
 
         Raises:
-            EOFError: there are no more.
+            EOFError: There are no more lines.
         """
-        while self._typed:
+        while self._interactive:
             try:
                 return input("> ")
             except KeyboardInterrupt:
@@ -67,7 +67,7 @@ class Chat:
         return line
 
     def _answer(self, line: str) -> None:
-        """Stream an answer; what is told of it before Ctrl-C stays part of the conversation."""
+        """Stream an answer; what is shown of it before Ctrl-C is part of the conversation."""
         told: list[str] = []
 
         def tell(text: str) -> None:
@@ -75,24 +75,26 @@ class Chat:
             self._out.write(printable_text(text))
             self._out.flush()
 
-        asked = [*self._turns, Turn("user", line)]
+        turns = [*self._turns, Turn("user", line)]
         self._count += 1
-        stopped = None
+        problem = None
         try:
-            answer = self._answerer.stream(asked, tell, str(self._count))
+            answer = self._answerer.stream(turns, tell, str(self._count))
             if answer.stopped == "full" and not answer.tokens:
-                stopped = "the conversation fills the model's positions: /reset begins anew"
+                problem = (
+                    "the conversation fills all positions of the model: /reset starts a new one"
+                )
         except KeyboardInterrupt:
-            stopped = "stopped"
+            problem = "stopped"
         except DataError as error:
-            stopped = error.what
+            problem = error.what
         if told:
-            self._turns = [*asked, Turn("assistant", "".join(told).strip())]
+            self._turns = [*turns, Turn("assistant", "".join(told).strip())]
             if not told[-1].endswith("\n"):
                 self._out.write("\n")
             self._out.flush()
-        if stopped is not None:
-            self._say(stopped)
+        if problem is not None:
+            self._say(problem)
 
     def _say(self, text: str) -> None:
         print(printable_text(text), file=self._err, flush=True)

@@ -1,4 +1,4 @@
-"""judge."""
+"""``sparsegrad judge``."""
 
 from __future__ import annotations
 
@@ -10,92 +10,102 @@ import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, Quiet
 
+Answers = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="ANSWERS.jsonl...",
+        help="Files written by `sparsegrad generate --prompts`, of one model or several; or the "
+        "folder of a comparison, for all its models.",
+        show_default=False,
+    ),
+]
+Questions = Annotated[
+    str,
+    typer.Option(
+        "--questions",
+        help="The file of questions with categories and references, or builtin:questions.",
+        show_default=False,
+    ),
+]
+EndpointAddress = Annotated[
+    str,
+    typer.Option(
+        "--endpoint",
+        help="An OpenAI-compatible server, such as http://localhost:8000/v1.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str, typer.Option("--model", help="The name of the judging model there.", show_default=False)
+]
+KeyVariable = Annotated[
+    str | None,
+    typer.Option(
+        "--key-env",
+        help="Environment variable with the key; OPENAI_API_KEY if that is set.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Output folder; runs/judge-<answers>, or judge-<questions> in a comparison.",
+        show_default=False,
+    ),
+]
+Pairwise = Annotated[
+    bool, typer.Option("--pairwise", help="Compare two models, each pair in both orders.")
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries",
+        min=0,
+        help="Further tries after a reply without a verdict, HTTP 429 or 5xx, or a network error.",
+    ),
+]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Requests at a time.")]
+MaxTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens", min=0, help="Largest number of tokens of a reply; 0: the server's."
+    ),
+]
+
 
 def judge(
-    answers: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="ANSWERS.jsonl...",
-            help="What `sparsegrad generate --prompts` wrote, one model or several; or a "
-            "comparison's folder, for all its models.",
-            show_default=False,
-        ),
-    ],
-    questions: Annotated[
-        str,
-        typer.Option(
-            "--questions",
-            help="The file they answer, or builtin:questions; has categories and references.",
-            show_default=False,
-        ),
-    ],
-    endpoint: Annotated[
-        str,
-        typer.Option(
-            "--endpoint",
-            help="An OpenAI-compatible server, such as http://localhost:8000/v1.",
-            show_default=False,
-        ),
-    ],
-    model: Annotated[
-        str, typer.Option("--model", help="The judge's name there.", show_default=False)
-    ],
-    key_env: Annotated[
-        str | None,
-        typer.Option(
-            "--key-env",
-            help="Environment variable with the key; OPENAI_API_KEY if that is set.",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder; runs/judge-<answers> by default, or judge-<questions> in a comparison.",
-            show_default=False,
-        ),
-    ] = None,
-    pairwise: Annotated[
-        bool, typer.Option("--pairwise", help="Compare two models, each pair in both orders.")
-    ] = False,
-    retries: Annotated[
-        int,
-        typer.Option(
-            "--retries",
-            min=0,
-            help="Further tries without a verdict, or on 429, 5xx, network errors.",
-        ),
-    ] = 2,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")
-    ] = 120.0,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Requests at a time.")] = 4,
-    max_tokens: Annotated[
-        int,
-        typer.Option("--max-tokens", min=0, help="Of a reply; 0 leaves it to the server."),
-    ] = 1024,
+    answers: Answers,
+    questions: Questions,
+    endpoint: EndpointAddress,
+    model: Model,
+    key_env: KeyVariable = None,
+    output: Output = None,
+    pairwise: Pairwise = False,
+    retries: Retries = 2,
+    timeout: Timeout = 120.0,
+    jobs: Jobs = 4,
+    max_tokens: MaxTokens = 1024,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Let a language model grade answers from 1 to 10, turn by turn, or compare two models.
 
-    Answers and questions are sent to the endpoint, and to nobody else. Verdicts are kept: the same
-    command asks only for what is missing. A comparison's report shows the grades of its models
-    beside their answers. Exit code 1 if a request failed for good.
+    Answers and questions are sent to the endpoint only. Verdicts are kept: the same command asks
+    only for missing ones. The report of a comparison shows the grades of its models beside their
+    answers. The exit code is 1 if a request failed after all tries.
 
     [bold]sparsegrad judge a.jsonl b.jsonl --questions builtin:questions
     --endpoint http://localhost:8000/v1 --model judge[/bold]
     """
     from rich.console import Console
 
-    from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.cli.progress import make_observer
     from sparsegrad_cli.judge.grades import read_graded_answers
     from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions, judge_answers
-    from sparsegrad_cli.records.answers import JudgeRecord
     from sparsegrad_cli.records.store import load_study
     from sparsegrad_cli.report.files import write_study_report
     from sparsegrad_cli.report.judge import judge_screen
@@ -114,16 +124,16 @@ def judge(
         jobs=jobs,
         max_tokens=max_tokens,
     )
-    with QuietObserver() if quiet or as_json else ProgressObserver() as observer:
+    with make_observer(quiet or as_json) as observer:
         record = judge_answers(options, observer)
     if options.study is not None:
         study = load_study(options.study)
         write_study_report(options.study, study, read_graded_answers(options.study, study))
     if as_json:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(record.to_json()))
     else:
         console = Console()
-        console.print(screen(judge_screen(JudgeRecord.model_validate(without_nan(record)))))
+        console.print(screen(judge_screen(record)))
         console.print(plain_line(f"Report: {options.folder / REPORT}"))
-    if record["status"] != "done":
+    if record.status != "done":
         raise typer.Exit(1)

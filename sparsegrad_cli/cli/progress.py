@@ -93,3 +93,8 @@ class ProgressObserver(Observer):
 
     def _shown(self) -> str:
         return "  ".join(self._state.values())
+
+
+def make_observer(quiet: bool) -> QuietObserver | ProgressObserver:
+    """Return the observer of a command; use it as a context manager."""
+    return QuietObserver() if quiet else ProgressObserver()

@@ -1,8 +1,9 @@
-"""An adapter that needs no run folder: values, positions and bases in one file, and what they need.
+"""The adapter form: values, positions and bases, which :func:`load_adapter` puts onto the base.
 
-adapter.safetensors   what training changed, by the method's own names
-                      ``basis/<part>/<key>``: bases, one a key, cut to what the method uses
-                      ``fresh/<name>``: what neither the base model's files nor training determine
+adapter.safetensors   what training changed, by the method's own names;
+                      ``basis/<part>/<key>``: the bases, truncated to what the method uses;
+                      ``fresh/<name>``: parameters that were not trained and that the files of the
+                      base model lack
 adapter.json          :class:`sparsegrad_cli.export.adapter_file.AdapterSettings`
 """
 
@@ -28,9 +29,14 @@ from sparsegrad_cli.export.adapter_file import (
     tensors_digest,
     write_settings,
 )
-from sparsegrad_cli.export.merged import auto_class, differing, put, task_settings
-from sparsegrad_cli.export.rebuild import Trained
-from sparsegrad_cli.export.restore import load_checked, widest
+from sparsegrad_cli.export.base_model import (
+    CLASSIFIER,
+    auto_class,
+    changed_parameters,
+    put,
+    task_settings,
+)
+from sparsegrad_cli.export.restore import TrainedModel, load_checked, widest
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.models.load_model import load_as
@@ -42,28 +48,34 @@ from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _BASIS, _FRESH = "basis/", "fresh/"
-# What tensors and settings raise that no export writes together.
-_CANNOT_BE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What tensors and settings that do not fit together can raise.
+_INCONSISTENT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
 
-def write_adapter(trained: Trained, plain: nn.Module, folder: Path) -> dict[str, Any]:
+def write_adapter(trained: TrainedModel, plain: nn.Module, folder: Path) -> dict[str, Any]:
     """Write both files.
 
     Args:
-        plain: the base model, with other random numbers than the run's where its files are silent.
+        trained: The run.
+        plain: Its base model, see :func:`sparsegrad_cli.export.base_model.plain_model`.
+        folder: An existing folder.
+
+    Returns:
+        ``fresh`` and ``bases_bytes`` of export.json.
 
     Raises:
-        UsageError: the run is unfinished, and its method keeps no list of what it changed.
+        UsageError: The run has not finished, and only finished runs know what they changed.
     """
     if not trained.finished and any(n.startswith("positions/") for n in trained.tensors):
         raise UsageError(
-            "which entries this run has changed is known only when it ends",
+            "the parameters that this run changed are known only when it has finished",
             where="--to adapter",
-            fix="finish it with --resume, or --to merged",
+            fix="continue it with --resume, or use --to merged",
         )
     tensors = dict(trained.tensors)
-    fresh = {n: t for n, t in differing(plain, trained).items() if not t.requires_grad}
+    changed = changed_parameters(plain, trained)
+    fresh = {name: tensor for name, tensor in changed.items() if not tensor.requires_grad}
     tensors |= {_FRESH + name: tensor for name, tensor in fresh.items()}
     for key, basis in trained.bases.items():
         tensors |= {f"{_BASIS}{part}/{key}": getattr(basis, part) for part in _PARTS}
@@ -72,11 +84,9 @@ def write_adapter(trained: Trained, plain: nn.Module, folder: Path) -> dict[str,
     return {"fresh": sorted(fresh), "bases_bytes": sum(b.nbytes() for b in trained.bases.values())}
 
 
-def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSettings:
-    recipe = trained.recipe
-    method = trained.settings
+def _settings(trained: TrainedModel, plain: nn.Module, digest: str) -> AdapterSettings:
+    recipe, method = trained.recipe, trained.settings
     if trained.bases:
-        # The bases are cut: whatever said how far, all that is there is used.
         method = method.with_basis_rank(widest(trained.bases.values()))
     task = task_settings(plain)
     base = AdapterBase(
@@ -92,7 +102,7 @@ def _settings(trained: Trained, plain: nn.Module, digest: str) -> AdapterSetting
         pad_token_id=task["pad_token_id"],
     )
     return AdapterSettings(
-        format="sparsegrad-adapter-1",
+        format=FORMAT,
         model=base,
         method=method,
         scope=recipe.scope,
@@ -110,59 +120,59 @@ def load_adapter(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model that ``sparsegrad export --to adapter`` wrote down, in the form it was trained in.
+    """Load what ``sparsegrad export --to adapter`` wrote, in the form that it was trained in.
 
     Args:
-        folder: with adapter.safetensors and adapter.json.
-        model: the plain base model, changed in place; by default it is loaded by the name that
-            the adapter holds.
-        device: where a base model that is loaded here goes; a quantized one cannot be moved later.
-        trust_remote_code: run code that comes with the base model, where that is loaded here.
+        folder: The exported folder.
+        model: The plain base model, which is changed in place. By default the model that the
+            adapter names is loaded.
+        device: Where to load the base model. A quantized model cannot be moved later.
+        trust_remote_code: Run code that comes with the base model, if that is loaded here.
 
     Returns:
-        The model in eval mode. What the method trains requires gradients, so it can go on.
+        The model in eval mode. What the method trains requires gradients, so that training can
+        continue.
 
     Raises:
-        FileFormatError: the adapter is damaged, or holds what cannot be.
-        UsageError: the model is not the one that it was trained on.
-        DownloadError: the base model must come from the hub and cannot.
+        FileFormatError: The adapter is damaged or inconsistent.
+        UsageError: The model is not the one that it was trained on.
+        DownloadError: The base model must be downloaded and cannot be.
     """
     folder = Path(folder)
     settings = read_settings(folder)
     where = str(folder / TENSORS)
     tensors = read_tensors(folder / TENSORS)
     if tensors_digest(tensors) != settings.digest:
-        raise FileFormatError("is damaged: its digest does not fit adapter.json", where=where)
+        raise FileFormatError("the digest of the tensors differs from adapter.json", where=where)
     if model is None:
-        model = _base(settings.model, torch.device(device), trust_remote_code=trust_remote_code)
+        model = _load_base(settings.model, torch.device(device), trust=trust_remote_code)
     targets = [target.target() for target in settings.targets]
     use_frozen_products(model, getattr(torch, settings.model.dtype))
     _check_base(model, targets, settings.model, str(folder))
     method = settings.method.implementation()
     try:
         bases = _bases(tensors, settings.keys, targets)
-        fresh = {n.removeprefix(_FRESH): t for n, t in tensors.items() if n.startswith(_FRESH)}
-        put(model, fresh)
+        put(model, {n.removeprefix(_FRESH): t for n, t in tensors.items() if n.startswith(_FRESH)})
         tensors = {n: t for n, t in tensors.items() if not n.startswith((_BASIS, _FRESH))}
         scores = _scores(tensors, bases, targets)
         with temporary_seed(settings.seed):
             method.prepare(
                 model, targets, scope=settings.scope, bases=bases or None, scores=scores or None
             )
-    except _CANNOT_BE as error:
-        fix = "bring the folder back from a copy, or export it anew"
-        raise FileFormatError(f"holds what cannot be: {error}", where=where, fix=fix) from error
+    except _INCONSISTENT as error:
+        fix = "restore the folder from a copy, or export the run again"
+        raise FileFormatError(f"is inconsistent: {error}", where=where, fix=fix) from error
     load_checked(method, model, tensors, where)
     return model.eval()
 
 
-def _base(base: AdapterBase, device: torch.device, *, trust_remote_code: bool) -> nn.Module:
+def _load_base(base: AdapterBase, device: torch.device, *, trust: bool) -> nn.Module:
     section = ModelSection(
         name=base.name,
         revision=base.revision,
         dtype=base.dtype,
         quantization=base.quantization,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust,
     )
     names = {int(number): name for number, name in base.id2label.items()}
     config = {
@@ -177,7 +187,7 @@ def _base(base: AdapterBase, device: torch.device, *, trust_remote_code: bool) -
 
 
 def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, where: str) -> None:
-    """Refuse a model without the targets, or with other weights in them."""
+    """Refuse a model without the target modules, or with other weights in them."""
     for target in targets:
         try:
             layer = model.get_submodule(target.name)
@@ -186,16 +196,20 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
         if layer is None or not is_linear(layer):
             raise UsageError(
                 f"the model has no plain linear layer {target.name}: it is not the base model of "
-                "this adapter, or it has an adapter already",
+                "this adapter, or has an adapter already",
                 where=where,
             )
         shape = (target.out_features, target.in_features)
         if linear_sides(layer) != shape:
-            raise UsageError(f"{target.name} is no {shape[0]} x {shape[1]} layer", where=where)
+            raise UsageError(
+                f"expected a layer of {shape[0]} x {shape[1]}, got "
+                f"{' x '.join(map(str, linear_sides(layer)))}: {target.name}",
+                where=where,
+            )
     labels = getattr(model.config, "num_labels", base.num_labels)
-    if base.auto_class == "AutoModelForSequenceClassification" and labels != base.num_labels:
+    if base.auto_class == CLASSIFIER and labels != base.num_labels:
         raise UsageError(
-            f"the model has {labels} labels, the adapter {base.num_labels}",
+            f"expected a model with {base.num_labels} labels, got {labels}",
             where=where,
             fix=f"load it with num_labels={base.num_labels}",
         )
@@ -204,17 +218,17 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
         raise UsageError(
             f"the adapter was trained on other weights: {base.name} in {base.dtype}{bits}",
             where=where,
-            fix="load that model, in that dtype" + (", quantized that way" if bits else ""),
+            fix="load that model in that dtype" + (", quantized that way" if bits else ""),
         )
 
 
 def _bases(
     tensors: Mapping[str, Tensor], keys: Mapping[str, str], targets: list[Target]
 ) -> dict[str, Basis]:
-    """Target name -> basis; targets of one key share the object.
+    """Return target name -> basis; targets with one key share the object.
 
     Raises:
-        KeyError, ValueError: a basis is missing, or no basis of its target.
+        KeyError, ValueError: A basis is missing or does not fit its target.
     """
     made: dict[str, Basis] = {}
     for target in targets if keys else ():
@@ -235,10 +249,10 @@ def _bases(
 def _scores(
     tensors: Mapping[str, Tensor], bases: Mapping[str, Basis], targets: list[Target]
 ) -> dict[str, Tensor]:
-    """Scores that make a static core choose the stored positions again: 1 there, 0 elsewhere.
+    """Return scores that select the stored positions again: 1 at each of them, 0 elsewhere.
 
     Raises:
-        ValueError: positions outside the core.
+        ValueError: A position lies outside the core.
     """
     scores = {}
     for target in targets:

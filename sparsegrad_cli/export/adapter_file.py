@@ -1,4 +1,4 @@
-"""adapter.json: what an adapter belongs to; typed, so that a file from anywhere is checked."""
+"""adapter.json: what an adapter belongs to, as a model that checks files from anywhere."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.methods.registry import MethodSection
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 
-FORMAT = "sparsegrad-adapter-1"
+FORMAT: Literal["sparsegrad-adapter-1"] = "sparsegrad-adapter-1"
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
 class AdapterTarget(Section):
-    """As :class:`sparsegrad_cli.models.targets.Target`."""
+    """A :class:`sparsegrad_cli.models.targets.Target`."""
 
     name: str = Field(min_length=1)
     kind: str
@@ -30,7 +31,7 @@ class AdapterTarget(Section):
     transposed: bool
 
     def target(self) -> Target:
-        """The target itself."""
+        """Return the target module."""
         return Target(**self.model_dump())
 
 
@@ -66,46 +67,42 @@ def write_settings(folder: Path, settings: AdapterSettings) -> None:
     """Write adapter.json.
 
     Raises:
-        DiskError: it could not be written.
+        DiskError: It cannot be written.
     """
-    try:
-        text = settings.model_dump_json(indent=1) + "\n"
-        (folder / SETTINGS).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DiskError(
-            f"{SETTINGS} could not be written: {error}", where=str(folder), fix="free some space"
-        ) from error
+    write_text_atomic(folder / SETTINGS, settings.model_dump_json(indent=1) + "\n")
 
 
 def read_settings(folder: Path) -> AdapterSettings:
     """Read and check adapter.json.
 
     Raises:
-        FileFormatError: it is missing, no JSON, of another version, or says what cannot be.
+        FileFormatError: It is missing, not JSON, of another version, or has a wrong value.
     """
     path = folder / SETTINGS
-    fix = "export it anew with `sparsegrad export RUN --to adapter`"
+    fix = "export the run again with `sparsegrad export RUN --to adapter`"
     try:
         return AdapterSettings.model_validate_json(path.read_bytes())
     except OSError as error:
         raise FileFormatError(
-            f"the adapter cannot be read: {error.strerror or error}", where=str(path), fix=fix
+            f"cannot read the adapter: {error.strerror or error}", where=str(path), fix=fix
         ) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise FileFormatError(
-            f"is no adapter.json of this version: {key}: {first['msg']}", where=str(path), fix=fix
+            f"is not an adapter.json of this version: {key}: {first['msg']}",
+            where=str(path),
+            fix=fix,
         ) from error
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over names, shapes, dtypes and bytes, in the order of names."""
+    """Return the sha256 (hex) of names, shapes, dtypes and bytes, in the order of the names."""
     import torch
 
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+        sha.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16.
     return sha.hexdigest()

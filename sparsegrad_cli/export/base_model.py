@@ -1,121 +1,214 @@
-"""How the base model of a LoRA folder is loaded: said in one line, and checked by what it says."""
+"""The plain base model of a run: its class, how users load it, and how the run's model differs."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from sparsegrad_cli.export.merged import auto_class, task_settings
+from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.models.load_model import load_again
 from sparsegrad_cli.models.pretrained import (
     base_name,
     from_pretrained,
     load_configuration,
     locate,
 )
-from sparsegrad_cli.models.quantized import placed, quantization_words
+from sparsegrad_cli.models.quantized import (
+    dequantized,
+    placed,
+    quantization_words,
+    quantized_layers,
+)
 from sparsegrad_cli.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.export.restore import TrainedModel
+
+CLASSIFIER, LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+# PEFT's name of the task of each Auto class that an export can be loaded with.
+PEFT_TASKS = {CLASSIFIER: "SEQ_CLS", LANGUAGE_MODEL: "CAUSAL_LM"}
+
+
+def auto_class(model: nn.Module) -> str:
+    """Return the Auto class of transformers that makes models of this class.
+
+    Raises:
+        SparsegradError: The model is neither a sequence classifier nor a causal language model.
+    """
+    mappings = {
+        CLASSIFIER: transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        LANGUAGE_MODEL: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    config: Any = model.config
+    declared = getattr(config, "auto_map", None) or {}  # Of models that come with their own code.
+    for name, mapping in mappings.items():
+        known: Any = mapping.get(type(config), ())
+        classes = known if isinstance(known, tuple | list) else (known,)
+        if type(model) in classes or str(declared.get(name, "")).endswith(type(model).__name__):
+            return name
+    raise SparsegradError(
+        f"expected a sequence classifier or a causal language model, got {type(model).__name__}: "
+        "it cannot be exported"
+    )
+
+
+def task_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what a task adds to a base model's configuration: labels and a padding token."""
+    config: Any = model.config
+    return {
+        "num_labels": len(config.id2label),
+        "id2label": dict(config.id2label),
+        "label2id": dict(config.label2id),
+        "problem_type": getattr(config, "problem_type", None),
+        "pad_token_id": getattr(config, "pad_token_id", None),
+    }
+
+
+def plain_model(trained: TrainedModel) -> nn.Module:
+    """Load the base model once more, on the same device, in eval mode.
+
+    Parameters that its files lack are drawn from another seed than the run's, so that an export
+    that fails to carry them computes something else. Quantized layers become plain ones that hold
+    the dequantized weights, beside which the run was trained.
+    """
+    setup, recipe = trained.setup, trained.recipe
+    section = recipe.model.model_copy(update={"quantization": None})
+    plain = load_again(section, setup.model, recipe.seed + 1).to(setup.device).eval()
+    with torch.no_grad():
+        for name, layer in quantized_layers(setup.model).items():
+            weight = plain.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight_OI = weight.T if isinstance(plain.get_submodule(name), Conv1D) else weight
+            weight_OI.copy_(dequantized(layer))
+    return plain
+
+
+def changed_parameters(plain: nn.Module, trained: TrainedModel) -> dict[str, Tensor]:
+    """Return the parameters in which the run's model differs from the plain one, by plain name.
+
+    The weights of target modules are left out. Parameters that were not trained are included if
+    the base model's files lack them. Tied parameters are listed by each of their names.
+    """
+    weights = {f"{target.name}.weight" for target in trained.setup.targets}
+    # The plain model was given the weights of quantized layers.
+    weights |= {f"{name}.weight" for name in quantized_layers(trained.setup.model)}
+    changed: dict[str, Tensor] = {}
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        if name in weights:
+            continue
+        path, _, last = name.rpartition(".")
+        # By attribute, not by name: PEFT's layers keep the bias one level deeper.
+        ours = getattr(trained.setup.model.get_submodule(path), last)
+        # Parameters that train among half-precision ones are float32: compare the values.
+        if not torch.equal(ours.float(), parameter.float()):
+            changed[name] = ours
+    return changed
+
+
+def put(plain: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            plain.get_parameter(name).copy_(tensor)
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a user writes to load it.
+    """The call of transformers by which users load a base model.
 
     Attributes:
-        auto: the Auto class of transformers.
-        source: a hub id or a whole path.
-        words: arguments of its ``from_pretrained``: plain values.
-        quantization: arguments of BitsAndBytesConfig; empty where nothing is quantized.
+        auto: The Auto class.
+        source: A hub id or an absolute path.
+        arguments: Plain keyword arguments of ``from_pretrained``.
+        quantization: Arguments of BitsAndBytesConfig; empty if nothing is quantized.
     """
 
     auto: str
     source: str
-    words: dict[str, Any]
+    arguments: dict[str, Any]
     quantization: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, section: ModelSection, model: nn.Module) -> BaseModel:
-        """That of a run.
+        """Return the call for the base model of a run.
 
         Args:
-            model: the run's.
+            section: The run's settings of the model.
+            model: The run's model.
         """
         auto, source = auto_class(model), locate(base_name(section))
-        words: dict[str, Any] = {}
-        if "Sequence" in auto:
-            task, stored = task_settings(model), load_configuration(section)
-            names = ("id2label", "label2id")
-            if any(task[name] != getattr(stored, name) for name in names):
-                words |= {name: task[name] for name in names}  # they say how many, too
-            # By it a pipeline knows a score from a probability.
-            kind = getattr(stored, "problem_type", None)
-            if task["problem_type"] != kind and (kind or task["problem_type"] == "regression"):
-                words["problem_type"] = task["problem_type"]
-            # Without one, GPT-2 and its kin take no batch of two.
-            if task["pad_token_id"] != getattr(stored, "pad_token_id", None):
-                words["pad_token_id"] = task["pad_token_id"]
-            kinds = getattr(stored, "architectures", None) or ()
-            heads = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-            if heads and stored.num_labels != task["num_labels"]:
-                words["ignore_mismatched_sizes"] = True
-        # Unsaid, it is that of the files, or float32, as the version of transformers has it.
-        words["dtype"] = section.dtype
+        arguments = _label_arguments(section, model) if auto == CLASSIFIER else {}
+        # Always given, since the default differs between versions of transformers.
+        arguments["dtype"] = section.dtype
         if section.revision is not None and not is_folder(source):
-            words["revision"] = section.revision
+            arguments["revision"] = section.revision
         if section.trust_remote_code:
-            words["trust_remote_code"] = True
+            arguments["trust_remote_code"] = True
         bits = quantization_words(model) if section.quantization is not None else {}
-        return cls(auto, source, words, bits)
+        return cls(auto, source, arguments, bits)
 
     @property
     def plain(self) -> BaseModel:
-        """The same, not quantized."""
+        """The same model, not quantized."""
         return replace(self, quantization={})
 
     @property
     def snippet(self) -> str:
-        """The call, as it is typed."""
-        said = [f'"{self.source}"', *(f"{name}={value!r}" for name, value in self.words.items())]
+        """The call as a line of Python."""
+        return self.call(f'"{self.source}"')
+
+    def call(self, source: str) -> str:
+        """Return the call as a line of Python, with an expression for the source."""
+        given = [source, *(f"{name}={value!r}" for name, value in self.arguments.items())]
         if self.quantization:
             bits = ", ".join(f"{name}={value!r}" for name, value in self.quantization.items())
-            said.append(f"quantization_config=BitsAndBytesConfig({bits})")
-        return f"{self.auto}.from_pretrained({', '.join(said)})"
+            given.append(f"quantization_config=BitsAndBytesConfig({bits})")
+        return f"{self.auto}.from_pretrained({', '.join(given)})"
 
     def load(self, device: torch.device | str) -> nn.Module:
-        """What the line loads, on a device.
+        """Load the model onto a device, in eval mode.
 
         Raises:
-            DownloadError, FileFormatError: as :func:`from_pretrained`.
+            DownloadError, FileFormatError: As :func:`from_pretrained`.
         """
-        import transformers
-
-        # from_pretrained says the revision and whose code is run, by the section.
-        own = {name: self.words.get(name) for name in ("revision", "trust_remote_code")}
+        arguments = dict(self.arguments)
+        # from_pretrained takes these two from the section.
         section = ModelSection(
             name=self.source,
-            revision=own["revision"],
-            trust_remote_code=bool(own["trust_remote_code"]),
+            revision=arguments.pop("revision", None),
+            trust_remote_code=bool(arguments.pop("trust_remote_code", False)),
         )
-        more: dict[str, Any] = {k: v for k, v in self.words.items() if k not in own}
         if self.quantization:
             bits: Any = transformers.BitsAndBytesConfig
-            more["quantization_config"] = bits(**self.quantization)
-            more["device_map"] = {"": device}  # it cannot be moved there
+            arguments["quantization_config"] = bits(**self.quantization)
+            arguments["device_map"] = {"": device}  # A quantized model cannot be moved later.
         load = getattr(transformers, self.auto).from_pretrained
-        model = from_pretrained(load, section, what="model", use_safetensors=True, **more)
+        model = from_pretrained(load, section, what="model", use_safetensors=True, **arguments)
         return placed(model.eval(), device)
 
 
-def load_lora(base: BaseModel, folder: Path, device: torch.device | str = "cpu") -> nn.Module:
-    """Load a written folder as anyone would: by peft, onto the base model."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded: Any = PeftModel.from_pretrained(base.load(device), str(folder))
-    return placed(loaded, device)
+def _label_arguments(section: ModelSection, model: nn.Module) -> dict[str, Any]:
+    """Return the arguments that give the base model of a classifier the labels of the run."""
+    task, stored = task_settings(model), load_configuration(section)
+    arguments: dict[str, Any] = {}
+    names = ("id2label", "label2id")
+    if any(task[name] != getattr(stored, name) for name in names):
+        arguments |= {name: task[name] for name in names}  # These imply the number of labels.
+    # A pipeline tells a score from a probability by the problem type.
+    kind = getattr(stored, "problem_type", None)
+    if task["problem_type"] != kind and (kind or task["problem_type"] == "regression"):
+        arguments["problem_type"] = task["problem_type"]
+    # Without a padding token, GPT-2 and similar models take no batch of several texts.
+    if task["pad_token_id"] != getattr(stored, "pad_token_id", None):
+        arguments["pad_token_id"] = task["pad_token_id"]
+    kinds = getattr(stored, "architectures", None) or ()
+    has_head = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    if has_head and stored.num_labels != task["num_labels"]:
+        arguments["ignore_mismatched_sizes"] = True
+    return arguments

@@ -1,8 +1,8 @@
-"""Does an exported chat model say what its run says? By transformers, in a process of its own.
+"""Compare the answers of an exported chat model with those of its run.
 
-Logits can agree where answers do not: another chat template, or no stop token. So the run answers a
-few prompts of its validation data, and the export answers them as it does for anyone: the template,
-the tokenizer and the stop tokens are those in its folder.
+Logits can agree where answers do not, because of another chat template or a missing stop token. So
+the run answers a few prompts of its validation data, and transformers answers them with the folder,
+its template, tokenizer and stop tokens, in another process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,87 +22,43 @@ from torch import Tensor
 
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError, SparsegradError
-from sparsegrad_cli.generate.answerer import Answer, Answerer
+from sparsegrad_cli.generate.answerer import Answer, Answerer, ChatPrompts
 from sparsegrad_cli.generate.options import GenerationSettings
-from sparsegrad_cli.generate.prompting import ChatPrompts
 
 PROMPTS = 3
 _TOKENS = 24
-_ASKED = (Turn("user", "Is 12 more than 7?"),)  # where the data holds nothing that is plain
-
-# Greedy, as `sparsegrad generate` is; only the stop tokens are the folder's.
-_PROGRAM = """\
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
-job = json.load(sys.stdin)
-trust = {"trust_remote_code": job["words"].get("trust_remote_code", False)}
-tokenizer = AutoTokenizer.from_pretrained(job["folder"], **trust)
-words = dict(job["words"])
-if job["quantization"]:
-    words["quantization_config"] = BitsAndBytesConfig(**job["quantization"])
-    words["device_map"] = {"": job["device"]}
-model = AutoModelForCausalLM.from_pretrained(job["model"], **words)
-if not job["quantization"]:
-    model = model.to(job["device"])
-stop = GenerationConfig.from_pretrained(job["folder"]).eos_token_id
-if job["adapter"]:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, job["folder"])
-    base = model.get_base_model()
-else:
-    base, stop = model, model.generation_config.eos_token_id
-model.eval()
-stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
-found = []
-for chat in job["chats"]:
-    asked = tokenizer.apply_chat_template(
-        chat["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(job["device"])
-    ids, mask = asked["input_ids"], asked["attention_mask"]
-    base.generation_config = GenerationConfig(
-        max_new_tokens=chat["limit"], do_sample=False, eos_token_id=stop, pad_token_id=job["pad"]
-    )
-    with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask)
-    new = out[0, ids.shape[1]:].tolist()
-    ended = bool(new) and new[-1] in stops
-    text = tokenizer.decode(
-        new[:-1] if ended else new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    found.append({"prompt": ids[0].tolist(), "ids": new, "text": text.strip(), "ended": ended})
-print("\\n" + json.dumps(found))
-"""
+_DEFAULT_PROMPT = (Turn("user", "Is 12 more than 7?"),)
+_SCRIPT = Path(__file__).with_name("answer_alone.py")
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a fresh process loads an export.
+    """How another process loads an export.
 
     Attributes:
-        folder: of the export: its tokenizer and generation_config.json, perhaps its model.
-        model: what ``AutoModelForCausalLM.from_pretrained`` is given.
-        words: its arguments, as JSON has them.
-        quantization: arguments of BitsAndBytesConfig; empty where nothing is quantized.
-        adapter: the folder is peft's, and goes onto the model.
+        folder: The export, with tokenizer and generation_config.json.
+        model: The argument of ``AutoModelForCausalLM.from_pretrained``.
+        arguments: Its keyword arguments, as JSON values.
+        quantization: Arguments of BitsAndBytesConfig; empty if nothing is quantized.
+        adapter: Whether the folder is a PEFT adapter of the model.
     """
 
     folder: str
     model: str
-    words: dict[str, Any]
+    arguments: dict[str, Any]
     quantization: dict[str, Any]
     adapter: bool
 
 
 @dataclass(frozen=True)
-class Said:
+class RunAnswer:
     """One answer of the run.
 
     Attributes:
-        turns: the prompt.
-        prompt: its token ids.
-        answer: to it.
-        logits: before each token of the answer, (tokens, vocabulary), float32 on the CPU.
+        turns: The prompt.
+        prompt: Its token ids.
+        answer: The answer.
+        logits: Before each token of the answer, (tokens, vocabulary), float32 on the CPU.
     """
 
     turns: Sequence[Turn]
@@ -111,31 +68,31 @@ class Said:
 
 
 def plain_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> list[Sequence[Turn]]:
-    """Prompts that anyone can ask without our help, from the conversations of a run.
+    """Select prompts from a run's conversations that transformers encodes as we do.
 
-    Left out are system turns, which a template may not take, tools, and what transformers writes in
-    other tokens than we do: control tokens that somebody typed are text to us.
+    Excluded are system turns, which not every template supports, tools, and texts with control
+    tokens in them, which we encode as text.
     """
     encoder = ChatPrompts(tokenizer)
     found: list[Sequence[Turn]] = []
     for conversation in conversations:
         turns = [turn for turn in conversation.turns[:-1] if turn.role != "system"]
-        asked = turns and turns[-1].role == "user" and not any(turn.extra for turn in turns)
-        if asked and _alike(encoder, tokenizer, turns):
+        plain = turns and turns[-1].role == "user" and not any(turn.extra for turn in turns)
+        if plain and _encoded_alike(encoder, tokenizer, turns):
             found.append(turns)
         if len(found) == PROMPTS:
             break
-    return found or [_ASKED]
+    return found or [_DEFAULT_PROMPT]
 
 
-def _alike(encoder: ChatPrompts, tokenizer: Any, turns: Sequence[Turn]) -> bool:
+def _encoded_alike(encoder: ChatPrompts, tokenizer: Any, turns: Sequence[Turn]) -> bool:
     from jinja2 import TemplateError
 
     try:
-        plain = tokenizer.apply_chat_template(
+        theirs = tokenizer.apply_chat_template(
             _messages(turns), add_generation_prompt=True, return_dict=True
         )
-        return bool(plain["input_ids"] == encoder.ids(turns))
+        return bool(theirs["input_ids"] == encoder.ids(turns))
     except (TemplateError, DataError):
         return False
 
@@ -150,11 +107,14 @@ def answers_of(
     tokenizer: Any,
     prompts: Sequence[Sequence[Turn]],
     autocast: torch.dtype | None = None,
-) -> list[Said]:
-    """What a model says to each prompt, greedily.
+) -> list[RunAnswer]:
+    """Answer every prompt greedily; prompts without an answer are left out.
 
     Args:
-        autocast: compute in this dtype, as training did.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Turns that end with the user's.
+        autocast: The dtype to compute in, as in training.
     """
     before = model.generation_config
     answerer = Answerer(model, tokenizer, GenerationSettings(max_new_tokens=_TOKENS))
@@ -169,65 +129,80 @@ def answers_of(
                 ids = torch.tensor([[*prompt, *answer.ids]], device=device)
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
                 rows_NV = logits[0, len(prompt) - 1 : -1].float().cpu()
-                found.append(Said(turns, prompt, answer, rows_NV))
+                found.append(RunAnswer(turns, prompt, answer, rows_NV))
     model.generation_config = before
     return found
 
 
 def check_answers(
-    said: Sequence[Said], loading: Loading, device: torch.device, pad: int | None, tolerance: float
+    answers: Sequence[RunAnswer],
+    loading: Loading,
+    device: torch.device,
+    pad: int | None,
+    tolerance: float,
 ) -> dict[str, int]:
-    """Let a fresh process answer the same prompts, and compare.
+    """Answer the same prompts in another process, and compare.
 
     Args:
-        said: by the run.
-        loading: how the export is loaded.
-        pad: token id for padding.
-        tolerance: largest difference of logits that rounding explains. Where the run itself holds
-            two tokens that close, either may follow, and the rest of that answer is not compared.
+        answers: Those of the run.
+        loading: How to load the export.
+        device: Where to load it.
+        pad: Token id for padding.
+        tolerance: Largest difference of logits that rounding explains. Where the run's logits of
+            two tokens are that close, either may follow, and the rest is not compared.
 
     Returns:
-        ``prompts``, how many ``stopped`` at an end of turn, ``tokens`` that are the same, and
-        ``rounded``: answers that rounding let part ways.
+        ``prompts``; how many ``stopped`` with an end of turn; ``tokens`` that are the same; and
+        ``rounded``, the answers that differ by such a rounding.
 
     Raises:
-        SparsegradError: text or stop differ, or the process cannot load the export.
+        SparsegradError: Text or stop differ, or the process cannot load the export.
     """
     chats = [
         {
             "messages": _messages(one.turns),
             "limit": _TOKENS if one.answer.stopped != "full" else len(one.answer.ids),
         }
-        for one in said
+        for one in answers
     ]
     job = {**vars(loading), "device": str(device), "pad": pad, "chats": chats}
-    same = rounded = 0
-    for one, got in zip(said, _fresh_process(job), strict=True):
-        if got["prompt"] != one.prompt:
-            raise _differs(one, got, "the chat template in its folder writes another prompt")
-        mine, its = list(one.answer.ids), list(got["ids"])
-        together = next(
-            (k for k, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b),
-            min(len(mine), len(its)),
-        )
-        same += together
-        if together < min(len(mine), len(its)):
-            row_V = one.logits[together]
-            if float(row_V[mine[together]] - row_V[its[together]]) <= 2 * tolerance:
-                rounded += 1
-                continue
-            raise _differs(one, got, "its answer is another")
-        if len(mine) != len(its) or got["ended"] != (one.answer.stopped == "end"):
-            raise _differs(one, got, "it does not stop where the run does")
-        if got["text"] != one.answer.text:
-            raise _differs(one, got, "the tokenizer in its folder reads the same tokens otherwise")
-    stopped = sum(one.answer.stopped == "end" for one in said)
-    return {"prompts": len(said), "stopped": stopped, "tokens": same, "rounded": rounded}
+    compared = [
+        _compare(one, got, tolerance) for one, got in zip(answers, _answer_alone(job), strict=True)
+    ]
+    return {
+        "prompts": len(answers),
+        "stopped": sum(one.answer.stopped == "end" for one in answers),
+        "tokens": sum(tokens for tokens, _ in compared),
+        "rounded": sum(rounded for _, rounded in compared),
+    }
 
 
-def _fresh_process(job: dict[str, Any]) -> list[dict[str, Any]]:
+def _compare(one: RunAnswer, got: dict[str, Any], tolerance: float) -> tuple[int, bool]:
+    """Return how many tokens are the same, and whether rounding explains where they part.
+
+    Raises:
+        SparsegradError: The answers differ.
+    """
+    if got["prompt"] != one.prompt:
+        raise _difference(one, got, "its chat template renders another prompt")
+    ours, theirs = list(one.answer.ids), list(got["ids"])
+    shorter = min(len(ours), len(theirs))
+    same = next((k for k in range(shorter) if ours[k] != theirs[k]), shorter)
+    if same < shorter:
+        row_V = one.logits[same]
+        if float(row_V[ours[same]] - row_V[theirs[same]]) <= 2 * tolerance:
+            return same, True
+        raise _difference(one, got, "its answer has other tokens")
+    if len(ours) != len(theirs) or got["ended"] != (one.answer.stopped == "end"):
+        raise _difference(one, got, "it does not stop where the run does")
+    if got["text"] != one.answer.text:
+        raise _difference(one, got, "its tokenizer decodes the same tokens to another text")
+    return same, False
+
+
+def _answer_alone(job: dict[str, Any]) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
+        [sys.executable, "-P", str(_SCRIPT)],
         input=json.dumps(job),
         capture_output=True,
         text=True,
@@ -236,26 +211,25 @@ def _fresh_process(job: dict[str, Any]) -> list[dict[str, Any]]:
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        lines = done.stderr.strip().splitlines() or [f"it exited with {done.returncode}"]
         raise SparsegradError(
-            f"what was written cannot be used by transformers in a process of its own: {lines[-1]}",
-            where="check",
+            f"transformers cannot use the export in another process: {lines[-1]}", where="check"
         )
     found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
-def _differs(said: Said, got: dict[str, Any], what: str) -> SparsegradError:
+def _difference(one: RunAnswer, got: dict[str, Any], what: str) -> SparsegradError:
     def ends(ended: bool) -> str:
         return "and stops" if ended else "and does not stop"
 
-    asked = said.turns[-1].text[:60]
-    mine = f"{said.answer.text[:60]!r} {ends(said.answer.stopped == 'end')}"
+    prompt = one.turns[-1].text[:60]
+    ours = f"{one.answer.text[:60]!r} {ends(one.answer.stopped == 'end')}"
     return SparsegradError(
-        f"the exported model does not answer as the run: {what}. Asked {asked!r}, the run says "
-        f"{mine}, transformers with the export says {got['text'][:60]!r} {ends(got['ended'])}; "
-        "nothing was written",
+        f"the exported model does not answer as the run: {what}. To {prompt!r} the run answers "
+        f"{ours}, transformers with the export answers {got['text'][:60]!r} "
+        f"{ends(got['ended'])}; nothing was written",
         where="check",
-        fix="is the model's own chat template or tokenizer changed by its code? --to adapter keeps "
+        fix="if the model's own code changes its chat template or tokenizer, --to adapter leaves "
         "both with the base model",
     )

@@ -1,4 +1,4 @@
-"""Do two models answer alike? Logits on real inputs, compared where it matters."""
+"""Compare the logits of an export with those of its run, on validation rows."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.export.merged import auto_class
+from sparsegrad_cli.export.base_model import LANGUAGE_MODEL, auto_class
 from sparsegrad_cli.tasks.setup import Setup, first_validation_batches
 
-# Largest difference allowed, as a share of the largest logit. It is some roundings of a number of
-# that size: products in another order differ by about a tenth of it through six layers (measured).
+# Largest difference allowed, as a share of the largest logit: a few roundings of a number of that
+# size. Products in another order differ by a tenth of it through six layers (measured).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# 8-bit products of bitsandbytes round x to 127 steps a token where the run's did not: up to .05 of
-# the largest logit through three blocks of random weights (measured).
-_ROUNDED = 2e-1
-_SMALLEST = 1e-2  # logits that are nearly all zero are no measure of what made them
-# Of a token-level model's logits the last positions of each example are kept: a vocabulary is wide.
-_POSITIONS = 16
+# bitsandbytes rounds the inputs of 8-bit products to 127 steps per token. If the run's products did
+# not, logits differ by up to 0.05 of the largest through three blocks of random weights (measured).
+_TOLERANCE_ROUNDED = 2e-1
+_SMALLEST_LOGIT = 1e-2  # Below this, the share of the largest logit says nothing.
+_POSITIONS = 16  # Last positions of each example whose logits are kept for a language model.
 _ROWS = 8
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' logits lie apart.
+    """How far the logits of two models differ.
 
     Attributes:
-        difference: largest absolute difference.
-        largest: largest absolute logit of the first.
-        answers: how many answers there are: examples, or positions of a token-level model.
-        same: how many of them are the same class (the largest logit); None for a single score.
+        difference: Largest absolute difference.
+        largest: Largest absolute logit of the first model.
+        answers: Number of predictions: examples, or positions for a language model.
+        same: Number of predictions with the same most likely class; None for a single score.
     """
 
     difference: float
@@ -44,20 +43,25 @@ class Agreement:
     same: int | None
 
 
-def inputs_of(setup: Setup, count: int) -> list[dict[str, Tensor]]:
-    """The first validation rows in batches; of one row where logits are as wide as a vocabulary."""
-    wide = auto_class(setup.model) == "AutoModelForCausalLM"
-    return first_validation_batches(setup, count, 1 if wide else _ROWS)
+def check_batches(setup: Setup, count: int) -> list[dict[str, Tensor]]:
+    """Return the first ``count`` validation rows in batches; of one row for a language model."""
+    rows = 1 if auto_class(setup.model) == LANGUAGE_MODEL else _ROWS
+    return first_validation_batches(setup, count, rows)
 
 
 @torch.no_grad()
 def logits_of(
     model: nn.Module, batches: Sequence[dict[str, Tensor]], autocast: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Per example (positions, classes) or (1, classes), float32 on the CPU.
+    """Compute the logits of every example.
 
     Args:
-        autocast: compute in this dtype, as training did.
+        model: Set to eval mode.
+        batches: See :func:`check_batches`.
+        autocast: The dtype to compute in, as in training.
+
+    Returns:
+        (positions, vocabulary) or (1, classes) per example, float32 on the CPU.
     """
     model.eval()
     rows: list[Tensor] = []
@@ -67,14 +71,14 @@ def logits_of(
         with torch.autocast(kind, autocast) if autocast else nullcontext():
             logits = model(**inputs).logits
         for number, row in enumerate(logits):
-            if row.ndim == 2:  # (length, vocabulary): padding says nothing
+            if row.ndim == 2:  # (length, vocabulary), without the padding
                 row = row[batch["attention_mask"][number].bool()][-_POSITIONS:]
             rows.append(row.reshape(-1, row.shape[-1]).float().cpu())
     return rows
 
 
 def compare(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Agreement:
-    """Compare the logits of the same examples; both as :func:`logits_of` gives them."""
+    """Compare the logits of the same examples, as :func:`logits_of` returns them."""
     difference, largest, answers, same = 0.0, 0.0, 0, 0
     for one, other in zip(expected, got, strict=True):
         if one.shape != other.shape:
@@ -88,31 +92,35 @@ def compare(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Agreement:
     return Agreement(difference, largest, answers, None if single else same)
 
 
-def allowed(dtype: torch.dtype, largest: float, *, rounded: bool = False) -> float:
-    """The largest difference that rounding explains, for logits up to ``largest``.
+def tolerance_for(dtype: torch.dtype, largest: float, *, rounded: bool = False) -> float:
+    """Return the largest difference that rounding explains.
 
     Args:
-        rounded: one of the models rounds what goes into its quantized layers, the other does not.
+        dtype: Of the weights.
+        largest: Largest absolute logit.
+        rounded: Whether only one of the models rounds the inputs of its quantized layers.
     """
-    share = _ROUNDED if rounded else TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    return share * max(_SMALLEST, largest)
+    share = _TOLERANCE_ROUNDED if rounded else TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    return share * max(_SMALLEST_LOGIT, largest)
 
 
-def judge(found: Agreement, tolerance: float, *, fix: str) -> None:
-    """Refuse logits that lie further apart than ``tolerance``.
+def check_agreement(found: Agreement, tolerance: float, *, fix: str) -> None:
+    """Refuse logits that differ by more than ``tolerance``.
 
     Args:
-        fix: what to do about it.
+        found: The comparison.
+        tolerance: Largest absolute difference allowed.
+        fix: What the error advises.
 
     Raises:
-        SparsegradError: they do.
+        SparsegradError: They differ by more.
     """
     if found.difference <= tolerance:
         return
-    same = "" if found.same is None else f", {found.same} of {found.answers} answers are the same"
+    same = "" if found.same is None else f"; {found.same} of {found.answers} answers are the same"
     raise SparsegradError(
-        f"the exported model does not answer as the trained one: logits differ by up to "
-        f"{found.difference:.3g}, {tolerance:.3g} is allowed{same}; nothing was written",
+        f"the exported model does not compute what the trained one computes: expected logits that "
+        f"differ by at most {tolerance:.3g}, got {found.difference:.3g}{same}; nothing was written",
         where="check",
         fix=fix,
     )

@@ -1,4 +1,4 @@
-"""One export: rebuild, write beside the place, load back, compare, and only then put it there."""
+"""Export a run: restore its model, write a form of it, load that back, compare, put it in place."""
 
 from __future__ import annotations
 
@@ -14,30 +14,48 @@ from torch import Tensor, nn
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors
 from sparsegrad_cli.errors import SparsegradError, UsageError
-from sparsegrad_cli.export.base_model import BaseModel
+from sparsegrad_cli.export.base_model import CLASSIFIER, BaseModel, auto_class
 from sparsegrad_cli.export.check_answers import (
     Loading,
-    Said,
+    RunAnswer,
     answers_of,
     check_answers,
     plain_prompts,
 )
-from sparsegrad_cli.export.check_logits import allowed, compare, inputs_of, judge, logits_of
-from sparsegrad_cli.export.forms import WRITERS, Written
-from sparsegrad_cli.export.merged import auto_class
+from sparsegrad_cli.export.check_logits import (
+    Agreement,
+    check_agreement,
+    check_batches,
+    compare,
+    logits_of,
+    tolerance_for,
+)
+from sparsegrad_cli.export.forms import WRITERS, ExportJob, Written
 from sparsegrad_cli.export.model_card import CARD, model_card
 from sparsegrad_cli.export.options import ExportOptions
-from sparsegrad_cli.export.place import RECORD, file_sizes, free_folder, open_to_readers
-from sparsegrad_cli.export.rebuild import Trained, rebuild
+from sparsegrad_cli.export.output_folder import (
+    RECORD,
+    check_output_folder,
+    file_sizes,
+    make_readable,
+    write_export,
+)
+from sparsegrad_cli.export.restore import TrainedModel, load_trained
 from sparsegrad_cli.export.run_files import RunFiles, open_run
-from sparsegrad_cli.export.writing import write_export
 from sparsegrad_cli.io.paths import is_folder, refuse_link
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.base import now
-from sparsegrad_cli.records.store import write_json_atomic
-
-SCHEMA = 1
+from sparsegrad_cli.records.export import (
+    AnswersAlone,
+    ExportCheck,
+    ExportedMethod,
+    ExportedModel,
+    ExportRecord,
+    Judged,
+    OnPlainBase,
+)
+from sparsegrad_cli.records.store import write
 
 
 @mapped_errors(
@@ -50,189 +68,197 @@ def export_run(
     observer: Observer | None = None,
     *,
     overrides: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Write a run's model in a form that runs elsewhere, and check that its answers agree.
+) -> ExportRecord:
+    """Write a run's model in another form, and check that it computes the same.
+
+    Args:
+        run: The run's folder.
+        options: What to export, and where.
+        observer: Is told of phases and notes.
+        overrides: ``key.path=value`` for what has moved since the run.
 
     Returns:
         The content of export.json, with ``output_dir``.
 
     Raises:
-        UsageError: no run, a target folder that is not free or a link out of the run's, or a form
-            that cannot hold it.
-        SparsegradError: the check failed, or a file is gone, damaged or cannot be written. Nothing
-            is left of the attempt, and what stood in the target folder is untouched.
+        UsageError: The run or the output folder is refused, or the form cannot hold the change.
+        SparsegradError: The check failed, or a file is missing, damaged or cannot be written.
+            Nothing is left of the attempt, and the output folder is unchanged.
     """
-    if options.rank is not None and options.to != "lora":
-        raise UsageError(f"--to {options.to} has no rank", where="--rank", fix="--to lora")
-    if options.server_rank and options.to != "lora":
-        raise UsageError(f"--to {options.to} has no rank", where="--server-rank", fix="--to lora")
+    for option, given in (("--rank", options.rank), ("--server-rank", options.server_rank)):
+        if given and options.to != "lora":
+            raise UsageError(f"--to {options.to} has no rank", where=option, fix="--to lora")
     files = open_run(run, overrides)
-    own = files.folder / f"export-{options.to}"
-    wanted = options.output_dir or refuse_link(own, files.folder)
+    default = files.folder / f"export-{options.to}"
+    wanted = options.output_dir or refuse_link(default, files.folder)
     base = Path(locate(files.loaded.recipe.model.name))
     needed = [files.folder, *([base] if is_folder(base) else [])]
-    folder = free_folder(wanted, needed, overwrite=options.overwrite)
-    work = _Export(files, folder, options, observer or Observer())
-    write_export(folder, work.fill, overwrite=options.overwrite)
-    return {**work.record, "output_dir": str(folder)}
+    folder = check_output_folder(wanted, needed, overwrite=options.overwrite)
+    export = _Export(files, folder, options, observer or Observer())
+    write_export(folder, export.fill, overwrite=options.overwrite)
+    assert export.record is not None
+    return export.record.changed(output_dir=str(folder))
 
 
 class _Export:
-    """Fills a folder that is not yet in its place.
+    """An export in progress.
 
-    Args:
-        folder: where it will be.
+    What the checks need of the run is computed first, so that its model can be freed before the
+    same model is loaded from the written files.
     """
 
     def __init__(
         self, files: RunFiles, folder: Path, options: ExportOptions, observer: Observer
     ) -> None:
         self.files, self.folder, self.options, self.observer = files, folder, options, observer
-        self.record: dict[str, Any] = {}
+        self.record: ExportRecord | None = None
         for note in files.notes:
             observer.note(note)
         observer.phase("load", f"{files.loaded.recipe.model.name}, {files.source}")
-        # Before any folder is made: what fails to be read is no failure to write.
-        self.trained: Trained | None = rebuild(files, options.examples)
-        self.batches = inputs_of(self.trained.setup, options.examples)
-        self.dtype: torch.dtype = getattr(torch, self.trained.recipe.model.dtype)
-        self.autocast = self.trained.autocast
-        self.expected = logits_of(self.trained.setup.model, self.batches, self.autocast)
-        self.about = _about(self.trained, files)
-        self.base = BaseModel.of(self.trained.recipe.model, self.trained.setup.model)
-        self.labels = _labels(self.trained.setup.model)
-        self.tokenizer, self.device = self.trained.setup.tokenizer, self.trained.setup.device
+        trained = load_trained(files, options.examples)
+        model, setup = trained.setup.model, trained.setup
+        self.trained: TrainedModel | None = trained
+        self.tokenizer, self.device, self.autocast = setup.tokenizer, setup.device, trained.autocast
+        self.dtype: torch.dtype = getattr(torch, trained.recipe.model.dtype)
+        self.batches = check_batches(setup, options.examples)
+        self.logits = logits_of(model, self.batches, self.autocast)
+        self.labels = _labels(model)
+        self.base = BaseModel.of(trained.recipe.model, model)
+        self.origin = _origin(trained, files)
         self.prompts: list[Sequence[Turn]] = []
-        self.said: list[Said] = []
-        if options.to != "adapter" and self.trained.setup.conversations:
-            self.prompts = plain_prompts(self.trained.setup.conversations, self.tokenizer)
-            model = self.trained.setup.model
-            self.said = answers_of(model, self.tokenizer, self.prompts, self.autocast)
+        self.answers: list[RunAnswer] = []
+        if options.to != "adapter" and setup.conversations:
+            self.prompts = plain_prompts(setup.conversations, self.tokenizer)
+            self.answers = answers_of(model, self.tokenizer, self.prompts, self.autocast)
 
     def fill(self, partial: Path) -> None:
-        """Write, load back, compare, record; nothing stays if any of it fails."""
+        """Write the form into a folder, load it back, compare, and write card and record."""
         assert self.trained is not None
         self.observer.phase("write", self.options.to)
-        write = WRITERS[self.options.to]
-        written = write(self.trained, partial, self.folder, self.options, self.batches)
+        job = ExportJob(self.trained, partial, self.folder, self.options, self.batches)
+        written = WRITERS[self.options.to](job)
         for note in written.notes:
             self.observer.note(note)
-        self.trained = None  # before the same model is loaded once more
+        del job
+        self.trained = None  # Frees the model before it is loaded once more.
         gc.collect()
-        self.observer.phase("check", f"{len(self.expected)} examples, loaded back from the files")
-        autocast = self.autocast if written.as_trained else None
-        model = _loaded_back(written.load)
-        if _labels(model) != self.labels:
-            raise SparsegradError(
-                f"what was written names other labels than the run: {_labels(model)} instead of "
-                f"{self.labels}",
-                where="check",
-            )
-        got = logits_of(model, self.batches, autocast)
-        checked = self._checked(got, written)
-        if self.said and written.cut is not None:  # it answers as the cut change, which it holds
-            self.said = answers_of(model, self.tokenizer, self.prompts)
-        del model  # before it is loaded once more
-        if self.said and written.loading is not None:
-            checked["answers_alone"] = self._answers_alone(written.loading, checked)
-        if written.on_plain is not None:
-            checked["on_plain_base"] = self._on_plain(written.on_plain)
-        self.record = {
-            "schema": SCHEMA,
-            "to": self.options.to,
-            "created": now(),
-            **self.about,
-            **written.details,
-            "check": checked,
-        }
-        card = model_card(self.record, self.files.record, self.base, self.labels)
+        self.observer.phase("check", f"{len(self.logits)} examples, loaded back from the files")
+        check = self._check(written)
+        record = ExportRecord.model_validate(
+            {
+                "to": self.options.to,
+                "created": now(),
+                **self.origin,
+                **written.details,
+                "check": check,
+            }
+        )
+        card = model_card(record, self.files.record, self.base, self.labels)
         (partial / CARD).write_text(card, encoding="utf-8")
         sizes = file_sizes(partial)
-        self.record |= {
-            "files": sizes,
-            "bytes": sum(sizes.values()),
-            "load": written.snippet,
-            "notes": [*self.files.notes, *written.notes],
-        }
-        write_json_atomic(partial / RECORD, self.record)
-        open_to_readers(partial)
+        self.record = record.changed(
+            files=sizes,
+            bytes=sum(sizes.values()),
+            load=written.snippet,
+            notes=[*self.files.notes, *written.notes],
+        )
+        write(self.record, partial / RECORD)
+        make_readable(partial)
 
-    def _answers_alone(self, loading: Loading, checked: dict[str, Any]) -> dict[str, int]:
-        """What the folder answers in a process of its own, compared with what the run does."""
-        said = f"{len(self.said)} answers, by transformers in a process of its own"
-        self.observer.phase("check", said)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the other process needs it
-        tolerance = checked["judged"]["tolerance"]
-        pad = self.tokenizer.pad_token_id
-        return check_answers(self.said, loading, self.device, pad, tolerance)
+    def _check(self, written: Written) -> ExportCheck:
+        """Compare labels, logits and answers of the written files with those of the run."""
+        model = _load_back(written.load)
+        if _labels(model) != self.labels:
+            raise SparsegradError(
+                f"the written files have other labels than the run: expected {self.labels}, got "
+                f"{_labels(model)}",
+                where="check",
+            )
+        autocast = self.autocast if written.as_trained else None
+        logits = logits_of(model, self.batches, autocast)
+        found = compare(self.logits, logits)
+        judged = self._judge(found, logits, written)
+        if self.answers and written.truncated_logits is not None:
+            # The truncated change gives other answers than the run; check those.
+            self.answers = answers_of(model, self.tokenizer, self.prompts)
+        del model
+        check = ExportCheck(
+            examples=len(logits),
+            answers=found.answers,
+            same_answers=found.same,
+            largest_logit=found.largest,
+            difference=found.difference,
+            judged=judged,
+        )
+        if self.answers and written.loading is not None:
+            assert judged.tolerance is not None
+            alone = self._answers_alone(written.loading, judged.tolerance)
+            check = check.changed(answers_alone=alone)
+        if written.on_plain_base is not None:
+            # Reported without a limit, since no rounding explains what quantization changed.
+            plain = compare(self.logits, logits_of(_load_back(written.on_plain_base), self.batches))
+            on_plain = OnPlainBase(difference=plain.difference, same_answers=plain.same)
+            check = check.changed(on_plain_base=on_plain)
+        return check
 
-    def _on_plain(self, load: Callable[[], nn.Module]) -> dict[str, Any]:
-        """How far quantizing the base moved the answers: reported, for no rounding explains it."""
-        found = compare(self.expected, logits_of(_loaded_back(load), self.batches))
-        return {"difference": found.difference, "same_answers": found.same}
-
-    def _checked(self, got: list[Tensor], written: Written) -> dict[str, Any]:
-        """The comparison, or its refusal: with the run, or with the change that was cut."""
-        cut = written.cut
-        found = compare(self.expected, got)
-        judged = found if cut is None else compare(cut, got)
+    def _judge(self, found: Agreement, logits: list[Tensor], written: Written) -> Judged:
+        """Refuse logits that differ from the run's, or from those of the truncated change."""
+        truncated = written.truncated_logits
+        judged = found if truncated is None else compare(truncated, logits)
         tolerance = self.options.tolerance
         if tolerance is None:
-            tolerance = allowed(self.dtype, judged.largest, rounded=written.rounded)
-        fix = "--tolerance allows more"
+            tolerance = tolerance_for(self.dtype, judged.largest, rounded=written.rounded)
+        fix = "a larger --tolerance"
         if self.options.to == "merged" and self.dtype != torch.float32:
-            fix = f"--to lora keeps the change apart from weights in half precision; {fix}"
-        judge(judged, tolerance, fix=fix)
-        return {
-            "examples": len(got),
-            "answers": found.answers,
-            "same_answers": found.same,
-            "largest_logit": found.largest,
-            "difference": found.difference,
-            "judged": {
-                "against": "the run" if cut is None else "the cut change",
-                "difference": judged.difference,
-                "tolerance": tolerance,
-            },
-        }
+            fix = f"--to lora, which keeps the change apart from half-precision weights; or {fix}"
+        check_agreement(judged, tolerance, fix=fix)
+        return Judged(
+            against="the run" if truncated is None else "the cut change",
+            difference=judged.difference,
+            tolerance=tolerance,
+        )
+
+    def _answers_alone(self, loading: Loading, tolerance: float) -> AnswersAlone:
+        """Compare the answers that transformers gives with the folder in another process."""
+        count = f"{len(self.answers)} answers, by transformers in another process"
+        self.observer.phase("check", count)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # The other process needs the memory.
+        pad = self.tokenizer.pad_token_id
+        found = check_answers(self.answers, loading, self.device, pad, tolerance)
+        return AnswersAlone.model_validate(found)
 
 
-def _labels(model: nn.Module) -> dict[int, str]:
-    """A classifier's labels; of a language model none."""
-    config: Any = model.config
-    if "Sequence" not in auto_class(_plain_of(model)):
+def _labels(model: Any) -> dict[int, str]:
+    """Return a classifier's labels by number; empty for a language model."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if auto_class(plain) != CLASSIFIER:
         return {}
-    return {int(number): str(name) for number, name in config.id2label.items()}
+    return {int(number): str(name) for number, name in model.config.id2label.items()}
 
 
-def _plain_of(model: Any) -> nn.Module:
-    """Return the base model inside a PEFT model."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner
-
-
-def _about(trained: Trained, files: RunFiles) -> dict[str, Any]:
-    """What the export was made from."""
-    names = ["sparsegrad", "torch", "transformers", "peft"]
-    if trained.recipe.model.quantization is not None:
-        names.append("bitsandbytes")
+def _origin(trained: TrainedModel, files: RunFiles) -> dict[str, Any]:
+    """Return the entries of export.json about the run."""
+    section, model = trained.recipe.model, trained.setup.model
     method = trained.settings.model_dump(mode="json")
+    packages = ["sparsegrad", "torch", "transformers", "peft"]
+    if section.quantization is not None:
+        packages.append("bitsandbytes")
     return {
         "run": str(files.folder),
         "source": files.source,
-        "model": {
-            "name": trained.recipe.model.name,
-            "auto_class": auto_class(trained.setup.model),
-            "architecture": type(trained.setup.model).__name__,
-            "dtype": trained.recipe.model.dtype,
-            "quantization": trained.recipe.model.quantization,
-            "fingerprint": trained.setup.fingerprint,
-        },
-        "method": {key: method.get(key) for key in ("name", "form", "support", "density")},
+        "model": ExportedModel(
+            name=section.name,
+            auto_class=auto_class(model),
+            architecture=type(model).__name__,
+            dtype=section.dtype,
+            quantization=section.quantization,
+            fingerprint=trained.setup.fingerprint,
+        ),
+        "method": ExportedMethod.model_validate(method),
         "scope": trained.recipe.scope,
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: _version(name) for name in packages},
     }
 
 
@@ -243,8 +269,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _loaded_back(load: Callable[[], nn.Module]) -> nn.Module:
-    """What was written, read by others; whatever they say of it is one error."""
+def _load_back(load: Callable[[], nn.Module]) -> nn.Module:
+    """Load what was written; turn any error of a library into one of ours."""
     try:
         return load()
     except SparsegradError:
@@ -253,4 +279,4 @@ def _loaded_back(load: Callable[[], nn.Module]) -> nn.Module:
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SparsegradError(f"what was written cannot be loaded back: {reason}") from error
+        raise SparsegradError(f"the written files cannot be loaded: {reason}") from error

@@ -1,8 +1,8 @@
-"""The forms that a run can be exported to: each written, and a way to read it back."""
+"""The forms of an export: how each is written and loaded back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,158 +11,178 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.export.adapter import load_adapter, write_adapter
-from sparsegrad_cli.export.base_model import BaseModel, load_lora
+from sparsegrad_cli.export.base_model import LANGUAGE_MODEL, BaseModel, auto_class, plain_model
 from sparsegrad_cli.export.check_answers import Loading
 from sparsegrad_cli.export.check_logits import logits_of
-from sparsegrad_cli.export.lora import LoraParts, lora_parts, reference, write_lora
-from sparsegrad_cli.export.merged import (
-    auto_class,
-    load_plain,
-    merge,
-    plain_model,
-    with_stop_tokens,
-    write_plain,
-)
+from sparsegrad_cli.export.lora import LoraParts, load_lora, lora_parts, reference, write_lora
+from sparsegrad_cli.export.merged import load_merged, merge, write_merged
 from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
-from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.export.restore import TrainedModel
 from sparsegrad_cli.models.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes
 
-# Above this share of the change, what rounding takes away is worth a word.
-_ROUNDED_AWAY = 0.05
+# A note says how much of the change rounding loses above this share.
+_NOTED_ROUNDING = 0.05
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One export.
+
+    Attributes:
+        trained: The run's model.
+        partial: The temporary folder to write.
+        folder: Its final place.
+        options: What the user asked for.
+        batches: Validation rows to compare logits on.
+    """
+
+    trained: TrainedModel
+    partial: Path
+    folder: Path
+    options: ExportOptions
+    batches: Sequence[dict[str, Tensor]]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the run's model."""
+        return self.trained.setup.device
+
+    @property
+    def base(self) -> BaseModel:
+        """How users load the run's base model."""
+        return BaseModel.of(self.trained.recipe.model, self.trained.setup.model)
 
 
 @dataclass
 class Written:
-    """What was written, and how to read it again.
+    """What was written, and how to load it back.
 
     Attributes:
-        details: for export.json.
-        load: the folder's model, by libraries that know nothing of the run.
-        snippet: the same in the user's words.
-        cut: logits of a change that was cut, which the folder must give exactly.
-        rounded: one side's products round x, and the other's do not.
-        on_plain: the folder on the base model as it was before it was quantized.
-        as_trained: it is the form it was trained in, and computes under autocast if that did.
-        loading: how a process of its own loads the folder of a language model.
-        notes: what the user should know.
+        details: Entries of export.json.
+        load: Loads the folder with libraries that know nothing of the run.
+        snippet: The same for users, as a line of Python.
+        truncated_logits: Logits of a truncated change, which the folder must reproduce.
+        rounded: Whether the inputs of the products are rounded in only one of the two models.
+        on_plain_base: Loads the folder onto the base model before quantization.
+        as_trained: Whether it computes in the form, and under the autocast, of training.
+        loading: How another process loads the folder of a language model.
+        notes: What the user should know.
     """
 
     details: dict[str, Any]
     load: Callable[[], nn.Module]
     snippet: str
-    cut: list[Tensor] | None = None
+    truncated_logits: list[Tensor] | None = None
     rounded: bool = False
-    on_plain: Callable[[], nn.Module] | None = None
+    on_plain_base: Callable[[], nn.Module] | None = None
     as_trained: bool = False
     loading: Loading | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def _merged(
-    trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
-) -> Written:
+def write_merged_form(job: ExportJob) -> Written:
+    """Write a model of transformers with the change merged into its weights."""
+    trained, partial, device = job.trained, job.partial, job.device
     plain, details = merge(trained)
-    write_plain(plain, trained, partial)
-    auto, device = auto_class(plain), trained.setup.device
-    trust = trained.recipe.model.trust_remote_code
+    write_merged(plain, trained.setup.tokenizer, partial)
+    auto, section = auto_class(plain), trained.recipe.model
+    trust = section.trust_remote_code
     notes = []
-    if details["rounding"] > _ROUNDED_AWAY:
+    if details["rounding"] > _NOTED_ROUNDING:
         notes.append(
-            f"{details['dtype']} rounds away {details['rounding']:.0%} of the change: "
-            "--to lora keeps it apart from the weights, unrounded"
+            f"{details['dtype']} rounds away {details['rounding']:.0%} of the change; --to lora "
+            "keeps it apart from the weights, without rounding"
         )
     if details["dequantized"]:
         notes.append(
-            f"{details['dequantized']} layers are plain again, in {details['dtype']}: "
-            f"{trained.recipe.model.quantization} no more"
+            f"{details['dequantized']} layers are no longer in {section.quantization}: they are "
+            f"written in {details['dtype']}"
         )
     return Written(
         details,
-        lambda: load_plain(auto, partial, trust_remote_code=trust).to(device),
-        f'{auto}.from_pretrained("{folder}")',
-        # On the CPU an 8-bit product takes x as it is.
-        rounded=trained.recipe.model.quantization == "8bit" and device.type != "cpu",
+        lambda: load_merged(auto, partial, trust_remote_code=trust).to(device),
+        f'{auto}.from_pretrained("{job.folder}")',
+        # On the CPU, 8-bit products do not round their inputs.
+        rounded=section.quantization == "8bit" and device.type != "cpu",
         loading=_loading(auto, partial, None, {"trust_remote_code": trust}),
         notes=notes,
     )
 
 
-def _lora(
-    trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
-) -> Written:
-    section, device = trained.recipe.model, trained.setup.device
-    base = BaseModel.of(section, trained.setup.model)
+def write_lora_form(job: ExportJob) -> Written:
+    """Write a PEFT folder with low-rank factors of the change."""
+    trained, partial, device, base = job.trained, job.partial, job.device, job.base
     plain = plain_model(trained)
-    parts = lora_parts(trained, plain, options.rank, server=options.server_rank)
+    parts = lora_parts(trained, plain, job.options)
     write_lora(plain, parts, trained, base, partial)
-    if base.auto == "AutoModelForCausalLM":
-        with_stop_tokens(plain, trained.setup.tokenizer).save_pretrained(partial)
     del plain
-    written = Written(
+    logits = logits_of(reference(trained, parts), job.batches) if parts.truncated else None
+    quantized = trained.recipe.model.quantization is not None
+    return Written(
         parts.record,
         lambda: load_lora(base, partial, device),
-        f'PeftModel.from_pretrained({base.snippet}, "{folder}")',
-        logits_of(reference(trained, parts), batches) if parts.truncated else None,
+        f'PeftModel.from_pretrained({base.snippet}, "{job.folder}")',
+        truncated_logits=logits,
         rounded=rounds_in_evaluation(trained.setup.model, device),
-        loading=_loading(base.auto, partial, base, base.words),
+        on_plain_base=(lambda: load_lora(base.plain, partial, device)) if quantized else None,
+        loading=_loading(base.auto, partial, base, base.arguments),
+        notes=_server_notes(parts, base.auto),
     )
-    written.notes += _for_servers(parts, auto_class(trained.setup.model))
-    if section.quantization is not None:
-        written.on_plain = lambda: load_lora(base.plain, partial, device)
-    return written
 
 
-def _for_servers(parts: LoraParts, auto: str) -> list[str]:
-    """What servers such as vLLM do not take of a language model's folder."""
-    if auto != "AutoModelForCausalLM":
-        return []
-    notes = []
-    if parts.rank > SERVER_RANKS[-1]:
-        notes.append(
-            f"vLLM takes ranks up to {SERVER_RANKS[-1]}, and this is {parts.rank}: --server-rank "
-            "cuts it to that (the error is stated), --to merged loses nothing"
-        )
-    beside = [*parts.modules, *(["biases of targets"] if parts.biases else [])]
-    if beside:
-        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
-        notes.append(
-            f"the folder holds more than factors ({beside[0]}{more}), which vLLM and llama.cpp do "
-            "not take: --to merged is for them"
-        )
-    return notes
-
-
-def _loading(
-    auto: str, partial: Path, base: BaseModel | None, words: dict[str, Any]
-) -> Loading | None:
-    """How a process of its own loads the folder, on its base model where it has one."""
-    if auto != "AutoModelForCausalLM":
-        return None
-    folder = str(partial)
-    bits = base.quantization if base else {}
-    return Loading(folder, base.source if base else folder, words, bits, adapter=base is not None)
-
-
-def _adapter(
-    trained: Trained, partial: Path, folder: Path, options: ExportOptions, batches: Any
-) -> Written:
+def write_adapter_form(job: ExportJob) -> Written:
+    """Write an adapter of sparsegrad: values, positions and bases."""
+    trained, partial, device = job.trained, job.partial, job.device
     details = write_adapter(trained, plain_model(trained), partial)
+    section = trained.recipe.model
     notes = []
     weights = sum(target.size for target in trained.setup.targets)
-    if details["bases_bytes"] > weights * getattr(torch, trained.recipe.model.dtype).itemsize:
+    if details["bases_bytes"] > weights * getattr(torch, section.dtype).itemsize:
         size = format_bytes(details["bases_bytes"])
         notes.append(
-            f"its bases take {size}, more than the targets' weights: --to merged is smaller"
+            f"the bases take {size}, more than the weights of the targets: --to merged is smaller"
         )
-    device, trust = trained.setup.device, trained.recipe.model.trust_remote_code
+    trust = section.trust_remote_code
     return Written(
         details,
         lambda: load_adapter(partial, device=device, trust_remote_code=trust),
-        f'sparsegrad_cli.load_adapter("{folder}")',
+        f'sparsegrad_cli.load_adapter("{job.folder}")',
         as_trained=True,
         notes=notes,
     )
 
 
-WRITERS = {"merged": _merged, "lora": _lora, "adapter": _adapter}
+WRITERS = {"merged": write_merged_form, "lora": write_lora_form, "adapter": write_adapter_form}
+
+
+def _server_notes(parts: LoraParts, auto: str) -> list[str]:
+    """Say what vLLM and llama.cpp do not support in a language model's folder."""
+    if auto != LANGUAGE_MODEL:
+        return []
+    notes = []
+    if parts.rank > SERVER_RANKS[-1]:
+        notes.append(
+            f"vLLM supports ranks up to {SERVER_RANKS[-1]}, and this one is {parts.rank}: "
+            "--server-rank truncates to that (the error is stated), --to merged loses nothing"
+        )
+    beside = [*parts.modules, *(["biases of targets"] if parts.biases else [])]
+    if beside:
+        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+        notes.append(
+            f"the folder holds more than low-rank factors ({beside[0]}{more}), which vLLM and "
+            "llama.cpp do not support: use --to merged for them"
+        )
+    return notes
+
+
+def _loading(
+    auto: str, partial: Path, base: BaseModel | None, arguments: dict[str, Any]
+) -> Loading | None:
+    """Return how another process loads a language model's folder, onto its base if it has one."""
+    if auto != LANGUAGE_MODEL:
+        return None
+    folder = str(partial)
+    bits = base.quantization if base else {}
+    source = base.source if base else folder
+    return Loading(folder, source, arguments, bits, adapter=base is not None)

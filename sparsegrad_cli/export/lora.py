@@ -1,10 +1,10 @@
-"""A PEFT LoRA folder: factors of each target's change, and whole modules for what else changed."""
+"""The LoRA form: a PEFT folder with the factors of each change, and whole modules for the rest."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.export.base_model import BaseModel
-from sparsegrad_cli.export.merged import (
-    AUTO_CLASSES,
-    Distance,
+from sparsegrad_cli.export.base_model import (
+    CLASSIFIER,
+    LANGUAGE_MODEL,
+    PEFT_TASKS,
+    BaseModel,
     auto_class,
-    differing,
+    changed_parameters,
     plain_model,
     put,
-    put_weight,
 )
-from sparsegrad_cli.export.options import SERVER_RANKS
-from sparsegrad_cli.export.rebuild import Trained
+from sparsegrad_cli.export.merged import RelativeError, generation_config, put_weight
+from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
+from sparsegrad_cli.export.restore import TrainedModel
 from sparsegrad_cli.methods.implementation import Factors
 from sparsegrad_cli.methods.peft_folder import check_adapted, modules_to_save, target_settings
-from sparsegrad_cli.models.targets import has_experts
+from sparsegrad_cli.models.quantized import placed
+from sparsegrad_cli.models.targets import Target, has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 
 
 @dataclass
 class LoraParts:
-    """What a LoRA folder will hold.
+    """The content of a LoRA folder.
 
     Attributes:
-        factors: target name -> its change.
-        biases: target name -> change of its bias, (out,).
-        modules: full names of the modules that go along whole.
-        tensors: plain name -> what the parameters in them hold.
-        rank: of all factors, some of which are padded with zeros to it.
-        truncated: some change is of a higher rank than its factors.
-        record: ``rank``, ``truncated``, ``error``, ``modules`` and one row a target, for
-            export.json.
+        factors: Target name -> its change; all of one rank, some padded with zeros.
+        biases: Target name -> change of its bias, (out,).
+        modules: Full names of the modules that are saved whole.
+        tensors: Plain name -> value of each parameter in those modules.
+        rank: The rank of all factors.
+        truncated: Whether some change has a higher rank than its factors.
+        record: ``rank``, ``truncated``, ``error``, ``modules`` and a row per target.
     """
 
     factors: dict[str, Factors]
@@ -51,86 +52,91 @@ class LoraParts:
     tensors: dict[str, Tensor]
     rank: int
     truncated: bool
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any]
 
 
-def lora_parts(
-    trained: Trained, plain: nn.Module, rank: int | None, *, server: bool = False
-) -> LoraParts:
-    """Factors of every target's change, cut to ``rank``, and what must go along.
+def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) -> LoraParts:
+    """Factor the change of every target and collect what else has changed.
 
-    All factors are of one rank and unscaled, for there are readers that take no other.
+    All factors get one rank and a scale of 1, since some readers support nothing else.
 
     Args:
-        plain: the base model.
-        rank: None keeps what is exact.
-        server: of a rank that servers take.
+        trained: The run.
+        plain: Its base model.
+        options: ``rank`` None keeps the exact change.
 
     Raises:
-        UsageError: the change is of full rank and no rank was given, or a parameter changed that
+        UsageError: The change has full rank and no rank was given, or a parameter has changed that
             no LoRA folder can hold.
     """
     targets = {target.name: target for target in trained.setup.targets}
-    changed = differing(plain, trained)
+    changed = changed_parameters(plain, trained)
     biases = {
         name: changed.pop(f"{name}.bias").detach().double()
         - plain.get_parameter(f"{name}.bias").detach().double()
         for name in targets
         if f"{name}.bias" in changed
     }
-    classifier = AUTO_CLASSES[auto_class(plain)] == "SEQ_CLS"
-    modules, beside = modules_to_save(plain, changed, targets, classifier=classifier)
-    if beside:
-        raise UsageError(
-            f"a LoRA folder cannot hold {beside[0]}, which training changed: it can carry whole "
-            "modules only, and this one holds a target",
-            where="--to lora",
-            fix="--to merged",
-        )
-    limit = math.inf if rank is None else rank
-    if server:
+    modules = _whole_modules(plain, changed, targets)
+    limit = math.inf if options.rank is None else options.rank
+    if options.server_rank:
         limit = min(limit, SERVER_RANKS[-1])
     factors: dict[str, Factors] = {}
-    whole, rows, cut = Distance(), [], False
+    total, rows, truncated = RelativeError(), [], False
     for name, target in targets.items():
         exact = trained.method.factors(trained.setup.model, target)
-        if exact is None and rank is None:
+        if exact is None and options.rank is None:
             raise UsageError(
-                "this method changes the weights themselves: the change is of full rank",
+                "this method trains the weights themselves, so the change has full rank",
                 where="--rank",
-                fix="give --rank, at which the change is cut (the error is stated), or --to merged",
+                fix="give a --rank to truncate to (the error is stated), or use --to merged",
             )
         base_OI = target.within(plain).weight_OI(plain).detach().double()
         change_OI = trained.method.merged_OI(trained.setup.model, target) - base_OI
-        factors[name] = _cut(exact, change_OI, limit)
-        full = exact.rank if exact is not None else min(change_OI.shape)
-        cut = cut or factors[name].rank < full
-        error = whole.add(factors[name].product_OI() - change_OI, change_OI)
+        factors[name] = _truncated(exact, change_OI, limit)
+        full_rank = exact.rank if exact is not None else min(change_OI.shape)
+        truncated = truncated or factors[name].rank < full_rank
+        error = total.add(factors[name].product_OI() - change_OI, change_OI)
         rows.append({"name": name, "rank": factors[name].rank, "error": error})
-    common = max(each.rank for each in factors.values())
-    if server:
-        common = next(each for each in SERVER_RANKS if each >= common)
-    factors = {name: each.padded(common) for name, each in factors.items()}
+    rank = max(each.rank for each in factors.values())
+    if options.server_rank:
+        rank = next(each for each in SERVER_RANKS if each >= rank)
     record = {
-        "rank": common,
-        "truncated": cut,
-        "error": whole.relative,
+        "rank": rank,
+        "truncated": truncated,
+        "error": total.value,
         "targets": rows,
         "modules": modules,
     }
-    return LoraParts(factors, biases, modules, changed, common, cut, record)
+    padded = {name: each.padded(rank) for name, each in factors.items()}
+    return LoraParts(padded, biases, modules, changed, rank, truncated, record)
 
 
-def _cut(exact: Factors | None, change_OI: Tensor, limit: float) -> Factors:
-    """Folded factors of a rank of at most ``limit``."""
+def _whole_modules(
+    plain: nn.Module, changed: dict[str, Tensor], targets: dict[str, Target]
+) -> list[str]:
+    classifier = auto_class(plain) == CLASSIFIER
+    modules, beside = modules_to_save(plain, changed, targets, classifier=classifier)
+    if beside:
+        raise UsageError(
+            f"a LoRA folder cannot hold {beside[0]}, which training changed: PEFT saves whole "
+            "modules only, and its module contains a target",
+            where="--to lora",
+            fix="--to merged",
+        )
+    return modules
+
+
+def _truncated(exact: Factors | None, change_OI: Tensor, limit: float) -> Factors:
+    """Return factors with a scale of 1 and a rank of at most ``limit``."""
     if exact is not None and exact.rank <= limit:
         return exact.folded()
     b_OR, a_RI = nearest_of_rank(change_OI, int(limit))
     return Factors(b_OR, a_RI, a_RI.shape[0]).folded()
 
 
-def reference(trained: Trained, parts: LoraParts) -> nn.Module:
-    """The plain model with the cut change in its weights: what the folder must compute exactly."""
+def reference(trained: TrainedModel, parts: LoraParts) -> nn.Module:
+    """Return the plain model with the parts merged: what a truncated export must compute."""
     plain = plain_model(trained)
     put(plain, parts.tensors)
     for target in trained.setup.targets:
@@ -143,16 +149,24 @@ def reference(trained: Trained, parts: LoraParts) -> nn.Module:
 
 
 def write_lora(
-    plain: nn.Module, parts: LoraParts, trained: Trained, base: BaseModel, folder: Path
+    plain: nn.Module, parts: LoraParts, trained: TrainedModel, base: BaseModel, folder: Path
 ) -> None:
-    """Put the parts into a peft model around ``plain`` (which is used up) and let peft save it."""
+    """Write the parts with PEFT, and the tokenizer and generation settings.
+
+    Args:
+        plain: The base model; adapters are put into it.
+        parts: What to write.
+        trained: The run.
+        base: How users load the base model.
+        folder: An existing folder.
+    """
     from peft import get_peft_model
 
     put(plain, parts.tensors)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, and tied embeddings
-        wrapped = get_peft_model(plain, _config(plain, parts, trained))
-        inner = wrapped.get_base_model()
+        warnings.simplefilter("ignore")  # About fan_in_fan_out of Conv1D and tied embeddings.
+        wrapped = get_peft_model(plain, _peft_config(plain, parts, trained))
+        inner: Any = wrapped.get_base_model()
         check_adapted(inner, parts.factors, "--to merged")
         with torch.no_grad():
             for name, factors in parts.factors.items():
@@ -161,30 +175,32 @@ def write_lora(
                 layer.lora_B["default"].weight.data = factors.b.contiguous()
                 if name in parts.biases:
                     layer.lora_B["default"].bias.data = parts.biases[name].float()
-        # get_peft_model writes the name as it was given: a relative path leads nowhere elsewhere.
-        about = wrapped.peft_config["default"]
-        about.base_model_name_or_path = base.source
-        about.revision = base.words.get("revision")
-        if about.modules_to_save:  # peft has named its heads once more
-            about.modules_to_save = list(dict.fromkeys(about.modules_to_save))
+        # PEFT would write the name of the base model as given, and a relative path can move.
+        config = wrapped.peft_config["default"]
+        config.base_model_name_or_path = base.source
+        config.revision = base.arguments.get("revision")
+        if config.modules_to_save:  # PEFT has added its own heads to the list.
+            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
-    trained.setup.tokenizer.save_pretrained(folder)
+    tokenizer = trained.setup.tokenizer
+    tokenizer.save_pretrained(folder)
+    if base.auto == LANGUAGE_MODEL:
+        generation_config(inner, tokenizer).save_pretrained(folder)
 
 
-def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
-    """peft's configuration: one rank and a scale of 1 for all targets."""
+def _peft_config(plain: nn.Module, parts: LoraParts, trained: TrainedModel) -> Any:
     from peft import LoraConfig
 
     settings = target_settings(plain, parts.factors, getattr(trained.settings, "dropout", 0.0))
     if has_experts(plain) and parts.biases:
         raise UsageError(
-            "a LoRA folder of a mixture-of-experts model cannot hold the biases of targets, which "
+            "a LoRA folder of a mixture-of-experts model cannot hold biases of targets, which "
             "training changed",
             where="--to lora",
             fix="--to merged",
         )
     return LoraConfig(
-        task_type=AUTO_CLASSES[auto_class(plain)],
+        task_type=PEFT_TASKS[auto_class(plain)],
         r=parts.rank,
         lora_alpha=parts.rank,
         **settings,
@@ -192,3 +208,13 @@ def _config(plain: nn.Module, parts: LoraParts, trained: Trained) -> Any:
         modules_to_save=list(parts.modules) or None,
         fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),
     )
+
+
+def load_lora(base: BaseModel, folder: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """Load a written folder with PEFT onto its base model."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = PeftModel.from_pretrained(base.load(device), str(folder))
+    return placed(loaded, device)

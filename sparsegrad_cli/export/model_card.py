@@ -1,7 +1,4 @@
-"""The model card of an export: what it was made of, how it scored, and how it is loaded.
-
-It goes where the folder goes, so that no path of this machine is in it.
-"""
+"""Write the model card of an export (model_card.md.jinja) without paths of this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from sparsegrad_cli.export.base_model import BaseModel
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.recipe.tasks import FILE_TASKS
-from sparsegrad_cli.report.access import block, dig, number, text
+from sparsegrad_cli.records.export import ExportCheck, ExportedMethod, ExportRecord
+from sparsegrad_cli.records.run import CountsBlock, Evaluation, HashesBlock, RunRecord, TaskBlock
 from sparsegrad_cli.report.units import format_count, format_number
 
 CARD = "README.md"
@@ -26,38 +27,67 @@ _FORMS = {
     "adapter": "an adapter in the format of sparsegrad",
 }
 _DATASETS = {"oasst": "OpenAssistant/oasst1", "glue": "nyu-mll/glue"}
+_LABEL_ARGUMENTS = (
+    "id2label",
+    "label2id",
+    "problem_type",
+    "pad_token_id",
+    "ignore_mismatched_sizes",
+)
 
 
 def model_card(
-    record: Mapping[str, Any], run: Mapping[str, Any], base: BaseModel, labels: Mapping[int, str]
+    record: ExportRecord, run: RunRecord, base: BaseModel, labels: Mapping[int, str]
 ) -> str:
-    """The text of README.md.
+    """Render README.md.
 
     Args:
-        record: export.json, without its files.
+        record: export.json, without the files.
         run: run.json.
-        base: how the base model is loaded.
-        labels: of a classifier; empty for a language model.
+        base: How users load the base model.
+        labels: The labels of a classifier; empty for a language model.
     """
-    name = base_title(str(dig(record, "model", "name")))
-    task = str(text(run, "task", "name"))
-    data = f"own data ({task})" if task in (*FILE_TASKS, "chat") else task
-    lines = [*_metadata(record, run, labels), f"# {name}, fine-tuned on {data}", ""]
-    lines += [_summary(record, name), ""]
-    lines += ["| | |", "| --- | --- |"]
-    lines += [f"| {what} | {_cell(said)} |" for what, said in _facts(record, run, name, labels)]
-    lines += ["", "## How to load it", "", *_loading(record, base, labels), ""]
-    lines += ["## Licence", "", _licence_words(record), ""]
-    return "\n".join(lines)
+    task = run.task or TaskBlock()
+    check = record.check or ExportCheck()
+    title = base_title(record.model.name)
+    own_data = task.name in (*FILE_TASKS, "chat")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": _cell, "repr": repr}
+    return environment.get_template("model_card.md.jinja").render(
+        to=record.to,
+        form=_FORMS[record.to],
+        metadata=_metadata(record, task, labels),
+        title=title,
+        data=f"own data ({task.name})" if own_data else task.name,
+        version=record.versions.get("sparsegrad"),
+        examples=format_count(check.examples),
+        difference=format_number(check.difference, 3),
+        facts=_facts(record, run, labels),
+        base=base,
+        source=repr(_source(title, base)),
+        place=_place(record.model.name, base),
+        pipeline="text-classification" if labels else "text-generation",
+        labels=labels,
+        label_arguments={
+            name: base.arguments[name] for name in _LABEL_ARGUMENTS if name in base.arguments
+        },
+        license=licence_of(record.model.name),
+    )
 
 
 def base_title(name: str) -> str:
-    """A base model's name without the path of a local folder."""
+    """Return the name of a base model, without the path of a local folder."""
     return Path(locate(name)).name if is_folder(name) else name
 
 
 def licence_of(name: str) -> str | None:
-    """The licence that the model card in a base model's folder names, or None."""
+    """Return the licence in the model card of a base model's folder, or None."""
     folder = Path(locate(name))
     try:
         card = (folder / CARD).read_text(encoding="utf-8")[:20_000] if is_folder(folder) else ""
@@ -68,156 +98,84 @@ def licence_of(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _metadata(
-    record: Mapping[str, Any], run: Mapping[str, Any], labels: Mapping[int, str]
-) -> list[str]:
-    """The block that the hub reads."""
-    base = str(dig(record, "model", "name"))
-    form = str(record["to"])
-    lines = ["---", f"license: {licence_of(base) or 'unknown'}"]
+def _metadata(record: ExportRecord, task: TaskBlock, labels: Mapping[int, str]) -> str:
+    """Return the YAML block that the hub reads."""
+    base = record.model.name
+    metadata: dict[str, Any] = {"license": licence_of(base) or "unknown"}
     if not is_folder(base) and not base.startswith("builtin:"):
-        lines += [f"base_model: {base}"]
-        lines += [f"base_model_relation: {'finetune' if form == 'merged' else 'adapter'}"]
-    lines += [f"library_name: {_LIBRARIES[form]}"]
-    lines += [f"pipeline_tag: {'text-classification' if labels else 'text-generation'}"]
-    dataset = _DATASETS.get(str(text(run, "task", "name")).partition("/")[0])
-    lines += ["datasets:", f"- {dataset}"] if dataset else []
-    lines += ["metrics:", f"- {text(run, 'task', 'metric')}"] if labels else []
-    return [*lines, "tags:", "- sparsegrad", f"- {dig(record, 'method', 'name')}", "---", ""]
-
-
-def _summary(record: Mapping[str, Any], name: str) -> str:
-    version = dig(record, "versions", "sparsegrad")
-    return (
-        f"This folder holds {_FORMS[str(record['to'])]}: {_cell(name)}, fine-tuned with sparsegrad "
-        f"{version}. Its logits were compared with those of the trained model on "
-        f"{format_count(number(record, 'check', 'examples'))} validation rows: they differ by at "
-        f"most {format_number(number(record, 'check', 'difference'), 3)}."
-    )
+        metadata["base_model"] = base
+        metadata["base_model_relation"] = "finetune" if record.to == "merged" else "adapter"
+    metadata["library_name"] = _LIBRARIES[record.to]
+    metadata["pipeline_tag"] = "text-classification" if labels else "text-generation"
+    dataset = _DATASETS.get(str(task.name).partition("/")[0])
+    if dataset:
+        metadata["datasets"] = [dataset]
+    if labels:
+        metadata["metrics"] = [task.metric]
+    method = record.method.name if record.method else None
+    metadata["tags"] = ["sparsegrad", method]
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
 
 
 def _facts(
-    record: Mapping[str, Any], run: Mapping[str, Any], name: str, labels: Mapping[int, str]
+    record: ExportRecord, run: RunRecord, labels: Mapping[int, str]
 ) -> list[tuple[str, str]]:
-    dtype, bits = text(record, "model", "dtype"), text(record, "model", "quantization")
-    base = f"{name} ({text(record, 'model', 'architecture')}, {dtype}"
-    facts = [("Base model", f"{base}{f', quantized to {bits}' if bits else ''})")]
-    rows = [f"{format_count(number(run, 'task', 'train_examples'))} training rows"]
-    for split, count in block(run, "task", "validation_examples").items():
-        rows.append(f"{format_count(count)} of {printable_line(str(split))}")
-    facts.append(("Data", f"{text(run, 'task', 'name')}: {', '.join(rows)}"))
-    facts.append(("Digest of the data", str(text(run, "hashes", "data"))))
+    model, task = record.model, run.task or TaskBlock()
+    quantized = f", quantized to {model.quantization}" if model.quantization else ""
+    title = base_title(model.name)
+    rows = [f"{format_count(task.train_examples)} training rows"]
+    rows += [f"{format_count(n)} of {split}" for split, n in task.validation_examples.items()]
+    facts = [
+        ("Base model", f"{title} ({model.architecture}, {model.dtype}{quantized})"),
+        ("Data", f"{task.name}: {', '.join(rows)}"),
+        ("Digest of the data", str((run.hashes or HashesBlock()).data)),
+    ]
     if labels:
-        shown = ", ".join(f"{number}: {printable_line(label)}" for number, label in labels.items())
-        facts.append(("Labels", shown))
-    facts.append(("Method", _method(record, run)))
-    facts.append(("Score", _score(record, run)))
-    if record["to"] == "lora":
-        cut = ", cut to it" if record["truncated"] else ""
-        error = format_number(number(record, "error"), 3)
-        facts.append(("LoRA rank", f"{record['rank']}{cut}; error {error} of the change"))
-    versions = block(record, "versions")
-    facts.append(("Versions", ", ".join(f"{n} {v}" for n, v in versions.items() if v)))
-    return facts
+        facts.append(("Labels", ", ".join(f"{n}: {label}" for n, label in labels.items())))
+    facts += [("Method", _method(record, run)), ("Score", _score(record, run))]
+    if record.to == "lora":
+        truncated = ", truncated" if record.truncated else ""
+        error = format_number(record.error, 3)
+        facts.append(("LoRA rank", f"{record.rank}{truncated}; error {error} of the change"))
+    versions = [f"{name} {version}" for name, version in record.versions.items() if version]
+    return [*facts, ("Versions", ", ".join(versions))]
 
 
-def _method(record: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    words = [text(record, "method", key) for key in ("name", "form", "support")]
-    trained = number(run, "counts", "trainable")
-    parts = [" ".join(word for word in words if word), f"scope {record['scope']}"]
-    if trained is not None:
-        total = number(run, "counts", "model_parameters")
-        parts.append(f"{format_count(trained)} of {format_count(total)} parameters a step")
-    parts.append(f"seed {run.get('seed')}")
+def _method(record: ExportRecord, run: RunRecord) -> str:
+    method, counts = record.method or ExportedMethod(name="?"), run.counts or CountsBlock()
+    parts = [" ".join(filter(None, (method.name, method.form, method.support)))]
+    parts.append(f"scope {record.scope}")
+    if counts.trainable is not None:
+        trained, total = format_count(counts.trainable), format_count(counts.model_parameters)
+        parts.append(f"{trained} of {total} parameters per step")
+    parts.append(f"seed {run.seed}")
     return ", ".join(parts)
 
 
-def _score(record: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    best = block(run, "metrics", "best")
-    if record["source"] != "adapter" or not best:
-        return f"none: {record['source']} of a run that has not come to its end"
+def _score(record: ExportRecord, run: RunRecord) -> str:
+    best: Evaluation | None = run.metrics.best if run.metrics else None
+    if record.source != "adapter" or best is None:
+        return f"none: {record.source} of a run that has not finished"
     scores = []
-    for split, values in block(best, "values").items():
-        listed = values.items() if isinstance(values, Mapping) else ()
-        shown = ", ".join(f"{name} {format_number(value, 4)}" for name, value in listed)
+    for split, values in best.values.items():
+        shown = ", ".join(f"{name} {format_number(value, 4)}" for name, value in values.items())
         scores.append(f"{shown} on {split}")
-    return f"{'; '.join(scores)} (step {format_count(number(best, 'step'))})"
+    return f"{'; '.join(scores)} (step {format_count(best.step)})"
 
 
-def _loading(record: Mapping[str, Any], base: BaseModel, labels: Mapping[int, str]) -> list[str]:
-    """Code that is typed in this folder."""
-    auto, form = base.auto, record["to"]
-    code = ["```python"]
-    if form == "adapter":
-        code += ["from sparsegrad_cli import load_adapter", "", 'model = load_adapter(".")', "```"]
-        return [*code, "", f"It loads the base model by its name, {_place(record, base)}."]
-    if form == "merged":
-        code += [f"from transformers import {auto}, AutoTokenizer, pipeline", ""]
-        code += [f'model = {auto}.from_pretrained(".")']
-        code += ['tokenizer = AutoTokenizer.from_pretrained(".")']
-        task = "text-classification" if labels else "text-generation"
-        return [*code, f'pipe = pipeline("{task}", model=".")', "```"]
-    bits = ", BitsAndBytesConfig" if base.quantization else ""
-    code += ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer{bits}"]
-    here = BaseModel(auto, "BASE", base.words, base.quantization).snippet.replace('"BASE"', "base")
-    code += ["", f"base = {_source(record, base)!r}"]
-    code += [f'model = PeftModel.from_pretrained({here}, ".")']
-    code += ['tokenizer = AutoTokenizer.from_pretrained(".")', "```"]
-    return [*code, "", f"`base` is {_place(record, base)}.", *_by_folder(base, labels)]
+def _source(title: str, base: BaseModel) -> str:
+    """Return what stands for the base model on another machine."""
+    return f"PATH/TO/{title.rpartition(':')[2]}" if is_folder(base.source) else base.source
 
 
-def _by_folder(base: BaseModel, labels: Mapping[int, str]) -> list[str]:
-    """How the folder alone is named: by the base model's place in adapter_config.json."""
-    kept = ("id2label", "label2id", "problem_type", "pad_token_id", "ignore_mismatched_sizes")
-    words = {name: base.words[name] for name in kept if name in base.words}
-    said = "".join(f", {name}={value!r}" for name, value in words.items())
-    lines = [
-        "",
-        "Where the base model lies as `base_model_name_or_path` in adapter_config.json says, the "
-        "folder's name is enough:",
-        "",
-        "```python",
-    ]
-    if not labels:
-        lines += ["from transformers import pipeline", ""]
-        return [*lines, 'pipe = pipeline("text-generation", model=".")', "```"]
-    lines += ["from peft import AutoPeftModelForSequenceClassification"]
-    lines += ["from transformers import pipeline", ""]
-    lines += [f'model = AutoPeftModelForSequenceClassification.from_pretrained("."{said})']
-    lines += [f'pipe = pipeline("text-classification", model=".", model_kwargs={words!r})', "```"]
-    return [
-        *lines,
-        "",
-        "Without these words both take the labels of the base model's own configuration: an "
-        "adapter's folder has no place for them.",
-    ]
-
-
-def _source(record: Mapping[str, Any], base: BaseModel) -> str:
-    """What stands for the base model where it is no longer this machine's."""
-    name = str(dig(record, "model", "name"))
-    title = base_title(name).rpartition(":")[2]
-    return f"PATH/TO/{title}" if is_folder(base.source) else base.source
-
-
-def _place(record: Mapping[str, Any], base: BaseModel) -> str:
-    name = str(dig(record, "model", "name"))
+def _place(name: str, base: BaseModel) -> str:
     if name.startswith("builtin:"):
-        return f"`{name}` of sparsegrad, a folder of the package that carries it"
+        return f"`{name}` of sparsegrad, a folder of the package that contains it"
     if is_folder(base.source):
-        return f"a local folder, `{base_title(name)}`, that this one was trained on"
+        return f"a local folder, `{base_title(name)}`, on which this model was trained"
     return f"`{name}` on the hub"
 
 
-def _licence_words(record: Mapping[str, Any]) -> str:
-    found = licence_of(str(dig(record, "model", "name")))
-    if found is None:
-        return (
-            "Unknown: the files of the base model name no licence. That of the base model and of "
-            "the data apply; put it into the field `license` above."
-        )
-    return f"That of the base model, {found}, as its model card names it; and that of the data."
-
-
-def _cell(said: str) -> str:
-    return " ".join(said.split()).replace("|", "\\|")
+def _cell(text: object) -> str:
+    """Make text from records safe in one line of a Markdown table."""
+    return printable_line(str(text)).replace("|", "\\|")

@@ -1,26 +1,26 @@
-"""What an export is asked for. Imports no torch: the command line makes it."""
+"""The options of ``sparsegrad export``. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-# The ranks that vLLM makes room for (its --max-lora-rank); other servers take any of them.
+# The ranks that vLLM supports (its --max-lora-rank). Other servers support any of them.
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export is asked for.
+    """What to export, and where.
 
     Attributes:
         to: ``merged``, ``lora`` or ``adapter``.
         output_dir: RUN/export-<to> by default.
-        rank: lora: the most that a target's factors may have.
-        server_rank: lora: pad with zeros to one of ``SERVER_RANKS``; cut to the highest.
-        examples: validation rows to compare on.
-        tolerance: largest absolute difference of logits; by default what rounding explains.
-        overwrite: replace an earlier export in output_dir.
+        rank: lora: truncate every change to this rank.
+        examples: Number of validation rows to compare logits on.
+        tolerance: Largest absolute difference of logits; by default what rounding explains.
+        overwrite: Replace an earlier export in ``output_dir``.
+        server_rank: lora: pad with zeros to one of ``SERVER_RANKS``; truncate to the highest.
     """
 
     to: str

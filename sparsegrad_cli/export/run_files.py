@@ -1,21 +1,20 @@
-"""What lies in a run's folder, and whether it can be exported. Imports no torch by itself."""
+"""Open the folder of a training run and check that its model can be rebuilt. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
+from sparsegrad_cli.records.run import CalibrationBlock, MethodBlock, ModelBlock, RunRecord
 from sparsegrad_cli.records.store import load_run
-from sparsegrad_cli.report.access import dig
 from sparsegrad_cli.run.folder import adapter_file, with_current_status
 
-# What may lie elsewhere by now. All else says what was trained, and stays as it was.
+# What may have moved since the run. All other settings say what was trained.
 _MOVABLE = (
     "model",
     "model.name",
@@ -25,23 +24,24 @@ _MOVABLE = (
     "calibration.basis",
     "train.use_cpu",
 )
+T = TypeVar("T")
 
 
 @dataclass
 class RunFiles:
-    """A run's folder, looked through.
+    """The files of a training run.
 
     Attributes:
-        folder: of the run.
-        record: run.json.
-        loaded: recipe.yaml, with what the command line moved.
-        tensors: the file with what was trained.
-        source: ``adapter``, or the name of the checkpoint.
-        notes: what the user should know about it.
+        folder: The run's folder.
+        record: Its run.json.
+        loaded: Its recipe.yaml, with the overrides of the command line.
+        tensors: The file with the trained parameters.
+        source: ``adapter``, or the name of the checkpoint that ``tensors`` belongs to.
+        notes: What the user should know about the choice of ``tensors``.
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: RunRecord
     loaded: LoadedRecipe
     tensors: Path
     source: str
@@ -49,17 +49,17 @@ class RunFiles:
 
     @property
     def from_adapter(self) -> bool:
-        """Whether the run came to its end and left an adapter."""
+        """Whether the run has finished and left an adapter."""
         return self.source == "adapter"
 
     @property
     def owns_basis(self) -> bool:
-        """Whether the run made its basis itself."""
+        """Whether the run computed its basis itself."""
         return not self.loaded.recipe.calibration.basis
 
     @property
     def basis(self) -> tuple[Path, str]:
-        """The basis file of the run, and the place to blame."""
+        """The basis file of the run, and the place that an error about it names."""
         given = self.loaded.recipe.calibration.basis
         if given:
             return Path(given).expanduser(), self.loaded.where("calibration.basis")
@@ -67,93 +67,114 @@ class RunFiles:
         return path, str(path)
 
     @property
+    def basis_digest(self) -> str:
+        """The digest of the basis that the run was trained with."""
+        calibration = self.record.calibration or CalibrationBlock()
+        return self._recorded(calibration.digest, "calibration.digest")
+
+    @property
     def target_names(self) -> list[str]:
-        """The targets that were trained."""
-        listed = self.recorded("counts", "targets")
-        rows = listed if isinstance(listed, list) else []
-        return [str(row.get("name")) for row in rows if isinstance(row, dict)]
+        """The names of the target modules that were trained."""
+        targets = self.record.counts.targets if self.record.counts else []
+        return [target.name for target in self._recorded(targets or None, "counts.targets")]
 
-    def recorded(self, block: str, key: str) -> Any:
-        """A value of run.json.
+    @property
+    def method(self) -> MethodBlock:
+        """The method as it was recorded."""
+        return self._recorded(self.record.method, "method")
 
-        Raises:
-            FileFormatError: it is not there.
-        """
-        return _recorded(self.record, self.folder, block, key)
+    @property
+    def model(self) -> ModelBlock:
+        """The base model as it was recorded."""
+        return self._recorded(self.record.model, "model")
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the base model's weights in the target modules."""
+        return self._recorded(self.model.fingerprint, "model.fingerprint")
+
+    def _recorded(self, value: T | None, key: str) -> T:
+        if value is None:
+            raise FileFormatError(
+                f"run.json is incomplete: {key} is missing",
+                where=str(self.folder / "run.json"),
+                fix="restore the file from a copy, or train again",
+            )
+        return value
 
 
 def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -> RunFiles:
-    """Look through a run's folder.
+    """Open the folder of a training run.
 
     Args:
-        run: the folder, or its run.json.
-        overrides: ``key.path=value`` for what lies elsewhere now.
-        data: its data must be there.
+        run: The folder, or its run.json.
+        overrides: ``key.path=value`` for what has moved since the run.
+        data: Whether its data must be present.
 
     Raises:
-        UsageError: no run, not a training run, nothing trained yet, an override of what was
-            trained, or code that comes with the model and was not asked for.
-        FileFormatError: a file of it is missing, damaged, or was changed since.
+        UsageError: It is not a training run, has trained nothing yet, or would run code that comes
+            with the model; or an override would change what was trained.
+        FileFormatError: A file is missing, damaged, or was edited since the run.
     """
     folder = run if is_folder(run) else run.parent
-    record = with_current_status(load_run(run), folder).to_json()
-    if record.get("command") != "train":
-        raise UsageError(f"{folder} is a calibration: it has trained nothing")
+    record = with_current_status(load_run(run), folder)
+    if record.command != "train":
+        raise UsageError(f"{folder} holds a calibration, which has trained nothing")
     if not (folder / "recipe.yaml").is_file():
-        raise FileFormatError("the run has no recipe.yaml any more", where=str(folder))
+        raise FileFormatError("the run has no recipe.yaml", where=str(folder))
+    _check_overrides(overrides)
+    loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
+    _refuse_unasked_code(loaded)
+    files = _trained_tensors(folder, record, loaded)
+    _check_unchanged(files)
+    return files
+
+
+def _check_overrides(overrides: tuple[str, ...]) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key not in _MOVABLE:
             raise UsageError(
                 f"{key} cannot be changed after training",
                 where="command line",
-                fix=f"what may lie elsewhere by now: {', '.join(_MOVABLE[1:])}",
+                fix=f"these may have moved since: {', '.join(_MOVABLE[1:])}",
             )
-    loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
-    _check_asked_for(loaded)
-    keep_best = loaded.recipe.train.load_best_model_at_end
-    tensors, source, notes = _trained(folder, record, keep_best=keep_best)
-    _check_unchanged(record, folder, loaded)
-    return RunFiles(folder, record, loaded, tensors, source, notes)
 
 
 def _load_recipe(path: Path, overrides: tuple[str, ...], *, data: bool) -> LoadedRecipe:
-    """The recipe; of what has gone since the run, the user is told that it can be named anew."""
+    """Load the recipe; if a path in it is gone, say how to name the new one."""
     try:
         return load_recipe(path, overrides, data=data)
     except RecipeError as error:
-        raise RecipeError(
-            [
-                replace(problem, fix=f"if it lies elsewhere now, say where: {problem.key}=PATH")
-                if problem.key in _MOVABLE and problem.what.startswith("no such")
-                else problem
-                for problem in error.problems
-            ]
-        ) from error
+        problems = [
+            replace(problem, fix=f"if it has moved, name its new place: {problem.key}=PATH")
+            if problem.key in _MOVABLE and problem.what.startswith("no such")
+            else problem
+            for problem in error.problems
+        ]
+        raise RecipeError(problems) from error
 
 
-def _check_asked_for(loaded: LoadedRecipe) -> None:
-    """Refuse code that comes with the model, unless this command asks for it: a run's folder may
-    come from anywhere."""
+def _refuse_unasked_code(loaded: LoadedRecipe) -> None:
+    """Refuse code that comes with the model: the run's folder may come from anyone."""
     key = ("model", "trust_remote_code")
     if loaded.recipe.model.trust_remote_code and loaded.places.get(key) != Place(COMMAND_LINE):
         raise UsageError(
-            f"{loaded.recipe.model.name} brings code of its own, which is not run unasked",
+            f"{loaded.recipe.model.name} comes with its own code, which is not run by default",
             where=loaded.where("model.trust_remote_code"),
             fix="if you trust it: model.trust_remote_code=true",
         )
 
 
-def _trained(
-    folder: Path, record: dict[str, Any], *, keep_best: bool
-) -> tuple[Path, str, list[str]]:
-    """The adapter; of a run that has none the checkpoint that it would have kept so far."""
-    status = str(record.get("status"))
+def _trained_tensors(folder: Path, record: RunRecord, loaded: LoadedRecipe) -> RunFiles:
+    """Find the adapter; for a run without one, the checkpoint that it would have kept so far."""
+    status = record.status
     adapter = adapter_file(folder)
     if adapter is not None:
-        notes = [] if status == "done" else [f"the run is {status}, but training came to its end"]
-        return adapter, "adapter", notes
-    from sparsegrad_cli.run.checkpoints import last_checkpoint
+        notes = [] if status == "done" else [f"the run is {status}, but its training has finished"]
+        return RunFiles(folder, record, loaded, adapter, "adapter", notes)
+    from sparsegrad_cli.run.checkpoint_manifest import damage
+    from sparsegrad_cli.run.checkpoints import best_of, last_checkpoint
     from sparsegrad_cli.training.checkpoint_state import TRAINABLE
 
     last = last_checkpoint(folder)
@@ -162,56 +183,36 @@ def _trained(
             f"the run in {folder} is {status} and has neither an adapter nor a whole checkpoint",
             fix=f"sparsegrad train {folder} --resume",
         )
-    best = _best_checkpoint(folder, last) if keep_best else None
-    chosen, what = (best, "best") if best is not None else (last, "last")
-    note = (
-        f"the run is {status} and has no adapter: {chosen.name} is exported, its {what} checkpoint"
-    )
-    return chosen / TRAINABLE, chosen.name, [note]
+    chosen, which = last, "last"
+    if loaded.recipe.train.load_best_model_at_end:
+        best = best_of(last)
+        if best is not None and damage(best) is None:
+            chosen, which = best, "best"
+    note = f"the run is {status} and has no adapter; its {which} checkpoint, {chosen.name}, is used"
+    return RunFiles(folder, record, loaded, chosen / TRAINABLE, chosen.name, [note])
 
 
-def _best_checkpoint(folder: Path, last: Path) -> Path | None:
-    """The checkpoint that the last one names as the best so far, if it is there and whole."""
-    from sparsegrad_cli.run.checkpoint_manifest import damage
+def _check_unchanged(files: RunFiles) -> None:
+    """Refuse a recipe.yaml that was edited after the run, since the adapter would not fit it.
 
-    try:
-        state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-        best = folder / f"checkpoint-{int(state['best_global_step'])}"
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-    return best if damage(best) is None else None
-
-
-def _check_unchanged(record: dict[str, Any], folder: Path, loaded: LoadedRecipe) -> None:
-    """Refuse a recipe.yaml that was edited: the adapter would be put into another form.
-
-    Keys that this version knows and the run's did not are left out.
+    Settings of the method that the run's version did not have are not compared.
     """
-    method = loaded.recipe.method.model_dump(mode="json")
-    wanted = dict(_recorded(record, folder, "method", "settings"))
-    pairs = {f"method.{key}": (value, method.get(key)) for key, value in wanted.items()}
-    pairs["method.name"] = (_recorded(record, folder, "method", "name"), method["name"])
-    pairs["scope"] = (_recorded(record, folder, "method", "scope"), loaded.recipe.scope)
-    pairs["model.dtype"] = (_recorded(record, folder, "model", "dtype"), loaded.recipe.model.dtype)
-    # Runs from before it was a key had none.
-    bits = dig(record, "model", "quantization")
-    pairs["model.quantization"] = (bits, loaded.recipe.model.quantization)
-    pairs["seed"] = (record.get("seed"), loaded.recipe.seed)
+    recipe, record = files.loaded.recipe, files.record
+    method = recipe.method.model_dump(mode="json")
+    pairs = {
+        f"method.{key}": (value, method.get(key)) for key, value in files.method.settings.items()
+    }
+    pairs |= {
+        "method.name": (files.method.name, method["name"]),
+        "scope": (files.method.scope, recipe.scope),
+        "model.dtype": (files.model.dtype, recipe.model.dtype),
+        "model.quantization": (files.model.quantization, recipe.model.quantization),
+        "seed": (record.seed, recipe.seed),
+    }
     for key, (then, now) in pairs.items():
         if then != now:
             raise FileFormatError(
                 f"recipe.yaml was changed since the run: {key} is {now!r}, it was {then!r}",
-                where=loaded.where(key),
+                where=files.loaded.where(key),
                 fix="put the original value back",
             )
-
-
-def _recorded(record: dict[str, Any], folder: Path, block: str, key: str) -> Any:
-    found = record.get(block)
-    if not isinstance(found, dict) or key not in found:
-        raise FileFormatError(
-            f"run.json is incomplete: {block}.{key} is missing",
-            where=str(folder / "run.json"),
-            fix="bring it back from a copy, or train again",
-        )
-    return found[key]

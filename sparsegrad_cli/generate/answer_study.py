@@ -1,8 +1,8 @@
-"""The same questions to every finished chat run of a comparison, and to the models they began as.
+"""Ask every finished chat run of a comparison, and the base models, the same questions.
 
-One model is in memory at a time. A run keeps its answers in its own folder; a run whose answers are
-all there is not even loaded. The record of all of them (generate/side_by_side.py) is written after
-every model, so that it is never missing.
+One model is in memory at a time. Answers are kept in the run's folder, and a run that has answered
+all questions is not loaded. The record of all answers (generate/side_by_side.py) is written after
+every model.
 """
 
 from __future__ import annotations
@@ -24,105 +24,120 @@ from sparsegrad_cli.errors import (
     UsageError,
 )
 from sparsegrad_cli.export.run_files import RunFiles, open_run
-from sparsegrad_cli.generate.answer_questions import answer_questions, answers_to, default_output
+from sparsegrad_cli.generate.answer_questions import (
+    Line,
+    answer_questions,
+    answers_to,
+    default_output,
+)
 from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.load_chat_model import file_digest, load_base, load_run
+from sparsegrad_cli.generate.load_chat_model import ChatModel, load_base, load_chat_model
 from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, questions_name
-from sparsegrad_cli.generate.side_by_side import FOLDER, SCHEMA, side_by_side_file
+from sparsegrad_cli.generate.side_by_side import FOLDER, check_line, side_by_side_file
 from sparsegrad_cli.io.jsonl import read_records
-from sparsegrad_cli.io.paths import expanded, refuse_link
+from sparsegrad_cli.io.paths import expanded, file_digest, refuse_link
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.records.answers import AnswersColumn, AnswersRecord
 from sparsegrad_cli.records.base import now
-from sparsegrad_cli.records.store import load_record, write_json_atomic
-from sparsegrad_cli.report.access import dig, mappings, text
+from sparsegrad_cli.records.run import ErrorBlock
+from sparsegrad_cli.records.store import load_study, write
+from sparsegrad_cli.records.study import CellEntry
 
-# Of one model only: the others can still be asked.
-_ITS_OWN = (UsageError, DataError, FileFormatError, DownloadError)
-_Load = Callable[[], tuple[Any, Any, dict[str, Any]]]
+# Errors that concern one model, so that the others can still be asked.
+_ONE_MODEL = (UsageError, DataError, FileFormatError, DownloadError)
 
 
 @dataclass
 class _Asked:
-    """Who is asked: a run of the comparison, or a model that some of its runs began as.
+    """A model that is asked: a run of the comparison, or a base model of some of its runs.
 
     Attributes:
-        column: what the record says of it.
-        load: gives model, tokenizer and the model's record.
-        output: its file of answers.
-        files: of a run.
-        error: why it could not be asked.
+        column: Its part of the record.
+        load: Loads it.
+        output: Its file of answers.
+        files: For a run, its files.
+        error: Why it cannot be asked.
     """
 
-    column: dict[str, Any]
-    load: _Load
+    column: AnswersColumn
+    load: Callable[[], ChatModel]
     output: Path
     files: RunFiles | None = None
     error: SparsegradError | None = None
 
-    def fail(self, error: SparsegradError) -> None:
-        """Note why; without the error's frames, which would keep a model in memory."""
+    @property
+    def label(self) -> str:
+        """Its name in notes."""
+        return self.column.run_dir or f"base model {self.column.model}"
+
+    def fail(self, error: SparsegradError, observer: Observer) -> None:
+        """Record an error, without its frames, which would keep the model in memory."""
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self.error = error
         what = "; ".join(error.lines) if isinstance(error, RecipeError) else error.what
-        problem = {"title": error.title, "what": what, "where": error.where, "fix": error.fix}
-        self.column |= {"status": "failed", "error": problem}
-
-    @property
-    def why(self) -> str:
-        """What went wrong, in a line."""
-        return str(self.column["error"]["what"]) if self.error else ""
+        problem = ErrorBlock(title=error.title, what=what, where=error.where, fix=error.fix)
+        self.column = self.column.changed(status="failed", error=problem)
+        observer.note(f"{self.label}: {what}")
 
 
 def answer_study(
     options: GenerateOptions, questions: Sequence[Question], observer: Observer
-) -> dict[str, Any]:
-    """Have all of them answer what they have not answered yet.
+) -> AnswersRecord:
+    """Have every model answer the questions that it has not answered yet.
+
+    Args:
+        options: ``model.source`` is the comparison's folder.
+        questions: In order.
+        observer: Is told of progress and notes.
 
     Returns:
-        What ``answers/<questions>.json`` holds (of a single prompt nothing is kept), with
-        ``output``, its path. ``status`` is failed if one of the models could not be asked.
+        The content of ``answers/<questions>.json`` with ``output``, its path; for a single prompt
+        no file is written. ``status`` is failed if one of the models could not be asked.
 
     Raises:
-        UsageError: no comparison, or none of its chat runs is done.
-        SparsegradError: none of the models could be asked, with the reason of the first; or the
-            disk is full.
+        UsageError: There is no comparison, or no finished run of a chat task in it.
+        SparsegradError: No model could be asked (the reason of the first), or the disk is full.
     """
     study = expanded(options.model.source)
     refuse_link(study / FOLDER, study)
     path = None if options.prompt is not None else side_by_side_file(study, options.questions or "")
-    asked = _who(study, options, observer)
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "status": "running",
-        "questions": options.questions,
-        "settings": options.settings.record(),
-        "asked": [_about(question) for question in questions],
-        "columns": [one.column for one in asked],
-        "finished": None,
-    }
+    asked = _models(study, options, observer)
+    status, finished = "running", None
+
+    def record() -> AnswersRecord:
+        return AnswersRecord.model_validate(
+            {
+                "status": status,
+                "questions": options.questions,
+                "settings": options.settings.record(),
+                "asked": [_about(question) for question in questions],
+                "columns": [one.column for one in asked],
+                "finished": finished,
+            }
+        )
+
+    def save() -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(record(), path)
+
     try:
         for one in asked:
             if one.error is None:
                 _ask(one, options, questions, observer, study)
-            _save(path, record)
+            save()
     except BaseException:
-        record["status"] = "interrupted"
-        _save(path, record)
+        status = "interrupted"
+        save()
         raise
     errors = [one.error for one in asked if one.error is not None]
-    record |= {"status": "failed" if errors else "done", "finished": now()}
-    _save(path, record)
+    status, finished = "failed" if errors else "done", now()
+    save()
     if len(errors) == len(asked):
         raise errors[0]
-    return {**record, "output": None if path is None else str(path)}
-
-
-def _save(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, record)
+    return record().changed(output=None if path is None else str(path))
 
 
 def _about(question: Question) -> dict[str, Any]:
@@ -134,79 +149,77 @@ def _about(question: Question) -> dict[str, Any]:
     }
 
 
-# --- who is asked
+# --- the models
 
 
-def _who(study: Path, options: GenerateOptions, observer: Observer) -> list[_Asked]:
-    """Base models first, each once, then the runs in the comparison's order."""
-    cells = [c for c in mappings(load_record(study), "cells") if _is_chat(c)]
-    done = [cell for cell in cells if text(cell, "status") == "done"]
+def _models(study: Path, options: GenerateOptions, observer: Observer) -> list[_Asked]:
+    """Return the base models, each once, then the runs in the comparison's order."""
+    cells = [cell for cell in load_study(study).cells if _is_chat(cell)]
+    done = [cell for cell in cells if cell.status == "done"]
     if not done:
         raise UsageError(
-            f"{study} has no finished run of a chat task to ask",
-            fix="a comparison of chat tasks; `sparsegrad compare` goes on with what is not done",
+            f"{study} has no finished run of a chat task",
+            fix="name a comparison of chat tasks; `sparsegrad compare` finishes the other runs",
         )
     if len(done) < len(cells):
-        observer.note(f"{len(cells) - len(done)} of {len(cells)} runs are not done, and not asked")
-    name = questions_name(options.questions or "")
+        observer.note(f"{len(cells) - len(done)} of {len(cells)} runs have not finished")
     bases: list[tuple[ModelSection, _Asked]] = []
     runs = []
     for cell in done:
-        run = _run(study, cell, options, name)
+        run = _run(study, cell, options, observer)
         runs.append(run)
         if run.files is None:
-            observer.note(f"{run.column['run_dir']}: {run.why}")
             continue
         section = run.files.loaded.recipe.model
         base = next((one for known, one in bases if known == section), None)
         if base is None:
             base = _base(study, section, options)
             bases.append((section, base))
-        if run.column["task"] not in base.column["tasks"]:
-            base.column["tasks"].append(run.column["task"])
+        if cell.task not in base.column.tasks:
+            base.column = base.column.changed(tasks=[*base.column.tasks, cell.task])
     return [*(base for _, base in bases), *runs]
 
 
-def _is_chat(cell: Any) -> bool:
-    return dig(cell, "run", "task", "kind") == "chat"
+def _is_chat(cell: CellEntry) -> bool:
+    return cell.run is not None and cell.run.task is not None and cell.run.task.kind == "chat"
 
 
-def _run(study: Path, cell: Any, options: GenerateOptions, name: str) -> _Asked:
-    folder = study / str(cell.get("run_dir"))
-    output = folder / FOLDER / f"{name}.jsonl"
-    column: dict[str, Any] = {
-        "task": text(cell, "task"),
-        "method": text(cell, "method"),
-        "seed": cell.get("seed"),
-        "run_dir": str(cell.get("run_dir")),
-        "status": "pending",
-        "error": None,
-    }
+def _run(study: Path, cell: CellEntry, options: GenerateOptions, observer: Observer) -> _Asked:
+    folder = study / str(cell.run_dir)
+    output = folder / FOLDER / f"{questions_name(options.questions or '')}.jsonl"
+    column = AnswersColumn(
+        task=cell.task,
+        method=cell.method,
+        seed=cell.seed,
+        run_dir=str(cell.run_dir),
+        status="pending",
+        error=None,
+    )
     model = replace(options.model, source=str(folder))
-    one = _Asked(column, lambda: load_run(model), output)
+    one = _Asked(column, lambda: load_chat_model(model), output)
     try:
         if not folder.resolve().is_relative_to(study.resolve()):
-            raise UsageError(f"{folder} lies outside of {study}", where=str(study / "compare.json"))
+            raise UsageError(f"{folder} lies outside {study}", where=str(study / "compare.json"))
         refuse_link(output, study)
         one.files = open_run(folder, options.model.overrides, data=False)
-        column["finished"] = one.files.record.get("finished")
-    except _ITS_OWN as error:
-        one.fail(error)
+        one.column = column.changed(finished=one.files.record.finished)
+    except _ONE_MODEL as error:
+        one.fail(error, observer)
     return one
 
 
 def _base(study: Path, section: ModelSection, options: GenerateOptions) -> _Asked:
     name = default_output(section.name, options.questions or "").name
-    column: dict[str, Any] = {
-        "task": None,
-        "method": None,
-        "seed": None,
-        "tasks": [],
-        "model": section.name,
-        "dtype": section.dtype,
-        "status": "pending",
-        "error": None,
-    }
+    column = AnswersColumn(
+        task=None,
+        method=None,
+        seed=None,
+        tasks=[],
+        model=section.name,
+        dtype=section.dtype,
+        status="pending",
+        error=None,
+    )
     device = options.model.device
     return _Asked(column, lambda: load_base(section, device), study / FOLDER / name)
 
@@ -221,44 +234,42 @@ def _ask(
     observer: Observer,
     study: Path,
 ) -> None:
-    """Fill the column; what went wrong with this model alone is written there."""
-    column = one.column
-    label = column.get("run_dir") or f"base model {column['model']}"
+    """Ask one model and fill its column; an error that concerns it alone is recorded there."""
     kept = options.prompt is None
-    observer.phase("generate", str(label))
+    observer.phase("generate", one.label)
     try:
         lines = _complete_already(one, options, questions) if kept else None
-        if lines is None:
+        if lines is not None:
+            observer.note(f"all {len(lines)} questions are answered already")
+            asked = 0
+        else:
             mine = replace(options, output=one.output if kept else None)
             found = _answers(one.load, mine, questions, observer)
-            lines, column["asked"] = found["answers"], found["asked"]
-        else:
-            observer.note(f"all {len(lines)} are answered already")
-            column["asked"] = 0
-    except _ITS_OWN as error:
-        one.fail(error)
-        observer.note(f"{label}: {one.why}")
+            lines, asked = found["answers"], found["asked"]
+    except _ONE_MODEL as error:
+        one.fail(error, observer)
         return
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    about = {key: lines[0].get(key) for key in ("model", "digest", "dtype")}
-    column |= {
-        **about,
-        "status": "done",
-        "file": str(one.output.relative_to(study)) if kept else None,
-        "answers": [
-            {key: line.get(key) for key in ("question_id", "answers", "stopped", "answer_tokens")}
-            for line in lines
-        ],
-    }
+    shown = ("question_id", "answers", "stopped", "answer_tokens")
+    one.column = one.column.changed(
+        **{key: lines[0].get(key) for key in ("model", "digest", "dtype")},
+        status="done",
+        asked=asked,
+        file=str(one.output.relative_to(study)) if kept else None,
+        answers=[{key: line.get(key) for key in shown} for line in lines],
+    )
 
 
 def _answers(
-    load: _Load, options: GenerateOptions, questions: Sequence[Question], observer: Observer
+    load: Callable[[], ChatModel],
+    options: GenerateOptions,
+    questions: Sequence[Question],
+    observer: Observer,
 ) -> dict[str, Any]:
-    """What the model answers; it is gone when this returns."""
+    """Load the model and answer; the model is freed when this returns."""
     model, tokenizer, about = load()
     answerer = Answerer(model, tokenizer, options.settings)
     return answer_questions(answerer, about, questions, options, observer)
@@ -266,14 +277,16 @@ def _answers(
 
 def _complete_already(
     one: _Asked, options: GenerateOptions, questions: Sequence[Question]
-) -> list[dict[str, Any]] | None:
-    """The lines of a run that has answered everything with what lies in it now; else None."""
+) -> list[Line] | None:
+    """Return the lines of a run that has answered every question as it is now; else None."""
     if one.files is None or not one.output.is_file():
         return None
     records, _ = read_records(one.output)
+    for number, line in enumerate(records, start=1):
+        check_line(line, f"{one.output}:{number}")
     common = {
         "settings": options.settings.record(),
-        "recipe_digest": one.files.record.get("recipe_digest"),
+        "recipe_digest": one.files.record.recipe_digest,
         "trained": file_digest(one.files.tensors),
     }
     ours = [line for line in records if all(line.get(k) == v for k, v in common.items())]

@@ -1,4 +1,4 @@
-"""Answer questions with a model, or load a model for a conversation. Imports no torch itself."""
+"""Answer questions with one model or all models of a comparison. Imports no torch itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
+from sparsegrad_cli.generate.questions import Question, read_questions
 from sparsegrad_cli.progress import Observer
 
 if TYPE_CHECKING:
     from sparsegrad_cli.generate.answerer import Answerer
+    from sparsegrad_cli.records.answers import AnswersRecord
 
 
 def generation_errors() -> AbstractContextManager[None]:
@@ -21,48 +23,58 @@ def generation_errors() -> AbstractContextManager[None]:
     )
 
 
-def generate(options: GenerateOptions, observer: Observer | None = None) -> dict[str, Any]:
-    """Answer questions into a file that a later call continues.
+def answer(options: GenerateOptions, observer: Observer | None = None) -> dict[str, Any]:
+    """Answer questions with one model.
 
     Returns:
-        The model, the settings, what was asked and kept, and ``answers``, one line per question.
-        For a comparison, whose models all answer: the content of answers/<questions>.json.
+        See :func:`sparsegrad_cli.generate.answer_questions.answer_questions`.
 
     Raises:
-        SparsegradError: of the kind that fits what happened; the answers so far are kept.
+        SparsegradError: The call failed; answers so far are kept.
     """
-    from sparsegrad_cli.generate.questions import Question, read_questions
-    from sparsegrad_cli.generate.side_by_side import is_study
-
-    observer = observer or Observer()
-    if options.prompt is not None:
-        questions = [Question(1, None, (options.prompt,))]
-    else:
-        questions = read_questions(options.questions or "")
+    questions, observer = _questions(options), observer or Observer()
     with generation_errors():
-        if is_study(options.model.source):
-            from sparsegrad_cli.generate.answer_study import answer_study
-
-            return answer_study(options, questions, observer)
         from sparsegrad_cli.generate.answer_questions import answer_questions
 
         answerer, about = load_answerer(options.model, options.settings, observer)
         return answer_questions(answerer, about, questions, options, observer)
 
 
+def answer_with_study(options: GenerateOptions, observer: Observer | None = None) -> AnswersRecord:
+    """Answer questions with all models of a comparison.
+
+    Returns:
+        See :func:`sparsegrad_cli.generate.answer_study.answer_study`.
+
+    Raises:
+        SparsegradError: The call failed; answers so far are kept.
+    """
+    questions = _questions(options)
+    with generation_errors():
+        from sparsegrad_cli.generate.answer_study import answer_study
+
+        return answer_study(options, questions, observer or Observer())
+
+
 def load_answerer(
     model: ModelOptions, settings: GenerationSettings, observer: Observer
 ) -> tuple[Answerer, dict[str, Any]]:
-    """Load a model that answers, and what the record says of it.
+    """Load a model that answers, and what records say of it.
 
     Raises:
-        SparsegradError: of the kind that fits what happened.
+        SparsegradError: It cannot be loaded, see :func:`load_chat_model`.
     """
     from sparsegrad_cli.generate.answerer import Answerer
-    from sparsegrad_cli.generate.load_chat_model import load_run
+    from sparsegrad_cli.generate.load_chat_model import load_chat_model
 
     observer.phase("load", model.source)
-    loaded, tokenizer, about = load_run(model)
+    loaded, tokenizer, about = load_chat_model(model)
     if about.get("source") not in (None, "adapter"):
-        observer.note(f"the run left no adapter yet: {about['source']} answers")
+        observer.note(f"the run has no adapter yet: {about['source']} is used")
     return Answerer(loaded, tokenizer, settings), about
+
+
+def _questions(options: GenerateOptions) -> list[Question]:
+    if options.prompt is not None:
+        return [Question(1, None, (options.prompt,))]
+    return read_questions(options.questions or "")

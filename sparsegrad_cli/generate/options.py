@@ -1,4 +1,4 @@
-"""What the command line asks of ``sparsegrad generate``. Imports no torch."""
+"""The options of ``sparsegrad generate``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sparsegrad_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are drawn.
+    """How answers are generated.
 
     Attributes:
-        system: what the assistant is told first; None leaves it to the chat template.
-        max_new_tokens: of one answer.
-        temperature: 0 always takes the likeliest token.
-        top_p: draw from the likeliest tokens that hold this share; 1 draws from all.
-        seed: of the drawing.
+        system: System prompt; None uses that of the chat template.
+        max_new_tokens: Largest number of tokens of one answer.
+        temperature: 0 always takes the most likely token.
+        top_p: Sample from the most likely tokens that hold this probability; 1 samples from all.
+        seed: Random seed for sampling.
 
     Raises:
-        UsageError: a value that cannot be.
+        UsageError: A value is out of range.
     """
 
     system: str | None = None
@@ -32,23 +32,27 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        good = {
-            "--max-new-tokens": self.max_new_tokens >= 1,
-            "--temperature": math.isfinite(self.temperature) and self.temperature >= 0,
-            "--top-p": 0 < self.top_p <= 1,
-            "--seed": 0 <= self.seed < 2**63,
+        ranges = {
+            "--max-new-tokens": (self.max_new_tokens >= 1, "at least 1", self.max_new_tokens),
+            "--temperature": (
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                "a number of at least 0",
+                self.temperature,
+            ),
+            "--top-p": (0 < self.top_p <= 1, "above 0 and at most 1", self.top_p),
+            "--seed": (0 <= self.seed < 2**63, "from 0 to 2^63 - 1", self.seed),
         }
-        wrong = next((name for name, holds in good.items() if not holds), None)
-        if wrong is not None:
-            raise UsageError("the value is out of range", where=wrong)
+        for option, (holds, expected, given) in ranges.items():
+            if not holds:
+                raise UsageError(f"expected {expected}, got {given}", where=option)
 
     @property
     def greedy(self) -> bool:
-        """Nothing is drawn."""
+        """Whether nothing is sampled."""
         return self.temperature == 0
 
     def record(self) -> dict[str, Any]:
-        """All that an answer depends on: what is drawn only where something is."""
+        """Return all that an answer depends on: top_p and seed only if tokens are sampled."""
         return {
             "system": self.system,
             "max_new_tokens": self.max_new_tokens,
@@ -60,13 +64,13 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and where it computes.
+    """The model that answers.
 
     Attributes:
-        source: a run's folder, an exported one, a model's folder, a hub id or a built-in.
-        overrides: for a run: ``key.path=value`` of what lies elsewhere now.
-        device: as torch names it; None takes a GPU if there is one.
-        dtype: of a model's weights; None takes that of its files. A run has its own.
+        source: A run's folder, an exported folder, a model's folder, a hub id or a built-in.
+        overrides: For a run: ``key.path=value`` for what has moved since.
+        device: A device of torch; None uses a GPU if there is one.
+        dtype: Of a model's weights; None uses that of its files. A run has its own.
     """
 
     source: str
@@ -80,13 +84,14 @@ class GenerateOptions:
     """One call with questions.
 
     Attributes:
-        model: who answers.
-        settings: how.
-        questions: as :func:`sparsegrad_cli.generate.questions.read_questions` takes it; or
-        prompt: one question, instead.
-        batch_size: questions at a time.
-        output: file of the answers, which grows; None keeps those of a prompt in no file, and
-            others under runs/answers/.
+        model: The model that answers.
+        settings: How it answers.
+        questions: See :func:`sparsegrad_cli.generate.questions.read_questions`; None with
+            ``prompt``.
+        prompt: A single question.
+        batch_size: Questions per batch.
+        output: File to which answers are added. None: answers to a prompt are not written, others
+            go to runs/answers/.
     """
 
     model: ModelOptions

@@ -1,4 +1,4 @@
-"""A PEFT adapter's folder from anywhere: what it names, and its weights on a base model."""
+"""Load a PEFT adapter that may come from anyone, and check that PEFT uses all of it."""
 
 from __future__ import annotations
 
@@ -14,69 +14,92 @@ from torch import nn
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import is_file
+from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_MARK = "lora_"  # in the names of what LoRA and its kin train in a layer
+_LORA = "lora_"  # In the names of the parameters of LoRA and its relatives.
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """(name, revision) of the model that the adapter goes onto.
+    """Return (name, revision) of the adapter's base model.
 
     Raises:
-        FileFormatError: the configuration is damaged, or asks for another library's code; or the
-            weights are not safetensors, and are not read.
+        FileFormatError: The configuration is damaged or needs another library's code, or the
+            weights are not in safetensors.
     """
     path = folder / CONFIG
     try:
         config = plain_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise _unfit(f"is no {CONFIG}: {error}", path) from error
+        raise _unusable(f"is not an {CONFIG}: {error}", path) from error
     config = config if isinstance(config, dict) else {}
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base.strip() or not isinstance(revision, str | None):
-        raise _unfit("names no base model", path)
+        raise _unusable("names no base model", path)
     if config.get("megatron_config") is not None:
-        raise _unfit("asks for Megatron's modules, which are not loaded here", path)
+        raise _unusable("needs modules of Megatron, which are not loaded here", path)
     if not is_file(folder / TENSORS):
-        raise _unfit(
-            f"peft cannot load it: there is no {TENSORS}, and nothing else is read", folder
+        raise _unusable(
+            f"peft cannot load it: there is no {TENSORS}, and no other format is read", folder
         )
     return base, revision
 
 
-def on_base(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapter on, as peft loads it.
+def load_onto(model: nn.Module, folder: Path) -> nn.Module:
+    """Load the adapter with PEFT and return the model with the adapter in it.
 
     Raises:
-        FileFormatError: peft cannot load it, or would leave out what it holds or lacks.
+        FileFormatError: PEFT cannot load it, would ignore a tensor, or lacks one.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError, ValueError) as error:
-        raise _unfit(f"cannot be read: {error}", folder / TENSORS) from error
+        raise _unusable(f"cannot be read: {error}", folder / TENSORS) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise _unfit(f"{name} holds values that are not finite", folder / TENSORS)
+            raise _unusable(f"{name} holds values that are not finite", folder / TENSORS)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of peft and transformers about each other
+            warnings.simplefilter("ignore")  # PEFT and transformers warn about each other.
             wrapped: Any = PeftModel.from_pretrained(model, str(folder))
-            trained = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    except Exception as error:  # of peft, torch or safetensors: whatever they make of the files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _unfit(f"peft cannot load it: {reason}", folder) from error
-    # peft passes over names that it does not know, and starts afresh where one is missing.
-    there, wanted = ({n for n in names if _MARK in n} for names in (tensors, trained))
-    if there != wanted:
-        name = min(there ^ wanted)
+            used = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    except Exception as error:  # Whatever peft, torch and safetensors make of the files.
+        raise _unusable(f"peft cannot load it: {_reason(error)}", folder) from error
+    # PEFT ignores unknown names, and draws the values of missing ones.
+    given, wanted = ({n for n in names if _LORA in n} for names in (tensors, used))
+    if given != wanted:
+        name = min(given ^ wanted)
         what = f"{name} {'is missing' if name in wanted else 'does not belong'}"
-        raise _unfit(f"the adapter does not fit its configuration: {what}", folder / TENSORS)
+        raise _unusable(f"the adapter does not fit its configuration: {what}", folder / TENSORS)
     base: nn.Module = wrapped.get_base_model()
     return base
 
 
-def _unfit(what: str, path: Path) -> FileFormatError:
-    fix = "bring the folder back from a copy, or export it anew with `--to lora`"
+def tokenizer_in(folder: Path) -> Any:
+    """Return the tokenizer in the folder, or None if there is none.
+
+    Raises:
+        FileFormatError: It cannot be read.
+    """
+    if not (is_file(folder / "tokenizer_config.json") and is_file(folder / "tokenizer.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # Whatever transformers and tokenizers make of the files.
+        raise FileFormatError(
+            f"the tokenizer cannot be read: {_reason(error)}",
+            where=str(folder),
+            fix="remove its files to use the base model's",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _unusable(what: str, path: Path) -> FileFormatError:
+    fix = "restore the folder from a copy, or export the run again with `--to lora`"
     return FileFormatError(what, where=str(path), fix=fix)

@@ -1,37 +1,38 @@
-"""Questions to ask a model: a file in MT-Bench's format, of prompts, of plain lines, or our own.
+"""Read questions: a file in the format of MT-Bench, prompts, plain lines, or the built-in ones.
 
-One JSON object a line: ``question_id``, ``category``, ``turns`` (the user's, in order) and
-``reference`` (a right answer a turn) as in MT-Bench's question.jsonl, or ``prompt`` for one turn.
-Imports nothing heavy.
+A JSON line has ``question_id``, ``category``, ``turns`` (the user's, in order) and ``reference`` (a
+right answer per turn), as in MT-Bench's question.jsonl; or ``prompt`` for a single turn.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sparsegrad_cli.errors import DataError, FileFormatError, UsageError
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.paths import expanded
+from sparsegrad_cli.records.base import problems
 
 BUILTIN = "builtin:questions"
 _SHIPPED = Path(__file__).with_name("questions.jsonl")
-_LONGEST = 80  # characters of a word in a file's name, which holds two and has at most 255 bytes
+_MAX_WORD = 80  # Characters; a file name holds two words and has at most 255 bytes.
 _JSON = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, turn by turn.
+    """One question.
 
     Attributes:
-        id: as in the file; a string or a whole number.
-        category: None where the file names none.
-        turns: of the user, in order; none is empty.
-        reference: a right answer to each of the first turns, None where there is none.
+        id: As in the file.
+        category: None if the file names none.
+        turns: The user's turns, in order; none is empty.
+        reference: A right answer to each of the first turns, or None.
     """
 
     id: str | int
@@ -40,110 +41,135 @@ class Question:
     reference: tuple[str | None, ...] = ()
 
     def right_answer(self, turn: int) -> str | None:
-        """The reference of a turn (0 is the first), if there is one."""
+        """Return the reference of a turn, counted from 0, if there is one."""
         return self.reference[turn] if turn < len(self.reference) else None
 
 
-def read_questions(source: str) -> list[Question]:
-    """The questions of a file, or of ``builtin:questions``, in order.
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text that is not empty")
+    return text
 
-    A ``.txt`` file holds plain text, a prompt a line; in a file of another name a first line that
-    begins with a brace says that it holds JSON.
+
+def _encodable(text: str) -> str:
+    """Refuse half a character (a lone surrogate), which JSON can hold and no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text in Unicode") from None
+    return text
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else [] if value is None else value
+
+
+_Encodable = Annotated[str, AfterValidator(_encodable)]
+_Text = Annotated[_Encodable, AfterValidator(_not_empty)]
+_ListOrText = BeforeValidator(_as_list)
+
+
+class _Line(BaseModel):
+    """One JSON line."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    question_id: str | int | None = None
+    category: str | None = None
+    turns: Annotated[list[_Text], _ListOrText] = []
+    prompt: _Text | None = None
+    reference: Annotated[list[_Encodable | None], _ListOrText] = []
+
+    def question(self, number: int) -> Question:
+        """Return the question; its number in the file is the default id.
+
+        Raises:
+            ValueError: It has no turns, or more references than turns.
+        """
+        turns = self.turns or ([self.prompt] if self.prompt is not None else [])
+        if not turns:
+            raise ValueError("expected `turns`, a list of texts, or `prompt`, one text")
+        if len(self.reference) > len(turns):
+            raise ValueError(
+                f"expected at most one reference per turn, got {len(self.reference)} for "
+                f"{len(turns)} turns"
+            )
+        name = number if self.question_id is None else self.question_id
+        right = tuple(text if text and text.strip() else None for text in self.reference)
+        return Question(name, self.category, tuple(turns), right)
+
+
+def read_questions(source: str) -> list[Question]:
+    """Read the questions of a file, or ``builtin:questions``, in order.
+
+    A ``.txt`` file holds one prompt per line. A file with an unknown suffix holds JSON if its first
+    character is a brace, else prompts.
 
     Raises:
-        UsageError: no such file.
-        FileFormatError: a line is no JSON, or the file no text.
-        DataError: a line is no question, an id is there twice, or there is no question at all.
+        UsageError: The file does not exist.
+        FileFormatError: A line is not JSON, or the file is not UTF-8.
+        DataError: A line is not a question, two have the same id, or there are none.
     """
     path = _SHIPPED if source == BUILTIN else expanded(source)
     if source.startswith("builtin:") and source != BUILTIN:
-        raise UsageError(f"unknown built-in questions {source!r}", fix=f"there is {BUILTIN}")
-    questions = _plain(path) if _is_plain(path) else _from_json(path)
+        raise UsageError(f"unknown built-in questions {source!r}", fix=BUILTIN)
+    content = _read(path)
+    questions = _plain(content) if _is_plain(path, content) else _from_json(path)
     if not questions:
-        raise DataError(f"{source} holds no question", where=source)
+        raise DataError(f"{source} holds no questions", where=source)
     seen: set[str] = set()
     for question in questions:
         if str(question.id) in seen:
-            raise DataError(f"question_id {question.id!r} is there twice", where=source)
+            raise DataError(f"two questions have the question_id {question.id!r}", where=source)
         seen.add(str(question.id))
     return questions
 
 
 def questions_name(source: str) -> str:
-    """``questions`` of builtin:questions or of a/questions.jsonl: part of a file's name."""
+    """Return a part of a file name: ``questions`` for builtin:questions or a/questions.jsonl."""
     return file_word(Path(source.removeprefix("builtin:")).stem) or "questions"
 
 
 def file_word(text: str) -> str:
-    """Text, or its end, as part of a file's name: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]+", "-", text)[-_LONGEST:].strip("-.")
+    """Return the end of a text as part of a file name: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+", "-", text)[-_MAX_WORD:].strip("-.")
 
 
-def _is_plain(path: Path) -> bool:
-    if path.suffix.lower() in _JSON:
-        return False
-    return path.suffix.lower() == ".txt" or not _text(path).lstrip().startswith("{")
-
-
-def _text(path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(
-            f"the questions {path} cannot be read: {error.strerror or error}",
+            f"cannot read the questions {path}: {error.strerror or error}",
             fix=f"name a file, or {BUILTIN}",
         ) from error
     except UnicodeDecodeError as error:
-        raise FileFormatError(f"is no UTF-8 text: {error}", where=str(path)) from error
+        raise FileFormatError(f"is not UTF-8: {error}", where=str(path)) from error
 
 
-def _plain(path: Path) -> list[Question]:
-    lines = [line.strip() for line in _text(path).split("\n")]
+def _is_plain(path: Path, content: str) -> bool:
+    suffix = path.suffix.lower()
+    return suffix not in _JSON and (suffix == ".txt" or not content.lstrip().startswith("{"))
+
+
+def _plain(content: str) -> list[Question]:
+    lines = [line.strip() for line in content.split("\n")]
     return [Question(n, None, (line,)) for n, line in enumerate(lines, start=1) if line]
 
 
 def _from_json(path: Path) -> list[Question]:
-    _text(path)  # says what is wrong with a file that cannot be read
     records, torn = read_records(path)
     if torn:
-        raise FileFormatError("the last line is torn, or no JSON object", where=str(path))
-    return [_question(r, n, f"{path}, question {n}") for n, r in enumerate(records, start=1)]
-
-
-def _question(record: Mapping[str, Any], number: int, where: str) -> Question:
-    turns = record.get("turns", record.get("prompt"))
-    turns = [turns] if isinstance(turns, str) else turns
-    if not _texts(turns) or not turns:
-        raise DataError(
-            "a question needs `turns`, a list of texts, or `prompt`, one text; none may be empty",
-            where=where,
-            fix='{"question_id": 1, "category": "writing", "turns": ["..."]}',
-        )
-    name = record.get("question_id", number)
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise DataError("question_id is neither a text nor a whole number", where=where)
-    category = record.get("category")
-    if category is not None and not isinstance(category, str):
-        raise DataError("category is no text", where=where)
-    reference = record.get("reference") or ()
-    reference = [reference] if isinstance(reference, str) else reference
-    if not _texts(reference, empty=True) or len(reference) > len(turns):
-        raise DataError("reference is a list of texts, at most one a turn", where=where)
-    return Question(name, category, tuple(turns), tuple(text or None for text in reference))
-
-
-def _texts(found: Any, *, empty: bool = False) -> bool:
-    """A list of texts that say something and can be written down; ``empty``: or of nothing."""
-    if not isinstance(found, list | tuple):
-        return False
-    said = [text for text in found if text or not empty]
-    return all(isinstance(text, str) and text.strip() and _encodes(text) for text in said)
-
-
-def _encodes(text: str) -> bool:
-    """JSON can hold half a character (a lone surrogate), which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        raise FileFormatError("the last line is torn, or not a JSON object", where=str(path))
+    questions = []
+    for number, record in enumerate(records, start=1):
+        try:
+            questions.append(_Line.model_validate(record).question(number))
+        except ValueError as error:
+            found = problems(error) if isinstance(error, ValidationError) else str(error)
+            raise DataError(
+                f"is not a question: {found}",
+                where=f"{path}, question {number}",
+                fix='{"question_id": 1, "category": "writing", "turns": ["..."]}',
+            ) from error
+    return questions

@@ -1,81 +1,85 @@
-"""Where the answers to the same questions by all runs of a comparison lie. Imports no torch.
+"""Answers on disk: where those of a comparison lie, and a check of their lines. Imports no torch.
 
-STUDY/answers/<questions>.json                all of them side by side, for reports
-STUDY/answers/<model>-<questions>.jsonl       those of a model that runs began as
+STUDY/answers/<questions>.json                the answers of all models, for reports
+STUDY/answers/<model>-<questions>.jsonl       those of a base model
 STUDY/cells/<cell>/answers/<questions>.jsonl  those of a run
 STUDY/judge-<questions>/                      their grades
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.questions import questions_name
-from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file
+from sparsegrad_cli.records.answers import AnswerLine, AnswersRecord
+from sparsegrad_cli.records.base import problems
+from sparsegrad_cli.records.store import read_object, validated
 
-SCHEMA = 1
 FOLDER = "answers"
 
 
 def is_study(path: str | Path) -> bool:
-    """Whether this is the folder of a comparison, and of no run."""
+    """Return whether a path is the folder of a comparison and not of a run."""
     folder = expanded(path)
     return is_file(folder / "compare.json") and not is_file(folder / "run.json")
 
 
 def side_by_side_file(study: Path, questions: str) -> Path:
-    """The record of all answers to these questions."""
+    """Return the path of the record of all answers to these questions."""
     return study / FOLDER / f"{questions_name(questions)}.json"
 
 
-def read_side_by_side(path: Path) -> dict[str, Any]:
-    """A record that :func:`side_by_side_file` names.
-
-    Raises:
-        FileFormatError: it cannot be read, or is of another version.
-    """
-    try:
-        record = plain_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise FileFormatError(
-            f"holds no answers that this version reads (schema {SCHEMA})",
-            where=str(path),
-            fix="sparsegrad generate writes it anew",
-        )
-    return record
-
-
 def answer_files(study: Path, questions: str) -> list[Path]:
-    """The files of all answers to these questions, base models first.
+    """Return the files with the answers to these questions, base models first.
 
     Raises:
-        UsageError: nobody has been asked, or the record names a file outside of the comparison.
-        FileFormatError: see :func:`read_side_by_side`.
+        UsageError: No model has been asked, or the record names a file outside the comparison.
+        FileFormatError: The record is damaged.
     """
-    record = study / FOLDER / f"{questions_name(questions)}.json"
-    columns = read_side_by_side(record).get("columns") if record.is_file() else None
-    columns = columns if isinstance(columns, list) else []
-    named = [c["file"] for c in columns if isinstance(c, dict) and isinstance(c.get("file"), str)]
-    found = [path for name in dict.fromkeys(named) if is_file(path := study / name)]
+    record = side_by_side_file(study, questions)
+    columns = []
+    if is_file(record):
+        columns = validated(AnswersRecord, read_object(record), record).columns
+    named = dict.fromkeys(column.file for column in columns if column.file is not None)
+    found = [path for name in named if is_file(path := study / name)]
     for path in found:
         if not path.resolve().is_relative_to(study.resolve()):
-            raise UsageError(f"{path} lies outside of {study}", where=str(record))
+            raise UsageError(f"{path} lies outside {study}", where=str(record))
     if not found:
         raise UsageError(
-            f"nobody in {study} has answered {questions}",
+            f"no model of {study} has answered {questions}",
             fix=f"sparsegrad generate {study} --prompts {questions}",
         )
     return found
 
 
+def check_line(record: Mapping[str, Any], where: str) -> AnswerLine:
+    """Return a line of a file of answers as a model.
+
+    Raises:
+        FileFormatError: It is not a line that ``sparsegrad generate`` writes.
+    """
+    try:
+        if "question_id" in record and "answers" in record:
+            return AnswerLine.model_validate(record)
+        found = "expected the keys question_id and answers"
+    except ValidationError as error:
+        found = problems(error)
+    raise FileFormatError(
+        f"the line is not an answer: {found}",
+        where=where,
+        fix="`sparsegrad generate RUN --prompts FILE` writes such lines",
+    )
+
+
 def study_of(paths: Sequence[Path]) -> Path | None:
-    """The comparison that all of these are, or hold answers of; None where there is no such one."""
+    """Return the one comparison that all paths are, or hold answers of; else None."""
     found = {_study_of(path) for path in paths}
     return found.pop() if len(found) == 1 else None
 

@@ -81,7 +81,11 @@ def torn_writes(path: str | Path) -> list[Path]:
 
 
 def write_folder(
-    folder: Path, fill: Callable[[Path], None], *, fix: str = "free some space"
+    folder: Path,
+    fill: Callable[[Path], None],
+    *,
+    fix: str = "free some space",
+    stem: Path | None = None,
 ) -> None:
     """Fill a new folder under a temporary name, then rename it into place.
 
@@ -89,6 +93,8 @@ def write_folder(
         folder: Its place; a folder that stands there is replaced.
         fill: Writes the content into the folder that it is given.
         fix: What the error advises.
+        stem: The path that the temporary names begin with; ``folder`` by default. What has such a
+            name is removed, so outside of our own folders it must be a name that no user gives.
 
     Raises:
         DiskError: Something cannot be written. No partial folder is left, and a folder that stood
@@ -96,9 +102,9 @@ def write_folder(
     """
     from safetensors import SafetensorError
 
-    partial, before = beside(folder, PARTIAL), beside(folder, BEFORE)
+    partial, before = beside(stem or folder, PARTIAL), beside(stem or folder, BEFORE)
     try:
-        put_back(folder)
+        put_back(folder, stem)
         discard(partial)
         make_folder(partial.parent)
         partial.mkdir()
@@ -109,8 +115,8 @@ def write_folder(
             folder.replace(before)
         try:
             partial.replace(folder)
-        except OSError:
-            put_back(folder)
+        except BaseException:
+            put_back(folder, stem)
             raise
         sync_folder(folder.parent)
         discard(before)
@@ -127,9 +133,9 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def put_back(folder: Path) -> None:
-    """Undo a replacement that was cut between its two renames."""
-    before = beside(folder, BEFORE)
+def put_back(folder: Path, stem: Path | None = None) -> None:
+    """Undo a replacement that was cut between its two renames; see :func:`write_folder`."""
+    before = beside(stem or folder, BEFORE)
     if before.exists() and not folder.exists():
         before.replace(folder)
 

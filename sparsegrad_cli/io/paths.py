@@ -7,13 +7,14 @@ delete: what it names may be anybody's.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.suggest import nearest
 
 
@@ -119,6 +120,21 @@ def discard(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes.
+
+    Raises:
+        FileFormatError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileFormatError(
+            f"cannot be read: {error.strerror or error}", where=str(path)
+        ) from error
 
 
 def refuse_link(path: Path, inside: Path) -> Path:

@@ -1,35 +1,45 @@
-"""One OpenAI-compatible endpoint, asked through the ``openai`` client.
+"""Ask the judge, a language model behind an OpenAI-compatible endpoint.
 
-The client brings retries, waiting as the server asks and the proxies of the environment. Here is
-what a judge needs beside it: no redirect is followed, only ``--key-env`` is sent as a key, and
-every failure is told apart by whether another request could succeed.
+The ``openai`` client retries, waits as long as the server asks, and uses the proxies of the
+environment. This module adds that no redirect is followed, that only the key of ``--key-env`` is
+sent, and that failures that no request can avoid stop the command.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.io.untrusted_text import printable_line
+from sparsegrad_cli.judge.prompts import parse_rating, parse_winner
+from sparsegrad_cli.judge.tasks import Task
+from sparsegrad_cli.records.base import now
 
 _COMPLETIONS = "/chat/completions"
-_HOPELESS = {401: "refuses the key", 403: "forbids the request", 404: "knows no such address"}
+_PERMANENT = {401: "refuses the key", 403: "forbids the request", 404: "has no such address"}
+
+# How a prompt ended: with a verdict, with replies that hold none, or without a reply.
+DECIDED, UNREADABLE, FAILED = "decided", "unreadable", "failed"
 
 
 class UnansweredError(Exception):
-    """A request failed, and others may still succeed; the text says why, for the record."""
+    """A request failed, but others may succeed; the text says why, for the record."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge wrote.
+    """A reply of the judge.
 
     Attributes:
-        text: empty where it wrote nothing.
-        usage: tokens, as the server counts them.
-        finish: why it stopped, as the server says.
+        text: Empty if it wrote nothing.
+        usage: Numbers of tokens, as the server counts them.
+        finish: Why it stopped, in the server's words.
     """
 
     text: str
@@ -38,26 +48,27 @@ class Reply:
 
 
 class Endpoint:
-    """A server that judges; may be used from several threads.
+    """A server with the judging model; may be used from several threads.
 
     Args:
-        url: up to ``/chat/completions``, which may be left out, as may ``/v1`` on a bare host.
-        key: sent as a bearer token; None sends none. It is never part of an error's text.
-        timeout: seconds that the server may stay silent.
-        retries: further tries after a network error, a 408, 409, 429 or a 5xx.
+        url: The address, with or without ``/chat/completions``; ``/v1`` is added to a bare host.
+        key: Sent as a bearer token; None sends none. It is never part of an error's text.
+        timeout: Seconds that the server may stay silent.
+        retries: Further tries after a network error, a 408, 409, 429 or a 5xx.
 
     Attributes:
-        shown: the address for records: no user, password or query.
+        shown: The address for records, without user, password and query.
 
     Raises:
-        UsageError: the ``openai`` package is not installed, the address is not http or https or
-            holds a password, or no header can hold the key.
+        UsageError: The ``openai`` package is not installed, the address is not http or https or
+            contains a password, or the key has characters that a header cannot have.
     """
 
     def __init__(self, url: str, *, key: str | None, timeout: float, retries: int) -> None:
         base, query, self.shown = _address(url)
         if key is not None and (not key.isascii() or not key.isprintable()):
-            raise UsageError("the key holds characters that no HTTP header can", where="--key-env")
+            what = "the key has characters that an HTTP header cannot have"
+            raise UsageError(what, where="--key-env")
         try:
             import openai
         except ImportError:
@@ -80,18 +91,18 @@ class Endpoint:
         )
 
     def stop(self) -> None:
-        """Close the connections: the process is about to leave."""
+        """Close the connections, before the process exits."""
         self._client.close()
 
     def ask(self, body: dict[str, Any]) -> Reply:
-        """Ask for one chat completion; the client repeats the request where that may help.
+        """Ask for one chat completion; the client retries where that may help.
 
         Args:
             body: ``model``, ``messages`` and settings.
 
         Raises:
-            UnansweredError: no answer after all tries.
-            SparsegradError: no request can succeed: 401, 403, 404 or a redirect.
+            UnansweredError: There is no answer after all tries.
+            SparsegradError: No request can succeed: 401, 403, 404 or a redirect.
         """
         import openai
 
@@ -109,12 +120,12 @@ class Endpoint:
         return _reply(answer)
 
     def _refused(self, error: Any) -> Exception:
-        """A status that is no success, as the error that fits."""
+        """Return the error for an HTTP status."""
         code = error.status_code
         reason = self.without_key(f"HTTP {code}: {_message(error.body) or error.message}")
-        if code in _HOPELESS:
+        if code in _PERMANENT:
             return SparsegradError(
-                f"the judge's endpoint {_HOPELESS[code]} ({reason})",
+                f"the judge's endpoint {_PERMANENT[code]} ({reason})",
                 where=self.shown,
                 fix="check --endpoint and --model, and that --key-env names the right variable",
             )
@@ -127,12 +138,102 @@ class Endpoint:
         return UnansweredError(reason)
 
     def without_key(self, text: str) -> str:
-        """A text in which a server may have quoted the key, without it."""
+        """Remove the key from a text in which a server may have quoted it."""
         return text.replace(self._key, "[key]") if self._key else text
 
 
+@dataclass(frozen=True)
+class Judge:
+    """The judging model.
+
+    Attributes:
+        endpoint: The server.
+        model: The model's name there.
+        max_tokens: Of a reply; None leaves it to the server.
+        retries: Further requests after a reply without a verdict.
+    """
+
+    endpoint: Endpoint
+    model: str
+    max_tokens: int | None
+    retries: int
+
+    def verdict(self, task: Task) -> dict[str, Any]:
+        """Ask until there is a verdict; return a line of verdicts.jsonl.
+
+        Raises:
+            SparsegradError: No request to this endpoint can succeed.
+        """
+        body: dict[str, Any] = {"model": self.model, "messages": task.messages, "temperature": 0}
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
+        parse = parse_winner if task.pairwise else parse_rating
+        replies: list[dict[str, Any]] = []
+        verdict, status, reason = None, UNREADABLE, None
+        started = time.perf_counter()
+        for _ in range(self.retries + 1):
+            try:
+                reply = self.endpoint.ask(body)
+            except UnansweredError as error:
+                status, reason = FAILED, str(error)
+                break
+            text = self.endpoint.without_key(reply.text)
+            replies.append({"text": text, "finish": reply.finish, "usage": reply.usage})
+            verdict = parse(text)
+            if verdict is not None:
+                status = DECIDED
+                break
+        return {
+            **task.record(),
+            "judge": self.model,
+            "endpoint": self.endpoint.shown,
+            "replies": replies,
+            "status": status,
+            "verdict": verdict,
+            "reason": reason,
+            "seconds": round(time.perf_counter() - started, 3),
+            "time": now(),
+        }
+
+    def verdicts(self, tasks: Sequence[Task], jobs: int) -> Iterator[dict[str, Any]]:
+        """Yield the verdicts as they come in, with up to ``jobs`` requests at a time.
+
+        The threads are daemons, so that after Ctrl-C the process does not wait for the server.
+
+        Raises:
+            SparsegradError: As :meth:`verdict`; no more requests are sent.
+        """
+        waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        done: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+        stopped = threading.Event()
+        for task in tasks:
+            waiting.put(task)
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    done.put(self.verdict(waiting.get_nowait()))
+                except queue.Empty:
+                    return
+                except Exception as error:
+                    done.put(error)
+                    return
+
+        try:
+            for _ in range(min(jobs, len(tasks))):
+                threading.Thread(target=work, daemon=True).start()
+            for _ in tasks:
+                found = done.get()
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+        finally:
+            stopped.set()
+            self.endpoint.stop()
+
+
 def _address(url: str) -> tuple[str, dict[str, object], str]:
-    """(base address of the API, query, address to show)."""
+    """Return (base address of the API, query, address for records)."""
     url = url.strip()
     try:
         parts = urlsplit(url)
@@ -147,7 +248,7 @@ def _address(url: str) -> tuple[str, dict[str, object], str]:
         )
     if parts.username is not None or parts.password is not None:
         raise UsageError(
-            "an address with a password in it would end up in records",
+            "the address contains a password, which would be written to the records",
             where="--endpoint",
             fix="put the key into an environment variable and name it with --key-env",
         )
@@ -157,7 +258,7 @@ def _address(url: str) -> tuple[str, dict[str, object], str]:
 
 
 def _reply(answer: Any) -> Reply:
-    """The first choice of a completion. The client does not check what a server sends."""
+    """Return the first choice of a completion, which the client has not checked."""
     try:
         found = answer.model_dump(warnings=False)
         choice = found["choices"][0]
@@ -173,7 +274,7 @@ def _reply(answer: Any) -> Reply:
 
 
 def _message(body: Any) -> str:
-    """What an error's body says, in one line."""
+    """Return the message in the body of an error, on one line."""
     inner = body.get("error", body.get("message", "")) if isinstance(body, dict) else body
     said = inner.get("message", "") if isinstance(inner, dict) else inner
     return printable_line(str(said or "")[:1000])[:300]

@@ -9,9 +9,8 @@ from typing import Any
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.generate.side_by_side import FOLDER
 from sparsegrad_cli.io.jsonl import read_records
-from sparsegrad_cli.judge.ask import DECIDED
-from sparsegrad_cli.judge.prompts import talk
-from sparsegrad_cli.judge.verdicts import is_grade
+from sparsegrad_cli.judge.endpoint import DECIDED
+from sparsegrad_cli.judge.prompts import is_grade, talk
 from sparsegrad_cli.records.answers import AnswersRecord
 from sparsegrad_cli.records.store import read_object, validated
 from sparsegrad_cli.records.study import StudyRecord
@@ -22,13 +21,13 @@ VERDICTS = "verdicts.jsonl"
 
 
 class Grades:
-    """Grades of single answers in ``judge*/verdicts.jsonl`` of some folders.
+    """The grades of single answers in ``judge*/verdicts.jsonl`` of some folders.
 
-    A grade belongs to a question, an answer and what was said before, as its prompt quotes them:
-    answers that were made anew have none, wherever they lie.
+    A grade belongs to a question, an answer and the turns before, as its prompt quotes them. An
+    answer that was generated again has no grade.
 
     Attributes:
-        notes: files that could not be read.
+        notes: Files that cannot be read.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -45,7 +44,7 @@ class Grades:
                     self._take(record)
 
     def _take(self, record: Mapping[str, Any]) -> None:
-        """One line; what is no grade is passed over."""
+        """Keep the grade in a line, if it has one."""
         grade, turn, judge = record.get("verdict"), record.get("turn"), record.get("judge")
         if record.get("status") != DECIDED or record.get("kind") != "single":
             return
@@ -58,14 +57,14 @@ class Grades:
     def of(
         self, question_id: Any, turns: Sequence[str], answers: Sequence[str], turn: int
     ) -> dict[str, float]:
-        """Judge -> its last grade of the answer to a turn (0 is the first)."""
+        """Return judge -> its last grade of the answer to a turn, counted from 0."""
         told = self._found.get((str(question_id), turn), [])
         parts = talk(turns, answers, turn) if told else []
         return {judge: grade for judge, grade, said in told if all(p in said for p in parts)}
 
 
 def _shown(record: Mapping[str, Any]) -> str | None:
-    """What the judge was shown."""
+    """Return the prompt that the judge was shown."""
     messages = record.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
     content = last.get("content") if isinstance(last, Mapping) else None

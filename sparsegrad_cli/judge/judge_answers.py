@@ -1,7 +1,7 @@
-"""One call of ``sparsegrad judge``: answers and questions -> prompts -> verdicts -> summary.
+"""Judge answers: read them, ask for the missing verdicts, write a summary.
 
-Its folder holds ``verdicts.jsonl``, every prompt with its replies, from which a later call goes on;
-and the summary of the last call, ``judge.json`` and ``judge.md``.
+The output folder holds ``verdicts.jsonl``, every prompt with its replies, to which a later call
+adds what is missing; and the summary of the last call, ``judge.json`` and ``judge.md``.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.questions import questions_name, read_questions
 from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_of
-from sparsegrad_cli.io.atomic import without_nan
+from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.io.paths import exists, is_folder, refuse_link
-from sparsegrad_cli.judge.answers import Answered, read_answers
-from sparsegrad_cli.judge.ask import DECIDED, FAILED, Judge, ask_all
-from sparsegrad_cli.judge.endpoint import Endpoint
+from sparsegrad_cli.judge.endpoint import DECIDED, FAILED, Endpoint, Judge
 from sparsegrad_cli.judge.grades import VERDICTS
+from sparsegrad_cli.judge.prompts import is_grade
 from sparsegrad_cli.judge.summary import grade_rows, pair_rows
-from sparsegrad_cli.judge.tasks import Task, pair_tasks, single_tasks
-from sparsegrad_cli.judge.verdicts import is_grade
+from sparsegrad_cli.judge.tasks import Answered, Task, pair_tasks, read_answers, single_tasks
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.records.answers import JudgeRecord
+from sparsegrad_cli.records.answers import JudgedAnswers, JudgeRecord, JudgeRequests
 from sparsegrad_cli.records.base import now
-from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
+from sparsegrad_cli.records.store import write
 from sparsegrad_cli.report.judge import judge_document
 from sparsegrad_cli.report.render import render
 
-SCHEMA = 1
 FORMAT = "sparsegrad-verdicts-1"
 RECORD, REPORT = "judge.json", "judge.md"
 DEFAULT_KEY = "OPENAI_API_KEY"
@@ -42,20 +39,21 @@ DEFAULT_KEY = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """What the command line asks for.
+    """The options of ``sparsegrad judge``.
 
     Attributes:
-        answers: files of ``sparsegrad generate``, or a comparison's folder for all that its models
-            answered.
-        questions: as :func:`read_questions` takes it.
-        endpoint, model: who judges.
-        key_env: environment variable with the key; None takes OPENAI_API_KEY if that is set.
-        output: the folder; None makes one in the comparison whose models answered, where its
-            report finds it, or else of the files' names under runs/.
-        pairwise: compare two models instead of grading each.
-        retries, timeout: see :class:`Endpoint` and :class:`Judge`.
-        jobs: requests at a time.
-        max_tokens: of a reply; 0 leaves it to the server.
+        answers: Files of ``sparsegrad generate``, or the folder of a comparison for all its models.
+        questions: See :func:`read_questions`.
+        endpoint: Address of the server.
+        model: Name of the judging model there.
+        key_env: Environment variable with the key; None uses OPENAI_API_KEY if that is set.
+        output: The output folder. None: a folder in the comparison whose models answered, where
+            its report finds it; else a folder under runs/ named after the files.
+        pairwise: Compare two models instead of grading each.
+        retries: See :class:`Endpoint` and :class:`Judge`.
+        timeout: Seconds for one request.
+        jobs: Requests at a time.
+        max_tokens: Of a reply; 0 leaves it to the server.
     """
 
     answers: tuple[Path, ...]
@@ -72,14 +70,14 @@ class JudgeOptions:
 
     @property
     def folder(self) -> Path:
-        """Where verdicts are kept.
+        """The output folder.
 
         Raises:
-            UsageError: in a comparison's folder it is a link to elsewhere.
+            UsageError: In the folder of a comparison, it is a link.
         """
         if self.output is not None:
             return self.output
-        mode = ["pairwise"][: self.pairwise]
+        mode = ["pairwise"] if self.pairwise else []
         if self.study is not None:
             own = self.study / "-".join(["judge", questions_name(self.questions), *mode])
             return refuse_link(own, self.study)
@@ -88,14 +86,14 @@ class JudgeOptions:
 
     @property
     def study(self) -> Path | None:
-        """The comparison whose models answered, where verdicts are kept in its folder."""
+        """The comparison whose models answered, if the verdicts are kept in its folder."""
         return study_of(self.answers) if self.output is None else None
 
     def files(self) -> list[Path]:
-        """The files of answers.
+        """Return the files of answers.
 
         Raises:
-            UsageError: the models of a comparison have not been asked.
+            UsageError: The models of a comparison have not been asked.
         """
         found: list[Path] = []
         for path in self.answers:
@@ -107,17 +105,16 @@ class JudgeOptions:
     again="the same command continues where it stopped",
     memory=("judge", "fewer questions at a time"),
 )
-def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> dict[str, Any]:
-    """Ask for every verdict that is not there yet, and sum up.
+def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> JudgeRecord:
+    """Ask for every missing verdict, and write the summary.
 
     Returns:
-        The content of judge.json, with ``output_dir``.
+        The content of judge.json.
 
     Raises:
-        UsageError: options that do not fit together, or a folder that holds something else.
-        DataError, FileFormatError: see :func:`read_questions` and :func:`read_answers`.
-        SparsegradError: the endpoint refuses every request, as with a wrong key. What was decided
-            before is kept.
+        UsageError: Options contradict each other, or the output folder holds something else.
+        DataError, FileFormatError: See :func:`read_questions` and :func:`read_answers`.
+        SparsegradError: The endpoint refuses every request. Earlier verdicts are kept.
     """
     observer = observer or Observer()
     questions = read_questions(options.questions)
@@ -127,13 +124,8 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> di
     if not tasks:
         raise UsageError("no question was answered by both models", where="--pairwise")
     key = _key(options.key_env)
-    endpoint = Endpoint(
-        options.endpoint,
-        key=key,
-        timeout=options.timeout,
-        retries=options.retries,
-    )
-    notes += _about_key(options, endpoint.shown, key)
+    endpoint = Endpoint(options.endpoint, key=key, timeout=options.timeout, retries=options.retries)
+    notes += _key_notes(endpoint.shown, key)
     judge = Judge(endpoint, options.model, options.max_tokens or None, options.retries)
     with _open(options.folder) as journal:
         if journal.torn:
@@ -141,41 +133,68 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> di
         for note in notes:
             observer.note(note)
         verdicts, asked = _complete(judge, tasks, journal, observer, options.jobs)
-    record = _record(options, judge, groups, tasks, verdicts, asked=asked, notes=notes)
-    write_json_atomic(options.folder / RECORD, record)
-    document = judge_document(JudgeRecord.model_validate(without_nan(record)))
-    write_text_atomic(options.folder / REPORT, render(document, "md"))
+    verdicts = {task.key: verdicts[task.key] for task in tasks}
+    failures = [_failure(line) for line in verdicts.values() if line["status"] == FAILED]
+    rows = (pair_rows if options.pairwise else grade_rows)(tasks, verdicts)
+    record = JudgeRecord.model_validate(
+        {
+            "mode": "pairwise" if options.pairwise else "single",
+            "status": "failed" if failures else "done",
+            "judge": judge.model,
+            "endpoint": endpoint.shown,
+            "questions": options.questions,
+            "answers": [_judged(group) for group in groups],
+            "rows": rows,
+            "requests": JudgeRequests(asked=asked, kept=len(verdicts) - asked),
+            "failures": failures,
+            "notes": notes,
+            "finished": now(),
+            "output_dir": str(options.folder),
+        }
+    )
+    write(record, options.folder / RECORD)
+    write_text_atomic(options.folder / REPORT, render(judge_document(record), "md"))
     return record
 
 
+def _judged(group: Answered) -> JudgedAnswers:
+    return JudgedAnswers(
+        model=group.label,
+        file=group.file,
+        digest=group.digest,
+        settings=None if group.settings is None else dict(group.settings),
+        questions=len(group.answers),
+    )
+
+
 def _key(name: str | None) -> str | None:
-    """The key, from the environment and nowhere else."""
+    """Return the key, which is read from the environment only."""
     key = os.environ.get(name or DEFAULT_KEY, "").strip()
     if name is not None and not key:
         raise UsageError(f"the environment variable {name} is not set", where="--key-env")
     return key or None
 
 
-def _about_key(options: JudgeOptions, shown: str, key: str | None) -> list[str]:
+def _key_notes(shown: str, key: str | None) -> list[str]:
     if key is None:
         return [f"no key is sent: {DEFAULT_KEY} is not set"]
     parts = urlsplit(shown)
     if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-        return [f"the key goes to {parts.hostname} over http, readable on the way"]
+        return [f"the key is sent to {parts.hostname} over http, without encryption"]
     return []
 
 
 def _open(folder: Path) -> Journal:
-    """The verdicts so far; a folder that holds something else is left alone.
+    """Open the verdicts so far; refuse a folder that holds something else.
 
     Raises:
-        UsageError, FileFormatError, DiskError: see :class:`Journal`.
+        UsageError, FileFormatError, DiskError: See :class:`Journal`.
     """
     if exists(folder) and not is_folder(folder):
         raise UsageError(f"{folder} is a file, not a folder", where="--output")
     if is_folder(folder) and any(folder.iterdir()) and not (folder / VERDICTS).is_file():
         raise UsageError(
-            f"the folder {folder} is not empty, and holds no verdicts to go on with",
+            f"the folder {folder} is not empty and holds no verdicts to continue",
             where="--output",
             fix="name another folder",
         )
@@ -185,76 +204,36 @@ def _open(folder: Path) -> Journal:
 def _complete(
     judge: Judge, tasks: Sequence[Task], journal: Journal, observer: Observer, jobs: int
 ) -> tuple[dict[str, dict[str, Any]], int]:
-    """Verdicts by key, those that were missing asked for; and how many were."""
-    verdicts = {str(record.get("key")): record for record in journal.records}
+    """Return the verdicts by key, and how many of them were asked for now."""
+    verdicts = {str(line.get("key")): line for line in journal.records}
     by_key = {task.key: task for task in tasks}
-    todo = [task for key, task in by_key.items() if not _decided(verdicts.get(key), task)]
-    if len(todo) < len(by_key):
-        observer.note(f"{len(by_key) - len(todo)} of {len(by_key)} verdicts are there already")
-    observer.total_steps("judge", len(by_key))
+    todo = [task for key, task in by_key.items() if not _is_decided(verdicts.get(key), task)]
     done = len(by_key) - len(todo)
+    if done:
+        observer.note(f"{done} of {len(by_key)} verdicts are there already")
+    observer.total_steps("judge", len(by_key))
     observer.step("judge", {"step": done})
-    for record in ask_all(judge, todo, jobs):
-        journal.append(record)
-        verdicts[record["key"]] = record
+    for line in judge.verdicts(todo, jobs):
+        journal.append(line)
+        verdicts[line["key"]] = line
         done += 1
-        if record["status"] == FAILED:
-            observer.note(_failure(record))
+        if line["status"] == FAILED:
+            observer.note(_failure(line))
         observer.step("judge", {"step": done})
     return verdicts, len(todo)
 
 
-def _decided(record: Mapping[str, Any] | None, task: Task) -> bool:
-    """Whether a record holds a verdict that can be counted, as one from anywhere may not."""
-    if record is None or record.get("status") != DECIDED:
+def _is_decided(line: Mapping[str, Any] | None, task: Task) -> bool:
+    """Return whether a line, which may come from anyone, holds a verdict of the right kind."""
+    if line is None or line.get("status") != DECIDED:
         return False
-    verdict = record.get("verdict")
+    verdict = line.get("verdict")
     if task.pairwise:
         return verdict in ("A", "B", "C")
     return is_grade(verdict)
 
 
-def _failure(record: Mapping[str, Any]) -> str:
-    """One line about a prompt without a reply."""
-    models = " and ".join(record["models"])
-    return f"{models}, question {record['question_id']}, turn {record['turn']}: {record['reason']}"
-
-
-def _record(
-    options: JudgeOptions,
-    judge: Judge,
-    groups: Sequence[Answered],
-    tasks: Sequence[Task],
-    verdicts: Mapping[str, Mapping[str, Any]],
-    *,
-    asked: int,
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    """judge.json."""
-    used = {task.key: verdicts[task.key] for task in tasks}
-    failures = [_failure(record) for record in used.values() if record["status"] == FAILED]
-    rows = (pair_rows if options.pairwise else grade_rows)(tasks, verdicts)
-    return {
-        "schema": SCHEMA,
-        "mode": "pairwise" if options.pairwise else "single",
-        "status": "failed" if failures else "done",
-        "judge": judge.model,
-        "endpoint": judge.endpoint.shown,
-        "questions": options.questions,
-        "answers": [
-            {
-                "model": group.label,
-                "file": group.file,
-                "digest": group.digest,
-                "settings": group.settings,
-                "questions": len(group.answers),
-            }
-            for group in groups
-        ],
-        "rows": rows,
-        "requests": {"asked": asked, "kept": len(used) - asked},
-        "failures": failures,
-        "notes": list(notes),
-        "finished": now(),
-        "output_dir": str(options.folder),
-    }
+def _failure(line: Mapping[str, Any]) -> str:
+    """Return one line about a prompt without a reply."""
+    models = " and ".join(line["models"])
+    return f"{models}, question {line['question_id']}, turn {line['turn']}: {line['reason']}"

@@ -1,19 +1,26 @@
-"""What the judge is asked: a grade of one answer, or which of two answers is better.
+"""The judge's prompts (grade one answer, or choose the better of two) and reading its replies.
 
 The protocol is that of MT-Bench (Zheng et al. 2023, arXiv 2306.05685, section 3): a grade from 1
-to 10 for every turn, with a right answer beside it where the question has one; or a pair in both
-orders. The wording is ours. Questions and answers stand between lines with a code made from their
-own text, which a text cannot contain: no answer can end its own quotation and speak to the judge.
+to 10 for every turn, with a right answer if the question has one; or a pair in both orders. The
+wording is our own. Each text is quoted between two lines with a digest of itself, which it cannot
+contain, so an answer cannot end its quotation and address the judge. A reply without a clear
+verdict counts as no verdict.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from sparsegrad_cli.generate.questions import Question
 
 Messages = list[dict[str, str]]
+
+LOWEST, HIGHEST = 1.0, 10.0
+_BRACKETS = re.compile(r"\[\[([^\[\]]{1,20})\]\]")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 _SYSTEM = """\
 You assess answers that chat assistants gave to users. Be strict, fair and consistent. Go by what \
@@ -45,18 +52,18 @@ Winner: [[A]]"""
 
 
 def quoted(name: str, text: str) -> str:
-    """The text between two lines that it cannot contain."""
+    """Return the text between two lines that it cannot contain."""
     code = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
     return f"BEGIN {name} {code}\n{text}\nEND {name} {code}"
 
 
 def grading_prompt(question: Question, answers: Sequence[str], turn: int) -> Messages:
-    """Asks for a grade of one answer.
+    """Return a prompt that asks for a grade of one answer.
 
     Args:
-        question: with the reference, if there is one.
-        answers: of one assistant, up to the turn at least.
-        turn: which of them is graded; 0 is the first.
+        question: The question, with its reference if there is one.
+        answers: The answers of one assistant, at least up to the turn.
+        turn: The turn to grade, counted from 0.
     """
     if turn == 0:
         head, it = "Grade the assistant's answer to the user's question.", "it"
@@ -74,13 +81,13 @@ def grading_prompt(question: Question, answers: Sequence[str], turn: int) -> Mes
 def choosing_prompt(
     question: Question, first: Sequence[str], second: Sequence[str], turn: int
 ) -> Messages:
-    """Asks which answer is better: that of assistant A, shown first, or that of B.
+    """Return a prompt that asks which of two answers is better.
 
     Args:
-        question: with the reference, if there is one.
-        first: the answers of A, up to the turn at least.
-        second: those of B.
-        turn: which of them are compared; 0 is the first.
+        question: The question, with its reference if there is one.
+        first: The answers of assistant A, at least up to the turn.
+        second: The answers of assistant B.
+        turn: The turn to compare, counted from 0.
     """
     if turn == 0:
         head = "Two assistants, A and B, answered the same question of a user. Compare the answers."
@@ -102,7 +109,7 @@ def choosing_prompt(
 def talk(
     turns: Sequence[str], answers: Sequence[str], turn: int, name: str = "ANSWER"
 ) -> list[str]:
-    """Questions and answers up to a turn, as a prompt quotes them; numbered where several."""
+    """Return the quoted questions and answers up to a turn; numbered if there are several."""
     parts = []
     for number in range(turn + 1):
         count = f" {number + 1}" if turn else ""
@@ -112,7 +119,7 @@ def talk(
 
 
 def _right(question: Question, turn: int) -> list[str]:
-    """A right answer to the turn's question, and how it is to be used."""
+    """Return a right answer to the turn's question, with how to use it."""
     reference = question.right_answer(turn)
     if reference is None:
         return []
@@ -129,3 +136,47 @@ def _messages(parts: list[str]) -> Messages:
         {"role": "system", "content": _SYSTEM},
         {"role": "user", "content": "\n\n".join(parts)},
     ]
+
+
+def parse_rating(reply: str) -> float | None:
+    """Return the grade, from 1 to 10, or None.
+
+    It is the grade in the last line, if that holds nothing else but a label; else the only grade in
+    the reply. A reply with several different grades has no verdict.
+    """
+    found = _verdict(reply, "rating")
+    if found is None or not _NUMBER.fullmatch(found):
+        return None
+    grade = float(found)
+    return grade if LOWEST <= grade <= HIGHEST else None
+
+
+def is_grade(value: Any) -> bool:
+    """Return whether a value read from a file is a grade."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return LOWEST <= value <= HIGHEST
+
+
+def parse_winner(reply: str) -> str | None:
+    """Return ``A``, ``B``, ``C`` (neither is better) or None; see :func:`parse_rating`."""
+    found = _verdict(reply, "winner")
+    return found.upper() if found is not None and found.upper() in ("A", "B", "C") else None
+
+
+def _verdict(reply: str, label: str) -> str | None:
+    """Return the content of the double brackets that count."""
+    lines = [line for line in reply.splitlines() if line.strip()]
+    last = _found(lines[-1]) if lines else []
+    if len(last) == 1 and set(_words(_BRACKETS.sub("", lines[-1]))) <= {label}:
+        return last[0]
+    everywhere = set(_found(reply))
+    return everywhere.pop() if len(everywhere) == 1 else None
+
+
+def _found(text: str) -> list[str]:
+    return [inner.strip() for inner in _BRACKETS.findall(text)]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())

@@ -1,4 +1,4 @@
-"""From verdicts to rows: means with their standard errors, wins, flips, and what is missing."""
+"""Summarize verdicts: means with standard errors, wins, flips, and missing verdicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.judge.ask import DECIDED, FAILED, UNREADABLE
+from sparsegrad_cli.judge.endpoint import DECIDED, FAILED, UNREADABLE
 from sparsegrad_cli.judge.tasks import Task
 from sparsegrad_cli.study.statistics import mean, std
 
@@ -14,16 +14,16 @@ Verdicts = Mapping[str, Mapping[str, Any]]  # key of a task -> its last record
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: sample standard deviation / sqrt(n); None below two values."""
+    """Return the standard error of the mean, std / sqrt(n); None for fewer than two values."""
     spread = std(values)
     return None if spread is None else spread / math.sqrt(len(values))
 
 
 def grade_rows(tasks: Sequence[Task], verdicts: Verdicts) -> list[dict[str, Any]]:
-    """One row a model, then one a model and category.
+    """Return a row per model, each followed by a row per category.
 
-    A question's grade is the mean over its turns, a row's ``mean`` that over its questions, so that
-    ``standard_error`` counts questions, not turns, which go together.
+    A question's grade is the mean over its turns, and a row's ``mean`` the mean over its questions.
+    ``standard_error`` counts questions, since the turns of one are not independent.
     """
     rows = []
     for model in dict.fromkeys(task.models[0] for task in tasks):
@@ -49,16 +49,16 @@ def _grades(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, Any]:
         "questions": len(grades),
         "graded": sum(map(len, by_question.values())),
         "turn_means": [mean(by_turn.get(turn, [])) for turn in range(_turns(tasks))],
-        **_gone_wrong(tasks, verdicts),
+        **_missing(tasks, verdicts),
     }
 
 
 def pair_rows(tasks: Sequence[Task], verdicts: Verdicts) -> list[dict[str, Any]]:
-    """One row in all, then one a category, from tasks in both orders.
+    """Return a row for all pairs, then a row per category, from tasks in both orders.
 
-    A model wins where both orders prefer it. Where they do not agree, the pair is a tie; it is a
-    flip if each order preferred another model, which then owes its win to its place. ``share`` is
-    that of the first model, ties counting half; its error counts questions.
+    A model wins a pair if both orders prefer it. If they disagree, the pair is a tie. It is a flip
+    if each order preferred another model, so that the order decided. ``share`` is the share of the
+    first model, in which a tie counts half; its standard error counts questions.
     """
     rows = []
     for category in (None, *_categories(tasks)):
@@ -98,16 +98,16 @@ def _pairs(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, Any]:
         "questions": len(by_question),
         "pairs": sum(map(len, shares.values())),
         **counts,
-        **_gone_wrong(tasks, verdicts),
+        **_missing(tasks, verdicts),
     }
 
 
 def _preferred(task: Task, verdict: Any) -> str | None:
-    """The model that a verdict names, None for neither."""
+    """Return the model that a verdict prefers, None for neither."""
     return {"A": task.models[0], "B": task.models[1]}.get(str(verdict))
 
 
-def _gone_wrong(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, int]:
+def _missing(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, int]:
     statuses = [verdicts.get(task.key, {}).get("status") for task in tasks]
     return {
         "asked": len(tasks),
@@ -121,5 +121,5 @@ def _turns(tasks: Iterable[Task]) -> int:
 
 
 def _categories(tasks: Iterable[Task]) -> list[str]:
-    """In the order of the questions; questions without one are in the whole only."""
+    """Return the categories in the order of the questions."""
     return list(dict.fromkeys(t.question.category for t in tasks if t.question.category))

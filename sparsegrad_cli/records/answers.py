@@ -56,7 +56,7 @@ class AskedQuestion(Block):
     question_id: Name | None = None
     category: str | None = None
     turns: list[str] = []
-    reference: list[str] = []
+    reference: list[str | None] = []
 
 
 class AnswersColumn(Block):

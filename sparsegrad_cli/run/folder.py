@@ -30,7 +30,15 @@ from sparsegrad_cli.run.resume import check_resumable
 ADAPTER = Path("adapter", "adapter.safetensors")
 PEFT_ADAPTER = Path("adapter", "adapter_model.safetensors")
 # What a run and the commands on it write into the folder.
-_FOLDERS = ("checkpoint-*", "adapter", "model", "export-*", "answers", *trackers.FOLDERS)
+_FOLDERS = (
+    "checkpoint-*",
+    "adapter",
+    "model",
+    "export-*",
+    ".export-*.sparsegrad-export.*",
+    "answers",
+    *trackers.FOLDERS,
+)
 _FILES = (
     "run.json",
     "recipe.yaml",

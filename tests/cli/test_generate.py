@@ -155,7 +155,7 @@ def test_a_conversation_through_a_pipe(tmp_path: Path) -> None:
         (("-p", "a", "--top-p", "0"), 2, "--top-p"),
         (("-p", "a", "--device", "cuda:99"), 2, "--device"),
         (("-p", "a", "--max-new-tokens", "0"), 2, "max-new-tokens"),
-        (("model.name=x", "-p", "a"), 2, "is for a run"),
+        (("model.name=x", "-p", "a"), 2, "applies to runs"),
     ],
 )
 def test_usage(cli: Cli, model: str, arguments: tuple[str, ...], code: int, says: str) -> None:

@@ -15,11 +15,11 @@ import torch
 from chats import byte_level
 from little import base_of, record, train
 from safetensors.torch import load_file
+from sparsegrad_cli.export.rebuild import rebuild
 from tiny import build, config
 from torch import Tensor, nn
 
 import sparsegrad_cli
-from sparsegrad_cli.export.rebuild import rebuild
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe

@@ -16,9 +16,14 @@ from talkers import CHATML, asks, load, talker
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.export import check_answers as chat_check
+from sparsegrad_cli.export import check_answers as answers_module
 from sparsegrad_cli.export import forms
-from sparsegrad_cli.export.check_answers import Loading, Said, check_answers, plain_prompts
+from sparsegrad_cli.export.check_answers import (
+    Loading,
+    RunAnswer,
+    check_answers,
+    plain_prompts,
+)
 from sparsegrad_cli.generate.answerer import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
 
@@ -131,17 +136,16 @@ def test_an_export_without_its_stop_token_is_refused(
 ) -> None:
     write = forms.WRITERS["merged"]
 
-    def forgetful(trained: Any, partial: Path, *rest: Any) -> Any:
-        written = write(trained, partial, *rest)
-        settings = json.loads((partial / "generation_config.json").read_text())
-        settings["eos_token_id"] = END
-        (partial / "generation_config.json").write_text(json.dumps(settings))
+    def without_stop_token(job: forms.ExportJob) -> forms.Written:
+        written = write(job)
+        path = job.partial / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": END}))
         return written
 
-    monkeypatch.setitem(forms.WRITERS, "merged", forgetful)
+    monkeypatch.setitem(forms.WRITERS, "merged", without_stop_token)
     outcome = refused(1, talks("method=full"), "--to", "merged")
     assert "does not stop where the run does" in outcome.flat
-    assert "the run says 'ok' and stops" in outcome.flat
+    assert "the run answers 'ok' and stops" in outcome.flat
 
 
 # --- what the check makes of an answer
@@ -149,24 +153,24 @@ def test_an_export_without_its_stop_token_is_refused(
 LOADING = Loading("folder", "folder", {}, {}, adapter=False)
 
 
-def said(ids: tuple[int, ...] = (7, 8, TURN)) -> Said:
+def said(ids: tuple[int, ...] = (7, 8, TURN)) -> RunAnswer:
     """An answer of the run, which held token 9 for nearly as likely as 8."""
     logits = torch.zeros(len(ids), 12)
     for row, token in enumerate(ids):
         logits[row, token] = 5.0
     logits[1, 9] = 4.9
-    return Said(asks("q"), [4, 5], Answer("ab", "end", 2, len(ids), 0.0, ids), logits)
+    return RunAnswer(asks("q"), [4, 5], Answer("ab", "end", 2, len(ids), 0.0, ids), logits)
 
 
 @pytest.mark.parametrize(
     ("got", "message"),
     [
         ({}, None),
-        ({"prompt": [4, 6]}, "writes another prompt"),
-        ({"ids": [7, 10, TURN]}, "its answer is another"),
+        ({"prompt": [4, 6]}, "renders another prompt"),
+        ({"ids": [7, 10, TURN]}, "other tokens"),
         ({"ids": [7, 8, TURN, 4], "ended": False}, "does not stop where the run does"),
         ({"ids": [7, 8], "ended": True}, "does not stop where the run does"),
-        ({"text": "a b"}, "reads the same tokens otherwise"),
+        ({"text": "a b"}, "decodes the same tokens to another text"),
         ({"ids": [7, 9, 4, 4], "ended": False}, None),  # rounding decides between 8 and 9
     ],
 )
@@ -174,7 +178,7 @@ def test_text_and_stop_are_compared(
     got: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = {"prompt": [4, 5], "ids": [7, 8, TURN], "text": "ab", "ended": True, **got}
-    monkeypatch.setattr(chat_check, "_fresh_process", lambda job: [whole])
+    monkeypatch.setattr(answers_module, "_answer_alone", lambda job: [whole])
     arguments = ([said()], LOADING, torch.device("cpu"), None, 0.1)
     if message is None:
         found = check_answers(*arguments)

@@ -85,7 +85,7 @@ def test_a_server_rank_is_for_lora(
     run = runs(*THIN)
     assert "--to lora" in refused(2, run, "--to", "merged", "--server-rank").flat
     said = refused(2, runs("method=full"), "--to", "lora", "--server-rank")
-    assert "the change is of full rank" in said.flat and "--rank" in said.flat
+    assert "the change has full rank" in said.flat and "--rank" in said.flat
 
 
 def code_of(card: str) -> list[str]:
@@ -173,8 +173,8 @@ def test_a_base_without_a_licence_or_a_run_without_an_end(
 ) -> None:
     folder, _ = exported(runs("method=lora", stop=True), "merged")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "license: unknown" in card and "put it into the field `license`" in card
-    assert "none: checkpoint-6 of a run that has not come to its end" in card
+    assert "license: unknown" in card and "put them into the field `license`" in card
+    assert "none: checkpoint-6 of a run that has not finished" in card
 
 
 def test_a_pipeline_gives_the_score_of_a_regression(
@@ -211,7 +211,7 @@ def test_an_export_of_other_labels_is_not_left(
     def unnamed(kind: Any, section: Any, model: Any) -> BaseModel:
         found: BaseModel = plain(kind, section, model)
         for name in ("id2label", "label2id"):
-            found.words.pop(name)
+            found.arguments.pop(name)
         return found
 
     monkeypatch.setattr(BaseModel, "of", classmethod(unnamed))

@@ -13,9 +13,9 @@ import torch
 from little import answers, base_of, by_peft, by_transformers, record, tokenizer_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sparsegrad_cli.export.rebuild import rebuild
 
 import sparsegrad_cli
-from sparsegrad_cli.export.rebuild import rebuild
 from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.methods.peft_folder import from_peft, to_peft
 
@@ -136,4 +136,4 @@ def test_a_damaged_one_is_refused(
         tensors[name][0, 0] = float("inf")
     save_file(tensors, path, metadata)
     said = refused(1, run, "--to", "merged")
-    assert "what was trained does not fit its model" in said.flat
+    assert "the trained parameters do not fit the model" in said.flat

@@ -13,7 +13,7 @@ from talkers import asks, load, talker
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
 from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.load_chat_model import load_run, weights_digest
+from sparsegrad_cli.generate.load_chat_model import load_chat_model, weights_digest
 from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 
 
@@ -77,7 +77,7 @@ def test_a_classifier_generates_nothing(tmp_path: Path) -> None:
         data_folder(tmp_path / "data"),
         "method=lora",
     )
-    with pytest.raises(UsageError, match="generates nothing"):
+    with pytest.raises(UsageError, match="that generates text"):
         load(run)
 
 
@@ -127,13 +127,13 @@ def test_what_cannot_be_loaded(
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_run(ModelOptions("builtin:smollm2", device=device))
+        load_chat_model(ModelOptions("builtin:smollm2", device=device))
     assert caught.value.where == "--device"
 
 
 def test_options_of_runs_are_for_runs(tmp_path: Path) -> None:
     folder = talker(tmp_path / "m")
-    with pytest.raises(UsageError, match="is for a run"):
+    with pytest.raises(UsageError, match="applies to runs"):
         load(folder, overrides=("model.name=x",))
-    with pytest.raises(UsageError, match="no dtype"):
+    with pytest.raises(UsageError, match="not a dtype"):
         load(folder, dtype="int8")

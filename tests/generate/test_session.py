@@ -145,5 +145,5 @@ def test_where_answers_go(model: str, questions: str, path: str) -> None:
     ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="out of range"):
+    with pytest.raises(UsageError, match="expected"):
         GenerationSettings(**wrong)

@@ -206,7 +206,7 @@ def test_a_run_that_was_trained_again_is_told_apart(cli: Cli, study: Path) -> No
         ((), "a conversation is with one model"),
         (("--prompts", "q.jsonl", "-o", "x"), "--output is for one model"),
         (("--prompts", "q.jsonl", "--dtype", "bfloat16"), "--dtype is for one model"),
-        (("--prompts", "q.jsonl", "--device", "cuda:99"), "the device 'cuda:99' is not here"),
+        (("--prompts", "q.jsonl", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
         (("--prompts", "q.jsonl", "method.rank=2"), "cannot be changed after training"),
         (("--prompts", "nowhere"), "builtin:questions"),
     ],

@@ -11,7 +11,7 @@ from task_data import chat_task, load_task
 
 from sparsegrad_cli.data.chat_files import load_chat_files
 from sparsegrad_cli.generate.questions import read_questions
-from sparsegrad_cli.judge.answers import read_answers
+from sparsegrad_cli.judge.tasks import read_answers
 
 
 def tabular(path: Path, kind: str) -> None:

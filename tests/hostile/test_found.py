@@ -211,7 +211,7 @@ def test_a_record_nested_deeper_than_any(cli: Cli, tmp_path: Path) -> None:
     for depth in (150, 900, 100_000):
         (tmp_path / "run.json").write_text('{"schema": 1, "x": ' + "[" * depth + "]" * depth + "}")
         outcome = cli("report", str(tmp_path))
-        assert outcome.code == 1 and "nested more than 100 deep" in outcome.flat
+        assert outcome.code == 1 and "nested more than 100 levels deep" in outcome.flat
     assert plain_json('{"a": [NaN, {"b": [1e999]}]}') == {"a": [None, {"b": [float("inf")]}]}
 
 

@@ -17,8 +17,7 @@ from small import Cli
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.export.place import free_folder
-from sparsegrad_cli.export.writing import write_export
+from sparsegrad_cli.export.output_folder import check_output_folder, write_export
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.writer import RunWriter
@@ -110,7 +109,7 @@ def test_names_of_folders_to_write_to(name: str) -> None:
             place.refuse_links(study)
             place.leave()
         assert (comparison / "cells").is_dir()
-        export = free_folder(folder / "exports" / inside, [run], overwrite=False)
+        export = check_output_folder(folder / "exports" / inside, [run], overwrite=False)
         write_export(export, lambda new: (new / "x").touch(), overwrite=False)
         assert (export / "x").is_file()
 

@@ -135,7 +135,7 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
 def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
     """Where compare.json says another thing, the models there are not asked."""
-    from sparsegrad_cli.generate.generate import generate
+    from sparsegrad_cli.generate.generate import answer_with_study
 
     with scratch() as folder:
         place = folder / "study"
@@ -149,13 +149,13 @@ def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="outside") as caught:
-            generate(options)
+            answer_with_study(options)
         check_error(caught.value)
         assert tree(folder / "outside") == before
 
 
 def test_answers_are_not_written_through_a_link() -> None:
-    from sparsegrad_cli.generate.generate import generate
+    from sparsegrad_cli.generate.generate import answer_with_study
 
     with scratch() as folder:
         place = folder / "study"
@@ -166,7 +166,7 @@ def test_answers_are_not_written_through_a_link() -> None:
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="is a link"):
-            generate(options)
+            answer_with_study(options)
         (place / "judge-questions").symlink_to(folder / "outside")
         with pytest.raises(UsageError, match="is a link"):
             assert JudgeOptions((place,), "builtin:questions", "http://x", "m").folder
@@ -197,7 +197,7 @@ def test_code_that_comes_with_a_run_is_not_run_unasked(tmp_path: Path) -> None:
     recipe = load_recipe(None, (f"model={run / 'model'}", "model.trust_remote_code=true")).recipe
     (run / "recipe.yaml").write_text(to_yaml(recipe))
     write_json_atomic(run / "run.json", {"schema": 1, "command": "train", "status": "done"})
-    with pytest.raises(UsageError, match="not run unasked") as caught:
+    with pytest.raises(UsageError, match="not run by default") as caught:
         open_run(run)
     assert "model.trust_remote_code=true" in str(caught.value.fix)
     with pytest.raises(FileFormatError, match="incomplete"):  # asked for, it goes on

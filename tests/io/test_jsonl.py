@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_nothing_of_the_line(tmp_path: Path) -> None:
         content = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 10, before[1]))
         try:
-            with pytest.raises(DiskError, match="could not be written"):
+            with pytest.raises(DiskError, match="cannot write"):
                 journal.append({"a": "x" * 1000})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

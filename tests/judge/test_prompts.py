@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 
 from sparsegrad_cli.generate.questions import Question
-from sparsegrad_cli.judge.answers import Answered
 from sparsegrad_cli.judge.prompts import choosing_prompt, grading_prompt, quoted
-from sparsegrad_cli.judge.tasks import pair_tasks, single_tasks
+from sparsegrad_cli.judge.tasks import Answered, pair_tasks, single_tasks
 
 TWO = Question("q", "math", ("2 + 2?", "Twice that?"), (None, "Eight."))
 ANSWERS = ("Four.", "Nine.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsegrad_cli.judge.verdicts import parse_rating, parse_winner
+from sparsegrad_cli.judge.prompts import parse_rating, parse_winner
 
 
 @pytest.mark.parametrize(

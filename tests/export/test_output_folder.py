@@ -1,4 +1,4 @@
-"""An export's folder stands whole or not at all, and what others keep beside it stays theirs."""
+"""An export's folder stands whole or not at all, and the user's files beside it are not touched."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.export.place import free_folder
-from sparsegrad_cli.export.writing import write_export
+from sparsegrad_cli.export.output_folder import check_output_folder, write_export
 
 Fill = Callable[[Path], None]
 RECORD = '{"to": "merged"}'
@@ -24,11 +23,12 @@ def filled(text: str) -> Fill:
 
 
 def export(folder: Path, fill: Fill, *, overwrite: bool = False) -> None:
-    write_export(free_folder(folder, [], overwrite=overwrite), fill, overwrite=overwrite)
+    checked = check_output_folder(folder, [], overwrite=overwrite)
+    write_export(checked, fill, overwrite=overwrite)
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Files by name, with their content."""
+    """Return the content of every file by relative path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
@@ -46,56 +46,33 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         def replace(source: Path, target: Path) -> Path:
             calls[0] += 1
-            if calls[0] == at:
+            if calls[0] >= at:
                 raise Killed
             return real(source, target)
 
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(Path, "replace", replace)
-            patched.setattr("sparsegrad_cli.export.writing.clear_work", lambda folder: None)
+            patched.setattr("sparsegrad_cli.io.atomic.discard", lambda path: None)
             export(folder, fill, overwrite=True)
 
     return killed
 
 
-def test_what_was_set_aside_by_hand_is_kept(tmp_path: Path) -> None:
-    folder, kept = tmp_path / "e", tmp_path / "e.before"
+@pytest.mark.parametrize("name", ["e.before", "e.partial", "e.removed"])
+def test_folders_of_the_user_beside_an_export_are_kept(tmp_path: Path, name: str) -> None:
+    folder, kept = tmp_path / "e", tmp_path / name
     export(folder, filled("a"))
     folder.replace(kept)
     export(folder, filled("b"))
     export(folder, filled("c"), overwrite=True)
     assert tree(kept) == {"weights": "a", "export.json": RECORD}
     assert tree(folder) == {"weights": "c", "export.json": RECORD}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "e.before"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", name]
 
 
-@pytest.mark.parametrize("what", ["an export", "notes", "a file", "a link", "a link to nothing"])
-def test_somebody_elses_partial_is_refused(tmp_path: Path, what: str) -> None:
-    folder, other = tmp_path / "e", tmp_path / "e.partial"
-    if what == "an export":
-        export(folder, filled("a"))
-        folder.replace(other)
-    elif what == "notes":
-        other.mkdir()
-        (other / "new").write_text("mine")
-    elif what == "a file":
-        other.write_text("mine")
-    else:
-        other.symlink_to(tmp_path / "elsewhere")
-    if what == "a link":
-        (tmp_path / "elsewhere").mkdir()
-    there = sorted(tmp_path.iterdir()), tree(tmp_path)
-    for overwrite in (False, True):
-        with pytest.raises(UsageError, match="something else of that name"):
-            export(folder, filled("b"), overwrite=overwrite)
-        with pytest.raises(UsageError, match="something else of that name"):  # come since one saw
-            write_export(folder, filled("b"), overwrite=overwrite)
-    assert (sorted(tmp_path.iterdir()), tree(tmp_path)) == there
-
-
-def test_what_came_to_stand_there_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_what_appears_at_the_folder_meanwhile_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "e"
-    export(folder, lambda new: None)  # an empty folder is free
+    export(folder, lambda new: None)  # an empty folder may be written to
     with pytest.raises(UsageError, match="not empty"):
         export(folder, lambda new: filled("mine")(folder))
     assert tree(tmp_path) == {"e/weights": "mine", "e/export.json": RECORD}
@@ -105,28 +82,26 @@ def test_what_came_to_stand_there_meanwhile_is_kept(tmp_path: Path) -> None:
 def test_a_killed_replacement_is_undone(
     tmp_path: Path, kill: Callable[..., None], at: int, stays: str | None
 ) -> None:
-    """Before its first rename, and between the two."""
+    """The process is killed before the first rename, and between the two."""
     folder = tmp_path / "e"
     export(folder, filled("a"))
     kill(folder, filled("b"), at=at)
     assert tree(folder).get("weights") == stays
-    with pytest.raises(UsageError, match="not empty"):  # it is back, and --overwrite not given
+    with pytest.raises(UsageError, match="not empty"):  # restored, and --overwrite is not given
         export(folder, filled("c"))
     assert tree(folder) == {"weights": "a", "export.json": RECORD}
     export(folder, filled("c"), overwrite=True)
     assert tree(tmp_path) == {"e/weights": "c", "e/export.json": RECORD}
 
 
-def test_what_a_killed_export_left_is_in_nobodys_way(
+def test_a_killed_export_does_not_hinder_the_next(
     tmp_path: Path, kill: Callable[..., None]
 ) -> None:
     folder = tmp_path / "e"
     kill(folder, filled("a"), at=1)
-    assert not folder.exists() and (tmp_path / "e.partial" / "new" / "weights").exists()
+    assert not folder.exists() and list(tmp_path.rglob("weights"))
     export(folder, filled("b"))
-    (tmp_path / "f.partial").mkdir()  # killed before it was marked
-    export(tmp_path / "f", filled("b"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "f"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
 
 
 @pytest.mark.parametrize("failure", [OSError("no room"), KeyboardInterrupt()])
@@ -138,7 +113,7 @@ def test_a_failing_rename_loses_nothing(
     real = Path.replace
 
     def replace(source: Path, target: Path) -> Path:
-        if source.name == "new":
+        if source.name.endswith(".partial"):
             raise failure
         return real(source, target)
 
