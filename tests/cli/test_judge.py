@@ -343,7 +343,7 @@ def test_ctrl_c_leaves_at_once_with_130(
         _, err = process.communicate(timeout=30)  # the server still holds the answer back
         release.set()
     assert process.returncode == 130
-    assert "goes on where it stopped" in err and "Traceback" not in err
+    assert "continues where it stopped" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -351,9 +351,9 @@ def test_ctrl_c_leaves_at_once_with_130(
     [
         ({"question_id": "x"}, "no question 'x'"),
         ({"turns": ["2 + 2 = ?", "Twice that?"]}, "other words"),
-        ({"answers": ["4"]}, "needs as many answers"),
-        ({"answers": [4, 5]}, "needs as many answers"),
-        ({"answers": "4"}, "no answer"),
+        ({"answers": ["4"]}, "one per turn, got 1"),
+        ({"answers": [4, 5]}, "answers[0]: expected a text, got 4"),
+        ({"answers": "4"}, "is not an answer: answers: expected a list"),
     ],
 )
 def test_answers_that_do_not_fit_are_refused(
@@ -381,7 +381,7 @@ def test_usage(judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: 
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     assert "not empty" in judge(url, files[0], "-o", "full").flat
     (tmp_path / "full" / "verdicts.jsonl").write_text("precious, without a line break")
-    assert "something else" in judge(url, files[0], "-o", "full").flat
+    assert "found others" in judge(url, files[0], "-o", "full").flat
     assert (tmp_path / "full" / "verdicts.jsonl").read_text() == "precious, without a line break"
 
 
