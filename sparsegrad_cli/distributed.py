@@ -1,7 +1,8 @@
-"""One run in several processes, as `torchrun` and `accelerate launch` start them.
+"""A run in several processes, as `torchrun` and `accelerate launch` start them.
 
-Every process does the same work on its share of the data; the first alone writes files and shows
-progress. Launchers say in the environment who is who, so that nothing heavy is imported to know it.
+Every process does the same work on its share of the data; only the first one writes files and shows
+progress. The launcher says in environment variables which process is which, so nothing heavy is
+imported to find out. With a single process, every function here does nothing.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ _Made = TypeVar("_Made")
 
 
 def world_size() -> int:
-    """How many processes share the run."""
+    """Return the number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes files and shows progress."""
+    """Return whether this process writes files and shows progress."""
     return rank() == 0
 
 
 def raise_on_rank_zero(error: SparsegradError) -> NoReturn:
-    """End what every process finds wrong by itself, and say it once.
+    """Raise an error that every process has found by itself in the first process only.
 
     Raises:
-        SparsegradError: ``error``, in the first process. The others leave without a word.
+        SparsegradError: ``error``, in the first process.
+        SystemExit: With the error's exit code, in the others.
     """
     if is_rank_zero():
         raise error
@@ -46,20 +48,17 @@ def raise_on_rank_zero(error: SparsegradError) -> NoReturn:
 
 
 def init(*, use_cpu: bool) -> None:
-    """Meet the other processes, and take the device that is this one's; nothing to do alone.
-
-    Before anything is computed: transformers' Trainer would do it only when it is made.
-    """
+    """Join the process group and choose this process's device, before anything is computed."""
     if world_size() > 1:
         from accelerate import PartialState
 
-        # transformers hands on what we say of buffers in a word that torch has since renamed.
+        # accelerate passes our choice on to DDP under a name that torch has since replaced.
         warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
         PartialState(cpu=use_cpu)
 
 
 def shutdown() -> None:
-    """Part from the others at the end of a run that went well."""
+    """Leave the process group at the end of a run that succeeded."""
     if world_size() > 1:
         import torch.distributed
 
@@ -69,7 +68,7 @@ def shutdown() -> None:
 
 
 def barrier() -> None:
-    """Until all are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         import torch.distributed
 
@@ -77,34 +76,35 @@ def barrier() -> None:
 
 
 def from_rank_zero(make: Callable[[], _Made]) -> _Made:
-    """What the first process makes, in all of them.
+    """Call ``make`` in the first process and return its result in all of them.
 
     Raises:
-        Exception: of ``make``, in the first process. The others leave without a word.
+        Exception: Of ``make``, in the first process.
+        SystemExit: With its exit code, in the others: they must not wait forever.
     """
     if world_size() == 1:
         return make()
     import torch.distributed
 
-    told: list[Any] = [None, 0]  # what was made; the exit code, if it was not
+    content: list[Any] = [None, 0]  # The result; the exit code if there is none.
     failure: Exception | None = None
     if is_rank_zero():
         try:
-            told[0] = make()
-        except Exception as error:  # whatever it is, the others must not wait for ever
+            content[0] = make()
+        except Exception as error:
             failure = error
-            told[1] = error.exit_code if isinstance(error, SparsegradError) else 1
-    torch.distributed.broadcast_object_list(told, src=0)
+            content[1] = error.exit_code if isinstance(error, SparsegradError) else 1
+    torch.distributed.broadcast_object_list(content, src=0)
     if failure is not None:
         raise failure
-    if told[1]:
-        raise SystemExit(told[1])
-    made: _Made = told[0]
+    if content[1]:
+        raise SystemExit(content[1])
+    made: _Made = content[0]
     return made
 
 
 def all_gather(own: _Made) -> list[_Made]:
-    """What each process has, in all of them, the first one's first."""
+    """Return every process's object, in the order of the processes."""
     if world_size() == 1:
         return [own]
     import torch.distributed
@@ -114,39 +114,20 @@ def all_gather(own: _Made) -> list[_Made]:
     return found
 
 
-def any(said: bool) -> bool:
-    """Whether any of the processes says so; all have to ask."""
+def any(condition: bool) -> bool:
+    """Return whether the condition holds in any process. All processes have to call it."""
     if world_size() == 1:
-        return said
+        return condition
     import torch.distributed
     from accelerate import PartialState
 
-    told = torch.tensor(int(said), device=PartialState().device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return bool(told)
-
-
-def gradient_bytes(wrapped: Any) -> int | None:
-    """Bytes of gradients that each process gives to be summed in a step: what DDP's buckets hold.
-
-    Args:
-        wrapped: the model as accelerate has wrapped it for training.
-
-    Returns:
-        None alone, and where it is not DDP that sums.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    if not isinstance(wrapped, DistributedDataParallel):
-        return None
-    facts = wrapped._get_ddp_logging_data()
-    # Buckets are made anew after the first step, in the order in which gradients came.
-    sizes = facts.get("rebuilt_bucket_sizes") or facts["bucket_sizes"]
-    return sum(int(size) for size in str(sizes).split(","))
+    found = torch.tensor(int(condition), device=PartialState().device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Sum over the processes, in place; nothing to do alone."""
+    """Sum tensors over the processes, in place."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -155,7 +136,7 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """The first process's values in all of them, in place; nothing to do alone."""
+    """Copy the first process's tensors to all processes, in place."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():

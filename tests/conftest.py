@@ -25,7 +25,7 @@ from sparsegrad_cli.memory.frozen_gc import frozen_gc
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What runs import in the end, and the meter's collections would go over in every one of them.
-_LIBRARIES = ("datasets", "evaluate", "peft", "sklearn.metrics", "transformers.trainer")
+_LIBRARIES = ("datasets", "evaluate", "peft", "sklearn.metrics", "accelerate")
 
 
 @pytest.fixture(scope="session", autouse=True)

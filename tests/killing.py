@@ -28,7 +28,7 @@ _LIBRARIES = (
     "peft",
     "sklearn.metrics",
     "scipy.stats",
-    "transformers.trainer",
+    "accelerate",
     "transformers.models.bert.modeling_bert",
     "transformers.models.auto.modeling_auto",
     "sparsegrad_cli.cli.app",

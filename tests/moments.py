@@ -134,18 +134,18 @@ def _record_torn(count: int) -> None:
 
 @moment("step", "within a step, between two of its batches")
 def _step(count: int) -> None:
-    from sparsegrad_cli.training.trainer import SparsegradTrainer
+    from sparsegrad_cli.training.loop import TrainingLoop
 
-    wrap(SparsegradTrainer, "training_step", count, after=_die)
+    wrap(TrainingLoop, "_backward", count, after=_die)
 
 
 @moment("interrupted", "Ctrl-C (SIGINT, not -9) in a step that is to be evaluated and saved")
 def _interrupted(count: int) -> None:
-    from sparsegrad_cli.training.trainer import SparsegradTrainer
+    from sparsegrad_cli.training.loop import TrainingLoop
 
     wrap(
-        SparsegradTrainer,
-        "training_step",
+        TrainingLoop,
+        "_backward",
         count,
         after=lambda *args: os.kill(os.getpid(), signal.SIGINT),
     )
@@ -153,13 +153,13 @@ def _interrupted(count: int) -> None:
 
 @moment("interrupted-twice", "Ctrl-C twice (SIGINT, not -9) within a step, which does not wait")
 def _interrupted_twice(count: int) -> None:
-    from sparsegrad_cli.training.trainer import SparsegradTrainer
+    from sparsegrad_cli.training.loop import TrainingLoop
 
     def press(*args: Any) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    wrap(SparsegradTrainer, "training_step", count, after=press)
+    wrap(TrainingLoop, "_backward", count, after=press)
 
 
 def _asked_to_stop(owner: Any, name: str, count: int, *, times: int = 1) -> None:
@@ -228,35 +228,35 @@ def _interrupted_loading(count: int) -> None:
 
 @moment("interrupted-probing", "SIGTERM while memory is measured in a step")
 def _interrupted_probing(count: int) -> None:
-    from sparsegrad_cli.training import loop
+    from sparsegrad_cli.training import memory_probe
 
-    _asked_to_stop(loop, "longest_batch", count)
+    _asked_to_stop(memory_probe, "longest_batch", count)
 
 
 @moment("line-torn", "half a line of steps.jsonl is written")
 def _line_torn(count: int) -> None:
-    from sparsegrad_cli.training.callbacks import RecordCallback
+    from sparsegrad_cli.training.step_log import StepLog
 
-    def tear(recorder: Any, record: Any) -> None:
-        with recorder._path.open("a") as file:
-            file.write(json.dumps(record)[:9])
+    def tear(log: Any, line: Any) -> None:
+        with log._path.open("a") as file:
+            file.write(json.dumps(line)[:9])
         die()
 
-    wrap(RecordCallback, "_append", count, before=tear)
+    wrap(StepLog, "_append", count, before=tear)
 
 
 @moment("evaluated", "an evaluation is done, its checkpoint not begun")
 def _evaluated(count: int) -> None:
-    from sparsegrad_cli.training.trainer import SparsegradTrainer
+    from sparsegrad_cli.training.loop import TrainingLoop
 
-    wrap(SparsegradTrainer, "evaluate", count, after=_die)
+    wrap(TrainingLoop, "_evaluate", count, after=_die)
 
 
 @moment("checkpoint-begun", "the checkpoint's folder is made, still empty")
 def _checkpoint_begun(count: int) -> None:
-    from sparsegrad_cli.training import checkpoint_state as checkpoint
+    from sparsegrad_cli.training import checkpoint
 
-    wrap(checkpoint, "save_training_state", count, before=_die)
+    wrap(checkpoint, "write_checkpoint", count, before=_die)
 
 
 @moment("checkpoint-torn", "half of the checkpoint's first file is written")
@@ -292,9 +292,9 @@ def _dropping(count: int) -> None:
 
 @moment("trained", "the last step is done, the final evaluation is not")
 def _trained(count: int) -> None:
-    from sparsegrad_cli.training.loop import TrainingLoop
+    from sparsegrad_cli.training import loop
 
-    wrap(TrainingLoop, "_finish", count, before=_die)
+    wrap(loop, "record_outcome", count, before=_die)
 
 
 @moment("adapter-torn", "half of adapter.safetensors is written")
@@ -377,9 +377,9 @@ def _short_of_memory(count: int) -> None:
 
 @moment("short-of-memory-later", "MiB that are left when the second evaluation begins")
 def _short_of_memory_later(count: int) -> None:
-    from sparsegrad_cli.training.trainer import SparsegradTrainer
+    from sparsegrad_cli.training.loop import TrainingLoop
 
-    wrap(SparsegradTrainer, "evaluate", 2, before=lambda *args, **kwargs: _limit_memory(count))
+    wrap(TrainingLoop, "_evaluate", 2, before=lambda *args, **kwargs: _limit_memory(count))
 
 
 @moment("small-files", "KiB that a file may have: a full disk")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from little import base_folder, data_folder, record, train
 from tiny import one_thread
 
-from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, seal
+from sparsegrad_cli.run.checkpoints import MANIFEST, seal
 
 CORE = ("method.form=core", "method.density=0.05", "method.rank=7", "train.save_total_limit=5")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -87,7 +88,8 @@ class ProgressObserver(Observer):
         self._state["score"] = score
         if "train" in self._tasks:  # of the last step no other comes to show it
             self._progress.update(self._tasks["train"], state=self._shown())
-        loss = "" if scale is METRICS["loss"] else f"  loss {record['loss']:.4f}"
+        value = math.nan if record["loss"] is None else record["loss"]
+        loss = "" if scale is METRICS["loss"] else f"  loss {value:.4f}"
         text = f"  step {record['step']:>5}  epoch {record['epoch']:.2f}  {score}{loss}"
         self._progress.console.print(Text(text))
 

@@ -236,9 +236,9 @@ def _whereabouts(at: TracebackType | None, model: nn.Module | None, phase: str) 
             module = names.get(id(owner), module)
         elif isinstance(owner, torch.optim.Optimizer):
             found, module = "optimizer", ""
-        elif phase == "train" and code.co_name in ("evaluate", "evaluation_loop"):
+        elif phase == "train" and code.co_name == "judge_splits":
             found = "evaluate"
-        elif code.co_name in ("save_checkpoint", "_save_checkpoint"):
+        elif code.co_name == "_save_checkpoint":
             found = "checkpoint"
         elif code.co_name == "backward" and found == "forward":
             found, module = "backward", ""

@@ -1,86 +1,209 @@
-"""A run's checkpoints: sealed when written, judged when read, dropped when there are too many.
+"""The checkpoint folders of a run: sealed when written, checked when read, dropped when too many.
 
-Which one is the newest is said by its step, never by a clock. No torch at import.
+A checkpoint's manifest.json names every file with its size and digest. It is written last::
+
+    {"format": 1, "recipe": "<digest>", "processes": 1,
+     "versions": {"sparsegrad": "0.1.0", "torch": "2.13.0"},
+     "files": {"trainable.safetensors": {"bytes": 1234, "sha256": "<hex>"}, ...},
+     "check": "<sha256 of all of the above>"}
+
+The newest checkpoint is the one of the highest step, whatever the clock says. No torch at import.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.errors import DiskError, FileFormatError
+from sparsegrad_cli import distributed
+from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED, put_back, remove_folder, write_folder
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import discard
-from sparsegrad_cli.run.checkpoint_manifest import check_ours, damage, seal
+from sparsegrad_cli.records.environment import package_versions
+from sparsegrad_cli.run.checkpoint_state import read_state
 
-TRAINER_STATE = "trainer_state.json"
+MANIFEST = "manifest.json"
+FORMAT = 1
+_VERSIONS = ("sparsegrad", "torch", "transformers")
 _PREFIX = "checkpoint-"
-_NAMED = re.compile(_PREFIX + "([0-9]{1,18})")
+_NAME = re.compile(_PREFIX + "([0-9]{1,18})")
+
+
+# --- folders
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All folders named as checkpoints are, whole or not, by step."""
+    """Return all folders that are named as checkpoints, whole or not, by step."""
     found = [path for path in run_dir.glob(f"{_PREFIX}*") if step_of(path) is not None]
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def step_of(folder: Path) -> int | None:
-    """N of checkpoint-N; None for another folder."""
-    named = _NAMED.fullmatch(folder.name)
-    return int(named[1]) if named and folder.is_dir() else None
+    """Return N of checkpoint-N; None for another folder."""
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name and folder.is_dir() else None
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
+    """Return the newest whole checkpoint of a run."""
     return next((path for path in reversed(checkpoints(run_dir)) if damage(path) is None), None)
 
 
-def trainer_state(folder: Path) -> dict[str, Any]:
-    """trainer_state.json of a checkpoint.
+def best_of(folder: Path) -> Path | None:
+    """Return the checkpoint that was the best one when this one was written.
 
     Raises:
-        FileFormatError: missing or damaged.
+        FileFormatError: The checkpoint does not say so.
     """
-    path = folder / TRAINER_STATE
+    best = read_state(folder).progress.best_step
+    return None if best is None else folder.with_name(f"{_PREFIX}{best}")
+
+
+# --- manifests
+
+
+def seal(folder: Path, recipe: str) -> None:
+    """Write the manifest of all files in a folder.
+
+    Args:
+        folder: Holds every other file of the checkpoint.
+        recipe: Digest of the recipe that the checkpoint belongs to.
+    """
+    versions = package_versions()
+    content = {
+        "format": FORMAT,
+        "recipe": recipe,
+        "processes": distributed.world_size(),
+        "versions": {name: versions[name] for name in _VERSIONS},
+        "files": {path.name: _size_and_digest(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / MANIFEST).write_text(json.dumps(with_check(content), indent=1), encoding="utf-8")
+
+
+def with_check(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with a digest of itself."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "check": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None if every file is as it was written.
+
+    A manifest of another format is not judged: :func:`check_ours` refuses it.
+    """
     try:
-        content = plain_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"cannot be read: {error}", where=str(path)) from error
-    if not isinstance(content, dict):
-        raise FileFormatError("holds no state of a trainer", where=str(path))
+        manifest = _read_manifest(folder)
+        if manifest["format"] != FORMAT:
+            return None
+        files = dict(manifest["files"])
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, expected {expected['bytes']}"
+            if _size_and_digest(path) != expected:
+                return f"the checksum of {name} does not match"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was never finished, or an older version wrote it"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None if files else f"{MANIFEST} names no files"
+
+
+def check_ours(folder: Path, recipes: Collection[str]) -> list[str]:
+    """Refuse a checkpoint of another format, recipe or number of processes.
+
+    Args:
+        folder: An undamaged checkpoint.
+        recipes: Digests of the run's recipe, and of its recipes before it was extended.
+
+    Returns:
+        Notes on packages whose version has changed: later steps may differ in the last bits.
+
+    Raises:
+        FileFormatError: Another version of sparsegrad wrote it, in a format that is not read.
+        UsageError: It belongs to another recipe, or to another number of processes.
+    """
+    manifest = _read_manifest(folder)
+    versions = manifest.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    if manifest["format"] != FORMAT:
+        raise FileFormatError(
+            f"{folder.name} has format {manifest['format']!r:.40}, written by sparsegrad "
+            f"{versions.get('sparsegrad')!s:.40}; this version reads format {FORMAT}",
+            where=str(folder),
+            fix="resume with the version that wrote it, or start again with --overwrite",
+        )
+    if manifest.get("recipe") not in recipes:
+        raise UsageError(
+            f"{folder.name} belongs to another recipe",
+            where=str(folder),
+            fix="remove the folder: --resume continues from the checkpoint before, or starts again",
+        )
+    processes = manifest.get("processes")
+    if processes != distributed.world_size():
+        raise UsageError(
+            f"{folder.name} was written by a run in {processes!s:.40} "
+            f"process{'' if processes == 1 else 'es'}, and this run has "
+            f"{distributed.world_size()}: its steps would be others",
+            where=str(folder),
+            fix=f"start {processes} processes, or start again with --overwrite",
+        )
+    now = package_versions()
+    changed = [
+        f"{name} {versions.get(name)!s:.40} then, {now[name]} now"
+        for name in _VERSIONS
+        if versions.get(name) != now[name]
+    ]
+    if not changed:
+        return []
+    return [f"{folder.name} was written by other versions ({'; '.join(changed)})"]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest and check its own digest.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: It is damaged.
+    """
+    content: dict[str, Any] = plain_json((folder / MANIFEST).read_bytes())
+    check = content.pop("check")
+    if check != with_check(content)["check"]:
+        raise ValueError("the manifest does not match its own digest")
     return content
 
 
-def best_of(folder: Path) -> Path | None:
-    """The best checkpoint when this one was written, in the folder where both are now."""
-    best = trainer_state(folder).get("best_model_checkpoint")
-    name = Path(best).name if isinstance(best, str) else ""
-    return folder.with_name(name) if _NAMED.fullmatch(name) else None
+def _size_and_digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256}
 
 
-def evaluation_due(folder: Path) -> bool:
-    """Whether a checkpoint was written when the evaluation of its step was stopped."""
-    try:
-        control = trainer_state(folder)["stateful_callbacks"]["TrainerControl"]["args"]
-        return bool(control["should_evaluate"])
-    except (FileFormatError, KeyError, TypeError):  # the trainer says what is wrong with it
-        return False
+# --- the checkpoints of one run
 
 
-class Shelf:
-    """The checkpoints of one run, which nobody else is writing to.
+class Checkpoints:
+    """The checkpoints of one run, which no other run writes to.
 
     Args:
-        run_dir: where they stand.
-        recipe: digest of the run's recipe.
-        earlier: digests of what that was before the run was extended.
-        limit: how many are kept; the newest and the best are kept in any case.
-        keep_best: the run ends with its best checkpoint, so that one is worth nothing without it.
+        run_dir: The run's folder.
+        recipe: Digest of the run's recipe.
+        limit: How many are kept, None for all. The newest and the best are always kept.
+        keep_best: The run ends with its best checkpoint, so a checkpoint is useless without it.
+        earlier: Digests of the recipes before the run was extended.
 
     Attributes:
-        newest: the one that was found or written last, whole.
+        newest: The whole checkpoint that was found or written last.
     """
 
     def __init__(
@@ -98,43 +221,41 @@ class Shelf:
         self.newest: Path | None = None
 
     def find(self, note: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint from which the run can go on, after clearing up behind a kill.
+        """Find the newest checkpoint to resume from, after clearing what a kill left.
 
         Args:
-            note: told of every one that is passed over, and why.
+            note: Called with each checkpoint that is skipped, and why.
 
         Raises:
-            FileFormatError: one is of another version.
-            UsageError: one is of another recipe.
+            FileFormatError: A checkpoint is of another version.
+            UsageError: A checkpoint is of another recipe.
         """
-        self._clear_up()
+        self._clear_temporary()
         for folder in reversed(checkpoints(self.run_dir)):
             wrong = damage(folder)
             if wrong is None:
                 for text in check_ours(folder, (self._recipe, *self._earlier)):
                     note(text)
-                wrong = self._without_its_best(folder)
+                wrong = self._damage_of_best(folder)
             if wrong is None:
                 if self._useless:
-                    note(f"{folder.name} is used, the newest whole one")
+                    note(f"{folder.name} is used, the newest whole checkpoint")
                 self.newest = folder
                 return folder
             note(f"{folder.name} is damaged: {wrong}")
             self._useless.add(folder)
         if self._useless:
-            note("no whole checkpoint is left: training begins anew")
+            note("no whole checkpoint is left: training starts again")
         return None
 
-    def _without_its_best(self, folder: Path) -> str | None:
+    def _damage_of_best(self, folder: Path) -> str | None:
         best = best_of(folder) if self._keep_best else None
         if best is None or best == folder:
             return None
         wrong = damage(best)
         return f"its best checkpoint, {best.name}: {wrong}" if wrong else None
 
-    def _clear_up(self) -> None:
-        from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED, put_back
-
+    def _clear_temporary(self) -> None:
         for before in self.run_dir.glob(f"{_PREFIX}*{BEFORE}"):
             put_back(before.with_name(before.name.removesuffix(BEFORE)))
         for ending in (PARTIAL, BEFORE, REMOVED):
@@ -142,13 +263,16 @@ class Shelf:
                 discard(left)
 
     def write(self, step: int, fill: Callable[[Path], None], best: Path | None) -> Path:
-        """Write checkpoint-``step``, read it back, and only then drop what is over the limit.
+        """Write checkpoint-``step``, read it back, and only then drop those over the limit.
+
+        Args:
+            step: The optimizer step.
+            fill: Writes the checkpoint's files into the folder that it is given.
+            best: The best checkpoint so far, which may be this one.
 
         Raises:
-            DiskError: it could not be written, or is not what was written; all others stand.
+            DiskError: It cannot be written or reads back differently; all others are untouched.
         """
-        from sparsegrad_cli.io.atomic import write_folder
-
         folder = self.place(step)
 
         def fill_and_seal(partial: Path) -> None:
@@ -163,38 +287,34 @@ class Shelf:
         wrong = damage(folder)
         if wrong is not None:
             raise DiskError(
-                f"{folder.name} was written and reads back otherwise: {wrong}",
+                f"{folder.name} was written and reads back differently: {wrong}",
                 where=str(folder),
-                fix="look at the disk, then go on with --resume: the checkpoint before is whole",
+                fix="check the disk, then continue with --resume: the previous checkpoint is whole",
             )
         self._useless.discard(folder)
         self.newest = folder
-        self._drop(folder, best)
+        self._drop_over_limit(folder, best)
         return folder
 
     def place(self, step: int) -> Path:
-        """Where checkpoint-``step`` stands, or would."""
+        """Return the folder of checkpoint-``step``, which may not exist."""
         return self.run_dir / f"{_PREFIX}{step}"
 
-    def _drop(self, newest: Path, best: Path | None) -> None:
-        from sparsegrad_cli.io.atomic import remove_folder
-
-        # Beyond the newest lies only what damage made this run go back behind.
-        until = step_of(newest) or 0
-        there = [path for path in checkpoints(self.run_dir) if (step_of(path) or 0) <= until]
-        for folder in [path for path in there if path in self._useless]:
+    def _drop_over_limit(self, newest: Path, best: Path | None) -> None:
+        # Later ones are damaged: this run went back behind them. They are overwritten when reached.
+        last = step_of(newest) or 0
+        existing = [path for path in checkpoints(self.run_dir) if (step_of(path) or 0) <= last]
+        for folder in [path for path in existing if path in self._useless]:
             remove_folder(folder)
-            there.remove(folder)
-        kept = {newest, best} & set(there)
-        spare = [path for path in there if path not in kept]
-        over = len(there) - max(self._limit, len(kept)) if self._limit is not None else 0
+            existing.remove(folder)
+        kept = {newest, best} & set(existing)
+        spare = [path for path in existing if path not in kept]
+        over = len(existing) - max(self._limit, len(kept)) if self._limit is not None else 0
         for folder in spare[: max(0, over)]:
             remove_folder(folder)
 
     def finish(self, best: Path | None) -> None:
-        """The run is over: of a limit of one, the best one is what stays."""
-        from sparsegrad_cli.io.atomic import remove_folder
-
+        """Remove damaged checkpoints at the end; with a limit of one, all but the best, too."""
         useless = {path for path in self._useless if path.is_dir()}
         if self._limit == 1 and best is not None and best.is_dir():
             useless |= set(checkpoints(self.run_dir)) - {best}

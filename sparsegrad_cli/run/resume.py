@@ -117,11 +117,11 @@ def _check_longer(path: Path, key: str, then: dict[str, Any], now: dict[str, Any
 
 def _total_steps(path: Path) -> int:
     """Return the steps of the whole run by its newest checkpoint; 0 without a checkpoint."""
-    from sparsegrad_cli.run.checkpoints import last_checkpoint, trainer_state
+    from sparsegrad_cli.run.checkpoint_state import read_state
+    from sparsegrad_cli.run.checkpoints import last_checkpoint
 
     last = last_checkpoint(path)
-    steps = trainer_state(last).get("max_steps") if last is not None else 0
-    return steps if isinstance(steps, int) else 0
+    return 0 if last is None else read_state(last).progress.max_steps
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,7 @@ def fine_tune(run: Run) -> None:
             prepared = _prepare(run, setup, method, initial)
             with out_of_memory_explained(recipe, "prepare", setup.model):
                 loop = TrainingLoop(run, setup, method, prepared)
-            trials = training_trials(setup, loop.trainer, prepared.bases)
+            trials = training_trials(setup, recipe.train, loop.loss, loop.optimizer, prepared.bases)
             with out_of_memory_explained(recipe, "train", setup.model, trials):
                 loop.run()
 

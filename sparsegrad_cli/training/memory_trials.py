@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,26 +17,35 @@ from sparsegrad_cli.memory.out_of_memory import (
     Trial,
     attempt,
 )
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.tasks.setup import Setup, to_device
 
 _ACCUMULATION = 2  # batches per step: the gradients of the first are alive while the second runs
 _STEPS = 2  # the optimizer's state is alive in the second
 
 
-def training_trials(setup: Setup, trainer: Any, bases: Sequence[Tensor]) -> dict[str, Trial]:
+def training_trials(
+    setup: Setup,
+    train: TrainSection,
+    loss_of: Callable[[Mapping[str, Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    bases: Sequence[Tensor],
+) -> dict[str, Trial]:
     """Return how to try ``train`` and ``evaluate`` with other batch sizes.
 
     Args:
-        trainer: the run's.
+        setup: model and data.
+        train: the recipe's section.
+        loss_of: computes the loss of a batch with the run's mixed precision.
+        optimizer: the method's.
         bases: tensors that count as bases.
     """
-    model, train = setup.model, trainer.recipe.train
+    model = setup.model
 
     def batch_of(data: Any, size: int) -> dict[str, Tensor]:
         return to_device(setup.collator(longest_batch(data, size)), setup.device)
 
     def try_step(size: int) -> Attempt:
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         batch = batch_of(setup.train_data, size)
         meter = setup.new_meter()
         meter.watch(model, bases=bases, optimizer=optimizer)
@@ -45,8 +54,8 @@ def training_trials(setup: Setup, trainer: Any, bases: Sequence[Tensor]) -> dict
             model.train()
             for _ in range(_STEPS):
                 for _ in range(_ACCUMULATION):
-                    with phase("forward"), trainer.compute_loss_context_manager():
-                        loss = trainer.compute_loss(model, dict(batch))
+                    with phase("forward"):
+                        loss = loss_of(batch)
                     with phase("backward"):
                         loss.backward()
                     del loss
@@ -65,8 +74,8 @@ def training_trials(setup: Setup, trainer: Any, bases: Sequence[Tensor]) -> dict
 
         def work(phase: Phase) -> None:
             model.eval()
-            with torch.no_grad(), phase("evaluate"), trainer.compute_loss_context_manager():
-                trainer.compute_loss(model, dict(batch))
+            with torch.no_grad(), phase("evaluate"):
+                loss_of(batch)
 
         return attempt(model, meter, work)
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from small import Cli, Outcome
 from torch import Tensor
 
-from sparsegrad_cli.run.checkpoint_manifest import seal
+from sparsegrad_cli.run.checkpoints import seal
 
 Runs = Callable[..., Path]
 Refused = Callable[..., Outcome]
@@ -312,10 +312,10 @@ def test_a_stopped_run_keeps_to_its_best_checkpoint(
 ) -> None:
     many = ("train.save_total_limit=5", "train.load_best_model_at_end=true")
     run = copy(runs(*STATIC, *many, stop=True))
-    state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
+    state = json.loads((run / "checkpoint-6" / "state.json").read_text())
     for best in (3, 6):
-        state["best_model_checkpoint"] = f"checkpoint-{best}"
-        (run / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state))
+        state["progress"]["best_step"] = best
+        (run / "checkpoint-6" / "state.json").write_text(json.dumps(state))
         (run / "checkpoint-6" / "manifest.json").unlink()
         seal(run / "checkpoint-6", "its recipe")
         place = str(tmp_path / f"m{best}")

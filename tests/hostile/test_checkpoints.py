@@ -21,7 +21,7 @@ from snares import furnish, things
 from stopped import quick, resumed, seal_anew, stopped
 from torn_tensors import Spoils, spoil, spoils, torn
 
-from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, checked
+from sparsegrad_cli.run.checkpoints import MANIFEST, with_check
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils, bool]:
     if path.suffix == ".json" and draw(st.integers(0, 3)):
         record = draw(other(json.loads(content)))
         if fits and path.name == MANIFEST:
-            record = checked({key: value for key, value in record.items() if key != "check"})
+            record = with_check({key: value for key, value in record.items() if key != "check"})
         return name, json.dumps(record).encode("utf-8", "replace"), fits
     if path.suffix == ".jsonl" and draw(st.booleans()):
         lines = [json.loads(line) for line in content.splitlines()]

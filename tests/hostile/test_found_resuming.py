@@ -19,10 +19,16 @@ from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED
 from sparsegrad_cli.io.locks import owner_of
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, check_ours, checked, damage
-from sparsegrad_cli.run.checkpoints import Shelf, best_of
+from sparsegrad_cli.run.checkpoints import (
+    MANIFEST,
+    Checkpoints,
+    best_of,
+    check_ours,
+    damage,
+    with_check,
+)
 from sparsegrad_cli.run.folder import lock_folder
-from sparsegrad_cli.training.callbacks import RecordCallback
+from sparsegrad_cli.training.step_log import StepLog
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,26 +54,24 @@ def change(run: Path, name: str, changes: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("global_step", "3"),
-        ("global_step", -3),
+        ("step", "3"),
+        ("step", -3),
+        ("step", 3.5),
         ("max_steps", None),
-        ("num_train_epochs", 1.5),
-        ("epoch", [0.5]),
-        ("train_batch_size", "8"),
-        ("total_flos", {}),
-        ("best_metric", "high"),
-        ("log_history", 3),
-        ("log_history", True),
-        ("stateful_callbacks", []),
+        ("max_steps", 10**30),
+        ("best_score", "high"),
+        ("stopped_early", 1),
+        ("logged_step", []),
+        ("loss_sums", [["x"]]),
+        ("loss_sums", 0.5),
     ],
 )
-def test_a_state_of_another_kind(run: Path, key: str, value: Any) -> None:
-    """transformers takes it as it is, and stumbles after the first step."""
-    change(run, "trainer_state.json", lambda state: state | {key: value})
-    with pytest.raises(FileFormatError, match=f"{key} cannot be") as caught:
+def test_progress_of_another_type(run: Path, key: str, value: Any) -> None:
+    change(run, "state.json", lambda s: s | {"progress": s["progress"] | {key: value}})
+    with pytest.raises(FileFormatError, match=f"progress.{key}.*: expected") as caught:
         resumed(run)
-    assert "take the checkpoint away" in check_error(caught.value)
-    assert str(caught.value.where).endswith("checkpoint-3/trainer_state.json")
+    assert "remove the checkpoint" in check_error(caught.value)
+    assert str(caught.value.where).endswith("checkpoint-3/state.json")
 
 
 @pytest.mark.parametrize(
@@ -77,22 +81,17 @@ def test_a_state_of_another_kind(run: Path, key: str, value: Any) -> None:
         *({"steps_s": "ab"}, {"steps_s": [[]]}, {"memory": 3}),
     ],
 )
-def test_times_that_are_none(run: Path, measured: Any) -> None:
-    """They are added to once training is over: a traceback after hours."""
-    change(
-        run,
-        "state.json",
-        lambda state: state | {"extras": state["extras"] | {"measured": measured}},
-    )
-    with pytest.raises(FileFormatError, match=r"its (times are no|memory is no)") as caught:
+def test_times_of_another_type(run: Path, measured: Any) -> None:
+    """They are added to at the end of training: without a check, a traceback after hours."""
+    change(run, "state.json", lambda state: state | {"measured": measured})
+    with pytest.raises(FileFormatError, match=r"measured.*: expected") as caught:
         resumed(run)
     check_error(caught.value)
 
 
-@pytest.mark.parametrize("loss", [[["x"], 3], [[0.5], "3"], [[0.5], 1.5], [0.5, 3], [[], 3]])
-def test_a_sum_of_losses_that_is_none(run: Path, loss: Any) -> None:
-    change(run, "state.json", lambda state: state | {"extras": state["extras"] | {"loss": loss}})
-    with pytest.raises(FileFormatError, match="is incomplete") as caught:
+def test_losses_of_fewer_processes(run: Path) -> None:
+    change(run, "state.json", lambda s: s | {"progress": s["progress"] | {"loss_sums": []}})
+    with pytest.raises(FileFormatError, match="cannot continue from checkpoint-3") as caught:
         resumed(run)
     check_error(caught.value)
 
@@ -107,17 +106,20 @@ def test_a_manifest_whose_versions_are_no_record(run: Path) -> None:
     path = run / "checkpoint-3" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["check"]
-    path.write_text(json.dumps(checked(manifest | {"versions": ["\x1b[2J" * 3000]})))
+    path.write_text(json.dumps(with_check(manifest | {"versions": ["\x1b[2J" * 3000]})))
     notes = check_ours(run / "checkpoint-3", manifest["recipe"])
     assert len(notes) == 1 and "sparsegrad None then" in notes[0]
 
 
-@pytest.mark.parametrize("best", ["", "/", "..", "checkpoint-²", "checkpoint-1/..", "x\0", 3, None])
-def test_a_best_checkpoint_that_is_none(run: Path, best: Any) -> None:
-    """``with_name("")`` is a ValueError."""
-    change(run, "trainer_state.json", lambda state: state | {"best_model_checkpoint": best})
-    assert best_of(run / "checkpoint-3") is None
-    assert Shelf(run, record(run)["recipe_digest"], limit=2, keep_best=True).find(print)
+@pytest.mark.parametrize("best", [0, 10**17])
+def test_a_best_checkpoint_that_does_not_exist(run: Path, best: int) -> None:
+    change(run, "state.json", lambda s: s | {"progress": s["progress"] | {"best_step": best}})
+    assert best_of(run / "checkpoint-3") == run / f"checkpoint-{best}"
+    notes: list[str] = []
+    digest = record(run)["recipe_digest"]
+    assert Checkpoints(run, digest, limit=2, keep_best=True).find(notes.append) is None
+    assert "its best checkpoint" in notes[0]
+    assert Checkpoints(run, digest, limit=2).find(print) == run / "checkpoint-3"
 
 
 LINES = (
@@ -146,17 +148,18 @@ def test_lines_of_a_log_that_no_run_writes(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     text = "\n".join([*LINES, *map(json.dumps, whole), *LINES])
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    callback = RecordCallback(tmp_path, Observer(), [])
-    callback.cut(3)
+    log = StepLog(tmp_path, Observer())
+    log.rewind(3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == whole[:2]
-    assert callback.history == [whole[0]["eval"]] and callback.train_log == [whole[1]]
+    assert [each.to_json() for each in log.evaluations] == [whole[0]["eval"]]
+    assert [each.to_json() for each in log.losses] == [whole[1]]
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_a_log_that_is_no_file(run: Path, kind: str) -> None:
     (run / "steps.jsonl").unlink()
     furnish(run, {"steps.jsonl": kind})
-    with no_hang(), pytest.raises(UsageError, match="is not a file") as caught:
+    with no_hang(), pytest.raises(UsageError, match="is no file") as caught:
         resumed(run)
     check_error(caught.value)
 

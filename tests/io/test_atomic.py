@@ -21,7 +21,7 @@ from sparsegrad_cli.io.atomic import (
     save_tensors,
     write_folder,
 )
-from sparsegrad_cli.training.checkpoint_state import load_state_json
+from sparsegrad_cli.run.checkpoint_state import read_state
 
 
 def fill_with(text: str) -> Any:
@@ -139,7 +139,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.training.checkpoint_state import save_training_state
+from checkpoint_files import save
 from sparsegrad_cli.io.atomic import save_tensors, write_folder
 
 run = Path(sys.argv[1])
@@ -149,7 +149,7 @@ model(torch.ones(1, 256)).sum().backward()
 optimizer.step()
 schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
 state = {n: p.detach() for n, p in model.named_parameters()}
-fill = lambda folder: save_training_state(folder, state, optimizer, schedule, {})
+fill = lambda folder: save(folder, state, optimizer, schedule)
 write_folder(run / "checkpoint-1", fill)
 save_tensors(run / "adapter.safetensors", state, {})
 for limit in (300_000, 100_000):
@@ -174,7 +174,7 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Pa
     """Files over the limit fail to be written; 263 kB of weights, 526 kB of optimizer state."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        cwd=REPO,
+        env=os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"},
         capture_output=True,
         text=True,
         check=True,
@@ -191,7 +191,7 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Pa
     survivor = tmp_path / "checkpoint-1"
     assert read_tensors(survivor / "trainable.safetensors")["weight"].shape == (256, 256)
     assert len(read_tensors(survivor / "optimizer.safetensors")) == 6
-    assert load_state_json(survivor)["optimizer_groups"][0]["lr"] == 1e-3 / 3
+    assert read_state(survivor).optimizer_groups[0]["lr"] == 1e-3 / 3
     assert read_tensors(tmp_path / "adapter.safetensors")["weight"].shape == (256, 256)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import save
 from tiny import (
     BLOCKS,
     HIDDEN,
@@ -28,11 +29,7 @@ from sparsegrad_cli.methods.sparse_settings import SparseSettings
 from sparsegrad_cli.numerics.rotation import to_core
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection
-from sparsegrad_cli.training.checkpoint_state import (
-    load_optimizer,
-    load_random,
-    save_training_state,
-)
+from sparsegrad_cli.training.checkpoint import load_optimizer, load_random
 
 every_method = pytest.mark.parametrize("name", METHODS)
 both_scopes = pytest.mark.parametrize("scope", ["head", "rest"])
@@ -296,7 +293,7 @@ def test_interrupted_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> 
         first, schedule = fresh()
         run(first, schedule, range(5))
         state = trainable_state(first.model)
-        save_training_state(tmp_path, state, first.optimizer, schedule, {"epoch": 0.5})
+        save(tmp_path, state, first.optimizer, schedule)
     with temporary_seed(99):
         second, schedule = fresh()
         load_by_name(second.model, read_tensors(tmp_path / "trainable.safetensors"))

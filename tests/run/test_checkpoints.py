@@ -1,4 +1,4 @@
-"""The shelf of checkpoints: damaged ones are recognised, the only good one is never dropped."""
+"""Checkpoint folders: damage is recognised, and the only good checkpoint is never dropped."""
 
 from __future__ import annotations
 
@@ -11,37 +11,45 @@ from pathlib import Path
 import pytest
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
-from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, check_ours, checked, damage
+from sparsegrad_cli.run.checkpoint_state import CheckpointState, Progress, write_state
 from sparsegrad_cli.run.checkpoints import (
-    Shelf,
+    MANIFEST,
+    Checkpoints,
     best_of,
+    check_ours,
     checkpoints,
+    damage,
     last_checkpoint,
     step_of,
+    with_check,
 )
 
 RECIPE = "a recipe's digest"
 
 
-def fill_of(best: int | None = None, where: str = "") -> Callable[[Path], None]:
-    """A checkpoint's files, as far as the shelf knows them."""
+def fill_of(best: int | None = None) -> Callable[[Path], None]:
+    """Return what writes a checkpoint's files, as far as the folder knows them."""
 
     def fill(folder: Path) -> None:
         (folder / "trainable.safetensors").write_bytes(b"w" * 1000)
-        (folder / "state.json").write_text("{}")
-        state = {"best_model_checkpoint": best and f"{where}/checkpoint-{best}"}
-        (folder / "trainer_state.json").write_text(json.dumps(state))
+        progress = Progress(step=9, max_steps=9, best_step=best)
+        state = CheckpointState(
+            progress=progress, optimizer_groups=[], optimizer_numbers={}, scheduler={}, random=[]
+        )
+        write_state(folder, state)
 
     return fill
 
 
-def shelf_of(folder: Path, limit: int | None = None, *, keep_best: bool = False) -> Shelf:
-    return Shelf(folder, RECIPE, limit=limit, keep_best=keep_best)
+def checkpoints_in(
+    folder: Path, limit: int | None = None, *, keep_best: bool = False
+) -> Checkpoints:
+    return Checkpoints(folder, RECIPE, limit=limit, keep_best=keep_best)
 
 
 def put(folder: Path, *steps: int, best: int | None = None) -> None:
     for step in steps:
-        shelf_of(folder).write(step, fill_of(best), None)
+        checkpoints_in(folder).write(step, fill_of(best), None)
 
 
 def names(folder: Path) -> list[str]:
@@ -50,7 +58,7 @@ def names(folder: Path) -> list[str]:
 
 def found(folder: Path, *, keep_best: bool = False) -> tuple[str | None, list[str]]:
     notes: list[str] = []
-    chosen = shelf_of(folder, keep_best=keep_best).find(notes.append)
+    chosen = checkpoints_in(folder, keep_best=keep_best).find(notes.append)
     return (chosen.name if chosen else None), notes
 
 
@@ -100,9 +108,7 @@ def zeros(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [cut, flip, remove, zeros])
-@pytest.mark.parametrize(
-    "name", ["trainable.safetensors", "state.json", "trainer_state.json", MANIFEST]
-)
+@pytest.mark.parametrize("name", ["trainable.safetensors", "state.json", MANIFEST])
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
     tmp_path: Path, spoil: Callable[[Path], None], name: str
 ) -> None:
@@ -111,7 +117,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     chosen, notes = found(tmp_path)
     assert chosen == "checkpoint-4"
     assert notes[0].startswith("checkpoint-6 is damaged: ") and name in notes[0]
-    assert notes[1] == "checkpoint-4 is used, the newest whole one"
+    assert notes[1] == "checkpoint-4 is used, the newest whole checkpoint"
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
@@ -123,7 +129,7 @@ def test_whatever_a_manifest_holds_no_checkpoint_is_mistaken_for_whole(
     (tmp_path / "checkpoint-1" / MANIFEST).write_text(text)
     assert damage(tmp_path / "checkpoint-1") is not None
     for files in ({}, [], {"state.json": {}}, {"state.json": None}, {"no": {"bytes": 1}}):
-        content = checked({"format": 1, "recipe": RECIPE, "files": files})
+        content = with_check({"format": 1, "recipe": RECIPE, "files": files})
         (tmp_path / "checkpoint-1" / MANIFEST).write_text(json.dumps(content))
         assert damage(tmp_path / "checkpoint-1") is not None
 
@@ -134,7 +140,7 @@ def test_where_none_is_whole_training_begins_anew(tmp_path: Path) -> None:
         cut(tmp_path / f"checkpoint-{step}" / "state.json")
     chosen, notes = found(tmp_path)
     assert chosen is None and len(notes) == 3
-    assert notes[-1] == "no whole checkpoint is left: training begins anew"
+    assert notes[-1] == "no whole checkpoint is left: training starts again"
 
 
 def test_one_whose_best_is_damaged_is_no_good_to_a_run_that_ends_with_it(tmp_path: Path) -> None:
@@ -156,12 +162,12 @@ def test_one_whose_best_is_damaged_is_no_good_to_a_run_that_ends_with_it(tmp_pat
 def rewrite(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["check"]
-    (folder / MANIFEST).write_text(json.dumps(checked(manifest | changes)))
+    (folder / MANIFEST).write_text(json.dumps(with_check(manifest | changes)))
 
 
 def test_one_of_another_recipe_is_refused_and_left(tmp_path: Path) -> None:
     put(tmp_path, 2)
-    Shelf(tmp_path, "another", limit=None).write(4, fill_of(), None)
+    Checkpoints(tmp_path, "another", limit=None).write(4, fill_of(), None)
     with pytest.raises(UsageError, match="checkpoint-4 belongs to another recipe"):
         found(tmp_path)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
@@ -193,10 +199,10 @@ def test_one_of_other_packages_is_used_with_a_note(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_stay_whatever_the_limit(
     tmp_path: Path, limit: int | None, best: int | None
 ) -> None:
-    shelf = shelf_of(tmp_path, limit)
+    kept_in = checkpoints_in(tmp_path, limit)
     for step in range(1, 10):
         there = best if best is not None and step >= best else None
-        shelf.write(step, fill_of(there), tmp_path / f"checkpoint-{there}" if there else None)
+        kept_in.write(step, fill_of(there), tmp_path / f"checkpoint-{there}" if there else None)
         assert damage(tmp_path / f"checkpoint-{step}") is None
     left = {step_of(folder) for folder in checkpoints(tmp_path)}
     newest = set(range(1, 10)) if limit is None else set(range(10 - limit, 10))
@@ -210,15 +216,15 @@ RANDOM = Path("/proc/sys/kernel/random/uuid")
 
 @pytest.mark.skipif(not RANDOM.is_file(), reason="needs a file that never reads the same twice")
 def test_nothing_is_dropped_for_one_that_reads_back_otherwise(tmp_path: Path) -> None:
-    shelf = shelf_of(tmp_path, 1)
-    shelf.write(2, fill_of(), None)
+    kept_in = checkpoints_in(tmp_path, 1)
+    kept_in.write(2, fill_of(), None)
 
     def fill(folder: Path) -> None:
         fill_of()(folder)
         (folder / "optimizer.safetensors").symlink_to(RANDOM)
 
-    with pytest.raises(DiskError, match=r"reads back otherwise: the checksum of optimizer"):
-        shelf.write(4, fill, None)
+    with pytest.raises(DiskError, match=r"reads back differently: the checksum of optimizer"):
+        kept_in.write(4, fill, None)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert found(tmp_path)[0] == "checkpoint-2"
 
@@ -227,12 +233,12 @@ def test_damaged_ones_go_once_a_newer_one_is_whole_and_not_before(tmp_path: Path
     put(tmp_path, 2, 4, 6)
     cut(tmp_path / "checkpoint-4" / "state.json")
     cut(tmp_path / "checkpoint-6" / "state.json")
-    shelf = shelf_of(tmp_path, 1)
-    assert shelf.find(lambda note: None) == tmp_path / "checkpoint-2"
+    kept_in = checkpoints_in(tmp_path, 1)
+    assert kept_in.find(lambda note: None) == tmp_path / "checkpoint-2"
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    shelf.write(5, fill_of(), None)
+    kept_in.write(5, fill_of(), None)
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]  # that one lies ahead
-    shelf.write(6, fill_of(), None)
+    kept_in.write(6, fill_of(), None)
     assert names(tmp_path) == ["checkpoint-6"] and damage(tmp_path / "checkpoint-6") is None
 
 
@@ -247,10 +253,10 @@ def test_what_a_kill_left_is_cleared_when_the_run_goes_on(tmp_path: Path) -> Non
 
 def test_at_the_end_a_limit_of_one_keeps_the_best(tmp_path: Path) -> None:
     put(tmp_path, 2, 4, 6)
-    shelf_of(tmp_path, 2).finish(tmp_path / "checkpoint-4")
+    checkpoints_in(tmp_path, 2).finish(tmp_path / "checkpoint-4")
     assert len(names(tmp_path)) == 3
-    shelf_of(tmp_path, 1).finish(None)
-    shelf_of(tmp_path, 1).finish(tmp_path / "checkpoint-9")  # it is gone: nothing is better
+    checkpoints_in(tmp_path, 1).finish(None)
+    checkpoints_in(tmp_path, 1).finish(tmp_path / "checkpoint-9")  # it is gone: nothing is better
     assert len(names(tmp_path)) == 3
-    shelf_of(tmp_path, 1).finish(tmp_path / "checkpoint-4")
+    checkpoints_in(tmp_path, 1).finish(tmp_path / "checkpoint-4")
     assert names(tmp_path) == ["checkpoint-4"]

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,14 +232,6 @@ def test_tracker_files_go_into_the_runs_folder_and_a_comparison_is_a_group(
         assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "study" / "mlflow").as_uri()
         assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "mine"
     assert "WANDB_DIR" not in os.environ
-
-
-def test_arguments_name_the_run_and_its_comparison(tmp_path: Path) -> None:
-    from sparsegrad_cli.training.arguments import training_arguments
-
-    recipe = load_recipe(None, ("train.use_cpu=true",)).recipe
-    made: SimpleNamespace = training_arguments(recipe, tmp_path / "runs" / "one", "accuracy")
-    assert (made.run_name, made.project, made.report_to) == ("one", "sparsegrad", [])
 
 
 @pytest.mark.skipif(

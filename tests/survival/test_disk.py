@@ -85,8 +85,8 @@ os.environ["COLUMNS"] = "200"
 import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.training.checkpoint_state import save_training_state
-from sparsegrad_cli.run.checkpoints import Shelf, last_checkpoint
+from checkpoint_files import save
+from sparsegrad_cli.run.checkpoints import Checkpoints, last_checkpoint
 
 run = Path(sys.argv[1]) / "run"
 run.mkdir()
@@ -97,9 +97,8 @@ model(torch.ones(1, 128)).sum().backward()
 optimizer.step()
 state = {n: p.detach() for n, p in model.named_parameters()}
 def fill(folder):
-    save_training_state(folder, state, optimizer, schedule, {})
-    (folder / "trainer_state.json").write_text("{}")
-shelf = Shelf(run, "recipe", limit=1)
+    save(folder, state, optimizer, schedule)
+shelf = Checkpoints(run, "recipe", limit=1)
 written = []
 for step in range(1, 20):  # 210 kB each; the limit keeps one, a second must fit beside it
     try:
@@ -123,7 +122,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     inner = [sys.executable, "-c", FULL, str(place)]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", MOUNT, "sh", "700k", str(place), *inner],
-        env=os.environ | {"PYTHONPATH": str(REPO)},
+        env=os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"},
         capture_output=True,
         text=True,
         check=False,

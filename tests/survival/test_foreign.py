@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from surviving import Bench, flat, record, weights
 
-from sparsegrad_cli.run.checkpoint_manifest import MANIFEST, checked, seal
+from sparsegrad_cli.run.checkpoints import MANIFEST, seal, with_check
 
 METHOD = "core static"
 
@@ -44,7 +44,9 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(bench: Bench, run
     torn.write_bytes(torn.read_bytes()[:100])
     ended = bench.train(METHOD, run, "--resume")
     assert ended.code == 0, ended.err
-    assert "note: checkpoint-4 is damaged: optimizer.safetensors has 100 bytes of" in flat(ended)
+    assert "note: checkpoint-4 is damaged: optimizer.safetensors has 100 bytes, expected" in flat(
+        ended
+    )
     assert "note: checkpoint-2 is used" in flat(ended)
     assert record(run)["resumed_from"] == 2
     assert weights(run) == weights(bench.undisturbed(METHOD))
@@ -87,8 +89,8 @@ def test_a_checkpoint_of_other_data_is_refused(bench: Bench, run: Path) -> None:
     """A file that was changed since, under the same name."""
     state = json.loads((run / "checkpoint-4" / "state.json").read_text())
     facts = record(run)
-    assert state["extras"]["data"] == facts["hashes"]["data"]
-    assert state["extras"]["model"] == facts["model"]["fingerprint"]
+    assert state["origins"]["data"] == facts["hashes"]["data"]
+    assert state["origins"]["model"] == facts["model"]["fingerprint"]
     rows = bench.data / "train.csv"
     good = rows.read_text()
     head, first, *rest = good.splitlines()
@@ -133,7 +135,7 @@ def test_a_checkpoint_of_another_version_is_refused(bench: Bench, run: Path) -> 
     manifest = json.loads(path.read_text())
     del manifest["check"]
     manifest |= {"format": 2, "versions": {"sparsegrad": "7.0.0"}}
-    path.write_text(json.dumps(checked(manifest)))
+    path.write_text(json.dumps(with_check(manifest)))
     ended = bench.train(METHOD, run, "--resume")
     assert ended.code == 1
     assert "format 2, written by sparsegrad 7.0.0; this version reads format 1" in flat(ended)

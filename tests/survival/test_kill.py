@@ -193,8 +193,8 @@ def test_an_epoch_that_ends_with_a_stop_is_evaluated_when_the_run_goes_on(bench:
     assert bench.killer.run("train", *settings, "-o", str(whole)).code == 0
     command = ("train", *settings, "-o", str(run))
     assert bench.killer.run(*command, moment="interrupted", count=10).code == 130
-    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
-    assert not [log["step"] for log in state["log_history"] if "eval_score" in log]
+    state = json.loads((run / "checkpoint-4" / "state.json").read_text())
+    assert state["progress"]["evaluation_due"]
     assert bench.killer.run(*command, "--resume").code == 0
     assert weights(run) == weights(whole) and record(run)["resumed_from"] == 4
     assert record(run)["metrics"] == record(whole)["metrics"]

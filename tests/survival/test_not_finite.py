@@ -11,7 +11,7 @@ from little import base_folder
 from poisoned import POISONED, poison, poison_letter, poisoned_data, seed_of
 from surviving import Bench, flat, record
 
-from sparsegrad_cli.run.checkpoint_manifest import damage
+from sparsegrad_cli.run.checkpoints import damage
 
 STEP = 3  # a step, and below a batch of it, that meet no other batch with that row before
 

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import checkpoint_files
 import numpy as np
 import pytest
 import torch
@@ -15,12 +16,8 @@ from torch import nn
 
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.atomic import read_tensors
-from sparsegrad_cli.training.checkpoint_state import (
-    load_optimizer,
-    load_random,
-    load_state_json,
-    save_training_state,
-)
+from sparsegrad_cli.run.checkpoint_state import Progress, read_state
+from sparsegrad_cli.training.checkpoint import load_optimizer, load_random
 
 Schedule = torch.optim.lr_scheduler.LambdaLR
 
@@ -44,9 +41,8 @@ def walk(
 
 
 def save(folder: Path, model: nn.Module, optimizer: Any, schedule: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {n: p.detach() for n, p in model.named_parameters()}
-    save_training_state(folder, state, optimizer, schedule, {"best": 0.75, "order": ["a"]})
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    checkpoint_files.save(folder, weights, optimizer, schedule, best_step=2)
 
 
 @pytest.fixture
@@ -87,8 +83,8 @@ def test_an_optimizer_before_its_first_step(tmp_path: Path) -> None:
     walk(model, optimizer, schedule, 1)
 
 
-def test_extras_come_back(saved: Path) -> None:
-    assert load_state_json(saved)["extras"] == {"best": 0.75, "order": ["a"]}
+def test_progress_comes_back(saved: Path) -> None:
+    assert read_state(saved).progress == Progress(step=3, max_steps=9, best_step=2)
 
 
 def draw() -> tuple[Any, ...]:
@@ -145,7 +141,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(saved: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1', "[1]", '"x"', "\xff\xfe", "null"])
 def test_a_damaged_state_json_is_refused(saved: Path, text: str) -> None:
     (saved / "state.json").write_bytes(text.encode("latin-1"))
-    for read in (load_state_json, load_random, lambda f: load_optimizer(f, *training()[1:])):
+    for read in (read_state, load_random, lambda f: load_optimizer(f, *training()[1:])):
         with pytest.raises(FileFormatError) as caught:
             read(saved)
         assert caught.value.where == str(saved / "state.json")
@@ -157,14 +153,14 @@ def test_an_incomplete_state_json_is_refused(saved: Path, key: str) -> None:
     del content[key]
     (saved / "state.json").write_text(json.dumps(content))
     with pytest.raises(FileFormatError, match=key):
-        load_state_json(saved)
+        read_state(saved)
 
 
 def test_another_format_of_state_json_is_refused(saved: Path) -> None:
     content = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(FileFormatError, match="version"):
-        load_state_json(saved)
+    with pytest.raises(FileFormatError, match="has format 99; this version reads 1 and 2"):
+        read_state(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
@@ -188,7 +184,7 @@ def test_missing_files_are_refused(saved: Path) -> None:
         load_optimizer(saved, *training()[1:])
     (saved / "state.json").unlink()
     with pytest.raises(FileFormatError):
-        load_state_json(saved)
+        read_state(saved)
 
 
 def test_random_tensors_that_are_missing_are_refused(saved: Path) -> None:

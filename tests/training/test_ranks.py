@@ -20,7 +20,7 @@ from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.tasks.chat import load_chat_task
-from sparsegrad_cli.tasks.objective import LanguageModelling
+from sparsegrad_cli.tasks.objective import Classification, LanguageModelling
 from sparsegrad_cli.training.train import train as train_recipe
 
 METHODS = {
@@ -208,6 +208,7 @@ def test_two_processes_make_the_update_of_one(
                 torch.testing.assert_close(other @ other.T, q @ q.T, rtol=1e-3, atol=1e-3)
     # The mean over micro-batches of their means, as it would be without the tokens of the step.
     monkeypatch.setattr(LanguageModelling, "by_token", False)
+    monkeypatch.setattr(LanguageModelling, "items", Classification.items)  # Its rows.
     naive = alone(name, f"naive-{name}", *cut(1, BATCH))
     expected, found, mean = (change(two / f"{k}-{name}") for k in ("one", "two", "naive"))
     apart = (mean - expected).norm()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import trained_in
+from checkpoint_files import save
 from safetensors.torch import load_file
 from split import BATCH, METHODS, STEPS, cut, place, trained
 from split_runs import CELLS, COMPARED, FILES, one_of_two
@@ -21,7 +22,7 @@ from tiny import one_thread, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
-from sparsegrad_cli.training.checkpoint_state import load_optimizer, save_training_state
+from sparsegrad_cli.training.checkpoint import load_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_a_checkpoint_is_what_one_process_writes(two: Path, tmp_path: Path, meth
     for number, parameter in enumerate(ordered):
         assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape, number
     state = {name.replace("/", "."): tensor for name, tensor in trainable_state(model).items()}
-    save_training_state(tmp_path, state, optimizer, schedule, {})
+    save(tmp_path, state, optimizer, schedule)
     for name in FILES:
         equal(tmp_path / name, folder / name)
 
@@ -215,5 +216,5 @@ def test_whole_weights_come_from_all_and_go_to_all(two: Path) -> None:
 
 def test_where_nothing_is_split_the_run_says_so(two: Path) -> None:
     first = json.loads((two / "rank0.json").read_text())
-    assert any("no FSDP2 here, but DDP" in note for note in first["notes"])
+    assert any("DDP is used instead of FSDP2" in note for note in first["notes"])
     assert record(two / "unsplit")["split_by"] is None

@@ -1,0 +1,118 @@
+"""What a training run records when it begins and when it ends, beside its steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsegrad_cli import distributed
+from sparsegrad_cli.io.paths import remove_folder
+from sparsegrad_cli.records.metric_direction import scale_of
+from sparsegrad_cli.records.run import (
+    Evaluation,
+    HashesBlock,
+    MetricsBlock,
+    SizesBlock,
+    TimeBlock,
+)
+from sparsegrad_cli.run.checkpoint_state import CheckpointState
+from sparsegrad_cli.run.folder import ADAPTER
+from sparsegrad_cli.training.adapter_folder import save_adapter
+from sparsegrad_cli.training.parallel import gradient_bytes
+from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.training.loop import TrainingLoop
+
+# Learning-rate schedules that do not depend on the number of steps.
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def note_extension(loop: TrainingLoop, state: CheckpointState | None) -> None:
+    """Record what becomes of the learning rates of an extended run, and remove its old adapter.
+
+    Args:
+        loop: Before its first step.
+        state: Of the checkpoint that it continues from, if there is one.
+    """
+    extended = loop.writer.record.extended
+    if not extended or extended[-1].schedule is not None:
+        return
+    kind, total = loop.train.lr_scheduler_type, loop.plan.max_steps
+    if state is None:
+        words = "no checkpoint is left: training starts again from step 0"
+    else:
+        progress = state.progress
+        checkpoint = f"checkpoint-{progress.step}"
+        words = f"extended from {progress.max_steps} to {total} steps, from {checkpoint}"
+        if kind in _WITHOUT_END and not 0 < loop.train.warmup_steps < 1:
+            words += f": lr_scheduler_type {kind} is the same for any length"
+        else:
+            words += (
+                f": lr_scheduler_type {kind} is recomputed over {total} steps; a run of {total} "
+                f"steps from the start has other learning rates before {checkpoint}"
+            )
+        if progress.stopped_early:
+            words += f". Early stopping ended it at step {progress.step}: it stays ended"
+    latest = extended[-1].changed(steps=total, schedule=words)
+    loop.writer.save(extended=[*extended[:-1], latest])
+    loop.open_run.observer.note(words)
+    if distributed.is_rank_zero():
+        remove_folder(loop.writer.path / ADAPTER.parent)
+
+
+def record_outcome(loop: TrainingLoop) -> None:
+    """Evaluate the final weights if that is left to do, save the adapter and fill the record."""
+    setup, writer = loop.setup, loop.writer
+    counts = writer.record.counts
+    assert counts is not None  # Recorded when the method prepared the model.
+    writer.save(
+        counts=with_touched(counts, loop.prepared.counts, setup.model, loop.optimizer),
+        sparsity=sparsity_map(setup.targets, setup.model, loop.method, loop.optimizer),
+    )
+    final = loop.final_evaluation()
+    loop.open_run.seconds["evaluate_s"] = loop.evaluate_seconds
+    history = loop.log.evaluations
+    _save_adapter(loop)
+    setup.meter.watch(setup.model)  # Looks again: bounded optimizer state has grown.
+    timing = loop.log.timer.summary()
+    examples = loop.train.per_device_train_batch_size * loop.train.gradient_accumulation_steps
+    sizes = writer.record.sizes or SizesBlock()
+    hashes = writer.record.hashes or HashesBlock()
+    writer.save(
+        metrics=MetricsBlock(
+            initial=next((each for each in history if each.step == 0), None),
+            best=_best(history, loop) if loop.plan.keeps_best else final,
+            final=final,
+            history=history,
+            train=loop.log.losses,
+            notes=loop.notes,
+        ),
+        memory=loop.measured().memory,
+        time=TimeBlock(
+            steps=loop.progress.step,
+            examples_per_s=timing["steps_per_s"] * examples * distributed.world_size(),
+            **timing,
+            **loop.open_run.seconds,
+        ),
+        sizes=sizes.changed(optimizer_state_bytes=setup.meter.live()["optimizer_state"]),
+        hashes=hashes.changed(order=loop.order.kept, rows=loop.order.kept_rows),
+    )
+
+
+def _best(history: list[Evaluation], loop: TrainingLoop) -> Evaluation:
+    """Return the best evaluation after the first step, which is the first one of its score."""
+    trained = [e for e in history if e.step > 0] or history
+    scores = [e.score for e in trained if e.score is not None]
+    chosen = scale_of(loop.setup.objective.metric).best(scores)
+    return next(e for e in trained if e.score == chosen)
+
+
+def _save_adapter(loop: TrainingLoop) -> None:
+    writer = loop.writer
+    about = {"method": loop.method.settings.name, "recipe_digest": str(writer.record.recipe_digest)}
+    path = save_adapter(writer.path, loop.method, loop.setup, loop.recipe.model, loop.drawn, about)
+    if distributed.is_rank_zero():
+        sent = gradient_bytes(loop.setup.model, loop.accelerator)
+        writer.save(
+            sizes=SizesBlock(adapter_bytes=path.stat().st_size, gradient_bytes_per_step=sent)
+        )
