@@ -11,7 +11,7 @@ from sparsegrad_cli.recipe.tasks import TaskType
 
 
 class ColumnsSection(Section):
-    """Names of the columns in the user's own files."""
+    """Names of the columns in your files."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -19,21 +19,21 @@ class ColumnsSection(Section):
 
 
 class ChatSection(Section):
-    """Which conversations are learnt from, and how they become rows (docs/chat_data.md)."""
+    """Which conversations are learnt, and how they become rows (docs/chat_data.md)."""
 
     paths: Literal["threads", "best", "replies"] = Field(
         "threads",
         description="threads: every path from root to leaf (the paper); best: the best-ranked "
-        "reply at every step; replies: every reply once, what leads to it unlabelled",
+        "reply at every step; replies: one path for every reply, which alone is learnt",
     )
     languages: tuple[str, ...] | None = Field(
         None, min_length=1, description="keep only messages in these languages, such as [en]"
     )
     max_rank: NonNegativeInt | None = Field(
-        None, description="keep replies of this rank or better; 0 is the best"
+        None, description="keep only replies of this rank or better; 0 is the best"
     )
     min_quality: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="keep replies with such a quality label"
+        None, description="keep only replies with a quality label of at least this value"
     )
     tree_states: tuple[str, ...] | None = Field(
         ("ready_for_export",),
@@ -41,31 +41,33 @@ class ChatSection(Section):
         description="keep only trees in these states; null keeps all",
     )
     split: Literal["auto", "hash", "source"] = Field(
-        "auto", description="hash: by a hash of tree or prompt; source: as files or hub have it"
+        "auto", description="hash: by a hash of the tree or prompt; source: the split of the data"
     )
     hub: str | None = Field(
         None, pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name of a data set on the hub"
     )
-    config: str | None = Field(None, description="configuration of that data set")
+    config: str | None = Field(
+        None, description="configuration of that data set, if it has several"
+    )
     train_split: str = "train"
     validation_split: str | None = None
     kind: Literal["auto", "messages", "prompt_completion", "instruction"] = Field(
-        "auto", description="chat: what the columns are; auto goes by their names"
+        "auto", description="chat: how rows are read; auto decides by the column names"
     )
-    column: str | None = Field(None, description="chat: the column with the turns")
+    column: str | None = Field(None, description="chat: name of the column with the turns")
     train_on: Literal["every_answer", "last_answer"] = Field(
         "every_answer",
         description="last_answer: only the last answer of a conversation is labelled",
     )
     packing: Literal["none", "pack", "concatenate"] = Field(
         "none",
-        description="none: one conversation a row; pack: several, none sees another; concatenate: "
-        "one long text cut into rows of max_length (the paper)",
+        description="none: one conversation per row; pack: several, none sees another; "
+        "concatenate: one long text cut into rows of max_length (the paper)",
     )
     forgetting: str | None = Field(
         None,
         min_length=1,
-        description="a plain text file: its loss is measured too, but selects nothing",
+        description="a plain text file whose loss is measured at every evaluation",
     )
 
 
@@ -85,28 +87,34 @@ class TaskSection(Section):
     separator: str | None = Field(
         None,
         pattern=r'^([^"\r\n]|tab)$',
-        description="what separates the columns of a CSV or TSV file: one character, or tab; found "
-        "out by default",
+        description="separator of CSV and TSV files: one character, or tab; found out by default",
     )
     chat: ChatSection | None = Field(None, description="settings of oasst, dialogues and chat")
     type: TaskType | None = Field(
         None,
-        description="csv, json, parquet: what the labels are; by default task.metric decides, then "
-        "the labels (docs/labels.md)",
+        description="csv, json, parquet: whether labels are classes or scores; by default "
+        "task.metric decides, then the labels (docs/labels.md)",
     )
-    metric: str | None = Field(None, description="score to select by; the task's own by default")
+    metric: str | None = Field(
+        None, description="metric that selects the best model; by default the task's own"
+    )
     positive_label: str | None = Field(
         None,
         min_length=1,
-        description="class that f1, precision and recall of two classes are of; by default the "
-        "second, and a note names it",
+        description="positive class of f1, precision and recall with two classes; by default the "
+        "second one, with a note",
     )
-    max_length: PositiveInt = Field(128, description="tokens kept of an example")
+    max_length: PositiveInt = Field(128, description="number of tokens kept of an example")
     padding: Literal["dynamic", "fixed"] = Field(
-        "dynamic", description="pad to the batch's longest, or always to max_length (the paper)"
+        "dynamic",
+        description="dynamic: pad to the longest of the batch; fixed: to max_length (the paper)",
     )
-    train_limit: PositiveInt | None = Field(None, description="first n training examples only")
-    eval_limit: PositiveInt | None = Field(None, description="first n validation examples only")
+    train_limit: PositiveInt | None = Field(
+        None, description="use only the first n training examples"
+    )
+    eval_limit: PositiveInt | None = Field(
+        None, description="use only the first n validation examples"
+    )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share split off when the user's files have no validation part"
+        0.1, description="share split off for validation if your files have no validation part"
     )

@@ -1,4 +1,4 @@
-"""What a task is: columns, labels, metrics. Imports nothing heavy, so recipes are checked fast."""
+"""The tasks: names, columns, classes and metrics, and checks of their settings. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sparsegrad_cli.recipe.task_section import TaskSection
 
 TaskType = Literal["classification", "regression"]
-POSITIVE_METRICS = ("f1", "precision", "recall")  # those of one class of two, the positive one
+POSITIVE_METRICS = ("f1", "precision", "recall")  # of two classes: metrics of the positive one
 CLASS_METRICS = (
     "accuracy",
     *(f"{name}{mean}" for name in POSITIVE_METRICS for mean in ("", "_macro", "_weighted")),
@@ -33,11 +33,11 @@ class TaskSpec:
         text_columns: one or two column names, as in the hub's nyu-mll/glue or in the user's files.
         label_column: the column with the label or score.
         label_names: class names by id; None for a regression task.
-        regression: labels are scores.
+        regression: whether labels are scores.
         metric: the metric that selects the best model.
-        metrics: all official metrics of the task, ``metric`` among them.
-        eval_splits: names of the validation sets, the selecting one first.
-        chosen_positive: the class that ``task.positive_label`` names.
+        metrics: all official metrics of the task, including ``metric``.
+        eval_splits: names of the validation sets; the first one selects the best model.
+        chosen_positive: value of ``task.positive_label``.
     """
 
     name: str
@@ -52,18 +52,18 @@ class TaskSpec:
 
     @property
     def has_pair(self) -> bool:
-        """True when an example is two texts."""
+        """Whether an example has two texts."""
         return len(self.text_columns) == 2
 
     @property
     def positive_id(self) -> int:
-        """The class id that f1, precision and recall of two classes are of: 1 by default."""
+        """Id of the positive class, which f1, precision and recall refer to; 1 by default."""
         names = self.label_names or ()
         return 1 if self.chosen_positive is None else names.index(self.chosen_positive)
 
     @property
     def positive_label(self) -> str | None:
-        """The name of that class; None where no metric of the task is of one class."""
+        """Name of the positive class; None if no metric of the task refers to it."""
         if len(self.label_names or ()) != 2 or not set(self.metrics) & set(POSITIVE_METRICS):
             return None
         return (self.label_names or ())[self.positive_id]
@@ -93,8 +93,8 @@ _ENTAILMENT = ("entailment", "not_entailment")
 _ACCEPTABILITY = ("unacceptable", "acceptable")
 _MATTHEWS = ("matthews_correlation", "accuracy")
 
-# Column names, class ids and official metrics as in nyu-mll/glue. Note that wnli's ids run the
-# other way round than those of rte and qnli.
+# Column names, class ids and official metrics as in nyu-mll/glue. The ids of wnli are reversed
+# compared with those of rte and qnli.
 GLUE_TASKS: dict[str, TaskSpec] = {
     "cola": _glue("cola", ("sentence",), _ACCEPTABILITY, _MATTHEWS),
     "sst2": _glue("sst2", ("sentence",), ("negative", "positive")),
@@ -128,22 +128,22 @@ BUILTIN_TASKS: dict[str, TaskSpec] = {
 
 
 def known_task_names() -> list[str]:
-    """Every name that ``task.name`` takes."""
+    """Return every name that ``task.name`` accepts."""
     return [*(f"glue/{name}" for name in GLUE_TASKS), *BUILTIN_TASKS, *FILE_TASKS, *CHAT_TASKS]
 
 
 def with_metric(spec: TaskSpec, metric: str | None, positive_label: str | None = None) -> TaskSpec:
-    """Return the task selecting by ``metric``, which is put among its metrics.
+    """Return the task with ``metric`` as the selecting metric, added to its metrics.
 
     Args:
         spec: the task.
-        metric: None keeps its own. Of more than two classes ``f1``, ``precision`` and ``recall``
-            are the plain mean over classes, and become ``f1_macro`` and so on.
-        positive_label: the class that the metrics of one class are of.
+        metric: None keeps the task's own. For more than two classes, ``f1``, ``precision`` and
+            ``recall`` become their plain mean over classes, ``f1_macro`` and so on.
+        positive_label: name of the positive class; None keeps the default.
 
     Raises:
-        UsageError: the metric is unknown or does not fit a task of this kind, or the positive label
-            is not a class of the task or has no effect on its metrics.
+        UsageError: the metric is unknown or does not fit the labels, or the positive label is not
+            a class of the task or has no effect on its metrics.
     """
     if metric is not None:
         choices = SCORE_METRICS if spec.regression else CLASS_METRICS
@@ -165,7 +165,7 @@ def with_metric(spec: TaskSpec, metric: str | None, positive_label: str | None =
         raise UsageError(
             f"task.positive_label is for two classes, and {spec.name} has {len(names)}",
             where="task.positive_label",
-            fix="leave it out: f1_macro and f1_weighted are means over all classes",
+            fix="leave it out; f1_macro and f1_weighted are means over all classes",
         )
     if spec.positive_label is None:
         raise _positive_without_effect(", ".join(spec.metrics))
@@ -212,10 +212,10 @@ def check_settings(task: TaskSection) -> None:
 
 
 def type_by_settings(task_type: TaskType | None, metric: str | None) -> TaskType | None:
-    """Return what ``task.type`` and ``task.metric`` say that the labels are; None without both.
+    """Return what ``task.type`` or else ``task.metric`` says the labels are; None without both.
 
     Raises:
-        UsageError: the metric is unknown, or is not of the type.
+        UsageError: the metric is unknown, or does not fit the type.
     """
     if metric is None:
         return task_type
@@ -231,7 +231,7 @@ def type_by_settings(task_type: TaskType | None, metric: str | None) -> TaskType
         raise UsageError(
             f"{metric} is a metric of {by_metric}, and task.type is {task_type}",
             where="task.metric",
-            fix=f"one of {', '.join(choices)}; or leave task.type out",
+            fix=f"choose one of {', '.join(choices)}; or leave task.type out",
         )
     return by_metric
 
@@ -240,5 +240,5 @@ def _positive_without_effect(metrics: str) -> UsageError:
     return UsageError(
         f"task.positive_label has no effect on {metrics}",
         where="task.positive_label",
-        fix=f"leave it out, or set task.metric: {', '.join(POSITIVE_METRICS)}, of two classes",
+        fix=f"leave it out, or set task.metric to {', '.join(POSITIVE_METRICS)} for two classes",
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import trained_in
-from chats import byte_level
+from chat_tokenizers import byte_level
 from safetensors.torch import load_file
 from small import METHODS, Cli
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -26,7 +26,7 @@ def tokens(sentence: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 4000), ("validation", 1000)])
-def test_rows_are_whole_balanced_and_distinct(split: str, size: int) -> None:
+def test_rows_are_complete_balanced_and_distinct(split: str, size: int) -> None:
     rows = generate(split, size)  # type: ignore[arg-type]
     assert len(rows) == size
     assert Counter(row.label for row in rows) == {0: size // 2, 1: size // 2}
@@ -43,13 +43,13 @@ def test_splits_share_no_content_word() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_every_word_is_of_the_split_or_of_the_closed_class(split: str) -> None:
+def test_every_word_belongs_to_the_split_or_to_the_closed_class(split: str) -> None:
     allowed = (TRAIN if split == "train" else VALIDATION).words() | CLOSED_CLASS
     used = {word for row in generate(split, 4000) for word in tokens(row.sentence)}  # type: ignore[arg-type]
     assert used <= allowed, sorted(used - allowed)
 
 
-def test_same_for_equal_arguments_and_global_state_untouched() -> None:
+def test_equal_arguments_give_equal_results_and_global_state_is_unchanged() -> None:
     state = random.getstate()
     one, two = generate("train", 500, seed=3), generate("train", 500, seed=3)
     assert random.getstate() == state

@@ -1,4 +1,4 @@
-"""Chat data of the user's own: every kind of columns, the split, damage."""
+"""Chat data in files: every kind of columns, the split, damaged rows and files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import read, spoken, write
+from oasst_samples import read, spoken, write
 from task_data import load_chat
 
 from sparsegrad_cli.data.chat_data import split_position
@@ -58,7 +58,7 @@ def test_messages_learn_every_turn_of_the_assistant(tmp_path: Path) -> None:
     assert found(tmp_path, *rows) == ({"s1 u1 a1*", "u2 a2* u3 a3*"}, {})
 
 
-def test_share_gpt(tmp_path: Path) -> None:
+def test_sharegpt_rows_are_read(tmp_path: Path) -> None:
     turns = [("system", "s"), ("human", "u1"), ("gpt", "a1"), ("human", "u2"), ("gpt", "a2")]
     row = {"id": "1", "conversations": [{"from": who, "value": text} for who, text in turns]}
     other = {"id": "2", "conversations": [{"from": "human", "value": "u3"}, *said("a3", roles="a")]}
@@ -103,7 +103,7 @@ def test_text_parts_are_joined_and_others_refused(tmp_path: Path) -> None:
         found(tmp_path, *beside()[:1], row)
 
 
-def test_kind_by_setting_where_columns_fit_two(tmp_path: Path) -> None:
+def test_a_setting_chooses_between_two_kinds_of_columns(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"u{i}", "completion": f"a{i}", "messages": said(f"m{i}", f"n{i}")}
         for i in range(2)
@@ -118,7 +118,7 @@ def test_kind_by_setting_where_columns_fit_two(tmp_path: Path) -> None:
         assert {spoken(each) for each in every(other)} == {"m0 n0*", "m1 n1*"}
 
 
-def test_column_by_setting(tmp_path: Path) -> None:
+def test_a_setting_names_the_column_of_messages(tmp_path: Path) -> None:
     rows = [{"dialog": said(f"u{i}", f"a{i}")} for i in range(2)]
     file = write(tmp_path / "x.jsonl", *rows)
     assert {spoken(each) for each in every(read(file, "chat", column="dialog"))} == {
@@ -152,7 +152,7 @@ def test_every_format_reads_alike(tmp_path: Path, suffix: str) -> None:
     assert data.data_hash == reference.data_hash and len(every(data)) == 30
 
 
-def test_csv_of_prompts(tmp_path: Path) -> None:
+def test_prompts_are_read_from_csv(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text('prompt,completion\nu1,"a,1"\nu2,"a\n2"\n')
     assert {spoken(each) for each in every(read(file, "chat"))} == {"u1 a,1*", "u2 a\n2*"}
@@ -212,7 +212,7 @@ def test_damaged_row_is_dropped_and_counted(tmp_path: Path, turns: Any, reason: 
     assert f"2 x {reason}; first: {tmp_path / 'x.jsonl'}:1" in data.notes
 
 
-def test_what_is_cut(tmp_path: Path) -> None:
+def test_turns_that_are_cut_are_counted(tmp_path: Path) -> None:
     rows = [
         {"messages": said("u1", "a1", "u2")},
         {"messages": said(" ", "u3", "a3", roles="sua")},
@@ -223,7 +223,7 @@ def test_what_is_cut(tmp_path: Path) -> None:
     )
 
 
-def test_system_twice_or_no_text(tmp_path: Path) -> None:
+def test_a_second_system_turn_and_a_system_without_text(tmp_path: Path) -> None:
     row = {"messages": said("s", "u", "a", roles="sua")}
     assert found(tmp_path, row | {"system": "t"})[1] == {"a system turn that is not the first": 1}
     assert found(tmp_path, row | {"system": 5})[1] == {"system is not text": 1}
@@ -240,7 +240,7 @@ def test_system_twice_or_no_text(tmp_path: Path) -> None:
         ('{"prompt": "same", "completion": "a"}\n' * 9, "Expected at least two opening prompts"),
     ],
 )
-def test_file_is_refused_by_its_name(tmp_path: Path, text: str, message: str) -> None:
+def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(DataError, match=message):
         read(tmp_path / "x.jsonl", "chat")
@@ -257,7 +257,7 @@ def test_a_deeply_nested_row_is_dropped_or_refused_with_its_line(tmp_path: Path)
 # --- the split
 
 
-def test_split_by_the_opening_prompt(tmp_path: Path) -> None:
+def test_rows_with_one_opening_prompt_stay_in_one_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"u{i // 3}", "completion": f"a{i}"} for i in range(300)]
     few = read(write(tmp_path / "few.jsonl", *rows[:150]), "chat", validation_fraction=0.2)
     many = read(write(tmp_path / "many.jsonl", *rows[::-1]), "chat", validation_fraction=0.2)
@@ -270,7 +270,7 @@ def test_split_by_the_opening_prompt(tmp_path: Path) -> None:
     assert "chosen by a hash" in many.notes[-1] and "opening prompts" in many.notes[-1]
 
 
-def test_folder_with_both_files_is_kept_as_it_is_split(tmp_path: Path) -> None:
+def test_the_split_of_a_folder_is_kept(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", *({"messages": said(f"u{i}", "a")} for i in range(5)))
     dev = tmp_path / "dev.json.gz"
     dev.write_bytes(gzip.compress(json.dumps([{"messages": said(u, "b")} for u in "xy"]).encode()))
@@ -292,7 +292,7 @@ def test_folder_with_both_files_is_kept_as_it_is_split(tmp_path: Path) -> None:
         read(tmp_path, "chat")
 
 
-def test_all_of_one_side_damaged(tmp_path: Path) -> None:
+def test_a_split_whose_rows_are_all_damaged_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", {"messages": said("u", "a")})
     write(tmp_path / "validation.jsonl", {"messages": said("u")})
     with pytest.raises(DataError, match="no conversation for validation"):
@@ -355,7 +355,7 @@ def test_hub_with_a_chat_column(offline: Path) -> None:
         load_chat("chat", hub="some/chats", train_split="train_sft")
 
 
-def test_hub_unreachable_says_how_to_go_local(offline: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path) -> None:
     with pytest.raises(DownloadError, match=r"some/other(.|\n)*task\.path") as caught:
         load_chat("chat", hub="some/other")
     assert "HF_HUB_OFFLINE is set" in str(caught.value)

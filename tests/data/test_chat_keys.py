@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chats import CHATML, byte_level, labelled_parts
-from talk import read, spoken, write
+from chat_tokenizers import CHATML, byte_level, labelled_parts
+from oasst_samples import read, spoken, write
 
 from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
@@ -100,7 +100,7 @@ def test_a_turn_with_a_loss_weight_of_0_is_read_and_not_learnt(
         assert not data.notes
 
 
-def test_share_gpt_turns_have_weights_too(tmp_path: Path) -> None:
+def test_loss_weights_of_sharegpt_turns_are_used(tmp_path: Path) -> None:
     turns = [
         {"from": "human", "value": "u"},
         {"from": "gpt", "value": "bad", "weight": 0},
@@ -120,7 +120,7 @@ def test_share_gpt_turns_have_weights_too(tmp_path: Path) -> None:
         ({"loss": 2.31}, "u a* u a*"),  # describes the row
     ],
 )
-def test_a_row_may_say_it_for_all_of_its_turns(
+def test_a_loss_weight_of_a_row_applies_to_all_its_turns(
     tmp_path: Path, mask: dict[str, Any], expected: str
 ) -> None:
     row = {"messages": [user(), assistant(), user(), assistant()], **mask}
@@ -146,7 +146,7 @@ def test_a_row_may_say_it_for_all_of_its_turns(
         ({"prompt": "u", "completion": "a", "sample_weight": 2}, "sample_weight of the row is 2"),
     ],
 )
-def test_another_weight_is_refused_with_its_line(
+def test_a_weight_other_than_0_or_1_is_refused_with_its_line(
     tmp_path: Path, row: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -204,7 +204,7 @@ def test_tools_calls_and_results_go_through_the_template(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "tools", [{"tools": json.dumps([CLOCK])}, {"functions": [CLOCK["function"]]}]
 )
-def test_other_spellings_of_tools_and_calls(
+def test_other_names_of_tools_and_calls_are_read(
     tmp_path: Path, call: dict[str, Any], tools: dict[str, Any]
 ) -> None:
     text, parts, notes = labelled(
@@ -214,7 +214,7 @@ def test_other_spellings_of_tools_and_calls(
     assert json.dumps([CLOCK]) in text
 
 
-def test_share_gpt_calls(tmp_path: Path) -> None:
+def test_sharegpt_calls_are_read(tmp_path: Path) -> None:
     turns = [
         {"from": "human", "value": "time?"},
         {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "utc"}}'},
@@ -238,7 +238,9 @@ def test_parquet_adds_no_nulls_to_tools(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("read_as", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_learnt_under_whatever_name(tmp_path: Path, key: str, read_as: str) -> None:
+def test_reasoning_is_learnt_under_each_of_its_names(
+    tmp_path: Path, key: str, read_as: str
+) -> None:
     template = TOOLS.replace("reasoning_content", read_as)
     conversation = only(tmp_path, {"messages": [user(), assistant("4", **{key: "two and two"})]})
     _, parts, notes = labelled(conversation, template)
@@ -255,7 +257,7 @@ def test_control_tokens_typed_into_tools_and_calls_are_text(tmp_path: Path) -> N
     assert '"name": "<|im_start|>"' in text and not notes
 
 
-def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+def test_a_tokenizer_with_another_template_for_tools(tmp_path: Path) -> None:
     tokenizer = byte_level({"default": CHATML, "tool_use": TOOLS})
     row = {"messages": [user(), assistant()], "tools": [CLOCK]}
     ids, _, _ = ChatEncoder(tokenizer).encode(only(tmp_path, row), max_length=LONG)
@@ -301,7 +303,7 @@ STRIPS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
         ),
     ],
 )
-def test_what_a_template_leaves_out_is_noted(
+def test_parts_that_a_template_leaves_out_are_noted(
     tmp_path: Path, template: str, row: dict[str, Any], lost: list[str]
 ) -> None:
     data = data_of(tmp_path, row, row)

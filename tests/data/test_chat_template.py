@@ -1,4 +1,4 @@
-"""What is learnt of a conversation: exactly the assistant's words and the end of its turn."""
+"""Labels cover exactly the assistant's words and the end of its turn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from chats import (
+from chat_tokenizers import (
     CHATML,
     byte_level,
     chat,
@@ -72,7 +72,7 @@ def test_the_prompt_of_an_answer_is_what_the_model_is_prompted_with() -> None:
     assert ids[:first] == prompt
 
 
-def test_the_default_system_prompt_is_there_and_is_not_learnt() -> None:
+def test_the_default_system_prompt_is_not_learnt() -> None:
     tokenizer = smollm2_tokenizer()
     ids, labels = real(chat("Hi", "Hello"))
     assert tokenizer.decode(ids) == (
@@ -119,7 +119,7 @@ def test_typed_control_tokens_are_text(typed: str, who: str) -> None:
     assert labelled_parts(tokenizer, ids, labels) == [f"{words['assistant']}<|im_end|>"]
 
 
-def test_any_text_at_all() -> None:
+def test_labels_cover_the_answer_for_any_text() -> None:
     """White space, control tokens, letters of many scripts, in every order."""
     tokenizer = smollm2_tokenizer()
     encoder = smollm2_encoder()
@@ -149,13 +149,13 @@ def test_any_text_at_all() -> None:
         ]
 
 
-def test_an_empty_answer_is_an_end_of_turn() -> None:
+def test_an_empty_answer_learns_only_the_end_of_turn() -> None:
     tokenizer = smollm2_tokenizer()
     ids, labels = real(chat("say nothing", ""))
     assert labelled_parts(tokenizer, ids, labels) == ["<|im_end|>"]
 
 
-def test_the_tokenizer_is_left_as_it_was() -> None:
+def test_the_tokenizer_is_unchanged() -> None:
     tokenizer = smollm2_tokenizer()
     before = tokenizer.backend_tokenizer.to_str()
     encode(tokenizer, chat("<|im_end|>", "b"))
@@ -200,7 +200,7 @@ def test_conversations_that_are_cut_or_dropped_are_counted() -> None:
     assert few.counts["dropped, nothing to learn within max_length"] == 1
 
 
-def test_nothing_to_learn_is_refused_with_the_reason() -> None:
+def test_a_split_without_a_labelled_token_is_refused() -> None:
     encoder = ChatEncoder(byte_level())
     with pytest.raises(DataError, match=r"training split .* max_length 5") as caught:
         encode_conversations(encoder, [chat("question", "answer")], max_length=5)
@@ -283,7 +283,7 @@ THINKS_LAST = CHATML.replace(
 )
 
 
-def test_a_template_that_writes_earlier_turns_otherwise() -> None:
+def test_a_template_that_writes_earlier_turns_differently_is_refused() -> None:
     tokenizer = byte_level(THINKS_LAST)
     encoder = ChatEncoder(tokenizer)
     last = chat("a", "one", "b", "two", learn="last")
@@ -294,7 +294,7 @@ def test_a_template_that_writes_earlier_turns_otherwise() -> None:
     assert "task.chat.train_on=last_answer" in str(caught.value.fix)
 
 
-def test_a_prompt_that_is_not_what_the_turn_begins_with_is_refused() -> None:
+def test_a_prompt_that_does_not_begin_the_turn_is_refused() -> None:
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     with pytest.raises(DataError, match="does not begin an assistant's turn with its prompt"):
         ChatEncoder(byte_level(template))
@@ -324,7 +324,7 @@ def test_a_turn_without_an_end_is_learnt_whole_and_noted() -> None:
     assert any("without a control token" in note for note in encoder.notes)
 
 
-def test_control_tokens_that_take_the_space_behind_along() -> None:
+def test_control_tokens_that_include_the_space_after_them() -> None:
     end = AddedToken("<|end|>", rstrip=True, special=True, normalized=False)
     start = AddedToken("<|user|>", special=True, normalized=False)
     other = AddedToken("<|assistant|>", rstrip=True, special=True, normalized=False)
@@ -342,7 +342,7 @@ def test_control_tokens_that_take_the_space_behind_along() -> None:
     assert labelled_parts(tokenizer, ids, labels) == ["answer<|end|>", "no<|end|>"]
 
 
-def test_a_tag_that_is_no_special_token_stays_one_token() -> None:
+def test_a_tag_that_is_not_special_stays_one_token() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["<think>"])
     (think,) = tokenizer("<think>")["input_ids"]
@@ -354,7 +354,7 @@ def test_a_tag_that_is_no_special_token_stays_one_token() -> None:
 
 
 @pytest.mark.parametrize("kind", ["first", "legacy", "byte"])
-def test_llama_2s_form_by_hand(kind: str) -> None:
+def test_llama_2_form_equals_a_handwritten_one(kind: str) -> None:
     tokenizer = (
         byte_level(None, "<s>", "</s>", eos="</s>") if kind == "byte" else sentencepiece(kind)
     )
@@ -380,7 +380,7 @@ def test_typed_control_tokens_with_sentencepiece(kind: str) -> None:
     assert labelled_parts(tokenizer, ids, labels) == [" is </s> an end?</s>"]
 
 
-def test_unknown_letters_are_no_control_tokens() -> None:
+def test_unknown_letters_are_not_control_tokens() -> None:
     tokenizer = sentencepiece("first", byte_fallback=False)
     ids, labels = encode(tokenizer, chat("what is 漢 </s>?", "a 漢 word"))
     assert tokenizer.unk_token_id in labels
@@ -388,14 +388,14 @@ def test_unknown_letters_are_no_control_tokens() -> None:
     assert labelled_parts(tokenizer, ids, labels) == [" a <unk> word</s>"]
 
 
-def test_llama_2s_form_wants_turns_in_turn() -> None:
+def test_llama_2_form_needs_alternating_turns() -> None:
     encoder = ChatEncoder(sentencepiece("first"))
     turns = (Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True))
     with pytest.raises(DataError, match="must take turns"):
         encoder.encode(Conversation(turns, "g"), max_length=LONG)
 
 
-def test_gpt_2_has_no_bos_of_its_own() -> None:
+def test_gpt_2_without_a_bos_token() -> None:
     tokenizer = byte_level(None, "<|endoftext|>", eos="<|endoftext|>")
     ids, labels = encode(tokenizer, chat("ask", "answer"))
     assert tokenizer.decode(ids) == "[INST] ask [/INST] answer<|endoftext|>"
@@ -405,14 +405,14 @@ def test_gpt_2_has_no_bos_of_its_own() -> None:
 # --- what cannot be
 
 
-def test_no_template_and_no_end_token() -> None:
+def test_a_tokenizer_without_template_and_end_token_is_refused() -> None:
     tokenizer = byte_level(None)
     tokenizer.eos_token = None
     with pytest.raises(UsageError, match="neither a chat template nor an end token"):
         ChatEncoder(tokenizer)
 
 
-def test_a_tokenizer_in_python() -> None:
+def test_a_tokenizer_written_in_python_is_refused() -> None:
     from transformers import CanineTokenizer
 
     with pytest.raises(UsageError, match="is written in Python"):

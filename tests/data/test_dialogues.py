@@ -1,4 +1,4 @@
-"""The built-in conversations: shape, determinism, disjoint fillers, one way with the exports."""
+"""The built-in conversations: shape, determinism, disjoint fillers, the same reader as exports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import flat, read, write
+from oasst_samples import flat, read, write
 from task_data import load_chat
 
 from sparsegrad_cli.data.builtin.dialogue_lexicon import CLOSED_CLASS, TRAIN, VALIDATION
@@ -21,7 +21,7 @@ BRIEF = re.compile(r"In one line: [^\n]+\.")
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_trees_are_whole_and_their_prompts_distinct(split: Split) -> None:
+def test_trees_are_complete_and_their_prompts_distinct(split: Split) -> None:
     trees = generate(split, SIZES[split])
     assert len({tree["prompt"]["text"] for tree in trees}) == len(trees) == SIZES[split]
     names = [row["message_id"] for tree in trees for row in flat(tree["prompt"])]
@@ -74,14 +74,14 @@ def test_counting_in_answers_is_right(split: Split) -> None:
     assert set(checked) == {"times", "clock", "order"} and min(checked.values()) >= 50
 
 
-def test_same_for_equal_arguments_and_global_state_untouched() -> None:
+def test_equal_arguments_give_equal_results_and_global_state_is_unchanged() -> None:
     state = random.getstate()
     one = generate("train", 50, seed=3)
     assert random.getstate() == state
     assert one == generate("train", 80, seed=3)[:50] and one != generate("train", 50, seed=4)
 
 
-def test_pinned() -> None:
+def test_the_generated_data_is_pinned() -> None:
     # The built-in task must not change under people's feet.
     pinned = "05544b60c0f167857e86d1d886d11f12c1a6e9c6e1fad0a2fabd0c521cc0ae9e"
     assert load_chat("builtin:dialogues").data_hash == pinned

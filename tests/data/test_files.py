@@ -1,4 +1,4 @@
-"""Data files as they come: shards, compressions, separators, long texts, columns nobody uses."""
+"""Data files: shards, compression, separators, long texts, unused columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import node, tree, write
+from oasst_samples import node, tree, write
 from task_data import load_chat, load_task
 
 from sparsegrad_cli.data import compressed_files
@@ -147,7 +147,7 @@ def test_a_missing_shard_is_refused_in_every_format(tmp_path: Path, suffix: str)
             load_chat("oasst", path=tmp_path)
 
 
-def test_a_fault_in_a_shard_names_the_shard_and_its_line(tmp_path: Path) -> None:
+def test_an_error_in_a_shard_names_the_shard_and_its_line(tmp_path: Path) -> None:
     shards(tmp_path, "train-00000-of-00002.csv")
     put(tmp_path / "train-00001-of-00002.csv", "text,label\nx,a\n,b\n")
     with pytest.raises(DataError, match=r"is empty\nwhere: .*train-00001-of-00002\.csv:3"):
@@ -180,7 +180,7 @@ def test_files_in_data_and_beside_it_that_are_not_read_are_named(tmp_path: Path)
     assert any(f"not read in {hub}: validation.csv" in n for n in load_task("csv", path=hub).notes)
 
 
-def test_what_is_named_like_a_split_and_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_folder_or_link_named_like_a_split_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "train.csv", CSV)
     named = tmp_path / "validation.csv"
     named.symlink_to("nowhere.csv")
@@ -210,7 +210,7 @@ def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert "dataset_infos" not in note and note.endswith("read: train.csv, dev.csv")
 
 
-def test_one_shard_that_is_named_itself_is_noted(tmp_path: Path) -> None:
+def test_a_single_shard_as_path_is_noted(tmp_path: Path) -> None:
     shards(tmp_path, "train-00000-of-00002.csv")
     notes = load_task("csv", path=tmp_path / "train-00000-of-00002.csv").notes
     assert "is one of 2 shards" in notes[0] and "set task.path to the folder" in notes[0]
@@ -220,7 +220,7 @@ def test_one_shard_that_is_named_itself_is_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_a_text_longer_than_the_csv_modules_limit(tmp_path: Path, suffix: str) -> None:
+def test_a_text_may_be_longer_than_the_limit_of_the_csv_module(tmp_path: Path, suffix: str) -> None:
     long = 'said "q", ' * 20_000
     limit = csv.field_size_limit()
     assert len(long) > limit
@@ -232,7 +232,7 @@ def test_a_text_longer_than_the_csv_modules_limit(tmp_path: Path, suffix: str) -
     assert csv.field_size_limit() == limit
 
 
-def test_an_integer_of_thousands_of_digits_in_a_column_nobody_uses(tmp_path: Path) -> None:
+def test_an_integer_of_thousands_of_digits_in_an_unused_column(tmp_path: Path) -> None:
     number = "9" * 5000
     lines = JSONL.replace("}", f', "id": {number}}}')
     assert texts(load_task("json", path=put(tmp_path / "d.jsonl", lines))) == ALL
@@ -242,7 +242,7 @@ def test_an_integer_of_thousands_of_digits_in_a_column_nobody_uses(tmp_path: Pat
     assert str(read_table([path]).columns["id"][0]) == number
 
 
-def test_texts_may_come_to_more_than_arrows_strings_hold(tmp_path: Path) -> None:
+def test_texts_may_exceed_the_size_of_an_arrow_string_column(tmp_path: Path) -> None:
     task = load_task("csv", path=put(tmp_path / "d.csv", CSV))
     assert task.train.features["text"].dtype == "large_string"  # string: 2 GiB of a column
 
@@ -260,7 +260,7 @@ def test_texts_may_come_to_more_than_arrows_strings_hold(tmp_path: Path) -> None
         ("d.tsv", ";", "columns are separated by semicolons"),
     ],
 )
-def test_another_separator_is_found_and_said(
+def test_another_separator_is_found_and_noted(
     tmp_path: Path, name: str, mark: str, note: str
 ) -> None:
     lines = [f"text{mark}label", *(f'"{text}"{mark}{label}' for text, label in ROWS)]
@@ -277,7 +277,7 @@ def test_commas_in_texts_do_not_hide_semicolons(tmp_path: Path) -> None:
         load_task("csv", path=tmp_path / "d.csv")
 
 
-def test_a_file_that_has_one_separator_is_not_read_with_another(tmp_path: Path) -> None:
+def test_a_file_with_a_fitting_separator_is_not_read_with_another(tmp_path: Path) -> None:
     path = put(tmp_path / "d.csv", "text,label\na; b,x\nc; d; e,y\n")
     task = load_task("csv", path=path)
     assert texts(task) == ["a; b", "c; d; e"]
@@ -312,14 +312,14 @@ def test_excel_may_declare_its_separator(tmp_path: Path) -> None:
     ],
     ids=["header", "rows", "short", "blank", "crlf", "cr", "bom", "twice"],
 )
-def test_what_holds_nothing_is_tolerated(tmp_path: Path, text: str) -> None:
+def test_empty_columns_and_rows_are_ignored(tmp_path: Path, text: str) -> None:
     for suffix in ("csv", "tsv"):
         marked = text if suffix == "csv" else text.replace(",", "\t")
         task = load_task("csv", path=put(tmp_path / f"D.{suffix.upper()}", marked))
         assert texts(task) == ["a", "b"] and not any("D." in note for note in task.notes)
 
 
-def test_a_column_without_a_name_is_not_read_and_said(tmp_path: Path) -> None:
+def test_a_column_without_a_name_is_not_read_and_noted(tmp_path: Path) -> None:
     task = load_task("csv", path=put(tmp_path / "d.csv", ",text,label\n0,a,x\n1,b,y\n"))
     assert texts(task) == ["a", "b"]
     assert "d.csv: column 1 has no name in the header: not read" in task.notes
@@ -331,7 +331,7 @@ def test_a_separator_in_an_unquoted_text_does_not_hide_behind_empty_columns(tmp_
         load_task("csv", path=path)
 
 
-def test_a_tsv_that_is_quoted_by_halves_is_refused(tmp_path: Path) -> None:
+def test_a_tsv_that_is_quoted_in_part_is_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "d.tsv", 'text\tlabel\n"a ""b"" c"\tx\n"he" said\ty\n')
     with pytest.raises(DataError, match=r"is not CSV.*\n.*d\.tsv:3"):
         load_task("csv", path=path)
@@ -433,7 +433,7 @@ def test_other_formats_are_refused_by_name(
         load_task("csv", path=folder)
 
 
-def test_a_zip_files_member_says_what_it_holds(tmp_path: Path) -> None:
+def test_the_member_of_a_zip_file_decides_its_format(tmp_path: Path) -> None:
     path = put(tmp_path / "d.zip", zipped(JSONL.encode(), "folder/rows.jsonl"))
     assert texts(load_task("csv", path=path)) == ALL
 
@@ -483,7 +483,7 @@ def faulty() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["far", "zone", "twice", "text8"])
-def test_a_faulty_column_matters_only_when_it_is_used(tmp_path: Path, name: str) -> None:
+def test_a_damaged_column_is_refused_only_if_it_is_used(tmp_path: Path, name: str) -> None:
     path = parquet(tmp_path / "d.parquet", **{name: faulty()[name]})
     assert texts(load_task("parquet", path=path)) == ["a", "b", "c", "d"]
     row = 3 if name in ("far", "text8") else 1
@@ -493,7 +493,7 @@ def test_a_faulty_column_matters_only_when_it_is_used(tmp_path: Path, name: str)
             load_task("parquet", path=path, columns={role: name})
 
 
-def test_two_columns_of_one_name_matter_only_when_they_are_used(tmp_path: Path) -> None:
+def test_repeated_columns_are_refused_only_if_they_are_used(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -508,7 +508,7 @@ def test_two_columns_of_one_name_matter_only_when_they_are_used(tmp_path: Path) 
         load_task("parquet", path=path, columns={"label": "score"})
 
 
-def test_chats_beside_a_faulty_column(tmp_path: Path) -> None:
+def test_chats_are_read_beside_a_damaged_column(tmp_path: Path) -> None:
     path = parquet(
         tmp_path / "d.parquet",
         prompt=["q", "r", "s", "t"],
@@ -568,7 +568,7 @@ def test_a_damaged_parquet_file_names_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".bz2", bz2.compress), (".xz", lzma.compress)])
-def test_a_later_stream_that_is_damaged_is_not_dropped(
+def test_a_damaged_later_stream_is_refused(
     tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
 ) -> None:
     header, *lines = CSV.encode().splitlines(keepends=True)

@@ -90,7 +90,7 @@ def test_task_folder_or_its_parent(real: dict[str, LoadedTask]) -> None:
     assert load_task("glue/rte", path=folder / "RTE").data_hash == real["rte"].data_hash
 
 
-def test_qnli_without_training_file_names_what_it_looked_for() -> None:
+def test_a_missing_training_file_names_the_tried_files() -> None:
     with pytest.raises(DataError) as caught:
         load_task("glue/qnli", path=paths.shared_data() / "glue")
     assert "training" in str(caught.value) and "train.tsv" in str(caught.value)
@@ -221,7 +221,7 @@ def test_qnli_word_labels(tmp_path: Path) -> None:
     assert list(task.validation["validation"]["label"]) == [1]
 
 
-def test_wnli_ids_run_the_other_way(tmp_path: Path) -> None:
+def test_wnli_ids_are_reversed(tmp_path: Path) -> None:
     head = "index|sentence1|sentence2|label"
     tsv(tmp_path / "train.tsv", head, "0|a|b|entailment", "1|a|b|0")
     tsv(tmp_path / "dev.tsv", head, "0|a|b|1")
@@ -306,14 +306,14 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["gone", "file"])
-def test_path_that_is_no_folder(tmp_path: Path, path: str) -> None:
+def test_a_glue_path_must_be_a_folder(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"task\.path"):
         load_task("glue/rte", path=tmp_path / path)
 
 
 @pytest.mark.parametrize("name", ["glue/ret", "rte", "glue/", "builtin:acceptabilty"])
-def test_unknown_task_lists_what_there_is(name: str) -> None:
+def test_an_unknown_task_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError, match="glue/rte") as caught:
         load_task(name)
     assert caught.value.exit_code == 2
@@ -362,7 +362,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_hub_unreachable_says_how_to_go_local(offline: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path) -> None:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE

@@ -31,7 +31,7 @@ def test_nesting_of_thousands_of_levels_is_refused(tmp_path: Path, content: str)
         list(json_records(file))
 
 
-def test_places(tmp_path: Path) -> None:
+def test_records_know_their_places(tmp_path: Path) -> None:
     lines, array = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     lines.write_text('\n{"a": 1}\n\n[2]\n')
     array.write_text('\n [\n{"a": 1},\n[2]]')
@@ -56,7 +56,7 @@ def test_tables_may_be_gzip(tmp_path: Path, suffix: str) -> None:
     assert read_text(file) == text
 
 
-def test_unreadable_file_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be read: Is a directory\nwhere: "):
         read_text(tmp_path)
     with pytest.raises(DataError, match="cannot be read: No such file"):

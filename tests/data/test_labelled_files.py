@@ -1,4 +1,4 @@
-"""The user's own files: formats, columns, labels, the split, and everything that can be wrong."""
+"""Tasks from a user's files: formats, columns, labels, the split, and what can be wrong."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     assert sorted([*task.train["text"], *task.validation["validation"]["text"]]) == ["bad", "good"]
 
 
-def test_the_tasks_own_format_comes_first_in_a_folder(tmp_path: Path) -> None:
+def test_the_format_of_the_task_is_preferred_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(TWO)
     (tmp_path / "train.jsonl").write_text('{"text": "j", "label": 0}\n{"text": "k", "label": 1}\n')
     task = load_task("json", path=tmp_path)
     assert {*task.train["text"], *task.validation["validation"]["text"]} == {"j", "k"}
 
 
-def test_no_litter_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     cache = tmp_path / "cache"
@@ -110,7 +110,7 @@ def test_own_column_names(tmp_path: Path) -> None:
         ({"text_pair": "other"}, "choose one of: text, label"),
     ],
 )
-def test_missing_column_names_those_there_are(
+def test_a_missing_column_lists_the_columns_of_the_file(
     tmp_path: Path, columns: dict[str, str | None], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
@@ -187,7 +187,7 @@ def test_bad_json_says_where(tmp_path: Path, text: str, message: str) -> None:
         load_task("json", path=file)
 
 
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs a path"):
         load_task("csv")
     with pytest.raises(DataError, match="no such file"):
@@ -196,7 +196,7 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
         load_task("csv", path=tmp_path)
 
 
-def test_file_without_a_telling_suffix_is_what_the_task_says(tmp_path: Path) -> None:
+def test_the_task_decides_the_format_of_an_unknown_suffix(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text(TWO)
     assert load_task("csv", path=tmp_path / "data.txt").spec.label_names == ("no", "yes")
 
@@ -250,7 +250,7 @@ def test_one_column_for_two_roles_is_refused(tmp_path: Path, columns: dict[str, 
         csv_task(tmp_path, TWO, columns=columns)
 
 
-def test_a_json_key_that_is_written_twice_is_refused_where_it_is_used(tmp_path: Path) -> None:
+def test_a_repeated_json_key_is_refused_if_it_is_used(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     good = '{"text": "a", "x": 1, "x": 2, "label": 0}\n{"text": "b", "label": 1}\n'
     file.write_text(good)
@@ -271,12 +271,12 @@ def test_an_object_with_two_lists_of_rows_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['[{"text": "a", "label": 1}]', '\n{"text": "a"}\n{"text": "b"}'])
-def test_json_in_a_csv_file_is_said_to_be_json(tmp_path: Path, text: str) -> None:
+def test_json_in_a_csv_file_is_refused_as_json(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="Expected comma-separated values, got JSON"):
         csv_task(tmp_path, text)
 
 
 @pytest.mark.parametrize("mark", [",", "\t"])
-def test_a_header_within_the_rows_is_refused(tmp_path: Path, mark: str) -> None:
+def test_a_repeated_header_is_refused(tmp_path: Path, mark: str) -> None:
     with pytest.raises(DataError, match=r"header is repeated here.*\nwhere: .*data\.csv:4"):
         csv_task(tmp_path, (TWO + TWO).replace(",", mark))

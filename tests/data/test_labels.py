@@ -238,7 +238,7 @@ def test_a_class_that_only_validation_has_is_refused(tmp_path: Path) -> None:
         (["1,000", "999", "2"], "got '1,000': it may be a number with a comma", 2),
     ],
 )
-def test_what_can_be_read_both_ways_is_refused_naming_the_setting(
+def test_ambiguous_labels_are_refused_with_the_setting(
     tmp_path: Path, labels: list[str], what: str, line: int
 ) -> None:
     with pytest.raises(UsageError, match=what) as error:
@@ -292,7 +292,7 @@ def test_scores_by_a_setting_must_be_numbers(tmp_path: Path, label: str) -> None
     ],
 )
 @pytest.mark.parametrize("type", [None, CLASSES, SCORES])
-def test_a_label_that_is_none_is_refused_whatever_the_setting(
+def test_an_empty_label_is_refused_whatever_the_setting(
     tmp_path: Path, label: Any, message: str, type: Any
 ) -> None:
     with pytest.raises(DataError, match=message) as error:
@@ -301,7 +301,7 @@ def test_a_label_that_is_none_is_refused_whatever_the_setting(
 
 
 @pytest.mark.parametrize("label", ["1e400", "-1" + "0" * 40])
-def test_a_score_that_float32_does_not_hold(tmp_path: Path, label: str) -> None:
+def test_a_score_too_large_for_float32_is_refused(tmp_path: Path, label: str) -> None:
     with pytest.raises(DataError, match="too large"):
         load(tmp_path, ["0.5", label])
     assert load(tmp_path, ["0.5", label], type=CLASSES).spec.label_names is not None
@@ -349,7 +349,7 @@ def test_booleans_among_numbers_are_noted(tmp_path: Path) -> None:
     )
 
 
-def test_classes_that_approach_the_rows_are_noted(tmp_path: Path) -> None:
+def test_few_rows_per_class_are_noted(tmp_path: Path) -> None:
     task = load(tmp_path, [str(number) for number in range(20)])
     assert len(task.spec.label_names or ()) == 20
     assert len(task.notes) == 1 and task.notes[0].startswith("20 classes in 20 training rows")
@@ -391,7 +391,7 @@ def test_the_positive_class_is_named_and_can_be_chosen(tmp_path: Path) -> None:
     assert absent.notes[0].startswith("validation has no row of class 'fraud': f1,")
 
 
-def test_of_three_classes_f1_is_recorded_as_the_mean_that_it_is(tmp_path: Path) -> None:
+def test_f1_of_three_classes_is_recorded_as_f1_macro(tmp_path: Path) -> None:
     task = load(tmp_path, ["a", "b", "c"] * 3, metric="f1")
     assert task.spec.metric == "f1_macro" and task.spec.positive_label is None
     assert task.notes == ("f1 of 3 classes is their plain mean: f1_macro",)

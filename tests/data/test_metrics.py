@@ -1,4 +1,4 @@
-"""Metrics against their formulas written out, the degenerate cases."""
+"""Metrics against their formulas, and the cases that a formula leaves undefined."""
 
 from __future__ import annotations
 
@@ -279,5 +279,5 @@ def test_loss_of_scores_is_their_mean_squared_error(shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("lost", [np.nan, np.inf])
-def test_a_lost_logit_has_no_loss(lost: float) -> None:
+def test_a_nan_logit_gives_a_nan_loss(lost: float) -> None:
     assert np.isnan(mean_loss(COLA, [[0.0, lost], [1.0, 2.0]], [0, 1]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
+from oasst_samples import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 
 from sparsegrad_cli.data.chat_data import learnt_turns
 from sparsegrad_cli.data.conversation import Conversation, Turn
@@ -116,7 +116,7 @@ def filtered(
     return everything(data) - {"q1 a7*"}, dropped
 
 
-def test_deleted_and_rejected_go_with_what_hangs_below(tmp_path: Path) -> None:
+def test_deleted_and_rejected_messages_drop_all_below_them(tmp_path: Path) -> None:
     root = node(
         "p",
         node("a1", node("p2", node("a2"))),
@@ -150,7 +150,7 @@ def test_languages(tmp_path: Path) -> None:
         read(tmp_path / "x.jsonl", languages=("ger",))
 
 
-def test_max_rank_is_for_the_assistant_and_drops_what_is_not_ranked(tmp_path: Path) -> None:
+def test_max_rank_drops_assistant_replies_without_a_rank(tmp_path: Path) -> None:
     root = node(
         "p",
         node("a1", node("p2", node("a2"), rank=5), rank=0),  # p2 is a prompt, a2 an only reply
@@ -167,7 +167,7 @@ def test_max_rank_is_for_the_assistant_and_drops_what_is_not_ranked(tmp_path: Pa
     }
 
 
-def test_only_reply_left_needs_no_rank(tmp_path: Path) -> None:
+def test_a_reply_without_siblings_needs_no_rank(tmp_path: Path) -> None:
     root = node("p", node("a1"), node("a2", deleted=True), node("p2"))
     assert filtered(tmp_path, root, max_rank=0)[0] == {"p a1*"}
 

@@ -1,4 +1,4 @@
-"""Where OpenAssistant data lies: files, folders, the hub; settings that cannot be."""
+"""OpenAssistant data in files, folders and on the hub; invalid settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oasst_samples import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 from pydantic import ValidationError
-from talk import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 from task_data import chat_task, load_chat
 
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
@@ -45,7 +45,7 @@ def test_parquet_as_the_hub_has_it(tmp_path: Path) -> None:
     assert [spoken(each) for each in data.validation] == ["q1 a7*"]
 
 
-def test_folder_takes_ready_trees_first(tmp_path: Path) -> None:
+def test_ready_trees_are_preferred_in_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "2023_oasst_all.messages.jsonl", *flat(node("m", node("a"))), small())
     write(tmp_path / "2023_oasst_spam.messages.jsonl", node("spam", node("a")))
     assert "m a*" in everything(read(tmp_path))
@@ -77,7 +77,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_hub_unreachable_says_how_to_go_local(offline: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path) -> None:
     with pytest.raises(DownloadError) as caught:
         load_chat("oasst")
     text = str(caught.value)

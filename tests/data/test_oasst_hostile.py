@@ -1,4 +1,4 @@
-"""Damaged OpenAssistant data: a message is dropped and counted, a file is refused by its name."""
+"""Damaged OpenAssistant data: a message is dropped and counted, a file is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talk import everything, flat, node, read, small, spoken, tree, write
+from oasst_samples import everything, flat, node, read, small, spoken, tree, write
 
 from sparsegrad_cli.errors import DataError
 
@@ -64,7 +64,7 @@ def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
         ({"review_result": float("nan")}, "review_result is neither true nor false"),
     ],
 )
-def test_damaged_message_goes_with_what_hangs_below(
+def test_a_damaged_message_drops_all_below_it(
     tmp_path: Path, extra: dict[str, Any], reason: str
 ) -> None:
     bad = node("a1", node("p2", node("a2")))
@@ -74,14 +74,14 @@ def test_damaged_message_goes_with_what_hangs_below(
 
 
 @pytest.mark.parametrize("bad", [None, 7, "a reply", ["x"], True])
-def test_reply_that_is_no_object(tmp_path: Path, bad: Any) -> None:
+def test_a_reply_that_is_not_an_object(tmp_path: Path, bad: Any) -> None:
     root = node("p", node("a1"))
     root["replies"].append(bad)
     assert survivors(tmp_path, tree(root)) == ({"p a1*"}, {"not an object": 1})
 
 
 @pytest.mark.parametrize("bad", [{"0": node("a9")}, "none", 5, False])
-def test_replies_that_are_no_list(tmp_path: Path, bad: Any) -> None:
+def test_replies_that_are_not_a_list(tmp_path: Path, bad: Any) -> None:
     found, wrong = survivors(tmp_path, node("p", node("a1", replies=bad)))
     assert found == {"p a1*"} and wrong == {"replies is not a list": 1}
 
@@ -106,7 +106,7 @@ def test_replies_missing_or_null(tmp_path: Path) -> None:
         ({"tree_state": []}, "tree_state that is not text"),
     ],
 )
-def test_damage_beside_the_text_costs_the_value_only(
+def test_a_damaged_filter_value_counts_as_missing(
     tmp_path: Path, extra: dict[str, Any], reason: str
 ) -> None:
     root = node("p", node("a1", **extra), node("a2", rank=0))
@@ -117,7 +117,7 @@ def test_damage_beside_the_text_costs_the_value_only(
 @pytest.mark.parametrize(
     "labels", [{}, {"name": "quality"}, {"name": ["quality"], "value": []}, []]
 )
-def test_labels_that_say_nothing_of_quality(tmp_path: Path, labels: Any) -> None:
+def test_labels_without_a_quality(tmp_path: Path, labels: Any) -> None:
     assert survivors(tmp_path, node("p", node("a1", labels=labels))) == ({"p a1*"}, {})
 
 
@@ -129,7 +129,7 @@ def test_ranks_as_tables_write_them_are_numbers(tmp_path: Path) -> None:
 # --- lines and trees
 
 
-def test_lines_that_are_no_tree_and_no_message(tmp_path: Path) -> None:
+def test_lines_that_are_neither_a_tree_nor_a_message(tmp_path: Path) -> None:
     lines = ["[1, 2]", "7", "null", "NaN", '"text"', '{"prompt": "Hi", "completion": "Ho"}', "{}"]
     found, wrong = survivors(tmp_path, node("p", node("a1")), *lines, "", "   ")
     assert found == {"p a1*"} and wrong == {"neither a tree nor a message": 7}
@@ -198,7 +198,7 @@ def test_cycles(tmp_path: Path) -> None:
     assert survivors(tmp_path, *rows[::-1]) == (found, wrong)
 
 
-def test_the_same_message_again(tmp_path: Path) -> None:
+def test_a_repeated_message_is_read_once(tmp_path: Path) -> None:
     root = node("p", node("a1", node("p2", node("a2"))))
     found, wrong = survivors(tmp_path, tree(root), *flat(root), root)
     assert found == {"p a1* p2 a2*"} and wrong == {"repeated message, read once": 8}
@@ -212,7 +212,7 @@ def test_deleted_in_one_copy_is_deleted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [{"text": "other"}, {"role": "prompter"}, {"parent_id": "q1"}])
-def test_one_id_for_two_messages_serves_neither(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_two_messages_with_one_id_are_both_dropped(tmp_path: Path, extra: dict[str, Any]) -> None:
     rows = flat(node("p", node("a1", node("p2", node("a2"))), node("a3")))
     for order in (1, -1):
         found, wrong = survivors(tmp_path, *[*rows, rows[1] | extra][::order])
@@ -307,13 +307,15 @@ LINE = json.dumps(tree(node("p", node("a1")))) + "\n"
         ("x.parquet", b"PAR1", r"Parquet file cannot be read.*\nwhere: .*x\.parquet"),
     ],
 )
-def test_file_is_refused_by_its_name(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_a_damaged_file_is_refused_with_its_name(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
 
 
-def test_nothing_left_says_why_and_where(tmp_path: Path) -> None:
+def test_data_without_a_conversation_is_refused_with_reasons_and_places(tmp_path: Path) -> None:
     rows = [node("p1", node("a1", text="")), node("p2", node("a2", deleted=True)), node("p3")]
     with pytest.raises(DataError) as caught:
         read(write(tmp_path / "x.jsonl", *rows))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oasst_samples import EXPECTED, everything, flat, read, sides, write
 from paths import REPO, shared_data
-from talk import EXPECTED, everything, flat, read, sides, write
 
 # --- the real files
 

@@ -1,4 +1,4 @@
-"""Which trees validate, limits, and the hash of the data."""
+"""The split into training and validation trees, limits, and the hash of the data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from talk import everything, flat, node, read, sides, spoken, write
+from oasst_samples import everything, flat, node, read, sides, spoken, write
 from task_data import load_chat
 
 from sparsegrad_cli.data.chat_data import RawChat, finish, split_position
@@ -33,7 +33,7 @@ def test_no_tree_is_on_both_sides_and_every_conversation_on_one(tmp_path: Path) 
     assert validation == {f"t{i}/p" for i in range(300) if split_position(f"t{i}/p") < 0.2}
 
 
-def test_trees_that_are_added_move_no_other(tmp_path: Path) -> None:
+def test_added_trees_do_not_move_others(tmp_path: Path) -> None:
     few, many = read(forest(tmp_path, 60)), read(forest(tmp_path, 200))
     assert sides(few)[1] == sides(many)[1] & {f"t{i}/p" for i in range(60)}
 
@@ -70,7 +70,7 @@ def test_too_few_trees_to_hit_the_fraction(tmp_path: Path) -> None:
         read(forest(tmp_path, 1))
 
 
-def test_source_split(tmp_path: Path) -> None:
+def test_the_split_of_the_source_is_used_on_request(tmp_path: Path) -> None:
     # A message listed in the other file than its root follows the root.
     write(tmp_path / "train.jsonl", node("p1", node("a1")), *flat(node("q", node("a2")))[1:])
     write(tmp_path / "validation.jsonl", *flat(node("q", node("a2")))[:1])

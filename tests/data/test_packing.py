@@ -1,4 +1,4 @@
-"""Batches: padding by position, packing that changes no loss, and the paper's blocks."""
+"""Batches of conversations: padding, packing without a change of the loss, and blocks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_first_fit_is_first_fit_decreasing() -> None:
         assert len(found) <= sum(lengths) / 50 * 11 / 9 * 2 + 1
 
 
-def test_what_fits_exactly_leaves_no_room() -> None:
+def test_items_that_fill_a_bin_exactly() -> None:
     assert first_fit([6, 4, 5, 5, 10], 10) == [[0, 1], [2, 3], [4]]
     assert first_fit([], 10) == []
     with pytest.raises(ValueError, match="11 does not fit"):
@@ -72,7 +72,7 @@ def test_what_fits_exactly_leaves_no_room() -> None:
 # --- padding
 
 
-def test_padding_is_where_no_row_reaches_whatever_the_tokens_say() -> None:
+def test_padding_follows_from_lengths_not_from_token_ids() -> None:
     data = rows(5, 3)
     batch = ChatCollator(END)(list(data))
     assert batch["input_ids"].tolist() == [data[0]["input_ids"], [*data[1]["input_ids"], END, END]]
@@ -115,7 +115,7 @@ def test_every_conversation_is_packed_once_and_whole() -> None:
     assert pack(data, 12)[:] == packed[:]
 
 
-def test_packing_cuts_what_is_longer_and_drops_what_is_not_learnt() -> None:
+def test_packing_cuts_long_conversations_and_drops_unlabelled_ones() -> None:
     data = token_rows(
         [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6]], [[-100, 4, -100, -100, 7, 8], [-100] * 3 + [6]]
     )
@@ -195,7 +195,7 @@ def test_families_that_keep_packed_conversations_apart(
         check_packing(model_of(architecture, **overrides).to(dtype))
 
 
-def test_a_family_that_does_not_is_refused() -> None:
+def test_a_family_that_mixes_packed_conversations_is_refused() -> None:
     with pytest.raises(UsageError, match="OPTForCausalLM does not keep conversations apart"):
         check_packing(model_of("opt"))
 
@@ -203,7 +203,7 @@ def test_a_family_that_does_not_is_refused() -> None:
 # --- the paper's blocks
 
 
-def test_blocks_by_hand() -> None:
+def test_blocks_equal_handwritten_ones() -> None:
     data = token_rows(
         [[3, 4, END], [5, 6, 7, 8], [9, END]],
         [[-100, 4, END], [-100, -100, 7, 8], [-100, END]],
@@ -222,7 +222,7 @@ def test_blocks_without_a_label_are_left_out() -> None:
         concatenate(data, 2, END)
 
 
-def test_attention_goes_across_in_blocks() -> None:
+def test_attention_crosses_conversations_in_blocks() -> None:
     model = model_of("llama")
     data = rows(6, 6)
     (block,) = list(concatenate(data, 12, END))

@@ -113,7 +113,7 @@ def test_rows_that_are_cut_are_counted(
 @pytest.mark.parametrize(
     ("pair", "max_length", "special"), [(False, 2, 2), (True, 3, 3), (True, 1, 3)]
 )
-def test_all_truncated_to_nothing(
+def test_a_max_length_without_room_for_text_is_refused(
     tmp_path: Path, bert: Any, pair: bool, max_length: int, special: int
 ) -> None:
     with pytest.raises(DataError, match=f"{special} special tokens") as caught:
@@ -123,14 +123,16 @@ def test_all_truncated_to_nothing(
 
 
 @pytest.mark.parametrize("padding", ["dynamic", "fixed"])
-def test_texts_that_vanish(tmp_path: Path, bert: Any, padding: Any) -> None:
+def test_texts_that_the_tokenizer_drops_are_refused(
+    tmp_path: Path, bert: Any, padding: Any
+) -> None:
     # BERT's normalizer drops control characters: nothing is left but [CLS] and [SEP].
     task = make_task(tmp_path, pair=False, rows=[("\x01", "", 0), ("\x02", "", 1)])
     with pytest.raises(DataError, match="nothing but the 2 special tokens"):
         tokenize(task, bert, max_length=16, padding=padding)
 
 
-def test_text_without_any_token(tmp_path: Path) -> None:
+def test_a_text_without_a_token_is_refused(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("x\t1\t\tgood\nx\t0\t*\t\n")
     task = load_task("glue/cola", path=tmp_path)
@@ -200,7 +202,7 @@ def test_pad_token_known_to_the_tokenizer_is_told_to_the_model(bert: Any) -> Non
     assert config.pad_token_id == bert.pad_token_id == 0 and note is not None and "model" in note
 
 
-def test_neither_pad_nor_end_token() -> None:
+def test_a_tokenizer_without_pad_and_end_token_is_refused() -> None:
     with pytest.raises(UsageError, match="neither a pad token nor an end token"):
         ensure_pad_token(SimpleNamespace(pad_token_id=None, eos_token_id=None))
 

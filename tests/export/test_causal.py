@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chats import byte_level
+from chat_tokenizers import byte_level
 from little import base_of, record, train
 from safetensors.torch import load_file
 from sparsegrad_cli.export.rebuild import rebuild

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chats import smollm2_tokenizer
+from chat_tokenizers import smollm2_tokenizer
 from tiny import build, config
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError

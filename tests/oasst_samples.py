@@ -1,4 +1,4 @@
-"""Hand-made OpenAssistant data, and conversations written so that a test can be read."""
+"""Small OpenAssistant trees, and conversations written as short texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations and tokenizers for chat tests: real ones, and small ones of every make."""
+"""Conversations and tokenizers for chat tests: real ones, and small trained ones."""
 
 from __future__ import annotations
 
