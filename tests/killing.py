@@ -24,6 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 _LIBRARIES = (
     "datasets",
+    "evaluate",
     "matplotlib.pyplot",
     "peft",
     "sklearn.metrics",

@@ -1,5 +1,6 @@
-"""Metrics of classes and scores, with the values of scikit-learn and scipy.
+"""Metrics of classes and scores as an ``evaluate`` module that works offline.
 
+The values come from scikit-learn and scipy.
 All values are fractions (0.59, not 59). A metric that its formula leaves undefined gets the value
 below and a note, never NaN:
 
@@ -19,10 +20,14 @@ NaN or infinite logits anywhere     the lowest: 0, or -1  the model is broken, s
 and with ``_weighted`` the mean weighted by rows, over the classes that are true or predicted
 (scikit-learn's default). Accuracy and the Matthews correlation do not depend on the positive
 class.
+
+``evaluate`` takes seconds to import, so it is imported when the first score is computed.
 """
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +84,9 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
         )
         return Scores({name: LOWEST[name] for name in spec.metrics}, (note,))
     predictions = outputs if spec.regression else outputs.argmax(axis=1)
-    return metric_values(spec, predictions, true)
+    metric = task_metric()(spec)
+    values = metric.compute(predictions=predictions, references=true)
+    return Scores(values, metric.notes)
 
 
 def mean_loss(
@@ -188,3 +195,43 @@ def _correlation(
 def _is_constant(numbers: npt.NDArray[np.float64]) -> bool:
     spread = float(numbers.max()) - float(numbers.min())
     return spread <= _CONSTANT * float(np.abs(numbers).max())
+
+
+@functools.cache
+def task_metric() -> type[Any]:
+    """Return the ``evaluate.Metric`` of a task's metrics: a class whose argument is the TaskSpec.
+
+    After ``compute(predictions=ids_or_scores, references=...)``, its attribute ``notes`` says which
+    values hold by definition only.
+    """
+    import datasets
+    import evaluate
+
+    class TaskMetric(evaluate.Metric):
+        def __init__(self, spec: TaskSpec) -> None:
+            self.spec = spec
+            self.notes: tuple[str, ...] = ()
+            super().__init__(keep_in_memory=True, seed=0)
+
+        def _build_data_dir(self) -> str:
+            # evaluate would make a folder in the user's cache that nothing in memory needs.
+            return tempfile.gettempdir()
+
+        def _info(self) -> Any:
+            dtype = "float64" if self.spec.regression else "int64"
+            return evaluate.MetricInfo(
+                description=f"Metrics of {self.spec.name}: {', '.join(self.spec.metrics)}.",
+                citation="",
+                inputs_description="predictions, references: (N,) class ids, or scores.",
+                features=datasets.Features(
+                    {"predictions": datasets.Value(dtype), "references": datasets.Value(dtype)}
+                ),
+            )
+
+        def _compute(self, predictions: Any = None, references: Any = None) -> dict[str, float]:
+            # Lists, not evaluate's numpy format: that one casts scores to float32.
+            scores = metric_values(self.spec, np.asarray(predictions), np.asarray(references))
+            self.notes = scores.notes
+            return scores.values
+
+    return TaskMetric

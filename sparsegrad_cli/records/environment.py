@@ -20,6 +20,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
+    "evaluate",
     "safetensors",
 )
 GIT_TIMEOUT_S = 5.0

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sparsegrad_cli.data import metrics
-from sparsegrad_cli.data.metrics import LOWEST, mean_loss, metric_values, score
+from sparsegrad_cli.data.metrics import LOWEST, mean_loss, metric_values, score, task_metric
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.recipe.tasks import BUILTIN_TASKS, CLASS_METRICS, GLUE_TASKS, TaskSpec
 
@@ -243,7 +244,7 @@ def test_every_task_has_its_official_metrics() -> None:
 def test_importing_the_metrics_imports_no_heavy_library() -> None:
     code = (
         "import sys; from sparsegrad_cli.data import metrics; "
-        "heavy = {'torch', 'datasets', 'sklearn', 'scipy', 'pandas', 'transformers'}; "
+        "heavy = {'torch', 'datasets', 'evaluate', 'sklearn', 'scipy', 'pandas', 'transformers'}; "
         "print(heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -281,3 +282,20 @@ def test_loss_of_scores_is_their_mean_squared_error(shape: tuple[int, ...]) -> N
 @pytest.mark.parametrize("lost", [np.nan, np.inf])
 def test_a_nan_logit_gives_a_nan_loss(lost: float) -> None:
     assert np.isnan(mean_loss(COLA, [[0.0, lost], [1.0, 2.0]], [0, 1]))
+
+
+def test_a_task_has_an_evaluate_metric_that_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    one, two = task_metric()(COLA), task_metric()(COLA)
+    assert isinstance(one, evaluate.Metric)
+    one.add_batch(predictions=[1, 0], references=[1, 0])
+    two.add_batch(predictions=[1, 0], references=[0, 1])
+    assert one.compute()["matthews_correlation"] == 1.0
+    assert two.compute()["matthews_correlation"] == -1.0
+    scores = task_metric()(STSB).compute(predictions=[1, 2, 3], references=[2, 4, 7])
+    assert scores["spearmanr"] == pytest.approx(1.0)
+    assert not list(tmp_path.iterdir())
