@@ -161,7 +161,7 @@ def test_a_peft_folder_is_a_start_for_lora_of_its_rank_and_scale(
     other = train(bench, bench.fresh(), METHODS["lora"], f"init_from={folder}", "method.alpha=9")
     assert other.code == 2 and "method.alpha is 9" in flat(other)
     core = train(bench, bench.fresh(), METHODS["core static"], f"init_from={folder}")
-    assert core.code == 2 and "is a LoRA adapter" in flat(core)
+    assert core.code == 2 and "is a PEFT adapter of type LORA" in flat(core)
 
 
 def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(

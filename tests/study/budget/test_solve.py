@@ -113,7 +113,7 @@ def replace_calibration(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 @pytest.mark.parametrize("method", [LORA, DENSE, STATIC, "{name: meprop, select: rows}"])
-def test_entries_are_met_as_nearly_as_any_size_does(
+def test_a_number_of_parameters_is_met_as_nearly_as_any_size_does(
     place: Path, counting: Counting, method: str
 ) -> None:
     loaded = recipe(place, method)
@@ -131,10 +131,10 @@ def test_entries_are_met_as_nearly_as_any_size_does(
     assert smallest(loaded, "trainable", min(known) - 0.5, counting) == min(known)
 
 
-# --- entries under bytes
+# --- numbers of parameters under bytes
 
 
-def test_entries_fill_a_state_to_the_byte(place: Path, counting: Counting) -> None:
+def test_parameters_fill_a_state_to_the_byte(place: Path, counting: Counting) -> None:
     loaded = recipe(place, STATIC)
     least = smallest(loaded, "optimizer_state", 8, counting)
     for more in (0, 7, 8, 800, 801):
@@ -142,7 +142,7 @@ def test_entries_fill_a_state_to_the_byte(place: Path, counting: Counting) -> No
         assert pick.predicted == least + more // 8 * 8  # two moments of four bytes an entry
 
 
-def test_entries_leave_a_thousandth_of_a_peak_unless_the_next_rank_is_in_the_way(
+def test_at_most_a_thousandth_of_a_peak_is_left_unless_the_rank_would_rise(
     place: Path, counting: Counting
 ) -> None:
     loaded = replace_calibration(recipe(place, STATIC))
@@ -155,7 +155,7 @@ def test_entries_leave_a_thousandth_of_a_peak_unless_the_next_rank_is_in_the_way
             assert pick.larger[1] > room
 
 
-def test_choosing_more_entries_costs_nothing_where_all_have_state(
+def test_choosing_more_parameters_costs_nothing_where_all_have_state(
     place: Path, counting: Counting
 ) -> None:
     free = recipe(place, "{name: meprop, density: 0.05}")
@@ -330,7 +330,7 @@ def test_a_row_that_names_its_size_keeps_it_and_has_to_fit(place: Path) -> None:
     assert solved.budget is not None
     row = solved.budget["rows"][1]
     assert row["set"] == {} and row["size"] == "rank 3" and "as the study says" in row["limit"]
-    with pytest.raises(RecipeError, match=r"rank 3\) it takes 168 entries"):
+    with pytest.raises(RecipeError, match=r"rank 3\) it takes 168 parameters"):
         solve_study(study(place, "trainable=167", full=", matched: false", lora=own))
 
 
@@ -338,8 +338,8 @@ def test_all_that_cannot_be_reached_comes_together_with_what_would_be_enough(pla
     with pytest.raises(RecipeError) as caught:
         solve_study(study(place, "trainable=50"))
     full, lora = caught.value.problems  # the second row of LoRA is the same question
-    assert "too little for full on csv" in full.what and "384 entries" in full.what
-    assert "(rank 1) it takes 56 entries" in lora.what
+    assert "too little for full on csv" in full.what and "384 parameters" in full.what
+    assert "(rank 1) it takes 56 parameters" in lora.what
     assert full.file == str(place / "s.yaml") and full.line == 12 and full.key == "match"
     assert "allow trainable=384" in str(full.fix) and "matched: false" in str(full.fix)
     assert solve_study(study(place, "trainable=384")).budget is not None
