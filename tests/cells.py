@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsegrad_cli.records.base import Block
+from sparsegrad_cli.records.study import BudgetBlock, CellEntry
+from sparsegrad_cli.study.evidence import evidence, make_checks, with_measured
+from sparsegrad_cli.study.pairs import pair_tests
+from sparsegrad_cli.study.rows import make_rows
+
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 
 
@@ -71,3 +77,42 @@ def study_cells(scores: Scores, metrics: Mapping[str, str] | None = None) -> lis
         for method, values in methods.items()
         for seed, score in enumerate(values)
     ]
+
+
+def entries(cells: Sequence[Mapping[str, Any]]) -> list[CellEntry]:
+    """Cells as compare.json types them."""
+    return [CellEntry.model_validate(cell) for cell in cells]
+
+
+def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of some cells, as JSON."""
+    return _plain(make_rows(entries(cells)))
+
+
+def pair_tests_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tests of all pairs of methods, as JSON."""
+    return pair_tests(entries(cells)).to_json()
+
+
+def checks_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The checks of some cells, as JSON."""
+    return _plain(make_checks(entries(cells)))
+
+
+def evidence_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows, tests and checks, as JSON."""
+    found = evidence(entries(cells))
+    return {
+        "rows": _plain(found["rows"]),
+        "tests": found["tests"].to_json(),
+        "checks": _plain(found["checks"]),
+    }
+
+
+def measured_in(budget: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A budget with what some cells took, as JSON."""
+    return with_measured(BudgetBlock.model_validate(budget), entries(cells)).to_json()
+
+
+def _plain(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    return [block.to_json() for block in blocks]

@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from cells import evidence_of
 from paths import REPO
 
 from sparsegrad_cli.io.atomic import without_nan
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.study.evidence import evidence
 
 
 def run_of(record: dict[str, Any]) -> RunRecord:
@@ -119,7 +119,7 @@ def study_record() -> dict[str, Any]:
         "declared": [{"task": t, "key": "train.learning_rate", "values": rates} for t in tasks],
         "flagged": [{"task": tasks[0], "key": "train.weight_decay", "values": weights}],
     }
-    return record | evidence(cells)
+    return record | evidence_of(cells)
 
 
 def damaged(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ def train(
         bool, typer.Option("--resume", help="Continue from the last checkpoint in output_dir.")
     ] = False,
     overwrite: Overwrite = False,
+    managed: Annotated[bool, typer.Option("--managed", hidden=True)] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -54,7 +56,12 @@ def train(
         )
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    with _observer(quiet or as_json) as observer:
+    with ExitStack() as held, _observer(quiet or as_json) as observer:
+        if managed:  # started by `compare`
+            from sparsegrad_cli.study.runs import managed as managed_run
+
+            resume = held.enter_context(managed_run(loaded, observer.note))
+            overwrite = not resume
         record = train_recipe(loaded, observer, resume=resume, overwrite=overwrite)
     distributed.shutdown()
     _show_run(record, as_json)
@@ -84,11 +91,10 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show a run or a comparison again, and rewrite its reports (HTML, Markdown and LaTeX)."""
-    from sparsegrad_cli.io.atomic import without_nan
+    from sparsegrad_cli.io.locks import owner_of
     from sparsegrad_cli.judge.grades import read_graded_answers
     from sparsegrad_cli.records.run import RunRecord
     from sparsegrad_cli.records.store import load_run_or_study
-    from sparsegrad_cli.records.study import StudyRecord
     from sparsegrad_cli.report.files import write_run_report, write_study_report
     from sparsegrad_cli.report.study import study_screen
     from sparsegrad_cli.run.folder import with_current_status
@@ -101,7 +107,7 @@ def report(
         write_run_report(folder, found)
         _show_run(found.changed(output_dir=str(folder)), as_json)
         return
-    study = StudyRecord.model_validate(without_nan(up_to_date(found.to_json())))
+    study = up_to_date(found, running=owner_of(folder) is not None)
     write_study_report(folder, study, read_graded_answers(folder, study))
     _show(study, study_screen(study), folder, as_json)
 

@@ -93,7 +93,7 @@ def load_study(
     if path is None:
         raise RecipeError([Problem("(file)", "no such file", file=str(source))])
     match, overrides = _match_among(overrides, match)
-    layer = read_yaml(path, str(source))
+    layer, overrides = _with_engine(read_yaml(path, str(source)), overrides)
     _anchor_study(layer.data, path.resolve().parent)
     study = _with_trials(_with_match(check(layer, Study), match), trials)
     place = layer.places.get(("recipe",), Place(str(source)))
@@ -154,7 +154,8 @@ def make_study(
     if (within := recipe_of_run(recipe)) is not None:
         name, recipe = Path(recipe).resolve().name, str(within)
     data = {"name": _study_name(name), "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
-    study = _with_trials(_with_match(Study.model_validate(data), match), trials)
+    layer, overrides = _with_engine(Layer(data), overrides)
+    study = _with_trials(_with_match(check(layer, Study), match), trials)
     return expand(study, f"{name} from the command line", recipe, overrides, _OPTION)
 
 
@@ -191,6 +192,26 @@ def _match_among(
         raise RecipeError([Problem("match", what, COMMAND_LINE, None, "give one of the two")])
     rest = tuple(text for text in overrides if text not in found)
     return (found[-1].partition("=")[2].strip() or "null" if found else match), rest
+
+
+def _with_engine(layer: Layer, overrides: tuple[str, ...]) -> tuple[Layer, tuple[str, ...]]:
+    """Take ``engine=slurm`` and ``engine.KEY=VALUE`` out of the overrides, into a study's layer."""
+    keys = {text: text.partition("=")[0].strip() for text in overrides}
+    found = [text for text in overrides if keys[text].partition(".")[0] == "engine"]
+    if not found:
+        return layer, overrides
+    layers = [Layer({"engine": layer.data.get("engine", {})}, layer.places)]
+    layers += [
+        read_override(f"engine.name={text.partition('=')[2]}" if keys[text] == "engine" else text)
+        for text in found
+    ]
+    for each in layers:  # `engine: slurm` is short for a mapping with a name
+        if isinstance(each.data["engine"], str):
+            each.data["engine"] = {"name": each.data["engine"]}
+    merged = stack(layers)
+    layer.data["engine"] = merged.data["engine"]
+    layer.places.update(merged.places)
+    return layer, tuple(text for text in overrides if text not in found)
 
 
 def _with_trials(study: Study, trials: int | None) -> Study:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from sparsegrad_cli.recipe.budget import NOTHING, Budget, MisspeltError, parse_match
 from sparsegrad_cli.recipe.figures import Figure
-from sparsegrad_cli.recipe.section import Section, Seed
+from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 from sparsegrad_cli.recipe.tuning import Tune
 from sparsegrad_cli.recipe.yaml_text import shorten
 
@@ -46,6 +46,62 @@ class TaskEntry(Section):
     methods: dict[str, dict[str, Any]] = {}
 
 
+class SlurmSettings(Section):
+    """How runs are submitted to Slurm; the names are those of submitit."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    timeout_min: PositiveInt = Field(
+        240, description="time limit of a job; a run that reaches it saves and is queued again"
+    )
+    gpus_per_node: NonNegativeInt | None = None
+    cpus_per_task: PositiveInt | None = None
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    setup: tuple[str, ...] = Field(
+        (), description="shell commands before a run, `module load cuda`"
+    )
+    additional_parameters: dict[str, str | int | bool] = Field(
+        {}, description="further options of sbatch, without dashes in front"
+    )
+    cluster: Literal["slurm", "local"] = Field(
+        "slurm", description="local: submitit's local executor, to try the engine without Slurm"
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters of submitit's executor."""
+        shared = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb")
+        own = ("partition", "account", "qos", "constraint", "setup", "additional_parameters")
+        found = {name: getattr(self, name) for name in shared}
+        found |= {f"slurm_{name}": getattr(self, name) for name in own}
+        found["slurm_setup"] = list(self.setup)
+        return {name: value for name, value in found.items() if value not in (None, {}, [])}
+
+
+class RaySettings(Section):
+    """How runs are submitted to Ray."""
+
+    address: str | None = Field(
+        None, description="of a cluster, or auto; by default RAY_ADDRESS, else this machine alone"
+    )
+    num_cpus: Annotated[float, Field(gt=0)] = Field(1.0, description="CPUs that a run reserves")
+    num_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs that a run reserves; by default one where the cluster has any"
+    )
+
+
+class EngineSection(Section):
+    """Where the runs of a study train."""
+
+    name: Literal["local", "slurm", "ray"] = "local"
+    jobs: PositiveInt | None = Field(
+        None, description="runs at once; by default 1 for local and 32 for a cluster"
+    )
+    slurm: SlurmSettings = SlurmSettings()
+    ray: RaySettings = RaySettings()
+
+
 class Study(Section):
     """What a study file may say."""
 
@@ -67,6 +123,7 @@ class Study(Section):
         "learning rate; the report flags them",
     )
     tune: Tune | None = Field(None, description="tune every method alike before its cells run")
+    engine: EngineSection = Field(EngineSection(), description="where the runs train")
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -98,6 +155,11 @@ class Study(Section):
         if not isinstance(value, tuple):
             return value
         return tuple({"name": v} if isinstance(v, str) else v for v in value)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _short_engine(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("tune", mode="before")
     @classmethod

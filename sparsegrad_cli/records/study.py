@@ -308,7 +308,8 @@ class StudyRecord(Record):
     match: str | None = Field(None, description="What methods are matched in, as in the study.")
     budget: BudgetBlock | None = None
     parity: ParityBlock | None = None
-    jobs: Count | None = Field(None, description="Cells that ran at once.")
+    engine: str | None = Field(None, description="Where the runs trained: local, slurm or ray.")
+    jobs: Count | None = Field(None, description="Runs that were submitted at once.")
     methods: list[str] = []
     tasks: list[str] = []
     seeds: list[int] = []

@@ -1,35 +1,172 @@
-"""All that a comparison says of its cells; a function of the cells alone."""
+"""What a study says of its runs: rows, tests, checks, and the budget that was spent."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
-from sparsegrad_cli.report.access import block, mappings
-from sparsegrad_cli.study.budget_report import with_measured
-from sparsegrad_cli.study.checks import make_checks
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.study import (
+    BudgetBlock,
+    BudgetRow,
+    CellEntry,
+    Check,
+    PairTestsBlock,
+    ResultRow,
+    StudyRecord,
+    Verdict,
+)
 from sparsegrad_cli.study.pairs import pair_tests
-from sparsegrad_cli.study.rows import make_rows
+from sparsegrad_cli.study.rows import held_bytes, make_rows, train_step_peak
+
+TOLERANCE = 0.05  # of the request: beyond, either way, a row is flagged
+MEASURED = ("runs", "measured", "deviation", "verdict")  # what a row of a budget has of its runs
 
 
-def evidence(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``rows``, ``tests`` and ``checks`` of compare.json."""
+class Evidence(TypedDict):
+    """The blocks of compare.json that are functions of its runs alone."""
+
+    rows: list[ResultRow]
+    tests: PairTestsBlock
+    checks: list[Check]
+
+
+def evidence(cells: Sequence[CellEntry]) -> Evidence:
+    """Return ``rows``, ``tests`` and ``checks`` of compare.json."""
     return {"rows": make_rows(cells), "tests": pair_tests(cells), "checks": make_checks(cells)}
 
 
-def up_to_date(compare: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its evidence made anew: an older version's says less.
+def up_to_date(record: StudyRecord, *, running: bool) -> StudyRecord:
+    """Return a record with its evidence computed again: an older version's says less.
 
-    A record whose cells cannot be told apart keeps what it says.
+    Args:
+        record: what compare.json says.
+        running: whether a process holds the study's folder. Without one, a study that is recorded
+            as running was killed.
     """
-    cells = mappings(compare, "cells")
-    told = all(
-        isinstance(cell.get("seed"), int)
-        and all(isinstance(cell.get(key), str) for key in ("task", "method", "status"))
-        for cell in cells
+    if record.status == "running" and not running:
+        record = record.changed(status="interrupted")
+    if not record.cells:
+        return record
+    if record.budget is not None:
+        record = record.changed(budget=with_measured(record.budget, record.cells))
+    return record.changed(**evidence(record.cells))
+
+
+# --- was it fair?
+
+
+def make_checks(cells: Sequence[CellEntry]) -> list[Check]:
+    """Return for each task and seed what all methods had in common, by the hashes of their runs.
+
+    True, False, or None where fewer than two runs say it. The order is compared at the last step
+    that all have in common: of batches, or of their rows where some run cut its batches up.
+    """
+    groups: dict[tuple[str, int], list[RunRecord]] = {}
+    for cell in cells:
+        group = groups.setdefault((cell.task, cell.seed), [])
+        if cell.status == "done" and cell.run is not None:
+            group.append(cell.run)
+    return [_check(task, seed, runs) for (task, seed), runs in groups.items()]
+
+
+def _check(task: str, seed: int, runs: Sequence[RunRecord]) -> Check:
+    hashes = [run.hashes for run in runs]
+    same_order, last = _order(runs)
+    return Check(
+        task=task,
+        seed=seed,
+        methods=len(runs),
+        same_data=_same([each.data if each else None for each in hashes]),
+        same_head_init=_same([each.head_init if each else None for each in hashes]),
+        same_model=_same([run.model.fingerprint if run.model else None for run in runs]),
+        same_precision=_same([each.precision if each else None for each in hashes]),
+        same_order=same_order,
+        steps_compared=last,
+        same_code=_same([_code(run) for run in runs]),
     )
-    if not cells or not told:
-        return dict(compare)
-    budget = block(compare, "budget")
-    spent = {"budget": with_measured(budget, cells)} if budget else {}
-    return {**compare, **spent, **evidence(cells)}
+
+
+def _order(runs: Sequence[RunRecord]) -> tuple[bool | None, int]:
+    """Return whether all had the same batches in the same order, and up to which step."""
+    same, steps = _chain([run.hashes.order if run.hashes else {} for run in runs])
+    if same is not False:
+        return same, steps
+    rows = _chain([run.hashes.rows if run.hashes else {} for run in runs])
+    return (same, steps) if rows[0] is None else rows
+
+
+def _chain(orders: Sequence[Mapping[int, str]]) -> tuple[bool | None, int]:
+    common = set.intersection(*(set(order) for order in orders)) if orders else set()
+    last = max(common, default=0)
+    return (_same([order[last] for order in orders]), last) if last else (None, 0)
+
+
+def _same(values: Sequence[str | None]) -> bool | None:
+    """Return None where there is nothing to compare, or where it was not recorded."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) > 1:
+        return False
+    return True if len(known) > 1 and len(known) == len(values) else None
+
+
+def _code(run: RunRecord) -> str | None:
+    """Return commit, versions and machine: two runs of one study may lie days apart."""
+    if run.environment is None:
+        return None
+    said = run.environment.model_dump(include={"python", "packages", "device", "device_name"})
+    return json.dumps([said, run.git.commit if run.git else None], sort_keys=True, default=str)
+
+
+# --- was the budget kept?
+
+
+def with_measured(budget: BudgetBlock, cells: Sequence[CellEntry]) -> BudgetBlock:
+    """Return the ``budget`` block with what the finished runs took.
+
+    Every row gets ``runs`` (how many say it), ``measured`` (the most of any seed), ``deviation``
+    (of the seed furthest from the request, as a share of it, above zero where more was taken) and
+    ``verdict``: ``met`` within the tolerance, ``over``, ``under``, or None where nothing was
+    measured or the row is outside of the budget.
+    """
+    rows = []
+    for row in budget.rows:
+        taken = [
+            value
+            for cell in cells
+            if (cell.task, cell.method, cell.status) == (row.task, row.method, "done")
+            and cell.run is not None
+            and (value := measured(cell.run, budget.kind)) is not None
+        ]
+        rows.append(_against(row, taken, budget.request))
+    return budget.changed(rows=rows)
+
+
+def _against(row: BudgetRow, taken: Sequence[float], request: float | None) -> BudgetRow:
+    if not taken or not request:
+        return row.changed(runs=len(taken), measured=None, deviation=None, verdict=None)
+    deviation = max((value / request - 1 for value in taken), key=abs)
+    verdict: Verdict = "met"
+    if abs(deviation) > TOLERANCE:
+        verdict = "over" if deviation > 0 else "under"
+    return row.changed(
+        runs=len(taken),
+        measured=max(taken),
+        deviation=deviation,
+        verdict=verdict if row.matched else None,
+    )
+
+
+def measured(run: RunRecord, kind: str | None) -> float | None:
+    """Return what a run took of a kind of budget, as it counted it itself."""
+    if kind == "trainable":
+        return run.counts.trainable_targets if run.counts else None
+    if kind == "optimizer_state":
+        kept = run.sizes.optimizer_state_bytes if run.sizes else None
+        return held_bytes(run, "optimizer_state") if kept is None else kept
+    if kind == "peak":
+        step = train_step_peak(run)
+        calibration = run.calibration.peak_bytes if run.calibration else None
+        return None if step is None else max(step.peak_bytes, calibration or 0)
+    return None

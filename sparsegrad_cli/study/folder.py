@@ -1,9 +1,4 @@
-"""The folder of a comparison: what may be begun in it, and that several processes may work there.
-
-Two locks: one is held, shared, by every process that works there and by the runs it started, so
-that the folder is alone's who gets it for itself; the other, for a moment, by whoever reads and
-writes the ledger.
-"""
+"""The folder of a study: held by one coordinator, and what may be begun in it."""
 
 from __future__ import annotations
 
@@ -11,217 +6,186 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.io.paths import exists, is_folder, make_folder, refuse_link, remove_folder
+from sparsegrad_cli.io.atomic import torn_writes
+from sparsegrad_cli.io.locks import NAME as LOCK
+from sparsegrad_cli.io.locks import FolderLock
+from sparsegrad_cli.io.paths import (
+    exists,
+    is_file,
+    is_folder,
+    make_folder,
+    refuse_link,
+    remove_folder,
+)
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.records.store import REPORTS, load_record, torn_writes
-from sparsegrad_cli.report.access import mappings, text
-from sparsegrad_cli.study.claims import FileLock
+from sparsegrad_cli.records.store import REPORTS, STUDY, load_study
+from sparsegrad_cli.records.study import StudyRecord
+from sparsegrad_cli.study.engines import SLURM
 
-LEDGER = "compare.json"
-_AT_WORK, _WRITING, SOLVING = ".at-work.lock", ".ledger.lock", ".solving.claim"
-TUNING, TRIALS = "tuning.db", "tuning"
-_FOLDERS = ("cells", "answers", TRIALS)
-_DATABASE = (TUNING, f"{TUNING}-journal")
-_FILES = (*_DATABASE, *REPORTS, LEDGER)  # the one by which it is ours goes last
-_BEFORE_LEDGER = {"cells", _AT_WORK, _WRITING, SOLVING, *_DATABASE}
+TUNING, TRIALS = "tuning.journal", "tuning"
+TUNING_BEFORE = "tuning.db"  # of versions that kept trials in SQLite
+_RUNS = "cells"
+_FOLDERS = (_RUNS, "answers", TRIALS, SLURM)
+_JOURNAL = (TUNING, f"{TUNING}.lock")
+_FILES = (*_JOURNAL, TUNING_BEFORE, *REPORTS, STUDY)  # the one that makes it ours goes last
+_BEFORE_RECORD = {LOCK, _RUNS, SLURM, *_JOURNAL}
 
 
 class StudyFolder:
-    """Where a comparison lives.
-
-    Args:
-        path: the folder; made by :meth:`enter`.
-    """
+    """Where a study lives: compare.json, the folders of its runs, and its reports."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._at_work: FileLock | None = None
+
+    @property
+    def record_file(self) -> Path:
+        """compare.json."""
+        return self.path / STUDY
 
     def cell(self, cell: Cell) -> Path:
-        """The run directory of a cell."""
-        return self.path / "cells" / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
+        """Return the folder of a run."""
+        return self.path / _RUNS / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
 
-    def refuse_links(self, study: LoadedStudy) -> None:
-        """Of what is written to, nothing may lie elsewhere, nor a file where runs would.
+    def trial(self, name: str) -> Path:
+        """Return the folder of a run of tuning."""
+        return self.path / TRIALS / safe_name(name)
+
+    def record(self) -> StudyRecord | None:
+        """Return what compare.json says; None without one.
 
         Raises:
-            UsageError: a folder in it is a link or a file.
+            FileFormatError: it is damaged.
+        """
+        return load_study(self.record_file) if is_file(self.record_file) else None
+
+    @contextmanager
+    def held(
+        self, *, overwrite: bool, tell: Callable[[str], None] = lambda note: None
+    ) -> Iterator[None]:
+        """Hold the folder for this process. It is made if missing, and removed if left empty.
+
+        Args:
+            overwrite: something else may be in the folder.
+            tell: called with a note if the file system has no locks.
+
+        Raises:
+            BusyError: another process holds the folder; the message names it.
+            UsageError: the path is a file, or holds something else, without ``overwrite``.
+            DiskError: the folder cannot be written.
+        """
+        if exists(self.path) and not is_folder(self.path):
+            raise UsageError(f"{self.path} is a file, not a folder", where="output_dir")
+        made = not exists(self.path)
+        self._make(self.path)
+        try:
+            with FolderLock(self.path, tell=tell):
+                if not overwrite and self._is_foreign():
+                    raise _refused(f"the folder {self.path} is not empty")
+                yield
+        finally:
+            if made:
+                with suppress(OSError):  # something came of it
+                    self.path.rmdir()
+
+    def begin(self, study: Callable[[], LoadedStudy], *, overwrite: bool) -> None:
+        """Check that a study may be run in the held folder, or forget what is there.
+
+        A study may grow by methods, tasks and seeds, and runs that are not done may change. What
+        is done must be part of this study with the same settings.
+
+        Args:
+            study: returns the study, with the settings that tuning found if it has ended.
+            overwrite: forget what is done.
+
+        Raises:
+            UsageError: runs of another study are done here, or a folder in it is a link or a file.
+            FileFormatError: compare.json is damaged.
+        """
+        for left in torn_writes(self.record_file):
+            left.unlink(missing_ok=True)
+        if overwrite:
+            self._forget()
+        elif (record := self.record()) is not None:
+            self._check_done(study(), record)
+        self._refuse_links(study())
+        self._make(self.path / _RUNS)
+
+    def _refuse_links(self, study: LoadedStudy) -> None:
+        """Refuse links where files are written, and files where folders are.
+
+        Raises:
+            UsageError: names the link or file.
         """
         folders = [refuse_link(self.cell(cell), self.path) for cell in study.cells]
+        folders += [self.path / SLURM]
         if study.study.tune is not None:
             folders.append(self.path / TRIALS)
         for folder in folders:
             if exists(folder) and not is_folder(folder):
                 raise UsageError(f"{folder} is a file, not a folder", where="output_dir")
-        for name in (TRIALS, *_DATABASE):
+        for name in (TRIALS, SLURM, *_JOURNAL):
             refuse_link(self.path / name, self.path)
 
-    def trial(self, name: str) -> Path:
-        """The run directory of a run of tuning."""
-        return self.path / TRIALS / safe_name(name)
-
-    @contextmanager
-    def ledger(self) -> Iterator[None]:
-        """Inside, nobody else reads to write, enters or leaves."""
-        with FileLock(self.path / _WRITING) as lock:
-            lock.take(wait=True)
-            yield
-
-    @property
-    def presence(self) -> list[FileLock]:
-        """What a run has to hold for the folder to be at work as long as it lives."""
-        return [self._at_work] if self._at_work else []
-
-    def prepare(self, *, overwrite: bool) -> None:
-        """Make the folder, unless something else is in it.
-
-        Raises:
-            UsageError: it holds foreign files, and there is no ``overwrite``; or it is a file.
-            DiskError: it cannot be made.
-        """
-        if exists(self.path) and not is_folder(self.path):
-            raise UsageError(f"{self.path} is a file, not a folder", where="output_dir")
-        if not overwrite and self._is_foreign():
-            raise _refused(f"the folder {self.path} is not empty")
+    def _make(self, folder: Path) -> None:
         try:
-            make_folder(self.path / "cells")
+            make_folder(folder)
         except OSError as error:
             raise DiskError(
-                f"the folder {self.path} cannot be written: {error.strerror or error}",
+                f"the folder {folder} cannot be written: {error.strerror or error}",
                 where="output_dir",
                 fix="check its permissions, or name another --output-dir",
             ) from error
 
     def _is_foreign(self) -> bool:
-        """Something is in it, and not what a comparison leaves, however soon it was killed."""
-        if not self._looks_foreign():
+        """Return whether something is in it that no study leaves, however early it was killed."""
+        there = {path.name for path in self.path.iterdir()}
+        if STUDY in there:
             return False
-        lock = self.path / _WRITING
-        if lock.is_symlink() or not lock.is_file():
-            return True
-        with self.ledger():  # what looked so was perhaps another's first or new beginning
-            return self._looks_foreign()
-
-    def _looks_foreign(self) -> bool:
-        there = {path.name for path in self.path.iterdir()} if is_folder(self.path) else set()
-        if LEDGER in there or not there:
-            return False
-        torn = {path.name for path in torn_writes(self.path / LEDGER)}
-        return not there <= _BEFORE_LEDGER | torn or any(self.path.glob("cells/*"))
-
-    def enter(
-        self, study: Callable[[], LoadedStudy], identity: str, *, overwrite: bool
-    ) -> dict[str, Any] | None:
-        """Begin to work here, or join those who do; the ledger must be held.
-
-        Alone, a comparison may grow by methods, tasks and seeds, and cells that are not done may
-        change: what is done there has to be part of this study just as it is. Together, the studies
-        are the same.
-
-        Args:
-            study: makes what is to be done, with the settings that tuning found, if it has ended.
-            identity: the digest of what was asked for.
-            overwrite: forget what is done there.
-
-        Returns:
-            The ledger of those who are at work; None where nobody is.
-
-        Raises:
-            UsageError: another comparison is done, or at work, or somebody is and ``overwrite``.
-        """
-        lock = FileLock(self.path / _AT_WORK)
-        try:
-            record = None
-            if not lock.take():
-                record = self._joined(identity, overwrite)
-            elif overwrite:
-                self._forget()
-            else:
-                if (self.path / LEDGER).is_file():
-                    self._check_done(study())
-                self._forget_torn()
-            lock.take(shared=True)  # of those at work nobody locks more, and others wait for us
-        except BaseException:
-            lock.close()
-            raise
-        self._at_work = lock
-        return record
-
-    def leave(self) -> bool:
-        """Work here no more; whether nobody else does (who holds the ledger can be sure of it)."""
-        if self._at_work is None:
-            return False
-        self._at_work.let_go()
-        alone = self._at_work.take()
-        self._at_work.close()
-        self._at_work = None
-        return alone
-
-    def _joined(self, identity: str, overwrite: bool) -> dict[str, Any]:
-        wait = "wait for it to end, stop it, or name another --output-dir"
-        if overwrite:
-            what = f"another process is at work in {self.path}: nothing can be overwritten"
-            raise UsageError(what, where="--overwrite", fix=f"{wait}; without it, work is shared")
-        record = load_record(self.path / LEDGER)
-        if record.get("digest") != identity:
-            what = f"another process is at work in {self.path}, on another comparison"
-            raise UsageError(what, where="output_dir", fix=wait)
-        return record
+        torn = {path.name for path in torn_writes(self.record_file)}
+        return not there <= _BEFORE_RECORD | torn or any(self.path.glob(f"{_RUNS}/*"))
 
     def _forget(self) -> None:
-        """Remove what a comparison leaves, links to elsewhere without what they name."""
+        """Remove what a study leaves; of links to elsewhere, the link alone."""
         try:
             for name in _FOLDERS:
                 remove_folder(self.path / name)
             for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)
-            self._forget_torn()
-            (self.path / "cells").mkdir()
         except OSError as error:
             what = f"{self.path} cannot be cleared: {error}"
             raise UsageError(what, where="output_dir") from error
 
-    def _forget_torn(self) -> None:
-        for left in torn_writes(self.path / LEDGER):
-            left.unlink(missing_ok=True)
-
-    def _check_done(self, study: LoadedStudy) -> None:
-        strange = _strangers(study, load_record(self.path / LEDGER))
-        if not strange:
-            return
-        raise _refused(
-            f"{self.path} holds another comparison: done there and not part of this one, or with "
-            f"other settings, {'is' if len(strange) == 1 else 'are'} {', '.join(strange[:3])}"
-            f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}"
-        )
+    def _check_done(self, study: LoadedStudy, record: StudyRecord) -> None:
+        here = {(c.task, c.label, c.seed): digest(c.loaded.recipe) for c in study.cells}
+        strange = [
+            f"{cell.task} {cell.method} seed {cell.seed}"
+            for cell in record.cells
+            if cell.status == "done"
+            and (
+                cell.run is None
+                or here.get((cell.task, cell.method, cell.seed)) != cell.run.recipe_digest
+            )
+        ]
+        if strange:
+            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+            raise _refused(
+                f"{self.path} holds another study: these finished runs are not part of this one, "
+                f"or have other settings: {', '.join(strange[:3])}{more}"
+            )
 
 
 def _refused(what: str) -> UsageError:
     return UsageError(what, where="output_dir", fix="--overwrite, or another --output-dir")
 
 
-def _strangers(study: LoadedStudy, record: dict[str, Any]) -> list[str]:
-    """Finished cells of a record that the study does not have, or not with these settings."""
-    here = {(c.task, c.label, str(c.seed)): digest(c.loaded.recipe) for c in study.cells}
-    strange = []
-    for cell in mappings(record, "cells"):
-        task, method, seed = (text(cell, key) or "?" for key in ("task", "method", "seed"))
-        wanted = here.get((task, method, seed))
-        known = wanted is not None and wanted == text(cell, "run", "recipe_digest")
-        if text(cell, "status") == "done" and not known:
-            strange.append(f"{task} {method} seed {seed}")
-    return strange
-
-
 def study_digest(study: LoadedStudy) -> str:
-    """sha256 (hex) of all cells, and of how they are tuned: what a comparison is."""
-    cells: list[Any] = [
+    """Return the sha256 (hex) of all runs and of how they are tuned: the identity of a study."""
+    cells: list[object] = [
         [cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells
     ]
     if study.study.tune is not None:
@@ -230,5 +194,5 @@ def study_digest(study: LoadedStudy) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A folder name of letters, digits, dots and dashes, of one part, that begins with no dot."""
+    """Return a folder name of letters, digits, dots and dashes that does not begin with a dot."""
     return re.sub(r"[^\w.+-]+", "-", text)[:200].lstrip(".") or "-"

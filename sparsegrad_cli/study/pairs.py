@@ -1,26 +1,28 @@
-"""Which methods differ: every pair of them, over all seeds and tasks, corrected for their number.
+"""Which methods differ: all pairs of methods over all seeds and tasks, corrected for their number.
 
-A pair of methods is compared on the (task, seed) cells that both have finished: same data, same
+A pair of methods is compared on the (task, seed) runs that both have finished: same data, same
 order, same head. Tasks have scores of different kinds and sizes, so each difference is divided by
-the root mean square of its task's (which no change of signs changes), and turned so that more is
-better. The primary test flips signs: were the two methods alike, which of them got which score in
-a cell would be a coin's throw. It is exact at any number of cells and assumes no distribution; what
-it says holds for these tasks. Student's t on the plain differences, where the
-tasks' scores are of one kind, stands beside it: its interval says how large a difference may be.
+the root mean square of its task's, which no change of signs changes, and it is negated if less is
+better. The primary test flips signs: if the methods did not differ, each of them would be
+equally likely to get either score of a pair. It is exact for any number of pairs and assumes no
+distribution; its result holds for these tasks. Student's t on the plain differences stands beside
+it where the tasks' scores are of one kind: its interval says how large a difference may be.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
-from typing import Any
 
 from sparsegrad_cli.records.metric_direction import common_metric, scale_of
-from sparsegrad_cli.report.access import text
+from sparsegrad_cli.records.study import CellEntry, PairTest, PairTestsBlock
 from sparsegrad_cli.study.rows import score_of
 from sparsegrad_cli.study.statistics import (
     LEVEL,
+    Student,
     holm,
     mean,
     sign_flip_p,
@@ -38,44 +40,94 @@ _MIN_SEEDS = 2
 Scores = dict[tuple[str, int], float]
 
 
-def pair_tests(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ``tests`` block of compare.json.
+def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
+    """Return the ``tests`` block of compare.json.
 
-    A task counts for a pair that shares two seeds of it or more: one seed ranks nothing.
+    A task counts for a pair that shares at least two seeds of it: one seed ranks nothing.
     """
     scores: dict[str, Scores] = {}
     metrics: dict[str, str | None] = {}
     for cell in cells:
-        kept = scores.setdefault(cell["method"], {})
+        kept = scores.setdefault(cell.method, {})
         score = score_of(cell)
-        if score is not None:
-            kept[cell["task"], cell["seed"]] = score
-            metrics.setdefault(cell["task"], text(cell, "run", "task", "metric"))
+        if score is not None and cell.run is not None:
+            kept[cell.task, cell.seed] = score
+            metrics.setdefault(cell.task, cell.run.task.metric if cell.run.task else None)
     found = [_pair(a, b, scores[a], scores[b], metrics) for a, b in combinations(scores, 2)]
     pairs = [pair for pair in found if pair is not None]
-    for name in ("p", "p_t"):
-        there = [pair for pair in pairs if pair[name] is not None]
-        adjusted = holm([pair[name] for pair in there])
-        for pair, value in zip(there, adjusted, strict=True):
-            pair[f"{name}_holm"] = value
-    for pair in pairs:
-        if pair["p_holm"] <= LEVEL:
-            pair["better"] = pair["a"] if pair.pop("_lean") > 0 else pair["b"]
-        pair.pop("_lean", None)
-    return {
-        "test": TEST,
-        "check": CHECK,
-        "correction": f"Holm's, over {len(pairs)} pairs",
-        "level": LEVEL,
-        "untested": len(found) - len(pairs),
-        "pairs": pairs,
-    }
+    adjusted = holm([pair.p for pair in pairs])
+    tested = [pair.t.p for pair in pairs if pair.t is not None]
+    adjusted_t = iter(holm(tested))
+    return PairTestsBlock(
+        test=TEST,
+        check=CHECK,
+        correction=f"Holm's, over {len(pairs)} pairs",
+        level=LEVEL,
+        untested=len(found) - len(pairs),
+        pairs=[
+            pair.block(p_holm, next(adjusted_t) if pair.t is not None else None)
+            for pair, p_holm in zip(pairs, adjusted, strict=True)
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two methods on the tasks of which they share at least two seeds.
+
+    Attributes:
+        a, b: the methods.
+        by_task: differences a - b of each task.
+        seeds: how many different ones they share.
+        metric: of all tasks; None where their scores do not mix.
+        standardised: all differences by their task's root mean square, more is better.
+    """
+
+    a: str
+    b: str
+    by_task: Mapping[str, Sequence[float]]
+    seeds: int
+    metric: str | None
+    standardised: Sequence[float]
+
+    @cached_property
+    def p(self) -> float:
+        """The primary test's."""
+        return sign_flip_p(self.standardised)
+
+    @cached_property
+    def t(self) -> Student | None:
+        """The t-test beside it."""
+        return student(list(self.by_task.values())) if self.metric else None
+
+    def block(self, p_holm: float, p_t_holm: float | None) -> PairTest:
+        """Return what compare.json says of the pair, given its corrected p-values."""
+        lean = math.fsum(self.standardised)
+        means = [mean(differences) or 0.0 for differences in self.by_task.values()]
+        return PairTest(
+            a=self.a,
+            b=self.b,
+            n=len(self.standardised),
+            tasks=len(self.by_task),
+            seeds=self.seeds,
+            metric=self.metric,
+            wins=sum(value > 0 for value in self.standardised),
+            losses=sum(value < 0 for value in self.standardised),
+            mean=mean(means) if self.metric else None,
+            interval=[self.t.low, self.t.high] if self.t else None,
+            p=self.p,
+            p_holm=p_holm,
+            p_t=self.t.p if self.t else None,
+            p_t_holm=p_t_holm,
+            smallest_p=smallest_p(self.standardised),
+            better=(self.a if lean > 0 else self.b) if p_holm <= LEVEL else None,
+        )
 
 
 def _pair(
     a: str, b: str, ours: Scores, theirs: Scores, metrics: Mapping[str, str | None]
-) -> dict[str, Any] | None:
-    """One pair, on the tasks of which they share two seeds or more; None without such a task."""
+) -> _Pair | None:
+    """Return a pair; None without a task of which they share two seeds."""
     seeds: dict[str, list[int]] = {}
     for task, seed in ours:
         if (task, seed) in theirs:
@@ -84,37 +136,17 @@ def _pair(
     if not seeds:
         return None
     by_task = {t: [ours[t, s] - theirs[t, s] for s in common] for t, common in seeds.items()}
-    turned = [
+    standardised = [
         value
         for task, differences in by_task.items()
         for value in _standardised(differences, scale_of(metrics[task]).lower_is_better)
     ]
     metric = common_metric([metrics[task] for task in by_task])
-    means = [mean(differences) or 0.0 for differences in by_task.values()]
-    found = student(list(by_task.values())) if metric else None
-    return {
-        "a": a,
-        "b": b,
-        "n": len(turned),
-        "tasks": len(by_task),
-        "seeds": len(set().union(*seeds.values())),
-        "metric": metric,
-        "wins": sum(value > 0 for value in turned),
-        "losses": sum(value < 0 for value in turned),
-        "mean": mean(means) if metric else None,
-        "interval": [found.low, found.high] if found else None,
-        "p": sign_flip_p(turned),
-        "p_holm": None,
-        "p_t": found.p if found else None,
-        "p_t_holm": None,
-        "smallest_p": smallest_p(turned),
-        "better": None,
-        "_lean": math.fsum(turned),
-    }
+    return _Pair(a, b, by_task, len(set().union(*seeds.values())), metric, standardised)
 
 
 def _standardised(differences: Sequence[float], lower_is_better: bool) -> list[float]:
-    """Divided by their root mean square, more is better; zeros where all are zero."""
+    """Return differences by their root mean square, more is better; zeros where all are zero."""
     size = math.sqrt(math.fsum(d * d for d in differences) / len(differences))
     sign = -1.0 if lower_is_better else 1.0
     return [sign * d / size if size else 0.0 for d in differences]

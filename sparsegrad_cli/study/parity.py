@@ -20,7 +20,7 @@ from sparsegrad_cli.io.suggest import did_you_mean
 from sparsegrad_cli.recipe.load_recipe import to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
-from sparsegrad_cli.report.access import block, mappings
+from sparsegrad_cli.records.study import KeyDifference, ParityBlock
 
 DECLARED = "train.learning_rate"  # always; and what the study tunes
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
@@ -98,7 +98,7 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def check_parity(study: LoadedStudy) -> dict[str, Any]:
+def check_parity(study: LoadedStudy) -> ParityBlock:
     """Refuse a study whose methods differ in more than themselves.
 
     Returns:
@@ -121,11 +121,11 @@ def check_parity(study: LoadedStudy) -> dict[str, Any]:
     if problems:
         raise RecipeError(problems)
     keys = {key for cell in study.cells for key in compared(cell.loaded.recipe)}
-    return {
-        "compared": len(keys),
-        "declared": [_plain(d) | ({} if d.key in tuned else {"why": "budget"}) for d in declared],
-        "flagged": [_plain(d) for d in flagged],
-    }
+    return ParityBlock(
+        compared=len(keys),
+        declared=[_block(d, None if d.key in tuned else "budget") for d in declared],
+        flagged=[_block(d) for d in flagged],
+    )
 
 
 def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
@@ -134,8 +134,8 @@ def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
     Batches may, as long as as many examples make an update for every method of the task.
     """
     found: set[tuple[str, str]] = set()
-    for row in mappings(study.budget, "rows"):
-        found |= {(str(row.get("task")), key) for key in block(row, "set")}
+    for row in (study.budget or {}).get("rows", []):
+        found |= {(row["task"], key) for key in row["set"]}
     for task in {task for task, _ in found}:
         trains = [cell.loaded.recipe.train for cell in study.cells if cell.task == task]
         examples = {t.per_device_train_batch_size * t.gradient_accumulation_steps for t in trains}
@@ -173,5 +173,6 @@ def _refusals(study: LoadedStudy, refused: list[Difference]) -> list[Problem]:
     ]
 
 
-def _plain(difference: Difference) -> dict[str, Any]:
-    return {"task": difference.task, "key": difference.key, "values": dict(difference.values)}
+def _block(difference: Difference, why: str | None = None) -> KeyDifference:
+    values = dict(difference.values)
+    return KeyDifference(task=difference.task, key=difference.key, values=values, why=why)

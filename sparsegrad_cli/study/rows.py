@@ -1,128 +1,204 @@
-"""From cells to rows: one a task and method, with what it scored and what it took."""
+"""From runs to rows: one for each task and method, with what it scored and what it took."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from sparsegrad_cli.methods.registry import BASELINE
-from sparsegrad_cli.report.access import dig, number, text
-from sparsegrad_cli.study.costs import costs_of
+from sparsegrad_cli.records.run import MemoryPhase, RunRecord
+from sparsegrad_cli.records.study import CellEntry, CellStatus, Difference, ResultRow
 from sparsegrad_cli.study.statistics import mean, std, student
 
-Cell = Mapping[str, Any]
+TRAIN_STEP = ("forward", "backward", "optimizer")
+Read = Callable[[RunRecord], float | None]
 
 
-def score_of(cell: Cell) -> float | None:
-    """The score of a cell that is done: its best evaluation's."""
-    if cell.get("status") != "done":
+def score_of(cell: CellEntry) -> float | None:
+    """Return the score of a finished run: its best evaluation's."""
+    if cell.status != "done" or cell.run is None or cell.run.metrics is None:
         return None
-    return number(cell, "run", "metrics", "best", "score")
+    return cell.run.metrics.best.score if cell.run.metrics.best else None
 
 
-def make_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row a task and method, in the order of the cells."""
-    keys = list(dict.fromkeys((cell["task"], cell["method"]) for cell in cells))
+def make_rows(cells: Sequence[CellEntry]) -> list[ResultRow]:
+    """Return one row for each task and method, in the order of the runs."""
+    groups: dict[tuple[str, str], list[CellEntry]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.method), []).append(cell)
     uses = basis_uses(cells)
-    rows = [
-        _row(task, m, [c for c in cells if (c["task"], c["method"]) == (task, m)], uses)
-        for task, m in keys
-    ]
-    for task in dict.fromkeys(task for task, _ in keys):
-        here = [row for row in rows if row["task"] == task]
-        reference = next((r for r in here if r["method"] == BASELINE), here[0])
-        for row in here:
-            row["difference"] = None
-            if row is not reference:
-                row["difference"] = paired_difference(
-                    row["_by_seed"], reference["_by_seed"], reference["method"]
-                )
-    for row in rows:
-        del row["_by_seed"]
+    scores = {
+        key: {cell.seed: score for cell in group if (score := score_of(cell)) is not None}
+        for key, group in groups.items()
+    }
+    rows = []
+    for (task, method), group in groups.items():
+        others = [name for there, name in groups if there == task]
+        reference = BASELINE if BASELINE in others else others[0]
+        difference = None
+        if method != reference:
+            ours, theirs = scores[task, method], scores[task, reference]
+            difference = paired_difference(ours, theirs, reference)
+        rows.append(_row(group, scores[task, method], uses, difference))
     return rows
 
 
 def paired_difference(
     ours: Mapping[int, float], theirs: Mapping[int, float], against: str
-) -> dict[str, Any] | None:
-    """Mean difference over the seeds that both have, with its 95 % interval.
+) -> Difference | None:
+    """Return the mean difference over the seeds that both have, with its 95 % interval.
 
-    No p: one task's few seeds are no test, and many tasks' would have to be corrected. The tests
-    are those of :mod:`sparsegrad_cli.study.pairs`.
+    There is no p: one task's few seeds are no test, and those of many tasks would have to be
+    corrected. The tests are those of :mod:`sparsegrad_cli.study.pairs`.
 
     Returns:
-        ``against``, ``mean``, ``interval`` (None below two seeds), ``n``; None without a common
-        seed.
+        The difference, its interval None below two seeds; None without a common seed.
     """
     differences = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
     if not differences:
         return None
     found = student([differences])
-    return {
-        "against": against,
-        "mean": mean(differences),
-        "interval": [found.low, found.high] if found else None,
-        "n": len(differences),
-    }
+    return Difference(
+        against=against,
+        mean=mean(differences),
+        interval=[found.low, found.high] if found else None,
+        n=len(differences),
+    )
 
 
-def basis_uses(cells: Sequence[Cell]) -> dict[str, int]:
-    """Digest of a basis to the number of finished cells that trained in it."""
+def basis_uses(cells: Sequence[CellEntry]) -> dict[str, int]:
+    """Return for the digest of each basis the number of finished runs that trained in it."""
     uses: dict[str, int] = {}
     for cell in cells:
-        digest = text(cell, "run", "calibration", "digest")
-        if digest and cell["status"] == "done":
+        digest = _digest(cell.run) if cell.run else None
+        if digest and cell.status == "done":
             uses[digest] = uses.get(digest, 0) + 1
     return uses
 
 
-def _row(task: str, method: str, cells: Sequence[Cell], uses: Mapping[str, int]) -> dict[str, Any]:
-    done = [c for c in cells if score_of(c) is not None]
-    runs = [c["run"] for c in done]
-    by_seed = {c["seed"]: score_of(c) or 0.0 for c in done}
+def train_step_peak(run: RunRecord) -> MemoryPhase | None:
+    """Return the phase of the training step with the highest peak."""
+    there = [phase for name in TRAIN_STEP if (phase := _phase(run, name)) is not None]
+    return max(there, key=lambda phase: phase.peak_bytes, default=None)
+
+
+def held_bytes(run: RunRecord, category: str) -> int | None:
+    """Return the most of a category of memory at the peak of any phase of the training step."""
+    phases = [phase for name in TRAIN_STEP if (phase := _phase(run, name)) is not None]
+    return max((getattr(phase.categories, category) for phase in phases), default=None)
+
+
+def _row(
+    cells: Sequence[CellEntry],
+    by_seed: Mapping[int, float],
+    uses: Mapping[str, int],
+    difference: Difference | None,
+) -> ResultRow:
+    """Return a row. Bytes are the most of any seed; seconds, tokens and ``touched`` are means."""
+    runs = [cell.run for cell in cells if cell.run is not None and cell.seed in by_seed]
+    first = runs[0] if runs else None
+    counts = first.counts if first else None
     scores = list(by_seed.values())
-    first: Mapping[str, Any] = runs[0] if runs else {}
     found = student([scores])
-    return {
-        "task": task,
-        "method": method,
-        "seeds_done": len(done),
-        "seeds_asked": len(cells),
-        "status": _status(cells),
-        "metric": text(first, "task", "metric"),
-        "positive_label": text(first, "task", "positive_label"),
-        "score_mean": mean(scores),
-        "score_std": std(scores),
-        "score_interval": [found.low, found.high] if found else None,
-        "scores": scores,
-        "validation_loss_mean": _mean(runs, "metrics", "best", "loss"),
-        **costs_of(runs, uses),
-        "note": _note(cells, first),
-        "_by_seed": by_seed,
-    }
+    worst = max(
+        (peak for run in runs if (peak := train_step_peak(run))),
+        key=lambda phase: phase.peak_bytes,
+        default=None,
+    )
+    step = worst.peak_bytes if worst else None
+    weights = _most(runs, _loaded_weights) or 0
+    calibration = _most(runs, _calibration_peak) or 0
+    rates = _values(runs, lambda run: run.time.steps_per_s if run.time else None)
+    seconds = [(run.time.calibrate_s if run.time else None) or 0.0 for run in runs]
+    shares = [max(1, uses.get(_digest(run) or "", 1)) for run in runs]
+    return ResultRow(
+        task=cells[0].task,
+        method=cells[0].method,
+        seeds_done=len(scores),
+        seeds_asked=len(cells),
+        status=_status(cells),
+        metric=first.task.metric if first and first.task else None,
+        positive_label=first.task.positive_label if first and first.task else None,
+        score_mean=mean(scores),
+        score_std=std(scores),
+        score_interval=[found.low, found.high] if found else None,
+        scores=list(scores),
+        validation_loss_mean=mean(_values(runs, _best_loss)),
+        trainable_targets=counts.trainable_targets if counts else None,
+        trainable=counts.trainable if counts else None,
+        touched_targets=_mean(runs, lambda run: run.counts and run.counts.touched_targets),
+        touched=_mean(runs, lambda run: run.counts and run.counts.touched),
+        peak_bytes=step,
+        memory_categories=worst.categories if worst else None,
+        beyond_weights_bytes=None if step is None else step - weights,
+        peak_charged_bytes=None if step is None else max(step, calibration),
+        optimizer_state_bytes=_most(runs, lambda run: held_bytes(run, "optimizer_state")),
+        saved_activation_bytes=_most(runs, lambda run: held_bytes(run, "saved_activations")),
+        adapter_bytes=_most(runs, lambda run: run.sizes and run.sizes.adapter_bytes),
+        steps_per_s=mean(rates),
+        steps_per_s_iqr=max(rates) - min(rates) if len(rates) > 1 else None,
+        train_s=_mean(runs, lambda run: run.time and run.time.train_s),
+        # Charged whole to every run, as if it were the only one; and shared among the users of a
+        # basis: all runs that trained in one of the same digest, made by themselves or read.
+        calibrate_s=mean(seconds),
+        calibrate_tokens=_mean(runs, lambda run: run.calibration and run.calibration.tokens),
+        calibrate_peak_bytes=calibration,
+        basis_uses=max(shares, default=1),
+        calibrate_s_per_use=mean([s / n for s, n in zip(seconds, shares, strict=True)]),
+        note=_note(cells, first),
+        difference=difference,
+    )
 
 
-def _mean(runs: Sequence[Any], *keys: str) -> float | None:
-    return mean([v for v in (number(run, *keys) for run in runs) if v is not None])
+def _phase(run: RunRecord, name: str) -> MemoryPhase | None:
+    return run.memory.phases.get(name) if run.memory else None
 
 
-def _status(cells: Sequence[Cell]) -> str:
-    statuses = [cell["status"] for cell in cells]
+def _loaded_weights(run: RunRecord) -> int | None:
+    phase = _phase(run, "load")
+    return phase.categories.weights if phase else None
+
+
+def _calibration_peak(run: RunRecord) -> int | None:
+    return run.calibration.peak_bytes if run.calibration else None
+
+
+def _best_loss(run: RunRecord) -> float | None:
+    best = run.metrics.best if run.metrics else None
+    return best.loss if best else None
+
+
+def _digest(run: RunRecord) -> str | None:
+    return run.calibration.digest if run.calibration else None
+
+
+def _values(runs: Sequence[RunRecord], read: Read) -> list[float]:
+    return [value for run in runs if (value := read(run)) is not None]
+
+
+def _mean(runs: Sequence[RunRecord], read: Callable[[RunRecord], object]) -> float | None:
+    return mean([float(v) for run in runs if isinstance(v := read(run), int | float)])
+
+
+def _most(runs: Sequence[RunRecord], read: Callable[[RunRecord], object]) -> int | None:
+    return max((v for run in runs if isinstance(v := read(run), int)), default=None)
+
+
+def _status(cells: Sequence[CellEntry]) -> CellStatus:
+    statuses = [cell.status for cell in cells]
     if all(status == "done" for status in statuses):
         return "done"
-    for status in ("out_of_memory", "failed", "interrupted"):
-        if status in statuses:
-            return status
-    return "pending"
+    order: tuple[CellStatus, ...] = ("out_of_memory", "failed", "interrupted")
+    return next((status for status in order if status in statuses), "pending")
 
 
-def _note(cells: Sequence[Cell], first: Mapping[str, Any]) -> str:
+def _note(cells: Sequence[CellEntry], first: RunRecord | None) -> str:
     for cell in cells:
-        what = dig(cell, "error", "what")
-        if isinstance(what, str) and what.strip():
-            return what.strip().splitlines()[0]
-    remainder = number(first, "counts", "remainder")
-    parts = [text(first, "counts", "note") or ""]
-    if remainder:
-        parts.append(f"{remainder:+,.0f} entries against the number asked for")
+        if cell.error is not None and cell.error.what.strip():
+            return cell.error.what.strip().splitlines()[0]
+    counts = first.counts if first else None
+    if counts is None:
+        return ""
+    parts = [counts.note]
+    if counts.remainder:
+        parts.append(f"{counts.remainder:+,} entries against the number asked for")
     return "; ".join(part for part in parts if part)

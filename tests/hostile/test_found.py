@@ -37,8 +37,8 @@ from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
 from sparsegrad_cli.records.store import write_json_atomic
 from sparsegrad_cli.study.evidence import up_to_date
-from sparsegrad_cli.study.folder import StudyFolder, study_digest
-from sparsegrad_cli.study.runner import Comparison
+from sparsegrad_cli.study.folder import StudyFolder
+from sparsegrad_cli.study.runs import can_resume, is_done
 
 # --- tensors
 
@@ -221,16 +221,13 @@ def test_a_record_nested_deeper_than_any(cli: Cli, tmp_path: Path) -> None:
 def entered(study: LoadedStudy, folder: Path, *, overwrite: bool = False) -> None:
     """As compare begins to work in a folder."""
     place = StudyFolder(folder)
-    place.prepare(overwrite=overwrite)
-    with place.ledger():
-        place.enter(lambda: study, study_digest(study), overwrite=overwrite)
-        place.leave()
-        place.refuse_links(study)
+    with place.held(overwrite=overwrite):
+        place.begin(lambda: study, overwrite=overwrite)
 
 
 def test_cells_that_cannot_be_cells(tmp_path: Path) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
-    (tmp_path / "compare.json").write_text('{"schema": 1}')
+    (tmp_path / "compare.json").write_text('{"schema": 1, "cells": []}')
     (tmp_path / "cells").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(DiskError, match="cannot be written") as caught:
@@ -245,29 +242,28 @@ def test_a_cell_that_is_a_file(tmp_path: Path) -> None:
     cell = StudyFolder(tmp_path).cell(study.cells[0])
     cell.parent.mkdir()
     cell.write_text("mine")
-    (tmp_path / "compare.json").write_text('{"schema": 1}')
+    (tmp_path / "compare.json").write_text('{"schema": 1, "cells": []}')
     with pytest.raises(UsageError, match="is a file, not a folder"):
         entered(study, tmp_path)
     assert cell.read_text() == "mine"
     entered(study, tmp_path, overwrite=True)
 
 
-RUNS = ({}, {"status": "done"}, {"status": []}, {"status": "done", "x": 1})
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_cells_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[str, Any]) -> None:
+@pytest.mark.parametrize("run", [{}, {"status": []}, {"status": "done", "x": 1}])
+def test_runs_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[str, Any]) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
-    compared = {"schema": 1, "cells": [3, {}, {"status": "done", "run": 3}]}
-    write_json_atomic(tmp_path / "compare.json", compared)
-    with pytest.raises(UsageError, match="holds another comparison"):
-        entered(study, tmp_path)
-    comparison = Comparison(study, tmp_path, command="x")
-    folder = tmp_path / comparison._ledger()[0]["run_dir"]
-    folder.mkdir(parents=True, exist_ok=True)
+    recipe, folder = study.cells[0].loaded.recipe, StudyFolder(tmp_path).cell(study.cells[0])
+    folder.mkdir(parents=True)
     write_json_atomic(folder / "run.json", {"schema": 1, **run})
-    assert not comparison._settled(study.cells[0])
-    assert comparison._ledger()[0]["run"] == {"schema": 1, **run}
+    assert not is_done(recipe, folder) and not can_resume(recipe, folder)
+
+
+def test_a_study_whose_runs_are_damaged_is_refused(tmp_path: Path) -> None:
+    study = make_study(None, ("lora",), 1, ("method.density=0.01",))
+    for cells in ([3], [{}], [{"status": "done", "run": 3}]):
+        write_json_atomic(tmp_path / "compare.json", {"schema": 1, "cells": cells})
+        with pytest.raises(FileFormatError, match="is damaged"):
+            entered(study, tmp_path)
 
 
 # --- data

@@ -22,7 +22,7 @@ from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import lock_folder, prepare_folder
-from sparsegrad_cli.study.folder import StudyFolder, safe_name, study_digest
+from sparsegrad_cli.study.folder import StudyFolder, safe_name
 
 LONG = ("x" * 5000, "x" * 250, "x/" * 200, "/" + "x/" * 3000, "é" * 200)
 ODD = (
@@ -103,11 +103,8 @@ def test_names_of_folders_to_write_to(name: str) -> None:
             RunWriter(run, command="train").save()
         assert (run / "run.json").is_file()
         place = StudyFolder(comparison)
-        place.prepare(overwrite=False)
-        with place.ledger():
-            place.enter(lambda: study, study_digest(study), overwrite=False)
-            place.refuse_links(study)
-            place.leave()
+        with place.held(overwrite=False):
+            place.begin(lambda: study, overwrite=False)
         assert (comparison / "cells").is_dir()
         export = check_output_folder(folder / "exports" / inside, [run], overwrite=False)
         write_export(export, lambda new: (new / "x").touch(), overwrite=False)

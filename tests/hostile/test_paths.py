@@ -25,8 +25,7 @@ from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import lock_folder, prepare_folder
-from sparsegrad_cli.study.claims import Claim
-from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.folder import StudyFolder
 
 RUN_NAMES = (
     *("run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md", "basis.safetensors"),
@@ -42,14 +41,13 @@ STUDY_NAMES = (
     "answers",
     "tuning",
     "tuning.db",
-    ".at-work.lock",
-    ".ledger.lock",
+    "tuning.journal",
+    "tuning.journal.lock",
+    "slurm",
+    ".lock",
     "x.txt",
 )
-CELLS = (
-    *("cells/glue-rte-lora-s42.claim", "cells/glue-rte-lora-s3705.claim"),
-    *("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),
-)
+CELLS = (*("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),)
 
 
 @holds("links in a run's folder, train --overwrite", found=things(*RUN_NAMES), many=500)
@@ -114,17 +112,13 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
         before = tree(folder / "outside")
         try:
             opened = StudyFolder(place)
-            opened.prepare(overwrite=overwrite)
-            with opened.ledger():
-                opened.enter(lambda: study, study_digest(study), overwrite=overwrite)
-                opened.refuse_links(study)
+            with opened.held(overwrite=overwrite):
+                opened.begin(lambda: study, overwrite=overwrite)
             for one in study.cells:
-                with Claim(opened.cell(one).with_suffix(".claim")) as claim:
-                    claim.settle()
                 opened.cell(one).mkdir(parents=True, exist_ok=True)
                 (opened.cell(one) / "run.json").write_text("{}")
                 write_text_atomic(opened.cell(one).with_suffix(".yaml"), "x")
-            (place / "tuning.db").touch()
+            (place / "tuning.journal").touch()
             with contextlib.suppress(FileExistsError):  # somebody's file, and nothing is tuned
                 (place / "tuning").mkdir(exist_ok=True)
                 (place / "tuning" / "x").touch()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cells import cell
+from cells import cell, evidence_of
 from matplotlib.figure import Figure
 from samples import compare_record, study_of, study_record
 
@@ -20,7 +20,6 @@ from sparsegrad_cli.report.study_charts import (
     score_under_budget,
 )
 from sparsegrad_cli.report.units import MIB
-from sparsegrad_cli.study.evidence import evidence
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def sized(method: str, seed: int, score: float, mib: int, **more: Any) -> dict[s
 
 
 def study_with(cells: list[dict[str, Any]]) -> StudyRecord:
-    return study_of({"cells": cells, **evidence(cells)})
+    return study_of({"cells": cells, **evidence_of(cells)})
 
 
 def staircases(figure: Figure) -> dict[str, list[tuple[float, float]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import evidence_of
 from pages import without
 from samples import compare_record, study_of, study_record
 
@@ -19,7 +20,6 @@ from sparsegrad_cli.report.document import SideBySide
 from sparsegrad_cli.report.files import LiveReport, write_study_report
 from sparsegrad_cli.report.render import escape_latex, escape_markdown, render
 from sparsegrad_cli.report.study import ChartCache, study_document
-from sparsegrad_cli.study.evidence import evidence
 
 
 def running(record: dict[str, Any], left: int) -> StudyRecord:
@@ -28,7 +28,7 @@ def running(record: dict[str, Any], left: int) -> StudyRecord:
     for cell in record["cells"][-left:]:
         cell |= {"status": "pending", "run": None}
     record["cells"][-left]["status"] = "running"
-    return study_of(record | {"status": "running"} | evidence(record["cells"]))
+    return study_of(record | {"status": "running"} | evidence_of(record["cells"]))
 
 
 def no_answers(folder: Path, study: StudyRecord) -> Sequence[SideBySide]:

@@ -92,7 +92,7 @@ def test_comparison_is_fair_complete_and_goes_on(
         ("--methods", "lora,meprop", *quick, "task.max_length=19"),
     ):
         other = cli("compare", "--seeds", "1", "-o", "c", "-q", *others)
-        assert other.code == 2 and "another comparison" in other.flat
+        assert other.code == 2 and "another study" in other.flat
         assert "acceptability lora seed" in other.flat
     # But it may grow.
     assert cli("compare", "--methods", "meprop,full,lora", *command[3:]).code == 0

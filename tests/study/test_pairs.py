@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from cells import cell, study_cells
+from cells import cell, evidence_of, pair_tests_of, study_cells
 from samples import study_of
 
+from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
 from sparsegrad_cli.report.scores import best_rows, score_table
-from sparsegrad_cli.study.evidence import evidence, up_to_date
-from sparsegrad_cli.study.pairs import pair_tests
+from sparsegrad_cli.study.evidence import up_to_date
 from sparsegrad_cli.study.statistics import sign_flip_p, student
 
 
@@ -22,7 +22,7 @@ def only(tests: dict) -> dict:
 
 def test_a_pair_by_hand() -> None:
     scores = {"t": {"a": [0.6, 0.7, 0.5], "b": [0.5, 0.75, 0.3]}}
-    pair = only(pair_tests(study_cells(scores)))
+    pair = only(pair_tests_of(study_cells(scores)))
     differences = [0.1, -0.05, 0.2]
     size = math.sqrt((0.01 + 0.0025 + 0.04) / 3)
     assert (pair["n"], pair["tasks"], pair["seeds"]) == (3, 1, 3)
@@ -39,17 +39,17 @@ def test_no_tasks_scale_decides() -> None:
     steady = {"a": [0.61, 0.64, 0.66, 0.69], "b": [0.60, 0.62, 0.65, 0.67]}
     wild = {"a": [0.1, 0.9, 0.2, 0.6], "b": [0.7, 0.1, 0.6, 0.2]}
     tiny = {m: [v / 1000 for v in values] for m, values in steady.items()}
-    plain = only(pair_tests(study_cells({"x": steady, "y": wild})))
-    scaled = only(pair_tests(study_cells({"x": tiny, "y": wild})))
+    plain = only(pair_tests_of(study_cells({"x": steady, "y": wild})))
+    scaled = only(pair_tests_of(study_cells({"x": tiny, "y": wild})))
     assert plain["p"] == scaled["p"] and plain["mean"] != scaled["mean"]
 
 
 def test_of_losses_less_is_better() -> None:
     values = {"a": [1.0 - 0.01 * s for s in range(8)], "b": [1.1 - 0.011 * s for s in range(8)]}
-    pair = only(pair_tests(study_cells({"t": values}, {"t": "loss"})))
+    pair = only(pair_tests_of(study_cells({"t": values}, {"t": "loss"})))
     assert pair["better"] == "a" and (pair["wins"], pair["losses"]) == (8, 0)
     assert pair["mean"] < 0 and pair["metric"] == "loss"
-    higher = only(pair_tests(study_cells({"t": values})))
+    higher = only(pair_tests_of(study_cells({"t": values})))
     assert higher["better"] == "b" and higher["p"] == pair["p"] == 2.0**-7
 
 
@@ -57,10 +57,10 @@ def test_unlike_metrics_are_tested_but_not_averaged() -> None:
     good = {"a": [0.7, 0.71, 0.73, 0.72], "b": [0.6, 0.62, 0.61, 0.6]}
     less = {m: [2 - v for v in values] for m, values in good.items()}
     cells = study_cells({"x": good, "y": less}, {"y": "loss"})
-    pair = only(pair_tests(cells))
+    pair = only(pair_tests_of(cells))
     assert pair["better"] == "a" and pair["p"] == 2.0**-7
     assert pair["mean"] is None and pair["interval"] is None and pair["p_t"] is None
-    compare = {"tests": pair_tests(cells), "seeds": [0, 1, 2, 3]}
+    compare = {"tests": pair_tests_of(cells), "seeds": [0, 1, 2, 3]}
     (line,) = verdict_lines(study_of(compare))
     assert line == "a is better than b (8 paired runs on 2 tasks; Holm's p 0.008)."
 
@@ -69,14 +69,14 @@ def test_only_common_finished_seeds_count() -> None:
     cells = study_cells({"t": {"a": [0.5, 0.6, 0.7], "b": [0.4, 0.5, 0.6]}, "u": {"a": [0.5]}})
     cells += [cell("b", 9, 0.9, task="u"), cell("b", 0, 0.4, task="u")]
     cells[2] |= {"status": "failed"}
-    pair = only(pair_tests(cells))
+    pair = only(pair_tests_of(cells))
     assert (pair["n"], pair["tasks"]) == (2, 1)  # of u they share one seed
     assert pair["wins"] == 2
 
 
 def test_one_seed_ranks_nothing_anywhere() -> None:
     scores = {task: {m: [0.5 + 0.1 * at] for at, m in enumerate("abc")} for task in "xyzuvwpq"}
-    compare = {**evidence(study_cells(scores)), "seeds": [0], "tasks": list(scores)}
+    compare = {**evidence_of(study_cells(scores)), "seeds": [0], "tasks": list(scores)}
     assert compare["tests"]["pairs"] == [] and compare["tests"]["untested"] == 3
     assert verdict_lines(study_of(compare)) == [
         "n = 1: one seed ranks no method, and no difference is tested."
@@ -89,9 +89,9 @@ def test_one_seed_ranks_nothing_anywhere() -> None:
 
 
 def test_a_row_of_one_seed_takes_the_ranking_from_all() -> None:
-    study = study_of(evidence(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})))
+    study = study_of(evidence_of(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})))
     assert [row.method for row in best_rows(study.rows)] == ["b"]
-    study = study_of(evidence(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7]}})))
+    study = study_of(evidence_of(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7]}})))
     assert best_rows(study.rows) == []
 
 
@@ -102,7 +102,7 @@ def test_differences_and_their_absence_are_said_in_words() -> None:
         "b": [0.70 + 0.0012 * s for s in seeds],
         "c": [0.70 + 0.0012 * s + (0.002 if s % 2 else -0.002) for s in seeds],
     }
-    compare = evidence(study_cells({"t": scores}))
+    compare = evidence_of(study_cells({"t": scores}))
     lines = verdict_lines(study_of(compare))
     assert lines[0].startswith("a is better than b by 9.9 (95 % interval 9.9 to 10.0; 9 paired")
     assert lines[1].startswith("a is better than c by ")
@@ -118,14 +118,14 @@ def test_a_mean_that_one_wide_task_turns_is_not_said_as_the_gain() -> None:
     ahead = {"a": [0.803, 0.8131, 0.8229], "b": [0.80, 0.81, 0.82]}
     behind = {"a": [0.45, 0.46, 0.47], "b": [0.50, 0.5101, 0.5199]}
     scores = {f"t{n}": ahead for n in range(7)} | {"cola": behind}
-    compare = evidence(study_cells(scores))
+    compare = evidence_of(study_cells(scores))
     pair = only(compare["tests"])
     assert pair["better"] == "a" and pair["mean"] < 0
     (line,) = verdict_lines(study_of(compare))
     assert line.startswith("a is better than b when each task is weighted by its own spread (24")
     assert line.endswith("although the plain mean over tasks puts b ahead by 0.4.")
     losses = {"t": {"a": [1.0 - 0.01 * s for s in range(8)], "b": [1.1] * 8}}
-    lines = verdict_lines(study_of(evidence(study_cells(losses, {"t": "loss"}))))
+    lines = verdict_lines(study_of(evidence_of(study_cells(losses, {"t": "loss"}))))
     assert lines[0].startswith("a is better than b by 0.135 (95 % interval 0.1")
 
 
@@ -133,18 +133,18 @@ def test_too_few_runs_to_show_anything_is_said_with_the_number_that_could() -> N
     scores = {task: {m: [0.5, 0.61] for m in "ab"} for task in "xyz"}
     for at, task in enumerate("xyz"):
         scores[task]["a"] = [0.6 + at / 100, 0.7]
-    compare = evidence(study_cells(scores))
+    compare = evidence_of(study_cells(scores))
     assert compare["tests"]["pairs"][0]["smallest_p"] == 2.0**-5  # 0.031: one pair could
     assert not any("could not" in line for line in verdict_lines(study_of(compare)))
     four = {t: {m: [0.5 + 0.1 * (m in "ac"), 0.6 + ord(m) / 999] for m in "abcd"} for t in "xyz"}
-    lines = verdict_lines(study_of(evidence(study_cells(four))))
+    lines = verdict_lines(study_of(evidence_of(study_cells(four))))
     assert lines[-1].endswith("or 0.19 after correcting for 6 pairs of methods. 3 seeds could.")
 
 
-def test_up_to_date_leaves_a_record_without_telling_cells_alone() -> None:
+def test_an_older_record_gets_its_evidence_and_a_killed_study_is_interrupted() -> None:
     cells = study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})
-    assert up_to_date({"cells": cells, "rows": "old"}) == {"cells": cells, **evidence(cells)}
-    for broken in (None, 3, [], [{}], [{"task": "t"}], [{**cells[0], "seed": [1]}]):
-        assert up_to_date({"cells": broken, "rows": "old"})["rows"] == "old"
-    half = [{**c, "run": run} for c, run in zip(cells, (None, 3, {"metrics": []}, []), strict=True)]
-    assert up_to_date({"cells": half})["rows"][0]["score_mean"] is None
+    older = StudyRecord.model_validate({"status": "running", "cells": cells})
+    found = up_to_date(older, running=True).to_json()
+    assert found["status"] == "running"
+    assert {key: found[key] for key in ("rows", "tests", "checks")} == evidence_of(cells)
+    assert up_to_date(older, running=False).status == "interrupted"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
-from cells import cell, study_cells
+from cells import cell, checks_of, rows_of, study_cells
 from samples import study_of
 
 from sparsegrad_cli.report.fairness import check_lines, parity_table
-from sparsegrad_cli.study.checks import make_checks
-from sparsegrad_cli.study.rows import make_rows, paired_difference
+from sparsegrad_cli.study.rows import paired_difference
 
 
 def test_rows_by_hand() -> None:
     cells = [cell("lora", 0, 0.5), cell("full", 0, 0.6), cell("lora", 1, 0.7), cell("full", 1, 0.9)]
-    lora, full = make_rows(cells)
+    lora, full = rows_of(cells)
     assert lora["method"] == "lora" and lora["difference"] is None
     assert math.isclose(lora["score_mean"], 0.6)
     assert math.isclose(lora["score_std"], math.sqrt(0.02))
@@ -30,7 +29,7 @@ def test_rows_by_hand() -> None:
 
 
 def test_counters_by_hand() -> None:
-    (row,) = make_rows([cell("full", 0, 0.5), cell("full", 1, 0.5)])
+    (row,) = rows_of([cell("full", 0, 0.5), cell("full", 1, 0.5)])
     assert (row["trainable"], row["trainable_targets"]) == (12, 10)
     assert (row["touched"], row["touched_targets"]) == (32.5, 30.5)  # means of 32 and 33
     assert row["peak_bytes"] == 150 and row["beyond_weights_bytes"] == 50
@@ -52,7 +51,7 @@ def test_calibration_is_charged_whole_and_shared_among_its_users() -> None:
         cell("a-4e-3", 0, 0.0, calibration=made("x", 1.0, 1), status="failed"),
         cell("lora", 0, 0.5),
     ]
-    first, second, other, failed, lora = make_rows(cells)
+    first, second, other, failed, lora = rows_of(cells)
     assert (first["calibrate_s"], first["basis_uses"], first["calibrate_s_per_use"]) == (6.0, 2, 3)
     assert (second["calibrate_s"], second["calibrate_s_per_use"]) == (8.0, 4.0)
     assert (other["calibrate_s"], other["calibrate_tokens"], other["basis_uses"]) == (7.0, 60, 1)
@@ -70,7 +69,7 @@ def test_failed_and_missing_cells() -> None:
         cell("lora", 0, 0.5),
         cell("lora", 1, 0.5, status="pending", run=None),
     ]
-    full, lora = make_rows(cells)
+    full, lora = rows_of(cells)
     assert full["status"] == "out_of_memory" and full["score_mean"] is None
     assert full["note"] == "memory ran out: 9 GiB"
     assert lora["status"] == "pending" and lora["seeds_done"] == 1 and lora["score_std"] is None
@@ -80,15 +79,15 @@ def test_failed_and_missing_cells() -> None:
 def test_differences_of_few() -> None:
     assert paired_difference({1: 0.5}, {2: 0.5}, "x") is None
     single = paired_difference({1: 0.6}, {1: 0.5}, "x")
-    assert single is not None and single["interval"] is None and single["n"] == 1
+    assert single is not None and single.interval is None and single.n == 1
 
 
 def test_checks_compare_at_the_last_common_step() -> None:
-    same = make_checks([cell("a", 0, 0.5), cell("a", 0, 0.5)])
+    same = checks_of([cell("a", 0, 0.5), cell("a", 0, 0.5)])
     assert same[0]["same_order"] is True and same[0]["steps_compared"] == 20
-    differ = make_checks([cell("a", 0, 0.5), cell("b", 0, 0.5)])
+    differ = checks_of([cell("a", 0, 0.5), cell("b", 0, 0.5)])
     assert differ[0]["same_order"] is False and differ[0]["same_head_init"] is True
-    one = make_checks([cell("a", 0, 0.5)])
+    one = checks_of([cell("a", 0, 0.5)])
     assert one[0]["same_order"] is None
 
 
@@ -105,17 +104,17 @@ def test_every_hash_that_differs_is_shouted_and_one_that_is_missing_is_unknown(
     keys: tuple[str, str], check: str, word: str
 ) -> None:
     cells = [cell("a", 0, 0.5), cell("a", 0, 0.5), cell("a", 0, 0.5)]
-    (fair,) = make_checks(cells)
+    (fair,) = checks_of(cells)
     assert fair[check] is True
     lines = check_lines(study_of({"checks": [fair], "parity": {"compared": 48}}))
     assert [held for held, _ in lines] == [True, True]
     cells[1]["run"][keys[0]][keys[1]] = "other"
-    (broken,) = make_checks(cells)
+    (broken,) = checks_of(cells)
     assert broken[check] is False
     lines = check_lines(study_of({"checks": [broken]}))
     assert (False, f"t, seed 0: methods did NOT have the same {word}.") in lines
     del cells[1]["run"][keys[0]][keys[1]]
-    (unknown,) = make_checks(cells)
+    (unknown,) = checks_of(cells)
     assert unknown[check] is None
     pair = "1 of 1 pairs of task and seed"
     assert (None, f"{pair}: same {word}: not recorded.") in check_lines(
@@ -126,7 +125,7 @@ def test_every_hash_that_differs_is_shouted_and_one_that_is_missing_is_unknown(
 def test_cells_of_two_versions_of_the_code_are_told() -> None:
     cells = [cell("a", 0, 0.5), cell("a", 0, 0.5)]
     cells[1]["run"]["git"]["commit"] = "later"
-    (check,) = make_checks(cells)
+    (check,) = checks_of(cells)
     assert check["same_code"] is False
     assert any(
         "not all runs used the same code" in line.lower()
@@ -151,6 +150,6 @@ def test_a_flagged_difference_is_in_the_words_and_in_the_table() -> None:
 
 def test_a_record_whose_done_cell_has_no_run_is_read_as_far_as_it_goes() -> None:
     cells = study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})
-    del cells[0]["run"]
-    assert [row["seeds_done"] for row in make_rows(cells)] == [1, 2]
-    assert [check["methods"] for check in make_checks(cells)] == [1, 2]
+    cells[0]["run"] = None
+    assert [row["seeds_done"] for row in rows_of(cells)] == [1, 2]
+    assert [check["methods"] for check in checks_of(cells)] == [1, 2]

@@ -7,10 +7,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from cells import study_cells
+from cells import pair_tests_of, study_cells
 from scipy import stats
 
-from sparsegrad_cli.study.pairs import pair_tests
 from sparsegrad_cli.study.statistics import (
     DRAWS,
     EXACT,
@@ -136,6 +135,6 @@ def test_alike_methods_are_seldom_told_apart() -> None:
     wrong = 0
     for _ in range(300):
         scores = {task: {m: list(draw.standard_t(2, 5)) for m in "abcd"} for task in ("x", "y")}
-        tests = pair_tests(study_cells(scores))
+        tests = pair_tests_of(study_cells(scores))
         wrong += any(pair["better"] for pair in tests["pairs"])
     assert wrong / 300 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)

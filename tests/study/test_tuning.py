@@ -19,12 +19,12 @@ from small import Cli
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
 from sparsegrad_cli.records.store import write_json_atomic
+from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
-from sparsegrad_cli.study.proposals import Referee, TuningStore, ended_trial, propose
-from sparsegrad_cli.study.space import RATE, best_trial, series_of, with_settings
-from sparsegrad_cli.study.trials import Trial, TrialLog
-from sparsegrad_cli.study.tuning import Tuning
-from sparsegrad_cli.study.worker_pool import Crew
+from sparsegrad_cli.study.runs import Runs
+from sparsegrad_cli.study.search import Pruner, TrialStore, best_trial, ended_trial, propose
+from sparsegrad_cli.study.search_space import RATE, series_of, with_settings
+from sparsegrad_cli.study.tuning import StepLog, Trial, Tuning
 
 STEPS = 24
 TINY = (
@@ -41,11 +41,10 @@ TINY = (
 def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
     """A comparison that was interrupted after so many trials, with these scores throughout."""
     assert study.study.tune is not None
-    place = StudyFolder(folder)
-    place.prepare(overwrite=False)
+    (folder / "cells").mkdir(parents=True)
     record = {"schema": 1, "digest": study_digest(study), "status": "interrupted", "cells": []}
     write_json_atomic(folder / "compare.json", record)
-    store = TuningStore(folder / "tuning.db")
+    store = TrialStore(folder / "tuning.journal")
     for series in series_of(study):
         store.open(series.name, series.about(study.study.tune.seeds))
         for number, score in enumerate(scores):
@@ -58,7 +57,6 @@ def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
             }
             seen = dict.fromkeys(range(2, STEPS + 1, 2), score)
             store.add(series.name, ended_trial(series.space, entry, seen))
-    store.close()
 
 
 def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
@@ -110,8 +108,8 @@ def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) 
     study = make_study(None, ("full", "lora"), 2, TINY, trials=2)
     prepared(tmp_path / "c", study, [0.5, 0.4])
     place = StudyFolder(tmp_path / "c")
-    tuning = Tuning(study, place, Crew(quiet=True, jobs=1), print, lambda: None)
-    assert tuning.connect(make=False)
+    tuning = Tuning(study, place, Runs(LocalEngine(1)), print, lambda: None)
+    assert tuning.open(make=False)
     full, lora = series_of(study)
     store = tuning.store
     store.forget(lora.name, lora.about((101,)))
@@ -130,7 +128,6 @@ def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) 
     assert [s["seconds"] for s in block["series"]] == [2.0, 6.0]
     tuning.retry()  # what is broken is run again
     assert [len(s["trials"]) for s in tuning.block()["series"]] == [2, 0]
-    tuning.close()
 
 
 def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_pruned(
@@ -153,8 +150,8 @@ def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_prune
         run |= {"metrics": {"best": best}, "task": {"metric": "accuracy"}}
         write_json_atomic(folder / "run.json", run)
 
-    place, crew = StudyFolder(tmp_path), Crew(quiet=True, jobs=1)
-    store = TuningStore(tmp_path / "tuning.db")
+    place, crew = StudyFolder(tmp_path), Runs(LocalEngine(1))
+    store = TrialStore(tmp_path / "tuning.journal")
     store.open(series.name, series.about((7, 8)))
     curves = [([0.5, 0.6, 0.6], [0.4, 0.8, 0.7]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])]
     curves += [([0.6, 0.9, 0.9], [0.6, 0.9, 0.9]), ([0.1, 0.2, 0.9], [1.0, 1.0, 1.0])]
@@ -163,12 +160,11 @@ def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_prune
         for seed, scores in zip((7, 8), both, strict=True):
             ended(place, number, seed, scores)
         told = store.ended(series.name, 9)
-        trial = Trial(series, number, settings, Referee(told), store)
-        entry = trial.run((7, 8), place, crew, [], lambda: None)
+        trial = Trial(series, number, settings, Pruner(told), store)
+        entry = trial.run((7, 8), place, crew, lambda: None)
         assert entry is not None
-        store.add(series.name, ended_trial(series.space, entry, trial.referee.seen))
+        store.add(series.name, ended_trial(series.space, entry, trial.pruner.seen))
         entries.append(entry)
-    store.close()
     first, *_, last = entries
     assert first["status"] == "done" and first["score"] == 0.7 and first["steps"] == 12
     assert first["loss"] == pytest.approx(0.3) and first["seconds"] == 10
@@ -184,7 +180,7 @@ def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_prune
 
 def test_evaluations_are_read_once_each_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
-    log = TrialLog(path)
+    log = StepLog(path)
     assert list(log.evaluations()) == []
 
     def line(step: int, score: float | None = None) -> str:
@@ -195,18 +191,18 @@ def test_evaluations_are_read_once_each_as_they_are_written(tmp_path: Path) -> N
         return json.dumps(found) + "\n"
 
     def read() -> list[int]:
-        return [int(found["step"]) for found in log.evaluations()]
+        return [found.step for found in log.evaluations()]
 
     path.write_text(line(0, 0.1) + line(1) + line(2, 0.9)[:20])
     assert read() == [0] and log.last_step == 1
     path.write_text(line(0, 0.1) + line(1) + line(2, 0.9) + "{torn\n" + line(3))
     assert read() == [2] and read() == [] and log.last_step == 3
-    assert log.best()["score"] == 0.9  # of what was trained
+    assert log.best().score == 0.9  # of what was trained
     path.write_text(line(0, 0.1) + line(1))  # cut, as a resumed run does
     assert read() == [0]
     with path.open("a") as file:
         file.write(line(4, 0.3) + line(6, 0.5))
-    assert read() == [4, 6] and log.best()["score"] == 0.3  # less is better
+    assert read() == [4, 6] and log.best().score == 0.3  # less is better
 
 
 def compare(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -234,10 +230,10 @@ def test_three_trials_of_two_methods_interrupted_and_resumed(tmp_path: Path) -> 
     stopped = json.loads((folder / "compare.json").read_text())
     assert stopped["status"] == "interrupted"
     assert [len(s["trials"]) for s in stopped["tuning"]["series"]] == [1, 0]
-    two = [compare(folder, *over) for _ in range(2)]  # and share what is left
-    more = [process.communicate(timeout=1800)[1] for process in two]
-    assert [process.returncode for process in two] == [0, 0], more
-    begun = re.findall(r"^\S+  (\S+)  trial (\d) of 3: learning_rate", "".join(more), re.MULTILINE)
+    again = compare(folder, *over, "--jobs", "2")
+    more = again.communicate(timeout=1800)[1]
+    assert again.returncode == 0, more
+    begun = re.findall(r"^\S+  (\S+)  trial (\d) of 3: learning_rate", more, re.MULTILINE)
     assert sorted(begun) == sorted([("lora", n) for n in "23"] + [("full", n) for n in "123"])
     record = json.loads((folder / "compare.json").read_text())
     assert record["status"] == "done"
@@ -257,14 +253,12 @@ def test_three_trials_of_two_methods_interrupted_and_resumed(tmp_path: Path) -> 
         assert best is not None and series["best"]["number"] == best["number"]
     rates = {s["method"]: s["best"]["settings"][RATE] for s in record["tuning"]["series"]}
     store = StudyFolder(folder)
-    tuning = Tuning(study, store, Crew(quiet=True, jobs=1), print, lambda: None)
-    tuning.connect(make=False)
+    tuning = Tuning(study, store, Runs(LocalEngine(1)), print, lambda: None)
+    tuning.open(make=False)
     tuned = tuning.tuned()
-    tuning.close()
     assert tuned is not None
     for cell, ran in zip(tuned.cells, record["cells"], strict=True):
         assert cell.loaded.recipe.train.learning_rate == rates[cell.label]
         assert ran["run"]["recipe_digest"] == digest(cell.loaded.recipe)
         assert ran["run"]["seed"] not in record["tuning"]["seeds"]
     assert record["parity"]["declared"][0]["values"] == rates
-    assert not list(folder.glob("*/*.claim"))

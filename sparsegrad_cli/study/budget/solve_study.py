@@ -24,8 +24,8 @@ from sparsegrad_cli.report.access import mappings, number, text
 from sparsegrad_cli.report.units import format_amount
 from sparsegrad_cli.study.budget.counting import Counting
 from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
-from sparsegrad_cli.study.budget_report import MEASURED, TOLERANCE
-from sparsegrad_cli.study.space import with_settings
+from sparsegrad_cli.study.evidence import MEASURED, TOLERANCE
+from sparsegrad_cli.study.search_space import with_settings
 
 # Of two recipes that differ in nothing else, one answer serves both.
 _NO_MATTER = ("seed", "output_dir")

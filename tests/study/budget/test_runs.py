@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from adapters import trained_in
+from cells import checks_of, measured_in
 from little import base_folder, data_folder, record, train
-from paths import REPO
 from safetensors.torch import load_file
 from small import Cli
 from tiny import one_thread
@@ -28,8 +25,6 @@ from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import prepare_folder
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.study.budget.solve_study import solve_study
-from sparsegrad_cli.study.budget_report import measured, with_measured
-from sparsegrad_cli.study.checks import make_checks
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.training.fine_tuning import fine_tune
 
@@ -96,7 +91,7 @@ def ran(solved: LoadedStudy, folder: Path) -> list[dict[str, Any]]:
 
 def rows_of(solved: LoadedStudy, cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     assert solved.budget is not None
-    return {row["method"]: row for row in with_measured(solved.budget, cells)["rows"]}
+    return {row["method"]: row for row in measured_in(solved.budget, cells)["rows"]}
 
 
 def test_entries_are_met_exactly_by_all_that_count_in_entries(place: Path, tmp_path: Path) -> None:
@@ -120,7 +115,7 @@ def test_a_peak_is_met_and_what_could_not_be_is_said(
     place: Path, tmp_path: Path, kib: int, methods: tuple[str, ...]
 ) -> None:
     solved = solve_study(study(place, f"peak={kib}KiB", methods))
-    parity = check_parity(solved)
+    parity = check_parity(solved).to_json()
     cells = ran(solved, tmp_path)
     rows = rows_of(solved, cells)
     for row in rows.values():
@@ -142,7 +137,7 @@ def test_a_peak_is_met_and_what_could_not_be_is_said(
     for cell in solved.cells:
         own = cell.loaded.recipe.train
         assert own.per_device_train_batch_size * own.gradient_accumulation_steps == 8
-    (check,) = make_checks(cells)
+    (check,) = checks_of(cells)
     assert check["same_order"] is True and check["steps_compared"] == 3
 
 
@@ -181,33 +176,14 @@ def test_an_update_in_micro_batches_is_the_update(place: Path, tmp_path: Path) -
 # --- from the command line
 
 
-def together(folder: Path, *arguments: str) -> list[str]:
-    """The same comparison twice at once; what each of the two said."""
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sparsegrad_cli", "compare", *arguments],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    told = [process.communicate(timeout=900)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    return told
-
-
 def compared(tmp_path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((tmp_path / "c" / "compare.json").read_text())
     return found
 
 
-def test_a_comparison_under_a_budget_is_shared_and_goes_on_with_what_it_picked(
+def test_a_study_under_a_budget_goes_on_with_the_sizes_that_it_picked(
     cli: Cli, place: Path, tmp_path: Path
 ) -> None:
-    """Two processes begin it: one solves, both are at the sizes that it picked."""
     study(place, "null", ("lora",))
     path = str(place / "study.yaml")
     option = ("--match", "trainable=230", "-o", "c")
@@ -215,12 +191,12 @@ def test_a_comparison_under_a_budget_is_shared_and_goes_on_with_what_it_picked(
     assert plan.code == 0, plan.err
     planned = json.loads(plan.out)
     assert not (tmp_path / "c").exists()
-    told = "".join(together(tmp_path, path, *option))
-    assert told.count("solve trainable=230") == 1 and "Traceback" not in told
+    outcome = cli("compare", path, *option)
+    assert outcome.code == 0 and outcome.flat.count("solve trainable=230") == 1, outcome.err
     found = compared(tmp_path)
     assert found["match"] == "trainable=230" and found["budget"]["request"] == 230
     (row,), (cell,) = found["budget"]["rows"], found["cells"]
-    assert row["measured"] == measured(cell["run"], "trainable") == row["predicted"] == 224
+    assert row["measured"] == row["predicted"] == 224
     assert row["set"] == planned["budget"]["rows"][0]["set"]
     wanted = planned["rows"][0]["recipe"]["method"]
     assert {"name": "lora", **cell["run"]["method"]["settings"]} == wanted
@@ -235,18 +211,18 @@ def test_a_comparison_under_a_budget_is_shared_and_goes_on_with_what_it_picked(
     assert compared(tmp_path)["digest"] == found["digest"]
     assert compared(tmp_path)["budget"] == found["budget"]
     other = cli("compare", path, "--match", "trainable=500", "-o", "c", "-q")
-    assert other.code == 2 and "another comparison" in other.flat
+    assert other.code == 2 and "another study" in other.flat
     refused = cli("compare", path, "--match", "trainable=111", "-o", "d", "-q")
     assert refused.code == 2 and "rank 1" in refused.flat and not (tmp_path / "d").exists()
 
 
 @pytest.mark.slow
-def test_a_budget_that_is_shared_and_tuned_has_one_size_everywhere(
-    place: Path, tmp_path: Path
+def test_a_budget_that_is_tuned_has_one_size_everywhere(
+    cli: Cli, place: Path, tmp_path: Path
 ) -> None:
     study(place, "trainable=230", ("lora", "static"))
-    told = "".join(together(tmp_path, str(place / "study.yaml"), "--tune", "2", "-o", "c"))
-    assert told.count("solve trainable=230") == 2  # once for each row
+    outcome = cli("compare", str(place / "study.yaml"), "--tune", "2", "-o", "c")
+    assert outcome.flat.count("solve trainable=230") == 2, outcome.err  # once for each row
     found = compared(tmp_path)
     sizes = {row["method"]: row["set"] for row in found["budget"]["rows"]}
     runs = [("lora", "*-lora-*"), ("static", "*-static-*")]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cells import measured_in
 from little import base_folder, data_folder, sentences
 from tiny import one_thread
 
@@ -17,7 +18,6 @@ from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.study.budget.counting import Counting
 from sparsegrad_cli.study.budget.solve import Pick, UnreachableError, at_size, settings_of, solve
 from sparsegrad_cli.study.budget.solve_study import solve_study
-from sparsegrad_cli.study.budget_report import with_measured
 
 BATCH = 8
 LORA, DENSE = "{name: lora}", "{name: sparsegrad, support: dense}"
@@ -298,7 +298,7 @@ def test_what_was_picked_before_stands(place: Path) -> None:
     # Who reads the block of a comparison that is under way says just what it says.
     same = solve_study(
         study(place, "trainable=150", full=", matched: false"),
-        kept=with_measured(first.budget, []),
+        kept=measured_in(first.budget, []),
     )
     assert same.budget == first.budget and same.cells == first.cells
 

@@ -20,14 +20,14 @@ from sparsegrad_cli.report.budget import plan_screen
 from sparsegrad_cli.report.document import Table
 from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.study.budget.solve_study import solve_study
+from sparsegrad_cli.study.coordinator import plan_of
+from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 from sparsegrad_cli.study.parity import check_parity
-from sparsegrad_cli.study.plan import plan_of
-from sparsegrad_cli.study.proposals import Referee, ended_trial, propose
-from sparsegrad_cli.study.space import RATE, first_point, series_of
-from sparsegrad_cli.study.trials import Trial
-from sparsegrad_cli.study.tuning import Tuning
-from sparsegrad_cli.study.worker_pool import Crew
+from sparsegrad_cli.study.runs import Runs
+from sparsegrad_cli.study.search import Pruner, ended_trial, propose
+from sparsegrad_cli.study.search_space import RATE, first_point, series_of
+from sparsegrad_cli.study.tuning import Trial, Tuning
 
 STUDY = """name: tiny
 methods: [lora, meprop]
@@ -58,25 +58,24 @@ def size(recipe: Recipe) -> int | None:
 
 
 def tuning_of(study: LoadedStudy, folder: Path) -> Tuning:
-    return Tuning(study, StudyFolder(folder), Crew(quiet=True, jobs=1), print, lambda: None)
+    return Tuning(study, StudyFolder(folder), Runs(LocalEngine(1)), print, lambda: None)
 
 
 def test_trials_and_cells_have_the_solved_size_and_the_budget_stays(tmp_path: Path) -> None:
     study = solved(tmp_path, 150)
     sizes = {"lora": 2, "meprop": 150}
     tuning = tuning_of(study, tmp_path)
-    tuning.connect(make=True)
+    tuning.open(make=True)
     for series in series_of(study):
         for number, score in enumerate((0.5, 0.75)):
             told = tuning.store.ended(series.name, 9)
             settings = propose(series.space, told, series.name)
-            trial = Trial(series, number, settings, Referee(told), tuning.store)
+            trial = Trial(series, number, settings, Pruner(told), tuning.store)
             assert size(trial.recipe(101)) == sizes[series.label]
             entry = {"number": number, "settings": settings, "status": "done", "metric": "accuracy"}
             entry |= {"score": score, "loss": 1.0, "seconds": 1.0, "steps": 6, "error": None}
             tuning.store.add(series.name, ended_trial(series.space, entry | {"runs": []}, {}))
     tuned = tuning.tuned()
-    tuning.close()
     assert tuned is not None and tuned.budget == study.budget
     assert tuned.match_place == study.match_place
     second = {series.label: first_point(series.space, 1)[RATE] for series in series_of(study)}
@@ -93,15 +92,12 @@ def test_trials_and_cells_have_the_solved_size_and_the_budget_stays(tmp_path: Pa
 
 def test_trials_of_other_sizes_are_trials_of_another_comparison(tmp_path: Path) -> None:
     first = tuning_of(solved(tmp_path, 150), tmp_path)
-    first.connect(make=True)
-    first.close()
+    first.open(make=True)
     again = tuning_of(solved(tmp_path, 150), tmp_path)
-    assert again.connect(make=False)
-    again.close()
+    assert again.open(make=False)
     other = tuning_of(solved(tmp_path, 200), tmp_path)
     with pytest.raises(UsageError, match="with other settings"):
-        other.connect(make=False)
-    other.close()
+        other.open(make=False)
 
 
 def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> None:
@@ -123,7 +119,7 @@ def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> 
         recipe = cell.loaded.recipe.model_copy(update={"train": train})
         cells.append(replace(cell, loaded=replace(cell.loaded, recipe=recipe)))
     both = replace(study, cells=tuple(cells), budget={**study.budget, "rows": rows})
-    parity = check_parity(both)
+    parity = check_parity(both).to_json()
     assert parity["flagged"] == []
     declared = {found["key"]: found.get("why") for found in parity["declared"]}
     assert declared == {

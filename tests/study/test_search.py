@@ -14,32 +14,22 @@ import pytest
 from paths import REPO
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.study.proposals import (
+from sparsegrad_cli.study.search import (
     FIRST,
     NEXT_SEED,
-    Referee,
-    TuningStore,
+    Pruner,
+    TrialStore,
     ended_trial,
     entry_of,
     propose,
 )
-from sparsegrad_cli.study.space import RATE, Dimension, first_point
+from sparsegrad_cli.study.search_space import RATE, Dimension, first_point
 
 SPACE = (
     Dimension(RATE, 1e-4, 1e-2, log=True, centre=1e-3),
     Dimension("train.warmup_steps", 0.0, 0.2),
     Dimension("train.lr_scheduler_type", choices=("linear", "cosine")),
 )
-ADD = """
-import sys
-from pathlib import Path
-from sparsegrad_cli.study.proposals import TuningStore, ended_trial
-from sparsegrad_cli.study.space import Dimension
-store = TuningStore(Path(sys.argv[1]))
-store.open("s", {"a": 1})
-entry = {"settings": {"k": 2.0}, "status": "done", "metric": None, "score": 0.5}
-store.add("s", ended_trial((Dimension("k", 1.0, 3.0),), entry, {}))
-"""
 
 
 def entry(settings: dict[str, Any], score: float | None, status: str = "done") -> dict[str, Any]:
@@ -100,7 +90,7 @@ def test_tpe_looks_where_it_was_good_and_not_where_runs_fail() -> None:
     assert sum(rate < 3e-3 / 10 for rate in high) <= 1
 
 
-def test_the_referee_by_hand() -> None:
+def test_the_pruner_by_hand() -> None:
     """Medians of the finished at steps 1 to 6: (3 + 4 + 8) / 10 have the median 0.4."""
 
     def finished(level: float, **changes: Any) -> Any:
@@ -109,21 +99,21 @@ def test_the_referee_by_hand() -> None:
 
     told = [finished(level) for level in (0.3, 0.4, 0.8)]
     pruned = finished(0.9, status="pruned")  # no measure of what finished trials had
-    referee = Referee([*told, pruned])
+    referee = Pruner([*told, pruned])
     assert not referee.stops(1, 0.0)  # the first third of six steps is no time to judge
     assert not referee.stops(2, 0.45)
     assert not referee.stops(3, 0.1)  # the best so far is above the median
-    worse = Referee(told)
+    worse = Pruner(told)
     assert not worse.stops(1, 0.39)
     assert worse.stops(2, 0.39)
     assert not worse.stops(2, 0.0)  # told twice, judged once
-    assert not Referee(told).stops(2, 0.4)  # not below
-    assert not Referee(told).stops(6, 0.0)  # over anyway
-    assert not Referee(told[:2]).stops(3, 0.0)  # too few to compare with
-    assert Referee(told).seen == {}
+    assert not Pruner(told).stops(2, 0.4)  # not below
+    assert not Pruner(told).stops(6, 0.0)  # over anyway
+    assert not Pruner(told[:2]).stops(3, 0.0)  # too few to compare with
+    assert Pruner(told).seen == {}
 
 
-def test_the_referee_compares_a_second_seed_with_second_seeds() -> None:
+def test_the_pruner_compares_a_second_seed_with_second_seeds() -> None:
     levels = (0.3, 0.4, 0.8)
     told = [
         ended_trial(
@@ -133,22 +123,21 @@ def test_the_referee_compares_a_second_seed_with_second_seeds() -> None:
         )
         for level in levels
     ]
-    referee = Referee(told)
+    referee = Pruner(told)
     assert not referee.stops(3, 0.41) and not referee.stops(6, 0.42)
     assert referee.stops(NEXT_SEED + 3, 0.0)  # 0.42 in all, 0.5 the median of the second seed
-    assert not Referee(told).stops(NEXT_SEED + 6, 0.0)  # the very last
-    assert Referee(told).stops(6, 0.0)  # the last of the first: spares the second
+    assert not Pruner(told).stops(NEXT_SEED + 6, 0.0)  # the very last
+    assert Pruner(told).stops(6, 0.0)  # the last of the first: spares the second
 
 
 def test_the_store_keeps_trials_whole_and_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "tuning.db"
+    path = tmp_path / "tuning.journal"
     told = searched(FIRST + 2)
     for trial in told:
-        store = TuningStore(path)  # as if interrupted after every trial
+        store = TrialStore(path)  # as if interrupted after every trial
         assert store.open("t lora", {"a": 1})
         store.add("t lora", trial)
-        store.close()
-    store = TuningStore(path)
+    store = TrialStore(path)
     store.open("t lora", {"a": 1})
     kept = store.ended("t lora", 99)
     assert settings_of(kept) == settings_of(told)
@@ -164,31 +153,35 @@ def test_the_store_keeps_trials_whole_and_in_order(tmp_path: Path) -> None:
         store.open("t lora", {"a": 2})
     store.forget("t lora", {"a": 2})
     assert store.ended("t lora", 99) == []
-    store.close()
 
 
-def test_the_store_shows_what_another_process_has_added(tmp_path: Path) -> None:
-    path = tmp_path / "tuning.db"
-    store = TuningStore(path)
+def test_what_a_kill_left_of_the_journal_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.journal"
+    store, told = TrialStore(path), searched(2)
     store.open("s", {"a": 1})
-    assert store.ended("s", 9) == []
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    subprocess.run([sys.executable, "-c", ADD, str(path)], env=environment, check=True)
-    assert settings_of(store.ended("s", 9)) == [{"k": 2.0}]
-    store.close()
+    store.add("s", told[0])
+    with path.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"x","study')  # a torn line
+    (tmp_path / "tuning.journal.lock").touch()  # Optuna's own, which would be waited for
+    again = TrialStore(path)
+    again.open("s", {"a": 1})
+    again.add("s", told[1])
+    last = TrialStore(path)
+    last.open("s", {"a": 1})
+    assert settings_of(last.ended("s", 9)) == settings_of(told)
 
 
-def test_a_database_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "tuning.db"
+def test_a_file_that_is_not_a_journal_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.journal"
     path.write_bytes(b"SQLite format 4, or so it says" * 100)
-    with pytest.raises(FileFormatError, match=r"tuning\.db cannot be read"):
-        TuningStore(path)
+    with pytest.raises(FileFormatError, match=r"tuning\.journal cannot be read"):
+        TrialStore(path)
     assert path.read_bytes().startswith(b"SQLite format 4")
 
 
 def test_a_comparison_without_tuning_imports_no_optuna() -> None:
     code = (
-        "import sys, sparsegrad_cli.study.runner, sparsegrad_cli.study.tuning\n"
+        "import sys, sparsegrad_cli.study.coordinator, sparsegrad_cli.study.tuning\n"
         "import sparsegrad_cli.cli.compare, sparsegrad_cli.report.terminal\n"
         "sys.exit(str([m for m in ('optuna', 'sqlalchemy', 'torch') if m in sys.modules] or ''))"
     )

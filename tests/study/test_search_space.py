@@ -15,11 +15,10 @@ from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
 from sparsegrad_cli.study.folder import study_digest
 from sparsegrad_cli.study.parity import check_parity
-from sparsegrad_cli.study.space import (
+from sparsegrad_cli.study.search import best_trial, edges
+from sparsegrad_cli.study.search_space import (
     RATE,
     Dimension,
-    best_trial,
-    edges,
     first_point,
     series_of,
     space_of,
@@ -126,7 +125,7 @@ def test_a_tuned_warm_up_warms_up_under_the_default_scheduler(tmp_path: Path) ->
         )
         for cell in found.cells
     )
-    assert check_parity(replace(found, cells=cells))["flagged"] == []
+    assert check_parity(replace(found, cells=cells)).flagged == []
 
 
 def test_ends_and_choices_of_a_dimension() -> None:
@@ -229,7 +228,7 @@ def test_parity_takes_tuned_keys_as_declared(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.warmup_steps"):
         check_parity(load_study(path))
     path.write_text(f"{text}tune: {{space: {{warmup_steps: [0, 3]}}}}\n", encoding="utf-8")
-    parity = check_parity(load_study(path))
+    parity = check_parity(load_study(path)).to_json()
     assert parity["flagged"] == []
     assert {d["key"] for d in parity["declared"]} == {RATE, "train.warmup_steps"}
 

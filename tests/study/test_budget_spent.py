@@ -5,20 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cells import cell
+from cells import cell, measured_in
 from samples import compare_record, study_of
 
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report.budget import budget_checks, budget_flags, budget_table
 from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.study import study_document
-from sparsegrad_cli.study.budget_report import measured, with_measured
-from sparsegrad_cli.study.evidence import up_to_date
+from sparsegrad_cli.study.evidence import measured, up_to_date
 
 
 def row(method: str, **changes: Any) -> dict[str, Any]:
     made = {"task": "t", "method": method, "matched": True, "set": {}, "size": "rank 3"}
     return {**made, "predicted": 9.0, "remainder": 1.0, "limit": "", "larger": None, **changes}
+
+
+def run_of(cell: dict[str, Any]) -> RunRecord:
+    return RunRecord.model_validate(cell["run"])
 
 
 def budget(kind: str, request: float, *rows: dict[str, Any]) -> dict[str, Any]:
@@ -35,17 +40,17 @@ def budget(kind: str, request: float, *rows: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_run_says_what_it_took(kind: str, value: float) -> None:
-    assert measured(cell("lora", 0, 0.5)["run"], kind) == value
+    assert measured(run_of(cell("lora", 0, 0.5)), kind) == value
 
 
 def test_calibration_counts_with_the_step() -> None:
-    made = cell("core", 0, 0.5, calibration={"peak_bytes": 700, "seconds": 12.0})["run"]
-    assert measured(made, "peak") == 700
-    made["calibration"]["peak_bytes"] = 3
-    assert measured(made, "peak") == 150
-    made["sizes"]["optimizer_state_bytes"] = 6
-    assert measured(made, "optimizer_state") == 6
-    assert measured({}, "peak") is None
+    made = cell("core", 0, 0.5, calibration={"peak_bytes": 700, "seconds": 12.0})
+    assert measured(run_of(made), "peak") == 700
+    made["run"]["calibration"]["peak_bytes"] = 3
+    assert measured(run_of(made), "peak") == 150
+    made["run"]["sizes"]["optimizer_state_bytes"] = 6
+    assert measured(run_of(made), "optimizer_state") == 6
+    assert measured(RunRecord(status="running"), "peak") is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_calibration_counts_with_the_step() -> None:
     [(150, "met"), (157, "met"), (158, "under"), (143, "met"), (142, "over"), (1, "over")],
 )
 def test_within_five_per_cent_is_met(request_: float, verdict: str) -> None:
-    (found,) = with_measured(budget("peak", request_, row("lora")), [cell("lora", 0, 0.5)])["rows"]
+    (found,) = measured_in(budget("peak", request_, row("lora")), [cell("lora", 0, 0.5)])["rows"]
     assert (found["verdict"], found["measured"], found["runs"]) == (verdict, 150, 1)
     assert found["deviation"] == pytest.approx(150 / request_ - 1)
 
@@ -62,7 +67,7 @@ def test_the_seed_furthest_off_decides() -> None:
     cells = [cell("lora", seed, 0.5) for seed in range(3)]
     for each, peak in zip(cells, (200, 202, 184), strict=True):
         each["run"]["memory"]["phases"]["backward"]["peak_bytes"] = peak
-    (found,) = with_measured(budget("peak", 200.0, row("lora")), cells)["rows"]
+    (found,) = measured_in(budget("peak", 200.0, row("lora")), cells)["rows"]
     assert found["measured"] == 202 and found["runs"] == 3
     assert found["deviation"] == pytest.approx(-0.08) and found["verdict"] == "under"
 
@@ -74,7 +79,7 @@ def test_nothing_done_has_no_verdict_and_nor_has_who_is_outside() -> None:
         cell("full", 0, 0.5),
         cell("core", 0, 0.5, run=None),
     ]
-    lora, full, core = with_measured(asked, cells)["rows"]
+    lora, full, core = measured_in(asked, cells)["rows"]
     assert lora["verdict"] is None and lora["measured"] is None and lora["runs"] == 0
     assert core["verdict"] is None
     assert full["measured"] == 150 and full["verdict"] is None
@@ -96,7 +101,7 @@ def test_a_report_says_it_in_words() -> None:
         made = cell(method, 0, 0.5)
         made["run"]["memory"]["phases"]["backward"]["peak_bytes"] = peak
         cells.append(made)
-    study = study_of({"budget": with_measured(asked, cells), "cells": cells})
+    study = study_of({"budget": measured_in(asked, cells), "cells": cells})
     said = budget_flags(study.budget)
     assert said[0] == "t: lora took 1.3 KiB, 13.3 % less than peak=1500: rank 4 would take 1.6 KiB."
     assert "full took 900 B" in said[1] and said[1].endswith(": every entry of the targets trains.")
@@ -140,5 +145,6 @@ def test_a_record_is_brought_up_to_date() -> None:
     for made in record["cells"]:
         if made["run"]:
             made["run"]["counts"]["trainable_targets"] = 90_000
-    (found,) = up_to_date(record)["budget"]["rows"]
+    newer = up_to_date(StudyRecord.model_validate(record), running=False).to_json()
+    (found,) = newer["budget"]["rows"]
     assert (found["measured"], found["verdict"]) == (90_000, "over")

@@ -1,0 +1,277 @@
+"""Run a study: one coordinator tunes, trains every run through an engine, and keeps compare.json.
+
+compare.json is written before and after every run, so that an interrupted study goes on where it
+stopped. Where the study is tuned, that comes first, and the runs have the best settings found.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsegrad_cli.errors import InterruptedRunError
+from sparsegrad_cli.io.atomic import write_json_atomic
+from sparsegrad_cli.recipe.load_recipe import to_plain
+from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.records.base import SCHEMA, now
+from sparsegrad_cli.records.environment import collect, git_state
+from sparsegrad_cli.records.run import ErrorBlock, RunRecord
+from sparsegrad_cli.records.study import CellEntry, CellStatus, PlanRecord, StudyRecord
+from sparsegrad_cli.study.engines import make_engine
+from sparsegrad_cli.study.evidence import evidence, with_measured
+from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.parity import check_parity
+from sparsegrad_cli.study.runs import Runs, find_run, is_done
+
+if TYPE_CHECKING:
+    from sparsegrad_cli.study.tuning import Tuning
+
+Tell = Callable[[str], None]
+_UNTUNED = ErrorBlock(
+    title="Tuning",
+    what="no trial of its tuning came to an end",
+    where="tuning",
+    fix="the trials' errors are in the report; the same command tries them again",
+)
+
+
+def run_study(
+    study: LoadedStudy,
+    folder: StudyFolder,
+    *,
+    command: str,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    solve: Callable[[LoadedStudy, StudyRecord | None], LoadedStudy] = lambda study, kept: study,
+    tell: Tell = lambda line: None,
+    saved: Callable[[StudyRecord], None] = lambda record: None,
+) -> StudyRecord:
+    """Run what is not done yet of a study.
+
+    Args:
+        study: the checked study.
+        folder: where it lives; held from here to the end.
+        command: how it was started, for the record.
+        jobs: runs at once, in place of the engine's.
+        overwrite: forget what is done.
+        quiet: runs show no progress.
+        solve: solves the study's budget, given what compare.json says of it.
+        tell: called with a line before each run.
+        saved: called with the record each time compare.json was written, one call at a time.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        BusyError: another process holds the folder; the message names it.
+        UsageError: the folder holds something else.
+        RecipeError: methods differ in more than themselves, or a budget cannot be met.
+        InterruptedRunError: the user pressed Ctrl-C; finished runs are kept.
+    """
+    with folder.held(overwrite=overwrite, tell=tell):
+        kept = None if overwrite else folder.record()
+        study = solve(study, kept)
+        engine = make_engine(study.study.engine, folder.path, jobs=jobs, quiet=quiet)
+        try:
+            runs = Runs(engine, tell)
+            return _Coordinator(study, folder, runs, command, kept, tell, saved).run(overwrite)
+        finally:
+            engine.close()
+
+
+class _Coordinator:
+    """One study in its held folder."""
+
+    def __init__(
+        self,
+        study: LoadedStudy,
+        folder: StudyFolder,
+        runs: Runs,
+        command: str,
+        kept: StudyRecord | None,
+        tell: Tell,
+        saved: Callable[[StudyRecord], None],
+    ) -> None:
+        self._study, self._folder, self._runs, self._kept = study, folder, runs, kept
+        self._tell, self._saved = tell, saved
+        self._lock = threading.Lock()
+        self._tuning = self._make_tuning()
+        self._cells = {_key(cell): cell for cell in study.cells}  # as they are to run
+        self._about: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": study.study.name,
+            "digest": study_digest(study),
+            "command": command,
+            "started": now(),
+            "match": study.study.match,
+            "budget": study.budget,
+            "parity": check_parity(study),
+            "engine": study.study.engine.name,
+            "jobs": runs.engine.jobs,
+            "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
+            "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
+            "seeds": list(study.study.seeds),
+            "figures": [figure.model_dump() for figure in study.study.figures],
+            "environment": collect(),
+            "git": git_state(Path.cwd()),
+        }
+
+    def run(self, overwrite: bool) -> StudyRecord:
+        """Tune, train, and write the record to the end."""
+        self._folder.begin(self._as_tuned_before, overwrite=overwrite)
+        if self._tuning is not None:
+            self._tuning.open(make=True)
+            self._tuning.retry()
+        self._save()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            if self._tuning is not None:
+                self._runs.run_all(self._tuning.work())
+                tuned = self._tuning.tuned()
+                assert tuned is not None  # all series have ended
+                self._cells = {_key(cell): cell for cell in tuned.cells}
+                self._about["parity"] = check_parity(tuned)
+            self._runs.run_all(self._work())
+            bad = any(entry.status != "done" for entry in self._entries())
+            return self._write("failed" if bad else "done")
+        except (KeyboardInterrupt, InterruptedRunError) as stopped:
+            self._write("interrupted")
+            what = "the study was stopped; finished runs are kept"
+            raise InterruptedRunError(
+                f"{stopped.what}: {what}" if isinstance(stopped, InterruptedRunError) else what,
+                where=str(self._folder.path),
+                fix="the same command goes on where it stopped",
+            ) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _make_tuning(self) -> Tuning | None:
+        if self._study.study.tune is None:
+            return None
+        from sparsegrad_cli.study.tuning import Tuning
+
+        return Tuning(self._study, self._folder, self._runs, self._tell, self._save)
+
+    def _as_tuned_before(self) -> LoadedStudy:
+        """Return the study as it is to run, as far as is known before anything runs."""
+        if self._tuning is None or not self._tuning.open(make=False):
+            return self._study
+        return self._tuning.tuned() or self._study
+
+    def _work(self) -> list[Callable[[], None]]:
+        """Return one piece of work for each run that is not done; a broken one runs again."""
+        work: list[Callable[[], None]] = []
+        for at, asked in enumerate(self._study.cells, 1):
+            cell = self._cells.get(_key(asked))
+            if cell is not None:
+                where = f"[{at}/{len(self._study.cells)}]"
+                name = f"{where} {cell.task}  {cell.label}  seed {cell.seed}"
+                work.append(partial(self._run_cell, name, cell))
+        return work
+
+    def _run_cell(self, name: str, cell: Cell) -> None:
+        folder = self._folder.cell(cell)
+        self._runs.wait_for_owner(folder)
+        if is_done(cell.loaded.recipe, folder):
+            self._tell(f"{name}: done before")
+            return
+        self._tell(name)
+        self._runs.train(cell.loaded.recipe, folder, started=self._save)
+        self._save()
+
+    def _save(self) -> None:
+        self._write("running")
+
+    def _write(self, status: str) -> StudyRecord:
+        """Write compare.json as the folders of the runs say, and hand it on."""
+        with self._lock:
+            entries = self._entries()
+            record = StudyRecord.model_validate(
+                {
+                    **self._about,
+                    "status": status,
+                    "finished": self._finished(status),
+                    "tuning": self._tuning.block() if self._tuning is not None else None,
+                    "cells": entries,
+                    **evidence(entries),
+                }
+            )
+            if record.budget is not None:
+                record = record.changed(budget=with_measured(record.budget, entries))
+            write_json_atomic(self._folder.record_file, record.to_json())
+            self._saved(record)
+            return record
+
+    def _finished(self, status: str) -> str | None:
+        """Return the time; of a study that was finished before, that of then."""
+        if status == "running":
+            return None
+        kept = self._kept
+        same = kept is not None and (kept.digest, kept.status) == (self._about["digest"], status)
+        return kept.finished if kept is not None and same else now()
+
+    def _entries(self) -> list[CellEntry]:
+        return [self._entry(cell) for cell in self._study.cells]
+
+    def _entry(self, cell: Cell) -> CellEntry:
+        folder = self._folder.cell(cell)
+        run = find_run(folder)
+        status: CellStatus = run.status if run else "pending"
+        if status in ("pending", "running"):
+            # A run that says it is running, in a folder that nobody holds, was killed.
+            dead: CellStatus = "interrupted" if run else "pending"
+            status = "running" if self._runs.is_active(folder) else dead
+        error = run.error if run else None
+        if _key(cell) not in self._cells:
+            status, error = "failed", _UNTUNED
+        return CellEntry(
+            task=cell.task,
+            method=cell.label,
+            seed=cell.seed,
+            run_dir=str(folder.relative_to(self._folder.path)),
+            status=status,
+            error=error,
+            run=_without_plots(run) if run else None,
+        )
+
+
+def _without_plots(run: RunRecord) -> RunRecord:
+    if run.calibration is None:
+        return run
+    plain = run.calibration.to_json()
+    kept = {key: value for key, value in plain.items() if key not in ("heat_map", "spectra")}
+    return run.changed(calibration=kept)
+
+
+def _key(cell: Cell) -> tuple[str, str, int]:
+    return cell.task, cell.label, cell.seed
+
+
+def plan_of(study: LoadedStudy) -> PlanRecord:
+    """Return what ``compare --dry-run`` shows: the study as it is before tuning.
+
+    Raises:
+        RecipeError: methods differ in more than themselves and what their budget has set.
+    """
+    first = study.study.seeds[0]
+    return PlanRecord.model_validate(
+        {
+            "name": study.study.name,
+            "match": study.study.match,
+            "seeds": list(study.study.seeds),
+            "cells": len(study.cells),
+            "trials": study.study.tune.trials if study.study.tune is not None else None,
+            "parity": check_parity(study),
+            "budget": study.budget,
+            "rows": [
+                {"task": cell.task, "method": cell.label, "recipe": to_plain(cell.loaded.recipe)}
+                for cell in study.cells
+                if cell.seed == first
+            ],
+        }
+    )

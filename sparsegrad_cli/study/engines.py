@@ -1,0 +1,209 @@
+"""Where the runs of a study train: in processes on this machine, as Slurm jobs, or on Ray.
+
+Every run trains in a process of its own, so memory that one method leaves behind cannot burden the
+next, and a run that the system kills for memory takes nothing else with it. That process reads its
+standard input to the end of file, which comes when its starter stops it or dies: the run then saves
+a checkpoint and ends. Hence a killed coordinator, Slurm job or Ray worker leaves no orphan behind.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Protocol
+
+from sparsegrad_cli.recipe.study_section import EngineSection
+
+PATIENCE_S = 120.0  # for a run that was asked to stop, to save
+
+
+class Job(Protocol):
+    """One run that an engine trains."""
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        """Return the exit code of ``sparsegrad train``; None if it has not ended by then."""
+
+    def stop(self) -> None:
+        """Ask the run to save a checkpoint and to end."""
+
+    def kill(self) -> None:
+        """End the run at once."""
+
+
+class Engine(Protocol):
+    """Trains runs.
+
+    Attributes:
+        jobs: how many runs to submit at once.
+        quiet: whether runs show no progress of their own.
+    """
+
+    jobs: int
+    quiet: bool
+
+    def submit(self, recipe: Path) -> Job:
+        """Begin to train a recipe file, whose ``output_dir`` is absolute."""
+
+    def close(self) -> None:
+        """Release what the engine holds; no run is left."""
+
+
+def make_engine(
+    section: EngineSection, folder: Path, *, jobs: int | None = None, quiet: bool = False
+) -> Engine:
+    """Return the engine that a study asks for.
+
+    Args:
+        section: ``engine:`` of the study, with what the command line changed.
+        folder: of the study; Slurm's logs lie in it.
+        jobs: runs at once, in place of the section's.
+        quiet: runs show no progress.
+
+    Raises:
+        UsageError: the engine's package is not installed, or the engine cannot be reached.
+    """
+    jobs = jobs or section.jobs
+    if section.name == "local":
+        return LocalEngine(jobs or 1, quiet=quiet)
+    from sparsegrad_cli.study.cluster_engines import RayEngine, SlurmEngine
+
+    if section.name == "slurm":
+        return SlurmEngine(section.slurm, folder / SLURM, jobs)
+    return RayEngine(section.ray, jobs)
+
+
+SLURM = "slurm"  # the folder of Slurm's logs and job files
+
+
+class TrainProcess:
+    """``sparsegrad train --managed`` in a process of its own.
+
+    Args:
+        recipe: the recipe file.
+        quiet: show no progress.
+        environment: variables to set beside those of this process.
+    """
+
+    def __init__(
+        self, recipe: Path, *, quiet: bool, environment: dict[str, str] | None = None
+    ) -> None:
+        command = [sys.executable, "-m", "sparsegrad_cli", "train", str(recipe), "--managed"]
+        self._process = subprocess.Popen(
+            [*command, "--quiet"] if quiet else command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if quiet else None,
+            env=os.environ | (environment or {}),
+            start_new_session=True,  # Ctrl-C in the terminal reaches the coordinator alone
+        )
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        """Return the exit code; None if the process has not ended by then."""
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        self.stop()  # closes the pipe
+        return code
+
+    def stop(self) -> None:
+        """Ask the run to save a checkpoint and to end."""
+        stdin: IO[bytes] | None = self._process.stdin
+        if stdin is not None:
+            with suppress(OSError):
+                stdin.close()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+
+
+def train_in_process(recipe: str, environment: dict[str, str]) -> int:
+    """Train a recipe file in a process of its own, and return its exit code.
+
+    This is what a Slurm job or a Ray task runs. However it is stopped, the run saves and ends.
+    """
+    process = TrainProcess(Path(recipe), quiet=True, environment=environment)
+    try:
+        code = process.wait(None)
+    except BaseException:
+        process.stop()
+        process.wait(PATIENCE_S)
+        raise
+    return 1 if code is None else code
+
+
+class LocalEngine:
+    """Processes on this machine, which share its cores; with GPUs, each has one of them.
+
+    Args:
+        jobs: processes at once.
+        quiet: runs show no progress; several at once never do.
+    """
+
+    def __init__(self, jobs: int, *, quiet: bool = False) -> None:
+        self.jobs, self.quiet = jobs, quiet or jobs > 1
+        self._lock = threading.Lock()
+        self._users: dict[str, int] | None = None  # GPU -> runs that train on it
+
+    def submit(self, recipe: Path) -> Job:
+        """Start a process, on the GPU that the fewest runs use."""
+        environment = shared_cores(self.jobs)
+        with self._lock:
+            if self._users is None:
+                self._users = dict.fromkeys(visible_gpus(), 0)
+            users = self._users
+            gpu = min(users, key=lambda name: users[name]) if len(users) > 1 else None
+            if gpu is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
+                users[gpu] += 1
+            try:
+                process = TrainProcess(recipe, quiet=self.quiet, environment=environment)
+            except BaseException:
+                self._release(gpu)
+                raise
+        return _LocalJob(process, self, gpu)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+    def _release(self, gpu: str | None) -> None:
+        if gpu is not None and self._users is not None:
+            self._users[gpu] -= 1
+
+
+class _LocalJob:
+    """A process, and the GPU that it occupies until it has ended."""
+
+    def __init__(self, process: TrainProcess, engine: LocalEngine, gpu: str | None) -> None:
+        self._process, self._engine, self._gpu = process, engine, gpu
+        self.stop, self.kill = process.stop, process.kill
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        code = self._process.wait(timeout_s)
+        if code is not None:
+            with self._engine._lock:
+                self._engine._release(self._gpu)
+                self._gpu = None
+        return code
+
+
+def shared_cores(jobs: int) -> dict[str, str]:
+    """Return what to set in the environment of each of ``jobs`` processes at once."""
+    if jobs == 1:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [name.strip() for name in said.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
