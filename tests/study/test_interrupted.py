@@ -24,8 +24,8 @@ TINY = (
     "train.per_device_train_batch_size=8",
     "train.max_steps=40",
     "train.logging_steps=1",
-    "train.save_strategy=steps",
-    "train.save_steps=5",
+    "train.eval_strategy=steps",
+    "train.eval_steps=10",
 )
 
 
@@ -40,10 +40,11 @@ def compare(folder: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 600
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait for a condition, as long as a process is alive."""
     while not condition():
-        assert time.monotonic() < deadline
+        if process.poll() is not None:
+            pytest.fail(process.communicate()[1])
         time.sleep(0.05)
 
 
@@ -65,13 +66,14 @@ def test_a_killed_coordinator_leaves_no_orphan_and_goes_on(
     folder = tmp_path / "c"
     lora, full = (folder / "cells" / f"builtin-acceptability-{m}-s42" for m in ("lora", "full"))
     first = compare(folder, "--jobs=1", *engine)
-    wait_until(lambda: (run := find_run(lora)) is not None and run.status == "done")
+    wait_until(lambda: (run := find_run(lora)) is not None and run.status == "done", first)
     before = (lora / "run.json").read_bytes()
-    wait_until(lambda: len(steps(full)) > 1)
+    wait_until(lambda: len(steps(full)) > 1, first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     if not engine:  # the run saves and ends by itself; Slurm's goes on
-        wait_until(lambda: owner_of(full) is None)
+        while owner_of(full) is not None:
+            time.sleep(0.05)
         left = find_run(full)
         assert left is not None and left.status == "interrupted"
     second = compare(folder, *engine)
