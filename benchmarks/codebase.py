@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("study",),
     ("export", "generate", "judge", "estimate"),
     ("training",),
+    ("restore",),
     ("calibration",),
     ("tasks",),
     ("run",),

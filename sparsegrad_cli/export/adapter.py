@@ -36,7 +36,6 @@ from sparsegrad_cli.export.base_model import (
     put,
     task_settings,
 )
-from sparsegrad_cli.export.restore import TrainedModel, load_checked, widest
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.models.load_model import load_as
@@ -46,6 +45,7 @@ from sparsegrad_cli.models.targets import Target, fingerprint, is_linear, linear
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.restore.restore import TrainedModel, load_checked, widest
 
 _BASIS, _FRESH = "basis/", "fresh/"
 # What tensors and settings that do not fit together can raise.

@@ -28,7 +28,7 @@ from sparsegrad_cli.models.quantized import (
 from sparsegrad_cli.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.export.restore import TrainedModel
+    from sparsegrad_cli.restore.restore import TrainedModel
 
 CLASSIFIER, LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 # PEFT's name of the task of each Auto class that an export can be loaded with.

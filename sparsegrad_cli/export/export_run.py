@@ -40,8 +40,6 @@ from sparsegrad_cli.export.output_folder import (
     make_readable,
     write_export,
 )
-from sparsegrad_cli.export.restore import TrainedModel, load_trained
-from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.io.paths import is_folder, refuse_link
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.progress import Observer
@@ -56,6 +54,8 @@ from sparsegrad_cli.records.export import (
     OnPlainBase,
 )
 from sparsegrad_cli.records.store import write
+from sparsegrad_cli.restore.restore import TrainedModel, load_trained
+from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
 
 @mapped_errors(

@@ -17,9 +17,9 @@ from sparsegrad_cli.export.check_logits import logits_of
 from sparsegrad_cli.export.lora import LoraParts, load_lora, lora_parts, reference, write_lora
 from sparsegrad_cli.export.merged import load_merged, merge, write_merged
 from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
-from sparsegrad_cli.export.restore import TrainedModel
 from sparsegrad_cli.models.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes
+from sparsegrad_cli.restore.restore import TrainedModel
 
 # A note says how much of the change rounding loses above this share.
 _NOTED_ROUNDING = 0.05

@@ -24,12 +24,12 @@ from sparsegrad_cli.export.base_model import (
 )
 from sparsegrad_cli.export.merged import RelativeError, generation_config, put_weight
 from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
-from sparsegrad_cli.export.restore import TrainedModel
 from sparsegrad_cli.methods.implementation import Factors
 from sparsegrad_cli.methods.peft_folder import check_adapted, modules_to_save, target_settings
 from sparsegrad_cli.models.quantized import placed
 from sparsegrad_cli.models.targets import Target, has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
+from sparsegrad_cli.restore.restore import TrainedModel
 
 
 @dataclass

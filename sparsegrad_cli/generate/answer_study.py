@@ -23,7 +23,6 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
-from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.generate.answer_questions import (
     Line,
     answer_questions,
@@ -44,6 +43,7 @@ from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.run import ErrorBlock
 from sparsegrad_cli.records.store import load_study, write
 from sparsegrad_cli.records.study import CellEntry
+from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
 # Errors that concern one model, so that the others can still be asked.
 _ONE_MODEL = (UsageError, DataError, FileFormatError, DownloadError)

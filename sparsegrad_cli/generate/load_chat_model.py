@@ -13,8 +13,6 @@ from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.adapter import load_adapter
 from sparsegrad_cli.export.adapter_file import SETTINGS, read_settings
 from sparsegrad_cli.export.output_folder import RECORD
-from sparsegrad_cli.export.restore import BaseModule, base_model_errors, check_base, restore
-from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto, tokenizer_in
 from sparsegrad_cli.io.bounded_json import plain_json
@@ -33,6 +31,8 @@ from sparsegrad_cli.models.quantized import bits_of, placed, quantization_state
 from sparsegrad_cli.models.targets import find_targets, fingerprint
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
+from sparsegrad_cli.restore.restore import BaseModule, base_model_errors, check_base, restore
+from sparsegrad_cli.restore.run_files import open_run
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -253,7 +253,7 @@ def _address(url: str) -> tuple[str, dict[str, object], str]:
             fix="put the key into an environment variable and name it with --key-env",
         )
     path = parts.path.rstrip("/").removesuffix(_COMPLETIONS) or "/v1"
-    base = urlunsplit(parts._replace(path=path, query="", fragment=""))
+    base = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
     return base, dict(parse_qsl(parts.query)), base + _COMPLETIONS
 
 

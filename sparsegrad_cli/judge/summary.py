@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from sparsegrad_cli.judge.endpoint import DECIDED, FAILED, UNREADABLE
 from sparsegrad_cli.judge.tasks import Task
-from sparsegrad_cli.study.statistics import mean, std
 
 Verdicts = Mapping[str, Mapping[str, Any]]  # key of a task -> its last record
 
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Return the standard error of the mean, std / sqrt(n); None for fewer than two values."""
-    spread = std(values)
-    return None if spread is None else spread / math.sqrt(len(values))
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 def grade_rows(tasks: Sequence[Task], verdicts: Verdicts) -> list[dict[str, Any]]:
@@ -44,11 +47,11 @@ def _grades(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, Any]:
             by_turn.setdefault(task.turn, []).append(float(found["verdict"]))
     grades = [math.fsum(values) / len(values) for values in by_question.values()]
     return {
-        "mean": mean(grades),
+        "mean": _mean(grades),
         "standard_error": standard_error(grades),
         "questions": len(grades),
         "graded": sum(map(len, by_question.values())),
-        "turn_means": [mean(by_turn.get(turn, [])) for turn in range(_turns(tasks))],
+        "turn_means": [_mean(by_turn.get(turn, [])) for turn in range(_turns(tasks))],
         **_missing(tasks, verdicts),
     }
 
@@ -93,7 +96,7 @@ def _pairs(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, Any]:
     by_question = [math.fsum(values) / len(values) for values in shares.values()]
     return {
         "models": [one, other],
-        "share": mean(by_question),
+        "share": _mean(by_question),
         "standard_error": standard_error(by_question),
         "questions": len(by_question),
         "pairs": sum(map(len, shares.values())),

@@ -28,6 +28,7 @@ from sparsegrad_cli.records.environment import package_versions
 from sparsegrad_cli.run.checkpoint_state import read_state
 
 MANIFEST = "manifest.json"
+TRAINABLE = "trainable.safetensors"  # the parameters that train
 FORMAT = 1
 _VERSIONS = ("sparsegrad", "torch", "transformers")
 _PREFIX = "checkpoint-"

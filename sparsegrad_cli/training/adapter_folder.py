@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import DiskError
-from sparsegrad_cli.io.atomic import read_tensors, save_tensors, sync_tree
+from sparsegrad_cli.io.atomic import save_tensors, sync_tree
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.methods.implementation import Method
 from sparsegrad_cli.methods.peft_folder import (
     CONFIG,
-    from_peft,
     modules_to_save,
     target_settings,
     to_peft,
 )
 from sparsegrad_cli.models.pretrained import base_name, locate
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.restore.read_adapter import tied_names
 from sparsegrad_cli.run.folder import ADAPTER, PEFT_ADAPTER
 from sparsegrad_cli.tasks.setup import Setup
 
@@ -76,7 +76,7 @@ def save_adapter(
         return run / ADAPTER
     if distributed.is_rank_zero():
         path = run / PEFT_ADAPTER
-        every = {**tensors, **drawn, **_aliases(model, tensors)}
+        every = {**tensors, **drawn, **tied_names(model, tensors)}
         names = [target.name for target in setup.targets]
         config = _peft_config(model, method.peft_config, every, names, setup.task.kind == "chat")
         source = locate(base_name(section))
@@ -98,43 +98,6 @@ def save_adapter(
         # Last: where it is, the folder is whole.
         save_tensors(path, to_peft(every), {**about, "format": "pt"})
     return run / PEFT_ADAPTER
-
-
-def read_adapter(path: Path, model: nn.Module, fresh: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of an adapter by the method's names, as its ``load_adapter`` takes them.
-
-    Args:
-        path: as :func:`sparsegrad_cli.run.folder.adapter_file` finds it.
-        model: prepared by the method. What the base model's files do not hold is put into it.
-        fresh: names of that, as the run has recorded them.
-
-    Raises:
-        FileFormatError: the file is missing or damaged.
-    """
-    tensors = read_tensors(path)
-    if path.name != PEFT_ADAPTER.name:
-        return tensors
-    tensors = from_peft(tensors)
-    for name in _aliases(model, tensors):
-        del tensors[name]
-    every = dict(model.named_parameters())
-    for name in fresh:
-        parameter = every.get(name)
-        if parameter is None or parameter.requires_grad or name not in tensors:
-            continue
-        if parameter.shape == tensors[name].shape:
-            parameter.data.copy_(tensors.pop(name))
-    return tensors
-
-
-def _aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Other names of parameters that are tied to those of these tensors, with copies of them."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        name: tensors[first[id(parameter)]].detach().clone()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name != first[id(parameter)] and first[id(parameter)] in tensors
-    }
 
 
 def _peft_config(

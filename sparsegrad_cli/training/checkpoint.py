@@ -35,12 +35,9 @@ from sparsegrad_cli.run.checkpoint_state import (
     read_state,
     write_state,
 )
+from sparsegrad_cli.run.checkpoints import TRAINABLE
 
-TRAINABLE, OPTIMIZER, RANDOM = (
-    "trainable.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-)
+OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
 #: States of a process's generators: tensors, and what JSON holds.
 RandomState = tuple[dict[str, Tensor], dict[str, Any]]
 

@@ -56,7 +56,7 @@ def fine_tune(run: Run) -> None:
 def _initial_values(run: Run) -> InitialValues | None:
     if run.recipe.init_from is None:
         return None
-    from sparsegrad_cli.export.init_from import Initial
+    from sparsegrad_cli.restore.init_from import Initial
 
     return Initial(run.loaded)
 

@@ -15,14 +15,14 @@ import torch
 from chat_tokenizers import byte_level
 from little import base_of, record, train
 from safetensors.torch import load_file
-from sparsegrad_cli.export.rebuild import rebuild
 from tiny import build, config
 from torch import Tensor, nn
 
 import sparsegrad_cli
-from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.restore.restore import load_trained
+from sparsegrad_cli.restore.run_files import open_run
 from sparsegrad_cli.tasks.setup import first_validation_batches, make_setup
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
@@ -77,7 +77,9 @@ def test_conversations_that_training_dropped_are_no_reason_to_refuse(
     long = json.dumps({"prompt": "x" * 200, "completion": "y"}) + "\n"
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(long * 40 + rows, encoding="utf-8")
-    found = rebuild(open_run(run, (f"task.path={tmp_path}", "task.validation_fraction=0.1")), 3)
+    found = load_trained(
+        open_run(run, (f"task.path={tmp_path}", "task.validation_fraction=0.1")), 3
+    )
     assert len(next(iter(found.setup.validation.values()))) == 3
 
 

@@ -13,11 +13,11 @@ import torch
 from little import answers, base_of, by_peft, by_transformers, record, tokenizer_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sparsegrad_cli.export.rebuild import rebuild
 
 import sparsegrad_cli
-from sparsegrad_cli.export.run_files import open_run
 from sparsegrad_cli.methods.peft_folder import from_peft, to_peft
+from sparsegrad_cli.restore.restore import load_trained
+from sparsegrad_cli.restore.run_files import open_run
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
 
 def logits_of_run(run: Path) -> torch.Tensor:
     """As the program itself reads the run."""
-    model = rebuild(open_run(run, ()), 8).setup.model
+    model = load_trained(open_run(run, ()), 8).setup.model
     return answers(model, tokenizer_of(run))[0]
 
 

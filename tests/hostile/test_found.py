@@ -30,8 +30,9 @@ from victims import (
 )
 
 from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
-from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
+from sparsegrad_cli.generate.peft_folder import base_of, load_onto
 from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.methods.peft_folder import TENSORS
 from sparsegrad_cli.models.pretrained import load_configuration
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
@@ -133,7 +134,7 @@ def lora(place: Path, change: Any = lambda tensors: None, **config: Any) -> Path
 def test_a_peft_folder_of_other_tensors(tmp_path: Path, change: Any, says: str) -> None:
     """peft starts afresh what is missing, and tells of it in a warning that nobody sees."""
     with pytest.raises(FileFormatError, match=says) as caught:
-        on_base(copy.deepcopy(language_model()), lora(tmp_path, change))
+        load_onto(copy.deepcopy(language_model()), lora(tmp_path, change))
     check_error(caught.value)
 
 

@@ -26,7 +26,8 @@ from victims import (
     use_basis,
 )
 
-from sparsegrad_cli.generate.peft_folder import TENSORS, base_of, on_base
+from sparsegrad_cli.generate.peft_folder import base_of, load_onto
+from sparsegrad_cli.methods.peft_folder import TENSORS
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -123,7 +124,7 @@ def test_a_peft_folder(what: Spoils, changes: dict[str, Any]) -> None:
         (folder / "lora" / "adapter_config.json").write_text(json.dumps(config | changes))
         save_file(spoil(load_file(folder / "lora" / TENSORS), what), folder / "lora" / TENSORS)
         base_of(folder / "lora")
-        model: Any = on_base(copy.deepcopy(language_model()), folder / "lora")
+        model: Any = load_onto(copy.deepcopy(language_model()), folder / "lora")
         assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 260)
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.export.restore import load_checked, read_basis_of
-from sparsegrad_cli.export.run_files import RunFiles, open_run
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, file_digest, is_file
@@ -27,8 +25,10 @@ from sparsegrad_cli.methods.implementation import (
 from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.restore.read_adapter import read_adapter
+from sparsegrad_cli.restore.restore import load_checked, read_basis_of
+from sparsegrad_cli.restore.run_files import RunFiles, open_run
 from sparsegrad_cli.tasks.setup import Setup
-from sparsegrad_cli.training.adapter_folder import read_adapter
 
 _FIX = "use the same settings; or export that run with `--to merged` and set model to the folder"
 _SHOWN = 5  # differences in one error

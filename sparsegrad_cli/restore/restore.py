@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import BasisFile, check_belongs, check_rank, read_basis
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
-from sparsegrad_cli.export.run_files import RunFiles
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
 from sparsegrad_cli.methods.implementation import Method, load_by_name, trainable_state
@@ -24,9 +23,10 @@ from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.restore.read_adapter import read_adapter
+from sparsegrad_cli.restore.run_files import RunFiles
 from sparsegrad_cli.tasks.setup import Setup, make_setup
 from sparsegrad_cli.tasks.task import RowLimits
-from sparsegrad_cli.training.adapter_folder import read_adapter
 
 # Rows of the training data to load. The labels of a task are known from the whole file.
 _TRAIN_ROWS = 32

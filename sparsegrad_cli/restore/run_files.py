@@ -173,8 +173,7 @@ def _trained_tensors(folder: Path, record: RunRecord, loaded: LoadedRecipe) -> R
     if adapter is not None:
         notes = [] if status == "done" else [f"the run is {status}, but its training has finished"]
         return RunFiles(folder, record, loaded, adapter, "adapter", notes)
-    from sparsegrad_cli.run.checkpoints import best_of, damage, last_checkpoint
-    from sparsegrad_cli.training.checkpoint import TRAINABLE
+    from sparsegrad_cli.run.checkpoints import TRAINABLE, best_of, damage, last_checkpoint
 
     last = last_checkpoint(folder)
     if last is None:
