@@ -1,7 +1,7 @@
-"""Looks at paths that anybody may have written, and keeps to folders that came from anywhere.
+"""Work with paths that may come from anyone, without raising on names that no file can have.
 
-A name that no file can have is not there. A link in a run's folder is not followed to write or to
-delete: what it names may be anybody's.
+Links in the folder of a run are not followed to write or to delete, since what they point to may
+belong to someone else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsegrad_cli.io.suggest import nearest
 
 
 def expanded(name: str | Path) -> Path:
-    """``~`` and ``~user`` resolved; where there is no such home, the name as it is."""
+    """Resolve ``~`` and ``~user``; return the name unchanged if there is no such home."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -36,31 +36,31 @@ def from_here(name: str | Path) -> Path:
 
 
 def exists(name: str | Path) -> bool:
-    """Whether there is anything of that name that can be looked at."""
+    """Return whether something of that name exists and can be read."""
     return _holds(Path.exists, name)
 
 
 def is_file(name: str | Path) -> bool:
-    """Whether it is a file, or a link to one."""
+    """Return whether it is a file, or a link to one."""
     return _holds(Path.is_file, name)
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether it is a folder, or a link to one."""
+    """Return whether it is a folder, or a link to one."""
     return _holds(Path.is_dir, name)
 
 
 def looks_like_folder(name: str) -> bool:
-    """True for a model's name that no model on the hub can have: it means a local folder."""
+    """Return whether the name of a model can only mean a local folder, and not one on the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def near_folder(name: str, *others: Path) -> str | None:
-    """Return "did you mean ...?" where a model's folder of a similar name lies in its place.
+    """Return ``did you mean ...?`` if a model's folder with a similar name lies in its place.
 
     Args:
-        name: the name of a model; not an existing folder.
-        others: folders that a relative name may be relative to, beside the current one.
+        name: The name of a model, not of an existing folder.
+        others: Folders that a relative name may be relative to, besides the current one.
     """
     path = expanded(name)
     for start in (*others, Path()):
@@ -75,7 +75,7 @@ def near_folder(name: str, *others: Path) -> str | None:
 
 
 def is_model(folder: str | Path) -> bool:
-    """Whether it is a folder with a model's configuration."""
+    """Return whether it is a folder with a model's configuration."""
     return is_file(expanded(folder) / "config.json")
 
 
@@ -87,10 +87,10 @@ def _holds(test: Callable[[Path], bool], name: str | Path) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those that it lies in, where they are not there.
+    """Make a folder and its parents, if they do not exist.
 
     Raises:
-        OSError: it cannot be made, or lies in a thousand others.
+        OSError: It cannot be made, or has a thousand parents.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -99,10 +99,10 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all in it; of a link to one, the link. Anything else stays.
+    """Remove a folder with its content, or a link to one. Anything else stays.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: It cannot be removed.
     """
     if path.is_symlink():
         path.unlink()
@@ -111,9 +111,9 @@ def remove_folder(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what has that name, as far as it goes: a folder with all in it, a link alone.
+    """Remove a file, a link, or a folder with its content; ignore errors.
 
-    rmtree would open a pipe, and wait.
+    rmtree alone would open a pipe and wait.
     """
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
@@ -138,18 +138,18 @@ def file_digest(path: Path) -> str:
 
 
 def refuse_link(path: Path, inside: Path) -> Path:
-    """The path, if neither it nor a folder between it and ``inside`` is a link.
+    """Return the path, if neither it nor a folder between it and ``inside`` is a link.
 
     Raises:
-        UsageError: says which is one.
+        UsageError: Names the link.
     """
     for part in (path, *path.parents):
         if part == inside or part in inside.parents:
             break
         if part.is_symlink():
             raise UsageError(
-                f"{part} is a link: what is written there would lie outside of {inside}",
+                f"{part} is a link: what is written there would lie outside {inside}",
                 where=str(part),
-                fix="take the link away, or put what it names in its place",
+                fix="remove the link, or replace it by what it points to",
             )
     return path
