@@ -82,8 +82,6 @@ def estimate(
 
     from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
     from sparsegrad_cli.estimate.fake_run import Conditions
-    from sparsegrad_cli.io.atomic import without_nan
-    from sparsegrad_cli.records.estimate import EstimateRecord
     from sparsegrad_cli.report.estimate import estimate_screen
     from sparsegrad_cli.report.terminal import screen
 
@@ -97,10 +95,9 @@ def estimate(
 
         record = estimate_steps(cells, conditions, room, observer)
     if as_json:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(record.to_json()))
     else:
-        estimate = EstimateRecord.model_validate(without_nan(record))
-        Console().print(screen(estimate_screen(estimate)))
+        Console().print(screen(estimate_screen(record)))
 
 
 def _cells(

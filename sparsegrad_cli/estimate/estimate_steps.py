@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.error_mapping import mapped_errors
@@ -20,12 +20,21 @@ from sparsegrad_cli.estimate.fake_model import mask_of, name_task
 from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
 from sparsegrad_cli.estimate.search import MOST, largest_batch
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
-from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.records.estimate import (
+    DeviceRoom,
+    EstimateConditions,
+    EstimatedCounts,
+    EstimatedModel,
+    EstimateRecord,
+    EstimateRow,
+    LargestBatch,
+)
+from sparsegrad_cli.records.run import MemoryCategories
 from sparsegrad_cli.tasks.precision import check_precision
 
 # Keys of a recipe's train section that memory depends on.
@@ -66,7 +75,7 @@ def estimate_steps(
     conditions: Conditions,
     room: Room | None = None,
     observer: Observer | None = None,
-) -> dict[str, Any]:
+) -> EstimateRecord:
     """Return the peaks of a training step of every recipe.
 
     Args:
@@ -75,29 +84,26 @@ def estimate_steps(
         room: also find the largest batch that fits there.
         observer: told of each row before it is counted.
 
-    Returns:
-        The record that ``--json`` prints: ``conditions``, ``room``, ``rows``, ``seconds``.
-
     Raises:
         UsageError, DownloadError, FileFormatError: a step of a recipe cannot be made.
     """
     observer = observer or Observer()
     started = time.perf_counter()
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, EstimateRow] = {}
     rows = []
     for label, loaded in cells:
         key = what_memory_depends_on(loaded.recipe)
         if key not in known:
             observer.phase("estimate", label)
-            known[key] = _row(loaded, conditions, room)
-        rows.append({"label": label, "task": loaded.recipe.task.name, **known[key]})
-    return {
-        "command": "estimate",
-        "conditions": {"kernels": conditions.kernels, "padded": conditions.padded},
-        "room": None if room is None else {**vars(room), "most_examples": MOST},
-        "rows": rows,
-        "seconds": time.perf_counter() - started,
-    }
+            known[key] = _row(label, loaded, conditions, room)
+        rows.append(known[key].changed(label=label, task=loaded.recipe.task.name))
+    return EstimateRecord(
+        command="estimate",
+        conditions=EstimateConditions(kernels=conditions.kernels, padded=conditions.padded),
+        room=None if room is None else DeviceRoom(**vars(room), most_examples=MOST),
+        rows=rows,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def what_memory_depends_on(recipe: Recipe) -> str:
@@ -108,7 +114,9 @@ def what_memory_depends_on(recipe: Recipe) -> str:
     return json.dumps([{key: plain[key] for key in kept}, train])
 
 
-def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dict[str, Any]:
+def _row(
+    label: str, loaded: LoadedRecipe, conditions: Conditions, room: Room | None
+) -> EstimateRow:
     started = time.perf_counter()
     check_countable(loaded.recipe)
     config, source = configuration_of(loaded.recipe.model)
@@ -125,38 +133,47 @@ def _row(loaded: LoadedRecipe, conditions: Conditions, room: Room | None) -> dic
     size = train.per_device_train_batch_size
     with frozen_gc():
         meter = fake.step(size, length)
-        step = _step(meter, fake.weights_bytes)
-        fit = None if room is None else _fit(fake, length, room, {size: step["peak_bytes"]})
+        peaks = {name: peak for name in STEP if (peak := meter.peak(name)) is not None}
+        highest = max(peaks, key=lambda name: peaks[name].peak_bytes)
+        most = peaks[highest].peak_bytes
+        fit = None if room is None else _fit(fake, length, room, {size: most})
         own = recipe.calibration.batch_size or size
         calibration = fake.calibration(own)
         evaluation = fake.evaluation(train.per_device_eval_batch_size, length)
-    return {
-        "model": {
-            "name": recipe.model.name,
-            "configuration": source,
-            "parameters": fake.parameters,
-            "dtype": recipe.model.dtype,
-        },
-        "method": recipe.method.model_dump(exclude_none=True),
-        "counts": {
-            "trainable_targets": fake.prepared.counts.trainable_targets,
-            "trainable_head": fake.prepared.counts.trainable_head,
-            "trainable_rest": fake.prepared.counts.trainable_rest,
-            "note": fake.prepared.counts.note,
-        },
-        "batch_shape": [size, length],
-        "mask": mask_of(recipe, padded=conditions.padded),
-        "autocast": "bfloat16" if train.bf16 else "float16" if train.fp16 else None,
-        "gradient_checkpointing": train.gradient_checkpointing,
-        **step,
-        "calibrate_peak_bytes": _bytes(calibration),
-        "calibrate_batch": None if calibration is None else own,
-        "evaluate_peak_bytes": _bytes(evaluation.peak("evaluate")),
-        "evaluate_batch": train.per_device_eval_batch_size,
-        "fit": fit,
-        "notes": [*notes, *fake.notes],
-        "seconds": time.perf_counter() - started,
-    }
+    counts = fake.prepared.counts
+    return EstimateRow(
+        label=label,
+        task=recipe.task.name,
+        model=EstimatedModel(
+            name=recipe.model.name,
+            configuration=source,
+            parameters=fake.parameters,
+            dtype=recipe.model.dtype,
+        ),
+        method=recipe.method.model_dump(exclude_none=True),
+        counts=EstimatedCounts(
+            trainable_targets=counts.trainable_targets,
+            trainable_head=counts.trainable_head,
+            trainable_rest=counts.trainable_rest,
+            note=counts.note,
+        ),
+        batch_shape=[size, length],
+        mask=mask_of(recipe, padded=conditions.padded),
+        autocast="bfloat16" if train.bf16 else "float16" if train.fp16 else None,
+        gradient_checkpointing=train.gradient_checkpointing,
+        peak_bytes=most,
+        peak_phase=highest,
+        beyond_weights_bytes=most - fake.weights_bytes,
+        categories=_categories(peaks[highest], fake.weights_bytes),
+        phases={name: peak.peak_bytes for name, peak in peaks.items()},
+        calibrate_peak_bytes=_bytes(calibration),
+        calibrate_batch=None if calibration is None else own,
+        evaluate_peak_bytes=_bytes(evaluation.peak("evaluate")),
+        evaluate_batch=train.per_device_eval_batch_size,
+        fit=fit,
+        notes=[*notes, *fake.notes],
+        seconds=time.perf_counter() - started,
+    )
 
 
 def check_countable(recipe: Recipe) -> None:
@@ -177,24 +194,16 @@ def _bytes(peak: PhasePeak | None) -> int | None:
     return None if peak is None else peak.peak_bytes
 
 
-def _step(meter: MemoryMeter, weights_bytes: int) -> dict[str, Any]:
-    """Return the phase with the highest peak, its categories, and the peak of every phase."""
-    peaks = {name: peak for name in STEP if (peak := meter.peak(name)) is not None}
-    highest = max(peaks, key=lambda name: peaks[name].peak_bytes)
-    categories = dict(peaks[highest].categories)
-    # What the method added to the model: values of an adapter, positions of a support.
-    categories["adapter"] = categories["weights"] - weights_bytes
-    categories["weights"] = weights_bytes
-    return {
-        "peak_bytes": peaks[highest].peak_bytes,
-        "peak_phase": highest,
-        "beyond_weights_bytes": peaks[highest].peak_bytes - weights_bytes,
-        "categories": categories,
-        "phases": {name: peak.peak_bytes for name, peak in peaks.items()},
-    }
+def _categories(peak: PhasePeak, weights_bytes: int) -> MemoryCategories:
+    """Return the categories of a peak, what the method added to the weights apart from them.
+
+    That is the values of an adapter, or the positions of a support.
+    """
+    added = peak.categories["weights"] - weights_bytes
+    return MemoryCategories(**{**peak.categories, "weights": weights_bytes, "adapter": added})
 
 
-def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> dict[str, Any]:
+def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> LargestBatch:
     """Return the largest batch at which the step and the calibration before it both fit.
 
     ``known`` peaks of steps are not counted again. Calibration keeps its own batch where the recipe
@@ -219,10 +228,10 @@ def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> di
         return max(step(size), calibration(own or size))
 
     batch, most = largest_batch(peak, taken)
-    limit = None
+    limit: Literal["step", "calibration"] | None = None
     if batch < MOST:
         limit = "step" if step(batch + 1) > taken else "calibration"
-    return {"batch": batch, "length": length, "peak_bytes": most, "limited_by": limit}
+    return LargestBatch(batch=batch, length=length, peak_bytes=most, limited_by=limit)
 
 
 def changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:

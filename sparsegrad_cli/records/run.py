@@ -5,7 +5,7 @@ A run writes its record at every milestone, so a running or failed run has only 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from sparsegrad_cli.records.base import (
     Record,
     Seconds,
     StepKey,
+    Unit,
 )
 
 Status = Literal["running", "done", "failed", "out_of_memory", "interrupted", "pruned"]
@@ -243,7 +244,7 @@ class MemoryCategories(Block):
     optimizer_state: Bytes = 0
     saved_activations: Bytes = 0
     other: Bytes = 0
-    adapter: Bytes | None = Field(
+    adapter: Annotated[int, Unit("bytes")] | None = Field(
         None, description="Only in an estimate: what the method adds to the model's weights."
     )
 

@@ -85,9 +85,8 @@ def estimated(run: Path, counted: dict[str, Any], kernels: Kernels) -> dict[str,
     size, length = counted["batch_shape"]
     shape = (f"train.per_device_train_batch_size={size}", f"task.max_length={length}")
     loaded = load_recipe(run / "recipe.yaml", shape)
-    (row,) = estimate_steps([(run.name, loaded)], Conditions(kernels=kernels))["rows"]
-    assert isinstance(row, dict)
-    return row
+    (row,) = estimate_steps([(run.name, loaded)], Conditions(kernels=kernels)).rows
+    return row.to_json()
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,8 @@ def recipe(*overrides: str) -> LoadedRecipe:
 
 
 def row(loaded: LoadedRecipe, room: Room | None = None) -> dict[str, Any]:
-    (found,) = estimate_steps([("it", loaded)], Conditions(), room)["rows"]
-    assert isinstance(found, dict)
-    return found
+    (found,) = estimate_steps([("it", loaded)], Conditions(), room).rows
+    return found.to_json()
 
 
 def at(loaded: LoadedRecipe, size: int) -> int:
