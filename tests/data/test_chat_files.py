@@ -302,17 +302,6 @@ def test_a_split_whose_rows_are_all_damaged_is_refused(tmp_path: Path) -> None:
 # --- the hub
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The hub's libraries told to stay offline, with an empty cache of their own."""
-    import datasets
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    return tmp_path
-
-
 def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
     """What the hub's library leaves behind after a download of some/chats."""
     from datasets import DatasetInfo, Features, List, SplitDict, SplitInfo, Value
@@ -339,9 +328,9 @@ def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
     ).write_to_directory(str(folder))
 
 
-def test_hub_with_a_chat_column(offline: Path) -> None:
+def test_hub_with_a_chat_column(empty_hub_cache: Path) -> None:
     rows = [{"prompt": "x", "talk": said(f"u{i}", f"a{i}")} for i in range(4)]
-    fill_cache(offline, {"train_sft": rows[:3], "test_sft": rows[3:]})
+    fill_cache(empty_hub_cache, {"train_sft": rows[:3], "test_sft": rows[3:]})
     settings = {"hub": "some/chats", "column": "talk", "train_split": "train_sft"}
     data = load_chat("chat", **settings, validation_split="test_sft")
     assert [spoken(each) for each in data.train] == ["u0 a0*", "u1 a1*", "u2 a2*"]
@@ -355,7 +344,7 @@ def test_hub_with_a_chat_column(offline: Path) -> None:
         load_chat("chat", hub="some/chats", train_split="train_sft")
 
 
-def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_local_alternative(empty_hub_cache: Path) -> None:
     with pytest.raises(DownloadError, match=r"some/other(.|\n)*task\.path") as caught:
         load_chat("chat", hub="some/other")
     assert "HF_HUB_OFFLINE is set" in str(caught.value)

@@ -51,7 +51,7 @@ def test_real_conversations_are_labelled_word_for_word() -> None:
     encoder = smollm2_encoder()
     conversations = oasst()
     assert len(conversations) > 600
-    for conversation in conversations:
+    for conversation in conversations[::4]:
         ids, labels, cut = encoder.encode(conversation, max_length=LONG)
         assert not cut
         assert whole(tokenizer, conversation) == [*ids, *tokenizer("\n")["input_ids"]]
@@ -413,10 +413,11 @@ def test_a_tokenizer_without_template_and_end_token_is_refused() -> None:
 
 
 def test_a_tokenizer_written_in_python_is_refused() -> None:
-    from transformers import CanineTokenizer
+    class PythonTokenizer:
+        """A tokenizer without a backend of the tokenizers library."""
 
-    with pytest.raises(UsageError, match="is written in Python"):
-        ChatEncoder(CanineTokenizer())
+    with pytest.raises(UsageError, match="PythonTokenizer is written in Python"):
+        ChatEncoder(PythonTokenizer())
 
 
 def test_turns_that_cannot_be_learnt() -> None:

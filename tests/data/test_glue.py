@@ -351,18 +351,7 @@ def test_limits_take_the_first_rows_and_the_hash_knows(tmp_path: Path) -> None:
 # --- the hub
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The hub's libraries told to stay offline, with an empty cache of their own."""
-    import datasets
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_local_alternative(empty_hub_cache: Path) -> None:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -373,11 +362,13 @@ def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path
     assert before == datasets.config.HF_HUB_OFFLINE
 
 
-def test_hub_cache_is_used_offline(offline: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_hub_cache_is_used_offline(
+    empty_hub_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from datasets import ClassLabel, DatasetInfo, Features, SplitDict, SplitInfo, Value
     from datasets.arrow_writer import ArrowWriter
 
-    folder = offline / "nyu-mll___glue" / "rte" / "0.0.0" / "abc"
+    folder = empty_hub_cache / "nyu-mll___glue" / "rte" / "0.0.0" / "abc"
     folder.mkdir(parents=True)
     names = ["entailment", "not_entailment"]
     features = Features(

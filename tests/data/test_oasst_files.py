@@ -66,18 +66,7 @@ def test_ready_trees_are_preferred_in_a_folder(tmp_path: Path) -> None:
 # --- the hub
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The hub's libraries told to stay offline, with an empty cache of their own."""
-    import datasets
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path) -> None:
+def test_an_unreachable_hub_is_reported_with_the_local_alternative(empty_hub_cache: Path) -> None:
     with pytest.raises(DownloadError) as caught:
         load_chat("oasst")
     text = str(caught.value)
@@ -85,8 +74,8 @@ def test_an_unreachable_hub_is_reported_with_the_local_alternative(offline: Path
     assert "task.path" in text
 
 
-def test_hub_cache_is_read_like_the_export(offline: Path) -> None:
-    fill_cache(offline, {"train": [big(), node("p9", node("a9"))], "validation": [small()]})
+def test_hub_cache_is_read_like_the_export(empty_hub_cache: Path) -> None:
+    fill_cache(empty_hub_cache, {"train": [big(), node("p9", node("a9"))], "validation": [small()]})
     data = load_chat("oasst")
     assert everything(data) == set(EXPECTED["threads"]) | {"p9 a9*"}
     assert "cached copy" in data.notes[0]
