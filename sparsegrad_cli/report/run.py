@@ -310,8 +310,9 @@ def _learning(run: RunRecord) -> list[Block]:
 
 
 def _memory(run: RunRecord) -> list[Block]:
+    bars = [(name, phase.categories) for name, phase in memory_phases(run)]
     table = memory_table(run) or Paragraph("Memory: not recorded.", dim=True)
-    return [Figure(lambda: run_charts.memory_bars(memory_phases(run)), _MEMORY), table]
+    return [Figure(lambda: run_charts.memory_bars(bars), _MEMORY), table]
 
 
 def memory_table(run: RunRecord) -> Table | None:

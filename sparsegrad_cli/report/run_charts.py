@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sparsegrad_cli.records.metric_direction import Scale
-from sparsegrad_cli.records.run import HeatMap, MemoryPhase, MetricsBlock, SparsityBlock, Spectrum
+from sparsegrad_cli.records.run import (
+    HeatMap,
+    MemoryCategories,
+    MetricsBlock,
+    SparsityBlock,
+    Spectrum,
+)
 from sparsegrad_cli.report.labels import CATEGORIES
 from sparsegrad_cli.report.svg import (
     INK,
@@ -89,21 +95,23 @@ def loss_curve(metrics: MetricsBlock | None) -> str | None:
     return canvas.svg()
 
 
-def memory_bars(phases: Sequence[tuple[str, MemoryPhase]], thickness: float = 0.34) -> str | None:
-    """Draw the peak of each phase in MiB, stacked by category.
+def memory_bars(
+    bars: Sequence[tuple[str, MemoryCategories]], thickness: float = 0.34
+) -> str | None:
+    """Draw memory in MiB, stacked by category.
 
     Args:
-        phases: (label, phase) of every bar, from the top.
+        bars: (label, bytes) of every bar, from the top.
         thickness: inches a bar.
     """
-    if not phases:
+    if not bars:
         return None
     layers = [
-        (label, [getattr(phase.categories, key) / MIB for _, phase in phases])
+        (label, [getattr(categories, key) / MIB for _, categories in bars])
         for key, label in CATEGORIES.items()
     ]
-    with Canvas(0.9 + thickness * len(phases)) as canvas:
-        stacked(canvas.axes, [label for label, _ in phases], layers)
+    with Canvas(0.9 + thickness * len(bars)) as canvas:
+        stacked(canvas.axes, [label for label, _ in bars], layers)
         canvas.axes.set_xlabel("MiB")
         legend(canvas.axes)
     return canvas.svg()

@@ -10,7 +10,6 @@ import numpy as np
 from sparsegrad_cli.records.metric_direction import Scale
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import ResultRow, StudyRecord
-from sparsegrad_cli.report.labels import CATEGORIES
 from sparsegrad_cli.report.run_charts import memory_bars, score_points, sparsity_maps
 from sparsegrad_cli.report.scores import (
     cells_of,
@@ -29,7 +28,6 @@ from sparsegrad_cli.report.svg import (
     marker,
     name_ticks,
     plain,
-    stacked,
     whole_steps,
 )
 from sparsegrad_cli.report.units import MIB
@@ -125,18 +123,8 @@ def speed_bars(study: StudyRecord, task: str) -> str | None:
 
 def memory_by_method(study: StudyRecord, task: str) -> str | None:
     """Draw the training step's peak by category in MiB, one bar a method."""
-    rows = [row for row in rows_of(study, task) if row.memory_categories]
-    if not rows:
-        return None
-    layers = [
-        (label, [getattr(row.memory_categories, key) / MIB for row in rows])
-        for key, label in CATEGORIES.items()
-    ]
-    with Canvas(0.9 + 0.36 * len(rows)) as canvas:
-        stacked(canvas.axes, [row.method for row in rows], layers)
-        canvas.axes.set_xlabel("MiB")
-        legend(canvas.axes)
-    return canvas.svg()
+    rows = rows_of(study, task)
+    return memory_bars([(r.method, r.memory_categories) for r in rows if r.memory_categories])
 
 
 def memory_by_phase(study: StudyRecord, task: str) -> str | None:
@@ -147,7 +135,7 @@ def memory_by_phase(study: StudyRecord, task: str) -> str | None:
         found = next((memory.phases for memory in runs if memory.phases), {})
         measured.append((row.method, found))
     bars = [
-        (f"{phase} · {method}", phases[phase])
+        (f"{phase} · {method}", phases[phase].categories)
         for phase in _PHASES
         for method, phases in measured
         if phase in phases
