@@ -20,9 +20,8 @@ from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
-from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
+from sparsegrad_cli.recipe.study_section import Figure, MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.task_section import ChatSection, ColumnsSection, TaskSection
 
 SHIPPED = sorted([*(REPO / "configs").glob("*.yaml"), *(REPO / "recipes").glob("*.yaml")])

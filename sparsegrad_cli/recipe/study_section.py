@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsegrad_cli.recipe.budget import NOTHING, Budget, MisspeltError, parse_match
-from sparsegrad_cli.recipe.figures import Figure
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 from sparsegrad_cli.recipe.tuning import Tune
 from sparsegrad_cli.recipe.yaml_text import shorten
 
+Positive = Annotated[float, Field(gt=0)]
 # The paper's seeds first, then a plain sequence.
 SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
 
@@ -46,6 +46,27 @@ class TaskEntry(Section):
     methods: dict[str, dict[str, Any]] = {}
 
 
+class Figure(Section):
+    """Published results of a method on a task, which the report sets beside ours."""
+
+    source: str
+    task: str = Field(description="a task of the study, or `average` over all of them")
+    method: str
+    score: float | None = Field(None, description="a fraction: 0.688 for 68.8; a loss as it is")
+    std: float | None = None
+    steps_per_s: Positive | None = None
+    peak_mb: Positive | None = Field(None, description="megabytes of 1,000,000 bytes")
+    learning_rate: Positive | None = Field(None, description="that was found by tuning")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Figure:
+        if all(v is None for v in (self.score, self.steps_per_s, self.peak_mb, self.learning_rate)):
+            raise ValueError("give score, steps_per_s, peak_mb or learning_rate")
+        if self.std is not None and self.score is None:
+            raise ValueError("std is the score's, and there is no score")
+        return self
+
+
 class SlurmSettings(Section):
     """How runs are submitted to Slurm; the names are those of submitit."""
 
@@ -58,7 +79,7 @@ class SlurmSettings(Section):
     )
     gpus_per_node: NonNegativeInt | None = None
     cpus_per_task: PositiveInt | None = None
-    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    mem_gb: Positive | None = None
     setup: tuple[str, ...] = Field(
         (), description="shell commands before a run, `module load cuda`"
     )
@@ -85,7 +106,7 @@ class RaySettings(Section):
     address: str | None = Field(
         None, description="of a cluster, or auto; by default RAY_ADDRESS, else this machine alone"
     )
-    num_cpus: Annotated[float, Field(gt=0)] = Field(1.0, description="CPUs that a run reserves")
+    num_cpus: Positive = Field(1.0, description="CPUs that a run reserves")
     num_gpus: Annotated[float, Field(ge=0)] | None = Field(
         None, description="GPUs that a run reserves; by default one where the cluster has any"
     )
