@@ -54,8 +54,7 @@ class Initial:
         self.path = path.absolute()
         self.run: RunFiles | None = None
         if is_file(path / "run.json"):
-            # Trusted, since that run's model is not loaded and its code is not run.
-            self.run = open_run(path, ("model.trust_remote_code=true",), data=False)
+            self.run = open_run(path, data=False, model=False)
         self.tensors = self.run.tensors if self.run else path / TENSORS
         self.digest = file_digest(self.tensors)
 

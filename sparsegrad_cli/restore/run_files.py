@@ -103,13 +103,16 @@ class RunFiles:
         return value
 
 
-def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -> RunFiles:
+def open_run(
+    run: Path, overrides: tuple[str, ...] = (), *, data: bool = True, model: bool = True
+) -> RunFiles:
     """Open the folder of a training run.
 
     Args:
         run: The folder, or its run.json.
         overrides: ``key.path=value`` for what has moved since the run.
         data: Whether its data must be present.
+        model: Whether its base model will be loaded, and code that comes with it run.
 
     Raises:
         UsageError: It is not a training run, has trained nothing yet, or would run code that comes
@@ -124,7 +127,8 @@ def open_run(run: Path, overrides: tuple[str, ...] = (), *, data: bool = True) -
         raise FileFormatError("the run has no recipe.yaml", where=str(folder))
     _check_overrides(overrides)
     loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
-    _refuse_unasked_code(loaded)
+    if model:
+        _refuse_unasked_code(loaded)
     files = _trained_tensors(folder, record, loaded)
     _check_unchanged(files)
     return files

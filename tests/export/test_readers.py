@@ -20,6 +20,8 @@ from small import Cli, Outcome
 
 from sparsegrad_cli.export.forms import WRITERS
 from sparsegrad_cli.models.pretrained import locate
+from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.restore.init_from import Initial
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 
@@ -224,6 +226,9 @@ def test_a_run_of_the_built_in_model_has_a_card_without_its_path(cli: Cli, tmp_p
     steps = ("train.max_steps=2", "train.per_device_train_batch_size=8", "method=lora")
     assert cli("train", *small, *steps, "-q", "-o", "run").code == 0
     assert cli("export", "run", "--to", "lora", "-q").code == 0
+    # A run can start from it, although a built-in model refuses model.trust_remote_code.
+    start = Initial(load_recipe(None, ("method=lora", f"init_from={tmp_path / 'run'}")))
+    assert start.run is not None and start.basis() is None
     folder = tmp_path / "run" / "export-lora"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "builtin:minilm" in card and locate("builtin:minilm") not in card
