@@ -40,10 +40,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed", "interruption", "progress", "error_mapping"),
     ("errors",),
 )
-# Torch-free parts of a layer that the recipe is built from, and the layer they count as.
+# A recipe is built from the settings of the methods. They import no torch, and count as its part.
 GROUND = {
-    "methods.registry": "recipe",
-    "methods.settings": "recipe",
+    f"methods.{name}": "recipe" for name in ("registry", "settings", "base", "sparse_settings")
 }
 METHODS = ("sparsegrad", "lora", "meprop", "full")
 # Where a method's name is another word: (file, name) -> why.
@@ -130,8 +129,8 @@ class Codebase:
         for module, path in self.modules.items():
             typed = set(_type_checking_nodes(self.trees[path]))
             for node in ast.walk(self.trees[path]):
-                for target in self._imported(node):
-                    if target != module:
+                for target in dict.fromkeys(self._imported(node)):
+                    if target != module and not _is_door(module, target):
                         found.append(Import(module, target, node.lineno, node in typed))  # type: ignore[attr-defined]
         return found
 
@@ -161,11 +160,11 @@ class Codebase:
 
     @cached_property
     def upward(self) -> list[Finding]:
-        """Return the imports that go from a lower layer to a higher one."""
+        """Return the imports from a lower layer to a higher one, at any time but for types."""
         return [
             Finding(str(self.modules[edge.source]), edge.line, f"imports {edge.target}")
             for edge in self.imports
-            if layer_of(edge.target) < layer_of(edge.source)
+            if layer_of(edge.target) < layer_of(edge.source) and not edge.only_types
         ]
 
     @cached_property
@@ -250,6 +249,12 @@ def layer_of(module: str) -> int:
     ground = f"{parts[0]}.{parts[-1]}" if len(parts) > 1 else ""
     part = GROUND.get(ground, parts[0])
     return next((row for row, names in enumerate(LAYERS) if part in names), -1)
+
+
+def _is_door(source: str, target: str) -> bool:
+    """Return whether a method's settings import its implementation, as they do once asked to."""
+    folder, _, name = source.rpartition(".")
+    return name == "settings" and folder.startswith("methods.") and target.startswith(folder)
 
 
 def _components(graph: dict[str, set[str]]) -> list[set[str]]:

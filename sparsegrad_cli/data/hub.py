@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparsegrad_cli.data.parquet_files import to_python
 from sparsegrad_cli.data.tables import Columns, Table
 from sparsegrad_cli.errors import DownloadError, UsageError
-from sparsegrad_cli.hub_access import why_unreachable
+from sparsegrad_cli.io.hub_access import why_unreachable
 from sparsegrad_cli.io.suggest import suggest
 
 if TYPE_CHECKING:

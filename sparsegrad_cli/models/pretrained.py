@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
-from sparsegrad_cli.hub_access import why_unreachable
+from sparsegrad_cli.io.hub_access import why_unreachable
 from sparsegrad_cli.io.paths import expanded, is_folder, looks_like_folder, near_folder
 from sparsegrad_cli.models import smollm2
 from sparsegrad_cli.recipe.schema import ModelSection
