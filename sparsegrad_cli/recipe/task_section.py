@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section
+from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, SettingError
 from sparsegrad_cli.recipe.tasks import TaskType
 
 
@@ -27,7 +28,7 @@ class ChatSection(Section):
         "reply at every step; replies: one path for every reply, which alone is learnt",
     )
     languages: tuple[str, ...] | None = Field(
-        None, min_length=1, description="keep only messages in these languages, such as [en]"
+        None, description="keep only messages in these languages, such as [en]"
     )
     max_rank: NonNegativeInt | None = Field(
         None, description="keep only replies of this rank or better; 0 is the best"
@@ -37,15 +38,12 @@ class ChatSection(Section):
     )
     tree_states: tuple[str, ...] | None = Field(
         ("ready_for_export",),
-        min_length=1,
         description="keep only trees in these states; null keeps all",
     )
     split: Literal["auto", "hash", "source"] = Field(
         "auto", description="hash: by a hash of the tree or prompt; source: the split of the data"
     )
-    hub: str | None = Field(
-        None, pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name of a data set on the hub"
-    )
+    hub: str | None = Field(None, description="owner/name of a data set on the hub")
     config: str | None = Field(
         None, description="configuration of that data set, if it has several"
     )
@@ -69,6 +67,16 @@ class ChatSection(Section):
         min_length=1,
         description="a plain text file whose loss is measured at every evaluation",
     )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for key in ("languages", "tree_states"):
+            if getattr(self, key) == ():
+                raise SettingError("needs at least one value", key, fix="null keeps all messages")
+        if self.hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub):
+            what = f"expected owner/name, got {self.hub!r}"
+            raise SettingError(what, "hub", fix="OpenAssistant/oasst1, for example")
+        return self
 
 
 class TaskSection(Section):
