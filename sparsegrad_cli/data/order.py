@@ -1,4 +1,4 @@
-"""The order in which examples are met: a function of (seed, epoch) alone, and its proof."""
+"""The order of training examples, which depends on seed and epoch only, and digests of it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sparsegrad_cli.data.batches import UNLABELLED
 
 
 class EpochSampler(Sampler[int]):
-    """Indices of one epoch, the same for every method and every resumption.
+    """Sample the indices of one epoch: the same for every method and after every resume.
 
     Args:
-        data: what is sampled.
-        seed: of the data order.
+        data: the data set.
+        seed: seed of the order.
         strategy: ``random``, ``sequential`` or ``group_by_length`` (random batches of examples
             of similar length, so that less is padding).
         lengths: tokens of each example, for ``group_by_length``.
-        batch_size: examples per optimizer step, of all devices, for ``group_by_length``.
+        batch_size: examples per optimizer step over all devices, for ``group_by_length``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class EpochSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
+        """Set the epoch; the data loader calls this before each one."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -64,14 +64,14 @@ class EpochSampler(Sampler[int]):
 
 
 class OrderHash:
-    """Chains of digests over what reached the model, kept at some steps.
+    """Chained digests over the batches that reached the model, recorded at some steps.
 
-    Two runs met the same batches in the same order up to step n if and only if their digests at n
-    are equal. The chain over rows does not see how a step's batch was cut into micro-batches.
+    Two runs saw the same batches in the same order up to step n if and only if their digests at n
+    are equal. The chain over rows does not depend on how a batch was cut into micro-batches.
 
     Attributes:
         kept: optimizer step -> digest over the batches.
-        kept_rows: the same over their rows without padding; empty where a checkpoint knew of none.
+        kept_rows: the same over rows without padding; empty after a checkpoint without row digests.
     """
 
     def __init__(self, every: int) -> None:
@@ -82,7 +82,7 @@ class OrderHash:
         self.kept_rows: dict[str, str] = {}
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        """Take in one (micro-)batch: its token ids and labels."""
+        """Add the token ids and labels of one (micro-)batch."""
         arrays = {
             name: value.detach().cpu().contiguous().numpy()
             for name in ("input_ids", "labels", "attention_mask")
@@ -98,7 +98,7 @@ class OrderHash:
         if self._rows is None:
             return
         if ids is None or ids.ndim != 2 or {len(array) for array in arrays.values()} != {len(ids)}:
-            self._rows = hashlib.sha256(self._rows + self._digest).digest()  # no rows in it
+            self._rows = hashlib.sha256(self._rows + self._digest).digest()  # it has no rows
             return
         for row in range(len(ids)):
             self._rows = self._with_row({name: array[row] for name, array in arrays.items()})
@@ -106,11 +106,11 @@ class OrderHash:
     def _with_row(self, row: Mapping[str, Any]) -> bytes:
         assert self._rows is not None
         ids, labels = row["input_ids"], row.get("labels")
-        each = labels is not None and labels.ndim == 1  # a label a token, as of conversations
+        each = labels is not None and labels.ndim == 1  # one label per token, as in conversations
         there = np.ones(len(ids), dtype=bool)
         if "attention_mask" in row:
             there = row["attention_mask"] > 0
-        elif each:  # packed: what comes after the last label may be padding, and nobody learns it
+        elif each:  # packed rows: tokens after the last label may be padding
             there = np.flip(np.logical_or.accumulate(np.flip(labels != UNLABELLED)))
         sha = hashlib.sha256(self._rows + ids[there].tobytes())
         if labels is not None:
@@ -118,20 +118,20 @@ class OrderHash:
         return sha.digest()
 
     def mark(self, step: int, last: bool = False) -> None:
-        """Note the digests after optimizer step ``step``, at every n-th and at the last."""
+        """Record the digests after optimizer step ``step``, at every n-th step and at the last."""
         if last or step % self._every == 0:
             self.kept[str(step)] = self._digest.hex()
             if self._rows is not None:
                 self.kept_rows[str(step)] = self._rows.hex()
 
     def forget_last(self) -> None:
-        """Drop what was kept because a step was the last one, which it is no more."""
+        """Drop the digests of a last step, when training continues after it."""
         for kept in (self.kept, self.kept_rows):
             for step in [step for step in kept if int(step) % self._every]:
                 del kept[step]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with the chains."""
+        """Return the state that a checkpoint needs to continue the chains."""
         rows = None if self._rows is None else self._rows.hex()
         return {
             "digest": self._digest.hex(),
@@ -141,7 +141,7 @@ class OrderHash:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`; one of an earlier version has no rows, and none are kept."""
+        """Continue from :meth:`state`; without row digests in an old state, none are recorded."""
         self._digest = bytes.fromhex(state["digest"])
         self.kept = dict(state["kept"])
         rows = state.get("rows")
