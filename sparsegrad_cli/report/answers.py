@@ -17,8 +17,12 @@ from sparsegrad_cli.report.document import (
     Table,
     Turn,
 )
-from sparsegrad_cli.report.labels import status_words
-from sparsegrad_cli.report.units import NOT_RECORDED, NOTHING, format_count
+from sparsegrad_cli.report.units import (
+    NOT_RECORDED,
+    NOTHING,
+    format_count,
+    status_words,
+)
 
 _CUT = {"length": "cut at the token limit", "full": "cut where the positions end"}
 _EMPTY = "(empty)"

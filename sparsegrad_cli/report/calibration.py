@@ -16,7 +16,6 @@ from sparsegrad_cli.records.run import (
 )
 from sparsegrad_cli.report import run_charts
 from sparsegrad_cli.report.document import Block, Column, Fact, Facts, Figure, Paragraph, Table
-from sparsegrad_cli.report.labels import ENERGY, SUPPORT_ENERGY
 from sparsegrad_cli.report.units import (
     format_bytes,
     format_count,
@@ -27,6 +26,20 @@ from sparsegrad_cli.report.units import (
 )
 
 NamedShares = tuple[str, EnergyShares | SupportShares]
+
+# Fields of the shares, with the labels of their columns.
+_SUPPORTS = {
+    "support": "trained support",
+    "full_basis": "best in full-rank basis",
+    "original": "best in original basis",
+}
+_BASES = {
+    "original": "original",
+    "transposed": "published code",
+    "kind_basis": "per kind",
+    "layer_basis": "per layer",
+    "whole_core": "whole core",
+}
 
 _ENERGY = (
     "How much of the squared norm of a gradient a given number of its entries hold, measured on "
@@ -118,7 +131,7 @@ def support_energy(run: RunRecord) -> Table | None:
     columns: list[Column[NamedShares]] = [
         Column("kind", lambda row: row[0], words=True),
         Column("parameters", lambda row: format_count(getattr(row[1], "count", None))),
-        *_share_columns(SUPPORT_ENERGY),
+        *_share_columns(_SUPPORTS),
     ]
     notes = [compared.verdict] if compared.verdict else []
     caption = "Energy of held-out gradients in the same number of parameters of a target, %"
@@ -133,7 +146,7 @@ def _bases(run: RunRecord) -> dict[str, str]:
     a truncated core do not compare with those of a whole matrix.
     """
     rows = _energy(run).rows
-    found = {k: v for k, v in ENERGY.items() if any(getattr(row, k) is not None for row in rows)}
+    found = {k: v for k, v in _BASES.items() if any(getattr(row, k) is not None for row in rows)}
     return {} if "whole_core" in found and _compared(run).mean_by_kind else found
 
 
@@ -160,7 +173,7 @@ def energy_by_target(run: RunRecord) -> Table | None:
 def _shown_shares(run: RunRecord) -> dict[str, dict[str, float]]:
     """Return the shares that the figure shows: layer kind -> label -> share."""
     compared = _compared(run).mean_by_kind
-    labels = SUPPORT_ENERGY if compared else _bases(run)
+    labels = _SUPPORTS if compared else _bases(run)
     means: Mapping[str, EnergyShares | SupportShares] = compared or _energy(run).mean_by_kind
     return {
         kind: {label: getattr(shares, key) or 0.0 for key, label in labels.items()}

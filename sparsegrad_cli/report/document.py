@@ -268,7 +268,7 @@ class Document:
 
     Attributes:
         title, subtitle: the name of what is reported, and one line about it.
-        status: a key of :data:`~sparsegrad_cli.report.labels.STATUSES`.
+        status: a key of :data:`~sparsegrad_cli.report.units.STATUSES`.
         error: (label, text) of what went wrong.
         lead: blocks before the first section.
         sections: in order.

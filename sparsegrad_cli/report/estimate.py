@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from sparsegrad_cli.records.estimate import DeviceRoom, EstimateRecord, EstimateRow
 from sparsegrad_cli.report.document import Bullets, Column, Document, Labelled, Paragraph, Table
-from sparsegrad_cli.report.labels import TRAIN_STEP
 from sparsegrad_cli.report.units import (
     GIB,
     NOT_RECORDED,
+    TRAIN_STEP,
     format_bytes,
     format_count,
     format_gib,

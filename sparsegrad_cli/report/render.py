@@ -17,8 +17,10 @@ from markupsafe import Markup
 
 from sparsegrad_cli.io.untrusted_text import printable_text
 from sparsegrad_cli.report.document import Block, Document
-from sparsegrad_cli.report.labels import status_words
-from sparsegrad_cli.report.units import NOT_RECORDED
+from sparsegrad_cli.report.units import (
+    NOT_RECORDED,
+    status_words,
+)
 
 Form = Literal["html", "md", "tex"]
 

@@ -40,11 +40,12 @@ from sparsegrad_cli.report.document import (
     Section,
     Table,
 )
-from sparsegrad_cli.report.labels import CATEGORIES, PHASES, TIMES, TRAIN_STEP
 from sparsegrad_cli.report.provenance import provenance
 from sparsegrad_cli.report.units import (
+    CATEGORIES,
     MIB,
     NOT_RECORDED,
+    TRAIN_STEP,
     format_bytes,
     format_count,
     format_fixed,
@@ -55,6 +56,15 @@ from sparsegrad_cli.report.units import (
     format_share,
     words,
 )
+
+_PHASES = ("load", "calibrate", "energy", "forward", "backward", "optimizer", "evaluate")
+_TIMES = {
+    "load_s": "load",
+    "calibrate_s": "calibrate",
+    "diagnostics_s": "diagnose the basis",
+    "train_s": "train",
+    "evaluate_s": "evaluate",
+}
 
 _LEARNING = (
     "Score on the validation set at every evaluation, starting before the first step. The dotted "
@@ -347,7 +357,7 @@ def _mib(count: int | None) -> float | None:
 def memory_phases(run: RunRecord) -> list[tuple[str, MemoryPhase]]:
     """Return the phases with a recorded peak in the order in which they happen."""
     there = run.memory.phases if run.memory else {}
-    names = [*PHASES, *sorted(name for name in there if name not in PHASES)]
+    names = [*_PHASES, *sorted(name for name in there if name not in _PHASES)]
     return [(name, there[name]) for name in names if name in there]
 
 
@@ -361,7 +371,7 @@ def _time(run: RunRecord) -> list[Block]:
 def times(run: RunRecord) -> list[tuple[str, float]]:
     """Return (phase, seconds) of what a run spent its time on, the remainder last."""
     clock = run.time or TimeBlock()
-    found = [(label, seconds) for key, label in TIMES.items() if (seconds := getattr(clock, key))]
+    found = [(label, seconds) for key, label in _TIMES.items() if (seconds := getattr(clock, key))]
     if found and clock.total_s is not None:
         rest = clock.total_s - sum(seconds for _, seconds in found)
         if rest > 0.01 * clock.total_s:

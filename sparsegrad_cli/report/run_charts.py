@@ -14,7 +14,6 @@ from sparsegrad_cli.records.run import (
     SparsityBlock,
     Spectrum,
 )
-from sparsegrad_cli.report.labels import CATEGORIES
 from sparsegrad_cli.report.svg import (
     INK,
     Canvas,
@@ -25,7 +24,10 @@ from sparsegrad_cli.report.svg import (
     stacked,
     whole_steps,
 )
-from sparsegrad_cli.report.units import MIB
+from sparsegrad_cli.report.units import (
+    CATEGORIES,
+    MIB,
+)
 
 _MAX_SPECTRA = 12
 _DARKEST = 1e-4  # of the largest entry, in a heat map

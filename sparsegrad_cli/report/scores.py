@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from sparsegrad_cli.records.metric_direction import METRICS, Scale, common_metric, scale_of
 from sparsegrad_cli.records.study import CellEntry, PublishedFigure, ResultRow, StudyRecord
 from sparsegrad_cli.report.document import Column, Table
-from sparsegrad_cli.report.labels import status_words
 from sparsegrad_cli.report.units import (
     NOT_RECORDED,
     NOTHING,
@@ -19,6 +18,7 @@ from sparsegrad_cli.report.units import (
     format_number,
     format_score,
     format_spread,
+    status_words,
 )
 
 MIN_SEEDS = 2  # with fewer, nothing is ranked

@@ -24,7 +24,6 @@ from sparsegrad_cli.report.document import (
     Verdict,
 )
 from sparsegrad_cli.report.fairness import check_lines, parity_table
-from sparsegrad_cli.report.labels import status_words
 from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
 from sparsegrad_cli.report.provenance import provenance
 from sparsegrad_cli.report.scores import (
@@ -49,6 +48,7 @@ from sparsegrad_cli.report.units import (
     format_number,
     format_score,
     format_share,
+    status_words,
     words,
 )
 

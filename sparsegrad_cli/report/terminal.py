@@ -25,8 +25,10 @@ from sparsegrad_cli.report.document import (
     Table,
     Verdict,
 )
-from sparsegrad_cli.report.labels import status_words
-from sparsegrad_cli.report.units import NOT_RECORDED
+from sparsegrad_cli.report.units import (
+    NOT_RECORDED,
+    status_words,
+)
 
 DASH = "–"
 _STATUS_STYLE = {"done": "green", "checked": "green", "failed": "red", "out_of_memory": "red"}

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.study import SearchDimension, StudyRecord, Trial, TuningSeries
 from sparsegrad_cli.report.document import Check, Column, Table
-from sparsegrad_cli.report.labels import status_words
 from sparsegrad_cli.report.scores import tasks_of
 from sparsegrad_cli.report.units import (
     NOTHING,
@@ -16,6 +15,7 @@ from sparsegrad_cli.report.units import (
     format_number,
     format_score,
     format_seconds,
+    status_words,
     words,
 )
 

@@ -1,6 +1,7 @@
-"""Format numbers for readers. Inside the program bytes are ints, times seconds, scores fractions.
+"""Format numbers for readers, and name statuses and memory categories in words.
 
-Every function takes None for a value that a record does not have, and returns ``not recorded``.
+Inside the program bytes are ints, times seconds and scores fractions. Every function takes None for
+a value that a record does not have, and returns ``not recorded``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,30 @@ NOTHING = "–"  # the mean, the interval or the best of nothing
 MINUS = "\u2212"
 MIB = 1024**2
 GIB = 1024**3
+STATUSES = {
+    "done": "done",
+    "failed": "failed",
+    "out_of_memory": "out of memory",
+    "interrupted": "interrupted",
+    "pruned": "pruned",
+    "running": "still running",
+    "pending": "not run yet",
+    "unknown": "unknown",
+}
+CATEGORIES = {
+    "weights": "weights",
+    "bases": "bases",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "saved_activations": "saved activations",
+    "other": "other",
+}
+TRAIN_STEP = ("forward", "backward", "optimizer")
+
+
+def status_words(status: str) -> str:
+    """Return a status in words; an unknown one as it stands."""
+    return STATUSES.get(status, status.replace("_", " "))
 
 
 def words(value: object) -> str:

@@ -20,7 +20,6 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.report.access import mappings, number, text
 from sparsegrad_cli.report.units import format_amount
 from sparsegrad_cli.study.budget.counting import Counting
 from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
@@ -64,7 +63,7 @@ def solve_study(
     check_nothing_is_said_twice(study, budget)
     kernels = kernels or _kernels(study.cells[0].loaded.recipe)
     solver = _Solver(study, budget, kernels, observer or Observer())
-    before = kept if text(kept, "match") == budget.text else {}
+    before = kept if kept and kept.get("match") == budget.text else {}
     rows = solver.rows(list(cells.values()), kept)
     picked = {(row["task"], row["method"]): row["set"] for row in rows}
     solved = tuple(
@@ -78,8 +77,8 @@ def solve_study(
         "tolerance": TOLERANCE,
         "kernels": kernels if budget.in_bytes else None,
         # Whoever shares the comparison, or goes on with it, says the same.
-        "rehearsals": int(number(before, "rehearsals") or 0) + solver.rehearsals,
-        "solved_s": (number(before, "solved_s") or 0.0)
+        "rehearsals": int(before.get("rehearsals") or 0) + solver.rehearsals,
+        "solved_s": (before.get("solved_s") or 0.0)
         + (time.perf_counter() - started if solver.solved else 0.0),
         "rows": rows,
     }
@@ -106,7 +105,7 @@ def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedR
 def _known(kept: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return question -> the row that answers it, without what its runs took."""
     found = {}
-    for row in mappings(kept, "rows"):
+    for row in (kept or {}).get("rows", ()):
         key, picked = row.get("key"), row.get("set")
         if isinstance(key, str) and isinstance(picked, dict) and set(picked) <= set(SETTABLE):
             found[key] = {name: value for name, value in row.items() if name not in MEASURED}
