@@ -1,6 +1,6 @@
-"""Calibration: gradient steps with no update, streamed into bases and scores of supports.
+"""Calibrate: take gradients without updates, and make bases and scores of supports from them.
 
-The model comes out as it went in: weights, gradients, requires_grad, mode and random state.
+Weights, gradients, requires_grad, training mode and random state of the model are restored.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ Batches = Callable[[], Iterator[Batch]]
 Meter = Callable[[], AbstractContextManager[Any]]
 OnStep = Callable[[int, float], None]
 OnStream = Callable[[str, Stream], None]
-# Of tokens, the inputs of all targets are kept until their gradients come, which a training step
-# need not do. In two parts calibration stays below it, and sums the same tokens.
+# With source token, the inputs of all targets are kept until their gradients arrive, which a
+# training step need not do. In two parts, calibration needs less memory than training, and it sums
+# over the same tokens.
 _PARTS = 2
 
 
 @dataclass
 class Calibration:
-    """What calibration found.
+    """The result of calibration.
 
     Attributes:
         bases: key -> basis (key: target name, or layer kind), cut to the method's rank with all
@@ -54,7 +55,7 @@ class Calibration:
             chosen by the spectra alone.
         seconds: wall time of gradients and eigenvectors.
         stream_bytes: bytes of all sums; the part of the peak that calibration itself adds.
-        losses: one a step, pass after pass.
+        losses: one per step, pass after pass.
     """
 
     bases: dict[str, Basis]
@@ -71,7 +72,7 @@ class Calibration:
 
 @dataclass
 class _Passes:
-    """Goes over the same batches, with the same dropout, as often as it is asked to."""
+    """Run passes over the same batches with the same dropout."""
 
     model: nn.Module
     batches: Batches
@@ -89,7 +90,7 @@ class _Passes:
         *,
         parts: int = 1,
     ) -> None:
-        """One pass; ``after`` is called after each step. Each goes through its batch in parts."""
+        """Run one pass, each batch in ``parts``; call ``after`` after each step."""
         batches = self.batches()
         with hooks, temporary_seed(self.seed):
             for step in range(1, self.steps + 1):
@@ -105,7 +106,7 @@ class _Passes:
 
 
 def passes_of(settings: CalibrationSection) -> int:
-    """How often calibration goes over its batches."""
+    """Return the number of passes over the batches."""
     count = int(settings.score != "spectral")
     if settings.source in ("batch", "token"):
         count += {"exact": 1, "sequential": 2, "randomized": 1 + settings.power_steps}[
@@ -128,21 +129,22 @@ def calibrate(
     on_step: OnStep = lambda step, loss: None,
     on_stream: OnStream = lambda key, stream: None,
 ) -> Calibration:
-    """Bases, and scores where the support wants them, from ``settings.steps`` batches.
+    """Make bases, and scores of the support if the settings ask for them, from batches.
 
     Args:
-        model: any model whose output has ``loss``; left as it was found.
-        batches: makes an iterator over at least ``steps`` batches on the model's device; called
-            once a pass, the same batches each time. Of several processes, each has its own.
-        settings: what to calibrate from, how bases are found, what scores the support.
+        model: any model whose output has ``loss``; it is restored.
+        targets: the target modules.
+        batches: makes an iterator over at least ``settings.steps`` batches on the model's device.
+            It is called once per pass, with the same batches. Each process has its own batches.
+        settings: what to calibrate from, how bases are computed, what scores the support.
         seed: for dropout and test matrices; the global random state is restored.
-        rank: directions the method keeps (:func:`truncated`), for the ways that need to know.
+        rank: directions that the method keeps (:func:`truncated`), for decompositions that need it.
         train: gradient checkpointing and autocast as in training; None for neither.
         whole: keep all directions of the bases, whatever ``rank`` the method keeps.
         meter: context in which the first two steps of a pass and the eigenvectors are measured.
-        on_step: told after each step: number from 1 over all passes, loss.
-        on_stream: given each key and its sums once its basis is made; they are freed afterwards
-            unless this keeps them.
+        on_step: called after each step with its number, from 1 over all passes, and its loss.
+        on_stream: called with each key and its sums once its basis is made. The sums are freed
+            afterwards unless the function keeps them.
 
     Raises:
         SparsegradError: a loss or gradient is not finite.
@@ -164,8 +166,8 @@ def calibrate(
             held = sum(stream.nbytes() for stream in streams.values())
             with meter():
                 for key in sides:
-                    # Cut and freed one by one: the Grams and bases of all targets at full rank
-                    # would not fit where the sums alone do.
+                    # Cut and freed one by one: the Grams and full-rank bases of all targets need
+                    # much more memory than the sums alone.
                     stream = streams.pop(key)
                     with _finite(key):
                         bases[key] = leading(stream.basis(), kept)
@@ -176,7 +178,7 @@ def calibrate(
                 basis = _given_basis(settings.source, shape, seed + number, device)
                 bases[key] = leading(basis, kept)
                 del basis
-        for b in bases.values():  # another library or device may decompose equal sums otherwise
+        for b in bases.values():  # another library or device may decompose equal sums differently
             distributed.broadcast((b.q_out, b.q_in, b.singular_out, b.singular_in))
         scores: dict[str, Tensor] = {}
         if settings.score != "spectral":
@@ -238,7 +240,7 @@ def _scores(
     score: str,
     parts: int,
 ) -> dict[str, Tensor]:
-    """One more pass: core gradients come from tokens, so that no weight gradient is formed."""
+    """Score the core entries in one more pass, from tokens, without forming weight gradients."""
     streams = {t.name: ScoreStream(bases[keys[t.name]], score) for t in targets}
 
     def collect(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
@@ -255,7 +257,7 @@ def _scores(
 
 
 def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.device) -> Basis:
-    """A basis that knows nothing of the data, to compare with: random, or the original one."""
+    """Return a basis that does not depend on the data, for comparison: random or the identity."""
     sides = []
     generator = torch.Generator().manual_seed(seed)
     for side in shape:
@@ -268,7 +270,7 @@ def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.d
 
 @contextmanager
 def _finite(key: str) -> Iterator[None]:
-    """Name the basis that could not be found; stop before it when asked to."""
+    """Name the basis that cannot be computed in the error; stop before it if requested."""
     raise_if_requested(f"the basis of {key}")
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a basis is worth, on gradients it never saw: energy shares, spectra, heat maps."""
+"""Measure a basis on held-out gradients: energy shares, spectra, heat maps."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _SPECTRUM_LENGTH = 256
 
 @dataclass(frozen=True)
 class Choice:
-    """What trains of a target.
+    """The parameters of a target that train.
 
     Attributes:
-        basis: that it trains in, cut to the method's rank.
-        full: the basis of full rank.
-        count: parameters that train.
-        support: their flat positions in the core; None for the largest ones of each gradient.
+        basis: the basis that the target trains in, cut to the method's rank.
+        full: the full-rank basis.
+        count: number of parameters that train.
+        support: their flat positions in the core; None for the largest entries of each gradient.
     """
 
     basis: Basis
@@ -52,11 +52,11 @@ class Choice:
     support: Tensor | None
 
     def energies(self, grad_OI: Tensor) -> dict[str, float]:
-        """Shares of a gradient's energy in ``count`` entries, by how they are chosen.
+        """Return the shares of a gradient's energy in ``count`` entries, by how they are chosen.
 
         Returns:
-            ``support``: those that train; ``full_basis`` and ``original``: the largest in
-            hindsight in the basis of full rank and without a basis.
+            ``support``: the entries that train; ``full_basis`` and ``original``: the largest
+            entries in hindsight, in the full-rank basis and without a basis.
         """
         squares = to_core(grad_OI, self.basis).reshape(-1).double().square()
         if self.support is None:
@@ -73,9 +73,9 @@ class Choice:
 
 
 class KindGrams:
-    """Sums per layer kind: the Gram of a union is the sum of Grams.
+    """Sum Grams per layer kind: the Gram of a union of gradients is the sum of their Grams.
 
-    One stream a kind is kept, so that those of single layers can be freed.
+    One stream per kind is kept, so that the streams of single layers can be freed.
 
     Args:
         targets, keys: target name -> key of its basis.
@@ -86,7 +86,7 @@ class KindGrams:
         self._sums: dict[str, GramStream] = {}
 
     def add(self, key: str, stream: Stream) -> None:
-        """Take a basis's sums, which may be changed; without Grams nothing is kept."""
+        """Add the sums of a basis, which may be modified; sums other than Grams are ignored."""
         if not isinstance(stream, GramStream):
             return
         kind = self._kinds[key]
@@ -96,7 +96,7 @@ class KindGrams:
             self._sums[kind] = stream
 
     def bases(self) -> dict[str, Basis]:
-        """Kind -> basis of all directions."""
+        """Return kind -> full-rank basis."""
         bases = {}
         for kind, stream in self._sums.items():
             raise_if_requested(f"the basis of {kind}")
@@ -117,84 +117,127 @@ def energy_table(
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
     choices: Mapping[str, Choice] | None = None,
 ) -> tuple[EnergyBlock, HeatMap]:
-    """Mean share of squared entries in the top 1 % of held-out gradients, per target.
+    """Measure the share of squared entries in the top 1 % of held-out gradients, per target.
 
-    Columns: ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code; needs a
-    basis of full rank), ``kind_basis`` (needs Grams, or a basis per kind) and, when calibrated per
-    layer, ``layer_basis``. The 1 % is of the target's entries, and the share is of all its energy,
-    also where the basis is truncated; ``whole_core`` is then what all entries of the core hold.
+    The columns are ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code;
+    needs a full-rank basis), ``kind_basis`` (needs Grams, or a basis per kind) and, when calibrated
+    per layer, ``layer_basis``. The 1 % is of the target's parameters, and the share is of its whole
+    energy, also if the basis is truncated; ``whole_core`` is then the share of the whole core.
 
     Args:
-        per_kind: bases of whole kinds (:class:`KindGrams`), where those calibrated are per layer.
+        model, targets: the model that was calibrated.
+        calibration: the bases.
+        batches: yields at least ``steps`` held-out batches on the model's device.
+        steps: number of gradients per target.
+        seed: for dropout; the global random state is restored.
+        per_kind: bases of whole kinds (:class:`KindGrams`), if the calibrated ones are per layer.
         train: gradient checkpointing and autocast as in training.
         meter: context in which the first two steps are measured.
-        choices: target name -> what trains of it; compared with as many entries chosen in
-            hindsight, in the ``compared`` block.
+        choices: target name -> what trains of it. The ``compared`` block compares that with the
+            same number of parameters chosen in hindsight.
 
     Returns:
         The ``energy`` and ``heat_map`` of the calibration block.
     """
-    choices = choices or {}
-    compared: dict[str, dict[str, float]] = {name: defaultdict(float) for name in choices}
-    per_kind = per_kind or {}
-    per_target = calibration.by_target()
-    by_layer = any(calibration.keys[t.name] != t.kind for t in targets)
-    sums: dict[str, dict[str, float]] = {t.name: defaultdict(float) for t in targets}
-    maps: dict[str, Tensor] = {}
-    shown = targets[len(targets) // 2].name
-
-    def collect(target: Target, grad_OI: Tensor) -> None:
-        grad, own = grad_OI.float(), per_target[target.name]
-        bases = {"layer_basis" if by_layer else "kind_basis": own}
-        if by_layer and target.kind in per_kind:
-            bases["kind_basis"] = per_kind[target.kind]
-        if own.q_in.shape[0] == own.q_in.shape[1]:
-            bases["transposed"] = replace(own, q_in=own.q_in.T)
-        cores = {name: to_core(grad, basis) for name, basis in bases.items()}
-        cores["original"] = grad
-        for name, core in cores.items():
-            sums[target.name][name] += energy_share(core, TOP, whole=grad) / steps
-        own_core = cores["layer_basis" if by_layer else "kind_basis"]
-        if own_core.numel() < grad.numel():
-            sums[target.name]["whole_core"] += energy_share(own_core, 1.0, whole=grad) / steps
-        if target.name in choices:
-            for name, share in choices[target.name].energies(grad).items():
-                compared[target.name][name] += share / steps
-        if target.name == shown:
-            for name, core in (("original", grad), ("basis", to_core(grad, own))):
-                pooled = _pool(core.abs())
-                maps[name] = maps[name] + pooled if name in maps else pooled
+    sums = _EnergySums(targets, calibration, per_kind or {}, choices or {}, steps)
 
     def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
-        collect(target, g_NO.float().T @ x_NI.float())
+        sums.add(target, g_NO.float().T @ x_NI.float())
 
     with as_in_training(model, train) as scale, temporary_seed(seed):
-        hooks = gradients_only(model, targets, collect, scale=scale)
-        if quantized_layers(model):  # whose weights have no gradient
+        hooks = gradients_only(model, targets, sums.add, scale=scale)
+        if quantized_layers(model):  # quantized weights have no gradient
             hooks = tokens_only(model, targets, collect_tokens, scale=scale)
         with hooks:
             for step in range(1, steps + 1):
                 with meter() if step <= 2 else nullcontext():
                     gradient_step(model, next(batches), step, scale=scale)
-    rows = [{"target": t.name, "kind": t.kind, **sums[t.name]} for t in targets]
-    energy: dict[str, Any] = {"top": TOP, "steps": steps, "rows": rows}
-    energy["mean_by_kind"] = _mean_by_kind(rows)
-    if choices:
-        against = [
-            {"target": t.name, "kind": t.kind, "count": choices[t.name].count, **compared[t.name]}
-            for t in targets
-            if t.name in choices
-        ]
-        means = _mean_by_kind(against)
-        verdict = verdict_of(means)
-        energy["compared"] = {"rows": against, "mean_by_kind": means, "verdict": verdict}
-    original, basis = ((maps[name] / steps).tolist() for name in ("original", "basis"))
-    heat_map = HeatMap(target=shown, original=original, basis=basis)
-    return EnergyBlock.model_validate(energy), heat_map
+    return sums.energy(), sums.heat_map()
+
+
+class _EnergySums:
+    """Energy shares of gradients in several bases, averaged over steps.
+
+    Args:
+        targets: the target modules; the middle one is shown in the heat map.
+        calibration: the bases that were made.
+        per_kind: bases of whole kinds.
+        choices: target name -> what trains of it.
+        steps: number of gradients per target.
+    """
+
+    def __init__(
+        self,
+        targets: list[Target],
+        calibration: Calibration,
+        per_kind: Mapping[str, Basis],
+        choices: Mapping[str, Choice],
+        steps: int,
+    ) -> None:
+        self._targets, self._per_kind, self._choices = targets, per_kind, choices
+        self._per_target, self._steps = calibration.by_target(), steps
+        by_layer = any(calibration.keys[t.name] != t.kind for t in targets)
+        self._own = "layer_basis" if by_layer else "kind_basis"
+        self._shares: dict[str, dict[str, float]] = {t.name: defaultdict(float) for t in targets}
+        self._compared: dict[str, dict[str, float]] = {n: defaultdict(float) for n in choices}
+        self._shown = targets[len(targets) // 2].name
+        self._maps: dict[str, Tensor] = {}
+
+    def add(self, target: Target, grad_OI: Tensor) -> None:
+        """Add the gradient of one step."""
+        grad, own, name = grad_OI.float(), self._per_target[target.name], target.name
+        bases = {self._own: own}
+        if target.kind in self._per_kind:
+            bases.setdefault("kind_basis", self._per_kind[target.kind])
+        if own.q_in.shape[0] == own.q_in.shape[1]:
+            bases["transposed"] = replace(own, q_in=own.q_in.T)
+        cores = {column: to_core(grad, basis) for column, basis in bases.items()}
+        cores["original"] = grad
+        for column, core in cores.items():
+            self._shares[name][column] += energy_share(core, TOP, whole=grad) / self._steps
+        core = cores[self._own]
+        if core.numel() < grad.numel():
+            self._shares[name]["whole_core"] += energy_share(core, 1.0, whole=grad) / self._steps
+        if name in self._choices:
+            for column, share in self._choices[name].energies(grad).items():
+                self._compared[name][column] += share / self._steps
+        if name == self._shown:
+            for column, matrix in (("original", grad), ("basis", core)):
+                pooled = _pool(matrix.abs())
+                before = self._maps.get(column)
+                self._maps[column] = pooled if before is None else before + pooled
+
+    def energy(self) -> EnergyBlock:
+        """Return the ``energy`` block."""
+        rows = [{"target": t.name, "kind": t.kind, **self._shares[t.name]} for t in self._targets]
+        energy: dict[str, Any] = {"top": TOP, "steps": self._steps, "rows": rows}
+        energy["mean_by_kind"] = _mean_by_kind(rows)
+        if self._choices:
+            compared = [
+                {
+                    "target": t.name,
+                    "kind": t.kind,
+                    "count": self._choices[t.name].count,
+                    **self._compared[t.name],
+                }
+                for t in self._targets
+                if t.name in self._choices
+            ]
+            means = _mean_by_kind(compared)
+            verdict = verdict_of(means)
+            energy["compared"] = {"rows": compared, "mean_by_kind": means, "verdict": verdict}
+        return EnergyBlock.model_validate(energy)
+
+    def heat_map(self) -> HeatMap:
+        """Return the mean absolute gradient of the middle target, without and with its basis."""
+        original, basis = (
+            (self._maps[column] / self._steps).tolist() for column in ("original", "basis")
+        )
+        return HeatMap(target=self._shown, original=original, basis=basis)
 
 
 def verdict_of(means: Mapping[str, Mapping[str, float]]) -> str:
-    """One sentence: what the support that trains catches, beside the best in hindsight."""
+    """Compare the energy in the support with the best choice in hindsight, in one sentence."""
 
     def mean(name: str) -> float:
         return 100 * sum(row[name] for row in means.values()) / len(means)
@@ -227,7 +270,7 @@ def _mean_by_kind(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _pool(matrix: Tensor) -> Tensor:
-    """Mean of |entries| over at most 96 x 96 cells, on the CPU."""
+    """Return the means of a matrix over at most 96 x 96 cells, on the CPU."""
     rows, columns = (min(side, _HEAT_MAP_SIDE) for side in matrix.shape)
     pooled = F.adaptive_avg_pool2d(matrix[None, None], (rows, columns))[0, 0]
     return pooled.to("cpu", torch.float32)

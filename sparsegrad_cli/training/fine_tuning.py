@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from sparsegrad_cli.calibration.basis_file import BasisFile
 from sparsegrad_cli.calibration.run_calibration import basis_for_run
 from sparsegrad_cli.interruption import deferred_interrupt, raise_if_requested
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
@@ -13,23 +10,12 @@ from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.trackers import tracker_environment
 from sparsegrad_cli.records.run import MethodBlock
+from sparsegrad_cli.restore.init_from import Initial
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.precision import check_autocast
 from sparsegrad_cli.tasks.setup import Setup, load
 from sparsegrad_cli.training.loop import TrainingLoop
 from sparsegrad_cli.training.memory_trials import training_trials
-
-
-class InitialValues(Protocol):
-    """The adapter that training starts from, where the recipe's ``init_from`` names one."""
-
-    def basis(self) -> BasisFile | None:
-        """Return the basis that the adapter is written in, if any."""
-        ...
-
-    def load(self, setup: Setup, method: Method) -> dict[str, Any]:
-        """Copy its values into a prepared model; return the ``init_from`` block of the record."""
-        ...
 
 
 def fine_tune(run: Run) -> None:
@@ -39,7 +25,7 @@ def fine_tune(run: Run) -> None:
         SparsegradError: of the kind that fits what happened.
     """
     recipe = run.recipe
-    initial = _initial_values(run)
+    initial = Initial(run.loaded) if recipe.init_from is not None else None
     check_autocast(run.loaded)
     with tracker_environment(run.path, recipe.train.report_to):
         setup = load(run)
@@ -53,15 +39,7 @@ def fine_tune(run: Run) -> None:
                 loop.run()
 
 
-def _initial_values(run: Run) -> InitialValues | None:
-    if run.recipe.init_from is None:
-        return None
-    from sparsegrad_cli.restore.init_from import Initial
-
-    return Initial(run.loaded)
-
-
-def _prepare(run: Run, setup: Setup, method: Method, initial: InitialValues | None) -> Prepared:
+def _prepare(run: Run, setup: Setup, method: Method, initial: Initial | None) -> Prepared:
     """Prepare the model for the method, and record what trains.
 
     The basis is a local variable here: afterwards, only what the method keeps of it is in memory.
