@@ -16,6 +16,7 @@ import pytest
 from paths import REPO
 from small import Cli
 
+from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
 from sparsegrad_cli.records.store import write_json_atomic
@@ -102,6 +103,16 @@ def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
     for others in (("--tune", "5"), ("--tune", "3", "train.weight_decay=0.1"), ()):
         refused = cli("compare", *command[:4], *others, "-o", "c", "-q", *over)
         assert refused.code == 2, refused.err
+
+
+def test_a_study_tuned_by_the_version_before_is_refused(tmp_path: Path) -> None:
+    study = make_study(None, ("full",), 1, TINY, trials=2)
+    (tmp_path / "tuning.db").touch()
+    tuning = Tuning(study, StudyFolder(tmp_path), Runs(LocalEngine(1)), print, lambda: None)
+    for make in (False, True):
+        with pytest.raises(UsageError, match="earlier version") as refused:
+            tuning.open(make=make)
+    assert refused.value.fix is not None and "--overwrite" in refused.value.fix
 
 
 def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) -> None:
