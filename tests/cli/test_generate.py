@@ -169,5 +169,5 @@ def test_an_output_that_is_somebody_elses_is_left_alone(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     outcome = cli("generate", model, "-p", "a", *BRIEF, "-o", "thesis.txt")
-    assert outcome.code == 1 and "something else" in outcome.flat
+    assert outcome.code == 1 and "found others" in outcome.flat
     assert (tmp_path / "thesis.txt").read_text() == "precious"

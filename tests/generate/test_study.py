@@ -203,9 +203,9 @@ def test_a_run_that_was_trained_again_is_told_apart(cli: Cli, study: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "a conversation is with one model"),
-        (("--prompts", "q.jsonl", "-o", "x"), "--output is for one model"),
-        (("--prompts", "q.jsonl", "--dtype", "bfloat16"), "--dtype is for one model"),
+        ((), "a conversation needs one model"),
+        (("--prompts", "q.jsonl", "-o", "x"), "--output applies to one model"),
+        (("--prompts", "q.jsonl", "--dtype", "bfloat16"), "--dtype applies to one model"),
         (("--prompts", "q.jsonl", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
         (("--prompts", "q.jsonl", "method.rank=2"), "cannot be changed after training"),
         (("--prompts", "nowhere"), "builtin:questions"),
@@ -234,4 +234,4 @@ def test_what_is_no_chat_or_lies_elsewhere_is_not_asked(
     outcome = cli("generate", "s", "--prompts", "q.jsonl", *BRIEF)
     assert outcome.code == 2 and "no finished run of a chat task" in outcome.flat
     outcome = cli("judge", "s", "--questions", "q.jsonl", "--endpoint", "http://x", "--model", "m")
-    assert outcome.code == 2 and "nobody in s has answered q.jsonl" in outcome.flat
+    assert outcome.code == 2 and "no model of s has answered q.jsonl" in outcome.flat

@@ -156,7 +156,7 @@ def test_a_pickle_of_pefts_is_not_read(tmp_path: Path) -> None:
     folder = lora(tmp_path)
     (folder / TENSORS).unlink()
     torch.save({}, folder / "adapter_model.bin")
-    with pytest.raises(FileFormatError, match="nothing else is read"):
+    with pytest.raises(FileFormatError, match="no other format is read"):
         base_of(folder)
 
 
