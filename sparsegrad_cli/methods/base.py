@@ -10,7 +10,7 @@ A method has two halves, and no code outside this package names a method or test
 
 :class:`sparsegrad_cli.methods.implementation.Method`, in ``methods/<name>/method.py``
     What changes a model: prepare it, make its optimizer, save and load what was trained, merge it.
-    :meth:`MethodSettings.implementation` imports it when a model is there.
+    :meth:`MethodSettings.implementation` imports it when it is needed.
 
 ``methods/registry.py`` lists the settings classes. ``docs/how-to/add-a-method.md`` adds one.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field
@@ -109,7 +110,7 @@ class SizeRange:
 class MethodSettings(Section):
     """The ``method`` section of a recipe, and what every method answers without weights.
 
-    Subclasses declare ``name: Literal["<name>"]`` and implement :meth:`implementation` and
+    Subclasses declare ``name: Literal["<name>"]`` and say :attr:`implemented_by` and
     :meth:`sizing`; they override what differs from the defaults below.
     """
 
@@ -272,6 +273,13 @@ class MethodSettings(Section):
 
     # --- the other half
 
-    def implementation(self) -> Method:
-        """Return the implementation; imports torch."""
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
         raise NotImplementedError
+
+    def implementation(self) -> Method:
+        """Import the implementation, and return one for these settings."""
+        module, _, name = self.implemented_by.partition(":")
+        made: Method = getattr(import_module(module), name)(self)
+        return made

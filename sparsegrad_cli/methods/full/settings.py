@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sparsegrad_cli.methods.base import MethodSettings, Sizing, TargetShapes
-
-if TYPE_CHECKING:
-    from sparsegrad_cli.methods.implementation import Method
 
 
 class FullSettings(MethodSettings):
@@ -27,8 +24,7 @@ class FullSettings(MethodSettings):
         """Return all parameters of the targets."""
         return Sizing(shapes.parameters, "all parameters")
 
-    def implementation(self) -> Method:
-        """Return the implementation."""
-        from sparsegrad_cli.methods.full.method import Full
-
-        return Full(self)
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
+        return "sparsegrad_cli.methods.full.method:Full"

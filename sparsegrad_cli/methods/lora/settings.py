@@ -12,7 +12,6 @@ from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.recipe.section import Density, PositiveInt, SettingError
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.methods.implementation import Method
     from sparsegrad_cli.models.targets import Target
     from sparsegrad_cli.recipe.schema import Recipe
 
@@ -113,11 +112,10 @@ class LoraSettings(MethodSettings):
             **{key: config.get(key) or value for key, value in unused.items()},
         }
 
-    def implementation(self) -> Method:
-        """Return the implementation."""
-        from sparsegrad_cli.methods.lora.method import Lora
-
-        return Lora(self)
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
+        return "sparsegrad_cli.methods.lora.method:Lora"
 
 
 def solve_rank(targets: Sequence[Target], density: float) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from sparsegrad_cli.methods.sparse_settings import ALL_TRAIN, SparseSettings, co
 from sparsegrad_cli.recipe.section import SettingError
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.methods.implementation import Method
     from sparsegrad_cli.models.targets import Target
     from sparsegrad_cli.recipe.schema import Recipe
 
@@ -91,8 +90,7 @@ class MepropSettings(SparseSettings):
             advice="bound it by method.state_capacity",
         )
 
-    def implementation(self) -> Method:
-        """Return the implementation."""
-        from sparsegrad_cli.methods.meprop.method import Meprop
-
-        return Meprop(self)
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
+        return "sparsegrad_cli.methods.meprop.method:Meprop"

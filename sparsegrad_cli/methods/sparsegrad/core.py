@@ -167,20 +167,20 @@ class SparsegradCore(Method):
     def support(self, target: Target) -> tuple[Tensor, tuple[int, int]] | None:
         """Return the static support and the shape of the core."""
         layer = self._layers[target.name]
-        return (layer.support, layer.shape) if "support" in layer._buffers else None
+        return (layer.support, layer.shape) if layer.static else None
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return values (or S), their positions, and what the scope opens."""
         tensors = trainable_state(model)
         for name, layer in self._layers.items():
-            if "support" in layer._buffers:
+            if layer.static:
                 tensors[f"{name}.support"] = layer.support.cpu()
         return tensors
 
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Load by name, positions too: the adapter does not depend on how they were chosen."""
         positions = {n: t for n, t in tensors.items() if n.endswith(".support")}
-        fixed = {n: layer for n, layer in self._layers.items() if "support" in layer._buffers}
+        fixed = {n: layer for n, layer in self._layers.items() if layer.static}
         for name, layer in fixed.items():
             room = layer.shape[0] * layer.shape[1]
             check_positions(name, positions[f"{name}.support"], layer.values, room)
@@ -202,7 +202,7 @@ class SparsegradCore(Method):
         """
         layer = self._layers[target.name]
         core_RS = layer.core_RS().detach().double()
-        if "support" in layer._buffers:
+        if layer.static:
             pattern = torch.zeros(core_RS.numel(), dtype=torch.bool)
             pattern[layer.support.long().cpu()] = True
             pattern_RS = pattern.view(layer.shape)

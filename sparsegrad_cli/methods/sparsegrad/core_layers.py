@@ -44,6 +44,7 @@ class CoreLinear(nn.Module):
     ) -> None:
         self.register_buffer("q_out", basis.q_out, persistent=False)
         self.register_buffer("q_in", basis.q_in, persistent=False)
+        self.static = support is not None
         self.shape = (basis.q_out.shape[1], basis.q_in.shape[1])
         # The core is float32 or wider whatever the weight is: small increments must not be lost.
         dtype = torch.promote_types(dtype, torch.float32)

@@ -15,7 +15,6 @@ from sparsegrad_cli.methods.sparse_settings import ALL_TRAIN, SparseSettings, co
 from sparsegrad_cli.recipe.section import Bytes, Idle, PositiveInt, SettingError, parse_bytes
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.methods.implementation import Method
     from sparsegrad_cli.models.targets import Target
     from sparsegrad_cli.recipe.schema import Recipe
 
@@ -300,15 +299,11 @@ class SparsegradSettings(SparseSettings):
         assert isinstance(rank, int)
         return rank
 
-    def implementation(self) -> Method:
-        """Return the implementation of the form."""
-        if self.form == "core":
-            from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
-
-            return SparsegradCore(self)
-        from sparsegrad_cli.methods.sparsegrad.rotated import Sparsegrad
-
-        return Sparsegrad(self)
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation of the form."""
+        form = "core:SparsegradCore" if self.form == "core" else "rotated:Sparsegrad"
+        return f"sparsegrad_cli.methods.sparsegrad.{form}"
 
 
 def _core_sizes(targets: Sequence[Target], rank: int) -> dict[str, int]:
