@@ -19,6 +19,7 @@ OTHER_MEANINGS = {
     ("cli", "full"): "an answer that fills the model's positions",
     ("export", "full"): "an answer that fills the model's positions",
     ("export", "lora"): "a form of export",
+    ("export", "sparsegrad"): "this package, among the versions on a model card",
     ("generate", "full"): "an answer that fills the model's positions",
     ("generate", "lora"): "a kind of folder that PEFT reads",
     ("records", "full"): "an answer that fills the model's positions",
