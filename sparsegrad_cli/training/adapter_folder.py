@@ -1,10 +1,10 @@
-"""The adapter of a run: a PEFT folder where peft knows the method, else a file of ours.
+"""The adapter of a run: a PEFT folder if PEFT knows the method, otherwise a file of ours.
 
-adapter/adapter_config.json         of LoRA: peft's settings
-adapter/adapter_model.safetensors   of LoRA: what training changed, and what the base model's files
-                                    do not hold, by peft's names
-adapter/adapter.safetensors         of other methods, and of LoRA in runs of version 0.1.0 and
-                                    before: what training changed, by the method's names
+adapter/adapter_config.json         LoRA: PEFT's settings
+adapter/adapter_model.safetensors   LoRA: what training changed, and what the base model's files
+                                    do not hold, by PEFT's names
+adapter/adapter.safetensors         other methods, and LoRA in runs of version 0.1.0: what training
+                                    changed, by the method's names
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from sparsegrad_cli.tasks.setup import Setup
 
 
 def drawn_parameters(method: Method, setup: Setup) -> dict[str, Tensor]:
-    """Copies of the frozen parameters that the base model's files do not hold, on the CPU.
+    """Return CPU copies of the frozen parameters that the base model's files do not hold.
 
-    Taken before training, for later they may be split over processes.
+    Call it before training, since weights may be sharded afterwards.
     """
     if method.peft_config is None or setup.head is None:
         return {}
@@ -55,21 +55,24 @@ def save_adapter(
     drawn: Mapping[str, Tensor],
     about: Mapping[str, str],
 ) -> Path:
-    """Write what a run has trained. Of processes that train together all have to ask.
+    """Write what a run has trained. All processes have to call it.
 
     Args:
-        run: the run's folder.
-        drawn: as :func:`drawn_parameters` gives them.
-        about: metadata of the file.
+        run: The run's folder.
+        method: Has trained the model.
+        setup: Holds the model.
+        section: The recipe's model.
+        drawn: From :func:`drawn_parameters`.
+        about: Metadata of the file.
 
     Returns:
-        The file with the tensors, which the first process has written.
+        The file of tensors, which the first process has written.
 
     Raises:
-        DiskError: it could not be written.
+        DiskError: It cannot be written.
     """
     model = setup.model
-    tensors = method.adapter_tensors(model)  # of all: what is split is gathered
+    tensors = method.adapter_tensors(model)  # In all processes: sharded tensors are gathered.
     if method.peft_config is None:
         if distributed.is_rank_zero():
             save_tensors(run / ADAPTER, tensors, dict(about))
@@ -86,7 +89,7 @@ def save_adapter(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             written = path.parent / CONFIG
-            written.unlink(missing_ok=True)  # a link of that name would be written through
+            written.unlink(missing_ok=True)  # A link would be written through.
             written.write_text(text + "\n", encoding="utf-8")
             sync_tree(path.parent)
         except OSError as error:
@@ -95,7 +98,7 @@ def save_adapter(
                 where=str(path.parent),
                 fix="free some space",
             ) from error
-        # Last: where it is, the folder is whole.
+        # Written last: if it is there, the folder is whole.
         save_tensors(path, to_peft(every), {**about, "format": "pt"})
     return run / PEFT_ADAPTER
 
@@ -103,10 +106,10 @@ def save_adapter(
 def _peft_config(
     model: nn.Module, trained: Any, tensors: Iterable[str], targets: list[str], chat: bool
 ) -> Any:
-    """peft's configuration for the folder: as in training, and whole modules for what lies beside.
+    """Return PEFT's configuration for the folder, with the modules that are saved whole.
 
-    Biases of targets, and parameters whose module holds a target, are plain parameters in the file,
-    which peft puts in their place.
+    Biases of target modules, and parameters of modules that hold a target module, are plain
+    parameters in the file; PEFT loads them into place.
     """
     config = copy.deepcopy(trained)
     inside = tuple(f"{name}." for name in targets)

@@ -159,7 +159,7 @@ def test_lines_of_a_log_that_no_run_writes(tmp_path: Path) -> None:
 def test_a_log_that_is_no_file(run: Path, kind: str) -> None:
     (run / "steps.jsonl").unlink()
     furnish(run, {"steps.jsonl": kind})
-    with no_hang(), pytest.raises(UsageError, match="is no file") as caught:
+    with no_hang(), pytest.raises(UsageError, match="is not a file") as caught:
         resumed(run)
     check_error(caught.value)
 

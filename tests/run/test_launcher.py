@@ -33,7 +33,7 @@ DO_NOT = {
     ("method.form=materialized",): ("method.form", "materialized needs whole matrices"),
     ("method.support=dynamic",): ("method.support", "dynamic chooses among all entries"),
     ("method.support=refresh",): ("method.support", "refresh chooses among all entries"),
-    ("model.quantization=4bit",): ("model.quantization", "cannot split weights of 4bit"),
+    ("model.quantization=4bit",): ("model.quantization", "cannot shard weights of 4bit"),
     ("model.quantization=8bit", "method=lora"): ("model.quantization", "weights of 8bit"),
     ("train.fp16=true",): ("train.fp16", "never been tried"),
     ("train.torch_compile=true",): ("train.torch_compile", "never been tried"),
@@ -118,7 +118,7 @@ def test_fsdp2_is_what_accelerate_makes_of_it(monkeypatch: pytest.MonkeyPatch) -
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
-    assert plugin.transformer_cls_names_to_wrap is None  # training/splitting.py names them
+    assert plugin.transformer_cls_names_to_wrap is None  # training/parallel.py names them
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
 
 
@@ -164,7 +164,7 @@ def test_what_needs_whole_matrices_is_refused(
     [
         ("--fsdp_version=1", "version 1 flattens", "fsdp_version: 2"),
         ("--fsdp_auto_wrap_policy=SIZE_BASED_WRAP", "lists of blocks", "TRANSFORMER_BASED_WRAP"),
-        ("--fsdp_cpu_ram_efficient_loading=true", "first process alone", "loading: false"),
+        ("--fsdp_cpu_ram_efficient_loading=true", "only the first process", "loading: false"),
         ("--fsdp_activation_checkpointing=true", "renames", "train.gradient_checkpointing: true"),
         ("--fsdp_offload_params=true", "gathered from", "fsdp_offload_params: false"),
     ],
@@ -192,7 +192,7 @@ def test_what_deepspeed_does_by_itself_is_refused(
         check()
     with pytest.raises(UsageError, match="bfloat16, also those that train"):
         check("train.save_strategy=no", "train.bf16=true")
-    with pytest.raises(UsageError, match="cannot go on from a checkpoint"):
+    with pytest.raises(UsageError, match="cannot be resumed"):
         check("train.save_strategy=no", resume=True)
     enter(monkeypatch, {**said, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"})
     with pytest.raises(UsageError, match="no process has whole weights"):
@@ -209,7 +209,7 @@ def test_deepspeed_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) ->
 def test_precision_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher's own would compute otherwise than the run's record says."""
     enter(monkeypatch, {**launched("ddp.yaml"), "ACCELERATE_MIXED_PRECISION": "bf16"})
-    with pytest.raises(UsageError, match="launcher says mixed precision bf16, the recipe no"):
+    with pytest.raises(UsageError, match="launcher sets mixed precision bf16, the recipe no"):
         check()
     check("train.bf16=true")
 
