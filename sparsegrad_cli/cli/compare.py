@@ -181,11 +181,10 @@ def _solved(
 
     if study.study.budget is None:
         return study
-    before = kept.budget.to_json() if kept is not None and kept.budget is not None else {}
     with QuietObserver() if quiet else ProgressObserver() as observer:
         return solve_study(
             study,
-            kept=before,
+            kept=kept.budget if kept is not None else None,
             kernels=None if device is None else device.value,
             observer=observer,
         )

@@ -32,6 +32,7 @@ from sparsegrad_cli.recipe.study_checks import (
 )
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.tuning import tuning_problems
+from sparsegrad_cli.records.study import BudgetBlock
 
 _MOST_PROBLEMS = 100
 _DEFAULTS = Place("defaults")
@@ -63,7 +64,7 @@ class LoadedStudy:
     source: str
     cells: tuple[Cell, ...]
     match_place: Place = _DEFAULTS
-    budget: Mapping[str, Any] | None = None
+    budget: BudgetBlock | None = None
     notes: tuple[str, ...] = ()
 
 

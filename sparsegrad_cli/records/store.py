@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.io.atomic import torn_writes, write_json_atomic, write_text_atomic
+from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import exists, is_file, is_folder
 from sparsegrad_cli.records.base import SCHEMA, Record, problems
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
 
-__all__ = ["load_record", "torn_writes", "write_json_atomic", "write_text_atomic"]
 RUN, STUDY = "run.json", "compare.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
@@ -64,14 +63,6 @@ def load_run_or_study(path: str | Path) -> RunRecord | StudyRecord:
     if "cells" in found:
         return validated(StudyRecord, found, file)
     return validated(RunRecord, found, file)
-
-
-def load_record(path: str | Path) -> dict[str, Any]:
-    """Read run.json or compare.json as plain JSON. Deprecated: use the functions above."""
-    file = _find(Path(path))
-    found = read_object(file)
-    _check_schema(found, file)
-    return found
 
 
 def load(model: type[R], file: Path) -> R:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError, UsageError
+from sparsegrad_cli.io.atomic import torn_writes, write_text_atomic
 from sparsegrad_cli.io.locks import NAME as LOCK
 from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.io.paths import (
@@ -24,7 +25,7 @@ from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.run import ErrorBlock, Extension, RunRecord
-from sparsegrad_cli.records.store import load_run, torn_writes, write_text_atomic
+from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.run.resume import check_resumable
 
 ADAPTER = Path("adapter", "adapter.safetensors")

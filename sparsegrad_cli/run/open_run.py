@@ -15,12 +15,13 @@ from typing import Literal
 from sparsegrad_cli import distributed, interruption
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import DiskError, InterruptedRunError, SparsegradError
+from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.run import Extension, RunRecord, TimeBlock
-from sparsegrad_cli.records.store import RUN, load_run, write_text_atomic
+from sparsegrad_cli.records.store import RUN, load_run
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import (
     adapter_file,

@@ -134,8 +134,8 @@ def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
     Batches may, as long as as many examples make an update for every method of the task.
     """
     found: set[tuple[str, str]] = set()
-    for row in (study.budget or {}).get("rows", []):
-        found |= {(row["task"], key) for key in row["set"]}
+    for row in study.budget.rows if study.budget is not None else []:
+        found |= {(row.task, key) for key in row.set}
     for task in {task for task, _ in found}:
         trains = [cell.loaded.recipe.train for cell in study.cells if cell.task == task]
         examples = {t.per_device_train_batch_size * t.gradient_accumulation_steps for t in trains}

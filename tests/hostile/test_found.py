@@ -31,12 +31,12 @@ from victims import (
 
 from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto
+from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.methods.peft_folder import TENSORS
 from sparsegrad_cli.models.pretrained import load_configuration
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
-from sparsegrad_cli.records.store import write_json_atomic
 from sparsegrad_cli.study.folder import StudyFolder
 from sparsegrad_cli.study.runs import can_resume, is_done
 

@@ -18,10 +18,10 @@ from sparsegrad_cli.cli.runs import report
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
 from sparsegrad_cli.generate.side_by_side import answer_files
+from sparsegrad_cli.io.atomic import write_json_atomic, write_text_atomic
 from sparsegrad_cli.judge.judge_answers import JudgeOptions
 from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
-from sparsegrad_cli.records.store import write_json_atomic, write_text_atomic
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.restore.run_files import open_run
 from sparsegrad_cli.run.folder import lock_folder, prepare_folder

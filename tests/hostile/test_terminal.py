@@ -29,10 +29,11 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
+from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.judge.grades import read_graded_answers
 from sparsegrad_cli.records.answers import JudgeRecord
 from sparsegrad_cli.records.export import ExportRecord
-from sparsegrad_cli.records.store import validated, write_json_atomic
+from sparsegrad_cli.records.store import validated
 from sparsegrad_cli.report.document import Document
 from sparsegrad_cli.report.export import export_screen
 from sparsegrad_cli.report.files import write_study_report

@@ -17,9 +17,9 @@ from paths import REPO
 from small import Cli
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
-from sparsegrad_cli.records.store import write_json_atomic
 from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 from sparsegrad_cli.study.runs import Runs

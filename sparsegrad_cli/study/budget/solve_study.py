@@ -20,6 +20,7 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.records.study import BudgetBlock, BudgetRow, LargerSize
 from sparsegrad_cli.report.units import format_amount
 from sparsegrad_cli.study.budget.counting import Counting
 from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
@@ -37,7 +38,7 @@ _NO_MATTER = ("seed", "output_dir")
 def solve_study(
     study: LoadedStudy,
     *,
-    kept: Mapping[str, Any] | None = None,
+    kept: BudgetBlock | None = None,
     kernels: Kernels | None = None,
     observer: Observer | None = None,
 ) -> LoadedStudy:
@@ -63,25 +64,25 @@ def solve_study(
     check_nothing_is_said_twice(study, budget)
     kernels = kernels or _kernels(study.cells[0].loaded.recipe)
     solver = _Solver(study, budget, kernels, observer or Observer())
-    before = kept if kept and kept.get("match") == budget.text else {}
+    before = kept if kept is not None and kept.match == budget.text else BudgetBlock()
     rows = solver.rows(list(cells.values()), kept)
-    picked = {(row["task"], row["method"]): row["set"] for row in rows}
+    picked = {(row.task, row.method): row.set for row in rows}
     solved = tuple(
         replace(cell, loaded=_with_settings(cell.loaded, picked[cell.task, cell.label]))
         for cell in study.cells
     )
-    block = {
-        "match": budget.text,
-        "kind": budget.kind,
-        "request": int(budget.amount),
-        "tolerance": TOLERANCE,
-        "kernels": kernels if budget.in_bytes else None,
-        # Whoever shares the comparison, or goes on with it, says the same.
-        "rehearsals": int(before.get("rehearsals") or 0) + solver.rehearsals,
-        "solved_s": (before.get("solved_s") or 0.0)
+    block = BudgetBlock(
+        match=budget.text,
+        kind=budget.kind,
+        request=int(budget.amount),
+        tolerance=TOLERANCE,
+        kernels=kernels if budget.in_bytes else None,
+        # A comparison that continues counts what was solved before.
+        rehearsals=(before.rehearsals or 0) + solver.rehearsals,
+        solved_s=(before.solved_s or 0.0)
         + (time.perf_counter() - started if solver.solved else 0.0),
-        "rows": rows,
-    }
+        rows=rows,
+    )
     return replace(study, cells=solved, budget=block)
 
 
@@ -102,14 +103,14 @@ def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedR
         ) from error
 
 
-def _known(kept: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def _known(kept: BudgetBlock | None) -> dict[str, BudgetRow]:
     """Return question -> the row that answers it, without what its runs took."""
-    found = {}
-    for row in (kept or {}).get("rows", ()):
-        key, picked = row.get("key"), row.get("set")
-        if isinstance(key, str) and isinstance(picked, dict) and set(picked) <= set(SETTABLE):
-            found[key] = {name: value for name, value in row.items() if name not in MEASURED}
-    return found
+    rows = kept.rows if kept is not None else []
+    return {
+        row.key: row.without(*MEASURED)
+        for row in rows
+        if row.key is not None and set(row.set) <= set(SETTABLE)
+    }
 
 
 class _Solver:
@@ -137,7 +138,7 @@ class _Solver:
         """The number of fake runs."""
         return self._counting.rehearsals
 
-    def rows(self, cells: list[Cell], kept: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    def rows(self, cells: list[Cell], kept: BudgetBlock | None) -> list[BudgetRow]:
         """Return the rows of the block, in the order of the cells."""
         known = _known(kept)
         wanted = {self._key(cell): cell for cell in reversed(cells) if self._matched(cell)}
@@ -153,14 +154,11 @@ class _Solver:
             raise RecipeError(problems)
         for cell, pick in answers:
             assert isinstance(pick, Pick)
-            known[self._key(cell)] = self._plain(cell, pick)
+            known[self._key(cell)] = self._row(cell, pick)
         return [
-            {
-                **(known[self._key(cell)] if self._matched(cell) else {"set": {}}),
-                "task": cell.task,
-                "method": cell.label,
-                "matched": self._matched(cell),
-            }
+            known[self._key(cell)].changed(task=cell.task, method=cell.label, matched=True)
+            if self._matched(cell)
+            else BudgetRow(task=cell.task, method=cell.label, matched=False, set={})
             for cell in cells
         ]
 
@@ -194,20 +192,22 @@ class _Solver:
         asked = [*self._asked, self._names_its_size(cell), plain]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def _plain(self, cell: Cell, pick: Pick) -> dict[str, Any]:
-        larger = pick.larger and {"size": pick.larger[0], "takes": pick.larger[1]}
-        return {
-            "key": self._key(cell),
-            "set": settings_of(cell.loaded, pick.recipe),
-            "size": pick.size,
-            "predicted": pick.predicted,
-            "remainder": self._budget.amount - pick.predicted,
-            "limit": pick.limit,
-            "larger": larger,
-            "shape": pick.shape,
-            "shape_from": pick.shape_from,
-            "notes": pick.notes,
-        }
+    def _row(self, cell: Cell, pick: Pick) -> BudgetRow:
+        larger = pick.larger and LargerSize(size=pick.larger[0], takes=pick.larger[1])
+        return BudgetRow(
+            task=cell.task,
+            method=cell.label,
+            key=self._key(cell),
+            set=settings_of(cell.loaded, pick.recipe),
+            size=pick.size,
+            predicted=pick.predicted,
+            remainder=self._budget.amount - pick.predicted,
+            limit=pick.limit,
+            larger=larger,
+            shape=pick.shape,
+            shape_from=pick.shape_from,
+            notes=pick.notes,
+        )
 
 
 def _kernels(recipe: Recipe) -> Kernels:

@@ -91,7 +91,7 @@ def ran(solved: LoadedStudy, folder: Path) -> list[dict[str, Any]]:
 
 def rows_of(solved: LoadedStudy, cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     assert solved.budget is not None
-    return {row["method"]: row for row in measured_in(solved.budget, cells)["rows"]}
+    return {row["method"]: row for row in measured_in(solved.budget.to_json(), cells)["rows"]}
 
 
 def test_entries_are_met_exactly_by_all_that_count_in_entries(place: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> 
     assert study.budget is not None
     micro = "train.per_device_train_batch_size"
     cut = {micro: 4, "train.gradient_accumulation_steps": 2}
-    rows = [{**row, "set": {**row["set"], **cut}} for row in study.budget["rows"]]
+    rows = [{**row, "set": {**row["set"], **cut}} for row in study.budget.to_json()["rows"]]
     cells = []
     for cell in study.cells:  # as a budget and tuning would leave them
         far = cell.label == "lora"
@@ -118,7 +118,7 @@ def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> 
         )
         recipe = cell.loaded.recipe.model_copy(update={"train": train})
         cells.append(replace(cell, loaded=replace(cell.loaded, recipe=recipe)))
-    both = replace(study, cells=tuple(cells), budget={**study.budget, "rows": rows})
+    both = replace(study, cells=tuple(cells), budget=study.budget.changed(rows=rows))
     parity = check_parity(both).to_json()
     assert parity["flagged"] == []
     declared = {found["key"]: found.get("why") for found in parity["declared"]}
