@@ -72,7 +72,7 @@ def use_basis(path: Path) -> None:
     method = SCORED.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)
     assert torch.equal(logits(model), before)
-    assert torch.isfinite(torch.tensor(float(found.settings.get("seconds") or 0.0)))
+    assert torch.isfinite(torch.tensor(float(found.settings.seconds or 0.0)))
 
 
 def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
