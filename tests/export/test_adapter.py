@@ -128,7 +128,7 @@ def test_damage_is_noticed(folder: Path) -> None:
     with pytest.raises(FileFormatError, match="cannot be read"):
         load_adapter(folder)
     shutil.rmtree(folder)
-    with pytest.raises(FileFormatError, match="cannot be read"):
+    with pytest.raises(FileFormatError, match="cannot read the adapter"):
         load_adapter(folder)
 
 
