@@ -127,6 +127,7 @@ class TrainingLoop:
         self.log.rewind(step, evaluated=state is None or not state.progress.evaluation_due)
         self.writer.forget_results()
         self.writer.save(resumed_from=(step or 0) if run.resume else None)
+        self.accelerator.init_trackers(run.path.name)
         if state is None:
             run.begin_phase("evaluate", "before the first step")
             self._evaluate()
@@ -181,7 +182,6 @@ class TrainingLoop:
         )
         self.scheduler = make_scheduler(self.stepper, self.plan)
         self._loss_sum = torch.zeros((), device=self.accelerator.device)
-        self.accelerator.init_trackers(self.open_run.path.name)
         self.open_run.observer.total_steps("train", self.plan.max_steps)
 
     def _restore(self, folder: Path, state: CheckpointState) -> None:
