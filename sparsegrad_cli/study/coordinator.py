@@ -17,13 +17,15 @@ from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.recipe.load_recipe import to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.recipe.study_section import EngineSection
 from sparsegrad_cli.records.base import SCHEMA, now
 from sparsegrad_cli.records.environment import collect, git_state
 from sparsegrad_cli.records.run import ErrorBlock, RunRecord
 from sparsegrad_cli.records.study import CellEntry, CellStatus, PlanRecord, StudyRecord
-from sparsegrad_cli.study.engines import make_engine
+from sparsegrad_cli.study.cluster_engines import RayEngine, SlurmEngine
+from sparsegrad_cli.study.engines import Engine, LocalEngine
 from sparsegrad_cli.study.evidence import evidence, with_measured
-from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.folder import SLURM, StudyFolder, study_digest
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.runs import Runs, find_run, is_done
 
@@ -37,6 +39,28 @@ _UNTUNED = ErrorBlock(
     where="tuning",
     fix="the trials' errors are in the report; the same command tries them again",
 )
+
+
+def make_engine(
+    section: EngineSection, folder: Path, *, jobs: int | None = None, quiet: bool = False
+) -> Engine:
+    """Return the engine that a study asks for.
+
+    Args:
+        section: ``engine:`` of the study, with what the command line changed.
+        folder: of the study; Slurm's logs lie in it.
+        jobs: runs at once, in place of the section's.
+        quiet: runs show no progress.
+
+    Raises:
+        UsageError: the engine's package is not installed, or the engine cannot be reached.
+    """
+    jobs = jobs or section.jobs
+    if section.name == "local":
+        return LocalEngine(jobs or 1, quiet=quiet)
+    if section.name == "slurm":
+        return SlurmEngine(section.slurm, folder / SLURM, jobs)
+    return RayEngine(section.ray, jobs)
 
 
 def run_study(

@@ -16,8 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-from sparsegrad_cli.recipe.study_section import EngineSection
-
 PATIENCE_S = 120.0  # for a run that was asked to stop, to save
 
 
@@ -50,33 +48,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds; no run is left."""
-
-
-def make_engine(
-    section: EngineSection, folder: Path, *, jobs: int | None = None, quiet: bool = False
-) -> Engine:
-    """Return the engine that a study asks for.
-
-    Args:
-        section: ``engine:`` of the study, with what the command line changed.
-        folder: of the study; Slurm's logs lie in it.
-        jobs: runs at once, in place of the section's.
-        quiet: runs show no progress.
-
-    Raises:
-        UsageError: the engine's package is not installed, or the engine cannot be reached.
-    """
-    jobs = jobs or section.jobs
-    if section.name == "local":
-        return LocalEngine(jobs or 1, quiet=quiet)
-    from sparsegrad_cli.study.cluster_engines import RayEngine, SlurmEngine
-
-    if section.name == "slurm":
-        return SlurmEngine(section.slurm, folder / SLURM, jobs)
-    return RayEngine(section.ray, jobs)
-
-
-SLURM = "slurm"  # the folder of Slurm's logs and job files
 
 
 class TrainProcess:

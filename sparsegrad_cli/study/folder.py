@@ -25,11 +25,11 @@ from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.records.store import REPORTS, STUDY, load_study
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.study.engines import SLURM
 
 TUNING, TRIALS = "tuning.journal", "tuning"
 TUNING_BEFORE = "tuning.db"  # of versions that kept trials in SQLite
 _RUNS = "cells"
+SLURM = "slurm"  # the folder of Slurm's logs and job files
 _FOLDERS = (_RUNS, "answers", TRIALS, SLURM)
 _JOURNAL = (TUNING, f"{TUNING}.lock")
 _FILES = (*_JOURNAL, TUNING_BEFORE, *REPORTS, STUDY)  # the one that makes it ours goes last

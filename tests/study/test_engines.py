@@ -16,7 +16,8 @@ from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.recipe.study_section import EngineSection, RaySettings, SlurmSettings
 from sparsegrad_cli.study import engines
 from sparsegrad_cli.study.cluster_engines import RayEngine, SlurmEngine
-from sparsegrad_cli.study.engines import LocalEngine, make_engine, shared_cores, visible_gpus
+from sparsegrad_cli.study.coordinator import make_engine
+from sparsegrad_cli.study.engines import LocalEngine, shared_cores, visible_gpus
 
 TINY = (
     "task.train_limit=16",
