@@ -38,7 +38,7 @@ def step_of(
     model: nn.Module,
     targets: list[Target],
     bases: dict[str, Basis],
-    batch: dict,
+    batch: dict[str, torch.Tensor],
 ) -> Callable[[], None]:
     """A closure that makes one training step."""
     save_memory(model, targets, method.recompute)
@@ -55,7 +55,9 @@ def step_of(
     return step
 
 
-def floor_of(model: nn.Module, targets: list[Target], batch: dict) -> Callable[[], None]:
+def floor_of(
+    model: nn.Module, targets: list[Target], batch: dict[str, torch.Tensor]
+) -> Callable[[], None]:
     """Forward and input gradients through the frozen model down to the first target: no less."""
     freeze(model)
     save_memory(model, targets)

@@ -127,7 +127,7 @@ def _cells(
             )
         study = load_study(source, overrides)
         budget = study.study.budget
-        if budget is not None and budget.kind != "seconds":
+        if budget is not None:
             from sparsegrad_cli.study.budget.solve_study import solve_study
 
             study = solve_study(study, kernels=None if device is None else device.value)

@@ -202,13 +202,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise FileFormatError(
             f"cannot be read: {error}",
             where=str(path),
             fix="remove the damaged file or folder; an earlier checkpoint may be whole",
         ) from error
+    return tensors
 
 
 def sync_tree(folder: Path) -> None:

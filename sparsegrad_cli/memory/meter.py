@@ -36,7 +36,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsegrad_cli.memory.storage_tracker import (
     CATEGORIES,
     Entry,
-    LiveTensor,
     Peak,
     PhasePeak,
     StorageTracker,
@@ -45,7 +44,7 @@ from sparsegrad_cli.memory.storage_tracker import (
 from sparsegrad_cli.models.module_trace import tensors_in
 from sparsegrad_cli.models.sharded_tensors import split_modules
 from sparsegrad_cli.records.environment import rss_bytes
-from sparsegrad_cli.records.run import MemoryBlock
+from sparsegrad_cli.records.run import LiveTensor, MemoryBlock
 
 __all__ = ["CATEGORIES", "PHASES", "MemoryMeter", "PhasePeak", "make_meter"]
 

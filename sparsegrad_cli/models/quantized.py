@@ -132,7 +132,8 @@ def dequantized(module: nn.Module) -> Tensor:
         # As one long row: on the CPU, 0.50.2 takes wrong scales where a row ends inside a block.
         made: Tensor = bnb.functional.dequantize_4bit(packed, state).view(sides)
         return made
-    codes_OI, scale_O = layer.weight.data, _row_scales(layer)
+    codes_OI: Tensor = layer.weight.data
+    scale_O = _row_scales(layer)
     # Codes are exact in any of the dtypes; each entry is rounded once.
     return codes_OI.to(dtype_of(layer)).mul_((scale_O * (1 / 127))[:, None])
 

@@ -52,7 +52,7 @@ def from_sparse_core(indices: Tensor, values: Tensor, basis: Basis) -> Tensor:
     if r_out >= r_in:
         # core' as (r_in, r_out), sparse, times Q_out' (r_out, out) -> (r_in, out)
         sparse = _sparse(columns, rows, values, (r_in, r_out))
-        half = torch.sparse.mm(sparse, basis.q_out.T)
+        half: Tensor = torch.sparse.mm(sparse, basis.q_out.T)
         return half.T @ basis.q_in.T  # (out, r_in) @ (r_in, in)
     sparse = _sparse(rows, columns, values, (r_out, r_in))
     half = torch.sparse.mm(sparse, basis.q_in.T)  # (r_out, r_in) @ (r_in, in)

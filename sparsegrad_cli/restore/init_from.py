@@ -212,9 +212,10 @@ class Initial:
 
     def _read_peft(self) -> dict[str, Tensor]:
         try:
-            return load_file(self.tensors)
+            tensors: dict[str, Tensor] = load_file(self.tensors)
         except (OSError, SafetensorError, ValueError) as error:
             raise FileFormatError(f"cannot be read: {error}", where=str(self.tensors)) from error
+        return tensors
 
 
 def _adapter_settings(method: MethodSettings, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

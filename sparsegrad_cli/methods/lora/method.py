@@ -135,7 +135,7 @@ class Lora(Method):
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
         """Return W plus what peft itself would merge into it."""
         layer: Any = model.get_submodule(target.name)
-        delta = layer.get_delta_weight(layer.active_adapters[0]).detach()
+        delta: Tensor = layer.get_delta_weight(layer.active_adapters[0]).detach()
         delta_OI = delta.T if target.transposed else delta
         return target.weight_OI(model).detach().double() + delta_OI.double()
 
