@@ -28,8 +28,7 @@ class _Gated(torch.autograd.Function):
         active = activation(gate)
         # In place only where the result is the activation's own: an identity returns the gate
         # itself, which is saved, and up may have another dtype or shape.
-        # Storages are compared by their handles, which fake tensors have too.
-        shared = active.untyped_storage()._cdata == gate.untyped_storage()._cdata
+        shared = active.untyped_storage() is gate.untyped_storage()
         if shared or active.dtype != up.dtype or active.shape != up.shape:
             return active * up
         return active.mul_(up)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -13,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from sparsegrad_cli import distributed
-from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.bounded_json import plain_json
+from sparsegrad_cli.io.jsonl import append_record
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.environment import rss_bytes
 from sparsegrad_cli.records.run import Evaluation, TrainingLoss
@@ -154,17 +152,8 @@ class StepLog:
     def _append(self, line: dict[str, Any]) -> None:
         if not distributed.is_rank_zero():
             return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # A checkpoint must not outlive the lines before it.
-        except OSError as error:
-            raise DiskError(
-                f"steps.jsonl could not be written: {error}",
-                where=str(self._path),
-                fix="free some space, then continue with --resume",
-            ) from error
+        # On disk when this returns: a checkpoint must not outlive the lines before it.
+        append_record(self._path, line, fix="free some space, then continue with --resume")
 
 
 def _parsed(line: str) -> Evaluation | TrainingLoss | None:
