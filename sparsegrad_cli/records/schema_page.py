@@ -157,8 +157,14 @@ def _type(annotation: Any) -> str:
     if origin is dict:
         return f"object: {_type(inner[1])} by {_type(inner[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+        return f"[{annotation.__name__}](#{_anchor(annotation)})"
     return _PLAIN.get(annotation, str(annotation))
+
+
+def _anchor(model: type[BaseModel]) -> str:
+    """Return the anchor of a model's section: a record's is named for its file."""
+    heading = next((name for name, record, _ in _FILES if record is model), model.__name__)
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 _PLAIN = {
