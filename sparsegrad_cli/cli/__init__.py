@@ -1,1 +1,1 @@
-"""The command line: parse, call one function, render. No torch at import."""
+"""The command line. Each command parses, calls one function and prints. Imports no torch."""

@@ -1,4 +1,4 @@
-"""``sparsegrad``: the commands, and how errors leave the program."""
+"""The program ``sparsegrad``: its commands, the environment they run in, and the exit code."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-_TOGETHER = ("train", "calibrate")  # what several processes may do as one
+_DISTRIBUTED = ("train", "calibrate")  # the commands that several processes can run together
 
 
 @app.callback()
@@ -60,31 +60,31 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Options of the program as a whole."""
+    """Refuse a command that was started in several processes but runs in one."""
     command = context.invoked_subcommand
-    if distributed.world_size() > 1 and command not in _TOGETHER and "--help" not in sys.argv:
+    if distributed.world_size() > 1 and command not in _DISTRIBUTED and "--help" not in sys.argv:
         distributed.raise_on_rank_zero(
             UsageError(
                 f"sparsegrad {command} was started in {distributed.world_size()} processes, "
-                "and is for one",
-                where="WORLD_SIZE in the environment, as torchrun and accelerate launch set it",
-                fix=f"sparsegrad {command} without the launcher"
-                + ("; --jobs trains several cells at a time" if command == "compare" else ""),
+                "but runs in one",
+                where="WORLD_SIZE in the environment, which torchrun and accelerate launch set",
+                fix=f"run sparsegrad {command} without the launcher"
+                + ("; --jobs trains several runs at a time" if command == "compare" else ""),
             )
         )
 
 
 def main() -> None:
-    """Entry point: no traceback unless asked for, and the right exit code."""
-    # Set before any library is imported: no telemetry, no forking of tokenizer threads.
+    """Run the command line and exit with its code; show a traceback only with ``--debug``."""
+    # These must be set before a library is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # A job system ends a process as a user does, and every command knows what to do then.
+    # Job systems send SIGTERM. Commands handle it like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show a character gets "?" for it; the run does not fail.
+            # A character that the terminal cannot show becomes "?" instead of an error.
             stream.reconfigure(errors="replace")
     sys.exit(run_guarded(app))
 

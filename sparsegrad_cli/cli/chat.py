@@ -1,4 +1,4 @@
-"""A conversation in the terminal or over a pipe."""
+"""Hold a conversation in the terminal or over a pipe."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Chat:
                     self._answer(line)
 
     def _read_line(self) -> str:
-        """Return the next line; Ctrl-C discards what has been typed of it.
+        """Return the next line; Ctrl-C discards a line that is being typed.
 
         Raises:
             EOFError: There are no more lines.
@@ -67,7 +67,7 @@ class Chat:
         return line
 
     def _answer(self, line: str) -> None:
-        """Stream an answer; what is shown of it before Ctrl-C is part of the conversation."""
+        """Stream an answer; the part shown before Ctrl-C stays in the conversation."""
         told: list[str] = []
 
         def tell(text: str) -> None:

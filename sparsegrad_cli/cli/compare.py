@@ -1,10 +1,10 @@
-"""compare."""
+"""``sparsegrad compare``."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,15 +17,17 @@ from sparsegrad_cli.cli.arguments import (
     Json,
     Quiet,
     RecipeAndOverrides,
+    is_study_file,
     refuse_without_effect,
     split_arguments,
+    split_names,
 )
+from sparsegrad_cli.cli.output import report_line, show
+from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import from_here
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from sparsegrad_cli.recipe.study import LoadedStudy
     from sparsegrad_cli.records.study import StudyRecord
     from sparsegrad_cli.study.folder import StudyFolder
@@ -39,211 +41,251 @@ class Engine(StrEnum):
     ray = "ray"
 
 
+Methods = Annotated[
+    str | None,
+    typer.Option("--methods", "-m", help="Comma-separated: full, lora, meprop, sparsegrad."),
+]
+Seeds = Annotated[
+    int | None, typer.Option("--seeds", "-n", min=1, help="Number of seeds (default: 2).")
+]
+Tune = Annotated[
+    int | None,
+    typer.Option("--tune", min=2, help="Number of tuning trials for each method before its runs."),
+]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--output-dir", "-o", help="Folder of the comparison (default: runs/compare-<name>)."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Repeat all runs, including finished ones.")
+]
+EngineName = Annotated[
+    Engine | None,
+    typer.Option(
+        "--engine",
+        help="Where runs train: local processes, Slurm jobs or Ray tasks (default: the study's, "
+        "else local). Its settings are keys, such as engine.slurm.partition=gpu.",
+        show_default=False,
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        "-j",
+        min=1,
+        help="Number of runs at a time (default: 1; 32 on a cluster). Local runs share the CPU "
+        "cores, and each has its own GPU.",
+        show_default=False,
+    ),
+]
+Match = Annotated[
+    str | None,
+    typer.Option(
+        "--match",
+        help="What all methods have in common (default: the study's): trainable (as many "
+        "parameters as the recipe's density selects), a budget that sizes are solved for "
+        "(trainable=70k, optimizer_state=64MiB, peak=2GiB), or none.",
+        show_default=False,
+    ),
+]
+BudgetDevice = Annotated[
+    Device | None,
+    typer.Option(
+        "--device",
+        help="Device whose memory a budget counts (default: the one that train would use).",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Solve the budget and show the runs, but run none.")
+]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of ``sparsegrad compare`` as they were given; None where one was not.
+
+    Attributes:
+        source: A recipe or a study; None for the quickstart.
+        overrides: ``key.path=value`` texts.
+        methods: Names of the methods to compare; empty for a study, which names its own.
+    """
+
+    source: str | None
+    overrides: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int | None
+    tune: int | None
+    match: str | None
+    output_dir: Path | None
+    overwrite: bool
+    jobs: int | None
+    device: Device | None
+    quiet: bool
+
+
 def compare(
     recipe: RecipeAndOverrides = None,
-    methods: Annotated[
-        str | None,
-        typer.Option("--methods", "-m", help="Comma-separated: full, lora, meprop, sparsegrad."),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", "-n", min=1, help="Number of seeds; 2 by default.")
-    ] = None,
-    tune: Annotated[
-        int | None,
-        typer.Option("--tune", min=2, help="Tuning trials for each method, before its runs."),
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="runs/compare-<name> by default.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Repeat all runs, finished ones too.")
-    ] = False,
-    engine: Annotated[
-        Engine | None,
-        typer.Option(
-            "--engine",
-            help="Where runs train: processes here, Slurm jobs, or Ray tasks. Its settings are "
-            "keys such as engine.slurm.partition=gpu. A study's own by default, else local.",
-            show_default=False,
-        ),
-    ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs",
-            "-j",
-            min=1,
-            help="Runs at once. Local ones share the cores and have a GPU each; 1 by default, "
-            "32 on a cluster.",
-            show_default=False,
-        ),
-    ] = None,
-    match: Annotated[
-        str | None,
-        typer.Option(
-            "--match",
-            help="What all methods have in common: trainable (parameters, by the recipe's "
-            "density), a budget that sizes are solved for (trainable=70k, optimizer_state=64MiB, "
-            "peak=2GiB), or none. A study's own by default.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[
-        Device | None,
-        typer.Option(
-            "--device",
-            help="Whose memory a budget counts; by default that of the device train would use.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Solve the budget and show the runs; run nothing.")
-    ] = False,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    tune: Tune = None,
+    output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
+    engine: EngineName = None,
+    jobs: Jobs = None,
+    match: Match = None,
+    device: BudgetDevice = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods on one recipe, or run a study: same data order, same head, several seeds.
+    """Compare methods on a recipe, or run a study: same data order, same head, several seeds.
 
-    Interrupted, the same command goes on where it stopped. report.html is written from the first
-    run on, and reloads itself. Methods that differ in more than themselves are refused.
+    If the command is interrupted, the same command continues where it stopped. report.html is
+    written from the first run on and reloads itself. Methods whose recipes differ in other
+    settings are refused.
 
     [bold]sparsegrad compare --methods lora,meprop,sparsegrad[/bold]
     [bold]sparsegrad compare recipes/quickstart.yaml --tune 8[/bold]
     [bold]sparsegrad compare --methods full,lora,sparsegrad --match peak=512MiB --dry-run[/bold]
     [bold]sparsegrad compare study.yaml --engine slurm engine.slurm.partition=gpu[/bold]
     """
-    from rich.console import Console
+    source, overrides = split_arguments(recipe)
+    options = CompareOptions(
+        source=source,
+        overrides=overrides if engine is None else (*overrides, f"engine.name={engine.value}"),
+        methods=split_names([methods or ""]),
+        seeds=seeds,
+        tune=tune,
+        match=match,
+        output_dir=output_dir,
+        overwrite=overwrite,
+        jobs=jobs,
+        device=device,
+        quiet=quiet or as_json,
+    )
+    study = _checked_study(options)
+    folder = _folder(study, options)
+    if dry_run:
+        _show_plan(study, folder, options, as_json=as_json)
+    else:
+        _show_runs(_run(study, folder, options), folder, as_json=as_json)
 
-    from sparsegrad_cli.report.terminal import plain_line
+
+def _checked_study(options: CompareOptions) -> LoadedStudy:
+    """Return the study to run, after all checks that need no model."""
     from sparsegrad_cli.run import preflight
-    from sparsegrad_cli.study.folder import StudyFolder
     from sparsegrad_cli.study.parity import check_parity
 
-    study = _study(recipe, methods, seeds, match, tune, engine)
-    if device is not None and study.study.budget is None:
-        why = "it says whose memory a budget counts, and --match names none"
+    study = _study(options)
+    if options.device is not None and study.study.budget is None:
+        why = "it selects the memory that a budget counts, and --match names no budget"
         refuse_without_effect("--device", why, "--match peak=2GiB, or leave it out")
-    check_parity(study)  # before anything is solved
+    check_parity(study)  # before a budget is solved, which takes time
     preflight.check_study(study)
-    path = output_dir or from_here(study.study.output_dir or f"runs/compare-{study.study.name}")
-    folder, quiet = StudyFolder(path), quiet or as_json
-    if dry_run:
-        kept = None if overwrite else folder.record()
-        _show_plan(_solved(study, kept, device, quiet=quiet), as_json)
-        return
-    err = Console(stderr=True, quiet=quiet)
-    for note in study.notes:
-        err.print(plain_line(f"note: {note}"))
-    record = _run(study, folder, jobs, device, err, overwrite=overwrite, quiet=quiet)
-    _show(record, folder, as_json)
-    if record.status != "done":  # the table names runs that failed
-        raise typer.Exit(1)
+    return study
 
 
-def _study(
-    recipe: list[str] | None,
-    methods: str | None,
-    seeds: int | None,
-    match: str | None,
-    trials: int | None,
-    engine: Engine | None,
-) -> LoadedStudy:
-    """Return the study of a command line: a file, or a recipe with some methods and seeds."""
-    from sparsegrad_cli.cli.recipes import is_study
+def _study(options: CompareOptions) -> LoadedStudy:
+    """Return the study that a file describes, or the one made of a recipe, methods and seeds."""
     from sparsegrad_cli.recipe.study import load_study, make_study
 
-    source, overrides = split_arguments(recipe)
-    if engine is not None:
-        overrides = (*overrides, f"engine.name={engine.value}")
-    if source is not None and is_study(source):
-        if methods or seeds:
+    source, overrides = options.source, options.overrides
+    if source is not None and is_study_file(source):
+        if options.methods or options.seeds:
             raise UsageError(
                 "a study names its own methods and seeds",
                 where=source,
-                fix="copy it and change it there, or compare a recipe with --methods and --seeds",
+                fix="change them in a copy of it, or compare a recipe with --methods and --seeds",
             )
-        return load_study(source, overrides, match=match, trials=trials)
-    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
-    if not names:
+        return load_study(source, overrides, match=options.match, trials=options.tune)
+    if not options.methods:
         raise UsageError(
-            "no methods to compare", where="--methods", fix="--methods lora,meprop,sparsegrad"
+            "expected the methods to compare, got none",
+            where="--methods",
+            fix="--methods lora,meprop,sparsegrad",
         )
-    return make_study(source, names, seeds or 2, overrides, match=match, trials=trials)
+    seeds = options.seeds or 2
+    return make_study(
+        source, options.methods, seeds, overrides, match=options.match, trials=options.tune
+    )
+
+
+def _folder(study: LoadedStudy, options: CompareOptions) -> StudyFolder:
+    from sparsegrad_cli.study.folder import StudyFolder
+
+    named = study.study.output_dir or f"runs/compare-{study.study.name}"
+    return StudyFolder(options.output_dir or from_here(named))
 
 
 def _solved(
-    study: LoadedStudy, kept: StudyRecord | None, device: Device | None, *, quiet: bool
+    study: LoadedStudy, previous: StudyRecord | None, options: CompareOptions
 ) -> LoadedStudy:
-    """Return a study at the sizes that its budget allows; those solved before are kept."""
-    from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
+    """Return a study at the sizes that its budget allows.
+
+    Args:
+        previous: The record of an interrupted comparison, whose sizes are kept.
+    """
     from sparsegrad_cli.study.budget.solve_study import solve_study
 
     if study.study.budget is None:
         return study
-    with QuietObserver() if quiet else ProgressObserver() as observer:
+    with make_observer(options.quiet) as observer:
         return solve_study(
             study,
-            kept=kept.budget if kept is not None else None,
-            kernels=None if device is None else device.value,
+            kept=previous.budget if previous is not None else None,
+            kernels=None if options.device is None else options.device.value,
             observer=observer,
         )
 
 
-def _run(
-    study: LoadedStudy,
-    folder: StudyFolder,
-    jobs: int | None,
-    device: Device | None,
-    err: Console,
-    *,
-    overwrite: bool,
-    quiet: bool,
-) -> StudyRecord:
-    """Run a study, with a line before each run and a report that is always up to date."""
+def _run(study: LoadedStudy, folder: StudyFolder, options: CompareOptions) -> StudyRecord:
+    """Run a study: print a line before each run, and keep the report up to date."""
+    from rich.console import Console
+
     from sparsegrad_cli.judge.grades import read_graded_answers
     from sparsegrad_cli.report.files import LiveReport
     from sparsegrad_cli.report.terminal import plain_line
     from sparsegrad_cli.study.coordinator import run_study
 
-    report = LiveReport(folder.path, lambda line: err.print(plain_line(line)), read_graded_answers)
+    err = Console(stderr=True, quiet=options.quiet)
+    for note in study.notes:
+        err.print(plain_line(f"note: {note}"))
     return run_study(
         study,
         folder,
         command=shlex.join(["sparsegrad", *sys.argv[1:]]),
-        jobs=jobs,
-        overwrite=overwrite,
-        quiet=quiet,
-        solve=lambda study, kept: _solved(study, kept, device, quiet=quiet),
+        jobs=options.jobs,
+        overwrite=options.overwrite,
+        quiet=options.quiet,
+        solve=lambda study, previous: _solved(study, previous, options),
         tell=lambda line: err.print(plain_line(line, style="bold")),
-        saved=report,
+        saved=LiveReport(
+            folder.path, lambda line: err.print(plain_line(line)), read_graded_answers
+        ),
     )
 
 
-def _show(record: StudyRecord, folder: StudyFolder, as_json: bool) -> None:
-    from rich.console import Console
-
+def _show_runs(record: StudyRecord, folder: StudyFolder, *, as_json: bool) -> None:
+    """Print the comparison; exit with 1 if a run failed."""
     from sparsegrad_cli.report.study import study_screen
-    from sparsegrad_cli.report.terminal import plain_line, screen
 
-    if as_json:
-        typer.echo(json.dumps(record.to_json()))
-        return
-    console = Console()
-    console.print(screen(study_screen(record)))
-    console.print(plain_line(f"Report: {folder.path / 'report.html'}"))
+    show(record.to_json(), study_screen(record), as_json=as_json, footer=report_line(folder.path))
+    if record.status != "done":
+        raise typer.Exit(1)
 
 
-def _show_plan(study: LoadedStudy, as_json: bool) -> None:
-    """Print what would run."""
-    from rich.console import Console
-
+def _show_plan(
+    study: LoadedStudy, folder: StudyFolder, options: CompareOptions, *, as_json: bool
+) -> None:
+    """Print the runs of a study and the sizes that its budget allows."""
     from sparsegrad_cli.report.budget import plan_screen
-    from sparsegrad_cli.report.terminal import screen
     from sparsegrad_cli.study.coordinator import plan_of
 
-    plan = plan_of(study)
-    if as_json:
-        typer.echo(json.dumps(plan.to_json()))
-    else:
-        Console().print(screen(plan_screen(plan)))
+    previous = None if options.overwrite else folder.record()
+    plan = plan_of(_solved(study, previous, options))
+    show(plan.to_json(), plan_screen(plan), as_json=as_json)

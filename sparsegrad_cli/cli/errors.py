@@ -1,4 +1,4 @@
-"""An error as one readable block on stderr, and its exit code."""
+"""Print an error as one readable block on stderr, and return its exit code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sparsegrad_cli.errors import Problem, RecipeError, SparsegradError
 from sparsegrad_cli.io.untrusted_text import printable_line, printable_text
 
 DEBUG_FLAG = "--debug"
-_MOST, _END = 2000, 500  # characters of a part of an error, and how many of them are its last
+_MOST, _END = 2000, 500  # characters shown of a long part of an error, and of its end
 
 
 def run_guarded(app: Callable[..., Any]) -> int:
-    """Run a Typer app; return the exit code that fits how it ended."""
+    """Run a Typer app and return its exit code."""
     debug = DEBUG_FLAG in sys.argv[1:]
     try:
         app()
-    except SystemExit as ended:  # Typer shows its usage errors itself and leaves with their code
+    except SystemExit as ended:  # Typer prints its usage errors itself and exits
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except SparsegradError as error:
         if debug:
@@ -41,7 +41,7 @@ def run_guarded(app: Callable[..., Any]) -> int:
         show(
             SparsegradError(
                 f"{type(error).__name__}: {error}",
-                fix=f"this was not foreseen; run again with {DEBUG_FLAG} for the traceback",
+                fix=f"this error was not expected; run again with {DEBUG_FLAG} for the traceback",
             )
         )
         return 1
@@ -49,7 +49,7 @@ def run_guarded(app: Callable[..., Any]) -> int:
 
 
 def show(error: SparsegradError) -> None:
-    """Print an error: what, where, what to do."""
+    """Print what is wrong, where, and what to do."""
     console = Console(stderr=True, highlight=False)
     colour = "yellow" if error.exit_code == 130 else "red"
     body = Text()
@@ -58,21 +58,23 @@ def show(error: SparsegradError) -> None:
             body.append("\n" if number else "")
             _append_problem(body, problem)
     else:
-        body.append(_quoting(error.what.strip()))
+        body.append(_printable(error.what.strip()))
         for line in error.more:
-            body.append(_quoting(f"\n{line}"))
+            body.append(_printable(f"\n{line}"))
         if error.where:
-            body.append(_quoting(f"\nwhere  {error.where}"), style="dim")
+            body.append(_printable(f"\nwhere  {error.where}"), style="dim")
         if error.fix:
-            body.append(_quoting(f"\nfix    {error.fix}"), style="bold")
+            body.append(_printable(f"\nfix    {error.fix}"), style="bold")
     several = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
     title = error.title + several
     console.print(Panel(body, title=title, title_align="left", border_style=colour))
 
 
-def _quoting(text: str) -> str:
-    """Text that may quote files and servers: what they say is shown and not obeyed, nor at length
-    of a file; the reason often comes last."""
+def _printable(text: str) -> str:
+    """Return text that may quote files and servers, without control characters.
+
+    The middle of a long text is left out, because the reason often comes last.
+    """
     long = len(text) > _MOST
     return printable_text(f"{text[: _MOST - _END]}…{text[-_END:]}" if long else text)
 
@@ -84,6 +86,6 @@ def _append_problem(body: Text, problem: Problem) -> None:
     if place:
         body.append(f"{printable_line(place)}  ", style="dim")
     body.append(printable_line(problem.key), style="bold")
-    body.append(f"  {_quoting(problem.what)}")
+    body.append(f"  {_printable(problem.what)}")
     if problem.fix:
-        body.append(_quoting(f"\n    {problem.fix}"), style="bold")
+        body.append(_printable(f"\n    {problem.fix}"), style="bold")

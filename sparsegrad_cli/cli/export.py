@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,8 @@ from typing import Annotated
 import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, MovedPaths, Quiet
+from sparsegrad_cli.cli.output import show
+from sparsegrad_cli.cli.progress import make_observer
 
 
 class Form(StrEnum):
@@ -31,12 +32,13 @@ To = Annotated[
     ),
 ]
 OutputDir = Annotated[
-    Path | None, typer.Option("--output-dir", "-o", help="RUN/export-<to> by default.")
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Output folder (default: RUN/export-<to>)."),
 ]
 Rank = Annotated[
     int | None,
     typer.Option(
-        "--rank", "-r", min=1, help="lora: truncate the change to this rank; the error is stated."
+        "--rank", "-r", min=1, help="lora: truncate the change to this rank, and report the error."
     ),
 ]
 ServerRank = Annotated[
@@ -44,18 +46,18 @@ ServerRank = Annotated[
     typer.Option(
         "--server-rank",
         help="lora: pad with zeros to a rank that servers support (vLLM: 1, 8, 16, 32, 64, 128, "
-        "256, 320, 512); above 512 the change is truncated. With --rank, after that truncation.",
+        "256, 320, 512), and truncate the change above 512. --rank applies first.",
     ),
 ]
 CheckExamples = Annotated[
-    int, typer.Option("--check-examples", min=1, help="Validation rows to compare logits on.")
+    int, typer.Option("--check-examples", min=1, help="Number of validation rows to compare.")
 ]
 Tolerance = Annotated[
     float | None,
     typer.Option(
         "--tolerance",
         min=0.0,
-        help="Largest difference of logits; by default what rounding explains.",
+        help="Largest difference of logits (default: what rounding can cause).",
         show_default=False,
     ),
 ]
@@ -80,20 +82,16 @@ def export(
 ) -> None:
     """Write a trained model in a form for other programs, and check that it computes the same.
 
-    The written files are loaded back by transformers or PEFT alone. If their logits differ from the
-    run's, nothing is left and the exit code is 1.
+    The written files are loaded with transformers or PEFT alone. If their logits differ from the
+    run's, the files are removed and the exit code is 1.
 
     [bold]sparsegrad export runs/reviews --to merged[/bold]
     [bold]sparsegrad export runs/reviews --to lora --rank 16[/bold]
     [bold]sparsegrad export runs/chat --to lora --server-rank[/bold]
     """
-    from rich.console import Console
-
-    from sparsegrad_cli.cli.progress import make_observer
     from sparsegrad_cli.export.export_run import export_run
     from sparsegrad_cli.export.options import ExportOptions
     from sparsegrad_cli.report.export import export_screen
-    from sparsegrad_cli.report.terminal import plain_line, screen
 
     options = ExportOptions(
         to=to.value,
@@ -106,9 +104,5 @@ def export(
     )
     with make_observer(quiet or as_json) as observer:
         record = export_run(run, options, observer, overrides=tuple(overrides or ()))
-    if as_json:
-        typer.echo(json.dumps(record.to_json()))
-        return
-    console = Console()
-    console.print(screen(export_screen(record)))
-    console.print(plain_line(f"Export: {record.output_dir}"))
+    footer = f"Export: {record.output_dir}"
+    show(record.to_json(), export_screen(record), as_json=as_json, footer=footer)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, MovedPaths, Quiet, refuse_without_effect
+from sparsegrad_cli.cli.output import report_line, rewrite_study_report
+from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,33 +23,38 @@ RunOrModel = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        help="A run of a chat task, an exported folder, a model's folder, a hub id or "
-        "builtin:smollm2; or a comparison of chat tasks, whose models all answer.",
+        help="A run of a chat task, an exported folder, a model's folder, a hub id, "
+        "builtin:smollm2, or a comparison of chat tasks, whose models all answer.",
         show_default=False,
     ),
 ]
 Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="A single question.", show_default=False)
+    str | None, typer.Option("--prompt", "-p", help="Ask a single question.", show_default=False)
 ]
 Prompts = Annotated[
     str | None,
     typer.Option(
         "--prompts",
-        help="A file of questions: JSON lines as in MT-Bench or with `prompt`, or plain lines; or "
-        "builtin:questions.",
+        help="File of questions: JSON lines as in MT-Bench or with `prompt`, or plain lines "
+        "(or builtin:questions).",
         show_default=False,
     ),
 ]
 System = Annotated[
     str | None,
-    typer.Option("--system", help="System prompt; the chat template's own by default."),
+    typer.Option("--system", help="System prompt (default: that of the chat template)."),
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Largest number of tokens of an answer.")
+    int, typer.Option("--max-new-tokens", min=1, help="Largest number of tokens in an answer.")
 ]
 Temperature = Annotated[
     float,
-    typer.Option("--temperature", "-t", min=0.0, help="0 always takes the most likely token."),
+    typer.Option(
+        "--temperature",
+        "-t",
+        min=0.0,
+        help="Sampling temperature; 0 always takes the most likely token.",
+    ),
 ]
 TopP = Annotated[
     float,
@@ -60,19 +67,19 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="File to which answers are added; for --prompts runs/answers/<...>.jsonl by default.",
+        help="File to add answers to (default for --prompts: runs/answers/<...>.jsonl).",
         show_default=False,
     ),
 ]
 DeviceName = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU if there is one."),
+    typer.Option("--device", help="cpu, cuda or cuda:1 (default: a GPU, if there is one)."),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="For a plain model: float32, bfloat16 or float16; by default that of its files.",
+        help="For a plain model: float32, bfloat16 or float16 (default: that of its files).",
     ),
 ]
 
@@ -97,9 +104,9 @@ def generate(
 ) -> None:
     """Ask a trained or plain model: one prompt, a file of questions, or a conversation.
 
-    Without a prompt it reads turns line by line from the terminal or a pipe. Answers to a file of
-    questions are kept: the same command answers only what is missing. The report of a comparison
-    shows the answers of its models side by side.
+    Without a prompt, the command reads turns line by line from the terminal or a pipe. Answers to a
+    file of questions are kept, so the same command answers only the missing ones. The report of a
+    comparison shows the answers of its models side by side.
 
     [bold]sparsegrad generate runs/chat --prompts builtin:questions[/bold]
     """
@@ -154,7 +161,6 @@ def _check_for_study(options: GenerateOptions) -> None:
 def _converse(options: GenerateOptions, *, quiet: bool) -> None:
     """Answer turns from standard input until it ends."""
     from sparsegrad_cli.cli.chat import Chat
-    from sparsegrad_cli.cli.progress import make_observer
     from sparsegrad_cli.generate.generate import generation_errors, load_answerer
 
     if sys.stdin is None:
@@ -176,7 +182,6 @@ def _converse(options: GenerateOptions, *, quiet: bool) -> None:
 
 def _answer(options: GenerateOptions, *, as_json: bool, quiet: bool) -> None:
     """Answer a prompt or a file of questions with one model."""
-    from sparsegrad_cli.cli.progress import make_observer
     from sparsegrad_cli.generate.generate import answer
     from sparsegrad_cli.io.untrusted_text import printable_text
 
@@ -214,18 +219,13 @@ def _show_summary(record: dict[str, Any]) -> None:
 
 def _answer_study(options: GenerateOptions, *, as_json: bool, quiet: bool) -> None:
     """Ask all models of a comparison; exit with 1 if one of them could not be asked."""
-    from sparsegrad_cli.cli.progress import make_observer
     from sparsegrad_cli.generate.generate import answer_with_study
-    from sparsegrad_cli.judge.grades import read_graded_answers
-    from sparsegrad_cli.records.store import load_study
-    from sparsegrad_cli.report.files import write_study_report
 
     with make_observer(quiet or as_json) as observer:
         record = answer_with_study(options, observer)
     study = Path(options.model.source).expanduser()
     if record.output is not None:
-        compared = load_study(study)
-        write_study_report(study, compared, read_graded_answers(study, compared))
+        rewrite_study_report(study)
     if as_json:
         typer.echo(json.dumps(record.to_json()))
     else:
@@ -252,4 +252,4 @@ def _show_study(record: AnswersRecord, study: Path) -> None:
         console.print(parts)
         typer.echo(printable_text(column.answers[0].answers[0]) + "\n")
     if kept:
-        console.print(plain_line(f"Report: {study / 'report.html'}"))
+        console.print(plain_line(report_line(study)))

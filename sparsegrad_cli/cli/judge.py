@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sparsegrad_cli.cli.arguments import Debug, Json, Quiet
+from sparsegrad_cli.cli.output import rewrite_study_report, show
+from sparsegrad_cli.cli.progress import make_observer
 
 Answers = Annotated[
     list[Path],
@@ -23,7 +24,7 @@ Questions = Annotated[
     str,
     typer.Option(
         "--questions",
-        help="The file of questions with categories and references, or builtin:questions.",
+        help="File of questions with categories and references, or builtin:questions.",
         show_default=False,
     ),
 ]
@@ -31,18 +32,18 @@ EndpointAddress = Annotated[
     str,
     typer.Option(
         "--endpoint",
-        help="An OpenAI-compatible server, such as http://localhost:8000/v1.",
+        help="Address of an OpenAI-compatible server, such as http://localhost:8000/v1.",
         show_default=False,
     ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", help="The name of the judging model there.", show_default=False)
+    str, typer.Option("--model", help="Name of the judging model there.", show_default=False)
 ]
 KeyVariable = Annotated[
     str | None,
     typer.Option(
         "--key-env",
-        help="Environment variable with the key; OPENAI_API_KEY if that is set.",
+        help="Environment variable with the key (default: OPENAI_API_KEY, if that is set).",
         show_default=False,
     ),
 ]
@@ -51,7 +52,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="Output folder; runs/judge-<answers>, or judge-<questions> in a comparison.",
+        help="Output folder (default: runs/judge-<answers>, or judge-<questions> in a comparison).",
         show_default=False,
     ),
 ]
@@ -63,15 +64,19 @@ Retries = Annotated[
     typer.Option(
         "--retries",
         min=0,
-        help="Further tries after a reply without a verdict, HTTP 429 or 5xx, or a network error.",
+        help="Retries after a reply without a verdict, HTTP 429 or 5xx, or a network error.",
     ),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Requests at a time.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.1, help="Time limit of a request in seconds.")
+]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of requests at a time.")]
 MaxTokens = Annotated[
     int,
     typer.Option(
-        "--max-tokens", min=0, help="Largest number of tokens of a reply; 0: the server's."
+        "--max-tokens",
+        min=0,
+        help="Largest number of tokens in a reply; 0 leaves it to the server.",
     ),
 ]
 
@@ -94,22 +99,15 @@ def judge(
 ) -> None:
     """Let a language model grade answers from 1 to 10, turn by turn, or compare two models.
 
-    Answers and questions are sent to the endpoint only. Verdicts are kept: the same command asks
-    only for missing ones. The report of a comparison shows the grades of its models beside their
-    answers. The exit code is 1 if a request failed after all tries.
+    Answers and questions are sent to the endpoint only. Verdicts are kept, so the same command asks
+    only for missing ones. The report of a comparison shows the grades beside the answers. The exit
+    code is 1 if a request failed after all retries.
 
     [bold]sparsegrad judge a.jsonl b.jsonl --questions builtin:questions
     --endpoint http://localhost:8000/v1 --model judge[/bold]
     """
-    from rich.console import Console
-
-    from sparsegrad_cli.cli.progress import make_observer
-    from sparsegrad_cli.judge.grades import read_graded_answers
     from sparsegrad_cli.judge.judge_answers import REPORT, JudgeOptions, judge_answers
-    from sparsegrad_cli.records.store import load_study
-    from sparsegrad_cli.report.files import write_study_report
     from sparsegrad_cli.report.judge import judge_screen
-    from sparsegrad_cli.report.terminal import plain_line, screen
 
     options = JudgeOptions(
         answers=tuple(answers),
@@ -127,13 +125,8 @@ def judge(
     with make_observer(quiet or as_json) as observer:
         record = judge_answers(options, observer)
     if options.study is not None:
-        study = load_study(options.study)
-        write_study_report(options.study, study, read_graded_answers(options.study, study))
-    if as_json:
-        typer.echo(json.dumps(record.to_json()))
-    else:
-        console = Console()
-        console.print(screen(judge_screen(record)))
-        console.print(plain_line(f"Report: {options.folder / REPORT}"))
+        rewrite_study_report(options.study)
+    footer = f"Report: {options.folder / REPORT}"
+    show(record.to_json(), judge_screen(record), as_json=as_json, footer=footer)
     if record.status != "done":
         raise typer.Exit(1)

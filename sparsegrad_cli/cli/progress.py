@@ -1,4 +1,4 @@
-"""Live progress on stderr: phases, loss, score, steps per second, memory."""
+"""Show progress on stderr: phases, loss, score, steps per second, memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sparsegrad_cli import distributed
 from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.metric_direction import METRICS, scale_of
@@ -16,7 +17,7 @@ from sparsegrad_cli.report.units import format_bytes, format_score
 
 
 class QuietObserver(Observer):
-    """Says nothing."""
+    """Show nothing."""
 
     def __enter__(self) -> QuietObserver:
         return self
@@ -26,7 +27,7 @@ class QuietObserver(Observer):
 
 
 class ProgressObserver(Observer):
-    """Renders a run as it happens; use as a context."""
+    """Show a run while it happens; use it as a context manager."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -50,27 +51,27 @@ class ProgressObserver(Observer):
         self.close()
 
     def close(self) -> None:
-        """Leave the bars as they stand."""
+        """Stop drawing, and leave the bars on the screen."""
         self._progress.stop()
 
     def phase(self, name: str, detail: str = "") -> None:
-        """A line per phase."""
+        """Print a line for the phase that begins."""
         self._progress.console.print(
             Text.assemble((name, "bold"), " ", (printable_line(detail), "dim"))
         )
 
     def note(self, text: str) -> None:
-        """A dim line."""
-        # A note may quote files and servers: it is no markup.
+        """Print a dim line."""
+        # A note may quote files and servers, so it must not be read as markup.
         self._progress.console.print(Text(f"  note: {printable_line(text)}", style="dim"))
 
     def total_steps(self, phase: str, steps: int) -> None:
-        """A bar per phase with steps."""
+        """Add a bar for a phase that has steps."""
         self._state = {}
         self._tasks[phase] = self._progress.add_task(phase, total=steps, state="")
 
     def step(self, phase: str, record: dict[str, Any]) -> None:
-        """Move the bar; show what is newly known."""
+        """Move the bar of a phase and show the new values."""
         if "loss" in record:
             self._state["loss"] = f"loss {record['loss']:.4f}"
         if record.get("steps_per_s"):
@@ -81,12 +82,12 @@ class ProgressObserver(Observer):
             self._progress.update(self._tasks[phase], completed=record["step"], state=self._shown())
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """A line per evaluation."""
+        """Print a line for an evaluation."""
         scale = scale_of(record.get("metric"))
         name = scale.words if scale.lower_is_better else "score"
         score = f"{name} {format_score(record['score'], scale)}"
         self._state["score"] = score
-        if "train" in self._tasks:  # of the last step no other comes to show it
+        if "train" in self._tasks:  # No step follows the last one to show its score.
             self._progress.update(self._tasks["train"], state=self._shown())
         value = math.nan if record["loss"] is None else record["loss"]
         loss = "" if scale is METRICS["loss"] else f"  loss {value:.4f}"
@@ -98,5 +99,8 @@ class ProgressObserver(Observer):
 
 
 def make_observer(quiet: bool) -> QuietObserver | ProgressObserver:
-    """Return the observer of a command; use it as a context manager."""
-    return QuietObserver() if quiet else ProgressObserver()
+    """Return the observer of a command, to be used as a context manager.
+
+    Among several processes only rank zero shows progress.
+    """
+    return QuietObserver() if quiet or not distributed.is_rank_zero() else ProgressObserver()

@@ -1,4 +1,4 @@
-"""validate, configs."""
+"""``sparsegrad validate`` and ``configs``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsegrad_cli.cli.arguments import Debug, Json, RecipeAndOverrides, load, split_arguments
+from sparsegrad_cli.cli.arguments import (
+    Debug,
+    Json,
+    RecipeAndOverrides,
+    is_study_file,
+    load,
+    split_arguments,
+)
 from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.io.paths import exists, is_file, is_folder
+from sparsegrad_cli.io.paths import exists, is_folder
+from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.load_recipe import digest, to_plain, to_yaml
 from sparsegrad_cli.recipe.shipped import LAUNCHERS, shipped_files
 from sparsegrad_cli.run import preflight
@@ -19,7 +27,7 @@ from sparsegrad_cli.run import preflight
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.study import LoadedStudy
 
-# What comes along, and the commands that take it.
+# The shipped folders, and the commands that read their files.
 _KINDS = {
     "configs": "train, calibrate, compare",
     "recipes": "compare",
@@ -27,7 +35,7 @@ _KINDS = {
 }
 
 configs_app = typer.Typer(
-    help="The recipes that come with sparsegrad.", invoke_without_command=True
+    help="List or copy the recipes that come with sparsegrad.", invoke_without_command=True
 )
 
 
@@ -36,26 +44,16 @@ def validate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe or a study and print it resolved, defaults written out. Loads no model."""
+    """Check a recipe or a study without loading a model, and print it with all defaults."""
     source, overrides = split_arguments(recipe)
-    if source is not None and is_study(source):
-        from sparsegrad_cli.recipe.study import load_study
-        from sparsegrad_cli.study.parity import check_parity
+    if source is not None and is_study_file(source):
+        _validate_study(source, overrides, as_json=as_json)
+    else:
+        _validate_recipe(recipe, as_json=as_json)
 
-        study = load_study(source, overrides)
-        check_parity(study)
-        preflight.check_study(study)
-        if as_json:
-            shown = {"name": study.study.name, "match": study.study.match}
-            cells = [
-                {"task": c.task, "method": c.label, "seed": c.seed, **to_plain(c.loaded.recipe)}
-                for c in study.cells
-            ]
-            typer.echo(json.dumps({**shown, "cells": cells}))
-            return
-        typer.echo(f"{source}: a valid study, {len(study.cells)} cells{_before_them(study)}")
-        return
-    loaded = load(recipe, None)
+
+def _validate_recipe(arguments: list[str] | None, *, as_json: bool) -> None:
+    loaded = load(arguments, None)
     preflight.check(loaded, trains=True)
     for note in preflight.notes(loaded):
         typer.echo(f"note: {note}", err=True)
@@ -68,25 +66,36 @@ def validate(
     typer.echo(to_yaml(loaded.recipe), nl=False)
 
 
-def _before_them(study: LoadedStudy) -> str:
-    """``, after 8 trials of tuning for each of 4 methods on 3 tasks``, if there is any; budgets."""
-    said = ""
+def _validate_study(source: str, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    from sparsegrad_cli.recipe.study import load_study
+    from sparsegrad_cli.study.parity import check_parity
+
+    study = load_study(source, overrides)
+    check_parity(study)
+    preflight.check_study(study)
+    if not as_json:
+        typer.echo(f"{source}: a valid study, {len(study.cells)} runs{_before_the_runs(study)}")
+        return
+    runs = [
+        {"task": run.task, "method": run.label, "seed": run.seed, **to_plain(run.loaded.recipe)}
+        for run in study.cells
+    ]
+    typer.echo(json.dumps({"name": study.study.name, "match": study.study.match, "cells": runs}))
+
+
+def _before_the_runs(study: LoadedStudy) -> str:
+    """Return the tuning and the budget that come before the runs, to end a sentence.
+
+    For example ``, after 8 trials of tuning for each of 4 methods on 3 tasks``.
+    """
+    text = ""
     if study.study.tune is not None:
-        tasks = len({cell.task for cell in study.cells})
+        tasks = len({run.task for run in study.cells})
         rows = f"{len(study.study.methods)} methods on {tasks} task{'' if tasks == 1 else 's'}"
-        said = f", after {study.study.tune.trials} trials of tuning for each of {rows}"
+        text = f", after {study.study.tune.trials} trials of tuning for each of {rows}"
     if study.study.budget is not None:
-        said += f"; compare --dry-run solves its budget, {study.study.match}"
-    return said
-
-
-def is_study(source: str) -> bool:
-    """Whether it is a study: a recipe has no ``methods``."""
-    from sparsegrad_cli.recipe.shipped import find_recipe
-    from sparsegrad_cli.recipe.source import read_yaml
-
-    path = find_recipe(source)
-    return path is not None and is_file(path) and "methods" in read_yaml(path, source).data
+        text += f"; compare --dry-run solves its budget, {study.study.match}"
+    return text
 
 
 @configs_app.callback()
@@ -101,29 +110,41 @@ def configs(context: typer.Context) -> None:
 
 @configs_app.command("copy")
 def copy(
-    name: Annotated[str, typer.Argument(help="For example roberta_glue.")],
-    to: Annotated[Path | None, typer.Argument(help="File or folder; here by default.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the file, such as roberta_glue.")],
+    to: Annotated[
+        Path | None, typer.Argument(help="File or folder (default: the current folder).")
+    ] = None,
 ) -> None:
-    """Copy a shipped recipe, study or launcher's settings, to make it one's own."""
-    stem = name.removesuffix(".yaml")
-    for kind in ("configs", "recipes", "accelerate"):
-        stem = stem.removeprefix(f"{kind}/")
-    there = {path.stem: path for kind in _KINDS for path in shipped_files(kind)}
-    if stem not in there:
-        from sparsegrad_cli.io.suggest import suggest
-
-        raise UsageError(f"no shipped recipe {name!r}", fix=suggest(stem, list(there)))
-    target = to or Path(there[stem].name)
+    """Copy a shipped recipe, study or launcher configuration, to change it."""
+    source = _shipped_file(name)
+    target = to or Path(source.name)
     if is_folder(target):
-        target = target / there[stem].name
+        target = target / source.name
     if exists(target):
-        raise UsageError(f"{target} exists already", fix="name another file")
+        raise UsageError(f"{target} exists already", where="command line", fix="name another file")
     try:
-        shutil.copyfile(there[stem], target)
+        shutil.copyfile(source, target)
     except OSError as error:
         what = f"{target} cannot be written: {error.strerror or error}"
         raise DiskError(what, where=str(target.parent), fix="name another file") from error
     typer.echo(f"wrote {target}")
+
+
+def _shipped_file(name: str) -> Path:
+    """Return the shipped file of a name, with or without its folder and ``.yaml``.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    stem = name.removesuffix(".yaml")
+    for kind in ("configs", "recipes", "accelerate"):
+        stem = stem.removeprefix(f"{kind}/")
+    files = {path.stem: path for kind in _KINDS for path in shipped_files(kind)}
+    if stem not in files:
+        raise UsageError(
+            f"no shipped recipe {name!r}", where="command line", fix=suggest(stem, list(files))
+        )
+    return files[stem]
 
 
 def _first_comment(path: Path) -> str:

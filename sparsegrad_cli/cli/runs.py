@@ -1,11 +1,10 @@
-"""train, calibrate, report."""
+"""``sparsegrad train``, ``calibrate`` and ``report``."""
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,30 +18,34 @@ from sparsegrad_cli.cli.arguments import (
     RecipeAndOverrides,
     load,
 )
+from sparsegrad_cli.cli.output import report_line, rewrite_study_report, show
+from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import is_folder
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.records.base import Record
     from sparsegrad_cli.records.run import RunRecord
-    from sparsegrad_cli.report.document import Document
+
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")
+]
+# `compare` starts its runs with this option.
+Managed = Annotated[bool, typer.Option("--managed", hidden=True)]
 
 
 def train(
     recipe: RecipeAndOverrides = None,
     output_dir: OutputDir = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last checkpoint in output_dir.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
-    managed: Annotated[bool, typer.Option("--managed", hidden=True)] = False,
+    managed: Managed = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune by a recipe: calibrate if the method needs it, train, evaluate, report.
+    """Run a recipe: calibrate if the method needs it, train, evaluate and report.
 
-    Without a recipe: SparseGrad on a built-in acceptability task with a built-in BERT.
+    Without a recipe, SparseGrad trains a built-in BERT on a built-in acceptability task.
 
     [bold]sparsegrad train configs/roberta_glue.yaml task.name=glue/rte seed=3705[/bold]
     """
@@ -51,20 +54,25 @@ def train(
     loaded = load(recipe, output_dir)
     if resume and loaded.recipe.output_dir is None:
         raise UsageError(
-            "--resume needs to know which run",
+            "--resume needs to know which run to continue",
+            where="command line",
             fix="sparsegrad train runs/NAME --resume",
         )
     if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
-    with ExitStack() as held, _observer(quiet or as_json) as observer:
-        if managed:  # started by `compare`
+        raise UsageError(
+            "--resume and --overwrite exclude each other",
+            where="command line",
+            fix="--resume continues the run, and --overwrite starts again",
+        )
+    with ExitStack() as held, make_observer(quiet or as_json) as observer:
+        if managed:
             from sparsegrad_cli.study.runs import managed as managed_run
 
             resume = held.enter_context(managed_run(loaded, observer.note))
             overwrite = not resume
         record = train_recipe(loaded, observer, resume=resume, overwrite=overwrite)
     distributed.shutdown()
-    _show_run(record, as_json)
+    _show_run(record, as_json=as_json)
 
 
 def calibrate(
@@ -75,27 +83,26 @@ def calibrate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make the basis of a recipe from a few gradient steps, and show what it is worth."""
+    """Compute the basis of a recipe from a few gradient steps, and show how good it is."""
     from sparsegrad_cli.calibration.calibrate_run import calibrate_run
 
     loaded = load(recipe, output_dir)
-    with _observer(quiet or as_json) as observer:
+    with make_observer(quiet or as_json) as observer:
         record = calibrate_run(loaded, observer, overwrite=overwrite)
     distributed.shutdown()
-    _show_run(record, as_json)
+    _show_run(record, as_json=as_json)
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run or comparison folder.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a comparison.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run or a comparison again, and rewrite its reports (HTML, Markdown and LaTeX)."""
+    """Show a run or a comparison, and write its reports (HTML, Markdown and LaTeX) again."""
     from sparsegrad_cli.io.locks import owner_of
-    from sparsegrad_cli.judge.grades import read_graded_answers
     from sparsegrad_cli.records.run import RunRecord
     from sparsegrad_cli.records.store import load_run_or_study
-    from sparsegrad_cli.report.files import write_run_report, write_study_report
+    from sparsegrad_cli.report.files import write_run_report
     from sparsegrad_cli.report.study import study_screen
     from sparsegrad_cli.run.folder import with_current_status
     from sparsegrad_cli.study.evidence import up_to_date
@@ -105,36 +112,17 @@ def report(
     if isinstance(found, RunRecord):
         found = with_current_status(found, folder)
         write_run_report(folder, found)
-        _show_run(found.changed(output_dir=str(folder)), as_json)
+        _show_run(found.changed(output_dir=str(folder)), as_json=as_json)
         return
     study = up_to_date(found, running=owner_of(folder) is not None)
-    write_study_report(folder, study, read_graded_answers(folder, study))
-    _show(study, study_screen(study), folder, as_json)
+    rewrite_study_report(folder, study)
+    content = study.to_json() | {"output_dir": str(folder)}
+    show(content, study_screen(study), as_json=as_json, footer=report_line(folder))
 
 
-def _observer(quiet: bool) -> Any:
-    from sparsegrad_cli.cli.progress import ProgressObserver, QuietObserver
-
-    return QuietObserver() if quiet or not distributed.is_rank_zero() else ProgressObserver()
-
-
-def _show_run(run: RunRecord, as_json: bool) -> None:
+def _show_run(run: RunRecord, *, as_json: bool) -> None:
     from sparsegrad_cli.report.run import run_screen
 
-    _show(run, run_screen(run), Path(run.output_dir or ""), as_json)
-
-
-def _show(record: Record, document: Document, folder: Path, as_json: bool) -> None:
-    """Print a record, and where its report lies."""
-    if not distributed.is_rank_zero():
-        return
-    if as_json:
-        typer.echo(json.dumps(record.to_json() | {"output_dir": str(folder)}))
-        return
-    from rich.console import Console
-
-    from sparsegrad_cli.report.terminal import plain_line, screen
-
-    console = Console()
-    console.print(screen(document))
-    console.print(plain_line(f"Report: {folder / 'report.html'}"))
+    folder = Path(run.output_dir or "")
+    content = run.to_json() | {"output_dir": str(folder)}
+    show(content, run_screen(run), as_json=as_json, footer=report_line(folder))

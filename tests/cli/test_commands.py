@@ -31,7 +31,7 @@ def test_validate_prints_the_resolved_recipe(cli: Cli) -> None:
     as_json = json.loads(cli("validate", "quickstart", "--json").out)
     assert as_json["model"]["name"] == "builtin:minilm"
     study = cli("validate", "recipes/paper_table_5_roberta.yaml")
-    assert study.code == 0 and "96 cells" in study.out
+    assert study.code == 0 and "96 runs" in study.out
     assert cli("validate", "method.density=7").code == 2
 
 

@@ -129,7 +129,7 @@ def test_the_papers_recipe_needs_no_download(cli: Cli) -> None:
     [
         (("--gpu", "24"), "'24' is not a size"),
         (("--gpu", "24GB"), "write 24GiB"),
-        (("--gpu", "1GiB", "--overhead", "1GiB"), "leaves nothing"),
+        (("--gpu", "1GiB", "--overhead", "1GiB"), "leaves no memory"),
         (("--gpu", "1GiB", "--overhead", "much"), "'much' is not a size"),
         (("--device", "tpu"), "'tpu' is not one of 'cpu', 'cuda'"),
         (("--length", "0"), "--length"),

@@ -237,7 +237,7 @@ def test_validate_and_compare_say_so_before_anything_runs(cli: Cli, tmp_path: Pa
     (tmp_path / "t.yaml").write_text("methods: [lora, full]\ntune: 4\n", encoding="utf-8")
     valid = cli("validate", "t.yaml")
     assert valid.code == 0, valid.err
-    assert "4 cells, after 4 trials of tuning for each of 2 methods on 1 task" in valid.out
+    assert "4 runs, after 4 trials of tuning for each of 2 methods on 1 task" in valid.out
     refused = cli("compare", "t.yaml", "-o", "c", *SMALL, "train.learning_rate=1")
     assert refused.code == 2 and "is tuned" in refused.flat
     assert cli("compare", "t.yaml", "--tune", "1", "-o", "c").code == 2
