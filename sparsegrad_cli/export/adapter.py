@@ -38,10 +38,10 @@ from sparsegrad_cli.export.base_model import (
 )
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.sparse_method import check_positions
-from sparsegrad_cli.models.load_model import load_as
+from sparsegrad_cli.models.load_model import load_by_auto_class
 from sparsegrad_cli.models.pretrained import base_name
-from sparsegrad_cli.models.quantized import placed, use_frozen_products
-from sparsegrad_cli.models.targets import Target, fingerprint, is_linear, linear_sides
+from sparsegrad_cli.models.quantized import move_model, use_frozen_forward
+from sparsegrad_cli.models.targets import Target, fingerprint, is_linear, linear_shape
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -147,7 +147,7 @@ def load_adapter(
     if model is None:
         model = _load_base(settings.model, torch.device(device), trust=trust_remote_code)
     targets = [target.target() for target in settings.targets]
-    use_frozen_products(model, getattr(torch, settings.model.dtype))
+    use_frozen_forward(model, getattr(torch, settings.model.dtype))
     _check_base(model, targets, settings.model, str(folder))
     method = settings.method.implementation()
     try:
@@ -183,7 +183,7 @@ def _load_base(base: AdapterBase, device: torch.device, *, trust: bool) -> nn.Mo
         "pad_token_id": base.pad_token_id,
     }
     with temporary_seed(0):
-        return placed(load_as(base.auto_class, section, config, device), device)
+        return move_model(load_by_auto_class(base.auto_class, section, config, device), device)
 
 
 def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, where: str) -> None:
@@ -200,10 +200,10 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
                 where=where,
             )
         shape = (target.out_features, target.in_features)
-        if linear_sides(layer) != shape:
+        if linear_shape(layer) != shape:
             raise UsageError(
                 f"expected a layer of {shape[0]} x {shape[1]}, got "
-                f"{' x '.join(map(str, linear_sides(layer)))}: {target.name}",
+                f"{' x '.join(map(str, linear_shape(layer)))}: {target.name}",
                 where=where,
             )
     labels = getattr(model.config, "num_labels", base.num_labels)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.io.paths import is_folder
-from sparsegrad_cli.models.load_model import load_again
+from sparsegrad_cli.models.load_model import reload_model
 from sparsegrad_cli.models.pretrained import (
     base_name,
     from_pretrained,
@@ -21,8 +21,8 @@ from sparsegrad_cli.models.pretrained import (
 )
 from sparsegrad_cli.models.quantized import (
     dequantized,
-    placed,
-    quantization_words,
+    move_model,
+    quantization_arguments,
     quantized_layers,
 )
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -79,7 +79,7 @@ def plain_model(trained: TrainedModel) -> nn.Module:
     """
     setup, recipe = trained.setup, trained.recipe
     section = recipe.model.model_copy(update={"quantization": None})
-    plain = load_again(section, setup.model, recipe.seed + 1).to(setup.device).eval()
+    plain = reload_model(section, setup.model, recipe.seed + 1).to(setup.device).eval()
     with torch.no_grad():
         for name, layer in quantized_layers(setup.model).items():
             weight = plain.get_submodule(name).weight
@@ -150,7 +150,7 @@ class BaseModel:
             arguments["revision"] = section.revision
         if section.trust_remote_code:
             arguments["trust_remote_code"] = True
-        bits = quantization_words(model) if section.quantization is not None else {}
+        bits = quantization_arguments(model) if section.quantization is not None else {}
         return cls(auto, source, arguments, bits)
 
     @property
@@ -190,7 +190,7 @@ class BaseModel:
             arguments["device_map"] = {"": device}  # A quantized model cannot be moved later.
         load = getattr(transformers, self.auto).from_pretrained
         model = from_pretrained(load, section, what="model", use_safetensors=True, **arguments)
-        return placed(model.eval(), device)
+        return move_model(model.eval(), device)
 
 
 def _label_arguments(section: ModelSection, model: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sparsegrad_cli.export.merged import RelativeError, generation_config, put_w
 from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
 from sparsegrad_cli.methods.implementation import Factors
 from sparsegrad_cli.methods.peft_folder import check_adapted, modules_to_save, target_settings
-from sparsegrad_cli.models.quantized import placed
+from sparsegrad_cli.models.quantized import move_model
 from sparsegrad_cli.models.targets import Target, has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 from sparsegrad_cli.restore.restore import TrainedModel
@@ -91,7 +91,7 @@ def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) 
                 where="--rank",
                 fix="give a --rank to truncate to (the error is stated), or use --to merged",
             )
-        base_OI = target.within(plain).weight_OI(plain).detach().double()
+        base_OI = target.in_model(plain).weight_OI(plain).detach().double()
         change_OI = trained.method.merged_OI(trained.setup.model, target) - base_OI
         factors[name] = _truncated(exact, change_OI, limit)
         full_rank = exact.rank if exact is not None else min(change_OI.shape)
@@ -140,7 +140,7 @@ def reference(trained: TrainedModel, parts: LoraParts) -> nn.Module:
     plain = plain_model(trained)
     put(plain, parts.tensors)
     for target in trained.setup.targets:
-        base_OI = target.within(plain).weight_OI(plain).detach().double()
+        base_OI = target.in_model(plain).weight_OI(plain).detach().double()
         put_weight(plain, target, base_OI + parts.factors[target.name].product_OI())
         if target.name in parts.biases:
             bias = plain.get_parameter(f"{target.name}.bias")
@@ -206,7 +206,7 @@ def _peft_config(plain: nn.Module, parts: LoraParts, trained: TrainedModel) -> A
         **settings,
         lora_bias=bool(parts.biases),
         modules_to_save=list(parts.modules) or None,
-        fan_in_fan_out=any(t.within(plain).transposed for t in trained.setup.targets),
+        fan_in_fan_out=any(t.in_model(plain).transposed for t in trained.setup.targets),
     )
 
 
@@ -217,4 +217,4 @@ def load_lora(base: BaseModel, folder: Path, device: torch.device | str = "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: Any = PeftModel.from_pretrained(base.load(device), str(folder))
-    return placed(loaded, device)
+    return move_model(loaded, device)

@@ -84,7 +84,7 @@ def put_weight(plain: nn.Module, target: Target, weight_OI: Tensor) -> tuple[Ten
     Returns:
         (rounding error, change of the layer's weight), both (out, in) in float64.
     """
-    held_OI = target.within(plain).weight_OI(plain).detach()  # A view of the parameter.
+    held_OI = target.in_model(plain).weight_OI(plain).detach()  # A view of the parameter.
     change_OI = weight_OI - held_OI.double()
     with torch.no_grad():
         held_OI.copy_(weight_OI)

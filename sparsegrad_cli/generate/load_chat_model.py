@@ -27,7 +27,7 @@ from sparsegrad_cli.io.paths import (
 from sparsegrad_cli.methods.peft_folder import CONFIG
 from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer, locate
-from sparsegrad_cli.models.quantized import bits_of, placed, quantization_state
+from sparsegrad_cli.models.quantized import bits_of, move_model, quantization_state
 from sparsegrad_cli.models.targets import find_targets, fingerprint
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
@@ -97,7 +97,7 @@ def _ready(source: str, device: torch.device, loaded: ChatModel) -> ChatModel:
             fix="a language model, or a run of a chat task",
         )
     check_vocabulary(loaded.tokenizer, model, source)
-    model = placed(model, device).eval()
+    model = move_model(model, device).eval()
     about = {
         "model": str(Path(source)) if exists(source) else source,
         **loaded.about,
@@ -131,7 +131,7 @@ def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Chat
         )
     with base_model_errors(files.loaded):
         tokenizer = load_tokenizer(recipe.model)
-        model = placed(load_causal_lm(recipe.model, device), device)
+        model = move_model(load_causal_lm(recipe.model, device), device)
     targets = find_targets(model, recipe.targets)
     base = BaseModule(model, targets, fingerprint(model, targets))
     check_base(files, base)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.optimizer import plain_adamw
-from sparsegrad_cli.models.precision import HALF, accept_half_inputs, open_parameter
-from sparsegrad_cli.models.sharded_tensors import fold, gathered, shard_like
+from sparsegrad_cli.models.precision import HALF, accept_half_inputs, unfreeze_parameter
+from sparsegrad_cli.models.sharded_tensors import gather, reshard, shard_like
 from sparsegrad_cli.models.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -293,7 +293,7 @@ def open_scope(
         }
     half = any(parameter.dtype in HALF for parameter in model.parameters())
     for parameter in (*head.values(), *rest.values()):
-        open_parameter(parameter)
+        unfreeze_parameter(parameter)
     if half:
         accept_half_inputs(model, head.values())
     return head, rest
@@ -316,8 +316,8 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
     Where weights are split over processes, every process must call this; rank zero gets the values.
     """
-    fold(model)
-    return gathered({n: p for n, p in model.named_parameters() if p.requires_grad})
+    reshard(model)
+    return gather({n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
 def trainable_names(model: nn.Module) -> set[str]:
@@ -331,7 +331,7 @@ def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         KeyError: a name the model does not have, or another shape.
     """
-    fold(model)
+    reshard(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():

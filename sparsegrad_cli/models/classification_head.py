@@ -122,7 +122,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def output_dimensions(model: nn.Module, other: nn.Module) -> dict[str, int]:
+def class_dimensions(model: nn.Module, other: nn.Module) -> dict[str, int]:
     """Parameters of the head's output layer -> the dimension that counts classes.
 
     Args:
@@ -136,11 +136,13 @@ def output_dimensions(model: nn.Module, other: nn.Module) -> dict[str, int]:
     }
 
 
-def align_output(model: nn.Module, dimensions: Mapping[str, int], order: Sequence[int]) -> None:
+def reorder_output_layer(
+    model: nn.Module, dimensions: Mapping[str, int], order: Sequence[int]
+) -> None:
     """Put the classes of an output layer into another order.
 
     Args:
-        dimensions: as :func:`output_dimensions` gives them.
+        dimensions: as :func:`class_dimensions` gives them.
         order: the present class of each class to be.
     """
     with torch.no_grad():
@@ -150,11 +152,11 @@ def align_output(model: nn.Module, dimensions: Mapping[str, int], order: Sequenc
             parameter.copy_(parameter.index_select(dimension, index))
 
 
-def put_output(model: nn.Module, dimensions: Mapping[str, int], other: nn.Module) -> None:
+def copy_output_layer(model: nn.Module, dimensions: Mapping[str, int], other: nn.Module) -> None:
     """Copy the output layer of a model that has as many classes or more.
 
     Args:
-        dimensions: as :func:`output_dimensions` gives them.
+        dimensions: as :func:`class_dimensions` gives them.
     """
     with torch.no_grad():
         for name, dimension in dimensions.items():
@@ -163,7 +165,7 @@ def put_output(model: nn.Module, dimensions: Mapping[str, int], other: nn.Module
             parameter.copy_(wider.narrow(dimension, 0, parameter.shape[dimension]))
 
 
-def head_start(
+def describe_head_start(
     model: nn.Module, outputs: Sequence[str], lacking: Sequence[str], match: HeadMatch, held: bool
 ) -> HeadStart:
     """What became of a base model's head.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
 
-_LOUD = 50.0  # highest logit of the trial: enough for any cap to show
+_PROBE_LOGIT = 50.0  # highest logit of the trial: enough for any cap to show
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; else .06
 
 
@@ -45,17 +45,17 @@ def states_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     conversations see each other.
     """
     decoder = decoder_of(model)
-    states: Tensor = decoder(**_known(decoder, inputs), use_cache=False)[0]
+    states: Tensor = decoder(**_accepted_inputs(decoder, inputs), use_cache=False)[0]
     return states
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The model's own logits (batch, length, V)."""
-    logits: Tensor = model(**_known(model, inputs), use_cache=False).logits
+    logits: Tensor = model(**_accepted_inputs(model, inputs), use_cache=False).logits
     return logits
 
 
-def _known(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _accepted_inputs(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without position ids where a model has no use for them."""
     names = inspect.signature(module.forward).parameters.values()
     if any(n.kind is n.VAR_KEYWORD or n.name == "position_ids" for n in names):
@@ -72,40 +72,40 @@ def find_lm_head(model: nn.Module) -> LmHead:
     Raises:
         UsageError: an earlier position sees a later token: no causal language model.
     """
-    heard: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def amplify(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        heard["hidden"] = inputs[0]
-        heard["loud"] = output * (_LOUD / output.abs().max().clamp_min(1e-30))
-        return heard["loud"]
+        captured["hidden"] = inputs[0]
+        captured["amplified"] = output * (_PROBE_LOGIT / output.abs().max().clamp_min(1e-30))
+        return captured["amplified"]
 
     def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-        heard["states"] = output[0]
+        captured["states"] = output[0]
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     hooks = [decoder_of(model).register_forward_hook(listen)]
     if isinstance(head, nn.Module):
         hooks.append(head.register_forward_hook(amplify))
     try:
-        logits = _try(model)
+        logits = _probe_logits(model)
     finally:
         for hook in hooks:
             hook.remove()
-    states = heard["states"]
+    states = captured["states"]
     if not _close(states[0, :-1], states[1, :-1]):
         raise UsageError(
             f"{type(model).__name__} lets a position see later ones: no causal language model",
             where="model.name",
             fix="a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
         )
-    if type(head) is not nn.Linear or "loud" not in heard:
+    if type(head) is not nn.Linear or "amplified" not in captured:
         return LmHead(reason="its head is no plain linear layer")
-    if heard["hidden"].shape != states.shape or not _close(heard["hidden"], states):
+    if captured["hidden"].shape != states.shape or not _close(captured["hidden"], states):
         return LmHead(reason="its head reads something else than the decoder's last states")
-    scale, cap = _said(model)
-    expected = heard["loud"].double() * scale
+    scale, cap = _configured_scaling(model)
+    expected = captured["amplified"].double() * scale
     expected = expected if cap is None else cap * torch.tanh(expected / cap)
-    if not _close(logits.to(heard["loud"].dtype), expected):
+    if not _close(logits.to(captured["amplified"].dtype), expected):
         return LmHead(reason="it changes its head's output in a way that is not known here")
     return LmHead(scale, cap)
 
@@ -120,7 +120,7 @@ def check_packing(model: nn.Module) -> None:
     rows = torch.tensor([one + second, other + second, second + one])
     places = [*range(3), *range(4)]
     positions = torch.tensor([places, places, [*range(4), *range(3)]])
-    with _quiet(model) as device:
+    with _evaluation_mode(model) as device:
         vocabulary = _vocabulary(model)
         inputs = {"input_ids": (rows % vocabulary).to(device), "position_ids": positions.to(device)}
         states = states_of(model, inputs)
@@ -133,9 +133,9 @@ def check_packing(model: nn.Module) -> None:
         )
 
 
-def _try(model: nn.Module) -> Tensor:
+def _probe_logits(model: nn.Module) -> Tensor:
     """Logits of two rows that differ in their last token."""
-    with _quiet(model) as device:
+    with _evaluation_mode(model) as device:
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % _vocabulary(model)
         return logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
@@ -145,7 +145,7 @@ def _vocabulary(model: nn.Module) -> int:
     return int(embeddings.weight.shape[0])
 
 
-def _said(model: nn.Module) -> tuple[float, float | None]:
+def _configured_scaling(model: nn.Module) -> tuple[float, float | None]:
     """Scale and cap by the names that configurations of transformers have for them."""
     config: Any = model.config
     config = config.get_text_config()
@@ -164,7 +164,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[torch.device]:
+def _evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
     """No gradients and no dropout inside; gives the device of the model's input."""
     modes = [(module, module.training) for module in model.modules()]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsegrad_cli.data.batches import UNLABELLED
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.models.lm_head import LmHead, find_lm_head, logits_of, states_of
-from sparsegrad_cli.models.sharded_tensors import within
+from sparsegrad_cli.models.sharded_tensors import call_as_forward
 from sparsegrad_cli.numerics.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_sums,
@@ -184,4 +184,4 @@ def _at_head(
             cap=head.cap,
         )
 
-    return within(linear, forward, states_MI)
+    return call_as_forward(linear, forward, states_MI)

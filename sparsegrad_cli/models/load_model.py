@@ -12,11 +12,11 @@ from torch import nn
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.models.classification_head import (
     HeadStart,
-    align_output,
-    head_start,
+    class_dimensions,
+    copy_output_layer,
+    describe_head_start,
     match_labels,
-    output_dimensions,
-    put_output,
+    reorder_output_layer,
 )
 from sparsegrad_cli.models.pretrained import (
     from_pretrained,
@@ -26,7 +26,7 @@ from sparsegrad_cli.models.pretrained import (
 from sparsegrad_cli.models.quantized import (
     quantization_config,
     require_bitsandbytes,
-    use_frozen_products,
+    use_frozen_forward,
 )
 from sparsegrad_cli.models.targets import linear_outside_blocks
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -80,18 +80,18 @@ def load_classifier(
     loaded = _model(kind, section, config, device)
     model = _with_body(section, loaded)
     more = _with_one_more(config)
-    dimensions = output_dimensions(model, _weightless(kind, more, section))
+    dimensions = class_dimensions(model, _weightless(kind, more, section))
     stored = dimensions.keys() - loaded.lacking
     if stored and match.order is not None:
-        align_output(model, {name: dimensions[name] for name in stored}, match.order)
+        reorder_output_layer(model, {name: dimensions[name] for name in stored}, match.order)
     elif stored:
         # Drawn by transformers, as it draws an output layer that the files hold for other classes.
         set_seed(seed)
         plain = section.model_copy(update={"quantization": None})
-        put_output(model, dimensions, _model(kind, plain, more).model)
+        copy_output_layer(model, dimensions, _model(kind, plain, more).model)
     lacking = sorted({*loaded.lacking, *(dimensions if match.order is None else ())})
     held = bool(dimensions.keys() - loaded.missing)
-    return Classifier(model, head_start(model, list(dimensions), lacking, match, held))
+    return Classifier(model, describe_head_start(model, list(dimensions), lacking, match, held))
 
 
 def _with_one_more(config: Any) -> Any:
@@ -124,14 +124,14 @@ def load_causal_lm(
     model, lacking, _ = _model(kind, section, config, device, packed=packed)
     if lacking:
         raise FileFormatError(
-            f"{section.name} is no whole causal language model: it lacks {_some(lacking)}",
+            f"{section.name} is no whole causal language model: it lacks {_shorten(lacking)}",
             where="model.name",
             fix="was it saved without its language-model head?",
         )
     return model
 
 
-def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
+def reload_model(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
     """The plain model of the class and configuration of ``like``, anew from its files.
 
     What the files do not hold (a task head) is drawn with ``seed``.
@@ -148,7 +148,7 @@ def load_again(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
     return _with_body(section, _model(type(like), section, config))
 
 
-def load_as(
+def load_by_auto_class(
     auto: str,
     section: ModelSection,
     settings: Mapping[str, Any],
@@ -193,7 +193,7 @@ def check_vocabulary(tokenizer: Any, model: nn.Module, where: str) -> None:
     some = [f"{beyond[number]!r} ({number})" for number in sorted(beyond)]
     raise UsageError(
         f"expected an embedding for every token, but the tokenizer has ids up to {max(beyond)} "
-        f"and the model {table.num_embeddings} embeddings: there is none for {_some(some)}",
+        f"and the model {table.num_embeddings} embeddings: there is none for {_shorten(some)}",
         where=where,
         fix="add them with model.resize_token_embeddings(len(tokenizer)) of transformers, save the "
         "model and name it here; or take the added tokens out of the tokenizer's files",
@@ -225,14 +225,14 @@ def _with_body(section: ModelSection, loaded: _Loaded) -> nn.Module:
     if body:
         raise FileFormatError(
             f"{section.name} does not hold the model that its config.json describes: it lacks "
-            f"{_some(body)}, or holds them in another shape",
+            f"{_shorten(body)}, or holds them in another shape",
             where="model.name",
             fix="bring the files back from where they came from",
         )
     return model
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -271,7 +271,7 @@ def _model(
     model, report = from_pretrained(
         kind.from_pretrained, section, what="model", config=config, **more
     )
-    use_frozen_products(model, dtype)
+    use_frozen_forward(model, dtype)
     missing = set(report["missing_keys"])
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     return _Loaded(model, sorted(missing | mismatched), missing)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.models.quantized import dtype_of, is_quantized, quantized_in
+from sparsegrad_cli.models.quantized import dtype_of, find_quantized, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.saved_activations import ByteDropout, gated
 
@@ -24,21 +24,21 @@ def save_memory(model: nn.Module, targets: Sequence[Target], recompute: str = "n
         targets: its targets.
         recompute: ``none``, or ``activation`` as in :func:`recompute_activations`.
     """
-    use_byte_masks(model)
-    use_lean_gates(model, targets)
+    use_byte_dropout(model)
+    use_efficient_gated_mlps(model, targets)
     if recompute == "activation":
         recompute_activations(model, targets)
 
 
-def use_byte_masks(model: nn.Module) -> int:
+def use_byte_dropout(model: nn.Module) -> int:
     """Replace every nn.Dropout of the model by one whose mask takes a byte; returns how many."""
     found = [name for name, module in model.named_modules() if type(module) is nn.Dropout]
     for name in found:
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Dropout)
-        lean = ByteDropout(plain.p, plain.inplace)
-        lean.training = plain.training
-        model.set_submodule(name, lean)
+        efficient = ByteDropout(plain.p, plain.inplace)
+        efficient.training = plain.training
+        model.set_submodule(name, efficient)
     return len(found)
 
 
@@ -72,7 +72,7 @@ def recompute_activations(model: nn.Module, targets: Sequence[Target]) -> list[s
     return owners
 
 
-def use_lean_gates(model: nn.Module, targets: Sequence[Target]) -> int:
+def use_efficient_gated_mlps(model: nn.Module, targets: Sequence[Target]) -> int:
     """Let gated MLPs keep two wide tensors instead of three (numerics/saved_activations.py).
 
     A module counts as a gated MLP if it has ``gate_proj``, ``up_proj``, ``down_proj`` and
@@ -91,9 +91,9 @@ def use_lean_gates(model: nn.Module, targets: Sequence[Target]) -> int:
             continue
         if next(iter(module.act_fn.parameters()), None) is not None:  # type: ignore[union-attr]
             continue
-        lean = functools.partial(_gated_mlp, module)
-        if _agree(module, lean):
-            module.forward = lean
+        efficient = functools.partial(_gated_mlp, module)
+        if _gives_same_output(module, efficient):
+            module.forward = efficient
             count += 1
     return count
 
@@ -105,18 +105,18 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, lean: Callable[[Tensor], Tensor]) -> bool:
+def _gives_same_output(module: nn.Module, efficient: Callable[[Tensor], Tensor]) -> bool:
     """Whether both give the same on a few numbers."""
     gate = module.gate_proj
     assert isinstance(gate, nn.Module)
-    layer: Any = quantized_in(gate) or gate
+    layer: Any = find_quantized(gate) or gate
     width = layer.in_features if is_quantized(layer) else layer.weight.shape[1]
     x = torch.linspace(-1, 1, 2 * width).reshape(1, 2, -1)
     x = x.to(next(gate.parameters()).device, dtype_of(gate))
     before = module.training
     try:
         # In training too, where a module may have dropout that evaluation does not show.
-        return all(torch.equal(module.train(mode)(x), lean(x)) for mode in (False, True))
+        return all(torch.equal(module.train(mode)(x), efficient(x)) for mode in (False, True))
     except (TypeError, ValueError, RuntimeError):
         return False
     finally:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.models.module_trace import tensors_in, trace_modules
-from sparsegrad_cli.models.sharded_tensors import fold, own_part
+from sparsegrad_cli.models.sharded_tensors import local_part, reshard
 
 LOSS, INPUTS = "the loss", "the inputs"
 
@@ -25,9 +25,9 @@ def check_weights(model: nn.Module, step: int) -> None:
     Raises:
         NonFiniteError: names the first parameter that holds NaN or Inf.
     """
-    fold(model)
+    reshard(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    own = next((n for n, (_, p) in enumerate(trained) if not finite(own_part(p))), len(trained))
+    own = next((n for n, (_, p) in enumerate(trained) if not finite(local_part(p))), len(trained))
     first = min(distributed.all_gather(own))  # one process alone may hold the damaged shard
     if first < len(trained):
         name = trained[first][0]

@@ -11,7 +11,7 @@ from torch import nn
 HALF = (torch.bfloat16, torch.float16)
 
 
-def open_parameter(parameter: nn.Parameter) -> None:
+def unfreeze_parameter(parameter: nn.Parameter) -> None:
     """Let it train; a half-precision one becomes float32 first, in place."""
     if parameter.dtype in HALF:
         parameter.data = parameter.data.float()

@@ -64,7 +64,7 @@ def quantization_config(bits: str, dtype: torch.dtype, skipped: Sequence[str]) -
     )
 
 
-def quantization_words(model: nn.Module) -> dict[str, Any]:
+def quantization_arguments(model: nn.Module) -> dict[str, Any]:
     """What a user tells BitsAndBytesConfig to quantize the base model as this one is."""
     config: Any = model.config
     made = config.quantization_config.to_dict()
@@ -80,7 +80,7 @@ def is_quantized(module: nn.Module) -> bool:
     return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)
 
 
-def quantized_in(module: nn.Module) -> nn.Module | None:
+def find_quantized(module: nn.Module) -> nn.Module | None:
     """The quantized layer that a module is, or holds as ``base_layer`` (peft's, a core's)."""
     held = getattr(module, "base_layer", module)
     return held if is_quantized(held) else None
@@ -95,7 +95,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def placed(model: nn.Module, device: torch.device | str) -> nn.Module:
+def move_model(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The model on a device; one with quantized layers was made there, and cannot be moved."""
     return model if quantized_layers(model) else model.to(device)
 
@@ -110,7 +110,7 @@ def bits_of(model: nn.Module) -> str | None:
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """In which a linear layer's products are made: its weight's dtype, or what it was made for."""
-    layer: Any = quantized_in(module)
+    layer: Any = find_quantized(module)
     if layer is None:
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -124,7 +124,7 @@ def dequantized(module: nn.Module) -> Tensor:
     """W (out, in) of a quantized layer, in the dtype of its products; made anew at each call."""
     import bitsandbytes as bnb
 
-    layer: Any = quantized_in(module)
+    layer: Any = find_quantized(module)
     assert layer is not None
     if isinstance(layer, bnb.nn.Linear4bit):
         packed, state = layer.weight.data, copy.copy(layer.weight.quant_state)
@@ -177,7 +177,7 @@ def rounds_in_evaluation(model: nn.Module, device: torch.device) -> bool:
     return any(getattr(each, "support_avx512bf16_for_cpu", False) for each in layers)
 
 
-def use_frozen_products(model: nn.Module, dtype: torch.dtype) -> int:
+def use_frozen_forward(model: nn.Module, dtype: torch.dtype) -> int:
     """Let quantized layers compute as in training always, and keep nothing; returns how many.
 
     Args:
@@ -189,7 +189,7 @@ def use_frozen_products(model: nn.Module, dtype: torch.dtype) -> int:
         # On the instance, as elsewhere: a wrapper module would rename parameters.
         layer.forward = functools.partial(_forward, layer)
     if layers:
-        _quiet()
+        _hide_rounding_warning()
     return len(layers)
 
 
@@ -216,7 +216,7 @@ def _product(layer: Any, x_NI: Tensor) -> Tensor:
     return made
 
 
-def _quiet() -> None:
+def _hide_rounding_warning() -> None:
     """bitsandbytes warns at every 8-bit product of anything but float16 that it rounds x."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     if _not_of_rounding not in logger.filters:

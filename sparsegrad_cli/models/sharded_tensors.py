@@ -32,13 +32,13 @@ def _joined() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     found: Any = tensor
     return found.to_local() if is_split(tensor) else tensor
 
 
-def fold(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Leave every process with nothing but its shards.
 
     After a forward pass without a backward pass the last modules are still whole: their parameters
@@ -57,7 +57,7 @@ def split_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors. Of one that is split the first process gets a copy on the CPU, the others its
     shape alone (a meta tensor)."""
     return {name: _whole(tensor) for name, tensor in tensors.items()}
@@ -103,7 +103,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def within(module: nn.Module, compute: Callable[..., _Out], *inputs: Tensor) -> _Out:
+def call_as_forward(module: nn.Module, compute: Callable[..., _Out], *inputs: Tensor) -> _Out:
     """``compute(*inputs)`` as if it were the module's forward.
 
     What hangs on the module's forward pass happens around it: the parameters of a split module are

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import did_you_mean
-from sparsegrad_cli.models.quantized import dequantized, quantized_in
+from sparsegrad_cli.models.quantized import dequantized, find_quantized
 from sparsegrad_cli.recipe.schema import TargetsSection, parse_slice
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -54,13 +54,13 @@ class Target:
     def weight_OI(self, model: nn.Module) -> Tensor:
         """W (out, in) as a view of the module's parameter; of a quantized layer, made anew."""
         layer = model.get_submodule(self.name)
-        if quantized_in(layer) is not None:
+        if find_quantized(layer) is not None:
             return dequantized(layer)
         weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight.T if self.transposed else weight
 
-    def within(self, model: nn.Module) -> Target:
+    def in_model(self, model: nn.Module) -> Target:
         """The same layer of a model in which it is plain: a quantized one never holds W'."""
         conv = isinstance(model.get_submodule(self.name), Conv1D)
         return replace(self, transposed=conv)
@@ -71,7 +71,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def linear_sides(module: nn.Module) -> tuple[int, int]:
+def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer; a 4-bit weight does not say them."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -138,7 +138,7 @@ def _linear_layers_in_blocks(
             for inner, module in block.named_modules():
                 if not is_linear(module):
                     continue
-                sides = linear_sides(module)
+                sides = linear_shape(module)
                 name = f"{list_name}.{number}.{inner}"
                 targets.append(Target(name, inner, number, *sides, isinstance(module, Conv1D)))
     return targets
@@ -241,7 +241,7 @@ def not_adapted(
                     kind = f"{inner}.{leaf}" if inner else leaf
                     shape = tuple(parameter.shape)
                     if is_linear(module) and leaf == "weight":
-                        kind, shape = inner, linear_sides(module)  # a 4-bit weight is packed
+                        kind, shape = inner, linear_shape(module)  # a 4-bit weight is packed
                     large = len(shape) > 1 and math.prod(shape) >= smallest
                     path = f"{list_name}.{number}.{kind}"
                     if large and not _mixes_tokens(model, path, kind, attention_only=True):

@@ -17,7 +17,7 @@ from sparsegrad_cli.data.batches import UNLABELLED
 from sparsegrad_cli.data.metrics import mean_loss, score
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
-from sparsegrad_cli.models.sharded_tensors import within
+from sparsegrad_cli.models.sharded_tensors import call_as_forward
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
 _WORST = 1e9  # for what is not a number: JSON has none
@@ -163,7 +163,9 @@ class LanguageModelling:
         sums, device = LmSums(), torch.device("cpu")
         for batch in batches:
             device = batch.inputs["labels"].device
-            found = within(model, functools.partial(lm_sums, model, batch.inputs, head=self._head))
+            found = call_as_forward(
+                model, functools.partial(lm_sums, model, batch.inputs, head=self._head)
+            )
             if batch.rows:
                 sums += found
         totals = torch.tensor(

@@ -19,7 +19,7 @@ from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
 from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
-from sparsegrad_cli.models.quantized import count_entries, placed, quantization_state
+from sparsegrad_cli.models.quantized import count_entries, move_model, quantization_state
 from sparsegrad_cli.models.targets import (
     NotAdapted,
     Target,
@@ -131,7 +131,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
         observer.note(not_adapted_note(left_out, recipe.scope))
     device = device_of(recipe)
     head_hash = hash_parameters(head_parameters(model))
-    model = placed(model, device)
+    model = move_model(model, device)
     save_memory(model, targets, recipe.method.recompute)
     return Setup(
         **vars(parts) | {"model": model},

@@ -27,7 +27,7 @@ from sparsegrad_cli.error_mapping import first_line, is_out_of_memory
 from sparsegrad_cli.errors import FileFormatError, SparsegradError
 from sparsegrad_cli.io.atomic import read_tensors, write_tensors
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_names
-from sparsegrad_cli.models.sharded_tensors import gathered, shard_like
+from sparsegrad_cli.models.sharded_tensors import gather, shard_like
 from sparsegrad_cli.run.checkpoint_state import (
     REMOVE,
     CheckpointState,
@@ -95,7 +95,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     entries = {}
     for number, entry in state["state"].items():
         tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
-        entries[number] = entry | gathered(tensors)
+        entries[number] = entry | gather(tensors)
     return state | {"state": entries}
 
 

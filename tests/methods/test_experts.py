@@ -54,7 +54,7 @@ def test_what_trains_is_what_is_counted_and_merges(name: str, architecture: str)
     with torch.no_grad():
         for count in ready.counts.targets:
             merged_OI = method.merged_OI(model, count.target)
-            count.target.within(plain).weight_OI(plain).copy_(merged_OI)
+            count.target.in_model(plain).weight_OI(plain).copy_(merged_OI)
         inputs = tokens(seed=9)
         expected, got = model.eval()(**inputs).logits, plain(**inputs).logits
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)

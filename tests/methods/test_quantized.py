@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.methods.sparsegrad.core_layers import QuantizedCoreLinear
-from sparsegrad_cli.models.quantized import quantization_state, quantized_in
+from sparsegrad_cli.models.quantized import find_quantized, quantization_state
 
 need_bitsandbytes()
 
@@ -66,7 +66,7 @@ def test_merged_weights_compute_the_same(name: str, bits: str, body: Callable[[s
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     for target in trained.targets:
         layer = trained.model.get_submodule(target.name)
-        assert quantized_in(layer) is not None
+        assert find_quantized(layer) is not None
         merged_OI = trained.method.merged_OI(trained.model, target)
         x_NI = x[:, : target.in_features]
         expected = x_NI.double() @ merged_OI.T

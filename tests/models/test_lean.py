@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.memory_savers import (
     recompute_activations,
-    use_byte_masks,
-    use_lean_gates,
+    use_byte_dropout,
+    use_efficient_gated_mlps,
 )
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.saved_activations import ByteDropout
@@ -38,7 +38,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_byte_masks_change_nothing(architecture: str) -> None:
     plain = classifier(architecture)
     lean = copy.deepcopy(plain)
-    count = use_byte_masks(lean)
+    count = use_byte_dropout(lean)
     assert count == sum(isinstance(m, ByteDropout) for m in lean.modules()) > 0
     assert not any(type(m) is nn.Dropout for m in lean.modules())
     assert [n for n, _ in lean.named_modules()] == [n for n, _ in plain.named_modules()]
@@ -66,19 +66,19 @@ def test_recomputing_changes_nothing_and_keeps_less(architecture: str) -> None:
 def test_lean_gates_change_nothing_and_keep_less(architecture: str) -> None:
     plain = classifier(architecture)
     lean = copy.deepcopy(plain)
-    assert use_lean_gates(lean, targets_of(lean)) == BLOCKS
+    assert use_efficient_gated_mlps(lean, targets_of(lean)) == BLOCKS
     assert kept(plain) - kept(lean) == BLOCKS * 4 * 8 * 6 * INNER  # batch x length x width
     expected, got = gradients(plain), gradients(lean)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def test_what_only_looks_like_a_gated_mlp_is_left_alone() -> None:
-    assert use_lean_gates(classifier("bert"), targets_of(classifier("bert"))) == 0
+    assert use_efficient_gated_mlps(classifier("bert"), targets_of(classifier("bert"))) == 0
     model = classifier("llama")
     mlp = model.get_submodule("model.layers.1.mlp")
     plain = mlp.forward
     mlp.forward = lambda x: 2 * plain(x)
-    assert use_lean_gates(model, targets_of(model)) == BLOCKS - 1
+    assert use_efficient_gated_mlps(model, targets_of(model)) == BLOCKS - 1
 
 
 def kept(model: nn.Module) -> int:
@@ -107,7 +107,7 @@ def test_an_mlp_without_a_module_of_its_own_is_refused() -> None:
 def test_nothing_is_changed_on_classes() -> None:
     lean, other = classifier(), classifier()
     recompute_activations(lean, targets_of(lean))
-    use_byte_masks(lean)
+    use_byte_dropout(lean)
     assert "forward" not in vars(other.get_submodule("bert.encoder.layer.0.intermediate"))
     assert any(type(m) is nn.Dropout for m in other.modules())
 
@@ -138,7 +138,7 @@ def test_gates_that_are_not_quite_such_are_left_alone_or_right(activation: str) 
         mlp.act_fn = nn.Identity() if activation == "identity" else nn.ReLU(inplace=True)
         mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
     before = mlp.training
-    assert use_lean_gates(model, targets) == (activation == "identity")
+    assert use_efficient_gated_mlps(model, targets) == (activation == "identity")
     assert mlp.training is before
     x = torch.ones(2, 4)
     expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))

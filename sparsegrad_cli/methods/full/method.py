@@ -15,7 +15,7 @@ from sparsegrad_cli.methods.implementation import (
     open_scope,
     weight_of,
 )
-from sparsegrad_cli.models.precision import open_parameter
+from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 
@@ -36,7 +36,7 @@ class Full(Method):
         total = sum(p.numel() for p in model.parameters())
         head, rest = open_scope(model, targets, scope)
         for target in targets:
-            open_parameter(weight_of(model, target))
+            unfreeze_parameter(weight_of(model, target))
         trained = tuple(TargetCount(target, target.size) for target in targets)
         counts = Counts(trained, count_parameters(head), count_parameters(rest), total)
         return Prepared(counts)

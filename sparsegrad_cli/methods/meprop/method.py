@@ -22,7 +22,7 @@ from sparsegrad_cli.methods.implementation import (
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.optimizer import Selection
 from sparsegrad_cli.methods.sparse_method import SparseMethod
-from sparsegrad_cli.models.precision import open_parameter
+from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
@@ -70,7 +70,7 @@ class Meprop(SparseMethod):
         rows = self.settings.rows(targets) if self._by_rows else {}
         counts, unified = [], self.settings.unified
         for target in targets:
-            open_parameter(weight_of(model, target))
+            unfreeze_parameter(weight_of(model, target))
             count = self.requested[target.name]
             if self._by_rows:
                 k, layer = rows[target.name], model.get_submodule(target.name)

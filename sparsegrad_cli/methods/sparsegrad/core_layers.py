@@ -79,7 +79,7 @@ class QuantizedCoreLinear(CoreLinear):
 
     Args:
         base_layer: a layer of bitsandbytes that saves nothing
-            (:func:`sparsegrad_cli.models.quantized.use_frozen_products`); it is kept whole, because
+            (:func:`sparsegrad_cli.models.quantized.use_frozen_forward`); it is kept whole, because
             it holds the scales.
         basis, support: as in :class:`CoreLinear`.
     """

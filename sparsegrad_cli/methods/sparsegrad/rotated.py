@@ -26,7 +26,7 @@ from sparsegrad_cli.methods.implementation import (
 from sparsegrad_cli.methods.optimizer import Selection
 from sparsegrad_cli.methods.sparse_method import SparseMethod
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
-from sparsegrad_cli.models.precision import open_parameter
+from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
@@ -102,7 +102,7 @@ class Sparsegrad(SparseMethod):
         moved: dict[int, Basis] = {}  # targets that share a basis share its copy on the device
         for target in targets:
             layer, weight = model.get_submodule(target.name), weight_of(model, target)
-            open_parameter(weight)  # before the bases take its dtype
+            unfreeze_parameter(weight)  # before the bases take its dtype
             given = bases[target.name]
             if id(given) not in moved:
                 moved[id(given)] = _on(given, weight)
