@@ -1,1 +1,1 @@
-"""Models and tokenizers, and where their MLP layers are."""
+"""Load models and tokenizers, and find the MLP layers of a model."""

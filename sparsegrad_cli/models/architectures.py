@@ -1,7 +1,7 @@
-"""The sizes of some public models, so that nothing need be fetched to know them.
+"""The sizes of some public models, so that an estimate needs no download.
 
-Only `estimate` uses them: it needs shapes, and no weights. What is not said is transformers'
-default for that kind of model; tests hold the number of parameters against the published one.
+An estimate needs shapes but no weights. Sizes that are not listed are the defaults of transformers
+for that type of model. Tests compare the parameter counts with the published ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 
-# A model's name in a recipe -> (model_type of transformers, what differs from its defaults).
+# Model name in a recipe -> (model_type of transformers, settings that differ from its defaults).
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", {}),
     "roberta-base": ("roberta", _ROBERTA),
@@ -93,14 +93,17 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def configuration_of(section: ModelSection) -> tuple[Any, str]:
-    """A model's configuration, and in words where it came from.
+    """Return a model's configuration and a description of its source.
 
-    The table above for the models in it, by their very names; else a local folder, the cache or
-    the hub; and where none of them has it, the table once more, by the last part of the name.
+    The table above is used for the exact names in it. Other names are looked up in a local folder,
+    the cache or the hub. If all of them fail, the table is searched by the last part of the name.
+
+    Returns:
+        The configuration (transformers' PreTrainedConfig) and its source, for the report.
 
     Raises:
-        DownloadError: it is neither there nor in the table.
-        FileFormatError: a local folder has none that can be read.
+        DownloadError: The configuration cannot be found or downloaded, and is not in the table.
+        FileFormatError: A local folder has no readable configuration.
     """
     local = is_folder(section.name)
     if section.name in KNOWN and section.revision is None and not local:
@@ -108,15 +111,16 @@ def configuration_of(section: ModelSection) -> tuple[Any, str]:
     try:
         config = load_configuration(section)
     except DownloadError as error:
-        alike = [name for name in KNOWN if _last_part(name) == _last_part(section.name)]
-        if not alike:
+        same_name = [name for name in KNOWN if _last_part(name) == _last_part(section.name)]
+        if not same_name:
             raise DownloadError(
                 error.what,
                 where=error.where,
                 fix="point `model` at a folder with its config.json; without one these are known: "
                 + ", ".join(KNOWN),
             ) from error
-        return _known(alike[0]), f"the built-in sizes of {alike[0]}, its own being out of reach"
+        source = f"the built-in sizes of {same_name[0]}, because its own are out of reach"
+        return _known(same_name[0]), source
     if is_folder(locate(section.name)):
         return config, "its local config.json"
     return config, "its config.json from the hub or its cache"

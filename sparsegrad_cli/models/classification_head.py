@@ -1,4 +1,4 @@
-"""The trained head that a base model brings: kept for the same classes, drawn afresh for others."""
+"""Keep a base model's trained head if it has the task's classes; else initialize a new one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.tasks import TaskSpec
 from sparsegrad_cli.records import run as records
 
-_GENERIC = re.compile(r"LABEL_(\d+)")  # transformers' names for classes that nobody has named
-_SHOWN = 4  # labels in a note
+_GENERIC = re.compile(r"LABEL_(\d+)")  # The names that transformers gives to unnamed classes.
+_SHOWN = 4  # Labels in a note.
 
 
 @dataclass(frozen=True)
 class HeadMatch:
-    """Whether the output layer in a base model's files is of the task's classes.
+    """Whether the output layer in a base model's files has the task's classes.
 
     Attributes:
-        order: the stored class of each class of the task; None if the layer is not of them.
-        reason: why it is kept or not, for the note.
+        order: The stored class number of each class of the task; None if the classes differ.
+        reason: Why the layer is kept or not, for the note.
     """
 
     order: tuple[int, ...] | None
@@ -32,20 +32,20 @@ class HeadMatch:
 
     @property
     def moved(self) -> bool:
-        """Whether the stored classes stand in another order than the task's."""
+        """Whether the stored classes have another order than the task's."""
         return self.order is not None and self.order != tuple(range(len(self.order)))
 
 
 @dataclass(frozen=True)
 class HeadStart:
-    """Where the parameters of a classifier's head come from, read off its loading.
+    """Where the parameters of a classifier's head come from.
 
     Attributes:
-        start: ``kept``, ``aligned`` (kept, its classes put in the task's order) or ``fresh``: of
-            the output layer.
-        kept: parameters of the head that the base model's files gave.
-        fresh: parameters of the model that its files lack, which were drawn at random.
-        note: for the user, where the files held an output layer.
+        start: Start of the output layer: ``kept``, ``aligned`` (kept, with its classes in the
+            task's order) or ``fresh`` (initialized at random).
+        kept: Names of the head's parameters that were read from the base model's files.
+        fresh: Names of the model's parameters that its files lack; they were initialized at random.
+        note: A sentence for the user if the files held an output layer, else None.
     """
 
     start: records.Start
@@ -54,18 +54,19 @@ class HeadStart:
     note: str | None
 
     def record(self) -> records.HeadStart:
-        """Return the start as run.json keeps it."""
+        """Return the record of it in run.json."""
         return records.HeadStart(start=self.start, kept=list(self.kept), fresh=list(self.fresh))
 
 
 def match_labels(config: Any, spec: TaskSpec) -> HeadMatch:
     """Compare a base model's labels with a task's, by name.
 
-    Names are compared as they are, then without case and with ``_``, ``-`` and spaces taken as
-    equal. ``LABEL_3`` is the class that the data call ``3``, and nothing else.
+    Names are compared exactly, and then without case and with ``_``, ``-`` and spaces treated as
+    equal. ``LABEL_3`` matches only a class that the data call ``3``.
 
     Args:
-        config: of the base model, as its files have it.
+        config: The base model's configuration, as in its files.
+        spec: The task.
     """
     stored = _stored_names(config)
     kind = getattr(config, "problem_type", None)
@@ -93,7 +94,7 @@ def match_labels(config: Any, spec: TaskSpec) -> HeadMatch:
 
 
 def _stored_names(config: Any) -> list[str]:
-    """Label names by class; generic ones where ``id2label`` and ``label2id`` contradict another."""
+    """Return the label names by class; generic ones if ``id2label`` contradicts ``label2id``."""
     by_class: Mapping[int, str] = getattr(config, "id2label", None) or {}
     names = [str(by_class.get(number, "")) for number in range(len(by_class))]
     by_name: Mapping[str, int] = getattr(config, "label2id", None) or {}
@@ -123,10 +124,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def class_dimensions(model: nn.Module, other: nn.Module) -> dict[str, int]:
-    """Parameters of the head's output layer -> the dimension that counts classes.
+    """Return the dimension of the classes for each parameter of the head's output layer.
 
     Args:
-        other: the same model for another number of classes.
+        model: A classifier.
+        other: The same model for another number of classes.
     """
     shapes = {name: p.shape for name, p in head_parameters(other).items()}
     return {
@@ -139,11 +141,12 @@ def class_dimensions(model: nn.Module, other: nn.Module) -> dict[str, int]:
 def reorder_output_layer(
     model: nn.Module, dimensions: Mapping[str, int], order: Sequence[int]
 ) -> None:
-    """Put the classes of an output layer into another order.
+    """Reorder the classes of an output layer, in place.
 
     Args:
-        dimensions: as :func:`class_dimensions` gives them.
-        order: the present class of each class to be.
+        model: A classifier.
+        dimensions: The result of :func:`class_dimensions`.
+        order: The old class number of each new class.
     """
     with torch.no_grad():
         for name, dimension in dimensions.items():
@@ -153,10 +156,12 @@ def reorder_output_layer(
 
 
 def copy_output_layer(model: nn.Module, dimensions: Mapping[str, int], other: nn.Module) -> None:
-    """Copy the output layer of a model that has as many classes or more.
+    """Copy the output layer of another model, in place.
 
     Args:
-        dimensions: as :func:`class_dimensions` gives them.
+        model: The classifier to copy into.
+        dimensions: The result of :func:`class_dimensions`.
+        other: The same model with at least as many classes.
     """
     with torch.no_grad():
         for name, dimension in dimensions.items():
@@ -168,12 +173,14 @@ def copy_output_layer(model: nn.Module, dimensions: Mapping[str, int], other: nn
 def describe_head_start(
     model: nn.Module, outputs: Sequence[str], lacking: Sequence[str], match: HeadMatch, held: bool
 ) -> HeadStart:
-    """What became of a base model's head.
+    """Describe where the parameters of a loaded classifier's head come from.
 
     Args:
-        outputs: parameters of the output layer.
-        lacking: parameters of the model that its files did not give.
-        held: whether the files hold an output layer, of whatever classes.
+        model: The classifier.
+        outputs: Names of the output layer's parameters.
+        lacking: Names of the parameters that were not read from the model's files.
+        match: Whether the stored classes are the task's.
+        held: Whether the files hold an output layer, for any classes.
     """
     kept = tuple(name for name in head_parameters(model) if name not in lacking)
     fresh = tuple(sorted(lacking))

@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""The device of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """The current CUDA device, or the CPU where there is none or the recipe says so."""
+    """Return the current CUDA device, or the CPU without CUDA or with ``train.use_cpu``."""
     if recipe.train.use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""How a causal language model makes logits of its decoder's hidden states, found out by trying."""
+"""Find out, by a trial, how a causal language model computes logits from hidden states."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
 
-_PROBE_LOGIT = 50.0  # highest logit of the trial: enough for any cap to show
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; else .06
+_PROBE_LOGIT = 50.0  # Highest logit of the trial; every known cap shows at this size.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # Relative to the largest value.
+_HALF_TOLERANCE = 0.06  # The same for bfloat16 and float16.
 
 
 @dataclass(frozen=True)
 class LmHead:
-    """logits = scale (W h + b), capped to cap tanh(logits / cap), h the decoder's last states.
+    """The function logits = scale (W h + b), then cap tanh(logits / cap), of hidden states h.
 
     Attributes:
-        scale, cap: as above; 1 and None for most models.
-        reason: why that does not hold for this model, so that its own logits must be used.
+        scale: Factor of the logits; 1 for most models.
+        cap: Bound of the logits; None for most models.
+        reason: Why the model computes its logits in another way, so that its own forward must be
+            used; None if the formula holds.
     """
 
     scale: float = 1.0
@@ -32,17 +35,21 @@ class LmHead:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a model of transformers that gives hidden states."""
+    """Return the part of a transformers model that computes hidden states."""
     decoder = model.get_decoder()  # type: ignore[operator]
     assert isinstance(decoder, nn.Module)
     return decoder
 
 
 def states_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The decoder's last hidden states (batch, length, hidden).
+    """Return the decoder's last hidden states, (batch, length, hidden).
 
-    Without a cache, which nothing here reads, and with which transformers would let packed
-    conversations see each other.
+    No key-value cache is used: with one, transformers would let packed conversations attend to
+    each other.
+
+    Args:
+        model: A causal language model.
+        inputs: Its inputs, each (batch, length).
     """
     decoder = decoder_of(model)
     states: Tensor = decoder(**_accepted_inputs(decoder, inputs), use_cache=False)[0]
@@ -50,13 +57,13 @@ def states_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's own logits (batch, length, V)."""
+    """Return the logits of the model's own forward, (batch, length, V)."""
     logits: Tensor = model(**_accepted_inputs(model, inputs), use_cache=False).logits
     return logits
 
 
 def _accepted_inputs(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without position ids where a model has no use for them."""
+    """Return the inputs without position ids if the module does not accept them."""
     names = inspect.signature(module.forward).parameters.values()
     if any(n.kind is n.VAR_KEYWORD or n.name == "position_ids" for n in names):
         return inputs
@@ -64,13 +71,13 @@ def _accepted_inputs(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, 
 
 
 def find_lm_head(model: nn.Module) -> LmHead:
-    """What a causal language model does between hidden states and logits.
+    """Return how a causal language model computes its logits.
 
-    What its configuration says is tried on eight tokens, with the head's output made so large that
-    a cap must show.
+    The formula of its configuration is compared with the model's own logits for eight tokens. The
+    output of the head is amplified for this, so that a cap shows.
 
     Raises:
-        UsageError: an earlier position sees a later token: no causal language model.
+        UsageError: A position attends to later tokens, so the model is not causal.
     """
     captured: dict[str, Tensor] = {}
 
@@ -79,11 +86,11 @@ def find_lm_head(model: nn.Module) -> LmHead:
         captured["amplified"] = output * (_PROBE_LOGIT / output.abs().max().clamp_min(1e-30))
         return captured["amplified"]
 
-    def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+    def capture_states(module: nn.Module, inputs: Any, output: Any) -> None:
         captured["states"] = output[0]
 
     head = model.get_output_embeddings()  # type: ignore[operator]
-    hooks = [decoder_of(model).register_forward_hook(listen)]
+    hooks = [decoder_of(model).register_forward_hook(capture_states)]
     if isinstance(head, nn.Module):
         hooks.append(head.register_forward_hook(amplify))
     try:
@@ -94,27 +101,28 @@ def find_lm_head(model: nn.Module) -> LmHead:
     states = captured["states"]
     if not _close(states[0, :-1], states[1, :-1]):
         raise UsageError(
-            f"{type(model).__name__} lets a position see later ones: no causal language model",
+            f"{type(model).__name__} lets a position see later ones, so it is not a "
+            "causal language model",
             where="model.name",
-            fix="a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
+            fix="choose a decoder such as LLaMA, Mistral, Qwen, SmolLM or GPT-2",
         )
     if type(head) is not nn.Linear or "amplified" not in captured:
-        return LmHead(reason="its head is no plain linear layer")
+        return LmHead(reason="its head is not a plain linear layer")
     if captured["hidden"].shape != states.shape or not _close(captured["hidden"], states):
-        return LmHead(reason="its head reads something else than the decoder's last states")
+        return LmHead(reason="its head does not read the decoder's last states")
     scale, cap = _configured_scaling(model)
     expected = captured["amplified"].double() * scale
     expected = expected if cap is None else cap * torch.tanh(expected / cap)
     if not _close(logits.to(captured["amplified"].dtype), expected):
-        return LmHead(reason="it changes its head's output in a way that is not known here")
+        return LmHead(reason="it changes its head's output in an unknown way")
     return LmHead(scale, cap)
 
 
 def check_packing(model: nn.Module) -> None:
-    """Prove, on a few tokens, that conversations packed into a row do not see each other.
+    """Check, on a few tokens, that conversations packed into a row do not affect each other.
 
     Raises:
-        UsageError: they do, or they are not what they are alone.
+        UsageError: The hidden states of a packed conversation differ from those of it alone.
     """
     one, other, second = [3, 4, 5], [6, 7, 8], [9, 10, 11, 12]
     rows = torch.tensor([one + second, other + second, second + one])
@@ -129,12 +137,12 @@ def check_packing(model: nn.Module) -> None:
         raise UsageError(
             f"{type(model).__name__} does not keep conversations apart that are packed into a row",
             where="task.packing",
-            fix="do without packing",
+            fix="set task.packing: none",
         )
 
 
 def _probe_logits(model: nn.Module) -> Tensor:
-    """Logits of two rows that differ in their last token."""
+    """Return the logits of two rows that differ in their last token, (2, 4, V)."""
     with _evaluation_mode(model) as device:
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % _vocabulary(model)
         return logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -146,7 +154,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _configured_scaling(model: nn.Module) -> tuple[float, float | None]:
-    """Scale and cap by the names that configurations of transformers have for them."""
+    """Return scale and cap from the keys that transformers' configurations use for them."""
     config: Any = model.config
     config = config.get_text_config()
     scale = 1.0
@@ -158,14 +166,14 @@ def _configured_scaling(model: nn.Module) -> tuple[float, float | None]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding errors that many layers have added to."""
-    tolerance = _TOLERANCE.get(a.dtype, 0.06) * float(b.abs().max())
+    """Return whether two tensors are equal up to the rounding errors of many layers."""
+    tolerance = _TOLERANCE.get(a.dtype, _HALF_TOLERANCE) * float(b.abs().max())
     return bool(((a.double() - b.double()).abs() <= tolerance).all())
 
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
-    """No gradients and no dropout inside; gives the device of the model's input."""
+    """Disable gradients and dropout in the context; yield the device of the model's input."""
     modes = [(module, module.training) for module in model.modules()]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     try:

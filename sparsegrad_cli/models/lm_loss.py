@@ -1,7 +1,8 @@
-"""The loss of a causal language model from its hidden states: logits of labelled tokens only.
+"""The loss of a causal language model, with logits computed for labelled tokens only.
 
-A batch holds ``input_ids``, ``labels`` (-100 where nothing is learnt), ``position_ids`` and, unless
-it is packed, ``attention_mask``; each (batch, length). Position t predicts the label of t + 1.
+A batch holds ``input_ids``, ``labels`` (-100 for tokens without a label), ``position_ids`` and,
+unless it is packed, ``attention_mask``; each (batch, length). Position t predicts the label of
+t + 1.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from sparsegrad_cli.numerics.linear_cross_entropy import (
     linear_cross_entropy_sums,
 )
 
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class LmSums:
-    """What an evaluation adds up.
+    """Sums over the labelled tokens of an evaluation.
 
     Attributes:
-        loss: sum of -log p(token) over the labelled tokens.
-        tokens: labelled tokens.
-        correct: of them, those with the highest logit.
+        loss: Sum of -log p(token).
+        tokens: Number of labelled tokens.
+        correct: Number of labelled tokens that have the highest logit.
     """
 
     loss: float = 0.0
@@ -54,24 +55,23 @@ def lm_loss(
     *,
     head: LmHead | None = None,
 ) -> Tensor:
-    """Sum of -log p over the batch's labelled tokens, divided by the normalizer.
+    """Return the sum of -log p over a batch's labelled tokens, divided by the normalizer.
 
-    With the labelled tokens of a whole optimizer step as normalizer, every token weighs the same
-    however the step is cut into micro-batches.
+    If the normalizer is the number of labelled tokens of a whole optimizer step, every token has
+    the same weight, however the step is divided into micro-batches.
 
     Args:
-        model: of transformers, not wrapped: what synchronises gradients between processes does so
-            around ``model.forward``, see :func:`use_lm_loss`.
-        batch: see the module's text; other tensors are handed to the model.
-        normalizer: what to divide by.
-        head: :func:`find_lm_head` of the model; found anew by default, which costs a forward pass
-            of eight tokens.
+        model: A transformers model that is not wrapped by DistributedDataParallel, which
+            synchronizes gradients around ``model.forward`` only; see :func:`use_lm_loss`.
+        batch: See the module's docstring; other tensors are passed on to the model.
+        normalizer: The divisor, a number or a scalar tensor.
+        head: The result of :func:`find_lm_head`; found by a forward pass of eight tokens if None.
 
     Returns:
         A scalar in float32 (float64 for a float64 model).
 
     Raises:
-        DataError: nothing in the batch is labelled.
+        DataError: The batch has no labelled token.
     """
     head = head or find_lm_head(model)
     states_MI, target_M = _labelled(model, batch, head)
@@ -80,9 +80,9 @@ def lm_loss(
 
 @torch.no_grad()
 def lm_sums(model: nn.Module, batch: Mapping[str, Tensor], *, head: LmHead | None = None) -> LmSums:
-    """Loss, labelled and correct tokens of a batch; arguments and errors as :func:`lm_loss`.
+    """Return the loss and the numbers of labelled and correct tokens of a batch.
 
-    The mode is the caller's: ``model.eval()`` before an evaluation.
+    Call ``model.eval()`` before an evaluation. Arguments and errors are those of :func:`lm_loss`.
     """
     head = head or find_lm_head(model)
     states_MI, target_M = _labelled(model, batch, head)
@@ -95,18 +95,18 @@ def lm_sums(model: nn.Module, batch: Mapping[str, Tensor], *, head: LmHead | Non
 
 
 def use_lm_loss(model: nn.Module) -> LmHead:
-    """Let the model's own forward compute this loss where it is given labels.
+    """Let the model's own forward compute this loss if it is given labels.
 
-    ``model(**batch)`` then returns the loss and no logits. The normalizer is what transformers'
-    Trainer hands over as ``num_items_in_batch``, or else the batch's own labelled tokens. In this
-    way the loss lies inside what DistributedDataParallel wraps, which synchronises gradients for
-    nothing that goes around it.
+    ``model(**batch)`` then returns the loss but no logits. The normalizer is the argument
+    ``num_items_in_batch`` (as in transformers' Trainer), or the number of the batch's labelled
+    tokens. The loss is thereby computed inside DistributedDataParallel, which synchronizes
+    gradients only for what its forward computes.
 
     Returns:
-        How the logits are made; ``reason`` says why they are not avoided, where they are not.
+        How the logits are computed; its ``reason`` says why all logits must be computed, if so.
     """
     head = find_lm_head(model)
-    # On the instance, as modeling.lean does: nothing may change on the class.
+    # Set on the instance: a change on the class would reach other models.
     model.forward = functools.partial(_forward, model, model.forward, head)
     return head
 
@@ -120,7 +120,7 @@ def _forward(
     num_items_in_batch: float | Tensor | None = None,
     **inputs: Any,
 ) -> Any:
-    """What a model does after :func:`use_lm_loss`."""
+    """Run the forward of a model after :func:`use_lm_loss`."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     if labels is None:
@@ -134,7 +134,7 @@ def _forward(
 
 
 def _labelled(model: nn.Module, batch: Mapping[str, Tensor], head: LmHead) -> tuple[Tensor, Tensor]:
-    """Hidden states (M, hidden) that are to predict labels, or logits (M, V); and the labels."""
+    """Return hidden states (M, hidden) or logits (M, V) of M labelled tokens, and the labels."""
     next_BL = torch.full_like(batch["labels"], UNLABELLED)
     next_BL[:, :-1] = batch["labels"][:, 1:]
     places_M = (next_BL.reshape(-1) != UNLABELLED).nonzero()[:, 0]
@@ -151,7 +151,7 @@ def _labelled(model: nn.Module, batch: Mapping[str, Tensor], head: LmHead) -> tu
 
 
 def _cross_entropy(model: nn.Module, states_MI: Tensor, target_M: Tensor, head: LmHead) -> Tensor:
-    """Summed, of hidden states or of logits."""
+    """Return the summed cross-entropy of hidden states or logits, a scalar."""
     if head.reason is not None:
         wide = torch.promote_types(states_MI.dtype, torch.float32)
         return nn.functional.cross_entropy(states_MI.to(wide), target_M, reduction="sum")
@@ -161,17 +161,17 @@ def _cross_entropy(model: nn.Module, states_MI: Tensor, target_M: Tensor, head: 
 def _at_head(
     model: nn.Module,
     states_MI: Tensor,
-    compute: Callable[..., _Made],
+    compute: Callable[..., _Result],
     target_M: Tensor,
     head: LmHead,
-) -> _Made:
-    """``compute`` of states and head, in the dtype that nn.Linear would compute in.
+) -> _Result:
+    """Return ``compute`` of hidden states and head, in the dtype that nn.Linear would compute in.
 
-    As the head's own forward: a head that is split over processes is whole there alone.
+    It runs as the head's own forward, because a sharded head is whole only there.
     """
     linear = model.get_output_embeddings()  # type: ignore[operator]
 
-    def forward(states_MI: Tensor) -> _Made:
+    def forward(states_MI: Tensor) -> _Result:
         kind, dtype = states_MI.device.type, linear.weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

@@ -1,4 +1,4 @@
-"""Load the model of a recipe: a classifier, a language model, or one again as it was."""
+"""Load the model of a recipe: a classifier, a language model, or a second copy of a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CPU = torch.device("cpu")
 
 
 def name_labels(config: Any, spec: TaskSpec) -> None:
-    """Tell a configuration what a task's classes are, or that it is a regression."""
+    """Set a task's classes in a model's configuration, or that the task is a regression."""
     names = spec.label_names or ("score",)
     config.num_labels = 1 if spec.regression else len(names)
     config.id2label = dict(enumerate(names))
@@ -54,20 +54,24 @@ class Classifier(NamedTuple):
 def load_classifier(
     section: ModelSection, spec: TaskSpec, seed: int, device: torch.device = _CPU
 ) -> Classifier:
-    """A sequence classifier (or regressor) for a task.
+    """Load a sequence classifier (or regressor) for a task.
 
-    The output layer of a head that the files hold is kept if it is of the task's classes, whose
-    order it is given; else it is drawn afresh, as everything is that the files lack. The global
-    random state is seeded with ``seed`` just before the model is built, so that the head starts
-    from the same numbers whatever the method.
+    An output layer in the files is kept if it has the task's classes, and is then put into their
+    order. Otherwise it is initialized at random, like all parameters that the files lack. The
+    global random state is seeded just before the model is built, so that the head starts from the
+    same values for every method.
 
     Args:
-        device: where a quantized model is made, for it cannot be moved; any other is made on the
+        section: The model in the recipe.
+        spec: The task.
+        seed: Seed of the parameters that are initialized at random.
+        device: Device of a quantized model, which cannot be moved. Other models are built on the
             CPU.
 
     Raises:
-        UsageError: as :func:`require_task` and :func:`_model`.
-        DownloadError, FileFormatError: as :func:`from_pretrained`.
+        UsageError: See :func:`require_task`; or the folder holds quantized weights; or bitsandbytes
+            is missing.
+        DownloadError, FileFormatError: See :func:`from_pretrained`.
     """
     from transformers import AutoModelForSequenceClassification, set_seed
 
@@ -85,7 +89,7 @@ def load_classifier(
     if stored and match.order is not None:
         reorder_output_layer(model, {name: dimensions[name] for name in stored}, match.order)
     elif stored:
-        # Drawn by transformers, as it draws an output layer that the files hold for other classes.
+        # transformers initializes it, as it does if the files hold one for other classes.
         set_seed(seed)
         plain = section.model_copy(update={"quantization": None})
         copy_output_layer(model, dimensions, _model(kind, plain, more).model)
@@ -95,9 +99,9 @@ def load_classifier(
 
 
 def _with_one_more(config: Any) -> Any:
-    """The configuration for one class more."""
+    """Return the configuration for one more class."""
     other = copy.deepcopy(config)
-    other.problem_type = None  # one class more than a regression has
+    other.problem_type = None  # A regression has one class only.
     other.num_labels = config.num_labels + 1
     return other
 
@@ -105,16 +109,17 @@ def _with_one_more(config: Any) -> Any:
 def load_causal_lm(
     section: ModelSection, device: torch.device = _CPU, *, packed: bool = False
 ) -> nn.Module:
-    """A causal language model as it was trained: no head is added, nothing is drawn at random.
+    """Load a causal language model. No parameter is added or initialized at random.
 
     Args:
-        device: as in :func:`load_classifier`.
-        packed: weights may lie quantized on disk: who only asks a model needs no others.
+        section: The model in the recipe.
+        device: See :func:`load_classifier`.
+        packed: Accept weights that are quantized on disk, which cannot be trained.
 
     Raises:
-        UsageError: as :func:`require_task` and :func:`_model`.
-        DownloadError, FileFormatError: as :func:`from_pretrained`; also where weights are missing,
-            such as the head of a model that was saved without it.
+        UsageError: See :func:`load_classifier`.
+        DownloadError, FileFormatError: See :func:`from_pretrained`; or weights are missing, such
+            as the head of a model that was saved without it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -124,27 +129,30 @@ def load_causal_lm(
     model, lacking, _ = _model(kind, section, config, device, packed=packed)
     if lacking:
         raise FileFormatError(
-            f"{section.name} is no whole causal language model: it lacks {_shorten(lacking)}",
+            f"{section.name} is not a complete causal language model: it lacks {_shorten(lacking)}",
             where="model.name",
-            fix="was it saved without its language-model head?",
+            fix="save it again with its language-model head (AutoModelForCausalLM)",
         )
     return model
 
 
 def reload_model(section: ModelSection, like: nn.Module, seed: int) -> nn.Module:
-    """The plain model of the class and configuration of ``like``, anew from its files.
+    """Load a model again from its files, without quantization.
 
-    What the files do not hold (a task head) is drawn with ``seed``.
+    Args:
+        section: The model in the recipe.
+        like: A model that gives the class and the configuration.
+        seed: Seed of the parameters that the files lack, such as a task head.
 
     Raises:
-        DownloadError, FileFormatError: as :func:`from_pretrained`.
+        DownloadError, FileFormatError: See :func:`from_pretrained`.
     """
     from transformers import set_seed
 
     set_seed(seed)
     config: Any = copy.deepcopy(like.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # what transformers wrote there when it quantized ``like``
+        del config.quantization_config  # transformers added it when it quantized the model.
     return _with_body(section, _model(type(like), section, config))
 
 
@@ -154,14 +162,17 @@ def load_by_auto_class(
     settings: Mapping[str, Any],
     device: torch.device = _CPU,
 ) -> nn.Module:
-    """A model by the name of an Auto class of transformers, with changes to its configuration.
+    """Load a model with an Auto class of transformers.
 
     Args:
-        device: as in :func:`load_classifier`.
+        auto: Name of the Auto class.
+        section: The model in the recipe.
+        settings: Changes to the model's configuration.
+        device: See :func:`load_classifier`.
 
     Raises:
-        UsageError: as :func:`_model`.
-        DownloadError, FileFormatError: as :func:`from_pretrained`.
+        UsageError: The folder holds quantized weights, or bitsandbytes is missing.
+        DownloadError, FileFormatError: See :func:`from_pretrained`.
     """
     import transformers
 
@@ -173,17 +184,22 @@ def load_by_auto_class(
 
 
 def check_vocabulary(tokenizer: Any, model: nn.Module, where: str) -> None:
-    """Refuse a tokenizer that gives ids for which the model has no embedding.
+    """Check that the model has an embedding for every token id of the tokenizer.
 
-    More embeddings than tokens are fine: vocabularies are often padded to a round number.
+    The model may have more embeddings: vocabularies are often padded to a round number.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        model: The model.
+        where: The recipe key for the error.
 
     Raises:
-        UsageError: names the tokens.
+        UsageError: Embeddings are missing; the error names their tokens.
     """
     get_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
     try:
         table = get_embeddings()
-    except NotImplementedError:  # of a model that reads bytes
+    except NotImplementedError:  # A model that reads bytes has no embeddings.
         return
     if not isinstance(table, nn.Embedding):
         return
@@ -201,11 +217,13 @@ def check_vocabulary(tokenizer: Any, model: nn.Module, where: str) -> None:
 
 
 class _Loaded(NamedTuple):
-    """What transformers has loaded.
+    """A model that transformers has loaded.
 
     Attributes:
-        lacking: names of parameters that the files lack or hold in another shape; drawn at random.
-        missing: those of them that the files lack.
+        model: The model.
+        lacking: Names of the parameters that the files lack or hold in another shape. They were
+            initialized at random.
+        missing: Names of those that the files lack.
     """
 
     model: nn.Module
@@ -214,10 +232,10 @@ class _Loaded(NamedTuple):
 
 
 def _with_body(section: ModelSection, loaded: _Loaded) -> nn.Module:
-    """The model, of which only a head or pooler is made anew.
+    """Return the model if at most its head or pooler was initialized at random.
 
     Raises:
-        FileFormatError: weights of its body are missing, or have another shape.
+        FileFormatError: Weights of its body are missing, or have another shape.
     """
     model = loaded.model
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -227,7 +245,7 @@ def _with_body(section: ModelSection, loaded: _Loaded) -> nn.Module:
             f"{section.name} does not hold the model that its config.json describes: it lacks "
             f"{_shorten(body)}, or holds them in another shape",
             where="model.name",
-            fix="bring the files back from where they came from",
+            fix="download or copy the model's files again",
         )
     return model
 
@@ -245,11 +263,11 @@ def _model(
     *,
     packed: bool = False,
 ) -> _Loaded:
-    """``kind.from_pretrained``, quantized where the section says so.
+    """Call ``kind.from_pretrained``, with quantization if the section asks for it.
 
     Raises:
-        UsageError: the folder holds quantized weights, or bitsandbytes is missing.
-        DownloadError, FileFormatError: as :func:`from_pretrained`.
+        UsageError: The folder holds quantized weights, or bitsandbytes is missing.
+        DownloadError, FileFormatError: See :func:`from_pretrained`.
     """
     stored = getattr(config, "quantization_config", None) is not None
     if stored and (section.quantization is not None or not packed):
@@ -259,7 +277,7 @@ def _model(
             fix="name the model that it was made from, with model.quantization: 4bit or 8bit",
         )
     dtype = getattr(torch, section.dtype)
-    # Weights of other shapes: a head's are made anew, others are refused by name.
+    # A head of another shape is initialized at random; the caller refuses other mismatches.
     more: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True}
     more |= {"use_safetensors": True, "output_loading_info": True}
     if section.quantization is not None:
@@ -278,7 +296,7 @@ def _model(
 
 
 def _weightless(kind: Any, config: Any, section: ModelSection) -> nn.Module:
-    """The model on the meta device; the global random state is left alone."""
+    """Return the model on the meta device, without changing the global random state."""
     config = copy.deepcopy(config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         plain: nn.Module

@@ -1,4 +1,4 @@
-"""Keeping less for the backward pass, without changing a number."""
+"""Save fewer tensors for the backward pass, without changing any result."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from sparsegrad_cli.numerics.saved_activations import ByteDropout, gated
 
 
 def save_memory(model: nn.Module, targets: Sequence[Target], recompute: str = "none") -> None:
-    """Let a freshly loaded model keep less for the backward pass, whatever method then trains it.
+    """Reduce the memory that a model's activations take until the backward pass.
+
+    Call it on a freshly loaded model, before a method replaces its layers.
 
     Args:
-        model: as loaded: targets are plain layers.
-        targets: its targets.
-        recompute: ``none``, or ``activation`` as in :func:`recompute_activations`.
+        model: The model, changed in place.
+        targets: Its target modules, which must be plain layers.
+        recompute: ``none``, or ``activation`` to call :func:`recompute_activations`.
     """
     use_byte_dropout(model)
     use_efficient_gated_mlps(model, targets)
@@ -31,7 +33,7 @@ def save_memory(model: nn.Module, targets: Sequence[Target], recompute: str = "n
 
 
 def use_byte_dropout(model: nn.Module) -> int:
-    """Replace every nn.Dropout of the model by one whose mask takes a byte; returns how many."""
+    """Replace every nn.Dropout by one that saves one byte per mask entry; return their number."""
     found = [name for name, module in model.named_modules() if type(module) is nn.Dropout]
     for name in found:
         plain = model.get_submodule(name)
@@ -43,44 +45,51 @@ def use_byte_dropout(model: nn.Module) -> int:
 
 
 def recompute_activations(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Run the modules that hold the wide activations again in the backward pass.
+    """Recompute the wide activations of MLPs in the backward pass.
 
-    The module that holds both the layer which widens and the activation function
-    (``intermediate``, ``mlp``) then keeps its own input only, at the price of one product of that
-    layer more.
+    The module that contains both the widening layer and the activation function (``intermediate``,
+    ``mlp``) then saves its input only. This costs one more product of the widening layer.
+
+    Args:
+        model: The model, changed in place.
+        targets: Its target modules.
 
     Returns:
-        Names of the modules.
+        The names of the modules that are recomputed.
 
     Raises:
-        UsageError: the widening layers lie in no module of their own.
+        UsageError: The widening layers are not in a module of their own.
     """
     widening = [t for t in targets if t.out_features > t.in_features]
     owners = sorted({t.name.rpartition(".")[0] for t in widening})
     blocks = {t.name.removesuffix(f".{t.kind}") for t in targets}
     if not owners or blocks & set(owners):
         raise UsageError(
-            "this architecture's MLP is no module of its own: its activation cannot be recomputed",
+            "this architecture's MLP is not a module of its own, so its activation cannot be "
+            "recomputed",
             where="method.recompute",
             fix="use method.recompute: none, or train.gradient_checkpointing: true",
         )
     for name in owners:
         module = model.get_submodule(name)
-        # On the instance, as gradient checkpointing of single layers is done elsewhere: a wrapper
-        # module would rename its parameters, and nothing may change on the class.
+        # Set on the instance: a wrapper module would rename the parameters, and a change on the
+        # class would reach other models.
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return owners
 
 
 def use_efficient_gated_mlps(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Let gated MLPs keep two wide tensors instead of three (numerics/saved_activations.py).
+    """Let gated MLPs save two wide tensors instead of three (numerics/saved_activations.py).
 
-    A module counts as a gated MLP if it has ``gate_proj``, ``up_proj``, ``down_proj`` and
-    ``act_fn``, as in LLaMA and its kin, and if, asked, it computes what such an MLP does: other
-    modules of these names are left alone.
+    A gated MLP has ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``, as in LLaMA. It is
+    changed only if it gives exactly the same output afterwards.
+
+    Args:
+        model: The model, changed in place.
+        targets: Its target modules, in whose parents gated MLPs are searched.
 
     Returns:
-        How many there are.
+        The number of MLPs that were changed.
     """
     owners = {t.name.rpartition(".")[0] for t in targets}
     count = 0
@@ -99,14 +108,14 @@ def use_efficient_gated_mlps(model: nn.Module, targets: Sequence[Target]) -> int
 
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:
-    """down(act(gate(x)) * up(x))."""
+    """Return down(act(gate(x)) * up(x)) for x (..., in)."""
     out: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), module.act_fn))
     return out
 
 
 @torch.no_grad()
 def _gives_same_output(module: nn.Module, efficient: Callable[[Tensor], Tensor]) -> bool:
-    """Whether both give the same on a few numbers."""
+    """Return whether both give bit-identical output for a small input, in both modes."""
     gate = module.gate_proj
     assert isinstance(gate, nn.Module)
     layer: Any = find_quantized(gate) or gate
@@ -115,7 +124,7 @@ def _gives_same_output(module: nn.Module, efficient: Callable[[Tensor], Tensor])
     x = x.to(next(gate.parameters()).device, dtype_of(gate))
     before = module.training
     try:
-        # In training too, where a module may have dropout that evaluation does not show.
+        # A module may have dropout, which shows in training mode only.
         return all(torch.equal(module.train(mode)(x), efficient(x)) for mode in (False, True))
     except (TypeError, ValueError, RuntimeError):
         return False

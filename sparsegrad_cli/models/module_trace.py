@@ -20,9 +20,9 @@ def trace_modules(
     """Call functions around the forward of every module of a model.
 
     Args:
-        model: its modules are named as ``named_modules`` does; the model itself by its class.
-        before: called with a module's name and its inputs ``(args, kwargs)``.
-        after: called with a module's name and its output.
+        model: Modules are named as in ``named_modules``, the model itself by its class.
+        before: Called with a module's name and its inputs ``(args, kwargs)``.
+        after: Called with a module's name and its output.
 
     Yields:
         The names of the modules that are running, outermost first. A module is in the list between
@@ -54,12 +54,15 @@ def trace_modules(
 
 @contextmanager
 def trace_location(model: nn.Module, arrive: Callable[[str], None]) -> Iterator[None]:
-    """Call ``arrive`` with the name of the module at work, in forward and in backward passes.
+    """Call a function with the name of the running module, in forward and backward passes.
 
-    In a forward pass that is the innermost module that is running, or an empty string outside the
-    model. In a backward pass it is the module whose output's gradient has arrived last.
+    Args:
+        model: The model to follow.
+        arrive: In a forward pass, it gets the name of the innermost running module, or an empty
+            string outside the model. In a backward pass, it gets the name of the module whose
+            output's gradient was computed last.
     """
-    hooked: dict[int, weakref.ref[Tensor]] = {}  # a parent often returns its child's output
+    hooked: dict[int, weakref.ref[Tensor]] = {}  # A parent often returns its child's output.
 
     def before(name: str, inputs: Any) -> None:
         arrive(name)

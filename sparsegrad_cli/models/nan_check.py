@@ -20,15 +20,15 @@ def check_weights(model: nn.Module, step: int) -> None:
     """Check that all trained weights are finite. All processes of a run have to call it.
 
     Args:
-        step: the optimizer step that was taken last, for the error.
+        step: Number of the last optimizer step, for the error.
 
     Raises:
-        NonFiniteError: names the first parameter that holds NaN or Inf.
+        NonFiniteError: A parameter holds NaN or Inf; the error names the first one.
     """
     reshard(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     own = next((n for n, (_, p) in enumerate(trained) if not finite(local_part(p))), len(trained))
-    first = min(distributed.all_gather(own))  # one process alone may hold the damaged shard
+    first = min(distributed.all_gather(own))  # The damaged shard may be in one process only.
     if first < len(trained):
         name = trained[first][0]
         raise NonFiniteError(
@@ -43,7 +43,7 @@ def first_non_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
     """Find the first module of a forward pass that returns NaN or Inf for finite inputs.
 
     Args:
-        forward: runs the model and returns the loss. Random state is restored afterwards.
+        forward: Runs the model and returns the loss. Random state is restored afterwards.
 
     Returns:
         The module's name. Where a function between two modules failed, the name of the module that
@@ -74,5 +74,5 @@ def first_non_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
 
 
 def finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor Inf; integers always are finite."""
+    """Return whether a tensor holds neither NaN nor Inf; integers are always finite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

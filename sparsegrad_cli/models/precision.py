@@ -1,4 +1,4 @@
-"""What trains is float32 at least: small increments are lost in half-precision weights."""
+"""Train parameters in at least float32: half-precision weights lose small updates."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def unfreeze_parameter(parameter: nn.Parameter) -> None:
-    """Let it train; a half-precision one becomes float32 first, in place."""
+    """Make a parameter trainable; convert a half-precision one to float32 first, in place."""
     if parameter.dtype in HALF:
         parameter.data = parameter.data.float()
     parameter.requires_grad_(True)
 
 
 def accept_half_inputs(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Let the layers that own these float32 parameters take half-precision inputs.
+    """Let the layers that own float32 parameters accept half-precision inputs.
 
-    For a head behind a half-precision body. Under autocast, which casts by itself, nothing is done.
+    A float32 head after a half-precision body needs this. Under autocast, which casts by itself,
+    inputs are left unchanged.
+
+    Args:
+        model: The model; its layers get a forward pre-hook.
+        parameters: The parameters whose layers are changed, if they are float32.
     """
     opened = {id(parameter) for parameter in parameters if parameter.dtype == torch.float32}
     for module in model.modules():

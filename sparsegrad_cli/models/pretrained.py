@@ -1,4 +1,4 @@
-"""What lies where a recipe's model is: its folder, tokenizer and configuration; and read errors.
+"""Find and read a recipe's model: its folder, tokenizer and configuration, with clear errors.
 
 A model is a hub id, a local folder, ``builtin:minilm`` or ``builtin:smollm2``.
 """
@@ -31,17 +31,17 @@ _CONVERSION = (
     "save_file({k: v.clone().contiguous() for k, v in w.items()}, 'model.safetensors', "
     "{'format': 'pt'})"
 )
-_OF_MEMORY = ("out of memory", "allocate memory")
+_OUT_OF_MEMORY = ("out of memory", "allocate memory")
 
 
 def locate(name: str) -> str:
-    """A built-in model's name -> its folder; any other name as it is.
+    """Return the folder of a built-in model; return any other name with ``~`` expanded.
 
-    ``builtin:minilm`` is installed as a folder; ``builtin:smollm2`` is made into one on first use.
+    ``builtin:minilm`` is installed as a folder; ``builtin:smollm2`` is converted on first use.
 
     Raises:
-        UsageError: the package that carries the built-in model is not installed.
-        FileFormatError, DiskError: as :func:`sparsegrad_cli.models.smollm2.smollm2_folder`.
+        UsageError: The package that contains the built-in model is not installed.
+        FileFormatError, DiskError: See :func:`sparsegrad_cli.models.smollm2.smollm2_folder`.
     """
     if name == smollm2.NAME:
         return smollm2.smollm2_folder()
@@ -58,23 +58,23 @@ def locate(name: str) -> str:
 
 
 def base_name(section: ModelSection) -> str:
-    """How the base model is found from anywhere: a hub id, a built-in's name, or a whole path."""
+    """Return a name that is valid in any folder: a hub id, built-in name or absolute path."""
     folder = expanded(section.name)
     return str(folder.resolve()) if is_folder(folder) else section.name
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        DownloadError: it must come from the hub and cannot.
-        FileFormatError: a local folder has none that can be read.
+        DownloadError: It is not in the cache and cannot be downloaded.
+        FileFormatError: A local folder has no readable tokenizer.
     """
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer.from_pretrained, section, what="tokenizer")
-    # Without its files transformers makes a tokenizer of special tokens alone, for which every
-    # text is unknown tokens: training would go on and learn nothing.
+    # Without the files, transformers makes a tokenizer that has special tokens only. It maps every
+    # text to unknown tokens, so that training would run and learn nothing.
     if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "▁"}:
         raise FileFormatError(
             f"{section.name} holds no tokenizer: there is no vocabulary in it",
@@ -85,10 +85,11 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 
 def load_configuration(section: ModelSection) -> Any:
-    """The model's configuration, without its weights.
+    """Load the model's configuration, without its weights.
 
     Raises:
-        DownloadError, FileFormatError: as :func:`load_tokenizer`.
+        DownloadError: It is not in the cache and cannot be downloaded.
+        FileFormatError: A local folder has no readable configuration.
     """
     from transformers import AutoConfig
 
@@ -96,16 +97,16 @@ def load_configuration(section: ModelSection) -> Any:
 
 
 def require_task(config: Any, name: str, *, chat: bool, where: str = "model.name") -> None:
-    """Refuse an architecture that cannot do the task, before anything is loaded.
+    """Check that an architecture can do the task, before weights are loaded.
 
     Args:
-        config: the model's configuration.
-        name: the model, for the error.
-        chat: the task is one of conversations; else whole texts get a class or a score.
-        where: the key that names the model.
+        config: The model's configuration.
+        name: Name of the model, for the error.
+        chat: Whether the task needs a causal language model, not a classifier or regressor.
+        where: The recipe key that names the model, for the error.
 
     Raises:
-        UsageError: says what the architecture is and what the task needs.
+        UsageError: The architecture cannot do the task.
     """
     import transformers as hf
 
@@ -144,15 +145,21 @@ def require_task(config: Any, name: str, *, chat: bool, where: str = "model.name
 
 
 def from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: Any) -> Any:
-    """``load(...)``, a ``from_pretrained`` of transformers, whose errors say what to do.
+    """Call a ``from_pretrained`` of transformers and turn its errors into ours.
 
     Args:
+        load: The bound method ``from_pretrained``.
+        section: The model in the recipe.
         what: "model", "tokenizer" or "configuration", for the errors.
+        kwargs: Further arguments of ``load``.
+
+    Returns:
+        The result of ``load``.
 
     Raises:
-        UsageError: it takes a package that is not installed.
-        DownloadError: it must come from the hub and cannot.
-        FileFormatError: a local folder has none that can be read.
+        UsageError: The model's own code needs a package that is not installed.
+        DownloadError: The files are not in the cache and cannot be downloaded.
+        FileFormatError: The files in a local folder are missing or damaged.
     """
     from transformers.utils import logging as hf_logging
 
@@ -167,9 +174,9 @@ def from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: An
     if not local:
         _refuse_missing_folder(section.name)
         if why_unreachable("model", source) is not None:
-            kwargs["local_files_only"] = True  # the cache alone, without minutes of retries
+            kwargs["local_files_only"] = True  # Use the cache only, without minutes of retries.
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # the report of newly made head weights is expected here
+    hf_logging.set_verbosity_error()  # A new head is expected; do not warn of it.
     hf_logging.disable_progress_bar()
     try:
         if not local:
@@ -177,18 +184,19 @@ def from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: An
         return load(source, trust_remote_code=section.trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, section, what, local) from error
-    except ImportError as error:  # of a package that the model's own files ask for
+    except ImportError as error:  # The model's own code needs a package.
         raise UsageError(
-            f"the {what} of {section.name} needs what is not installed: {_first_line(error)}",
+            f"the {what} of {section.name} needs a package that is not installed: "
+            f"{_first_line(error)}",
             where="model.name",
         ) from error
-    except Exception as error:  # safetensors raises its own class on damaged files, others theirs
+    except Exception as error:  # safetensors and others have own classes.
         if type(error).__module__.startswith("safetensors"):
             raise FileFormatError(
                 f"the {what} in {section.name} is damaged: {error}", where="model.name"
             ) from error
-        of_memory = any(words in str(error).lower() for words in _OF_MEMORY)
-        if local and not of_memory and not isinstance(error, MemoryError):
+        out_of_memory = any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+        if local and not out_of_memory and not isinstance(error, MemoryError):
             raise _explain(error, section, what, local) from error
         raise
     finally:
@@ -206,7 +214,11 @@ def _refuse_missing_folder(name: str) -> None:
 
 
 def refuse_other_weights(folder: Path, name: str) -> None:
-    """Say how to convert a model whose weights are in another format only."""
+    """Refuse a model without safetensors weights; say how to convert it.
+
+    Raises:
+        FileFormatError: The folder holds weights in another format only.
+    """
     if any(folder.glob("*.safetensors")):
         return
     found = [each for pattern in _OTHER_WEIGHTS for each in sorted(folder.glob(pattern))]

@@ -1,14 +1,14 @@
-"""Frozen layers in 8 or 4 bits: what is known here of bitsandbytes, and nowhere else.
+"""Frozen layers in 8 or 4 bits. This is the only module that uses bitsandbytes.
 
-8 bits (Dettmers et al. 2022, arXiv 2208.07339): one scale a row of W. 4 bits (Dettmers et al. 2023,
-arXiv 2305.14314): NF4, one scale for 64 entries, the scales themselves in 8 bits. Quantized are the
-linear layers of the model's blocks; embeddings, norms, poolers and heads stay as they are.
+8 bits (Dettmers et al. 2022, arXiv 2208.07339): one scale per row of W. 4 bits (Dettmers et al.
+2023, arXiv 2305.14314): NF4 with one scale per 64 entries, and the scales themselves in 8 bits. The
+linear layers of the model's blocks are quantized; embeddings, norms, poolers and heads are not.
 
-bitsandbytes' own layers keep x for the backward pass in 8 bits, and compute in evaluation something
-else than in training (8 bits on the CPU: x rounded to int8; 4 bits on CPUs with bfloat16 units: W
-packed anew). The layers of a loaded model are therefore called through
-:func:`sparsegrad_cli.numerics.frozen_linear.frozen_linear`, which keeps nothing. Products are those
-of bitsandbytes' kernels on CUDA; on the CPU, as in its own training, W is dequantized for one.
+In 8 bits, bitsandbytes' own layers save x for the backward pass. In evaluation they compute
+something else than in training (8 bits on the CPU: x is rounded to int8; 4 bits on CPUs with
+bfloat16 units: W is repacked). The layers of a loaded model are therefore called through
+:func:`sparsegrad_cli.numerics.frozen_linear.frozen_linear`, which saves nothing. On CUDA, products
+use bitsandbytes' kernels. On the CPU, W is dequantized for each product, as in its own training.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from sparsegrad_cli.recipe.quantization import INSTALL
 
 
 def require_bitsandbytes() -> None:
-    """Raises UsageError where it is not installed."""
+    """Check that bitsandbytes is installed.
+
+    Raises:
+        UsageError: It is not installed.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
-            "bitsandbytes is not installed, which holds weights in 8 or 4 bits",
+            "bitsandbytes, which holds weights in 8 or 4 bits, is not installed",
             where="model.quantization",
             fix=f"{INSTALL}, or leave model.quantization out",
         )
@@ -46,12 +50,12 @@ def quantization_config(bits: str, dtype: torch.dtype, skipped: Sequence[str]) -
 
     Args:
         bits: ``8bit`` or ``4bit``.
-        dtype: of products.
-        skipped: full names of the linear layers that stay as they are.
+        dtype: Dtype of products.
+        skipped: Full names of the linear layers that are not quantized.
     """
     from transformers import BitsAndBytesConfig
 
-    # Whole names: a bare one would also match the end of others.
+    # Match whole names: a bare name would also match the end of others.
     patterns = [f"{re.escape(name)}$" for name in skipped]
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=patterns)
@@ -65,7 +69,7 @@ def quantization_config(bits: str, dtype: torch.dtype, skipped: Sequence[str]) -
 
 
 def quantization_arguments(model: nn.Module) -> dict[str, Any]:
-    """What a user tells BitsAndBytesConfig to quantize the base model as this one is."""
+    """Return the arguments of BitsAndBytesConfig that quantize a model in the same way."""
     config: Any = model.config
     made = config.quantization_config.to_dict()
     names = ["load_in_8bit", "load_in_4bit"]
@@ -75,19 +79,19 @@ def quantization_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is a layer of bitsandbytes that holds its weight in 8 or 4 bits."""
-    bnb = sys.modules.get("bitsandbytes")  # whoever has such a layer has imported it
+    """Return whether a module is a layer of bitsandbytes with an 8-bit or 4-bit weight."""
+    bnb = sys.modules.get("bitsandbytes")  # It is imported if a model has such a layer.
     return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)
 
 
 def find_quantized(module: nn.Module) -> nn.Module | None:
-    """The quantized layer that a module is, or holds as ``base_layer`` (peft's, a core's)."""
+    """Return the module, or its ``base_layer`` (of peft's or our layers), if it is quantized."""
     held = getattr(module, "base_layer", module)
     return held if is_quantized(held) else None
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All of them by name; what holds one counts by its own name too, as in the plain model."""
+    """Return the quantized layers by their names in the plain model, without ``base_layer``."""
     found = {}
     for name, module in model.named_modules():
         if is_quantized(module):
@@ -96,12 +100,12 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def move_model(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """The model on a device; one with quantized layers was made there, and cannot be moved."""
+    """Move a model to a device. A model with quantized layers was built there and is unchanged."""
     return model if quantized_layers(model) else model.to(device)
 
 
 def bits_of(model: nn.Module) -> str | None:
-    """``8bit`` or ``4bit``, as its quantized layers are held; None where it has none."""
+    """Return ``8bit`` or ``4bit``, or None for a model without quantized layers."""
     layer = next(iter(quantized_layers(model).values()), None)
     if layer is None:
         return None
@@ -109,7 +113,7 @@ def bits_of(model: nn.Module) -> str | None:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """In which a linear layer's products are made: its weight's dtype, or what it was made for."""
+    """Return the dtype of a linear layer's products: its weight's, before quantization."""
     layer: Any = find_quantized(module)
     if layer is None:
         weight = module.weight
@@ -121,7 +125,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """W (out, in) of a quantized layer, in the dtype of its products; made anew at each call."""
+    """Return W (out, in) of a quantized layer in the dtype of its products, a new tensor."""
     import bitsandbytes as bnb
 
     layer: Any = find_quantized(module)
@@ -129,47 +133,48 @@ def dequantized(module: nn.Module) -> Tensor:
     if isinstance(layer, bnb.nn.Linear4bit):
         packed, state = layer.weight.data, copy.copy(layer.weight.quant_state)
         sides, state.shape = state.shape, torch.Size((1, entries(layer.weight)))
-        # As one long row: on the CPU, 0.50.2 takes wrong scales where a row ends inside a block.
+        # As one long row: on the CPU, 0.50.2 uses wrong scales if a row ends inside a block.
         made: Tensor = bnb.functional.dequantize_4bit(packed, state).view(sides)
         return made
     codes_OI: Tensor = layer.weight.data
     scale_O = _row_scales(layer)
-    # Codes are exact in any of the dtypes; each entry is rounded once.
+    # Codes are exact in all of these dtypes, so each entry is rounded once.
     return codes_OI.to(dtype_of(layer)).mul_((scale_O * (1 / 127))[:, None])
 
 
 def _row_scales(layer: Any) -> Tensor:
-    """Of an 8-bit layer: with its weight at first, with its state once it has been used."""
+    """Return the scales (out,) of an 8-bit layer; they move to its state on first use."""
     found: Tensor = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
     return found
 
 
 def entries(parameter: Tensor) -> int:
-    """Entries of the matrix that a parameter holds, also where two lie in a byte."""
+    """Return the number of entries of a parameter, before 4-bit values were packed into bytes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def count_entries(model: nn.Module) -> int:
-    """Entries of all of a model's parameters, packed or not."""
+    """Return the number of entries of all parameters, packed or not."""
     return sum(entries(parameter) for parameter in model.parameters())
 
 
 def quantization_state(model: nn.Module) -> Iterator[Tensor]:
-    """Scales and code books beside the parameters: weights, for whoever counts bytes."""
+    """Yield the scales and code books, which are weights but not parameters."""
     for layer in quantized_layers(model).values():
         state: Any = getattr(layer.weight, "quant_state", None)
         if state is None:
             yield _row_scales(layer)
             continue
-        for part in filter(None, (state, state.state2)):  # scales that are themselves quantized
+        for part in filter(None, (state, state.state2)):  # The scales may be quantized, too.
             yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
 def rounds_in_evaluation(model: nn.Module, device: torch.device) -> bool:
-    """Whether bitsandbytes' own layers would evaluate otherwise than these are trained.
+    """Return whether bitsandbytes' own layers give other results in evaluation than in training.
 
-    8 bits: x is rounded to int8. 4 bits, on CPUs with bfloat16 units: x and the scales to bfloat16.
+    In 8 bits, x is rounded to int8. In 4 bits, on CPUs with bfloat16 units, x and the scales are
+    rounded to bfloat16.
     """
     if bits_of(model) == "8bit":
         return True
@@ -178,15 +183,19 @@ def rounds_in_evaluation(model: nn.Module, device: torch.device) -> bool:
 
 
 def use_frozen_forward(model: nn.Module, dtype: torch.dtype) -> int:
-    """Let quantized layers compute as in training always, and keep nothing; returns how many.
+    """Let quantized layers always compute as in training, without saved activations.
 
     Args:
-        dtype: of products, where the layer does not say it.
+        model: The model, changed in place.
+        dtype: Dtype of products, for layers that do not record it.
+
+    Returns:
+        The number of quantized layers.
     """
     layers = quantized_layers(model)
     for layer in layers.values():
         layer.frozen_dtype = dtype  # type: ignore[assignment]
-        # On the instance, as elsewhere: a wrapper module would rename parameters.
+        # Set on the instance: a wrapper module would rename the parameters.
         layer.forward = functools.partial(_forward, layer)
     if layers:
         _hide_rounding_warning()
@@ -199,7 +208,7 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _product(layer: Any, x_NI: Tensor) -> Tensor:
-    """x W' + b; called where autograd does not look."""
+    """Return x W' + b, (N, out), for x (N, in). It is called without autograd."""
     import bitsandbytes as bnb
 
     bias = None if layer.bias is None else layer.bias.to(x_NI.dtype)
@@ -217,20 +226,20 @@ def _product(layer: Any, x_NI: Tensor) -> Tensor:
 
 
 def _hide_rounding_warning() -> None:
-    """bitsandbytes warns at every 8-bit product of anything but float16 that it rounds x."""
+    """Hide the warning at every 8-bit product that x is rounded to float16."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if _not_of_rounding not in logger.filters:
-        logger.addFilter(_not_of_rounding)
+    if _is_not_about_rounding not in logger.filters:
+        logger.addFilter(_is_not_about_rounding)
 
 
-def _not_of_rounding(record: logging.LogRecord) -> bool:
+def _is_not_about_rounding(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in str(record.msg)
 
 
-def _not_of_kernels(record: logging.LogRecord) -> bool:
+def _is_not_about_kernels(record: logging.LogRecord) -> bool:
     return "gemm_4bit_forward" not in str(record.msg)
 
 
-# Said at its import, which peft may do in any run, on CPUs with units for bfloat16: of a kernel
-# that nothing here calls.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_kernels)
+# On CPUs with bfloat16 units, its import warns of a kernel that is not used here. peft may import
+# it in any run.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_kernels)

@@ -1,8 +1,8 @@
-"""Tensors that are split over processes: made whole to be written, split again when read.
+"""Gather tensors that are sharded over processes, and shard them again.
 
-A module that FSDP2 (torch's ``fully_shard``) has split holds every parameter as a DTensor, cut
-along its first dimension. To make one whole is a collective: all processes ask, in one order. With
-nothing split, all of this is the plain thing.
+A module that FSDP2 (torch's ``fully_shard``) shards holds each parameter as a DTensor, split along
+its first dimension. Gathering is a collective: all processes call it in the same order. Tensors
+that are not sharded pass through unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Out = TypeVar("_Out")
 
 
 def is_split(tensor: Any) -> bool:
-    """Whether this process holds a shard of it."""
+    """Return whether this process holds only a shard of a tensor."""
     if not _joined():
         return False
     from torch.distributed.tensor import DTensor
@@ -28,28 +28,28 @@ def is_split(tensor: Any) -> bool:
 
 
 def _joined() -> bool:
-    """Whether anything can be split: a process that was launched alone may be, too."""
+    """Return whether a process group exists. It may consist of one process."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
-    found: Any = tensor
-    return found.to_local() if is_split(tensor) else tensor
+    """Return the part of a tensor that this process holds."""
+    sharded: Any = tensor
+    return sharded.to_local() if is_split(tensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Leave every process with nothing but its shards.
+    """Free the gathered parameters, so that every process holds its shards only.
 
-    After a forward pass without a backward pass the last modules are still whole: their parameters
-    are then copies, and what is written into a copy is lost.
+    After a forward pass without a backward pass, the last modules are still gathered. Their
+    parameters are then copies, and a value written into a copy is lost.
     """
     for module in split_modules(model):
         module.reshard()
 
 
 def split_modules(model: nn.Module) -> list[Any]:
-    """Modules whose parameters FSDP2 splits: those it was asked to split, not what they hold."""
+    """Return the modules that ``fully_shard`` was applied to, without their submodules."""
     if not _joined():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -58,41 +58,55 @@ def split_modules(model: nn.Module) -> list[Any]:
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors. Of one that is split the first process gets a copy on the CPU, the others its
-    shape alone (a meta tensor)."""
+    """Gather sharded tensors; a collective.
+
+    Args:
+        tensors: Tensors by name, sharded or not.
+
+    Returns:
+        Whole tensors by name, detached. A tensor that was sharded becomes a copy on the CPU in
+        process zero, and a meta tensor of the whole shape in the others.
+    """
     return {name: _whole(tensor) for name, tensor in tensors.items()}
 
 
 def _whole(tensor: Any) -> Tensor:
     if is_split(tensor):
         whole = tensor.full_tensor()
-    elif hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
+    elif hasattr(tensor, "ds_id") or hasattr(tensor, "get_full_hp_param"):
         whole = _from_engine(tensor)
     else:
         whole = tensor
-    kept: Tensor = whole.detach()
-    return kept if whole is tensor else kept.to("cpu" if distributed.is_rank_zero() else "meta")
+    detached: Tensor = whole.detach()
+    if whole is tensor:
+        return detached
+    return detached.to("cpu" if distributed.is_rank_zero() else "meta")
 
 
 def _from_engine(parameter: Any) -> Tensor:
-    """A parameter that DeepSpeed's ZeRO has split, in float32.
+    """Gather a parameter that DeepSpeed's ZeRO has partitioned, in float32.
 
     Raises:
-        RuntimeError: the engine gave something else.
+        RuntimeError: DeepSpeed returned another shape, or not a tensor.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     whole = safe_get_full_fp32_param(parameter)
     shape = getattr(parameter, "ds_shape", parameter.shape)
     if not isinstance(whole, Tensor) or whole.shape != shape:
-        raise RuntimeError(f"DeepSpeed did not give back a parameter of shape {tuple(shape)}")
+        raise RuntimeError(f"DeepSpeed did not return a parameter of shape {tuple(shape)}")
     return whole
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of a whole tensor, split as ``like`` is; the tensor where that is whole.
+    """Return this process's shard of a whole tensor.
 
-    No collective: every process has read the same file.
+    This is not a collective: every process has read the same file.
+
+    Args:
+        tensor: The whole tensor.
+        like: The tensor whose sharding is followed. If it is not sharded, or has another shape,
+            ``tensor`` is returned unchanged.
     """
     if not is_split(like) or tensor.shape != like.shape:
         return tensor
@@ -104,10 +118,14 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def call_as_forward(module: nn.Module, compute: Callable[..., _Out], *inputs: Tensor) -> _Out:
-    """``compute(*inputs)`` as if it were the module's forward.
+    """Return ``compute(*inputs)``, run in place of the module's forward.
 
-    What hangs on the module's forward pass happens around it: the parameters of a split module are
-    whole inside and nowhere else.
+    The hooks of the module run around it. The parameters of a sharded module are whole only there.
+
+    Args:
+        module: The module whose forward is replaced during the call.
+        compute: The function to run.
+        inputs: Its arguments.
     """
     plain = module.__dict__.get("forward")
     module.forward = compute

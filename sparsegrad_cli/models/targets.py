@@ -1,10 +1,10 @@
 """Find the linear layers of MLP blocks by structure, without a list of architectures.
 
-A transformer holds its blocks in a ``ModuleList`` of equal modules. In a block, an MLP is what maps
-the hidden width to another width and back. A gated MLP may compute gate and up in one layer: it
-then maps to twice the width that it maps back from, within one module. Attention and other mixing
-over tokens, which may have layers of such shapes, is told apart by its module: the class or the
-attribute is called an attention, or it holds a convolution.
+A transformer holds its blocks in a ``ModuleList`` of modules of one class. In a block, the MLP maps
+the hidden width to another width and back. A gated MLP may compute gate and up in one layer, which
+then has twice the width that the down layer reads; both are in one module. Attention and other
+layers that mix tokens may have such shapes, too. They are recognized by their module: the name of
+its class or attribute contains "attention" or "attn", or it holds a convolution.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that a method adapts.
+    """A target module: a linear layer that a method adapts.
 
     Attributes:
-        name: its path in the model.
-        kind: the path below its block, such as ``intermediate.dense``.
-        block: number of its block.
-        out_features, in_features: shape of W.
-        transposed: the module holds W' (in, out), as GPT-2's Conv1D does.
+        name: Its path in the model.
+        kind: Its path in its block, such as ``intermediate.dense``.
+        block: Number of its block, from 0.
+        out_features: Rows of W.
+        in_features: Columns of W.
+        transposed: Whether the module holds W' (in, out), as GPT-2's Conv1D does.
     """
 
     name: str
@@ -48,11 +49,11 @@ class Target:
 
     @property
     def size(self) -> int:
-        """Entries of W."""
+        """Number of entries of W."""
         return self.out_features * self.in_features
 
     def weight_OI(self, model: nn.Module) -> Tensor:
-        """W (out, in) as a view of the module's parameter; of a quantized layer, made anew."""
+        """Return W (out, in): a view of the parameter, or a new tensor for a quantized layer."""
         layer = model.get_submodule(self.name)
         if find_quantized(layer) is not None:
             return dequantized(layer)
@@ -61,18 +62,18 @@ class Target:
         return weight.T if self.transposed else weight
 
     def in_model(self, model: nn.Module) -> Target:
-        """The same layer of a model in which it is plain: a quantized one never holds W'."""
+        """Return the target for the plain form of a quantized model, whose layer may hold W'."""
         conv = isinstance(model.get_submodule(self.name), Conv1D)
         return replace(self, transposed=conv)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear (and its subclasses) or the Conv1D of GPT-2, which is a linear layer."""
+    """Return whether a module is an nn.Linear (or subclass) or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; a 4-bit weight does not say them."""
+    """Return (out, in) of a linear layer, also if its weight is packed in 4 bits."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     weight = module.weight
@@ -81,7 +82,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Lists of transformer blocks: ModuleLists of one class that hold linear layers, outermost."""
+    """Return the lists of transformer blocks, with their names.
+
+    These are the outermost ModuleLists whose modules have one class and hold linear layers.
+    """
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
@@ -102,11 +106,16 @@ def linear_outside_blocks(model: nn.Module) -> list[str]:
 
 
 def find_targets(model: nn.Module, section: TargetsSection, where: str = "targets") -> list[Target]:
-    """The targets a recipe asks for, in model order.
+    """Return the target modules of a recipe, in model order.
+
+    Args:
+        model: The model, before a method replaces its layers.
+        section: The section ``targets`` of the recipe.
+        where: The section's key, for errors.
 
     Raises:
-        UsageError: nothing was found, or a pattern or block number matches nothing; says what
-            there is.
+        UsageError: No target was found, or a pattern or block number matches nothing. The error
+            lists the layers of the model.
     """
     block_lists = find_blocks(model)
     candidates = _linear_layers_in_blocks(model, block_lists)
@@ -145,7 +154,7 @@ def _linear_layers_in_blocks(
 
 
 def _mlp_layers(model: nn.Module, candidates: Sequence[Target]) -> list[Target]:
-    """The layers of MLPs: pairs within a block, neither of which mixes tokens."""
+    """Return the layers of MLPs: pairs in one block that do not mix tokens."""
     by_block: dict[str, list[Target]] = {}
     for target in candidates:
         if not _mixes_tokens(model, target.name, target.kind):
@@ -166,22 +175,23 @@ def _block_of(target: Target) -> str:
 
 
 def _is_pair(up: Target, down: Target) -> bool:
-    """Whether an MLP maps hidden -> other by ``up`` and back by ``down``."""
+    """Return whether ``up`` maps the hidden width to another one, and ``down`` maps it back."""
     if up.name == down.name or up.in_features != down.out_features:
         return False
     if up.out_features == down.in_features:
         return up.out_features != up.in_features
     together = up.name.rpartition(".")[0] == down.name.rpartition(".")[0]
-    return together and up.out_features == 2 * down.in_features  # gate and up in one layer
+    return together and up.out_features == 2 * down.in_features  # Gate and up are one layer.
 
 
 def _mixes_tokens(model: nn.Module, name: str, kind: str, *, attention_only: bool = False) -> bool:
-    """Whether a layer or parameter lies in an attention, or in another module that mixes tokens.
+    """Return whether a layer or parameter is in a module that mixes tokens.
 
     Args:
-        name: its path in the model.
-        kind: its path below its block.
-        attention_only: leave out modules that hold a convolution, such as Mamba's mixer.
+        model: The model.
+        name: Path of the layer or parameter in the model.
+        kind: Its path in its block.
+        attention_only: Ignore modules with a convolution, such as Mamba's mixer.
     """
     path = name.removesuffix(f".{kind}")
     for part in kind.split(".")[:-1]:
@@ -197,12 +207,12 @@ def _mixes_tokens(model: nn.Module, name: str, kind: str, *, attention_only: boo
 
 @dataclass(frozen=True)
 class NotAdapted:
-    """Large parameters of blocks that no target covers, such as the experts of a mixture.
+    """Large parameters of blocks that are in no target module, such as the experts of a mixture.
 
     Attributes:
-        kind: the path of the parameter below its block.
-        shape: of each one.
-        count: how many there are of this kind and shape.
+        kind: Path of the parameter in its block.
+        shape: Shape of each parameter.
+        count: Number of parameters of this kind and shape.
     """
 
     kind: str
@@ -211,7 +221,7 @@ class NotAdapted:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of all of them."""
+        """Number of entries of all of them."""
         return self.count * math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -222,10 +232,14 @@ class NotAdapted:
 def not_adapted(
     model: nn.Module, targets: Sequence[Target], section: TargetsSection
 ) -> list[NotAdapted]:
-    """List the large parameters in the blocks that no target covers, by kind and shape.
+    """Return the large parameters of the blocks that are in no target module.
 
-    Large means at least the size of the smallest target. Attention is left out, for the default
-    targets are the MLP's. Linear layers are left out too where the recipe chooses among them.
+    A parameter is large if it has at least the size of the smallest target. Attention is left out,
+    because the default targets are MLP layers. Other linear layers are left out if the recipe
+    selects targets by name or block.
+
+    Returns:
+        One element per kind and shape.
     """
     chosen = section.modules != "auto" or section.blocks != "all"
     smallest = min((target.size for target in targets), default=2)
@@ -241,7 +255,7 @@ def not_adapted(
                     kind = f"{inner}.{leaf}" if inner else leaf
                     shape = tuple(parameter.shape)
                     if is_linear(module) and leaf == "weight":
-                        kind, shape = inner, linear_shape(module)  # a 4-bit weight is packed
+                        kind, shape = inner, linear_shape(module)  # A 4-bit weight is packed.
                     large = len(shape) > 1 and math.prod(shape) >= smallest
                     path = f"{list_name}.{number}.{kind}"
                     if large and not _mixes_tokens(model, path, kind, attention_only=True):
@@ -250,11 +264,11 @@ def not_adapted(
 
 
 def not_adapted_note(found: Sequence[NotAdapted], scope: str) -> str:
-    """Say which large parameters of the blocks no target covers; empty if there are none.
+    """Return a note that lists the parameters in no target module; empty if there are none.
 
     Args:
-        found: see :func:`not_adapted`.
-        scope: of the recipe; with ``rest`` these parameters train, but as they are.
+        found: The result of :func:`not_adapted`.
+        scope: The recipe's scope; with ``rest``, these parameters are trained without a method.
     """
     if not found:
         return ""
@@ -263,7 +277,7 @@ def not_adapted_note(found: Sequence[NotAdapted], scope: str) -> str:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether blocks hold experts as parameters of three dimensions."""
+    """Return whether the blocks hold experts as parameters of three dimensions."""
     return any(len(found.shape) > 2 for found in not_adapted(model, [], TargetsSection()))
 
 
@@ -313,15 +327,16 @@ def _kinds(targets: Sequence[Target]) -> str:
 
 
 def freeze(model: nn.Module) -> None:
-    """No parameter of the model requires a gradient any more."""
+    """Set ``requires_grad`` to False for all parameters of a model."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The task head: parameters outside the pretrained body (``base_model``), by name.
+    """Return the parameters of the task head by name: those outside the pretrained body.
 
-    A pooler inside the body is part of the body; a causal language model has no head of its own.
+    A pooler in the body (``base_model``) belongs to the body. The output embeddings of a causal
+    language model do not count as a head.
     """
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
@@ -338,10 +353,9 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
-    """sha256 (hex) of the targets' names, shapes and a sample of their weights.
+    """Return the SHA-256 (hex) of the targets' names, shapes and a sample of their weights.
 
-    4,096 evenly spaced values of each weight tell one model from another without reading
-    gigabytes.
+    4,096 evenly spaced values of each weight distinguish models without reading gigabytes.
     """
     import hashlib
 
@@ -357,5 +371,11 @@ def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
 
 
 def basis_keys(targets: Sequence[Target], basis_per: str) -> dict[str, str]:
-    """Return target name -> key of its basis: its own name, or its kind where a kind shares one."""
+    """Return the key of each target's basis by target name.
+
+    Args:
+        targets: The target modules.
+        basis_per: ``layer``: the key is the target's name; else the targets of one kind share the
+            key, which is the kind.
+    """
     return {t.name: t.name if basis_per == "layer" else t.kind for t in targets}

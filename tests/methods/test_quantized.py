@@ -77,7 +77,7 @@ def test_merged_weights_compute_the_same(name: str, bits: str, body: Callable[[s
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_lean_gates_and_recomputing_go_along(bits: str, body: Callable[[str], Path]) -> None:
+def test_efficient_gated_mlps_work_with_recomputing(bits: str, body: Callable[[str], Path]) -> None:
     trained = Packed(body("llama"), bits, "recomputed")
     mlp = trained.model.model.layers[1].mlp
     assert isinstance(mlp.up_proj, QuantizedCoreLinear)

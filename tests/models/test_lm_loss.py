@@ -178,7 +178,7 @@ def scale_states(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(cap_unsaid, "in a way that is not known"), (scale_states, "something else")],
+    [(cap_unsaid, "in an unknown way"), (scale_states, "does not read")],
 )
 def test_an_unknown_head_is_left_to_the_model(change: Any, reason: str) -> None:
     model, head = own_loss_of(change)

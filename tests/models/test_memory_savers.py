@@ -63,7 +63,7 @@ def test_recomputing_changes_nothing_and_keeps_less(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
-def test_lean_gates_change_nothing_and_keep_less(architecture: str) -> None:
+def test_efficient_gated_mlps_change_nothing_and_save_less(architecture: str) -> None:
     plain = classifier(architecture)
     lean = copy.deepcopy(plain)
     assert use_efficient_gated_mlps(lean, targets_of(lean)) == BLOCKS
@@ -100,7 +100,7 @@ def kept(model: nn.Module) -> int:
 
 def test_an_mlp_without_a_module_of_its_own_is_refused() -> None:
     model = classifier("opt")
-    with pytest.raises(UsageError, match="no module of its own"):
+    with pytest.raises(UsageError, match="not a module of its own"):
         recompute_activations(model, targets_of(model))
 
 
