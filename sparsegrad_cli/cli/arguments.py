@@ -13,7 +13,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import exists, is_file
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
-from sparsegrad_cli.recipe.source import read_yaml
+from sparsegrad_cli.recipe.yaml_source import read_yaml
 
 RecipeAndOverrides = Annotated[
     list[str] | None,

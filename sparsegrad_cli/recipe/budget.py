@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.section import parse_bytes
-from sparsegrad_cli.recipe.yaml_text import shorten
+from sparsegrad_cli.recipe.yaml_source import shorten
 
 Kind = Literal["trainable", "optimizer_state", "peak"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

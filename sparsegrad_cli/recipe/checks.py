@@ -18,9 +18,9 @@ from sparsegrad_cli.io.paths import (
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.quantization import quantization_problems
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import KeyPath, Place, clip, dotted, find_place
 from sparsegrad_cli.recipe.tasks import check_settings, known_task_names
 from sparsegrad_cli.recipe.training import training_problems
+from sparsegrad_cli.recipe.yaml_source import KeyPath, Place, clip, dotted, find_place
 
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 _FILE_TASKS = ("csv", "json", "parquet")

@@ -21,8 +21,15 @@ from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_method
 from sparsegrad_cli.recipe.section import Idle
-from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place, dotted, find_place
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS
+from sparsegrad_cli.recipe.yaml_source import (
+    COMMAND_LINE,
+    KeyPath,
+    Layer,
+    Place,
+    dotted,
+    find_place,
+)
 
 _MAKES_A_BASIS = (*("steps", "basis_per", "source", "decomposition", "power_steps", "score"),)
 # Keys of task.chat that have an effect on some chat tasks only, and these tasks.

@@ -12,7 +12,8 @@ from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import METHODS, settings_class
 from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
-from sparsegrad_cli.recipe.source import (
+from sparsegrad_cli.recipe.tasks import known_task_names
+from sparsegrad_cli.recipe.yaml_source import (
     COMMAND_LINE,
     KeyPath,
     Layer,
@@ -22,7 +23,6 @@ from sparsegrad_cli.recipe.source import (
     parse_override,
     read_yaml,
 )
-from sparsegrad_cli.recipe.tasks import known_task_names
 
 # A relative path in a recipe is relative to that recipe's folder, one on the command line to the
 # current folder. ``model`` is anchored, too, where it names a folder (see _anchor_model).

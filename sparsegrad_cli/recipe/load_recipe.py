@@ -17,8 +17,16 @@ from sparsegrad_cli.recipe.effects import without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
 from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import KeyPath, Layer, Place, clip, dotted, find_place, setting
-from sparsegrad_cli.recipe.yaml_text import dump
+from sparsegrad_cli.recipe.yaml_source import (
+    KeyPath,
+    Layer,
+    Place,
+    clip,
+    dotted,
+    dump,
+    find_place,
+    setting,
+)
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 _MOST_PROBLEMS = 100  # that are told one by one

@@ -12,8 +12,7 @@ from pydantic import BaseModel
 
 from sparsegrad_cli.io.suggest import did_you_mean, suggest
 from sparsegrad_cli.methods.registry import METHOD_NAMES, METHODS
-from sparsegrad_cli.recipe.source import KeyPath
-from sparsegrad_cli.recipe.yaml_text import shorten
+from sparsegrad_cli.recipe.yaml_source import KeyPath, shorten
 
 # Keys that people bring along from elsewhere, and where they live here.
 _ELSEWHERE = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import KeyPath
+from sparsegrad_cli.recipe.yaml_source import KeyPath
 
 INSTALL = "pip install 'bitsandbytes>=0.46.1'"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.recipe.source import KeyPath
+    from sparsegrad_cli.recipe.yaml_source import KeyPath
 
 LARGEST = 2**31 - 1  # a number of anything; what counts in C holds it
 Density = Annotated[float, Field(gt=0.0, le=1.0)]

@@ -12,7 +12,6 @@ from sparsegrad_cli.recipe.layers import anchor_paths, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import check
 from sparsegrad_cli.recipe.problems import method_advice
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
-from sparsegrad_cli.recipe.source import COMMAND_LINE, Layer, Place, clip, read_yaml
 from sparsegrad_cli.recipe.study_expansion import (
     Cell,
     LoadedStudy,
@@ -22,6 +21,7 @@ from sparsegrad_cli.recipe.study_expansion import (
 )
 from sparsegrad_cli.recipe.study_section import SEEDS, Study
 from sparsegrad_cli.recipe.tuning import Tune
+from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, Layer, Place, clip, read_yaml
 
 __all__ = ["Cell", "LoadedStudy", "load_study", "make_study"]
 _OPTION = Place(COMMAND_LINE)

@@ -8,9 +8,8 @@ from typing import Any
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import settings_class
-from sparsegrad_cli.recipe.source import COMMAND_LINE, KeyPath, Layer, Place
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study
-from sparsegrad_cli.recipe.yaml_text import shorten
+from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, KeyPath, Layer, Place, shorten
 
 SIZES = {"rank", "density", "entries"}  # what may say how much a method trains
 

@@ -15,14 +15,6 @@ from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import read_layers, read_override, stack, still_said
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import (
-    KeyPath,
-    Layer,
-    Place,
-    clip,
-    find_place,
-    places_of,
-)
 from sparsegrad_cli.recipe.study_checks import (
     SIZES,
     of_overrides,
@@ -32,6 +24,14 @@ from sparsegrad_cli.recipe.study_checks import (
 )
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.tuning import tuning_problems
+from sparsegrad_cli.recipe.yaml_source import (
+    KeyPath,
+    Layer,
+    Place,
+    clip,
+    find_place,
+    places_of,
+)
 from sparsegrad_cli.records.study import BudgetBlock
 
 _MOST_PROBLEMS = 100

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from sparsegrad_cli.recipe.budget import NOTHING, Budget, MisspeltError, parse_match
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
 from sparsegrad_cli.recipe.tuning import Tune
-from sparsegrad_cli.recipe.yaml_text import shorten
+from sparsegrad_cli.recipe.yaml_source import shorten
 
 Positive = Annotated[float, Field(gt=0)]
 # The paper's seeds first, then a plain sequence.

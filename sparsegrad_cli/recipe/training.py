@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.schema import Recipe, TrainSection
-from sparsegrad_cli.recipe.source import KeyPath
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, GLUE_TASKS, SCORE_METRICS
 from sparsegrad_cli.recipe.trackers import TRACKERS
+from sparsegrad_cli.recipe.yaml_source import KeyPath
 
 _POLYNOMIAL_END = 1e-7  # the rate at which transformers' polynomial schedule ends
 SMOOTHED_SCORES = "label smoothing is one of classes, and the labels of this task are scores"

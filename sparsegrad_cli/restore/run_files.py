@@ -9,7 +9,7 @@ from typing import TypeVar
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
-from sparsegrad_cli.recipe.source import COMMAND_LINE, Place
+from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, Place
 from sparsegrad_cli.records.run import CalibrationBlock, MethodBlock, ModelBlock, RunRecord
 from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.run.folder import adapter_file, with_current_status

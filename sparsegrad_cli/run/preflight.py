@@ -21,11 +21,11 @@ from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.models.pretrained import refuse_other_weights
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.quantization import INSTALL
-from sparsegrad_cli.recipe.source import find_place
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, with_metric
 from sparsegrad_cli.recipe.trackers import missing_package, named
+from sparsegrad_cli.recipe.yaml_source import find_place
 
 _WHOLE_BYTES = 4 * 2**20  # files up to this size are read whole
 _HEAD_BYTES = 2**18  # of larger ones, so much

@@ -16,7 +16,7 @@ from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.io.paths import make_folder
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.yaml_text import dump
+from sparsegrad_cli.recipe.yaml_source import dump
 from sparsegrad_cli.records.run import ErrorBlock, RunRecord
 from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.study.engines import PATIENCE_S, Engine, Job

@@ -12,9 +12,9 @@ from typing import Any
 
 from sparsegrad_cli.recipe.load_recipe import check, digest, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import Layer
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.tuning import Range
+from sparsegrad_cli.recipe.yaml_source import Layer
 
 RATE = "train.learning_rate"
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)

@@ -10,9 +10,8 @@ from hostility import check_error, no_hang, scratch, tree
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.recipe.source import parse_yaml, read_yaml
 from sparsegrad_cli.recipe.study import load_study
-from sparsegrad_cli.recipe.yaml_text import MOST_BYTES, dump
+from sparsegrad_cli.recipe.yaml_source import MOST_BYTES, dump, parse_yaml, read_yaml
 
 LETTERS = "abcdefghij"
 

@@ -13,7 +13,7 @@ from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_yaml
-from sparsegrad_cli.recipe.source import parse_yaml
+from sparsegrad_cli.recipe.yaml_source import parse_yaml
 
 
 def write(folder: Path, name: str, text: str) -> Path:

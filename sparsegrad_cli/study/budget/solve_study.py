@@ -18,8 +18,8 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.source import COMMAND_LINE
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
+from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE
 from sparsegrad_cli.records.study import BudgetBlock, BudgetRow, LargerSize
 from sparsegrad_cli.report.units import format_amount
 from sparsegrad_cli.study.budget.counting import Counting
