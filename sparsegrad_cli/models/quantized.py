@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.numerics.frozen_linear import frozen_linear
-from sparsegrad_cli.recipe.quantization import INSTALL
+from sparsegrad_cli.recipe.checks import INSTALL_BITSANDBYTES
 
 
 def require_bitsandbytes() -> None:
@@ -41,7 +41,7 @@ def require_bitsandbytes() -> None:
         raise UsageError(
             "bitsandbytes, which holds weights in 8 or 4 bits, is not installed",
             where="model.quantization",
-            fix=f"{INSTALL}, or leave model.quantization out",
+            fix=f"{INSTALL_BITSANDBYTES}, or leave model.quantization out",
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.recipe.checks import outside_problems
+from sparsegrad_cli.recipe.checks import recipe_problems
 from sparsegrad_cli.recipe.effects import without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
 from sparsegrad_cli.recipe.problems import explain
@@ -82,7 +82,7 @@ def load_recipe(
     said = check(layer, Recipe)
     recipe, idle = without_idle(said, layer)
     problems = [found.problem() for found in idle if found.refused]
-    problems += outside_problems(said if problems else recipe, layer.places, data=data)
+    problems += recipe_problems(said if problems else recipe, layer.places, data=data)
     if problems:
         raise RecipeError(problems)
     notes = tuple(found.note() for found in idle)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.methods.registry import settings_class
-from sparsegrad_cli.recipe.checks import outside_problems
+from sparsegrad_cli.recipe.checks import recipe_problems
 from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import read_layers, read_override, stack, still_said
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
@@ -298,7 +298,7 @@ def _checked(layers: list[Layer], source: str) -> tuple[LoadedRecipe, list[Found
     said = check(layer, Recipe)
     recipe, idle = without_idle(said, layer)
     problems = [found.problem() for found in idle if found.refused]
-    problems += outside_problems(said if problems else recipe, layer.places)
+    problems += recipe_problems(said if problems else recipe, layer.places)
     if problems:
         raise RecipeError(problems)
     return LoadedRecipe(recipe, source, layer.places), idle

@@ -9,8 +9,8 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.load_model import check_vocabulary, load_classifier
 from sparsegrad_cli.models.pretrained import load_tokenizer
+from sparsegrad_cli.recipe.checks import SMOOTHED_SCORES
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.recipe.training import SMOOTHED_SCORES
 from sparsegrad_cli.tasks.objective import Classification
 from sparsegrad_cli.tasks.task import LoadedTask, RowLimits, TaskFacts
 

@@ -13,7 +13,11 @@ from sparsegrad_cli.tasks.classification import load_classification
 from sparsegrad_cli.tasks.precision import check_autocast
 
 STEPS = ("train.eval_strategy=steps", "train.eval_steps=2")
-BEST = "save_strategy: best keeps every best one; load_best_model_at_end: false ends with the last"
+BEST = (
+    "save_strategy: best saves every best model; with load_best_model_at_end: false the run ends "
+    "with its last model"
+)
+LOST = "saves no checkpoint at some evaluations"
 
 
 def written(folder: Path, train: str, more: str = "") -> Path:
@@ -23,33 +27,33 @@ def written(folder: Path, train: str, more: str = "") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("train", "said"),
+    ("train", "expected"),
     [
         (
             "  eval_strategy: steps\n  eval_steps: 2\n  save_strategy: epoch\n",
-            "6: train.save_strategy 'epoch' does not keep what eval_strategy 'steps' may find",
+            f"6: train.save_strategy 'epoch' {LOST} (eval_strategy is 'steps')",
         ),
         (
             "  eval_strategy: epoch\n  eval_steps: 2\n  save_strategy: steps\n",
-            "6: train.save_strategy 'steps' does not keep what eval_strategy 'epoch' may find",
+            f"6: train.save_strategy 'steps' {LOST} (eval_strategy is 'epoch')",
         ),
-        # A multiple, which transformers takes: the best of six is not what the sixth step saves.
+        # transformers accepts a multiple, but the best of six evaluations may not be the sixth.
         (
             "  eval_strategy: steps\n  eval_steps: 1\n  save_steps: 6\n",
-            "6: train.save_steps 6 does not keep what evaluation every 1 steps may find",
+            f"6: train.save_steps 6 {LOST} (eval_steps is 1)",
         ),
         (
             "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 150\n",
-            "6: train.save_steps 150 does not keep what evaluation every 100 steps may find",
+            f"6: train.save_steps 150 {LOST} (eval_steps is 100)",
         ),
     ],
 )
-def test_a_best_model_that_nothing_would_keep(tmp_path: Path, train: str, said: str) -> None:
+def test_best_model_needs_all_checkpoints(tmp_path: Path, train: str, expected: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(written(tmp_path, train))
     (problem,) = caught.value.problems
     assert f"{problem.file}:{problem.line}: {problem.key} {problem.what}" == (
-        f"{tmp_path / 'r.yaml'}:{said} to be the best"
+        f"{tmp_path / 'r.yaml'}:{expected}, so the best model may be lost"
     )
     assert problem.fix == BEST
     for alternative in ("train.save_strategy=best", "train.load_best_model_at_end=false"):

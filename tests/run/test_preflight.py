@@ -84,7 +84,7 @@ def test_calibrate_needs_no_tracker(without: Any) -> None:
     ("report_to", "words"),
     [
         ("tensorbord", "did you mean tensorboard?"),
-        ("[none, codecarbon]", "'none' does not go with other trackers"),
+        ("[none, codecarbon]", "'none' cannot be combined with other trackers"),
     ],
 )
 def test_an_unknown_tracker_is_refused(cli: Cli, report_to: str, words: str) -> None:
