@@ -1,12 +1,11 @@
-"""Settings that another setting disables: the one table of them. Imports no torch.
+"""Find settings that another setting disables. Imports no torch.
 
-A key that a recipe takes has an effect, or it is refused with the reason. Two cases are told apart:
+Every key of a recipe has an effect, or it is refused with the reason. There are two cases:
 
-- The key is written as strongly as the one that disables it (in the same file, or in a stronger
-  layer): the recipe contradicts itself and is refused.
-- The key comes from a weaker layer, such as a recipe that is extended: the stronger key
-  overrules it. It is reset to its default, so that the resolved recipe says what runs, and a note
-  says so.
+- The key is in the same layer as the one that disables it, or in a stronger one: the recipe
+  contradicts itself and is refused.
+- The key is in a weaker layer, such as an extended recipe: the stronger key overrules it. It is
+  reset to its default, so that the resolved recipe says what runs, and a note tells the user.
 """
 
 from __future__ import annotations
@@ -31,25 +30,25 @@ from sparsegrad_cli.recipe.yaml_source import (
     find_place,
 )
 
-_MAKES_A_BASIS = (*("steps", "basis_per", "source", "decomposition", "power_steps", "score"),)
-# Keys of task.chat that have an effect on some chat tasks only, and these tasks.
+_BASIS_KEYS = ("steps", "basis_per", "source", "decomposition", "power_steps", "score")
+# Keys of task.chat that only some chat tasks use, and these tasks.
 _TREES = ("oasst", "builtin:dialogues")
 _CHAT_TASKS_OF = {
     **dict.fromkeys(("paths", "languages", "max_rank", "min_quality", "tree_states"), _TREES),
     "hub": ("oasst", "chat"),
     **dict.fromkeys(("config", "train_split", "validation_split", "kind", "column"), ("chat",)),
 }
-_WARMS = ("warmup_steps", "warmup_learning_rate", "keep_head")
+_WARMUP_KEYS = ("warmup_steps", "warmup_learning_rate", "keep_head")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A setting without effect that was written down.
+    """A setting that was written but has no effect.
 
     Attributes:
-        idle: which, and why.
-        place: where it was written.
-        refused: nothing stronger than it has overruled it.
+        idle: The setting, and why it has no effect.
+        place: Where it was written.
+        refused: Whether nothing stronger has overruled it.
     """
 
     idle: Idle
@@ -58,29 +57,29 @@ class Found:
 
     @property
     def lenient(self) -> bool:
-        """Whether a command line gave it to whatever shares the key."""
+        """Whether the key is shared by several commands and came from the command line."""
         return self.idle.common and self.place.file == COMMAND_LINE
 
     def problem(self) -> Problem:
-        """The refusal."""
+        """Return the problem that refuses the setting."""
         key, what = dotted(self.idle.key), f"has no effect: {self.idle.why}"
         return Problem(key, what, self.place.file, self.place.line, self.idle.fix)
 
     def note(self) -> str:
-        """The same for the user to know."""
+        """Return the note that tells the user about the setting."""
         at = f"{self.place.file}:{self.place.line}" if self.place.line else self.place.file
         return f"{dotted(self.idle.key)} ({at}) has no effect: {self.idle.why}"
 
 
 def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:
-    """Take the settings without effect out of a recipe.
+    """Reset the settings of a recipe that have no effect.
 
     Args:
-        recipe: as checked.
-        layer: what it was made of: says where each key was written, and how strongly.
+        recipe: The checked recipe.
+        layer: The stacked layers that it was made of, with the place and strength of each key.
 
     Returns:
-        The recipe with defaults in their place, and those of them that were written down.
+        The recipe with defaults for these settings, and those of them that were written.
     """
     found: list[Found] = []
     values: dict[KeyPath, Any] = {}
@@ -89,9 +88,9 @@ def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:
         causes = [find_place(layer.places, cause).strength for cause in idle.causes]
         overruled = place is not None and place.strength < max(causes)
         if place is not None and place.settled and not overruled:
-            continue  # a run has ended with it, and is not refused for it
+            continue  # A finished run had this setting, so it must not be refused.
         values[idle.key] = idle.neutral
-        if place is None:  # it has a default
+        if place is None:  # It was not written: a default of the method fills it in.
             continue
         each = Found(idle, place, refused=not overruled)
         found.append(replace(each, refused=each.refused and not each.lenient))
@@ -99,7 +98,7 @@ def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:
 
 
 def _replaced(section: Any, values: dict[KeyPath, Any]) -> Any:
-    """A section with some keys, deep or not, set to other values."""
+    """Return a section with new values for some keys, at any depth."""
     update: dict[str, Any] = {}
     for name in {str(path[0]) for path in values}:
         if (name,) in values:
@@ -112,10 +111,10 @@ def _replaced(section: Any, values: dict[KeyPath, Any]) -> Any:
 
 
 def idle_settings(recipe: Recipe) -> Iterator[Idle]:
-    """Every setting of a recipe that differs from its default and has no effect."""
+    """Yield every setting of a recipe that differs from its default and has no effect."""
     yield from _of_model(recipe)
     yield from _of_task(recipe)
-    # A score that chooses nothing may also be one whose basis is given.
+    # One setting can have two reasons; only one of them is reported.
     both = (*_of_method(recipe), *_of_calibration(recipe))
     yield from {idle.key: idle for idle in both}.values()
     yield from _of_train(recipe)
@@ -132,14 +131,14 @@ def _idle(
     defaults: BaseModel | None = None,
     **more: Any,
 ) -> Iterator[Idle]:
-    """Those of the names whose value differs from the default.
+    """Yield the named settings whose values differ from their defaults.
 
-    A zero in place of a number says that something is off, which is true where it has no effect.
+    A zero turns a setting off, so it is not reported if the setting has no effect anyway.
 
     Args:
-        section: at ``path`` in the recipe.
-        cause: dotted key, or several with spaces between.
-        defaults: a section of the same kind; by default its fields' own.
+        section: The section at ``path`` in the recipe.
+        cause: One dotted key, or several separated by spaces.
+        defaults: A section with the defaults; None uses those of the fields.
     """
     for name in names:
         usual = type(section).model_fields[name].default
@@ -171,7 +170,7 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
     if name.startswith("builtin:"):
         yield from _idle(task, at, ("path",), cause, f"{name} is generated")
     if name in CHAT_TASKS:
-        why = f"{name} has no such columns; task.chat says which turns are learnt"
+        why = f"{name} has no such columns; task.chat selects the turns to train on"
         yield from _idle(task, at, ("columns",), cause, why)
     else:
         why = f"it is for {', '.join(CHAT_TASKS)}, not for {name}"
@@ -190,15 +189,13 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
     at = ("task", "chat")
     for setting, tasks in _CHAT_TASKS_OF.items():
         if name not in tasks:
-            why = f"it goes with {' and '.join(tasks)}, not with {name}"
+            why = f"it applies to {' and '.join(tasks)}, not to {name}"
             yield from _idle(chat, at, (setting,), cause, why)
     of_hub = ("config", "train_split", "validation_split")
     if name == "chat" and chat.hub is None:
-        yield from _idle(
-            chat, at, of_hub, "task.path", "it goes with task.chat.hub, not with files"
-        )
+        yield from _idle(chat, at, of_hub, "task.path", "it applies to task.chat.hub, not to files")
     if chat.split == "source":
-        why = "split 'source' takes the validation part that there is"
+        why = "split 'source' uses the validation part of the data"
         yield from _idle(task, ("task",), ("validation_fraction",), "task.chat.split", why)
 
 
@@ -219,11 +216,11 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
         return
     form = method.model_dump()
     usual = CalibrationSection(**calibration_of_the_method(form, {"source": settings.source}))
-    found = {idle.key: idle for idle in _of_a_calibration_that_is_made(recipe, usual)}
+    found = {idle.key: idle for idle in _of_new_basis(recipe, usual)}
     usual = CalibrationSection(**calibration_of_the_method(form, {}))
     if settings.basis is not None:
         why, fix = f"the bases come from {settings.basis}", "leave it out, or calibrate again"
-        names = _MAKES_A_BASIS if settings.keep_head else (*_MAKES_A_BASIS, *_WARMS, "batch_size")
+        names = _BASIS_KEYS if settings.keep_head else (*_BASIS_KEYS, *_WARMUP_KEYS, "batch_size")
         said = _idle(
             settings, at, names, "calibration.basis", why, fix, defaults=usual, common=True
         )
@@ -231,7 +228,7 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
     yield from found.values()
 
 
-def _of_a_calibration_that_is_made(recipe: Recipe, usual: CalibrationSection) -> Iterator[Idle]:
+def _of_new_basis(recipe: Recipe, usual: CalibrationSection) -> Iterator[Idle]:
     settings, at = recipe.calibration, ("calibration",)
     given = settings.source in ("random", "original")
     if given:
@@ -243,14 +240,14 @@ def _of_a_calibration_that_is_made(recipe: Recipe, usual: CalibrationSection) ->
                 names += ("batch_size", "warmup_steps", "warmup_learning_rate")
         yield from _idle(settings, at, names, "calibration.source", why, defaults=usual)
     elif settings.decomposition != "randomized":
-        why = f"power_steps goes with decomposition 'randomized', not {settings.decomposition!r}"
+        why = f"power_steps applies to decomposition 'randomized', not {settings.decomposition!r}"
         yield from _idle(settings, at, ("power_steps",), "calibration.decomposition", why)
     if recipe.task.name in CHAT_TASKS:
-        why = "a language model has no new head to warm"
-        yield from _idle(settings, at, _WARMS, "task.name", why, defaults=usual)
+        why = "a language model has no new head to warm up"
+        yield from _idle(settings, at, _WARMUP_KEYS, "task.name", why, defaults=usual)
     elif settings.warmup_steps == 0:
         why = "calibration.warmup_steps is 0"
-        yield from _idle(settings, at, _WARMS[1:], "calibration.warmup_steps", why)
+        yield from _idle(settings, at, _WARMUP_KEYS[1:], "calibration.warmup_steps", why)
 
 
 def _of_train(recipe: Recipe) -> Iterator[Idle]:
@@ -274,7 +271,7 @@ def _of_train(recipe: Recipe) -> Iterator[Idle]:
     if "no" in (evaluated, saved) and train.load_best_model_at_end:
         key = "train.eval_strategy" if evaluated == "no" else of_saving
         why = "nothing is evaluated" if evaluated == "no" else "no checkpoint is saved"
-        fix = "leave it out: a run then ends with its last model"
+        fix = "leave it out; the run then ends with its last model"
         name = "load_best_model_at_end"
         yield Idle((*at, name), _paths(key), why, fix, False)
     if evaluated == "no":
@@ -283,6 +280,6 @@ def _of_train(recipe: Recipe) -> Iterator[Idle]:
         names = ("early_stopping_patience",)
         yield from _idle(train, at, names, "train.eval_strategy", why, fix)
     if train.max_steps > 0:
-        why = f"max_steps {train.max_steps} says how long training takes"
-        fix = "leave out the one or the other"
+        why = f"max_steps {train.max_steps} determines how long training takes"
+        fix = "leave one of the two out"
         yield from _idle(train, at, ("num_train_epochs",), "train.max_steps", why, fix)

@@ -1,4 +1,4 @@
-"""How settings stack: defaults < extended recipes < recipe < command line. Imports no torch."""
+"""Stack settings: defaults < extended recipes < recipe < command line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sparsegrad_cli.recipe.yaml_source import (
     read_yaml,
 )
 
-# A relative path in a recipe is relative to that recipe's folder, one on the command line to the
-# current folder. ``model`` is anchored, too, where it names a folder (see _anchor_model).
+# A relative path in a recipe is relative to the recipe's folder, and one on the command line to the
+# current folder. The same holds for ``model`` if it names a folder (see _anchor_model).
 _PATH_KEYS: tuple[KeyPath, ...] = (
     ("task", "path"),
     ("task", "chat", "forgetting"),
@@ -33,16 +33,16 @@ _PATH_KEYS: tuple[KeyPath, ...] = (
     ("init_from",),
     ("output_dir",),
 )
-_MOST_FILES = 32  # that a recipe may extend, directly or by way of others
-_RIVALS_OF_TRAIN = ("warmup_steps", "warmup_ratio")  # they replace each other
+_MOST_FILES = 32  # limit on the files that a recipe extends, directly or indirectly
+_TRAIN_ALTERNATIVES = ("warmup_steps", "warmup_ratio")  # only one of them is used
 
 
 def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Layer]:
-    """All layers of a recipe, weakest first: what it extends, itself, then the overrides.
+    """Read all layers of a recipe, weakest first: extended recipes, the recipe, overrides.
 
     Raises:
-        RecipeError: a file is missing or no YAML, ``extends`` runs in a circle, or an override
-            cannot be read. All broken overrides are reported together.
+        RecipeError: A file is missing or not YAML, ``extends`` forms a cycle, or an override cannot
+            be read. All invalid overrides are reported together.
     """
     layers = _read_with_parents(source, None, (), [])
     problems: list[Problem] = []
@@ -60,7 +60,7 @@ def read_override(text: str) -> Layer:
     """Parse ``key.path=value``; a relative path in it is relative to the current folder.
 
     Raises:
-        RecipeError: as :func:`parse_override`.
+        RecipeError: See :func:`parse_override`.
     """
     layer = parse_override(text)
     anchor_paths(layer.data, Path.cwd())
@@ -70,33 +70,33 @@ def read_override(text: str) -> Layer:
 def _read_with_parents(
     source: str | Path, named_by: Place | None, seen: tuple[Path, ...], read: list[Path]
 ) -> list[Layer]:
-    """The layers of a recipe and of all that it extends.
+    """Read the layers of a recipe and of all recipes that it extends.
 
     Args:
-        named_by: where it is named, if by a recipe.
-        seen: the recipes that lead to it.
-        read: all that were read so far.
+        named_by: The place of the ``extends`` that names it, if there is one.
+        seen: The chain of recipes that leads to it.
+        read: All files read so far; this function appends to it.
     """
     path = find_recipe(source, relative_to=seen[-1].parent if seen else None)
     if path is None:
         place = named_by or Place(str(source))
         key = "extends" if named_by else "(file)"
         what = f"no such file: {clip(str(source))}"
-        fix = "`sparsegrad configs` lists the recipes that come with it"
+        fix = "`sparsegrad configs` lists the shipped recipes"
         raise RecipeError([Problem(key, what, file=place.file, line=place.line, fix=fix)])
     path = path.resolve()
     if path in seen:
         chain = " -> ".join(str(step) for step in (*seen, path))
-        raise RecipeError([Problem("extends", f"runs in a circle: {chain}", file=str(seen[-1]))])
+        raise RecipeError([Problem("extends", f"forms a cycle: {chain}", file=str(seen[-1]))])
     read.append(path)
     if len(read) > _MOST_FILES:
-        what = f"comes to more than {_MOST_FILES} files"
+        what = f"adds up to more than {_MOST_FILES} files"
         raise RecipeError([Problem("extends", what, file=str(seen[0]))])
     layer = read_yaml(path, shown_as=str(source))
     if is_of_run(path):
         layer.places = {key: replace(place, settled=True) for key, place in layer.places.items()}
-    # Before paths were written in full, the recipe in a run's folder named files as seen from the
-    # folder where the command ran: such a run is still read from there.
+    # Older versions wrote relative paths into the recipe of a run, relative to the folder where the
+    # command ran. They are left as they are, so that such a run can be read from that folder.
     if not (path.name == "recipe.yaml" and is_file(path.parent / "run.json")):
         anchor_paths(layer.data, path.parent)
     place = layer.places.get(("extends",), Place(str(source)))
@@ -107,12 +107,14 @@ def _read_with_parents(
 
 
 def _parents(layer: Layer, place: Place) -> list[str]:
-    """The recipes that a layer extends, taken out of it."""
+    """Remove ``extends`` from a layer and return the recipes that it names."""
     named = layer.data.pop("extends", None)
     parents = [named] if isinstance(named, str) else [] if named is None else named
     if isinstance(parents, list) and all(isinstance(parent, str) for parent in parents):
         return parents
-    problem = Problem("extends", "names files by strings", file=place.file, line=place.line)
+    problem = Problem(
+        "extends", "expected a file name, or a list of file names", file=place.file, line=place.line
+    )
     raise RecipeError([problem])
 
 
@@ -120,8 +122,8 @@ def anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Make every relative path in a recipe's data absolute, in place.
 
     Args:
-        data: keys of a recipe, not yet checked.
-        folder: what relative paths are relative to.
+        data: The content of a recipe before it is checked.
+        folder: The folder that relative paths start from.
     """
     for keys in _PATH_KEYS:
         section: Any = data
@@ -139,15 +141,15 @@ def anchor_paths(data: dict[str, Any], folder: Path) -> None:
 
 def _anchored(name: str, folder: Path) -> str:
     path = expanded(name)
-    # A home that does not exist is left as written, for the message that names it.
+    # A home folder that does not exist stays as written, so that the error can quote it.
     return name if str(path).startswith("~") else os.path.normpath(folder / path)
 
 
 def _anchor_model(name: str, folder: Path) -> str:
-    """A model's folder, absolute; a hub id or a built-in model stays as it is.
+    """Return the absolute path of a model's folder; leave a hub id or built-in model unchanged.
 
-    A name without a leading dot may be either. The folder beside the recipe wins, then one in the
-    current folder (where transformers looks), then the hub.
+    A name without a leading dot can mean a folder or a hub id. A folder beside the recipe comes
+    first, then one in the current folder (where transformers looks), then the hub.
     """
     if not name or name.startswith("builtin:"):
         return name
@@ -160,10 +162,10 @@ def _anchor_model(name: str, folder: Path) -> str:
 
 
 def stack(layers: list[Layer]) -> Layer:
-    """Merge layers, weakest first, with the per-task settings of each just above it.
+    """Merge layers, weakest first, each with its settings for the task just above it.
 
-    ``per_task: {glue/rte: {train: {...}}}`` in a recipe holds settings for one task; they apply
-    when that task is the one asked for, and anything stronger than the recipe overrides them.
+    ``per_task: {glue/rte: {train: {...}}}`` holds settings for one task. They apply if the recipe's
+    task is that one, and any layer that is stronger than the recipe overrides them.
     """
     task = _task_name(layers)
     merged = Layer({})
@@ -186,35 +188,35 @@ def stack(layers: list[Layer]) -> Layer:
                 if path[:2] == prefix and len(path) > 2
             }
             _merge(merged, Layer(per_task[task], places), ())
-    _settle_rivals(merged)
+    _drop_weaker_alternatives(merged)
     return merged
 
 
-def _settle_rivals(layer: Layer) -> None:
-    """Of two keys that say the same thing, the more strongly written prevails.
+def _drop_weaker_alternatives(layer: Layer) -> None:
+    """Keep the stronger of two keys that replace each other.
 
-    Where both are written as strongly, both stay, and the check of the recipe refuses them.
+    If both come from the same layer, both stay, and the schema refuses them.
     """
     for section in ("method", "train"):
         data = layer.data.get(section)
         if not isinstance(data, dict):
             continue
         method = settings_class(data) if section == "method" else None
-        names = _RIVALS_OF_TRAIN if section == "train" else method.rivals if method else ()
-        said = {
+        names = _TRAIN_ALTERNATIVES if section == "train" else method.rivals if method else ()
+        strengths = {
             name: layer.places[section, name].strength
             for name in names
             if data.get(name) is not None and (section, name) in layer.places
         }
-        for name, strength in said.items():
-            if strength < max(said.values()):
+        for name, strength in strengths.items():
+            if strength < max(strengths.values()):
                 del data[name]
 
 
 def _ranked(layer: Layer, strength: int, strongest: int) -> dict[KeyPath, Place]:
-    """The places of a layer with its strength; all of the command line is one layer.
+    """Return the places of a layer with its strength; the whole command line is one layer.
 
-    ``method: lora`` is short for a mapping with a name: the name is written there, too.
+    ``method: lora`` is short for ``method: {name: lora}``, so the name has the same place.
     """
     places = dict(layer.places)
     for section in ("model", "task", "method"):
@@ -240,7 +242,9 @@ def _task_name(layers: list[Layer]) -> str:
 def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
     place = find_place(layer.places, ("per_task",))
     if not isinstance(per_task, dict):
-        return Problem("per_task", "maps task names to settings", place.file, place.line)
+        return Problem(
+            "per_task", "expected a mapping of task names to settings", place.file, place.line
+        )
     for name, settings in per_task.items():
         if name not in known_task_names():
             here = find_place(layer.places, ("per_task", name))
@@ -248,12 +252,14 @@ def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
             return Problem(f"per_task.{name}", "is not a task", here.file, here.line, fix)
         if not isinstance(settings, dict):
             here = find_place(layer.places, ("per_task", name))
-            return Problem(f"per_task.{name}", "is a mapping of settings", here.file, here.line)
+            return Problem(
+                f"per_task.{name}", "expected a mapping of settings", here.file, here.line
+            )
     return None
 
 
 def _merge(into: Layer, layer: Layer, path: KeyPath) -> None:
-    # A key above the one that an override sets keeps the place where it was written.
+    # A parent of the key that an override sets keeps the place where it was written.
     above = {path[:depth] for path in layer.places for depth in range(1, len(path))}
     for key_path, place in layer.places.items():
         if key_path in into.places and key_path in above and place.line is None:
@@ -269,15 +275,15 @@ def _merged(old: Any, new: Any, path: KeyPath) -> Any:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     if path == ("method",):
-        old = still_said(_method_settings_that_carry_over(old, new), new)
+        old = drop_replaced_size(_inherited_method_settings(old, new), new)
     result = dict(old)
     for key, value in new.items():
         result[key] = _merged(old.get(key), value, (*path, key))
     return result
 
 
-def _method_settings_that_carry_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Another method starts afresh; only density goes along, to a method that selects by it."""
+def _inherited_method_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the weaker settings that stay valid: for another method only a density it can use."""
     name = new.get("name", old.get("name"))
     if name == old.get("name", name):
         return old
@@ -286,8 +292,8 @@ def _method_settings_that_carry_over(old: dict[str, Any], new: dict[str, Any]) -
     return {"density": old["density"]} if keeps else {}
 
 
-def still_said(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A method's weaker settings, less the density where entries take its place, or the reverse."""
+def drop_replaced_size(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's weaker settings without the size (density or entries) that is replaced."""
     if new.get("entries") is not None and "density" not in new:
         return {key: value for key, value in old.items() if key != "density"}
     if new.get("density") is not None and "entries" not in new:

@@ -1,4 +1,4 @@
-"""From a recipe file and overrides to a checked :class:`Recipe`. Imports no torch."""
+"""Load a recipe file and overrides into a checked :class:`Recipe`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsegrad_cli.recipe.yaml_source import (
 )
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
-_MOST_PROBLEMS = 100  # that are told one by one
+_MOST_PROBLEMS = 100  # how many are reported
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class LoadedRecipe:
     """A checked recipe, and where each of its keys was written.
 
     Attributes:
-        recipe: the resolved recipe.
-        source: file it came from, or ``built-in quickstart``.
-        places: where each key path was written; keys not in it hold defaults.
-        notes: settings that a stronger one has disabled.
+        recipe: The resolved recipe.
+        source: The file or shipped recipe that it came from.
+        places: Where each key path was written; other keys hold defaults.
+        notes: Settings that stronger ones have disabled.
     """
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class LoadedRecipe:
     notes: tuple[str, ...] = ()
 
     def where(self, key: str) -> str:
-        """``file:line: key`` of a dotted key, for error messages."""
+        """Return ``file:line: key`` of a dotted key, for error messages."""
         place = find_place(self.places, tuple(key.split(".")))
         line = f":{place.line}" if place.line else ""
         return f"{place.file}{line}: {key}"
@@ -62,16 +62,16 @@ def load_recipe(
     data: bool = True,
     output_dir: Path | None = None,
 ) -> LoadedRecipe:
-    """Read, stack and check a recipe; without a source, the shipped ``quickstart``.
+    """Read, stack and check a recipe.
 
     Args:
-        source: a YAML file, or the name of a shipped recipe.
-        overrides: ``key.path=value`` texts, strongest.
-        data: the task's files must be there.
-        output_dir: stronger than all; a path as it is, which no YAML is made of.
+        source: A YAML file or the name of a shipped recipe; None is the shipped ``quickstart``.
+        overrides: ``key.path=value`` texts, which are stronger than the recipe.
+        data: Whether the task's files must exist.
+        output_dir: Stronger than all; used as it is, not read as YAML.
 
     Raises:
-        RecipeError: everything that is wrong, together, each with file, line and key.
+        RecipeError: All problems together, each with file, line and key.
     """
     name = str(source) if source is not None else "configs/quickstart.yaml"
     layers = read_layers(name, overrides)
@@ -79,10 +79,10 @@ def load_recipe(
         layers.append(setting("output_dir", str(output_dir)))
         anchor_paths(layers[-1].data, Path.cwd())
     layer = stack(layers)
-    said = check(layer, Recipe)
-    recipe, idle = without_idle(said, layer)
+    written = check(layer, Recipe)
+    recipe, idle = without_idle(written, layer)
     problems = [found.problem() for found in idle if found.refused]
-    problems += recipe_problems(said if problems else recipe, layer.places, data=data)
+    problems += recipe_problems(written if problems else recipe, layer.places, data=data)
     if problems:
         raise RecipeError(problems)
     notes = tuple(found.note() for found in idle)
@@ -102,12 +102,12 @@ def check(layer: Layer, schema: type[SectionT]) -> SectionT:
             what += _others(detail, path, layer)
             problems.append(Problem(dotted(path), clip(what), place.file, place.line, fix))
     if problems or checked is None:
-        raise RecipeError(_told(problems))
+        raise RecipeError(_sorted(problems))
     return checked
 
 
 def _others(detail: Any, blamed: KeyPath, layer: Layer) -> str:
-    """`` (method.density: r.yaml:4)``: where the other keys of a problem were written."""
+    """Return where the other keys of a problem were written: `` (method.density: r.yaml:4)``."""
     error = (detail.get("ctx") or {}).get("error")
     keys = getattr(error, "keys", ())
     section = blamed[: len(blamed) - len(keys[0].split("."))] if keys else ()
@@ -122,18 +122,18 @@ def _others(detail: Any, blamed: KeyPath, layer: Layer) -> str:
     return f" ({', '.join(places)})" if places else ""
 
 
-def _told(problems: list[Problem]) -> list[Problem]:
-    """By file and line; of very many the first."""
+def _sorted(problems: list[Problem]) -> list[Problem]:
+    """Sort problems by file and line, and keep the first ones of very many."""
     problems = sorted(problems, key=lambda p: (p.file or "", p.line or 0))
     if len(problems) <= _MOST_PROBLEMS:
         return problems
     last = problems[_MOST_PROBLEMS]
-    more = Problem("(more)", "there are more problems than these", last.file, last.line)
+    more = Problem("(more)", "there are more problems; fix these first", last.file, last.line)
     return [*problems[:_MOST_PROBLEMS], more]
 
 
 def _lists_to_tuples(value: Any) -> Any:
-    """YAML has lists; frozen sections hold tuples."""
+    """Turn the lists of YAML into tuples, which frozen sections hold."""
     if isinstance(value, list):
         return tuple(_lists_to_tuples(item) for item in value)
     if isinstance(value, dict):
@@ -142,20 +142,21 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain data, every default written out."""
+    """Return the resolved recipe as plain data, with every default."""
     plain: dict[str, Any] = json.loads(recipe.model_dump_json())
     return plain
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
+    """Return the resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
     return dump(to_plain(recipe))
 
 
 def digest(recipe: Recipe) -> str:
-    """sha256 (hex) of the resolved recipe without ``output_dir``: the name of an experiment.
+    """Return the SHA-256 (hex) of the resolved recipe without ``output_dir``.
 
-    A key that came later counts where it is set, so that what ran before it keeps its name.
+    A key that was added in a later version counts only if it is set, so that recipes without it
+    keep their digest.
     """
     plain = to_plain(recipe)
     plain.pop("output_dir")

@@ -1,4 +1,4 @@
-"""Pydantic's findings in plain words, with did-you-mean. Imports no torch."""
+"""Put the errors of pydantic in plain words, with suggestions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsegrad_cli.io.suggest import did_you_mean, suggest
 from sparsegrad_cli.methods.registry import METHOD_NAMES, METHODS
 from sparsegrad_cli.recipe.yaml_source import KeyPath, shorten
 
-# Keys that people bring along from elsewhere, and where they live here.
+# Keys of other tools, and their keys here.
 _ELSEWHERE = {
     "lr": "train.learning_rate",
     "epochs": "train.num_train_epochs",
@@ -34,7 +34,7 @@ _ELSEWHERE = {
     "evaluation_strategy": "train.eval_strategy",
     "data_seed": "seed (it seeds the data order too)",
 }
-# Names of methods elsewhere, and how they are written here.
+# Names of methods in other tools, and how to write them here.
 _METHODS_ELSEWHERE = {
     "qlora": "it is written method: lora with model.quantization: 4bit",
     "rslora": "it is written method: {name: lora, rslora: true}",
@@ -44,7 +44,7 @@ _METHODS_ELSEWHERE = {
 
 
 def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath, str, str | None]:
-    """One pydantic error -> (key path, what is wrong, what to do)."""
+    """Return the key path of a pydantic error, what is wrong, and what to do."""
     kind = detail["type"]
     path, sections = _walk(tuple(detail["loc"]), schema, unknown=kind == "extra_forbidden")
     context = detail.get("ctx") or {}
@@ -76,14 +76,14 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
 def _walk(
     loc: tuple[Any, ...], schema: type[BaseModel], *, unknown: bool
 ) -> tuple[KeyPath, list[type[BaseModel]]]:
-    """Drop what pydantic adds to a location (union tags), and find the sections at its parent."""
+    """Remove what pydantic adds to a location (union tags), and find the sections of its parent."""
     path: list[str | int] = []
     sections: list[type[BaseModel]] = [schema]
     for at, part in enumerate(loc):
         if isinstance(part, int):
             path.append(part)
             continue
-        if unknown and at == len(loc) - 1:  # a key of the user's, whatever it is called
+        if unknown and at == len(loc) - 1:  # the unknown key itself, whatever its name
             path.append(str(part))
             break
         tagged = [s for s in sections if _tag_of(s) == part and part not in s.model_fields]
@@ -138,7 +138,7 @@ def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
 
 
 def method_advice(given: str) -> str:
-    """Return which method is meant by a name that is none."""
+    """Return which method was probably meant by an unknown name."""
     return _METHODS_ELSEWHERE.get(given.lower()) or suggest(given, METHOD_NAMES)
 
 
@@ -158,7 +158,7 @@ def _type_fix(kind: str, given: Any) -> str | None:
 
 
 def _reads_as(kind: str, text: str) -> bool:
-    """Whether a quoted value would be of its key's type without the quotes."""
+    """Return whether a quoted value would have its key's type without the quotes."""
     if kind == "bool_type":
         return text.lower() in ("true", "false")
     try:

@@ -1,4 +1,4 @@
-"""What every section of a recipe is, and the types they share. Imports no torch."""
+"""Define the base of every recipe section and the types that sections share. No torch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.yaml_source import KeyPath
 
-LARGEST = 2**31 - 1  # a number of anything; what counts in C holds it
+LARGEST = 2**31 - 1  # the largest 32-bit integer, for code in C
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of numpy's seeds
 Bytes = Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})? ?[KMG]iB$")]
 
 
 def parse_bytes(text: str) -> int:
-    """``64MiB`` -> 67108864."""
+    """Return the bytes of a size: ``64MiB`` is 67108864."""
     units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     return int(float(text[:-3]) * units[text[-3:]])
 
 
 class SettingError(ValueError):
-    """What a validator of a section refuses, where the message alone does not say it all.
+    """An error of a section's validator that names keys and what to write instead.
 
     Args:
-        what: what is wrong, as the rest of a sentence about the first key.
-        keys: dotted keys within the section that are involved, the one to blame first.
-        fix: what to write instead.
+        what: What is wrong, to continue a sentence about the first key.
+        keys: The dotted keys within the section that are involved; the wrong one comes first.
+        fix: What to write instead.
     """
 
     def __init__(self, what: str, *keys: str, fix: str | None = None) -> None:
@@ -39,8 +39,10 @@ class SettingError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent casts of strings to numbers, no
-    infinity and no NaN."""
+    """The base of every section.
+
+    Sections are immutable. They refuse unknown keys, strings in place of numbers, Inf and NaN.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -50,13 +52,13 @@ class Idle:
     """A setting without effect.
 
     Attributes:
-        key: its path.
-        causes: paths of the settings that disable it; one that is stronger overrules it.
-        why: the reason, as the rest of a sentence about the key.
-        fix: what to write instead.
-        neutral: the value that says the same in a resolved recipe.
-        common: several commands share the key, of several methods or the one that made the basis:
-            on a command line it is noted, not refused.
+        key: Its path.
+        causes: Paths of the settings that disable it; a stronger one overrules it.
+        why: The reason, to continue a sentence about the key.
+        fix: What to write instead.
+        neutral: The value for the resolved recipe.
+        common: Whether several commands share the key, such as those for several methods. On a
+            command line such a key is reported in a note, not refused.
     """
 
     key: KeyPath

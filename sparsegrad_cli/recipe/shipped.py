@@ -1,4 +1,4 @@
-"""Recipes, studies and launchers' settings that come with the package. Imports no torch."""
+"""Find the recipes, studies and launcher settings that come with the package. No torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from sparsegrad_cli.io.paths import exists, expanded, is_file
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-# Settings of accelerate's launcher: YAML files, but no recipes.
+# Settings of accelerate's launcher are YAML files, too, but not recipes.
 LAUNCHERS = "configs/accelerate"
 
 
 def shipped_folder(kind: str) -> Path:
-    """Where ``configs``, ``recipes`` or ``LAUNCHERS`` are: in the wheel, or in a checkout."""
+    """Return the folder of ``configs``, ``recipes`` or ``LAUNCHERS``, in a wheel or a checkout."""
     in_wheel = _PACKAGE / "_shipped" / kind
     return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / kind
 
 
 def shipped_files(kind: str) -> list[Path]:
-    """The YAML files of that kind, by name."""
+    """Return the YAML files of a kind, sorted by name."""
     return sorted(shipped_folder(kind).glob("*.yaml"))
 
 
 def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | None:
-    """A recipe by path, or by the name of a shipped one (``configs/roberta_glue.yaml`` too).
+    """Return a recipe by its path, or by the name of a shipped one such as ``roberta_glue``.
 
     A file in the current folder (or beside the recipe that extends it) wins over a shipped one.
     """
@@ -46,11 +46,11 @@ def find_recipe(source: str | Path, relative_to: Path | None = None) -> Path | N
 
 
 def is_of_run(path: Path) -> bool:
-    """Whether a file is the resolved recipe that a run has kept."""
+    """Return whether a file is the resolved recipe in a run's folder."""
     return path.name == "recipe.yaml" and is_file(path.parent / "run.json")
 
 
 def recipe_of_run(source: str | Path) -> Path | None:
-    """The recipe in a run's folder, for which the folder stands; None where there is none."""
+    """Return the resolved recipe in a run's folder; None if there is none."""
     path = Path(source) / "recipe.yaml"
     return path if is_file(path) else None

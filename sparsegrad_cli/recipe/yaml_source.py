@@ -25,15 +25,15 @@ from sparsegrad_cli.io.untrusted_text import printable_text
 
 COMMAND_LINE = "command line"
 KeyPath = tuple[str | int, ...]
-MOST_BYTES = 256 * 1024  # the longest recipe that comes along has 4 KiB
+MOST_BYTES = 256 * 1024  # the longest shipped recipe has 4 KiB
 MOST_DEPTH = 40
-MOST_NODES = 50_000  # with every alias unfolded
+MOST_NODES = 50_000  # with every alias expanded
 _TAG = "tag:yaml.org,2002:"
 _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
-_AS_BEFORE = ("null", "bool", "merge")  # words that mean the same in YAML 1.1
+_AS_BEFORE = ("null", "bool", "merge")  # kinds that are the same in YAML 1.1 and 1.2
 _TEXT_KEYS = ("positive_label",)
 _LARGEST = 2**63 - 1
-HALF = re.compile("[\0\ud800-\udfff]")  # what neither a file's name nor UTF-8 can hold
+HALF = re.compile("[\0\ud800-\udfff]")  # neither a file name nor UTF-8 can hold these
 _INT = re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -49,10 +49,10 @@ class Place:
     """Where a value was written.
 
     Attributes:
-        file: its name, or ``command line``.
+        file: Its name, or ``command line``.
         line: 1-based, where known.
-        strength: of its layer, once layers are stacked: what is written more strongly prevails.
-        settled: the file is the recipe that a run has resolved and kept.
+        strength: The rank of its layer, once layers are stacked; a stronger layer prevails.
+        settled: Whether the file is the resolved recipe that a run has kept.
     """
 
     file: str
@@ -63,7 +63,7 @@ class Place:
 
 @dataclass
 class Layer:
-    """One source of settings: plain data, and the place of each key path in it."""
+    """Settings from one source: plain data, and the place of each key path in it."""
 
     data: dict[str, Any]
     places: dict[KeyPath, Place] = field(default_factory=dict)
@@ -74,14 +74,14 @@ def read_yaml(path: Path, shown_as: str | None = None) -> Layer:
     """Read one YAML file whose top level is a mapping.
 
     Raises:
-        RecipeError: the file is missing, unreadable, no YAML, or no mapping; exit code 2.
+        RecipeError: The file is missing, unreadable, too long, not YAML, or not a mapping.
     """
     name = shown_as or str(path)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise _refusal(f"has more than {MOST_BYTES // 1024} KiB: no recipe is that long", name)
+            raise _refusal(f"has more than {MOST_BYTES // 1024} KiB, the limit for a recipe", name)
         text = content.decode("utf-8")
     except FileNotFoundError:
         raise _refusal("no such file", name) from None
@@ -89,7 +89,7 @@ def read_yaml(path: Path, shown_as: str | None = None) -> Layer:
         raise _refusal("is a folder, not a recipe", name) from None
     except UnicodeDecodeError as error:
         raise _refusal(f"is not UTF-8 text: {error}", name) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
         raise _refusal(f"cannot be read: {error}", name) from None
     return parse_yaml(text, name)
 
@@ -109,14 +109,14 @@ def parse_yaml(text: str, name: str) -> Layer:
     if data is None:
         return Layer({})
     if not isinstance(data, dict):
-        what = f"holds a {type(data).__name__}; a recipe is a mapping of keys to values"
+        what = f"holds a {type(data).__name__}, but a recipe is a mapping of keys to values"
         raise _refusal(what, name, 1)
     layer.data = data
     return layer
 
 
 def _collect_places(node: yaml.Node, path: KeyPath, name: str, layer: Layer) -> None:
-    """Note the line of each key; a key written twice is a problem, not a silent override."""
+    """Record the line of each key, and a problem for each key that is written twice."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:
@@ -137,10 +137,10 @@ def _collect_places(node: yaml.Node, path: KeyPath, name: str, layer: Layer) -> 
 
 
 def parse_override(text: str) -> Layer:
-    """``train.learning_rate=1e-4`` -> a layer with that one key. The value is read as YAML.
+    """Parse ``key.path=value`` into a layer with that one key; the value is read as YAML.
 
     Raises:
-        RecipeError: no ``=``, an empty key, or a value that is no YAML.
+        RecipeError: There is no ``=``, the key is empty, or the value is not YAML.
     """
     key, sign, raw = text.partition("=")
     parts = key.strip().split(".")
@@ -159,13 +159,13 @@ def parse_override(text: str) -> Layer:
 
 
 def setting(key: str, value: Any) -> Layer:
-    """A layer with one key from the command line, its value as it is.
+    """Return a layer with one key from the command line, whose value is used as it is.
 
     Raises:
-        RecipeError: the name of a file that is no UTF-8, which no recipe could say.
+        RecipeError: The value is a file name that is not UTF-8, which YAML cannot express.
     """
     if isinstance(value, str) and HALF.search(value):
-        what = f"{value.encode(errors='replace').decode()!r} is no UTF-8 text"
+        what = f"{value.encode(errors='replace').decode()!r} is not UTF-8 text"
         raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)])
     parts = key.strip().split(".")
     data: Any = value
@@ -175,7 +175,7 @@ def setting(key: str, value: Any) -> Layer:
 
 
 def places_of(data: Mapping[str, Any], place: Place, at: KeyPath = ()) -> dict[KeyPath, Place]:
-    """One place for every key of plain data, however deep."""
+    """Return the same place for every key of plain data, at any depth."""
     found: dict[KeyPath, Place] = {}
     for key, value in data.items():
         found[(*at, key)] = place
@@ -185,7 +185,7 @@ def places_of(data: Mapping[str, Any], place: Place, at: KeyPath = ()) -> dict[K
 
 
 def dotted(path: KeyPath) -> str:
-    """``("methods", 0, "name")`` -> ``methods[0].name``."""
+    """Return a key path as text: ``("methods", 0, "name")`` is ``methods[0].name``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
@@ -193,12 +193,12 @@ def dotted(path: KeyPath) -> str:
 
 
 def clip(text: str, most: int = 200) -> str:
-    """Text that quotes a recipe, or its beginning: a message is no place for a page."""
+    """Return a text, or the beginning of a long one, for a message."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def find_place(places: Mapping[KeyPath, Place], path: KeyPath) -> Place:
-    """The place of a key path, or of its nearest parent that was written down."""
+    """Return the place of a key path, or of its nearest parent that was written."""
     for depth in range(len(path), 0, -1):
         if path[:depth] in places:
             return places[path[:depth]]
@@ -206,14 +206,14 @@ def find_place(places: Mapping[KeyPath, Place], path: KeyPath) -> Place:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes and constructs within the bounds above."""
+    """Compose and construct plain data within the limits above."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As its parent's, to a depth."""
+        """Compose a node, down to the largest depth."""
         if self._depth > MOST_DEPTH:
             raise _fault(ComposerError, f"is nested more than {MOST_DEPTH} deep", self.peek_event())
         self._depth += 1
@@ -224,16 +224,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """As its parent's; what a scalar cannot be is a fault like any other."""
+        """Construct an object; report a scalar that does not fit its tag with its line."""
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             kind = node.tag.removeprefix(_TAG)
-            raise _fault(ConstructorError, f"{shorten(node.value)} is no {kind}", node) from None
+            raise _fault(
+                ConstructorError, f"{shorten(node.value)} is not a valid {kind}", node
+            ) from None
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise _fault(ConstructorError, "is too large for a whole number", node)
         if isinstance(value, str) and (found := HALF.search(value)):
-            what = f"holds U+{ord(found[0]):04X}, which is no character of a text"
+            what = f"holds U+{ord(found[0]):04X}, which is not a character"
             raise _fault(ConstructorError, what, node)
         return value
 
@@ -252,7 +254,7 @@ _Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts words in quotes that either this loader or YAML 1.1 would take for a number."""
+    """Quote text that this loader or YAML 1.1 would read as a number."""
 
 
 _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
@@ -261,14 +263,14 @@ _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 def load(
     text: str, look: Callable[[yaml.Node], None] = lambda node: None, *, key: str | None = None
 ) -> Any:
-    """The document as plain data, whose keys are all words; None if there is none.
+    """Return the document as plain data whose keys are all text; None if it is empty.
 
     Args:
-        look: called with the document's node before merges are worked in.
-        key: the key whose value the document is, where it is one of a mapping's.
+        look: Called with the document's node before merges are applied.
+        key: The key whose value the document is, if it belongs to a mapping.
 
     Raises:
-        yaml.YAMLError: it is not YAML of this kind.
+        yaml.YAMLError: The text is not YAML, or exceeds the limits.
     """
     loader: _Loader | None = None
     try:
@@ -286,7 +288,7 @@ def load(
 
 
 def dump(data: Any) -> str:
-    """Plain data as YAML that :func:`load` reads back equal, and that a terminal shows as it is."""
+    """Return YAML that :func:`load` reads back to equal data, and that is safe on a terminal."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     if printable_text(text) != text:  # escape bidirectional marks with everything else
         text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
@@ -294,7 +296,7 @@ def dump(data: Any) -> str:
 
 
 def fault_of(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
-    """(what is wrong, its 1-based line where known)."""
+    """Return what is wrong, and its 1-based line where known."""
     if isinstance(error, yaml.MarkedYAMLError):
         line = error.problem_mark.line + 1 if error.problem_mark else None
         return str(error.problem or error), line
@@ -305,24 +307,24 @@ def fault_of(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
 
 
 def shorten(value: Any, most: int = 60) -> str:
-    """A value as it would be written, or its beginning."""
+    """Return the ``repr`` of a value, or its beginning."""
     text = repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """(nodes, depth) of a node with all aliases in it unfolded; counted once, however often met.
+    """Return the number of nodes and the depth of a node with all its aliases expanded.
 
-    On the way every key is made a word: ``on: 1`` and ``1: x`` have keys, not values.
+    Each node is counted once and then looked up. Every key becomes text: the key of ``on: 1`` is
+    not a boolean.
 
     Raises:
-        ComposerError: too many or too deep, an alias inside of what it stands for, or a key that
-            is no word.
+        ComposerError: The limits are exceeded, an alias contains itself, or a key is not text.
     """
     if id(node) in known:
         found = known[id(node)]
         if found is None:
-            raise _fault(ComposerError, "an alias stands inside of what it names", node)
+            raise _fault(ComposerError, "an alias contains itself", node)
         return found
     known[id(node)] = None
     nodes, depth = 1, 0
@@ -331,21 +333,21 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
         if isinstance(node, yaml.MappingNode):
             key, child = child
             if not isinstance(key, yaml.ScalarNode):
-                raise _fault(ComposerError, "a key is a word, and no list or mapping", key)
+                raise _fault(ComposerError, "a key must be text, not a list or mapping", key)
             if key.tag != f"{_TAG}merge":
                 key.tag = f"{_TAG}str"
             _keep_text(key.value, child)
         more, below = _measure(child, known)
         nodes, depth = nodes + more, max(depth, below + 1)
         if nodes > MOST_NODES or depth > MOST_DEPTH:
-            what = f"unfolds to more than {MOST_NODES} values, or deeper than {MOST_DEPTH}"
+            what = f"expands to more than {MOST_NODES} values, or deeper than {MOST_DEPTH}"
             raise _fault(ComposerError, what, child)
     known[id(node)] = nodes, depth
     return nodes, depth
 
 
 def _keep_text(key: str | None, value: yaml.Node) -> None:
-    """Take the value of a key that names a class as it is written: ``no`` and ``01`` are texts."""
+    """Keep the value of a key that names a class as text, such as ``no`` or ``01``."""
     if key in _TEXT_KEYS and isinstance(value, yaml.ScalarNode) and value.tag != f"{_TAG}null":
         value.tag = f"{_TAG}str"
 
