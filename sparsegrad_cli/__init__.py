@@ -1,8 +1,8 @@
-"""sparsegrad: fine-tune transformers by touching about 1 % of the MLP weights.
+"""Fine-tune transformers by training about 1 % of the MLP weights.
 
-The command line is ``sparsegrad`` (:mod:`sparsegrad_cli.cli`). Data flows one way:
+The command is ``sparsegrad`` (:mod:`sparsegrad_cli.cli`). Data flows one way:
 recipe -> model + data -> method -> training -> run records -> report.
-:func:`load_adapter` takes up what ``sparsegrad export --to adapter`` wrote.
+:func:`load_adapter` loads an adapter that ``sparsegrad export --to adapter`` wrote.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 def load_adapter(
     folder: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The model of an exported adapter; see :func:`sparsegrad_cli.export.adapter.load_adapter`."""
+    """Load an exported adapter; see :func:`sparsegrad_cli.export.adapter.load_adapter`."""
     from sparsegrad_cli.export.adapter import load_adapter as load
 
     return load(folder, model, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""``python -m sparsegrad_cli`` is ``sparsegrad``."""
+"""Run ``sparsegrad`` with ``python -m sparsegrad_cli``."""
 
 from sparsegrad_cli.cli.app import main
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from sparsegrad_cli.errors import InterruptedRunError, OutOfMemoryError, SparsegradError
 
-# What libraries say in a RuntimeError whose cause is a failed allocation: torch's CPU allocator,
-# C++, CUDA's runtime, cuBLAS, and oneDNN.
+# Messages of a RuntimeError that means a failed allocation: of torch's CPU allocator, C++, the CUDA
+# runtime, cuBLAS, and oneDNN.
 _PHRASES = (
     "can't allocate memory",
     "not enough memory",
@@ -51,12 +51,12 @@ def mapped_errors(
     """Raise Ctrl-C and failed allocations inside as errors with their own exit codes.
 
     Args:
-        again: what to do after Ctrl-C.
-        memory: the setting that a failed allocation depends on, and what to do.
+        again: What to do after Ctrl-C.
+        memory: The setting that memory depends on, and what to do after a failed allocation.
 
     Raises:
-        InterruptedRunError: the user pressed Ctrl-C.
-        OutOfMemoryError: an allocation failed.
+        InterruptedRunError: The user pressed Ctrl-C.
+        OutOfMemoryError: An allocation failed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Errors a user can cause, each one readable block: what, where, what to do. Imports nothing.
+"""Define the errors that a user can act on: what is wrong, where, what to do. No imports.
 
 Exit codes (docs: README, "Exit codes"): 0 done, 1 failed, 2 usage or recipe, 3 out of memory,
 130 interrupted.
@@ -12,14 +12,14 @@ from typing import Any
 
 
 class SparsegradError(Exception):
-    """Something the user can act on.
+    """An error that the user can act on.
 
     Args:
-        what: one sentence, what is wrong.
-        where: the file, line and key, or the thing it is about.
-        fix: what to do about it.
-        more: lines of what else is known.
-        details: the same for a program, beside the texts in run.json's ``error``.
+        what: What was expected and what came, in one sentence.
+        where: The file, line and key, or the option.
+        fix: What to do.
+        more: Further lines of information.
+        details: Information for programs, written beside the texts into run.json's ``error``.
     """
 
     exit_code = 1
@@ -52,25 +52,25 @@ class SparsegradError(Exception):
 
 
 class DataError(SparsegradError):
-    """A data file or data set that cannot be used as it is."""
+    """A data file or data set cannot be used as it is."""
 
     title = "Data"
 
 
 class FileFormatError(SparsegradError):
-    """A basis, checkpoint or record that is damaged or of another version."""
+    """A basis, checkpoint or record is damaged or of another version."""
 
     title = "Damaged file"
 
 
 class DownloadError(SparsegradError):
-    """Something must come from the hub and cannot."""
+    """A download from the hub failed."""
 
     title = "Cannot download"
 
 
 class DiskError(SparsegradError):
-    """Writing failed; what was on disk before is still whole."""
+    """A file could not be written; existing files are intact."""
 
     title = "Cannot write"
 
@@ -82,7 +82,7 @@ class NonFiniteError(SparsegradError):
 
 
 class BusyError(SparsegradError):
-    """Another process is at work on the same run."""
+    """Another process uses the same run."""
 
     exit_code = 2
     title = "In use"
@@ -97,7 +97,7 @@ class OutOfMemoryError(SparsegradError):
 
 
 class InterruptedRunError(SparsegradError):
-    """The user pressed Ctrl-C, or the process was asked to end."""
+    """The run was stopped by Ctrl-C or SIGTERM."""
 
     exit_code = 130
     title = "Interrupted"
@@ -105,7 +105,7 @@ class InterruptedRunError(SparsegradError):
 
 
 class UsageError(SparsegradError):
-    """The command line or the recipe asks for something that cannot be."""
+    """The command line or the recipe is wrong."""
 
     exit_code = 2
     title = "Usage"
@@ -113,14 +113,14 @@ class UsageError(SparsegradError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a recipe.
+    """One problem of a recipe.
 
     Attributes:
-        key: dotted path, for example ``train.learning_rate``.
-        what: what is wrong.
-        file: recipe file, or ``command line``.
-        line: 1-based line in that file, where known.
-        fix: what to do, where it can be said.
+        key: Dotted path, for example ``train.learning_rate``.
+        what: What is wrong.
+        file: The recipe file, or ``command line``.
+        line: The 1-based line in that file, where known.
+        fix: What to do, where known.
     """
 
     key: str
@@ -131,7 +131,7 @@ class Problem:
 
     @property
     def where(self) -> str:
-        """``file:line: key`` with what is known of it."""
+        """``file:line: key``, as far as it is known."""
         place = self.file or ""
         if place and self.line is not None:
             place += f":{self.line}"
@@ -139,7 +139,7 @@ class Problem:
 
 
 class RecipeError(UsageError):
-    """All that is wrong with a recipe, reported together."""
+    """All problems of a recipe, reported together."""
 
     title = "Recipe"
 

@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Fine-tune transformers by touching about 1 % of the MLP weights, and prove that it pays.",
+    help="Fine-tune transformers by training about 1 % of the MLP weights, and compare methods.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 out of memory, 130 interrupted.",
 )
 app.command("train")(run_commands.train)
