@@ -23,6 +23,7 @@ from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.tasks import (
     CHAT_TASKS,
+    FILE_TASKS,
     GLUE_TASKS,
     SCORE_METRICS,
     check_settings,
@@ -34,7 +35,6 @@ from sparsegrad_cli.recipe.yaml_source import KeyPath, Place, clip, dotted, find
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 INSTALL_BITSANDBYTES = "pip install 'bitsandbytes>=0.46.1'"
 SMOOTHED_SCORES = "label smoothing needs classes, but the labels of this task are scores"
-_FILE_TASKS = ("csv", "json", "parquet")
 _POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial schedule ends
 
 Finding = tuple[KeyPath, str, str | None]  # key, what is wrong, what to do
@@ -75,7 +75,7 @@ def _task(recipe: Recipe) -> Iterator[Finding]:
     task, names = recipe.task, known_task_names()
     if task.name not in names:
         yield ("task", "name"), f"unknown task {task.name!r}", suggest(task.name, names)
-    elif task.name in _FILE_TASKS and task.path is None:
+    elif task.name in FILE_TASKS and task.path is None:
         fix = f"give task.path: the {task.name} file, or a folder with train and validation files"
         yield ("task", "path"), f"is missing for task {task.name}", fix
     elif task.name == "chat" and task.path is None and not (task.chat and task.chat.hub):

@@ -1,7 +1,7 @@
-"""What a recipe may say. Typed, frozen; an unknown key is refused. Imports no torch.
+"""Define the sections and keys of a recipe. Sections are frozen and typed. Imports no torch.
 
-One recipe is one run: model, task, method, targets, calibration, train, seed, output_dir.
-Keys under ``train`` bear the names of ``transformers.TrainingArguments``.
+A recipe describes one run: model, task, method, targets, calibration, train, seed, output_dir.
+Keys under ``train`` have the names of ``transformers.TrainingArguments``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparsegrad_cli.recipe.task_section import TaskSection
 
 
 class ModelSection(Section):
-    """``model: NAME`` is short for ``model: {name: NAME}``."""
+    """The model. ``model: NAME`` is short for ``model: {name: NAME}``."""
 
     name: str = Field(
         "builtin:minilm",
@@ -36,14 +36,14 @@ class ModelSection(Section):
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,
-        description="keep the blocks' linear layers in so many bits by bitsandbytes; dtype is that "
-        "of their products; with lora and sparsegrad's form core, scope head",
+        description="load the blocks' linear layers in 8 or 4 bits with bitsandbytes; dtype is "
+        "then that of their products; for lora and sparsegrad's form core, with scope head",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 
 class TargetsSection(Section):
-    """Which linear layers are adapted: those of the MLP blocks, found by structure."""
+    """The linear layers that are trained; by default those of the MLP blocks."""
 
     modules: Literal["auto"] | tuple[str, ...] = Field(
         "auto", description="auto, or patterns such as '*.up_proj' among the model's linear layers"
@@ -55,7 +55,7 @@ class TargetsSection(Section):
     @field_validator("blocks", mode="before")
     @classmethod
     def _blocks_are_not_a_number(cls, value: Any) -> Any:
-        if isinstance(value, int):  # pydantic would speak of a string and a tuple
+        if isinstance(value, int):  # pydantic's own message names a string and a tuple
             raise ValueError(
                 f"expected all, a slice such as '::3' or a list of numbers, got {value}"
             )
@@ -70,10 +70,14 @@ class TargetsSection(Section):
 
 
 def parse_slice(text: str) -> slice:
-    """``"::3"`` -> ``slice(None, None, 3)``. Raises ValueError on anything else."""
+    """Return the slice that a text describes: ``"::3"`` is ``slice(None, None, 3)``.
+
+    Raises:
+        ValueError: The text is not a slice.
+    """
     parts = text.split(":")
     if len(parts) not in (2, 3):
-        raise ValueError("blocks is 'all', a slice such as '::3', or a list of numbers")
+        raise ValueError("expected 'all', a slice such as '::3', or a list of numbers")
     try:
         numbers = [int(part) if part.strip() else None for part in parts]
     except ValueError:
@@ -84,22 +88,23 @@ def parse_slice(text: str) -> slice:
 
 
 class CalibrationSection(Section):
-    """Gradient steps with no update, from which the bases are made.
+    """Gradient steps without an update, from which the bases are computed.
 
-    The defaults of source, decomposition and warmup_steps here are the paper's; a recipe with the
-    core form has others (:func:`calibration_of_the_method`).
+    The defaults of source, decomposition and warmup_steps here are the paper's. The core form has
+    other defaults (:func:`calibration_of_the_method`).
     """
 
     steps: PositiveInt = 32
     batch_size: PositiveInt | None = Field(None, description="the training batch size by default")
     basis_per: Literal["layer", "kind"] = Field(
-        "layer", description="one basis per target, or one per layer kind (the paper)"
+        "layer",
+        description="one basis for each target module, or for each layer kind (the paper)",
     )
     source: Literal["batch", "token", "random", "original"] = Field(
         "batch",
         description="batch: gradients of batches (the paper); token: g and x of every token (with "
         "the core form by default); "
-        "random, original: bases that know nothing of the data, to compare with",
+        "random, original: bases that do not depend on the data, for comparison",
     )
     decomposition: Literal["exact", "sequential", "randomized"] = Field(
         "exact",
@@ -109,21 +114,21 @@ class CalibrationSection(Section):
     power_steps: NonNegativeInt = Field(0, description="randomized: passes beyond the first")
     score: Literal["spectral", "gradient", "square", "token_square"] = Field(
         "spectral",
-        description="what chooses a static support: the two spectra, or a second pass for the mean "
-        "of |core gradient|, of its square, or of its square by token",
+        description="how a static support is selected: by the two spectra, or by a second pass for "
+        "the mean of |core gradient|, of its square, or of its square for each token",
     )
     warmup_steps: NonNegativeInt = Field(
         0,
-        description="steps of the head alone before calibration, undone afterwards; with the core "
-        "form 50 by default",
+        description="steps that train only the head before calibration, undone afterwards; 50 by "
+        "default with the core form",
     )
     warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    keep_head: bool = Field(False, description="training starts from the warmed head")
+    keep_head: bool = Field(False, description="start training from the head after warm-up")
     basis: str | None = Field(
-        None, min_length=1, description="a basis.safetensors made by calibrate"
+        None, min_length=1, description="a basis.safetensors written by calibrate"
     )
     energy_steps: NonNegativeInt = Field(
-        4, description="held-out gradient steps for the energy table; 0 leaves it out"
+        4, description="held-out gradient steps for the energy table; 0 omits the table"
     )
 
     @model_validator(mode="after")
@@ -134,40 +139,38 @@ class CalibrationSection(Section):
 
 
 class TrainSection(Section):
-    """The part of ``transformers.TrainingArguments`` that makes sense here, by its names."""
+    """The settings of training, with the names of ``transformers.TrainingArguments``."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     per_device_train_batch_size: PositiveInt = 16
     per_device_eval_batch_size: PositiveInt = 64
     gradient_accumulation_steps: PositiveInt = 1
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: int = Field(
-        -1, le=LARGEST, description="optimizer steps; -1 goes by num_train_epochs"
-    )
+    max_steps: int = Field(-1, le=LARGEST, description="optimizer steps; -1 uses num_train_epochs")
     lr_scheduler_type: Literal[
         "linear", "constant", "constant_with_warmup", "cosine", "polynomial", "inverse_sqrt"
     ] = "constant"
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         0,
-        description="steps, or a share of all steps when below 1; warmup_ratio is another name for "
-        "the share; scheduler constant then runs as constant_with_warmup",
+        description="steps, or a share of all steps if below 1, which can also be written as "
+        "warmup_ratio; scheduler constant then runs as constant_with_warmup",
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="0 does not clip")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="0 disables clipping")
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     eval_strategy: Literal["steps", "epoch", "no"] = "epoch"
     eval_steps: PositiveInt | None = None
     save_strategy: Literal["best", "steps", "epoch", "no"] | None = Field(
-        None, description="follows eval_strategy by default"
+        None, description="the same as eval_strategy by default"
     )
     save_steps: PositiveInt | None = None
     save_total_limit: PositiveInt | None = 1
     load_best_model_at_end: bool = True
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="evaluations without a better score before training stops"
+        None, description="stop training after this many evaluations without a better score"
     )
     logging_steps: PositiveInt = 10
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
@@ -182,7 +185,7 @@ class TrainSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _warm_up(cls, data: Any) -> Any:
-        """Take warmup_ratio for a share of warmup_steps, and name the scheduler that will run."""
+        """Turn warmup_ratio into a share in warmup_steps, and name the scheduler that will run."""
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -192,8 +195,7 @@ class TrainSection(Section):
         scheduler = data.get("lr_scheduler_type", cls.model_fields["lr_scheduler_type"].default)
         if scheduler == "constant_with_warmup" and "warmup_steps" not in data:
             raise SettingError(
-                "'constant_with_warmup' needs warmup_steps or warmup_ratio: without, no step warms "
-                "up",
+                "'constant_with_warmup' needs warmup_steps or warmup_ratio",
                 "lr_scheduler_type",
                 fix="train.warmup_steps: 0.06, or lr_scheduler_type: constant",
             )
@@ -205,7 +207,7 @@ class TrainSection(Section):
     @classmethod
     def _whole_steps(cls, value: float) -> float:
         if value >= 1 and value != int(value):
-            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of steps")
+            raise ValueError(f"{value:g} is not a share below 1 or a whole number of steps")
         return value
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
@@ -217,7 +219,7 @@ class TrainSection(Section):
     @classmethod
     def _steps_or_epochs(cls, value: int) -> int:
         if value == 0 or value < -1:
-            raise ValueError("is -1 (go by num_train_epochs) or at least 1")
+            raise ValueError("must be -1 (use num_train_epochs) or at least 1")
         return value
 
     @model_validator(mode="after")
@@ -230,13 +232,13 @@ class TrainSection(Section):
 
 
 def _share_of_steps(ratio: Any, data: dict[str, Any]) -> Any:
-    """``warmup_ratio`` as a value of ``warmup_steps``."""
+    """Return ``warmup_ratio`` as a value of ``warmup_steps``."""
     keys = ("warmup_ratio", "warmup_steps")
     if "warmup_steps" in data:
         raise SettingError("is another name for a share of warmup_steps: give one", *keys)
     if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
         raise SettingError(
-            f"is a share of all steps, from 0 to below 1, not {ratio!r:.60}",
+            f"expected a share of all steps from 0 to below 1, got {ratio!r:.60}",
             keys[0],
             fix="warmup_ratio: 0.06, or warmup_steps: a number of steps",
         )
@@ -247,7 +249,8 @@ def calibration_of_the_method(method: Any, calibration: dict[str, Any]) -> dict[
     """Return the calibration section with the method's defaults filled in.
 
     Args:
-        method, calibration: as a recipe says them, not yet checked.
+        method: The method section of a recipe, not yet checked.
+        calibration: Its calibration section, not yet checked.
     """
     settings = settings_class(method)
     if settings is None:
@@ -257,14 +260,15 @@ def calibration_of_the_method(method: Any, calibration: dict[str, Any]) -> dict[
 
 
 class Recipe(Section):
-    """One run, wholly described."""
+    """The complete description of one run."""
 
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
     method: MethodSection = DEFAULT_METHOD
     targets: TargetsSection = TargetsSection()
     scope: Literal["head", "rest"] = Field(
-        "head", description="what trains beside the targets: the head, or everything else"
+        "head",
+        description="what trains beside the target modules: the head, or everything else",
     )
     match: Literal["trainable"] | None = Field(
         None, description="solve LoRA's rank from method.density"
@@ -275,8 +279,8 @@ class Recipe(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="a run's folder, or a PEFT LoRA folder, whose trained values training starts "
-        "from; for lora and sparsegrad's form core",
+        description="a run's folder or a PEFT LoRA folder; training starts from its values; "
+        "for lora and sparsegrad's form core",
     )
     output_dir: str | None = Field(
         None, min_length=1, description="runs/<task>-<method>-<n> by default"
@@ -285,7 +289,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _calibration_defaults(cls, data: Any) -> Any:
-        """Fill in what goes with the method, so that a resolved recipe says it."""
+        """Fill in the method's defaults, so that the resolved recipe shows them."""
         if not isinstance(data, dict):
             return data
         calibration = data.get("calibration", {})

@@ -1,6 +1,6 @@
-"""The experiment trackers of ``train.report_to``: which there are, and where they write. No torch.
+"""List the experiment trackers of ``train.report_to``, and set where they write. No torch.
 
-transformers' callbacks talk to them; they read the place of their files from the environment.
+The callbacks of transformers use them. They read their output folders from the environment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sparsegrad_cli.io.paths import is_file
 
-# Name in report_to -> the packages that it needs, of each group one.
+# The name in report_to, and the packages it needs: one of each group.
 TRACKERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "azure_ml": (("azureml",),),
     "clearml": (("clearml",),),
@@ -30,14 +30,17 @@ TRACKERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "trackio": (("trackio",),),
     "wandb": (("wandb",),),
 }
-_PACKAGES = {"azureml": "azureml-mlflow", "comet_ml": "comet-ml"}  # where pip has another name
+_PACKAGES = {
+    "azureml": "azureml-mlflow",
+    "comet_ml": "comet-ml",
+}  # packages with another name on PyPI
 PROJECT = "sparsegrad"
-# What trackers leave in a run's folder.
+# The folders that trackers write in a run's folder.
 FOLDERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet", "swanlab", "dvclive")
 
 
 def named(report_to: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the trackers that ``report_to`` asks for; ``all`` stands for those installed."""
+    """Return the trackers in ``report_to``; ``all`` means all that are installed."""
     names = (report_to,) if isinstance(report_to, str) else report_to
     if names == ("all",):
         return tuple(name for name in TRACKERS if missing_package(name) is None)
@@ -45,7 +48,7 @@ def named(report_to: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def missing_package(name: str) -> str | None:
-    """Return what to install for a tracker, by pip's name; None where nothing is missing."""
+    """Return the package to install for a tracker, by its name on PyPI; None if none is missing."""
     for packages in TRACKERS[name]:
         if all(importlib.util.find_spec(package) is None for package in packages):
             return _PACKAGES.get(packages[0], packages[0])
@@ -60,14 +63,14 @@ def study_of(run_dir: Path) -> Path | None:
 
 @contextmanager
 def tracker_environment(run_dir: Path, report_to: str | tuple[str, ...]) -> Iterator[None]:
-    """Inside, trackers write into the run's folder and group the runs of a comparison.
+    """Make trackers write into the run's folder and group the runs of a comparison.
 
-    A place or name that the user has set in the environment stands.
+    Variables that the user has set in the environment are kept.
     """
     names = named(report_to)
     folder, study = run_dir.absolute(), study_of(run_dir)
     group = study.name if study is not None else PROJECT
-    # MLflow shows the runs of one store together: those of a comparison share it.
+    # MLflow shows the runs of one store together, so the runs of a comparison share one.
     store = (study or folder) / "mlflow"
     settings: dict[str, dict[str, object]] = {
         "tensorboard": {"TENSORBOARD_LOGGING_DIR": folder / "tensorboard"},

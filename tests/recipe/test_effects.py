@@ -203,7 +203,7 @@ def test_a_warm_up_warms_up(tmp_path: Path, train: str, scheduler: str, steps: f
         ("{warmup_ratio: 0.1, warmup_steps: 5}", "train.warmup_ratio", "another name"),
         ("{warmup_ratio: 1.0}", "train.warmup_ratio", "share of all steps"),
         ("{warmup_ratio: many}", "train.warmup_ratio", "share of all steps"),
-        ("{warmup_steps: 2.5}", "train.warmup_steps", "2.5 is neither"),
+        ("{warmup_steps: 2.5}", "train.warmup_steps", "2.5 is not a share"),
         ("{lr_scheduler_type: constant_with_warmup}", "train.lr_scheduler_type", "needs"),
     ],
 )

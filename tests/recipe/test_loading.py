@@ -109,7 +109,7 @@ def test_all_problems_are_reported_together_with_line_and_suggestion(tmp_path: P
         ("calibration.basis=none.safetensors", "calibration.basis", "no such file"),
         ("scope=all", "scope", "not one of"),
         ("seed=1.5", "seed", "should be a valid integer"),
-        ("train.max_steps=0", "train.max_steps", "is -1"),
+        ("train.max_steps=0", "train.max_steps", "must be -1"),
         ("targets.blocks='::0'", "targets.blocks", "step cannot be zero"),
         ("match=trainable method.name=lora", "match", ""),
     ],
