@@ -149,7 +149,7 @@ def test_float16_gradients_do_not_underflow() -> None:
     """Of a loss so small that its float16 gradients would be zero."""
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.no_grad():
-        model.get_submodule("classifier").weight.mul_(1e-3)  # type: ignore[union-attr,operator]
+        model.get_submodule("classifier").weight.mul_(1e-3)  # type: ignore[operator]
     exact = collected(model, "token", None, batch())
     half = collected(model, "token", FP16, batch())
     for name, ((g_NO, _),) in half.items():

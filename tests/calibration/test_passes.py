@@ -172,7 +172,7 @@ def half_of_the_stream(rank: int, folder: str, section: dict[str, Any]) -> None:
 def test_two_processes_find_what_one_does(tmp_path: Path, section: dict[str, Any]) -> None:
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     alone = calibrated(model, targets_of(model), steps=4, rank=RANK, **section)
-    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         half_of_the_stream, args=(str(tmp_path), section), nprocs=2
     )
     for rank in (0, 1):

@@ -81,7 +81,7 @@ def test_sizes_out_of_range_are_refused(size: int) -> None:
 
 def test_limit_can_be_reached_in_both_splits() -> None:
     for split in ("train", "validation"):
-        assert len(generate(split, LIMIT)) == LIMIT  # type: ignore[arg-type]
+        assert len(generate(split, LIMIT)) == LIMIT
 
 
 def test_tsv_is_read_as_cola(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from yamls import junk, scalars, spoilt, torn, trees
 
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study import Study, load_study
+from sparsegrad_cli.recipe.study import load_study
+from sparsegrad_cli.recipe.study_section import Study
 
 
 def read(content: bytes, *overrides: str, study: bool = False) -> None:

@@ -26,8 +26,8 @@ from sparsegrad_cli.models.quantized import (
     quantization_state,
     quantized_layers,
 )
-from sparsegrad_cli.models.targets import fingerprint, is_linear
-from sparsegrad_cli.tasks.setup import hash_parameters, head_parameters
+from sparsegrad_cli.models.targets import fingerprint, head_parameters, is_linear
+from sparsegrad_cli.tasks.setup import hash_parameters
 
 need_bitsandbytes()
 ARCHITECTURES = ("llama", "bert", "gpt2")

@@ -36,12 +36,12 @@ def test_columns_without_a_value_are_dropped() -> None:
 def test_sections_without_content_are_left_out() -> None:
     document = Document("t", "done", sections=[Section("empty", [None, Bullets([])])])
     for form in ("html", "md", "tex"):
-        assert "empty" not in render(document, form)  # type: ignore[arg-type]
+        assert "empty" not in render(document, form)
 
 
 def test_folded_tables_fold_in_pages_and_are_left_out_of_papers() -> None:
     table = Table("caption", ("a",), [("1",)], (True,), folded="Every one")
-    page, markdown, latex = (render(one_table(table), form) for form in ("html", "md", "tex"))  # type: ignore[arg-type]
+    page, markdown, latex = (render(one_table(table), form) for form in ("html", "md", "tex"))
     assert "<details><summary>Every one</summary>" in page
     assert "<details><summary>Every one</summary>\n\n**caption**" in markdown
     assert "caption" not in latex

@@ -140,7 +140,7 @@ def undraw() -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where two processes have trained by every method, ``two-<method>``."""
     folder = place(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         one_of_two, args=(str(folder),), nprocs=2
     )
     return folder

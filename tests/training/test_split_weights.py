@@ -29,7 +29,7 @@ from sparsegrad_cli.training.checkpoint import load_optimizer
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which two processes have done all of the above."""
     folder = place(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         one_of_two, args=(str(folder),), nprocs=2
     )
     return folder
