@@ -133,7 +133,13 @@ def greedy(model: Any, tokenizer: Any, stop: Any) -> list[int]:
     return [int(token) for token in said[0]]
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each form is enough for every day: a case trains and exports three times.
+_LONG = ("packed", "lora-rest", "meprop-rest")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in CASES]
+)
 def test_every_form_gives_the_loss_that_training_recorded(
     name: str, talks: Callable[..., Path], exported: Exported
 ) -> None:

@@ -75,7 +75,7 @@ def export(cli: Cli, run: Path, form: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_and_all_its_exports_answer_alike(
     name: str, bits: str, cli: Cli, trained: Trained
