@@ -1,1 +1,1 @@
-"""Fair comparison: the grid of cells, its ledger, statistics."""
+"""Run a study, tune its methods, check that they are comparable, and compute statistics."""

@@ -1,6 +1,6 @@
 """Engines that train runs elsewhere: Slurm through submitit, and Ray. Both are optional extras.
 
-The machines share the study's folder with the coordinator, and have sparsegrad installed.
+The machines must share the study's folder with the coordinator and have sparsegrad installed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.study_section import RaySettings, SlurmSettings
 from sparsegrad_cli.study.engines import Job, train_in_process
 
-MOST_AT_ONCE = 32  # runs that are submitted to a cluster at once, unless the user says otherwise
+MOST_AT_ONCE = 32  # default number of runs that are submitted to a cluster at once
 _POLL_S = 0.5
 _FAILED, _OUT_OF_MEMORY, _INTERRUPTED = 1, 3, 130  # exit codes of `sparsegrad train`
 
 
 class SlurmEngine:
-    """Submits every run as a Slurm job of its own.
+    """Submit every run as its own Slurm job.
 
     Args:
         settings: ``engine.slurm`` of the study.
-        folder: for submitit's job files and logs; made anew in it for every coordinator, so that
-            nothing that lay there before is ever read.
-        jobs: jobs in the queue at once.
+        folder: parent folder of submitit's job files and logs. Every coordinator makes a new
+            subfolder, so that files of an earlier one are never read.
+        jobs: number of jobs in the queue at once.
 
     Raises:
         UsageError: submitit or ``sbatch`` is missing.
@@ -68,17 +68,17 @@ class SlurmEngine:
             )
 
     def close(self) -> None:
-        """Hold nothing: jobs have ended."""
+        """Do nothing: all jobs have ended."""
 
 
 class _Requeued:
-    """A submitit function; when its job is preempted or out of time, it is queued again."""
+    """A submitit function that is queued again if its job is preempted or runs out of time."""
 
     def __call__(self, recipe: str, environment: dict[str, str]) -> int:
         return train_in_process(recipe, environment)
 
     def checkpoint(self, recipe: str, environment: dict[str, str]) -> Any:
-        """Return the submission that goes on from the run's checkpoint."""
+        """Return the submission that resumes from the run's checkpoint."""
         return _package("submitit", "slurm").helpers.DelayedSubmission(self, recipe, environment)
 
 
@@ -111,11 +111,11 @@ class _SlurmJob:
 
 
 class RayEngine:
-    """Runs every run as a Ray task.
+    """Submit every run as a Ray task.
 
     Args:
         settings: ``engine.ray`` of the study.
-        jobs: tasks submitted at once; Ray begins as many as there are resources for.
+        jobs: number of tasks submitted at once; Ray starts those that it has resources for.
 
     Raises:
         UsageError: Ray is missing, or its cluster cannot be reached.
@@ -151,7 +151,7 @@ class RayEngine:
         return _RayJob(self._ray, self._task.remote(str(recipe), self._environment))
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Disconnect from the cluster, and shut it down if this engine started it."""
         if self._started:
             self._ray.shutdown()
 

@@ -1,7 +1,7 @@
-"""Run a study: one coordinator tunes, trains every run through an engine, and keeps compare.json.
+"""Run a study: one coordinator tunes, trains every run through an engine, and writes compare.json.
 
-compare.json is written before and after every run, so that an interrupted study goes on where it
-stopped. Where the study is tuned, that comes first, and the runs have the best settings found.
+compare.json is written before and after every run, so that an interrupted study continues where it
+stopped. If the study is tuned, tuning comes first, and the runs use the best settings found.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _UNTUNED = ErrorBlock(
 def make_engine(
     section: EngineSection, folder: Path, *, jobs: int | None = None, quiet: bool = False
 ) -> Engine:
-    """Return the engine that a study asks for.
+    """Return the engine that a study requests.
 
     Args:
-        section: ``engine:`` of the study, with what the command line changed.
-        folder: of the study; Slurm's logs lie in it.
-        jobs: runs at once, in place of the section's.
-        quiet: runs show no progress.
+        section: ``engine:`` of the study, after the overrides of the command line.
+        folder: the study's folder, in which Slurm's logs are written.
+        jobs: number of runs at once; overrides the section's.
+        quiet: whether runs hide their progress.
 
     Raises:
         UsageError: the engine's package is not installed, or the engine cannot be reached.
@@ -75,16 +75,16 @@ def run_study(
     tell: Tell = lambda line: None,
     saved: Callable[[StudyRecord], None] = lambda record: None,
 ) -> StudyRecord:
-    """Run what is not done yet of a study.
+    """Run all runs of a study that have not finished.
 
     Args:
         study: the checked study.
-        folder: where it lives; held from here to the end.
-        command: how it was started, for the record.
-        jobs: runs at once, in place of the engine's.
-        overwrite: forget what is done.
-        quiet: runs show no progress.
-        solve: solves the study's budget, given what compare.json says of it.
+        folder: the study's folder, which is locked until this function returns.
+        command: the command line, for the record.
+        jobs: number of runs at once; overrides the engine's.
+        overwrite: repeat finished runs.
+        quiet: whether runs hide their progress.
+        solve: solves the study's budget, given the record in compare.json.
         tell: called with a line before each run.
         saved: called with the record each time compare.json was written, one call at a time.
 
@@ -92,9 +92,10 @@ def run_study(
         The content of compare.json.
 
     Raises:
-        BusyError: another process holds the folder; the message names it.
-        UsageError: the folder holds something else.
-        RecipeError: methods differ in more than themselves, or a budget cannot be met.
+        BusyError: another process has locked the folder; the message names it.
+        UsageError: the folder contains something other than this study.
+        RecipeError: the recipes differ in keys that are not the method's own, or a budget cannot be
+            met.
         InterruptedRunError: the user pressed Ctrl-C; finished runs are kept.
     """
     with folder.held(overwrite=overwrite, tell=tell):
@@ -109,7 +110,7 @@ def run_study(
 
 
 class _Coordinator:
-    """One study in its held folder."""
+    """Run one study in its locked folder."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class _Coordinator:
         self._tell, self._saved = tell, saved
         self._lock = threading.Lock()
         self._tuning = self._make_tuning()
-        self._cells = {_key(cell): cell for cell in study.cells}  # as they are to run
+        self._cells = {_key(cell): cell for cell in study.cells}  # with tuned settings once known
         self._about: dict[str, Any] = {
             "schema": SCHEMA,
             "name": study.study.name,
@@ -146,7 +147,7 @@ class _Coordinator:
         }
 
     def run(self, overwrite: bool) -> StudyRecord:
-        """Tune, train, and write the record to the end."""
+        """Tune, train, and write the record until the study ends."""
         self._folder.begin(self._as_tuned_before, overwrite=overwrite)
         if self._tuning is not None:
             self._tuning.open(make=True)
@@ -182,13 +183,13 @@ class _Coordinator:
         return Tuning(self._study, self._folder, self._runs, self._tell, self._save)
 
     def _as_tuned_before(self) -> LoadedStudy:
-        """Return the study as it is to run, as far as is known before anything runs."""
+        """Return the study with the tuned settings if tuning has already ended; else as written."""
         if self._tuning is None or not self._tuning.open(make=False):
             return self._study
         return self._tuning.tuned() or self._study
 
     def _work(self) -> list[Callable[[], None]]:
-        """Return one piece of work for each run that is not done; a broken one runs again."""
+        """Return one function for each run that has settings; it skips a finished run."""
         work: list[Callable[[], None]] = []
         for at, asked in enumerate(self._study.cells, 1):
             cell = self._cells.get(_key(asked))
@@ -212,7 +213,7 @@ class _Coordinator:
         self._write("running")
 
     def _write(self, status: str) -> StudyRecord:
-        """Write compare.json as the folders of the runs say, and hand it on."""
+        """Write compare.json from the records in the runs' folders, and pass it to ``saved``."""
         with self._lock:
             entries = self._entries()
             record = StudyRecord.model_validate(
@@ -232,7 +233,7 @@ class _Coordinator:
             return record
 
     def _finished(self, status: str) -> str | None:
-        """Return the time; of a study that was finished before, that of then."""
+        """Return the time; for a study that had already finished, the time recorded then."""
         if status == "running":
             return None
         kept = self._kept
@@ -247,7 +248,7 @@ class _Coordinator:
         run = find_run(folder)
         status: CellStatus = run.status if run else "pending"
         if status in ("pending", "running"):
-            # A run that says it is running, in a folder that nobody holds, was killed.
+            # A run recorded as running whose folder no process has locked was killed.
             dead: CellStatus = "interrupted" if run else "pending"
             status = "running" if self._runs.is_active(folder) else dead
         error = run.error if run else None
@@ -277,10 +278,10 @@ def _key(cell: Cell) -> tuple[str, str, int]:
 
 
 def plan_of(study: LoadedStudy) -> PlanRecord:
-    """Return what ``compare --dry-run`` shows: the study as it is before tuning.
+    """Return what ``compare --dry-run`` shows: the study before tuning.
 
     Raises:
-        RecipeError: methods differ in more than themselves and what their budget has set.
+        RecipeError: the recipes differ in keys that neither the method nor the budget sets.
     """
     first = study.study.seeds[0]
     return PlanRecord.model_validate(

@@ -1,9 +1,9 @@
 """Where the runs of a study train: in processes on this machine, as Slurm jobs, or on Ray.
 
-Every run trains in a process of its own, so memory that one method leaves behind cannot burden the
-next, and a run that the system kills for memory takes nothing else with it. That process reads its
-standard input to the end of file, which comes when its starter stops it or dies: the run then saves
-a checkpoint and ends. Hence a killed coordinator, Slurm job or Ray worker leaves no orphan behind.
+Every run trains in its own process. Memory that one method leaks therefore does not affect the next
+one, and if the system kills a run for memory, the other runs continue. The process reads its
+standard input to the end of file, which comes when its parent stops it or dies. The run then saves
+a checkpoint and ends, so that a killed coordinator, Slurm job or Ray worker leaves no orphan.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-PATIENCE_S = 120.0  # for a run that was asked to stop, to save
+PATIENCE_S = 120.0  # time that a run gets to save a checkpoint after it was told to stop
 
 
 class Job(Protocol):
-    """One run that an engine trains."""
+    """A run that an engine trains."""
 
     def wait(self, timeout_s: float | None) -> int | None:
-        """Return the exit code of ``sparsegrad train``; None if it has not ended by then."""
+        """Return the exit code of ``sparsegrad train``; None if it still runs at the timeout."""
 
     def stop(self) -> None:
-        """Ask the run to save a checkpoint and to end."""
+        """Tell the run to save a checkpoint and exit."""
 
     def kill(self) -> None:
         """End the run at once."""
 
 
 class Engine(Protocol):
-    """Trains runs.
+    """A place where runs train.
 
     Attributes:
-        jobs: how many runs to submit at once.
-        quiet: whether runs show no progress of their own.
+        jobs: number of runs to submit at once.
+        quiet: whether runs hide their progress.
     """
 
     jobs: int
     quiet: bool
 
     def submit(self, recipe: Path) -> Job:
-        """Begin to train a recipe file, whose ``output_dir`` is absolute."""
+        """Start to train a recipe file, whose ``output_dir`` is absolute."""
 
     def close(self) -> None:
-        """Release what the engine holds; no run is left."""
+        """Release the engine's resources. No run is active any more."""
 
 
 class TrainProcess:
-    """``sparsegrad train --managed`` in a process of its own.
+    """A ``sparsegrad train --managed`` process.
 
     Args:
         recipe: the recipe file.
-        quiet: show no progress.
-        environment: variables to set beside those of this process.
+        quiet: whether to hide progress.
+        environment: variables to set in addition to those of this process.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class TrainProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL if quiet else None,
             env=os.environ | (environment or {}),
-            start_new_session=True,  # Ctrl-C in the terminal reaches the coordinator alone
+            start_new_session=True,  # Ctrl-C in the terminal reaches only the coordinator
         )
 
     def wait(self, timeout_s: float | None) -> int | None:
-        """Return the exit code; None if the process has not ended by then."""
+        """Return the exit code; None if the process is still running at the timeout."""
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -82,7 +82,7 @@ class TrainProcess:
         return code
 
     def stop(self) -> None:
-        """Ask the run to save a checkpoint and to end."""
+        """Tell the run to save a checkpoint and exit."""
         stdin: IO[bytes] | None = self._process.stdin
         if stdin is not None:
             with suppress(OSError):
@@ -94,9 +94,10 @@ class TrainProcess:
 
 
 def train_in_process(recipe: str, environment: dict[str, str]) -> int:
-    """Train a recipe file in a process of its own, and return its exit code.
+    """Train a recipe file in its own process, and return its exit code.
 
-    This is what a Slurm job or a Ray task runs. However it is stopped, the run saves and ends.
+    Slurm jobs and Ray tasks call this function. If it is stopped in any way, the run saves a
+    checkpoint and ends.
     """
     process = TrainProcess(Path(recipe), quiet=True, environment=environment)
     try:
@@ -109,11 +110,11 @@ def train_in_process(recipe: str, environment: dict[str, str]) -> int:
 
 
 class LocalEngine:
-    """Processes on this machine, which share its cores; with GPUs, each has one of them.
+    """Train runs in processes on this machine that share its cores and use one GPU each.
 
     Args:
-        jobs: processes at once.
-        quiet: runs show no progress; several at once never do.
+        jobs: number of processes at once.
+        quiet: whether runs hide their progress; several at once always do.
     """
 
     def __init__(self, jobs: int, *, quiet: bool = False) -> None:
@@ -122,7 +123,7 @@ class LocalEngine:
         self._users: dict[str, int] | None = None  # GPU -> runs that train on it
 
     def submit(self, recipe: Path) -> Job:
-        """Start a process, on the GPU that the fewest runs use."""
+        """Start a process on the GPU that the fewest runs use."""
         environment = shared_cores(self.jobs)
         with self._lock:
             if self._users is None:
@@ -140,7 +141,7 @@ class LocalEngine:
         return _LocalJob(process, self, gpu)
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: the engine holds no resources."""
 
     def _release(self, gpu: str | None) -> None:
         if gpu is not None and self._users is not None:
@@ -148,7 +149,7 @@ class LocalEngine:
 
 
 class _LocalJob:
-    """A process, and the GPU that it occupies until it has ended."""
+    """A process and the GPU that it uses until it ends."""
 
     def __init__(self, process: TrainProcess, engine: LocalEngine, gpu: str | None) -> None:
         self._process, self._engine, self._gpu = process, engine, gpu
@@ -164,14 +165,14 @@ class _LocalJob:
 
 
 def shared_cores(jobs: int) -> dict[str, str]:
-    """Return what to set in the environment of each of ``jobs`` processes at once."""
+    """Return the environment variables for each of ``jobs`` processes that run at once."""
     if jobs == 1:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
     if said is not None:
         return [name.strip() for name in said.split(",") if name.strip()]

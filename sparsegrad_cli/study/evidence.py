@@ -1,4 +1,4 @@
-"""What a study says of its runs: rows, tests, checks, and the budget that was spent."""
+"""Compute what a study reports about its runs: rows, tests, checks, and the budget used."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sparsegrad_cli.records.study import (
 from sparsegrad_cli.study.pairs import pair_tests
 from sparsegrad_cli.study.rows import held_bytes, make_rows, train_step_peak
 
-TOLERANCE = 0.05  # of the request: beyond, either way, a row is flagged
-MEASURED = ("runs", "measured", "deviation", "verdict")  # what a row of a budget has of its runs
+TOLERANCE = 0.05  # share of the request; a row that deviates by more, either way, is flagged
+MEASURED = ("runs", "measured", "deviation", "verdict")  # keys of a budget row that come from runs
 
 
 class Evidence(TypedDict):
-    """The blocks of compare.json that are functions of its runs alone."""
+    """The blocks of compare.json that depend only on its runs."""
 
     rows: list[ResultRow]
     tests: PairTestsBlock
@@ -38,11 +38,11 @@ def evidence(cells: Sequence[CellEntry]) -> Evidence:
 
 
 def up_to_date(record: StudyRecord, *, running: bool) -> StudyRecord:
-    """Return a record with its evidence computed again: an older version's says less.
+    """Return a record with its evidence recomputed, since older versions recorded less.
 
     Args:
-        record: what compare.json says.
-        running: whether a process holds the study's folder. Without one, a study that is recorded
+        record: the content of compare.json.
+        running: whether a process has locked the study's folder. If not, a study that is recorded
             as running was killed.
     """
     if record.status == "running" and not running:
@@ -54,14 +54,15 @@ def up_to_date(record: StudyRecord, *, running: bool) -> StudyRecord:
     return record.changed(**evidence(record.cells))
 
 
-# --- was it fair?
+# --- whether the methods were compared under equal conditions
 
 
 def make_checks(cells: Sequence[CellEntry]) -> list[Check]:
     """Return for each task and seed what all methods had in common, by the hashes of their runs.
 
-    True, False, or None where fewer than two runs say it. The order is compared at the last step
-    that all have in common: of batches, or of their rows where some run cut its batches up.
+    Each check is True, False, or None if fewer than two runs recorded it. The order is compared at
+    the last step that all runs reached: the order of batches, or the order of their rows if some
+    run divided its batches.
     """
     groups: dict[tuple[str, int], list[RunRecord]] = {}
     for cell in cells:
@@ -89,7 +90,7 @@ def _check(task: str, seed: int, runs: Sequence[RunRecord]) -> Check:
 
 
 def _order(runs: Sequence[RunRecord]) -> tuple[bool | None, int]:
-    """Return whether all had the same batches in the same order, and up to which step."""
+    """Return whether all runs had the same batches in the same order, and up to which step."""
     same, steps = _chain([run.hashes.order if run.hashes else {} for run in runs])
     if same is not False:
         return same, steps
@@ -104,7 +105,7 @@ def _chain(orders: Sequence[Mapping[int, str]]) -> tuple[bool | None, int]:
 
 
 def _same(values: Sequence[str | None]) -> bool | None:
-    """Return None where there is nothing to compare, or where it was not recorded."""
+    """Return whether all values are equal; None if fewer than two, or not all, are recorded."""
     known = [value for value in values if value is not None]
     if len(set(known)) > 1:
         return False
@@ -112,23 +113,23 @@ def _same(values: Sequence[str | None]) -> bool | None:
 
 
 def _code(run: RunRecord) -> str | None:
-    """Return commit, versions and machine: two runs of one study may lie days apart."""
+    """Return commit, versions and machine, which may change between the runs of a study."""
     if run.environment is None:
         return None
     said = run.environment.model_dump(include={"python", "packages", "device", "device_name"})
     return json.dumps([said, run.git.commit if run.git else None], sort_keys=True, default=str)
 
 
-# --- was the budget kept?
+# --- whether the runs stayed within the budget
 
 
 def with_measured(budget: BudgetBlock, cells: Sequence[CellEntry]) -> BudgetBlock:
-    """Return the ``budget`` block with what the finished runs took.
+    """Return the ``budget`` block with the measurements of the finished runs.
 
-    Every row gets ``runs`` (how many say it), ``measured`` (the most of any seed), ``deviation``
-    (of the seed furthest from the request, as a share of it, above zero where more was taken) and
-    ``verdict``: ``met`` within the tolerance, ``over``, ``under``, or None where nothing was
-    measured or the row is outside of the budget.
+    Every row gets ``runs`` (the number of runs with a measurement), ``measured`` (the maximum over
+    seeds), ``deviation`` (of the seed furthest from the request, as a share of the request;
+    positive if the run took more) and ``verdict``: ``met`` within the tolerance, ``over``,
+    ``under``, or None if nothing was measured or the row is outside the budget.
     """
     rows = []
     for row in budget.rows:
@@ -159,7 +160,7 @@ def _against(row: BudgetRow, taken: Sequence[float], request: float | None) -> B
 
 
 def measured(run: RunRecord, kind: str | None) -> float | None:
-    """Return what a run took of a kind of budget, as it counted it itself."""
+    """Return the amount of a budget's kind that a run recorded for itself."""
     if kind == "trainable":
         return run.counts.trainable_targets if run.counts else None
     if kind == "optimizer_state":

@@ -1,4 +1,4 @@
-"""The folder of a study: held by one coordinator, and what may be begun in it."""
+"""Lock the folder of a study for one coordinator, and check which study may run in it."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from sparsegrad_cli.records.store import REPORTS, STUDY, load_study
 from sparsegrad_cli.records.study import StudyRecord
 
 TUNING, TRIALS = "tuning.journal", "tuning"
-TUNING_BEFORE = "tuning.db"  # of versions that kept trials in SQLite
+TUNING_BEFORE = "tuning.db"  # written by versions that kept trials in SQLite
 _RUNS = "cells"
 SLURM = "slurm"  # the folder of Slurm's logs and job files
 _FOLDERS = (_RUNS, "answers", TRIALS, SLURM)
 _JOURNAL = (TUNING, f"{TUNING}.lock")
-_FILES = (*_JOURNAL, TUNING_BEFORE, *REPORTS, STUDY)  # the one that makes it ours goes last
+_FILES = (*_JOURNAL, TUNING_BEFORE, *REPORTS, STUDY)  # removed last: it marks the folder as ours
 _BEFORE_RECORD = {LOCK, _RUNS, SLURM, *_JOURNAL}
 
 
 class StudyFolder:
-    """Where a study lives: compare.json, the folders of its runs, and its reports."""
+    """The folder of a study: compare.json, the folders of its runs, and its reports."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def record_file(self) -> Path:
-        """compare.json."""
+        """The path of compare.json."""
         return self.path / STUDY
 
     def cell(self, cell: Cell) -> Path:
@@ -52,14 +52,14 @@ class StudyFolder:
         return self.path / _RUNS / safe_name(f"{cell.task}-{cell.label}-s{cell.seed}")
 
     def trial(self, name: str) -> Path:
-        """Return the folder of a run of tuning."""
+        """Return the folder of a tuning run."""
         return self.path / TRIALS / safe_name(name)
 
     def record(self) -> StudyRecord | None:
-        """Return what compare.json says; None without one.
+        """Return the content of compare.json; None if there is none.
 
         Raises:
-            FileFormatError: it is damaged.
+            FileFormatError: compare.json is damaged.
         """
         return load_study(self.record_file) if is_file(self.record_file) else None
 
@@ -67,15 +67,16 @@ class StudyFolder:
     def held(
         self, *, overwrite: bool, tell: Callable[[str], None] = lambda note: None
     ) -> Iterator[None]:
-        """Hold the folder for this process. It is made if missing, and removed if left empty.
+        """Lock the folder for this process. It is made if missing, and removed if left empty.
 
         Args:
-            overwrite: something else may be in the folder.
+            overwrite: accept a folder that contains something other than a study.
             tell: called with a note if the file system has no locks.
 
         Raises:
-            BusyError: another process holds the folder; the message names it.
-            UsageError: the path is a file, or holds something else, without ``overwrite``.
+            BusyError: another process has locked the folder; the message names it.
+            UsageError: the path is a file, or the folder contains something other than a study and
+                ``overwrite`` is False.
             DiskError: the folder cannot be written.
         """
         if exists(self.path) and not is_folder(self.path):
@@ -89,21 +90,22 @@ class StudyFolder:
                 yield
         finally:
             if made:
-                with suppress(OSError):  # something came of it
+                with suppress(OSError):  # the folder is not empty
                     self.path.rmdir()
 
     def begin(self, study: Callable[[], LoadedStudy], *, overwrite: bool) -> None:
-        """Check that a study may be run in the held folder, or forget what is there.
+        """Check that a study may run in the locked folder, or remove what an earlier one left.
 
-        A study may grow by methods, tasks and seeds, and runs that are not done may change. What
-        is done must be part of this study with the same settings.
+        A study may grow by methods, tasks and seeds, and unfinished runs may change. Finished runs
+        must be part of this study with the same settings.
 
         Args:
             study: returns the study, with the settings that tuning found if it has ended.
-            overwrite: forget what is done.
+            overwrite: remove the results of the earlier study.
 
         Raises:
-            UsageError: runs of another study are done here, or a folder in it is a link or a file.
+            UsageError: the folder has finished runs of another study, or a folder in it is a link
+                or a file.
             FileFormatError: compare.json is damaged.
         """
         for left in torn_writes(self.record_file):
@@ -116,10 +118,10 @@ class StudyFolder:
         self._make(self.path / _RUNS)
 
     def _refuse_links(self, study: LoadedStudy) -> None:
-        """Refuse links where files are written, and files where folders are.
+        """Refuse links in places that are written to, and files in the place of folders.
 
         Raises:
-            UsageError: names the link or file.
+            UsageError: there is such a link or file; the message names it.
         """
         folders = [refuse_link(self.cell(cell), self.path) for cell in study.cells]
         folders += [self.path / SLURM]
@@ -142,7 +144,7 @@ class StudyFolder:
             ) from error
 
     def _is_foreign(self) -> bool:
-        """Return whether something is in it that no study leaves, however early it was killed."""
+        """Return whether the folder contains something that even a killed study does not leave."""
         there = {path.name for path in self.path.iterdir()}
         if STUDY in there:
             return False
@@ -150,7 +152,7 @@ class StudyFolder:
         return not there <= _BEFORE_RECORD | torn or any(self.path.glob(f"{_RUNS}/*"))
 
     def _forget(self) -> None:
-        """Remove what a study leaves; of links to elsewhere, the link alone."""
+        """Remove the files of a study. Of links to other places, remove only the link."""
         try:
             for name in _FOLDERS:
                 remove_folder(self.path / name)
@@ -184,7 +186,7 @@ def _refused(what: str) -> UsageError:
 
 
 def study_digest(study: LoadedStudy) -> str:
-    """Return the sha256 (hex) of all runs and of how they are tuned: the identity of a study."""
+    """Return the sha256 (hex) over all recipes and the tuning section, which identifies a study."""
     cells: list[object] = [
         [cell.task, cell.label, cell.seed, digest(cell.loaded.recipe)] for cell in study.cells
     ]
@@ -194,5 +196,5 @@ def study_digest(study: LoadedStudy) -> str:
 
 
 def safe_name(text: str) -> str:
-    """Return a folder name of letters, digits, dots and dashes that does not begin with a dot."""
+    """Return a folder name of letters, digits, dots and dashes that does not start with a dot."""
     return re.sub(r"[^\w.+-]+", "-", text)[:200].lstrip(".") or "-"

@@ -1,12 +1,13 @@
-"""Which methods differ: all pairs of methods over all seeds and tasks, corrected for their number.
+"""Test which methods differ: all pairs of methods over all seeds and tasks, with correction.
 
 A pair of methods is compared on the (task, seed) runs that both have finished: same data, same
-order, same head. Tasks have scores of different kinds and sizes, so each difference is divided by
-the root mean square of its task's, which no change of signs changes, and it is negated if less is
-better. The primary test flips signs: if the methods did not differ, each of them would be
-equally likely to get either score of a pair. It is exact for any number of pairs and assumes no
-distribution; its result holds for these tasks. Student's t on the plain differences stands beside
-it where the tasks' scores are of one kind: its interval says how large a difference may be.
+order, same head. Tasks have scores of different kinds and scales, so each difference is divided by
+the root mean square of its task's differences, which does not change with their signs. It is
+negated if lower scores are better. The primary test flips signs: if the methods did not differ,
+each of them would be equally likely to get either score of a pair. It is exact for any number of
+pairs and assumes no distribution; its result holds for these tasks. If the tasks' scores are of one
+kind, the record also has Student's t on the plain differences; its confidence interval shows how
+large a difference may be.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Scores = dict[tuple[str, int], float]
 def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
     """Return the ``tests`` block of compare.json.
 
-    A task counts for a pair that shares at least two seeds of it: one seed ranks nothing.
+    A task counts for a pair that shares at least two seeds of it: one seed cannot rank methods.
     """
     scores: dict[str, Scores] = {}
     metrics: dict[str, str | None] = {}
@@ -73,14 +74,14 @@ def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two methods on the tasks of which they share at least two seeds.
+    """Two methods on the tasks on which they share at least two seeds.
 
     Attributes:
         a, b: the methods.
         by_task: differences a - b of each task.
-        seeds: how many different ones they share.
-        metric: of all tasks; None where their scores do not mix.
-        standardised: all differences by their task's root mean square, more is better.
+        seeds: number of distinct seeds that they share.
+        metric: the metric of all tasks; None if their scores are of different kinds.
+        standardised: all differences, divided by their task's root mean square; higher is better.
     """
 
     a: str
@@ -92,16 +93,16 @@ class _Pair:
 
     @cached_property
     def p(self) -> float:
-        """The primary test's."""
+        """The p-value of the primary test."""
         return sign_flip_p(self.standardised)
 
     @cached_property
     def t(self) -> Student | None:
-        """The t-test beside it."""
+        """The paired t-test; None if the tasks' scores are of different kinds."""
         return student(list(self.by_task.values())) if self.metric else None
 
     def block(self, p_holm: float, p_t_holm: float | None) -> PairTest:
-        """Return what compare.json says of the pair, given its corrected p-values."""
+        """Return the pair's block of compare.json, given its corrected p-values."""
         lean = math.fsum(self.standardised)
         means = [mean(differences) or 0.0 for differences in self.by_task.values()]
         return PairTest(
@@ -127,7 +128,7 @@ class _Pair:
 def _pair(
     a: str, b: str, ours: Scores, theirs: Scores, metrics: Mapping[str, str | None]
 ) -> _Pair | None:
-    """Return a pair; None without a task of which they share two seeds."""
+    """Return a pair; None if the methods do not share two seeds of any task."""
     seeds: dict[str, list[int]] = {}
     for task, seed in ours:
         if (task, seed) in theirs:
@@ -146,7 +147,7 @@ def _pair(
 
 
 def _standardised(differences: Sequence[float], lower_is_better: bool) -> list[float]:
-    """Return differences by their root mean square, more is better; zeros where all are zero."""
+    """Divide differences by their root mean square; higher is better. All zeros stay zeros."""
     size = math.sqrt(math.fsum(d * d for d in differences) / len(differences))
     sign = -1.0 if lower_is_better else 1.0
     return [sign * d / size if size else 0.0 for d in differences]

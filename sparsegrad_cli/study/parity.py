@@ -1,10 +1,10 @@
-"""Methods are compared, and nothing else: resolved recipes are diffed before the first cell runs.
+"""Check that a study compares only methods: diff the resolved recipes before the first run starts.
 
-Between the cells of a task and seed these may differ: the method's own section, its calibration,
-LoRA's ``match``, ``train.learning_rate``, which a study tunes for each method, what else it tunes
-(``tune.space``), and batches or steps that its budget has set. Any other key that differs is
-refused, or flagged in the report where the study names it under ``differ``. A head that starts warm
-(``calibration.keep_head``) is no method's own affair: it counts as any other key.
+Between the runs of a task and seed, these may differ: the method's own section, its calibration,
+LoRA's ``match``, ``train.learning_rate``, which a study tunes for each method, other keys that it
+tunes (``tune.space``), and batches or steps that its budget has set. Any other key that differs is
+refused, or flagged in the report if the study names it under ``differ``. A head that is warmed up
+(``calibration.keep_head``) is not part of the method: it counts like any other key.
 Imports no torch.
 """
 
@@ -22,7 +22,7 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.records.study import KeyDifference, ParityBlock
 
-DECLARED = "train.learning_rate"  # always; and what the study tunes
+DECLARED = "train.learning_rate"  # always declared, in addition to the tuned keys
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
@@ -31,7 +31,7 @@ _STEPS, _EPOCHS = "train.max_steps", "train.num_train_epochs"
 
 @dataclass(frozen=True)
 class Difference:
-    """A key that is not the same for all methods of a task.
+    """A key whose value differs between the methods of a task.
 
     Attributes:
         task: the task.
@@ -44,7 +44,7 @@ class Difference:
     values: Mapping[str, Any]
 
     def words(self) -> str:
-        """``lora 3, meprop 3, all others 0``: the most common value last, and once."""
+        """Return ``lora 3, meprop 3, all others 0``, with the most common value once and last."""
         shown = {label: str(value) for label, value in self.values.items()}
         common, count = Counter(shown.values()).most_common(1)[0]
         odd = [f"{label} {value}" for label, value in shown.items() if value != common]
@@ -54,10 +54,9 @@ class Difference:
 
 
 def differences(study: LoadedStudy) -> list[Difference]:
-    """All keys that differ between the methods of a task, by task, then by key.
+    """Return all keys that differ between the methods of a task, by task, then by key.
 
-    Methods differ alike under every seed, since nothing in a study goes by seed: one seed's cells
-    are compared.
+    No setting of a study depends on the seed, so comparing the runs of one seed is enough.
     """
     found = []
     for task in dict.fromkeys(cell.task for cell in study.cells):
@@ -69,7 +68,7 @@ def differences(study: LoadedStudy) -> list[Difference]:
         keys = sorted({key for view in views.values() for key in view})
         follows = _STEPS in keys and len({view.get(_STEPS) for view in views.values()}) > 1
         for key in keys:
-            if key == _EPOCHS and follows:  # steps overrule it, so it says the same once more
+            if key == _EPOCHS and follows:  # steps override epochs, so it would repeat them
                 continue
             values = {label: view.get(key) for label, view in views.items()}
             if len({str(value) for value in values.values()}) > 1:
@@ -78,11 +77,11 @@ def differences(study: LoadedStudy) -> list[Difference]:
 
 
 def compared(recipe: Recipe) -> dict[str, Any]:
-    """What must be equal, and the learning rate: dotted key to value, no sections left."""
+    """Return the keys that must be equal, and the learning rate, as dotted key to value."""
     plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
     view = dict(_leaves(plain, ""))
     if recipe.train.lr_scheduler_type == "constant_with_warmup":
-        view["train.lr_scheduler_type"] = "constant"  # warmup_steps says the rest
+        view["train.lr_scheduler_type"] = "constant"  # warmup_steps holds the rest
     calibration = recipe.calibration
     view[_HEAD] = "cold"
     if recipe.method.calibrates and calibration.keep_head and calibration.warmup_steps:
@@ -99,16 +98,16 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_parity(study: LoadedStudy) -> ParityBlock:
-    """Refuse a study whose methods differ in more than themselves.
+    """Refuse a study whose recipes differ in keys that are not the method's own.
 
     Returns:
-        The ``parity`` block of compare.json: how many keys were compared, what differs as the study
-        declares it (learning rates, tuned keys) or as its budget was solved, and what differs
-        beyond that and is flagged.
+        The ``parity`` block of compare.json: the number of keys compared, the declared differences
+        (learning rates, tuned keys, and keys that the budget has set), and the other differences,
+        which are flagged.
 
     Raises:
-        RecipeError: a difference the study does not name under ``differ``, or a name there that is
-            no key; all together.
+        RecipeError: the study has differences that it does not name under ``differ``, or names
+            something there that is not a key. The error lists all of them.
     """
     allowed = study.study.differ
     found = differences(study)
@@ -129,9 +128,10 @@ def check_parity(study: LoadedStudy) -> ParityBlock:
 
 
 def _solved(study: LoadedStudy) -> set[tuple[str, str]]:
-    """(task, key) of what the budget has set and what may differ for that reason.
+    """Return (task, key) of the keys that the budget has set and that may therefore differ.
 
-    Batches may, as long as as many examples make an update for every method of the task.
+    Batches may differ as long as every method of the task has the same number of examples per
+    update.
     """
     found: set[tuple[str, str]] = set()
     for row in study.budget.rows if study.budget is not None else []:
@@ -156,7 +156,7 @@ def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:
 
 
 def _refusals(study: LoadedStudy, refused: list[Difference]) -> list[Problem]:
-    """One problem for a key and what it is set to, however many tasks have it."""
+    """Return one problem for each key and its values, even if several tasks have it."""
     tasks: dict[tuple[str, str], list[str]] = {}
     for difference in refused:
         tasks.setdefault((difference.key, difference.words()), []).append(difference.task)

@@ -1,4 +1,4 @@
-"""From runs to rows: one for each task and method, with what it scored and what it took."""
+"""Summarize runs as rows, one for each task and method, with its scores and costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Read = Callable[[RunRecord], float | None]
 
 
 def score_of(cell: CellEntry) -> float | None:
-    """Return the score of a finished run: its best evaluation's."""
+    """Return the score of a finished run: that of its best evaluation."""
     if cell.status != "done" or cell.run is None or cell.run.metrics is None:
         return None
     return cell.run.metrics.best.score if cell.run.metrics.best else None
@@ -47,11 +47,11 @@ def paired_difference(
 ) -> Difference | None:
     """Return the mean difference over the seeds that both have, with its 95 % interval.
 
-    There is no p: one task's few seeds are no test, and those of many tasks would have to be
-    corrected. The tests are those of :mod:`sparsegrad_cli.study.pairs`.
+    There is no p-value: the few seeds of one task are too few for a test, and the p-values of many
+    tasks would need a correction. :mod:`sparsegrad_cli.study.pairs` has the tests.
 
     Returns:
-        The difference, its interval None below two seeds; None without a common seed.
+        The difference, with interval None below two seeds; None if there is no common seed.
     """
     differences = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
     if not differences:
@@ -66,7 +66,7 @@ def paired_difference(
 
 
 def basis_uses(cells: Sequence[CellEntry]) -> dict[str, int]:
-    """Return for the digest of each basis the number of finished runs that trained in it."""
+    """Return the number of finished runs that trained in each basis, by the basis's digest."""
     uses: dict[str, int] = {}
     for cell in cells:
         digest = _digest(cell.run) if cell.run else None
@@ -82,7 +82,7 @@ def train_step_peak(run: RunRecord) -> MemoryPhase | None:
 
 
 def held_bytes(run: RunRecord, category: str) -> int | None:
-    """Return the most of a category of memory at the peak of any phase of the training step."""
+    """Return the maximum of a memory category over the peaks of the training step's phases."""
     phases = [phase for name in TRAIN_STEP if (phase := _phase(run, name)) is not None]
     return max((getattr(phase.categories, category) for phase in phases), default=None)
 
@@ -93,7 +93,7 @@ def _row(
     uses: Mapping[str, int],
     difference: Difference | None,
 ) -> ResultRow:
-    """Return a row. Bytes are the most of any seed; seconds, tokens and ``touched`` are means."""
+    """Return a row. Bytes are maxima over seeds; seconds, tokens and ``touched`` are means."""
     runs = [cell.run for cell in cells if cell.run is not None and cell.seed in by_seed]
     first = runs[0] if runs else None
     counts = first.counts if first else None
@@ -137,8 +137,8 @@ def _row(
         steps_per_s=mean(rates),
         steps_per_s_iqr=max(rates) - min(rates) if len(rates) > 1 else None,
         train_s=_mean(runs, lambda run: run.time and run.time.train_s),
-        # Charged whole to every run, as if it were the only one; and shared among the users of a
-        # basis: all runs that trained in one of the same digest, made by themselves or read.
+        # Calibration is charged in full to every run, as if it were the only one, and also divided
+        # among all runs that trained in a basis of the same digest, whether they made or read it.
         calibrate_s=mean(seconds),
         calibrate_tokens=_mean(runs, lambda run: run.calibration and run.calibration.tokens),
         calibrate_peak_bytes=calibration,

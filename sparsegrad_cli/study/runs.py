@@ -1,4 +1,4 @@
-"""The runs of a study: started through an engine, gone on with, stopped, and looked up."""
+"""Start, resume, stop and find the runs of a study."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from sparsegrad_cli.records.run import ErrorBlock, RunRecord
 from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.study.engines import PATIENCE_S, Engine, Job
 
-POLL_S = 0.3  # between looks at a run
-_STATED = ("done", "failed", "out_of_memory", "interrupted")  # by the run itself
+POLL_S = 0.3  # between two checks of a run
+_STATED = ("done", "failed", "out_of_memory", "interrupted")  # statuses that a run writes itself
 _INTERRUPTED = 130
 _STATUS_OF_EXIT = {3: "out_of_memory", _INTERRUPTED: "interrupted"}
 
 
 class Runs:
-    """Trains recipes in their folders through an engine, and stops them together.
+    """Train recipes in their folders through an engine, and stop all runs together.
 
     Args:
-        engine: where they train.
+        engine: where the runs train.
         tell: called with a line for the user.
 
     Attributes:
-        stopping: set once no run is started any more.
+        stopping: set as soon as no further run may start.
     """
 
     def __init__(self, engine: Engine, tell: Callable[[str], None] = lambda line: None) -> None:
@@ -52,15 +52,15 @@ class Runs:
         started: Callable[[], None] = lambda: None,
         stop_when: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Train a recipe in a folder, or go on with the same recipe's run from its checkpoint.
+        """Train a recipe in a folder, or resume the same recipe's run from its checkpoint.
 
-        Returns when the run has ended and no process holds its folder.
+        The method returns when the run has ended and no process has locked its folder.
 
         Args:
             recipe: what to train.
-            folder: of the run; the recipe is written beside it.
-            started: called once the run has been submitted.
-            stop_when: asked again and again; True ends the run as Ctrl-C does.
+            folder: the run's folder; the recipe is written next to it.
+            started: called after the run has been submitted.
+            stop_when: called repeatedly; True ends the run as Ctrl-C does.
 
         Returns:
             False if nothing was started, because all runs are being stopped.
@@ -83,11 +83,11 @@ class Runs:
         return True
 
     def is_active(self, folder: Path) -> bool:
-        """Return whether the run of a folder trains, here or by another process."""
+        """Return whether the run of a folder is training, here or in another process."""
         return folder in self._active or owner_of(folder) is not None
 
     def stop(self) -> None:
-        """Stop all runs: each saves a checkpoint; those that take too long are killed."""
+        """Stop all runs. Each saves a checkpoint; a run that takes too long is killed."""
         self.stopping.set()
         with self._lock:
             active = list(self._active.values())
@@ -97,10 +97,11 @@ class Runs:
             self._end(job)
 
     def run_all(self, work: list[Callable[[], None]]) -> None:
-        """Do pieces of work, as many at once as the engine takes runs, and wait for all.
+        """Call all functions, at most ``engine.jobs`` of them at once, and wait for them.
 
         Raises:
-            BaseException: of the first piece that failed, or Ctrl-C; all runs have been stopped.
+            BaseException: that of the first function that failed, or Ctrl-C. All runs have been
+                stopped by then.
         """
         if not work:
             return
@@ -120,7 +121,7 @@ class Runs:
 
     def _submit(self, recipe: Recipe, folder: Path) -> Job | None:
         plain = {**to_plain(recipe), "output_dir": str(folder.absolute())}
-        file = folder.with_name(folder.name + ".yaml")  # a label may hold a dot: 2.5e-4
+        file = folder.with_name(folder.name + ".yaml")  # a label may contain a dot: 2.5e-4
         write_text_atomic(file, dump(plain))
         with self._lock:
             if self.stopping.is_set():
@@ -130,7 +131,7 @@ class Runs:
         return job
 
     def _end(self, job: Job) -> int | None:
-        """Stop a run; kill it if it does not end in time, or at a second Ctrl-C."""
+        """Stop a run, and kill it if it does not end in time or at a second Ctrl-C."""
         job.stop()
         try:
             code = job.wait(PATIENCE_S)
@@ -142,7 +143,7 @@ class Runs:
         return code
 
     def wait_for_owner(self, folder: Path) -> None:
-        """Wait while a process of somebody else, or one that outlives its job, trains there."""
+        """Wait while another process, or one that outlived its job, trains in the folder."""
         told = False
         while (owner := owner_of(folder)) is not None and not self.stopping.is_set():
             if not told:
@@ -152,7 +153,7 @@ class Runs:
 
 
 def find_run(folder: Path) -> RunRecord | None:
-    """Return the record of a run; None if there is none that can be read."""
+    """Return the record of a run; None if there is no readable record."""
     try:
         return load_run(folder)
     except (FileFormatError, UsageError, OSError):
@@ -160,7 +161,7 @@ def find_run(folder: Path) -> RunRecord | None:
 
 
 def is_of(run: RunRecord | None, recipe: Recipe) -> bool:
-    """Return whether there is a record, and of this recipe."""
+    """Return whether there is a record and it belongs to this recipe."""
     return run is not None and run.recipe_digest == digest(recipe)
 
 
@@ -177,14 +178,15 @@ def can_resume(recipe: Recipe, folder: Path) -> bool:
 
 @contextmanager
 def managed(loaded: LoadedRecipe, tell: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the folder of a run for a study, and say how to train there.
+    """Lock the folder of a run for a study, and decide whether to resume.
 
-    Waits for a process that trains there already. Since the decision is made while the folder is
-    held, a run is never done twice, however many processes were started for it. When standard
-    input ends, because the starter of this process stopped it or died, this process gets SIGINT.
+    If another process trains in the folder, wait for it. The decision is made while the folder is
+    locked, so a run is never done twice, even if several processes were started for it. When
+    standard input ends, because the parent of this process stopped it or died, this process gets
+    SIGINT.
 
     Yields:
-        True to resume, also if the run is done; False to begin anew.
+        True to resume, also if the run has finished; False to start from the beginning.
     """
     threading.Thread(target=_interrupt_at_end_of_input, daemon=True).start()
     assert loaded.recipe.output_dir is not None
@@ -206,10 +208,10 @@ def _interrupt_at_end_of_input() -> None:
 
 
 def _note_exit(folder: Path, code: int | None, *, stopped: bool) -> None:
-    """Write the status of a run that died without doing so."""
+    """Write the status of a run that died without writing it."""
     run = find_run(folder)
     if code == 0 or (run is not None and run.status in _STATED):
-        return  # finished runs stay so, even if their report failed
+        return  # a finished run stays finished, even if its report failed
     if (run is None and (stopped or code == _INTERRUPTED)) or owner_of(folder) is not None:
         return
     killed = code == -signal.SIGKILL

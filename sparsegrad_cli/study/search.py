@@ -1,8 +1,8 @@
-"""What to try next in tuning, what to stop, and the journal of trials. Optuna does all three.
+"""Propose, prune and store the trials of tuning with Optuna.
 
-The journal holds trials that have ended, and nothing else. A proposal is a function of the trials
-before it, so an interrupted trial is proposed again. Optuna takes a second to import, so this
-module imports it when it is needed.
+The journal holds only trials that have ended. A proposal is a function of the trials before it, so
+an interrupted trial is proposed again. Importing Optuna takes a second, so this module imports it
+only when it is needed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-FIRST = 7  # trials on fixed points: with one dimension, every eighth of the span
+FIRST = 7  # trials at fixed points: in one dimension, every eighth of the span
 SEED = 0
-COMPARED = 3  # finished trials before any is stopped, and at any evaluation it is compared at
-NEXT_SEED = 10**9  # the steps of a trial's second seed are counted from here
+COMPARED = 3  # finished trials needed before pruning, overall and at the compared evaluation
+NEXT_SEED = 10**9  # the steps of a trial's second seed are counted from this number
 SAMPLER = f"Halton's points for the first {FIRST} trials, then TPE with a fixed seed"
 PRUNER = (
     f"median of {COMPARED} or more finished trials at the same evaluation, not in the first third "
     "of a run"
 )
-_BEGINNING = b'{"op_code"'  # of every line of Optuna's journal
+_BEGINNING = b'{"op_code"'  # start of every line of Optuna's journal
 _ENTRY, _SPENT, _ABOUT = "trial", "spent", "about"  # keys of Optuna's user attributes
 
 
-# --- what to try, and what to stop
+# --- proposals and pruning
 
 
 def load_optuna() -> Any:
@@ -48,12 +48,12 @@ def load_optuna() -> Any:
 
 
 def propose(space: Sequence[Dimension], told: Sequence[FrozenTrial], name: str) -> dict[str, Any]:
-    """Return the settings of the next trial: a function of the space, name and earlier trials.
+    """Return the settings of the next trial, which depend only on the arguments.
 
     Args:
         space: the dimensions.
         told: all trials that have ended, in order.
-        name: of the series; seeds the sampler together with the trial's number.
+        name: the name of the series, which seeds the sampler together with the trial's number.
     """
     number = len(told)
     if number < FIRST:
@@ -73,16 +73,16 @@ def _distribution(dimension: Dimension) -> Any:
 
 
 class Pruner:
-    """Decides after every evaluation of a trial whether to stop it; the same rule for all methods.
+    """Decide after every evaluation of a trial whether to stop it, by one rule for all methods.
 
-    Optuna's median pruner: stop if the best score so far is below the median of the scores that
-    finished trials had at the same evaluation.
+    This is Optuna's median pruner: it stops a trial if its best score so far is below the median of
+    the scores that finished trials had at the same evaluation.
 
     Args:
         told: all trials of the series that have ended.
 
     Attributes:
-        seen: step of an evaluation to its score, more is better.
+        seen: step of an evaluation to its score; higher is better.
     """
 
     def __init__(self, told: Sequence[FrozenTrial]) -> None:
@@ -98,13 +98,13 @@ class Pruner:
         self.seen: dict[int, float] = {}
 
     def stops(self, step: int, value: float) -> bool:
-        """Return whether to stop after this evaluation; the last of a trial stops nothing.
+        """Return whether to stop after this evaluation; never after the last one of a trial.
 
         Args:
             step: optimizer step of the evaluation.
-            value: its score, more is better.
+            value: its score; higher is better.
         """
-        if step in self.seen:  # told before an interruption
+        if step in self.seen:  # reported before an interruption
             return False
         self.seen[step] = value
         self._trial.report(value, step)
@@ -117,20 +117,21 @@ def _in_memory(told: Sequence[FrozenTrial], **by: Any) -> Study:
     return study
 
 
-# --- what came out
+# --- ended trials
 
 
 def ended_trial(
     space: Sequence[Dimension], entry: Mapping[str, Any], seen: Mapping[int, float]
 ) -> FrozenTrial:
-    """Return a trial that has ended as Optuna keeps it.
+    """Return an ended trial in Optuna's form.
 
-    A failed trial counts among the worst, as a pruned one: a rate that diverges says something.
+    A failed trial counts among the worst, like a pruned one, because a learning rate that diverges
+    is information too.
 
     Args:
         space: the dimensions.
-        entry: as compare.json has it.
-        seen: step of an evaluation to its score, more is better.
+        entry: the trial's entry in compare.json.
+        seen: step of an evaluation to its score; higher is better.
     """
     done = entry["status"] == "done"
     trial = load_optuna().trial
@@ -145,19 +146,19 @@ def ended_trial(
 
 
 def entry_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return what compare.json says of a trial."""
+    """Return the entry of a trial in compare.json."""
     return {**trial.user_attrs[_ENTRY], "number": trial.number}
 
 
 def goodness(score: float, metric: str | None) -> float:
-    """Return a score, its sign turned if less is better."""
+    """Return a score, negated if lower is better."""
     return -score if scale_of(metric).lower_is_better else score
 
 
 def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the finished trial with the best score; of equal ones the lowest loss, then the first.
+    """Return the finished trial with the best score; ties go to the lowest loss, then the first.
 
-    None if no trial is done.
+    Return None if no trial has finished.
     """
 
     def rank(trial: Mapping[str, Any]) -> tuple[float, float, int]:
@@ -168,10 +169,12 @@ def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def edges(space: Sequence[Dimension], trials: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return where the best trial is the outermost that was tried: the optimum may lie beyond.
+    """Return the ranges in which the best trial has the lowest or highest value that was tried.
+
+    The optimum may lie beyond that value.
 
     Returns:
-        ``{"key": ..., "end": "lowest" or "highest"}`` of each such range.
+        ``{"key": ..., "end": "lowest" or "highest"}`` for each such range.
     """
     best = best_trial(trials)
     if best is None:
@@ -191,10 +194,10 @@ class TrialStore:
     """tuning.journal: Optuna's journal storage of all series, which ``optuna-dashboard`` reads.
 
     Args:
-        path: the file; made if missing. The caller holds the study's folder.
+        path: the file, which is made if missing. The caller must have locked the study's folder.
 
     Raises:
-        FileFormatError: it is not such a journal, or cannot be read or written.
+        FileFormatError: the file is not such a journal, or cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -203,7 +206,8 @@ class TrialStore:
         self._studies: dict[str, Study] = {}
         self._optuna = load_optuna()
         with self._known_errors():
-            # A kill may leave Optuna's own lock, and part of a line. The study's folder is ours.
+            # A killed process may leave Optuna's own lock and part of a line. Both can be removed,
+            # because this process has locked the study's folder.
             path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
             _check_journal(path)
             journal = self._optuna.storages.journal
@@ -212,15 +216,15 @@ class TrialStore:
             self._storage = journal.JournalStorage(backend)
 
     def open(self, name: str, about: Mapping[str, Any], *, make: bool = True) -> bool:
-        """Return whether a series is there now.
+        """Open a series, and return whether it exists.
 
         Args:
-            name: its name.
+            name: the name of the series.
             about: what its trials have in common.
-            make: make it if missing.
+            make: whether to make the series if it is missing.
 
         Raises:
-            UsageError: its trials have something else in common.
+            UsageError: the stored trials have another space or other settings.
         """
         said = json.dumps(about, sort_keys=True)
         with self._known_errors():
@@ -242,34 +246,34 @@ class TrialStore:
         return True
 
     def ended(self, name: str, most: int) -> list[FrozenTrial]:
-        """Return the first trials of a series in order, at most as many as every method gets."""
+        """Return the first ``most`` trials of a series, in order."""
         with self._known_errors():
             return list(self._studies[name].get_trials(deepcopy=False)[:most])
 
     def add(self, name: str, trial: FrozenTrial) -> None:
-        """Keep a trial that has ended."""
+        """Store a trial that has ended."""
         with self._known_errors():
             self._studies[name].add_trial(trial)
 
     def spent(self, name: str, run: str) -> float:
-        """Return the seconds that interrupted attempts at a run have taken."""
+        """Return the seconds that interrupted attempts at a run took."""
         with self._known_errors():
             return float(self._studies[name].user_attrs.get(f"{_SPENT} {run}", 0.0))
 
     def spend(self, name: str, run: str, seconds: float) -> None:
-        """Note the seconds that all interrupted attempts at a run have taken."""
+        """Store the seconds that all interrupted attempts at a run took."""
         with self._known_errors():
             self._studies[name].set_user_attr(f"{_SPENT} {run}", seconds)
 
     def forget(self, name: str, about: Mapping[str, Any]) -> None:
-        """Begin a series afresh."""
+        """Delete the trials of a series and make it again."""
         with self._known_errors():
             self._optuna.delete_study(study_name=name, storage=self._storage)
         self.open(name, about)
 
     @contextmanager
     def _known_errors(self) -> Iterator[None]:
-        """One thread at a time; a damaged or unwritable journal raises FileFormatError."""
+        """Admit one thread at a time, and map errors of the journal to FileFormatError."""
         with self._lock:
             try:
                 yield
@@ -287,7 +291,7 @@ class TrialStore:
 
 
 def _check_journal(path: Path) -> None:
-    """Remove part of a line at the end of a journal, which a kill in the middle of writing leaves.
+    """Remove an incomplete last line, which a process killed while writing leaves in a journal.
 
     Raises:
         ValueError: the file is not a journal; it is left unchanged.

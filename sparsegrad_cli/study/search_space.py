@@ -1,7 +1,7 @@
-"""What is tuned for one method on one task: the recipe keys, their ranges, and the first points.
+"""Define what is tuned for one method on one task: recipe keys, ranges, and the first points.
 
-Every method's learning rates span as many decades about a centre of its own: a rate that suits one
-method is far off for another. Imports no Optuna.
+The learning rates of all methods span the same number of decades, about a centre for each method,
+because a rate that suits one method is far off for another. Imports no Optuna.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Dimension:
 
     Attributes:
         key: dotted recipe key.
-        low, high: ends of a range, both part of it.
-        log: uniform in the logarithm.
-        centre: of learning rates.
-        centre_from: ``tune`` or ``study``, whichever names it, or ``measured``.
-        choices: in place of a range.
+        low, high: ends of a range, both included.
+        log: whether the range is uniform in the logarithm.
+        centre: the centre of a range of learning rates.
+        centre_from: ``tune`` or ``study`` if that section names the centre, else ``measured``.
+        choices: the values, in place of a range.
     """
 
     key: str
@@ -42,7 +42,7 @@ class Dimension:
     choices: tuple[Any, ...] | None = None
 
     def at(self, share: float) -> Any:
-        """Return the value at a share of the way, from 0 (the lowest or first) to 1."""
+        """Return the value at a share of the range, from 0 (the lowest or first value) to 1."""
         if self.choices is not None:
             return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
         low, high = self._ends()
@@ -51,7 +51,7 @@ class Dimension:
         return self.rounded(low + share * (high - low))
 
     def rounded(self, value: Any) -> Any:
-        """Return a number to four digits, which is what a report shows."""
+        """Round a number to four digits, which a report shows."""
         if self.choices is not None:
             return value
         low, high = self._ends()
@@ -60,7 +60,7 @@ class Dimension:
         return min(max(_digits(value), low), high)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what compare.json says of it."""
+        """Return the dimension as compare.json records it."""
         found = {key: value for key, value in asdict(self).items() if value is not None}
         return found | ({"choices": list(self.choices)} if self.choices is not None else {})
 
@@ -78,9 +78,9 @@ class Series:
     """The trials of one method on one task.
 
     Attributes:
-        task, label: the method's row on the task.
+        task, label: the task, and the label of the method's row.
         space: what is tuned.
-        recipe: of the row; its tuned keys and its seed do not matter.
+        recipe: the row's recipe; its tuned keys and its seed are ignored.
     """
 
     task: str
@@ -90,11 +90,11 @@ class Series:
 
     @property
     def name(self) -> str:
-        """``glue/rte lora``."""
+        """The name of the series, such as ``glue/rte lora``."""
         return f"{self.task} {self.label}"
 
     def about(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Return what its trials have in common; with another, it is another series."""
+        """Return what all trials of the series have in common, which identifies it."""
         common = with_settings(self.recipe, first_point(self.space, 0), seed=0)
         space = [dimension.to_json() for dimension in self.space]
         return {"space": space, "seeds": list(seeds), "recipe": digest(common)}
@@ -124,7 +124,10 @@ def space_of(study: LoadedStudy, cell: Cell) -> tuple[Dimension, ...]:
 
 
 def _centre(study: LoadedStudy, cell: Cell) -> tuple[float, str]:
-    """Return the centre that the study names for a row, else the one measured for its method."""
+    """Return the centre of a row's learning rates, and where it comes from.
+
+    A centre that the study names comes first, then the row's own rate, then the measured one.
+    """
     assert study.study.tune is not None
     named = study.study.tune.space.learning_rate.centres.get(cell.label)
     if named is not None:
@@ -139,10 +142,10 @@ def _centre(study: LoadedStudy, cell: Cell) -> tuple[float, str]:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any], seed: int | None = None) -> Recipe:
-    """Return a recipe with some dotted keys set, and perhaps another seed.
+    """Return a recipe with some dotted keys changed, and optionally another seed.
 
     Raises:
-        RecipeError: a key cannot have its value.
+        RecipeError: a value is not valid for its key.
     """
     plain = to_plain(recipe)
     for key, value in settings.items():
@@ -157,10 +160,11 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any], seed: int | None 
 
 
 def first_point(space: Sequence[Dimension], number: int) -> dict[str, Any]:
-    """Return the ``number``-th of the points that are tried first, by recipe key.
+    """Return the ``number``-th of the first points, by recipe key.
 
-    Halton's sequence (1960): learning rates come at 1/2, 1/4, 3/4, 1/8, 5/8, 3/8, 7/8 of the way,
-    so that few trials cover the span and the first is its centre; further keys in thirds, fifths...
+    The points are a Halton sequence (1960). Learning rates lie at 1/2, 1/4, 3/4, 1/8, 5/8, 3/8, 7/8
+    of the span, so that few trials cover it and the first is its centre. The next keys use thirds,
+    fifths and so on.
     """
     return {
         dimension.key: dimension.at(_halton(number + 1, prime))
@@ -169,7 +173,7 @@ def first_point(space: Sequence[Dimension], number: int) -> dict[str, Any]:
 
 
 def _halton(index: int, base: int) -> float:
-    """Return the digits of ``index`` in ``base``, mirrored at the point."""
+    """Return the radical inverse of ``index``: its digits in ``base``, mirrored at the point."""
     share, unit = 0.0, 1.0
     while index:
         index, digit = divmod(index, base)

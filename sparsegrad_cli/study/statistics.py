@@ -1,6 +1,6 @@
-"""Mean, spread, intervals, a paired test that assumes next to nothing, and Holm's correction.
+"""Compute means, deviations, confidence intervals, a permutation test and Holm's correction.
 
-The formulas are written out in docs/compare.md; scipy gives Student's distribution and no more.
+docs/compare.md explains the formulas. scipy is used only for Student's distribution.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
-EXACT = 32  # up to so many differences every choice of signs is counted
-DRAWS = 99_999  # beyond, so many are drawn
-ROUNDING = 1e-12  # of float64 scores of about 1, with room; no metric is told apart so finely
+LEVEL = 0.05  # significance level of every test; intervals cover 1 - LEVEL
+EXACT = 32  # up to this number of differences, every choice of signs is counted
+DRAWS = 99_999  # number of random choices of signs beyond that
+ROUNDING = 1e-12  # above the rounding of float64 scores near 1, below any real difference
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Arithmetic mean, or None of nothing."""
+    """Return the arithmetic mean; None without values."""
     return math.fsum(values) / len(values) if values else None
 
 
 def std(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1), or None below two values."""
+    """Return the sample standard deviation (n - 1); None below two values."""
     if len(values) < 2:
         return None
     centre = math.fsum(values) / len(values)
@@ -29,7 +29,7 @@ def std(values: Sequence[float]) -> float | None:
 
 
 class Student(NamedTuple):
-    """What Student's t says of a mean: its 95 % interval, and the two-sided p of zero."""
+    """Student's t for a mean: its 95 % interval, and the two-sided p-value for a mean of zero."""
 
     low: float
     high: float
@@ -37,18 +37,19 @@ class Student(NamedTuple):
 
 
 def student(groups: Sequence[Sequence[float]]) -> Student | None:
-    """Student's t for the mean over groups of the mean within each.
+    """Return Student's t for the mean over groups of the mean within each group.
 
-    With one group this is the textbook's: mean ± t s / sqrt(n), n - 1 degrees of freedom. With
-    several, the groups (tasks) are given and only their members (seeds) are drawn: the variance is
+    With one group this is the textbook formula: mean ± t s / sqrt(n), n - 1 degrees of freedom.
+    With several, the groups (tasks) are fixed and their members (seeds) are random: the variance is
     the sum of s_g^2 / n_g over G groups, divided by G^2, with Satterthwaite's degrees of freedom.
 
     Args:
         groups: values of each group.
 
     Returns:
-        None without groups, where one has fewer than two values, and where all spread is zero but
-        for rounding: few equal values do not say that the next would be equal, too.
+        Interval and p-value. None if there are no groups, if a group has fewer than two values, or
+        if the values are equal up to rounding: a few equal values do not mean that the next value
+        would be equal, too.
     """
     if not groups or any(len(group) < 2 for group in groups):
         return None
@@ -59,7 +60,7 @@ def student(groups: Sequence[Sequence[float]]) -> Student | None:
     parts = [(std(group) or 0.0) ** 2 / len(group) / count**2 for group in groups]
     error = math.sqrt(math.fsum(parts))
     largest = max(abs(value) for group in groups for value in group)
-    if error <= ROUNDING * max(1.0, largest):  # differences of scores near 1 round as those do
+    if error <= ROUNDING * max(1.0, largest):  # differences have the rounding of scores near 1
         return None
     shares = (part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
     freedom = math.fsum(parts) ** 2 / math.fsum(shares)
@@ -69,21 +70,21 @@ def student(groups: Sequence[Sequence[float]]) -> Student | None:
 
 
 def sign_flip_p(values: Sequence[float]) -> float:
-    """Two-sided p of a sum, if each value's sign were a coin's (Fisher 1935, section 21).
+    """Return the two-sided p-value of a sum under random signs (Fisher 1935, section 21).
 
-    p is the share of all 2^n choices of signs whose sum is at least as far from zero. All are
-    counted up to ``EXACT`` values, half by half: of the sums of the first half, how many of the
-    second's take each as far. Beyond, ``DRAWS`` choices are drawn, always the same, and
-    p = (1 + found) / (1 + drawn).
+    p is the share of all 2^n choices of signs whose sum is at least as far from zero. Up to
+    ``EXACT`` values, all choices are counted: for each sum of the first half of the values, count
+    the sums of the second half with which the total is that far. Beyond that, ``DRAWS`` choices are
+    drawn with a fixed seed, and p = (1 + found) / (1 + drawn).
 
     Args:
-        values: differences, standardised where their scales are unlike. Zeros say nothing.
+        values: differences, standardised if their scales differ. Zeros are ignored.
     """
     import numpy as np
 
     kept = np.array([value for value in values if value != 0], dtype=np.float64)
     observed = abs(float(kept.sum()))
-    slack = 1e-9 * float(np.abs(kept).sum())  # sums that differ in their last bits are equal
+    slack = 1e-9 * float(np.abs(kept).sum())  # treat sums that differ by rounding as equal
     if observed <= slack:
         return 1.0
     if len(kept) <= EXACT:
@@ -91,7 +92,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
         second = np.sort(_all_sums(kept[len(kept) // 2 :]))
         short = np.searchsorted(second, observed - slack - first, side="left")
         beyond = len(first) * len(second) - int(short.sum())
-        return min(1.0, 2.0 * beyond / 2.0 ** len(kept))  # and as many on the other side
+        return min(1.0, 2.0 * beyond / 2.0 ** len(kept))  # the other side has the same number
     generator = np.random.default_rng(0)
     found = 0
     for start in range(0, DRAWS, 9_999):
@@ -102,7 +103,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
 
 
 def _all_sums(values: Any) -> Any:
-    """The 2^n sums of ±values, (2^n,) float64."""
+    """Return the 2^n sums of ±values, (2^n,) float64."""
     import numpy as np
 
     sums = np.zeros(1)
@@ -112,16 +113,16 @@ def _all_sums(values: Any) -> Any:
 
 
 def smallest_p(values: Sequence[float]) -> float:
-    """The least that :func:`sign_flip_p` could say of values of these sizes: all of one sign."""
+    """Return the smallest :func:`sign_flip_p` for values of these sizes: all have one sign."""
     return sign_flip_p([abs(value) for value in values])
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Holm 1979).
+    """Return p-values adjusted by Holm's step-down method (Holm 1979).
 
-    The i-th smallest of m is multiplied by m - i + 1, none is smaller than the one before it, and
-    none above 1. Rejecting what is at most alpha then wrongly rejects anything at all with a
-    probability of at most alpha, however the tests hang together.
+    The i-th smallest of m p-values is multiplied by m - i + 1; none is smaller than the one before
+    it, and none is above 1. If every hypothesis with an adjusted p-value of at most alpha is
+    rejected, the probability of any false rejection is at most alpha, even for dependent tests.
     """
     adjusted = [1.0] * len(ps)
     least = 0.0

@@ -1,10 +1,10 @@
-"""Tune every method of a study alike, before its runs: the same number of trials on every task.
+"""Tune every method of a study before its runs, with the same number of trials on every task.
 
-Trials of a method on a task go one after another, so that the next one is a function of the
-results before it, whatever the engine and however many runs train at once. A run of a trial is a
-`sparsegrad train` like any other. The coordinator reads its steps.jsonl and, where the pruner says
-so, stops it as Ctrl-C would. Every evaluation is judged in its turn, however far the run has come
-meanwhile: which trials are stopped is a function of scores, and only their cost goes by the clock.
+The trials of a method on a task run one after another. The next trial is therefore a function of
+the earlier results, independent of the engine and of the number of runs at once. A run of a trial
+is an ordinary `sparsegrad train` process. The coordinator reads its steps.jsonl and, if the pruner
+decides so, stops it as Ctrl-C would. Evaluations are judged in order, however far the run has come
+in the meantime: which trials are stopped depends only on scores, and only their cost on timing.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _HEAVY = ("checkpoint-*", "adapter", "model", "basis.safetensors")
 
 
 class Tuning:
-    """All series of a study.
+    """The tuning of a study: one series of trials for each method on each task.
 
     Args:
         study: a study with a ``tune`` section.
-        folder: where the journal and the trials lie.
-        runs: trains them.
+        folder: the study's folder, with the journal and the trials.
+        runs: trains the trials.
         tell: called with a line before and after each trial.
         save: writes compare.json.
 
@@ -76,14 +76,14 @@ class Tuning:
         self._folder, self._runs, self._tell, self._save = folder, runs, tell, save
         self._series = series_of(study)
 
-    # --- what is there
+    # --- stored trials
 
     def open(self, *, make: bool) -> bool:
-        """Open the journal, and return whether all series are in it.
+        """Open the journal, and return whether it contains all series.
 
         Raises:
-            UsageError: its trials are of another space, or of a version that kept them elsewhere.
-            FileFormatError: it cannot be read.
+            UsageError: its trials have another space, or an older version stored them elsewhere.
+            FileFormatError: the journal cannot be read.
         """
         path = self._folder.path / TUNING
         if not path.is_file():
@@ -102,7 +102,7 @@ class Tuning:
         return all(found)
 
     def retry(self) -> None:
-        """Begin a series afresh if none of its trials came to an end."""
+        """Start each series again that used up its trials without one that finished."""
         for series in self._series:
             if self._is_over(series) and best_trial(self._entries(series)) is None:
                 self.store.forget(series.name, series.about(self._tune.seeds))
@@ -122,7 +122,7 @@ class Tuning:
     def tuned(self) -> LoadedStudy | None:
         """Return the study with the best settings of each row; None while trials are missing.
 
-        A row none of whose trials came to an end has no runs.
+        A row without a finished trial has no runs.
 
         Raises:
             SparsegradError: methods had different numbers of trials.
@@ -165,10 +165,10 @@ class Tuning:
             "trials": trials,
         }
 
-    # --- what is done
+    # --- running trials
 
     def work(self) -> list[Callable[[], None]]:
-        """Return one piece of work for each series that is not over."""
+        """Return one function for each series that has trials left; it runs them."""
         (self._folder.path / TRIALS).mkdir(exist_ok=True)
         return [partial(self._run, s) for s in self._series if not self._is_over(s)]
 
@@ -180,7 +180,7 @@ class Tuning:
             self._tell(f"{which}: {settings_words(settings)}")
             trial = Trial(series, len(told), settings, Pruner(told), self.store)
             entry = trial.run(self._tune.seeds, self._folder, self._runs, self._save)
-            if entry is None:  # stopped: the same command proposes the same again
+            if entry is None:  # stopped; the same command proposes the same trial again
                 return
             self.store.add(series.name, ended_trial(series.space, entry, trial.pruner.seen))
             self._save()
@@ -188,14 +188,14 @@ class Tuning:
 
 
 class Trial:
-    """A trial: its settings under every seed of tuning, one run after another.
+    """A trial: one run with its settings for every tuning seed, one after another.
 
     Args:
-        series: whose it is.
-        number: its place there, from 0.
-        settings: by recipe key.
-        pruner: knows the trials before.
-        store: keeps what interrupted attempts took.
+        series: the series that the trial belongs to.
+        number: the trial's number in the series, from 0.
+        settings: values by recipe key.
+        pruner: decides when to stop, based on the earlier trials.
+        store: stores the seconds that interrupted attempts took.
     """
 
     def __init__(
@@ -212,19 +212,19 @@ class Trial:
     def run(
         self, seeds: Sequence[int], folder: StudyFolder, runs: Runs, started: Callable[[], None]
     ) -> dict[str, Any] | None:
-        """Run it under all seeds, until one is not done.
+        """Run the trial for all seeds, until one of its runs does not finish.
 
         Args:
-            seeds: the seeds.
-            folder: of the study.
+            seeds: the tuning seeds.
+            folder: the study's folder.
             runs: trains the runs.
-            started: called after each start.
+            started: called after each run has been submitted.
 
         Returns:
-            The trial as compare.json has it; None if the study was stopped.
+            The trial's entry in compare.json; None if the study was stopped.
 
         Raises:
-            InterruptedRunError: somebody stopped a run of it alone.
+            InterruptedRunError: one run of the trial was stopped, but not the study.
         """
         found: list[dict[str, Any]] = []
         for at, seed in enumerate(seeds):
@@ -238,7 +238,7 @@ class Trial:
         return self._entry(found)
 
     def recipe(self, seed: int) -> Any:
-        """Return the recipe of its run under a seed."""
+        """Return the recipe of the trial's run for a seed."""
         return with_settings(self.series.recipe, self._settings, seed)
 
     def _entry(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -262,9 +262,9 @@ class _TrialRun:
     """One run of a trial.
 
     Args:
-        trial: whose it is.
-        folder: of the run.
-        seed: of the run.
+        trial: the trial that the run belongs to.
+        folder: the run's folder.
+        seed: the run's seed.
         offset: added to its steps, so that the pruner can tell the seeds' evaluations apart.
     """
 
@@ -277,8 +277,8 @@ class _TrialRun:
         self._pruned_at: int | None = None
 
     def go(self, runs: Runs, started: Callable[[], None]) -> bool:
-        """Run it, or take one that has ended; return whether it has ended."""
-        if is_done(self._recipe, self.folder):  # it outlived the coordinator that started it
+        """Train the run, or use it if it has finished before; return whether it has ended."""
+        if is_done(self._recipe, self.folder):  # the run outlived the coordinator that started it
             run = find_run(self.folder)
             self._seconds = (run and run.time and run.time.total_s) or 0.0
             self._should_stop()
@@ -291,11 +291,11 @@ class _TrialRun:
         began = time.monotonic()
         runs.wait_for_owner(self.folder)
         if not can_resume(self._recipe, self.folder) and not is_done(self._recipe, self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)  # its evaluations are not this run's
+            shutil.rmtree(self.folder, ignore_errors=True)  # its evaluations belong to another run
         ran = runs.train(self._recipe, self.folder, started=started, stop_when=self._should_stop)
         if not ran:
             return False
-        self._should_stop()  # reads what came last
+        self._should_stop()  # reads the last evaluations
         name, series = self.folder.name, self._trial.series.name
         self._seconds = self._trial.store.spent(series, name) + time.monotonic() - began
         run = find_run(self.folder)
@@ -307,7 +307,7 @@ class _TrialRun:
         return False
 
     def _should_stop(self) -> bool:
-        """Judge what was evaluated since the last look."""
+        """Pass new evaluations to the pruner, and return whether it stops the run."""
         for evaluation in self._log.evaluations():
             if evaluation.step == 0 or evaluation.score is None or self._pruned_at is not None:
                 continue
@@ -317,7 +317,7 @@ class _TrialRun:
         return self._pruned_at is not None
 
     def _tidy(self) -> None:
-        """Note that it was pruned; keep its record, and remove its weights."""
+        """Record whether the run was pruned, and remove its weights; the record stays."""
         run = find_run(self.folder)
         if self._pruned_at is not None and run is not None and run.status != "done":
             what = f"stopped after step {self._pruned_at}: below the median of the trials before"
@@ -332,7 +332,7 @@ class _TrialRun:
                     path.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any]:
-        """Return what came out, and what it took."""
+        """Return the run's status, scores and costs."""
         run = find_run(self.folder)
         best = (run.metrics.best if run and run.metrics else None) or self._log.best()
         status = "pruned" if self._pruned_at is not None else run.status if run else "failed"
@@ -350,10 +350,10 @@ class _TrialRun:
 
 
 class StepLog:
-    """steps.jsonl of a run that is writing it.
+    """Reader of a steps.jsonl that a run is still writing.
 
     Args:
-        path: the file; it need not be there yet.
+        path: the file, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -362,19 +362,19 @@ class StepLog:
         self._seen: list[Evaluation] = []
 
     def evaluations(self) -> Iterator[Evaluation]:
-        """Yield the evaluations that were written since the last call, in their order."""
+        """Yield the evaluations that were written since the last call, in order."""
         for line in self._lines():
             try:
                 record = json.loads(line)
                 self.last_step = max(self.last_step, int(record["step"]))
                 found = Evaluation.model_validate(record["eval"])
             except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # not an evaluation, or torn by a kill before the run was resumed
+                continue  # not an evaluation, or a line cut off when the run was killed
             self._seen.append(found)
             yield found
 
     def best(self) -> Evaluation | None:
-        """Return the best evaluation after the first step; None without one."""
+        """Return the best evaluation, without the one before training; None if there is none."""
         return max(
             (each for each in self._seen if each.step > 0 and each.score is not None),
             key=lambda each: goodness(each.score or 0.0, each.metric),
@@ -382,7 +382,7 @@ class StepLog:
         )
 
     def _lines(self) -> list[bytes]:
-        """Return whole lines beyond those read; all of them if the file was cut for a resume."""
+        """Return new complete lines; all lines if the file was truncated by a resume."""
         try:
             with self._path.open("rb") as file:
                 if file.seek(0, 2) < self._read:
