@@ -1,1 +1,1 @@
-"""What a training step will need, found out by running it on tensors without memory."""
+"""Estimate the memory of a training step by running it on tensors without memory."""

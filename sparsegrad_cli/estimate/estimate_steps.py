@@ -1,7 +1,7 @@
 """Estimate the memory of a training step from a model's configuration alone.
 
-One row per recipe: the peak of forward, backward and optimizer by category, counted in a fake
-(:mod:`sparsegrad_cli.estimate.fake_run`); and, for a given device, the largest batch that fits.
+Each recipe gets a row: the peak of forward, backward and optimizer by category, counted in a fake
+run (:mod:`sparsegrad_cli.estimate.fake_run`), and, for a given device, the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sparsegrad_cli.records.estimate import (
 from sparsegrad_cli.records.run import MemoryCategories
 from sparsegrad_cli.tasks.precision import check_precision
 
-# Keys of a recipe's train section that memory depends on.
+# Keys of a recipe's train section that affect memory.
 _TRAIN = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -53,8 +53,8 @@ class Room:
     """A device's memory.
 
     Attributes:
-        total_bytes: its size.
-        overhead_bytes: taken before the first tensor: the context, kernels, workspaces.
+        total_bytes: size of the memory.
+        overhead_bytes: used before the first tensor, by the context, kernels and workspaces.
     """
 
     total_bytes: int
@@ -76,16 +76,16 @@ def estimate_steps(
     room: Room | None = None,
     observer: Observer | None = None,
 ) -> EstimateRecord:
-    """Return the peaks of a training step of every recipe.
+    """Estimate the peaks of a training step for every recipe.
 
     Args:
         cells: label and recipe of every row.
-        conditions: what is assumed beside the recipes.
-        room: also find the largest batch that fits there.
-        observer: told of each row before it is counted.
+        conditions: assumptions beyond the recipes.
+        room: a device's memory; if given, also find the largest batch that fits.
+        observer: notified of each row before it is counted.
 
     Raises:
-        UsageError, DownloadError, FileFormatError: a step of a recipe cannot be made.
+        UsageError, DownloadError, FileFormatError: a step of a recipe cannot be run.
     """
     observer = observer or Observer()
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def estimate_steps(
 
 
 def what_memory_depends_on(recipe: Recipe) -> str:
-    """Return a text that is equal for recipes that need the same memory in a step."""
+    """Return a string that is equal for recipes whose steps need the same memory."""
     plain = to_plain(recipe)
     train = {key: plain["train"][key] for key in _TRAIN}
     kept = ("model", "task", "method", "targets", "scope", "calibration")
@@ -195,9 +195,9 @@ def _bytes(peak: PhasePeak | None) -> int | None:
 
 
 def _categories(peak: PhasePeak, weights_bytes: int) -> MemoryCategories:
-    """Return the categories of a peak, what the method added to the weights apart from them.
+    """Return the categories of a peak, with what the method added to the weights as ``adapter``.
 
-    That is the values of an adapter, or the positions of a support.
+    The method adds the values of an adapter, or the positions of a support.
     """
     added = peak.categories["weights"] - weights_bytes
     return MemoryCategories(**{**peak.categories, "weights": weights_bytes, "adapter": added})
@@ -206,8 +206,8 @@ def _categories(peak: PhasePeak, weights_bytes: int) -> MemoryCategories:
 def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> LargestBatch:
     """Return the largest batch at which the step and the calibration before it both fit.
 
-    ``known`` peaks of steps are not counted again. Calibration keeps its own batch where the recipe
-    sets one. ``limited_by`` says which of the two needs too much at the next larger batch.
+    Peaks of steps in ``known`` are not counted again. Calibration keeps its own batch if the recipe
+    sets one. ``limited_by`` names the one that needs too much at the next larger batch.
     """
     own, taken = fake.recipe.calibration.batch_size, room.for_tensors
 
@@ -235,14 +235,14 @@ def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> La
 
 
 def changed(loaded: LoadedRecipe, section: str, **settings: Any) -> LoadedRecipe:
-    """Return the recipe with other settings in one of its sections."""
+    """Return the recipe with changed settings in one section."""
     before = getattr(loaded.recipe, section)
     changed = loaded.recipe.model_copy(update={section: before.model_copy(update=settings)})
     return replace(loaded, recipe=changed)
 
 
 def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
-    """Switch on the autocast without which `train` refuses weights that train in half precision."""
+    """Enable autocast if `train` requires it, because weights train in half precision."""
     try:
         check_precision(loaded)
     except UsageError:
@@ -253,7 +253,7 @@ def _with_autocast(loaded: LoadedRecipe) -> tuple[LoadedRecipe, list[str]]:
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """Return what a fake run of the recipe leaves out, as notes."""
+    """Return notes on the settings that a fake run of the recipe leaves out."""
     notes = []
     if recipe.train.torch_compile:
         notes.append("train.torch_compile is left out: what a compiler fuses is unknown here")

@@ -31,10 +31,10 @@ Mask = Literal["none", "padding", "packing"]
 def name_task(recipe: Recipe, config: Any, known: TaskSpec | None = None) -> list[str]:
     """Set the task's classes in a model's configuration; return notes on what was assumed.
 
-    A language model has no classes: its configuration stays as it is.
+    A language model has no classes, so its configuration stays unchanged.
 
     Args:
-        known: the task, if its files were read.
+        known: the task's specification, if its files were read.
     """
     name = recipe.task.name
     if name in CHAT_TASKS:
@@ -48,14 +48,14 @@ def name_task(recipe: Recipe, config: Any, known: TaskSpec | None = None) -> lis
         spec = TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
     name_labels(config, spec)
     if getattr(config, "pad_token_id", None) is None:
-        # Classifiers on decoders need one; the tokenizer would give its end token.
+        # Classifiers on decoders need one; training would use the tokenizer's end token.
         end = getattr(config, "eos_token_id", None)
         config.pad_token_id = end if isinstance(end, int) else 0
     return notes
 
 
 def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
-    """Return the model that training would load, with training's loss for a chat task.
+    """Build the model that training would load, with training's loss for a chat task.
 
     Raises:
         UsageError: a model of this kind cannot do the task.
@@ -90,8 +90,8 @@ def mask_of(recipe: Recipe, *, padded: bool, evaluating: bool = False) -> Mask:
     """Return why attention has a mask: some row is padded, or rows hold several conversations.
 
     Args:
-        padded: whether rows of a batch have several lengths, where those of the data do.
-        evaluating: a chat task is validated by conversation, packed or not.
+        padded: whether the rows of a batch may have different lengths.
+        evaluating: whether the batch is for validation, which never packs conversations.
     """
     if recipe.task.name in CHAT_TASKS and not evaluating:
         packing = recipe.task.chat.packing if recipe.task.chat else "none"
@@ -101,7 +101,7 @@ def mask_of(recipe: Recipe, *, padded: bool, evaluating: bool = False) -> Mask:
 
 
 def bare_batch(recipe: Recipe, config: Any, size: int, length: int, mask: Mask) -> Batch:
-    """Return (size, length) token ids and what the task's collator adds to them."""
+    """Return (size, length) token ids and the tensors that the task's collator adds."""
     ids = torch.zeros(size, length, dtype=torch.int64)
     batch = {"input_ids": ids}
     if mask != "packing":
@@ -117,11 +117,11 @@ def bare_batch(recipe: Recipe, config: Any, size: int, length: int, mask: Mask) 
 
 @contextmanager
 def transformers_sees(mask: Mask) -> Iterator[None]:
-    """Let transformers make a mask for attention, or none.
+    """Make transformers build a mask for attention, or no mask.
 
-    It reads from a batch whether anything must be hidden, except while it is traced: then it
-    assumes so. With tracing reported as off, it reads that every position counts and that position
-    ids never restart (:class:`ShapesOnly`), and makes no mask.
+    transformers checks a batch to see whether it needs a mask. While it is traced, it assumes that
+    it does. If tracing is reported as off, it reads from the fake tensors that every position
+    counts and that position ids never restart (:class:`ShapesOnly`), and builds no mask.
     """
     from transformers import masking_utils
 

@@ -3,7 +3,7 @@
 There is no formula for memory here. The model is built from its configuration, calibration
 makes the bases, the method prepares the model and makes the optimizer, and forward, backward and
 optimizer step run under :class:`~sparsegrad_cli.memory.meter.MemoryMeter`, all on tensors without
-storage (:mod:`sparsegrad_cli.estimate.fake_tensors`). So it counts what a real step would need.
+memory (:mod:`sparsegrad_cli.estimate.fake_tensors`). The meter counts what a real step would need.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ STEP = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a fake run assumes beside the recipe.
+    """Assumptions of a fake run beyond the recipe.
 
     Attributes:
         kernels: the device whose kernels save tensors for the backward pass.
-        padded: rows have several lengths, so that some are padded and attention needs a mask.
+        padded: whether rows have different lengths, so that attention needs a mask for padding.
     """
 
     kernels: Kernels = "cpu"
@@ -61,7 +61,7 @@ class Conditions:
 
 
 class _Stage:
-    """What fake runs of one recipe share: fake tensors, and batches of them."""
+    """Base class of the fake runs of a recipe: its fake tensors, batches and target modules."""
 
     def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
         self.recipe, self.conditions = loaded.recipe, conditions
@@ -100,8 +100,8 @@ class FakeCalibration(_Stage):
     """A recipe's calibration and the warm-up of its head, at any batch size.
 
     Args:
-        loaded, config, conditions: as of :class:`FakeRun`.
-        rank: directions per side that the method keeps.
+        loaded, config, conditions: see :class:`FakeRun`.
+        rank: number of directions per side that the method keeps.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class FakeCalibration(_Stage):
     def peak(self, size: int) -> PhasePeak | None:
         """Return the peak on batches of ``size`` examples of the task's length.
 
-        None where no data is read: such bases take no more memory than the step after them.
+        None if calibration reads no data: it then takes no more memory than the step after it.
         """
         section, train = self.recipe.calibration, self.recipe.train
         meter, length = MemoryMeter(DEVICE), self.recipe.task.max_length
@@ -134,7 +134,7 @@ class FakeCalibration(_Stage):
 
         with self._inside():
             meter.watch(self.model)
-            warming = min(2, section.warmup_steps)  # the second has the optimizer's state
+            warming = min(2, section.warmup_steps)  # in the second, optimizer state exists
             with warmed_head(
                 self.model,
                 batches(warming),
@@ -158,24 +158,24 @@ class FakeCalibration(_Stage):
 
 
 class FakeRun(_Stage):
-    """A recipe ready for steps at any batch size, whose optimizer has its full state.
+    """A recipe that is ready for steps at any batch size, with full optimizer state.
 
     Args:
         loaded: the recipe.
-        config: the model's configuration, told of the task (:func:`name_task`).
+        config: the model's configuration, with the task's classes (:func:`name_task`).
         conditions: see :class:`Conditions`.
 
     Attributes:
         model, optimizer: ready for a step, on fake tensors.
         prepared: what the method trains.
-        weights_bytes: parameters and buffers before the method changed the model.
+        weights_bytes: bytes of parameters and buffers before the method changed the model.
         parameters: number of parameters before the method changed the model.
-        state_bytes: the optimizer's full state.
+        state_bytes: bytes of the optimizer's full state.
         notes: what was assumed for this recipe.
 
     Raises:
-        UsageError: the memory depends on real gradients, or there are no targets.
-        SparsegradError: the model reads values, and fake tensors have none.
+        UsageError: the memory depends on real gradients, or there are no target modules.
+        SparsegradError: the model reads values, which fake tensors do not have.
     """
 
     def __init__(self, loaded: LoadedRecipe, config: Any, conditions: Conditions) -> None:
@@ -209,7 +209,7 @@ class FakeRun(_Stage):
         return self._method.prepare(self.model, targets, scope=self.recipe.scope, bases=bases)
 
     def _bases(self, targets: list[Target]) -> dict[str, Basis]:
-        """Return bases of the right shapes: a step does not depend on how they were made."""
+        """Return bases of the right shapes; how they were made does not affect a step."""
         section = self.recipe.calibration
         if section.basis is not None:
             self.notes.append("calibration.basis is not read: bases as calibration would make them")
@@ -224,7 +224,7 @@ class FakeRun(_Stage):
         return found.by_target()
 
     def calibration(self, size: int) -> PhasePeak | None:
-        """Return the peak of calibration on batches of ``size`` examples; None without one."""
+        """Return the peak of calibration on batches of ``size`` examples; None if there is none."""
         if not self._settings.calibrates or self.recipe.calibration.basis is not None:
             return None
         if self._calibrating is None:
@@ -234,7 +234,7 @@ class FakeRun(_Stage):
         return self._calibrating.peak(size)
 
     def _enable(self) -> None:
-        """Switch on what the trainer does: recomputation, mixed precision, the optimizer."""
+        """Set up what the trainer would: recomputation, mixed precision, the optimizer."""
         train = self.recipe.train
         if train.gradient_checkpointing:
             self.model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -247,10 +247,10 @@ class FakeRun(_Stage):
         self.optimizer = self._method.optimizer(self.model, train)
         if self.conditions.kernels == "cuda" and isinstance(self.optimizer, torch.optim.AdamW):
             for group in self.optimizer.param_groups:
-                group["foreach"] = True  # torch's choice on CUDA, which fake tensors hide
+                group["foreach"] = True  # torch's default on CUDA, not detected with fake tensors
 
     def _fill_state(self) -> None:
-        """Step the optimizer until its state no longer grows: bounded state takes several steps."""
+        """Step the optimizer until its state stops growing; bounded state takes several steps."""
         self.model.train()
         self._loss(self._batch(1, 8)).backward()
         meter, size = MemoryMeter(DEVICE), -1
@@ -272,7 +272,7 @@ class FakeRun(_Stage):
     def step(self, size: int, length: int) -> MemoryMeter:
         """Measure forward, backward and optimizer on one batch of shape (size, length).
 
-        Nothing stays in memory afterwards except gradients where they accumulate.
+        Afterwards only gradients stay in memory, and only if the recipe accumulates them.
         """
         meter = MemoryMeter(DEVICE)
         with self._inside():
@@ -282,12 +282,12 @@ class FakeRun(_Stage):
             if self._accumulates and not self._have_gradients():
                 self._loss(
                     self._batch(1, 8)
-                ).backward()  # from the second micro-batch on they exist
+                ).backward()  # they exist from the second micro-batch on
             with meter.phase("forward"):
                 loss = self._loss(batch)
             with meter.phase("backward"):
                 loss.backward()
-            del loss  # as the trainer does: it holds the inputs of recomputed blocks
+            del loss  # as the trainer does: the loss keeps the inputs of recomputed blocks alive
             with meter.phase("optimizer"):
                 self.optimizer.step()
             if not self._accumulates:

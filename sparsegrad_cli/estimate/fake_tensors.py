@@ -1,14 +1,14 @@
-"""Run a program on fake tensors: they have a size, a dtype and a storage, and take no memory.
+"""Run a program on fake tensors, which have a size, a dtype and a storage but take no memory.
 
 Under :class:`ShapesOnly` every new tensor is one of torch's fake tensors. Operations return results
-of the right shape, autograd records and saves as always, hooks and dispatch modes see the same
-operations, and a storage has its real size. So the memory meter, told to look at the device
-``meta``, where fake storages are, counts what it would count on real tensors.
+of the right shape, autograd records and saves tensors as usual, hooks and dispatch modes see the
+same operations, and a storage reports its real size. If the memory meter looks at the device
+``meta``, where fake storages are, it therefore counts what it would count on real tensors.
 
-Fake tensors have no values. Where a program reads one, this is assumed:
+Fake tensors have no values. If a program reads a value, we assume:
 
-- a number read from a tensor is 1, a truth value is true (a loss is finite, two results agree);
-- a mask, or a search for what is not zero, selects everything: the most there could be.
+- a number read from a tensor is 1, and a truth value is true (a loss is finite, two results agree);
+- a mask, or a search for nonzero elements, selects all elements, which is the upper limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Private: checked with torch 2.13.
+# This is private API, checked with torch 2.13.
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,14 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsegrad_cli.numerics import linear_cross_entropy
 
-# Raised by a program that reads values in other ways, or uses an operator without known shapes.
+# Raised if a program reads values in other ways, or uses an operator without known shapes.
 NeedsValues = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
 
-DEVICE = "meta"  # of a fake tensor's storage, whatever device the tensor reports
+DEVICE = "meta"  # device of a fake tensor's storage, whichever device the tensor reports
 
 _aten = torch.ops.aten
 _INDEXING = (
@@ -51,12 +51,12 @@ _INDEXING = (
 
 
 class ShapesOnly:
-    """A context in which new tensors are fake; it may be entered again for the same program."""
+    """A context in which new tensors are fake. It may be entered again for the same program."""
 
     def __init__(self) -> None:
         self._mode = FakeTensorMode(allow_fallback_kernels=False)
-        # torch keeps a weak reference to every fake tensor, in case the same one is asked for
-        # again; and it refuses to move a module (peft moves its own) whose parameters have any.
+        # torch keeps a weak reference to every fake tensor in case it is requested again, and it
+        # refuses to move a module whose parameters have weak references. peft moves its modules.
         self._mode.fake_tensor_converter.set_tensor_memo = _forget  # type: ignore
         self._stack = ExitStack()
 
@@ -70,11 +70,11 @@ class ShapesOnly:
 
 
 def _forget(meta: Tensor, fake: Tensor) -> None:
-    """Replace torch's memo of the fake tensors that operations made."""
+    """Do nothing, in place of torch's method that remembers fake tensors."""
 
 
 class _Supposed(TorchDispatchMode):
-    """Answer questions about values; see the module's docstring."""
+    """Replace reads of values by the assumptions in the module's docstring."""
 
     def __torch_dispatch__(
         self,
@@ -92,7 +92,7 @@ class _Supposed(TorchDispatchMode):
             return _everywhere(args[0])
         if func is _aten.masked_select.default:
             return args[0].new_empty(args[0].numel())
-        if func is _aten._sparse_addmm.default:  # torch knows no shape for it
+        if func is _aten._sparse_addmm.default:  # torch has no shape function for it
             return args[0].new_empty(args[0].shape)
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
@@ -100,12 +100,12 @@ class _Supposed(TorchDispatchMode):
 
 
 def _everywhere(mask: Tensor) -> Tensor:
-    """Return the positions of all values, (values, dimensions) int64."""
+    """Return the positions of all elements, (elements, dimensions) int64."""
     return mask.new_empty((mask.numel(), mask.dim()), dtype=torch.int64)
 
 
 def _positions(indices: Any) -> list[Tensor | None]:
-    """Return the indices with each mask replaced by the positions of all its values."""
+    """Return the indices, with each mask replaced by the positions of all its elements."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
@@ -117,16 +117,17 @@ def _positions(indices: Any) -> list[Tensor | None]:
 
 # --- CUDA kernels
 #
-# torch can fake a CUDA device only in a build with CUDA. So the fake run of a step on a GPU uses
-# fake CPU tensors, and dropout and attention, which save other tensors on CUDA, call CUDA's
-# operators by name. Their shapes are known without a GPU.
+# torch can fake a CUDA device only in a build with CUDA. The fake run of a step on a GPU therefore
+# uses fake CPU tensors. Dropout and attention save other tensors on CUDA than on a CPU, so they
+# call CUDA's operators by name. The shapes of these operators are known without a GPU.
 #
 # - Dropout saves a mask of one byte per value; the CPU saves the scaled mask in the input's dtype.
-# - Attention uses the kernel that torch chooses on a recent GPU: flash without a mask in half
-#   precision; else the memory-efficient kernel, with the mask as a bias in the queries' dtype; the
-#   plain products where heads are shared and the efficient kernel cannot. The first two save
-#   queries, keys, values, output and one number per row, never the (length x length) weights; on
-#   the CPU, dropout in attention forces the plain products, which save them.
+# - Attention uses the kernel that torch chooses on a recent GPU: flash attention without a mask in
+#   half precision; otherwise the memory-efficient kernel, with the mask as a bias in the queries'
+#   dtype; and plain products if heads share keys and values, which the efficient kernel does not
+#   support. The first two save queries, keys, values, output and one number per row, and never the
+#   (length x length) weights. On the CPU, dropout in attention forces the plain products, which
+#   save the weights.
 # - The loss of a language model is our own function, which makes larger blocks of logits on a GPU.
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -137,10 +138,10 @@ _plain_rows = linear_cross_entropy.block_rows
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Use CUDA's dropout, attention and blocks of logits; for fake tensors.
+    """Use CUDA's dropout, attention and blocks of logits on fake tensors.
 
-    The functions themselves are replaced, for the whole process: where a backward pass computes a
-    block again, torch switches its function modes off.
+    This replaces the functions themselves for the whole process, because torch disables its
+    function modes while a backward pass recomputes a block.
     """
     ours = (
         (F, "dropout", _dropout),
@@ -178,7 +179,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return attention of (batch, heads, length, head) tensors with the kernel of a GPU."""
+    """Return the attention of (batch, heads, length, head) tensors, with a GPU's kernel."""
     flash = attn_mask is None and query.dtype in _HALVES and query.shape[-1] <= _WIDEST_FLASH_HEAD
     shared = enable_gqa and query.shape[1] != key.shape[1]
     out: Tensor
@@ -200,7 +201,7 @@ def _attention(
 
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Return the mask as a bias of the products, for every head."""
+    """Return the mask as a bias that is added to the attention scores of every head."""
     if mask.dtype is torch.bool:
         hidden = mask.logical_not()
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(hidden, float("-inf"))

@@ -1,29 +1,31 @@
-"""Find the largest whole number whose figure is within a limit, in few evaluations."""
+"""Find the largest integer whose value under a function is within a limit, in few evaluations."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 
-_PATIENCE = 8  # evaluations along straight lines; then the middle is taken
-MOST = 65_536  # examples; above that, something else limits a batch
-_STRIDE = 8  # a batch beyond all that fit is at most so many times as large
+_PATIENCE = 8  # evaluations by linear interpolation; after that, by bisection
+MOST = 65_536  # examples; larger batches have other limits than memory
+_STRIDE = 8  # largest factor between two batches that are tried upwards
 
 Figure = Callable[[int], float]
 
 
 def largest(figure: Figure, room: float, least: int, most: int, slack: float = 0.0) -> int | None:
-    """Return the largest of ``least``..``most`` whose figure is within ``room``; None if none is.
+    """Return the largest of ``least``..``most`` with ``figure`` within ``room``; None if none is.
 
-    A figure is nearly a straight line, or several of growing slope, since the bytes of a step are
-    the maximum over several moments. So the chord from a size that fits to one that does not meets
-    ``room`` at a size that fits, and the line through two that fit meets it beyond: used in turn,
-    they close in. The answer and its successor have both been evaluated, unless less than ``slack``
-    of the room is left.
+    The figure is nearly linear, or piecewise linear with growing slopes, since the bytes of a step
+    are the maximum over several moments. The chord from a size that fits to one that does not
+    therefore meets ``room`` at a size that fits, and the line through two sizes that fit meets it
+    at a size that does not. Used alternately, they narrow the interval. The result and its
+    successor have both been evaluated, unless less than ``slack`` of the room is left.
 
     Args:
-        figure: must not fall as its argument grows; called once for each argument.
+        figure: must not decrease; called once for each argument.
         room: the limit.
+        least, most: the first and the last candidate.
+        slack: part of the room that may stay unused.
     """
     known = {least: figure(least)}
     if known[least] > room:
@@ -50,7 +52,7 @@ def largest(figure: Figure, room: float, least: int, most: int, slack: float = 0
 
 
 def _crossing(known: dict[int, float], first: int, second: int, room: float) -> int:
-    """Return where the line through two known sizes meets ``room``, rounded down."""
+    """Return the size at which the line through two known sizes meets ``room``, rounded down."""
     rise = (known[second] - known[first]) / (second - first)
     return int(first + (room - known[first]) / rise) if rise > 0 else second
 
@@ -63,11 +65,12 @@ def largest_in_levels(
     most: int,
     slack: float = 0.0,
 ) -> int | None:
-    """Do the same where the figure jumps at known sizes: find the level, then the size within it.
+    """Do the same for a figure that jumps at known sizes: find the level, then the size in it.
 
     Args:
-        levels: how many there are.
-        start: the first size of a level, from 0.
+        figure, room, slack: see :func:`largest`.
+        levels: number of levels.
+        start: returns the first size of a level; levels are counted from 0.
         most: the last size of the last level.
     """
     level = largest(lambda at: figure(start(at)), room, 0, levels - 1)
@@ -80,12 +83,12 @@ def largest_in_levels(
 def largest_batch(peak: Callable[[int], int], room: int) -> tuple[int, int]:
     """Return the largest batch whose peak is within ``room``, and that peak.
 
-    The answer and the next larger batch have both been evaluated. Where not even one example fits,
-    the batch is 0 and the peak that of a batch of 1.
+    The result and the next larger batch have both been evaluated. If not even one example fits,
+    the batch is 0 and the peak is that of a batch of 1.
 
     Args:
-        peak: bytes at a batch of 1 to ``MOST`` examples; grows with them.
-        room: bytes.
+        peak: returns the bytes at a batch of 1 to ``MOST`` examples; grows with the batch.
+        room: the limit in bytes.
     """
     known = functools.cache(peak)
     if known(1) > room:
@@ -95,5 +98,5 @@ def largest_batch(peak: Callable[[int], int], room: int) -> tuple[int, int]:
         ahead = _crossing({low: known(low), high: known(high)}, low, high, room)
         low, high = high, min(max(ahead + 1, 2 * high), _STRIDE * high, MOST)
     batch = largest(known, room, low, high)
-    assert batch is not None  # the lower end fits
+    assert batch is not None  # the lower bound fits
     return batch, known(batch)

@@ -1,4 +1,4 @@
-"""What a study matches its methods by: ``match`` in words, read. Imports no torch."""
+"""Parse ``match``, by which a study makes its methods comparable. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _THOUSANDS = {"": 1, "k": 1000, "M": 1_000_000}
 
 
 class MisspeltError(ValueError):
-    """A ``match`` that says nothing; ``fix`` is what to write."""
+    """An invalid ``match``; ``fix`` says what to write."""
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
@@ -33,13 +33,13 @@ class MisspeltError(ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method of a study may spend.
+    """The limit that every method of a study must stay within.
 
     Attributes:
-        kind: ``trainable`` entries of the targets at once, bytes of ``optimizer_state``, or bytes
-            at the ``peak`` of training step and calibration.
-        amount: how much of it.
-        text: as it was written, ``peak=2GiB``.
+        kind: ``trainable`` parameters of the target modules at once, bytes of
+            ``optimizer_state``, or bytes at the ``peak`` of training step and calibration.
+        amount: the limit, a number of parameters or bytes.
+        text: the budget as it was written, ``peak=2GiB``.
     """
 
     kind: Kind
@@ -48,18 +48,21 @@ class Budget:
 
     @property
     def in_bytes(self) -> bool:
-        """Whether the amount is one of memory."""
+        """Whether the amount is a number of bytes."""
         return self.kind in ("optimizer_state", "peak")
 
 
-NOTHING = ("none", "null")  # what says on a command line that methods are not matched
+NOTHING = ("none", "null")  # values on the command line that do not match methods
 
 
 def parse_match(text: str) -> Budget | None:
-    """``peak=2GiB`` -> a budget; None of ``trainable`` alone, where the recipe's density counts.
+    """Parse a budget such as ``peak=2GiB``.
+
+    Returns:
+        The budget; None for ``trainable`` alone, which uses the recipe's density.
 
     Raises:
-        MisspeltError: anything else; says what to write.
+        MisspeltError: the text is something else; the error says what to write.
     """
     if text == "trainable":
         return None
@@ -104,7 +107,7 @@ _WANTED = {
 
 
 def _advice(kind: Kind, amount: str) -> str:
-    """What to write; of a size in other units, the nearest spelling."""
+    """Return what to write; for a size in other units, the nearest valid spelling."""
     near = re.fullmatch(rf"({_NUMBER}) ?([kKmMgG])[iI]?[bB]?", amount)
     if kind in ("optimizer_state", "peak") and near:
         return f"did you mean {kind}={near[1]}{near[2].upper()}iB? A GiB is 1024 MiB"

@@ -34,13 +34,16 @@ def load_study(
     match: str | None = None,
     trials: int | None = None,
 ) -> LoadedStudy:
-    """Read a study file and check every cell's recipe.
+    """Read a study file and check the recipe of every run.
 
-    ``overrides`` are recipe keys for every cell, ``match`` is stronger than the file's, ``trials``
-    are those of tuning, if there is any.
+    Args:
+        source: the study file.
+        overrides: recipe keys for every run, as ``KEY=VALUE``.
+        match: overrides the file's ``match``.
+        trials: number of tuning trials; overrides the file's, and enables tuning.
 
     Raises:
-        RecipeError: everything that is wrong, together.
+        RecipeError: the study has problems; the error lists all of them.
     """
     path = find_recipe(source)
     if path is None:
@@ -60,7 +63,7 @@ def load_study(
 
 
 def _anchor_study(data: dict[str, Any], folder: Path) -> None:
-    """Make the relative paths of a study absolute: its own, and those of tasks and methods."""
+    """Make the relative paths of a study, its tasks and its methods absolute."""
     for part in (data, data.get("settings"), data.get("tasks"), data.get("methods")):
         for keys in part if isinstance(part, list) else [part]:
             if isinstance(keys, dict):
@@ -77,13 +80,19 @@ def make_study(
     option: str = "--methods",
     trials: int | None = None,
 ) -> LoadedStudy:
-    """A study from the command line: one recipe or run, some methods by name, the first n seeds.
+    """Make a study from the command line, for one recipe or run.
 
-    ``match`` is as in a file, ``trainable`` by default; ``option`` is what to blame for the
-    methods, ``trials`` are those of tuning, if there is any.
+    Args:
+        source: a recipe or the folder of a run; by default the quickstart recipe.
+        methods: names of methods.
+        seeds: number of seeds; the first of the default seeds are used.
+        overrides: recipe keys for every run, as ``KEY=VALUE``.
+        match: as in a study file; ``trainable`` by default.
+        option: the option to name in errors about the methods.
+        trials: number of tuning trials; None does not tune.
 
     Raises:
-        RecipeError: an unknown or repeated method, or a broken recipe.
+        RecipeError: a method is unknown or named twice, or the recipe has problems.
     """
     problems = [
         Problem(
@@ -115,13 +124,13 @@ def make_study(
 
 
 def _study_name(raw: str) -> str:
-    """What is named so, as a study may be called."""
+    """Return a valid study name for a recipe or run of any name."""
     kept = (c if c.isalpha() or c.isdecimal() or c in "_.+-" else "-" for c in raw)
     return "".join(kept)[:80].lstrip(".-") or "recipe"
 
 
 def _with_match(study: Study, match: str | None) -> Study:
-    """With what the command line matches by; ``none`` there is null in a file."""
+    """Return the study with the command line's ``match``; ``none`` there is null in a file."""
     if match is None:
         return study
     try:
@@ -136,7 +145,7 @@ def _with_match(study: Study, match: str | None) -> Study:
 def _match_among(
     overrides: tuple[str, ...], match: str | None
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Take ``match=peak=2GiB`` out of the overrides: it says the same as ``--match peak=2GiB``.
+    """Take ``match=peak=2GiB`` out of the overrides; it means the same as ``--match peak=2GiB``.
 
     Raises:
         RecipeError: both are given.
@@ -150,7 +159,7 @@ def _match_among(
 
 
 def _with_engine(layer: Layer, overrides: tuple[str, ...]) -> tuple[Layer, tuple[str, ...]]:
-    """Take ``engine=slurm`` and ``engine.KEY=VALUE`` out of the overrides, into a study's layer."""
+    """Move ``engine=slurm`` and ``engine.KEY=VALUE`` from the overrides into the study's layer."""
     keys = {text: text.partition("=")[0].strip() for text in overrides}
     found = [text for text in overrides if keys[text].partition(".")[0] == "engine"]
     if not found:

@@ -1,4 +1,4 @@
-"""What can be wrong with a study before its cells' recipes are looked at. Imports no torch."""
+"""Check a study before the recipes of its runs are checked. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparsegrad_cli.methods.registry import settings_class
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study
 from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, KeyPath, Layer, Place, shorten
 
-SIZES = {"rank", "density", "entries"}  # what may say how much a method trains
+SIZES = {"rank", "density", "entries"}  # keys that set how many parameters a method trains
 
 _MOST_CELLS = 2000
-# what a comparison sets for each of its runs -> how it is said
+# Keys that a comparison sets for each of its runs, and what to write in their place.
 _OURS = {
     "seed": "a comparison has seeds of its own: --seeds, or seeds in a study",
     "output_dir": "--output-dir for the comparison; its runs lie in it",
@@ -24,7 +24,7 @@ _OURS = {
 
 
 def of_rows(study: Study, source: str) -> dict[str, Problem]:
-    """What is wrong with the rows of a study before any is looked at."""
+    """Return the problems of a study's rows as a whole."""
     problems: dict[str, Problem] = {}
     count = max(1, len(study.tasks)) * len(study.seeds) * len(study.methods)
     if count > _MOST_CELLS:
@@ -46,10 +46,12 @@ def of_rows(study: Study, source: str) -> dict[str, Problem]:
 def of_settings(
     study: Study, source: str, places: Mapping[KeyPath, Place], match_place: Place
 ) -> dict[str, Problem]:
-    """Keys under ``settings`` that a comparison sets for each of its runs, and ``matched``.
+    """Return problems with ``settings`` that the comparison sets itself, and with ``matched``.
 
     Args:
-        places: of the keys under ``settings``.
+        study: the study.
+        source: name of the study, for messages.
+        places: places of the keys under ``settings``.
         match_place: where ``match`` was written.
     """
     problems = {}
@@ -70,7 +72,7 @@ def of_settings(
 
 
 def of_overrides(study: Study, keys: list[str]) -> dict[str, Problem]:
-    """Keys on the command line that runs have from the comparison, or that no row would take."""
+    """Return problems with overrides that the comparison sets itself, or that no row would use."""
     problems = {}
     for key in keys:
         what, fix = "is the comparison's to set, for each of its runs", _OURS.get(key)
@@ -83,7 +85,7 @@ def of_overrides(study: Study, keys: list[str]) -> dict[str, Problem]:
 
 
 def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[str, Problem]:
-    """A rank that the recipe gives LoRA, where entries are to be matched by the density."""
+    """Return the problem of a LoRA rank in the recipe if parameters are matched by density."""
     said = resolved.data.get("method")
     rank = said.get("rank") if isinstance(said, dict) and _solves_rank(said) else None
     by_density = any(

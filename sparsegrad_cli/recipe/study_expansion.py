@@ -36,8 +36,8 @@ from sparsegrad_cli.records.study import BudgetBlock
 
 _MOST_PROBLEMS = 100
 _DEFAULTS = Place("defaults")
-_LAST = {"train", "calibration"}  # of these the command line has the last word, for all rows
-Problems = dict[str, Problem]  # each once, by what it says
+_LAST = {"train", "calibration"}  # sections in which the command line overrides every row
+Problems = dict[str, Problem]  # by text, so that each appears once
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class LoadedStudy:
-    """A checked study with a checked recipe for every cell, tasks outermost, then seeds.
+    """A checked study with a checked recipe for every run, ordered by task, seed and method.
 
     Attributes:
         match_place: where ``match`` was written.
-        budget: once the budget is solved, what was picked: that block of compare.json.
-        notes: settings of the command line that have no effect in any cell.
+        budget: the ``budget`` block of compare.json, once the budget is solved.
+        notes: notes on settings of the command line that have no effect in any run.
     """
 
     study: Study
@@ -74,7 +74,7 @@ class StudyLines:
 
     Attributes:
         places: key path in the file -> place.
-        rows: number of each row's entry under ``methods``, which may name several rows.
+        rows: for each row, the index of its entry under ``methods``; an entry may give several.
     """
 
     places: Mapping[KeyPath, Place] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class StudyLines:
 
     @staticmethod
     def of(layer: Layer, study: Study) -> StudyLines:
-        """The lines of a file that has been read."""
+        """Return the lines of a study file that has been read."""
         rows: list[int] = []
         for number, entry in enumerate(layer.data["methods"]):
             rates = entry.get("learning_rates") if isinstance(entry, dict) else None
@@ -90,12 +90,12 @@ class StudyLines:
         return StudyLines(layer.places, tuple(rows))
 
     def under(self, *prefix: str | int) -> dict[KeyPath, Place]:
-        """The places below a key, by the path that is left."""
+        """Return the places below a key, by the rest of their path."""
         size = len(prefix)
         return {p[size:]: at for p, at in self.places.items() if p[:size] == prefix and p[size:]}
 
     def of_row(self, number: int) -> dict[KeyPath, Place]:
-        """The places of a row's keys; none where rows come from the command line."""
+        """Return the places of a row's keys; empty if the rows come from the command line."""
         return self.under("methods", self.rows[number]) if self.rows else {}
 
 
@@ -104,8 +104,8 @@ class StudySource:
     """Where a study comes from.
 
     Attributes:
-        name: of the file, for messages.
-        recipe: the recipe that it is about.
+        name: name of the file, for messages.
+        recipe: path of the recipe that the study is based on.
         overrides: recipe keys of the command line, for every run.
         match_place: where ``match`` was written.
         lines: where the keys of the file were written.
@@ -122,7 +122,7 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
     """Return a study with a checked recipe for every run.
 
     Raises:
-        RecipeError: everything that is wrong with any run, each problem once.
+        RecipeError: some run has problems; the error lists each problem once.
     """
     layers = _Layers(study, source)
     keys = [text.partition("=")[0].strip() for text in source.overrides]
@@ -160,11 +160,11 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
 
 
 class _Layers:
-    """The layers of a run's recipe, weakest first: the recipe's, the study's, the command line's.
+    """Make the layers of a run's recipe, weakest first: recipe, study, command line.
 
     Args:
         study: the study.
-        source: where it comes from.
+        source: where the study comes from.
     """
 
     def __init__(self, study: Study, source: StudySource) -> None:
@@ -185,7 +185,7 @@ class _Layers:
     def of_method(
         self, at: int, task: TaskEntry | None, row: int, resolved: dict[str, Any]
     ) -> list[Layer]:
-        """Return the stronger layers of one method, given what all methods have in common."""
+        """Return the stronger layers of one method, given the settings that all methods share."""
         entry = self._study.methods[row]
         found = [self._own(entry, resolved, self._source.lines.of_row(row))]
         if task is not None and entry.label in task.methods:
@@ -196,7 +196,7 @@ class _Layers:
         return found + [layer for layer in self._over if _LAST & set(layer.data)]
 
     def is_of_study(self, found: Found) -> bool:
-        """Return whether a setting was written in the study or beside it, not in the recipe."""
+        """Return whether a setting comes from the study or the command line, not the recipe."""
         return found.place.strength >= 2 * len(self._base)
 
     def _own(
@@ -204,7 +204,7 @@ class _Layers:
     ) -> Layer:
         """Return a row's own settings. Matched methods share the recipe's density.
 
-        A budget starts from there.
+        A budget is solved from these settings.
         """
         method = dict(entry.method)
         settings = resolved.get("method")
@@ -214,7 +214,7 @@ class _Layers:
         matched = self._study.match is not None and entry.matched and not SIZES & set(method)
         takes = settings_class(method)
         if matched and takes is not None and "density" in takes.model_fields:
-            if said.get("entries") is not None:  # which LoRA then refuses: it has ranks
+            if said.get("entries") is not None:  # LoRA refuses this key, since it has ranks
                 method["entries"] = said["entries"]
             else:
                 density = said.get("density")
@@ -233,13 +233,13 @@ class _Layers:
         lines: Mapping[KeyPath, Place] | None = None,
         written: dict[str, Any] | None = None,
     ) -> Layer:
-        """Return a layer that the study makes.
+        """Return a layer from the study's data.
 
         Args:
             data: recipe keys.
-            key: of the study, named where a key has no line.
-            lines: where its keys were written, where that is known.
-            written: the part of the data that the study's file says; by default all.
+            key: key of the study, named in messages if a recipe key has no line.
+            lines: where the recipe keys were written, if known.
+            written: the part of the data that is written in the study's file; by default all.
         """
         place = Place(f"{self._source.name}: {key}")
         places: dict[KeyPath, Place] = {(name,): place for name in data}
@@ -257,15 +257,15 @@ def _runs_written_twice(cells: list[Cell], source: str) -> Problems:
 
 
 def _shared_decay(study: Study, cells: list[Cell]) -> Problems:
-    """One weight decay for rows that it pulls to different places, in a tuned comparison.
+    """Return the problem of one weight decay for rows on which it acts differently, in tuning.
 
-    It pulls full fine-tuning's weights towards zero, and the weights under LoRA or a core towards
-    what they were: one number cannot be the right one for both.
+    Weight decay pulls the weights of full fine-tuning towards zero, and the effective weights of
+    LoRA or a core towards their initial values. One value cannot suit both.
     """
     assert study.tune is not None
     key = "train.weight_decay"
     tuned = study.tune.keys()
-    if key in tuned:  # every row then has its own
+    if key in tuned:  # every row then has its own value
         return {}
     own = {entry.label for entry in study.methods if "weight_decay" in entry.train}
     own |= {
@@ -286,14 +286,14 @@ def _shared_decay(study: Study, cells: list[Cell]) -> Problems:
 
 
 def _idle_everywhere(found: list[Found], cells: int) -> list[Found]:
-    """Settings of the study, or beside it, that have no effect in any cell; each once."""
+    """Return the settings that have no effect in any run, each once."""
     count = Counter((each.idle.key, each.place) for each in found)
     everywhere = [each for each in found if count[each.idle.key, each.place] == cells]
     return list({each.idle.key: each for each in everywhere}.values())
 
 
 def _checked(layers: list[Layer], source: str) -> tuple[LoadedRecipe, list[Found]]:
-    """The recipe of a cell, and the settings in it that have no effect for this one method."""
+    """Return the recipe of a run, and its settings that have no effect for the method."""
     layer = stack(layers)
     said = check(layer, Recipe)
     recipe, idle = without_idle(said, layer)

@@ -1,4 +1,4 @@
-"""What a study file may say. Imports no torch."""
+"""Define the keys of a study file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
 
 
 class MethodEntry(Section):
-    """One row of the comparison: a method, and what it changes in the recipe.
+    """One row of the comparison: a method, and its changes to the recipe.
 
     ``lora`` alone is short for ``{label: lora, method: {name: lora}}``; an entry with
     ``learning_rates: [1e-3, 2e-3]`` is short for two rows, ``lora-1e-3`` and ``lora-2e-3``.
@@ -34,10 +34,10 @@ class MethodEntry(Section):
 
 
 class TaskEntry(Section):
-    """One task: its name, and what it changes in the recipe (``task``, ``train``).
+    """One task: its name, and its changes to the recipe (``task``, ``train``).
 
-    ``methods`` maps a method's label to what ``train`` is for it on this task: a learning rate
-    that was tuned there.
+    ``methods`` maps a method's label to the method's ``train`` settings on this task, such as a
+    learning rate that was tuned there.
     """
 
     name: str
@@ -47,7 +47,7 @@ class TaskEntry(Section):
 
 
 class Figure(Section):
-    """Published results of a method on a task, which the report sets beside ours."""
+    """Published results of a method on a task, which the report shows next to ours."""
 
     source: str
     task: str = Field(description="a task of the study, or `average` over all of them")
@@ -68,7 +68,7 @@ class Figure(Section):
 
 
 class SlurmSettings(Section):
-    """How runs are submitted to Slurm; the names are those of submitit."""
+    """How runs are submitted to Slurm. The names are those of submitit."""
 
     partition: str | None = None
     account: str | None = None
@@ -124,7 +124,7 @@ class EngineSection(Section):
 
 
 class Study(Section):
-    """What a study file may say."""
+    """The keys of a study file."""
 
     name: str = Field("comparison", max_length=80, pattern=r"^[\w.+-]+$")
     recipe: str = "configs/quickstart.yaml"
@@ -160,7 +160,7 @@ class Study(Section):
 
     @property
     def budget(self) -> Budget | None:
-        """What every matched method may spend, where ``match`` names an amount."""
+        """The limit for every matched method, if ``match`` names an amount."""
         return parse_match(self.match) if self.match is not None else None
 
     @field_validator("methods", mode="before")
@@ -201,7 +201,7 @@ def _method_entry(value: Any) -> Any:
 
 
 def _by_rate(entry: Any) -> list[Any]:
-    """One row per learning rate, if the entry names several."""
+    """Return one row per learning rate if the entry names several."""
     if not isinstance(entry, dict) or not isinstance(entry.get("learning_rates"), tuple):
         return [entry]
     rest = {key: value for key, value in entry.items() if key != "learning_rates"}
@@ -219,7 +219,7 @@ def _by_rate(entry: Any) -> list[Any]:
 
 
 def _short(rate: Any) -> str:
-    """0.0005 -> 5e-4."""
+    """Return a short form of a rate: 5e-4 for 0.0005."""
     if not isinstance(rate, float) or not math.isfinite(rate):
         return str(rate)
     digits, exponent = f"{rate:e}".split("e")

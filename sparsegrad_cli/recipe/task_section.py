@@ -1,4 +1,4 @@
-"""The ``task`` section of a recipe. Imports no torch."""
+"""Define the ``task`` section of a recipe. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ColumnsSection(Section):
 
 
 class ChatSection(Section):
-    """Which conversations are learnt, and how they become rows (docs/chat_data.md)."""
+    """Which conversations are trained on, and how they become rows (docs/chat_data.md)."""
 
     paths: Literal["threads", "best", "replies"] = Field(
         "threads",

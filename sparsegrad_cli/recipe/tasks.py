@@ -1,4 +1,4 @@
-"""The tasks: names, columns, classes and metrics, and checks of their settings. No torch."""
+"""Define the tasks and check their settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sparsegrad_cli.recipe.task_section import TaskSection
 
 TaskType = Literal["classification", "regression"]
-POSITIVE_METRICS = ("f1", "precision", "recall")  # of two classes: metrics of the positive one
+POSITIVE_METRICS = ("f1", "precision", "recall")  # for two classes: of the positive class
 CLASS_METRICS = (
     "accuracy",
     *(f"{name}{mean}" for name in POSITIVE_METRICS for mean in ("", "_macro", "_weighted")),
@@ -26,10 +26,10 @@ CHAT_METRICS = ("loss", "perplexity", "token_accuracy")
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task.
+    """The specification of a task.
 
     Attributes:
-        name: as in a recipe: ``glue/rte``, ``builtin:acceptability``, ``csv``.
+        name: the name in a recipe: ``glue/rte``, ``builtin:acceptability``, ``csv``.
         text_columns: one or two column names, as in the hub's nyu-mll/glue or in the user's files.
         label_column: the column with the label or score.
         label_names: class names by id; None for a regression task.

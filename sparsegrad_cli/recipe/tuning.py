@@ -1,4 +1,4 @@
-"""The ``tune`` section of a study: trials, seeds and space, alike for every method. No torch."""
+"""Define a study's ``tune`` section: trials, seeds and space, for every method. No torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.recipe.section import NonNegativeInt, Section
 
-SEED = 101  # of tuning, by default; never one of the seeds that are reported by default
+SEED = 101  # default seed of tuning; not one of the default seeds of the reported runs
 Positive = Annotated[float, Field(gt=0)]
 
 
 class RateSpace(Section):
-    """Learning rates: log-uniform over as many decades for every method, about its own centre."""
+    """Learning rates: log-uniform, the same number of decades about each method's centre."""
 
     decades: Annotated[float, Field(gt=0, le=6)] = 2.0
     centres: dict[str, Positive] = Field(
@@ -27,7 +27,7 @@ class RateSpace(Section):
 
 
 class Range(Section):
-    """Numbers from ``low`` to ``high``, uniform, or log-uniform."""
+    """Numbers from ``low`` to ``high``, uniform or log-uniform."""
 
     low: float
     high: float
@@ -46,7 +46,8 @@ def _kind(value: Any) -> str:
     return "tuple[]" if isinstance(value, tuple) else "range[]"
 
 
-# By kind, so that a problem is that of what was meant; errors leave out names with a bracket.
+# The union is decided by kind, so that an error refers to the intended kind. Errors leave out
+# names with a bracket.
 Numbers = Annotated[
     Annotated[Range, Tag("range[]")]
     | Annotated[tuple[float, ...], Field(min_length=2), Tag("tuple[]")],
@@ -55,9 +56,9 @@ Numbers = Annotated[
 
 
 class Space(Section):
-    """What is tuned: the learning rate, and further keys of ``train``, the same for all methods.
+    """The keys that are tuned: the learning rate and other keys of ``train``, for all methods.
 
-    Keys that change the data, its order or the number of steps are no part of it.
+    Keys that change the data, its order or the number of steps cannot be tuned.
     """
 
     learning_rate: RateSpace = RateSpace()
@@ -70,7 +71,7 @@ class Space(Section):
     max_grad_norm: Numbers | None = None
 
     def named(self) -> dict[str, Range | tuple[Any, ...]]:
-        """The keys beside the learning rate that are tuned, without ``train.``."""
+        """Return the tuned keys other than the learning rate, without ``train.``."""
         found = {key: getattr(self, key) for key in type(self).model_fields}
         del found["learning_rate"]
         return {key: value for key, value in found.items() if value is not None}
@@ -101,7 +102,7 @@ class Space(Section):
 
 
 class Tune(Section):
-    """Every method gets the same number of trials on every task, before the first cell runs."""
+    """Every method gets the same number of trials on every task before the first run."""
 
     trials: Annotated[int, Field(ge=2, le=1000)] = 8
     seeds: tuple[NonNegativeInt, ...] = Field(
@@ -110,7 +111,7 @@ class Tune(Section):
     space: Space = Space()
 
     def keys(self) -> list[str]:
-        """The recipe keys that are tuned."""
+        """Return the recipe keys that are tuned."""
         return ["train.learning_rate", *(f"train.{key}" for key in self.space.named())]
 
 
@@ -121,14 +122,14 @@ def tuning_problems(
     overridden: Sequence[str],
     source: str,
 ) -> list[Problem]:
-    """What is wrong with tuning in this study.
+    """Return the problems of a study's tuning.
 
     Args:
-        tune: the section.
-        seeds: those that are reported.
-        labels: the study's rows.
+        tune: the ``tune`` section.
+        seeds: seeds of the reported runs.
+        labels: labels of the study's rows.
         overridden: dotted keys that the command line sets.
-        source: the study, to be named.
+        source: name of the study, for messages.
     """
     from sparsegrad_cli.io.suggest import suggest
 
