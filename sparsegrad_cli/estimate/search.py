@@ -1,4 +1,4 @@
-"""Find the largest integer whose value under a function is within a limit, in few evaluations."""
+"""Find the largest integer at which a growing function stays within a limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def largest(figure: Figure, room: float, least: int, most: int, slack: float = 0
     The figure is nearly linear, or piecewise linear with growing slopes, since the bytes of a step
     are the maximum over several moments. The chord from a size that fits to one that does not
     therefore meets ``room`` at a size that fits, and the line through two sizes that fit meets it
-    at a size that does not. Used alternately, they narrow the interval. The result and its
+    beyond the largest such size. Used alternately, they narrow the interval. The result and its
     successor have both been evaluated, unless less than ``slack`` of the room is left.
 
     Args:

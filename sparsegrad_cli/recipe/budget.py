@@ -52,7 +52,7 @@ class Budget:
         return self.kind in ("optimizer_state", "peak")
 
 
-NOTHING = ("none", "null")  # values on the command line that do not match methods
+NOTHING = ("none", "null")  # values of --match that leave methods unmatched
 
 
 def parse_match(text: str) -> Budget | None:

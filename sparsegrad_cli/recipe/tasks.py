@@ -212,7 +212,7 @@ def check_settings(task: TaskSection) -> None:
 
 
 def type_by_settings(task_type: TaskType | None, metric: str | None) -> TaskType | None:
-    """Return what ``task.type`` or else ``task.metric`` says the labels are; None without both.
+    """Return the type that ``task.type`` or else ``task.metric`` sets; None if both are unset.
 
     Raises:
         UsageError: the metric is unknown, or does not fit the type.

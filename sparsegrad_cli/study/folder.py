@@ -32,7 +32,8 @@ _RUNS = "cells"
 SLURM = "slurm"  # the folder of Slurm's logs and job files
 _FOLDERS = (_RUNS, "answers", TRIALS, SLURM)
 _JOURNAL = (TUNING, f"{TUNING}.lock")
-_FILES = (*_JOURNAL, TUNING_BEFORE, *REPORTS, STUDY)  # removed last: it marks the folder as ours
+# compare.json marks the folder as a study's, so it is removed last.
+_FILES = (*_JOURNAL, TUNING_BEFORE, *REPORTS, STUDY)
 _BEFORE_RECORD = {LOCK, _RUNS, SLURM, *_JOURNAL}
 
 
@@ -90,7 +91,7 @@ class StudyFolder:
                 yield
         finally:
             if made:
-                with suppress(OSError):  # the folder is not empty
+                with suppress(OSError):  # fails if the folder is not empty
                     self.path.rmdir()
 
     def begin(self, study: Callable[[], LoadedStudy], *, overwrite: bool) -> None:

@@ -81,7 +81,7 @@ def compared(recipe: Recipe) -> dict[str, Any]:
     plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
     view = dict(_leaves(plain, ""))
     if recipe.train.lr_scheduler_type == "constant_with_warmup":
-        view["train.lr_scheduler_type"] = "constant"  # warmup_steps holds the rest
+        view["train.lr_scheduler_type"] = "constant"  # warmup_steps is compared separately
     calibration = recipe.calibration
     view[_HEAD] = "cold"
     if recipe.method.calibrates and calibration.keep_head and calibration.warmup_steps:

@@ -1,1 +1,1 @@
-"""Budgets of a comparison: the size at which each method takes the same."""
+"""Solve the budget of a comparison: find the size at which each method fits it."""

@@ -1,4 +1,4 @@
-"""Smaller batches under a budget of memory, where no size of the method fits without."""
+"""Make batches smaller if no size of a method fits a memory budget otherwise."""
 
 from __future__ import annotations
 

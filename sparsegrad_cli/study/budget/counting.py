@@ -1,4 +1,4 @@
-"""Count what a recipe's step, optimizer and calibration take, each once, in fake runs."""
+"""Count the memory of a recipe's step, optimizer and calibration in fake runs, each once."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.tasks.longest_batch import Longest, find_longest
 from sparsegrad_cli.tasks.precision import check_precision
 
-# Bases of the right shapes that are cheap to make: a step does not depend on their values.
+# These settings make bases of the right shapes cheaply; a step does not depend on their values.
 _ANY_BASIS = {"source": "original", "decomposition": "exact", "score": "spectral", "basis": None}
-_KEPT = 2  # fake runs that stay ready for another batch
+_KEPT = 2  # fake runs that are kept for other batches
 
 
 class Counting:
-    """Figures of recipes, and the number of fake runs that they took.
+    """Count recipes in fake runs, and remember the results.
 
     Args:
         kernels: the device whose kernels save tensors for the backward pass.
@@ -58,7 +58,7 @@ class Counting:
         return self._targets[key]
 
     def shapes(self, loaded: LoadedRecipe) -> TargetShapes:
-        """Return what the size of the recipe's method depends on."""
+        """Return the shapes on which the size of the recipe's method depends."""
         return TargetShapes.of(loaded, self.targets(loaded))
 
     def step(self, loaded: LoadedRecipe) -> int:
@@ -82,7 +82,7 @@ class Counting:
         return self._figure("state", loaded, count)
 
     def calibration(self, loaded: LoadedRecipe) -> int:
-        """Return the bytes at the peak of calibration on the longest batch; 0 without one."""
+        """Return the peak bytes of calibration on the longest batch; 0 without calibration."""
         method, longest = loaded.recipe.method, self.longest(loaded)
         if not method.calibrates or loaded.recipe.calibration.basis is not None:
             return 0
@@ -113,13 +113,13 @@ class Counting:
         fake = self._fake_run(_plain_basis(loaded), padded)
         return [*self._known(loaded)[2], *fake.notes, *left_out(loaded.recipe)]
 
-    # --- kept
+    # --- caches
 
     def _known(self, loaded: LoadedRecipe) -> tuple[Any, Longest, list[str]]:
         """Return the configuration for the task, the longest batch of the data, and notes."""
         recipe, train = loaded.recipe, loaded.recipe.train
         plain = to_plain(recipe)
-        # However a step's examples are split into batches, the longest of them are the same.
+        # The longest examples do not depend on how a step is split into batches.
         examples = train.gradient_accumulation_steps * train.per_device_train_batch_size
         key = json.dumps([plain["model"], plain["task"], examples])
         if key not in self._facts:
@@ -138,7 +138,7 @@ class Counting:
         return self._figures[key]
 
     def _fake_run(self, loaded: LoadedRecipe, padded: bool) -> FakeRun:
-        """Return a fake run for any batch; recipes that differ in nothing else share it."""
+        """Return a fake run for any batch. Recipes that differ only in the batch share it."""
         config, longest, _ = self._known(loaded)
         fitted = changed(loaded, "task", max_length=longest.width)
         accumulates = fitted.recipe.train.gradient_accumulation_steps > 1

@@ -1,8 +1,8 @@
-"""Solve one method on one task under a budget of parameters or bytes: its size, and its batch.
+"""Solve one method on one task under a budget of parameters or bytes, for its size and batch.
 
-The method's size is made as large as fits at the recipe's own batch. Only where not even the
-smallest size fits is the batch made smaller; gradients then accumulate over as many micro-batches,
-so that the update is that of the recipe's batch.
+The solver takes the largest size that fits at the recipe's own batch. It makes the batch smaller
+only if not even the smallest size fits. Gradients then accumulate over enough micro-batches that
+the update is that of the recipe's batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsegrad_cli.study.budget.batches import (
 )
 from sparsegrad_cli.study.budget.counting import Counting
 
-_SLACK = 1e-3  # share of a byte budget that a number of parameters may leave
+_SLACK = 1e-3  # share of a byte budget that a number of parameters may leave unused
 SETTABLE = (
     "match",
     "method.rank",
@@ -45,12 +45,13 @@ class Pick:
     """The size and batch of a method under a budget.
 
     Attributes:
-        recipe: the method at its size, with its batch.
-        size: that size in words.
-        predicted: what it will take, in the budget's unit.
-        limit: why no more of the budget can be spent, where a larger size would not tell.
-        larger: the next larger size in words, and what it would take.
-        shape: [examples, tokens] that were counted, with ``shape_from`` in words.
+        recipe: the recipe with the method's size and the batch.
+        size: the size in words.
+        predicted: the expected amount, in the budget's unit.
+        limit: why the rest of the budget stays unused, if ``larger`` does not explain it.
+        larger: the next larger size in words, and the amount that it would take.
+        shape: [examples, tokens] of the batch that was counted.
+        shape_from: where the shape comes from, in words.
         notes: what was assumed.
     """
 
@@ -68,9 +69,9 @@ class UnreachableError(Exception):
     """Not even the smallest size fits.
 
     Args:
-        takes: what the smallest takes.
-        size: the smallest in words.
-        fix: what to do beside allowing more.
+        takes: amount that the smallest size takes.
+        size: the smallest size in words.
+        fix: what to do other than allow more.
     """
 
     def __init__(self, takes: float, size: str, fix: str) -> None:
@@ -79,10 +80,13 @@ class UnreachableError(Exception):
 
 
 def solve(loaded: LoadedRecipe, budget: Budget, counting: Counting, *, own_size: bool) -> Pick:
-    """Return the method's size, and where necessary a smaller batch, under a budget.
+    """Return the method's size under a budget, with a smaller batch if necessary.
 
     Args:
-        own_size: the study names the method's size: it is kept.
+        loaded: the recipe.
+        budget: the budget.
+        counting: counts recipes in fake runs.
+        own_size: whether the study names the method's size, which is then kept.
 
     Raises:
         UnreachableError: the smallest size does not fit.
@@ -102,7 +106,7 @@ def solve(loaded: LoadedRecipe, budget: Budget, counting: Counting, *, own_size:
 
 
 def at_size(loaded: LoadedRecipe, size: int) -> LoadedRecipe:
-    """Return the recipe with its method at a size."""
+    """Return the recipe with its method at the given size."""
     method = loaded.recipe.method.with_size(size)
     recipe = loaded.recipe.model_copy(update={"method": method, "match": None})
     return replace(loaded, recipe=recipe)
@@ -113,7 +117,7 @@ Figure = Callable[[LoadedRecipe], float]
 
 @dataclass(frozen=True)
 class _Sized:
-    """The recipe at the largest size, and what stops it there; see :class:`Pick`."""
+    """The recipe at the largest size, and why it is not larger; see :class:`Pick`."""
 
     recipe: LoadedRecipe
     limit: str = ""
@@ -122,9 +126,12 @@ class _Sized:
 
 @dataclass(frozen=True)
 class _Question:
-    """A recipe and the room that its figure must stay within.
+    """A recipe and the limit that its figure must stay within.
 
     Attributes:
+        loaded: the recipe.
+        counting: counts recipes in fake runs.
+        room: the limit.
         sizes: the sizes to choose from; None keeps the recipe's own.
         fixed: why the size is kept.
     """
@@ -156,7 +163,8 @@ class _Question:
         """Return the recipe at the largest size whose figure fits; None if none does.
 
         Args:
-            slack: what may be left of the room, where sizes are fine.
+            figure: returns the amount that a recipe takes.
+            slack: part of the limit that may stay unused if sizes are fine-grained.
         """
         sizes = self.sizes
         if sizes is None:
@@ -178,7 +186,7 @@ class _Question:
         if size == sizes.most:
             return _Sized(recipe, sizes.limit)
         if sizes.fine and not (levels and levels.is_last(size)):
-            return _Sized(recipe)  # one parameter more is not worth a line
+            return _Sized(recipe)  # one more parameter is too little to report
         more = self.at(size + 1)
         return _Sized(recipe, larger=(self.text(more), figure(more)))
 
@@ -219,7 +227,7 @@ def _peak(question: _Question) -> Pick:
     found = cut.solved(counting.step, slack)
     assert found is not None  # the smallest size fits at this batch
     fitted = calibrated(found.recipe, counting, room)
-    if fitted is None:  # bases and their making take what the step could spend
+    if fitted is None:  # calibration with these bases does not fit
 
         def whole(at: LoadedRecipe) -> float:
             return max(counting.step(at), counting.calibration(calibrations(at)[-1]))
@@ -244,7 +252,7 @@ def _peak(question: _Question) -> Pick:
 
 
 def _too_much(question: _Question, least: LoadedRecipe) -> UnreachableError:
-    """Return what a step of the smallest size takes, or its calibration where that is more."""
+    """Return the error for the smallest size, with the larger of its step and calibration."""
     counting, size = question.counting, question.text(least)
     step, width = counting.step(least), counting.longest(least).width
     making = counting.calibration(calibrations(least)[-1])
@@ -262,7 +270,7 @@ def _too_much(question: _Question, least: LoadedRecipe) -> UnreachableError:
 
 
 def _larger_batch(question: _Question, batch: int) -> tuple[str, float] | None:
-    """Return what the next larger batch would take; None at the recipe's own."""
+    """Return the next larger batch and its bytes; None if the batch is the recipe's own."""
     whole = question.loaded.recipe.train.per_device_train_batch_size
     larger = [b for b in divisors(whole) if b > batch]
     if not larger:
@@ -274,7 +282,7 @@ def _larger_batch(question: _Question, batch: int) -> tuple[str, float] | None:
 
 
 def settings_of(before: LoadedRecipe, after: LoadedRecipe) -> dict[str, Any]:
-    """Return what a pick has set: dotted recipe key of :data:`SETTABLE` -> value."""
+    """Return the keys of :data:`SETTABLE` that a pick has changed, with their values."""
 
     def value(loaded: LoadedRecipe, key: str) -> Any:
         found: Any = loaded.recipe

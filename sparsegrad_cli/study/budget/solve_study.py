@@ -1,4 +1,4 @@
-"""Solve a study under a budget: the size of every method, written into every run's recipe."""
+"""Solve a study's budget, and write the size of every method into every run's recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, 
 from sparsegrad_cli.study.evidence import MEASURED, TOLERANCE
 from sparsegrad_cli.study.search_space import with_settings
 
-# Of two recipes that differ in nothing else, one answer serves both.
+# Recipes that differ only in these keys share one solution.
 _NO_MATTER = ("seed", "output_dir")
 
 
@@ -45,16 +45,16 @@ def solve_study(
     """Return the study with every matched method at the size that its budget allows.
 
     Args:
-        study: as loaded; one without a budget is given back as it is.
-        kept: the ``budget`` block of a comparison that goes on: what was picked there for the same
-            recipe under the same budget stands.
-        kernels: whose memory is counted; by default those that training here would use.
-        observer: told of each method and task before it is solved.
+        study: the loaded study; without a budget it is returned unchanged.
+        kept: the ``budget`` block of a comparison that is continued. Its sizes are kept for the
+            same recipe under the same budget.
+        kernels: the device whose memory is counted; by default the one that training would use.
+        observer: notified of each method and task before it is solved.
 
     Raises:
-        RecipeError: some method cannot be held to the budget; all that cannot, with what their
-            smallest sizes take.
-        SparsegradError: a recipe that cannot be counted.
+        RecipeError: some methods do not fit the budget; the error lists them with the amounts that
+            their smallest sizes take.
+        SparsegradError: a recipe cannot be counted.
     """
     budget = study.study.budget
     if budget is None:
@@ -77,7 +77,7 @@ def solve_study(
         request=int(budget.amount),
         tolerance=TOLERANCE,
         kernels=kernels if budget.in_bytes else None,
-        # A comparison that continues counts what was solved before.
+        # A continued comparison adds to the counts of its earlier part.
         rehearsals=(before.rehearsals or 0) + solver.rehearsals,
         solved_s=(before.solved_s or 0.0)
         + (time.perf_counter() - started if solver.solved else 0.0),
@@ -87,10 +87,10 @@ def solve_study(
 
 
 def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedRecipe:
-    """Return the recipe with what was picked.
+    """Return the recipe with the settings that were picked.
 
     Raises:
-        FileFormatError: it was picked by nobody: compare.json says what no recipe could.
+        FileFormatError: compare.json holds settings that are not valid in a recipe.
     """
     try:
         return replace(loaded, recipe=with_settings(loaded.recipe, settings))
@@ -104,7 +104,7 @@ def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedR
 
 
 def _known(kept: BudgetBlock | None) -> dict[str, BudgetRow]:
-    """Return question -> the row that answers it, without what its runs took."""
+    """Return the solved rows by key, without the measurements of their runs."""
     rows = kept.rows if kept is not None else []
     return {
         row.key: row.without(*MEASURED)
@@ -117,7 +117,7 @@ class _Solver:
     """Solve the rows, each kind of recipe once.
 
     Attributes:
-        solved: how many questions were not answered before.
+        solved: number of rows that had not been solved before.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class _Solver:
         return self._counting.rehearsals
 
     def rows(self, cells: list[Cell], kept: BudgetBlock | None) -> list[BudgetRow]:
-        """Return the rows of the block, in the order of the cells."""
+        """Return the rows of the block, in the order of ``cells``."""
         known = _known(kept)
         wanted = {self._key(cell): cell for cell in reversed(cells) if self._matched(cell)}
         todo = [cell for key, cell in reversed(wanted.items()) if key not in known]
@@ -182,11 +182,11 @@ class _Solver:
         return self._entries[cell.label].matched
 
     def _names_its_size(self, cell: Cell) -> bool:
-        """Return whether the study's row fixes the size, which a budget then leaves alone."""
+        """Return whether the study's row names the size, which the budget then keeps."""
         return bool(cell.loaded.recipe.method.size_keys & set(self._entries[cell.label].method))
 
     def _key(self, cell: Cell) -> str:
-        """Return the sha256 (hex) of the budget and of everything that its answer depends on."""
+        """Return the sha256 (hex) over the budget and everything that its solution depends on."""
         plain = {k: v for k, v in to_plain(cell.loaded.recipe).items() if k not in _NO_MATTER}
         plain["train"] = {k: v for k, v in plain["train"].items() if k != "learning_rate"}
         asked = [*self._asked, self._names_its_size(cell), plain]
@@ -217,7 +217,7 @@ def _kernels(recipe: Recipe) -> Kernels:
 
 
 def too_little(study: LoadedStudy, budget: Budget, cell: Cell, error: UnreachableError) -> Problem:
-    """Return the problem that not even the smallest size fits, with a budget that would."""
+    """Return the problem that not even the smallest size fits, with an amount that is enough."""
     kind, place = budget.kind, study.match_place
     option = place.file == COMMAND_LINE
     ways = [f"allow {kind}={_enough(budget, error.takes)}", error.fix]
@@ -236,7 +236,7 @@ def too_little(study: LoadedStudy, budget: Budget, cell: Cell, error: Unreachabl
 
 
 def _enough(budget: Budget, takes: float) -> str:
-    """Return the amount, rounded up, as ``match`` writes it."""
+    """Return the amount, rounded up, in the form that ``match`` takes."""
     if budget.in_bytes:
         unit, name = (2**20, "MiB") if takes >= 2**20 else (2**10, "KiB")
         return f"{math.ceil(takes / unit)}{name}"
@@ -247,7 +247,7 @@ def check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
     """Refuse a size that is set for all runs: the budget picks it.
 
     Raises:
-        RecipeError: ``settings`` or the command line say ``density`` or ``entries``.
+        RecipeError: ``settings`` or the command line set ``density`` or ``entries``.
     """
     said: dict[str, str] = {}
     settings = study.study.settings.get("method")
