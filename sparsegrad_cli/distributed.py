@@ -1,8 +1,8 @@
-"""A run in several processes, as `torchrun` and `accelerate launch` start them.
+"""Run in several processes, started by `torchrun` or `accelerate launch`.
 
-Every process does the same work on its share of the data; only the first one writes files and shows
-progress. The launcher says in environment variables which process is which, so nothing heavy is
-imported to find out. With a single process, every function here does nothing.
+Every process does the same work on its share of the data. Only rank zero writes files and shows
+progress. The launcher sets rank and world size in environment variables, so this module need not
+import torch to read them. With a single process, the collective functions do not communicate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
@@ -36,11 +36,11 @@ def is_rank_zero() -> bool:
 
 
 def raise_on_rank_zero(error: SparsegradError) -> NoReturn:
-    """Raise an error that every process has found by itself in the first process only.
+    """Raise an error on rank zero only, although every process has found it by itself.
 
     Raises:
-        SparsegradError: ``error``, in the first process.
-        SystemExit: With the error's exit code, in the others.
+        SparsegradError: ``error``, on rank zero.
+        SystemExit: In the other processes, with the error's exit code.
     """
     if is_rank_zero():
         raise error
@@ -48,11 +48,11 @@ def raise_on_rank_zero(error: SparsegradError) -> NoReturn:
 
 
 def init(*, use_cpu: bool) -> None:
-    """Join the process group and choose this process's device, before anything is computed."""
+    """Join the process group and choose the device of this process. Call it before computing."""
     if world_size() > 1:
         from accelerate import PartialState
 
-        # accelerate passes our choice on to DDP under a name that torch has since replaced.
+        # accelerate passes this setting to DDP under a name that torch has deprecated.
         warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
         PartialState(cpu=use_cpu)
 
@@ -68,7 +68,7 @@ def shutdown() -> None:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         import torch.distributed
 
@@ -76,11 +76,12 @@ def barrier() -> None:
 
 
 def from_rank_zero(make: Callable[[], _Made]) -> _Made:
-    """Call ``make`` in the first process and return its result in all of them.
+    """Call ``make`` on rank zero and return its result in all processes.
 
     Raises:
-        Exception: Of ``make``, in the first process.
-        SystemExit: With its exit code, in the others: they must not wait forever.
+        Exception: The error of ``make``, on rank zero.
+        SystemExit: In the other processes, with the error's exit code, so that they do not wait
+            forever.
     """
     if world_size() == 1:
         return make()
@@ -104,7 +105,7 @@ def from_rank_zero(make: Callable[[], _Made]) -> _Made:
 
 
 def all_gather(own: _Made) -> list[_Made]:
-    """Return every process's object, in the order of the processes."""
+    """Return the objects of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [own]
     import torch.distributed
@@ -115,7 +116,7 @@ def all_gather(own: _Made) -> list[_Made]:
 
 
 def any(condition: bool) -> bool:
-    """Return whether the condition holds in any process. All processes have to call it."""
+    """Return whether the condition holds in any process. All processes must call it."""
     if world_size() == 1:
         return condition
     import torch.distributed
@@ -136,7 +137,7 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Copy the first process's tensors to all processes, in place."""
+    """Copy the tensors of rank zero to all processes, in place."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first signal asks the run to stop, the second stops it at once.
+"""Handle Ctrl-C and SIGTERM: the first signal asks the run to stop, the second stops it at once.
 
 While a run computes (:func:`deferred_interrupt`), the first signal only sets a flag. The run checks
 it between two batches (:func:`raise_if_requested`), so that no step is left half done. Elsewhere,
@@ -23,14 +23,14 @@ from types import FrameType
 from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import InterruptedRunError
 
-PATIENCE_S = 20.0  # after which the user is told why the run has not stopped yet
-_FORCED_EXIT_S = 10.0  # for writing the record after the second signal, before the process ends
-_SAME_REQUEST_S = 1.0  # SIGINT and SIGTERM this close together are one request from two senders
+PATIENCE_S = 20.0  # Then the user is told why the run has not stopped yet.
+_FORCED_EXIT_S = 10.0  # Time to write the record after the second signal.
+_SAME_REQUEST_S = 1.0  # SIGINT and SIGTERM this close together count as one request.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Requests:
-    """Distinguish a second request from the echo of the first."""
+    """The requests of this process; tells a second request from a repetition of the first."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None  # signal number, time
@@ -44,7 +44,7 @@ class _Requests:
 
 
 class _State:
-    """What the signals of this process have requested, and what the process is doing."""
+    """The state of this process: what signals have requested, and what the process is doing."""
 
     def __init__(self, tell: Callable[[str], None], again: str) -> None:
         self.tell, self.again = tell, again
@@ -88,7 +88,7 @@ def handle_signals(tell: Callable[[str], None], again: str) -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        writer.close()  # ends the watcher
+        writer.close()  # This ends the watcher.
         watcher.join()
         reader.close()
         _current = outer
@@ -149,7 +149,7 @@ def set_phase(phase: str) -> None:
 
 
 def set_activity(activity: str) -> None:
-    """Name what begins now and cannot be left halfway, for messages to the user."""
+    """Name the activity that begins now and cannot be interrupted, for messages to the user."""
     if _current is not None:
         _current.activity = activity
 
@@ -158,20 +158,21 @@ def requested(*, together: bool = True) -> bool:
     """Return whether the run should stop.
 
     Args:
-        together: all processes of the run call this at the same point and get the same answer.
+        together: whether all processes of the run call this at the same point. They then get the
+            same answer.
     """
     here = _current is not None and _current.requested
     return distributed.any(here) if together else here
 
 
 def raise_if_requested(next_activity: str, *, together: bool = True) -> None:
-    """Stop the run here if that was requested; otherwise ``next_activity`` begins.
+    """Stop the run here if that was requested; otherwise set ``next_activity`` as the activity.
 
     Args:
         together: as in :func:`requested`.
 
     Raises:
-        InterruptedRunError: names the phase in which the run stops.
+        InterruptedRunError: the run was asked to stop; names its phase.
     """
     state = _current
     if requested(together=together):

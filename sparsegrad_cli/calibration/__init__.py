@@ -1,1 +1,1 @@
-"""Gradient steps without updates, from which bases and supports are made."""
+"""Calibration: compute bases and supports from gradients, without updating the model."""

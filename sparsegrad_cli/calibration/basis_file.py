@@ -1,12 +1,14 @@
-"""basis.safetensors: bases with what they belong to, and the refusal of any other's.
+"""Read, write and check basis.safetensors: bases, and the model and recipe they belong to.
 
-Tensors ``q_out/<key>`` (out, r), ``q_in/<key>`` (in, r), ``singular_out/<key>``,
-``singular_in/<key>``, at least r of either; a key is a target's name, or a layer kind when targets
-share a basis.
-``tokens/<key>`` (), how many live tokens were summed, where the basis was made of tokens; files of
-older versions lack it.
-``score/<target>`` (r_out, r_in), where a second pass scored the entries of the cores.
-The metadata are :class:`sparsegrad_cli.records.basis.BasisMetadata`.
+A key is a target's name, or a layer kind if targets share a basis. The file holds these tensors:
+
+- ``q_out/<key>`` (out, r) and ``q_in/<key>`` (in, r): the directions of each side.
+- ``singular_out/<key>`` and ``singular_in/<key>``: at least r singular values each.
+- ``tokens/<key>`` (): the number of live tokens that were summed, if the basis was computed from
+  tokens. Files of older versions lack it.
+- ``score/<target>`` (r_out, r_in): scores of the core's parameters, if a second pass computed them.
+
+The metadata is a :class:`sparsegrad_cli.records.basis.BasisMetadata`.
 """
 
 from __future__ import annotations
@@ -31,22 +33,24 @@ from sparsegrad_cli.records.run import CalibrationSettings
 
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 _SCORE, _TOKENS = "score/", "tokens/"
-_LENGTH_ERROR = 0.02  # of a direction, as bfloat16 rounds
+_LENGTH_ERROR = 0.02  # A direction may deviate this much from length one: bfloat16 rounds.
 
 
 @dataclass(frozen=True)
 class BasisFile:
-    """What a basis file holds.
+    """The content of a basis file.
 
     Attributes:
         bases: key -> basis.
         keys: target name -> key.
-        model: name of the model it was made on.
-        fingerprint: of that model's targets (:func:`sparsegrad_cli.models.targets.fingerprint`).
-        settings: of the calibration: steps, batch_size, basis_per, seed.
-        recipe_digest: of the recipe it was made from.
+        model: name of the model that was calibrated.
+        fingerprint: fingerprint of that model's targets
+            (:func:`sparsegrad_cli.models.targets.fingerprint`).
+        settings: settings of the calibration: steps, batch_size, basis_per, seed.
+        recipe_digest: digest of the recipe that the basis was computed for.
         digest: sha256 of the tensors.
-        scores: target name -> scores of its core's entries; empty if the spectra do.
+        scores: target name -> scores of its core's parameters; empty if the singular values serve
+            as scores.
     """
 
     bases: Mapping[str, Basis]
@@ -59,12 +63,16 @@ class BasisFile:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_target(self) -> dict[str, Basis]:
-        """Target name -> basis; targets of one key share the object."""
+        """Return target name -> basis; targets with the same key share the object."""
         return {name: self.bases[key] for name, key in self.keys.items()}
 
 
 def write_basis(path: Path, basis: BasisFile) -> None:
-    """Write the file, whole or not at all (DiskError)."""
+    """Write the file atomically.
+
+    Raises:
+        DiskError: the file cannot be written.
+    """
     metadata = BasisMetadata(
         model=basis.model,
         fingerprint=basis.fingerprint,
@@ -80,7 +88,8 @@ def read_basis(path: Path) -> BasisFile:
     """Read and verify a basis file.
 
     Raises:
-        FileFormatError: no basis file, damaged, truncated, or its digest does not fit.
+        FileFormatError: the file is not a basis file, is damaged or truncated, or does not match
+            its digest.
     """
     fix = "make it anew with `sparsegrad calibrate`"
     try:
@@ -139,15 +148,20 @@ def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
 
 
 def check_directions(name: str, q: Tensor, singular: Tensor) -> None:
-    """Directions of a side of a layer: columns of length one, with their singular values.
+    """Check the directions of one side of a layer: columns of length one with singular values.
+
+    Args:
+        name: name of the tensor, for the error.
+        q: directions, (features, r).
+        singular: their singular values, at least r.
 
     Raises:
-        ValueError: says what cannot be one.
+        ValueError: a shape, dtype or value is wrong.
     """
     if not q.is_floating_point() or q.ndim != 2 or not 1 <= q.shape[1] <= q.shape[0]:
         raise ValueError(f"{name} of shape {tuple(q.shape)} holds no directions")
     lengths = torch.linalg.vector_norm(q.float(), dim=0)
-    if not bool((lengths - 1).abs().max() < _LENGTH_ERROR):  # NaN is not
+    if not bool((lengths - 1).abs().max() < _LENGTH_ERROR):  # Also true for NaN.
         raise ValueError(f"{name} has columns that are not of length one")
     fits = singular.is_floating_point() and singular.ndim == 1 and len(singular) >= q.shape[1]
     if not fits or not bool(torch.isfinite(singular).all()):
@@ -155,7 +169,7 @@ def check_directions(name: str, q: Tensor, singular: Tensor) -> None:
 
 
 def _check_score(name: str, score: Tensor, basis: Basis) -> None:
-    """Raises ValueError where scores are not those of a core's entries."""
+    """Raise ValueError if the scores do not have the shape of the core, or are not finite."""
     shape = (basis.q_out.shape[1], basis.q_in.shape[1])
     fits = score.is_floating_point() and score.shape == shape
     if not fits or not bool(torch.isfinite(score).all()):
@@ -168,7 +182,7 @@ def check_belongs(
     """Refuse a basis of another model or target set.
 
     Raises:
-        UsageError: says which of the two it is.
+        UsageError: the target set, a layer's shape or the model's weights differ.
     """
     wanted, there = {t.name for t in targets}, set(basis.keys)
     fix = "leave calibration.basis out to make one, or run `sparsegrad calibrate` on this recipe"
@@ -202,11 +216,11 @@ def check_rank(basis: BasisFile, rank: int | float | None, where: str | None = N
     """Refuse a basis with fewer directions than a method needs.
 
     Args:
-        rank: directions needed on either side (or all of a side that has fewer), or the share of
-            its energy that they hold; None: all.
+        rank: number of directions needed per side (all of a side that has fewer), or the share of
+            the energy that they must hold, or None for all directions.
 
     Raises:
-        UsageError: says how many there are, or that there is not all of a spectrum.
+        UsageError: there are too few directions, or too few singular values to compute a share.
     """
     for key, one in basis.bases.items():
         sides = (("output", one.q_out, one.singular_out), ("input", one.q_in, one.singular_in))
@@ -236,7 +250,8 @@ def check_tokens(basis: BasisFile, where: str | None = None) -> None:
     """Refuse a basis from which a support over the whole model cannot be chosen.
 
     Raises:
-        UsageError: it has neither scores nor the number of tokens behind its singular values.
+        UsageError: the basis has neither scores nor the number of tokens behind its singular
+            values.
     """
     unknown = [key for key, one in basis.bases.items() if one.tokens is None]
     if unknown and not basis.scores:
@@ -249,12 +264,12 @@ def check_tokens(basis: BasisFile, where: str | None = None) -> None:
 
 
 def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over all tensors in key order."""
+    """Return the sha256 (hex) of all tensors in key order."""
     sha = hashlib.sha256()
     for name, tensor in sorted(_tensors(bases, scores).items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+        sha.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16.
     return sha.hexdigest()
 
 

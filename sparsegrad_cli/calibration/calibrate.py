@@ -1,6 +1,6 @@
-"""Calibrate: take gradients without updates, and make bases and scores of supports from them.
+"""Compute bases and support scores from gradients, without updating the model.
 
-Weights, gradients, requires_grad, training mode and random state of the model are restored.
+Weights, gradients, requires_grad, training mode and random state are restored.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Meter = Callable[[], AbstractContextManager[Any]]
 OnStep = Callable[[int, float], None]
 OnStream = Callable[[str, Stream], None]
 # With source token, the inputs of all targets are kept until their gradients arrive, which a
-# training step need not do. In two parts, calibration needs less memory than training, and it sums
-# over the same tokens.
+# training step need not do. Each batch is therefore split in two, so that calibration needs less
+# memory than training. The sums run over the same tokens.
 _PARTS = 2
 
 
@@ -48,14 +48,14 @@ class Calibration:
     """The result of calibration.
 
     Attributes:
-        bases: key -> basis (key: target name, or layer kind), cut to the method's rank with all
+        bases: key (target name or layer kind) -> basis, cut to the method's rank, with all its
             singular values.
         keys: target name -> key.
-        scores: target name -> (r_out, r_in) scores of core entries; empty where the support is
-            chosen by the spectra alone.
+        scores: target name -> scores of the core's parameters, (r_out, r_in); empty if the support
+            is chosen by the singular values alone.
         seconds: wall time of gradients and eigenvectors.
-        stream_bytes: bytes of all sums; the part of the peak that calibration itself adds.
-        losses: one per step, pass after pass.
+        stream_bytes: bytes of all sums: the memory that calibration itself adds to the peak.
+        losses: one loss per step, pass after pass.
     """
 
     bases: dict[str, Basis]
@@ -66,13 +66,13 @@ class Calibration:
     losses: list[float] = field(default_factory=list)
 
     def by_target(self) -> dict[str, Basis]:
-        """Target name -> basis; targets of one key share the object."""
+        """Return target name -> basis; targets with the same key share the object."""
         return {name: self.bases[key] for name, key in self.keys.items()}
 
 
 @dataclass
 class _Passes:
-    """Run passes over the same batches with the same dropout."""
+    """Several passes over the same batches with the same dropout."""
 
     model: nn.Module
     batches: Batches
@@ -90,7 +90,7 @@ class _Passes:
         *,
         parts: int = 1,
     ) -> None:
-        """Run one pass, each batch in ``parts``; call ``after`` after each step."""
+        """Run one pass with each batch split into ``parts``; call ``after`` after each step."""
         batches = self.batches()
         with hooks, temporary_seed(self.seed):
             for step in range(1, self.steps + 1):
@@ -129,17 +129,17 @@ def calibrate(
     on_step: OnStep = lambda step, loss: None,
     on_stream: OnStream = lambda key, stream: None,
 ) -> Calibration:
-    """Make bases, and scores of the support if the settings ask for them, from batches.
+    """Compute bases from batches, and support scores if the settings ask for them.
 
     Args:
         model: any model whose output has ``loss``; it is restored.
         targets: the target modules.
-        batches: makes an iterator over at least ``settings.steps`` batches on the model's device.
+        batches: returns an iterator over at least ``settings.steps`` batches on the model's device.
             It is called once per pass, with the same batches. Each process has its own batches.
-        settings: what to calibrate from, how bases are computed, what scores the support.
-        seed: for dropout and test matrices; the global random state is restored.
-        rank: directions that the method keeps (:func:`truncated`), for decompositions that need it.
-        train: gradient checkpointing and autocast as in training; None for neither.
+        settings: the source, the decomposition and the score of the calibration.
+        seed: seed of dropout and test matrices; the global random state is restored.
+        rank: rank that the method keeps (:func:`truncated`), for decompositions that need it.
+        train: settings of gradient checkpointing and autocast; None for neither.
         whole: keep all directions of the bases, whatever ``rank`` the method keeps.
         meter: context in which the first two steps of a pass and the eigenvectors are measured.
         on_step: called after each step with its number, from 1 over all passes, and its loss.
@@ -166,8 +166,8 @@ def calibrate(
             held = sum(stream.nbytes() for stream in streams.values())
             with meter():
                 for key in sides:
-                    # Cut and freed one by one: the Grams and full-rank bases of all targets need
-                    # much more memory than the sums alone.
+                    # Each stream is freed once its basis is cut. The Grams and full-rank bases of
+                    # all targets together need much more memory than the sums alone.
                     stream = streams.pop(key)
                     with _finite(key):
                         bases[key] = leading(stream.basis(), kept)
@@ -178,12 +178,14 @@ def calibrate(
                 basis = _given_basis(settings.source, shape, seed + number, device)
                 bases[key] = leading(basis, kept)
                 del basis
-        for b in bases.values():  # another library or device may decompose equal sums differently
+        # Other libraries or devices may decompose the same sums differently.
+        for b in bases.values():
             distributed.broadcast((b.q_out, b.q_in, b.singular_out, b.singular_in))
         scores: dict[str, Tensor] = {}
         if settings.score != "spectral":
             seen = bases if not whole else {k: truncated(b, rank) for k, b in bases.items()}
-            parts = _PARTS if settings.source == "token" else 1  # the same dropout in every pass
+            # As many parts as in the other passes, so that the dropout is the same.
+            parts = _PARTS if settings.source == "token" else 1
             scores = _scores(passes, targets, keys, seen, settings.score, parts)
     seconds = time.perf_counter() - started
     return Calibration(bases, keys, scores, seconds, held, passes.losses)
@@ -199,7 +201,7 @@ def _stream(
     if settings.decomposition == "sequential":
         return SequentialStream(*shape, rank=rank, device=device)
     if settings.decomposition == "randomized":
-        assert isinstance(rank, int)  # the recipe was checked
+        assert isinstance(rank, int)  # The recipe was checked.
         return SketchStream(
             *shape, rank=rank, power_steps=settings.power_steps, seed=seed, device=device
         )
@@ -240,7 +242,7 @@ def _scores(
     score: str,
     parts: int,
 ) -> dict[str, Tensor]:
-    """Score the core entries in one more pass, from tokens, without forming weight gradients."""
+    """Score the cores' parameters from tokens in one more pass that forms no weight gradients."""
     streams = {t.name: ScoreStream(bases[keys[t.name]], score) for t in targets}
 
     def collect(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
@@ -270,7 +272,7 @@ def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.d
 
 @contextmanager
 def _finite(key: str) -> Iterator[None]:
-    """Name the basis that cannot be computed in the error; stop before it if requested."""
+    """Raise SparsegradError if the basis inside cannot be computed; stop first if requested."""
     raise_if_requested(f"the basis of {key}")
     try:
         yield

@@ -1,4 +1,4 @@
-"""``sparsegrad calibrate``: make a basis and measure what it is worth. Imports no torch itself."""
+"""``sparsegrad calibrate``: compute a basis and measure its quality. Imports no torch itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsegrad_cli.run.open_run import open_run
 def calibrate_run(
     loaded: LoadedRecipe, observer: Observer | None = None, *, overwrite: bool = False
 ) -> RunRecord:
-    """Make basis.safetensors of a recipe, with a table and plots of what it is worth.
+    """Compute basis.safetensors for a recipe, with a table and plots of its quality.
 
     Args:
         loaded: the recipe.
@@ -42,7 +42,7 @@ def calibrate_run(
             fix="calibration.basis=null makes another; train uses the one that is named",
         )
     with open_run(loaded, "calibrate", observer, overwrite=overwrite) as run:
-        # Imported here: torch takes seconds, and a folder that is refused is refused at once.
+        # Imported here, because torch takes seconds to import and a bad folder is refused at once.
         from sparsegrad_cli.calibration.measure_basis import make_and_measure_basis
 
         with frozen_gc():

@@ -42,8 +42,9 @@ class Choice:
     Attributes:
         basis: the basis that the target trains in, cut to the method's rank.
         full: the full-rank basis.
-        count: number of parameters that train.
-        support: their flat positions in the core; None for the largest entries of each gradient.
+        count: number of trained parameters.
+        support: their flat positions in the core; None if each step trains those with the largest
+            gradient entries.
     """
 
     basis: Basis
@@ -52,11 +53,11 @@ class Choice:
     support: Tensor | None
 
     def energies(self, grad_OI: Tensor) -> dict[str, float]:
-        """Return the shares of a gradient's energy in ``count`` entries, by how they are chosen.
+        """Return the shares of a gradient's energy in ``count`` entries, by choice of entries.
 
         Returns:
-            ``support``: the entries that train; ``full_basis`` and ``original``: the largest
-            entries in hindsight, in the full-rank basis and without a basis.
+            The share in the trained entries (``support``), and in the largest entries in hindsight,
+            in the full-rank basis (``full_basis``) and without a basis (``original``).
         """
         squares = to_core(grad_OI, self.basis).reshape(-1).double().square()
         if self.support is None:
@@ -73,12 +74,14 @@ class Choice:
 
 
 class KindGrams:
-    """Sum Grams per layer kind: the Gram of a union of gradients is the sum of their Grams.
+    """Gram matrices summed per layer kind.
 
-    One stream per kind is kept, so that the streams of single layers can be freed.
+    The Gram matrix of a union of gradients is the sum of their Gram matrices. One stream per kind
+    is kept, so that the streams of single layers can be freed.
 
     Args:
-        targets, keys: target name -> key of its basis.
+        targets: the target modules.
+        keys: target name -> key of its basis.
     """
 
     def __init__(self, targets: list[Target], keys: Mapping[str, str]) -> None:
@@ -86,7 +89,7 @@ class KindGrams:
         self._sums: dict[str, GramStream] = {}
 
     def add(self, key: str, stream: Stream) -> None:
-        """Add the sums of a basis, which may be modified; sums other than Grams are ignored."""
+        """Add the sums of a basis, which may be modified; sums that are not Grams are ignored."""
         if not isinstance(stream, GramStream):
             return
         kind = self._kinds[key]
@@ -119,22 +122,29 @@ def energy_table(
 ) -> tuple[EnergyBlock, HeatMap]:
     """Measure the share of squared entries in the top 1 % of held-out gradients, per target.
 
-    The columns are ``original`` (no basis), ``transposed`` (Q_out' G Q_in', the published code;
-    needs a full-rank basis), ``kind_basis`` (needs Grams, or a basis per kind) and, when calibrated
-    per layer, ``layer_basis``. The 1 % is of the target's parameters, and the share is of its whole
-    energy, also if the basis is truncated; ``whole_core`` is then the share of the whole core.
+    The columns are:
+
+    - ``original``: without a basis.
+    - ``transposed``: Q_out' G Q_in', as in the published code. It needs a full-rank basis.
+    - ``kind_basis``: in the basis of the layer kind. It needs Grams or a basis per kind.
+    - ``layer_basis``: in the basis of the layer, if the calibration is per layer.
+    - ``whole_core``: the share of energy in the whole core, if the basis is truncated.
+
+    The 1 % counts parameters of the target. All shares are relative to the whole energy of the
+    target's gradient, also if the basis is truncated.
 
     Args:
-        model, targets: the model that was calibrated.
+        model: the model that was calibrated.
+        targets: its target modules.
         calibration: the bases.
         batches: yields at least ``steps`` held-out batches on the model's device.
         steps: number of gradients per target.
-        seed: for dropout; the global random state is restored.
+        seed: seed of dropout; the global random state is restored.
         per_kind: bases of whole kinds (:class:`KindGrams`), if the calibrated ones are per layer.
-        train: gradient checkpointing and autocast as in training.
+        train: settings of gradient checkpointing and autocast; None for neither.
         meter: context in which the first two steps are measured.
-        choices: target name -> what trains of it. The ``compared`` block compares that with the
-            same number of parameters chosen in hindsight.
+        choices: target name -> its trained parameters. The ``compared`` block compares them with
+            the same number of parameters chosen in hindsight.
 
     Returns:
         The ``energy`` and ``heat_map`` of the calibration block.
@@ -146,7 +156,7 @@ def energy_table(
 
     with as_in_training(model, train) as scale, temporary_seed(seed):
         hooks = gradients_only(model, targets, sums.add, scale=scale)
-        if quantized_layers(model):  # quantized weights have no gradient
+        if quantized_layers(model):  # Quantized weights have no gradient.
             hooks = tokens_only(model, targets, collect_tokens, scale=scale)
         with hooks:
             for step in range(1, steps + 1):
@@ -159,10 +169,10 @@ class _EnergySums:
     """Energy shares of gradients in several bases, averaged over steps.
 
     Args:
-        targets: the target modules; the middle one is shown in the heat map.
-        calibration: the bases that were made.
+        targets: the target modules; the heat map shows the middle one.
+        calibration: the calibrated bases.
         per_kind: bases of whole kinds.
-        choices: target name -> what trains of it.
+        choices: target name -> its trained parameters.
         steps: number of gradients per target.
     """
 
@@ -277,7 +287,7 @@ def _pool(matrix: Tensor) -> Tensor:
 
 
 def spectra(bases: dict[str, Basis]) -> list[Spectrum]:
-    """Return singular values divided by the first, strongest first, at most 256 a side."""
+    """Return singular values divided by the largest, in descending order, at most 256 per side."""
     found = []
     for key, basis in bases.items():
         sides: tuple[tuple[Side, Tensor], ...] = (

@@ -1,6 +1,6 @@
-"""Backward passes without an update: hooks that take gradients away, and nothing left behind.
+"""Run backward passes without an update, with hooks that collect gradients.
 
-The model comes out as it went in: weights, gradients, requires_grad, mode and random state.
+The model is restored: weights, gradients, requires_grad, mode and random state.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from sparsegrad_cli.numerics.frozen_linear import product_dtype
 from sparsegrad_cli.recipe.schema import TrainSection
 
 Batch = Mapping[str, Any]
-IGNORED = -100  # a label that counts for nothing
-# Float16 gradients underflow below 6e-8. Training scales its loss dynamically; one fixed scale
-# does for passes that update nothing, because what they collect is divided by it again.
+IGNORED = -100  # The label of positions that the loss ignores.
+# Float16 gradients underflow below 6e-8. Training scales its loss dynamically. A fixed scale is
+# enough here, because no weights are updated and collected gradients are divided by it again.
 _FLOAT16_LOSS_SCALE = 4096.0
 
 
 @contextmanager
 def as_in_training(model: nn.Module, train: TrainSection | None) -> Iterator[float]:
-    """Inside, the model recomputes its blocks and autocasts as training will.
+    """Apply the gradient checkpointing and autocast of training inside the context.
 
     Args:
-        model: its ``forward`` is replaced inside, and gradient checkpointing switched on.
-        train: the recipe's section; None changes nothing.
+        model: its ``forward`` is replaced and gradient checkpointing enabled inside.
+        train: the recipe's ``train`` section; None changes nothing.
 
     Yields:
-        The factor that the loss must be multiplied with before the backward pass, and that
-        gradients must be divided by. It is 1 unless the section says ``fp16``.
+        The loss scale: multiply the loss by it before the backward pass, and divide gradients by
+        it. It is 1 unless ``fp16`` is set.
     """
     if train is None:
         yield 1.0
@@ -47,7 +47,7 @@ def as_in_training(model: nn.Module, train: TrainSection | None) -> Iterator[flo
     try:
         if recomputes:
             patched.activation_checkpointing_enable({"use_reentrant": False})
-            # Blocks below the first target need no gradient: only reentrant checkpoints would.
+            # Blocks below the first target need no gradient. Only reentrant checkpoints need one.
             patched.disable_input_require_grads()
         if half is not None:
             device = next(model.parameters()).device.type
@@ -63,15 +63,16 @@ def as_in_training(model: nn.Module, train: TrainSection | None) -> Iterator[flo
 
 
 def micro_batches(batch: Batch, most: int) -> list[tuple[Batch, float]]:
-    """A batch cut by rows, and what each part's loss is multiplied with to add up to the whole's.
+    """Split a batch by rows, with factors that make the losses of the parts add up to its loss.
 
     Args:
-        batch: tensors of as many rows; anything else is left whole.
-        most: parts, or as many as there are rows.
+        batch: tensors with the same number of rows; any other batch is returned whole.
+        most: maximum number of parts; a batch with fewer rows gives one part per row.
 
     Returns:
-        The parts. With one label a row, losses are means over rows: the factor is the share of the
-        rows. With labels by token, ``num_items_in_batch`` goes along, by which the model divides.
+        The parts, each with the factor for its loss. With one label per row, the loss is a mean
+        over rows and the factor is the part's share of the rows. With one label per token, the
+        factor is 1, and the part holds ``num_items_in_batch``, by which the model divides.
     """
     labels = batch.get("labels")
     whole: list[tuple[Batch, float]] = [(batch, 1.0)]
@@ -96,16 +97,20 @@ def micro_batches(batch: Batch, most: int) -> list[tuple[Batch, float]]:
 def gradient_step(
     model: nn.Module, batch: Batch, step: int, *, share: float = 1.0, scale: float = 1.0
 ) -> float:
-    """Forward and backward on one batch; the hooks take the gradients away at once.
+    """Run forward and backward on one batch; hooks collect and free the gradients.
 
     Args:
-        model, batch: the model's output has ``loss``.
-        step: for the error.
-        share: what the loss is multiplied with (:func:`micro_batches`).
-        scale: what gradients are multiplied with on the way back (:func:`as_in_training`).
+        model: any model whose output has ``loss``.
+        batch: arguments of its ``forward``.
+        step: number of the step, for the error.
+        share: factor of the loss (:func:`micro_batches`).
+        scale: loss scale of the backward pass (:func:`as_in_training`).
 
     Returns:
-        The loss, multiplied by ``share``.
+        The loss multiplied by ``share``.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
     """
     loss: Tensor = model(**batch).loss * share
     value = float(loss.detach())
@@ -131,11 +136,16 @@ def gradients_only(
     *,
     scale: float = 1.0,
 ) -> Iterator[None]:
-    """Inside, only the targets' weights get gradients; each is handed over and freed at once.
+    """Collect the weight gradients of the targets inside; no other parameter gets a gradient.
 
-    ``collect(target, grad_OI)`` is called per target and backward pass with dL/dW (out, in), during
-    the backward pass, so that never more than one of them is alive. The model comes out as it went
-    in (:func:`frozen_for_a_while`). ``scale`` is that of :func:`gradient_step`, and is divided out.
+    The model is restored (:func:`frozen_for_a_while`).
+
+    Args:
+        model: the model that holds the targets.
+        targets: the target modules.
+        collect: called during the backward pass with each target and its dL/dW (out, in). The
+            gradient is freed after the call, so only one is alive at a time.
+        scale: loss scale of :func:`gradient_step`; gradients are divided by it.
     """
     weights = {}
     for target in targets:
@@ -167,15 +177,15 @@ def gradients_only(
 
 
 def _unscaled(grad: Tensor, scale: float) -> Tensor:
-    """Divide by the loss scale, in float32: the quotient may be too small for float16."""
+    """Divide by the loss scale in float32, because the quotient may be too small for float16."""
     return grad if scale == 1.0 else grad.float() / scale
 
 
 class _Tap(torch.autograd.Function):
-    """y itself; in the backward pass, dL/dy and x are handed over.
+    """Return y unchanged, and pass dL/dy and x to ``collect`` in the backward pass.
 
-    x is a saved tensor like any other, so a checkpoint drops it and computes it again, and a
-    forward pass that is only such a recomputation hands nothing over.
+    x is an ordinary saved tensor. Gradient checkpointing therefore drops and recomputes it, and the
+    forward pass that recomputes it does not call ``collect``.
     """
 
     @staticmethod
@@ -188,7 +198,8 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.collect = collect
-        # As an output that was changed in place it stays y: a view could not be added to in place.
+        # Marked dirty, the output is y itself. Otherwise it would be a view, which does not allow
+        # in-place addition.
         ctx.mark_dirty(y)
         return y
 
@@ -208,13 +219,17 @@ def tokens_only(
     *,
     scale: float = 1.0,
 ) -> Iterator[None]:
-    """Inside, no parameter gets a gradient; inputs and output gradients of targets are handed over.
+    """Collect inputs and output gradients of the targets inside; no parameter gets a gradient.
 
-    ``collect(target, g_NO, x_NI)`` is called per target and backward pass with dL/dy (N, out) and x
-    (N, in). No weight gradient is ever formed. Under autocast, x is rounded as the layer rounds it.
-    ``scale`` is that of :func:`gradient_step`, and is divided out.
+    No weight gradient is formed. Under autocast, x is rounded as the layer rounds it.
+
+    Args:
+        model: the model that holds the targets; it is restored (:func:`frozen_for_a_while`).
+        targets: the target modules.
+        collect: called during the backward pass with each target, its dL/dy (N, out) and x (N, in).
+        scale: loss scale of :func:`gradient_step`; gradients are divided by it.
     """
-    # Below the first target nothing wants a gradient: its output gets one through the anchor.
+    # No parameter requires a gradient, so the anchor makes the targets' outputs require one.
     anchor = torch.empty(0, device=next(model.parameters()).device, requires_grad=True)
 
     def hook_for(target: Target) -> Callable[..., Tensor]:
@@ -245,9 +260,9 @@ def tokens_only(
 
 @contextmanager
 def frozen_for_a_while(model: nn.Module) -> Iterator[None]:
-    """Inside, the model trains (dropout) and no parameter wants a gradient.
+    """Put the model into training mode (dropout) and freeze all parameters inside the context.
 
-    On the way out, requires_grad, gradients and mode (train/eval) are what they were.
+    Afterwards, requires_grad, gradients and mode (train/eval) are restored.
     """
     parameters = list(model.parameters())
     wanted = [p.requires_grad for p in parameters]

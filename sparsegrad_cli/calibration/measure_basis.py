@@ -1,4 +1,4 @@
-"""Make a run's basis, and measure on held-out gradients what it is worth."""
+"""Compute a run's basis and measure its quality on held-out gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsegrad_cli.tasks.setup import load
 
 
 def make_and_measure_basis(run: Run) -> None:
-    """Load model and data, make the basis, and measure the energy of held-out gradients in it."""
+    """Load model and data, compute the basis, and measure the energy of held-out gradients."""
     setup = load(run)
     with deferred_interrupt():
         calibration = RunCalibration(run, setup)
@@ -34,14 +34,14 @@ def make_and_measure_basis(run: Run) -> None:
 
 
 def _measure_energy(calibration: RunCalibration, made: Calibration, kinds: KindGrams) -> None:
-    """Record the ``energy`` and ``heat_map`` of the ``calibration`` block."""
+    """Measure and record ``energy`` and ``heat_map`` of the ``calibration`` block."""
     run, setup = calibration.run, calibration.setup
     settings, seed = run.recipe.calibration, run.recipe.seed + 1
-    # Its memory does not count as calibration's: training does not measure energy.
+    # Energy is a memory phase of its own, because training does not measure energy.
     run.begin_phase("energy", f"{settings.energy_steps} held-out steps")
     started = time.perf_counter()
     held_out = calibration.counted(calibration.random_batches(seed), together=settings.energy_steps)
-    # With the head that the basis was made with; a kept one is warm already.
+    # Use the head that the basis was computed with. A kept head is warm already.
     warm = nullcontext() if settings.keep_head else calibration.warmed_head("energy")
     with calibration.memory_explained("energy"), warm:
         energy, heat_map = energy_table(
@@ -62,10 +62,11 @@ def _measure_energy(calibration: RunCalibration, made: Calibration, kinds: KindG
 
 
 def _choices(calibration: RunCalibration, made: Calibration) -> dict[str, Choice]:
-    """Return what would train of each target beside its full-rank basis.
+    """Return the parameters of each target that would train, with the target's full-rank basis.
 
-    Calibration that keeps only the leading directions has no full-rank basis. It is then made from
-    the same batches for one target of each kind, since all of them may not fit in memory.
+    Calibration that keeps only the leading directions has no full-rank bases. They are then
+    computed from the same batches for one target of each kind, because all of them may not fit in
+    memory.
     """
     setup = calibration.setup
     settings, targets = setup.method_settings, setup.targets
@@ -90,7 +91,7 @@ def _choices(calibration: RunCalibration, made: Calibration) -> dict[str, Choice
 
 
 def _to_decompose(calibration: RunCalibration) -> list[Target]:
-    """Return the targets whose full-rank basis is made for comparison."""
+    """Return the targets whose full-rank basis is computed for comparison."""
     targets = calibration.setup.targets
     if calibration.run.recipe.calibration.basis_per == "kind":
         return targets

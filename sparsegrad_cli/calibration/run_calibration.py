@@ -1,4 +1,4 @@
-"""Calibrate a run by its recipe: batches, warm-up and settings; keep the basis and the record."""
+"""Calibrate a run with the batches, warm-up and settings of its recipe; write basis and record."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RunCalibration:
 
     @property
     def batch_size(self) -> int:
-        """Examples of one calibration step."""
+        """Number of examples in one calibration step."""
         recipe = self.run.recipe
         return recipe.calibration.batch_size or recipe.train.per_device_train_batch_size
 
@@ -79,7 +79,8 @@ class RunCalibration:
         """Calibrate; write basis.safetensors and the ``calibration`` block of the record.
 
         Args:
-            whole, on_stream: for diagnostics, as in :func:`calibrate`.
+            whole: keep all directions for diagnostics; see :func:`calibrate`.
+            on_stream: receives the sums for diagnostics; see :func:`calibrate`.
 
         Raises:
             SparsegradError: a loss or gradient is not finite, or memory ran out.
@@ -101,7 +102,7 @@ class RunCalibration:
             )
         calibration.seconds += warmup_seconds
         self.run.seconds["calibrate_s"] = calibration.seconds
-        # Every process warms up the whole head, and calibrates on its share of the steps.
+        # Every process warms up the head on all steps, and calibrates on its share of the steps.
         read = torch.tensor(self.tokens - warmup_tokens, device=self.setup.device)
         distributed.all_reduce([read])
         self._keep(calibration, tokens=warmup_tokens + int(read), whole=whole)
@@ -166,17 +167,18 @@ class RunCalibration:
         changes: Mapping[str, Any] | None = None,
         **hooks: Any,
     ) -> Calibration:
-        """Calibrate on some of the recipe's steps, and record nothing.
+        """Calibrate on some of the recipe's steps without recording anything.
 
         Args:
             steps: numbers of the steps' batches.
-            batch_size: of the recipe by default.
-            targets: all of the model's by default.
+            batch_size: examples per step; the recipe's batch size by default.
+            targets: the target modules; all of the model's by default.
             changes: settings that differ from the recipe's ``calibration`` section.
             hooks: further arguments of :func:`sparsegrad_cli.calibration.calibrate.calibrate`.
         """
         recipe = self.run.recipe
-        # Some processes have one step more, before which the others are not asked.
+        # Some processes have one more step than others. All processes check for an interruption
+        # together, so there is no check before that step.
         together = recipe.calibration.steps // distributed.world_size()
 
         def batches() -> Iterator[dict[str, Tensor]]:
@@ -196,15 +198,15 @@ class RunCalibration:
 
     @contextmanager
     def warmed_head(self, phase: str = "calibrate") -> Iterator[None]:
-        """Train the head for a few steps inside; afterwards too if the recipe keeps it.
+        """Warm up the head inside the context; keep it warm afterwards if the recipe says so.
 
         Args:
-            phase: the phase of the memory report that it counts as.
+            phase: phase of the memory report that the warm-up counts towards.
         """
         settings, seed = self.run.recipe.calibration, self.run.recipe.seed
         with warmed_head(
             self.setup.model,
-            # Other batches than those that calibration sees.
+            # The warm-up uses other batches than calibration.
             self.counted(self.random_batches(seed + 2), together=settings.warmup_steps),
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
@@ -228,7 +230,7 @@ class RunCalibration:
     def counted(
         self, batches: Iterator[dict[str, Tensor]], *, together: int
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches, count their tokens, and stop before a batch if that was requested.
+        """Yield the batches and count their tokens; stop before a batch if that was requested.
 
         Args:
             together: the number of batches that every process of the run takes.
@@ -241,14 +243,14 @@ class RunCalibration:
             yield batch
 
     def memory_explained(self, phase: str) -> AbstractContextManager[None]:
-        """Explain memory that runs out inside, by trying smaller calibration batches."""
+        """Explain an out-of-memory error inside by trying smaller calibration batches."""
         trial = Trial(CALIBRATION_KEY, self.batch_size, self._attempt)
         return out_of_memory_explained(
             self.run.recipe, phase, self.setup.model, {"calibrate": trial}
         )
 
     def _attempt(self, batch_size: int) -> Attempt:
-        """Try one calibration step, and what is made of it."""
+        """Try one calibration step and the basis computed from it."""
 
         def work(phase: Phase) -> None:
             with phase("calibrate"):
@@ -262,8 +264,8 @@ def basis_for_run(
 ) -> Calibration | BasisFile:
     """Return the basis that a run trains in, and record it.
 
-    That is the basis of ``init_from``, else the one that the recipe names, else the run's own when
-    it is resumed, else a new one.
+    The first of these that exists is used: the basis of ``init_from``, the basis that the recipe
+    names, the run's own basis if the run is resumed. Otherwise a new basis is computed.
 
     Args:
         initial: reads the basis of ``init_from``, if there is one.
@@ -279,7 +281,7 @@ def basis_for_run(
     brought = initial()
     if brought is not None:
         basis, where = brought, run.loaded.where("init_from")
-        if distributed.is_rank_zero():  # so that the run needs nothing of the other one later
+        if distributed.is_rank_zero():  # A copy, so that the run does not need the other run later.
             write_basis(own, brought)
     elif given:
         basis, where = read_basis(path), run.loaded.where("calibration.basis")
@@ -290,10 +292,10 @@ def basis_for_run(
         basis = kept
     check_belongs(basis, setup.targets, setup.fingerprint, where)
     check_rank(basis, setup.method_settings.basis_rank, where)
-    # A resumed run chooses its support as it did before, also from a file of an older version.
+    # A resumed run has chosen its support before, and may use a file of an older version.
     if given and setup.method_settings.compares_targets:
         check_tokens(basis, where)
-    # The cost of a basis that was made earlier is charged to this run, too.
+    # This run's time includes the cost of a basis that was computed earlier.
     run.seconds["calibrate_s"] = basis.settings.seconds or 0.0
     run.writer.save(
         calibration=CalibrationBlock(
@@ -312,7 +314,7 @@ def basis_for_run(
 
 
 def _own_basis(run: Run, path: Path, data_hash: str) -> BasisFile | None:
-    """Return the basis that a resumed run has made of the same data, if it is whole."""
+    """Return the basis that a resumed run has computed from the same data; None without one."""
     if not run.resume or not path.is_file():
         return None
     try:
@@ -320,14 +322,14 @@ def _own_basis(run: Run, path: Path, data_hash: str) -> BasisFile | None:
     except FileFormatError as error:
         run.observer.note(f"{error.what}: {path.name} is made again")
         return None
-    if basis.settings.data in (None, data_hash):  # older files do not say
+    if basis.settings.data in (None, data_hash):  # Older files do not name their data.
         return basis
     run.observer.note(f"the data has changed: {path.name} is made again")
     return None
 
 
 def _one_per_kind(bases: Mapping[str, Basis], targets: list[Target]) -> dict[str, Basis]:
-    """Return the bases to plot: all if they are shared by kind, else those of the middle block."""
+    """Return the bases to plot: all if they are shared by kind, otherwise the middle block's."""
     if len(bases) <= 4:
         return dict(bases)
     middle = targets[len(targets) // 2].block

@@ -1,7 +1,8 @@
-"""A few steps of the head alone, so that calibration sees gradients that mean something.
+"""Train the head alone for a few steps before calibration.
 
-At a new head, all that flows back into the model is that head's noise. Only the head learns here;
-the body runs forward only and without dropout, which costs a quarter of a training step.
+The gradients that a new head sends back into the model are only that head's noise. During the
+warm-up only the head learns. The body runs only forward and without dropout, so that a step costs a
+quarter of a training step.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ def warmed_head(
     train: TrainSection | None = None,
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[None]:
-    """Inside, the head has been trained for ``steps``; outside it is what it was.
+    """Train the head for ``steps``, and restore it when the context ends.
 
     Args:
         model: any model whose output has ``loss``.
         batches: yields at least ``steps`` batches on the model's device.
-        learning_rate: of AdamW, constant.
-        seed: for models that draw numbers all the same; the global random state is restored.
-        keep: whether the head stays warm on the way out.
-        train: autocast as in training.
+        steps: number of steps; 0 trains nothing.
+        learning_rate: constant learning rate of AdamW.
+        seed: seed for models that draw random numbers even without dropout; the global random state
+            is restored.
+        keep: keep the trained head when the context ends.
+        train: settings of gradient checkpointing and autocast; None for neither.
         meter: context in which the first two steps are measured.
 
     Raises:
-        SparsegradError: a loss is not finite; the head is then restored.
+        SparsegradError: a loss is not finite; the head is restored.
     """
     head = list(head_parameters(model).values()) if steps else []
     before = [parameter.detach().clone() for parameter in head]
@@ -77,12 +80,12 @@ def _train(
     scale: float,
     meter: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    # Half precision has no room for AdamW: of float16, eps is 0 and the second moment underflows.
+    # AdamW does not work in half precision: in float16, eps is 0 and the second moment underflows.
     masters = [p.detach().float() if p.dtype in HALF else p for p in head]
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
     with frozen_for_a_while(model), temporary_seed(seed):
-        # Dropout in a frozen body is noise that costs as much as a matrix product (a third of
-        # MiniLM's forward pass on a CPU), and fifty steps overfit nothing.
+        # Dropout in a frozen body adds noise and takes a third of MiniLM's forward pass on a CPU.
+        # Fifty steps are too few to overfit.
         model.eval()
         for parameter in head:
             parameter.requires_grad_(True)
@@ -98,7 +101,7 @@ def _step(
     masters: list[torch.Tensor],
     scale: float,
 ) -> None:
-    """One update in float32, rounded into parameters of half precision."""
+    """Take one step in float32, and round it into parameters of half precision."""
     for parameter, master in zip(head, masters, strict=True):
         if master is not parameter and parameter.grad is not None:
             master.grad, parameter.grad = parameter.grad.float(), None

@@ -1,1 +1,1 @@
-"""What a run is measured by: scores, memory by phase and category, time, environment."""
+"""Memory: measure it by phase and category, and explain why it ran out."""

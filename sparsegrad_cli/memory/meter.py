@@ -1,17 +1,16 @@
 """Measure peak memory by phase and category, by counting live tensor storages.
 
-Every storage on the meter's device counts that an operation reads or writes while a phase is open,
-once however many views it has, from when it is first seen until it is freed. From the start of a
-phase, the tensors that the meter watches count, too. Sizes are those of whole storages, because a
-small view keeps the whole storage alive. Not counted are scratch space that an operation allocates
-and frees itself, operations on other threads, and memory outside tensors; the report therefore
-states the resident memory (RSS) as well.
+The meter counts every storage on its device that an operation reads or writes while a phase is
+open. A storage counts once, however many views it has, from its first use until it is freed. The
+tensors that the meter watches count from the start of a phase. Sizes are those of whole storages,
+because a small view keeps the whole storage alive. The meter does not see scratch space that an
+operation allocates and frees itself, operations on other threads, or memory outside tensors. The
+report therefore states the resident memory (RSS) as well.
 
-A storage counts all its life as what it turns out to be. A gradient counts as one from the product
-that computes it, before it arrives in ``.grad``; optimizer state from its allocation, before the
-optimizer stores it. Saved activations are the exception: they are the distinct storages that
-autograd keeps for the backward pass, only while it keeps them. Afterwards they are ``other``, like
-temporary tensors, inputs and logits.
+A storage has its final category from its allocation on. For example, a gradient counts as one
+before it arrives in ``.grad``, and optimizer state counts before the optimizer stores it. Saved
+activations are the exception: a storage is one only while autograd keeps it for the backward pass.
+Afterwards it is ``other``, like temporary tensors, inputs and logits.
 
 The same program gives the same figures. Garbage is collected before a phase and not during it, so
 a reference cycle counts as alive until the phase ends. Random state, values and the order of
@@ -86,7 +85,7 @@ class _Counter(TorchDispatchMode):
         if _resizes_storage(func):
             self._tracker.refresh()
         out = func(*args, **(kwargs or {}))
-        # Inputs after the call: all are still alive, and some may have been resized.
+        # Inputs are tracked after the call: they are still alive, and some may have been resized.
         for tensor in tensors_in((args, kwargs, out)):
             self._tracker.track(tensor)
         return out
@@ -115,14 +114,14 @@ class MemoryMeter:
         bases: Iterable[Tensor] = (),
         optimizer: Optimizer | None = None,
     ) -> None:
-        """Tell the meter what tensors are. It keeps none of them alive; call it again to add more.
+        """Set the categories of tensors. None is kept alive. Call it again to add more tensors.
 
         Args:
-            model: its parameters and buffers are weights, their ``.grad`` are gradients. They are
-                looked up again in each phase, so modules may be replaced.
+            model: its parameters and buffers are weights, and their ``.grad`` are gradients. They
+                are looked up again in each phase, so modules may be replaced.
             weights: further tensors that belong to the weights, such as quantization scales.
-            bases: bases, even if they are buffers of the model.
-            optimizer: tensors in its ``state``, now and later, are optimizer state.
+            bases: tensors of bases, even if they are buffers of the model.
+            optimizer: all tensors in its ``state``, now and later, are optimizer state.
         """
         if not any(known() is model for known in self._models):
             self._models.append(weakref.ref(model))
@@ -211,7 +210,7 @@ class MemoryMeter:
                 self._tracker.track(tensor, "optimizer_state")
 
     def _label_gradients(self, parameter: nn.Parameter) -> Callable[[], None]:
-        """Label a gradient when it arrives, and the copy if autograd makes one; return the undo."""
+        """Label a gradient when it arrives, and autograd's copy of it; return the undo function."""
 
         def arrives(grad: Tensor) -> None:
             self._tracker.track(grad, "gradients")
@@ -240,7 +239,7 @@ class MemoryMeter:
         return dict(self._tracker.bytes)
 
     def set_location(self, location: str) -> None:
-        """Set the module name that storages get which are allocated from now on."""
+        """Set the module name for storages that are allocated from now on."""
         self._tracker.location = location
 
     def largest(self, count: int) -> list[LiveTensor]:
@@ -258,7 +257,7 @@ class MemoryMeter:
         return None if peak is None else peak.frozen()
 
     def report(self) -> MemoryBlock:
-        """Return the ``memory`` block of run.json without the batch's shape; phases in order."""
+        """Return the ``memory`` block of run.json, without the shape of the batch."""
         peaks = {name: peak for name in PHASES if (peak := self.peak(name)) is not None}
         highest = max(peaks, key=lambda name: peaks[name].peak_bytes) if peaks else None
         return MemoryBlock(
@@ -293,15 +292,15 @@ def _gathers_as_weights(models: Iterable[nn.Module], tracker: StorageTracker) ->
 
 
 def _resizes_storage(func: Any) -> bool:
-    """Return whether an operation is FSDP2's; around these, storages are resized unseen."""
+    """Return whether an operation belongs to FSDP2, which resizes storages unseen around it."""
     return getattr(func, "namespace", "") == "fsdp"
 
 
 class CudaMeter(MemoryMeter):
-    """Measure with CUDA's caching allocator; what it holds beyond counted storages is ``other``.
+    """Measure with CUDA's caching allocator; its memory beyond counted storages is ``other``.
 
-    The allocator does not say what was alive at its peak. The categories are those of the moment
-    at which the counted storages peaked, which differs only by the rounding to allocator blocks and
+    The allocator does not say which tensors were alive at its peak. The categories are those at the
+    peak of the counted storages. The two peaks differ only by the rounding to allocator blocks and
     by workspaces that an operation allocates and frees itself.
 
     Args:
@@ -325,7 +324,7 @@ class CudaMeter(MemoryMeter):
 
 
 def make_meter(device: torch.device | str) -> MemoryMeter:
-    """Return the meter for a device: by CUDA's allocator if there is one, else by count."""
+    """Return the memory meter for a device; on CUDA, it also reads CUDA's allocator."""
     device = torch.device(device)
     if device.type != "cuda":
         return MemoryMeter(device)

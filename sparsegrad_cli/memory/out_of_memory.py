@@ -1,8 +1,8 @@
-"""Explain a failed allocation: where it happened, the largest tensors, and what would have fitted.
+"""Explain a failed allocation: where it happened, the largest tensors, and a batch that fits.
 
-The failed step is run again on the longest rows, with every module traced and every tensor counted,
-then with half the rows, a quarter and so on, until a batch fits. The run has ended by then: weights
-and optimizer state are not restored, and nothing of this reaches its files.
+The failed step is run again on the longest rows, with every module traced and every tensor counted.
+Then it is run with half the rows, a quarter and so on, until a batch fits. The run has already
+ended: weights and optimizer state are not restored, and its files do not change.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PHASES = {
     "evaluate": "evaluation",
     "checkpoint": "writing a checkpoint",
 }
-# Phases that no batch size changes: the setting that does, and what to do.
+# Phases whose memory does not depend on the batch size: the setting to change, and how.
 _WITHOUT_BATCH = {
     "load": ("model.name", "a smaller model, or model.dtype=bfloat16, which takes half"),
     "prepare": (
@@ -67,12 +67,12 @@ class Attempt:
     """The outcome of running some work again.
 
     Attributes:
-        fits: whether it finished.
-        peak_bytes: the most bytes alive at once, until the failure if it failed.
+        fits: whether the work finished.
+        peak_bytes: peak memory, up to the failure if the work failed.
         phase: the phase of the memory report in which it ended.
-        module: the module that was at work then; in a backward pass, the one whose gradient had
+        module: the module that was running then; in a backward pass, the one whose gradient had
             arrived last. Empty outside the model.
-        tensors: what was alive when it failed, largest first.
+        tensors: the largest tensors that were alive when it failed, in descending order of size.
     """
 
     fits: bool
@@ -98,11 +98,12 @@ class Trial:
 
 
 def attempt(model: nn.Module, meter: MemoryMeter, work: Callable[[Phase], None]) -> Attempt:
-    """Run some work and see whether memory suffices.
+    """Run some work and return whether the memory suffices.
 
     Args:
-        meter: a new one that watches the model.
-        work: receives a function that returns the context of a phase.
+        model: the model, whose modules are traced.
+        meter: a new meter that watches the model.
+        work: the work; receives a function that returns the context of a phase.
     """
     phase_name = module_name = ""
 
@@ -125,7 +126,7 @@ def attempt(model: nn.Module, meter: MemoryMeter, work: Callable[[Phase], None])
         if not is_out_of_memory(error):
             raise
         fits = False
-        tensors = tuple(meter.largest(_TENSORS_SHOWN))  # while the error's frames hold them
+        tensors = tuple(meter.largest(_TENSORS_SHOWN))  # The error's frames still hold them.
         release(error)
     return Attempt(fits, meter.report().peak_bytes or 0, phase_name, module_name, tensors)
 
@@ -143,7 +144,7 @@ def release(error: BaseException) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # holes in glibc's heap fit no larger allocation
+    with suppress(OSError, AttributeError):  # Gaps in glibc's heap cannot hold larger tensors.
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -154,14 +155,19 @@ def out_of_memory_explained(
     model: nn.Module | None = None,
     trials: Mapping[str, Trial] | None = None,
 ) -> Iterator[None]:
-    """Raise a failed allocation inside as an OutOfMemoryError that says what would have fitted.
+    """Turn a failed allocation inside into an OutOfMemoryError that names a batch that fits.
 
     Args:
+        recipe: the recipe of the run.
         phase: ``load``, ``calibrate``, ``energy``, ``prepare``, ``evaluate`` or ``train``. Within
-            ``train``, the traceback tells forward, backward, optimizer, evaluation and checkpoint
-            apart.
-        model: the model, once it is loaded.
-        trials: how to run ``calibrate``, ``evaluate`` and ``train`` again; none by default.
+            ``train``, the traceback distinguishes forward, backward, optimizer, evaluation and
+            checkpoint.
+        model: the model; None before it is loaded.
+        trials: phase -> how to run it again, for ``calibrate``, ``evaluate`` and ``train``; none by
+            default.
+
+    Raises:
+        OutOfMemoryError: memory ran out inside.
     """
     try:
         yield
@@ -178,7 +184,7 @@ def _explained(
     model: nn.Module | None,
     trials: Mapping[str, Trial],
 ) -> OutOfMemoryError:
-    """Take the frames of ``error`` apart, so that there is room to look."""
+    """Return the error to raise. Frees the frames of ``error`` first, to make room for trials."""
     reason, requested = first_line(error), _requested_bytes(str(error))
     phase, module = _whereabouts(error.__traceback__, model, phase)
     release(error)
@@ -186,11 +192,11 @@ def _explained(
         model.zero_grad(set_to_none=True)
     trial = trials.get(_trial_of(phase))
     failed, fits = None, None
-    # Processes that train together would wait for one that tries something by itself.
+    # In a distributed run, the other processes would wait for the one that runs a trial.
     if trial is not None and distributed.world_size() == 1:
         try:
             failed, fits = _search(trial)
-        except Exception as another:  # no room even to look: the first error is the one to show
+        except Exception as another:  # Out of memory again: show the first error.
             release(another)
     if failed is not None and failed.phase == phase and not module:
         module = failed.module
@@ -227,7 +233,7 @@ def _trial_of(phase: str) -> str:
 
 
 def _whereabouts(at: TracebackType | None, model: nn.Module | None, phase: str) -> tuple[str, str]:
-    """Return phase and innermost module of a traceback, by the objects whose methods ran."""
+    """Return the phase and innermost module of a traceback, from the objects whose methods ran."""
     names = {id(m): n or type(m).__name__ for n, m in model.named_modules()} if model else {}
     found, module = phase if phase != "train" else "forward", ""
     while at is not None:
@@ -252,7 +258,7 @@ def _self_of(frame: FrameType) -> object:
         return None
     names = frame.f_locals
     owner = names.get("self")
-    if isinstance(names, dict):  # before Python 3.13 a copy, which would outlive the frame's own
+    if isinstance(names, dict):  # Before Python 3.13, a copy that outlives the frame.
         names.clear()
     return owner
 
@@ -264,7 +270,7 @@ def _requested_bytes(text: str) -> int | None:
 
 
 def _search(trial: Trial) -> tuple[Attempt, tuple[int, Attempt] | None]:
-    """Return the attempt with the batch as it was, and the largest of its halves that fits."""
+    """Repeat the failed attempt, then halve the batch until it fits; return both attempts."""
     size = trial.size
     failed = trial.attempt(size)
     while size > 1:

@@ -1,4 +1,4 @@
-"""Track which tensor storages are alive, and what each of them is: weights, gradients, ..."""
+"""Track which tensor storages are alive, and their categories: weights, gradients and so on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsegrad_cli.records.run import LiveTensor, MemoryCategories, MemoryPhase
 
 CATEGORIES = ("weights", "bases", "gradients", "optimizer_state", "saved_activations", "other")
 
-# A storage that could be several of these is the first of them.
+# If several of these apply to a storage, the first one counts.
 _PRECEDENCE = ("bases", "weights", "optimizer_state", "gradients", "saved_activations", "other")
 _RANK = {category: -index for index, category in enumerate(_PRECEDENCE)}
 
@@ -28,12 +28,12 @@ class PhasePeak:
     """The moment of a phase at which the most bytes were alive.
 
     Attributes:
-        peak_bytes: bytes alive at that moment; the sum of ``categories``.
+        peak_bytes: bytes alive at that moment: the sum of ``categories``.
         categories: bytes by category at that moment.
-        rss_bytes: resident memory of the process, the maximum seen near the peak and at the end.
-        reserved_bytes: maximum that CUDA's caching allocator held; None on other devices.
-        saved_at_end: bytes of saved activations when the phase ended; after a forward phase, all
-            that its backward pass needs.
+        rss_bytes: maximum resident memory of the process, sampled near the peak and at the end.
+        reserved_bytes: maximum memory that CUDA's caching allocator held; None on other devices.
+        saved_at_end: bytes of saved activations at the end of the phase. After a forward phase,
+            these are all that its backward pass needs.
     """
 
     peak_bytes: int
@@ -43,7 +43,7 @@ class PhasePeak:
     saved_at_end: int
 
     def record(self) -> MemoryPhase:
-        """Return the peak as run.json keeps it."""
+        """Return the peak as a block of run.json."""
         return MemoryPhase(
             peak_bytes=self.peak_bytes,
             categories=MemoryCategories(**self.categories),
@@ -53,14 +53,16 @@ class PhasePeak:
 
 
 class Peak:
-    """A peak that is still measured, or whose categories a later label may still correct.
+    """A peak that is still being measured, or whose categories may still be corrected.
 
     Attributes:
-        counted: maximum of counted bytes alive at once; ``categories`` are those of that moment.
+        counted: maximum of counted bytes alive at once.
+        categories: bytes by category at that moment.
         clock: the tracker's time at that moment.
-        rss: resident memory, sampled; ``rss_at``: the bytes counted at the last sample.
-        allocated: maximum that the device's allocator had given out, if it tells.
-        reserved: maximum that the device's allocator held, if it tells.
+        rss: maximum of the sampled resident memory.
+        rss_at: counted bytes at the last sample.
+        allocated: maximum memory in use by the device's allocator; None if it does not report it.
+        reserved: maximum memory held by the device's allocator; None if it does not report it.
         saved_at_end: bytes of saved activations when the phase ended.
     """
 
@@ -75,7 +77,7 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """Peak bytes by the allocator if it tells, else by count."""
+        """The allocator's peak bytes if it reports them, otherwise the counted ones."""
         return self.counted if self.allocated is None else self.allocated
 
     def frozen(self) -> PhasePeak:
@@ -98,18 +100,19 @@ class Peak:
 class Entry(weakref.ref[torch.UntypedStorage]):
     """A live storage, as a weak reference to it.
 
-    torch keeps the Python object of a storage as long as the storage lives, even if only C++ holds
-    it. The reference therefore dies exactly when the memory is freed, and the object's id
-    identifies the storage until then.
+    torch keeps the Python object of a storage until the storage is freed, even if only C++ holds
+    it. The weak reference is therefore cleared exactly when the memory is freed, and the object's
+    id identifies the storage until then.
 
     Attributes:
         category: one of ``CATEGORIES``.
         key: id of the storage.
-        nbytes: its size.
-        saves: number of tensors that autograd has saved on it.
+        nbytes: size in bytes.
+        saves: number of saved tensors of autograd that use the storage.
         since: time from which on later labels correct earlier peaks.
         location: ``StorageTracker.location`` when it was first seen.
-        shape, dtype: of the largest tensor seen on it.
+        shape: shape of the largest tensor seen on it.
+        dtype: dtype of that tensor.
     """
 
     __slots__ = ("category", "dtype", "key", "location", "nbytes", "saves", "shape", "since")
@@ -131,9 +134,9 @@ class StorageTracker:
 
     Attributes:
         bytes: bytes alive by category; call ``drop_freed`` first.
-        open: the peak of the phase that is open.
+        open: the peak of the open phase; None outside a phase.
         kept: peaks of finished phases, by name.
-        location: name of the module at work, set by the caller; new storages keep it.
+        location: name of the running module, set by the caller; new storages keep it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -143,7 +146,7 @@ class StorageTracker:
         self.kept: dict[str, Peak] = {}
         self.location = ""
         self._entries: dict[int, Entry] = {}
-        # Storages are freed at any point of the program, also inside this class: they wait here.
+        # Storages can be freed at any point, also inside this class. They wait here to be dropped.
         self._freed: deque[Entry] = deque()
         self._clock = 0
 
@@ -172,7 +175,7 @@ class StorageTracker:
                 self._track(storage)
 
     def track(self, tensor: Tensor, category: str = "other") -> list[Entry]:
-        """Count a tensor's storages, as ``category`` if that says more than what is known."""
+        """Count a tensor's storages, as ``category`` if it outranks their current category."""
         entries = [self._track(s) for s in storages_of(tensor) if self._counts(s.device)]
         for entry in entries:
             self._label(entry, category)
@@ -184,7 +187,7 @@ class StorageTracker:
         return device.type == self._device.type and self._device.index in (None, device.index)
 
     def _track(self, storage: torch.UntypedStorage) -> Entry:
-        self.drop_freed()  # first: this storage may have the id of one that was freed
+        self.drop_freed()  # First, because this id may belong to a freed storage.
         key, nbytes = id(storage), storage.nbytes()
         entry = self._entries.get(key)
         if entry is None:
@@ -204,12 +207,12 @@ class StorageTracker:
         return self._clock
 
     def note_peak(self) -> None:
-        """Remember this moment if more bytes are alive than ever in this phase."""
+        """Record this moment if more bytes are alive than before in this phase."""
         total, peak = sum(self.bytes.values()), self.open
         if peak is None or total <= peak.counted:
             return
         peak.counted, peak.clock, peak.categories = total, self._clock, dict(self.bytes)
-        if total > 1.05 * peak.rss_at:  # asking the OS at every new peak would be slow
+        if total > 1.05 * peak.rss_at:  # Asking the OS at every new peak is slow.
             peak.rss, peak.rss_at = max(peak.rss, rss_bytes()), total
 
     def _label(self, entry: Entry, category: str) -> None:
@@ -241,16 +244,16 @@ class StorageTracker:
 
 
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor: of a sparse one its parts', of a wrapper its inner ones'."""
+    """Yield a tensor's storages; of a sparse tensor or a wrapper, those of the tensors inside."""
     if is_traceable_wrapper_subclass(tensor):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         for part in parts:
-            if isinstance(part, Tensor):  # a shard also holds the mesh of its processes
+            if isinstance(part, Tensor):  # A shard also holds its device mesh.
                 yield from storages_of(part)
     elif tensor.layout is torch.strided:
         try:
             yield tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a tensor without memory of its own
+        except (NotImplementedError, RuntimeError):  # The tensor has no memory of its own.
             return
     elif tensor.layout is torch.sparse_coo:
         yield from storages_of(tensor._indices())
@@ -271,8 +274,8 @@ def largest(
 ) -> list[LiveTensor]:
     """Return the ``count`` largest live storages, largest first.
 
-    Each is named by the parameter that it holds, or holds the gradient or optimizer state of; else
-    by the module that was at work when it was first seen.
+    A storage is named after the parameter whose value, gradient or optimizer state it holds. Any
+    other is named after the module that was running when it was first seen.
     """
     owners = _owners(models, optimizers)
     return [
@@ -288,7 +291,7 @@ def largest(
 
 
 def _owners(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> dict[int, str]:
-    """Return the key of a storage -> name of its parameter, or of the parameter's state."""
+    """Return key of a storage -> name of its parameter, with the key of optimizer state."""
     found: dict[int, str] = {}
     names: dict[int, str] = {}
 

@@ -1,6 +1,7 @@
-"""List the experiment trackers of ``train.report_to``, and set where they write. No torch.
+"""List the experiment trackers of ``train.report_to``, and set their output folders.
 
-The callbacks of transformers use them. They read their output folders from the environment.
+The callbacks of transformers drive the trackers, which read their output folders from environment
+variables. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from sparsegrad_cli.io.paths import is_file
 
-# The name in report_to, and the packages it needs: one of each group.
+# Name in report_to -> groups of packages. The tracker needs one package of each group.
 TRACKERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "azure_ml": (("azureml",),),
     "clearml": (("clearml",),),
@@ -33,9 +34,9 @@ TRACKERS: dict[str, tuple[tuple[str, ...], ...]] = {
 _PACKAGES = {
     "azureml": "azureml-mlflow",
     "comet_ml": "comet-ml",
-}  # packages with another name on PyPI
+}  # Packages that have another name on PyPI.
 PROJECT = "sparsegrad"
-# The folders that trackers write in a run's folder.
+# The folders that trackers write into a run's folder.
 FOLDERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet", "swanlab", "dvclive")
 
 
@@ -56,7 +57,7 @@ def missing_package(name: str) -> str | None:
 
 
 def study_of(run_dir: Path) -> Path | None:
-    """Return the folder of the comparison that a run belongs to, if it does."""
+    """Return the folder of the comparison that a run belongs to; None for a single run."""
     study = run_dir.absolute().parent.parent
     return study if is_file(study / "compare.json") else None
 
@@ -65,7 +66,11 @@ def study_of(run_dir: Path) -> Path | None:
 def tracker_environment(run_dir: Path, report_to: str | tuple[str, ...]) -> Iterator[None]:
     """Make trackers write into the run's folder and group the runs of a comparison.
 
-    Variables that the user has set in the environment are kept.
+    Environment variables that the user has set are kept.
+
+    Args:
+        run_dir: the run's folder.
+        report_to: the setting ``train.report_to``.
     """
     names = named(report_to)
     folder, study = run_dir.absolute(), study_of(run_dir)

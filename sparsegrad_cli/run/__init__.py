@@ -1,1 +1,1 @@
-"""A run's folder: checked, locked, recorded, resumed and reported. Imports no torch."""
+"""Check, lock, record, resume and report a run in its folder. Imports no torch."""

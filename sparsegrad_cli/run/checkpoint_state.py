@@ -1,6 +1,6 @@
-"""state.json of a checkpoint: how far a run has come, and what its tensors belong to. No torch.
+"""Read and write state.json of a checkpoint: the progress of a run. Imports no torch.
 
-Checkpoints of version 0.1.0 keep a part of this in trainer_state.json; they are read, too.
+Checkpoints of version 0.1.0 keep a part of it in trainer_state.json. They can be read, too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Duration = Annotated[float, Field(ge=0, lt=1e12)]
 
 
 class Progress(Block):
-    """How far a run has come. What it does next is a function of this and of the tensors."""
+    """The progress of a run. With the tensors, it determines what the run does next."""
 
-    model_config = ConfigDict(frozen=False)  # The loop counts in it.
+    model_config = ConfigDict(frozen=False)  # The training loop updates it.
 
     step: Count = Field(0, description="Optimizer steps taken.")
     max_steps: Count = Field(description="Optimizer steps of the whole run.")
@@ -45,7 +45,7 @@ class Progress(Block):
 
     @property
     def over(self) -> bool:
-        """Whether no step is left to take."""
+        """Whether the run has taken its last step."""
         return self.stopped_early or self.step >= self.max_steps
 
 
@@ -59,7 +59,7 @@ class OrderState(Block):
 
 
 class Measured(Block):
-    """What a resumed run adds its times and memory to."""
+    """Times and memory so far, to which a resumed run adds its own."""
 
     train_s: Duration = 0.0
     steps_s: list[Duration] = Field([], description="Seconds of each step, the last ones.")
@@ -67,7 +67,7 @@ class Measured(Block):
 
 
 class LoopState(Block):
-    """What the training loop itself knows."""
+    """The state that the training loop itself keeps."""
 
     progress: Progress
     order: OrderState = OrderState()
@@ -122,7 +122,7 @@ def write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _converted(old: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return format 2 from the two files of format 1.
+    """Convert the two files of format 1 to format 2.
 
     Raises:
         KeyError, TypeError, AttributeError: The files are not what version 0.1.0 writes.
@@ -132,7 +132,7 @@ def _converted(old: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, 
     stopping = callbacks.get("EarlyStoppingCallback") or {}
     waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
     patience = stopping.get("args", {}).get("early_stopping_patience")
-    # Such a run also stops where it has come to its last step.
+    # The trainer sets this flag at the last step, too, which is not an early stop.
     stopped = bool(control["should_training_stop"]) and (
         trainer["global_step"] < trainer["max_steps"]
         or (patience is not None and waited >= patience)

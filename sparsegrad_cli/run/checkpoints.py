@@ -1,4 +1,4 @@
-"""The checkpoint folders of a run: sealed when written, checked when read, dropped when too many.
+"""Write, check and remove the checkpoint folders of a run. Imports no torch.
 
 A checkpoint's manifest.json names every file with its size and digest. It is written last::
 
@@ -7,7 +7,7 @@ A checkpoint's manifest.json names every file with its size and digest. It is wr
      "files": {"trainable.safetensors": {"bytes": 1234, "sha256": "<hex>"}, ...},
      "check": "<sha256 of all of the above>"}
 
-The newest checkpoint is the one of the highest step, whatever the clock says. No torch at import.
+The newest checkpoint is the one with the highest step, whatever its time stamp.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sparsegrad_cli.records.environment import package_versions
 from sparsegrad_cli.run.checkpoint_state import read_state
 
 MANIFEST = "manifest.json"
-TRAINABLE = "trainable.safetensors"  # the parameters that train
+TRAINABLE = "trainable.safetensors"  # The trained parameters.
 FORMAT = 1
 _VERSIONS = ("sparsegrad", "torch", "transformers")
 _PREFIX = "checkpoint-"
@@ -39,27 +39,27 @@ _NAME = re.compile(_PREFIX + "([0-9]{1,18})")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Return all folders that are named as checkpoints, whole or not, by step."""
+    """Return all folders with the name of a checkpoint, complete or not, by step."""
     found = [path for path in run_dir.glob(f"{_PREFIX}*") if step_of(path) is not None]
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def step_of(folder: Path) -> int | None:
-    """Return N of checkpoint-N; None for another folder."""
+    """Return N of checkpoint-N; None for any other folder."""
     name = _NAME.fullmatch(folder.name)
     return int(name[1]) if name and folder.is_dir() else None
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run."""
+    """Return the newest complete checkpoint of a run; None without one."""
     return next((path for path in reversed(checkpoints(run_dir)) if damage(path) is None), None)
 
 
 def best_of(folder: Path) -> Path | None:
-    """Return the checkpoint that was the best one when this one was written.
+    """Return the checkpoint that was the best one when this one was written; None without one.
 
     Raises:
-        FileFormatError: The checkpoint does not say so.
+        FileFormatError: state.json of the checkpoint cannot be read.
     """
     best = read_state(folder).progress.best_step
     return None if best is None else folder.with_name(f"{_PREFIX}{best}")
@@ -93,9 +93,9 @@ def with_check(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if every file is as it was written.
+    """Describe what is wrong with a checkpoint; None if every file is as it was written.
 
-    A manifest of another format is not judged: :func:`check_ours` refuses it.
+    A manifest of another format is not checked: :func:`check_ours` refuses it.
     """
     try:
         manifest = _read_manifest(folder)
@@ -128,10 +128,11 @@ def check_ours(folder: Path, recipes: Collection[str]) -> list[str]:
         recipes: Digests of the run's recipe, and of its recipes before it was extended.
 
     Returns:
-        Notes on packages whose version has changed: later steps may differ in the last bits.
+        Notes on packages whose version has changed. Later steps may then differ in the last bits.
 
     Raises:
-        FileFormatError: Another version of sparsegrad wrote it, in a format that is not read.
+        FileFormatError: Another version of sparsegrad wrote it, in a format that this version does
+            not read.
         UsageError: It belongs to another recipe, or to another number of processes.
     """
     manifest = _read_manifest(folder)
@@ -199,12 +200,14 @@ class Checkpoints:
     Args:
         run_dir: The run's folder.
         recipe: Digest of the run's recipe.
-        limit: How many are kept, None for all. The newest and the best are always kept.
-        keep_best: The run ends with its best checkpoint, so a checkpoint is useless without it.
+        limit: Maximum number of checkpoints to keep; None keeps all. The newest and the best are
+            always kept.
+        keep_best: The run ends with its best checkpoint, so other checkpoints are useless without
+            it.
         earlier: Digests of the recipes before the run was extended.
 
     Attributes:
-        newest: The whole checkpoint that was found or written last.
+        newest: The complete checkpoint that was found or written last.
     """
 
     def __init__(
@@ -222,14 +225,14 @@ class Checkpoints:
         self.newest: Path | None = None
 
     def find(self, note: Callable[[str], None]) -> Path | None:
-        """Find the newest checkpoint to resume from, after clearing what a kill left.
+        """Remove what a killed write left, and find the newest checkpoint to resume from.
 
         Args:
-            note: Called with each checkpoint that is skipped, and why.
+            note: Called with each checkpoint that is skipped, and the reason.
 
         Raises:
-            FileFormatError: A checkpoint is of another version.
-            UsageError: A checkpoint is of another recipe.
+            FileFormatError: A checkpoint has the format of another version.
+            UsageError: A checkpoint belongs to another recipe.
         """
         self._clear_temporary()
         for folder in reversed(checkpoints(self.run_dir)):
@@ -264,15 +267,15 @@ class Checkpoints:
                 discard(left)
 
     def write(self, step: int, fill: Callable[[Path], None], best: Path | None) -> Path:
-        """Write checkpoint-``step``, read it back, and only then drop those over the limit.
+        """Write checkpoint-``step``, read it back, and then remove those over the limit.
 
         Args:
             step: The optimizer step.
-            fill: Writes the checkpoint's files into the folder that it is given.
+            fill: Writes the checkpoint's files into the given folder.
             best: The best checkpoint so far, which may be this one.
 
         Raises:
-            DiskError: It cannot be written or reads back differently; all others are untouched.
+            DiskError: It cannot be written or reads back differently. All others are unchanged.
         """
         folder = self.place(step)
 
@@ -302,7 +305,8 @@ class Checkpoints:
         return self.run_dir / f"{_PREFIX}{step}"
 
     def _drop_over_limit(self, newest: Path, best: Path | None) -> None:
-        # Later ones are damaged: this run went back behind them. They are overwritten when reached.
+        # Later checkpoints are damaged, because the run resumed from an earlier one. They are
+        # overwritten when the run reaches them.
         last = step_of(newest) or 0
         existing = [path for path in checkpoints(self.run_dir) if (step_of(path) or 0) <= last]
         for folder in [path for path in existing if path in self._useless]:

@@ -30,7 +30,7 @@ from sparsegrad_cli.run.resume import check_resumable
 
 ADAPTER = Path("adapter", "adapter.safetensors")
 PEFT_ADAPTER = Path("adapter", "adapter_model.safetensors")
-# What a run and the commands on it write into the folder.
+# Everything that a run and the commands on it write into the folder.
 _FOLDERS = (
     "checkpoint-*",
     "adapter",
@@ -51,7 +51,7 @@ _FILES = (
 
 
 def adapter_file(run: Path) -> Path | None:
-    """Return the file in a run's folder with what was trained; None if training has not ended."""
+    """Return the adapter file in a run's folder; None if training has not ended."""
     for name in (PEFT_ADAPTER, ADAPTER):
         if is_file(run / name):
             return run / name
@@ -68,7 +68,7 @@ def choose_folder(recipe: Recipe, command: str) -> Path:
     while True:
         path = Path("runs") / f"{stem}-{number}"
         try:
-            path.mkdir(parents=True)  # at once, because another run may be choosing a name, too
+            path.mkdir(parents=True)  # Created at once: another run may choose, too.
         except FileExistsError:
             number += 1
         except OSError as error:
@@ -79,10 +79,11 @@ def choose_folder(recipe: Recipe, command: str) -> Path:
 
 @contextmanager
 def lock_folder(path: Path, tell: Callable[[str], None] = lambda note: None) -> Iterator[None]:
-    """Create the folder and lock it for this process inside.
+    """Create the folder, and lock it for this process inside the context.
 
     Args:
-        tell: called with a note where the file system has no locks.
+        path: the folder.
+        tell: called with a note if the file system has no locks.
 
     Raises:
         UsageError: the path is a file.
@@ -101,27 +102,30 @@ def lock_folder(path: Path, tell: Callable[[str], None] = lambda note: None) -> 
             yield
     finally:
         if made:
-            with suppress(OSError):  # it is kept unless it is empty
+            with suppress(OSError):  # A folder that is not empty is kept.
                 path.rmdir()
 
 
 def prepare_folder(
     path: Path, recipe: Recipe, *, resume: bool, overwrite: bool
 ) -> Extension | None:
-    """Make a locked folder ready for a run, or refuse.
+    """Prepare a locked folder for a run, or refuse it.
 
-    A folder with content is refused, unless it holds nothing but a run that ended before it
-    trained, or one of the arguments says otherwise.
+    Without ``resume`` or ``overwrite``, a folder that is not empty is refused unless it holds only
+    a run that ended before its first step.
 
     Args:
-        resume: the folder holds a run of the same recipe, which continues.
-        overwrite: what a run leaves is removed; other files stay.
+        path: the folder.
+        recipe: the recipe of the run.
+        resume: continue the run of the same recipe in the folder.
+        overwrite: remove the files of an earlier run; other files stay.
 
     Returns:
-        What the run was before, if it is resumed to train longer (:func:`check_resumable`).
+        The run's settings before it was extended, if it is resumed to train longer
+        (:func:`check_resumable`).
 
     Raises:
-        UsageError: the folder is not empty, holds nothing to resume, or a run of another recipe.
+        UsageError: the folder is not empty, has no run to resume, or has a run of another recipe.
         DiskError: the folder cannot be written.
     """
     if resume:
@@ -162,7 +166,7 @@ def _never_trained(path: Path) -> bool:
 
 
 def _remove_torn_writes(path: Path) -> None:
-    """Remove the temporary files of writes that a kill has cut off."""
+    """Remove the temporary files that killed writes left."""
     for name in _FILES:
         for left in (*torn_writes(path / name), *path.glob(f"{name}.partial")):
             with suppress(OSError):
@@ -170,7 +174,7 @@ def _remove_torn_writes(path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a run leaves. Of a link, the link alone is removed."""
+    """Remove the files and folders of a run. For a link, only the link is removed."""
     for pattern in _FOLDERS:
         for folder in path.glob(pattern):
             remove_folder(folder)
@@ -188,7 +192,7 @@ def _unwritable(path: Path, error: OSError | ValueError) -> DiskError:
 
 
 def with_current_status(record: RunRecord, folder: Path) -> RunRecord:
-    """Return a run's record; with the status ``interrupted`` if the run was killed."""
+    """Return a run's record, with the status ``interrupted`` if the run was killed."""
     if record.status != "running" or owner_of(folder) is not None:
         return record
     again = f"sparsegrad train {folder} --resume"

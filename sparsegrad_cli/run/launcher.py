@@ -1,8 +1,8 @@
-"""How a launcher asks for sharded weights, and which recipes and settings that rules out.
+"""Detect whether a launcher asks for sharded weights, and refuse settings that cannot work then.
 
-`accelerate launch` passes its configuration on in environment variables, so all of this is known
-before anything is loaded. FSDP2 is torch's fully_shard; DeepSpeed's ZeRO shards inside its engine.
-Imports no torch.
+`accelerate launch` passes its configuration in environment variables, so everything is known before
+anything is loaded. FSDP2 is torch's fully_shard. DeepSpeed's ZeRO shards inside its engine. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONFIG = "the file that accelerate launch was given (see configs/accelerate/fsd
 
 
 class _Refusal(NamedTuple):
-    """What cannot work and what to do; ``key`` is a recipe key or an option."""
+    """A setting that cannot work, and what to do; ``key`` is a recipe key or an option."""
 
     key: str
     what: str
@@ -53,7 +53,7 @@ _FSDP_SWITCHES = {
 def asked() -> str | None:
     """Return ``FSDP`` or ``DEEPSPEED`` if a launcher asks for sharded weights, otherwise None.
 
-    As in accelerate, a launched run of a single process counts, too.
+    As in accelerate, a launched run with a single process counts, too.
     """
     if "LOCAL_RANK" not in os.environ:
         return None
@@ -63,12 +63,12 @@ def asked() -> str | None:
 
 
 def check_sharding(loaded: LoadedRecipe, command: str, *, resume: bool) -> None:
-    """Refuse what cannot work with the launcher's settings, before anything is loaded.
+    """Refuse a recipe that cannot work with the launcher's settings, before anything is loaded.
 
     Args:
         loaded: The recipe.
-        command: ``train`` or ``calibrate``; calibration is over before weights are sharded.
-        resume: The run is resumed.
+        command: ``train`` or ``calibrate``; calibration ends before weights are sharded.
+        resume: Whether the run is resumed.
 
     Raises:
         UsageError: Names the setting and an alternative.
@@ -95,7 +95,7 @@ def _launcher_refusal(recipe: Recipe, how: str | None) -> _Refusal | None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     own = "bf16" if recipe.train.bf16 else "fp16" if recipe.train.fp16 else "no"
     if "LOCAL_RANK" in os.environ and launched not in ("no", own):
-        # It would override the recipe, and the record.
+        # The launcher would override the recipe, and the record would be wrong.
         what = f"the launcher sets mixed precision {launched}, the recipe {own}"
         fix = f"mixed_precision: 'no' there, or train.{launched}: true in the recipe"
         return _Refusal(_CONFIG, what, fix)
@@ -122,7 +122,7 @@ def _fsdp_refusal() -> _Refusal | None:
 
 
 def _recipe_refusal(recipe: Recipe, how: str) -> _Refusal | None:
-    """Check what no way of sharding allows."""
+    """Check settings that neither FSDP2 nor DeepSpeed supports."""
     refused = recipe.method.sharding_refusal(how)
     if refused is not None:
         key, what = refused
@@ -142,7 +142,7 @@ def _recipe_refusal(recipe: Recipe, how: str) -> _Refusal | None:
 
 
 def _engine_refusal(recipe: Recipe, *, resume: bool) -> _Refusal | None:
-    """Check what DeepSpeed's engine does differently."""
+    """Check settings that DeepSpeed's engine does not support."""
     train = recipe.train
     if train.bf16:
         what = "DeepSpeed turns all weights into bfloat16, also those that train"

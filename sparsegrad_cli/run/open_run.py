@@ -1,6 +1,6 @@
 """Open a run's folder for this process alone, record how the run ends, and report it.
 
-Imports no torch: a recipe or a folder that is refused is refused at once.
+Imports no torch, so that a bad recipe or folder is refused at once.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Run:
         loaded: the resolved recipe, with the file and line of each key.
         writer: keeps run.json up to date.
         observer: receives progress.
-        resume: continue from what the folder holds.
-        done: the run had finished before; nothing is left to do.
+        resume: continue the run that the folder holds.
+        done: whether the run had already finished.
         seconds: wall time by phase, for the record.
     """
 
@@ -87,14 +87,15 @@ def open_run(
 ) -> Iterator[Run]:
     """Open the folder of a run, and record and report the run when the context ends.
 
-    Inside, the folder is locked for this process, SIGINT and SIGTERM end the run, and run.json says
-    ``running``. Afterwards it says how the run ended, however it ended.
+    Inside the context, the folder is locked for this process, SIGINT and SIGTERM end the run, and
+    run.json has the status ``running``. Afterwards, its status says how the run ended.
 
     Args:
         loaded: the recipe.
-        command: what is done in the folder.
+        command: the command to run in the folder.
         observer: receives progress; closed at the end.
-        resume, overwrite: see :func:`sparsegrad_cli.run.folder.prepare_folder`.
+        resume: see :func:`sparsegrad_cli.run.folder.prepare_folder`.
+        overwrite: see :func:`sparsegrad_cli.run.folder.prepare_folder`.
 
     Raises:
         SparsegradError: the recipe or the folder is refused, or the run failed; run.json holds the
@@ -137,8 +138,8 @@ def open_run(
             with _recorded_end(writer, command):
                 writer.save()
                 if distributed.is_rank_zero() and writer.record.extended:
-                    # After the record, which identifies the run: the same command repairs a kill
-                    # at this point.
+                    # Written after the record, which identifies the run. If the run is killed in
+                    # between, the same command writes it.
                     write_text_atomic(path / "recipe.yaml", to_yaml(loaded.recipe))
                 yield run
         reported = done and all(is_file(path / name) for name in REPORTS)
@@ -161,8 +162,10 @@ def _recorded_before(path: Path, command: Command) -> tuple[RunRecord | None, bo
 def _new_record(
     loaded: LoadedRecipe, command: Command, path: Path, before: RunRecord | None
 ) -> RunWriter:
-    """Begin the record. What was recorded before stands until it is replaced, so that a resumption
-    that fails loses nothing."""
+    """Begin the record. Earlier blocks stay until they are replaced.
+
+    A run that fails to resume therefore loses nothing.
+    """
     from sparsegrad_cli.records.environment import collect, git_state
 
     recipe = loaded.recipe
@@ -182,7 +185,7 @@ def _new_record(
 
 @contextmanager
 def _recorded_end(writer: RunWriter, command: Command) -> Iterator[None]:
-    """Write into run.json how the work inside ended."""
+    """Record in run.json how the work inside the context ended."""
     started = time.perf_counter()
     try:
         with mapped_errors(_AGAIN[command]):
@@ -203,7 +206,7 @@ def _recorded_end(writer: RunWriter, command: Command) -> Iterator[None]:
 
 
 def _record_failure(writer: RunWriter, error: SparsegradError) -> None:
-    """Write the status; a disk that is too full for it must not hide the first error."""
+    """Write the status. If that fails, as on a full disk, the first error is still raised."""
     try:
         writer.finish(error)
     except SparsegradError:
@@ -214,7 +217,7 @@ def write_report(writer: RunWriter, observer: Observer) -> None:
     """Write report.md and report.html of a finished run.
 
     Raises:
-        DiskError: a report could not be written; the run stays done.
+        DiskError: a report could not be written; the status of the run stays ``done``.
     """
     from sparsegrad_cli.report.files import write_run_report
 

@@ -1,7 +1,7 @@
-"""What a run would be refused for once torch, the model and the data are there, found before.
+"""Refuse a recipe early for reasons that a run would otherwise find only after loading.
 
-Files of a few megabytes are read as training reads them; of larger ones the columns are looked at.
-Imports no torch.
+Data files of a few megabytes are read as training reads them. In larger files, only the columns are
+checked. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from sparsegrad_cli.recipe.tasks import CHAT_TASKS, with_metric
 from sparsegrad_cli.recipe.trackers import missing_package, named
 from sparsegrad_cli.recipe.yaml_source import find_place
 
-_WHOLE_BYTES = 4 * 2**20  # files up to this size are read whole
-_HEAD_BYTES = 2**18  # of larger ones, so much
-_PACKED = 20  # how much smaller a compressed file may be than what it holds
+_WHOLE_BYTES = 4 * 2**20  # Files up to this size are read completely.
+_HEAD_BYTES = 2**18  # Of larger files, only this many bytes are read.
+_PACKED = 20  # Assumed compression ratio of compressed files.
 
 
 def check(loaded: LoadedRecipe, *, trains: bool) -> None:
-    """Refuse a recipe that a package or its data will refuse.
+    """Refuse a recipe whose packages, data or model folder cannot be used.
 
     Args:
-        trains: trackers are used.
+        loaded: the recipe.
+        trains: whether the command trains, and so uses trackers.
 
     Raises:
-        RecipeError: packages that are not installed; all together.
-        UsageError: a column that is not in the file, with the place of the key.
-        DataError: of a file that is small enough to be read whole.
-        FileFormatError: the model's folder has weights in a format that is not read.
+        RecipeError: packages are not installed; names all of them.
+        UsageError: a column is not in the file; names the place of the key.
+        DataError: a file that is small enough to be read completely has an error.
+        FileFormatError: the model's folder has weights in a format that is not supported.
     """
     recipe, problems = loaded.recipe, []
     for name in named(recipe.train.report_to) if trains else ():
@@ -70,7 +71,7 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
 
 
 def check_study(study: LoadedStudy) -> None:
-    """Check every recipe of a study that differs in what :func:`check` looks at."""
+    """Check the recipes of a study, once for recipes that :func:`check` cannot tell apart."""
     seen = set()
     for cell in study.cells:
         recipe = cell.loaded.recipe
@@ -81,7 +82,7 @@ def check_study(study: LoadedStudy) -> None:
 
 
 def notes(loaded: LoadedRecipe) -> list[str]:
-    """Return what training will say of the recipe once the model's files are read."""
+    """Return the notes on the recipe that training gives after reading the model's files."""
     config = _config(loaded.recipe.model.name)
     if config is None:
         return []
@@ -107,7 +108,7 @@ def _check_files(section: TaskSection) -> None:
         with heads_only(_HEAD_BYTES):
             check_file_columns(section)
     except DataError:
-        return  # a head can end within a record: what is wrong with the file, training says
+        return  # The head may end within a record. Training reports errors in the file.
 
 
 def _is_small(path: Path) -> bool:
@@ -120,7 +121,7 @@ def _is_small(path: Path) -> bool:
 
 
 def _read(task: TaskSection) -> None:
-    """Read small files as training does, and drop what was read."""
+    """Read small files as training does, to find errors; the data is dropped."""
     from sparsegrad_cli.data.load_task import load_chat, read_task
 
     if task.name in CHAT_TASKS:
@@ -130,7 +131,7 @@ def _read(task: TaskSection) -> None:
 
 
 def _config(model: str) -> Any:
-    """Return the configuration of a model that lies in a folder, as attributes."""
+    """Return the configuration of a model in a local folder, as attributes; None without one."""
     path = expanded(model) / "config.json"
     if not is_file(path):
         return None
@@ -142,7 +143,7 @@ def _config(model: str) -> Any:
 
 
 def check_outside(loaded: LoadedRecipe, *, trains: bool) -> None:
-    """Run :func:`check` in every process of a run, and raise what it finds in rank zero alone."""
+    """Run :func:`check` in every process of a run; raise its error on rank zero only."""
     try:
         check(loaded, trains=trains)
     except SparsegradError as error:
@@ -150,7 +151,7 @@ def check_outside(loaded: LoadedRecipe, *, trains: bool) -> None:
 
 
 def check_calibration_share(loaded: LoadedRecipe, command: str) -> None:
-    """Refuse more processes than calibration steps: each process needs one step at least.
+    """Refuse more processes than calibration steps, because each process needs at least one.
 
     Raises:
         UsageError: there are fewer steps than processes.

@@ -1,4 +1,4 @@
-"""Check that a run can be resumed with a recipe: the same one, or one that only trains longer.
+"""Check that a run can be resumed with a recipe: its own, or one that only trains longer.
 
 Imports no torch.
 """
@@ -24,13 +24,13 @@ def check_resumable(path: Path, recipe: Recipe) -> Extension | None:
     """Check that the run in a folder can be resumed with a recipe.
 
     Returns:
-        None for the run's own recipe. For a recipe that trains longer: what the run was so far.
+        None for the run's own recipe. For a recipe that trains longer, the run's settings so far.
 
     Raises:
-        UsageError: there is no run, another key of the recipe differs, or the run would be shorter.
+        UsageError: there is no run, another key differs, or the run would become shorter.
         FileFormatError: the run's files are damaged.
     """
-    for name in ("adapter", "steps.jsonl"):  # these are written in place
+    for name in ("adapter", "steps.jsonl"):  # These are written in place.
         refuse_link(path / name, path)
     steps = path / "steps.jsonl"
     if exists(steps) and not is_file(steps):
@@ -42,7 +42,7 @@ def check_resumable(path: Path, recipe: Recipe) -> Extension | None:
 def _recorded_digest(path: Path) -> str | None:
     """Return the digest of the recipe that a run was started with, or was last extended by.
 
-    A run that was killed before its first record has a recipe already.
+    A run that was killed before its first record has only a recipe.
     """
     recipe = path / "recipe.yaml"
     if (path / "run.json").is_file():
@@ -67,7 +67,7 @@ def _load(file: Path) -> Recipe:
 
 
 def _extension(path: Path, recorded: str | None, recipe: Recipe) -> Extension:
-    """Return what the run was before it is extended; refuse any other change."""
+    """Return the run's settings before it is extended; refuse any other change."""
     before = _load(path / "recipe.yaml")
     then, now = dict(_leaves(to_plain(before))), dict(_leaves(to_plain(recipe)))
     differing = [
@@ -105,7 +105,7 @@ def _check_longer(path: Path, key: str, then: dict[str, Any], now: dict[str, Any
             where=STEPS,
             fix=f"a larger {STEPS}; {_OTHER_FOLDER}",
         )
-    if key == STEPS and then[STEPS] <= 0:  # steps replace epochs
+    if key == STEPS and then[STEPS] <= 0:  # The number of steps replaces the number of epochs.
         then = {STEPS: _total_steps(path)}
     if then[key] > now[key]:
         raise UsageError(
@@ -116,7 +116,7 @@ def _check_longer(path: Path, key: str, then: dict[str, Any], now: dict[str, Any
 
 
 def _total_steps(path: Path) -> int:
-    """Return the steps of the whole run by its newest checkpoint; 0 without a checkpoint."""
+    """Return the total steps of the run from its newest checkpoint; 0 without a checkpoint."""
     from sparsegrad_cli.run.checkpoint_state import read_state
     from sparsegrad_cli.run.checkpoints import last_checkpoint
 

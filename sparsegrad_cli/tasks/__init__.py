@@ -1,1 +1,1 @@
-"""What a recipe trains on and how it is judged: data, tokenizer and model, loaded together."""
+"""Tasks: load data, tokenizer and model together, and evaluate the model."""

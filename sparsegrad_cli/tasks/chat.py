@@ -1,4 +1,4 @@
-"""Load model and data of a chat task: conversations, and a language model that learns to answer."""
+"""Load the model and data of a chat task: a language model and conversations."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from sparsegrad_cli.recipe.tasks import CHAT_METRICS
 from sparsegrad_cli.tasks.objective import LanguageModelling
 from sparsegrad_cli.tasks.task import LoadedTask, RowLimits, TaskFacts
 
-_CONVERSATIONS_KEPT = 32  # of validation, as text
+_CONVERSATIONS_KEPT = 32  # Validation conversations that are kept as text.
 
 
 def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> LoadedTask:
-    """Load conversations as rows of token ids, the tokenizer, and a model that makes few logits.
+    """Load conversations as rows of token ids, the tokenizer, and the model.
+
+    The model computes logits only where the loss needs them, if its architecture allows that.
 
     Args:
-        limits: conversations that suffice, counted after those that are too long were dropped; all
-            by default.
+        loaded: the recipe.
+        limits: number of conversations to load, counted after the ones that are too long are
+            dropped; all by default.
 
     Raises:
-        SparsegradError: of the kind that fits; see the loaders.
+        SparsegradError: the data, tokenizer or model cannot be used; see their loaders.
     """
     recipe, section = loaded.recipe, loaded.recipe.task
     chat = section.chat or ChatSection()
@@ -52,11 +55,11 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
     max_length, cut_note = fitting_length(section.max_length, model.config)
     encoder = ChatEncoder(tokenizer)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = LLAMA2  # so that it is saved with the model
+        tokenizer.chat_template = LLAMA2  # The template is then saved with the model.
     train = encode_conversations(
         encoder, data.train, max_length=max_length, enough=limits and limits.train
     )
-    # Validation goes by conversation, so that its metrics do not depend on packing.
+    # Validation rows are single conversations, so that metrics do not depend on packing.
     held_out = encode_conversations(
         encoder,
         data.validation,
@@ -102,7 +105,7 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
 
 
 def packed_rows(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
-    """Return rows of token ids, packed as the recipe says."""
+    """Pack rows of token ids as the recipe says."""
     if packing == "pack":
         return pack(data, length)
     if packing == "concatenate":
@@ -111,6 +114,6 @@ def packed_rows(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Return a token for padding. Any token serves: the lengths say what is padding."""
+    """Return a token id for padding. Any id works, because the lengths mark the padding."""
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(number for number in found if number is not None)

@@ -1,4 +1,4 @@
-"""Load model and data of a task of whole texts, with classes or scores."""
+"""Load the model and data of a task that assigns classes or scores to texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
     """Load texts, tokenizer and classifier. The recipe's seed initializes a new head.
 
     Args:
-        limits: rows that suffice; all by default.
+        loaded: the recipe.
+        limits: number of rows to load; all by default.
 
     Raises:
-        UsageError: the recipe smooths labels, and the data holds scores.
-        SparsegradError: of the kind that fits; see the loaders.
+        UsageError: the recipe smooths labels, but the data holds scores.
+        SparsegradError: the data, tokenizer or model cannot be used; see their loaders.
     """
     recipe = loaded.recipe
     section = limits.apply(recipe.task) if limits else recipe.task

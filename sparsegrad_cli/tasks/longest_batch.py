@@ -1,7 +1,7 @@
-"""The longest training batch of a task, known before any model is loaded.
+"""Find the longest training batch of a task without loading the model.
 
-A run measures memory on the longest examples of its data (:func:`longest_batch`). Here the same
-rows are found with the data and the tokenizer alone, where that costs seconds at most.
+A run measures memory on the longest examples of its data (:func:`longest_batch`). This module finds
+the same rows with the data and the tokenizer alone, if that takes seconds at most.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, TaskSpec
 from sparsegrad_cli.tasks.chat import packed_rows
 
-_MOST_TEXTS = 20_000  # rows to tokenize; of more, those with the most characters
+_MOST_TEXTS = 20_000  # Of more rows, only the ones with the most characters are tokenized.
 _MOST_CONVERSATIONS = 2_000
 
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest batch that training can meet.
+    """The longest batch that can occur in training.
 
     Attributes:
-        width: tokens of a row, padding included.
-        lengths: tokens of its rows without padding, in the order in which a smaller batch would
-            take them; none where the data are not known.
-        rows: of all training data, where they are known.
-        source: in words, where this is known from.
-        spec: the task's classes, where the data were read.
+        width: tokens per row, including padding.
+        lengths: tokens of each row without padding, in the order in which a smaller batch would
+            take the rows; empty if the data is unknown.
+        rows: number of training rows; None if the data is unknown.
+        source: how the batch was found, in words.
+        spec: the task's classes; None if the data was not read.
     """
 
     width: int
@@ -45,24 +45,25 @@ class Longest:
     spec: TaskSpec | None = None
 
     def size(self, batch: int) -> int:
-        """Rows of a batch: the data may have fewer."""
+        """Return the rows of a batch, which are fewer if the data has fewer."""
         return batch if self.rows is None else min(batch, self.rows)
 
     def padded(self, batch: int) -> bool:
-        """Whether a row of such a batch is padded; supposed where the data are not known."""
+        """Return whether such a batch has padding; True if the data is unknown."""
         rows = self.lengths[:batch]
         return not rows or min(rows) < self.width
 
 
 def find_longest(recipe: Recipe, config: Any, size: int) -> Longest:
-    """The longest batch of a recipe's data, or one of ``max_length`` where that is not cheap.
+    """Find the longest batch of a recipe's data; assume ``max_length`` if that would take long.
 
     Args:
+        recipe: the recipe.
         config: the model's configuration, which may have fewer positions.
-        size: examples.
+        size: number of examples in the batch.
 
     Raises:
-        SparsegradError: data or tokenizer that no run could use either.
+        SparsegradError: the data or the tokenizer cannot be used, not by a run either.
     """
     length, _ = fitting_length(recipe.task.max_length, config)
     try:
@@ -79,7 +80,7 @@ def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
     tokenizer = load_tokenizer(recipe.model)
     ensure_pad_token(tokenizer)
     source, train, count = "the longest examples of the data", task.train, len(task.train)
-    if section.padding == "fixed":  # all rows are of one length then, and the first are taken
+    if section.padding == "fixed":  # All rows have the same length.
         train = train.select(range(min(size, len(train))))
     elif len(train) > _MOST_TEXTS:
         train = train.select(_most_characters(train, _MOST_TEXTS))
@@ -97,7 +98,7 @@ def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
 
 
 def _most_characters(data: Any, count: int) -> Sequence[int]:
-    """The rows with the most characters, in their own order."""
+    """Return the indices of the rows with the most characters, in ascending order."""
     sizes = [len(text) for text in data["text"]]
     if "text_pair" in data.column_names:
         sizes = [size + len(pair) for size, pair in zip(sizes, data["text_pair"], strict=True)]

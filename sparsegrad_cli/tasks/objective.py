@@ -1,4 +1,4 @@
-"""How a model is judged on a task: the loss that training lowers, and the metrics."""
+"""The training loss and the evaluation metrics of a task."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import call_as_forward
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
-_WORST = 1e9  # for what is not a number: JSON has none
+_WORST = 1e9  # Replaces NaN and infinities, which JSON cannot hold.
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One evaluation of one split: metric values, mean loss, and what holds by definition only."""
+    """The evaluation of one split: metric values, mean loss, and notes.
+
+    A note names a value that is set by definition, not measured.
+    """
 
     values: dict[str, float]
     loss: float
@@ -37,9 +40,9 @@ class ValidationBatch:
     """One batch of a split, as one process sees it.
 
     Attributes:
-        inputs: What the model's forward takes, on the model's device.
-        rows: Numbers of the batch's rows in the split. Empty where this process has no rows left
-            and only takes part in the forward pass, which sharded weights ask of every process.
+        inputs: Arguments of the model's forward, on the model's device.
+        rows: Numbers of the batch's rows in the split. Empty if this process has no rows left and
+            only takes part in the forward pass: with sharded weights, every process must.
     """
 
     inputs: dict[str, Tensor]
@@ -47,7 +50,7 @@ class ValidationBatch:
 
 
 class Objective(Protocol):
-    """The loss that training lowers and the metrics that a model is judged by."""
+    """The training loss and the evaluation metrics of a task."""
 
     metric: str
     """The metric that selects the best model; records/metric_direction.py knows its direction."""
@@ -56,7 +59,7 @@ class Objective(Protocol):
     """The loss of an optimizer step is the mean over its labelled tokens, else over its rows."""
 
     def items(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Count what the loss of a step is a mean over: labelled tokens or rows, a 0-d tensor."""
+        """Count the items that a step's loss averages over, tokens or rows, as a 0-d tensor."""
         ...
 
     def loss(
@@ -67,23 +70,23 @@ class Objective(Protocol):
         Args:
             model: As prepared for training; its forward is called.
             batch: Inputs and labels, on the model's device.
-            items: With ``by_token``, what to divide the sum over the tokens by; the batch's own
-                count by default.
+            items: With ``by_token``, the divisor of the sum over the tokens; by default the number
+                of labelled tokens in the batch.
         """
         ...
 
     def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
-        """Judge a model on a split, of which each process sees its own batches.
+        """Evaluate a model on a split. Each process evaluates its own batches.
 
         Args:
-            model: In evaluation mode, not wrapped for data parallelism.
-            batches: Those of this process.
+            model: The model in evaluation mode, not wrapped for data parallelism.
+            batches: The batches of this process.
         """
         ...
 
 
 class Classification:
-    """Classes or scores of whole texts, judged by the task's metrics.
+    """Classification or regression of whole texts, evaluated by the task's metrics.
 
     Args:
         spec: The task.
@@ -131,15 +134,16 @@ class Classification:
         predictions_NC = torch.cat([part[1] for part in parts]).numpy()[order]
         labels_N = torch.cat([part[2] for part in parts]).numpy()[order]
         found = score(self.spec, predictions_NC, labels_N)
-        # From the logits of all rows: the mean of batch means would weight rows unequally.
+        # Computed from the logits of all rows, because a mean of batch means would weight rows
+        # unequally.
         loss = mean_loss(self.spec, predictions_NC, labels_N, smoothing=self._label_smoothing)
         return Judgement(dict(found.values), loss, found.notes)
 
 
 class LanguageModelling:
-    """Answers token by token: loss, perplexity and next-token accuracy over labelled tokens.
+    """Language modelling: loss, perplexity and next-token accuracy over labelled tokens.
 
-    Sums are kept, not logits; every conversation counts once, over any number of processes.
+    Sums are kept instead of logits. Every conversation counts once for any number of processes.
     """
 
     by_token = True
@@ -159,7 +163,7 @@ class LanguageModelling:
         return loss
 
     def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
-        """Return means over the labelled tokens of the split; see :class:`Objective`."""
+        """Return all metrics, averaged over the split's labelled tokens; see `Objective`."""
         sums, device = LmSums(), torch.device("cpu")
         for batch in batches:
             device = batch.inputs["labels"].device

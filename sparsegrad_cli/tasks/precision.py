@@ -1,4 +1,4 @@
-"""Check the number formats of a recipe, and record those that a run computes in."""
+"""Check the dtypes of a recipe, and record the dtypes that a run computes in."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sparsegrad_cli.records.run import PrecisionBlock
 
 
 def check_precision(loaded: LoadedRecipe) -> None:
-    """Refuse half-precision weights without autocast where some of them train.
+    """Refuse half-precision weights without autocast if some of the weights are trained.
 
-    What trains is kept in float32, and products of float32 and half-precision tensors need
+    Trained parameters are kept in float32, and products of float32 and half-precision tensors need
     autocast.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Load what calibration and training begin with: model, data, targets, and a memory meter."""
+"""Load the model, data and targets for calibration and training, and make a memory meter."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Setup(LoadedTask):
     Attributes:
         targets: the target modules.
         not_adapted: large layers of the model that no target covers.
-        fingerprint: of the targets' weights.
+        fingerprint: fingerprint of the targets' weights.
         head_hash: sha256 (hex) of the head's values.
         precision: the ``precision`` block of the record.
-        device: where the model is.
+        device: the device of the model.
         method_settings: the recipe's ``method`` section, with the rank filled in.
-        meter: watches the model.
+        meter: a memory meter that watches the model.
     """
 
     targets: list[Target]
@@ -88,7 +88,7 @@ def load(run: Run) -> Setup:
     """Load model, data and targets of a run, and record them.
 
     Raises:
-        SparsegradError: see :func:`make_setup`; also if memory runs out.
+        SparsegradError: as in :func:`make_setup`, or memory ran out.
     """
     run.begin_phase("load", run.recipe.model.name)
     started = time.perf_counter()
@@ -102,13 +102,15 @@ def load(run: Run) -> Setup:
 
 
 def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | None = None) -> Setup:
-    """Load everything that a recipe names.
+    """Load the model, data and targets of a recipe.
 
     Args:
-        limits: rows that suffice; all by default.
+        loaded: the recipe.
+        observer: receives notes.
+        limits: number of rows to load; all by default.
 
     Raises:
-        SparsegradError: of the kind that fits; see the loaders.
+        SparsegradError: the data, tokenizer or model cannot be used; see their loaders.
     """
     recipe = loaded.recipe
     check_precision(loaded)
@@ -191,7 +193,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
 
 
 def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Return the sha256 (hex) of names and values."""
+    """Return the sha256 (hex) of the parameters' names and values."""
     sha = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
         sha.update(name.encode())

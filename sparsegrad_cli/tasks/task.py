@@ -1,4 +1,4 @@
-"""What the loaders of all tasks return."""
+"""The return types of all task loaders."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sparsegrad_cli.tasks.objective import Objective
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the record says about a task.
+    """Facts about a task for the record.
 
     Attributes:
-        name: as in the recipe.
+        name: name in the recipe.
         kind: ``classification``, ``regression`` or ``chat``.
         data_hash: sha256 (hex) of all the data used, in order.
-        label_names: of a classification.
-        positive_label: the class that f1, precision and recall refer to, where they are measured.
-        majority: metric -> its value for always answering the most frequent class.
-        notes: what was left out, cut or split off.
-        counts: conversations that were read, kept and dropped, each with the reason.
+        label_names: class names of a classification.
+        positive_label: the class that f1, precision and recall refer to, if they are measured.
+        majority: metric -> its value if every prediction is the most frequent class.
+        notes: notes on data that was left out, truncated or split off.
+        counts: number of conversations read, kept and dropped; the dropped ones by reason.
     """
 
     name: str
@@ -46,13 +46,14 @@ class LoadedTask:
 
     Attributes:
         task: facts for the record.
-        objective: how the model is judged.
-        train_data, validation: data sets whose rows hold what the collator takes, nothing else.
-        tokenizer: of the model.
-        collator: makes a batch of rows.
-        model: as its files have it.
-        head: where a classifier's head comes from; None for a language model.
-        conversations: the first ones of validation, as they were read.
+        objective: the loss and metrics.
+        train_data: training data set; its rows hold only the inputs of the collator.
+        validation: split name -> validation data set with such rows.
+        tokenizer: the model's tokenizer.
+        collator: makes a batch from rows.
+        model: the model as loaded from its files.
+        head: origin of a classifier's head; None for a language model.
+        conversations: the first validation conversations, as they were read.
     """
 
     task: TaskFacts
@@ -67,13 +68,13 @@ class LoadedTask:
 
 
 class RowLimits(NamedTuple):
-    """The number of first rows that suffice where a model is not trained but inspected."""
+    """The number of rows to load when a model is inspected, not trained: the first ones."""
 
     train: int
     validation: int
 
     def apply(self, section: TaskSection) -> TaskSection:
-        """Return the task with no more rows than these."""
+        """Return the task with its row limits lowered to these."""
         limits = {
             "train_limit": min(self.train, section.train_limit or self.train),
             "eval_limit": min(self.validation, section.eval_limit or self.validation),
