@@ -37,7 +37,7 @@ _SPECTRUM_LENGTH = 256
 
 @dataclass(frozen=True)
 class Choice:
-    """The parameters of a target that train.
+    """The trained parameters of a target.
 
     Attributes:
         basis: the basis that the target trains in, cut to the method's rank.

@@ -56,7 +56,7 @@ class Objective(Protocol):
     """The metric that selects the best model; records/metric_direction.py knows its direction."""
 
     by_token: bool
-    """The loss of an optimizer step is the mean over its labelled tokens, else over its rows."""
+    """Whether the loss of a step is a mean over its labelled tokens; otherwise over its rows."""
 
     def items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the items that a step's loss averages over, tokens or rows, as a 0-d tensor."""
