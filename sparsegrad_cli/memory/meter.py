@@ -286,7 +286,7 @@ def _gathers_as_weights(models: Iterable[nn.Module], tracker: StorageTracker) ->
 
     with ExitStack() as stack:
         for model in models:
-            for module in split_modules(model):  # its own hook, which gathers, runs first
+            for module in split_modules(model):  # Its own hook, which gathers, runs first.
                 stack.callback(module.register_forward_pre_hook(track).remove)
         yield
 

@@ -196,7 +196,7 @@ def _explained(
     if trial is not None and distributed.world_size() == 1:
         try:
             failed, fits = _search(trial)
-        except Exception as another:  # Out of memory again: show the first error.
+        except Exception as another:  # A trial failed, too: show the first error.
             release(another)
     if failed is not None and failed.phase == phase and not module:
         module = failed.module

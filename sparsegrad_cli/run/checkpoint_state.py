@@ -20,7 +20,7 @@ from sparsegrad_cli.records.run import MemoryBlock
 STATE = "state.json"
 FORMAT = 2
 REMOVE = "remove the checkpoint: --resume continues from the one before, or starts again"
-_TRAINER_STATE = "trainer_state.json"  # of version 0.1.0
+_TRAINER_STATE = "trainer_state.json"  # Written by version 0.1.0.
 
 Duration = Annotated[float, Field(ge=0, lt=1e12)]
 

@@ -305,7 +305,7 @@ class Checkpoints:
         return self.run_dir / f"{_PREFIX}{step}"
 
     def _drop_over_limit(self, newest: Path, best: Path | None) -> None:
-        # Later checkpoints are damaged, because the run resumed from an earlier one. They are
+        # Later checkpoints are damaged, which is why the run resumed from an earlier one. They are
         # overwritten when the run reaches them.
         last = step_of(newest) or 0
         existing = [path for path in checkpoints(self.run_dir) if (step_of(path) or 0) <= last]

@@ -154,7 +154,7 @@ def _recorded_before(path: Path, command: Command) -> tuple[RunRecord | None, bo
     A run whose adapter is missing is not done: the adapter is made again.
     """
     found = load_run(path) if is_file(path / RUN) else None
-    if found is None or found.command != command:  # a calibration's basis is of use, not its record
+    if found is None or found.command != command:  # After calibrate, only the basis is used.
         return None, False
     return found, found.status == "done" and adapter_file(path) is not None
 
