@@ -1,1 +1,1 @@
-"""Scripts behind every claim of speed, memory or quality."""
+"""Measure the speed, memory and quality figures that the documentation states."""

@@ -2,11 +2,12 @@
 
 python -m benchmarks.calibration --out docs/results/calibration.json
 
-One layer kind of BERT-base (3072 x 768), 30 steps x 12 blocks: 360 gradients. The naive way is run
-on a stack that fits and scaled by its operations: an SVD with both factors of an m x n matrix,
-m <= n, takes 6 n m^2 + 20 m^3 (R-SVD; Golub & Van Loan, Matrix Computations, 4th ed., fig. 8.6.1).
-The streaming ways are run on as many gradients, their cost per gradient is taken times 360, and
-the eigenvectors are added once. The backward passes that make the gradients are in neither.
+One layer kind of BERT-base (3072 x 768) gives 30 steps x 12 blocks = 360 gradients. The naive way
+runs on a stack that fits into memory, and its time is scaled by the number of operations: an SVD
+with both factors of an m x n matrix, m <= n, takes 6 n m^2 + 20 m^3 (R-SVD; Golub & Van Loan,
+Matrix Computations, 4th ed., fig. 8.6.1). The streaming ways run on the same number of gradients.
+Their time per gradient is multiplied by 360, and the time of the eigenvectors is added once. No
+time includes the backward passes that compute the gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sparsegrad_cli.numerics.sketch import SketchStream
 
 
 def svd_operations(out_features: int, in_features: int, count: int) -> float:
-    """Of both unfoldings of ``count`` stacked gradients."""
+    """Return the operations of the SVDs of both unfoldings of ``count`` stacked gradients."""
 
     def one(rows: int, columns: int) -> float:
         short, long = sorted((rows, columns))
@@ -38,14 +39,14 @@ def svd_operations(out_features: int, in_features: int, count: int) -> float:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call in seconds."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def stacked(grads: list[Tensor]) -> None:
-    """HOSVD as it is written: unfold the stack along either mode, take the SVD."""
+    """Compute the HOSVD naively: unfold the stack along each mode and take the SVD."""
     stack = torch.stack(grads)  # (t, out, in)
     torch.linalg.svd(stack.permute(1, 2, 0).flatten(1), full_matrices=False)  # (out, in t)
     torch.linalg.svd(stack.permute(2, 1, 0).flatten(1), full_matrices=False)  # (in, out t)
@@ -57,7 +58,7 @@ def _add(stream: Stream, grads: list[Tensor]) -> None:
 
 
 def streamed(make: Callable[[], Stream], grads: list[Tensor]) -> tuple[float, float, int]:
-    """Seconds per gradient over all passes, seconds of the eigenvectors, bytes held at most."""
+    """Return (seconds per gradient over all passes, seconds of the eigenvectors, peak bytes)."""
     stream = make()
     adding = finding = 0.0
     held = 0
@@ -71,7 +72,7 @@ def streamed(make: Callable[[], Stream], grads: list[Tensor]) -> tuple[float, fl
 
 
 def main() -> None:
-    """Parse, measure in turn, save."""
+    """Parse the arguments, measure each way in turn and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out-features", type=int, default=3072)
     parser.add_argument("--in-features", type=int, default=768)

@@ -1,10 +1,10 @@
-"""Measure the structure of the package: size, import layers and cycles, and habits that we avoid.
+"""Measure the structure of the package: size, import layers and cycles, and patterns that we avoid.
 
     python -m benchmarks.codebase            a table
     python -m benchmarks.codebase --json     the same for a program
     python -m benchmarks.codebase --list private_attributes     where each finding is
 
-tests/test_architecture.py asserts on these figures.
+tests/test_architecture.py checks these figures.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed", "interruption", "progress", "error_mapping"),
     ("errors",),
 )
-# A recipe is built from the settings of the methods. They import no torch, and count as its part.
+# A recipe is built from the settings of the methods. These import no torch, so they belong to its
+# layer.
 GROUND = {
     f"methods.{name}": "recipe" for name in ("registry", "settings", "base", "sparse_settings")
 }
 METHODS = ("sparsegrad", "lora", "meprop", "full")
-# Where a method's name is another word: (file, name) -> why.
+# Places where a method's name has another meaning: (file, name) -> reason.
 OTHER_WORDS = {
     "export": "lora is a file format there",
     "cli/export.py": "lora is a file format there",
@@ -79,7 +80,7 @@ class Import:
 
 
 class Codebase:
-    """The package's syntax trees, and what is counted on them.
+    """The syntax trees of the package, with the counts that they give.
 
     Args:
         root: the folder that holds the package.
@@ -151,7 +152,7 @@ class Codebase:
 
     @cached_property
     def cycles(self) -> list[list[str]]:
-        """Return the groups of modules that import each other in a circle, at any time."""
+        """Return the groups of modules that import each other in a cycle, now or when called."""
         graph: dict[str, set[str]] = {module: set() for module in self.modules}
         for edge in self.imports:
             if not edge.only_types:
@@ -160,7 +161,7 @@ class Codebase:
 
     @cached_property
     def upward(self) -> list[Finding]:
-        """Return the imports from a lower layer to a higher one, at any time but for types."""
+        """Return the imports from a lower layer to a higher one, except those for type checking."""
         return [
             Finding(str(self.modules[edge.source]), edge.line, f"imports {edge.target}")
             for edge in self.imports
@@ -169,7 +170,7 @@ class Codebase:
 
     @cached_property
     def method_names(self) -> list[Finding]:
-        """Return the places outside of methods/ that ask which method it is."""
+        """Return the places outside of methods/ that test which method is used."""
         found = []
         for path, tree in self.trees.items():
             if path.parts[0] == "methods" or _is_other_word(path):
@@ -204,7 +205,7 @@ class Codebase:
 
     @cached_property
     def string_reads(self) -> list[Finding]:
-        """Return the reads of a mapping by a key that is written out: ``data["key"]``, ``.get``."""
+        """Return the reads of a mapping by a literal key: ``data["key"]``, ``data.get("key")``."""
         helpers = {"dig", "block", "items", "mappings", "number", "numbers", "text", "points"}
         found = []
         for path, tree in self.trees.items():
@@ -222,7 +223,7 @@ class Codebase:
         return found
 
     def calls(self, *names: str) -> list[Finding]:
-        """Return the calls of functions of these names, with or without a module before them."""
+        """Return the calls of functions with these names, with or without a module prefix."""
         found = []
         for path, tree in self.trees.items():
             for node in ast.walk(tree):
@@ -239,12 +240,12 @@ class Codebase:
 
     @property
     def atomic_writers(self) -> list[Finding]:
-        """Return the calls that force a file to the disk: each is a way to write atomically."""
+        """Return the calls that sync a file to the disk, which every atomic write needs."""
         return self.calls("fsync")
 
 
 def layer_of(module: str) -> int:
-    """Return the row of ``LAYERS`` that a module belongs to; the package's face is above all."""
+    """Return the row of ``LAYERS`` of a module; the package itself is above all rows."""
     parts = module.split(".")
     ground = f"{parts[0]}.{parts[-1]}" if len(parts) > 1 else ""
     part = GROUND.get(ground, parts[0])
@@ -252,7 +253,7 @@ def layer_of(module: str) -> int:
 
 
 def _is_door(source: str, target: str) -> bool:
-    """Return whether a method's settings import its implementation, as they do once asked to."""
+    """Return whether a method's settings import its implementation, which they do on demand."""
     folder, _, name = source.rpartition(".")
     return name == "settings" and folder.startswith("methods.") and target.startswith(folder)
 
@@ -300,7 +301,7 @@ def _is_other_word(path: Path) -> bool:
 
 
 def _method_tests(node: ast.AST) -> Iterator[str]:
-    """Yield what in a node asks for a method's name or the type of its settings."""
+    """Yield the tests in a node for a method's name or for the type of its settings."""
     classes = tuple(f"{name.capitalize()}Method" for name in METHODS)
     if isinstance(node, ast.Compare):
         for side in (node.left, *node.comparators):
@@ -347,7 +348,7 @@ def measure(code: Codebase) -> dict[str, int | str]:
 
 
 def main() -> None:
-    """Print the figures, or the places of one of them."""
+    """Print all figures, or the places that one of them counts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds the package")
     parser.add_argument("--json", action="store_true")

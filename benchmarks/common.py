@@ -1,4 +1,4 @@
-"""What every benchmark does: interleave the sides, take medians, report ratios, keep numbers."""
+"""Interleave the sides of a benchmark, take medians, report ratios and save the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from sparsegrad_cli.records.environment import collect, git_state
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; every round runs every side once, after a warm-up."""
+    """Return the seconds of each side in each round.
+
+    Every round runs every side once, after a warm-up.
+    """
     for side in sides.values():
         side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -27,7 +30,10 @@ def interleave(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def ratios(seconds: Mapping[str, list[float]], against: str) -> dict[str, dict[str, float]]:
-    """Median seconds, and median and quartiles of the ratio to ``against``, round by round."""
+    """Return the median seconds, and the median and quartiles of the ratio to ``against``.
+
+    Ratios are taken within each round.
+    """
     table = {}
     for name, times in seconds.items():
         each = [t / base for t, base in zip(times, seconds[against], strict=True)]
@@ -42,7 +48,7 @@ def ratios(seconds: Mapping[str, list[float]], against: str) -> dict[str, dict[s
 
 
 def save(path: Path | None, name: str, content: Mapping[str, Any]) -> None:
-    """Write the result as JSON with versions, machine and commit; print it without a path."""
+    """Write the result as JSON with versions, machine and commit; without a path, print it."""
     record = {
         "benchmark": name,
         "when": now(),

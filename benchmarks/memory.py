@@ -24,9 +24,10 @@ LABELS = ("gradients", "state", "saved", "other", "adapter", "beyond", "ratio", 
 
 
 def step_bytes(method: Any, model_name: str, batch: int, length: int) -> dict[str, int]:
-    """The peak of the second step of a method on a fresh model, by category.
+    """Return the peak bytes of a method's second step on a new model, by category.
 
-    ``adapter``: parameters that the method added. ``beyond``: all but frozen weights and bases.
+    ``adapter`` holds the parameters that the method added. ``beyond`` holds everything except
+    frozen weights and bases.
     """
     model = model_of(model_name)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -40,7 +41,7 @@ def step_bytes(method: Any, model_name: str, batch: int, length: int) -> dict[st
     optimizer = tuned.optimizer(model, TrainSection())
     model.train()
     inputs = batch_of(batch, length)
-    model(**inputs).loss.backward()  # the first step makes the optimizer's state
+    model(**inputs).loss.backward()  # The first step creates the optimizer's state.
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     meter = MemoryMeter()
@@ -63,7 +64,7 @@ def step_bytes(method: Any, model_name: str, batch: int, length: int) -> dict[st
 
 
 def main() -> None:
-    """Parse, count, save."""
+    """Parse the arguments, count the bytes and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes:bert-base")
     parser.add_argument("--batch", type=int, default=16)

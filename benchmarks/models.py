@@ -1,4 +1,4 @@
-"""The models and methods that benchmarks measure: real shapes, weights from a seed."""
+"""Build the models and methods that benchmarks measure: real shapes and random weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import GLUE_TASKS
 
-# name -> (model_type of transformers, what differs from its defaults). Time and memory depend on
-# shapes alone, so the weights are random.
+# name -> (model_type of transformers, settings that differ from its defaults). The weights are
+# random, because time and memory depend only on shapes.
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "shapes:bert-base": ("bert", {}),
     "shapes:roberta-large": (
@@ -46,7 +46,7 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def model_of(name: str) -> nn.Module:
-    """A classifier: a recipe's model, or random weights of one of ``SHAPES``."""
+    """Return a classifier: a recipe's model, or one of ``SHAPES`` with random weights."""
     if name not in SHAPES:
         return load_classifier(ModelSection(name=name), GLUE_TASKS["cola"], seed=0).model
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -59,13 +59,13 @@ def model_of(name: str) -> nn.Module:
 
 
 def batch_of(batch: int, length: int) -> dict[str, Tensor]:
-    """Token ids without padding, and labels."""
+    """Return token ids without padding, and labels."""
     ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
 
 def random_bases(targets: list[Target], rank: int | None = None) -> dict[str, Basis]:
-    """Orthonormal bases of the right shapes: time and memory do not depend on their content."""
+    """Return random orthonormal bases, since time and memory do not depend on their content."""
 
     def columns(size: int) -> Tensor:
         kept = size if rank is None else min(rank, size)
@@ -81,7 +81,7 @@ def random_bases(targets: list[Target], rank: int | None = None) -> dict[str, Ba
 def methods_at(
     density: float, rank: int
 ) -> dict[str, FullSettings | LoraSettings | MepropSettings | SparsegradSettings]:
-    """All methods at equal trainable entries; ``rank`` is the core form's."""
+    """Return all methods with equal trainable parameters; ``rank`` is that of the core form."""
 
     def sparsegrad(form: str, **more: object) -> SparsegradSettings:
         settings = {"name": "sparsegrad", "density": density, "form": form, **more}

@@ -1,7 +1,8 @@
 """Two processes (DDP over gloo, on the CPU) beside one that takes the same global batch.
 
-For every method and support: how far the losses lie apart, beside how far those of another batch
-lie apart, and the bytes of gradients that each process gives to be summed in a step.
+For every method and support it reports how much the losses differ, how much they differ with
+another batch size, and the bytes of gradients that each process contributes to the all-reduce of a
+step.
 
 python -m benchmarks.processes --out docs/results/processes.json
 """
@@ -36,7 +37,10 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 def still_model(folder: Path) -> Path:
-    """The built-in MiniLM without dropout, which each process would draw for itself."""
+    """Return the path of the built-in MiniLM without dropout.
+
+    Each process would draw its own dropout masks.
+    """
     from sparsegrad_cli.models.pretrained import locate
 
     shutil.copytree(locate("builtin:minilm"), folder)
@@ -48,7 +52,7 @@ def still_model(folder: Path) -> Path:
 
 
 def run(arguments: tuple[str, ...], folder: Path, processes: int) -> dict[str, Any]:
-    """run.json of ``sparsegrad train``, started as torchrun starts it."""
+    """Run ``sparsegrad train`` as torchrun starts it and return its run.json."""
     command = [sys.executable, "-m", "sparsegrad_cli", "train", *arguments, "-q", "-o", str(folder)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -70,19 +74,19 @@ def run(arguments: tuple[str, ...], folder: Path, processes: int) -> dict[str, A
 
 
 def losses(record: dict[str, Any]) -> list[float]:
-    """Of every training step, then of the validation rows at the end."""
+    """Return the loss of every training step, then that of the validation rows at the end."""
     metrics = record["metrics"]
     return [*(step["loss"] for step in metrics["train"]), metrics["final"]["loss"]]
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest relative difference of any loss."""
+    """Return the largest relative difference between the losses of two runs."""
     pairs = zip(losses(one), losses(other), strict=True)
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
 def measure(steps: int, batch: int, place: Path) -> dict[str, Any]:
-    """All rows."""
+    """Measure every method and return all rows."""
     common = (
         f"model={still_model(place / 'model')}",
         f"train.max_steps={steps}",
@@ -115,7 +119,7 @@ def measure(steps: int, batch: int, place: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, measure, save."""
+    """Parse the arguments, measure and save the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=16, help="of all processes together")

@@ -18,7 +18,7 @@ from sparsegrad_cli.numerics.supports import largest_entries
 
 
 def measure(out_features: int, in_features: int, rounds: int) -> dict[str, object]:
-    """Choice of 1 % of a gradient, and the way back of those entries, at one shape."""
+    """Measure selecting 1 % of a gradient's entries, and rotating them back, at one shape."""
     grad = torch.randn(out_features, in_features)
     ones = torch.ones(1)
     basis = Basis(
@@ -56,7 +56,7 @@ def measure(out_features: int, in_features: int, rounds: int) -> dict[str, objec
 
 
 def main() -> None:
-    """Parse, measure, save."""
+    """Parse the arguments, measure and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path)

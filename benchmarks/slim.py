@@ -2,8 +2,8 @@
 
 python -m benchmarks.slim runs/STUDY docs/results/STUDY.json
 
-Of every cell stay its hashes, digest and commit, its evaluations, counts, times and the peak of
-each phase by category; bases' spectra, heat maps and per-step records go.
+Every run keeps its hashes, digest and commit, its evaluations, counts and times, and the peak of
+each phase by category. Spectra of bases, heat maps and per-step records are removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PEAK = ("peak_bytes", "categories")
 
 
 def slim(record: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the record without what only a report draws."""
+    """Return a copy of the record without the data that only a report's figures use."""
     kept = {key: record.get(key) for key in (*_TOP, *_SAID)}
     kept["cells"] = [_cell(cell) for cell in record["cells"]]
     return kept
@@ -52,13 +52,13 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last(chain: dict[str, str]) -> dict[str, str]:
-    """The digest of a chain's last step: each goes over all steps before it."""
+    """Keep only the digest of the last step of a chain, since it covers all steps before it."""
     last = max(chain, key=int)
     return {last: chain[last]}
 
 
 def main() -> None:
-    """Command line."""
+    """Read a study's record and write the reduced copy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("output", type=Path)

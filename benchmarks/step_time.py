@@ -40,7 +40,7 @@ def step_of(
     bases: dict[str, Basis],
     batch: dict[str, torch.Tensor],
 ) -> Callable[[], None]:
-    """A closure that makes one training step."""
+    """Return a function that runs one training step."""
     save_memory(model, targets, method.recompute)
     tuned = method.implementation()
     tuned.prepare(model, targets, scope="head", bases=bases)
@@ -58,7 +58,11 @@ def step_of(
 def floor_of(
     model: nn.Module, targets: list[Target], batch: dict[str, torch.Tensor]
 ) -> Callable[[], None]:
-    """Forward and input gradients through the frozen model down to the first target: no less."""
+    """Return a function that runs the cheapest possible step.
+
+    It computes the forward pass and the input gradients through the frozen model, down to the first
+    target module.
+    """
     freeze(model)
     save_memory(model, targets)
     model.train()
@@ -75,7 +79,7 @@ def floor_of(
 
 
 def main() -> None:
-    """Parse, measure, save."""
+    """Parse the arguments, measure and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin:minilm")
     parser.add_argument("--batch", type=int, default=16)

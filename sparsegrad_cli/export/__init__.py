@@ -1,1 +1,1 @@
-"""From a run to something that runs elsewhere, and the check that both answer alike."""
+"""Export a run in a form that other libraries load, and check that both compute the same."""

@@ -1,6 +1,6 @@
-"""The adapter form: values, positions and bases, which :func:`load_adapter` puts onto the base.
+"""Write and load the adapter form: values, positions and bases for the base model.
 
-adapter.safetensors   what training changed, by the method's own names;
+adapter.safetensors   trained parameters, by the method's own names;
                       ``basis/<part>/<key>``: the bases, truncated to what the method uses;
                       ``fresh/<name>``: parameters that were not trained and that the files of the
                       base model lack
@@ -48,13 +48,13 @@ from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.restore.restore import TrainedModel, load_checked, widest
 
 _BASIS, _FRESH = "basis/", "fresh/"
-# What tensors and settings that do not fit together can raise.
+# Errors that tensors and settings can raise if they do not fit together.
 _INCONSISTENT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
 
 def write_adapter(trained: TrainedModel, plain: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write both files.
+    """Write adapter.safetensors and adapter.json.
 
     Args:
         trained: The run.
@@ -65,7 +65,7 @@ def write_adapter(trained: TrainedModel, plain: nn.Module, folder: Path) -> dict
         ``fresh`` and ``bases_bytes`` of export.json.
 
     Raises:
-        UsageError: The run has not finished, and only finished runs know what they changed.
+        UsageError: The run has not finished. Only finished runs record what they changed.
     """
     if not trained.finished and any(n.startswith("positions/") for n in trained.tensors):
         raise UsageError(
@@ -120,7 +120,7 @@ def load_adapter(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load what ``sparsegrad export --to adapter`` wrote, in the form that it was trained in.
+    """Load an export of ``sparsegrad export --to adapter``, in the form that it was trained in.
 
     Args:
         folder: The exported folder.
@@ -130,12 +130,12 @@ def load_adapter(
         trust_remote_code: Run code that comes with the base model, if that is loaded here.
 
     Returns:
-        The model in eval mode. What the method trains requires gradients, so that training can
-        continue.
+        The model in eval mode. The parameters that the method trains require gradients, so that
+        training can continue.
 
     Raises:
         FileFormatError: The adapter is damaged or inconsistent.
-        UsageError: The model is not the one that it was trained on.
+        UsageError: The model is not the one that the adapter was trained on.
         DownloadError: The base model must be downloaded and cannot be.
     """
     folder = Path(folder)
@@ -225,7 +225,7 @@ def _check_base(model: nn.Module, targets: list[Target], base: AdapterBase, wher
 def _bases(
     tensors: Mapping[str, Tensor], keys: Mapping[str, str], targets: list[Target]
 ) -> dict[str, Basis]:
-    """Return target name -> basis; targets with one key share the object.
+    """Return target name -> basis; targets with the same key share one object.
 
     Raises:
         KeyError, ValueError: A basis is missing or does not fit its target.

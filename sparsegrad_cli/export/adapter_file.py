@@ -1,4 +1,7 @@
-"""adapter.json: what an adapter belongs to, as a model that checks files from anywhere."""
+"""Read and write adapter.json, which describes the run and base model of an adapter.
+
+The model checks every value, because the file may come from anyone.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class AdapterBase(Section):
 
 
 class AdapterSettings(Section):
-    """The whole file."""
+    """The content of adapter.json."""
 
     format: Literal["sparsegrad-adapter-1"]
     model: AdapterBase

@@ -1,4 +1,4 @@
-"""The plain base model of a run: its class, how users load it, and how the run's model differs."""
+"""Load the plain base model of a run and find the parameters that training changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparsegrad_cli.restore.restore import TrainedModel
 
 CLASSIFIER, LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
-# PEFT's name of the task of each Auto class that an export can be loaded with.
+# The Auto classes that can load an export, each with PEFT's name of its task.
 PEFT_TASKS = {CLASSIFIER: "SEQ_CLS", LANGUAGE_MODEL: "CAUSAL_LM"}
 
 
@@ -46,7 +46,7 @@ def auto_class(model: nn.Module) -> str:
         LANGUAGE_MODEL: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
     }
     config: Any = model.config
-    declared = getattr(config, "auto_map", None) or {}  # Of models that come with their own code.
+    declared = getattr(config, "auto_map", None) or {}  # Of models with their own code.
     for name, mapping in mappings.items():
         known: Any = mapping.get(type(config), ())
         classes = known if isinstance(known, tuple | list) else (known,)
@@ -73,9 +73,9 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
 def plain_model(trained: TrainedModel) -> nn.Module:
     """Load the base model once more, on the same device, in eval mode.
 
-    Parameters that its files lack are drawn from another seed than the run's, so that an export
-    that fails to carry them computes something else. Quantized layers become plain ones that hold
-    the dequantized weights, beside which the run was trained.
+    Parameters that its files lack are drawn from a different seed, so that the check fails if an
+    export does not contain them. Quantized layers become plain layers with the dequantized weights,
+    on which the run was trained.
     """
     setup, recipe = trained.setup, trained.recipe
     section = recipe.model.model_copy(update={"quantization": None})
@@ -155,7 +155,7 @@ class BaseModel:
 
     @property
     def plain(self) -> BaseModel:
-        """The same model, not quantized."""
+        """The call for the same model without quantization."""
         return replace(self, quantization={})
 
     @property
@@ -175,7 +175,7 @@ class BaseModel:
         """Load the model onto a device, in eval mode.
 
         Raises:
-            DownloadError, FileFormatError: As :func:`from_pretrained`.
+            DownloadError, FileFormatError: See :func:`from_pretrained`.
         """
         arguments = dict(self.arguments)
         # from_pretrained takes these two from the section.
@@ -204,7 +204,7 @@ def _label_arguments(section: ModelSection, model: nn.Module) -> dict[str, Any]:
     kind = getattr(stored, "problem_type", None)
     if task["problem_type"] != kind and (kind or task["problem_type"] == "regression"):
         arguments["problem_type"] = task["problem_type"]
-    # Without a padding token, GPT-2 and similar models take no batch of several texts.
+    # Without a padding token, GPT-2 and similar models do not accept a batch of several texts.
     if task["pad_token_id"] != getattr(stored, "pad_token_id", None):
         arguments["pad_token_id"] = task["pad_token_id"]
     kinds = getattr(stored, "architectures", None) or ()

@@ -1,8 +1,8 @@
 """Compare the answers of an exported chat model with those of its run.
 
-Logits can agree where answers do not, because of another chat template or a missing stop token. So
-the run answers a few prompts of its validation data, and transformers answers them with the folder,
-its template, tokenizer and stop tokens, in another process.
+Logits can agree while answers differ, because of another chat template or a missing stop token.
+Therefore the run answers a few prompts of its validation data. Then transformers answers them in
+another process with the exported folder, its template, tokenizer and stop tokens.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class RunAnswer:
 def plain_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> list[Sequence[Turn]]:
     """Select prompts from a run's conversations that transformers encodes as we do.
 
-    Excluded are system turns, which not every template supports, tools, and texts with control
-    tokens in them, which we encode as text.
+    Conversations are excluded if they contain tools, system turns (some templates do not support
+    them), or texts with control tokens (we encode them as text).
     """
     encoder = ChatPrompts(tokenizer)
     found: list[Sequence[Turn]] = []
@@ -144,7 +144,7 @@ def check_answers(
     """Answer the same prompts in another process, and compare.
 
     Args:
-        answers: Those of the run.
+        answers: The answers of the run.
         loading: How to load the export.
         device: Where to load it.
         pad: Token id for padding.
@@ -152,8 +152,8 @@ def check_answers(
             two tokens are that close, either may follow, and the rest is not compared.
 
     Returns:
-        ``prompts``; how many ``stopped`` with an end of turn; ``tokens`` that are the same; and
-        ``rounded``, the answers that differ by such a rounding.
+        Four counts: ``prompts``; answers that ``stopped`` with an end of turn; ``tokens`` that are
+        the same; and ``rounded``, the answers that differ because of such a rounding.
 
     Raises:
         SparsegradError: Text or stop differ, or the process cannot load the export.
@@ -178,7 +178,7 @@ def check_answers(
 
 
 def _compare(one: RunAnswer, got: dict[str, Any], tolerance: float) -> tuple[int, bool]:
-    """Return how many tokens are the same, and whether rounding explains where they part.
+    """Return how many tokens are the same, and whether rounding explains the first difference.
 
     Raises:
         SparsegradError: The answers differ.

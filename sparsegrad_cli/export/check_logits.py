@@ -15,12 +15,13 @@ from sparsegrad_cli.export.base_model import LANGUAGE_MODEL, auto_class
 from sparsegrad_cli.tasks.setup import Setup, first_validation_batches
 
 # Largest difference allowed, as a share of the largest logit: a few roundings of a number of that
-# size. Products in another order differ by a tenth of it through six layers (measured).
+# size. If products are computed in another order, logits differ by a tenth of this limit after six
+# layers (measured).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# bitsandbytes rounds the inputs of 8-bit products to 127 steps per token. If the run's products did
-# not, logits differ by up to 0.05 of the largest through three blocks of random weights (measured).
+# bitsandbytes rounds the inputs of 8-bit products to 127 steps per token. If the run did not, the
+# logits differ by up to 0.05 of the largest one after three blocks of random weights (measured).
 _TOLERANCE_ROUNDED = 2e-1
-_SMALLEST_LOGIT = 1e-2  # Below this, the share of the largest logit says nothing.
+_SMALLEST_LOGIT = 1e-2  # Below this, a share of the largest logit is not meaningful.
 _POSITIONS = 16  # Last positions of each example whose logits are kept for a language model.
 _ROWS = 8
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -44,7 +45,7 @@ class Agreement:
 
 
 def check_batches(setup: Setup, count: int) -> list[dict[str, Tensor]]:
-    """Return the first ``count`` validation rows in batches; of one row for a language model."""
+    """Return the first ``count`` validation rows in batches, of one row for a language model."""
     rows = 1 if auto_class(setup.model) == LANGUAGE_MODEL else _ROWS
     return first_validation_batches(setup, count, rows)
 
@@ -56,7 +57,7 @@ def logits_of(
     """Compute the logits of every example.
 
     Args:
-        model: Set to eval mode.
+        model: The model, which is set to eval mode.
         batches: See :func:`check_batches`.
         autocast: The dtype to compute in, as in training.
 
@@ -96,7 +97,7 @@ def tolerance_for(dtype: torch.dtype, largest: float, *, rounded: bool = False) 
     """Return the largest difference that rounding explains.
 
     Args:
-        dtype: Of the weights.
+        dtype: The dtype of the weights.
         largest: Largest absolute logit.
         rounded: Whether only one of the models rounds the inputs of its quantized layers.
     """
@@ -110,7 +111,7 @@ def check_agreement(found: Agreement, tolerance: float, *, fix: str) -> None:
     Args:
         found: The comparison.
         tolerance: Largest absolute difference allowed.
-        fix: What the error advises.
+        fix: The advice in the error.
 
     Raises:
         SparsegradError: They differ by more.

@@ -1,4 +1,4 @@
-"""Export a run: restore its model, write a form of it, load that back, compare, put it in place."""
+"""Export a run: restore its model, write it, load it back, compare, and rename into place."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def export_run(
     Args:
         run: The run's folder.
         options: What to export, and where.
-        observer: Is told of phases and notes.
-        overrides: ``key.path=value`` for what has moved since the run.
+        observer: Receives phases and notes.
+        overrides: ``key.path=value`` for files that have moved since the run.
 
     Returns:
         The content of export.json, with ``output_dir``.
@@ -83,7 +83,7 @@ def export_run(
     Raises:
         UsageError: The run or the output folder is refused, or the form cannot hold the change.
         SparsegradError: The check failed, or a file is missing, damaged or cannot be written.
-            Nothing is left of the attempt, and the output folder is unchanged.
+            The temporary files are removed, and the output folder is unchanged.
     """
     for option, given in (("--rank", options.rank), ("--server-rank", options.server_rank)):
         if given and options.to != "lora":
@@ -103,8 +103,8 @@ def export_run(
 class _Export:
     """An export in progress.
 
-    What the checks need of the run is computed first, so that its model can be freed before the
-    same model is loaded from the written files.
+    Everything that the checks need from the run is computed first. Its model can then be freed
+    before the written files are loaded.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Export:
             self.answers = answers_of(model, self.tokenizer, self.prompts, self.autocast)
 
     def fill(self, partial: Path) -> None:
-        """Write the form into a folder, load it back, compare, and write card and record."""
+        """Write the form into a folder, load it back, compare, and write model card and record."""
         assert self.trained is not None
         self.observer.phase("write", self.options.to)
         job = ExportJob(self.trained, partial, self.folder, self.options, self.batches)
@@ -179,7 +179,7 @@ class _Export:
         found = compare(self.logits, logits)
         judged = self._judge(found, logits, written)
         if self.answers and written.truncated_logits is not None:
-            # The truncated change gives other answers than the run; check those.
+            # The truncated change gives other answers than the run, so check its own answers.
             self.answers = answers_of(model, self.tokenizer, self.prompts)
         del model
         check = ExportCheck(
@@ -195,7 +195,7 @@ class _Export:
             alone = self._answers_alone(written.loading, judged.tolerance)
             check = check.changed(answers_alone=alone)
         if written.on_plain_base is not None:
-            # Reported without a limit, since no rounding explains what quantization changed.
+            # Reported without a limit, since rounding does not explain what quantization changed.
             plain = compare(self.logits, logits_of(_load_back(written.on_plain_base), self.batches))
             on_plain = OnPlainBase(difference=plain.difference, same_answers=plain.same)
             check = check.changed(on_plain_base=on_plain)

@@ -1,4 +1,4 @@
-"""The forms of an export: how each is written and loaded back."""
+"""Write each form of an export, and describe how to load it back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsegrad_cli.models.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes
 from sparsegrad_cli.restore.restore import TrainedModel
 
-# A note says how much of the change rounding loses above this share.
+# Above this share, a note states how much of the change is lost to rounding.
 _NOTED_ROUNDING = 0.05
 
 
@@ -32,7 +32,7 @@ class ExportJob:
     Attributes:
         trained: The run's model.
         partial: The temporary folder to write.
-        folder: Its final place.
+        folder: The final output folder.
         options: What the user asked for.
         batches: Validation rows to compare logits on.
     """
@@ -60,12 +60,12 @@ class Written:
 
     Attributes:
         details: Entries of export.json.
-        load: Loads the folder with libraries that know nothing of the run.
+        load: Loads the folder without using the run.
         snippet: The same for users, as a line of Python.
         truncated_logits: Logits of a truncated change, which the folder must reproduce.
         rounded: Whether the inputs of the products are rounded in only one of the two models.
         on_plain_base: Loads the folder onto the base model before quantization.
-        as_trained: Whether it computes in the form, and under the autocast, of training.
+        as_trained: Whether it computes with the form and the autocast of training.
         loading: How another process loads the folder of a language model.
         notes: What the user should know.
     """
@@ -157,7 +157,7 @@ WRITERS = {"merged": write_merged_form, "lora": write_lora_form, "adapter": writ
 
 
 def _server_notes(parts: LoraParts, auto: str) -> list[str]:
-    """Say what vLLM and llama.cpp do not support in a language model's folder."""
+    """Return notes about parts of the folder that vLLM or llama.cpp do not support."""
     if auto != LANGUAGE_MODEL:
         return []
     notes = []

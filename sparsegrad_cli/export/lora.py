@@ -1,4 +1,4 @@
-"""The LoRA form: a PEFT folder with the factors of each change, and whole modules for the rest."""
+"""Write the LoRA form: a PEFT folder with low-rank factors, and whole modules for the rest."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class LoraParts:
     """The content of a LoRA folder.
 
     Attributes:
-        factors: Target name -> its change; all of one rank, some padded with zeros.
-        biases: Target name -> change of its bias, (out,).
+        factors: Target name -> its change. All have the same rank; some are padded with zeros.
+        biases: Target name -> change of its bias, shape (out,).
         modules: Full names of the modules that are saved whole.
         tensors: Plain name -> value of each parameter in those modules.
         rank: The rank of all factors.
@@ -58,7 +58,7 @@ class LoraParts:
 def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) -> LoraParts:
     """Factor the change of every target and collect what else has changed.
 
-    All factors get one rank and a scale of 1, since some readers support nothing else.
+    All factors get the same rank and a scale of 1, since some libraries support nothing else.
 
     Args:
         trained: The run.
@@ -66,8 +66,8 @@ def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) 
         options: ``rank`` None keeps the exact change.
 
     Raises:
-        UsageError: The change has full rank and no rank was given, or a parameter has changed that
-            no LoRA folder can hold.
+        UsageError: The change has full rank and no rank was given, or a changed parameter cannot be
+            stored in a LoRA folder.
     """
     targets = {target.name: target for target in trained.setup.targets}
     changed = changed_parameters(plain, trained)
@@ -136,7 +136,7 @@ def _truncated(exact: Factors | None, change_OI: Tensor, limit: float) -> Factor
 
 
 def reference(trained: TrainedModel, parts: LoraParts) -> nn.Module:
-    """Return the plain model with the parts merged: what a truncated export must compute."""
+    """Return the plain model with the parts merged, which a truncated export must reproduce."""
     plain = plain_model(trained)
     put(plain, parts.tensors)
     for target in trained.setup.targets:

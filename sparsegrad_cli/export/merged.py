@@ -1,4 +1,4 @@
-"""The merged form: a model of transformers that computes what the run's model computes."""
+"""Write the merged form: a model of transformers with the change in its weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARD_SIZE = "5GB"
 
 @dataclass
 class RelativeError:
-    """A Frobenius norm of errors, relative to that of the change by training, over all targets.
+    """The Frobenius norm of errors relative to that of the trained change, over all targets.
 
     Attributes:
         error: Sum of the squared errors.
@@ -105,7 +105,7 @@ def generation_config(plain: Any, tokenizer: Any) -> GenerationConfig:
     A model that was trained on turns ends them with that token.
     """
     stops = stop_tokens(plain, ChatPrompts(tokenizer))
-    # Built anew: transformers would otherwise derive it again from the model's configuration.
+    # Make a new object. Otherwise transformers derives it from the model's configuration again.
     own = {k: v for k, v in plain.generation_config.to_dict().items() if not k.startswith("_")}
     stop: Any = stops if len(stops) != 1 else stops[0]
     config: GenerationConfig = GenerationConfig.from_dict({**own, "eos_token_id": stop or None})

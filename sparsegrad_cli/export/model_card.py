@@ -164,7 +164,7 @@ def _score(record: ExportRecord, run: RunRecord) -> str:
 
 
 def _source(title: str, base: BaseModel) -> str:
-    """Return what stands for the base model on another machine."""
+    """Return the name by which another machine finds the base model."""
     return f"PATH/TO/{title.rpartition(':')[2]}" if is_folder(base.source) else base.source
 
 
@@ -177,5 +177,5 @@ def _place(name: str, base: BaseModel) -> str:
 
 
 def _cell(text: object) -> str:
-    """Make text from records safe in one line of a Markdown table."""
+    """Escape text from records for one line of a Markdown table."""
     return printable_line(str(text)).replace("|", "\\|")

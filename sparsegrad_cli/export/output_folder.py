@@ -44,8 +44,8 @@ def write_export(folder: Path, fill: Callable[[Path], None], *, overwrite: bool)
 
     Raises:
         UsageError: Something else has appeared at ``folder`` in the meantime.
-        DiskError: Something cannot be written. After this or any other error nothing is left of
-            the attempt, and an earlier export is untouched.
+        DiskError: A file cannot be written. After this or any other error the temporary files are
+            removed, and an earlier export is unchanged.
     """
 
     def fill_and_check(partial: Path) -> None:
@@ -66,7 +66,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def make_readable(folder: Path) -> None:
-    """Give every file the mode of the umask; safetensors writes files that only the owner reads."""
+    """Give every file the mode of the umask; safetensors makes files readable by the owner only."""
     like = folder / ".mode"
     like.touch()
     mode = like.stat().st_mode & 0o777
@@ -77,7 +77,7 @@ def make_readable(folder: Path) -> None:
 
 
 def _stem(folder: Path) -> Path:
-    """Return what temporary names begin with: the user chose the folder, so not its plain name."""
+    """Return the prefix of temporary names, which does not match other files of the user."""
     return folder.with_name(f".{folder.name}.sparsegrad-export")
 
 

@@ -1,1 +1,1 @@
-"""Answers of a trained language model: to one prompt, to a file of questions, in conversation."""
+"""Generate answers of a language model: to one prompt, a file of questions, or in a chat."""

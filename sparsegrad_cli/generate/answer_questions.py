@@ -1,4 +1,4 @@
-"""Answer questions into a JSON-lines file, to which a later call adds what is missing."""
+"""Write answers to a JSON-lines file; a later call adds the missing ones."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def answer_questions(
 
     Args:
         answerer: The model.
-        about: What every line says of it, see :class:`ChatModel`.
-        questions: In order.
+        about: The fields about the model in every line, see :class:`ChatModel`.
+        questions: The questions, in order.
         options: Where answers are written, and the batch size.
-        observer: Is told of progress and notes.
+        observer: Receives progress and notes.
 
     Returns:
-        ``about``, ``settings``, ``questions``, ``output``, how many were ``asked`` and ``kept``,
-        and ``answers``: the line of every question, in order.
+        ``about``, ``settings``, ``questions``, ``output``, the numbers ``asked`` and ``kept``, and
+        ``answers``: the line of every question, in order.
 
     Raises:
-        DataError: The chat template refuses a conversation.
+        DataError: The chat template rejects a conversation.
         UsageError, FileFormatError, DiskError: See :class:`Journal`.
     """
     path = options.output
@@ -154,6 +154,6 @@ class _Task:
 
 
 def _key(about: Line, name: object, turns: object) -> str:
-    """Return what identifies an answer: question, weights and settings."""
+    """Return the key of an answer: its question, weights and settings."""
     parts = [str(name), turns, about.get("digest"), about.get("settings")]
     return json.dumps(parts, sort_keys=True)

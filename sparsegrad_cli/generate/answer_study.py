@@ -1,6 +1,6 @@
-"""Ask every finished chat run of a comparison, and the base models, the same questions.
+"""Answer the same questions with every finished chat run of a comparison and its base models.
 
-One model is in memory at a time. Answers are kept in the run's folder, and a run that has answered
+One model is in memory at a time. Answers are stored in the run's folder, and a run that has answered
 all questions is not loaded. The record of all answers (generate/side_by_side.py) is written after
 every model.
 """
@@ -54,11 +54,11 @@ class _Asked:
     """A model that is asked: a run of the comparison, or a base model of some of its runs.
 
     Attributes:
-        column: Its part of the record.
-        load: Loads it.
-        output: Its file of answers.
+        column: The model's part of the record.
+        load: Loads the model.
+        output: The file with its answers.
         files: For a run, its files.
-        error: Why it cannot be asked.
+        error: The reason if it cannot be asked.
     """
 
     column: AnswersColumn
@@ -73,7 +73,7 @@ class _Asked:
         return self.column.run_dir or f"base model {self.column.model}"
 
     def fail(self, error: SparsegradError, observer: Observer) -> None:
-        """Record an error, without its frames, which would keep the model in memory."""
+        """Record an error without its stack frames, which would keep the model in memory."""
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self.error = error
         what = "; ".join(error.lines) if isinstance(error, RecipeError) else error.what
@@ -85,20 +85,20 @@ class _Asked:
 def answer_study(
     options: GenerateOptions, questions: Sequence[Question], observer: Observer
 ) -> AnswersRecord:
-    """Have every model answer the questions that it has not answered yet.
+    """Answer the missing questions with every model.
 
     Args:
         options: ``model.source`` is the comparison's folder.
-        questions: In order.
-        observer: Is told of progress and notes.
+        questions: The questions, in order.
+        observer: Receives progress and notes.
 
     Returns:
         The content of ``answers/<questions>.json`` with ``output``, its path; for a single prompt
         no file is written. ``status`` is failed if one of the models could not be asked.
 
     Raises:
-        UsageError: There is no comparison, or no finished run of a chat task in it.
-        SparsegradError: No model could be asked (the reason of the first), or the disk is full.
+        UsageError: The folder is not a comparison, or has no finished run of a chat task.
+        SparsegradError: No model could be asked (with the error of the first), or the disk is full.
     """
     study = expanded(options.model.source)
     refuse_link(study / FOLDER, study)
@@ -234,7 +234,7 @@ def _ask(
     observer: Observer,
     study: Path,
 ) -> None:
-    """Ask one model and fill its column; an error that concerns it alone is recorded there."""
+    """Ask one model and fill its column; errors of this model are recorded there."""
     kept = options.prompt is None
     observer.phase("generate", one.label)
     try:
@@ -278,7 +278,7 @@ def _answers(
 def _complete_already(
     one: _Asked, options: GenerateOptions, questions: Sequence[Question]
 ) -> list[Line] | None:
-    """Return the lines of a run that has answered every question as it is now; else None."""
+    """Return the lines of a run that has answered all questions in its current state; else None."""
     if one.files is None or not one.output.is_file():
         return None
     records, _ = read_records(one.output)

@@ -29,9 +29,9 @@ class Answer:
     """One answer.
 
     Attributes:
-        text: Without the end-of-turn token and the white space around it.
-        stopped: ``end`` at an end-of-turn token, ``length`` at max_new_tokens, ``full`` at the
-            model's last position.
+        text: The answer without the end-of-turn token and surrounding white space.
+        stopped: Why generation ended: ``end`` at an end-of-turn token, ``length`` at
+            max_new_tokens, ``full`` at the model's last position.
         prompt_tokens: Number of tokens of the prompt.
         tokens: Number of generated tokens, with the end-of-turn token.
         seconds: Time to generate it; in a batch, an equal share.
@@ -49,7 +49,7 @@ class Answer:
 class ChatPrompts:
     """Encode conversations as prompts, with the chat template of a tokenizer.
 
-    Control tokens that somebody typed are encoded as text, as in training.
+    Control tokens in the user's text are encoded as text, as in training.
 
     Args:
         tokenizer: A tokenizer of transformers; it is not changed.
@@ -70,20 +70,20 @@ class ChatPrompts:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the template so far."""
+        """Notes for the user about the template so far."""
         return self._template.notes
 
     def ids(self, turns: Sequence[Turn]) -> list[int]:
         """Return the token ids of the turns and of the beginning of the assistant's answer.
 
         Raises:
-            DataError: The template refuses the turns.
+            DataError: The template rejects the turns.
         """
         chat = self._template.prompt(turns)
         return [i for piece in self._pieces.encode(chat) for i in piece.ids]
 
     def _ends_of_turn(self) -> set[int]:
-        """Return the control token that the template puts after an answer, if it does."""
+        """Return the control token that the template puts after an answer, if there is one."""
         answer = Turn("assistant", "It is, by 5.", learn=True)
         try:
             chat = self._template.render(Conversation((*_QUESTION, answer), "test"))
@@ -97,8 +97,8 @@ class ChatPrompts:
 class Answerer:
     """A causal language model that answers conversations.
 
-    The sampling settings in the model's generation_config.json are ignored, since two models can
-    only be compared if they are asked in the same way. Only its end tokens are used.
+    The sampling settings in the model's generation_config.json are ignored, since models can only be
+    compared if they answer with the same settings. Only its end tokens are used.
 
     Args:
         model: A model of transformers on its device; set to eval mode.
@@ -117,7 +117,7 @@ class Answerer:
         positions = getattr(text_config, "max_position_embeddings", None)
         self._positions = positions if isinstance(positions, int) and positions > 0 else None
         pad = tokenizer.pad_token_id
-        # Any token will do: padding is masked.
+        # Any token works, because padding is masked.
         self._pad = int(pad if pad is not None else (self._end or [0])[0])
         model.generation_config = GenerationConfig(
             eos_token_id=self._end or None, pad_token_id=self._pad
@@ -125,12 +125,12 @@ class Answerer:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the chat template so far."""
+        """Notes for the user about the chat template so far."""
         return self._prompts.notes
 
     @property
     def settings(self) -> GenerationSettings:
-        """How it answers."""
+        """The generation settings."""
         return self._settings
 
     def answer(self, conversations: Sequence[Sequence[Turn]], name: str = "") -> list[Answer]:
@@ -147,7 +147,7 @@ class Answerer:
         limits = [self._limit(prompt) for prompt in prompts]
         answers: list[Answer | None] = [None] * len(prompts)
         together = [k for k, limit in enumerate(limits) if limit == self._settings.max_new_tokens]
-        # A long prompt leaves room for fewer tokens. Alone, it does not limit the others.
+        # A long prompt leaves room for fewer tokens. Answer it alone, so that it does not limit others.
         alone = [[k] for k in range(len(prompts)) if k not in together]
         for rows in [together, *alone]:
             if not rows:
@@ -163,7 +163,7 @@ class Answerer:
         """Answer one conversation; pass parts of the text to ``told`` as they are generated.
 
         Raises:
-            DataError: As :meth:`answer`.
+            DataError: See :meth:`answer`.
             KeyboardInterrupt: The user has pressed Ctrl-C; the model stays usable.
         """
         prompt = self._prompts.ids(self._with_system(turns))

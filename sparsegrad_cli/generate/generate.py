@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def generation_errors() -> AbstractContextManager[None]:
-    """Map Ctrl-C and failed allocations inside, with the settings of this command."""
+    """Turn Ctrl-C and failed allocations into errors that name this command's settings."""
     return mapped_errors(
         again="the same command continues where it stopped",
         memory=("--batch-size", "a smaller batch, fewer --max-new-tokens, or --device cpu"),
@@ -59,7 +59,7 @@ def answer_with_study(options: GenerateOptions, observer: Observer | None = None
 def load_answerer(
     model: ModelOptions, settings: GenerationSettings, observer: Observer
 ) -> tuple[Answerer, dict[str, Any]]:
-    """Load a model that answers, and what records say of it.
+    """Load a model, and return it with its description for records.
 
     Raises:
         SparsegradError: It cannot be loaded, see :func:`load_chat_model`.

@@ -1,4 +1,4 @@
-"""Load a model that answers: a run's, an exported one, or a plain one."""
+"""Load a chat model: that of a run, an exported one, or a plain one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ChatModel(NamedTuple):
     Attributes:
         model: A causal language model on its device, in eval mode.
         tokenizer: Its tokenizer.
-        about: What every line of answers says of it: ``model`` (as the user named it), ``kind``
+        about: The fields about it in every line of answers: ``model`` (as the user named it), ``kind``
             (run, adapter, lora or model), ``digest`` (sha256 of all weights as loaded), ``dtype``,
             ``quantization`` (8bit, 4bit or null); for a run ``recipe_digest``, ``method`` and
             ``trained`` (sha256 of the file with the trained parameters).
@@ -55,12 +55,12 @@ class ChatModel(NamedTuple):
 
 
 def load_chat_model(options: ModelOptions) -> ChatModel:
-    """Load whatever ``options.source`` names.
+    """Load the model that ``options.source`` names.
 
     Raises:
-        UsageError: There is nothing at a path; a device or dtype that does not exist; or a
-            calibration, a comparison or a classifier, which generate no text.
-        FileFormatError, DownloadError: A file is missing or damaged, or the hub is out of reach.
+        UsageError: A path, a device or a dtype does not exist; or the source is a calibration, a
+            comparison or a classifier, which do not generate text.
+        FileFormatError, DownloadError: A file is missing or damaged, or the hub is not reachable.
     """
     device = _device(options.device)
     folder = expanded(options.source)
@@ -89,7 +89,7 @@ def load_base(section: ModelSection, device: str | None) -> ChatModel:
 
 
 def _ready(source: str, device: torch.device, loaded: ChatModel) -> ChatModel:
-    """Check that it generates, move it to its device and complete ``about``."""
+    """Check that the model generates text, move it to its device and complete ``about``."""
     model: Any = loaded.model
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(
@@ -109,7 +109,7 @@ def _ready(source: str, device: torch.device, loaded: ChatModel) -> ChatModel:
 
 
 def _check_exists(source: str, folder: Path) -> None:
-    """Refuse a path to nothing, rather than search the hub for a mistyped folder."""
+    """Refuse a path that does not exist, instead of searching the hub for a mistyped folder."""
     beside = folder.parent != Path() and is_folder(folder.parent)
     local = looks_like_folder(source) or beside
     if not exists(folder) and not source.startswith("builtin:") and local:
@@ -148,7 +148,7 @@ def _from_run(options: ModelOptions, folder: Path, device: torch.device) -> Chat
 
 
 def _from_adapter(options: ModelOptions, folder: Path, device: torch.device) -> ChatModel:
-    """Load what ``export --to adapter`` wrote, onto the base model that it names."""
+    """Load an export of ``export --to adapter`` into the base model that it names."""
     _refuse_dtype(options, "an adapter uses that of its base model")
     base = read_settings(folder).model
     section = ModelSection(name=base.name, revision=base.revision, dtype=base.dtype)
@@ -157,7 +157,7 @@ def _from_adapter(options: ModelOptions, folder: Path, device: torch.device) -> 
 
 
 def _from_peft(options: ModelOptions, folder: Path, device: torch.device) -> ChatModel:
-    """Load a PEFT adapter onto the base model that it names.
+    """Load a PEFT adapter into the base model that it names.
 
     For an export of a run, the base model has the dtype and quantization of the run.
     """

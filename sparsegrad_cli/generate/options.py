@@ -48,11 +48,11 @@ class GenerationSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is sampled."""
+        """Whether decoding is greedy, without sampling."""
         return self.temperature == 0
 
     def record(self) -> dict[str, Any]:
-        """Return all that an answer depends on: top_p and seed only if tokens are sampled."""
+        """Return the settings that affect an answer: top_p and seed only if tokens are sampled."""
         return {
             "system": self.system,
             "max_new_tokens": self.max_new_tokens,
@@ -68,9 +68,9 @@ class ModelOptions:
 
     Attributes:
         source: A run's folder, an exported folder, a model's folder, a hub id or a built-in.
-        overrides: For a run: ``key.path=value`` for what has moved since.
+        overrides: For a run: ``key.path=value`` for files that have moved since.
         device: A device of torch; None uses a GPU if there is one.
-        dtype: Of a model's weights; None uses that of its files. A run has its own.
+        dtype: The dtype of the weights; None uses that of the model's files. A run has its own.
     """
 
     source: str
@@ -81,7 +81,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """One call with questions.
+    """The options of one call with questions.
 
     Attributes:
         model: The model that answers.
@@ -90,8 +90,8 @@ class GenerateOptions:
             ``prompt``.
         prompt: A single question.
         batch_size: Questions per batch.
-        output: File to which answers are added. None: answers to a prompt are not written, others
-            go to runs/answers/.
+        output: File to which answers are added. With None, answers to a prompt are not written, and
+            others are written to runs/answers/.
     """
 
     model: ModelOptions

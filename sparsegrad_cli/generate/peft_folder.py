@@ -16,7 +16,7 @@ from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS
 
-_LORA = "lora_"  # In the names of the parameters of LoRA and its relatives.
+_LORA = "lora_"  # Part of the parameter names of LoRA and its variants.
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -64,7 +64,7 @@ def load_onto(model: nn.Module, folder: Path) -> nn.Module:
             warnings.simplefilter("ignore")  # PEFT and transformers warn about each other.
             wrapped: Any = PeftModel.from_pretrained(model, str(folder))
             used = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    except Exception as error:  # Whatever peft, torch and safetensors make of the files.
+    except Exception as error:  # The libraries raise many types for damaged files.
         raise _unusable(f"peft cannot load it: {_reason(error)}", folder) from error
     # PEFT ignores unknown names, and draws the values of missing ones.
     given, wanted = ({n for n in names if _LORA in n} for names in (tensors, used))
@@ -88,7 +88,7 @@ def tokenizer_in(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # Whatever transformers and tokenizers make of the files.
+    except Exception as error:  # The libraries raise many types for damaged files.
         raise FileFormatError(
             f"the tokenizer cannot be read: {_reason(error)}",
             where=str(folder),

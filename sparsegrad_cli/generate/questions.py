@@ -29,7 +29,7 @@ class Question:
     """One question.
 
     Attributes:
-        id: As in the file.
+        id: The id in the file.
         category: None if the file names none.
         turns: The user's turns, in order; none is empty.
         reference: A right answer to each of the first turns, or None.
@@ -52,7 +52,7 @@ def _not_empty(text: str) -> str:
 
 
 def _encodable(text: str) -> str:
-    """Refuse half a character (a lone surrogate), which JSON can hold and no tokenizer accepts."""
+    """Refuse a lone surrogate, which JSON can contain but tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -126,7 +126,7 @@ def read_questions(source: str) -> list[Question]:
 
 
 def questions_name(source: str) -> str:
-    """Return a part of a file name: ``questions`` for builtin:questions or a/questions.jsonl."""
+    """Return the name for file names: ``questions`` for builtin:questions or a/questions.jsonl."""
     return file_word(Path(source.removeprefix("builtin:")).stem) or "questions"
 
 

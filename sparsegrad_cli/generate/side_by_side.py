@@ -1,4 +1,4 @@
-"""Answers on disk: where those of a comparison lie, and a check of their lines. Imports no torch.
+"""Find the files with the answers of a comparison, and check their lines. Imports no torch.
 
 STUDY/answers/<questions>.json                the answers of all models, for reports
 STUDY/answers/<model>-<questions>.jsonl       those of a base model
@@ -79,7 +79,7 @@ def check_line(record: Mapping[str, Any], where: str) -> AnswerLine:
 
 
 def study_of(paths: Sequence[Path]) -> Path | None:
-    """Return the one comparison that all paths are, or hold answers of; else None."""
+    """Return the comparison that all paths belong to, or None if there is not exactly one."""
     found = {_study_of(path) for path in paths}
     return found.pop() if len(found) == 1 else None
 

@@ -1,1 +1,1 @@
-"""Grading answers by a language model behind an OpenAI-compatible endpoint."""
+"""Grade answers with a language model behind an OpenAI-compatible endpoint."""

@@ -1,8 +1,8 @@
 """Ask the judge, a language model behind an OpenAI-compatible endpoint.
 
 The ``openai`` client retries, waits as long as the server asks, and uses the proxies of the
-environment. This module adds that no redirect is followed, that only the key of ``--key-env`` is
-sent, and that failures that no request can avoid stop the command.
+environment. In addition, this module follows no redirects, sends only the key of ``--key-env``, and
+stops the command after a failure that would affect every request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsegrad_cli.records.base import now
 _COMPLETIONS = "/chat/completions"
 _PERMANENT = {401: "refuses the key", 403: "forbids the request", 404: "has no such address"}
 
-# How a prompt ended: with a verdict, with replies that hold none, or without a reply.
+# The outcome of a prompt: a verdict, only replies without a verdict, or no reply.
 DECIDED, UNREADABLE, FAILED = "decided", "unreadable", "failed"
 
 
@@ -37,9 +37,9 @@ class Reply:
     """A reply of the judge.
 
     Attributes:
-        text: Empty if it wrote nothing.
+        text: The text, which may be empty.
         usage: Numbers of tokens, as the server counts them.
-        finish: Why it stopped, in the server's words.
+        finish: The server's reason for the end of the reply.
     """
 
     text: str
@@ -52,9 +52,9 @@ class Endpoint:
 
     Args:
         url: The address, with or without ``/chat/completions``; ``/v1`` is added to a bare host.
-        key: Sent as a bearer token; None sends none. It is never part of an error's text.
-        timeout: Seconds that the server may stay silent.
-        retries: Further tries after a network error, a 408, 409, 429 or a 5xx.
+        key: The bearer token, or None. It is never part of an error message.
+        timeout: Seconds to wait for data from the server.
+        retries: Number of retries after a network error, a 408, 409, 429 or a 5xx.
 
     Attributes:
         shown: The address for records, without user, password and query.
@@ -77,16 +77,16 @@ class Endpoint:
                 fix="pip install 'sparsegrad[judge]'",
             ) from None
         self._key = key
-        # The client adds these from the environment, whichever server it asks.
+        # The client reads these from the environment, for any server.
         unsent = ["OpenAI-Organization", "OpenAI-Project", *(["Authorization"] if not key else [])]
         self._headers: Any = dict.fromkeys(unsent, openai.omit)
         self._client = openai.OpenAI(
             base_url=base,
-            api_key=key or "none",  # must not be empty, also where it is not sent
+            api_key=key or "none",  # The client requires a key even if it is not sent.
             default_query=query,
             timeout=timeout,
             max_retries=retries,
-            # What was meant for one server is not sent to another.
+            # Do not send data for one server to another.
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
 
@@ -149,7 +149,7 @@ class Judge:
     Attributes:
         endpoint: The server.
         model: The model's name there.
-        max_tokens: Of a reply; None leaves it to the server.
+        max_tokens: Largest number of tokens of a reply; None uses the server's limit.
         retries: Further requests after a reply without a verdict.
     """
 
@@ -201,7 +201,7 @@ class Judge:
         The threads are daemons, so that after Ctrl-C the process does not wait for the server.
 
         Raises:
-            SparsegradError: As :meth:`verdict`; no more requests are sent.
+            SparsegradError: See :meth:`verdict`; no more requests are sent.
         """
         waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
         done: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
@@ -265,7 +265,7 @@ def _reply(answer: Any) -> Reply:
         text = choice["message"].get("content")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise UnansweredError("the response is not a chat completion") from error
-    if isinstance(text, list):  # parts of a message
+    if isinstance(text, list):  # A message in parts.
         text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
     usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
     counts = {key: value for key, value in usage.items() if isinstance(value, int)}

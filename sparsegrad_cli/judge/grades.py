@@ -1,4 +1,4 @@
-"""Look up the grades that a judge gave to answers, by what was graded. Imports no torch."""
+"""Look up the grades of answers by the graded text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ VERDICTS = "verdicts.jsonl"
 class Grades:
     """The grades of single answers in ``judge*/verdicts.jsonl`` of some folders.
 
-    A grade belongs to a question, an answer and the turns before, as its prompt quotes them. An
-    answer that was generated again has no grade.
+    A grade belongs to a question, an answer and the earlier turns, as its prompt quotes them. A
+    changed answer has no grade.
 
     Attributes:
-        notes: Files that cannot be read.
+        notes: Notes about files that cannot be read.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -72,7 +72,7 @@ def _shown(record: Mapping[str, Any]) -> str | None:
 
 
 def read_graded_answers(study: Path, record: StudyRecord) -> list[SideBySide]:
-    """Read what the models of a study answered, with the grades of the answers.
+    """Read the answers of a study's models, with the grades of the answers.
 
     Args:
         study: the folder of the study.

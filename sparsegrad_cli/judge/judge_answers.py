@@ -1,7 +1,7 @@
 """Judge answers: read them, ask for the missing verdicts, write a summary.
 
-The output folder holds ``verdicts.jsonl``, every prompt with its replies, to which a later call
-adds what is missing; and the summary of the last call, ``judge.json`` and ``judge.md``.
+The output folder holds ``verdicts.jsonl`` with every prompt and its replies, to which a later call
+adds the missing ones. The summary of the last call is in ``judge.json`` and ``judge.md``.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class JudgeOptions:
         endpoint: Address of the server.
         model: Name of the judging model there.
         key_env: Environment variable with the key; None uses OPENAI_API_KEY if that is set.
-        output: The output folder. None: a folder in the comparison whose models answered, where
-            its report finds it; else a folder under runs/ named after the files.
-        pairwise: Compare two models instead of grading each.
+        output: The output folder. None uses a folder in the comparison whose models answered, where
+            its report finds it, or else a folder under runs/ that is named after the files.
+        pairwise: Compare two models instead of grading single answers.
         retries: See :class:`Endpoint` and :class:`Judge`.
         timeout: Seconds for one request.
-        jobs: Requests at a time.
-        max_tokens: Of a reply; 0 leaves it to the server.
+        jobs: Number of parallel requests.
+        max_tokens: Largest number of tokens of a reply; 0 uses the server's limit.
     """
 
     answers: tuple[Path, ...]
@@ -73,7 +73,7 @@ class JudgeOptions:
         """The output folder.
 
         Raises:
-            UsageError: In the folder of a comparison, it is a link.
+            UsageError: The folder is a link in the folder of a comparison.
         """
         if self.output is not None:
             return self.output
@@ -112,7 +112,7 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> Ju
         The content of judge.json.
 
     Raises:
-        UsageError: Options contradict each other, or the output folder holds something else.
+        UsageError: Options contradict each other, or the output folder holds other files.
         DataError, FileFormatError: See :func:`read_questions` and :func:`read_answers`.
         SparsegradError: The endpoint refuses every request. Earlier verdicts are kept.
     """
@@ -185,7 +185,7 @@ def _key_notes(shown: str, key: str | None) -> list[str]:
 
 
 def _open(folder: Path) -> Journal:
-    """Open the verdicts so far; refuse a folder that holds something else.
+    """Open the verdicts so far; refuse a folder with other files.
 
     Raises:
         UsageError, FileFormatError, DiskError: See :class:`Journal`.
@@ -204,7 +204,7 @@ def _open(folder: Path) -> Journal:
 def _complete(
     judge: Judge, tasks: Sequence[Task], journal: Journal, observer: Observer, jobs: int
 ) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return the verdicts by key, and how many of them were asked for now."""
+    """Return the verdicts by key, and the number that this call asked for."""
     verdicts = {str(line.get("key")): line for line in journal.records}
     by_key = {task.key: task for task in tasks}
     todo = [task for key, task in by_key.items() if not _is_decided(verdicts.get(key), task)]
@@ -224,7 +224,7 @@ def _complete(
 
 
 def _is_decided(line: Mapping[str, Any] | None, task: Task) -> bool:
-    """Return whether a line, which may come from anyone, holds a verdict of the right kind."""
+    """Return whether a line holds a verdict of the right kind; the file may come from anyone."""
     if line is None or line.get("status") != DECIDED:
         return False
     verdict = line.get("verdict")

@@ -1,9 +1,9 @@
-"""The judge's prompts (grade one answer, or choose the better of two) and reading its replies.
+"""Write the judge's prompts (grade one answer, or choose the better of two), and read its replies.
 
 The protocol is that of MT-Bench (Zheng et al. 2023, arXiv 2306.05685, section 3): a grade from 1
-to 10 for every turn, with a right answer if the question has one; or a pair in both orders. The
-wording is our own. Each text is quoted between two lines with a digest of itself, which it cannot
-contain, so an answer cannot end its quotation and address the judge. A reply without a clear
+to 10 for every turn, with a reference answer if the question has one; or a pair in both orders. The
+wording is our own. Each text is quoted between two lines with its own digest, which it cannot
+contain. Therefore an answer cannot end its quotation and give the judge instructions. A reply without a clear
 verdict counts as no verdict.
 """
 
@@ -119,7 +119,7 @@ def talk(
 
 
 def _right(question: Question, turn: int) -> list[str]:
-    """Return a right answer to the turn's question, with how to use it."""
+    """Return the reference answer to the turn's question, with instructions for its use."""
     reference = question.right_answer(turn)
     if reference is None:
         return []
@@ -141,8 +141,8 @@ def _messages(parts: list[str]) -> Messages:
 def parse_rating(reply: str) -> float | None:
     """Return the grade, from 1 to 10, or None.
 
-    It is the grade in the last line, if that holds nothing else but a label; else the only grade in
-    the reply. A reply with several different grades has no verdict.
+    It is the grade in the last line, if that line contains only the grade and a label. Otherwise it
+    is the only grade in the reply. A reply with several different grades has no verdict.
     """
     found = _verdict(reply, "rating")
     if found is None or not _NUMBER.fullmatch(found):
@@ -165,7 +165,7 @@ def parse_winner(reply: str) -> str | None:
 
 
 def _verdict(reply: str, label: str) -> str | None:
-    """Return the content of the double brackets that count."""
+    """Return the content of the double brackets that hold the verdict."""
     lines = [line for line in reply.splitlines() if line.strip()]
     last = _found(lines[-1]) if lines else []
     if len(last) == 1 and set(_words(_BRACKETS.sub("", lines[-1]))) <= {label}:

@@ -10,7 +10,7 @@ from typing import Any
 from sparsegrad_cli.judge.endpoint import DECIDED, FAILED, UNREADABLE
 from sparsegrad_cli.judge.tasks import Task
 
-Verdicts = Mapping[str, Mapping[str, Any]]  # key of a task -> its last record
+Verdicts = Mapping[str, Mapping[str, Any]]  # Key of a task -> its last record.
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -25,8 +25,9 @@ def _mean(values: Sequence[float]) -> float | None:
 def grade_rows(tasks: Sequence[Task], verdicts: Verdicts) -> list[dict[str, Any]]:
     """Return a row per model, each followed by a row per category.
 
-    A question's grade is the mean over its turns, and a row's ``mean`` the mean over its questions.
-    ``standard_error`` counts questions, since the turns of one are not independent.
+    A question's grade is the mean over its turns, and a row's ``mean`` is the mean over its
+    questions. ``standard_error`` counts questions, since the turns of one question are not
+    independent.
     """
     rows = []
     for model in dict.fromkeys(task.models[0] for task in tasks):
@@ -60,8 +61,8 @@ def pair_rows(tasks: Sequence[Task], verdicts: Verdicts) -> list[dict[str, Any]]
     """Return a row for all pairs, then a row per category, from tasks in both orders.
 
     A model wins a pair if both orders prefer it. If they disagree, the pair is a tie. It is a flip
-    if each order preferred another model, so that the order decided. ``share`` is the share of the
-    first model, in which a tie counts half; its standard error counts questions.
+    if each order preferred a different model, so that the order decided. ``share`` is the first
+    model's share of wins, in which a tie counts half. Its standard error counts questions.
     """
     rows = []
     for category in (None, *_categories(tasks)):
@@ -106,7 +107,7 @@ def _pairs(tasks: Sequence[Task], verdicts: Verdicts) -> dict[str, Any]:
 
 
 def _preferred(task: Task, verdict: Any) -> str | None:
-    """Return the model that a verdict prefers, None for neither."""
+    """Return the model that a verdict prefers, or None for a tie."""
     return {"A": task.models[0], "B": task.models[1]}.get(str(verdict))
 
 

@@ -1,4 +1,4 @@
-"""What the judge is asked: answers grouped by model, and one prompt per turn, or two per pair."""
+"""Group answers by model and make the judge's tasks: one prompt per turn, or two per pair."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Answered:
     """The answers of one model with one set of settings.
 
     Attributes:
-        label: Its name in tables, unique among the groups.
+        label: The name in tables, unique among the groups.
         file: The file that the answers are in.
         digest: Digest of the weights, if the file has one.
         settings: Settings of generation, if the file has them.
@@ -38,15 +38,15 @@ class Answered:
 def read_answers(
     paths: Sequence[Path], questions: Sequence[Question]
 ) -> tuple[list[Answered], list[str]]:
-    """Read files of answers; of several answers to a question, the last counts.
+    """Read files of answers; the last of several answers to a question is used.
 
     Returns:
         The groups in the order of the files, and notes for the user.
 
     Raises:
         UsageError, FileFormatError: A file cannot be read, or a line is not an answer.
-        DataError: A line answers a question that is not in ``questions`` or has other words; or a
-            file is empty.
+        DataError: A line answers a question that is not in ``questions`` or is worded differently
+            there; or a file is empty.
     """
     by_id = {str(question.id): question for question in questions}
     groups: dict[tuple[str, str, str], Answered] = {}
@@ -82,7 +82,7 @@ def _check_answers(
     questions: Mapping[str, Question],
     where: str,
 ) -> None:
-    """Refuse answers to another question than the one with this id."""
+    """Refuse answers to a question that differs from the one with this id."""
     if name not in questions:
         raise DataError(
             f"--questions has no question {name!r}, which is answered here", where=where
@@ -122,7 +122,7 @@ class Task:
         key: sha256 (hex) of the judge's name and the prompt.
         question: The question that was answered.
         turn: The turn that is judged, counted from 0.
-        models: The label of the graded model; of a pair, the labels of A and B.
+        models: The label of the graded model, or the labels of A and B of a pair.
         messages: The prompt.
     """
 
@@ -138,7 +138,7 @@ class Task:
         return len(self.models) == 2
 
     def record(self) -> dict[str, Any]:
-        """Return its part of a line in verdicts.jsonl."""
+        """Return the task's part of a line in verdicts.jsonl."""
         return {
             "key": self.key,
             "kind": "pair" if self.pairwise else "single",

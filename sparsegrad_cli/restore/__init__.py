@@ -1,1 +1,1 @@
-"""What a run or another library has trained, put back onto its base model."""
+"""Load the trained parameters of a run or of another library into its base model."""

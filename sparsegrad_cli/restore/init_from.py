@@ -31,7 +31,7 @@ from sparsegrad_cli.restore.run_files import RunFiles, open_run
 from sparsegrad_cli.tasks.setup import Setup
 
 _FIX = "use the same settings; or export that run with `--to merged` and set model to the folder"
-_SHOWN = 5  # differences in one error
+_SHOWN = 5  # Largest number of differences in one error.
 Head = Literal["loaded", "fresh"]
 
 
@@ -71,7 +71,8 @@ class Initial:
             The ``init_from`` block of run.json.
 
         Raises:
-            UsageError: The adapter has another base model, method or shape; names what differs.
+            UsageError: The adapter has another base model, method or shape. The error names the
+                difference.
             FileFormatError: Its files are damaged.
         """
         if self.run is not None:
@@ -120,7 +121,7 @@ class Initial:
             "weights of the base model": setup.fingerprint,
         }
         drawn = _drawn_and_frozen(setup)
-        if drawn:  # The adapter fits only a model in which these have the same values.
+        if drawn:  # The adapter fits only a model with the same values in these parameters.
             key = f"seed (it draws {drawn[0]}, which the base model's files lack)"
             then[key], now[key] = run.record.seed, recipe.seed
         self._check_same(then, now)
@@ -219,7 +220,7 @@ class Initial:
 
 
 def _adapter_settings(method: MethodSettings, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return, by dotted key, the settings that define the adapter and not only its training."""
+    """Return the settings that define the adapter, by dotted key, without those of its training."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     settled = method.settle_from_adapter(shapes)
     defining = settled.model_dump(exclude=set(settled.training_only))
@@ -242,5 +243,5 @@ def _equal(given: Tensor, here: Tensor) -> bool:
 
 
 def _current_name(name: str) -> str:
-    """Return the name in a PEFT folder of today; some versions wrote other names."""
+    """Return the name that current PEFT versions use; some older versions wrote other names."""
     return name.replace("modules_to_save.", "").replace(".default.", ".")

@@ -13,12 +13,12 @@ from sparsegrad_cli.run.folder import PEFT_ADAPTER
 
 
 def read_adapter(path: Path, model: nn.Module, fresh: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of an adapter by the method's names, as ``load_adapter`` takes them.
+    """Return the tensors of an adapter by the method's names, as ``load_adapter`` expects them.
 
     Args:
         path: See :func:`sparsegrad_cli.run.folder.adapter_file`.
-        model: Prepared by the method. Parameters that its base model's files lack are set.
-        fresh: The names of those parameters, as recorded.
+        model: A model prepared by the method. Parameters that its base model's files lack are set.
+        fresh: The recorded names of those parameters.
 
     Raises:
         FileFormatError: The file is missing or damaged.

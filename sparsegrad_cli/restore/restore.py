@@ -28,7 +28,7 @@ from sparsegrad_cli.restore.run_files import RunFiles
 from sparsegrad_cli.tasks.setup import Setup, make_setup
 from sparsegrad_cli.tasks.task import RowLimits
 
-# Rows of the training data to load. The labels of a task are known from the whole file.
+# Number of rows of the training data to load. The labels of a task come from the whole file.
 _TRAIN_ROWS = 32
 
 
@@ -41,7 +41,7 @@ class BaseModule(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What was used to restore an adapter; see :class:`TrainedModel`."""
+    """The parts of a restored adapter; see :class:`TrainedModel`."""
 
     method: Method
     settings: MethodSettings
@@ -58,8 +58,8 @@ class TrainedModel:
         setup: Task and model; ``setup.model`` has the form that it was trained in, in eval mode.
         method: The method that prepared it.
         settings: The settings of the method, with the rank that the run used.
-        finished: Whether training finished; else the adapter is that of a checkpoint.
-        tensors: The adapter, as :meth:`Method.load_adapter` takes it.
+        finished: Whether training finished; otherwise the adapter comes from a checkpoint.
+        tensors: The adapter, as :meth:`Method.load_adapter` expects it.
         bases: Key -> basis as the method uses it; empty for methods without bases.
         keys: Target name -> key of its basis.
     """
@@ -75,7 +75,7 @@ class TrainedModel:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype of autocast if float32 parameters lie among half-precision ones, else None."""
+        """The dtype of autocast if the model mixes float32 and half precision, else None."""
         train = self.recipe.train
         if self.recipe.model.dtype == "float32":
             return None
@@ -91,7 +91,7 @@ def load_trained(files: RunFiles, examples: int) -> TrainedModel:
 
     Raises:
         UsageError: The base model or the labels of the data differ from the run's.
-        DownloadError, FileFormatError: The base model is gone, or a file of the run is damaged.
+        DownloadError, FileFormatError: The base model is missing, or a file of the run is damaged.
     """
     with base_model_errors(files.loaded):
         setup = make_setup(files.loaded, Observer(), RowLimits(_TRAIN_ROWS, examples))
@@ -136,7 +136,7 @@ def restore(files: RunFiles, base: BaseModule) -> Restored:
 
 @contextmanager
 def base_model_errors(loaded: LoadedRecipe) -> Iterator[None]:
-    """Inside, errors about the base model say how to name the place that it has moved to."""
+    """Make errors about the base model explain how to give its new location."""
     try:
         yield
     except (DownloadError, FileFormatError) as error:
@@ -268,7 +268,7 @@ def _check_tensors(
     """Check names, dimensions, dtypes and finiteness.
 
     Raises:
-        FileFormatError: Names the first tensor that does not fit.
+        FileFormatError: A tensor does not fit. The error names the first one.
     """
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or extra:

@@ -14,7 +14,7 @@ from sparsegrad_cli.records.run import CalibrationBlock, MethodBlock, ModelBlock
 from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.run.folder import adapter_file, with_current_status
 
-# What may have moved since the run. All other settings say what was trained.
+# Settings of files that may have moved since the run. All other settings define what was trained.
 _MOVABLE = (
     "model",
     "model.name",
@@ -59,7 +59,7 @@ class RunFiles:
 
     @property
     def basis(self) -> tuple[Path, str]:
-        """The basis file of the run, and the place that an error about it names."""
+        """The basis file of the run, and its name in error messages."""
         given = self.loaded.recipe.calibration.basis
         if given:
             return Path(given).expanduser(), self.loaded.where("calibration.basis")
@@ -110,7 +110,7 @@ def open_run(
 
     Args:
         run: The folder, or its run.json.
-        overrides: ``key.path=value`` for what has moved since the run.
+        overrides: ``key.path=value`` for files that have moved since the run.
         data: Whether its data must be present.
         model: Whether its base model will be loaded, and code that comes with it run.
 
@@ -146,7 +146,7 @@ def _check_overrides(overrides: tuple[str, ...]) -> None:
 
 
 def _load_recipe(path: Path, overrides: tuple[str, ...], *, data: bool) -> LoadedRecipe:
-    """Load the recipe; if a path in it is gone, say how to name the new one."""
+    """Load the recipe; if a path in it is missing, the error explains how to give the new one."""
     try:
         return load_recipe(path, overrides, data=data)
     except RecipeError as error:
@@ -171,7 +171,7 @@ def _refuse_unasked_code(loaded: LoadedRecipe) -> None:
 
 
 def _trained_tensors(folder: Path, record: RunRecord, loaded: LoadedRecipe) -> RunFiles:
-    """Find the adapter; for a run without one, the checkpoint that it would have kept so far."""
+    """Find the adapter, or for an unfinished run the best checkpoint so far."""
     status = record.status
     adapter = adapter_file(folder)
     if adapter is not None:
