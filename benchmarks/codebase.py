@@ -2,7 +2,7 @@
 
     python -m benchmarks.codebase            a table
     python -m benchmarks.codebase --json     the same for a program
-    python -m benchmarks.codebase --list private_attributes     where each finding is
+    python -m benchmarks.codebase --list private_attributes     the places of the findings
 
 tests/test_architecture.py checks these figures.
 """
@@ -152,7 +152,7 @@ class Codebase:
 
     @cached_property
     def cycles(self) -> list[list[str]]:
-        """Return the groups of modules that import each other in a cycle, now or when called."""
+        """Return the groups of modules that import each other in a cycle, also by late imports."""
         graph: dict[str, set[str]] = {module: set() for module in self.modules}
         for edge in self.imports:
             if not edge.only_types:

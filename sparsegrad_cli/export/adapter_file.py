@@ -39,7 +39,7 @@ class AdapterTarget(Section):
 
 
 class AdapterBase(Section):
-    """The base model, and what the task added to its configuration."""
+    """The base model, and the settings that the task added to its configuration."""
 
     name: str = Field(min_length=1)
     revision: str | None

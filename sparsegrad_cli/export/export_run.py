@@ -270,7 +270,7 @@ def _version(package: str) -> str | None:
 
 
 def _load_back(load: Callable[[], nn.Module]) -> nn.Module:
-    """Load what was written; turn any error of a library into one of ours."""
+    """Load the written folder; turn any error of a library into a SparsegradError."""
     try:
         return load()
     except SparsegradError:

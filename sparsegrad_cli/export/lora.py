@@ -56,7 +56,7 @@ class LoraParts:
 
 
 def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) -> LoraParts:
-    """Factor the change of every target and collect what else has changed.
+    """Factor the change of every target module and collect all other changed parameters.
 
     All factors get the same rank and a scale of 1, since some libraries support nothing else.
 

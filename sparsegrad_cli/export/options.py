@@ -18,7 +18,7 @@ class ExportOptions:
         output_dir: RUN/export-<to> by default.
         rank: lora: truncate every change to this rank.
         examples: Number of validation rows to compare logits on.
-        tolerance: Largest absolute difference of logits; by default what rounding explains.
+        tolerance: Largest absolute difference of logits; the default allows for rounding.
         overwrite: Replace an earlier export in ``output_dir``.
         server_rank: lora: pad with zeros to one of ``SERVER_RANKS``; truncate to the highest.
     """

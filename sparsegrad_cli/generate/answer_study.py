@@ -1,8 +1,8 @@
 """Answer the same questions with every finished chat run of a comparison and its base models.
 
-One model is in memory at a time. Answers are stored in the run's folder, and a run that has answered
-all questions is not loaded. The record of all answers (generate/side_by_side.py) is written after
-every model.
+One model is in memory at a time. Answers are stored in the run's folder, and a run that has
+answered all questions is not loaded. The record of all answers (generate/side_by_side.py) is
+written after every model.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class ChatPrompts:
 class Answerer:
     """A causal language model that answers conversations.
 
-    The sampling settings in the model's generation_config.json are ignored, since models can only be
-    compared if they answer with the same settings. Only its end tokens are used.
+    The sampling settings in the model's generation_config.json are ignored, since models can only
+    be compared if they answer with the same settings. Only its end tokens are used.
 
     Args:
         model: A model of transformers on its device; set to eval mode.
@@ -147,7 +147,7 @@ class Answerer:
         limits = [self._limit(prompt) for prompt in prompts]
         answers: list[Answer | None] = [None] * len(prompts)
         together = [k for k, limit in enumerate(limits) if limit == self._settings.max_new_tokens]
-        # A long prompt leaves room for fewer tokens. Answer it alone, so that it does not limit others.
+        # A long prompt leaves room for fewer tokens. Alone, it does not limit the others.
         alone = [[k] for k in range(len(prompts)) if k not in together]
         for rows in [together, *alone]:
             if not rows:

@@ -43,7 +43,7 @@ class ChatModel(NamedTuple):
     Attributes:
         model: A causal language model on its device, in eval mode.
         tokenizer: Its tokenizer.
-        about: The fields about it in every line of answers: ``model`` (as the user named it), ``kind``
+        about: The fields in every line of answers: ``model`` (as the user named it), ``kind``
             (run, adapter, lora or model), ``digest`` (sha256 of all weights as loaded), ``dtype``,
             ``quantization`` (8bit, 4bit or null); for a run ``recipe_digest``, ``method`` and
             ``trained`` (sha256 of the file with the trained parameters).

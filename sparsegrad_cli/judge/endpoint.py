@@ -95,7 +95,7 @@ class Endpoint:
         self._client.close()
 
     def ask(self, body: dict[str, Any]) -> Reply:
-        """Ask for one chat completion; the client retries where that may help.
+        """Ask for one chat completion; the client retries if that may help.
 
         Args:
             body: ``model``, ``messages`` and settings.

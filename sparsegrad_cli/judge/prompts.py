@@ -1,10 +1,10 @@
 """Write the judge's prompts (grade one answer, or choose the better of two), and read its replies.
 
-The protocol is that of MT-Bench (Zheng et al. 2023, arXiv 2306.05685, section 3): a grade from 1
-to 10 for every turn, with a reference answer if the question has one; or a pair in both orders. The
+The protocol is that of MT-Bench (Zheng et al. 2023, arXiv 2306.05685, section 3): a grade from 1 to
+10 for every turn, with a reference answer if the question has one; or a pair in both orders. The
 wording is our own. Each text is quoted between two lines with its own digest, which it cannot
-contain. Therefore an answer cannot end its quotation and give the judge instructions. A reply without a clear
-verdict counts as no verdict.
+contain. Therefore an answer cannot end its quotation and give the judge instructions. A reply
+without a clear verdict counts as no verdict.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Run records to terminal, Markdown and self-contained HTML. No torch; matplotlib only to plot."""
+"""Render records as terminal text, Markdown, LaTeX and self-contained HTML. Imports no torch."""

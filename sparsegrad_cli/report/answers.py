@@ -1,4 +1,4 @@
-"""The answers of a study's models to the same questions, side by side, with their grades."""
+"""Show the answers of a study's models to the same questions side by side, with grades."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from sparsegrad_cli.report.units import (
 
 _CUT = {"length": "cut at the token limit", "full": "cut where the positions end"}
 _EMPTY = "(empty)"
-_GIST = 90  # characters of a question in its summary
+_GIST = 90  # Characters of a question in its summary.
 
-# (question, turn from 0) -> judge -> grade from 1 to 10
+# (question, turn from 0) -> judge -> grade from 1 to 10.
 Graded = Mapping[tuple[str, int], Mapping[str, float]]
 
 
 class Grades(Protocol):
-    """Where the grades of answers are looked up."""
+    """A lookup of the grades of answers."""
 
     def of(
         self, question_id: object, turns: Sequence[str], answers: Sequence[str], turn: int
@@ -48,8 +48,8 @@ def side_by_side(
 
     Args:
         record: the answers.
-        study: says whether a run is still the one that answered.
-        grades: where grades are looked up.
+        study: tells whether a run was trained again after it answered.
+        grades: looks up the grades.
         notes: more remarks to show.
     """
     ends = {cell.run_dir: cell.run.finished if cell.run else None for cell in study.cells}
@@ -63,14 +63,14 @@ def side_by_side(
 
 
 def column_label(column: AnswersColumn) -> str:
-    """``base model builtin:smollm2``, or ``lora, seed 42``."""
+    """Return the column's label: ``base model builtin:smollm2``, or ``lora, seed 42``."""
     if column.method is None:
         return f"base model {column.model or '?'}"
     return f"{column.method}, seed {column.seed}"
 
 
 def column_outcome(column: AnswersColumn) -> str:
-    """``12 questions answered, 0 kept``, or why not."""
+    """Return the outcome: ``12 questions answered, 0 kept``, or the reason of a failure."""
     if column.status != "done":
         what = column.error.what if column.error else None
         return ": ".join(part for part in (status_words(column.status), what) if part)
@@ -141,7 +141,7 @@ def _question(asked: AskedQuestion, columns: Sequence[tuple[AnswersColumn, Grade
 
 
 def _line(column: AnswersColumn, asked: AskedQuestion) -> AnswerLine:
-    """Return what a column answered to a question."""
+    """Return the answers of a column to a question."""
     found = (line for line in column.answers if line.question_id == asked.question_id)
     return next(found, AnswerLine())
 
@@ -176,7 +176,7 @@ def _graded(column: AnswersColumn, asked: Sequence[AskedQuestion], grades: Grade
 
 
 def _grade_words(grades: Mapping[str, float]) -> str:
-    """``grade 7``; with the judges' names if there are several."""
+    """Return ``grade 7``, with the judges' names if there are several."""
     if len(grades) == 1:
         return f"grade {next(iter(grades.values())):g}"
     return ", ".join(f"{judge} {grade:g}" for judge, grade in sorted(grades.items()))
@@ -204,7 +204,7 @@ def _grade_table(graded: Sequence[tuple[AnswersColumn, Graded]], judges: Sequenc
 
 
 def _mean(graded: Graded, judge: str) -> float | None:
-    """Return the mean over questions, of which each is the mean over its turns."""
+    """Return the mean over questions; the grade of a question is the mean over its turns."""
     questions: dict[str, list[float]] = {}
     for (name, _), given in graded.items():
         if judge in given:

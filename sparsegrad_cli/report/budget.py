@@ -1,4 +1,4 @@
-"""What a report says of a study's budget and plan: the size of each method, and what it took."""
+"""Build the tables and checks of a study's budget and plan: predicted and measured costs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BATCHES = (
 
 
 def budget_table(budget: BudgetBlock | None) -> Table | None:
-    """Return one row a task and method: its size, what was predicted, measured and left over."""
+    """Return one row per task and method: size, and predicted, measured and unused amounts."""
     if budget is None or not budget.rows:
         return None
     unit, show = _unit(budget)
@@ -53,7 +53,7 @@ def budget_table(budget: BudgetBlock | None) -> Table | None:
 
 
 def _unit(budget: BudgetBlock) -> tuple[str, Callable[[float | None], str]]:
-    """Return what a column's name says of its unit, and how its figures are written."""
+    """Return the unit in a column's name, and the function that formats its figures."""
     request = budget.request or 0
     if budget.kind == "trainable":
         return "", format_count
@@ -81,7 +81,7 @@ def _verdict(row: BudgetRow) -> str:
 
 
 def size_words(row: BudgetRow) -> str:
-    """``rank 11``; ``all parameters, batch 16 × 2``; ``1,204 steps``."""
+    """Return a size: ``rank 11``; ``all parameters, batch 16 × 2``; ``1,204 steps``."""
     if not row.matched:
         return "as in the recipe"
     parts = [words(row.size)]
@@ -105,7 +105,7 @@ def _notes(budget: BudgetBlock) -> list[str]:
 
 
 def budget_checks(budget: BudgetBlock | None) -> list[Check]:
-    """Return what met the budget, and what exceeded it."""
+    """Return the checks of the methods that met the budget or exceeded it."""
     if budget is None:
         return []
     rows, checks = budget.rows, []
@@ -145,14 +145,14 @@ def _off(row: BudgetRow, word: str, budget: BudgetBlock) -> str:
 
 
 def _why_under(row: BudgetRow, budget: BudgetBlock) -> str:
-    """Return why a method could not use more, as far as the solver knows."""
+    """Return the reason why a method could not use more, if the solver knows it."""
     if row.larger and row.larger.takes is not None:
         return f": {row.larger.size} would take {format_amount(row.larger.takes, budget.kind)}"
     return f": {row.limit}" if row.limit else ""
 
 
 def plan_screen(plan: PlanRecord) -> Document:
-    """Return what a terminal shows of a plan: one row a task and method, then the budget."""
+    """Return a plan for the terminal: one row per task and method, then the budget."""
     seeds = ", ".join(map(str, plan.seeds))
     caption = f"{plan.name}: {plan.cells} runs, seeds {seeds}"
     if plan.trials is not None:

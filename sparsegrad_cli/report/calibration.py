@@ -1,4 +1,4 @@
-"""What a report says of a calibration: its cost, and how well the basis holds the gradients."""
+"""Build the calibration section: its cost, and how well the basis captures the gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsegrad_cli.report.units import (
 
 NamedShares = tuple[str, EnergyShares | SupportShares]
 
-# Fields of the shares, with the labels of their columns.
+# Fields of the shares -> labels of their columns.
 _SUPPORTS = {
     "support": "trained support",
     "full_basis": "best in full-rank basis",
@@ -60,7 +60,7 @@ _HEAT = (
 
 
 def calibration_blocks(run: RunRecord, *, with_facts: bool) -> list[Block | None]:
-    """Return the section about calibration; empty for a training run without one.
+    """Return the blocks about calibration; empty for a training run without one.
 
     Args:
         run: the record.
@@ -83,7 +83,7 @@ def calibration_blocks(run: RunRecord, *, with_facts: bool) -> list[Block | None
 
 
 def calibration_facts(run: RunRecord) -> list[Fact]:
-    """Return how the basis was made and what that cost; empty for a run without calibration."""
+    """Return how the basis was computed and its cost; empty for a run without calibration."""
     found = run.calibration
     if found is None:
         return []
@@ -126,7 +126,7 @@ def _share(key: str, row: NamedShares) -> str:
 
 
 def support_energy(run: RunRecord) -> Table | None:
-    """Return the energy in the trained support beside the best in hindsight, with a verdict."""
+    """Return the energy in the trained support and in the best one in hindsight, with a verdict."""
     compared = _compared(run)
     columns: list[Column[NamedShares]] = [
         Column("kind", lambda row: row[0], words=True),
@@ -142,8 +142,8 @@ def support_energy(run: RunRecord) -> Table | None:
 def _bases(run: RunRecord) -> dict[str, str]:
     """Return the bases that were compared, worst first: field -> label.
 
-    Empty where bases are truncated and :func:`support_energy` has a table: the largest entries of
-    a truncated core do not compare with those of a whole matrix.
+    Empty if bases are truncated and :func:`support_energy` has a table, because the largest entries
+    of a truncated core are not comparable with those of a whole matrix.
     """
     rows = _energy(run).rows
     found = {k: v for k, v in _BASES.items() if any(getattr(row, k) is not None for row in rows)}
@@ -151,7 +151,7 @@ def _bases(run: RunRecord) -> dict[str, str]:
 
 
 def energy_by_kind(run: RunRecord) -> Table | None:
-    """Return the means over the targets of a kind, by basis."""
+    """Return the means over the target modules of each kind, by basis."""
     bases, rows = _bases(run), list[NamedShares](_energy(run).mean_by_kind.items())
     kind: Column[NamedShares] = Column("kind", lambda row: row[0], words=True)
     columns = [kind, *_share_columns(bases)]
@@ -159,7 +159,7 @@ def energy_by_kind(run: RunRecord) -> Table | None:
 
 
 def energy_by_target(run: RunRecord) -> Table | None:
-    """Return one row a target, by basis."""
+    """Return one row per target module, by basis."""
     bases, rows = _bases(run), [(row.target, row) for row in _energy(run).rows]
     columns: list[Column[NamedShares]] = [
         Column("target", lambda row: row[0], words=True),
@@ -191,12 +191,12 @@ def _energy_caption(run: RunRecord) -> str:
 
 
 def spectra_table(run: RunRecord, *, most: int | None = None, folded: str = "") -> Table | None:
-    """Return how many directions carry the gradient: singular values above a share of the first.
+    """Return the number of singular values above some shares of the first one.
 
     Args:
         run: the record.
-        most: rows to show; a note counts the others.
-        folded: the summary to fold the table under.
+        most: the number of rows to show; a note counts the others.
+        folded: the summary line of the folded table.
     """
     spectra = [one for one in (run.calibration or CalibrationBlock()).spectra if _values(one)]
     if not spectra:

@@ -1,7 +1,7 @@
-"""What a report says, independent of how it is drawn: facts, tables, figures and sections.
+"""The content of a report, independent of its format: facts, tables, figures and sections.
 
-The modules beside this one turn a record into these types. render.py writes them as HTML, Markdown
-and LaTeX, terminal.py prints them.
+The other modules of this package turn a record into these types. render.py writes them as HTML,
+Markdown and LaTeX, and terminal.py prints them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Fact:
-    """One headline figure: its label, its value, and what to read it against."""
+    """One headline figure: its label, its value, and a value to compare it with."""
 
     label: str
     value: str
@@ -26,7 +26,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """Headline figures, under a caption where the form needs one."""
+    """Headline figures, with a caption if the format needs one."""
 
     caption: str
     facts: Sequence[Fact]
@@ -34,13 +34,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Column(Generic[Record]):
-    """How one column of a table is made from a record.
+    """One column of a table, made from a record.
 
     Attributes:
         name: the header.
-        cell: the text of the cell; ``not recorded`` where the record has no value.
-        words: the column holds words, aligned left; otherwise figures, aligned right.
-        strong: whether the cell stands out.
+        cell: returns the text of the cell; ``not recorded`` if the record has no value.
+        words: whether the column holds words (aligned left) or figures (aligned right).
+        strong: whether the cell is bold.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Table:
     """A table of text.
 
     Attributes:
-        caption: one line above.
-        header: one name a column.
-        rows: one cell a column.
+        caption: one line above the table.
+        header: one name per column.
+        rows: one cell per column.
         words: for each column, whether it holds words (aligned left) or figures (aligned right).
-        strong: (row, column) of the cells that stand out.
-        notes: lines below.
-        folded: the summary under which a page folds the table. Folded tables are left out of LaTeX.
+        strong: (row, column) of the bold cells.
+        notes: lines below the table.
+        folded: the summary line of a folded table. LaTeX leaves out folded tables.
     """
 
     caption: str
@@ -126,9 +126,9 @@ class Figure:
     """A drawing, made when a page is rendered.
 
     Attributes:
-        draw: returns SVG, or None where the record has nothing to draw.
-        caption: what the figure shows and how to read it.
-        missing: a line in place of a figure that has nothing to draw.
+        draw: returns SVG, or None if the record has nothing to draw.
+        caption: a description of the figure and how to read it.
+        missing: a line that replaces a figure with nothing to draw.
     """
 
     draw: Callable[[], str | None]
@@ -146,7 +146,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A value after its label on one line."""
+    """A label and its value on one line."""
 
     label: str
     value: str
@@ -162,13 +162,13 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The conclusions of a study, set apart."""
+    """The conclusions of a study."""
 
     lines: Sequence[str]
 
 
 class Check(NamedTuple):
-    """A sentence about fairness: True it held, False it did not, None not known."""
+    """A sentence about fairness. True: it held. False: it did not. None: it is unknown."""
 
     held: bool | None
     sentence: str
@@ -183,13 +183,13 @@ class Checks:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as it is shown.
+    """One answer.
 
     Attributes:
-        text: several lines; or why there is no answer.
+        text: the answer, in several lines, or the reason why there is none.
         given: whether there is an answer.
-        remark: whether it was cut.
-        grade: in words, with the judges' names if there are several.
+        remark: a remark if it was cut.
+        grade: the grade in words, with the judges' names if there are several.
     """
 
     text: str
@@ -200,7 +200,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a question, with one answer a column."""
+    """One turn of a question, with one answer per column."""
 
     question: str
     answers: Sequence[Answer]
@@ -217,7 +217,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ColumnHead:
-    """The name of a column and, where columns differ in it, the model or the seed."""
+    """The name of a column, with the model or the seed if these differ between columns."""
 
     name: str
     detail: str = ""
@@ -228,12 +228,12 @@ class SideBySide:
     """The answers to one set of questions by the models of one task.
 
     Attributes:
-        task: of the study.
-        subtitle: which questions, how they were asked, who graded the answers.
+        task: a task of the study.
+        subtitle: the questions, the generation settings, and the judges.
         columns: base models first, then each method by its first seed.
         questions: in the order in which they were asked.
-        grades: mean grades over all seeds; None where nothing was graded.
-        notes: columns without answers, and answers of runs that were trained again since.
+        grades: mean grades over all seeds; None if nothing was graded.
+        notes: columns without answers, and answers of runs that were trained again later.
     """
 
     task: str
@@ -253,8 +253,8 @@ class Section:
 
     Attributes:
         title: the heading.
-        blocks: None is left out, and so is a section without blocks.
-        in_paper: whether LaTeX has the section.
+        blocks: the content. None and sections without blocks are left out.
+        in_paper: whether LaTeX includes the section.
     """
 
     title: str
@@ -264,16 +264,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report.
+    """A report.
 
     Attributes:
-        title, subtitle: the name of what is reported, and one line about it.
+        title, subtitle: the name of the run or study, and one line about it.
         status: a key of :data:`~sparsegrad_cli.report.units.STATUSES`.
-        error: (label, text) of what went wrong.
+        error: (label, text) of the error.
         lead: blocks before the first section.
-        sections: in order.
-        refresh_s: seconds after which a browser loads the page again; 0 never.
-        finished: when it finished, as recorded.
+        sections: the sections, in order.
+        refresh_s: seconds after which a browser reloads the page; 0 for never.
+        finished: the recorded end time.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What a terminal shows of an estimate: memory by category and phase, sizes, assumptions."""
+"""Show an estimate in a terminal: memory by category and phase, sizes, assumptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsegrad_cli.report.units import (
 Show = Callable[[float | None], str]
 RowColumn = Column[EstimateRow]
 
-# Eight figures a row must fit into 80 columns: the labels of CATEGORIES are too long here.
+# Eight figures per row must fit into 80 columns, so the labels of CATEGORIES are too long.
 _CATEGORIES = {
     "weights": "weights",
     "bases": "bases",
@@ -51,7 +51,7 @@ _KERNELS = {
 
 
 def estimate_screen(record: EstimateRecord) -> Document:
-    """Return the tables of an estimate, and what was assumed."""
+    """Return the tables of an estimate, and its assumptions."""
     most = max((row.peak_bytes for row in record.rows), default=0)
     unit, show = ("GiB", format_gib) if most >= 10 * GIB else ("MiB", format_mib)
     tables = [
@@ -93,7 +93,7 @@ def _step_table(rows: Sequence[EstimateRow], unit: str, show: Show) -> Table:
 
 
 def _models(rows: Sequence[EstimateRow]) -> list[str]:
-    """Return the models and where their configurations come from."""
+    """Return the models and the sources of their configurations."""
     return sorted(
         {
             f"{row.model.name}, {format_count(row.model.parameters)} parameters in "
@@ -202,7 +202,7 @@ def _room_notes(rows: Sequence[EstimateRow], room: DeviceRoom) -> list[str]:
 
 
 def _assumptions(record: EstimateRecord) -> list[str]:
-    """Return what was assumed: for all rows, then row by row."""
+    """Return the assumptions: those of all rows, then those of each row."""
     masks = dict.fromkeys(row.mask or "" for row in record.rows)
     lines = [_KERNELS.get(record.conditions.kernels, ""), *(_MASKS.get(m, "") for m in masks)]
     labels: dict[str, list[str]] = {}

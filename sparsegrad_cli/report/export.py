@@ -1,4 +1,4 @@
-"""What a terminal shows of an export: its check, what was lost, its size, how to load it."""
+"""Show an export in a terminal: its check, its losses, its size, and how to load it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def export_screen(record: ExportRecord) -> Document:
 
 
 def _check(check: ExportCheck) -> list[Fact]:
-    """Return how far the exported model agrees with the run."""
+    """Return the agreement of the exported model with the run."""
     judged = check.judged
     cut = judged is not None and judged.against == "the cut change"
     limit = f"at most {format_number(judged.tolerance if judged else None)}"
@@ -62,7 +62,7 @@ def _check(check: ExportCheck) -> list[Fact]:
 
 
 def _losses(record: ExportRecord) -> list[Fact]:
-    """Return what was lost to rounding or to a rank."""
+    """Return the errors from rounding or from a lower rank."""
     if record.rounding is not None:
         rounded = format_number(record.rounding)
         facts = [Fact("Rounded away", rounded, f"of the change, to {words(record.dtype)}")]

@@ -1,4 +1,4 @@
-"""Whether a study compared like with like: the hashes of its runs and the diff of its recipes."""
+"""Check whether a study is fair, by the hashes of its runs and the diff of its recipes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _hash_checks(study: StudyRecord) -> list[Check]:
 
 
 def _group_checks(known: Sequence[str], group: Sequence[RunCheck], share: str) -> list[Check]:
-    """Return what held in a group of (task, seed) pairs that agree on what was recorded."""
+    """Return the checks of a group of (task, seed) pairs with the same recorded hashes."""
     pairs = f"{share} pairs of task and seed"
     if not known:
         return [Check(None, f"{pairs}: fewer than two methods to compare.")]
@@ -103,7 +103,7 @@ def _values(found: KeyDifference) -> str:
 
 
 def parity_table(study: StudyRecord) -> Table | None:
-    """Return what differs between the methods of a task beside the methods themselves."""
+    """Return the settings that differ between the methods of a task, without the methods' own."""
     if study.parity is None:
         return None
     tasks: dict[tuple[str, str, str], list[str]] = {}

@@ -1,4 +1,4 @@
-"""The report files of runs and studies, in their folders."""
+"""Write the report files of runs and studies into their folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.run import run_document
 from sparsegrad_cli.report.study import ChartCache, study_document
 
-# Reads the answers that lie in the folder of a study.
+# Reads the answers in the folder of a study.
 AnswersReader = Callable[[Path, StudyRecord], Sequence[SideBySide]]
 
 
@@ -37,10 +37,10 @@ def write_study_report(
     """Write ``report.md``, ``report.tex`` and ``report.html``, with the same numbers in each.
 
     Args:
-        folder: of the study.
+        folder: the study's folder.
         study: its record.
-        answers: what its models answered to the same questions.
-        charts: those of the page before.
+        answers: the answers of its models to the same questions.
+        charts: the charts of the previous page.
 
     Raises:
         DiskError: a file could not be written.
@@ -54,15 +54,15 @@ def write_study_report(
 
 
 class LiveReport:
-    """Called each time compare.json was written: writes the page, and at the end all reports.
+    """Write the page each time compare.json is written, and all reports at the end.
 
-    A page that cannot be written does not stop a study that runs for hours: the first such error is
-    printed. The reports at the end raise.
+    A page that cannot be written does not stop a study that runs for hours; only the first such
+    error is printed. Errors of the reports at the end are raised.
 
     Args:
-        folder: of the study.
-        tell: called with the error.
-        read_answers: reads the answers that lie in the folder.
+        folder: the study's folder.
+        tell: receives the error.
+        read_answers: reads the answers in the folder.
     """
 
     def __init__(

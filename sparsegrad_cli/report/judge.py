@@ -1,4 +1,4 @@
-"""What a judge's record says: grades from 1 to 10 with two decimals, or wins of one model."""
+"""Show the record of a judge: grades from 1 to 10 with two decimals, or wins of one model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_FAILURES = 20
 
 
 def judge_document(record: JudgeRecord) -> Document:
-    """Return the report beside judge.json."""
+    """Return the report that is written next to judge.json."""
     return _document(
         record,
         Section("Failed", [Bullets(_failures(record))] if record.failures else []),
@@ -30,7 +30,7 @@ def judge_document(record: JudgeRecord) -> Document:
 
 
 def judge_screen(record: JudgeRecord) -> Document:
-    """Return what a terminal shows: the scores, and the prompts that failed."""
+    """Return the scores and the failed prompts for the terminal."""
     failures = [Labelled("failed", line, bad=True) for line in _failures(record)]
     return _document(record, Section("", failures))
 

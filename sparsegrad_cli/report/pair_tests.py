@@ -1,4 +1,4 @@
-"""Which differences between methods a study shows: in sentences, and as a table."""
+"""Show which differences between methods are significant, in sentences and as a table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparsegrad_cli.report.units import (
     format_score,
 )
 
-_MAX_PAIRS = 45  # ten methods; with more, the pairs with the smallest p
+_MAX_PAIRS = 45  # Ten methods. With more, only the pairs with the smallest p are shown.
 
 
 def verdict_lines(study: StudyRecord) -> list[str]:
-    """Return a sentence for each difference that the tests show, and for what they do not show."""
+    """Return a sentence per significant difference, and one about the differences that are not."""
     tests = study.tests
     if tests is None:
         return ["Differences: not tested."]
@@ -59,7 +59,7 @@ def _better(pair: PairTest) -> str:
     if pair.mean is None:
         return f"{pair.better} is better than {worse} ({'; '.join(evidence)})."
     sign = (1 if pair.better == pair.a else -1) * (-1 if scale.lower_is_better else 1)
-    if sign * pair.mean <= 0:  # the test weighs tasks by their spread, the plain mean does not
+    if sign * pair.mean <= 0:  # Only the test weighs tasks by their spread.
         lead = f"puts {worse} ahead by {format_score(abs(pair.mean), scale)}"
         return (
             f"{pair.better} is better than {worse} when each task is weighted by its own spread "
@@ -75,7 +75,7 @@ def _better(pair: PairTest) -> str:
 
 
 def _too_few_runs(pairs: Sequence[PairTest], level: float) -> list[str]:
-    """Return a sentence if no data could have shown a difference, with the seeds that could."""
+    """Return a sentence if there are too few runs for any difference, with the seeds needed."""
     least = min((pair.smallest_p for pair in pairs if pair.smallest_p), default=0.0)
     corrected = min(1.0, least * len(pairs))
     if corrected <= level or level <= 0:
@@ -93,7 +93,7 @@ def _too_few_runs(pairs: Sequence[PairTest], level: float) -> list[str]:
 
 
 def pairs_table(study: StudyRecord) -> Table | None:
-    """Return one row a pair of methods: wins, difference, and how sure it is."""
+    """Return one row per pair of methods: wins, difference, interval and p-values."""
     tests = study.tests
     if tests is None or not tests.pairs:
         return None

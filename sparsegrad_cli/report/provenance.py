@@ -1,4 +1,4 @@
-"""Where a record comes from: machine, versions, recipe, code and hashes."""
+"""Show the origin of a record: machine, versions, recipe, code and hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsegrad_cli.report.units import words
 
 Rows = list[tuple[str, str | None]]
 _ENVIRONMENT = ("python", "platform", "cpu", "device", "device_name", "threads")
-# What the runs of one study can differ in although their recipes do not.
+# Fields that can differ between the runs of a study with the same recipe.
 _OF_RUNS: dict[str, Callable[[EnvironmentBlock, GitBlock], object]] = {
     "commit": lambda environment, git: git.commit,
     "device": lambda environment, git: environment.device,
@@ -23,7 +23,7 @@ _OF_RUNS: dict[str, Callable[[EnvironmentBlock, GitBlock], object]] = {
 
 
 def provenance(record: RunRecord | StudyRecord) -> Table:
-    """Return the table at the end of every report."""
+    """Return the provenance table at the end of every report."""
     environment, git = record.environment or EnvironmentBlock(), record.git or GitBlock()
     rows: Rows = [
         ("started", words(record.started)),
@@ -50,7 +50,7 @@ def _study(study: StudyRecord) -> Rows:
 
 
 def _runs(study: StudyRecord) -> Rows:
-    """Return where the runs of a study ran: ``1 (20 runs), 2 (4 runs)`` where they differ."""
+    """Return the origin of a study's runs; ``1 (20 runs), 2 (4 runs)`` if they differ."""
     rows: Rows = []
     runs = [cell.run for cell in study.cells if cell.run]
     for label, value_of in _OF_RUNS.items():

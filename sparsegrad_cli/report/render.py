@@ -1,7 +1,7 @@
-"""Write documents as HTML, Markdown and LaTeX, from the templates beside this module.
+"""Write documents as HTML, Markdown and LaTeX, from the templates in this folder.
 
-Each form escapes every value that a template prints, as Jinja2 does for HTML: text of a record
-never becomes markup, a formula or a command.
+Each format escapes every value that a template prints, as Jinja2 does for HTML. Text of a record
+therefore never becomes markup, a formula or a command.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sparsegrad_cli.report.units import (
 Form = Literal["html", "md", "tex"]
 
 _UNFOLDED_QUESTIONS = 3
-_HEADER_WIDTH = 14  # characters of one line of a LaTeX header
-_WIDE_COLUMNS = 7  # LaTeX sets tables of more columns in a smaller size
+_HEADER_WIDTH = 14  # Characters of one line of a LaTeX header.
+_WIDE_COLUMNS = 7  # LaTeX sets tables with more columns in a smaller font.
 _LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -51,19 +51,19 @@ _LATEX = {
     "–": "--",
     "·": r"$\cdot$",
 }
-_LAST_LATIN = 0x17F  # the default fonts of every engine have the characters up to here
+_LAST_LATIN = 0x17F  # Every engine's default fonts have the characters up to this one.
 
 
 def render(document: Document, form: Form) -> str:
     """Return the document as an HTML page, a Markdown text or LaTeX tables.
 
-    LaTeX has the tables, conclusions and checks of the sections that belong in a paper.
+    LaTeX includes the tables, conclusions and checks of the sections for papers.
     """
     environment = _ENVIRONMENTS[form]
     macros = environment.get_template(f"blocks.{form}").module
 
     def drawn(blocks: Sequence[Block | None]) -> list[Markup]:
-        """Return the blocks that have content in this form."""
+        """Return the blocks with content in this format."""
         shown = [block for block in blocks if block is not None]
         parts = [getattr(macros, type(block).__name__.lower())(block) for block in shown]
         return [part.strip() for part in parts if part.strip()]
@@ -83,21 +83,21 @@ def render(document: Document, form: Form) -> str:
 
 
 def escape_html(raw: str) -> str:
-    """Return HTML that shows the text, control characters as their pictures."""
+    """Escape text for HTML; show control characters as their symbols."""
     return html.escape(printable_text(raw))
 
 
 def escape_markdown(raw: str) -> str:
-    """Return one line of GitHub Markdown that begins no cell, tag, link, emphasis or formula."""
+    """Escape text for one line of GitHub Markdown: cells, tags, links, emphasis and formulas."""
     line = " ".join(printable_text(raw).split()).replace("&", "&amp;").replace("<", "&lt;")
-    # GitHub reads no emphasis from an underscore inside a word, and names are full of them.
+    # Keep underscores inside words, which are common in names and mean no emphasis on GitHub.
     return re.sub(r"([\\`*|~$\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def escape_latex(raw: str) -> str:
-    """Return one line of LaTeX in which no command, comment, column or formula begins.
+    """Escape text for one line of LaTeX: commands, comments, columns and formulas.
 
-    Characters beyond the Latin scripts, which pdfTeX's fonts lack, are named: ``U+4E2D``.
+    Characters outside the Latin scripts are written as ``U+4E2D``, since pdfTeX's fonts lack them.
     """
     line = " ".join(raw.replace("\u00a0", "\0").split()).replace("\0", "\u00a0")
     return "".join(_LATEX.get(character) or _latin(character) for character in line)
@@ -110,7 +110,7 @@ def _latin(character: str) -> str:
 
 
 def _markdown_lines(raw: str) -> Markup:
-    """Return text of several lines for one cell of a table; indentation is kept."""
+    """Return text of several lines for one cell of a table, with its indentation."""
     return Markup("<br>").join(
         Markup("&nbsp;" * (len(line) - len(line.lstrip())) + escape_markdown(line))
         for line in printable_text(raw).split("\n")
@@ -123,7 +123,7 @@ def _guarded(line: str) -> Markup:
 
 
 def _stacked(name: str, words: bool) -> Markup:
-    """Return a LaTeX header, broken into several lines where it is long."""
+    """Return a LaTeX header, broken into several lines if it is long."""
     parts = textwrap.wrap(name, _HEADER_WIDTH, break_long_words=False) or [""]
     lines = r"\\".join(_guarded(escape_latex(part)) for part in parts)
     side = "l" if words else "r"

@@ -1,4 +1,4 @@
-"""What a report says of a training or calibration run."""
+"""Build the report of a training or calibration run."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ _TOUCHED = (
     "Where the parameters lie that changed in any step: the share of each block of one matrix, "
     "either a core sorted by singular value or the weight itself."
 )
-_MAX_SPECTRA = 8  # rows on a terminal
-_MAX_NOTES = 6  # on a terminal
+_MAX_SPECTRA = 8  # Rows on a terminal.
+_MAX_NOTES = 6  # Notes on a terminal.
 
 
 def run_document(run: RunRecord) -> Document:
@@ -108,7 +108,7 @@ def run_document(run: RunRecord) -> Document:
 
 
 def run_screen(run: RunRecord) -> Document:
-    """Return what a terminal shows of a run: headline figures, memory, time and notes."""
+    """Return a run for the terminal: headline figures, memory, time and notes."""
     if run.command == "calibrate":
         return _calibration_screen(run)
     lead: list[Block | None] = [Facts("Figures", facts(run))]
@@ -132,7 +132,7 @@ def _calibration_screen(run: RunRecord) -> Document:
 def heading(
     run: RunRecord, *, lead: Sequence[Block | None], sections: Sequence[Section] = ()
 ) -> Document:
-    """Return a document under the name, status and error of a run."""
+    """Return a document with the name, status and error of a run."""
     method = method_words(run.method) if run.method else None
     parts = [run.task and run.task.name, run.model and run.model.name, method]
     parts += [f"seed {run.seed}"] if run.seed is not None else []
@@ -147,7 +147,7 @@ def heading(
 
 
 def method_words(method: MethodBlock) -> str:
-    """``sparsegrad (rotated form, dynamic support, density 0.01, scope head)``."""
+    """Return ``sparsegrad (rotated form, dynamic support, density 0.01, scope head)``."""
     parts = [f"{value} {key}" for key in ("form", "support") if (value := getattr(method, key))]
     entries = method.settings.get("entries")
     parts += [f"{entries:,} parameters"] if isinstance(entries, int) else []
@@ -157,7 +157,7 @@ def method_words(method: MethodBlock) -> str:
 
 
 def error_lines(error: ErrorBlock | None) -> list[tuple[str, str]]:
-    """Return (label, text) of what is known about an error."""
+    """Return the recorded details of an error as (label, text)."""
     if error is None:
         return []
     found = (("what", error.what), ("where", error.where), ("fix", error.fix))
@@ -165,7 +165,7 @@ def error_lines(error: ErrorBlock | None) -> list[tuple[str, str]]:
 
 
 def short_notes(notes: Sequence[str]) -> list[Block]:
-    """Return the first notes for a terminal, and how many more there are."""
+    """Return the first notes for a terminal, and the number of the others."""
     shown: list[Block] = [Labelled("note", note) for note in notes[:_MAX_NOTES]]
     more = len(notes) - _MAX_NOTES
     if more > 0:
@@ -188,7 +188,7 @@ def facts(run: RunRecord) -> list[Fact]:
 
 
 def scale_of_run(run: RunRecord) -> Scale:
-    """Return the scale of a run's scores, which names the class that they are of."""
+    """Return the scale of a run's scores, which names the class if they are of one class."""
     task = run.task or TaskBlock()
     return scale_of(task.metric, task.positive_label)
 
@@ -222,7 +222,7 @@ def _loss(run: RunRecord) -> Fact:
 
 
 def _perplexity(metrics: MetricsBlock) -> Fact:
-    """Return the perplexity of a language model, whose score is its loss."""
+    """Return the perplexity of a language model, because its score is the loss."""
     parts = []
     for label, evaluation in (("before training", metrics.initial), ("last", metrics.final)):
         if (value := _first_set(evaluation, "perplexity")) is not None:
@@ -326,7 +326,7 @@ def _memory(run: RunRecord) -> list[Block]:
 
 
 def memory_table(run: RunRecord) -> Table | None:
-    """Return the peak of every phase by category in MiB; None where nothing was recorded."""
+    """Return the peak of every phase by category in MiB; None if nothing was recorded."""
     phases = memory_phases(run)
     if run.memory is None or not phases:
         return None
@@ -339,7 +339,7 @@ def memory_table(run: RunRecord) -> Table | None:
         *(category(key) for key in CATEGORIES),
         Column("peak", lambda row: format_mib(row[1].peak_bytes)),
         Column("reserved", lambda row: format_mib(row[1].reserved_bytes)),
-        # No decimals: RSS includes other libraries and is that coarse.
+        # Without decimals, because RSS is coarse and includes other libraries.
         Column("RSS", lambda row: format_fixed(_mib(row[1].rss_bytes), 0)),
     ]
     notes = [f"{run.memory.device or 'device'}: {run.memory.how}"] if run.memory.how else []
@@ -355,7 +355,7 @@ def _mib(count: int | None) -> float | None:
 
 
 def memory_phases(run: RunRecord) -> list[tuple[str, MemoryPhase]]:
-    """Return the phases with a recorded peak in the order in which they happen."""
+    """Return the phases with a recorded peak, in chronological order."""
     there = run.memory.phases if run.memory else {}
     names = [*_PHASES, *sorted(name for name in there if name not in _PHASES)]
     return [(name, there[name]) for name in names if name in there]
@@ -369,7 +369,7 @@ def _time(run: RunRecord) -> list[Block]:
 
 
 def times(run: RunRecord) -> list[tuple[str, float]]:
-    """Return (phase, seconds) of what a run spent its time on, the remainder last."""
+    """Return (phase, seconds) of a run, with the remaining time last."""
     clock = run.time or TimeBlock()
     found = [(label, seconds) for key, label in _TIMES.items() if (seconds := getattr(clock, key))]
     if found and clock.total_s is not None:
@@ -396,7 +396,7 @@ def _parameters(run: RunRecord) -> list[Block | None]:
 
 
 def targets_table(run: RunRecord) -> Table | None:
-    """Return what trains in every target."""
+    """Return the trained parameters of every target module."""
     targets = run.counts.targets if run.counts else []
     columns: list[Column[TargetCounts]] = [
         Column("target", lambda t: t.name, words=True),

@@ -1,4 +1,4 @@
-"""The figures of one run. Each function returns SVG, or None where there is nothing to draw."""
+"""Draw the figures of one run. Each function returns SVG, or None without data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sparsegrad_cli.report.units import (
 )
 
 _MAX_SPECTRA = 12
-_DARKEST = 1e-4  # of the largest entry, in a heat map
+_DARKEST = 1e-4  # Darkest value of a heat map, as a share of the largest entry.
 
 Points = list[tuple[int, float]]
 
@@ -49,9 +49,9 @@ def learning_curve(
     """Draw the validation score over steps.
 
     Args:
-        metrics: of the run; the model that was kept is marked.
+        metrics: the run's metrics; the figure marks the model that was kept.
         majority: the score of always predicting the most frequent class, drawn as a line.
-        scale: of the scores.
+        scale: the scale of the scores.
     """
     points = score_points(metrics)
     if metrics is None or not points:
@@ -104,7 +104,7 @@ def memory_bars(
 
     Args:
         bars: (label, bytes) of every bar, from the top.
-        thickness: inches a bar.
+        thickness: inches per bar.
     """
     if not bars:
         return None
@@ -179,7 +179,7 @@ def spectra_lines(spectra: Sequence[Spectrum]) -> str | None:
 
 
 def gradient_maps(found: HeatMap | None) -> str | None:
-    """Draw the gradient of one target, entry by entry: in the original basis and as its core."""
+    """Draw the gradient entries of one target module in the original basis and in its core."""
     original, core = (matrix_of(found.original), matrix_of(found.basis)) if found else (None, None)
     if original is None or core is None:
         return None
@@ -198,12 +198,12 @@ def gradient_maps(found: HeatMap | None) -> str | None:
 
 
 def sparsity_map(found: SparsityBlock | None) -> str | None:
-    """Draw the share of each block of the middle target's matrix that changed."""
+    """Draw the share of changed parameters in each block of the middle target module's matrix."""
     return sparsity_maps([("", found)], Canvas(3.2)) if found else None
 
 
 def sparsity_maps(found: Sequence[tuple[str, SparsityBlock]], canvas: Canvas) -> str | None:
-    """Draw one map a (title, block), in one colour scale."""
+    """Draw one map per (title, block), in one colour scale."""
     shares = [matrix_of(block.map) for _, block in found]
     maps = [100 * share for share in shares if share is not None]
     if not maps or len(maps) < len(shares):

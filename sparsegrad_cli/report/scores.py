@@ -1,4 +1,4 @@
-"""The scores of a study: results of methods by task, and published results beside them."""
+"""Show the scores of a study by method and task, next to published results."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from sparsegrad_cli.report.units import (
     status_words,
 )
 
-MIN_SEEDS = 2  # with fewer, nothing is ranked
-AVERAGE = "average"  # as the task of a published result: the mean over all tasks of the study
+MIN_SEEDS = 2  # With fewer seeds, methods are not ranked.
+AVERAGE = "average"  # The task of a published mean over all tasks.
 _MB = 10**6
 
-Ours = Callable[[StudyRecord, str, str], float | None]  # study, task, method
+Ours = Callable[[StudyRecord, str, str], float | None]  # Takes study, task, method.
 
 
 def tasks_of(study: StudyRecord) -> list[str]:
-    """Return the tasks in the order of the study, then any that only results or runs name."""
+    """Return the tasks in the order of the study, then those that only results or runs name."""
     found = [*(row.task for row in study.rows), *(cell.task for cell in study.cells)]
     return list(dict.fromkeys([*study.tasks, *found]))
 
 
 def methods_of(study: StudyRecord) -> list[str]:
-    """Return the methods in the order of the study, then any that only results or runs name."""
+    """Return the methods in the order of the study, then those that only results or runs name."""
     found = [*(row.method for row in study.rows), *(cell.method for cell in study.cells)]
     return list(dict.fromkeys([*study.methods, *found]))
 
 
 def rows_of(study: StudyRecord, task: str) -> list[ResultRow]:
-    """Return the results of a task, one a method."""
+    """Return the results of a task, one per method."""
     return [row for row in study.rows if row.task == task]
 
 
 def cells_of(study: StudyRecord, task: str, method: str) -> list[CellEntry]:
-    """Return the runs of a task and method, one a seed."""
+    """Return the runs of a task and method, one per seed."""
     return [cell for cell in study.cells if (cell.task, cell.method) == (task, method)]
 
 
@@ -66,7 +66,7 @@ def scale_of_rows(rows: Sequence[ResultRow]) -> Scale:
 
 
 def best_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Return the rows with the best mean; none if any score is of one seed, which ranks nothing."""
+    """Return the rows with the best mean; none if any score has only one seed."""
     there = [row for row in rows if row.score_mean is not None]
     if len(there) < 2 or min(row.seeds_done for row in there) < MIN_SEEDS:
         return []
@@ -75,7 +75,7 @@ def best_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
 
 
 def few_seeds(rows: Sequence[ResultRow]) -> str:
-    """Return a remark where a score is of one seed."""
+    """Return a remark if a score has only one seed."""
     if min((row.seeds_done for row in rows if row.score_mean is not None), default=9) >= MIN_SEEDS:
         return ""
     return "n = 1: one seed ranks nothing, and its score has no interval"
@@ -103,7 +103,7 @@ def _seeds(row: ResultRow) -> str:
 
 
 def difference_words(row: ResultRow) -> str:
-    """``+1.0 (−2.1 to 4.1)`` or ``+1.0 (one seed)``; empty for the reference method."""
+    """Return ``+1.0 (−2.1 to 4.1)`` or ``+1.0 (one seed)``; empty for the reference method."""
     found = row.difference
     if found is None or found.mean is None:
         return ""
@@ -115,7 +115,7 @@ def difference_words(row: ResultRow) -> str:
 
 
 def reference_of(rows: Sequence[ResultRow]) -> str | None:
-    """Return the method that differences are taken against."""
+    """Return the reference method of the differences."""
     return next((row.difference.against for row in rows if row.difference), None)
 
 
@@ -128,7 +128,7 @@ METHOD: Column[ResultRow] = Column("method", lambda row: row.method, words=True)
 
 
 def score_table(study: StudyRecord, task: str) -> Table | None:
-    """Return one row a method: score, interval, difference, loss. The best mean is bold."""
+    """Return one row per method: score, interval, difference, loss. The best mean is bold."""
     rows = rows_of(study, task)
     if not rows:
         return None
@@ -169,7 +169,7 @@ def _caption(rows: Sequence[ResultRow], task: str) -> str:
 
 
 def summary_table(study: StudyRecord, task: str) -> Table | None:
-    """Return one row a method, narrow enough for a terminal: score, size, memory, speed, cost."""
+    """Return one row per method for a terminal: score, size, memory, speed, cost."""
     rows = rows_of(study, task)
     if not rows:
         return None
@@ -194,7 +194,7 @@ def summary_table(study: StudyRecord, task: str) -> Table | None:
 
 
 def overview_table(study: StudyRecord) -> Table | None:
-    """Return methods by tasks, published results below ours; None for a single task."""
+    """Return methods by tasks, with published results below ours; None for a single task."""
     tasks = tasks_of(study)
     if len(tasks) < 2:
         return None
@@ -239,18 +239,18 @@ def _published_rows(
 
 
 def _average(values: Sequence[float | None], metrics: Sequence[str | None]) -> str:
-    """Return the mean if every task has a value and their metrics mix; else a dash."""
+    """Return the mean if every task has a value and the metrics can be averaged; else a dash."""
     there, metric = [value for value in values if value is not None], common_metric(metrics)
     if not there or len(there) < len(values) or metric is None:
         return NOTHING
     return format_score(sum(there) / len(there), scale_of(metric))
 
 
-# --- published results beside ours
+# --- published results next to ours
 
 
 def published_table(study: StudyRecord) -> Table | None:
-    """Return one row a published number: ours, and the difference or, of costs, the ratio."""
+    """Return one row per published number: ours, and the difference, or the ratio for costs."""
     rows = []
     for figure in study.figures:
         about = (figure.source, figure.task, figure.method)
@@ -273,7 +273,7 @@ def _score_cells(
     tasks = tasks_of(study) if figure.task == AVERAGE else [figure.task]
     scales = [scale_of_rows(rows_of(study, task)) for task in tasks]
     scale = scales[0] if scales else scale_of_rows([])
-    # Fractions may be averaged, as papers do on GLUE, and so may losses, but not both together.
+    # Fractions can be averaged, as papers do on GLUE, and losses too, but not both together.
     mixed = len({each is METRICS["loss"] for each in scales}) != 1
     mean = None if mixed else _averaged(study, figure, lambda *key: _row(*key).score_mean)
     std = _row(study, figure.task, figure.method).score_std
@@ -321,7 +321,7 @@ def _tuned_rate(study: StudyRecord, task: str, method: str) -> float | None:
 
 @dataclass(frozen=True)
 class _Cost:
-    """A cost that papers publish: its key, its name, and where ours is."""
+    """A cost that papers publish: its key, its name, and how to find our value."""
 
     key: str
     name: str

@@ -1,4 +1,4 @@
-"""What a report says of a study: scores, costs, and every run of it, task by task."""
+"""Build the report of a study: scores, costs and runs, task by task."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ CHARTS: tuple[tuple[Chart, str], ...] = (
 
 
 class ChartCache:
-    """Charts of the page before: those of a task in which no run has finished since are reused."""
+    """A cache of the previous page's charts, reused for tasks without newly finished runs."""
 
     def __init__(self) -> None:
         self._kept: dict[object, str | None] = {}
@@ -151,8 +151,8 @@ def study_document(
 
     Args:
         study: the record.
-        answers: what its models answered to the same questions.
-        charts: those of the page before.
+        answers: the answers of its models to the same questions.
+        charts: the charts of the previous page.
     """
     charts = charts or ChartCache()
     pairs, tuned = pairs_table(study), tuning_table(study)
@@ -186,7 +186,7 @@ def study_document(
 
 
 def study_screen(study: StudyRecord) -> Document:
-    """Return what a terminal shows of a study: one row a method and task, tests and checks."""
+    """Return a study for the terminal: one row per method and task, tests and checks."""
     lead: list[Block | None] = []
     for task in tasks_of(study):
         lead += _task_on_screen(study, task)
@@ -199,7 +199,7 @@ def study_screen(study: StudyRecord) -> Document:
 
 
 def _progress(study: StudyRecord) -> str:
-    """``12 of 24 runs done; running: glue/rte lora seed 42. Scores are multiplied by 100.``"""
+    """Return ``12 of 24 runs done; running: glue/rte lora seed 42. Scores are multiplied ...``."""
     done = sum(cell.status == "done" for cell in study.cells)
     running = [
         f"{cell.task} {cell.method} seed {cell.seed}"
@@ -222,7 +222,7 @@ def _task(study: StudyRecord, task: str, charts: ChartCache) -> list[Block | Non
 
 
 def _task_on_screen(study: StudyRecord, task: str) -> list[Block]:
-    """Return a table that fits a terminal; differences and remarks stand below it."""
+    """Return a table that fits a terminal, with differences and remarks below it."""
     rows, table = rows_of(study, task), summary_table(study, task)
     if table is None:
         return [Paragraph(f"{task}: no results recorded", dim=True)]
@@ -240,7 +240,7 @@ def _task_on_screen(study: StudyRecord, task: str) -> list[Block]:
 
 
 def cost_table(study: StudyRecord, task: str) -> Table | None:
-    """Return the parameters that train and change, and the bytes of a step and an adapter."""
+    """Return the trainable and changed parameters, and the bytes of a step and an adapter."""
     rows = rows_of(study, task)
     columns: list[Column[ResultRow]] = [
         METHOD,
@@ -270,7 +270,7 @@ def _speed(row: ResultRow) -> str:
 
 
 def calibration_costs(study: StudyRecord, task: str) -> Table | None:
-    """Return what calibration costs; None where no method of the task calibrates."""
+    """Return the cost of calibration; None if the methods of the task do not calibrate."""
     rows = rows_of(study, task)
     if not any(row.calibrate_s for row in rows):
         return None

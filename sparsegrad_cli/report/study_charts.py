@@ -1,4 +1,4 @@
-"""The figures of a study, one set a task. Each returns SVG, or None where nothing is recorded."""
+"""Draw the figures of a study for one task. Each function returns SVG, or None without data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAPS_ACROSS = 4
 
 
 def score_dots(study: StudyRecord, task: str) -> str | None:
-    """Draw one dot a seed, the mean with its standard deviation, published scores as diamonds."""
+    """Draw a dot per seed, the mean with its standard deviation, and published scores."""
     rows = _scored(study, task)
     if not rows:
         return None
@@ -66,7 +66,7 @@ def score_dots(study: StudyRecord, task: str) -> str | None:
 
 
 def learning_curves(study: StudyRecord, task: str) -> str | None:
-    """Draw the mean validation score over steps by method, each seed thin behind it."""
+    """Draw the mean validation score over steps by method, with a thin line per seed."""
     scale = scale_of_rows(rows_of(study, task))
     drawn = []
     for at, method in enumerate(methods_of(study)):
@@ -122,13 +122,13 @@ def speed_bars(study: StudyRecord, task: str) -> str | None:
 
 
 def memory_by_method(study: StudyRecord, task: str) -> str | None:
-    """Draw the training step's peak by category in MiB, one bar a method."""
+    """Draw the training step's peak by category in MiB, one bar per method."""
     rows = rows_of(study, task)
     return memory_bars([(r.method, r.memory_categories) for r in rows if r.memory_categories])
 
 
 def memory_by_phase(study: StudyRecord, task: str) -> str | None:
-    """Draw the peak of every phase by category in MiB; phases in turn, methods within them."""
+    """Draw the peak of every phase by category in MiB, with the methods grouped by phase."""
     measured = []
     for row in rows_of(study, task):
         runs = (run.memory for run in _runs(study, task, row.method) if run.memory)
@@ -144,7 +144,7 @@ def memory_by_phase(study: StudyRecord, task: str) -> str | None:
 
 
 def score_against_memory(study: StudyRecord, task: str) -> str | None:
-    """Draw the score over the peak beyond the weights, with 95 % intervals where there are any."""
+    """Draw the score over the peak beyond the weights, with 95 % intervals if there are any."""
     rows = [row for row in _scored(study, task) if row.beyond_weights_bytes]
     if len(rows) < 2:
         return None
@@ -172,8 +172,8 @@ def score_against_memory(study: StudyRecord, task: str) -> str | None:
 def _window(rows: Sequence[ResultRow], scale: Scale) -> tuple[float, float]:
     """Return the limits of a score axis: twice the range of all seeds.
 
-    The interval of two seeds is so wide that nothing could be told apart beside it: it leaves the
-    figure.
+    The interval of two seeds is so wide that it would hide all differences, so the figure cuts it
+    off.
     """
     scores = [scale.times * score for row in rows for score in row.scores if score is not None]
     scores += [scale.times * _mean(row) for row in rows]
@@ -185,8 +185,8 @@ def _window(rows: Sequence[ResultRow], scale: Scale) -> tuple[float, float]:
 def score_under_budget(study: StudyRecord, task: str) -> str | None:
     """Draw the best mean score that fits a memory budget, as steps over the budget, by method.
 
-    Rows of one method (its sizes, its learning rates) make one curve. A budget has to hold
-    calibration, too.
+    Rows of one method (its sizes, its learning rates) make one curve. A budget must also be large
+    enough for calibration.
     """
     families: dict[str, list[ResultRow]] = {}
     for row in _scored(study, task):
@@ -214,7 +214,7 @@ def score_under_budget(study: StudyRecord, task: str) -> str | None:
 
 
 def _staircase(rows: Sequence[ResultRow], scale: Scale) -> tuple[list[float], list[float]]:
-    """Return (budgets in MiB, scores) where a larger budget starts to allow a better row."""
+    """Return the (budgets in MiB, scores) from which a better row fits."""
     budgets: list[float] = []
     scores: list[float] = []
     for budget, score in sorted(((row.peak_charged_bytes or 0) / MIB, _mean(row)) for row in rows):
@@ -229,7 +229,7 @@ def _staircase(rows: Sequence[ResultRow], scale: Scale) -> tuple[list[float], li
 
 
 def _family(study: StudyRecord, row: ResultRow) -> str:
-    """Return what the rows of one method have in common: ``sparsegrad core, static``."""
+    """Return the common name of a method's rows: ``sparsegrad core, static``."""
     methods = [run.method for run in _runs(study, row.task, row.method) if run.method]
     if not methods:
         return row.method
@@ -241,7 +241,7 @@ def _family(study: StudyRecord, row: ResultRow) -> str:
 
 
 def changed_maps(study: StudyRecord, task: str) -> str | None:
-    """Draw the share of each block of the middle target that changed, one small map a method."""
+    """Draw the changed share of each block of the middle target module, one map per method."""
     found = []
     for row in rows_of(study, task):
         blocks = [run.sparsity for run in _runs(study, task, row.method) if run.sparsity]
@@ -255,7 +255,7 @@ def changed_maps(study: StudyRecord, task: str) -> str | None:
 
 
 def changed_by_target(study: StudyRecord, task: str) -> str | None:
-    """Draw methods by targets: parameters that changed, as a share of the target's weights."""
+    """Draw changed parameters as a share of the weights, by method and target module."""
     shares = {row.method: _changed_shares(study, row) for row in rows_of(study, task)}
     shares = {method: found for method, found in shares.items() if found}
     targets = list(dict.fromkeys(name for found in shares.values() for name in found))
@@ -279,7 +279,7 @@ def changed_by_target(study: StudyRecord, task: str) -> str | None:
 
 
 def _changed_shares(study: StudyRecord, row: ResultRow) -> dict[str, float]:
-    """Return target -> share that changed, of the first seed that recorded it."""
+    """Return target module -> changed share, from the first seed that recorded it."""
     for run in _runs(study, row.task, row.method):
         found = {
             target.name: target.touched / size
@@ -307,12 +307,12 @@ def _mean(row: ResultRow) -> float:
 
 
 def _place(study: StudyRecord, row: ResultRow) -> int:
-    """Return the number of a method: it keeps its colour in every figure."""
+    """Return the index of a method, which gives it the same colour in every figure."""
     return methods_of(study).index(row.method)
 
 
 def _majority_line(canvas: Canvas, study: StudyRecord, task: str, scale: Scale) -> None:
-    """Draw the score of always predicting the most frequent class, as the first run has it."""
+    """Draw the score of always predicting the most frequent class, as the first run recorded it."""
     for method in methods_of(study):
         for run in _runs(study, task, method):
             if run.task and run.task.majority_score is not None:

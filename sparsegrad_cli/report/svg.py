@@ -1,6 +1,6 @@
-"""Figures as SVG that stands inside a page: its text and grid take the page's colours.
+"""Draw figures as inline SVG, in which text and grid take the colours of the page.
 
-Matplotlib draws into ``Figure`` objects: no pyplot, no window system, no global state. Equal
+Matplotlib draws into ``Figure`` objects, without pyplot, a window system or global state. Equal
 figures give equal bytes. Matplotlib is imported when the first figure is drawn.
 """
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
-# Legible on white and on near-black, and told apart by readers who do not see red or green.
+# Legible on white and near-black, and distinguishable for colour-blind readers.
 COLOURS = ("#3a86c8", "#e08214", "#2a9d7f", "#c7548f", "#8468c9", "#a8931a", "#7f8790")
 MARKERS = "osD^vPX"
-# Placeholders that nothing else uses: in the SVG they become the page's own colours.
+# Unique placeholder colours, which the SVG replaces by the page's own colours.
 INK, GRID = "#010203", "#040506"
 _PAGE = {INK: "currentColor", GRID: "var(--grid)"}
 _SETTINGS = {
@@ -42,16 +42,16 @@ _SETTINGS = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
 }
-WIDTH = 7.2  # inches
+WIDTH = 7.2  # Inches.
 
 
 class Canvas:
     """One figure: ``with Canvas(3) as canvas: ...`` then ``canvas.svg()``.
 
     Args:
-        height, width: inches.
-        columns: axes side by side.
-        rows: rows of axes; ``all_axes`` goes through them one after the other.
+        height, width: the size in inches.
+        columns: number of axes per row.
+        rows: number of rows of axes; ``all_axes`` lists the axes row by row.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Canvas:
             self._context.__exit__(None, None, None)
 
     def svg(self) -> str:
-        """Return the SVG element, to stand inside HTML."""
+        """Return the SVG element for use inside HTML."""
         return self._svg
 
     def heat_maps(
@@ -95,16 +95,16 @@ class Canvas:
         *,
         logarithmic: bool,
     ) -> Colorbar:
-        """Draw matrices on the first axes, in one colour scale with a bar beside them.
+        """Draw matrices on the first axes, in one colour scale with a bar next to them.
 
         Args:
             matrices: (rows, columns) each; NaN is left blank.
-            label: of the colour bar.
-            limits: values of the darkest and the brightest colour.
-            logarithmic: the scale.
+            label: the label of the colour bar.
+            limits: the values of the darkest and the brightest colour.
+            logarithmic: whether the scale is logarithmic.
 
         Returns:
-            the colour bar.
+            The colour bar.
         """
         from matplotlib.colors import LogNorm, Normalize
 
@@ -134,19 +134,19 @@ def whole_steps(axes: Axes) -> None:
 
 
 def height_for(least: float, labels: int) -> float:
-    """Return the inches that a figure needs for a legend of so many lines beside its data."""
+    """Return the height in inches that fits a legend of ``labels`` lines next to the data."""
     return max(least, 0.5 + 0.185 * labels)
 
 
 def legend(axes: Axes, columns: int = 1) -> None:
-    """Draw a legend beside the data, if anything has a label."""
+    """Draw a legend next to the data, if any series has a label."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
 
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Write names below an axis, tilted where they would run into each other."""
+    """Write names below an axis, tilted if they would overlap."""
     shown = [plain(name) for name in names]
     tilted = sum(map(len, shown)) > 60
     axes.set_xticks(range(len(names)), shown)
@@ -157,7 +157,7 @@ def name_ticks(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plain(label: str) -> str:
-    """Return text that matplotlib neither reads as mathematics nor leaves out of a legend."""
+    """Escape text that matplotlib would read as mathematics or leave out of a legend."""
     shown = printable_line(label).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
@@ -168,7 +168,7 @@ def colour(number: int) -> str:
 
 
 def marker(number: int) -> str:
-    """Return the marker of the n-th series: another one where the colours repeat."""
+    """Return the marker of the n-th series, which changes when the colours repeat."""
     return MARKERS[number // len(COLOURS) % len(MARKERS)]
 
 
@@ -178,9 +178,9 @@ def stacked(
     """Draw horizontal stacked bars with a legend.
 
     Args:
-        axes: where to draw.
-        names: one a bar, from the top.
-        layers: (label, one value a bar); layers of zeros are left out.
+        axes: the axes to draw on.
+        names: one name per bar, from the top.
+        layers: (label, one value per bar); layers of zeros are left out.
     """
     places = range(len(names))
     left = [0.0] * len(names)
@@ -206,7 +206,7 @@ def to_svg(figure: Figure) -> str:
     for placeholder, page in _PAGE.items():
         raw = raw.replace(placeholder, page)
     raw = re.sub(r"\s*<metadata>.*?</metadata>", "", raw, flags=re.DOTALL)
-    # Several figures share a page: ids that nothing refers to would only be duplicates.
+    # Several figures share a page, so unused ids would be duplicates.
     used = set(re.findall(r"#([A-Za-z][\w.-]*)", raw))
     raw = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", raw)
     # The page sets the width; the drawing keeps its proportions.

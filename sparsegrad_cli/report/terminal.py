@@ -1,6 +1,6 @@
-"""Print documents on a terminal, whole at 80 columns.
+"""Print documents on a terminal of at least 80 columns.
 
-All text of a record becomes ``Text``: Rich would read ``[bold]`` in a string as markup.
+All text of a record becomes ``Text``, because Rich reads ``[bold]`` in a string as markup.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from sparsegrad_cli.report.units import (
 DASH = "–"
 _STATUS_STYLE = {"done": "green", "checked": "green", "failed": "red", "out_of_memory": "red"}
 _CHECKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
-_GAP = 2  # characters between columns
-_NARROWEST_WORDS = 24  # a column of words folds, but not below this many characters
+_GAP = 2  # Characters between columns.
+_NARROWEST_WORDS = 24  # Characters below which a column of words does not fold.
 
 
 def plain_line(raw: str, style: str = "") -> Text:
-    """Return one line that may name files: no markup, and nothing that controls a terminal."""
+    """Return one line without markup or control characters; it may contain file names."""
     return Text(printable_text(raw).replace("\n", "\N{SYMBOL FOR NEWLINE}"), style=style)
 
 
@@ -77,7 +77,7 @@ def _drawn(block: Block) -> RenderableType:
         case Checks():
             marks = ((*_CHECKS[check.held], check.sentence) for check in block.checks)
             return Group(*(_line(f"{mark} {sentence}", style) for mark, style, sentence in marks))
-        case _:  # figures and answers are for pages
+        case _:  # Figures and answers are shown on pages only.
             return Group()
 
 
@@ -127,12 +127,12 @@ class _Fitted:
 def cut_to_width(table: Table, width: int) -> list[Table]:
     """Cut a table between columns into tables that fit, each with the first column.
 
-    No figure is shortened: 1,140… could be any number. A column of words may fold down to 24
-    characters. A figure that is wider than the terminal by itself stays whole.
+    Figures are never shortened, because 1,140… could be any number. A column of words may fold down
+    to 24 characters. A figure that is wider than the terminal stays whole.
 
     Args:
         table: any table.
-        width: of the terminal, in characters.
+        width: the width of the terminal, in characters.
     """
     widths = [_width(table, column) for column in range(len(table.header))]
     parts: list[list[int]] = [[0]]
@@ -147,7 +147,7 @@ def cut_to_width(table: Table, width: int) -> list[Table]:
 
 
 def _width(table: Table, column: int) -> int:
-    """Return what a column needs: its longest cell, or word of its name; less if it may fold."""
+    """Return the width that a column needs: its longest cell or header word; less if it folds."""
     name = max((cell_len(word) for word in table.header[column].split()), default=0)
     cells = max((cell_len(row[column]) for row in table.rows), default=0)
     if column and table.words[column]:

@@ -1,4 +1,4 @@
-"""What a report says of tuning: the best settings, every trial, and whether it was equal."""
+"""Show the tuning of a study: the best settings, all trials, and whether it was equal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsegrad_cli.report.units import (
 
 
 def settings_words(settings: Mapping[str, object]) -> str:
-    """``learning_rate 0.0005, warmup_steps 0.1``."""
+    """Return settings as text: ``learning_rate 0.0005, warmup_steps 0.1``."""
     return ", ".join(f"{_name(key)} {_value(value)}" for key, value in settings.items())
 
 
@@ -35,7 +35,7 @@ def _value(value: object) -> str:
 
 
 def outcome_words(trial: Trial) -> str:
-    """``score ×100 61.2``; ``pruned, score ×100 48.0 so far``; ``failed: the loss is NaN``."""
+    """Return ``score ×100 61.2``, ``pruned, score ×100 48.0 so far`` or ``failed: NaN loss``."""
     scale = scale_of(trial.metric)
     score = "" if trial.score is None else f"{scale.column} {format_score(trial.score, scale)}"
     if trial.status == "done":
@@ -50,7 +50,7 @@ def _series(study: StudyRecord) -> Sequence[TuningSeries]:
 
 
 def tuning_progress(study: StudyRecord) -> str:
-    """``3 of 16 trials of tuning``; empty where nothing is tuned, or all trials have ended."""
+    """Return ``3 of 16 trials of tuning``; empty without tuning or after all trials."""
     asked = study.tuning.trials * len(study.tuning.series) if study.tuning else 0
     there = sum(len(series.trials) for series in _series(study))
     return f"{there} of {asked} trials of tuning" if there < asked else ""
@@ -73,7 +73,7 @@ def tuning_lines(study: StudyRecord) -> list[str]:
 
 
 def tuning_check(study: StudyRecord) -> Check | None:
-    """Return whether all methods were tuned equally; None where nothing was tuned."""
+    """Return whether all methods were tuned equally; None without tuning."""
     tuning = study.tuning
     if tuning is None:
         return None
@@ -88,7 +88,7 @@ def tuning_check(study: StudyRecord) -> Check | None:
 
 
 def tuning_table(study: StudyRecord) -> Table | None:
-    """Return one row a method and task: trials, the best settings, their score, the time."""
+    """Return one row per method and task: trials, the best settings, their score, the time."""
     tuning = study.tuning
     if tuning is None or not tuning.series:
         return None
@@ -117,7 +117,7 @@ def _best_score(series: TuningSeries) -> str:
 
 
 def _space(series: TuningSeries) -> str:
-    """``0.0002 and 0.02; warmup_steps 0 and 0.2``: the learning rate first, unnamed."""
+    """Return ``0.0002 and 0.02; warmup_steps 0 and 0.2``: first the learning rate, without name."""
     return "; ".join(
         _ends(dimension) if at == 0 else f"{_name(dimension.key)} {_ends(dimension)}"
         for at, dimension in enumerate(series.space)
@@ -131,7 +131,7 @@ def _ends(dimension: SearchDimension) -> str:
 
 
 def _trial_counts(series: TuningSeries) -> str:
-    """``8 (2 pruned, 1 failed)``."""
+    """Return the number of trials: ``8 (2 pruned, 1 failed)``."""
     found = Counter(trial.status for trial in series.trials)
     other = [
         f"{count} {status_words(status)}" for status, count in found.items() if status != "done"

@@ -1,7 +1,7 @@
 """Format numbers for readers, and name statuses and memory categories in words.
 
-Inside the program bytes are ints, times seconds and scores fractions. Every function takes None for
-a value that a record does not have, and returns ``not recorded``.
+Inside the program, bytes are ints, times are in seconds and scores are fractions. Every function
+accepts None for a value that a record does not have, and returns ``not recorded``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sparsegrad_cli.records.metric_direction import SCORE, Scale
 
 NOT_RECORDED = "not recorded"
-NOTHING = "–"  # the mean, the interval or the best of nothing
+NOTHING = "–"  # The mean, the interval or the best of an empty list.
 MINUS = "\u2212"
 MIB = 1024**2
 GIB = 1024**3
@@ -37,7 +37,7 @@ TRAIN_STEP = ("forward", "backward", "optimizer")
 
 
 def status_words(status: str) -> str:
-    """Return a status in words; an unknown one as it stands."""
+    """Return a status in words; an unknown status is returned unchanged."""
     return STATUSES.get(status, status.replace("_", " "))
 
 
@@ -51,7 +51,7 @@ def words(value: object) -> str:
 
 
 def format_bytes(count: float | None) -> str:
-    """``12.3 MiB``; B, KiB, MiB or GiB by size."""
+    """Format bytes as ``12.3 MiB``, in B, KiB, MiB or GiB by size."""
     if count is None:
         return NOT_RECORDED
     if abs(count) < 1024:
@@ -66,27 +66,27 @@ def format_bytes(count: float | None) -> str:
 
 
 def format_kib(count: float | None) -> str:
-    """Bytes as a bare number of KiB, for columns that name the unit."""
+    """Format bytes as a number of KiB, for columns that name the unit."""
     return format_fixed(None if count is None else count / 1024, 1)
 
 
 def format_mib(count: float | None) -> str:
-    """Bytes as a bare number of MiB, ``1,234.5``, for columns that name the unit."""
+    """Format bytes as a number of MiB, ``1,234.5``, for columns that name the unit."""
     return format_fixed(None if count is None else count / MIB, 1)
 
 
 def format_gib(count: float | None) -> str:
-    """Bytes as a bare number of GiB, ``12.55``, for columns that name the unit."""
+    """Format bytes as a number of GiB, ``12.55``, for columns that name the unit."""
     return format_fixed(None if count is None else count / GIB, 2)
 
 
 def format_fixed(value: float | None, digits: int) -> str:
-    """A number with this many decimals, thousands separated."""
+    """Format a number with ``digits`` decimals and thousands separators."""
     return NOT_RECORDED if value is None else f"{value:,.{digits}f}"
 
 
 def format_seconds(seconds: float | None) -> str:
-    """``1 min 12 s``; milliseconds below a tenth of a second, hours and days above."""
+    """Format seconds as ``1 min 12 s``, in milliseconds to days by size."""
     if seconds is None:
         return NOT_RECORDED
     if seconds == 0:
@@ -112,7 +112,7 @@ def _pair(whole: int, per: int, large: str, small: str) -> str:
 
 
 def format_count(count: float | None, of: float | None = None) -> str:
-    """``70,776``, or ``70,776 (1.00 %)`` as a share of ``of``."""
+    """Format a count as ``70,776``, or as ``70,776 (1.00 %)`` with its share of ``of``."""
     if count is None:
         return NOT_RECORDED
     plain = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
@@ -120,7 +120,7 @@ def format_count(count: float | None, of: float | None = None) -> str:
 
 
 def format_share(share: float | None) -> str:
-    """``1.00 %``; three significant digits below 10 %, one decimal above."""
+    """Format a share as ``1.00 %``: three significant digits below 10 %, one decimal above."""
     if share is None:
         return NOT_RECORDED
     percent = 100 * share
@@ -130,12 +130,12 @@ def format_share(share: float | None) -> str:
 
 
 def format_percent(share: float | None) -> str:
-    """A share as a bare percentage, ``61.2``, for columns that name the unit."""
+    """Format a share as a percentage, ``61.2``, for columns that name the unit."""
     return format_fixed(None if share is None else 100 * share, 1)
 
 
 def format_score(score: float | None, scale: Scale = SCORE, *, sign: bool = False) -> str:
-    """A fraction times 100 with one decimal, ``61.2``, as papers print it; a loss as ``1.234``."""
+    """Format a fraction times 100 with one decimal, ``61.2``, and a loss as ``1.234``."""
     if score is None:
         return NOT_RECORDED
     shown = f"{scale.times * score:{'+' if sign else ''}.{scale.digits}f}"
@@ -145,14 +145,14 @@ def format_score(score: float | None, scale: Scale = SCORE, *, sign: bool = Fals
 
 
 def format_spread(mean: float | None, std: float | None, scale: Scale = SCORE) -> str:
-    """``61.2 ± 0.4``, or the mean alone where there is no spread (one seed)."""
+    """Format a score as ``61.2 ± 0.4``, or only the mean if there is one seed."""
     if mean is None or std is None:
         return format_score(mean, scale)
     return f"{format_score(mean, scale)} ± {scale.times * std:.{scale.digits}f}"
 
 
 def format_interval(interval: Sequence[float] | None, scale: Scale = SCORE) -> str:
-    """``58.1 to 62.3``; a dash where there is no interval (one seed)."""
+    """Format an interval as ``58.1 to 62.3``, or a dash if there is one seed."""
     if interval is None:
         return NOTHING
     low, high = interval
@@ -160,7 +160,7 @@ def format_interval(interval: Sequence[float] | None, scale: Scale = SCORE) -> s
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant digits, thousands separated, small ones as ``3.05e-05``."""
+    """Format a number with ``digits`` significant digits; small ones as ``3.05e-05``."""
     if value is None:
         return NOT_RECORDED
     if value != 0 and not 1e-3 <= abs(value) < 10**digits:
@@ -171,7 +171,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_amount(amount: float | None, kind: str | None) -> str:
-    """An amount of a budget in its unit: ``69,120 parameters``, ``1,036.2 MiB``, ``10 min``."""
+    """Format an amount of a budget: ``69,120 parameters``, ``1,036.2 MiB``, ``10 min``."""
     if amount is None:
         return NOT_RECORDED
     if kind == "trainable":
@@ -180,17 +180,17 @@ def format_amount(amount: float | None, kind: str | None) -> str:
 
 
 def format_p(p: float | None) -> str:
-    """``0.030``; never a bare zero, and a dash where nothing was tested."""
+    """Format a p-value as ``0.030``, never as zero; a dash if there was no test."""
     if p is None:
         return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def format_signed_share(share: float) -> str:
-    """``+1.26 %``."""
+    """Format a share with its sign: ``+1.26 %``."""
     return f"{'+' if share >= 0 else MINUS}{format_share(abs(share))}"
 
 
 def counted(count: float, thing: str) -> str:
-    """``1 task``, ``3 tasks``."""
+    """Format a count with its noun: ``1 task``, ``3 tasks``."""
     return f"{format_count(count)} {thing}{'' if count == 1 else 's'}"

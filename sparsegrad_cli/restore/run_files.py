@@ -171,7 +171,7 @@ def _refuse_unasked_code(loaded: LoadedRecipe) -> None:
 
 
 def _trained_tensors(folder: Path, record: RunRecord, loaded: LoadedRecipe) -> RunFiles:
-    """Find the adapter, or for an unfinished run the best checkpoint so far."""
+    """Find the adapter; for a run without one, find the checkpoint that it would keep."""
     status = record.status
     adapter = adapter_file(folder)
     if adapter is not None:
