@@ -1,4 +1,4 @@
-"""Print documents on a terminal of at least 80 columns.
+"""Print documents on a terminal, complete and readable at 80 columns.
 
 All text of a record becomes ``Text``, because Rich reads ``[bold]`` in a string as markup.
 """
