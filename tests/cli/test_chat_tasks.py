@@ -248,7 +248,7 @@ def test_conversations_that_max_length_cuts_or_drops_are_noted(
         (("task={name: glue/rte, chat: {paths: best}}",), "task.chat"),
         (("train.label_smoothing_factor=0.1",), "label smoothing"),
         (("task.metric=accuracy",), "not a metric of conversations"),
-        (("task.chat.paths=best",), "not with chat"),
+        (("task.chat.paths=best",), "not to chat"),
         (("task.chat.packing=tight",), "task.chat.packing"),
         (("task.chat.forgetting=gone.txt",), "no such file: gone.txt"),
     ],

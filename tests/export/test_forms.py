@@ -293,7 +293,7 @@ def test_what_was_exported_can_be_the_base_of_the_next_run(
 def test_a_large_model_is_written_in_shards(
     runs: Callable[..., Path], exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsegrad_cli.export.merged._SHARD", "20KB")
+    monkeypatch.setattr("sparsegrad_cli.export.merged.SHARD_SIZE", "20KB")
     run = runs("method=full")
     folder, said = exported(run, "merged")
     shards = [name for name in said["files"] if name.startswith("model-")]

@@ -40,7 +40,7 @@ def test_a_base_that_takes_every_word(tmp_path: Path, monkeypatch: pytest.Monkey
     tokenizer.save_pretrained(base)
     data = data_folder(tmp_path / "data")
     run = train(tmp_path / "run", Path("me/tiny"), data, "model.revision=v1", "method=lora")
-    said = export_run(run, ExportOptions("lora", tmp_path / "lora"))
+    said = export_run(run, ExportOptions("lora", tmp_path / "lora")).to_json()
     assert said["check"]["difference"] <= said["check"]["judged"]["tolerance"] < 1e-2
     about = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (about["base_model_name_or_path"], about["revision"]) == ("me/tiny", "v1")
