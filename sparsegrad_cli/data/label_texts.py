@@ -1,4 +1,4 @@
-"""The text of a label, the number that a text writes, and classes that look alike.
+"""The text of a label, the number that a text writes, and classes whose names are easily confused.
 
 =================================  =========================================================
 value of a label                   its text

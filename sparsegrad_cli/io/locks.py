@@ -145,7 +145,7 @@ def _acquire(path: Path, timeout_s: float) -> BaseFileLock:
 def _release(lock: BaseFileLock) -> None:
     _holds[lock.lock_file] -= 1
     if not _holds[lock.lock_file] and not isinstance(lock, SoftFileLock):
-        # Unlinked while held: a process that waits on this file finds it nameless and opens anew.
+        # Unlinked while held: a waiting process finds no name for this file and opens a new one.
         with suppress(OSError):
             Path(lock.lock_file).unlink()
     lock.release()

@@ -89,7 +89,7 @@ class Counts:
 def check_what_trains(model: nn.Module, counts: Counts) -> None:
     """Check that the parameters that require a gradient are those that were counted.
 
-    Every target must hold at least as many as its count, and outside the targets there must be
+    Every target must hold its count or more, and outside the targets there must be
     exactly those of head and rest. Biases belong to the rest.
 
     Raises:

@@ -1,6 +1,6 @@
 """Which entries a run touched: how many over all its steps, and where they lie.
 
-A method that chooses anew in every step touches more entries over a run than it trains at once;
+A method that chooses in every step changes more parameters over a run than it trains at once;
 its adapter, and what it may forget, go by the larger number.
 """
 
