@@ -92,6 +92,8 @@ def judge_server(judges: Judges) -> Iterator[Server]:
             for name, value in said.headers:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
+            # Said, not only done: a client that reuses the connection loses a try to it.
+            self.send_header("Connection", "close")
             self.end_headers()
             if said.drip:
                 for byte in content:
@@ -100,7 +102,6 @@ def judge_server(judges: Judges) -> Iterator[Server]:
                     self.wfile.flush()
                 return
             self.wfile.write(content[: len(content) // 2] if said.cut else content)
-            self.close_connection = True
 
         def log_message(self, *arguments: Any) -> None:
             return
