@@ -14,8 +14,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from small import Cli, Outcome
-from tried import table
+from support.cli_runs import Cli, Outcome
+from support.hostile_summary import table
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
+from support.tiny_models import (
     HIDDEN,
     INNER,
     batch,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import calibrated, classifier, one_thread, targets_of
+from support.tiny_models import calibrated, classifier, one_thread, targets_of
 
 from sparsegrad_cli.calibration.basis_file import (
     BasisFile,

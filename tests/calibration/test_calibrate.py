@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from tiny import (
+from support.tiny_models import (
     BLOCKS,
     HIDDEN,
     INNER,

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, batch, build, classifier, config, found_by, one_thread, targets_of
+from support.tiny_models import (
+    VOCABULARY,
+    batch,
+    build,
+    classifier,
+    config,
+    found_by,
+    one_thread,
+    targets_of,
+)
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration import calibrate as calibration

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import base_folder, data_folder, train
 from safetensors.torch import load_file
-from tiny import one_thread
+from support.small_runs import base_folder, data_folder, train
+from support.tiny_models import one_thread
 
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.sequential import SequentialStream

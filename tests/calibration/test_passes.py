@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIDDEN, INNER, batches, calibrated, classifier, one_thread, snapshot, targets_of
+from support.tiny_models import (
+    HIDDEN,
+    INNER,
+    batches,
+    calibrated,
+    classifier,
+    one_thread,
+    snapshot,
+    targets_of,
+)
 from torch import Tensor
 
 from sparsegrad_cli.calibration.calibrate import passes_of

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, batches, calibrated, classifier, one_thread, snapshot, targets_of
+from support.tiny_models import (
+    batch,
+    batches,
+    calibrated,
+    classifier,
+    one_thread,
+    snapshot,
+    targets_of,
+)
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.gradients import tokens_only

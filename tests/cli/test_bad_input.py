@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import REPO
-from small import SMALL, Cli
+from support.cli_runs import SMALL, Cli
+from support.paths import REPO
 
 
 def table(folder: Path, name: str, rows: list[tuple[str, str]]) -> Path:

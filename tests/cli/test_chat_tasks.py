@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from chat_tokenizers import byte_level
 from safetensors.torch import load_file
-from small import METHODS, Cli
+from support.adapter_paths import trained_in
+from support.chat_tokenizers import byte_level
+from support.cli_runs import METHODS, Cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
 QUESTIONS = ("Is 12 more than 7?", "And 7?", "Who came home?", "What was old?", "Nobody?")

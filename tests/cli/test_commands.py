@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from adapters import trained_in
-from paths import REPO
-from small import METHODS, SMALL, Cli
+from support.adapter_paths import trained_in
+from support.cli_runs import METHODS, SMALL, Cli
+from support.paths import REPO
 
 from sparsegrad_cli import __version__
 

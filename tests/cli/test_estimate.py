@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small import METHODS, SMALL, Cli
+from support.cli_runs import METHODS, SMALL, Cli
 
 from sparsegrad_cli.records.environment import rss_bytes
 from sparsegrad_cli.records.estimate import EstimateRecord

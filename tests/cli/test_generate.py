@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import Cli
-from talkers import talker
+from support.chat_models import talker
+from support.cli_runs import Cli
 
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.untrusted_text import printable_text

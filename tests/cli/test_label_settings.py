@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from little import base_folder
-from small import Cli, Outcome
+from support.cli_runs import Cli, Outcome
+from support.small_runs import base_folder
 
 from sparsegrad_cli.records.study import ResultRow
 from sparsegrad_cli.report.scores import scale_of_rows

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small import Cli
+from support.cli_runs import Cli
 
 WORDS = [
     "the",

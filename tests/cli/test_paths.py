@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from little import base_folder, data_folder
-from small import Cli
+from support.cli_runs import Cli
+from support.small_runs import base_folder, data_folder
 
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import load_study

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small import Cli
+from support.cli_runs import Cli
 
 COMMANDS = ("compare", "estimate", "validate", "report", "export", "generate", "judge", "configs")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import read, spoken, write
-from task_data import load_chat
+from support.oasst_samples import read, spoken, write
+from support.task_data import load_chat
 
 from sparsegrad_cli.data.chat_data import split_position
 from sparsegrad_cli.data.conversation import ChatData, Conversation

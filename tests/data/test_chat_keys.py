@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_tokenizers import CHATML, byte_level, labelled_parts
-from oasst_samples import read, spoken, write
+from support.chat_tokenizers import CHATML, byte_level, labelled_parts
+from support.oasst_samples import read, spoken, write
 
 from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from chat_tokenizers import (
+from support.chat_tokenizers import (
     CHATML,
     byte_level,
     chat,

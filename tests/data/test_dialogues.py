@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import flat, read, write
-from task_data import load_chat
+from support.oasst_samples import flat, read, write
+from support.task_data import load_chat
 
 from sparsegrad_cli.data.builtin.dialogue_lexicon import CLOSED_CLASS, TRAIN, VALIDATION
 from sparsegrad_cli.data.builtin.dialogues import LIMIT, SIZES, Split, generate

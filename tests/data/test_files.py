@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import node, tree, write
-from task_data import load_chat, load_task
+from support.oasst_samples import node, tree, write
+from support.task_data import load_chat, load_task
 
 from sparsegrad_cli.data import compressed_files
 from sparsegrad_cli.data.examples import LoadedTask

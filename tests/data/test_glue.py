@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import paths
 import pytest
-from task_data import load_task
+from support import paths
+from support.task_data import load_task
 
 from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError

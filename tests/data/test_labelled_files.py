@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_data import load_task
+from support.task_data import load_task
 
 from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.errors import DataError, UsageError

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from task_data import load_task
+from support.task_data import load_task
 
 from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.errors import DataError, UsageError

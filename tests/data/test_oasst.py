@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
+from support.oasst_samples import (
+    EXPECTED,
+    big,
+    everything,
+    flat,
+    node,
+    read,
+    small,
+    spoken,
+    tree,
+    write,
+)
 
 from sparsegrad_cli.data.chat_data import learnt_turns
 from sparsegrad_cli.data.conversation import Conversation, Turn

@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import EXPECTED, big, everything, flat, node, read, small, spoken, tree, write
 from pydantic import ValidationError
-from task_data import chat_task, load_chat
+from support.oasst_samples import (
+    EXPECTED,
+    big,
+    everything,
+    flat,
+    node,
+    read,
+    small,
+    spoken,
+    tree,
+    write,
+)
+from support.task_data import chat_task, load_chat
 
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import everything, flat, node, read, small, spoken, tree, write
+from support.oasst_samples import everything, flat, node, read, small, spoken, tree, write
 
 from sparsegrad_cli.errors import DataError
 

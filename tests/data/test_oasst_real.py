@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oasst_samples import EXPECTED, everything, flat, read, sides, write
-from paths import REPO, shared_data
+from support.oasst_samples import EXPECTED, everything, flat, read, sides, write
+from support.paths import REPO, shared_data
 
 # --- the real files
 

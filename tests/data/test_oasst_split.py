@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from oasst_samples import everything, flat, node, read, sides, spoken, write
-from task_data import load_chat
+from support.oasst_samples import everything, flat, node, read, sides, spoken, write
+from support.task_data import load_chat
 
 from sparsegrad_cli.data.chat_data import RawChat, finish, split_position
 from sparsegrad_cli.data.conversation import Conversation, Turn

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, build, config, one_thread
+from support.tiny_models import VOCABULARY, build, config, one_thread
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.batches import ChatCollator, token_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from task_data import load_task
+from support.task_data import load_task
 
 from sparsegrad_cli.data.batches import TextCollator, longest_batch
 from sparsegrad_cli.data.examples import LoadedTask

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from little import base_folder, data_folder
+from support.small_runs import base_folder, data_folder
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "how-to" / "add-a-method.md"

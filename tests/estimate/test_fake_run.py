@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import classifier, config, one_thread
+from support.tiny_models import classifier, config, one_thread
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import calibrate

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from little import record, train
-from paths import REPO
-from talkers import byte_tokenizer
-from tiny import build, one_thread
+from support.chat_models import byte_tokenizer
+from support.paths import REPO
+from support.small_runs import record, train
+from support.tiny_models import build, one_thread
 
 from sparsegrad_cli.estimate.estimate_steps import estimate_steps
 from sparsegrad_cli.estimate.fake_run import Conditions, Kernels

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_tokenizers import smollm2_tokenizer
+from support.chat_tokenizers import smollm2_tokenizer
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.estimate.estimate_steps import Room, estimate_steps

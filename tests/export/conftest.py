@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from little import base_folder, data_folder, train
-from small import Cli, Outcome
-from tiny import one_thread
+from support.cli_runs import Cli, Outcome
+from support.small_runs import base_folder, data_folder, train
+from support.tiny_models import one_thread
 
 Runs = Callable[..., Path]
 

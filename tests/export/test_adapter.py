@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import (
+from safetensors.torch import load_file, save_file
+from support.small_runs import (
     answers,
     base_folder,
     base_of,
@@ -19,8 +20,7 @@ from little import (
     tokenizer_of,
     train,
 )
-from safetensors.torch import load_file, save_file
-from tiny import batch
+from support.tiny_models import batch
 from torch import Tensor
 
 from sparsegrad_cli import load_adapter

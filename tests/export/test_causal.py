@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from chat_tokenizers import byte_level
-from little import base_of, record, train
 from safetensors.torch import load_file
-from tiny import build, config
+from support.chat_tokenizers import byte_level
+from support.small_runs import base_of, record, train
+from support.tiny_models import build, config
 from torch import Tensor, nn
 
 import sparsegrad_cli

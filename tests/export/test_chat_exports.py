@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import base_of, train
-from small import Outcome
-from talkers import CHATML, asks, load, talker
+from support.chat_models import CHATML, asks, load, talker
+from support.cli_runs import Outcome
+from support.small_runs import base_of, train
 
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.conversation import Conversation, Turn

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import TABLE, causal_or_body
-from little import byte_tokenizer, record
-from small import Cli
+from support.architectures import TABLE, causal_or_body
+from support.cli_runs import Cli
+from support.small_runs import byte_tokenizer, record
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"

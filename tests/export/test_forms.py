@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import (
+from safetensors.torch import load_file
+from support.small_runs import (
     ROWS,
     answers,
     base_of,
@@ -24,8 +25,7 @@ from little import (
     tokenizer_of,
     train,
 )
-from safetensors.torch import load_file
-from tiny import BLOCKS, HIDDEN, INNER
+from support.tiny_models import BLOCKS, HIDDEN, INNER
 from torch import Tensor, nn
 
 import sparsegrad_cli

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import answers, byte_tokenizer, data_folder, record, train
-from tiny import build, config
+from support.small_runs import answers, byte_tokenizer, data_folder, record, train
+from support.tiny_models import build, config
 
 from sparsegrad_cli.export.export_run import export_run
 from sparsegrad_cli.export.options import ExportOptions

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import by_transformers
-from small import METHODS, SMALL, Cli
+from support.cli_runs import METHODS, SMALL, Cli
+from support.small_runs import by_transformers
 
 import sparsegrad_cli
 from sparsegrad_cli.models.pretrained import locate

@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from little import answers, base_folder, by_transformers, data_folder, record, tokenizer_of, train
-from packed import BITS, need_bitsandbytes
 from safetensors.torch import load_file
-from small import Cli
+from support.adapter_paths import trained_in
+from support.cli_runs import Cli
+from support.quantized_models import BITS, need_bitsandbytes
+from support.small_runs import (
+    answers,
+    base_folder,
+    by_transformers,
+    data_folder,
+    record,
+    tokenizer_of,
+    train,
+)
 
 import sparsegrad_cli
 from sparsegrad_cli.errors import UsageError

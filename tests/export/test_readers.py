@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from little import ROWS, answers, base_folder, data_folder, record, tokenizer_of, train
 from safetensors.torch import load_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import structural_rank
-from small import Cli, Outcome
+from support.cli_runs import Cli, Outcome
+from support.small_runs import ROWS, answers, base_folder, data_folder, record, tokenizer_of, train
 
 from sparsegrad_cli.export.forms import WRITERS
 from sparsegrad_cli.models.pretrained import locate

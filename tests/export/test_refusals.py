@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapters import trained_in
-from little import (
+from safetensors.torch import load_file, save_file
+from support.adapter_paths import trained_in
+from support.cli_runs import Cli, Outcome
+from support.small_runs import (
     answers,
     base_folder,
     by_transformers,
@@ -21,8 +23,6 @@ from little import (
     tokenizer_of,
     train,
 )
-from safetensors.torch import load_file, save_file
-from small import Cli, Outcome
 from torch import Tensor
 
 from sparsegrad_cli.run.checkpoints import seal

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import answers, base_of, by_peft, by_transformers, record, tokenizer_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.small_runs import answers, base_of, by_peft, by_transformers, record, tokenizer_of
 
 import sparsegrad_cli
 from sparsegrad_cli.methods.peft_folder import from_peft, to_peft

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from talkers import asks, load, talker
+from support.chat_models import asks, load, talker
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.generate.answerer import Answerer, ChatPrompts

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import base_folder, data_folder, train
-from talkers import asks, load, talker
+from support.chat_models import asks, load, talker
+from support.small_runs import base_folder, data_folder, train
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
 from sparsegrad_cli.generate.answerer import Answerer

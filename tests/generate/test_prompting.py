@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from talkers import asks, byte_tokenizer, smollm2_tokenizer
+from support.chat_models import asks, byte_tokenizer, smollm2_tokenizer
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import DataError

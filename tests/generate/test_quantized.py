@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from little import train
-from packed import BITS, need_bitsandbytes
 from safetensors.torch import load_file
-from small import Cli
-from talkers import asks, load, talker
+from support.chat_models import asks, load, talker
+from support.cli_runs import Cli
+from support.quantized_models import BITS, need_bitsandbytes
+from support.small_runs import train
 from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import train
-from small import METHODS, Cli
-from talkers import asks, load, talker
+from support.chat_models import asks, load, talker
+from support.cli_runs import METHODS, Cli
+from support.small_runs import train
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.answerer import Answerer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talkers import load, talker
+from support.chat_models import load, talker
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError

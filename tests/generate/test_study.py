@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import trained_in
-from answered import CELLS, make_study
-from judging import Said, judge_server
-from pages import outline
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small import Cli, Outcome
-from talkers import asks, load
+from support.adapter_paths import trained_in
+from support.answered_study import CELLS, make_study
+from support.chat_models import asks, load
+from support.cli_runs import Cli, Outcome
+from support.html_pages import outline
+from support.judge_server import Said, judge_server
 
 from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.options import GenerationSettings

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from little import base_folder, data_folder, train
-from tiny import one_thread
+from support.small_runs import base_folder, data_folder, train
+from support.tiny_models import one_thread
 
 CORE = ("method.form=core", "method.density=0.05", "method.rank=7")
 

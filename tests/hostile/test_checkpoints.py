@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evil import places, values
-from hostility import holds, scratch, tree
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from snares import furnish, things
-from stopped import quick, resumed, seal_anew, stopped
-from torn_tensors import Spoils, spoil, spoils, torn
+from support.hostile_cases import holds, scratch, tree
+from support.hostile_folders import furnish, things
+from support.hostile_tensors import Spoils, spoil, spoils, torn
+from support.hostile_text import places, values
+from support.stopped_run import quick, resumed, seal_anew, stopped
 
 from sparsegrad_cli.run.checkpoints import MANIFEST, with_check
 

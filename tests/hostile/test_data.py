@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hostility import holds, scratch
-from tables import delimited, json_rows, questions
-from task_data import chat_task, load_task
+from support.hostile_cases import holds, scratch
+from support.hostile_data_files import delimited, json_rows, questions
+from support.task_data import chat_task, load_task
 
 from sparsegrad_cli.data.chat_files import load_chat_files
 from sparsegrad_cli.generate.questions import read_questions

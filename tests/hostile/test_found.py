@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hostility import check_error, check_harmless
-from pages import without
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import run_record
-from small import Cli
-from task_data import load_task
-from torch import Tensor
-from victims import (
+from support.cli_runs import Cli
+from support.hostile_cases import check_error, check_harmless
+from support.html_pages import without
+from support.record_samples import run_record
+from support.task_data import load_task
+from support.tensor_file_uses import (
     adapter,
     basis_bytes,
     language_model,
@@ -28,6 +27,7 @@ from victims import (
     use_adapter,
     use_basis,
 )
+from torch import Tensor
 
 from sparsegrad_cli.errors import DataError, DiskError, FileFormatError, UsageError
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostility import check_error, no_hang, tree
-from little import record
-from snares import furnish
-from stopped import quick, resumed, seal_anew, stopped
+from support.hostile_cases import check_error, no_hang, tree
+from support.hostile_folders import furnish
+from support.small_runs import record
+from support.stopped_run import quick, resumed, seal_anew, stopped
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import hostility
 import pytest
-from hostility import scratch
-from tried import PROPERTY, table
+from support import hostile_cases as hostility
+from support.hostile_cases import scratch
+from support.hostile_summary import PROPERTY, table
 
 from sparsegrad_cli.errors import SparsegradError
 

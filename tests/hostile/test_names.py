@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from evil import EVIL
-from hostility import check_harmless, holds, scratch
 from hypothesis import strategies as st
-from small import Cli
+from support.cli_runs import Cli
+from support.hostile_cases import check_harmless, holds, scratch
+from support.hostile_text import EVIL
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded

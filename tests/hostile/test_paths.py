@@ -7,12 +7,12 @@ import io
 from pathlib import Path
 
 import pytest
-from answered import cell, put, side_by_side
-from hostility import check_error, holds, scratch, tree
 from hypothesis import strategies as st
-from pages import without
-from samples import compare_record, run_record
-from snares import furnish, things
+from support.answered_study import cell, put, side_by_side
+from support.hostile_cases import check_error, holds, scratch, tree
+from support.hostile_folders import furnish, things
+from support.html_pages import without
+from support.record_samples import compare_record, run_record
 
 from sparsegrad_cli.cli.runs import report
 from sparsegrad_cli.errors import FileFormatError, UsageError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hostility import check_harmless, holds, scratch, tree
 from hypothesis import strategies as st
-from yamls import junk, scalars, spoilt, torn, trees
+from support.hostile_cases import check_harmless, holds, scratch, tree
+from support.hostile_yaml import junk, scalars, spoilt, torn, trees
 
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe

@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tex
-from evil import check_markdown, check_page, records
-from hostility import check_harmless, holds, scratch
-from pages import without
-from samples import compare_record, run_record, study_record
+from support import latex as tex
+from support.hostile_cases import check_harmless, holds, scratch
+from support.hostile_text import check_markdown, check_page, records
+from support.html_pages import without
+from support.record_samples import compare_record, run_record, study_record
 
 from sparsegrad_cli.cli.runs import report
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evil import places, values
-from hostility import holds, scratch
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torn_tensors import Spoils, spoil, spoils, texts, torn
-from victims import (
+from support.hostile_cases import holds, scratch
+from support.hostile_tensors import Spoils, spoil, spoils, texts, torn
+from support.hostile_text import places, values
+from support.tensor_file_uses import (
     adapter,
     basis_bytes,
     language_model,

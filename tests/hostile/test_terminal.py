@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answered import put, side_by_side
-from evil import EVIL, check_markdown, check_page, records, values, words
-from hostility import check_error, check_harmless, holds, scratch
 from hypothesis import strategies as st
-from pages import without
 from rich.console import Console
-from samples import compare_record, run_record, study_of
-from small import Cli
+from support.answered_study import put, side_by_side
+from support.cli_runs import Cli
+from support.hostile_cases import check_error, check_harmless, holds, scratch
+from support.hostile_text import EVIL, check_markdown, check_page, records, values, words
+from support.html_pages import without
+from support.record_samples import compare_record, run_record, study_of
 
 from sparsegrad_cli.cli.progress import ProgressObserver
 from sparsegrad_cli.errors import (

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hostility import check_error, no_hang, scratch, tree
+from support.hostile_cases import check_error, no_hang, scratch, tree
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.load_recipe import load_recipe

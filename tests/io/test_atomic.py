@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from paths import REPO
+from support.paths import REPO
 from torch import nn
 
 from sparsegrad_cli.errors import DiskError
@@ -139,7 +139,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
-from checkpoint_files import save
+from support.checkpoint_files import save
 from sparsegrad_cli.io.atomic import save_tensors, write_folder
 
 run = Path(sys.argv[1])

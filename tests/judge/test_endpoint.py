@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from judging import Said, always, judge_server
+from support.judge_server import Said, always, judge_server
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.judge.endpoint import Endpoint, UnansweredError

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import batch, classifier
+from support.tiny_models import batch, classifier
 from torch import Tensor, nn
 
 from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors

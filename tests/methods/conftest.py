@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tiny import one_thread
+from support.tiny_models import one_thread
 
 
 @pytest.fixture(autouse=True)

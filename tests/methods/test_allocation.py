@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, Cli
-from tiny import batch, calibrated, classifier, one_thread, targets_of
+from support.cli_runs import SMALL, Cli
+from support.tiny_models import batch, calibrated, classifier, one_thread, targets_of
 
 from sparsegrad_cli.calibration.basis_file import (
     check_tokens,

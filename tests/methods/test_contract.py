@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import save
-from tiny import (
+from support.checkpoint_files import save
+from support.tiny_models import (
     BLOCKS,
     HIDDEN,
     INNER,

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import INNER, batch, calibrated, classifier, one_thread, orthogonal_bases, targets_of
+from support.tiny_models import (
+    INNER,
+    batch,
+    calibrated,
+    classifier,
+    one_thread,
+    orthogonal_bases,
+    targets_of,
+)
 from torch import Tensor, nn
 
 from benchmarks.memory import step_bytes

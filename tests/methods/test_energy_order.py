@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Found, calibrated, targets_of, weight_of
+from support.tiny_models import Found, calibrated, targets_of, weight_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.diagnostics import Choice, energy_table, verdict_of

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import TABLE, causal_or_body, tokens
-from tiny import METHODS, calibrated, targets_of
+from support.architectures import TABLE, causal_or_body, tokens
+from support.tiny_models import METHODS, calibrated, targets_of
 from torch import nn
 
 from sparsegrad_cli.errors import SparsegradError

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import METHODS, Tuned, batch, classifier, logits, orthogonal_bases, targets_of, weight_of
+from support.tiny_models import (
+    METHODS,
+    Tuned,
+    batch,
+    classifier,
+    logits,
+    orthogonal_bases,
+    targets_of,
+    weight_of,
+)
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Method

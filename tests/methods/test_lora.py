@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import batch, classifier, logits, targets_of
+from support.tiny_models import batch, classifier, logits, targets_of
 
 from sparsegrad_cli.methods.lora.method import Lora
 from sparsegrad_cli.methods.lora.settings import DEFAULT_RANK, LoraSettings, solve_rank

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from tiny import batch, classifier, targets_of
+from support.tiny_models import batch, classifier, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.lora.method import keep_inputs_once

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import METHODS, Tuned, batch, classifier, targets_of, weight_of
+from support.tiny_models import METHODS, Tuned, batch, classifier, targets_of, weight_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.meprop.method import Meprop

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from packed import BITS, METHODS, Packed, body_folder, held, loaded, need_bitsandbytes
-from tiny import batch, targets_of
+from support.quantized_models import (
+    BITS,
+    METHODS,
+    Packed,
+    body_folder,
+    held,
+    loaded,
+    need_bitsandbytes,
+)
+from support.tiny_models import batch, targets_of
 from torch import nn
 
 from sparsegrad_cli.memory.meter import MemoryMeter

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import classifier, orthogonal_bases, targets_of
+from support.tiny_models import classifier, orthogonal_bases, targets_of
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from architectures import TABLE, WITHOUT_MLP, causal_or_body
-from tiny import targets_of
+from support.architectures import TABLE, WITHOUT_MLP, causal_or_body
+from support.tiny_models import targets_of
 from torch import nn
 
 from sparsegrad_cli.errors import UsageError

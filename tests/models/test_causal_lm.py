@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BLOCKS, HIDDEN, INNER, batch, build, config, targets_of
+from support.tiny_models import BLOCKS, HIDDEN, INNER, batch, build, config, targets_of
 
 from sparsegrad_cli.errors import FileFormatError, SparsegradError, UsageError
 from sparsegrad_cli.models.load_model import load_causal_lm

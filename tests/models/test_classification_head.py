@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import base_folder, byte_tokenizer, data_folder
-from small import Cli
-from tiny import batch, build, classifier, config
+from support.cli_runs import Cli
+from support.small_runs import base_folder, byte_tokenizer, data_folder
+from support.tiny_models import batch, build, classifier, config
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, build, classifier, config, targets_of
+from support.tiny_models import ARCHITECTURES, build, classifier, config, targets_of
 from torch import nn
 
 from sparsegrad_cli.models.targets import fingerprint, head_parameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, build, config
+from support.tiny_models import VOCABULARY, build, config
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, batch, build, classifier, config
+from support.tiny_models import VOCABULARY, batch, build, classifier, config
 from torch import nn
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, BLOCKS, INNER, batch, classifier, one_thread, targets_of
+from support.tiny_models import (
+    ARCHITECTURES,
+    BLOCKS,
+    INNER,
+    batch,
+    classifier,
+    one_thread,
+    targets_of,
+)
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import batch, classifier
+from support.tiny_models import batch, classifier
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError

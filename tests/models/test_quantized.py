@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from packed import BITS, TWO, body_folder, loaded, need_bitsandbytes, section
-from tiny import BLOCKS, HIDDEN, INNER, batch, targets_of
+from support.quantized_models import BITS, TWO, body_folder, loaded, need_bitsandbytes, section
+from support.tiny_models import BLOCKS, HIDDEN, INNER, batch, targets_of
 from torch import Tensor
 
 from sparsegrad_cli.errors import UsageError
@@ -191,7 +191,7 @@ def test_weights_that_are_packed_already_are_refused(
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_language_models_head_is_left_alone(tied: bool, bits: str, tmp_path: Path) -> None:
-    from tiny import build, config
+    from support.tiny_models import build, config
     from transformers import AutoModelForCausalLM
 
     original: Any = build(AutoModelForCausalLM, config("llama", tie_word_embeddings=tied), seed=3)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_tokenizers import smollm2_tokenizer
-from tiny import build, config
+from support.chat_tokenizers import smollm2_tokenizer
+from support.tiny_models import build, config
 
 from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
 from sparsegrad_cli.models import smollm2

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, BLOCKS, HIDDEN, INNER, build, classifier, config, targets_of
+from support.tiny_models import (
+    ARCHITECTURES,
+    BLOCKS,
+    HIDDEN,
+    INNER,
+    build,
+    classifier,
+    config,
+    targets_of,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

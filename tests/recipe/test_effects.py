@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from little import base_folder, data_folder
-from small import Cli
+from support.cli_runs import Cli
+from support.small_runs import base_folder, data_folder
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.effects import idle_settings

@@ -6,7 +6,7 @@ import hashlib
 import json
 
 import pytest
-from small import Cli
+from support.cli_runs import Cli
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain

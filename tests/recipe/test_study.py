@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from paths import REPO
+from support.paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.methods.lora.settings import LoraSettings

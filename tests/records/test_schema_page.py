@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from paths import REPO
+from support.paths import REPO
 
 from sparsegrad_cli.records.answers import AnswersRecord
 from sparsegrad_cli.records.base import Record

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answered import put, side_by_side
-from pages import outline, without
-from samples import compare_record, study_of
+from support.answered_study import put, side_by_side
+from support.html_pages import outline, without
+from support.record_samples import compare_record, study_of
 
 from sparsegrad_cli.generate.questions import Question
 from sparsegrad_cli.judge.grades import Grades, read_graded_answers

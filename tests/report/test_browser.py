@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
-from samples import run_of, run_record, study_of, study_record
+from support.browser import Browser, find_browser
+from support.record_samples import run_of, run_record, study_of, study_record
 
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.run import run_document

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cells import cell, evidence_of
 from matplotlib.figure import Figure
-from samples import compare_record, study_of, study_record
+from support.record_samples import compare_record, study_of, study_record
+from support.study_cells import cell, evidence_of
 
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report.study_charts import (

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from samples import compare_record, study_of, study_record
-from tex import check, tokens
+from support.latex import check, tokens
+from support.record_samples import compare_record, study_of, study_record
 
 from sparsegrad_cli.report.document import Document, Table
 from sparsegrad_cli.report.render import escape_latex, render

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cells import evidence_of
-from pages import without
-from samples import compare_record, study_of, study_record
+from support.html_pages import without
+from support.record_samples import compare_record, study_of, study_record
+from support.study_cells import evidence_of
 
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report import study as study_report

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pages import outline, without
-from samples import compare_record, run_of, run_record, study_of, study_record
+from support.html_pages import outline, without
+from support.record_samples import compare_record, run_of, run_record, study_of, study_record
 
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.run import run_document

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from samples import study_of, study_record
+from support.record_samples import study_of, study_record
 
 from sparsegrad_cli.report.scores import published_table
 from sparsegrad_cli.report.units import NOT_RECORDED

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from samples import compare_record, run_of, run_record, study_of
+from support.record_samples import compare_record, run_of, run_record, study_of
 
 from sparsegrad_cli.report.document import Document, Table
 from sparsegrad_cli.report.render import render

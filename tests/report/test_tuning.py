@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from samples import compare_record, study_of
+from support.record_samples import compare_record, study_of
 
 from sparsegrad_cli.records.study import Trial
 from sparsegrad_cli.report.fairness import check_lines

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import REPO
-from small import Cli
+from support.cli_runs import Cli
+from support.paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe import trackers
@@ -238,7 +238,7 @@ def test_tracker_files_go_into_the_runs_folder_and_a_comparison_is_a_group(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
 )
 def test_tensorboard_writes_into_the_runs_folder(cli: Cli, tmp_path: Path) -> None:
-    from small import SMALL
+    from support.cli_runs import SMALL
 
     told = cli("train", "method=lora", *SMALL, "train.report_to=tensorboard", "-o", "run")
     assert told.code == 0, told.err

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cells import cell, measured_in
-from samples import compare_record, study_of
+from support.record_samples import compare_record, study_of
+from support.study_cells import cell, measured_in
 
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord

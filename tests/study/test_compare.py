@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from small import SMALL, Cli
+from support.cli_runs import SMALL, Cli
 
 
 @pytest.fixture

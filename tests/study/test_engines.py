@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from small import Cli
+from support.cli_runs import Cli
 
 from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.recipe.study import make_study

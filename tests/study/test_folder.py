@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from holding import holder, read
+from support.folder_lock_process import holder, read
 
 from sparsegrad_cli.errors import BusyError, SparsegradError, UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from paths import REPO
+from support.paths import REPO
 
 from sparsegrad_cli.io.locks import owner_of
 from sparsegrad_cli.study.runs import find_run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from cells import cell, evidence_of, pair_tests_of, study_cells
-from samples import study_of
+from support.record_samples import study_of
+from support.study_cells import cell, evidence_of, pair_tests_of, study_cells
 
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from paths import REPO
-from small import SMALL, Cli
+from support.cli_runs import SMALL, Cli
+from support.paths import REPO
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from cells import cell, checks_of, rows_of, study_cells
-from samples import study_of
+from support.record_samples import study_of
+from support.study_cells import cell, checks_of, rows_of, study_cells
 
 from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.study.rows import paired_difference

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from holding import holder, read
-from paths import REPO
+from support.folder_lock_process import holder, read
+from support.paths import REPO
 
 from sparsegrad_cli.errors import DiskError
 from sparsegrad_cli.io.atomic import write_json_atomic

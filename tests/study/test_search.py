@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from paths import REPO
+from support.paths import REPO
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.study.search import (

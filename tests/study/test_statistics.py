@@ -7,8 +7,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-from cells import pair_tests_of, study_cells
 from scipy import stats
+from support.study_cells import pair_tests_of, study_cells
 
 from sparsegrad_cli.study.statistics import (
     DRAWS,

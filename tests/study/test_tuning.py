@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import REPO
-from small import Cli
+from support.cli_runs import Cli
+from support.paths import REPO
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic

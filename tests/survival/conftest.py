@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from killing import Killer
-from surviving import Bench
-from tiny import one_thread
+from support.kill_process import Killer
+from support.survival_runs import Bench
+from support.tiny_models import one_thread
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import REPO
-from surviving import Bench, flat, largest_file, record, weights
+from support.paths import REPO
+from support.survival_runs import Bench, flat, largest_file, record, weights
 
 from sparsegrad_cli.run.checkpoints import last_checkpoint
 
@@ -85,7 +85,7 @@ os.environ["COLUMNS"] = "200"
 import torch
 from torch import nn
 from sparsegrad_cli.errors import DiskError
-from checkpoint_files import save
+from support.checkpoint_files import save
 from sparsegrad_cli.run.checkpoints import Checkpoints, last_checkpoint
 
 run = Path(sys.argv[1]) / "run"

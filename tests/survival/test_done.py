@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from surviving import Bench, flat, record, weights
+from support.survival_runs import Bench, flat, record, weights
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.progress import Observer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from surviving import Bench, flat, record, results, weights
+from support.survival_runs import Bench, flat, record, results, weights
 
 METHODS = {
     "core": ("method.form=core", "method.density=0.05", "method.rank=7", "calibration.steps=2"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from surviving import Bench, flat, record, weights
+from support.survival_runs import Bench, flat, record, weights
 
 from sparsegrad_cli.run.checkpoints import MANIFEST, seal, with_check
 

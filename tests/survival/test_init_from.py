@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from killing import Ended
-from surviving import Bench, flat, record, results, weights
+from support.kill_process import Ended
+from support.survival_runs import Bench, flat, record, results, weights
 
 COMMON = (
     "task=csv",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moments import MOMENTS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from surviving import (
+from support.kill_points import MOMENTS
+from support.survival_runs import (
     CALIBRATING,
     COMMON,
     EXPORTING,

@@ -14,9 +14,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from holding import holder, read
-from paths import REPO
-from surviving import Bench
+from support.folder_lock_process import holder, read
+from support.paths import REPO
+from support.survival_runs import Bench
 
 from sparsegrad_cli.errors import BusyError, DiskError
 from sparsegrad_cli.io.locks import FolderLock, owner_of

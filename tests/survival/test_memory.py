@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Ended, Killer
-from little import base_folder, data_folder, sentences
-from surviving import flat, record
-from tiny import one_thread
+from support.kill_process import Ended, Killer
+from support.small_runs import base_folder, data_folder, sentences
+from support.survival_runs import flat, record
+from support.tiny_models import one_thread
 
 from sparsegrad_cli.calibration.run_calibration import RunCalibration
 from sparsegrad_cli.errors import OutOfMemoryError

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from little import base_folder
-from poisoned import POISONED, poison, poison_letter, poisoned_data, seed_of
-from surviving import Bench, flat, record
+from support.nan_row import POISONED, poison, poison_letter, poisoned_data, seed_of
+from support.small_runs import base_folder
+from support.survival_runs import Bench, flat, record
 
 from sparsegrad_cli.run.checkpoints import damage
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from holding import holder, read
-from killing import Ended
-from little import ROWS, base_folder
-from poisoned import POISONED, poison_letter, poisoned_data, seed_of
 from safetensors.torch import load_file
-from surviving import Bench, flat, largest_file, record, weights
+from support.adapter_paths import trained_in
+from support.folder_lock_process import holder, read
+from support.kill_process import Ended
+from support.nan_row import POISONED, poison_letter, poisoned_data, seed_of
+from support.small_runs import ROWS, base_folder
+from support.survival_runs import Bench, flat, largest_file, record, weights
 from torch import Tensor
 
 from sparsegrad_cli.io.locks import owner_of

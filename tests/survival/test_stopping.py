@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import REPO
-from surviving import Bench, flat, record, results, weights
+from support.kill_process import REPO
+from support.survival_runs import Bench, flat, record, results, weights
 
 # 24 validation rows in batches of 4: six batches an evaluation.
 BATCHES = ("train.per_device_eval_batch_size=4", "calibration.steps=40", "task.max_length=16")

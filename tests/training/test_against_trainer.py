@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from little import base_folder, data_folder, train
 from safetensors.torch import load_file
-from tiny import one_thread
+from support.adapter_paths import trained_in
+from support.small_runs import base_folder, data_folder, train
+from support.tiny_models import one_thread
 from transformers import Trainer, TrainingArguments
 
 from sparsegrad_cli.models.targets import find_targets

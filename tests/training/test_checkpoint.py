@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import checkpoint_files
 from torch import nn
 
 from sparsegrad_cli.errors import FileFormatError

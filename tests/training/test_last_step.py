@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import base_folder
 from safetensors.torch import load_file
-from small import Cli
-from talkers import talker
+from support.chat_models import talker
+from support.cli_runs import Cli
+from support.small_runs import base_folder
 from torch import Tensor
 
 ROWS = 10

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
 from safetensors.torch import load_file
-from talkers import talker
-from tiny import one_thread
+from support.adapter_paths import trained_in
+from support.chat_models import talker
+from support.tiny_models import one_thread
 from torch import Tensor
 
 from sparsegrad_cli.data.order import EpochSampler

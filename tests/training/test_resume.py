@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import trained_in
-from paths import REPO
 from safetensors.torch import load_file
-from small import METHODS, SMALL, Cli
+from support.adapter_paths import trained_in
+from support.cli_runs import METHODS, SMALL, Cli
+from support.paths import REPO
 
 # The sampler knows no methods: grouping by length once is enough.
 CASES = [*((name, "random") for name in METHODS), ("lora", "group_by_length")]

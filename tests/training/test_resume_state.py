@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import record
 from safetensors.torch import load_file
-from stopped import quick, resumed, seal_anew, stopped
+from support.small_runs import record
+from support.stopped_run import quick, resumed, seal_anew, stopped
 
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.training import loop as training_loop

@@ -1,7 +1,7 @@
 """FSDP2 on two processes makes the update of one, and its checkpoints are everybody's.
 
 By the tool's own training, with accelerate's own preparation. accelerate takes that way on GPUs
-alone; tests/split.py lets it take it on the CPU, over gloo.
+alone; tests/support/fsdp_runs.py lets it take it on the CPU, over gloo.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from checkpoint_files import save
 from safetensors.torch import load_file
-from split import BATCH, METHODS, STEPS, cut, place, trained
-from split_runs import CELLS, COMPARED, FILES, one_of_two
-from tiny import one_thread, targets_of
+from support.adapter_paths import trained_in
+from support.checkpoint_files import save
+from support.fsdp_runs import BATCH, METHODS, STEPS, cut, place, trained
+from support.fsdp_worker import CELLS, COMPARED, FILES, one_of_two
+from support.tiny_models import one_thread, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_state

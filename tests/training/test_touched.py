@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from little import base_folder, data_folder, record, sentences, train
 from safetensors.torch import load_file
+from support.adapter_paths import trained_in
+from support.small_runs import base_folder, data_folder, record, sentences, train
 from torch import nn
 
 from sparsegrad_cli.recipe.schema import TrainSection

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from little import base_folder, data_folder, train
-from tiny import one_thread
+from support.small_runs import base_folder, data_folder, train
+from support.tiny_models import one_thread
 from transformers import TrainerCallback
 
 from sparsegrad_cli.training import tracking

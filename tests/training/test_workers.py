@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import trained_in
-from little import base_folder, data_folder, record
 from safetensors.torch import load_file
-from small import Cli
-from talkers import talker
+from support.adapter_paths import trained_in
+from support.chat_models import talker
+from support.cli_runs import Cli
+from support.small_runs import base_folder, data_folder, record
 
 # What a platform does whose default is not fork: macOS, Windows, and Python 3.14 everywhere.
 COMMAND = """

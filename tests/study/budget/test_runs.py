@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import trained_in
-from cells import checks_of, measured_in
-from little import base_folder, data_folder, record, train
 from safetensors.torch import load_file
-from small import Cli
-from tiny import one_thread
+from support.adapter_paths import trained_in
+from support.cli_runs import Cli
+from support.small_runs import base_folder, data_folder, record, train
+from support.study_cells import checks_of, measured_in
+from support.tiny_models import one_thread
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.progress import Observer

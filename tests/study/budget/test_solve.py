@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cells import measured_in
-from little import base_folder, data_folder, sentences
-from tiny import one_thread
+from support.small_runs import base_folder, data_folder, sentences
+from support.study_cells import measured_in
+from support.tiny_models import one_thread
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.budget import Budget, Kind

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from little import base_folder, data_folder
-from samples import study_of
+from support.record_samples import study_of
+from support.small_runs import base_folder, data_folder
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.atomic import without_nan

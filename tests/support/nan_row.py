@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from surviving import Bench
 
 from sparsegrad_cli.data.order import EpochSampler
+from support.survival_runs import Bench
 
 POISONED = 17  # the row, with a letter that no other row has
 _LETTER = "~"

@@ -7,9 +7,10 @@ import struct
 from typing import Any
 
 import torch
-from evil import EVIL, values
 from hypothesis import strategies as st
 from torch import Tensor
+
+from support.hostile_text import EVIL, values
 
 _NAN, _INF = float("nan"), float("inf")
 SPOILS = (

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from split import METHODS, cut, joined, splitting, trained
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
@@ -16,6 +15,7 @@ from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.models.sharded_tensors import is_split
 from sparsegrad_cli.progress import Observer
+from support.fsdp_runs import METHODS, cut, joined, splitting, trained
 
 CELLS = [(model, method) for model in ("bert", "llama") for method in METHODS]
 # Compared with whole weights: frozen half-precision weights beside float32 values, autocast, and a

@@ -2,7 +2,7 @@
 
 Run as a program, it loads all libraries once and then takes jobs, a JSON line each, from stdin. A
 job is one command line in a process of its own, forked off, with at most one function of it wrapped
-(tests/moments.py) so that the process kills itself there.
+(tests/support/kill_points.py) so that the process kills itself there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moments import MOMENTS, REPORTING
+from support.kill_points import MOMENTS, REPORTING
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 _LIBRARIES = (
     "datasets",

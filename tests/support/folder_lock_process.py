@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from paths import REPO
+from support.paths import REPO
 
 HOLD = """
 import os, sys, time

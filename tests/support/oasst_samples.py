@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from task_data import load_chat
-
 from sparsegrad_cli.data.conversation import ChatData, Conversation
+from support.task_data import load_chat
 
 
 def node(name: str, *replies: dict[str, Any], **extra: Any) -> dict[str, Any]:

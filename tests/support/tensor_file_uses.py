@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from little import base_folder
 from safetensors.torch import save_file
-from talkers import load, talker
-from tiny import batch, calibrated, classifier, logits, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import (
@@ -31,6 +28,9 @@ from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import fingerprint
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.records.run import CalibrationSettings
+from support.chat_models import load, talker
+from support.small_runs import base_folder
+from support.tiny_models import batch, calibrated, classifier, logits, targets_of
 
 SCORED = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=7)
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from tiny import build, config
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import InterruptedRunError
@@ -20,6 +19,7 @@ from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import prepare_folder
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.training.fine_tuning import fine_tune
+from support.tiny_models import build, config
 
 ROWS = 24  # of validation
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from evil import EVIL, values, words
 from hypothesis import strategies as st
+
+from support.hostile_text import EVIL, values, words
 
 _LABELS = ("0", "1", "yes", "no", "0.5", "1e999", "-1e999", "nan", "Infinity", "9" * 400, "1e300")
 _NAMES = ("text", "label", "text_pair", "prompt", "completion", "messages", "system", "input")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from little import record, train
-from small import METHODS
-from talkers import talker
+from support.chat_models import talker
+from support.cli_runs import METHODS
+from support.small_runs import record, train
 
 QUESTIONS = ("Is 12 more?", "And 7?", "Who came home?", "What was old?")
 ANSWERS = ("It is, by 5.", "No.", "The ship.")

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from paths import shared_data
 
 from sparsegrad_cli.data.chat_tokens import ChatEncoder
 from sparsegrad_cli.data.conversation import Conversation, Role, Turn
 from sparsegrad_cli.errors import UsageError
+from support.paths import shared_data
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

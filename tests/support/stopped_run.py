@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from little import base_folder, data_folder, record, train
-from tiny import one_thread
-
 from sparsegrad_cli.run.checkpoints import MANIFEST, seal
+from support.small_runs import base_folder, data_folder, record, train
+from support.tiny_models import one_thread
 
 CORE = ("method.form=core", "method.density=0.05", "method.rank=7", "train.save_total_limit=5")
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
-from tried import PROPERTY, Tried
-from watching import nothing_done
 
 from sparsegrad_cli.cli.errors import show
 from sparsegrad_cli.errors import RecipeError, SparsegradError
+from support.audit_events import nothing_done
+from support.hostile_summary import PROPERTY, Tried
 
 _HANGS_S = 30  # of processor time, whatever else the machine does: no case takes a tenth of it
 _WAITS_S = 120  # by the clock: for what will never come

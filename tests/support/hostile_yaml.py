@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
-from paths import REPO
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -23,6 +22,7 @@ from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study_section import Figure, MethodEntry, Study, TaskEntry
 from sparsegrad_cli.recipe.task_section import ChatSection, ColumnsSection, TaskSection
+from support.paths import REPO
 
 SHIPPED = sorted([*(REPO / "configs").glob("*.yaml"), *(REPO / "recipes").glob("*.yaml")])
 

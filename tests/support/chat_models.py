@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build, config
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError
@@ -16,6 +15,7 @@ from sparsegrad_cli.generate.load_chat_model import load_chat_model
 from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import ModelSection
+from support.tiny_models import build, config
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

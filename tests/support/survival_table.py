@@ -1,4 +1,7 @@
-"""Fill in the matrix of docs/survival.md: ``python tests/survival_table.py`` (some minutes)."""
+"""Fill in the matrix of docs/survival.md: some minutes.
+
+Run it by ``PYTHONPATH=tests python tests/support/survival_table.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from killing import REPO, Killer
-from moments import MOMENTS
-from surviving import CALIBRATING, EXPORTING, METHODS, NEEDS_BASIS, TRAINING, Bench, Cell
+from support.kill_points import MOMENTS
+from support.kill_process import REPO, Killer
+from support.survival_runs import (
+    CALIBRATING,
+    EXPORTING,
+    METHODS,
+    NEEDS_BASIS,
+    TRAINING,
+    Bench,
+    Cell,
+)
 
 BEGIN, END = "<!-- the matrix begins -->", "<!-- the matrix ends -->"
 THRICE = ("checkpoint-written", "evaluated", "adapter-torn")

@@ -1,12 +1,13 @@
-"""Tiny configurations of many architectures, beside those of tests/tiny.py, and their targets."""
+"""Tiny configurations of many architectures, besides those of tiny_models, and their targets."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tiny import build
 from torch import nn
+
+from support.tiny_models import build
 
 H, W, E = 32, 72, 24  # hidden, intermediate and expert width
 VOCABULARY, BLOCKS = 64, 2

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import strategies as st
-from pages import outline
+
+from support.html_pages import outline
 
 EVIL = (
     "</script><script>alert(1)</script>",

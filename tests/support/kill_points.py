@@ -1,7 +1,7 @@
-"""Named moments of a run, and what happens to it there: most often it kills itself.
+"""Named points of a run, and what happens there: usually the process kills itself.
 
-A moment is a patch, made in a forked process of its own (tests/killing.py). Nothing of this is in
-the package.
+A point is a patch, made in a forked process of its own (tests/support/kill_process.py). The package
+holds nothing of this.
 """
 
 from __future__ import annotations

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from cells import evidence_of
-from paths import REPO
-
 from sparsegrad_cli.io.atomic import without_nan
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
+from support.paths import REPO
+from support.study_cells import evidence_of
 
 
 def run_of(record: dict[str, Any]) -> RunRecord:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, batches, build, calibrated, config, targets_of
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.lora.settings import LoraSettings
@@ -17,6 +16,7 @@ from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
 from sparsegrad_cli.recipe.tasks import TaskSpec
+from support.tiny_models import batch, batches, build, calibrated, config, targets_of
 
 WHY = "bitsandbytes is not installed: there are no layers of 8 or 4 bits"
 BITS = ("8bit", "4bit")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from little import base_folder, data_folder
-from talkers import byte_tokenizer, talker
-from tiny import build, config
 
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.training.train import train as train_recipe
+from support.chat_models import byte_tokenizer, talker
+from support.small_runs import base_folder, data_folder
+from support.tiny_models import build, config
 
 # What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` puts into the environment.
 FSDP2 = {

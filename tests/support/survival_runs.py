@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters import trained_in
-from killing import Ended, Killer
-from little import base_folder, data_folder
 from safetensors.torch import load_file
+
+from support.adapter_paths import trained_in
+from support.kill_process import Ended, Killer
+from support.small_runs import base_folder, data_folder
 
 # 48 rows in batches of 5, three a step: ten batches an epoch, the fourth step of it has one. Stops
 # early at step 8 of 24, its best evaluation at step 4.

@@ -1,0 +1,1 @@
+"""Fixtures, tiny models and generators of inputs that several tests share."""
