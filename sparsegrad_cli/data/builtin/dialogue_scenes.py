@@ -9,8 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from sparsegrad_cli.data.builtin.dialogue_lexicon import Lexicon
+import yaml
+
+_FILE = Path(__file__).with_name("dialogue_words.yaml")
+WORDS: dict[str, dict[str, list[str]]] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,28 @@ class Scene:
 
 
 class Draw:
-    """Draw fillers of one lexicon with one random generator."""
+    """Draw fillers from the groups of one split with one random generator."""
 
-    def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
-        self.lexicon, self.rng = lexicon, rng
+    def __init__(self, words: dict[str, list[str]], rng: random.Random) -> None:
+        self.words, self.rng = words, rng
 
-    def one(self, *of: str) -> str:
-        """Draw one of the given phrases."""
-        return self.rng.choice(of)
+    def one(self, group: str) -> str:
+        """Draw a filler."""
+        return self.rng.choice(self.words[group])
 
-    def some(self, of: tuple[str, ...], count: int) -> list[str]:
+    def some(self, group: str, count: int) -> list[str]:
         """Draw ``count`` different fillers."""
-        return self.rng.sample(of, count)
+        return self.rng.sample(self.words[group], count)
+
+    def form(self, *forms: str) -> str:
+        """Draw one of the given forms of a prompt."""
+        return self.rng.choice(forms)
 
 
 def stain(draw: Draw) -> Scene:
     """Ask how to remove a stain."""
-    what, cloth = draw.one(*draw.lexicon.stains), draw.one(*draw.lexicon.cloths)
-    first, other = draw.some(draw.lexicon.cleaners, 2)
+    what, cloth = draw.one("stains"), draw.one("cloths")
+    first, other = draw.some("cleaners", 2)
     minutes = draw.rng.choice((5, 10, 15, 20))
 
     def answer(cleaner: str) -> Answer:
@@ -78,7 +86,7 @@ def stain(draw: Draw) -> Scene:
             f"if you still see {what}, repeat step 2 before the {cloth} dries.",
         )
 
-    prompt = draw.one(
+    prompt = draw.form(
         f"How do I get {what} out of my {cloth}? I have {first} at home.",
         f"There is {what} on my {cloth}. Can {first} help?",
     )
@@ -87,8 +95,8 @@ def stain(draw: Draw) -> Scene:
 
 def packing(draw: Draw) -> Scene:
     """Ask what to pack for some days."""
-    place = draw.one(*draw.lexicon.places)
-    clothes, gear = draw.one(*draw.lexicon.clothes), draw.some(draw.lexicon.gear, 2)
+    place = draw.one("places")
+    clothes, gear = draw.one("clothes"), draw.some("gear", 2)
     days, owned = draw.rng.randint(2, 7), f"{clothes}, {gear[0]} and {gear[1]}"
 
     def answer(days: int) -> Answer:
@@ -102,7 +110,7 @@ def packing(draw: Draw) -> Scene:
             f"look up the weather for {place} the evening before.",
         )
 
-    prompt = draw.one(
+    prompt = draw.form(
         f"I am going to {place} for {days} days. I own {owned}. What should I pack?",
         f"Help me pack: {days} days, going to {place}. I can take {owned}.",
     )
@@ -111,7 +119,7 @@ def packing(draw: Draw) -> Scene:
 
 def agenda(draw: Draw) -> Scene:
     """Ask for a plan of three errands with their times."""
-    errands = draw.some(draw.lexicon.errands, 3)
+    errands = draw.some("errands", 3)
     hour, minutes = draw.rng.randint(8, 15), draw.rng.choice((30, 40, 45, 60))
 
     def at(hour: int, number: int) -> str:
@@ -130,7 +138,7 @@ def agenda(draw: Draw) -> Scene:
         )
 
     listed = f"{errands[0]}, {errands[1]} and {errands[2]}"
-    prompt = draw.one(
+    prompt = draw.form(
         f"I have to {listed}. Each takes {minutes} minutes and I start at {hour}:00. Make a plan.",
         f"Plan my day from {hour}:00, {minutes} minutes each: {listed}.",
     )
@@ -140,7 +148,7 @@ def agenda(draw: Draw) -> Scene:
 
 def order(draw: Draw) -> Scene:
     """Ask for words in alphabetical order."""
-    words = draw.some(draw.lexicon.words, 3)
+    words = draw.some("words", 3)
 
     def answer(words: list[str], how: str) -> Answer:
         return Answer(
@@ -150,7 +158,7 @@ def order(draw: Draw) -> Scene:
         )
 
     given = ", ".join(words)
-    prompt = draw.one(
+    prompt = draw.form(
         f"Put these words in alphabetical order: {given}.",
         f"Sort from A to Z: {given}",
     )
@@ -161,7 +169,7 @@ def order(draw: Draw) -> Scene:
 
 def purchase(draw: Draw) -> Scene:
     """Ask for the number and the price of things in containers."""
-    goods, containers = draw.one(*draw.lexicon.goods), draw.one(*draw.lexicon.containers)
+    goods, containers = draw.one("goods"), draw.one("containers")
     count, each, price = draw.rng.randint(2, 9), draw.rng.randint(4, 12), draw.rng.randint(2, 9)
 
     def answer(count: int) -> Answer:
@@ -175,7 +183,7 @@ def purchase(draw: Draw) -> Scene:
             "check the sum before you pay.",
         )
 
-    prompt = draw.one(
+    prompt = draw.form(
         f"I buy {count} {containers} with {each} {goods} each, at {price} coins for one of the "
         f"{containers}. How many {goods} is that, and what do I pay?",
         f"{count} {containers}, {each} {goods} in each, {price} coins apiece: what do I pay?",
@@ -186,8 +194,8 @@ def purchase(draw: Draw) -> Scene:
 
 def reminder(draw: Draw) -> Scene:
     """Ask for a note to a person who has something."""
-    name, other = draw.some(draw.lexicon.names, 2)
-    thing, day = draw.one(*draw.lexicon.things), draw.one(*draw.lexicon.days)
+    name, other = draw.some("names", 2)
+    thing, day = draw.one("things"), draw.one("days")
 
     def answer(name: str) -> Answer:
         return Answer(
@@ -200,7 +208,7 @@ def reminder(draw: Draw) -> Scene:
             f"send it now; {day} is not far away.",
         )
 
-    prompt = draw.one(
+    prompt = draw.form(
         f"{name} still has my {thing}. Write a note: I need it by {day}.",
         f"Write to {name} that I want my {thing} back by {day}.",
     )
@@ -210,7 +218,7 @@ def reminder(draw: Draw) -> Scene:
 
 def tool(draw: Draw) -> Scene:
     """Ask what a tool is for."""
-    pairs = list(zip(draw.lexicon.tools, draw.lexicon.uses, strict=True))
+    pairs = list(zip(draw.words["tools"], draw.words["uses"], strict=True))
     (what, use), (other, other_use) = draw.rng.sample(pairs, 2)
 
     def answer(what: str, use: str) -> Answer:
@@ -224,8 +232,8 @@ def tool(draw: Draw) -> Scene:
             f"try to {use} once with somebody who knows how.",
         )
 
-    name, day = draw.one(*draw.lexicon.names), draw.one(*draw.lexicon.days)
-    prompt = draw.one(
+    name, day = draw.one("names"), draw.one("days")
+    prompt = draw.form(
         f"{name} gave me a {what} on {day}. What do I do with it?",
         f"What is a {what} for? {name} left one here on {day}.",
     )
@@ -234,8 +242,8 @@ def tool(draw: Draw) -> Scene:
 
 def ride(draw: Draw) -> Scene:
     """Ask which of two ways to travel is faster or cheaper."""
-    slow, fast = draw.some(draw.lexicon.rides, 2)
-    place = draw.one(*draw.lexicon.places)
+    slow, fast = draw.some("rides", 2)
+    place = draw.one("places")
     long, saved = draw.rng.choice((40, 50, 60, 75)), draw.rng.choice((5, 10, 15, 20))
     cheap, extra = draw.rng.randint(2, 6), draw.rng.randint(1, 5)
 
@@ -255,29 +263,12 @@ def ride(draw: Draw) -> Scene:
         f"and costs {cheap + extra}."
     )
     told = told[0].upper() + told[1:]
-    prompt = draw.one(
+    prompt = draw.form(
         f"How do I get to {place} soonest? {told}", f"{told} I am in a hurry to reach {place}."
     )
     second = "No hurry after all, but I am short of money."
     return Scene(prompt, answer(fast, "faster", slow), second, answer(slow, "cheaper", fast))
 
 
-SCENES: tuple[Callable[[Draw], Scene], ...] = (
-    stain,
-    packing,
-    agenda,
-    order,
-    purchase,
-    reminder,
-    tool,
-    ride,
-)
-
-VAGUE = (
-    "That depends on many things. It is hard to say without knowing more.",
-    "I am not sure what you mean, sorry.",
-    "Many people ask themselves this. Opinions differ a lot!!!",
-    "You could look it up somewhere, there are websites for such questions.",
-)
-SHORTER = ("Can you say that in one line?", "Shorter, please.")
-THANKS = ("Thank you!", "Great, that helps.")
+SCENES: tuple[Callable[[Draw], Scene], ...]
+SCENES = (stain, packing, agenda, order, purchase, reminder, tool, ride)

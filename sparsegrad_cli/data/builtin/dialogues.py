@@ -2,8 +2,8 @@
 
 Everyday questions come from a grammar (:mod:`.dialogue_scenes`), with ranked replies: the best one
 has the shape to be learnt, the next says the same without it, the last says nothing. The fillers of
-the two splits share no content word (:mod:`.dialogue_lexicon`), so a model cannot answer validation
-by remembering them. The task allows real training without a download; its losses compare with
+the two splits share no content word (dialogue_words.yaml), so a model cannot answer validation by
+remembering them. The task allows real training without a download; its losses compare with
 nothing else.
 """
 
@@ -12,8 +12,7 @@ from __future__ import annotations
 import random
 from typing import Any, Literal
 
-from sparsegrad_cli.data.builtin.dialogue_lexicon import TRAIN, VALIDATION
-from sparsegrad_cli.data.builtin.dialogue_scenes import SCENES, SHORTER, THANKS, VAGUE, Draw, Scene
+from sparsegrad_cli.data.builtin.dialogue_scenes import SCENES, WORDS, Draw, Scene
 from sparsegrad_cli.data.chat_data import RawChat
 from sparsegrad_cli.data.oasst_files import conversations_from
 from sparsegrad_cli.data.oasst_messages import Source
@@ -25,6 +24,14 @@ Split = Literal["train", "validation"]
 SIZES: dict[Split, int] = {"train": 480, "validation": 96}
 LIMIT = 1000  # trees of one split; both lexica have more distinct first prompts
 _QUALITY = (0.9, 0.55, 0.2)  # labels by rank
+_VAGUE = (
+    "That depends on many things. It is hard to say without knowing more.",
+    "I am not sure what you mean, sorry.",
+    "Many people ask themselves this. Opinions differ a lot!!!",
+    "You could look it up somewhere, there are websites for such questions.",
+)
+_SHORTER = ("Can you say that in one line?", "Shorter, please.")
+_THANKS = ("Thank you!", "Great, that helps.")
 
 
 def load_dialogues(task: TaskSection) -> RawChat:
@@ -47,7 +54,7 @@ def generate(split: Split, size: int, seed: int = 0) -> list[dict[str, Any]]:
     if not 1 <= size <= LIMIT:
         raise DataError(f"{size} trees cannot be made: 1 to {LIMIT:,}", where="task")
     rng = random.Random(f"dialogues {split} {seed}")
-    draw = Draw(TRAIN if split == "train" else VALIDATION, rng)
+    draw = Draw(WORDS[split], rng)
     trees: list[dict[str, Any]] = []
     seen: set[str] = set()
     while len(trees) < size:
@@ -69,7 +76,7 @@ class _TreeMaker:
 
     def tree(self, scene: Scene) -> dict[str, Any]:
         """Return a prompt with two or three ranked answers and further questions."""
-        texts = [scene.answer.good(), scene.answer.plain(), self.rng.choice(VAGUE)]
+        texts = [scene.answer.good(), scene.answer.plain(), self.rng.choice(_VAGUE)]
         prompt = self.message("prompter", scene.prompt)
         answers = self.answers(prompt, texts[: self.rng.choice((2, 3, 3))])
         good, plain = answers[0], answers[1]
@@ -78,13 +85,13 @@ class _TreeMaker:
             second = scene.second_answer
             self.answers(asked, [second.good(), second.plain()][: self.rng.choice((1, 2))])
         if self.rng.random() < 0.4:
-            asked = self.reply(good, "prompter", self.rng.choice(SHORTER))
+            asked = self.reply(good, "prompter", self.rng.choice(_SHORTER))
             self.answers(asked, [scene.answer.brief()])
         if self.rng.random() < 0.3:
             asked = self.reply(plain, "prompter", scene.second_prompt)
             self.answers(asked, [scene.second_answer.plain()])
         if self.rng.random() < 0.2:
-            self.reply(good, "prompter", self.rng.choice(THANKS))
+            self.reply(good, "prompter", self.rng.choice(_THANKS))
         return {"message_tree_id": self.key, "tree_state": "ready_for_export", "prompt": prompt}
 
     def message(self, role: str, text: str, parent: str | None = None) -> dict[str, Any]:
