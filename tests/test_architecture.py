@@ -18,7 +18,7 @@ PRIVATE = {
     "estimate/fake_tensors.py": "torch: operators of aten, which start with an underscore",
     "interruption.py": "os._exit is public in spite of its name",
     "memory/storage_tracker.py": "torch: indices of a sparse tensor that is not coalesced",
-    "training/accelerate_internals.py": "accelerate: it names the version checked with",
+    "training/accelerator.py": "accelerate: its docstring names the version checked with",
 }
 
 

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.records.base import Block, Count, problems
+from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.run import MemoryBlock
 
 STATE = "state.json"
@@ -47,6 +48,22 @@ class Progress(Block):
     def over(self) -> bool:
         """Whether the run has taken its last step."""
         return self.stopped_early or self.step >= self.max_steps
+
+    def count_evaluation(self, score: float, metric: str, patience: int | None) -> bool:
+        """Update the best score and early stopping; return whether ``score`` is a new best.
+
+        Args:
+            score: Of the evaluation after this step.
+            metric: Says whether higher is better.
+            patience: Evaluations without a new best after which the run stops early, if any.
+        """
+        best = self.best_score
+        improved = best is None or (score != best and scale_of(metric).best((score, best)) == score)
+        if improved:
+            self.best_score, self.best_step = score, self.step
+        self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
+        self.stopped_early = patience is not None and self.evaluations_since_best >= patience
+        return improved
 
 
 class OrderState(Block):

@@ -28,6 +28,7 @@ from sparsegrad_cli.errors import FileFormatError, SparsegradError
 from sparsegrad_cli.io.atomic import read_tensors, write_tensors
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_names
 from sparsegrad_cli.models.sharded_tensors import gather, shard_like
+from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.run.checkpoint_state import (
     REMOVE,
     CheckpointState,
@@ -35,8 +36,16 @@ from sparsegrad_cli.run.checkpoint_state import (
     read_state,
     write_state,
 )
-from sparsegrad_cli.run.checkpoints import TRAINABLE
+from sparsegrad_cli.run.checkpoints import TRAINABLE, damage
+from sparsegrad_cli.tasks.setup import Setup
 
+# What a run is made of, in the order checked: another basis follows from other data.
+_ORIGINS = {
+    "data": ("on other data", "the data"),
+    "model": ("on another base model", "the model"),
+    "basis": ("in another basis", "basis.safetensors"),
+    "start": ("from another adapter", "what init_from names"),
+}
 OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
 #: States of a process's generators: tensors, and what JSON holds.
 RandomState = tuple[dict[str, Tensor], dict[str, Any]]
@@ -108,6 +117,54 @@ def _without_functions(state: Mapping[str, Any]) -> dict[str, Any]:
         except TypeError:
             continue
     return plain
+
+
+def origins(setup: Setup, record: RunRecord) -> dict[str, str | None]:
+    """Return the digests of what a run is made of."""
+    return {
+        "data": setup.task.data_hash,
+        "model": setup.fingerprint,
+        "basis": record.calibration.digest if record.calibration else None,
+        "start": record.init_from.digest if record.init_from else None,
+    }
+
+
+def check_origins(
+    folder: Path, then: Mapping[str, str | None], now: Mapping[str, str | None]
+) -> None:
+    """Refuse a checkpoint of a run that was made of something else.
+
+    Args:
+        folder: The checkpoint.
+        then, now: Its :func:`origins`, and those of the run.
+
+    Raises:
+        FileFormatError: Names what differs.
+    """
+    for name, digest in then.items():
+        words, lost = _ORIGINS.get(name, ("otherwise", name))
+        if digest != now.get(name):
+            raise FileFormatError(
+                f"{folder.name} was trained {words} than the run uses now",
+                where=str(folder),
+                fix=f"restore {lost} from a copy, or start again with --overwrite",
+            )
+
+
+def load_best_weights(folder: Path, model: nn.Module) -> None:
+    """Load the weights of the best checkpoint, which was written by this run.
+
+    Raises:
+        FileFormatError: It is missing or damaged.
+    """
+    wrong = damage(folder)
+    if wrong is not None:
+        raise FileFormatError(
+            f"{folder.name}, the best checkpoint, has been damaged since: {wrong}",
+            where=str(folder),
+            fix="--resume trains again from the checkpoint before",
+        )
+    load_weights(folder, model)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

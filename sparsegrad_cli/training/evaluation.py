@@ -1,80 +1,93 @@
-"""Evaluation of a model on its validation splits, over all processes of a run."""
+"""Evaluation of a run's model on its validation splits, over all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+import time
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from accelerate import Accelerator
 
-from sparsegrad_cli import distributed
-from sparsegrad_cli.interruption import raise_if_requested
-from sparsegrad_cli.tasks.objective import Judgement, Objective, ValidationBatch
+from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.records.run import Evaluation
+from sparsegrad_cli.tasks.objective import Judgement
+from sparsegrad_cli.tasks.setup import Setup
+from sparsegrad_cli.training.loaders import validation_batches
+from sparsegrad_cli.training.schedule import StepPlan
+from sparsegrad_cli.training.step_log import StepLog
 
 
-def judge_splits(
-    objective: Objective,
-    model: nn.Module,
-    splits: Mapping[str, Any],
-    batches_of: Callable[[Any], Iterator[ValidationBatch]],
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> dict[str, Judgement]:
-    """Judge a model on every split. All processes have to call it.
+class Evaluator:
+    """Evaluate the model of a run, and log the result.
 
-    Args:
-        objective: Computes metrics.
-        model: Not wrapped for data parallelism; its training mode is restored.
-        splits: Name -> tokenized data set.
-        batches_of: A split's batches for this process, see :func:`validation_batches`.
-        autocast: The context of mixed precision.
-
-    Raises:
-        InterruptedRunError: The user asked to stop; between two batches.
+    Attributes:
+        seconds: Wall time of all evaluations so far.
+        notes: Remarks of the metrics, such as undefined correlations, each once.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast():
-            return {name: objective.judge(model, batches_of(data)) for name, data in splits.items()}
-    finally:
-        model.train(was_training)
 
+    def __init__(
+        self,
+        setup: Setup,
+        train: TrainSection,
+        plan: StepPlan,
+        accelerator: Accelerator,
+        log: StepLog,
+    ) -> None:
+        self._setup, self._train, self._plan = setup, train, plan
+        self._accelerator, self._log = accelerator, log
+        self.seconds = 0.0
+        self.notes: list[str] = []
 
-def validation_batches(
-    data: Any,
-    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-    *,
-    batch_size: int,
-    device: torch.device,
-    workers: int = 0,
-) -> Iterator[ValidationBatch]:
-    """Yield this process's share of a split: every n-th row, in batches.
+    def evaluate(self, step: int) -> Evaluation:
+        """Evaluate the model after ``step`` on all splits. All processes have to call it.
 
-    All processes yield equally many batches. One that has no rows left yields the first row of
-    the split, marked as not its own, because sharded weights need every process in a forward pass.
-    No random number of the run is drawn.
-
-    Raises:
-        InterruptedRunError: The user asked to stop.
-    """
-    world_size = distributed.world_size()
-    rows = range(distributed.rank(), len(data), world_size)
-    longest_share = -(-len(data) // world_size)
-    own = [rows[start : start + batch_size] for start in range(0, longest_share, batch_size)]
-    loader = iter(
-        DataLoader(
-            data,
-            batch_sampler=[list(batch) or [0] for batch in own],
-            collate_fn=collator,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # Workers would otherwise draw from the run's generator.
+        Raises:
+            InterruptedRunError: The user asked to stop; between two batches.
+        """
+        started = time.perf_counter()
+        metric, epoch = self._setup.objective.metric, self._plan.epoch_after(step)
+        judgements = self.judge_splits()
+        first = next(iter(judgements.values()))  # The one that selects the best model.
+        evaluation = Evaluation(
+            step=step,
+            epoch=epoch,
+            metric=metric,
+            score=first.values[metric],
+            loss=first.loss,
+            values={name: dict(judged.values) for name, judged in judgements.items()},
         )
-    )
-    for batch_rows in own:
-        raise_if_requested("an evaluation batch")
-        inputs = {key: value.to(device) for key, value in next(loader).items()}
-        yield ValidationBatch(inputs, batch_rows)
+        for note in dict.fromkeys(note for each in judgements.values() for note in each.notes):
+            if (text := f"step {step}: {note}") not in self.notes:
+                self.notes.append(text)
+        self.seconds += time.perf_counter() - started
+        self._log.add_evaluation(evaluation)
+        flat = {"eval_score": evaluation.score, "eval_loss": evaluation.loss, "epoch": epoch}
+        for name, judged in judgements.items():
+            flat |= {f"eval_{name}_{key}": value for key, value in judged.values.items()}
+        self._accelerator.log(flat, step=step)
+        return evaluation
+
+    def judge_splits(self) -> dict[str, Judgement]:
+        """Judge the model on every split.
+
+        memory/out_of_memory.py finds this method by its name in a traceback.
+        """
+        setup, model = self._setup, self._setup.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self._accelerator.autocast():
+                return {
+                    name: setup.objective.judge(
+                        model,
+                        validation_batches(
+                            data,
+                            setup.collator,
+                            batch_size=self._train.per_device_eval_batch_size,
+                            device=setup.device,
+                            workers=self._train.dataloader_num_workers,
+                        ),
+                    )
+                    for name, data in setup.validation.items()
+                }
+        finally:
+            model.train(was_training)

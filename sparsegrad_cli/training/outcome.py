@@ -16,8 +16,8 @@ from sparsegrad_cli.records.run import (
 )
 from sparsegrad_cli.run.checkpoint_state import CheckpointState
 from sparsegrad_cli.run.folder import ADAPTER
+from sparsegrad_cli.training.accelerator import gradient_bytes
 from sparsegrad_cli.training.adapter_folder import save_adapter
-from sparsegrad_cli.training.parallel import gradient_bytes
 from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def record_outcome(loop: TrainingLoop) -> None:
         sparsity=sparsity_map(setup.targets, setup.model, loop.method, loop.optimizer),
     )
     final = loop.final_evaluation()
-    loop.open_run.seconds["evaluate_s"] = loop.evaluate_seconds
+    loop.open_run.seconds["evaluate_s"] = loop.evaluator.seconds
     history = loop.log.evaluations
     _save_adapter(loop)
     setup.meter.watch(setup.model)  # Looks again: bounded optimizer state has grown.
@@ -85,7 +85,7 @@ def record_outcome(loop: TrainingLoop) -> None:
             final=final,
             history=history,
             train=loop.log.losses,
-            notes=loop.notes,
+            notes=loop.evaluator.notes,
         ),
         memory=loop.measured().memory,
         time=TimeBlock(

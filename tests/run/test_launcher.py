@@ -118,7 +118,7 @@ def test_fsdp2_is_what_accelerate_makes_of_it(monkeypatch: pytest.MonkeyPatch) -
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
-    assert plugin.transformer_cls_names_to_wrap is None  # training/parallel.py names them
+    assert plugin.transformer_cls_names_to_wrap is None  # training/accelerator.py names them
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
 
 

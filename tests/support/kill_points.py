@@ -134,17 +134,17 @@ def _record_torn(count: int) -> None:
 
 @moment("step", "within a step, between two of its batches")
 def _step(count: int) -> None:
-    from sparsegrad_cli.training.loop import TrainingLoop
+    from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 
-    wrap(TrainingLoop, "_backward", count, after=_die)
+    wrap(OptimizerSteps, "_backward", count, after=_die)
 
 
 @moment("interrupted", "Ctrl-C (SIGINT, not -9) in a step that is to be evaluated and saved")
 def _interrupted(count: int) -> None:
-    from sparsegrad_cli.training.loop import TrainingLoop
+    from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 
     wrap(
-        TrainingLoop,
+        OptimizerSteps,
         "_backward",
         count,
         after=lambda *args: os.kill(os.getpid(), signal.SIGINT),
@@ -153,13 +153,13 @@ def _interrupted(count: int) -> None:
 
 @moment("interrupted-twice", "Ctrl-C twice (SIGINT, not -9) within a step, which does not wait")
 def _interrupted_twice(count: int) -> None:
-    from sparsegrad_cli.training.loop import TrainingLoop
+    from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 
     def press(*args: Any) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    wrap(TrainingLoop, "_backward", count, after=press)
+    wrap(OptimizerSteps, "_backward", count, after=press)
 
 
 def _asked_to_stop(owner: Any, name: str, count: int, *, times: int = 1) -> None:
@@ -214,9 +214,9 @@ def _interrupted_measuring(count: int) -> None:
 
 @moment("interrupted-evaluating", "SIGTERM in the middle of an evaluation")
 def _interrupted_evaluating(count: int) -> None:
-    from sparsegrad_cli.training import evaluation
+    from sparsegrad_cli.training import loaders
 
-    _asked_to_stop(evaluation, "ValidationBatch", count)
+    _asked_to_stop(loaders, "ValidationBatch", count)
 
 
 @moment("interrupted-loading", "SIGTERM while model and data are loaded")
@@ -247,9 +247,9 @@ def _line_torn(count: int) -> None:
 
 @moment("evaluated", "an evaluation is done, its checkpoint not begun")
 def _evaluated(count: int) -> None:
-    from sparsegrad_cli.training.loop import TrainingLoop
+    from sparsegrad_cli.training.evaluation import Evaluator
 
-    wrap(TrainingLoop, "_evaluate", count, after=_die)
+    wrap(Evaluator, "evaluate", count, after=_die)
 
 
 @moment("checkpoint-begun", "the checkpoint's folder is made, still empty")
@@ -377,9 +377,9 @@ def _short_of_memory(count: int) -> None:
 
 @moment("short-of-memory-later", "MiB that are left when the second evaluation begins")
 def _short_of_memory_later(count: int) -> None:
-    from sparsegrad_cli.training.loop import TrainingLoop
+    from sparsegrad_cli.training.evaluation import Evaluator
 
-    wrap(TrainingLoop, "_evaluate", 2, before=lambda *args, **kwargs: _limit_memory(count))
+    wrap(Evaluator, "evaluate", 2, before=lambda *args, **kwargs: _limit_memory(count))
 
 
 @moment("small-files", "KiB that a file may have: a full disk")

@@ -15,8 +15,8 @@ from support.small_runs import record
 from support.stopped_run import quick, resumed, seal_anew, stopped
 
 from sparsegrad_cli.errors import FileFormatError
+from sparsegrad_cli.training import accelerator as run_accelerator
 from sparsegrad_cli.training import loop as training_loop
-from sparsegrad_cli.training import parallel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def test_the_loss_scale_of_fp16_continues(run: Path, monkeypatch: pytest.MonkeyP
     """accelerate makes a gradient scaler on GPUs only, so the test gives it one of the CPU."""
 
     def with_scaler(*args: Any) -> Any:
-        accelerator = parallel.make_accelerator(*args)
+        accelerator = run_accelerator.make_accelerator(*args)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
         return accelerator
 

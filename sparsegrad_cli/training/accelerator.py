@@ -1,4 +1,7 @@
-"""The Accelerator of a run: device, mixed precision, and how processes share the work."""
+"""The Accelerator of a run: device, mixed precision, and how processes share the work.
+
+Uses private attributes of accelerate, checked with accelerate 1.15.0.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import nn
@@ -16,7 +20,6 @@ from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.run import launcher
 from sparsegrad_cli.run.launcher import DEEPSPEED, FSDP
 from sparsegrad_cli.tasks.setup import Setup
-from sparsegrad_cli.training.accelerate_internals import reset_accelerate
 
 
 def make_accelerator(
@@ -33,7 +36,7 @@ def make_accelerator(
         trackers: Experiment trackers to log to.
         note: Called if weights stay whole although a launcher asked for sharding.
     """
-    reset_accelerate()
+    _reset_accelerate()
     accelerator = Accelerator(
         cpu=setup.device.type == "cpu",
         mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else "no",
@@ -60,6 +63,16 @@ def make_accelerator(
     elif launcher.asked() is not None:
         note(f"accelerate shards weights on GPUs only: DDP is used instead of {launcher.asked()}")
     return accelerator
+
+
+def _reset_accelerate() -> None:
+    """Let the next Accelerator choose its own device and precision.
+
+    accelerate keeps both for the whole process, and refuses a second Accelerator that differs. One
+    process may train several runs: the commands of a Python program, or of a test.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def sharded_by(accelerator: Accelerator) -> str | None:
