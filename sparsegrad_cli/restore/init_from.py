@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,17 +22,17 @@ from sparsegrad_cli.methods.implementation import (
     trainable_names,
     trainable_state,
 )
-from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft
+from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, from_peft, of_adapter
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.restore.read_adapter import read_adapter
+from sparsegrad_cli.records.run import InitFromBlock
+from sparsegrad_cli.restore.adapter_folder import read_adapter
 from sparsegrad_cli.restore.restore import load_checked, read_basis_of
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
 from sparsegrad_cli.tasks.setup import Setup
 
 _FIX = "use the same settings; or export that run with `--to merged` and set model to the folder"
 _SHOWN = 5  # Largest number of differences in one error.
-Head = Literal["loaded", "fresh"]
 
 
 class Initial:
@@ -64,11 +64,8 @@ class Initial:
             return None
         return read_basis_of(self.run)
 
-    def load(self, setup: Setup, method: Method) -> dict[str, Any]:
-        """Copy the adapter into a prepared model.
-
-        Returns:
-            The ``init_from`` block of run.json.
+    def load(self, setup: Setup, method: Method) -> InitFromBlock:
+        """Copy the adapter into a prepared model; return its record.
 
         Raises:
             UsageError: The adapter has another base model, method or shape. The error names the
@@ -76,17 +73,19 @@ class Initial:
             FileFormatError: Its files are damaged.
         """
         if self.run is not None:
-            head = self._load_run(self.run, setup, method)
+            fresh = self._load_run(self.run, setup, method)
         else:
-            head = self._load_peft(setup, method)
-        return {
-            "path": str(self.path),
-            "kind": "run" if self.run else "peft",
-            "digest": self.digest,
-            "head": head,
-        }
+            fresh = self._load_peft(setup, method)
+        has_head = bool(head_parameters(setup.model))
+        return InitFromBlock(
+            path=str(self.path),
+            kind="run" if self.run else "peft",
+            digest=self.digest,
+            head=("fresh" if fresh else "loaded") if has_head else None,
+        )
 
-    def _load_run(self, run: RunFiles, setup: Setup, method: Method) -> Head | None:
+    def _load_run(self, run: RunFiles, setup: Setup, method: Method) -> bool:
+        """Copy the adapter of a run; return whether the head keeps its fresh values."""
         recorded_head = run.model.head
         if run.from_adapter:
             drawn = recorded_head.fresh if recorded_head else []
@@ -105,7 +104,7 @@ class Initial:
             load_checked(method, setup.model, tensors, str(self.tensors))
         else:
             self._load_by_name(setup, tensors)
-        return None if not head else "fresh" if fresh else "loaded"
+        return fresh
 
     def _check_same_run(self, run: RunFiles, setup: Setup, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a run with another method, scope, targets or base model."""
@@ -126,12 +125,13 @@ class Initial:
             then[key], now[key] = run.record.seed, recipe.seed
         self._check_same(then, now)
 
-    def _load_peft(self, setup: Setup, method: Method) -> Head | None:
+    def _load_peft(self, setup: Setup, method: Method) -> bool:
+        """Copy the adapter of a PEFT folder; return whether the head keeps its fresh values."""
         self._check_same_config(self._read_config(), setup, method.settings)
         found = from_peft({_current_name(name): t for name, t in self._read_peft().items()})
         state, head = trainable_state(setup.model), head_parameters(setup.model)
-        wanted = {name for name in state if "lora_" in name}
-        self._check_same_layers({name for name in found if "lora_" in name}, wanted)
+        wanted = of_adapter(state)
+        self._check_same_layers(of_adapter(found), wanted)
         frozen = dict(setup.model.named_parameters())
         for name in sorted(found.keys() - wanted - set(head)):
             if name not in frozen or not _equal(found[name], frozen[name]):
@@ -147,9 +147,7 @@ class Initial:
             if name in wanted or (name in state and tensor.shape == state[name].shape)
         }
         self._load_by_name(setup, kept)
-        if not head:
-            return None
-        return "loaded" if all(name in kept for name in head) else "fresh"
+        return not all(name in kept for name in head)
 
     def _check_same_config(
         self, config: dict[str, Any], setup: Setup, settings: MethodSettings

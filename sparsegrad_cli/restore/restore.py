@@ -23,7 +23,7 @@ from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.restore.read_adapter import read_adapter
+from sparsegrad_cli.restore.adapter_folder import read_adapter
 from sparsegrad_cli.restore.run_files import RunFiles
 from sparsegrad_cli.tasks.setup import Setup, make_setup
 from sparsegrad_cli.tasks.task import RowLimits

@@ -61,8 +61,8 @@ def _prepare(run: Run, setup: Setup, method: Method, initial: Initial | None) ->
         if initial is not None:
             start = initial.load(setup, method)
             run.writer.save(init_from=start)
-            head = f"; its head is {start['head']}" if start["head"] else ""
-            run.observer.note(f"training starts from {start['path']}{head}")
+            head = f"; its head is {start.head}" if start.head else ""
+            run.observer.note(f"training starts from {start.path}{head}")
     _record_method(run, setup, prepared)
     return prepared
 

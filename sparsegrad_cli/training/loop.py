@@ -23,6 +23,7 @@ from sparsegrad_cli.methods.implementation import Method, Prepared, trainable_st
 from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.run import Evaluation, TrainingLoss
+from sparsegrad_cli.restore.adapter_folder import drawn_parameters
 from sparsegrad_cli.run.checkpoint_state import (
     CheckpointState,
     LoopState,
@@ -36,7 +37,6 @@ from sparsegrad_cli.run.launcher import DEEPSPEED
 from sparsegrad_cli.tasks.setup import Setup
 from sparsegrad_cli.training import checkpoint as files
 from sparsegrad_cli.training.accelerator import make_accelerator, sharded_by
-from sparsegrad_cli.training.adapter_folder import drawn_parameters
 from sparsegrad_cli.training.divergence import Divergence
 from sparsegrad_cli.training.evaluation import Evaluator
 from sparsegrad_cli.training.loaders import TrainingBatches

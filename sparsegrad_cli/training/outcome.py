@@ -14,10 +14,10 @@ from sparsegrad_cli.records.run import (
     SizesBlock,
     TimeBlock,
 )
+from sparsegrad_cli.restore.adapter_folder import save_adapter
 from sparsegrad_cli.run.checkpoint_state import CheckpointState
 from sparsegrad_cli.run.folder import ADAPTER
 from sparsegrad_cli.training.accelerator import gradient_bytes
-from sparsegrad_cli.training.adapter_folder import save_adapter
 from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
 
 if TYPE_CHECKING:
