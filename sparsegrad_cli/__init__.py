@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 def load_adapter(
     folder: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Load an exported adapter; see :func:`sparsegrad_cli.export.adapter.load_adapter`."""
-    from sparsegrad_cli.export.adapter import load_adapter as load
+    """Load an exported adapter: :func:`sparsegrad_cli.restore.exported_adapter.load_adapter`."""
+    from sparsegrad_cli.restore.exported_adapter import load_adapter as load
 
     return load(folder, model, trust_remote_code=trust_remote_code)

@@ -90,7 +90,7 @@ def export(
     [bold]sparsegrad export runs/chat --to lora --server-rank[/bold]
     """
     from sparsegrad_cli.export.export_run import export_run
-    from sparsegrad_cli.export.options import ExportOptions
+    from sparsegrad_cli.export.forms import ExportOptions
     from sparsegrad_cli.report.export import export_screen
 
     options = ExportOptions(

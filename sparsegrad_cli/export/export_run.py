@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.conversation import Turn
-from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors
+from sparsegrad_cli.error_mapping import first_line, is_out_of_memory, mapped_errors
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.export.base_model import CLASSIFIER, BaseModel, auto_class
 from sparsegrad_cli.export.check_answers import (
@@ -30,11 +30,9 @@ from sparsegrad_cli.export.check_logits import (
     logits_of,
     tolerance_for,
 )
-from sparsegrad_cli.export.forms import WRITERS, ExportJob, Written
+from sparsegrad_cli.export.forms import FORMS, ExportJob, ExportOptions, Written
 from sparsegrad_cli.export.model_card import CARD, model_card
-from sparsegrad_cli.export.options import ExportOptions
 from sparsegrad_cli.export.output_folder import (
-    RECORD,
     check_output_folder,
     file_sizes,
     make_readable,
@@ -53,7 +51,7 @@ from sparsegrad_cli.records.export import (
     Judged,
     OnPlainBase,
 )
-from sparsegrad_cli.records.store import write
+from sparsegrad_cli.records.store import EXPORT, write
 from sparsegrad_cli.restore.restore import TrainedModel, load_trained
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
@@ -86,8 +84,9 @@ def export_run(
             The temporary files are removed, and the output folder is unchanged.
     """
     for option, given in (("--rank", options.rank), ("--server-rank", options.server_rank)):
-        if given and options.to != "lora":
-            raise UsageError(f"--to {options.to} has no rank", where=option, fix="--to lora")
+        if given and not FORMS[options.to].has_rank:
+            ranked = " or ".join(f"--to {name}" for name, form in FORMS.items() if form.has_rank)
+            raise UsageError(f"--to {options.to} has no rank", where=option, fix=ranked)
     files = open_run(run, overrides)
     default = files.folder / f"export-{options.to}"
     wanted = options.output_dir or refuse_link(default, files.folder)
@@ -111,6 +110,7 @@ class _Export:
         self, files: RunFiles, folder: Path, options: ExportOptions, observer: Observer
     ) -> None:
         self.files, self.folder, self.options, self.observer = files, folder, options, observer
+        self.form = FORMS[options.to]
         self.record: ExportRecord | None = None
         for note in files.notes:
             observer.note(note)
@@ -127,7 +127,7 @@ class _Export:
         self.origin = _origin(trained, files)
         self.prompts: list[Sequence[Turn]] = []
         self.answers: list[RunAnswer] = []
-        if options.to != "adapter" and setup.conversations:
+        if self.form.library != "sparsegrad" and setup.conversations:
             self.prompts = plain_prompts(setup.conversations, self.tokenizer)
             self.answers = answers_of(model, self.tokenizer, self.prompts, self.autocast)
 
@@ -136,7 +136,7 @@ class _Export:
         assert self.trained is not None
         self.observer.phase("write", self.options.to)
         job = ExportJob(self.trained, partial, self.folder, self.options, self.batches)
-        written = WRITERS[self.options.to](job)
+        written = self.form.write(job)
         for note in written.notes:
             self.observer.note(note)
         del job
@@ -162,7 +162,7 @@ class _Export:
             load=written.snippet,
             notes=[*self.files.notes, *written.notes],
         )
-        write(self.record, partial / RECORD)
+        write(self.record, partial / EXPORT)
         make_readable(partial)
 
     def _check(self, written: Written) -> ExportCheck:
@@ -209,7 +209,7 @@ class _Export:
         if tolerance is None:
             tolerance = tolerance_for(self.dtype, judged.largest, rounded=written.rounded)
         fix = "a larger --tolerance"
-        if self.options.to == "merged" and self.dtype != torch.float32:
+        if self.form.whole and self.dtype != torch.float32:
             fix = f"--to lora, which keeps the change apart from half-precision weights; or {fix}"
         check_agreement(judged, tolerance, fix=fix)
         return Judged(
@@ -278,5 +278,4 @@ def _load_back(load: Callable[[], nn.Module]) -> nn.Module:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SparsegradError(f"the written files cannot be loaded: {reason}") from error
+        raise SparsegradError(f"the written files cannot be loaded: {first_line(error)}") from error

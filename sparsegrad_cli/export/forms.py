@@ -1,4 +1,4 @@
-"""Write each form of an export, and describe how to load it back."""
+"""The forms of an export: how each is written and loaded back, and what is true of it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.export.adapter import load_adapter, write_adapter
+from sparsegrad_cli.export.adapter import write_adapter
 from sparsegrad_cli.export.base_model import LANGUAGE_MODEL, BaseModel, auto_class, plain_model
 from sparsegrad_cli.export.check_answers import Loading
 from sparsegrad_cli.export.check_logits import logits_of
-from sparsegrad_cli.export.lora import LoraParts, load_lora, lora_parts, reference, write_lora
+from sparsegrad_cli.export.lora import (
+    SERVER_RANKS,
+    LoraParts,
+    load_lora,
+    lora_parts,
+    reference,
+    write_lora,
+)
 from sparsegrad_cli.export.merged import load_merged, merge, write_merged
-from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
 from sparsegrad_cli.models.quantized import rounds_in_evaluation
 from sparsegrad_cli.report.units import format_bytes
+from sparsegrad_cli.restore.exported_adapter import load_adapter
 from sparsegrad_cli.restore.restore import TrainedModel
 
 # Above this share, a note states how much of the change is lost to rounding.
 _NOTED_ROUNDING = 0.05
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and where.
+
+    Attributes:
+        to: A key of ``FORMS``.
+        output_dir: RUN/export-<to> by default.
+        rank: lora: truncate every change to this rank.
+        examples: Number of validation rows to compare logits on.
+        tolerance: Largest absolute difference of logits; the default allows for rounding.
+        overwrite: Replace an earlier export in ``output_dir``.
+        server_rank: lora: pad with zeros to one of ``SERVER_RANKS``; truncate to the highest.
+    """
+
+    to: str
+    output_dir: Path | None = None
+    rank: int | None = None
+    examples: int = 32
+    tolerance: float | None = None
+    overwrite: bool = False
+    server_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +144,8 @@ def write_lora_form(job: ExportJob) -> Written:
     """Write a PEFT folder with low-rank factors of the change."""
     trained, partial, device, base = job.trained, job.partial, job.device, job.base
     plain = plain_model(trained)
-    parts = lora_parts(trained, plain, job.options)
+    rank, server_rank = job.options.rank, job.options.server_rank
+    parts = lora_parts(trained, plain, rank=rank, server_rank=server_rank)
     write_lora(plain, parts, trained, base, partial)
     del plain
     logits = logits_of(reference(trained, parts), job.batches) if parts.truncated else None
@@ -153,9 +184,6 @@ def write_adapter_form(job: ExportJob) -> Written:
     )
 
 
-WRITERS = {"merged": write_merged_form, "lora": write_lora_form, "adapter": write_adapter_form}
-
-
 def _server_notes(parts: LoraParts, auto: str) -> list[str]:
     """Return notes about parts of the folder that vLLM or llama.cpp do not support."""
     if auto != LANGUAGE_MODEL:
@@ -186,3 +214,38 @@ def _loading(
     bits = base.quantization if base else {}
     source = base.source if base else folder
     return Loading(folder, source, arguments, bits, adapter=base is not None)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form that a run can be exported to.
+
+    Attributes:
+        write: Writes it.
+        words: What the folder holds, for the model card.
+        library: The library that loads it, by its name on the hub.
+        whole: Whether the folder holds a whole model; otherwise it needs the base model.
+        has_rank: Whether it holds factors, whose rank ``--rank`` limits.
+    """
+
+    write: Callable[[ExportJob], Written]
+    words: str
+    library: str
+    whole: bool = False
+    has_rank: bool = False
+
+
+FORMS = {
+    "merged": Form(
+        write_merged_form,
+        "a merged model in the format of transformers",
+        library="transformers",
+        whole=True,
+    ),
+    "lora": Form(
+        write_lora_form, "a LoRA adapter in the format of PEFT", library="peft", has_rank=True
+    ),
+    "adapter": Form(
+        write_adapter_form, "an adapter in the format of sparsegrad", library="sparsegrad"
+    ),
+}

@@ -23,13 +23,15 @@ from sparsegrad_cli.export.base_model import (
     put,
 )
 from sparsegrad_cli.export.merged import RelativeError, generation_config, put_weight
-from sparsegrad_cli.export.options import SERVER_RANKS, ExportOptions
 from sparsegrad_cli.methods.implementation import Factors
 from sparsegrad_cli.methods.peft_folder import check_adapted, modules_to_save, target_settings
 from sparsegrad_cli.models.quantized import move_model
 from sparsegrad_cli.models.targets import Target, has_experts
 from sparsegrad_cli.numerics.lowrank import nearest_of_rank
 from sparsegrad_cli.restore.restore import TrainedModel
+
+# The ranks that vLLM supports (its --max-lora-rank). Other servers support any of them.
+SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass
@@ -55,7 +57,9 @@ class LoraParts:
     record: dict[str, Any]
 
 
-def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) -> LoraParts:
+def lora_parts(
+    trained: TrainedModel, plain: nn.Module, *, rank: int | None, server_rank: bool
+) -> LoraParts:
     """Factor the change of every target module and collect all other changed parameters.
 
     All factors get the same rank and a scale of 1, since some libraries support nothing else.
@@ -63,7 +67,8 @@ def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) 
     Args:
         trained: The run.
         plain: Its base model.
-        options: ``rank`` None keeps the exact change.
+        rank: Truncate every change to this rank; None keeps the exact change.
+        server_rank: Pad with zeros to one of ``SERVER_RANKS``; truncate to the highest.
 
     Raises:
         UsageError: The change has full rank and no rank was given, or a changed parameter cannot be
@@ -78,14 +83,14 @@ def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) 
         if f"{name}.bias" in changed
     }
     modules = _whole_modules(plain, changed, targets)
-    limit = math.inf if options.rank is None else options.rank
-    if options.server_rank:
+    limit = math.inf if rank is None else rank
+    if server_rank:
         limit = min(limit, SERVER_RANKS[-1])
     factors: dict[str, Factors] = {}
     total, rows, truncated = RelativeError(), [], False
     for name, target in targets.items():
         exact = trained.method.factors(trained.setup.model, target)
-        if exact is None and options.rank is None:
+        if exact is None and rank is None:
             raise UsageError(
                 "this method trains the weights themselves, so the change has full rank",
                 where="--rank",
@@ -98,18 +103,18 @@ def lora_parts(trained: TrainedModel, plain: nn.Module, options: ExportOptions) 
         truncated = truncated or factors[name].rank < full_rank
         error = total.add(factors[name].product_OI() - change_OI, change_OI)
         rows.append({"name": name, "rank": factors[name].rank, "error": error})
-    rank = max(each.rank for each in factors.values())
-    if options.server_rank:
-        rank = next(each for each in SERVER_RANKS if each >= rank)
+    common = max(each.rank for each in factors.values())
+    if server_rank:
+        common = next(each for each in SERVER_RANKS if each >= common)
     record = {
-        "rank": rank,
+        "rank": common,
         "truncated": truncated,
         "error": total.value,
         "targets": rows,
         "modules": modules,
     }
-    padded = {name: each.padded(rank) for name, each in factors.items()}
-    return LoraParts(padded, biases, modules, changed, rank, truncated, record)
+    padded = {name: each.padded(common) for name, each in factors.items()}
+    return LoraParts(padded, biases, modules, changed, common, truncated, record)
 
 
 def _whole_modules(

@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sparsegrad_cli.export.base_model import BaseModel
+from sparsegrad_cli.export.forms import FORMS
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.models.pretrained import locate
@@ -20,12 +21,6 @@ from sparsegrad_cli.records.run import CountsBlock, Evaluation, HashesBlock, Run
 from sparsegrad_cli.report.units import format_count, format_number
 
 CARD = "README.md"
-_LIBRARIES = {"merged": "transformers", "lora": "peft", "adapter": "sparsegrad"}
-_FORMS = {
-    "merged": "a merged model in the format of transformers",
-    "lora": "a LoRA adapter in the format of PEFT",
-    "adapter": "an adapter in the format of sparsegrad",
-}
 _DATASETS = {"oasst": "OpenAssistant/oasst1", "glue": "nyu-mll/glue"}
 _LABEL_ARGUMENTS = (
     "id2label",
@@ -61,7 +56,7 @@ def model_card(
     environment.filters |= {"cell": _cell, "repr": repr}
     return environment.get_template("model_card.md.jinja").render(
         to=record.to,
-        form=_FORMS[record.to],
+        form=FORMS[record.to].words,
         metadata=_metadata(record, task, labels),
         title=title,
         data=f"own data ({task.name})" if own_data else task.name,
@@ -104,8 +99,8 @@ def _metadata(record: ExportRecord, task: TaskBlock, labels: Mapping[int, str]) 
     metadata: dict[str, Any] = {"license": licence_of(base) or "unknown"}
     if not is_folder(base) and not base.startswith("builtin:"):
         metadata["base_model"] = base
-        metadata["base_model_relation"] = "finetune" if record.to == "merged" else "adapter"
-    metadata["library_name"] = _LIBRARIES[record.to]
+        metadata["base_model_relation"] = "finetune" if FORMS[record.to].whole else "adapter"
+    metadata["library_name"] = FORMS[record.to].library
     metadata["pipeline_tag"] = "text-classification" if labels else "text-generation"
     dataset = _DATASETS.get(str(task.name).partition("/")[0])
     if dataset:
@@ -133,7 +128,7 @@ def _facts(
     if labels:
         facts.append(("Labels", ", ".join(f"{n}: {label}" for n, label in labels.items())))
     facts += [("Method", _method(record, run)), ("Score", _score(record, run))]
-    if record.to == "lora":
+    if FORMS[record.to].has_rank:
         truncated = ", truncated" if record.truncated else ""
         error = format_number(record.error, 3)
         facts.append(("LoRA rank", f"{record.rank}{truncated}; error {error} of the change"))

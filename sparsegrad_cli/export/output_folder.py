@@ -9,8 +9,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.atomic import put_back, write_folder
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import exists, expanded, is_folder
-
-RECORD = "export.json"
+from sparsegrad_cli.records.store import EXPORT
 
 
 def check_output_folder(folder: Path, needed: list[Path], *, overwrite: bool) -> Path:
@@ -100,7 +99,7 @@ def _check_replaceable(folder: Path, *, overwrite: bool) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        record = plain_json((folder / RECORD).read_bytes())
+        record = plain_json((folder / EXPORT).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and "to" in record

@@ -10,9 +10,6 @@ import torch
 from torch import nn
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.export.adapter import load_adapter
-from sparsegrad_cli.export.adapter_file import SETTINGS, read_settings
-from sparsegrad_cli.export.output_folder import RECORD
 from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto, tokenizer_in
 from sparsegrad_cli.io.bounded_json import plain_json
@@ -31,6 +28,8 @@ from sparsegrad_cli.models.quantized import bits_of, move_model, quantization_st
 from sparsegrad_cli.models.targets import find_targets, fingerprint
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
+from sparsegrad_cli.records.store import EXPORT
+from sparsegrad_cli.restore.exported_adapter import SETTINGS, load_adapter, read_settings
 from sparsegrad_cli.restore.restore import BaseModule, base_model_errors, check_base, restore
 from sparsegrad_cli.restore.run_files import open_run
 
@@ -171,7 +170,7 @@ def _from_peft(options: ModelOptions, folder: Path, device: torch.device) -> Cha
 
 def _exported_base(folder: Path) -> tuple[Any, str | None]:
     """Return (quantization, dtype) of the base of an export; (None, None) for other folders."""
-    path = folder / RECORD
+    path = folder / EXPORT
     if not path.is_file():
         return None, None
     try:

@@ -14,9 +14,7 @@ from torch import nn
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import is_file
-from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS
-
-_LORA = "lora_"  # Part of the parameter names of LoRA and its variants.
+from sparsegrad_cli.methods.peft_folder import CONFIG, TENSORS, of_adapter
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -67,7 +65,7 @@ def load_onto(model: nn.Module, folder: Path) -> nn.Module:
     except Exception as error:  # The libraries raise many types for damaged files.
         raise _unusable(f"peft cannot load it: {_reason(error)}", folder) from error
     # PEFT ignores unknown names, and draws the values of missing ones.
-    given, wanted = ({n for n in names if _LORA in n} for names in (tensors, used))
+    given, wanted = of_adapter(tensors), of_adapter(used)
     if given != wanted:
         name = min(given ^ wanted)
         what = f"{name} {'is missing' if name in wanted else 'does not belong'}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Literal
 
+from sparsegrad_cli.error_mapping import first_line
+
 _SECONDS = 60  # that an answer holds
 _answers: dict[tuple[str, str], tuple[float, str | None]] = {}
 
@@ -33,5 +35,5 @@ def _ask(kind: Literal["model", "dataset"], hub_id: str) -> str | None:
             return None  # it answered, if with an error: the library says what to make of that
         if "offline mode" in str(error):
             return "HF_HUB_OFFLINE is set"
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     return None

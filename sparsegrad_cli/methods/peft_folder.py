@@ -85,6 +85,11 @@ def modules_to_save(
     return [name for name in order if name in outer], beside
 
 
+def of_adapter(names: Iterable[str]) -> set[str]:
+    """Return the names that belong to a LoRA adapter, or to a variant of LoRA, itself."""
+    return {name for name in names if "lora_" in name}
+
+
 def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters of a model with adapters, by the names of a PEFT folder."""
     return {_PREFIX + _without(name): tensor for name, tensor in tensors.items()}

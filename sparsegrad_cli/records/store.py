@@ -16,7 +16,7 @@ from sparsegrad_cli.records.base import SCHEMA, Record, problems
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
 
-RUN, STUDY = "run.json", "compare.json"
+RUN, STUDY, EXPORT = "run.json", "compare.json", "export.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
 _DAMAGED = "bring the file back from a copy, or run again with --overwrite"

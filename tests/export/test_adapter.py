@@ -25,9 +25,9 @@ from torch import Tensor
 
 from sparsegrad_cli import load_adapter
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.export.adapter_file import tensors_digest
 from sparsegrad_cli.export.export_run import export_run
-from sparsegrad_cli.export.options import ExportOptions
+from sparsegrad_cli.export.forms import ExportOptions
+from sparsegrad_cli.restore.exported_adapter import tensors_digest
 
 Runs = Callable[..., Path]
 

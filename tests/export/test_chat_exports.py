@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +135,16 @@ def test_an_export_without_its_stop_token_is_refused(
     refused: Callable[..., Outcome],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write = forms.WRITERS["merged"]
+    merged = forms.FORMS["merged"]
 
     def without_stop_token(job: forms.ExportJob) -> forms.Written:
-        written = write(job)
+        written = merged.write(job)
         path = job.partial / "generation_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": END}))
         return written
 
-    monkeypatch.setitem(forms.WRITERS, "merged", without_stop_token)
+    changed = replace(merged, write=without_stop_token)
+    monkeypatch.setitem(forms.FORMS, "merged", changed)
     outcome = refused(1, talks("method=full"), "--to", "merged")
     assert "does not stop where the run does" in outcome.flat
     assert "the run answers 'ok' and stops" in outcome.flat

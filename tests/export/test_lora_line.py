@@ -12,7 +12,7 @@ from support.small_runs import answers, byte_tokenizer, data_folder, record, tra
 from support.tiny_models import build, config
 
 from sparsegrad_cli.export.export_run import export_run
-from sparsegrad_cli.export.options import ExportOptions
+from sparsegrad_cli.export.forms import ExportOptions
 
 
 def on_the_hub(name: str, revision: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

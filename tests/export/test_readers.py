@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import structural_rank
 from support.cli_runs import Cli, Outcome
 from support.small_runs import ROWS, answers, base_folder, data_folder, record, tokenizer_of, train
 
-from sparsegrad_cli.export.forms import WRITERS
+from sparsegrad_cli.export.forms import FORMS
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.restore.init_from import Initial
@@ -149,7 +149,7 @@ def _classes(model: Any, tokenizer: Any, texts: list[str]) -> Any:
     return model.eval()(**inputs).logits.argmax(-1)
 
 
-@pytest.mark.parametrize("form", sorted(WRITERS))
+@pytest.mark.parametrize("form", sorted(FORMS))
 def test_the_card_says_what_it_is_and_not_where_it_was_made(
     form: str, labelled: Path, exported: Exported
 ) -> None:

@@ -200,7 +200,7 @@ def test_code_that_comes_with_a_run_is_not_run_unasked(tmp_path: Path) -> None:
 
 def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Path) -> None:
     from sparsegrad_cli.export.export_run import export_run
-    from sparsegrad_cli.export.options import ExportOptions
+    from sparsegrad_cli.export.forms import ExportOptions
 
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -22,12 +22,12 @@ from sparsegrad_cli.calibration.basis_file import (
     tensors_digest,
     write_basis,
 )
-from sparsegrad_cli.export.adapter import load_adapter
-from sparsegrad_cli.export.adapter_file import tensors_digest as adapter_digest
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import fingerprint
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.records.run import CalibrationSettings
+from sparsegrad_cli.restore.exported_adapter import load_adapter
+from sparsegrad_cli.restore.exported_adapter import tensors_digest as adapter_digest
 from support.chat_models import load, talker
 from support.small_runs import base_folder
 from support.tiny_models import batch, calibrated, classifier, logits, targets_of
