@@ -1,7 +1,7 @@
 # make install   .venv with sparsegrad in it
 # make demo      install, then calibrate and train on the embedded default
 # make test      install, then the tests     (make test-slow: the long ones too)
-# make check     lint and types
+# make check     lint and types, of the tests too
 # make schema    docs/reference/records.md, from the models of the records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)

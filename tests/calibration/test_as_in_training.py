@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_calibration_keeps_the_inputs_of_blocks_alone(source: str) -> None:
         calibrate(
             model,
             targets_of(model),
-            lambda one=one: iter([one]),
+            partial(iter, [one]),
             section,
             seed=0,
             train=train,

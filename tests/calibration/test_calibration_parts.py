@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.recipe.schema import CalibrationSection
 
-DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DROPLESS: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = CalibrationSection(steps=1, source="token", score="square")
 
 
@@ -100,9 +101,7 @@ def test_two_parts_take_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None
         def measured(meter: MemoryMeter = meter) -> Any:
             return meter.phase("calibrate")
 
-        calibrate(
-            model, targets_of(model), lambda one=one: iter([one]), settings, seed=0, meter=measured
-        )
+        calibrate(model, targets_of(model), partial(iter, [one]), settings, seed=0, meter=measured)
         found = meter.report().to_json()["phases"]["calibrate"]
         peaks.append(found["peak_bytes"] - found["categories"]["weights"])
     assert 0.45 < peaks[1] / peaks[0] < 0.6

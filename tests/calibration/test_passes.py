@@ -89,7 +89,11 @@ def test_thin_sides_are_exact(source: str) -> None:
 
 def test_a_sketch_holds_no_square() -> None:
     model = classifier()
-    section = {"decomposition": "randomized", "source": "token", "basis_per": "kind"}
+    section: dict[str, Any] = {
+        "decomposition": "randomized",
+        "source": "token",
+        "basis_per": "kind",
+    }
     sizes = {
         calibrated(model, targets_of(model), steps=n, rank=RANK, **section).stream_bytes
         for n in (1, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.numerics.hosvd import GramStream
 from sparsegrad_cli.numerics.seeding import temporary_seed
 
-DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-GPT2_DROPLESS = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+DROPLESS: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+GPT2_DROPLESS: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_padding_does_not_count() -> None:
     grams = []
     for inputs in (plain, padded):
         found = calibrated(
-            model, targets_of(model), lambda inputs=inputs: iter([inputs]), steps=1, source="token"
+            model, targets_of(model), partial(iter, [inputs]), steps=1, source="token"
         )
         streams = found.streams.items()
         grams.append({key: s.gram_in for key, s in streams if isinstance(s, GramStream)})

@@ -121,7 +121,8 @@ def test_a_conversation_through_a_pipe(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdin is not None and process.stderr is not None
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stderr is not None
     try:
         process.stdin.write(b"Tell me everything.\n")
         process.stdin.flush()

@@ -44,7 +44,7 @@ def tool(text: str = "noon", **keys: Any) -> dict[str, Any]:
 
 def data_of(folder: Path, *rows: Any, suffix: str = "jsonl", **settings: Any) -> ChatData:
     """The rows as training data beside one plain row for validation."""
-    plain = {"messages": [user("v"), assistant("w")]}
+    plain: dict[str, Any] = {"messages": [user("v"), assistant("w")]}
     if "instruction" in rows[0]:
         plain = {"instruction": "v", "output": "w"}
     elif "prompt" in rows[0]:
@@ -331,11 +331,12 @@ def test_errors_name_the_line_of_a_file_that_is_split_by_a_hash(tmp_path: Path) 
 def test_alpaca_history_comes_first(tmp_path: Path) -> None:
     row = {"instruction": "u3", "input": "", "output": "a3", "system": "s"}
     pairs = [["u1", "a1"], ["u2", "a2"]]
-    for history in (pairs, json.dumps(pairs)):
-        assert spoken(only(tmp_path, {**row, "history": history})) == "s u1 a1* u2 a2* u3 a3*"
+    for pairs_given in (pairs, json.dumps(pairs)):
+        assert spoken(only(tmp_path, {**row, "history": pairs_given})) == "s u1 a1* u2 a2* u3 a3*"
     last = only(tmp_path, {**row, "history": pairs}, train_on="last_answer")
     assert spoken(last) == "s u1 a1 u2 a2 u3 a3*"
-    for history in (None, [], ""):
+    empty: list[Any] = [None, [], ""]
+    for history in empty:
         assert spoken(only(tmp_path, {**row, "history": history})) == "s u3 a3*"
     damaged = {**row, "history": ["u1", "a1"]}
     found = data_of(tmp_path, row, damaged)

@@ -37,13 +37,13 @@ def test_paths_are_the_hand_written_ones(tmp_path: Path, paths: str, shape: str)
     if shape == "shuffled":
         random.Random(5).shuffle(rows)
     file = tmp_path / "x.jsonl"
-    records: list[Any] = {
+    shapes: dict[str, list[Any]] = {
         "trees": [tree(big()), tree(small())],
         "nested messages": [big(), small()],
         "mixed": [tree(big()), *flat(small()), *flat(big())],
         "array": [json.dumps([tree(big()), tree(small())])],
-    }.get(shape, rows)
-    data = read(write(file, *records), paths=paths, validation_fraction=0.5)
+    }
+    data = read(write(file, *shapes.get(shape, rows)), paths=paths, validation_fraction=0.5)
     assert everything(data) == set(EXPECTED[paths])
     assert data.counts["messages read"] == 14 and data.counts["messages kept"] == 14
     assert data.counts["prompts cut, nothing answers them"] == 3  # p3, p4, p6

@@ -97,8 +97,11 @@ def test_limits_take_the_first_conversations(tmp_path: Path) -> None:
 
 def test_hash_knows_everything_that_is_learnt_from() -> None:
     def hashed(train: list[list[Turn]], validation: list[list[Turn]]) -> str:
-        made = [[Conversation(tuple(turns), "g") for turns in part] for part in (train, validation)]
-        return finish(RawChat(*made, "trees", {}), TaskSection(name="oasst")).data_hash
+        def conversations(part: list[list[Turn]]) -> list[Conversation]:
+            return [Conversation(tuple(turns), "g") for turns in part]
+
+        raw = RawChat(conversations(train), conversations(validation), "trees", {})
+        return finish(raw, TaskSection(name="oasst")).data_hash
 
     p, q = Turn("user", "p"), Turn("user", "q")
     a, b = Turn("assistant", "a", True), Turn("assistant", "b", True)

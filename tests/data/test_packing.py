@@ -175,16 +175,16 @@ def test_packed_losses_and_gradients_are_the_unpacked_ones(
     architecture: str, overrides: dict[str, Any], attention: str
 ) -> None:
     model = model_of(architecture, attention, **overrides)
-    tolerance = {"rtol": 1e-12, "atol": 1e-12}
+    rtol = atol = 1e-12
     if attention == "eager":  # which takes its softmax in float32 whatever the model's dtype
         model.float()
-        tolerance = {"rtol": 1e-5, "atol": 1e-5}
+        rtol = atol = 1e-5
     data = rows(9, 4, 7, 2, 6, 11)
     collate = ChatCollator(END)
     alone = summed(model, [collate([row]) for row in data])
     for batches in ([collate(list(data))], [collate(list(pack(data, 13)))]):
         for found, expected in zip(summed(model, batches), alone, strict=True):
-            torch.testing.assert_close(found, expected, **tolerance)
+            torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(("architecture", "overrides"), FAMILIES)

@@ -41,7 +41,7 @@ SMOLLM2 = {
     "intermediate_size": 1536,
     "tie_word_embeddings": True,
 }
-TINY = {
+TINY: dict[str, Any] = {
     "model_type": "bert",
     "vocab_size": 1000,
     "hidden_size": 32,

@@ -135,7 +135,7 @@ def test_the_largest_batch_against_trying_all(seed: int) -> None:
 
     def peak(size: int) -> int:
         tried.add(size)
-        return peaks[min(size, 3000) - 1] + 10**9 * (size > 3000)
+        return int(peaks[min(size, 3000) - 1]) + 10**9 * (size > 3000)
 
     room = int(rng.integers(0, peaks[-1]))
     batch, taken = largest_batch(peak, room)

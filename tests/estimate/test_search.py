@@ -64,7 +64,7 @@ def test_a_straight_line_takes_four_looks() -> None:
 
 def test_slack_saves_looks_and_costs_no_more_than_it_says() -> None:
     def bent(size: int) -> float:
-        return size + max(0, size - 5_000) ** 1.5
+        return float(size + max(0, size - 5_000) ** 1.5)
 
     exact, loose = Looked(bent), Looked(bent)
     best = largest(exact, 400_000, 1, 1_000_000)

@@ -256,7 +256,8 @@ def test_runs_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[s
 
 def test_a_study_whose_runs_are_damaged_is_refused(tmp_path: Path) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
-    for cells in ([3], [{}], [{"status": "done", "run": 3}]):
+    damaged: list[Any] = [[3], [{}], [{"status": "done", "run": 3}]]
+    for cells in damaged:
         write_json_atomic(tmp_path / "compare.json", {"schema": 1, "cells": cells})
         with pytest.raises(FileFormatError, match="is damaged"):
             entered(study, tmp_path)

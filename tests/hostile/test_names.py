@@ -126,8 +126,8 @@ def test_a_name_too_long(cli: Cli, name: str) -> None:
     for command in written:
         outcome = cli(*command, name)
         assert outcome.code == 1 and "cannot be written: File name too long" in outcome.flat
-    for command in (("report",), ("export", "--to", "merged")):
-        outcome = cli(*command, name)
+    for reading in (("report",), ("export", "--to", "merged")):
+        outcome = cli(*reading, name)
         assert outcome.code == 2 and "does not exist" in outcome.flat
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
 from sparsegrad_cli.io.jsonl import Journal, read_records
 
 KIND = "sparsegrad-test-1"
-RECORDS = [{"a": 1}, {"a": "é\u2028\ud800\n"}, {"a": None}]
+RECORDS: list[dict[str, Any]] = [{"a": 1}, {"a": "é\u2028\ud800\n"}, {"a": None}]
 
 
 def written(path: Path) -> bytes:

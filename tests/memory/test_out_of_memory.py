@@ -85,14 +85,15 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 
 def test_places_in_a_real_model() -> None:
-    model, seen = classifier("bert"), []
+    model = classifier("bert")
+    seen: list[str | None] = []
     with trace_location(model, seen.append):
         loss = model(**batch()).loss
         forward = len(seen)
         loss.backward()
     names = {name for name, _ in model.named_modules() if name}
     assert set(seen[:forward]) - {"", "BertForSequenceClassification"} <= names
-    back = [name for name in seen[forward:] if name.endswith("output.dense")]
+    back = [name for name in seen[forward:] if name and name.endswith("output.dense")]
     assert [int(name.split(".")[3]) for name in back] == sorted(
         (int(name.split(".")[3]) for name in back), reverse=True
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +60,16 @@ def test_live_tokens_are_counted_by_target() -> None:
     inputs = batch(size=4, length=6)
     inputs["attention_mask"][0, 4:] = 0
     for basis_per, decomposition in (("layer", "exact"), ("kind", "randomized")):
-        words = {"basis_per": basis_per, "decomposition": decomposition, "source": "token"}
-        found = calibrated(model, targets, lambda: iter([inputs] * 3), steps=3, rank=4, **words)
+        found = calibrated(
+            model,
+            targets,
+            lambda: iter([inputs] * 3),
+            steps=3,
+            rank=4,
+            basis_per=basis_per,
+            decomposition=decomposition,
+            source="token",
+        )
         tokens = {t.name: found.by_target()[t.name].tokens for t in targets}
         alone = [3 * 22, 3 * 22, 3 * 22, 3 * 22, 3 * 4, 3 * 4]
         expected = alone if basis_per == "layer" else [3 * (22 + 22 + 4)] * 6
@@ -74,10 +83,10 @@ def test_the_last_block_gets_what_its_gradients_deserve(basis_per: str) -> None:
     """The shares of the targets, against those by the sums of squares themselves."""
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     targets = targets_of(model)
-    words = {"source": "token", "steps": 4, "rank": 8, "basis_per": basis_per}
+    words: dict[str, Any] = {"source": "token", "steps": 4, "rank": 8, "basis_per": basis_per}
     method = SparsegradSettings(name="sparsegrad", density=0.03, rank=8, allocation="model")
 
-    def shares(unknown: bool = False, **more: str) -> list[int]:
+    def shares(unknown: bool = False, **more: Any) -> list[int]:
         found = calibrated(model, targets, **words, **more)
         bases = {key: truncated(basis, 8) for key, basis in found.bases.items()}
         if unknown:

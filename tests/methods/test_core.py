@@ -253,7 +253,7 @@ def test_it_compiles_without_graph_breaks(backend: str) -> None:
         layer.values.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(3, 5, targets[0].in_features, requires_grad=True)
     compiled: Any = torch.compile(layer, backend=backend, fullgraph=True)
-    results = []
+    results: list[Any] = []
     for run in (layer, compiled):
         layer.zero_grad()
         x.grad = None

@@ -65,7 +65,7 @@ def low_rank_batches(seed: int, size: int = 16) -> Iterator[dict[str, Tensor]]:
 
 
 def mean_of(energy: dict[str, Any], column: str) -> float:
-    return sum(row[column] for row in energy["rows"]) / len(energy["rows"])
+    return float(sum(row[column] for row in energy["rows"])) / len(energy["rows"])
 
 
 def energy_of(

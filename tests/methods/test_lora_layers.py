@@ -63,7 +63,7 @@ def test_rslora_scaling_is_kept() -> None:
 
 def test_a_disabled_or_merged_adapter_is_left_to_peft() -> None:
     model = adapted("bert", 0.0, lean=True)
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     with_adapter = model(**batch()).logits
     for layer in layers:
         layer.merge()

@@ -224,6 +224,7 @@ def test_accumulation_selects_once_on_the_accumulated_gradient(
     four, ages_of_four = accumulate(settings, 4)
     assert torch.equal(ages, ages_of_four)
     assert set(ages.tolist()) == {0, 1}
+    assert settings.density is not None
     assert int(ages.sum()) == 6 * round(settings.density * 16 * 40)
     for (name, expected), (_, got) in zip(
         one.named_parameters(), four.named_parameters(), strict=True

@@ -43,6 +43,7 @@ def saved(folder: Path, architecture: str, *names: str, **more: Any) -> nn.Modul
     settings = config(architecture, **labelled(*names), **more)
     model: Any = build(AutoModelForSequenceClassification, settings, seed=3)
     model.save_pretrained(folder)
+    assert isinstance(model, nn.Module)
     return model
 
 
@@ -82,7 +83,9 @@ def logits(model: nn.Module) -> Tensor:
         (("same", "same"), ("same", "other"), None),
     ],
 )
-def test_labels_are_matched_by_name(stored: Names, wanted: Names, order: Names | None) -> None:
+def test_labels_are_matched_by_name(
+    stored: Names, wanted: Names, order: tuple[int, ...] | None
+) -> None:
     about = config("bert", id2label=dict(enumerate(stored)), label2id=None)
     assert match_labels(about, spec(*wanted)).order == order
 
@@ -112,6 +115,7 @@ def test_two_tables_that_contradict_each_other_name_nothing() -> None:
 def test_a_kept_head_answers_as_the_base_model_does(tmp_path: Path, architecture: str) -> None:
     base = saved(tmp_path, architecture, "good", "bad", "so-so")
     section, names = ModelSection(name=str(tmp_path)), ("bad", "good", "so_so")
+    model: Any
     model, head = load_classifier(section, spec(*names), seed=1)
     assert torch.equal(logits(model), logits(base)[:, [1, 0, 2]])
     assert model.config.id2label == dict(enumerate(names))

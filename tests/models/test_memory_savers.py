@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ class DroppingMLP(nn.Module):
 def test_gates_that_are_not_quite_such_are_left_alone_or_right(activation: str) -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([DroppingMLP().eval()])
-    mlp = model.layers[0]
+    mlp: Any = model.layers[0]
     targets = [
         Target(f"layers.0.{n}", n, 0, out, width, False)
         for n, out, width in (("gate_proj", 9, 4), ("up_proj", 9, 4), ("down_proj", 4, 9))

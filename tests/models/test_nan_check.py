@@ -19,7 +19,8 @@ class Overflows(nn.Module):
         self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second((self.first(x).square() + 2) * 3e38)
+        out: Tensor = self.second((self.first(x).square() + 2) * 3e38)
+        return out
 
 
 def named(model: nn.Module, x: Tensor | None = None) -> str | None:
@@ -29,10 +30,11 @@ def named(model: nn.Module, x: Tensor | None = None) -> str | None:
 
 def test_a_layer_whose_weight_is_infinite() -> None:
     for place in range(3):
-        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+        layers = [nn.Linear(3, 3) for _ in range(3)]
+        model = nn.Sequential(*layers)
         assert named(model) is None
         with torch.no_grad():
-            model[place].weight[0, 1] = float("inf")
+            layers[place].weight[0, 1] = float("inf")
         assert named(model) == str(place)
 
 

@@ -153,8 +153,9 @@ def test_weights_and_scales_are_counted_as_weights(bits: str, body: Callable[[st
         pass
     peak = meter.peak("load")
     assert peak is not None
-    packed = sum(layer.weight.numel() for layer in quantized_layers(model).values())
-    entries = sum(dequantized(layer).numel() for layer in quantized_layers(model).values())
+    layers: list[Any] = list(quantized_layers(model).values())
+    packed = sum(layer.weight.numel() for layer in layers)
+    entries = sum(dequantized(layer).numel() for layer in layers)
     assert packed == (entries if bits == "8bit" else entries // 2)
     rest = [p for p in model.parameters() if p.is_floating_point()] + list(model.buffers())
     plain = sum({t.untyped_storage().data_ptr(): t.nbytes for t in rest}.values())

@@ -115,7 +115,13 @@ def test_a_second_derivative_is_right_or_refused(name: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
-ACTIVATIONS = [nn.Identity(), nn.SiLU(), lambda x: x, lambda x: x.view(x.shape), torch.relu]
+ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
+    nn.Identity(),
+    nn.SiLU(),
+    lambda x: x,
+    lambda x: x.view(x.shape),
+    torch.relu,
+]
 
 
 @pytest.mark.parametrize("number", range(len(ACTIVATIONS)))

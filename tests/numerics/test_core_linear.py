@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,10 +18,11 @@ OUT, IN, R_OUT, R_IN = 7, 5, 4, 3
 
 def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
     matrix = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(matrix).Q[:, :rank]
+    q: Tensor = torch.linalg.qr(matrix).Q
+    return q[:, :rank]
 
 
-def parts(r_out: int = R_OUT, r_in: int = R_IN, *lead: int) -> dict[str, Tensor]:
+def parts(r_out: int = R_OUT, r_in: int = R_IN, *lead: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

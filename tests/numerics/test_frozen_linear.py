@@ -21,7 +21,8 @@ def parts(*lead: int) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def orthonormal(size: int, rank: int) -> Tensor:
-        return torch.linalg.qr(normal(size, size)).Q[:, :rank]
+        q: Tensor = torch.linalg.qr(normal(size, size)).Q
+        return q[:, :rank]
 
     return {
         "x": normal(*lead, IN),

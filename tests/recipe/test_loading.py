@@ -66,7 +66,7 @@ def test_numbers_are_numbers(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("key", ["eval_strategy", "save_strategy"])
 def test_a_bare_no_is_the_word(key: str) -> None:
-    recipe = load_recipe(None, [f"train.{key}=no"]).recipe
+    recipe = load_recipe(None, (f"train.{key}=no",)).recipe
     assert getattr(recipe.train, key) == "no"
 
 

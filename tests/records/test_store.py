@@ -137,7 +137,12 @@ def test_a_living_record_checks_its_blocks(tmp_path: Path) -> None:
     found = load_run(tmp_path)
     assert (found.status, found.command, found.seed) == ("running", "train", 7)
     assert found.time == TimeBlock(load_s=1.0)
-    for wrong in ({"tmie": {}}, {"time": {"load": 1.0}}, {"time": {"load_s": "1"}}):
+    blocks: list[dict[str, Any]] = [
+        {"tmie": {}},
+        {"time": {"load": 1.0}},
+        {"time": {"load_s": "1"}},
+    ]
+    for wrong in blocks:
         with pytest.raises(ValidationError):
             writer.save(**wrong)
     assert load_run(tmp_path) == found

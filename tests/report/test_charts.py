@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from support.record_samples import compare_record, study_of, study_record
 from support.study_cells import cell, evidence_of
@@ -50,7 +52,7 @@ def study_with(cells: list[dict[str, Any]]) -> StudyRecord:
 def staircases(figure: Figure) -> dict[str, list[tuple[float, float]]]:
     lines = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
     return {
-        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]
+        str(line.get_label()): [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
         for line in lines
     }
 
@@ -86,7 +88,7 @@ def test_a_budget_buys_the_best_row_that_fits_it(
     assert all(
         line.get_linestyle() == "-"
         for line in figures[0].axes[0].lines
-        if line.get_xydata().shape[0] > 1 and str(line.get_label()) in drawn
+        if len(np.asarray(line.get_xydata())) > 1 and str(line.get_label()) in drawn
     )
 
 
@@ -111,6 +113,7 @@ def test_the_interval_drawn_is_the_rows(figures: list[Figure]) -> None:
     assert score_against_memory(study_of(compare), "glue/rte")
     rows = [row for row in compare["rows"] if row["task"] == "glue/rte"]
     for row, bar in zip(rows, figures[0].axes[0].containers, strict=True):
+        assert isinstance(bar, ErrorbarContainer)
         (segment,) = bar.lines[2][0].get_segments()
         ends = [100 * end for end in row["score_interval"]]
         assert [float(y) for y in segment[:, 1]] == pytest.approx(ends)
@@ -127,7 +130,7 @@ def test_maps_of_the_parameters_that_changed(figures: list[Figure]) -> None:
     record = study_record()
     assert changed_maps(study_of(record), "glue/rte")
     (image,) = figures[0].axes[0].images  # the one method that leaves parameters out
-    assert image.get_array().tolist() == [[90.0, 20.0], [10.0, 0.0]]
+    assert np.asarray(image.get_array()).tolist() == [[90.0, 20.0], [10.0, 0.0]]
     assert figures[0].axes[0].get_title() == "core-1e-3"
     assert changed_maps(study_of(record), "no task") is None
     for made in record["cells"]:
@@ -137,7 +140,8 @@ def test_maps_of_the_parameters_that_changed(figures: list[Figure]) -> None:
             for n in range(3)
         ]
     assert changed_by_target(study_of(record), "glue/rte")
-    assert figures[1].axes[0].images[0].get_array().tolist() == [[1.0, 2.0, 3.0]] * 3
+    (image,) = figures[1].axes[0].images
+    assert np.asarray(image.get_array()).tolist() == [[1.0, 2.0, 3.0]] * 3
 
 
 def test_every_chart_of_the_sample_says_its_units() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,7 +129,8 @@ def test_whatever_a_manifest_holds_no_checkpoint_is_mistaken_for_whole(
     put(tmp_path, 1)
     (tmp_path / "checkpoint-1" / MANIFEST).write_text(text)
     assert damage(tmp_path / "checkpoint-1") is not None
-    for files in ({}, [], {"state.json": {}}, {"state.json": None}, {"no": {"bytes": 1}}):
+    contents: list[Any] = [{}, [], {"state.json": {}}, {"state.json": None}, {"no": {"bytes": 1}}]
+    for files in contents:
         content = with_check({"format": 1, "recipe": RECIPE, "files": files})
         (tmp_path / "checkpoint-1" / MANIFEST).write_text(json.dumps(content))
         assert damage(tmp_path / "checkpoint-1") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from support.record_samples import study_of
@@ -15,8 +16,9 @@ from sparsegrad_cli.study.evidence import up_to_date
 from sparsegrad_cli.study.statistics import sign_flip_p, student
 
 
-def only(tests: dict) -> dict:
-    (pair,) = tests["pairs"]
+def only(tests: dict[str, Any]) -> dict[str, Any]:
+    pairs: list[dict[str, Any]] = tests["pairs"]
+    (pair,) = pairs
     return pair
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from support.record_samples import study_of
@@ -40,7 +41,7 @@ def test_counters_by_hand() -> None:
 
 
 def test_calibration_is_charged_whole_and_shared_among_its_users() -> None:
-    def made(digest: str, seconds: float, tokens: int) -> dict:
+    def made(digest: str, seconds: float, tokens: int) -> dict[str, Any]:
         return {"digest": digest, "seconds": seconds, "tokens": tokens, "peak_bytes": 400}
 
     cells = [

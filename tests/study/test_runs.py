@@ -10,6 +10,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.folder_lock_process import holder, read
@@ -128,7 +129,8 @@ def test_an_error_in_one_piece_of_work_stops_all_runs(tmp_path: Path, recipe: Re
 
 
 def test_a_folder_that_another_process_holds_is_waited_for(tmp_path: Path, recipe: Recipe) -> None:
-    folder, told = tmp_path / "r", []
+    folder = tmp_path / "r"
+    told: list[Any] = []
     folder.mkdir()
     engine = ProgramEngine("exit(0)")
     with holder(folder) as process:

@@ -39,7 +39,8 @@ def entry(settings: dict[str, Any], score: float | None, status: str = "done") -
 def quality(settings: dict[str, Any]) -> float:
     """Best at 5e-4, linear."""
     off = math.log10(settings[RATE] / 5e-4)
-    return 1 - off * off - 0.2 * (settings["train.lr_scheduler_type"] == "cosine")
+    cosine = settings["train.lr_scheduler_type"] == "cosine"
+    return 1 - off * off - (0.2 if cosine else 0.0)
 
 
 def searched(count: int, told: list[Any] | None = None) -> list[Any]:

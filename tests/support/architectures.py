@@ -63,7 +63,7 @@ _H_TO_4H = _pair("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _EXPERTS = {"mlp.experts.gate_up_proj": (4, 2 * E, H), "mlp.experts.down_proj": (4, H, E)}
 
 # architecture -> (model_type, configuration, targets, parameters that no target covers)
-TABLE: dict[str, tuple[str, dict[str, Any], Targets, dict[str, tuple[int, ...]]]] = {
+TABLE: dict[str, tuple[str, dict[str, Any], Targets, Targets]] = {
     "bert": ("bert", _ENCODER, _BERT, {}),
     "roberta": ("roberta", _ENCODER, _BERT, {}),
     "electra": ("electra", {**_ENCODER, "embedding_size": 16}, _BERT, {}),

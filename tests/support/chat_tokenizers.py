@@ -92,7 +92,9 @@ def oasst() -> tuple[Conversation, ...]:
     return tuple(c for line in lines for c in threads(json.loads(line)["prompt"], ()))
 
 
-def byte_level(template: str | None = CHATML, *specials: Any, eos: str = "<|im_end|>") -> Any:
+def byte_level(
+    template: str | dict[str, str] | None = CHATML, *specials: Any, eos: str = "<|im_end|>"
+) -> Any:
     """A byte-level BPE, as GPT-2, Qwen and SmolLM have; its first tokens are the special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -143,7 +145,7 @@ def sentencepiece(scheme: str, template: str | None = None, *, byte_fallback: bo
     return _fast(backend, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def _fast(backend: Any, template: str | None, **tokens: str) -> Any:
+def _fast(backend: Any, template: str | dict[str, str] | None, **tokens: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def spoil(tensors: dict[str, Tensor], what: Spoils) -> dict[str, Tensor]:
 
 def _changed(tensor: Tensor, way: str, entry: int) -> Tensor:
     """One tensor, of another shape, dtype or content."""
-    shapes = {
+    shapes: dict[str, Callable[[Tensor], Tensor]] = {
         "transpose": lambda t: t.T if t.ndim == 2 else t[None],
         "flat": lambda t: t.reshape(-1),
         "deeper": lambda t: t[None],
@@ -122,7 +123,9 @@ def _lying(draw: st.DrawFn, content: bytes) -> bytes:
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
     name = draw(st.sampled_from(sorted(n for n in header if n != "__metadata__")))
-    number = st.sampled_from((-1, 0, 1, 2, 3.5, 2**31, 2**62, 2**64, None, "4", []))
+    number: st.SearchStrategy[Any] = st.sampled_from(
+        (-1, 0, 1, 2, 3.5, 2**31, 2**62, 2**64, None, "4", [])
+    )
     lie: dict[str, Any] = {
         "shape": st.one_of(st.lists(number, max_size=3), values()),
         "dtype": st.one_of(st.sampled_from(("F32", "BF16", "I64", "BOOL", "F8_E4M3")), values()),

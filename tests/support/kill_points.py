@@ -414,8 +414,8 @@ def _clock_back(count: int) -> None:
 
     class Backwards(datetime.datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime.datetime:
-            return datetime.datetime.fromtimestamp(backwards(), tz)
+        def now(cls, tz: Any = None) -> Backwards:
+            return cls.fromtimestamp(backwards(), tz)
 
     time.time = backwards
     datetime.datetime = Backwards  # type: ignore[misc]

@@ -121,16 +121,25 @@ def study_record() -> dict[str, Any]:
     return record | evidence_of(cells)
 
 
+REPLACEMENTS: list[tuple[str, Any]] = [
+    ("null", None),
+    ("text", "<x>"),
+    ("list", [1, None]),
+    ("number", -3.5),
+]
+INNER_REPLACEMENTS: list[tuple[str, Any]] = [("null", None), ("list", [[0.5], "<x>"])]
+
+
 def damaged(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The record with each key in turn missing, null, or of another type; two levels deep."""
     for key, value in record.items():
-        for name, other in (("null", None), ("text", "<x>"), ("list", [1, None]), ("number", -3.5)):
+        for name, other in REPLACEMENTS:
             broken = copy.deepcopy(record)
             broken[key] = other
             yield f"{key} {name}", broken
         yield f"{key} missing", {k: v for k, v in record.items() if k != key}
         for inner in value if isinstance(value, dict) else ():
-            for name, other in (("null", None), ("list", [[0.5], "<x>"])):
+            for name, other in INNER_REPLACEMENTS:
                 broken = copy.deepcopy(record)
                 broken[key][inner] = other
                 yield f"{key}.{inner} {name}", broken

@@ -110,8 +110,13 @@ def train(
     )
     loaded = load_recipe(None, (*settings, *overrides))
     prepare_folder(run, loaded.recipe, resume=resume, overwrite=False)
-    about = {"recipe_digest": digest(loaded.recipe), "seed": loaded.recipe.seed}
-    kept = RunWriter(run, command="train", name=run.name, **about)
+    kept = RunWriter(
+        run,
+        command="train",
+        name=run.name,
+        recipe_digest=digest(loaded.recipe),
+        seed=loaded.recipe.seed,
+    )
     fine_tune(Run(loaded, kept, Observer(), resume=resume))
     if stop:
         shutil.rmtree(run / "adapter")

@@ -32,7 +32,8 @@ from support.chat_models import load, talker
 from support.small_runs import base_folder
 from support.tiny_models import batch, calibrated, classifier, logits, targets_of
 
-SCORED = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=7)
+RANK = 7
+SCORED = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=RANK)
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
 
@@ -67,7 +68,7 @@ def use_basis(path: Path) -> None:
     targets = targets_of(model)
     found = read_basis(path)
     check_belongs(found, targets, fingerprint(model, targets), "calibration.basis")
-    check_rank(found, SCORED.rank, "calibration.basis")
+    check_rank(found, RANK, "calibration.basis")
     before = logits(model)
     method = SCORED.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)

@@ -126,7 +126,8 @@ def build(loader: Any, settings: Any, seed: int = 0) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = loader.from_config(settings) if hasattr(loader, "from_config") else loader(settings)
+        make = getattr(loader, "from_config", loader)
+        model: nn.Module = make(settings)
     return model.eval()
 
 
@@ -207,7 +208,8 @@ def orthogonal_bases(
 
     def orthogonal(side: int) -> Tensor:
         square = torch.randn(side, side, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(square).Q.to(dtype)
+        q: Tensor = torch.linalg.qr(square).Q
+        return q.to(dtype)
 
     return {
         t.name: Basis(

@@ -22,7 +22,7 @@ BLOCKS = {
     "method": {"name": "lora"},
     "counts": {"note": ""},
 }
-ENDED = {"status": "done", "error": None, "started": "then", "finished": "then"}
+ENDED: dict[str, Any] = {"status": "done", "error": None, "started": "then", "finished": "then"}
 ENDED |= {"command": "train", "schema": 1}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.kill_process import Ended
@@ -32,7 +33,7 @@ METHODS = {
 }
 
 
-def train(bench: Bench, run: Path, method: tuple[str, ...], *more: str, **kill: str) -> Ended:
+def train(bench: Bench, run: Path, method: tuple[str, ...], *more: str, **kill: Any) -> Ended:
     folders = (f"model={bench.base}", f"task.path={bench.data}", "-o", str(run))
     return bench.killer.run("train", *COMMON, *method, *folders, *more, **kill)
 

@@ -184,11 +184,9 @@ def test_a_run_that_came_to_its_end_takes_no_step_more(bench: Bench, more: tuple
 
 def test_an_epoch_that_ends_with_a_stop_is_evaluated_when_the_run_goes_on(bench: Bench) -> None:
     """Ctrl-C in the epoch's last batch: its step is saved, and --resume evaluates it first."""
-    more = ("eval_strategy=epoch", "eval_steps=null", "save_strategy=steps", "save_steps=4")
-    more += ("max_steps=6",)
-    settings = bench.settings(
-        "lora", *(f"train.{text}" for text in more), "train.load_best_model_at_end=false"
-    )
+    train = ["eval_strategy=epoch", "eval_steps=null", "save_strategy=steps", "save_steps=4"]
+    train += ["max_steps=6", "load_best_model_at_end=false"]
+    settings = bench.settings("lora", *(f"train.{text}" for text in train))
     whole, run = bench.fresh(), bench.fresh()
     assert bench.killer.run("train", *settings, "-o", str(whole)).code == 0
     command = ("train", *settings, "-o", str(run))

@@ -28,7 +28,8 @@ def both(bench: Bench, method: str, run: Path, *flags: str, **moment: Any) -> li
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
-    return load_file(trained_in(run))
+    found: dict[str, Tensor] = load_file(trained_in(run))
+    return found
 
 
 def codes(ended: list[Ended]) -> list[int]:

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model without dropout, which draws at other moments in the two, and its data."""
     folder = tmp_path_factory.mktemp("inputs")
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return base_folder(folder / "base", **still), data_folder(folder / "data")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from support.small_runs import base_folder
 from torch import Tensor
 
 ROWS = 10
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = (
     "method=full",
     "task.max_length=64",
@@ -69,7 +70,8 @@ def adapter(cli: Cli, run: str, size: int, micro_batches: int, *more: str) -> di
         run,
     )
     assert outcome.code == 0, outcome.err
-    return load_file(f"{run}/adapter/adapter.safetensors")
+    found: dict[str, Tensor] = load_file(f"{run}/adapter/adapter.safetensors")
+    return found
 
 
 @pytest.mark.parametrize("kind", ["classes", "scores", "chat"])

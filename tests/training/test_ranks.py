@@ -117,7 +117,9 @@ def counted_sums() -> list[int]:
 
     def count(state: object, bucket: Any) -> Any:
         sent.append(bucket.buffer().nbytes)
-        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        return allreduce_hook(group, bucket)
 
     count.__annotations__.clear()  # torch compares them with types, and these are strings here
 
@@ -188,7 +190,8 @@ def product(run: Path, target: str, values: Tensor, support: Tensor) -> Tensor:
     q_out, q_in = bases[f"q_out/{target}"], bases[f"q_in/{target}"]
     core = torch.zeros(q_out.shape[1] * q_in.shape[1])
     core[support.long()] = values
-    return q_out @ core.view(q_out.shape[1], -1) @ q_in.T
+    found: Tensor = q_out @ core.view(q_out.shape[1], -1) @ q_in.T
+    return found
 
 
 @pytest.mark.parametrize("name", METHODS)

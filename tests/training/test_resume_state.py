@@ -39,7 +39,8 @@ def change_state(run: Path, changes: Callable[[dict[str, Any]], dict[str, Any]])
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter.safetensors")
+    found: dict[str, torch.Tensor] = load_file(run / "adapter" / "adapter.safetensors")
+    return found
 
 
 def test_the_loss_scale_of_fp16_continues(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

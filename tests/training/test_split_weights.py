@@ -55,7 +55,8 @@ def losses(run: dict[str, Any]) -> list[float]:
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
-    return load_file(trained_in(run))
+    found: dict[str, Tensor] = load_file(trained_in(run))
+    return found
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -185,7 +186,7 @@ def _talker(folder: Path, method: str) -> nn.Module:
     from sparsegrad_cli.calibration.basis_file import read_basis
     from sparsegrad_cli.recipe.load_recipe import load_recipe
 
-    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    model: nn.Module = LlamaForCausalLM.from_pretrained(folder / "llama")
     run = folder / f"straight-{method}"
     settings = load_recipe(None, METHODS[method]).recipe.method
     found = read_basis(run / "basis.safetensors") if method == "static" else None

@@ -160,11 +160,11 @@ def test_precision_is_one_for_all_methods_and_another_for_another_arithmetic(
 
     plain = found(torch.float32)
     assert plain == found(torch.float32, learning_rate=1e-5)
-    others = (found(torch.bfloat16), found(torch.float32, bf16=True), found(torch.float16))
+    others = [found(torch.bfloat16), found(torch.float32, bf16=True), found(torch.float16)]
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        others += (found(torch.float32),)
+        others.append(found(torch.float32))
     finally:
         torch.set_float32_matmul_precision(before)
     assert len({plain, *others}) == 5

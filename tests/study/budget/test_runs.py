@@ -49,7 +49,7 @@ def _quick() -> Iterator[None]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of one block without dropout, and a task of 48 rows: six steps of 8."""
     folder = tmp_path_factory.mktemp("tiny")
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     base_folder(folder / "base", num_hidden_layers=1, **still)
     data_folder(folder / "data")
     return folder

@@ -104,7 +104,7 @@ def test_ranks_are_those_that_trying_all_would_find(
             else:
                 assert pick.limit
         if kind == "optimizer_state":
-            assert smallest(loaded, kind, known[1] - 1, counting) == known[1]
+            assert smallest(loaded, "optimizer_state", known[1] - 1, counting) == known[1]
 
 
 def replace_calibration(loaded: LoadedRecipe) -> LoadedRecipe:
