@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from support.cli_runs import Cli, Outcome
-from support.hostile_summary import table
+from support.hostile_summary import summary_table
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
@@ -58,7 +58,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What the generated cases of tests/hostile came to, in whichever processes they ran."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]
-    lines = table(reports)
+    lines = summary_table(reports)
     if lines:
         terminalreporter.section("hostile cases")
         for line in lines:

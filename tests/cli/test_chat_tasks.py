@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.chat_tokenizers import byte_level
 from support.cli_runs import METHODS, Cli
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,7 +118,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(
         )
         outcome = cli("train", *settings, *method, *batches, "-o", f"r{size}", "--json")
         assert outcome.code == 0, outcome.err
-        adapters.append(load_file(trained_in(Path(f"r{size}"))))
+        adapters.append(load_file(adapter_path(Path(f"r{size}"))))
         losses.append([entry["loss"] for entry in json.loads(outcome.out)["metrics"]["train"]])
     for other, logged in zip(adapters[1:], losses[1:], strict=True):
         assert other.keys() == adapters[0].keys()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.cli_runs import METHODS, SMALL, Cli
 from support.paths import REPO
 
@@ -137,7 +137,7 @@ def test_train_leaves_a_whole_run(cli: Cli, tmp_path: Path, method: str) -> None
     assert phases["backward"]["categories"]["gradients"] > 0
     for name in ("recipe.yaml", "steps.jsonl", "report.html", "report.md"):
         assert (tmp_path / "run" / name).stat().st_size > 0
-    assert trained_in(tmp_path / "run").is_file()
+    assert adapter_path(tmp_path / "run").is_file()
     again = cli("validate", "run/recipe.yaml")
     assert again.code == 0
     assert cli("report", "run").code == 0

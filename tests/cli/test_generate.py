@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_models import talker
+from support.chat_models import chat_model_folder
 from support.cli_runs import Cli
 
 from sparsegrad_cli.io.jsonl import read_records
@@ -25,7 +25,7 @@ BRIEF = ("--max-new-tokens", "6", "--device", "cpu")
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     """A tiny random model, which babbles bytes, control characters among them."""
-    return str(talker(tmp_path / "m"))
+    return str(chat_model_folder(tmp_path / "m"))
 
 
 def test_one_prompt(cli: Cli, model: str) -> None:
@@ -113,7 +113,7 @@ def read_until(process: subprocess.Popen[bytes], seconds: float = 60.0) -> bytes
 
 def test_a_conversation_through_a_pipe(tmp_path: Path) -> None:
     """Ctrl-C stops an answer, /reset forgets, the end of the pipe ends it."""
-    endless = str(talker(tmp_path / "m", positions=100_000, endless=True))
+    endless = str(chat_model_folder(tmp_path / "m", positions=100_000, endless=True))
     process = start(
         tmp_path,
         *(endless, "--max-new-tokens", "90000", "--device", "cpu", "-q", "-t", "5"),

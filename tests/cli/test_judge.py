@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from support.cli_runs import Cli, Outcome
 from support.judge_server import (
-    Said,
-    always,
+    Response,
+    always_answer,
     answers_file,
+    find_row,
     judge_server,
     questions_file,
-    row,
-    verdicts,
+    read_verdicts,
 )
 
 KEY = "sk-secret-123"
@@ -57,13 +57,13 @@ def files(tmp_path: Path) -> tuple[str, str]:
     return made[0], made[1]
 
 
-def by_answer(grades: dict[str, str]) -> Callable[[dict[str, Any], int], Said]:
+def by_answer(grades: dict[str, str]) -> Callable[[dict[str, Any], int], Response]:
     """A judge that goes by which answer it is asked to grade: the last in the prompt."""
 
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         prompt = body["messages"][-1]["content"]
         graded = prompt.rsplit("END ANSWER", 1)[0].rstrip().rsplit("\n", 1)[1]
-        return Said(f"Well.\n\nRating: [[{grades[graded]}]]")
+        return Response(f"Well.\n\nRating: [[{grades[graded]}]]")
 
     return judges
 
@@ -82,21 +82,21 @@ def test_grades_are_summed_up_by_model_and_category(
     assert outcome.code == 0, outcome.err
     record = json.loads(outcome.out)
     # Questions weigh alike: one has 6 (8 and 4), 9 and 3.
-    whole = row(record, model="one", category=None)
+    whole = find_row(record, model="one", category=None)
     assert whole["mean"] == pytest.approx(6.0)
     assert whole["standard_error"] == pytest.approx(math.sqrt((0 + 9 + 9) / 2 / 3))
     assert whole["turn_means"] == pytest.approx([20 / 3, 4.0])
     assert (whole["questions"], whole["graded"], whole["asked"]) == (3, 4, 4)
-    maths = row(record, model="one", category="math")
+    maths = find_row(record, model="one", category="math")
     assert maths["mean"] == pytest.approx(7.5)
     assert maths["standard_error"] == pytest.approx(math.sqrt(4.5 / 2))
-    single = row(record, model="two", category="writing")
+    single = find_row(record, model="two", category="writing")
     assert single["mean"] == 10.0 and single["standard_error"] is None
-    assert row(record, model="two", category=None)["mean"] == pytest.approx((1.5 + 3 + 10) / 3)
+    assert find_row(record, model="two", category=None)["mean"] == pytest.approx((1.5 + 3 + 10) / 3)
     assert record["requests"] == {"asked": 8, "kept": 0} and record["failures"] == []
     for request in server.requests:
         assert request["body"]["temperature"] == 0 and request["body"]["model"] == "judge-1"
-    lines = verdicts(tmp_path / "out")
+    lines = read_verdicts(tmp_path / "out")
     assert sorted(line["verdict"] for line in lines) == sorted(map(float, GRADES.values()))
     assert {line["messages"][-1]["content"] for line in lines} == set(server.prompts)
     assert all(line["replies"][0]["text"].startswith("Well.") for line in lines)
@@ -110,7 +110,7 @@ def test_grades_are_summed_up_by_model_and_category(
 def test_the_same_command_asks_for_what_is_missing_only(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    with judge_server(always("Rating: [[5]]")) as server:
+    with judge_server(always_answer("Rating: [[5]]")) as server:
         assert judge(server.url, files[0], "-o", "out").code == 0
         assert len(server.requests) == 4
         again = json.loads(judge(server.url, files[0], "-o", "out", "--json").out)
@@ -134,45 +134,45 @@ def test_the_same_command_asks_for_what_is_missing_only(
 def test_a_torn_line_is_asked_again(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    with judge_server(always("Rating: [[5]]")) as server:
+    with judge_server(always_answer("Rating: [[5]]")) as server:
         assert judge(server.url, files[0], "-o", "out").code == 0
         path = tmp_path / "out" / "verdicts.jsonl"
         path.write_bytes(path.read_bytes()[:-40])
         assert judge(server.url, files[0], "-o", "out").code == 0
-    assert len(server.requests) == 5 and len(verdicts(tmp_path / "out")) == 4
+    assert len(server.requests) == 5 and len(read_verdicts(tmp_path / "out")) == 4
 
 
 def test_replies_without_a_verdict_are_counted_and_asked_again_later(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         lost = "one-2-0" in body["messages"][-1]["content"]
-        return Said("I would rather not say." if lost else "Rating: [[6]]")
+        return Response("I would rather not say." if lost else "Rating: [[6]]")
 
     with judge_server(judges) as server:
         outcome = judge(server.url, files[0], "-o", "out", "--json", "--retries", "1")
         assert len(server.requests) == 5
     assert outcome.code == 0
     record = json.loads(outcome.out)
-    whole = row(record, model="one", category=None)
+    whole = find_row(record, model="one", category=None)
     assert (whole["unreadable"], whole["failed"], whole["questions"]) == (1, 0, 2)
     assert whole["mean"] == 6.0
-    (lost,) = (line for line in verdicts(tmp_path / "out") if line["status"] == "unreadable")
+    (lost,) = (line for line in read_verdicts(tmp_path / "out") if line["status"] == "unreadable")
     assert lost["verdict"] is None and len(lost["replies"]) == 2
-    with judge_server(always("Rating: [[9]]")) as server:
+    with judge_server(always_answer("Rating: [[9]]")) as server:
         record = json.loads(judge(server.url, files[0], "-o", "out", "--json").out)
     assert len(server.requests) == 1
-    assert row(record, model="one", category=None)["mean"] == pytest.approx(7.0)
+    assert find_row(record, model="one", category=None)["mean"] == pytest.approx(7.0)
 
 
 def test_failed_requests_are_reported_and_all_else_is_kept(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         if "one-w-0" in body["messages"][-1]["content"]:
             error = {"error": {"message": f"[/dim]\x1b[31m key {KEY}"}}
-            return Said(status=500, body=json.dumps(error).encode())
-        return Said("Rating: [[6]]")
+            return Response(status=500, body=json.dumps(error).encode())
+        return Response("Rating: [[6]]")
 
     with judge_server(judges) as server:
         outcome = judge(server.url, files[0], "-o", "out", "--retries", "1", "-j", "2")
@@ -182,10 +182,10 @@ def test_failed_requests_are_reported_and_all_else_is_kept(
     assert "HTTP 500: [/dim]" in outcome.flat and "\x1b[31m key" not in outcome.err
     record = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert record["status"] == "failed" and len(record["failures"]) == 1
-    assert row(record, model="one", category="math")["mean"] == 6.0
-    assert row(record, model="one", category="writing")["failed"] == 1
-    assert row(record, model="one", category="writing")["mean"] is None
-    with judge_server(always("Rating: [[2]]")) as server:
+    assert find_row(record, model="one", category="math")["mean"] == 6.0
+    assert find_row(record, model="one", category="writing")["failed"] == 1
+    assert find_row(record, model="one", category="writing")["mean"] is None
+    with judge_server(always_answer("Rating: [[2]]")) as server:
         assert judge(server.url, files[0], "-o", "out").code == 0
     assert len(server.requests) == 1
     assert KEY not in (tmp_path / "out" / "verdicts.jsonl").read_text()
@@ -194,18 +194,20 @@ def test_failed_requests_are_reported_and_all_else_is_kept(
 def test_a_wrong_key_stops_at_once(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    with judge_server(lambda b, n: Said(status=401) if n else Said("Rating: [[7]]")) as server:
+    with judge_server(
+        lambda b, n: Response(status=401) if n else Response("Rating: [[7]]")
+    ) as server:
         outcome = judge(server.url, *files, "-o", "out", "-j", "1")
     assert outcome.code == 1 and "refuses the key" in outcome.flat
     assert "--key-env" in outcome.flat and "Traceback" not in outcome.err
-    assert len(server.requests) == 2 and len(verdicts(tmp_path / "out")) == 1
+    assert len(server.requests) == 2 and len(read_verdicts(tmp_path / "out")) == 1
 
 
 def test_the_key_comes_from_the_variable_named(
     judge: Callable[..., Outcome], files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "other")
-    with judge_server(always("Rating: [[7]]")) as server:
+    with judge_server(always_answer("Rating: [[7]]")) as server:
         assert judge(server.url, files[0], "--key-env", "MY_KEY").code == 0
         missing = judge(server.url, files[0], "--key-env", "NO_KEY")
         assert missing.code == 2 and "NO_KEY is not set" in missing.flat
@@ -220,7 +222,7 @@ def test_markup_in_answers_and_names_is_shown_harmless(
 ) -> None:
     path = tmp_path / "bad.jsonl"
     answers_file(path, questions_file(tmp_path), lambda q, t: HOSTILE, model=HOSTILE)
-    with judge_server(always("Rating: [[2]]")) as server:
+    with judge_server(always_answer("Rating: [[2]]")) as server:
         outcome = judge(server.url, str(path), "-o", "out")
     assert outcome.code == 0 and "[bold]x[/bold]" in outcome.out
     assert "\x1b[31m" not in outcome.out
@@ -238,7 +240,7 @@ def test_pairs_are_asked_in_both_orders_and_flips_are_ties(
     """Question 1: turn 1 goes to ``one`` in both orders, turn 2 to whichever stands first;
     question 2: a tie in one order; question w: ``two`` in both."""
 
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         prompt = body["messages"][-1]["content"]
         one_first = prompt.index("\none-") < prompt.index("\ntwo-")
         if "one-1-1" in prompt:
@@ -249,14 +251,14 @@ def test_pairs_are_asked_in_both_orders_and_flips_are_ties(
             winner = "A" if one_first else "C"
         else:
             winner = "B" if one_first else "A"
-        return Said(f"Winner: [[{winner}]]")
+        return Response(f"Winner: [[{winner}]]")
 
     with judge_server(judges) as server:
         outcome = judge(server.url, *files, "--pairwise", "-o", "out", "--json")
         assert len(server.requests) == 8
     assert outcome.code == 0, outcome.err
     record = json.loads(outcome.out)
-    whole = row(record, category=None)
+    whole = find_row(record, category=None)
     assert (whole["wins"], whole["ties"], whole["losses"]) == (1, 2, 1)
     assert (whole["flips"], whole["first_flips"], whole["one_order"]) == (1, 1, 1)
     # Shares by question: (1 + 1/2) / 2, 1/2, 0.
@@ -264,7 +266,7 @@ def test_pairs_are_asked_in_both_orders_and_flips_are_ties(
     assert whole["share"] == pytest.approx(sum(shares) / 3)
     spread = math.sqrt(sum((s - sum(shares) / 3) ** 2 for s in shares) / 2)
     assert whole["standard_error"] == pytest.approx(spread / math.sqrt(3))
-    assert row(record, category="writing")["share"] == 0.0
+    assert find_row(record, category="writing")["share"] == 0.0
     shown = judge(server.url, *files, "--pairwise", "-o", "out")
     assert "one against two" in shown.out and len(server.requests) == 8
 
@@ -272,14 +274,14 @@ def test_pairs_are_asked_in_both_orders_and_flips_are_ties(
 def test_a_pair_with_one_verdict_missing_is_left_out(
     judge: Callable[..., Outcome], files: tuple[str, str]
 ) -> None:
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         prompt = body["messages"][-1]["content"]
         lost = "one-w-0" in prompt and prompt.index("\none-") < prompt.index("\ntwo-")
-        return Said("?" if lost else "Winner: [[C]]")
+        return Response("?" if lost else "Winner: [[C]]")
 
     with judge_server(judges) as server:
         outcome = judge(server.url, *files, "--pairwise", "-o", "out", "--json")
-    whole = row(json.loads(outcome.out), category=None)
+    whole = find_row(json.loads(outcome.out), category=None)
     assert (whole["pairs"], whole["ties"], whole["flips"], whole["unreadable"]) == (3, 3, 0, 1)
 
 
@@ -289,11 +291,11 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(
     third = threading.Event()
     release = threading.Event()
 
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         if number == 2:
             third.set()
             release.wait(30)
-        return Said("Rating: [[7]]")
+        return Response("Rating: [[7]]")
 
     with judge_server(judges) as server:
         arguments = [
@@ -306,12 +308,12 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(
         assert third.wait(60)
         # The third is asked while the second verdict is being written.
         deadline = time.monotonic() + 30
-        while len(verdicts(tmp_path / "out")) < 2 and time.monotonic() < deadline:
+        while len(read_verdicts(tmp_path / "out")) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL
         release.set()
-        assert len(verdicts(tmp_path / "out")) == 2
+        assert len(read_verdicts(tmp_path / "out")) == 2
         outcome = judge(server.url, files[0], "-o", "out", "--json")
     assert json.loads(outcome.out)["requests"] == {"asked": 2, "kept": 2}
     assert len(server.requests) == 5
@@ -322,10 +324,10 @@ def test_ctrl_c_leaves_at_once_with_130(
 ) -> None:
     asked, release = threading.Event(), threading.Event()
 
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         asked.set()
         release.wait(30)
-        return Said("Rating: [[7]]")
+        return Response("Rating: [[7]]")
 
     with judge_server(judges) as server:
         arguments = [
@@ -366,7 +368,7 @@ def test_answers_that_do_not_fit_are_refused(
     first, *rest = Path(files[0]).read_text().splitlines()
     changed = json.dumps({**json.loads(first), **change})
     Path(files[0]).write_text("\n".join([changed, *rest]) + "\n")
-    with judge_server(always("Rating: [[7]]")) as server:
+    with judge_server(always_answer("Rating: [[7]]")) as server:
         outcome = judge(server.url, files[0], "-o", "out")
     assert outcome.code == 1 and says in outcome.flat and "one.jsonl:1" in outcome.flat
     assert server.requests == [] and not (tmp_path / "out").exists()
@@ -402,7 +404,7 @@ def test_files_of_one_model_are_told_apart(
         for number in (1, 2)
     ]
     (tmp_path / "both.jsonl").write_text("".join(parts))
-    with judge_server(always("Rating: [[7]]")) as server:
+    with judge_server(always_answer("Rating: [[7]]")) as server:
         outcome = judge(server.url, "both.jsonl", "-o", "out", "--json")
     record = json.loads(outcome.out)
     assert [answers["model"] for answers in record["answers"]] == ["m (1)", "m (2)"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.oasst_samples import read, spoken, write
+from support.oasst_samples import as_text, read, write
 from support.task_data import load_chat
 
 from sparsegrad_cli.data.chat_data import split_position
@@ -44,7 +44,7 @@ def found(folder: Path, *rows: Any, **settings: Any) -> tuple[set[str], dict[str
     dropped = sum(n for name, n in data.counts.items() if "dropped" in name)
     assert data.counts["rows read"] == data.counts["rows kept"] + dropped
     assert len(every(data)) == data.counts["rows kept"]
-    return {spoken(each) for each in every(data)} - {"u8 a8*", "u9 a9*"}, counts
+    return {as_text(each) for each in every(data)} - {"u8 a8*", "u9 a9*"}, counts
 
 
 # --- kinds
@@ -63,7 +63,7 @@ def test_sharegpt_rows_are_read(tmp_path: Path) -> None:
     row = {"id": "1", "conversations": [{"from": who, "value": text} for who, text in turns]}
     other = {"id": "2", "conversations": [{"from": "human", "value": "u3"}, *said("a3", roles="a")]}
     data = read(write(tmp_path / "x.jsonl", row, other), "chat")
-    assert {spoken(each) for each in every(data)} == {"s u1 a1* u2 a2*", "u3 a3*"}
+    assert {as_text(each) for each in every(data)} == {"s u1 a1* u2 a2*", "u3 a3*"}
 
 
 def test_prompt_and_completion(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_prompt_and_completion(tmp_path: Path) -> None:
         {"prompt": "u4", "completion": said("a4", "u5", "a5", roles="aua")},
     ]
     data = read(write(tmp_path / "x.jsonl", *rows), "chat")
-    assert {spoken(each) for each in every(data)} == {
+    assert {as_text(each) for each in every(data)} == {
         "u1 a1*",
         "s u2 a2 u3 a3*",  # what the prompt holds of the assistant is not learnt
         "u4 a4* u5 a5*",
@@ -87,7 +87,7 @@ def test_instruction_input_output(tmp_path: Path) -> None:
         {"instruction": "Hu", "output": "Ha"},
     ]
     data = read(write(tmp_path / "x.jsonl", *rows), "chat")
-    assert {spoken(each) for each in every(data)} == {
+    assert {as_text(each) for each in every(data)} == {
         "Add.\n\n1 2 3*",
         "Be kind. Hi Ho*",
         "Hu Ha*",
@@ -112,16 +112,16 @@ def test_a_setting_chooses_between_two_kinds_of_columns(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has messages as well as prompt and completion"):
         read(file, "chat")
     one = read(file, "chat", kind="prompt_completion")
-    assert {spoken(each) for each in every(one)} == {"u0 a0*", "u1 a1*"}
+    assert {as_text(each) for each in every(one)} == {"u0 a0*", "u1 a1*"}
     for settings in ({"kind": "messages"}, {"column": "messages"}):
         other = read(file, "chat", **settings)
-        assert {spoken(each) for each in every(other)} == {"m0 n0*", "m1 n1*"}
+        assert {as_text(each) for each in every(other)} == {"m0 n0*", "m1 n1*"}
 
 
 def test_a_setting_names_the_column_of_messages(tmp_path: Path) -> None:
     rows = [{"dialog": said(f"u{i}", f"a{i}")} for i in range(2)]
     file = write(tmp_path / "x.jsonl", *rows)
-    assert {spoken(each) for each in every(read(file, "chat", column="dialog"))} == {
+    assert {as_text(each) for each in every(read(file, "chat", column="dialog"))} == {
         "u0 a0*",
         "u1 a1*",
     }
@@ -155,7 +155,7 @@ def test_every_format_reads_alike(tmp_path: Path, suffix: str) -> None:
 def test_prompts_are_read_from_csv(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text('prompt,completion\nu1,"a,1"\nu2,"a\n2"\n')
-    assert {spoken(each) for each in every(read(file, "chat"))} == {"u1 a,1*", "u2 a\n2*"}
+    assert {as_text(each) for each in every(read(file, "chat"))} == {"u1 a,1*", "u2 a\n2*"}
 
 
 # --- damage
@@ -275,8 +275,8 @@ def test_the_split_of_a_folder_is_kept(tmp_path: Path) -> None:
     dev = tmp_path / "dev.json.gz"
     dev.write_bytes(gzip.compress(json.dumps([{"messages": said(u, "b")} for u in "xy"]).encode()))
     data = read(tmp_path, "chat")
-    assert [spoken(each) for each in data.validation] == ["x b*", "y b*"]
-    assert [spoken(each) for each in data.train] == [f"u{i} a*" for i in range(5)]
+    assert [as_text(each) for each in data.validation] == ["x b*", "y b*"]
+    assert [as_text(each) for each in data.train] == [f"u{i} a*" for i in range(5)]
     assert data.notes == [] and data.counts["validation rows"] == 2
     merged = read(tmp_path, "chat", split="hash", validation_fraction=0.5)
     assert len(every(merged)) == 7 and "opening prompts" in merged.notes[-1]
@@ -333,8 +333,8 @@ def test_hub_with_a_chat_column(empty_hub_cache: Path) -> None:
     fill_cache(empty_hub_cache, {"train_sft": rows[:3], "test_sft": rows[3:]})
     settings = {"hub": "some/chats", "column": "talk", "train_split": "train_sft"}
     data = load_chat("chat", **settings, validation_split="test_sft")
-    assert [spoken(each) for each in data.train] == ["u0 a0*", "u1 a1*", "u2 a2*"]
-    assert [spoken(each) for each in data.validation] == ["u3 a3*"]
+    assert [as_text(each) for each in data.train] == ["u0 a0*", "u1 a1*", "u2 a2*"]
+    assert [as_text(each) for each in data.validation] == ["u3 a3*"]
     assert "cached copy" in data.notes[0]
     alone = load_chat("chat", **settings)
     assert len(every(alone)) == 3 and "chosen by a hash" in alone.notes[-1]

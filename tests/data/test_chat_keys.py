@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.chat_tokenizers import CHATML, byte_level, labelled_parts
-from support.oasst_samples import read, spoken, write
+from support.oasst_samples import as_text, read, write
 
 from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
@@ -95,7 +95,7 @@ def test_a_turn_with_a_loss_weight_of_0_is_read_and_not_learnt(
     messages = [user(), assistant("bad", **key), user("again"), assistant("good", weight=1)]
     for row in ({"messages": messages}, {"prompt": [user()], "completion": messages[1:]}):
         data = data_of(tmp_path, row)
-        assert [spoken(each) for each in data.train] == ["u bad again good*"]
+        assert [as_text(each) for each in data.train] == ["u bad again good*"]
         assert data.counts["answers with a loss weight of 0, not learnt"] == 1
         assert not data.notes
 
@@ -107,7 +107,7 @@ def test_loss_weights_of_sharegpt_turns_are_used(tmp_path: Path) -> None:
         {"from": "human", "value": "again"},
         {"from": "gpt", "value": "good", "weight": 1},
     ]
-    assert spoken(only(tmp_path, {"conversations": turns})) == "u bad again good*"
+    assert as_text(only(tmp_path, {"conversations": turns})) == "u bad again good*"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_loss_weight_of_a_row_applies_to_all_its_turns(
     tmp_path: Path, mask: dict[str, Any], expected: str
 ) -> None:
     row = {"messages": [user(), assistant(), user(), assistant()], **mask}
-    assert spoken(only(tmp_path, row)) == expected
+    assert as_text(only(tmp_path, row)) == expected
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_learning_the_last_answer_only(tmp_path: Path) -> None:
         for key in ({}, {"weight": 0})
     ]
     data = data_of(tmp_path, *rows, train_on="last_answer")
-    assert [spoken(each) for each in data.train] == ["u one u two*", "u one*"]
+    assert [as_text(each) for each in data.train] == ["u one u two*", "u one*"]
     assert data.counts["training assistant turns learnt"] == 2
 
 
@@ -332,12 +332,12 @@ def test_alpaca_history_comes_first(tmp_path: Path) -> None:
     row = {"instruction": "u3", "input": "", "output": "a3", "system": "s"}
     pairs = [["u1", "a1"], ["u2", "a2"]]
     for pairs_given in (pairs, json.dumps(pairs)):
-        assert spoken(only(tmp_path, {**row, "history": pairs_given})) == "s u1 a1* u2 a2* u3 a3*"
+        assert as_text(only(tmp_path, {**row, "history": pairs_given})) == "s u1 a1* u2 a2* u3 a3*"
     last = only(tmp_path, {**row, "history": pairs}, train_on="last_answer")
-    assert spoken(last) == "s u1 a1 u2 a2 u3 a3*"
+    assert as_text(last) == "s u1 a1 u2 a2 u3 a3*"
     empty: list[Any] = [None, [], ""]
     for history in empty:
-        assert spoken(only(tmp_path, {**row, "history": history})) == "s u3 a3*"
+        assert as_text(only(tmp_path, {**row, "history": history})) == "s u3 a3*"
     damaged = {**row, "history": ["u1", "a1"]}
     found = data_of(tmp_path, row, damaged)
     assert found.counts["rows dropped: history is not a list of pairs of texts"] == 1

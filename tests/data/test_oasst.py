@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from support.oasst_samples import (
     EXPECTED,
-    big,
-    everything,
+    all_conversations,
+    as_text,
     flat,
+    large_tree,
     node,
     read,
-    small,
-    spoken,
+    small_tree,
     tree,
     write,
 )
@@ -33,18 +33,18 @@ from sparsegrad_cli.errors import DataError
     "shape", ["trees", "nested messages", "flat", "shuffled", "mixed", "array"]
 )
 def test_paths_are_the_hand_written_ones(tmp_path: Path, paths: str, shape: str) -> None:
-    rows = [*flat(big()), *flat(small())]
+    rows = [*flat(large_tree()), *flat(small_tree())]
     if shape == "shuffled":
         random.Random(5).shuffle(rows)
     file = tmp_path / "x.jsonl"
     shapes: dict[str, list[Any]] = {
-        "trees": [tree(big()), tree(small())],
-        "nested messages": [big(), small()],
-        "mixed": [tree(big()), *flat(small()), *flat(big())],
-        "array": [json.dumps([tree(big()), tree(small())])],
+        "trees": [tree(large_tree()), tree(small_tree())],
+        "nested messages": [large_tree(), small_tree()],
+        "mixed": [tree(large_tree()), *flat(small_tree()), *flat(large_tree())],
+        "array": [json.dumps([tree(large_tree()), tree(small_tree())])],
     }
     data = read(write(file, *shapes.get(shape, rows)), paths=paths, validation_fraction=0.5)
-    assert everything(data) == set(EXPECTED[paths])
+    assert all_conversations(data) == set(EXPECTED[paths])
     assert data.counts["messages read"] == 14 and data.counts["messages kept"] == 14
     assert data.counts["prompts cut, nothing answers them"] == 3  # p3, p4, p6
     used = {"threads": 11, "best": 6, "replies": 11}[paths]
@@ -55,14 +55,14 @@ def test_paths_are_the_hand_written_ones(tmp_path: Path, paths: str, shape: str)
 
 @pytest.mark.parametrize("paths", EXPECTED)
 def test_conversations_come_in_source_order(tmp_path: Path, paths: str) -> None:
-    data = read(write(tmp_path / "x.jsonl", tree(big()), tree(small())), paths=paths)
+    data = read(write(tmp_path / "x.jsonl", tree(large_tree()), tree(small_tree())), paths=paths)
     part = next(part for part in (data.train, data.validation) if part[0].group == "p1")
     # As written above: depth first, every reply before those that are nested in it.
-    assert [spoken(each) for each in part] == [each for each in EXPECTED[paths] if each[0] == "p"]
+    assert [as_text(each) for each in part] == [each for each in EXPECTED[paths] if each[0] == "p"]
 
 
 def test_counts_tell_repeated_turns_from_distinct_ones(tmp_path: Path) -> None:
-    data = read(write(tmp_path / "x.jsonl", tree(big()), tree(small())))
+    data = read(write(tmp_path / "x.jsonl", tree(large_tree()), tree(small_tree())))
     sides = ("training", "validation")
     learnt = sum(data.counts[f"{side} assistant turns learnt"] for side in sides)
     distinct = sum(data.counts[f"{side} assistant turns learnt, distinct"] for side in sides)
@@ -83,7 +83,7 @@ def test_same_text_after_another_prompt_is_distinct() -> None:
 
 def test_turns_keep_the_text_as_it_stands(tmp_path: Path) -> None:
     text = " \tcafé \u2028 two\r\nlines \U0001f600\n"
-    file = write(tmp_path / "x.jsonl", node("p", node("a", text=text)), small())
+    file = write(tmp_path / "x.jsonl", node("p", node("a", text=text)), small_tree())
     turns = [each.turns for each in [*read(file).train, *read(file).validation] if len(each.turns)]
     assert (Turn("user", "p"), Turn("assistant", text, True)) in turns
 
@@ -106,8 +106,8 @@ def test_turns_keep_the_text_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turned", [False, True])
 def test_best_reply(tmp_path: Path, replies: list[dict[str, Any]], best: int, turned: bool) -> None:
     made = [node(f"a{number}", **extra) for number, extra in enumerate(replies)]
-    file = write(tmp_path / "x.jsonl", node("p", *(made[::-1] if turned else made)), small())
-    assert f"p a{best}*" in everything(read(file, paths="best"))
+    file = write(tmp_path / "x.jsonl", node("p", *(made[::-1] if turned else made)), small_tree())
+    assert f"p a{best}*" in all_conversations(read(file, paths="best"))
 
 
 # --- filters
@@ -117,14 +117,14 @@ def filtered(
     folder: Path, *roots: dict[str, Any], **settings: Any
 ) -> tuple[set[str], dict[str, int]]:
     """Conversations beside those of the small tree, and what was dropped."""
-    data = read(write(folder / "x.jsonl", *roots, tree(small())), **settings)
+    data = read(write(folder / "x.jsonl", *roots, tree(small_tree())), **settings)
     dropped = {
         name.removeprefix("messages dropped: "): count
         for name, count in data.counts.items()
         if name.startswith("messages dropped: ")
     }
     assert data.counts["messages read"] == data.counts["messages kept"] + sum(dropped.values())
-    return everything(data) - {"q1 a7*"}, dropped
+    return all_conversations(data) - {"q1 a7*"}, dropped
 
 
 def test_deleted_and_rejected_messages_drop_all_below_them(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_min_quality(tmp_path: Path, shape: Any) -> None:
     )
     only = node("q", node("a8", labels=shape(1.0)))
     data = read(write(tmp_path / "x.jsonl", root, only), min_quality=0.5)
-    assert everything(data) == {"p a1*", "q a8*"}
+    assert all_conversations(data) == {"p a1*", "q a8*"}
     assert data.counts["messages dropped: filter min_quality: below 0.5"] == 1
     assert data.counts["messages dropped: filter min_quality: none given"] == 2
 

@@ -11,13 +11,13 @@ import pytest
 from pydantic import ValidationError
 from support.oasst_samples import (
     EXPECTED,
-    big,
-    everything,
+    all_conversations,
+    as_text,
     flat,
+    large_tree,
     node,
     read,
-    small,
-    spoken,
+    small_tree,
     tree,
     write,
 )
@@ -29,7 +29,7 @@ from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 
 
 def test_gzip_and_byte_order_mark(tmp_path: Path) -> None:
-    lines = "".join(json.dumps(tree(root)) + "\n" for root in (big(), small()))
+    lines = "".join(json.dumps(tree(root)) + "\n" for root in (large_tree(), small_tree()))
     packed = tmp_path / "x.jsonl.gz"
     packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode()))
     plain = tmp_path / "misnamed.jsonl"
@@ -37,7 +37,7 @@ def test_gzip_and_byte_order_mark(tmp_path: Path) -> None:
     windows = tmp_path / "windows.jsonl"
     windows.write_bytes(b"\xef\xbb\xbf\r\n" + lines.replace("\n", "\r\n\r\n").encode())
     for file in (packed, plain, windows):
-        assert everything(read(file)) == set(EXPECTED["threads"])
+        assert all_conversations(read(file)) == set(EXPECTED["threads"])
 
 
 def test_parquet_as_the_hub_has_it(tmp_path: Path) -> None:
@@ -45,24 +45,24 @@ def test_parquet_as_the_hub_has_it(tmp_path: Path) -> None:
 
     folder = tmp_path / "data"
     folder.mkdir()
-    for split, root in (("train", big()), ("validation", small())):
+    for split, root in (("train", large_tree()), ("validation", small_tree())):
         rows = [{"rank": None, "labels": None} | row | {"tree_state": "x"} for row in flat(root)]
         labels = {"name": ["quality"], "value": [0.5], "count": [3]}
         rows = [row | {"labels": labels, "message_tree_id": root["message_id"]} for row in rows]
         Dataset.from_list(rows).to_parquet(folder / f"{split}-00000-of-00001-abc.parquet")
     settings: dict[str, Any] = {"tree_states": ("x",), "min_quality": 0.5, "split": "source"}
     data = read(tmp_path, **settings)
-    assert {spoken(each) for each in data.train} == set(EXPECTED["threads"]) - {"q1 a7*"}
-    assert [spoken(each) for each in data.validation] == ["q1 a7*"]
+    assert {as_text(each) for each in data.train} == set(EXPECTED["threads"]) - {"q1 a7*"}
+    assert [as_text(each) for each in data.validation] == ["q1 a7*"]
 
 
 def test_ready_trees_are_preferred_in_a_folder(tmp_path: Path) -> None:
-    write(tmp_path / "2023_oasst_all.messages.jsonl", *flat(node("m", node("a"))), small())
+    write(tmp_path / "2023_oasst_all.messages.jsonl", *flat(node("m", node("a"))), small_tree())
     write(tmp_path / "2023_oasst_spam.messages.jsonl", node("spam", node("a")))
-    assert "m a*" in everything(read(tmp_path))
-    write(tmp_path / "2023_oasst_ready.trees.jsonl", tree(node("r", node("a"))), tree(small()))
+    assert "m a*" in all_conversations(read(tmp_path))
+    write(tmp_path / "2023_oasst_ready.trees.jsonl", tree(node("r", node("a"))), tree(small_tree()))
     data = read(tmp_path)
-    assert "r a*" in everything(data) and "read 2023_oasst_ready.trees.jsonl" in data.notes
+    assert "r a*" in all_conversations(data) and "read 2023_oasst_ready.trees.jsonl" in data.notes
     write(tmp_path / "2024_oasst_ready.trees.jsonl", tree(node("r", node("a"))))
     with pytest.raises(DataError, match=r"several: 2023_oasst.*, 2024_oasst"):
         read(tmp_path)
@@ -86,12 +86,15 @@ def test_an_unreachable_hub_is_reported_with_the_local_alternative(empty_hub_cac
 
 
 def test_hub_cache_is_read_like_the_export(empty_hub_cache: Path) -> None:
-    fill_cache(empty_hub_cache, {"train": [big(), node("p9", node("a9"))], "validation": [small()]})
+    fill_cache(
+        empty_hub_cache,
+        {"train": [large_tree(), node("p9", node("a9"))], "validation": [small_tree()]},
+    )
     data = load_chat("oasst")
-    assert everything(data) == set(EXPECTED["threads"]) | {"p9 a9*"}
+    assert all_conversations(data) == set(EXPECTED["threads"]) | {"p9 a9*"}
     assert "cached copy" in data.notes[0]
     own = load_chat("oasst", split="source", min_quality=0.5)
-    assert [spoken(each) for each in own.validation] == ["q1 a7*"]
+    assert [as_text(each) for each in own.validation] == ["q1 a7*"]
 
 
 def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:

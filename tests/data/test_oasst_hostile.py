@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.oasst_samples import everything, flat, node, read, small, spoken, tree, write
+from support.oasst_samples import (
+    all_conversations,
+    as_text,
+    flat,
+    node,
+    read,
+    small_tree,
+    tree,
+    write,
+)
 
 from sparsegrad_cli.errors import DataError
 
 
 def others() -> list[dict[str, Any]]:
     """Two sound trees, so that there is something to split whatever becomes of the rest."""
-    return [small(), node("q2", node("a8"))]
+    return [small_tree(), node("q2", node("a8"))]
 
 
 def survivors(folder: Path, *records: Any, **settings: Any) -> tuple[set[str], dict[str, int]]:
@@ -30,7 +39,7 @@ def survivors(folder: Path, *records: Any, **settings: Any) -> tuple[set[str], d
     for reason in [*dropped, *noticed]:
         if reason not in ("below a dropped message", "deleted"):
             assert any(reason in note and "x.jsonl" in note for note in data.notes), reason
-    return everything(data) - {"q1 a7*", "q2 a8*"}, dropped | noticed
+    return all_conversations(data) - {"q1 a7*", "q2 a8*"}, dropped | noticed
 
 
 def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -326,7 +335,7 @@ def test_data_without_a_conversation_is_refused_with_reasons_and_places(tmp_path
 
 def test_places_of_records_in_an_array(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
-    file.write_text(json.dumps([small(), 5, node("p", node("a1"))], indent=1))
+    file.write_text(json.dumps([small_tree(), 5, node("p", node("a1"))], indent=1))
     data = read(file)
     assert any("x.json, row 2" in note for note in data.notes)
-    assert {spoken(each) for each in [*data.train, *data.validation]} == {"q1 a7*", "p a1*"}
+    assert {as_text(each) for each in [*data.train, *data.validation]} == {"q1 a7*", "p a1*"}

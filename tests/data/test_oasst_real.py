@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.oasst_samples import EXPECTED, everything, flat, read, sides, write
+from support.oasst_samples import EXPECTED, all_conversations, flat, groups_by_split, read, write
 from support.paths import REPO, shared_data
 
 # --- the real files
@@ -120,5 +120,7 @@ def test_real_trees_as_truly_flat_messages_in_any_order(tmp_path: Path) -> None:
     assert read(write(tmp_path / "flat.jsonl", *rows)).data_hash == whole.data_hash
     random.Random(2).shuffle(rows)
     shuffled = read(write(tmp_path / "shuffled.jsonl", *rows))
-    assert everything(shuffled) == everything(whole) and sides(shuffled) == sides(whole)
+    assert all_conversations(shuffled) == all_conversations(whole) and groups_by_split(
+        shuffled
+    ) == groups_by_split(whole)
     assert shuffled.counts == whole.counts

@@ -7,7 +7,15 @@ import random
 from pathlib import Path
 
 import pytest
-from support.oasst_samples import everything, flat, node, read, sides, spoken, write
+from support.oasst_samples import (
+    all_conversations,
+    as_text,
+    flat,
+    groups_by_split,
+    node,
+    read,
+    write,
+)
 from support.task_data import load_chat
 
 from sparsegrad_cli.data.chat_data import RawChat, finish, split_position
@@ -25,9 +33,9 @@ def forest(folder: Path, count: int) -> Path:
 
 def test_no_tree_is_on_both_sides_and_every_conversation_on_one(tmp_path: Path) -> None:
     data = read(forest(tmp_path, 300), validation_fraction=0.2)
-    train, validation = sides(data)
+    train, validation = groups_by_split(data)
     assert not train & validation and len(train) + len(validation) == 300
-    assert len(everything(data)) == 600
+    assert len(all_conversations(data)) == 600
     assert 30 < len(validation) < 90  # 60 expected, standard deviation 7
     assert data.counts["training trees"] == len(train)
     assert validation == {f"t{i}/p" for i in range(300) if split_position(f"t{i}/p") < 0.2}
@@ -35,12 +43,12 @@ def test_no_tree_is_on_both_sides_and_every_conversation_on_one(tmp_path: Path) 
 
 def test_added_trees_do_not_move_others(tmp_path: Path) -> None:
     few, many = read(forest(tmp_path, 60)), read(forest(tmp_path, 200))
-    assert sides(few)[1] == sides(many)[1] & {f"t{i}/p" for i in range(60)}
+    assert groups_by_split(few)[1] == groups_by_split(many)[1] & {f"t{i}/p" for i in range(60)}
 
 
 def test_larger_fraction_holds_out_the_same_and_more(tmp_path: Path) -> None:
     file = forest(tmp_path, 200)
-    small, large = (sides(read(file, validation_fraction=f))[1] for f in (0.1, 0.3))
+    small, large = (groups_by_split(read(file, validation_fraction=f))[1] for f in (0.1, 0.3))
     assert small < large
 
 
@@ -50,9 +58,11 @@ def test_split_does_not_depend_on_order_or_shape_or_filter(tmp_path: Path) -> No
     rows = [row for line in lines for row in flat(json.loads(line))]
     random.Random(1).shuffle(rows)
     one, other = read(file), read(write(tmp_path / "flat.jsonl", *rows))
-    assert sides(one) == sides(other) and everything(one) == everything(other)
-    kept = sides(read(write(tmp_path / "half.jsonl", *lines[::2])))
-    assert all(part <= whole for part, whole in zip(kept, sides(one), strict=True))
+    assert groups_by_split(one) == groups_by_split(other) and all_conversations(
+        one
+    ) == all_conversations(other)
+    kept = groups_by_split(read(write(tmp_path / "half.jsonl", *lines[::2])))
+    assert all(part <= whole for part, whole in zip(kept, groups_by_split(one), strict=True))
 
 
 def test_position_is_pinned() -> None:
@@ -62,10 +72,10 @@ def test_position_is_pinned() -> None:
 
 def test_too_few_trees_to_hit_the_fraction(tmp_path: Path) -> None:
     data = read(forest(tmp_path, 3), validation_fraction=0.001)
-    assert len(sides(data)[1]) == 1 and "would have been empty" in data.notes[-1]
-    assert sides(data)[1] == {min((f"t{i}/p" for i in range(3)), key=split_position)}
+    assert len(groups_by_split(data)[1]) == 1 and "would have been empty" in data.notes[-1]
+    assert groups_by_split(data)[1] == {min((f"t{i}/p" for i in range(3)), key=split_position)}
     data = read(forest(tmp_path, 3), validation_fraction=0.999)
-    assert len(sides(data)[0]) == 1 and "training would have been empty" in data.notes[-1]
+    assert len(groups_by_split(data)[0]) == 1 and "training would have been empty" in data.notes[-1]
     with pytest.raises(DataError, match=r"Expected at least two trees to split .*, got one"):
         read(forest(tmp_path, 1))
 
@@ -75,9 +85,9 @@ def test_the_split_of_the_source_is_used_on_request(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", node("p1", node("a1")), *flat(node("q", node("a2")))[1:])
     write(tmp_path / "validation.jsonl", *flat(node("q", node("a2")))[:1])
     data = read(tmp_path, split="source")
-    assert [spoken(each) for each in data.train] == ["p1 a1*"]
-    assert [spoken(each) for each in data.validation] == ["q a2*"]
-    assert everything(read(tmp_path)) == {"p1 a1*", "q a2*"}  # merged
+    assert [as_text(each) for each in data.train] == ["p1 a1*"]
+    assert [as_text(each) for each in data.validation] == ["q a2*"]
+    assert all_conversations(read(tmp_path)) == {"p1 a1*", "q a2*"}  # merged
     with pytest.raises(UsageError, match="not split into training and validation"):
         read(tmp_path / "train.jsonl", split="source")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chat_models import CHATML, asks, load, talker
+from support.chat_models import CHATML, chat_model_folder, chat_turns, load
 from support.cli_runs import Outcome
 from support.small_runs import base_of, train
 
@@ -46,7 +46,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = (method, template)
         if key not in made:
             base = place / f"base-{len(made)}"
-            talker(base, positions=96, template=template)
+            chat_model_folder(base, positions=96, template=template)
             # The base ends texts with </s>, and says nothing of the end of a turn.
             assert json.loads((base / "config.json").read_text())["eos_token_id"] != TURN
             limits = ("task.max_length=64", "task.validation_fraction=0.25", "scope=rest")
@@ -79,7 +79,7 @@ def ours(source: Path) -> list[tuple[str, bool]]:
     """The same questions, as ``sparsegrad generate`` asks them."""
     model, tokenizer, _ = load(source)
     answerer = Answerer(model, tokenizer, GenerationSettings(max_new_tokens=12))
-    answers = answerer.answer([asks(f"1 {question}") for question in QUESTIONS])
+    answers = answerer.answer([chat_turns(f"1 {question}") for question in QUESTIONS])
     return [(answer.text, answer.stopped == "end") for answer in answers]
 
 
@@ -161,7 +161,7 @@ def said(ids: tuple[int, ...] = (7, 8, TURN)) -> RunAnswer:
     for row, token in enumerate(ids):
         logits[row, token] = 5.0
     logits[1, 9] = 4.9
-    return RunAnswer(asks("q"), [4, 5], Answer("ab", "end", 2, len(ids), 0.0, ids), logits)
+    return RunAnswer(chat_turns("q"), [4, 5], Answer("ab", "end", 2, len(ids), 0.0, ids), logits)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_text_and_stop_are_compared(
 
 
 def test_prompts_are_such_as_anyone_can_ask(tmp_path: Path) -> None:
-    _, tokenizer, _ = load(talker(tmp_path / "base"))
+    _, tokenizer, _ = load(chat_model_folder(tmp_path / "base"))
 
     def talk(*turns: Turn) -> Conversation:
         return Conversation((*turns, Turn("assistant", "a", learn=True)), "g")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.cli_runs import Cli
 from support.quantized_models import BITS, need_bitsandbytes
 from support.small_runs import (
@@ -79,10 +79,10 @@ def test_a_run_goes_on_bit_for_bit(name: str, bits: str, trained: Trained, tmp_p
     shutil.rmtree(again / "checkpoint-6")
     shutil.rmtree(again / "adapter")
     train(again, base, data, *more, resume=True)
-    expected = load_file(trained_in(whole))
+    expected = load_file(adapter_path(whole))
     assert record(again)["metrics"]["final"] == record(whole)["metrics"]["final"]
     for run in (half, again):
-        found = load_file(trained_in(run))
+        found = load_file(adapter_path(run))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.cli_runs import Cli, Outcome
 from support.small_runs import (
     answers,
@@ -135,7 +135,7 @@ def test_another_basis_or_other_labels(
 def test_an_adapter_of_another_run_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
     run = copy(runs("method=lora", "method.rank=3", "method.alpha=5"))
     other = runs("method=lora", "method.rank=3", "method.alpha=50", "seed=7")
-    shutil.copy(trained_in(other), run / "adapter")
+    shutil.copy(adapter_path(other), run / "adapter")
     assert "belongs to another run" in refused(1, run, "--to", "merged").flat
 
 

@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from support.chat_models import asks, load, talker
+from support.chat_models import chat_model_folder, chat_turns, load
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.generate.answerer import Answerer, ChatPrompts
 from sparsegrad_cli.generate.options import GenerationSettings
 
 TALKS = [
-    asks("What is red?"),
-    asks("Hi"),
-    asks("Name a colour.", "Blue.", "One more."),
+    chat_turns("What is red?"),
+    chat_turns("Hi"),
+    chat_turns("Name a colour.", "Blue.", "One more."),
 ]
 
 
 @pytest.fixture
 def babbler(tmp_path: Path) -> tuple[Any, Any]:
     """A tiny random model and its tokenizer; it has 120 positions."""
-    return load(talker(tmp_path / "m", positions=120))[:2]
+    return load(chat_model_folder(tmp_path / "m", positions=120))[:2]
 
 
 def tiny(babbler: tuple[Any, Any], **settings: Any) -> Answerer:
@@ -61,7 +61,7 @@ def test_batched_streamed_and_token_by_token_answers_agree(babbler: tuple[Any, A
 
 def test_rows_of_a_batch_do_not_see_each_other(babbler: tuple[Any, Any]) -> None:
     answerer = tiny(babbler)
-    talks = [asks("a" * count) for count in (1, 30, 7, 18)]
+    talks = [chat_turns("a" * count) for count in (1, 30, 7, 18)]
     alone = [answerer.answer([talk])[0] for talk in talks]
     for talk_order in ([0, 1, 2, 3], [3, 1], [2, 0, 1]):
         together = answerer.answer([talks[k] for k in talk_order])
@@ -69,9 +69,9 @@ def test_rows_of_a_batch_do_not_see_each_other(babbler: tuple[Any, Any]) -> None
 
 
 def test_the_system_prompt_comes_first(babbler: tuple[Any, Any]) -> None:
-    (told,) = tiny(babbler, system="Be brief.").answer([asks("Hi")])
-    (same,) = tiny(babbler).answer([[Turn("system", "Be brief."), *asks("Hi")]])
-    (plain,) = tiny(babbler).answer([asks("Hi")])
+    (told,) = tiny(babbler, system="Be brief.").answer([chat_turns("Hi")])
+    (same,) = tiny(babbler).answer([[Turn("system", "Be brief."), *chat_turns("Hi")]])
+    (plain,) = tiny(babbler).answer([chat_turns("Hi")])
     assert told.text == same.text != plain.text
     assert told.prompt_tokens == same.prompt_tokens > plain.prompt_tokens
 
@@ -79,25 +79,25 @@ def test_the_system_prompt_comes_first(babbler: tuple[Any, Any]) -> None:
 def test_what_the_models_own_generation_config_says_of_drawing_is_set_aside(
     babbler: tuple[Any, Any],
 ) -> None:
-    (plain,) = tiny(babbler).answer([asks("Hi")])
+    (plain,) = tiny(babbler).answer([chat_turns("Hi")])
     babbler[0].generation_config.update(
         do_sample=True, temperature=3.0, top_k=5, repetition_penalty=1.9, min_new_tokens=9
     )
-    assert tiny(babbler).answer([asks("Hi")])[0].text == plain.text
+    assert tiny(babbler).answer([chat_turns("Hi")])[0].text == plain.text
 
 
 def test_the_models_own_end_tokens_count(babbler: tuple[Any, Any]) -> None:
     """What it says first, named as an end token, ends it there."""
     model, tokenizer = babbler
-    prompt = ChatPrompts(tokenizer).ids(asks("a"))
+    prompt = ChatPrompts(tokenizer).ids(chat_turns("a"))
     first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [first, 0]
-    (answer,) = tiny(babbler).answer([asks("a")])
+    (answer,) = tiny(babbler).answer([chat_turns("a")])
     assert (answer.stopped, answer.tokens, answer.text) == ("end", 1, "")
 
 
 def test_drawing_goes_by_the_seed_and_narrows_to_the_likeliest(babbler: tuple[Any, Any]) -> None:
-    talks = [asks("Write a line about rain."), asks("Hi")]
+    talks = [chat_turns("Write a line about rain."), chat_turns("Hi")]
 
     def texts(**settings: float) -> list[str]:
         return [answer.text for answer in tiny(babbler, **settings).answer(talks, "batch")]
@@ -124,13 +124,13 @@ def test_the_global_random_state_is_left_as_it_was(babbler: tuple[Any, Any]) -> 
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    tiny(babbler, temperature=1.0).answer([asks("Hi")])
+    tiny(babbler, temperature=1.0).answer([chat_turns("Hi")])
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_where_positions_end_a_row_is_cut_and_no_other_with_it(babbler: tuple[Any, Any]) -> None:
     answerer = tiny(babbler, max_new_tokens=40)
-    short, long, endless = asks("a"), asks("b" * 77), asks("c" * 200)
+    short, long, endless = chat_turns("a"), chat_turns("b" * 77), chat_turns("c" * 200)
     alone = [answerer.answer([talk])[0] for talk in (short, long, endless)]
     together = answerer.answer([short, long, endless])
     assert [a.text for a in together] == [a.text for a in alone]
@@ -144,13 +144,13 @@ def test_where_positions_end_a_row_is_cut_and_no_other_with_it(babbler: tuple[An
 def test_ctrl_c_in_an_answer_leaves_the_model_usable(babbler: tuple[Any, Any]) -> None:
     answerer = tiny(babbler, max_new_tokens=40, temperature=1.0)
     whole: list[str] = []
-    answerer.stream(asks("a"), whole.append)
+    answerer.stream(chat_turns("a"), whole.append)
 
     def press(text: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answerer.stream(asks("a"), press)
+        answerer.stream(chat_turns("a"), press)
     again: list[str] = []
-    answerer.stream(asks("a"), again.append)
+    answerer.stream(chat_turns("a"), again.append)
     assert again == whole != []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chat_models import asks, load, talker
+from support.chat_models import chat_model_folder, chat_turns, load
 from support.small_runs import base_folder, data_folder, train
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
@@ -20,13 +20,15 @@ from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 def answer(loaded: tuple[Any, Any, dict[str, Any]]) -> str:
     model, tokenizer, _ = loaded
     return (
-        Answerer(model, tokenizer, GenerationSettings(max_new_tokens=8)).answer([asks("a")])[0].text
+        Answerer(model, tokenizer, GenerationSettings(max_new_tokens=8))
+        .answer([chat_turns("a")])[0]
+        .text
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = talker(tmp_path / "m", dtype=dtype)
+    folder = chat_model_folder(tmp_path / "m", dtype=dtype)
     model, _, record = load(folder)
     assert model.dtype == dtype and record["dtype"] == str(dtype).removeprefix("torch.")
     assert record["model"] == str(folder) and record["kind"] == "model"
@@ -36,8 +38,8 @@ def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_the_digest_is_of_every_weight(tmp_path: Path) -> None:
-    model, _, record = load(talker(tmp_path / "m"))
-    again = load(talker(tmp_path / "n"))[2]
+    model, _, record = load(chat_model_folder(tmp_path / "m"))
+    again = load(chat_model_folder(tmp_path / "n"))[2]
     assert record["digest"] == again["digest"] == weights_digest(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-6
@@ -47,7 +49,7 @@ def test_the_digest_is_of_every_weight(tmp_path: Path) -> None:
 def test_a_lora_folder_answers_as_peft_has_it(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    base = load(talker(tmp_path / "base"))
+    base = load(chat_model_folder(tmp_path / "base"))
     wrapped: Any = get_peft_model(
         load(tmp_path / "base")[0], LoraConfig(r=4, target_modules=["up_proj", "down_proj"])
     )
@@ -88,7 +90,7 @@ def damaged_lora(folder: Path) -> str:
 
 
 def lora_without_weights(folder: Path) -> str:
-    talker(folder / "base")
+    chat_model_folder(folder / "base")
     config = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "base"), "r": 2}
     config["target_modules"] = ["up_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -132,7 +134,7 @@ def test_a_device_that_is_not_there(device: str) -> None:
 
 
 def test_options_of_runs_are_for_runs(tmp_path: Path) -> None:
-    folder = talker(tmp_path / "m")
+    folder = chat_model_folder(tmp_path / "m")
     with pytest.raises(UsageError, match="applies to runs"):
         load(folder, overrides=("model.name=x",))
     with pytest.raises(UsageError, match="not a dtype"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.chat_models import asks, byte_tokenizer, smollm2_tokenizer
+from support.chat_models import byte_tokenizer, chat_turns, smollm2_tokenizer
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import DataError
@@ -25,7 +25,7 @@ def expected(tokenizer: Any, turns: list[Turn]) -> list[int]:
 def test_prompts_are_those_of_the_template(system: str | None) -> None:
     tokenizer = smollm2_tokenizer()
     prompts = ChatPrompts(tokenizer)
-    turns = asks("What is 12 + 7?", "It is 19.", "  And\n\n30% of that, in 日本?\t")
+    turns = chat_turns("What is 12 + 7?", "It is 19.", "  And\n\n30% of that, in 日本?\t")
     if system is not None:
         turns.insert(0, Turn("system", system))
     assert prompts.ids(turns) == expected(tokenizer, turns)
@@ -38,18 +38,18 @@ def test_control_tokens_that_were_typed_are_text(typed: str) -> None:
     for tokenizer in (smollm2_tokenizer(), byte_tokenizer()):
         prompts = ChatPrompts(tokenizer)
         special = set(tokenizer.added_tokens_decoder)
-        clean = [i for i in prompts.ids(asks("a", "b", "c")) if i in special]
-        hostile = prompts.ids(asks(f"a{typed}", f"{typed}b", f"c {typed}"))
+        clean = [i for i in prompts.ids(chat_turns("a", "b", "c")) if i in special]
+        hostile = prompts.ids(chat_turns(f"a{typed}", f"{typed}b", f"c {typed}"))
         assert [i for i in hostile if i in special] == clean
         assert tokenizer.decode(hostile).count(typed) == 3 + tokenizer.decode(
-            prompts.ids(asks("a", "b", "c"))
+            prompts.ids(chat_turns("a", "b", "c"))
         ).count(typed)
 
 
 def test_llama_2s_form_where_there_is_no_template() -> None:
     tokenizer = byte_tokenizer(None)
     prompts = ChatPrompts(tokenizer)
-    turns = [Turn("system", "Be kind."), *asks("ask", "one", "more")]
+    turns = [Turn("system", "Be kind."), *chat_turns("ask", "one", "more")]
     assert tokenizer.decode(prompts.ids(turns)) == (
         "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nask [/INST] one</s><s>[INST] more [/INST]"
     )
@@ -72,7 +72,7 @@ def test_a_template_that_asks_otherwise_than_it_writes() -> None:
     )
     tokenizer = byte_tokenizer(template)
     prompts = ChatPrompts(tokenizer)
-    assert prompts.ids(asks("a")) == expected(tokenizer, asks("a"))
+    assert prompts.ids(chat_turns("a")) == expected(tokenizer, chat_turns("a"))
     assert prompts.end == {tokenizer.eos_token_id}
 
 
@@ -82,4 +82,4 @@ def test_a_template_that_refuses() -> None:
         "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
     )
     with pytest.raises(DataError, match="Not that"):
-        ChatPrompts(byte_tokenizer(template)).ids(asks("no"))
+        ChatPrompts(byte_tokenizer(template)).ids(chat_turns("no"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.chat_models import asks, load, talker
+from support.chat_models import chat_model_folder, chat_turns, load
 from support.cli_runs import Cli
 from support.quantized_models import BITS, need_bitsandbytes
 from support.small_runs import train
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """``trained("core", "4bit", *overrides)``: a run of a chat task, made once."""
     place = tmp_path_factory.mktemp("packed")
     # Rows of whole blocks of scales: bitsandbytes' own CPU kernel is right for these alone.
-    talker(place / "base", positions=96, hidden_size=64, intermediate_size=128)
+    chat_model_folder(place / "base", positions=96, hidden_size=64, intermediate_size=128)
     rows = [{"prompt": f"{n}. {QUESTIONS[n % 4]}", "completion": ANSWERS[n % 3]} for n in range(32)]
     data = place / "talk.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def answers(loaded: Loaded) -> list[str]:
     answerer = Answerer(*loaded[:2], GenerationSettings(max_new_tokens=12))
-    return [a.text for a in answerer.answer([asks(q) for q in QUESTIONS])]
+    return [a.text for a in answerer.answer([chat_turns(q) for q in QUESTIONS])]
 
 
 @torch.no_grad()

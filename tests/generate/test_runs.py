@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chat_models import asks, load, talker
+from support.chat_models import chat_model_folder, chat_turns, load
 from support.cli_runs import METHODS, Cli
 from support.small_runs import train
 
@@ -29,7 +29,7 @@ Trained = Callable[..., Path]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, a model; later runs of it, one a method."""
     folder = tmp_path_factory.mktemp("chats")
-    talker(folder / "base", positions=128)
+    chat_model_folder(folder / "base", positions=128)
     return folder
 
 
@@ -57,7 +57,7 @@ def trained(place: Path) -> Trained:
 
 def answers(loaded: tuple[Any, Any, dict[str, Any]]) -> list[str]:
     answerer = Answerer(*loaded[:2], GenerationSettings(max_new_tokens=12))
-    return [a.text for a in answerer.answer([asks(q) for q in QUESTIONS])]
+    return [a.text for a in answerer.answer([chat_turns(q) for q in QUESTIONS])]
 
 
 def export(cli: Cli, run: Path, form: str) -> None:
@@ -108,7 +108,7 @@ def test_a_base_that_moved_is_named_anew(place: Path, trained: Trained, tmp_path
     assert "model.name" in str(caught.value)
     there = f"model.name={place / 'base'}"
     assert answers(load(run, overrides=(there,))) == answers(load(trained("lora")))
-    other = talker(tmp_path / "other", positions=128, seed=4)
+    other = chat_model_folder(tmp_path / "other", positions=128, seed=4)
     with pytest.raises(UsageError, match="does not hold the weights"):
         load(run, overrides=(f"model.name={other}",))
     with pytest.raises(UsageError, match="cannot be changed"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_models import load, talker
+from support.chat_models import chat_model_folder, load
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import UsageError
@@ -29,7 +29,7 @@ class Asker:
     """A tiny model and a file; ``ask`` is one call of the command."""
 
     def __init__(self, folder: Path) -> None:
-        self.model, self.tokenizer, self.about = load(talker(folder / "m"))
+        self.model, self.tokenizer, self.about = load(chat_model_folder(folder / "m"))
         self.path = folder / "answers.jsonl"
 
     def ask(

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.adapter_paths import trained_in
-from support.answered_study import CELLS, make_study
-from support.chat_models import asks, load
+from support.adapter_paths import adapter_path
+from support.answered_study import CELLS, make_answered_study
+from support.chat_models import chat_turns, load
 from support.cli_runs import Cli, Outcome
 from support.html_pages import outline
-from support.judge_server import Said, judge_server
+from support.judge_server import Response, judge_server
 
 from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.options import GenerationSettings
@@ -33,7 +33,7 @@ ROWS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that nobody has asked."""
-    return make_study(tmp_path_factory.mktemp("made"))
+    return make_answered_study(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_every_finished_run_answers_as_it_does_alone_and_the_base_once(
     for run in runs:
         loaded = load(study / run["run_dir"])
         alone = Answerer(*loaded[:2], GenerationSettings(max_new_tokens=8))
-        first = alone.answer([asks(ROWS[0]["turns"][0]), asks(ROWS[1]["turns"][0])])
+        first = alone.answer([chat_turns(ROWS[0]["turns"][0]), chat_turns(ROWS[1]["turns"][0])])
         assert [texts[0] for texts in said(run)] == [answer.text for answer in first]
         lines, _ = read_records(study / run["file"])
         assert [line["answers"] for line in lines] == said(run)
@@ -98,7 +98,7 @@ def test_what_was_answered_is_not_asked_again(cli: Cli, study: Path) -> None:
     assert [column["asked"] for column in again["columns"]] == [0, 0, 1, 0]
     assert [said(column) for column in again["columns"]] == [said(c) for c in first["columns"]]
     # Other weights are another model.
-    adapter = trained_in(study / "cells/chat-lora-s1")
+    adapter = adapter_path(study / "cells/chat-lora-s1")
     with safe_open(adapter, "pt") as file:
         tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, adapter, about)
@@ -159,13 +159,13 @@ def test_grades_stand_beside_the_answers_that_were_graded(cli: Cli, study: Path)
 
     first = texts["lora", 1]
 
-    def judges(body: dict[str, Any], number: int) -> Said:
+    def judges(body: dict[str, Any], number: int) -> Response:
         """8 where lora, seed 1, said its first answer; 3 for everything else."""
         prompt = body["messages"][-1]["content"]
         best = all(part in prompt for part in talk(ROWS[0]["turns"][:1], [first], 0)) or all(
             part in prompt for part in talk(ROWS[0]["turns"], [first, "?"], 1)[:2]
         )
-        return Said(f"Rating: [[{8 if best else 3}]]")
+        return Response(f"Rating: [[{8 if best else 3}]]")
 
     with judge_server(judges) as server:
         arguments = ("judge", "s", "--questions", "q.jsonl", "--endpoint", server.url)

@@ -15,36 +15,36 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.hostile_cases import holds, scratch, tree
-from support.hostile_folders import furnish, things
-from support.hostile_tensors import Spoils, spoil, spoils, torn
-from support.hostile_text import places, values
-from support.stopped_run import quick, resumed, seal_anew, stopped
+from support.hostile_cases import folder_content, property_test, scratch_folder
+from support.hostile_folders import fill_folder, folder_entries
+from support.hostile_tensors import Damages, damage_tensors, damaged_files, damages
+from support.hostile_text import json_values, positions
+from support.stopped_run import reseal, resume_copy, stopped_run, with_stopped_run
 
 from sparsegrad_cli.run.checkpoints import MANIFEST, with_check
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
-    with quick():
+    with with_stopped_run():
         yield
 
 
 def names() -> list[str]:
     """The files of its checkpoint, and what else of the run resuming reads."""
-    inside = sorted(p.name for p in (stopped().run / "checkpoint-3").iterdir())
+    inside = sorted(p.name for p in (stopped_run().run / "checkpoint-3").iterdir())
     return [*(f"checkpoint-3/{name}" for name in inside), "basis.safetensors", "steps.jsonl"]
 
 
 @st.composite
-def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Spoils, bool]:
+def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Damages, bool]:
     """(file, its content or what is to be done to its tensors, whether the manifest fits it)."""
     name = draw(st.sampled_from(names()))
-    path = stopped().run / name
+    path = stopped_run().run / name
     content = path.read_bytes()
     fits = name.startswith("checkpoint") and bool(draw(st.integers(0, 4)))
     if path.suffix == ".safetensors":
-        return name, draw(st.one_of(spoils(2), torn(content))), fits
+        return name, draw(st.one_of(damages(2), damaged_files(content))), fits
     if path.suffix == ".json" and draw(st.integers(0, 3)):
         record = draw(other(json.loads(content)))
         if fits and path.name == MANIFEST:
@@ -63,37 +63,37 @@ def other(draw: st.DrawFn, data: Any) -> Any:
     """A record, or several, with one or two other values."""
     data = copy.deepcopy(data)
     for _ in range(draw(st.integers(1, 2))):
-        container, key = draw(st.sampled_from(list(places(data))))
+        container, key = draw(st.sampled_from(list(positions(data))))
         if draw(st.booleans()):
-            container[key] = copy.deepcopy(draw(st.one_of(values(), st.integers(-2, 9))))
+            container[key] = copy.deepcopy(draw(st.one_of(json_values(), st.integers(-2, 9))))
         else:
             del container[key]
     return data
 
 
-@holds(
+@property_test(
     "a mutilated checkpoint, train --resume",
     few=4,
     many=150,
     shrink=False,
     case=st.deferred(mutilated),
 )
-def test_resuming(case: tuple[str, bytes | Spoils, bool]) -> None:
+def test_resuming(case: tuple[str, bytes | Damages, bool]) -> None:
     """What is accepted comes to its end; what is refused says where, and leaves what was there."""
     name, content, fits = case
-    with scratch() as folder:
-        run = Path(shutil.copytree(stopped().run, folder / "run"))
+    with scratch_folder() as folder:
+        run = Path(shutil.copytree(stopped_run().run, folder / "run"))
         if isinstance(content, bytes):
             (run / name).write_bytes(content)
         else:
-            save_file(spoil(load_file(run / name), content), run / name)
+            save_file(damage_tensors(load_file(run / name), content), run / name)
         if fits and not name.endswith(MANIFEST):
-            seal_anew(run)
-        outside = {p: tree(p) for p in (stopped().base, stopped().data)}
+            reseal(run)
+        outside = {p: folder_content(p) for p in (stopped_run().base, stopped_run().data)}
         try:
-            resumed(run)
+            resume_copy(run)
         finally:
-            assert all(tree(path) == before for path, before in outside.items())
+            assert all(folder_content(path) == before for path, before in outside.items())
         assert (run / "adapter" / "adapter.safetensors").is_file()
 
 
@@ -106,11 +106,16 @@ SNARES = (
 )
 
 
-@holds("links in a stopped run's folder, train --resume", few=4, many=150, found=things(*SNARES))
+@property_test(
+    "links in a stopped run's folder, train --resume",
+    few=4,
+    many=150,
+    found=folder_entries(*SNARES),
+)
 def test_resuming_among_links(found: dict[str, str]) -> None:
     """What they name, folders with a checkpoint in them too, is neither written nor removed."""
-    with scratch() as folder:
-        run = Path(shutil.copytree(stopped().run, folder / "run"))
+    with scratch_folder() as folder:
+        run = Path(shutil.copytree(stopped_run().run, folder / "run"))
         for name in found:
             if name.startswith("adapter/"):
                 (run / "adapter").mkdir(exist_ok=True)
@@ -118,10 +123,10 @@ def test_resuming_among_links(found: dict[str, str]) -> None:
                 shutil.rmtree(run / name)
             else:
                 (run / name).unlink(missing_ok=True)
-        furnish(run, found)
-        shutil.copytree(stopped().run / "checkpoint-3", folder / "outside", dirs_exist_ok=True)
-        before = tree(folder / "outside")
+        fill_folder(run, found)
+        shutil.copytree(stopped_run().run / "checkpoint-3", folder / "outside", dirs_exist_ok=True)
+        before = folder_content(folder / "outside")
         try:
-            resumed(run)
+            resume_copy(run)
         finally:
-            assert tree(folder / "outside") == before
+            assert folder_content(folder / "outside") == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from support.hostile_cases import holds, scratch
+from support.hostile_cases import property_test, scratch_folder
 from support.hostile_data_files import delimited, json_rows, questions
 from support.task_data import chat_task, load_task
 
@@ -24,25 +24,25 @@ def tabular(path: Path, kind: str) -> None:
     assert all(math.isfinite(value) for value in task.majority.values())
 
 
-@holds("any CSV or TSV", content=delimited())
+@property_test("any CSV or TSV", content=delimited())
 def test_delimited(content: bytes) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / ("d.tsv" if b"\t" in content[:20] else "d.csv")
         path.write_bytes(content)
         tabular(path, "csv")
 
 
-@holds("any JSON lines or array, a table", content=json_rows("classes", "scores"))
+@property_test("any JSON lines or array, a table", content=json_rows("classes", "scores"))
 def test_json(content: bytes) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "d.jsonl"
         path.write_bytes(content)
         tabular(path, "json")
 
 
-@holds("any JSON lines or array, chats", content=json_rows("chats", "completions"))
+@property_test("any JSON lines or array, chats", content=json_rows("chats", "completions"))
 def test_chats(content: bytes) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "d.jsonl"
         path.write_bytes(content)
         found = load_chat_files(chat_task("chat", path=path))
@@ -54,9 +54,9 @@ def test_chats(content: bytes) -> None:
 LINES = json_rows("questions", rows=questions(), most=1)
 
 
-@holds("any questions, and answers to them", asked=LINES, told=LINES)
+@property_test("any questions, and answers to them", asked=LINES, told=LINES)
 def test_questions_and_answers(asked: bytes, told: bytes) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         (folder / "q.jsonl").write_bytes(asked)
         (folder / "a.jsonl").write_bytes(told)
         found = read_questions("q.jsonl")

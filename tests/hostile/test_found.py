@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.cli_runs import Cli
 from support.hostile_cases import check_error, check_harmless
-from support.html_pages import without
+from support.html_pages import without_figures
 from support.record_samples import run_record
 from support.task_data import load_task
 from support.tensor_file_uses import (
@@ -186,7 +186,7 @@ def test_escape_codes_in_keys_are_shown_and_not_obeyed(
         inner = inner[key]
     inner["\x1b[31mred\x07"] = copy.deepcopy(next(iter(inner.values())))
     write_json_atomic(tmp_path / "run.json", record)
-    with without(drawing=False):
+    with without_figures(drawing=False):
         outcome = cli("report", str(tmp_path))
     assert outcome.code == 0
     check_harmless(outcome.out)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.hostile_cases import check_error, no_hang, tree
-from support.hostile_folders import furnish
+from support.hostile_cases import check_error, folder_content, time_limit
+from support.hostile_folders import fill_folder
 from support.small_runs import record
-from support.stopped_run import quick, resumed, seal_anew, stopped
+from support.stopped_run import reseal, resume_copy, stopped_run, with_stopped_run
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import BEFORE, PARTIAL, REMOVED
@@ -33,14 +33,14 @@ from sparsegrad_cli.training.step_log import StepLog
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
-    with quick():
+    with with_stopped_run():
         yield
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The stopped run, to be spoilt."""
-    return Path(shutil.copytree(stopped().run, tmp_path / "run"))
+    return Path(shutil.copytree(stopped_run().run, tmp_path / "run"))
 
 
 def change(run: Path, name: str, changes: Any) -> None:
@@ -48,7 +48,7 @@ def change(run: Path, name: str, changes: Any) -> None:
     path = run / "checkpoint-3" / name
     data = json.loads(path.read_text())
     path.write_text(json.dumps(changes(data)))
-    seal_anew(run)
+    reseal(run)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def change(run: Path, name: str, changes: Any) -> None:
 def test_progress_of_another_type(run: Path, key: str, value: Any) -> None:
     change(run, "state.json", lambda s: s | {"progress": s["progress"] | {key: value}})
     with pytest.raises(FileFormatError, match=f"progress.{key}.*: expected") as caught:
-        resumed(run)
+        resume_copy(run)
     assert "remove the checkpoint" in check_error(caught.value)
     assert str(caught.value.where).endswith("checkpoint-3/state.json")
 
@@ -85,21 +85,21 @@ def test_times_of_another_type(run: Path, measured: Any) -> None:
     """They are added to at the end of training: without a check, a traceback after hours."""
     change(run, "state.json", lambda state: state | {"measured": measured})
     with pytest.raises(FileFormatError, match=r"measured.*: expected") as caught:
-        resumed(run)
+        resume_copy(run)
     check_error(caught.value)
 
 
 def test_losses_of_fewer_processes(run: Path) -> None:
     change(run, "state.json", lambda s: s | {"progress": s["progress"] | {"loss_sums": []}})
     with pytest.raises(FileFormatError, match="cannot continue from checkpoint-3") as caught:
-        resumed(run)
+        resume_copy(run)
     check_error(caught.value)
 
 
 def test_a_manifest_nested_deeper_than_any(run: Path) -> None:
     (run / "checkpoint-3" / MANIFEST).write_text("[" * 5000)
     assert damage(run / "checkpoint-3") == f"{MANIFEST} is damaged"
-    assert record(resumed(run))["resumed_from"] == 0
+    assert record(resume_copy(run))["resumed_from"] == 0
 
 
 def test_a_manifest_whose_versions_are_no_record(run: Path) -> None:
@@ -158,30 +158,30 @@ def test_lines_of_a_log_that_no_run_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_a_log_that_is_no_file(run: Path, kind: str) -> None:
     (run / "steps.jsonl").unlink()
-    furnish(run, {"steps.jsonl": kind})
-    with no_hang(), pytest.raises(UsageError, match="is not a file") as caught:
-        resumed(run)
+    fill_folder(run, {"steps.jsonl": kind})
+    with time_limit(), pytest.raises(UsageError, match="is not a file") as caught:
+        resume_copy(run)
     check_error(caught.value)
 
 
 def test_pipes_where_a_killed_write_would_leave_folders(run: Path) -> None:
     """rmtree opens them, and waits for somebody to write."""
     left = [f"checkpoint-{n}{ending}" for n in (3, 6) for ending in (PARTIAL, BEFORE, REMOVED)]
-    furnish(run, dict.fromkeys(left, "pipe"))
-    with no_hang():
-        resumed(run)
+    fill_folder(run, dict.fromkeys(left, "pipe"))
+    with time_limit():
+        resume_copy(run)
     assert not [name for name in left if (run / name).exists()]
 
 
 def test_an_adapter_is_not_written_through_what_a_kill_would_leave(run: Path) -> None:
     """The library that writes tensors follows a link, and makes the file that it names."""
-    furnish(run, {"adapter": "folder"})
+    fill_folder(run, {"adapter": "folder"})
     outside = run.parent / "outside"
     for number, ending in enumerate((PARTIAL, PARTIAL + ".mode", "")):
         (run / "adapter" / f"adapter.safetensors{ending}").symlink_to(outside / f"new-{number}")
-    before = tree(outside)
-    resumed(run)
-    assert tree(outside) == before
+    before = folder_content(outside)
+    resume_copy(run)
+    assert folder_content(outside) == before
     assert (run / "adapter" / "adapter.safetensors").is_file()
 
 

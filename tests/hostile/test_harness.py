@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 from support import hostile_cases as hostility
-from support.hostile_cases import scratch
-from support.hostile_summary import PROPERTY, table
+from support.hostile_cases import scratch_folder
+from support.hostile_summary import PROPERTY, summary_table
 
 from sparsegrad_cli.errors import SparsegradError
 
@@ -63,7 +63,7 @@ def test_harm_is_stopped_and_told(tmp_path: Path, way: str, ending: str) -> None
     (tmp_path / "there" / "file").write_text("precious")
 
     def judge() -> None:
-        with scratch() as here:
+        with scratch_folder() as here:
             (here / "mine").touch()
             (here / "link").symlink_to(tmp_path / "there" / "file")
             try:
@@ -76,17 +76,17 @@ def test_harm_is_stopped_and_told(tmp_path: Path, way: str, ending: str) -> None
     with pytest.raises(AssertionError):
         hostility._try(judge, {}, tally)
     assert tally == {"cases": 1, "tracebacks": 1}
-    assert hostility.tree(tmp_path) == {"there": "folder", "there/file": b"precious"}
+    assert hostility.folder_content(tmp_path) == {"there": "folder", "there/file": b"precious"}
 
 
 def test_what_is_written_beside_the_working_folder_is_seen() -> None:
-    with pytest.raises(AssertionError), scratch() as here:
+    with pytest.raises(AssertionError), scratch_folder() as here:
         (here.parent / "x").touch()
 
 
 def test_no_harm_is_none(tmp_path: Path) -> None:
     def judge() -> None:
-        with scratch() as here, tempfile.TemporaryDirectory() as other:
+        with scratch_folder() as here, tempfile.TemporaryDirectory() as other:
             (here / "a").mkdir()
             (here / "a" / "b").write_text("x")
             (here / "link").symlink_to(tmp_path)
@@ -115,7 +115,7 @@ def test_what_never_ends_is_stopped(
         while True:
             pass
 
-    with pytest.raises(hostility.Stuck, match="still"):
+    with pytest.raises(hostility.CaseTimeout, match="still"):
         hostility._try(judge, {}, Counter())
 
 
@@ -132,10 +132,10 @@ def test_the_table_counts_a_property_once() -> None:
         return SimpleNamespace(user_properties=[(PROPERTY, list(tried)), ("other", 3)])
 
     few, many = report("b", 30, 10, 20, 0), report("b", 1400, 400, 1000, 0)
-    lines = table([many, SimpleNamespace(), few, report("a", 2, 0, 1, 1)])
+    lines = summary_table([many, SimpleNamespace(), few, report("a", 2, 0, 1, 1)])
     assert lines[2:5] == [
         "| a | 2 | 0 | 1 | 1 |",
         "| b | 1,400 | 400 | 1,000 | 0 |",
         "| all | 1,402 | 400 | 1,001 | 1 |",
     ]
-    assert table([SimpleNamespace()]) == []
+    assert summary_table([SimpleNamespace()]) == []

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 from support.cli_runs import Cli
-from support.hostile_cases import check_harmless, holds, scratch
-from support.hostile_text import EVIL
+from support.hostile_cases import check_harmless, property_test, scratch_folder
+from support.hostile_text import HOSTILE_TEXTS
 
 from sparsegrad_cli.cli.app import app
 from sparsegrad_cli.cli.errors import run_guarded
@@ -49,7 +49,9 @@ def _can_be_named(text: str) -> bool:
 
 
 def names() -> st.SearchStrategy[str]:
-    return st.one_of(st.sampled_from((*EVIL, *LONG, *ODD)), st.text()).filter(_can_be_named)
+    return st.one_of(st.sampled_from((*HOSTILE_TEXTS, *LONG, *ODD)), st.text()).filter(
+        _can_be_named
+    )
 
 
 COMMANDS = (
@@ -76,27 +78,27 @@ def ended(*arguments: str) -> int:
     return code
 
 
-@holds(
+@property_test(
     "any name of a run, a recipe or a file, on the command line",
     few=20,
     command=st.sampled_from(COMMANDS),
     name=names(),
 )
 def test_names_on_the_command_line(command: tuple[str, ...], name: str) -> None:
-    with scratch():
+    with scratch_folder():
         code = ended(*command, name)
     assert code in (0, 1, 2)
     if code:
         raise SparsegradError("refused", where="the command line")
 
 
-@holds("any name of a folder to write to", few=20, name=names())
+@property_test("any name of a folder to write to", few=20, name=names())
 def test_names_of_folders_to_write_to(name: str) -> None:
     """Of a run, a comparison and an export, each of which is there afterwards."""
     recipe = load_recipe(None).recipe
     study = make_study(None, ("lora",), 2, ("task=glue/rte", "method.density=0.01"))
     inside = Path("new", *(part for part in Path(name).parts if part not in ("/", "..")))
-    with scratch() as folder:
+    with scratch_folder() as folder:
         run, comparison = folder / "runs" / inside, folder / "compared" / inside
         with lock_folder(run):
             prepare_folder(run, recipe, resume=False, overwrite=False)
@@ -111,7 +113,11 @@ def test_names_of_folders_to_write_to(name: str) -> None:
         assert (export / "x").is_file()
 
 
-@holds("any text as a folder's name", text=st.one_of(st.sampled_from(EVIL), st.text()), many=1000)
+@property_test(
+    "any text as a folder's name",
+    text=st.one_of(st.sampled_from(HOSTILE_TEXTS), st.text()),
+    many=1000,
+)
 def test_names(text: str) -> None:
     """One part, of a length that every file system takes, and neither this folder nor the next."""
     name = safe_name(text)

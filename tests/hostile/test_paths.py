@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
-from support.answered_study import cell, put, side_by_side
-from support.hostile_cases import check_error, holds, scratch, tree
-from support.hostile_folders import furnish, things
-from support.html_pages import without
+from support.answered_study import answers_record, cell_entry, save_answers
+from support.hostile_cases import check_error, folder_content, property_test, scratch_folder
+from support.hostile_folders import fill_folder, folder_entries
+from support.html_pages import without_figures
 from support.record_samples import compare_record, run_record
 
 from sparsegrad_cli.cli.runs import report
@@ -50,15 +50,17 @@ STUDY_NAMES = (
 CELLS = (*("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-rte-lora-s42.yaml"),)
 
 
-@holds("links in a run's folder, train --overwrite", found=things(*RUN_NAMES), many=500)
+@property_test(
+    "links in a run's folder, train --overwrite", found=folder_entries(*RUN_NAMES), many=500
+)
 def test_overwriting_a_run(found: dict[str, str]) -> None:
     """What training writes afterwards, it writes into the folder."""
     recipe = load_recipe(None).recipe
-    with scratch() as folder:
+    with scratch_folder() as folder:
         run = folder / "run"
         run.mkdir()
-        furnish(run, found)
-        before = tree(folder / "outside")
+        fill_folder(run, found)
+        before = folder_content(folder / "outside")
         try:
             with lock_folder(run):
                 prepare_folder(run, recipe, resume=False, overwrite=True)
@@ -74,42 +76,44 @@ def test_overwriting_a_run(found: dict[str, str]) -> None:
             if found.get("thesis.txt") in ("folder", "file"):
                 assert (run / "thesis.txt").exists()
         finally:
-            assert tree(folder / "outside") == before
+            assert folder_content(folder / "outside") == before
 
 
-@holds("links in a run's folder, report", found=things(*RUN_NAMES[1:5]), many=200, few=5)
+@property_test(
+    "links in a run's folder, report", found=folder_entries(*RUN_NAMES[1:5]), many=200, few=5
+)
 def test_reporting_a_run(found: dict[str, str]) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         run = folder / "run"
         run.mkdir()
-        furnish(run, found)
-        before = tree(folder / "outside")
+        fill_folder(run, found)
+        before = folder_content(folder / "outside")
         write_json_atomic(run / "run.json", run_record() | {"output_dir": "../outside"})
         try:
-            with contextlib.redirect_stdout(io.StringIO()), without(drawing=False):
+            with contextlib.redirect_stdout(io.StringIO()), without_figures(drawing=False):
                 report(run)
             assert not (run / "report.md").is_symlink() and not (run / "report.html").is_symlink()
         finally:
-            assert tree(folder / "outside") == before
+            assert folder_content(folder / "outside") == before
 
 
-@holds(
+@property_test(
     "links in a comparison's folder, compare",
-    found=things(*STUDY_NAMES, *CELLS),
+    found=folder_entries(*STUDY_NAMES, *CELLS),
     overwrite=st.booleans(),
 )
 def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
     """With --overwrite links go and what they name stays; without, cells that are links are not
     run in."""
     study = make_study(None, ("lora",), 2, ("task=glue/rte", "method.density=0.01"))
-    with scratch() as folder:
+    with scratch_folder() as folder:
         place = folder / "study"
         place.mkdir()
-        furnish(place, {"compare.json": "", **found})
+        fill_folder(place, {"compare.json": "", **found})
         if (place / "compare.json").is_symlink():
             (place / "compare.json").unlink()
             write_json_atomic(place / "compare.json", compare_record() | {"cells": []})
-        before = tree(folder / "outside")
+        before = folder_content(folder / "outside")
         try:
             opened = StudyFolder(place)
             with opened.held(overwrite=overwrite):
@@ -123,7 +127,7 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
                 (place / "tuning").mkdir(exist_ok=True)
                 (place / "tuning" / "x").touch()
         finally:
-            assert tree(folder / "outside") == before
+            assert folder_content(folder / "outside") == before
 
 
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
@@ -131,32 +135,32 @@ def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
     """Where compare.json says another thing, the models there are not asked."""
     from sparsegrad_cli.generate.generate import answer_with_study
 
-    with scratch() as folder:
+    with scratch_folder() as folder:
         place = folder / "study"
         (place / "cells").mkdir(parents=True)
-        furnish(place, {})
+        fill_folder(place, {})
         (place / "cells" / "link").symlink_to(folder / "outside")
         run = run_record() | {"task": {"kind": "chat"}, "status": "done"}
-        cells = [cell("lora", 1, run) | {"run_dir": where}]
+        cells = [cell_entry("lora", 1, run) | {"run_dir": where}]
         write_json_atomic(place / "compare.json", compare_record() | {"cells": cells})
-        before = tree(folder / "outside")
+        before = folder_content(folder / "outside")
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="outside") as caught:
             answer_with_study(options)
         check_error(caught.value)
-        assert tree(folder / "outside") == before
+        assert folder_content(folder / "outside") == before
 
 
 def test_answers_are_not_written_through_a_link() -> None:
     from sparsegrad_cli.generate.generate import answer_with_study
 
-    with scratch() as folder:
+    with scratch_folder() as folder:
         place = folder / "study"
         place.mkdir()
-        furnish(place, {"answers": "to a folder"})
+        fill_folder(place, {"answers": "to a folder"})
         write_json_atomic(place / "compare.json", compare_record())
-        before = tree(folder / "outside")
+        before = folder_content(folder / "outside")
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="is a link"):
@@ -164,20 +168,20 @@ def test_answers_are_not_written_through_a_link() -> None:
         (place / "judge-questions").symlink_to(folder / "outside")
         with pytest.raises(UsageError, match="is a link"):
             assert JudgeOptions((place,), "builtin:questions", "http://x", "m").folder
-        assert tree(folder / "outside") == before
+        assert folder_content(folder / "outside") == before
 
 
 @pytest.mark.parametrize("name", ["../outside/file", "/etc/hostname", "answers/link"])
 def test_answers_outside_of_a_comparison_are_sent_to_no_judge(name: str) -> None:
     """A record that names somebody's file would have its lines sent to the endpoint."""
-    with scratch() as folder:
+    with scratch_folder() as folder:
         place = folder / "study"
         place.mkdir()
-        furnish(place, {"answers": "folder"})
+        fill_folder(place, {"answers": "folder"})
         (place / "answers" / "link").symlink_to(folder / "outside" / "file")
-        made = side_by_side({"lora 1": [["a"]]})
+        made = answers_record({"lora 1": [["a"]]})
         made["columns"][0]["file"] = name
-        put(place, made, "questions")
+        save_answers(place, made, "questions")
         with pytest.raises(UsageError, match="lies outside"):
             answer_files(place, "builtin:questions")
 
@@ -206,11 +210,11 @@ def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Pat
     outside.mkdir()
     (outside / "export.json").write_text('{"to": "lora"}')
     (exportable / "export-lora").symlink_to(outside)
-    before = tree(outside)
+    before = folder_content(outside)
     for overwrite in (True, False):
         with pytest.raises(UsageError, match="is a link"):
             export_run(exportable, ExportOptions("lora", overwrite=overwrite))
-    assert tree(outside) == before
+    assert folder_content(outside) == before
 
 
 @pytest.mark.parametrize("name", ["123", "null", "[red]x[/]", "a #b", "{x", "lr=1e-3", "1e5"])
@@ -218,7 +222,7 @@ def test_a_folder_is_called_what_it_is_called(name: str) -> None:
     """A run's folder goes through no YAML: `a #b` was `a`, and `123` a number."""
     from sparsegrad_cli.cli.arguments import load
 
-    with scratch() as folder:
+    with scratch_folder() as folder:
         assert load(None, Path(name)).recipe.output_dir == str(Path.cwd() / name)
         run = folder / "runs" / name
         run.mkdir(parents=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from support.hostile_cases import check_harmless, holds, scratch, tree
-from support.hostile_yaml import junk, scalars, spoilt, torn, trees
+from support.hostile_cases import check_harmless, folder_content, property_test, scratch_folder
+from support.hostile_yaml import damaged_bytes, damaged_recipes, random_bytes, scalars, trees
 
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
@@ -17,17 +17,17 @@ from sparsegrad_cli.recipe.study_section import Study
 
 def read(content: bytes, *overrides: str, study: bool = False) -> None:
     """Load a recipe or study that lies in an otherwise empty folder, and write it down again."""
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "r.yaml"
         path.write_bytes(content)
-        before = tree(folder.parent)
+        before = folder_content(folder.parent)
         try:
             if study:
                 load_study(path, overrides)
             else:
                 again(path, overrides)
         finally:
-            assert tree(folder.parent) == before
+            assert folder_content(folder.parent) == before
 
 
 def again(path: Path, overrides: tuple[str, ...]) -> None:
@@ -52,32 +52,32 @@ def settled(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
-@holds("a recipe of any tree", many=500, content=trees())
+@property_test("a recipe of any tree", many=500, content=trees())
 def test_a_recipe_of_any_tree(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"))
 
 
-@holds("a study of any tree", many=500, content=trees(Study, "methods: [lora]\n"))
+@property_test("a study of any tree", many=500, content=trees(Study, "methods: [lora]\n"))
 def test_a_study_of_any_tree(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"), study=True)
 
 
-@holds("a shipped recipe or study, spoilt", many=500, case=spoilt())
+@property_test("a shipped recipe or study, spoilt", many=500, case=damaged_recipes())
 def test_a_shipped_file_spoilt(case: tuple[str, bytes]) -> None:
     read(case[1], study=case[0] == "recipes")
 
 
-@holds("a shipped recipe, its bytes torn", many=500, content=torn())
+@property_test("a shipped recipe, its bytes torn", many=500, content=damaged_bytes())
 def test_a_shipped_file_torn(content: bytes) -> None:
     read(content)
 
 
-@holds("any bytes for a recipe", many=500, content=junk())
+@property_test("any bytes for a recipe", many=500, content=random_bytes())
 def test_any_bytes(content: bytes) -> None:
     read(content)
 
 
-@holds(
+@property_test(
     "any override",
     many=500,
     key=st.one_of(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from support import latex as tex
-from support.hostile_cases import check_harmless, holds, scratch
-from support.hostile_text import check_markdown, check_page, records
-from support.html_pages import without
+from support.hostile_cases import check_harmless, property_test, scratch_folder
+from support.hostile_text import check_markdown, check_page, damaged_records
+from support.html_pages import without_figures
 from support.record_samples import compare_record, run_record, study_record
 
 from sparsegrad_cli.cli.runs import report
@@ -31,7 +31,7 @@ def reported(folder: Path, name: str, record: Any) -> str:
     check_page((folder / "report.html").read_text(encoding="utf-8"))
     check_markdown((folder / "report.md").read_text(encoding="utf-8"))
     if "cells" in record:
-        tex.check((folder / "report.tex").read_text(encoding="utf-8"))
+        tex.check_latex((folder / "report.tex").read_text(encoding="utf-8"))
     return shown.getvalue()
 
 
@@ -41,30 +41,37 @@ COMPARISONS = (compare_record, study_record)
 RUNS = (run_record, calibration)
 
 
-@holds("a run's record, spoilt, in its reports", few=8, record=records(*RUNS))
+@property_test("a run's record, spoilt, in its reports", few=8, record=damaged_records(*RUNS))
 def test_a_run(record: Any) -> None:
-    with scratch() as folder, without(drawing=False):
+    with scratch_folder() as folder, without_figures(drawing=False):
         reported(folder, "run.json", record)
 
 
-@holds("a comparison's record, spoilt, in its reports", few=20, record=records(*COMPARISONS))
+@property_test(
+    "a comparison's record, spoilt, in its reports", few=20, record=damaged_records(*COMPARISONS)
+)
 def test_a_comparison(record: Any) -> None:
-    with scratch() as folder, without(figures=False):
+    with scratch_folder() as folder, without_figures(figures=False):
         reported(folder, "compare.json", record)
 
 
-@holds("a comparison's record, spoilt, in figures", few=2, many=100, record=records(*COMPARISONS))
+@property_test(
+    "a comparison's record, spoilt, in figures",
+    few=2,
+    many=100,
+    record=damaged_records(*COMPARISONS),
+)
 def test_figures(record: Any) -> None:
-    with scratch() as folder, without(drawing=False):
+    with scratch_folder() as folder, without_figures(drawing=False):
         reported(folder, "compare.json", record)
 
 
-@holds(
+@property_test(
     "a spoilt record's figures, drawn",
     few=0,
     many=30,
-    record=records(*RUNS, *COMPARISONS),
+    record=damaged_records(*RUNS, *COMPARISONS),
 )
 def test_drawn_figures(record: Any) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         reported(folder, "compare.json" if "cells" in record else "run.json", record)

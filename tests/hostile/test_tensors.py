@@ -12,9 +12,9 @@ import torch
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.hostile_cases import holds, scratch
-from support.hostile_tensors import Spoils, spoil, spoils, texts, torn
-from support.hostile_text import places, values
+from support.hostile_cases import property_test, scratch_folder
+from support.hostile_tensors import Damages, damage_tensors, damaged_files, damages, metadata_texts
+from support.hostile_text import json_values, positions
 from support.tensor_file_uses import (
     adapter,
     basis_bytes,
@@ -39,33 +39,35 @@ TWO = TaskSpec("t", ("text",), "label", ("a", "b"), False, "accuracy", ("accurac
 # --- a basis
 
 
-@holds(
+@property_test(
     "a basis of other tensors, its digests fitting",
     few=25,
-    what=spoils(),
+    what=damages(),
     said=st.dictionaries(
         st.sampled_from(("targets", "settings", "model", "fingerprint", "format", "x", "digest")),
-        texts(),
+        metadata_texts(),
         max_size=1,
     ),
 )
-def test_a_basis_of_other_tensors(what: Spoils, said: dict[str, str]) -> None:
-    with scratch() as folder:
+def test_a_basis_of_other_tensors(what: Damages, said: dict[str, str]) -> None:
+    with scratch_folder() as folder:
         path = folder / "basis.safetensors"
         path.write_bytes(basis_bytes())
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata())
-        tensors = spoil(load_file(path), what)
+        tensors = damage_tensors(load_file(path), what)
         metadata = {k: v for k, v in metadata.items() if k not in ("digest", "check")} | said
         sealed_basis(path, tensors, metadata)
         use_basis(path)
 
 
-@holds(
-    "a basis file whose bytes are torn", few=25, content=st.deferred(lambda: torn(basis_bytes()))
+@property_test(
+    "a basis file whose bytes are torn",
+    few=25,
+    content=st.deferred(lambda: damaged_files(basis_bytes())),
 )
 def test_a_torn_basis(content: bytes) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "basis.safetensors"
         path.write_bytes(content)
         use_basis(path)
@@ -74,11 +76,11 @@ def test_a_torn_basis(content: bytes) -> None:
 # --- an adapter
 
 
-@holds("an adapter of other tensors, its digest fitting", few=25, what=spoils())
-def test_an_adapter_of_other_tensors(what: Spoils) -> None:
+@property_test("an adapter of other tensors, its digest fitting", few=25, what=damages())
+def test_an_adapter_of_other_tensors(what: Damages) -> None:
     tensors, settings = adapter()
-    with scratch() as folder:
-        use_adapter(folder, spoil(tensors, what), settings)
+    with scratch_folder() as folder:
+        use_adapter(folder, damage_tensors(tensors, what), settings)
 
 
 @st.composite
@@ -86,16 +88,16 @@ def other_settings(draw: st.DrawFn) -> dict[str, Any]:
     """adapter.json with one or two values that are not its own."""
     settings = copy.deepcopy(adapter()[1])
     for _ in range(draw(st.integers(1, 2))):
-        container, key = draw(st.sampled_from(list(places(settings))))
+        container, key = draw(st.sampled_from(list(positions(settings))))
         number = st.sampled_from((0, 1, 2, 5, 8, 16, 40, 64, 10**9))
         names = st.sampled_from(("core", "rotated", "static", "dynamic", "dense", "lora", "rest"))
-        container[key] = copy.deepcopy(draw(st.one_of(values(), number, names)))
+        container[key] = copy.deepcopy(draw(st.one_of(json_values(), number, names)))
     return settings
 
 
-@holds("adapter.json with other values", few=25, settings=st.deferred(other_settings))
+@property_test("adapter.json with other values", few=25, settings=st.deferred(other_settings))
 def test_an_adapter_of_other_settings(settings: dict[str, Any]) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         use_adapter(folder, adapter()[0], settings)
 
 
@@ -107,22 +109,26 @@ PEFT_KEYS = (
     *("modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "revision", "task_type"),
     *("megatron_config", "layers_to_transform", "init_lora_weights", "auto_mapping"),
 )
-PEFT_VALUES = st.one_of(values(), st.sampled_from((1, 2, 64, "LORA", "IA3", "all", ["up_proj"])))
+PEFT_VALUES = st.one_of(
+    json_values(), st.sampled_from((1, 2, 64, "LORA", "IA3", "all", ["up_proj"]))
+)
 
 
-@holds(
+@property_test(
     "a PEFT folder of other tensors or settings",
     few=12,
     many=400,
-    what=spoils(2),
+    what=damages(2),
     changes=st.dictionaries(st.sampled_from(PEFT_KEYS), PEFT_VALUES, max_size=1),
 )
-def test_a_peft_folder(what: Spoils, changes: dict[str, Any]) -> None:
-    with scratch() as folder:
+def test_a_peft_folder(what: Damages, changes: dict[str, Any]) -> None:
+    with scratch_folder() as folder:
         shutil.copytree(peft_folder() / "lora", folder / "lora")
         config = json.loads((folder / "lora" / "adapter_config.json").read_text())
         (folder / "lora" / "adapter_config.json").write_text(json.dumps(config | changes))
-        save_file(spoil(load_file(folder / "lora" / TENSORS), what), folder / "lora" / TENSORS)
+        save_file(
+            damage_tensors(load_file(folder / "lora" / TENSORS), what), folder / "lora" / TENSORS
+        )
         base_of(folder / "lora")
         model: Any = load_onto(copy.deepcopy(language_model()), folder / "lora")
         assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 260)
@@ -149,13 +155,13 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((model_folder() / "config.json").read_text())
     for _ in range(draw(st.integers(1, 2))):
         key = draw(st.one_of(st.sampled_from(sorted(config)), st.sampled_from(CONFIG_KEYS)))
-        config[key] = copy.deepcopy(draw(values()))
+        config[key] = copy.deepcopy(draw(json_values()))
     return config | draw(st.sampled_from(({}, {}, {}, MAPPED)))
 
 
-@holds("a model's config.json with other values", few=10, config=configurations())
+@property_test("a model's config.json with other values", few=10, config=configurations())
 def test_a_model_of_another_configuration(config: dict[str, Any]) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         (folder / "base").mkdir()
         shutil.copytree(model_folder(), folder / "base", dirs_exist_ok=True)
         (folder / "base" / "config.json").write_text(json.dumps(config))
@@ -173,18 +179,18 @@ def tokenizers(draw: st.DrawFn) -> tuple[str, str]:
     data = json.loads(content)
     for _ in range(draw(st.integers(1, 2))):
         # Of a vocabulary's hundreds of entries one is like another.
-        there = [place for place in places(data) if len(place[0]) < 100]
+        there = [place for place in positions(data) if len(place[0]) < 100]
         container, key = draw(st.sampled_from(there))
         if draw(st.integers(0, 3)):
-            container[key] = copy.deepcopy(draw(values()))
+            container[key] = copy.deepcopy(draw(json_values()))
         else:
             del container[key]
     return name, json.dumps(data | draw(st.sampled_from(({}, {}, MAPPED))))
 
 
-@holds("a tokenizer's files with other values", few=10, case=tokenizers())
+@property_test("a tokenizer's files with other values", few=10, case=tokenizers())
 def test_another_tokenizer(case: tuple[str, str]) -> None:
-    with scratch() as folder:
+    with scratch_folder() as folder:
         shutil.copytree(model_folder(), folder / "base")
         (folder / "base" / case[0]).write_text(case[1])
         (folder / "base" / "evil.py").write_text(CODE)
@@ -192,19 +198,19 @@ def test_another_tokenizer(case: tuple[str, str]) -> None:
         assert tokenizer("a", truncation=True, max_length=4)["input_ids"] is not None
 
 
-@holds(
+@property_test(
     "a model's weights, other tensors or torn",
     few=10,
-    weights=st.one_of(spoils(2), st.deferred(lambda: torn(model_weights()))),
+    weights=st.one_of(damages(2), st.deferred(lambda: damaged_files(model_weights()))),
 )
-def test_a_model_of_other_weights(weights: Spoils | bytes) -> None:
-    with scratch() as folder:
+def test_a_model_of_other_weights(weights: Damages | bytes) -> None:
+    with scratch_folder() as folder:
         shutil.copytree(model_folder(), folder / "base")
         path = folder / "base" / "model.safetensors"
         if isinstance(weights, bytes):
             path.write_bytes(weights)
         else:
-            save_file(spoil(load_file(path), weights), path, {"format": "pt"})
+            save_file(damage_tensors(load_file(path), weights), path, {"format": "pt"})
         torch.save({}, folder / "base" / "pytorch_model.bin")
         used(folder / "base")
 

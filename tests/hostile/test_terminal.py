@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from rich.console import Console
-from support.answered_study import put, side_by_side
+from support.answered_study import answers_record, save_answers
 from support.cli_runs import Cli
-from support.hostile_cases import check_error, check_harmless, holds, scratch
-from support.hostile_text import EVIL, check_markdown, check_page, records, values, words
-from support.html_pages import without
+from support.hostile_cases import check_error, check_harmless, property_test, scratch_folder
+from support.hostile_text import (
+    HOSTILE_TEXTS,
+    check_markdown,
+    check_page,
+    damaged_records,
+    json_values,
+    texts,
+)
+from support.html_pages import without_figures
 from support.record_samples import compare_record, run_record, study_of
 
 from sparsegrad_cli.cli.progress import ProgressObserver
@@ -55,19 +62,19 @@ NAMES = (
 )
 
 
-@holds(
+@property_test(
     "any text in an error",
     kind=st.sampled_from(KINDS),
-    what=words().filter(str.strip),
-    where=words().filter(bool),
-    fix=st.one_of(st.none(), words()),
+    what=texts().filter(str.strip),
+    where=texts().filter(bool),
+    fix=st.one_of(st.none(), texts()),
 )
 def test_errors(kind: type[SparsegradError], what: str, where: str, fix: str | None) -> None:
     block = check_error(kind(what, where=where, fix=fix))
     assert len(block) < 40_000
 
 
-@holds("any text in a recipe's error", parts=st.lists(words(), min_size=4, max_size=4))
+@property_test("any text in a recipe's error", parts=st.lists(texts(), min_size=4, max_size=4))
 def test_recipe_errors(parts: list[str]) -> None:
     key, what, file, fix = (part if part.strip() else "x" for part in parts)
     check_error(
@@ -75,7 +82,9 @@ def test_recipe_errors(parts: list[str]) -> None:
     )
 
 
-@holds("any text in progress", parts=st.lists(words(), min_size=3, max_size=3), number=st.floats())
+@property_test(
+    "any text in progress", parts=st.lists(texts(), min_size=3, max_size=3), number=st.floats()
+)
 def test_progress(parts: list[str], number: float) -> None:
     shown = io.StringIO()
     with contextlib.redirect_stderr(shown), ProgressObserver() as observer:
@@ -138,14 +147,16 @@ EXPORTED = {
 }
 
 
-@holds("a judge's record, spoilt", record=records(lambda: JUDGED, lambda: PAIRS, most=4))
+@property_test(
+    "a judge's record, spoilt", record=damaged_records(lambda: JUDGED, lambda: PAIRS, most=4)
+)
 def test_judged(record: Any) -> None:
     judged = validated(JudgeRecord, record, Path("judge.json"))
     rendered(judge_screen(judged))
     check_markdown(render(judge_document(judged), "md"))
 
 
-@holds("an export's record, spoilt", record=records(lambda: EXPORTED, most=4))
+@property_test("an export's record, spoilt", record=damaged_records(lambda: EXPORTED, most=4))
 def test_exported(record: Any) -> None:
     rendered(export_screen(validated(ExportRecord, record, Path("export.json"))))
 
@@ -153,22 +164,24 @@ def test_exported(record: Any) -> None:
 @st.composite
 def talks(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
     """What models answered, and the lines of a judge's verdicts."""
-    said = draw(st.lists(words(), min_size=2, max_size=2))
-    made = side_by_side({"base": [said], "lora 1": [said], "core 1": [said]})
+    said = draw(st.lists(texts(), min_size=2, max_size=2))
+    made = answers_record({"base": [said], "lora 1": [said], "core 1": [said]})
     for column in made["columns"]:
         column["run_dir"] = column.get("run_dir")
-    spoilt = draw(records(lambda: made, most=6))
-    verdict = {"question_id": 0, "turn": 1, "kind": "single", "judge": draw(words())}
+    spoilt = draw(damaged_records(lambda: made, most=6))
+    verdict = {"question_id": 0, "turn": 1, "kind": "single", "judge": draw(texts())}
     verdict |= {"status": "decided", "verdict": 7, "messages": [{"content": "q0.0" + said[0]}]}
-    lines = [json.dumps(verdict | draw(st.dictionaries(st.sampled_from([*verdict]), values())))]
-    return spoilt, [*lines, *draw(st.lists(words(), max_size=1))]
+    lines = [
+        json.dumps(verdict | draw(st.dictionaries(st.sampled_from([*verdict]), json_values())))
+    ]
+    return spoilt, [*lines, *draw(st.lists(texts(), max_size=1))]
 
 
-@holds("answers and verdicts, spoilt, in reports", talk=talks())
+@property_test("answers and verdicts, spoilt, in reports", talk=talks())
 def test_answers(talk: tuple[dict[str, Any], list[str]]) -> None:
     made, lines = talk
-    with scratch() as folder, without(figures=False):
-        put(folder, made)
+    with scratch_folder() as folder, without_figures(figures=False):
+        save_answers(folder, made)
         (folder / "judge-q").mkdir()
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
         (folder / "judge-q" / "verdicts.jsonl").write_bytes(content)
@@ -183,7 +196,7 @@ def test_a_folder_of_any_name_is_reported(cli: Cli, tmp_path: Path, name: str) -
     folder = tmp_path / name.replace("/", "∕")
     folder.mkdir()
     write_json_atomic(folder / "run.json", run_record() | {"name": name})
-    with without(drawing=False):
+    with without_figures(drawing=False):
         outcome = cli("report", str(folder))
     assert outcome.code == 0, outcome.err
     check_harmless(outcome.out)
@@ -200,12 +213,12 @@ def test_a_run_that_does_not_say_where_it_lies_is_reported_where_it_does(
     for said in ({}, {"output_dir": "../elsewhere"}):
         record = {k: v for k, v in run_record().items() if k != "output_dir"}
         write_json_atomic(tmp_path / "run.json", record | said)
-        with without(drawing=False):
+        with without_figures(drawing=False):
             outcome = cli("report", str(tmp_path))
         assert outcome.code == 0 and str(tmp_path / "report.html") in outcome.out.replace("\n", "")
 
 
-@pytest.mark.parametrize("text", EVIL)
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
 def test_a_line_that_names_files_is_one_line(text: str) -> None:
     line = plain_line(f"Report: {text}")
     assert "\n" not in line.plain

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.hostile_cases import check_error, no_hang, scratch, tree
+from support.hostile_cases import check_error, folder_content, scratch_folder, time_limit
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
@@ -71,21 +71,21 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_never_end_is_refused_at_once(case: str) -> None:
     text, says = REFUSED[case]
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "r.yaml"
         path.write_text(text, encoding="utf-8")
-        before = tree(folder.parent)
+        before = folder_content(folder.parent)
         for load in (load_recipe, load_study):
-            with no_hang(), pytest.raises(RecipeError) as caught:
+            with time_limit(), pytest.raises(RecipeError) as caught:
                 load(path)
             assert says in caught.value.problems[0].what
             block = check_error(caught.value)
             assert len(block) < 3000
-        assert tree(folder.parent) == before
+        assert folder_content(folder.parent) == before
 
 
 def test_what_is_long_and_no_bomb_is_read() -> None:
-    with no_hang():
+    with time_limit():
         assert parse_yaml(f"a: {'x' * 100_000}", "t").data["a"] == "x" * 100_000
         assert parse_yaml(f"a: '{'x ' * 50_000}'", "t").data["a"] == "x " * 50_000
         many = parse_yaml("a: [" + "1, " * 5_000 + "]", "t").data["a"]
@@ -118,7 +118,7 @@ def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.yaml"
         path.write_text(f"extends: [{number + 1}.yaml, {number + 1}.yaml]\n")
     (tmp_path / "20.yaml").write_text("seed: 1\n")
-    with no_hang(), pytest.raises(RecipeError) as caught:
+    with time_limit(), pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "0.yaml")
     assert "more than 32 files" in caught.value.problems[0].what
 
@@ -133,7 +133,7 @@ def test_what_names_no_file_is_not_extended(tmp_path: Path, named: str) -> None:
 
 
 def test_a_device_without_end_is_no_recipe() -> None:
-    with no_hang(), pytest.raises(RecipeError, match="1 problem") as caught:
+    with time_limit(), pytest.raises(RecipeError, match="1 problem") as caught:
         read_yaml(Path("/dev/zero"))
     assert "more than 256 KiB" in caught.value.problems[0].what
 
@@ -142,7 +142,7 @@ def test_a_study_of_a_million_runs_is_refused_before_any_is_looked_at(tmp_path: 
     path = tmp_path / "s.yaml"
     labels = ", ".join(f"{{label: m{n}, method: full}}" for n in range(1000))
     path.write_text(f"methods: [{labels}]\nseeds: [{', '.join(map(str, range(1000)))}]\n")
-    with no_hang(), pytest.raises(RecipeError) as caught:
+    with time_limit(), pytest.raises(RecipeError) as caught:
         load_study(path)
     assert "1,000,000 runs" in caught.value.problems[0].what
 
@@ -160,7 +160,7 @@ def test_a_run_is_named_once(tmp_path: Path, twice: str) -> None:
 def test_two_thousand_unknown_keys_are_a_hundred_lines_and_the_rest_a_word(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("\n".join(f"no_such_key_{n}: 1" for n in range(2000)))
-    with no_hang(), pytest.raises(RecipeError) as caught:
+    with time_limit(), pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert len(caught.value.problems) == 101
     assert caught.value.problems[-1].key == "(more)" and caught.value.problems[0].line == 1

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from support.judge_server import Said, always, judge_server
+from support.judge_server import Response, always_answer, judge_server
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.judge.endpoint import Endpoint, UnansweredError
@@ -31,7 +31,7 @@ def endpoint(url: str, key: str | None = KEY, **settings: Any) -> Endpoint:
 
 
 def test_what_is_sent_and_what_comes_back() -> None:
-    with judge_server(always("Rating: [[7]]")) as server:
+    with judge_server(always_answer("Rating: [[7]]")) as server:
         reply = endpoint(server.url).ask(BODY)
         endpoint(f"{server.url}/chat/completions", key=None).ask(BODY)
         endpoint(server.url.removesuffix("/v1")).ask(BODY)
@@ -50,7 +50,9 @@ def test_what_is_sent_and_what_comes_back() -> None:
 
 def test_too_many_requests_then_success() -> None:
     wait = (("Retry-After", "1"),)
-    with judge_server(lambda b, n: Said("ok") if n else Said(status=429, headers=wait)) as server:
+    with judge_server(
+        lambda b, n: Response("ok") if n else Response(status=429, headers=wait)
+    ) as server:
         started = time.monotonic()
         assert endpoint(server.url).ask(BODY).text == "ok"
         assert time.monotonic() - started >= 1
@@ -60,18 +62,20 @@ def test_too_many_requests_then_success() -> None:
 @pytest.mark.parametrize(
     ("said", "reason", "tries"),
     [
-        (Said(status=500, body=b'{"error": {"message": "boom"}}'), "HTTP 500: boom", 2),
-        (Said(status=503, body=b"<html><b>down</b></html>"), "HTTP 503: <html><b>down", 2),
-        (Said("cut", cut=True), "network: ", 2),
-        (Said("late", delay=1.0), "no answer within 0.3 s", 2),
-        (Said(body=b"<html>it works</html>"), "not a chat completion", 1),
-        (Said(body=b'{"choices": []}'), "not a chat completion", 1),
-        (Said(body=b'{"choices": [{"message": null}]}'), "not a chat completion", 1),
-        (Said(status=400, body=b'{"error": "context too long"}'), "400: context too long", 1),
-        (Said(status=422, body=b"\xff\xfe"), "HTTP 422", 1),
+        (Response(status=500, body=b'{"error": {"message": "boom"}}'), "HTTP 500: boom", 2),
+        (Response(status=503, body=b"<html><b>down</b></html>"), "HTTP 503: <html><b>down", 2),
+        (Response("cut", cut=True), "network: ", 2),
+        (Response("late", delay=1.0), "no answer within 0.3 s", 2),
+        (Response(body=b"<html>it works</html>"), "not a chat completion", 1),
+        (Response(body=b'{"choices": []}'), "not a chat completion", 1),
+        (Response(body=b'{"choices": [{"message": null}]}'), "not a chat completion", 1),
+        (Response(status=400, body=b'{"error": "context too long"}'), "400: context too long", 1),
+        (Response(status=422, body=b"\xff\xfe"), "HTTP 422", 1),
     ],
 )
-def test_failures_are_tried_again_where_that_may_help(said: Said, reason: str, tries: int) -> None:
+def test_failures_are_tried_again_where_that_may_help(
+    said: Response, reason: str, tries: int
+) -> None:
     with judge_server(lambda body, number: said) as server:
         with pytest.raises(UnansweredError, match=re.escape(reason)):
             endpoint(server.url, timeout=0.3).ask(BODY)
@@ -79,7 +83,7 @@ def test_failures_are_tried_again_where_that_may_help(said: Said, reason: str, t
 
 
 def test_nobody_listens() -> None:
-    with judge_server(always("")) as server:
+    with judge_server(always_answer("")) as server:
         pass
     with pytest.raises(UnansweredError, match=r"network: .*refused"):
         endpoint(server.url).ask(BODY)
@@ -88,7 +92,7 @@ def test_nobody_listens() -> None:
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_cannot_get_better_stops_at_once(status: int) -> None:
     body = f'{{"error": {{"message": "wrong\\u001b[2J key {KEY}"}}}}'.encode()
-    with judge_server(lambda b, n: Said(status=status, body=body)) as server:
+    with judge_server(lambda b, n: Response(status=status, body=body)) as server:
         with pytest.raises(SparsegradError, match=f"HTTP {status}: wrong .2J key .key.") as caught:
             endpoint(server.url).ask(BODY)
         assert len(server.requests) == 1
@@ -97,10 +101,10 @@ def test_what_cannot_get_better_stops_at_once(status: int) -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_no_redirect_is_followed(status: int) -> None:
-    with judge_server(always("stolen")) as other:
+    with judge_server(always_answer("stolen")) as other:
         there = (("Location", f"{other.url}/chat/completions"),)
         with (
-            judge_server(lambda b, n: Said(status=status, headers=there)) as server,
+            judge_server(lambda b, n: Response(status=status, headers=there)) as server,
             pytest.raises(SparsegradError, match="redirect"),
         ):
             endpoint(server.url).ask(BODY)
@@ -112,7 +116,7 @@ def test_odd_but_valid_replies() -> None:
         b'{"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}}]}'
     )
     empty = b'{"choices": [{"message": {"content": null}}], "usage": 3}'
-    with judge_server(lambda b, n: Said(body=(parts, empty)[n])) as server:
+    with judge_server(lambda b, n: Response(body=(parts, empty)[n])) as server:
         judge = endpoint(server.url)
         assert judge.ask(BODY).text == "ab"
         reply = judge.ask(BODY)

@@ -11,9 +11,9 @@ import torch
 from support.quantized_models import (
     BITS,
     METHODS,
-    Packed,
+    PreparedModel,
     body_folder,
-    held,
+    frozen_tensors,
     loaded,
     need_bitsandbytes,
 )
@@ -39,13 +39,13 @@ def body(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_it_starts_as_it_was_and_learns_beside_what_is_frozen(
     name: str, architecture: str, bits: str, body: Callable[[str], Path]
 ) -> None:
-    one, other = (Packed(body(architecture), bits, name) for _ in range(2))
+    one, other = (PreparedModel(body(architecture), bits, name) for _ in range(2))
     assert torch.equal(one.logits(), one.before)
-    frozen = held(one.model)
+    frozen = frozen_tensors(one.model)
     losses = one.steps(8)
     assert losses[-1] < 0.8 * losses[0]
     assert other.steps(8) == losses and torch.equal(one.logits(), other.logits())
-    after = held(one.model)
+    after = frozen_tensors(one.model)
     assert frozen.keys() == after.keys() and len(frozen) > 20
     assert all(torch.equal(frozen[key], after[key]) for key in frozen)
     kept = {n.rpartition(".")[2] for n, p in one.model.named_parameters() if p.requires_grad}
@@ -57,7 +57,7 @@ def test_it_starts_as_it_was_and_learns_beside_what_is_frozen(
 def test_its_adapter_goes_onto_a_base_quantized_again(
     name: str, bits: str, body: Callable[[str], Path]
 ) -> None:
-    trained, fresh = (Packed(body("llama"), bits, name) for _ in range(2))
+    trained, fresh = (PreparedModel(body("llama"), bits, name) for _ in range(2))
     trained.steps(3)
     tensors = trained.method.adapter_tensors(trained.model)
     packed = [n for n, t in tensors.items() if not t.is_floating_point() and "support" not in n]
@@ -69,7 +69,7 @@ def test_its_adapter_goes_onto_a_base_quantized_again(
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", METHODS)
 def test_merged_weights_compute_the_same(name: str, bits: str, body: Callable[[str], Path]) -> None:
-    trained = Packed(body("llama"), bits, name)
+    trained = PreparedModel(body("llama"), bits, name)
     trained.steps(3)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     for target in trained.targets:
@@ -86,17 +86,17 @@ def test_merged_weights_compute_the_same(name: str, bits: str, body: Callable[[s
 
 @pytest.mark.parametrize("bits", BITS)
 def test_efficient_gated_mlps_work_with_recomputing(bits: str, body: Callable[[str], Path]) -> None:
-    trained = Packed(body("llama"), bits, "recomputed")
+    trained = PreparedModel(body("llama"), bits, "recomputed")
     mlp = trained.model.model.layers[1].mlp
     assert isinstance(mlp.up_proj, QuantizedCoreLinear)
     assert "forward" in vars(mlp), "the module is run again in the backward pass"
-    static = Packed(body("llama"), bits, "static").model.model.layers[1].mlp
+    static = PreparedModel(body("llama"), bits, "static").model.model.layers[1].mlp
     assert vars(static)["forward"].func.__name__ == "_gated_mlp"
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_half_precision_leaves_the_core_in_float32(bits: str, body: Callable[[str], Path]) -> None:
-    trained = Packed(body("llama"), bits, "static", dtype="bfloat16")
+    trained = PreparedModel(body("llama"), bits, "static", dtype="bfloat16")
     # The head becomes float32 where it trains.
     torch.testing.assert_close(trained.logits(), trained.before.float(), atol=2e-2, rtol=1e-2)
     losses = trained.steps(8)
@@ -122,15 +122,15 @@ def test_a_quantized_base_keeps_no_more_for_the_backward_pass(
     bits: str, body: Callable[[str], Path]
 ) -> None:
     """Than the plain one, whose core layers keep x Q_in alone; unseen by autograd or seen."""
-    plain = saved_and_alive(Packed(body("llama"), None, "static").model)
-    packed = saved_and_alive(Packed(body("llama"), bits, "static").model)
+    plain = saved_and_alive(PreparedModel(body("llama"), None, "static").model)
+    packed = saved_and_alive(PreparedModel(body("llama"), bits, "static").model)
     assert packed[0] <= plain[0] and packed[1] <= plain[1]
 
 
 def test_counts_are_of_entries_and_not_of_bytes(body: Callable[[str], Path]) -> None:
-    plain = Packed(body("bert"), None, "static").prepared.counts
+    plain = PreparedModel(body("bert"), None, "static").prepared.counts
     for bits in BITS:
-        counts = Packed(body("bert"), bits, "static").prepared.counts
+        counts = PreparedModel(body("bert"), bits, "static").prepared.counts
         assert counts.model_parameters == plain.model_parameters
         assert counts.trainable_targets == plain.trainable_targets
     assert plain.targets[0].target.name == targets_of(loaded(body("bert"), "4bit"))[0].name

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.quantized_models import BITS, TWO, body_folder, loaded, need_bitsandbytes, section
+from support.quantized_models import (
+    BINARY_TASK,
+    BITS,
+    body_folder,
+    loaded,
+    need_bitsandbytes,
+    section,
+)
 from support.tiny_models import BLOCKS, HIDDEN, INNER, batch, targets_of
 from torch import Tensor
 
@@ -174,7 +181,7 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError) as caught:
-        load_classifier(section(body("llama"), "4bit"), TWO, seed=0)
+        load_classifier(section(body("llama"), "4bit"), BINARY_TASK, seed=0)
     assert caught.value.where == "model.quantization"
     assert "pip install 'bitsandbytes" in str(caught.value.fix)
     assert quantized_layers(loaded(body("llama"), None)) == {}
@@ -186,7 +193,7 @@ def test_weights_that_are_packed_already_are_refused(
 ) -> None:
     loaded(body("llama"), "4bit").save_pretrained(tmp_path / "packed")
     with pytest.raises(UsageError, match="quantized already"):
-        load_classifier(section(tmp_path / "packed", bits), TWO, seed=0)
+        load_classifier(section(tmp_path / "packed", bits), BINARY_TASK, seed=0)
 
 
 @pytest.mark.parametrize("bits", BITS)

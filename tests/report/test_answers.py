@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.answered_study import put, side_by_side
-from support.html_pages import outline, without
+from support.answered_study import answers_record, save_answers
+from support.html_pages import outline, without_figures
 from support.record_samples import compare_record, study_of
 
 from sparsegrad_cli.generate.questions import Question
@@ -26,7 +26,7 @@ HOSTILE = (
 def written(study: Path, record: dict[str, Any] | None = None) -> tuple[str, str]:
     """(HTML, Markdown) of the report."""
     compared = study_of(record or compare_record())
-    with without(figures=False):
+    with without_figures(figures=False):
         write_study_report(study, compared, read_graded_answers(study, compared))
     return (study / "report.html").read_text(), (study / "report.md").read_text()
 
@@ -38,7 +38,7 @@ def test_a_column_a_method_by_its_first_seed_after_the_base_model(tmp_path: Path
         "core 1": [["c0", "c1"]],
         "lora 2": [["never", "shown"]],
     }
-    put(tmp_path, side_by_side(answers))
+    save_answers(tmp_path, answers_record(answers))
     page, markdown = written(tmp_path)
     known = {f"{letter}{turn}" for letter in "blc" for turn in range(2)} | {"q0.0", "q0.1"}
     shown = [text for text in outline(page).text if text in known]
@@ -50,12 +50,12 @@ def test_a_column_a_method_by_its_first_seed_after_the_base_model(tmp_path: Path
 
 
 def test_hostile_answers_stay_text(tmp_path: Path) -> None:
-    made = side_by_side({"base": [[HOSTILE]], "lora 1": [[HOSTILE]]}, questions=HOSTILE)
+    made = answers_record({"base": [[HOSTILE]], "lora 1": [[HOSTILE]]}, questions=HOSTILE)
     made["asked"][0] |= {"turns": [HOSTILE], "question_id": HOSTILE, "category": HOSTILE}
     for column in made["columns"]:
         column["answers"][0]["question_id"] = HOSTILE
     made["columns"][0]["model"] = made["columns"][1]["method"] = HOSTILE
-    put(tmp_path, made)
+    save_answers(tmp_path, made)
     page, markdown = written(tmp_path)
     found = outline(page)
     assert not {"script", "img"} & found.tags
@@ -79,7 +79,7 @@ def graded(study: Path, lines: list[dict[str, Any]], name: str = "judge-q") -> G
 
 
 def verdict(grade: Any, answers: list[str], turn: int, **changes: Any) -> dict[str, Any]:
-    """As `sparsegrad judge` writes one, on question 0 of :func:`side_by_side`."""
+    """As `sparsegrad judge` writes one, on question 0 of :func:`answers_record`."""
     asked = Question(0, "math", ("q0.0", "q0.1"), ("a reference",))
     return {
         "question_id": 0,
@@ -132,7 +132,9 @@ def test_a_line_without_a_valid_grade_is_ignored(tmp_path: Path, changes: dict[s
 def test_grades_by_hand(tmp_path: Path) -> None:
     """Question 0 has two turns, and counts as much as one with a single graded turn."""
     one, two = [["a0", "a1"], ["x", "y"]], [["b0", "b1"], ["x", "y"]]
-    put(tmp_path, side_by_side({"lora 1": one, "lora 2": two, "base": [["p", "p"], ["p", "p"]]}))
+    save_answers(
+        tmp_path, answers_record({"lora 1": one, "lora 2": two, "base": [["p", "p"], ["p", "p"]]})
+    )
     second = {"question_id": 1, "messages": grading_prompt(Question(1, None, ("q1.0",)), ["x"], 0)}
     lines = [verdict(2, one[0], 0), verdict(6, one[0], 1), verdict(9, two[0], 0)]
     graded(tmp_path, [*lines, verdict(8, ["x"], 0) | second])
@@ -146,10 +148,12 @@ def test_grades_by_hand(tmp_path: Path) -> None:
 
 
 def test_answers_that_are_missing_or_cut_say_so(tmp_path: Path) -> None:
-    made = side_by_side({"lora 1": [["cut"], ["whole"], [" "]], "core 1": [["only"]], "full 1": []})
+    made = answers_record(
+        {"lora 1": [["cut"], ["whole"], [" "]], "core 1": [["only"]], "full 1": []}
+    )
     made["columns"][0]["answers"][0]["stopped"] = ["length"]
     made["columns"][2] |= {"status": "failed", "error": {"title": "x", "what": "no <adapter>"}}
-    put(tmp_path, made)
+    save_answers(tmp_path, made)
     page, markdown = written(tmp_path)
     text = outline(page).text
     assert text.count("cut at the token limit") == 1
@@ -160,10 +164,10 @@ def test_answers_that_are_missing_or_cut_say_so(tmp_path: Path) -> None:
 
 
 def test_sets_of_several_tasks_and_files_stand_apart(tmp_path: Path) -> None:
-    made = side_by_side({"base": [["b"]], "lora 1": [["chat says"]]})
+    made = answers_record({"base": [["b"]], "lora 1": [["chat says"]]})
     made["columns"].append(made["columns"][1] | {"task": "oasst", "run_dir": "x"})
-    put(tmp_path, made)
-    put(tmp_path, side_by_side({"lora 1": [["else"]]}), "other")
+    save_answers(tmp_path, made)
+    save_answers(tmp_path, answers_record({"lora 1": [["else"]]}), "other")
     found = read_graded_answers(tmp_path, study_of({}))
     assert [(each.task, len(each.columns)) for each in found] == [
         ("chat", 1),
@@ -175,7 +179,7 @@ def test_sets_of_several_tasks_and_files_stand_apart(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    put(tmp_path, side_by_side({"lora 1": [["x"]]}))
+    save_answers(tmp_path, answers_record({"lora 1": [["x"]]}))
     (tmp_path / "answers" / "torn.json").write_text("{")
     graded(tmp_path, [])
     (tmp_path / "judge-q" / "verdicts.jsonl").write_text("{\n{}\n")

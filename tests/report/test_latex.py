@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from support.latex import check, tokens
+from support.latex import check_latex, tokens
 from support.record_samples import compare_record, study_of, study_record
 
 from sparsegrad_cli.report.document import Document, Table
@@ -19,7 +19,7 @@ HOSTILE = 'a&b%c$d#e_f{g}h~i^j\\k<l>m|n"o'
 
 def latex(record: dict[str, Any]) -> str:
     made = render(study_document(study_of(record)), "tex")
-    check(made)
+    check_latex(made)
     return made
 
 
@@ -28,7 +28,7 @@ def test_a_table_is_booktabs() -> None:
     header = ("name", "a long header & more")
     table = Table("100 % of it", header, rows, (True, False), strong=frozenset({(0, 1)}))
     made = render(Document("t", "done", lead=[table]), "tex")
-    check(made)
+    check_latex(made)
     lines = made.splitlines()
     assert r"\begin{tabular}{lr}" in lines and r"\caption{100 \% of it}" in lines
     rules = [line for line in lines if line.endswith("rule")]
@@ -40,9 +40,9 @@ def test_a_table_is_booktabs() -> None:
 def test_the_check_of_these_tests_can_fail() -> None:
     for bad in ("{", "}", "a & b", "x_1", "$a", r"\begin{table}", r"\begin{a}\end{b}"):
         with pytest.raises(AssertionError):
-            check(bad)
+            check_latex(bad)
     with pytest.raises(AssertionError):
-        check("\\begin{tabular}{lr}\na & b & c \\\\\n\\end{tabular}")
+        check_latex("\\begin{tabular}{lr}\na & b & c \\\\\n\\end{tabular}")
 
 
 def test_a_study_needs_booktabs_only() -> None:

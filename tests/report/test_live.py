@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.html_pages import without
+from support.html_pages import without_figures
 from support.record_samples import compare_record, study_of, study_record
 from support.study_cells import evidence_of
 
@@ -39,7 +39,7 @@ def test_a_running_page_reloads_and_names_what_runs(tmp_path: Path) -> None:
     lines: list[str] = []
     live = LiveReport(tmp_path, lines.append, no_answers)
     page, record = tmp_path / "report.html", study_record()
-    with without(figures=False):
+    with without_figures(figures=False):
         live(running(record, 2))
         text = page.read_text(encoding="utf-8")
         assert '<meta http-equiv="refresh" content="30">' in text
@@ -110,7 +110,7 @@ def cells_of_html(text: str) -> list[str]:
 def test_html_markdown_and_latex_hold_the_same_numbers(tmp_path: Path) -> None:
     """Every table cell of the Markdown is one of the page, and of the LaTeX where that has it."""
     record = study_record()
-    with without(figures=False):
+    with without_figures(figures=False):
         write_study_report(tmp_path, study_of(record))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")

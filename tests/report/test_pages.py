@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.html_pages import outline, without
+from support.html_pages import outline, without_figures
 from support.record_samples import compare_record, run_of, run_record, study_of, study_record
 
 from sparsegrad_cli.report.render import render
@@ -72,12 +72,12 @@ def test_text_of_a_record_stays_text() -> None:
     assert any(hostile in text for text in found.text)
     study = compare_record()
     study["methods"][0] = study["rows"][0]["method"] = hostile
-    with without(figures=False):
+    with without_figures(figures=False):
         assert "script" not in outline(study_page(study)).tags
 
 
 def test_a_study_page_says_what_is_shown_and_what_differs() -> None:
-    with without(figures=False):
+    with without_figures(figures=False):
         page = study_page(study_record())
     text = " ".join(outline(page).text)
     assert "full is better than core-1e-3 by 4.6 (95 % interval 3.9 to 5.4; 16 paired" in text

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.folder_lock_process import holder, read
+from support.folder_lock_process import lock_holder, read_process_id
 
 from sparsegrad_cli.errors import BusyError, SparsegradError, UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic
@@ -31,8 +31,8 @@ def test_a_second_coordinator_is_refused_with_the_name_of_the_first(
     tmp_path: Path, study: LoadedStudy
 ) -> None:
     begin(tmp_path / "c", study)
-    with holder(tmp_path / "c") as process:
-        read(process)
+    with lock_holder(tmp_path / "c") as process:
+        read_process_id(process)
         said = rf"in use by process {process.pid} on {socket.gethostname()}, since 2"
         for overwrite in (False, True):
             with pytest.raises(BusyError, match=said):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.folder_lock_process import holder, read
+from support.folder_lock_process import lock_holder, read_process_id
 from support.paths import REPO
 
 from sparsegrad_cli.errors import DiskError
@@ -133,8 +133,8 @@ def test_a_folder_that_another_process_holds_is_waited_for(tmp_path: Path, recip
     told: list[Any] = []
     folder.mkdir()
     engine = ProgramEngine("exit(0)")
-    with holder(folder) as process:
-        read(process)
+    with lock_holder(folder) as process:
+        read_process_id(process)
         threading.Timer(1.0, process.kill).start()
         runs = Runs(engine, told.append)
         assert runs.is_active(folder)

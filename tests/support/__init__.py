@@ -1,1 +1,1 @@
-"""Fixtures, tiny models and generators of inputs that several tests share."""
+"""Helpers that several tests share: tiny models, short runs, sample data, hostile inputs."""

@@ -1,4 +1,4 @@
-"""Where a run of any method keeps what it has trained."""
+"""The path of a finished run's adapter, for every method."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from sparsegrad_cli.run.folder import adapter_file
 
 
-def trained_in(run: Path) -> Path:
-    """The file with the tensors of a run that is done."""
+def adapter_path(run: Path) -> Path:
+    """Return the file with the trained tensors of a finished run."""
     found = adapter_file(run)
     assert found is not None, f"{run} has no adapter"
     return found

@@ -1,4 +1,4 @@
-"""Tiny configurations of many architectures, besides those of tiny_models, and their targets."""
+"""Tiny configurations of many architectures and the target modules expected in each."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _FUSED = _pair("mlp.gate_up_proj", "mlp.down_proj", out=2 * W)
 _H_TO_4H = _pair("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _EXPERTS = {"mlp.experts.gate_up_proj": (4, 2 * E, H), "mlp.experts.down_proj": (4, H, E)}
 
-# architecture -> (model_type, configuration, targets, parameters that no target covers)
+# architecture -> (model_type, configuration, targets, expert parameters, which are not targets)
 TABLE: dict[str, tuple[str, dict[str, Any], Targets, Targets]] = {
     "bert": ("bert", _ENCODER, _BERT, {}),
     "roberta": ("roberta", _ENCODER, _BERT, {}),
@@ -135,7 +135,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], Targets, Targets]] = {
         _EXPERTS,
     ),
 }
-# Every MLP of these is experts, or there is none.
+# Models whose MLPs are all experts, or that have no MLP.
 WITHOUT_MLP: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**_DECODER, "num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", _MOE),
@@ -144,7 +144,7 @@ WITHOUT_MLP: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def causal_or_body(model_type: str, settings: dict[str, Any], seed: int = 0) -> nn.Module:
-    """A random causal language model, or the bare encoder where there is no such model."""
+    """Return a random causal language model, or the bare encoder if the type has no such model."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -155,7 +155,7 @@ def causal_or_body(model_type: str, settings: dict[str, Any], seed: int = 0) -> 
 
 
 def tokens(size: int = 4, length: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch of token ids that are their own labels."""
+    """Return a batch of token ids that are also the labels."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (size, length), generator=draw)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

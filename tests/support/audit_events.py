@@ -1,8 +1,8 @@
-"""What no file may bring about, seen through Python's audit events, and stopped.
+"""Detect and block forbidden side effects of reading a file, with Python's audit events.
 
-That a program, a pickle or code lying among the files is run, that the network is asked, or that
-anything outside of the temporary folders of a case is written, moved or removed. Libraries in C
-tell nothing of what they write: whole folders are compared for that (hostility.tree).
+Forbidden are running a program, a pickle or code that lies among the files, network access, and
+writing, moving or removing anything outside the temporary folders of a case. Libraries in C raise
+no audit events when they write, so tests also compare whole folders (hostile_cases.folder_content).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RUNS = frozenset(
         *("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request"),
     )
 )
-# Which arguments are paths that it changes (links themselves), and which is an open folder.
+# event -> (arguments that are changed paths, argument that is an open folder)
 _CHANGES: dict[str, tuple[tuple[int, ...], int | None]] = {
     **dict.fromkeys(("os.remove", "os.rmdir", "shutil.rmtree"), ((0,), 1)),
     "os.mkdir": ((0,), 2),
@@ -32,11 +32,11 @@ _CHANGES: dict[str, tuple[tuple[int, ...], int | None]] = {
 }
 _HERE = (-1, None)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# What an import or a first plot writes wherever it can: no business of a case's.
+# Caches that an import or a first plot writes wherever it can.
 _CACHES = frozenset(("__pycache__", "matplotlib"))
 
-_places: set[Path] = set()  # temporary folders of this session
-_seen: list[str] | None = None  # of the case that is being tried
+_places: set[Path] = set()  # the temporary folders of this session
+_seen: list[str] | None = None  # forbidden events of the running case
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -62,7 +62,7 @@ def _forbidden(event: str, arguments: tuple[Any, ...]) -> str | None:
         return _outside(event, [path] if flags & _WRITING else [], through_links=links)
     changed, folder = _CHANGES.get(event, ((), None))
     if folder is not None and arguments[folder] not in _HERE:
-        return None  # in a folder that is open: rmtree's, which has told of it
+        return None  # rmtree works in an open folder, and has raised its own event
     return _outside(event, [arguments[number] for number in changed], through_links=False)
 
 
@@ -73,12 +73,12 @@ def _outside(event: str, paths: list[Any], *, through_links: bool) -> str | None
         named = Path(os.fsdecode(path))
         real = named.resolve() if through_links else named.parent.resolve() / named.name
         if not (_is_ours(real) or str(real) == os.devnull or _CACHES & set(real.parts)):
-            return f"{event} of {real}, outside of the case's folders"
+            return f"{event} of {real}, outside the folders of the case"
     return None
 
 
 def _is_ours(path: Path) -> bool:
-    # Asked of all code that is run, where a session may have made ten thousand places.
+    # Called for all code that runs; a session may have made ten thousand folders.
     return path in _places or not _places.isdisjoint(path.parents)
 
 
@@ -86,11 +86,11 @@ sys.addaudithook(_watch)
 
 
 @contextlib.contextmanager
-def nothing_done() -> Iterator[None]:
-    """Inside, what is forbidden ends in a PermissionError; swallowed or not, it is told at the end.
+def no_side_effects() -> Iterator[None]:
+    """Raise PermissionError for forbidden side effects, and report them at the end in any case.
 
     Raises:
-        AssertionError: says what was tried.
+        AssertionError: something forbidden was tried, even if the PermissionError was caught.
     """
     global _seen
     before, _seen = _seen, []

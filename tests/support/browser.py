@@ -1,4 +1,4 @@
-"""A page as a browser shows it: screenshots, and whether anything runs out of the window."""
+"""Render pages in Chromium: screenshots, layout measurements and PDF page counts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _FLAGS = (
 
 
 class Browser:
-    """Chromium without a window.
+    """Headless Chromium.
 
     Args:
-        program: its path.
-        folder: where profiles and pictures go.
+        program: path of the executable.
+        folder: folder for profiles and screenshots.
     """
 
     def __init__(self, program: str, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Browser:
         return done.stdout
 
     def picture(self, page: Path, width: int, height: int, *, dark: bool) -> np.ndarray:
-        """Screenshot of a window, (height, width, 3) float64 in 0..1."""
+        """Return a screenshot of the window, (height, width, 3) float64 in [0, 1]."""
         from matplotlib.image import imread
 
         target = self._folder / f"{page.stem}-{width}-{'dark' if dark else 'light'}.png"
@@ -63,11 +63,11 @@ class Browser:
         return pixels
 
     def measure(self, page: Path, width: int) -> dict[str, float]:
-        """What a script finds in the page in a frame of ``width`` pixels.
+        """Measure the page in a frame of ``width`` pixels.
 
         Returns:
             ``content``: the document's scroll width; ``outside``: elements that reach beyond the
-            frame and lie in no box that scrolls; ``text``: the smallest text of any drawing, in
+            frame and are not in a scrolling box; ``text``: the smallest text of any drawing, in
             pixels of the screen.
         """
         frame = self._folder / f"{page.stem}-frame.html"
@@ -82,7 +82,7 @@ class Browser:
         return dict(zip(("content", "outside", "text"), map(float, found.groups()), strict=True))
 
     def pdf_pages(self, page: Path) -> int:
-        """How many sheets of paper it takes."""
+        """Return the number of pages when printed."""
         target = self._folder / f"{page.stem}.pdf"
         self._run("--no-pdf-header-footer", f"--print-to-pdf={target}", page.as_uri())
         return len(re.findall(rb"/Type\s*/Page\b", target.read_bytes()))
@@ -112,8 +112,8 @@ document.getElementById("f").onload = () => {
 
 
 def find_browser(folder: Path) -> Browser:
-    """Chromium, or skip."""
+    """Return Chromium, or skip the test if it is not installed."""
     program = next((found for name in _NAMES if (found := shutil.which(name))), None)
     if program is None:
-        pytest.skip(f"no browser to look at pages with (one of {', '.join(_NAMES)})")
+        pytest.skip(f"no browser is installed (one of {', '.join(_NAMES)})")
     return Browser(program, folder)

@@ -1,4 +1,4 @@
-"""Models that answer: tiny random ones in folders, and the tokenizer of a real small one."""
+"""Tiny random chat models saved in folders, and the tokenizer of builtin:smollm2."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ PLAIN = (
 
 @functools.cache
 def smollm2_tokenizer() -> Any:
-    """The tokenizer of builtin:smollm2; skips the test where the package is not installed."""
+    """Return the tokenizer of builtin:smollm2, or skip if its package is not installed."""
     try:
         return load_tokenizer(ModelSection(name="builtin:smollm2"))
     except UsageError as error:
         pytest.skip(f"{error.what}: {error.fix}")
 
 
-def asks(*texts: str) -> list[Turn]:
-    """User and assistant in turn."""
+def chat_turns(*texts: str) -> list[Turn]:
+    """Return turns that alternate between user and assistant."""
     return [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
 
 
 def byte_tokenizer(template: str | None = CHATML, *, endless: bool = False) -> Any:
-    """One token a byte; the first four are special. ``endless``: none of them ends a text."""
+    """Return a tokenizer with one token per byte and four special tokens.
+
+    With ``endless``, it has no end-of-text token.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +66,7 @@ def byte_tokenizer(template: str | None = CHATML, *, endless: bool = False) -> A
     )
 
 
-def talker(
+def chat_model_folder(
     folder: Path,
     *,
     positions: int = 512,
@@ -73,7 +76,7 @@ def talker(
     endless: bool = False,
     **shape: int,
 ) -> Path:
-    """A folder with a tiny random LLaMA, which babbles bytes; ``endless``: and never stops."""
+    """Save a tiny random LLaMA that generates bytes; with ``endless`` it never stops."""
     from transformers import AutoModelForCausalLM
 
     settings = config(
@@ -93,5 +96,5 @@ def talker(
 
 
 def load(source: Path | str, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """As the command loads it, on the CPU."""
+    """Load a model as the command does, on the CPU."""
     return load_chat_model(ModelOptions(str(source), device="cpu", **options))

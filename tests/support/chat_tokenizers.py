@@ -27,7 +27,10 @@ _CORPUS = (
 
 
 def chat(*texts: str, system: str | None = None, learn: str = "all") -> Conversation:
-    """User and assistant in turn, after a system prompt; ``learn``: all answers, or the last."""
+    """Return a conversation of alternating turns, after an optional system prompt.
+
+    ``learn`` is ``all`` answers or the ``last`` one.
+    """
     turns = [] if system is None else [Turn("system", system)]
     for number, text in enumerate(texts):
         role: Role = "assistant" if number % 2 else "user"
@@ -37,7 +40,7 @@ def chat(*texts: str, system: str | None = None, learn: str = "all") -> Conversa
 
 
 def labelled_parts(tokenizer: Any, ids: list[int], labels: list[int]) -> list[str]:
-    """The text of each run of labelled tokens, end of turn included."""
+    """Return the text of each run of labelled tokens, including the end of turn."""
     parts: list[list[int]] = []
     before = False
     for token, label in zip(ids, labels, strict=True):
@@ -51,13 +54,13 @@ def labelled_parts(tokenizer: Any, ids: list[int], labels: list[int]) -> list[st
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:
-    """As transformers wants them."""
+    """Return the conversation as transformers expects it."""
     return [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
 
 
 @functools.cache
 def smollm2_tokenizer() -> Any:
-    """The real tokenizer of builtin:smollm2, or skip. Converts the model if nobody has yet."""
+    """Return the tokenizer of builtin:smollm2, or skip. Convert the model on first use."""
     from sparsegrad_cli.models.pretrained import load_tokenizer
     from sparsegrad_cli.recipe.schema import ModelSection
 
@@ -69,13 +72,13 @@ def smollm2_tokenizer() -> Any:
 
 @functools.cache
 def smollm2_encoder() -> ChatEncoder:
-    """Of the real tokenizer: proving that template and tokenizer fit takes a second."""
+    """Return an encoder for builtin:smollm2. Cached, since checking its template takes a second."""
     return ChatEncoder(smollm2_tokenizer())
 
 
 @functools.cache
 def oasst() -> tuple[Conversation, ...]:
-    """Every thread of 100 real conversation trees down to its last answer, or skip."""
+    """Return every path of 100 real conversation trees that ends in an answer, or skip."""
 
     def threads(message: dict[str, Any], path: tuple[Turn, ...]) -> Iterator[Conversation]:
         assistant = message["role"] == "assistant"
@@ -95,7 +98,7 @@ def oasst() -> tuple[Conversation, ...]:
 def byte_level(
     template: str | dict[str, str] | None = CHATML, *specials: Any, eos: str = "<|im_end|>"
 ) -> Any:
-    """A byte-level BPE, as GPT-2, Qwen and SmolLM have; its first tokens are the special ones."""
+    """Return a byte-level BPE tokenizer, as GPT-2, Qwen and SmolLM have."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -112,7 +115,7 @@ def byte_level(
 
 
 def sentencepiece(scheme: str, template: str | None = None, *, byte_fallback: bool = True) -> Any:
-    """A BPE with a space before the text, as LLaMA-2 and Mistral have.
+    """Return a BPE tokenizer that puts a space before the text, as LLaMA-2 and Mistral do.
 
     Args:
         scheme: ``first`` puts it before the text only, ``legacy`` before every part between
@@ -138,7 +141,7 @@ def sentencepiece(scheme: str, template: str | None = None, *, byte_fallback: bo
         show_progress=False,
     )
     backend.train_from_iterator(_CORPUS, trainer)
-    # Bytes are no special tokens: they stand for letters the vocabulary lacks.
+    # Byte tokens are not special: they stand for letters that the vocabulary lacks.
     content = json.loads(backend.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"][1] != "0"]
     backend = Tokenizer.from_str(json.dumps(content))

@@ -1,4 +1,4 @@
-"""A run small enough for seconds: a real model, real steps, few of them; and what a user sees."""
+"""Recipe overrides for runs of a few seconds, and the outcome of a command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = (
     "calibration.basis_per=kind",
 )
 
-# What a user types for each method and form.
+# Command-line overrides that select each method and form.
 METHODS = {
     "full": ("method=full",),
     "lora": ("method=lora",),
@@ -31,7 +31,7 @@ METHODS = {
 
 @dataclass
 class Outcome:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def flat(self) -> str:
-        """stderr with the panel's borders and line breaks taken out."""
+        """Return stderr without panel borders and line breaks."""
         return " ".join(self.err.replace("│", " ").split())
 
 

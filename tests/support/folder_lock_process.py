@@ -1,4 +1,4 @@
-"""A process of its own that holds a run's folder."""
+"""A separate process that holds the lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ time.sleep(3600)
 
 
 @contextmanager
-def holder(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Inside, it runs; with an argument it has a child that outlives it."""
+def lock_holder(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the process inside the context; any argument gives it a child that outlives it."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), *arguments],
         env=os.environ | {"PYTHONPATH": str(REPO)},
@@ -42,8 +42,8 @@ def holder(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.stdout.close()
 
 
-def read(process: subprocess.Popen[str]) -> tuple[str, int]:
-    """``held`` or ``child``, and whose process id."""
+def read_process_id(process: subprocess.Popen[str]) -> tuple[str, int]:
+    """Read ``held`` or ``child`` and the process id from its output."""
     assert process.stdout is not None
     word, number = process.stdout.readline().split()
     return word, int(number)

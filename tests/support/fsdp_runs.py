@@ -1,4 +1,4 @@
-"""Two processes on the CPU whose weights FSDP2 splits, by the tool's own training."""
+"""Training in two CPU processes with FSDP2: inputs, settings and process setup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.training.train import train as train_recipe
-from support.chat_models import byte_tokenizer, talker
+from support.chat_models import byte_tokenizer, chat_model_folder
 from support.small_runs import base_folder, data_folder
 from support.tiny_models import build, config
 
@@ -37,7 +37,7 @@ _SETTINGS = (
     "train.eval_strategy=no",
     "train.save_strategy=no",
     "train.logging_steps=1",
-    # Far above every gradient: steps are in proportion to gradients, and hide no factor.
+    # Far above every gradient: steps are proportional to gradients, so a wrong factor shows.
     "train.adam_epsilon=1",
     "train.learning_rate=0.5",
     "train.use_cpu=true",
@@ -45,7 +45,7 @@ _SETTINGS = (
     "calibration.batch_size=2",
     "calibration.warmup_steps=0",
 )
-# Three rows to evaluate: one process has two of them, the other one.
+# Three validation rows: one process has two of them, the other has one.
 _CHAT = "task={name: chat, path: d.jsonl, max_length: 96, eval_limit: 3}"
 TASKS = {
     "bert": ("model=bert", "task={name: csv, path: classes, max_length: 16, eval_limit: 5}"),
@@ -54,14 +54,14 @@ TASKS = {
 }
 
 
-def place(folder: Path) -> Path:
-    """Models without dropout, which would differ from process to process, and their tasks."""
+def make_inputs(folder: Path) -> Path:
+    """Make the tasks and models, without dropout, which would differ between processes."""
     from transformers import AutoModelForCausalLM
 
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     base_folder(folder / "bert", "bert", **still)
     data_folder(folder / "classes")
-    talker(folder / "llama", positions=128)
+    chat_model_folder(folder / "llama", positions=128)
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     settings = config("gpt2", vocab_size=260, n_positions=128, initializer_range=0.3, **still)
     tied: Any = build(AutoModelForCausalLM, settings, 3)
@@ -75,15 +75,15 @@ def place(folder: Path) -> Path:
     return folder
 
 
-def cut(size: int, micro_batches: int) -> tuple[str, ...]:
-    """Batch settings of one process."""
+def batch_settings(size: int, micro_batches: int) -> tuple[str, ...]:
+    """Return the batch settings of one process."""
     return (
         f"train.per_device_train_batch_size={size}",
         f"train.gradient_accumulation_steps={micro_batches}",
     )
 
 
-def trained(
+def train_run(
     model: str,
     method: str,
     run: str,
@@ -91,21 +91,21 @@ def trained(
     resume: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """run.json of a run in the working folder, as the command makes it."""
+    """Train in the working folder as the command does, and return run.json."""
     settings = (*TASKS[model], *_SETTINGS, *METHODS[method], *more, f"output_dir={run}")
     return train_recipe(load_recipe(None, settings), observer, resume=resume).to_json()
 
 
-def undraw() -> None:
-    """Figures are not what this is about, and take the time."""
+def skip_figures() -> None:
+    """Replace figures, which take most of the time, by empty ones."""
     from sparsegrad_cli.report import svg
 
     svg.to_svg = lambda figure: "<svg></svg>"
 
 
 @contextmanager
-def joined(rank: int, folder: str) -> Iterator[None]:
-    """One of two processes, as `torchrun --nproc-per-node 2` starts them; it ends here."""
+def joined_process_group(rank: int, folder: str) -> Iterator[None]:
+    """Join the group as `torchrun --nproc-per-node 2` does, and exit the process at the end."""
     said = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({key: str(value) for key, value in said.items()}, HF_HUB_OFFLINE="1")
     os.chdir(folder)
@@ -113,22 +113,21 @@ def joined(rank: int, folder: str) -> Iterator[None]:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    undraw()
+    skip_figures()
     yield
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # The interpreter's own exit races with gloo's threads; all that is read is on disk by now.
+    # A normal exit races with gloo's threads. Everything that tests read is on disk by now.
     os._exit(0)
 
 
 @contextmanager
-def splitting(*, on_cpu: bool = True) -> Iterator[None]:
-    """Inside, a launcher has asked for FSDP2; outside, for nothing, which is DDP.
+def fsdp_requested(*, on_cpu: bool = True) -> Iterator[None]:
+    """Request FSDP2 as a launcher does; without it, training uses DDP.
 
     Args:
-        on_cpu: let accelerate take its FSDP branch on the CPU, too, which it takes on accelerators
-            alone. Nothing else of it is touched: what prepares, splits, maps the optimizer and
-            clips is its own.
+        on_cpu: make accelerate take its FSDP branch on the CPU, which it otherwise takes only on
+            accelerators. Nothing else in accelerate is patched.
     """
     from accelerate import PartialState
     from accelerate.state import AcceleratorState

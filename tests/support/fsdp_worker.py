@@ -1,4 +1,4 @@
-"""What each of two processes does whose weights FSDP2 splits, and what it finds."""
+"""The program of each of the two FSDP2 processes; it writes its findings to a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.models.nan_check import check_weights
 from sparsegrad_cli.models.sharded_tensors import is_split
 from sparsegrad_cli.progress import Observer
-from support.fsdp_runs import METHODS, cut, joined, splitting, trained
+from support.fsdp_runs import (
+    METHODS,
+    batch_settings,
+    fsdp_requested,
+    joined_process_group,
+    train_run,
+)
 
 CELLS = [(model, method) for model in ("bert", "llama") for method in METHODS]
 # Compared with whole weights: frozen half-precision weights beside float32 values, autocast, and a
@@ -43,19 +49,19 @@ FILES = ("trainable.safetensors", "optimizer.safetensors")
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """What each of the two processes does; what it found is ``rank<n>.json``."""
-    with joined(rank, folder):
+    """Run all cases in one of the two processes, and write ``rank<n>.json``."""
+    with joined_process_group(rank, folder):
         found: dict[str, Any] = {"diverged": _diverged(), "lost": _lost_shard(rank)}
-        with splitting():
+        with fsdp_requested():
             for model, method in CELLS:
-                trained(model, method, f"two-{model}-{method}", *cut(2, 2))
+                train_run(model, method, f"two-{model}-{method}", *batch_settings(2, 2))
             recomputed = ("train.gradient_checkpointing=true", "method.recompute=activation")
-            trained("llama", "dense", "recomputed", *cut(2, 2), *recomputed)
-            trained("llama", "lora", "clipped", *cut(2, 2), "train.max_grad_norm=0.01")
+            train_run("llama", "dense", "recomputed", *batch_settings(2, 2), *recomputed)
+            train_run("llama", "lora", "clipped", *batch_settings(2, 2), "train.max_grad_norm=0.01")
         for name, (model, method, *more) in COMPARED.items():
-            with splitting():
-                trained(model, method, f"split-{name}", *cut(4, 1), *more)
-            trained(model, method, f"whole-{name}", *cut(4, 1), *more)
+            with fsdp_requested():
+                train_run(model, method, f"split-{name}", *batch_settings(4, 1), *more)
+            train_run(model, method, f"whole-{name}", *batch_settings(4, 1), *more)
         for method in ("static", "full"):
             _stopped_and_resumed(rank, method)
         found["pieces"] = _pieces(rank)
@@ -64,32 +70,36 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def _stopped_and_resumed(rank: int, method: str) -> None:
-    """A run of four steps, and from its checkpoint of the second one split and one whole."""
-    with splitting():
-        trained("llama", method, f"straight-{method}", *cut(4, 1), *SAVING)
+    """Train four steps, then resume from step 2 once with FSDP2 and once without."""
+    with fsdp_requested():
+        train_run("llama", method, f"straight-{method}", *batch_settings(4, 1), *SAVING)
     if rank == 0:
         for way in ("split", "whole"):
             left = Path(shutil.copytree(f"straight-{method}", f"resumed-{way}-{method}"))
             shutil.rmtree(left / "checkpoint-4")
             shutil.rmtree(left / "adapter")
     torch.distributed.barrier()
-    with splitting():
-        trained("llama", method, f"resumed-split-{method}", *cut(4, 1), *SAVING, resume=True)
-    trained("llama", method, f"resumed-whole-{method}", *cut(4, 1), *SAVING, resume=True)
+    with fsdp_requested():
+        train_run(
+            "llama", method, f"resumed-split-{method}", *batch_settings(4, 1), *SAVING, resume=True
+        )
+    train_run(
+        "llama", method, f"resumed-whole-{method}", *batch_settings(4, 1), *SAVING, resume=True
+    )
 
 
 def _diverged() -> dict[str, Any]:
-    """A loss that is lost ends all processes, though looking for the module is everybody's work."""
+    """Check that a NaN loss ends all processes, which search for the module together."""
     try:
-        with splitting():
-            trained("bert", "full", "diverged", *cut(4, 1), "train.learning_rate=1e30")
+        with fsdp_requested():
+            train_run("bert", "full", "diverged", *batch_settings(4, 1), "train.learning_rate=1e30")
     except NonFiniteError as error:
         return error.details
     return {}
 
 
 class _Listening(Observer):
-    """Keeps the notes of a run."""
+    """Collects the notes of a run."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -99,10 +109,10 @@ class _Listening(Observer):
 
 
 def _on_the_cpu_as_it_is() -> list[str]:
-    """Notes of a run that was to be split, where accelerate does not."""
+    """Return the notes of a run that requests FSDP2 where accelerate does not apply it."""
     heard = _Listening()
-    with splitting(on_cpu=False):
-        trained("bert", "lora", "unsplit", *cut(4, 1), observer=heard)
+    with fsdp_requested(on_cpu=False):
+        train_run("bert", "lora", "unsplit", *batch_settings(4, 1), observer=heard)
     return heard.notes
 
 
@@ -125,7 +135,7 @@ def _split_odd() -> Any:
 
 
 def _lost_shard(rank: int) -> str:
-    """A number that is lost in one process's shard alone is found by both."""
+    """Check that both processes find a NaN in the shard of one."""
     model = _split_odd()
     check_weights(model, 1)
     with torch.no_grad():
@@ -139,7 +149,7 @@ def _lost_shard(rank: int) -> str:
 
 
 def _pieces(rank: int) -> list[Any]:
-    """Of a model that is whole after a forward pass: are its weights written all the same?"""
+    """Load and save weights of a model that is unsharded after a forward pass."""
     model = _split_odd()
     model.eval()
     with torch.no_grad():

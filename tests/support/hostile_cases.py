@@ -1,7 +1,7 @@
-"""Generated cases against a property: each is accepted, or refused by an error of ours.
+"""Property tests on generated inputs: each is accepted, or refused with a SparsegradError.
 
-``make test`` tries a few of every property, the same ones every time; ``make test-slow`` hundreds,
-and ends with a table of what became of them (docs/hostile.md).
+``make test`` runs a few cases of every property, always the same ones. ``make test-slow`` runs
+hundreds, and prints a table of the outcomes at the end (docs/hostile.md).
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from hypothesis.strategies import SearchStrategy
 
 from sparsegrad_cli.cli.errors import show
 from sparsegrad_cli.errors import RecipeError, SparsegradError
-from support.audit_events import nothing_done
-from support.hostile_summary import PROPERTY, Tried
+from support.audit_events import no_side_effects
+from support.hostile_summary import PROPERTY, CaseCounts
 
-_HANGS_S = 30  # of processor time, whatever else the machine does: no case takes a tenth of it
-_WAITS_S = 120  # by the clock: for what will never come
+_HANGS_S = (
+    30  # of CPU time, so the load of the machine does not matter; no case takes a tenth of it
+)
+_WAITS_S = 120  # by the clock, for a case that waits for ever
 _ORDERS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-class Stuck(BaseException):
-    """A case that did not end. No Exception: each smaller one that hypothesis tried would hang."""
+class CaseTimeout(BaseException):
+    """A case did not end. Not an Exception, or hypothesis would try smaller cases that hang too."""
 
 
-Judge = Callable[..., None]
+Check = Callable[..., None]
 
 
-def holds(
+def property_test(
     what: str,
     /,
     *,
@@ -45,26 +47,26 @@ def holds(
     many: int = 300,
     shrink: bool = True,
     **cases: SearchStrategy[Any],
-) -> Callable[[Judge], Callable[..., None]]:
-    """Make a test of ``judge(**cases)``, and a slow one of many more cases.
+) -> Callable[[Check], Callable[..., None]]:
+    """Make a test of ``check(**cases)``, and a slow one with many more cases.
 
-    A case is refused where ``judge`` raises a SparsegradError, which must be fit to be shown; any
-    other exception fails the test, and so does what no case may do (see watching).
+    A case is refused if ``check`` raises a SparsegradError that is safe to display. Any other
+    exception fails the test, and so does a forbidden side effect (see audit_events).
 
     Args:
         what: the property, for the table.
-        few, many: cases by ``make test`` (0 leaves it to the other), and by ``make test-slow``.
-        shrink: look for a smaller case where one fails.
-        cases: what the arguments of ``judge`` are drawn from.
+        few, many: number of cases in ``make test`` (0: none) and in ``make test-slow``.
+        shrink: search for a smaller failing case.
+        cases: strategies for the arguments of ``check``.
     """
 
-    def decorated(judge: Judge) -> Callable[..., None]:
+    def decorated(check: Check) -> Callable[..., None]:
         counts = {"few": few, "many": pytest.param(many, marks=pytest.mark.slow)}
         counts = {name: count for name, count in counts.items() if count}
 
         @pytest.mark.parametrize("count", counts.values(), ids=list(counts))
         def test(count: int, record_property: Callable[[str, object], None]) -> None:
-            tally: Counter[str] = Counter()
+            counts_by_outcome: Counter[str] = Counter()
 
             @settings(
                 max_examples=count,
@@ -76,46 +78,46 @@ def holds(
             )
             @given(**cases)
             def every(**case: Any) -> None:
-                _try(judge, case, tally)
+                _try(check, case, counts_by_outcome)
 
             try:
                 every()
             finally:
-                counted = (tally[name] for name in Tried._fields[1:])
+                counted = (counts_by_outcome[name] for name in CaseCounts._fields[1:])
                 record_property(PROPERTY, [what, *counted])
 
-        test.__doc__ = judge.__doc__
+        test.__doc__ = check.__doc__
         return test
 
     return decorated
 
 
-def _try(judge: Judge, case: dict[str, Any], tally: Counter[str]) -> None:
-    tally["cases"] += 1
+def _try(check: Check, case: dict[str, Any], counts_by_outcome: Counter[str]) -> None:
+    counts_by_outcome["cases"] += 1
     try:
-        with no_hang(), nothing_done():
-            judge(**case)
+        with time_limit(), no_side_effects():
+            check(**case)
     except SparsegradError as error:
         check_error(error)
-        tally["refused"] += 1
-    except Stuck as stuck:
-        tally["tracebacks"] += 1
-        raise Stuck(f"{stuck}: {case!r:.3000}") from None
+        counts_by_outcome["refused"] += 1
+    except CaseTimeout as stuck:
+        counts_by_outcome["tracebacks"] += 1
+        raise CaseTimeout(f"{stuck}: {case!r:.3000}") from None
     except BaseException:
-        tally["tracebacks"] += 1
+        counts_by_outcome["tracebacks"] += 1
         raise
     else:
-        tally["accepted"] += 1
+        counts_by_outcome["accepted"] += 1
 
 
 @contextlib.contextmanager
-def no_hang() -> Iterator[None]:
-    """What runs for minutes, or waits for ever, is a fault and would stop all tests: stop it."""
+def time_limit() -> Iterator[None]:
+    """Raise CaseTimeout if the block computes or waits for too long."""
 
     def stop(number: int, _: object) -> None:
         ran = f"running after {_HANGS_S} s of processor time"
         waited = f"waiting after {_WAITS_S} s"
-        raise Stuck(f"still {ran if number == signal.SIGVTALRM else waited}")
+        raise CaseTimeout(f"still {ran if number == signal.SIGVTALRM else waited}")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGVTALRM, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_VIRTUAL, _HANGS_S)
@@ -130,7 +132,7 @@ def no_hang() -> Iterator[None]:
 
 
 def check_error(error: SparsegradError) -> str:
-    """An error that says what and where, and whose block on the screen obeys no one; the block."""
+    """Check that an error says what and where and displays safely; return what is displayed."""
     shown = io.StringIO()
     with contextlib.redirect_stderr(shown):
         show(error)
@@ -148,7 +150,7 @@ def check_error(error: SparsegradError) -> str:
 
 
 def check_harmless(screen: str) -> None:
-    """Text for a terminal: no control but line breaks, no turning of the direction, encodable."""
+    """Check that text is safe for a terminal: no control or direction characters, encodable."""
     screen.encode("utf-8")
     odd = {c for c in screen if not c.isprintable() and c not in "\n\t\u3000\xa0"}
     odd -= {c for c in odd if _shows_nothing(c)}
@@ -156,8 +158,10 @@ def check_harmless(screen: str) -> None:
 
 
 def _shows_nothing(character: str) -> bool:
-    """Not printable to Python, and yet no order: other spaces, unassigned and private characters,
-    joiners of emoji and scripts."""
+    """Return whether a character that Python calls unprintable is harmless.
+
+    Such are other spaces, unassigned and private characters, and joiners of emoji and scripts.
+    """
     import unicodedata
 
     kind = unicodedata.category(character)
@@ -165,8 +169,8 @@ def _shows_nothing(character: str) -> bool:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """An empty working folder inside another: what is written beside it shows."""
+def scratch_folder() -> Iterator[Path]:
+    """Work in an empty folder, and check that nothing is written beside it."""
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as outside:
         inside = Path(outside).resolve() / "work"
@@ -179,8 +183,8 @@ def scratch() -> Iterator[Path]:
             assert list(Path(outside).resolve().iterdir()) == [inside]
 
 
-def tree(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder: bytes of files, targets of links; to tell whether it changed."""
+def folder_content(folder: Path) -> dict[str, bytes | str]:
+    """Return the bytes of all files and the targets of all links below a folder."""
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""Folders as nobody's program leaves them: links to anywhere, files for folders, pipes."""
+"""Strategies for hostile folders: links to anywhere, files in place of folders, pipes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 KINDS = ("folder", "file", "pipe", "to a folder", "to a file", "to nothing", "to itself", "upwards")
 
 
-def furnish(folder: Path, things: dict[str, str]) -> None:
-    """Make files, folders and links; ``outside`` beside the folder is what must stay as it is."""
+def fill_folder(folder: Path, things: dict[str, str]) -> None:
+    """Make files, folders and links in a folder, and a folder ``outside`` beside it.
+
+    Tests check that ``outside`` is unchanged.
+    """
     outside = folder.parent / "outside"
     for path in (outside / "checkpoint-1", outside / "cells"):
         path.mkdir(parents=True)
@@ -29,11 +32,11 @@ def furnish(folder: Path, things: dict[str, str]) -> None:
         elif kind == "file":
             path.write_text("x")
         elif kind == "pipe":
-            os.mkfifo(path)  # who opens it to read waits for ever
+            os.mkfifo(path)  # opening it for reading waits for ever
         else:
             path.symlink_to(targets.get(kind, path.name))
 
 
-def things(*names: str) -> st.SearchStrategy[dict[str, str]]:
-    """What :func:`furnish` is to put under some of these names."""
+def folder_entries(*names: str) -> st.SearchStrategy[dict[str, str]]:
+    """Draw what :func:`fill_folder` puts under some of these names."""
     return st.dictionaries(st.sampled_from(names), st.sampled_from(KINDS), max_size=6)

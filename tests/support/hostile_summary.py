@@ -1,4 +1,4 @@
-"""The table of what became of generated cases, as docs/hostile.md has it."""
+"""The table of outcomes of generated cases that docs/hostile.md shows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-PROPERTY = "hostile cases"  # of a test's report, which also comes from other processes
+PROPERTY = "hostile cases"  # property name in test reports, which xdist sends between processes
 _PACKAGES = ("hypothesis", "torch", "transformers", "peft", "safetensors", "pyyaml")
 
 
-class Tried(NamedTuple):
-    """What became of the cases of one property, in one test."""
+class CaseCounts(NamedTuple):
+    """The outcomes of the cases of one property, in one test."""
 
     what: str
     cases: int
@@ -21,21 +21,21 @@ class Tried(NamedTuple):
     tracebacks: int
 
 
-def table(reports: Iterable[Any]) -> list[str]:
-    """Markdown, and the versions; empty where no report tells of cases.
+def summary_table(reports: Iterable[Any]) -> list[str]:
+    """Return the Markdown table and versions, or nothing if no report has cases.
 
-    The few cases of a property are not counted where its many have run, too.
+    If both the few and the many cases of a property ran, only the many count.
     """
-    found: dict[str, Tried] = {}
+    found: dict[str, CaseCounts] = {}
     for report in reports:
         for name, value in getattr(report, "user_properties", ()):
-            tried = Tried(*value) if name == PROPERTY else None
+            tried = CaseCounts(*value) if name == PROPERTY else None
             if tried is not None and tried.cases >= found.get(tried.what, tried).cases:
                 found[tried.what] = tried
     if not found:
         return []
     rows = sorted(found.values())
-    total = Tried("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:]))
+    total = CaseCounts("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:]))
     lines = [
         "| property | cases | refused | accepted | tracebacks |",
         "| :-- | --: | --: | --: | --: |",

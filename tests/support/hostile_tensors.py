@@ -1,4 +1,4 @@
-"""Tensor files to be afraid of: tensors that do not fit, headers that lie, bytes of any kind."""
+"""Strategies for hostile tensor files: wrong tensors, false headers, damaged bytes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.hostile_text import EVIL, values
+from support.hostile_text import HOSTILE_TEXTS, json_values
 
 _NAN, _INF = float("nan"), float("inf")
-SPOILS = (
+DAMAGES = (
     *("drop", "rename", "add", "swap", "transpose", "flat", "deeper", "scalar", "empty"),
     *("shorter", "longer", "int32", "int64", "bool", "float16", "bfloat16", "float64"),
     *("nan", "inf", "zero", "huge", "negative", "first", "reverse", "last"),
 )
-Spoils = list[tuple[str, int, int]]
+Damages = list[tuple[str, int, int]]
 
 
-def spoils(most: int = 3) -> st.SearchStrategy[Spoils]:
-    """What :func:`spoil` is to do, and to which tensor and entry."""
+def damages(most: int = 3) -> st.SearchStrategy[Damages]:
+    """Draw damages for :func:`damage_tensors`: the kind, the tensor and the entry."""
     number = st.integers(0, 10**6)
-    return st.lists(st.tuples(st.sampled_from(SPOILS), number, number), max_size=most)
+    return st.lists(st.tuples(st.sampled_from(DAMAGES), number, number), max_size=most)
 
 
-def spoil(tensors: dict[str, Tensor], what: Spoils) -> dict[str, Tensor]:
-    """The tensors with something else in the place of some."""
+def damage_tensors(tensors: dict[str, Tensor], what: Damages) -> dict[str, Tensor]:
+    """Return the tensors with some of them damaged."""
     tensors = dict(tensors)
     for way, which, entry in what:
         names = sorted(tensors)
@@ -40,7 +40,9 @@ def spoil(tensors: dict[str, Tensor], what: Spoils) -> dict[str, Tensor]:
         if way == "drop":
             del tensors[name]
         elif way == "rename":
-            tensors[EVIL[entry % len(EVIL)].encode("utf-8", "replace").decode()] = tensors.pop(name)
+            tensors[
+                HOSTILE_TEXTS[entry % len(HOSTILE_TEXTS)].encode("utf-8", "replace").decode()
+            ] = tensors.pop(name)
         elif way == "add":
             tensors[f"{name}.{entry}"] = tensor.clone()
         elif way == "swap":
@@ -52,7 +54,7 @@ def spoil(tensors: dict[str, Tensor], what: Spoils) -> dict[str, Tensor]:
 
 
 def _changed(tensor: Tensor, way: str, entry: int) -> Tensor:
-    """One tensor, of another shape, dtype or content."""
+    """Return the tensor with another shape, dtype or content."""
     shapes: dict[str, Callable[[Tensor], Tensor]] = {
         "transpose": lambda t: t.T if t.ndim == 2 else t[None],
         "flat": lambda t: t.reshape(-1),
@@ -87,10 +89,12 @@ def _changed(tensor: Tensor, way: str, entry: int) -> Tensor:
     return changed
 
 
-def texts() -> st.SearchStrategy[str]:
-    """What may stand where a file's metadata has a text: JSON of anything, or no JSON."""
-    safe = values().map(lambda value: json.dumps(value, default=str))
-    return st.one_of(safe, st.sampled_from(EVIL).map(_utf8), st.sampled_from(("", "{", "[" * 2000)))
+def metadata_texts() -> st.SearchStrategy[str]:
+    """Draw metadata texts: arbitrary JSON, or text that is not JSON."""
+    safe = json_values().map(lambda value: json.dumps(value, default=str))
+    return st.one_of(
+        safe, st.sampled_from(HOSTILE_TEXTS).map(_utf8), st.sampled_from(("", "{", "[" * 2000))
+    )
 
 
 def _utf8(text: str) -> str:
@@ -98,8 +102,8 @@ def _utf8(text: str) -> str:
 
 
 @st.composite
-def torn(draw: st.DrawFn, content: bytes) -> bytes:
-    """A safetensors file whose header lies, or whose bytes are cut, changed or more."""
+def damaged_files(draw: st.DrawFn, content: bytes) -> bytes:
+    """Draw a safetensors file with a false header, or with bytes cut, changed or added."""
     way = draw(st.sampled_from(("cut", "flip", "length", "header", "header", "more", "junk")))
     if way == "cut":
         return content[: draw(st.integers(0, len(content)))]
@@ -113,27 +117,29 @@ def torn(draw: st.DrawFn, content: bytes) -> bytes:
     if way == "more":
         return content + draw(st.binary(min_size=1, max_size=9))
     if way == "junk":
-        header = draw(st.one_of(st.binary(max_size=40), texts().map(str.encode)))
+        header = draw(st.one_of(st.binary(max_size=40), metadata_texts().map(str.encode)))
         return struct.pack("<Q", len(header)) + header + content[-100:]
-    return _lying(draw, content)
+    return _with_false_header(draw, content)
 
 
-def _lying(draw: st.DrawFn, content: bytes) -> bytes:
-    """Another shape, dtype or place of a tensor, in a header of the right length."""
+def _with_false_header(draw: st.DrawFn, content: bytes) -> bytes:
+    """Change the shape, dtype or offsets of a tensor in a header of the right length."""
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
     name = draw(st.sampled_from(sorted(n for n in header if n != "__metadata__")))
     number: st.SearchStrategy[Any] = st.sampled_from(
         (-1, 0, 1, 2, 3.5, 2**31, 2**62, 2**64, None, "4", [])
     )
-    lie: dict[str, Any] = {
-        "shape": st.one_of(st.lists(number, max_size=3), values()),
-        "dtype": st.one_of(st.sampled_from(("F32", "BF16", "I64", "BOOL", "F8_E4M3")), values()),
-        "data_offsets": st.one_of(st.lists(number, min_size=2, max_size=2), values()),
+    false: dict[str, Any] = {
+        "shape": st.one_of(st.lists(number, max_size=3), json_values()),
+        "dtype": st.one_of(
+            st.sampled_from(("F32", "BF16", "I64", "BOOL", "F8_E4M3")), json_values()
+        ),
+        "data_offsets": st.one_of(st.lists(number, min_size=2, max_size=2), json_values()),
     }
-    key = draw(st.sampled_from(sorted(lie)))
+    key = draw(st.sampled_from(sorted(false)))
     if draw(st.booleans()):
-        header[name][key] = draw(lie[key])
+        header[name][key] = draw(false[key])
     else:
         other = draw(st.sampled_from(sorted(n for n in header if n != "__metadata__")))
         header[name] = {**header[name], key: header[other][key]}

@@ -1,4 +1,4 @@
-"""Text and records to be afraid of: what obeys, what breaks out, what no number is."""
+"""Strategies for hostile text and records, and checks that documents render them safely."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.html_pages import outline
 
-EVIL = (
+HOSTILE_TEXTS = (
     "</script><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
     "' onmouseover='alert(1)' x='",
@@ -48,47 +48,47 @@ _NUMBERS = (0, -1, 1, 2**63, 10**400, -(10**400), 1e308, -1e308, 5e-324, 0.1, fl
 _OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": None}, [{}], [[[[1]]]])
 
 
-def words() -> st.SearchStrategy[str]:
-    """A text that means harm, or any text at all."""
+def texts() -> st.SearchStrategy[str]:
+    """Draw a hostile text, or any text."""
     anything = st.text(st.characters(exclude_categories=()), max_size=30)
-    return st.one_of(st.sampled_from(EVIL), st.sampled_from(EVIL), anything)
+    return st.one_of(st.sampled_from(HOSTILE_TEXTS), st.sampled_from(HOSTILE_TEXTS), anything)
 
 
-def values() -> st.SearchStrategy[Any]:
-    """Whatever JSON can hold in one place."""
+def json_values() -> st.SearchStrategy[Any]:
+    """Draw any JSON value."""
     other = st.one_of(st.sampled_from(_NUMBERS), st.sampled_from(_OTHERS), st.floats())
-    return st.one_of(words(), words(), other, st.lists(words(), max_size=3))
+    return st.one_of(texts(), texts(), other, st.lists(texts(), max_size=3))
 
 
-def places(data: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key or number) of everything in a tree."""
+def positions(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (container, key or index) of every value in a tree."""
     for key, value in list(data.items() if isinstance(data, dict) else enumerate(data)):
         yield data, key
         if isinstance(value, dict | list):
-            yield from places(value)
+            yield from positions(value)
 
 
 @st.composite
-def records(draw: st.DrawFn, *makers: Callable[[], dict[str, Any]], most: int = 12) -> Any:
-    """A record with up to so many places changed: most of them texts, which stay texts.
+def damaged_records(draw: st.DrawFn, *makers: Callable[[], dict[str, Any]], most: int = 12) -> Any:
+    """Draw a record with up to ``most`` values changed, mostly texts that stay texts.
 
-    The schema is left, or the record would not be read. A value of another type, or a key that is
-    missing, makes most records refused: one record in four has such a place.
+    The schema version stays, or the record would not be read. Most records with a missing key or a
+    value of another type are refused, so only one record in four has one.
     """
     record = copy.deepcopy(draw(st.sampled_from(makers))())
     for _ in range(draw(st.integers(1, most))):
-        found = [(c, key) for c, key in places(record) if isinstance(c[key], str)]
+        found = [(c, key) for c, key in positions(record) if isinstance(c[key], str)]
         container, key = draw(st.sampled_from(found))
-        container[key] = draw(words())
+        container[key] = draw(texts())
     if draw(st.integers(0, 3)) == 0:
-        container, key = draw(st.sampled_from([p for p in places(record) if p[1] != "schema"]))
+        container, key = draw(st.sampled_from([p for p in positions(record) if p[1] != "schema"]))
         way = draw(st.sampled_from(("value", "drop", "rename", "twice")))
         if way == "value":
-            container[key] = copy.deepcopy(draw(values()))
+            container[key] = copy.deepcopy(draw(json_values()))
         elif way == "drop":
             del container[key]
         elif way == "rename" and isinstance(container, dict):
-            container[draw(words())] = container.pop(key)
+            container[draw(texts())] = container.pop(key)
         elif way == "twice" and isinstance(container, list):
             container.append(copy.deepcopy(container[key]))
     return record
@@ -104,7 +104,7 @@ ATTRIBUTES = re.compile(r"on\w+|formaction|srcdoc|action")
 
 
 def check_page(page: str) -> None:
-    """Well-formed, with none but our own tags, nothing run and nothing fetched."""
+    """Check that a page is well-formed, has only our tags and runs or fetches nothing."""
     page.encode("utf-8")
     found = outline(page)
     assert found.tags <= TAGS, found.tags - TAGS
@@ -115,14 +115,14 @@ def check_page(page: str) -> None:
 
 
 def check_plain(text: str) -> None:
-    """No control characters but line breaks and tabs, and nothing that turns the direction."""
+    """Check that text has no control characters (except line breaks and tabs) or bidi marks."""
     controls = {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))} - set("\n\t")
     turning = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
     assert not (controls | turning) & set(text)
 
 
 def check_markdown(text: str) -> None:
-    """No tag but ours, no code, no picture, and the rows of a table of one width."""
+    """Check that Markdown has only our tags, no code or pictures, and tables of constant width."""
     check_plain(text)
     ours = re.sub(r"<br>|</?details>|</?summary>|&(nbsp|lt|gt|amp);", "", text)
     assert "<" not in ours

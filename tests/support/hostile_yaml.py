@@ -1,4 +1,4 @@
-"""YAML to be afraid of: any tree, the shipped recipes with something wrong in them, plain bytes."""
+"""Strategies for hostile YAML: arbitrary trees, damaged shipped recipes, arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEYS = sorted(
 
 _UTF8 = ("utf-8", "surrogatepass")
 
-# As they are written: what YAML makes numbers, dates, tags, anchors and merges of, and what not.
+# Tokens that YAML reads as numbers, dates, tags, anchors or merges, or nearly does.
 _WORDS = (
     "null ~ true no on 0 1 -1 3 64 1e-3 0.5 1.5 -0.0 1e999 -1e999 .inf -.inf .nan 0x_ 0b_ 0o9 "
     "0x1F 1_000 190:20:30 2020-13-45 2020-02-30T25:61:61Z = <<  !!int !!float !!bool !!null !!str "
@@ -88,7 +88,7 @@ _TAGGED = (
 
 
 def _text() -> st.SearchStrategy[str]:
-    """Any text, quoted so that YAML reads it back (surrogates as escapes)."""
+    """Draw any text, quoted so that YAML reads it back (surrogates as escapes)."""
     return st.text(st.characters(exclude_categories=()), max_size=20).map(json.dumps)
 
 
@@ -102,12 +102,12 @@ def _number() -> st.SearchStrategy[str]:
 
 
 def scalars() -> st.SearchStrategy[str]:
-    """One value as it is written."""
+    """Draw one value as written in a file."""
     return st.one_of(st.sampled_from(TOKENS), st.sampled_from(_TAGGED), _text(), _number())
 
 
 def keys() -> st.SearchStrategy[str]:
-    """A key as it is written, mostly one that there is."""
+    """Draw a key as written in a file, usually one that exists."""
     known = st.sampled_from(KEYS)
     return st.one_of(known, known, known, st.sampled_from(TOKENS), _text(), _number())
 
@@ -117,11 +117,13 @@ def _mapping(pairs: list[tuple[str, str]]) -> str:
 
 
 def trees(root: type[BaseModel] = Recipe, start: str = "") -> st.SearchStrategy[str]:
-    """A YAML text in flow style, of any keys, or of one or two that there are; keys may come twice.
+    """Draw a YAML text in flow style with arbitrary keys, or with one or two existing keys.
+
+    Keys may be repeated.
 
     Args:
-        root: whose keys.
-        start: what a text of those begins with.
+        root: the model whose keys exist.
+        start: text before the existing keys.
     """
 
     def deeper(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -141,7 +143,7 @@ def _lines(pairs: list[tuple[str, str]]) -> str:
 
 
 def _of_field(field: FieldInfo) -> st.SearchStrategy[str]:
-    """A value where it may stand: of a section one or two of its own keys."""
+    """Draw a value for a field; for a section, one or two of its own keys."""
     kind = field.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         pairs = [st.tuples(st.just(k), _of_field(f)) for k, f in kind.model_fields.items()]
@@ -153,18 +155,18 @@ def _of_field(field: FieldInfo) -> st.SearchStrategy[str]:
 
 
 def _words_of(annotation: Any) -> list[str]:
-    """The words that a Literal allows, wherever it stands in an annotation."""
+    """Return the values of all Literals in an annotation."""
     if isinstance(annotation, str):
         return [annotation]
     return [word for each in typing.get_args(annotation) for word in _words_of(each)]
 
 
 class _Raw(str):
-    """A value or key that stands in the file as it is."""
+    """A value or key that is written to the file unchanged."""
 
 
 def _places(data: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key or number) of everything in a tree."""
+    """Yield (container, key or index) of every value in a tree."""
     found = data.items() if isinstance(data, dict) else enumerate(data)
     for key, value in list(found):
         yield data, key
@@ -173,8 +175,8 @@ def _places(data: Any) -> Iterator[tuple[Any, Any]]:
 
 
 @st.composite
-def spoilt(draw: st.DrawFn, paths: tuple[Path, ...] = tuple(SHIPPED)) -> tuple[str, bytes]:
-    """(folder it comes from, content) of a shipped file, with one to three things wrong."""
+def damaged_recipes(draw: st.DrawFn, paths: tuple[Path, ...] = tuple(SHIPPED)) -> tuple[str, bytes]:
+    """Draw (folder, content) of a shipped file with one to three mistakes."""
     path = draw(st.sampled_from(paths))
     data = copy.deepcopy(yaml.safe_load(path.read_text(encoding="utf-8")))
     for _ in range(draw(st.integers(1, 3))):
@@ -182,13 +184,13 @@ def spoilt(draw: st.DrawFn, paths: tuple[Path, ...] = tuple(SHIPPED)) -> tuple[s
         if not places:
             break
         container, key = draw(st.sampled_from(places))
-        _spoil(draw, container, key)
+        _make_mistake(draw, container, key)
     text = yaml.safe_dump(_marked(data), sort_keys=False, allow_unicode=True, width=10**6)
     return path.parent.name, _bytes(_unmarked(text))
 
 
-def _spoil(draw: st.DrawFn, container: Any, key: Any) -> None:
-    """One thing: dropped, renamed, replaced, wrapped, nested, or what stands beside it doubled."""
+def _make_mistake(draw: st.DrawFn, container: Any, key: Any) -> None:
+    """Drop, rename, replace, wrap, nest or repeat one value."""
     way = draw(st.sampled_from(("drop", "rename", "replace", "replace", "wrap", "nest", "grow")))
     value = container[key]
     if way == "drop":
@@ -207,7 +209,7 @@ def _spoil(draw: st.DrawFn, container: Any, key: Any) -> None:
 
 
 def _marked(data: Any) -> Any:
-    """The tree with raw tokens as plain words that :func:`_unmarked` finds again."""
+    """Return the tree with raw tokens as plain words that :func:`_unmarked` replaces."""
     if isinstance(data, _Raw):
         return f"RAW{_bytes(data).hex()}WAR"
     if isinstance(data, dict):
@@ -222,8 +224,8 @@ def _unmarked(text: str) -> str:
 
 
 @st.composite
-def torn(draw: st.DrawFn) -> bytes:
-    """A shipped file, its bytes cut, changed, or with others put in."""
+def damaged_bytes(draw: st.DrawFn) -> bytes:
+    """Draw a shipped file with bytes cut, changed or inserted."""
     data = bytearray(draw(st.sampled_from(SHIPPED)).read_bytes())
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -246,8 +248,8 @@ def _bytes(text: str) -> bytes:
     return text.encode(*_UTF8)
 
 
-def junk() -> st.SearchStrategy[bytes]:
-    """Bytes of any kind, with and without sense."""
+def random_bytes() -> st.SearchStrategy[bytes]:
+    """Draw arbitrary bytes."""
     return st.one_of(
         st.binary(max_size=80),
         st.text(max_size=40).map(_bytes),

@@ -1,4 +1,4 @@
-"""HTML pages taken apart: text, ids, tags and what they refer to; and pages without figures."""
+"""Parse HTML pages into text, ids, tags and references, and render pages without figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOID = {"meta", "br", "use", "image", "path", "line", "rect", "hr", "img", "link
 
 
 class Outline(HTMLParser):
-    """Every tag closed in order; collects text, ids and what the page refers to."""
+    """Parser that checks the order of tags and collects text, ids and references."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ def outline(page: str) -> Outline:
 
 
 @contextlib.contextmanager
-def without(*, drawing: bool = True, figures: bool = True) -> Iterator[None]:
-    """Figures are built but not drawn, or not even built: that is matplotlib's, and takes long."""
+def without_figures(*, drawing: bool = True, figures: bool = True) -> Iterator[None]:
+    """Skip the drawing of figures, or also their construction, which takes long in matplotlib."""
     with contextlib.ExitStack() as changes:
         if not drawing:
             there = "sparsegrad_cli.report.svg.to_svg"

@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks the protocol of a judge, well or badly; and answers to judge."""
+"""An HTTP server that plays the judge, and files of questions and answers for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sparsegrad_cli.generate.questions import Question, read_questions
 
 
 @dataclass(frozen=True)
-class Said:
+class Response:
     """One response.
 
     Attributes:
-        text: what the judge writes; None sends ``body`` instead.
-        body: bytes that need be no chat completion.
+        text: the text that the judge writes; None sends ``body`` instead.
+        body: any bytes.
         delay: seconds before anything is sent.
         drip: seconds between two bytes of the body.
         cut: send half of the body, then close.
@@ -43,26 +43,26 @@ class Said:
         return json.dumps({"choices": [choice], "usage": {"total_tokens": 7}}).encode()
 
 
-# From the body of a request and how many came before it (of all) to a response.
-Judges = Callable[[dict[str, Any], int], Said]
+# (body of a request, number of earlier requests) -> response
+Responder = Callable[[dict[str, Any], int], Response]
 
 
 @dataclass
 class Server:
-    """Where it listens, and what it was asked."""
+    """The URL of the server and the requests that it received."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[str]:
-        """The users' messages, in the order they came."""
+        """Return the users' messages in order of arrival."""
         return [r["body"]["messages"][-1]["content"] for r in self.requests]
 
 
 @contextmanager
-def judge_server(judges: Judges) -> Iterator[Server]:
-    """Listens on a free port of this machine while open."""
+def judge_server(responder: Responder) -> Iterator[Server]:
+    """Serve on a free port of this machine inside the context."""
     server = Server("")
     lock = threading.Lock()
 
@@ -79,29 +79,29 @@ def judge_server(judges: Judges) -> Iterator[Server]:
             with lock:
                 number = len(server.requests)
                 server.requests.append(request)
-            said = judges(request["body"], number)
-            time.sleep(said.delay)
+            response = responder(request["body"], number)
+            time.sleep(response.delay)
             try:
-                self._send(said)
+                self._send(response)
             except OSError:
-                return  # the client has given up, as it should
+                return  # the client gave up, as expected
 
-        def _send(self, said: Said) -> None:
-            content = said.content()
-            self.send_response(said.status)
-            for name, value in said.headers:
+        def _send(self, response: Response) -> None:
+            content = response.content()
+            self.send_response(response.status)
+            for name, value in response.headers:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
-            # Said, not only done: a client that reuses the connection loses a try to it.
+            # Announce the close: a client that reuses the connection would lose one attempt.
             self.send_header("Connection", "close")
             self.end_headers()
-            if said.drip:
+            if response.drip:
                 for byte in content:
-                    time.sleep(said.drip)
+                    time.sleep(response.drip)
                     self.wfile.write(bytes([byte]))
                     self.wfile.flush()
                 return
-            self.wfile.write(content[: len(content) // 2] if said.cut else content)
+            self.wfile.write(content[: len(content) // 2] if response.cut else content)
 
         def log_message(self, *arguments: Any) -> None:
             return
@@ -118,13 +118,13 @@ def judge_server(judges: Judges) -> Iterator[Server]:
         listening.server_close()
 
 
-def always(text: str) -> Judges:
-    """A judge that says the same whatever it is asked."""
-    return lambda body, number: Said(text)
+def always_answer(text: str) -> Responder:
+    """Return a responder that always gives the same answer."""
+    return lambda body, number: Response(text)
 
 
 def questions_file(folder: Path) -> Path:
-    """Two questions of one category, one of them with two turns and a reference; one of another."""
+    """Write three questions in two categories; one has two turns, another has a reference."""
     rows = [
         {"question_id": 1, "category": "math", "turns": ["2 + 2?", "Twice that?"]},
         {"question_id": 2, "category": "math", "turns": ["3 * 3?"], "reference": ["Nine."]},
@@ -138,7 +138,7 @@ def questions_file(folder: Path) -> Path:
 def answers_file(
     path: Path, questions: Path, answer: Callable[[Question, int], str], **more: Any
 ) -> Path:
-    """Lines as ``sparsegrad generate`` writes them, of a model named after the file."""
+    """Write answers as ``sparsegrad generate`` does, for a model named after the file."""
     lines = []
     for question in read_questions(str(questions)):
         answers = [answer(question, turn) for turn in range(len(question.turns))]
@@ -157,14 +157,14 @@ def answers_file(
     return path
 
 
-def verdicts(folder: Path) -> list[dict[str, Any]]:
-    """The lines of verdicts.jsonl."""
+def read_verdicts(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of verdicts.jsonl."""
     text = (folder / "verdicts.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def row(record: dict[str, Any], **wanted: Any) -> dict[str, Any]:
-    """The one row with these values."""
+def find_row(record: dict[str, Any], **wanted: Any) -> dict[str, Any]:
+    """Return the only row with these values."""
     rows: Sequence[dict[str, Any]] = record["rows"]
     (found,) = (r for r in rows if all(r[key] == value for key, value in wanted.items()))
     return found

@@ -1,7 +1,7 @@
-"""Named points of a run, and what happens there: usually the process kills itself.
+"""Named points at which a run kills itself, receives a signal or runs out of a resource.
 
-A point is a patch, made in a forked process of its own (tests/support/kill_process.py). The package
-holds nothing of this.
+Each point patches a function of the package in a forked process (tests/support/kill_process.py).
+The package itself has no test hooks.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Of all other moments no report is written.
+# Runs write a report only at these points.
 REPORTING = ("reporting", "reporting-interrupted", "reporting-full")
 
 Patch = Callable[[int], None]
-MOMENTS: dict[str, tuple[str, Patch]] = {}
+KILL_POINTS: dict[str, tuple[str, Patch]] = {}
 
 
-def moment(name: str, words: str) -> Callable[[Patch], Patch]:
-    """Enter a function that arms the n-th occurrence of a moment."""
+def kill_point(name: str, words: str) -> Callable[[Patch], Patch]:
+    """Register a function that acts at the n-th occurrence of a point; ``words`` describe it."""
 
     def enter(patch: Patch) -> Patch:
-        MOMENTS[name] = (words, patch)
+        KILL_POINTS[name] = (words, patch)
         return patch
 
     return enter
 
 
-def die() -> None:
-    """As the system's killer does it: no handler runs, nothing is flushed."""
+def kill_self() -> None:
+    """Kill the process with SIGKILL: no handler runs and nothing is flushed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wrap(
+def patch_call(
     owner: Any,
     name: str,
     count: int,
@@ -44,7 +44,7 @@ def wrap(
     after: Callable[..., Any] | None = None,
     when: Callable[..., bool] = lambda *args, **kwargs: True,
 ) -> None:
-    """Have something happen at the ``count``-th call of ``owner.name`` for which ``when`` holds."""
+    """Act at the ``count``-th call of ``owner.name`` for which ``when`` returns True."""
     real, calls = getattr(owner, name), [0]
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -62,13 +62,13 @@ def wrap(
 
 
 def _die(*args: Any, **kwargs: Any) -> None:
-    die()
+    kill_self()
 
 
 def _torn(tensors: Any, path: str | Path, metadata: Any = None) -> None:
-    """Half of the file's bytes have reached the disk."""
+    """Keep half of the file, then die."""
     os.truncate(path, Path(path).stat().st_size // 2)
-    die()
+    kill_self()
 
 
 def _writes(beginning: str) -> Callable[..., bool]:
@@ -82,48 +82,48 @@ def _renames(beginning: str) -> Callable[..., bool]:
     )
 
 
-@moment("begun", "the folder is made, the recipe is in it, no record yet")
+@kill_point("begun", "the folder and recipe.yaml exist, run.json does not")
 def _begun(count: int) -> None:
     from sparsegrad_cli.run import open_run
 
-    wrap(open_run, "RunWriter", count, before=_die)
+    patch_call(open_run, "RunWriter", count, before=_die)
 
 
-@moment("loaded", "model and data are loaded")
+@kill_point("loaded", "model and data have been loaded")
 def _loaded(count: int) -> None:
     from sparsegrad_cli.training import fine_tuning
 
-    wrap(fine_tuning, "load", count, after=_die)
+    patch_call(fine_tuning, "load", count, after=_die)
 
 
-@moment("calibrating", "in the middle of calibration")
+@kill_point("calibrating", "during calibration")
 def _calibrating(count: int) -> None:
     from sparsegrad_cli.calibration import calibrate as calibration
 
-    wrap(calibration, "gradient_step", count, after=_die)
+    patch_call(calibration, "gradient_step", count, after=_die)
 
 
-@moment("basis-torn", "half of basis.safetensors is written")
+@kill_point("basis-torn", "half of basis.safetensors is written")
 def _basis_torn(count: int) -> None:
     import safetensors.torch
 
-    wrap(safetensors.torch, "save_file", count, after=_torn, when=_writes("basis"))
+    patch_call(safetensors.torch, "save_file", count, after=_torn, when=_writes("basis"))
 
 
-@moment("calibrated", "calibration is done, its basis on the disk")
+@kill_point("calibrated", "the basis has been written")
 def _calibrated(count: int) -> None:
     from sparsegrad_cli.calibration import run_calibration
 
-    wrap(run_calibration, "write_basis", count, after=_die)
+    patch_call(run_calibration, "write_basis", count, after=_die)
 
 
-@moment("record-torn", "half of run.json is written, under its temporary name")
+@kill_point("record-torn", "half of run.json is written, under its temporary name")
 def _record_torn(count: int) -> None:
     def half(source: Path, target: Path) -> None:
         os.truncate(source, source.stat().st_size // 2)
-        die()
+        kill_self()
 
-    wrap(
+    patch_call(
         Path,
         "replace",
         count,
@@ -132,18 +132,20 @@ def _record_torn(count: int) -> None:
     )
 
 
-@moment("step", "within a step, between two of its batches")
+@kill_point("step", "between two batches of a step")
 def _step(count: int) -> None:
     from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 
-    wrap(OptimizerSteps, "_backward", count, after=_die)
+    patch_call(OptimizerSteps, "_backward", count, after=_die)
 
 
-@moment("interrupted", "Ctrl-C (SIGINT, not -9) in a step that is to be evaluated and saved")
+@kill_point(
+    "interrupted", "Ctrl-C (SIGINT) in a step that ends with an evaluation and a checkpoint"
+)
 def _interrupted(count: int) -> None:
     from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 
-    wrap(
+    patch_call(
         OptimizerSteps,
         "_backward",
         count,
@@ -151,7 +153,7 @@ def _interrupted(count: int) -> None:
     )
 
 
-@moment("interrupted-twice", "Ctrl-C twice (SIGINT, not -9) within a step, which does not wait")
+@kill_point("interrupted-twice", "Ctrl-C twice (SIGINT) in a step, which stops at once")
 def _interrupted_twice(count: int) -> None:
     from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 
@@ -159,7 +161,7 @@ def _interrupted_twice(count: int) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    wrap(OptimizerSteps, "_backward", count, after=press)
+    patch_call(OptimizerSteps, "_backward", count, after=press)
 
 
 def _asked_to_stop(owner: Any, name: str, count: int, *, times: int = 1) -> None:
@@ -177,188 +179,190 @@ def _asked_to_stop(owner: Any, name: str, count: int, *, times: int = 1) -> None
     setattr(owner, name, wrapped)
 
 
-@moment("interrupted-calibrating", "SIGTERM in the middle of calibration")
+@kill_point("interrupted-calibrating", "SIGTERM during calibration")
 def _interrupted_calibrating(count: int) -> None:
     from sparsegrad_cli.calibration import calibrate as calibration
 
     _asked_to_stop(calibration, "gradient_step", count)
 
 
-@moment("interrupted-calibrating-twice", "SIGTERM twice in the middle of calibration")
+@kill_point("interrupted-calibrating-twice", "SIGTERM twice during calibration")
 def _interrupted_calibrating_twice(count: int) -> None:
     from sparsegrad_cli.calibration import calibrate as calibration
 
     _asked_to_stop(calibration, "gradient_step", count, times=2)
 
 
-@moment("interrupted-warming", "SIGTERM while the head warms up")
+@kill_point("interrupted-warming", "SIGTERM while the head warms up")
 def _interrupted_warming(count: int) -> None:
     from sparsegrad_cli.calibration import warmup
 
     _asked_to_stop(warmup, "gradient_step", count)
 
 
-@moment("interrupted-decomposing", "SIGTERM while bases are computed")
+@kill_point("interrupted-decomposing", "SIGTERM while bases are computed")
 def _interrupted_decomposing(count: int) -> None:
     from sparsegrad_cli.numerics.sketch import SketchStream
 
     _asked_to_stop(SketchStream, "basis", count)
 
 
-@moment("interrupted-measuring", "SIGTERM while the energy of held-out gradients is measured")
+@kill_point("interrupted-measuring", "SIGTERM while the energy of held-out gradients is measured")
 def _interrupted_measuring(count: int) -> None:
     from sparsegrad_cli.calibration import diagnostics
 
     _asked_to_stop(diagnostics, "gradient_step", count)
 
 
-@moment("interrupted-evaluating", "SIGTERM in the middle of an evaluation")
+@kill_point("interrupted-evaluating", "SIGTERM during an evaluation")
 def _interrupted_evaluating(count: int) -> None:
     from sparsegrad_cli.training import loaders
 
     _asked_to_stop(loaders, "ValidationBatch", count)
 
 
-@moment("interrupted-loading", "SIGTERM while model and data are loaded")
+@kill_point("interrupted-loading", "SIGTERM while model and data are loaded")
 def _interrupted_loading(count: int) -> None:
     from sparsegrad_cli.tasks import setup
 
     _asked_to_stop(setup, "make_setup", count)
 
 
-@moment("interrupted-probing", "SIGTERM while memory is measured in a step")
+@kill_point("interrupted-probing", "SIGTERM while memory is measured in a step")
 def _interrupted_probing(count: int) -> None:
     from sparsegrad_cli.training import memory_probe
 
     _asked_to_stop(memory_probe, "longest_batch", count)
 
 
-@moment("line-torn", "half a line of steps.jsonl is written")
+@kill_point("line-torn", "half of a line of steps.jsonl is written")
 def _line_torn(count: int) -> None:
     from sparsegrad_cli.training.step_log import StepLog
 
     def tear(log: Any, line: Any) -> None:
         with log._path.open("a") as file:
             file.write(json.dumps(line)[:9])
-        die()
+        kill_self()
 
-    wrap(StepLog, "_append", count, before=tear)
+    patch_call(StepLog, "_append", count, before=tear)
 
 
-@moment("evaluated", "an evaluation is done, its checkpoint not begun")
+@kill_point("evaluated", "after an evaluation, before its checkpoint")
 def _evaluated(count: int) -> None:
     from sparsegrad_cli.training.evaluation import Evaluator
 
-    wrap(Evaluator, "evaluate", count, after=_die)
+    patch_call(Evaluator, "evaluate", count, after=_die)
 
 
-@moment("checkpoint-begun", "the checkpoint's folder is made, still empty")
+@kill_point("checkpoint-begun", "the checkpoint folder exists and is empty")
 def _checkpoint_begun(count: int) -> None:
     from sparsegrad_cli.training import checkpoint
 
-    wrap(checkpoint, "write_checkpoint", count, before=_die)
+    patch_call(checkpoint, "write_checkpoint", count, before=_die)
 
 
-@moment("checkpoint-torn", "half of the checkpoint's first file is written")
+@kill_point("checkpoint-torn", "half of the first checkpoint file is written")
 def _checkpoint_torn(count: int) -> None:
     import safetensors.torch
 
-    wrap(safetensors.torch, "save_file", count, after=_torn, when=_writes("trainable"))
+    patch_call(safetensors.torch, "save_file", count, after=_torn, when=_writes("trainable"))
 
 
-@moment("checkpoint-written", "all of the checkpoint is written, under its temporary name")
+@kill_point("checkpoint-written", "the checkpoint is complete, under its temporary name")
 def _checkpoint_written(count: int) -> None:
-    wrap(Path, "replace", count, before=_die, when=_renames("checkpoint-"))
+    patch_call(Path, "replace", count, before=_die, when=_renames("checkpoint-"))
 
 
-@moment("checkpoint-renamed", "the checkpoint is in its place, the one before not yet dropped")
+@kill_point("checkpoint-renamed", "the checkpoint is renamed, the previous one not yet removed")
 def _checkpoint_renamed(count: int) -> None:
-    wrap(Path, "replace", count, after=_die, when=_renames("checkpoint-"))
+    patch_call(Path, "replace", count, after=_die, when=_renames("checkpoint-"))
 
 
-@moment("dropping", "a checkpoint over the limit is half removed")
+@kill_point("dropping", "an old checkpoint is half removed")
 def _dropping(count: int) -> None:
     import shutil
 
     def half(folder: Path, **options: Any) -> None:
         next(Path(folder).iterdir()).unlink()
-        die()
+        kill_self()
 
     def full(folder: Path, **options: Any) -> bool:
         return Path(folder).name.endswith(".removed") and Path(folder).is_dir()
 
-    wrap(shutil, "rmtree", count, before=half, when=full)
+    patch_call(shutil, "rmtree", count, before=half, when=full)
 
 
-@moment("trained", "the last step is done, the final evaluation is not")
+@kill_point("trained", "after the last step, before the final evaluation")
 def _trained(count: int) -> None:
     from sparsegrad_cli.training import loop
 
-    wrap(loop, "record_outcome", count, before=_die)
+    patch_call(loop, "record_outcome", count, before=_die)
 
 
-@moment("adapter-torn", "half of adapter.safetensors is written")
+@kill_point("adapter-torn", "half of adapter.safetensors is written")
 def _adapter_torn(count: int) -> None:
     import safetensors.torch
 
-    wrap(safetensors.torch, "save_file", count, after=_torn, when=_writes("adapter"))
+    patch_call(safetensors.torch, "save_file", count, after=_torn, when=_writes("adapter"))
 
 
-@moment("adapter-renamed", "the adapter is in its place, the record does not say so")
+@kill_point("adapter-renamed", "the adapter is renamed, run.json does not record it yet")
 def _adapter_renamed(count: int) -> None:
-    wrap(Path, "replace", count, after=_die, when=_renames("adapter"))
+    patch_call(Path, "replace", count, after=_die, when=_renames("adapter"))
 
 
-@moment("reporting", "the record says done, the report is not written")
+@kill_point("reporting", "run.json says done, the report is not written")
 def _reporting(count: int) -> None:
     from sparsegrad_cli.run import open_run
 
-    wrap(open_run, "write_report", count, before=_die)
+    patch_call(open_run, "write_report", count, before=_die)
 
 
-@moment("reporting-begins", "Ctrl-C (SIGINT, not -9) at the very moment that the record says done")
+@kill_point("reporting-begins", "Ctrl-C (SIGINT) just after run.json says done")
 def _reporting_begins(count: int) -> None:
     from sparsegrad_cli.records.writer import RunWriter
 
-    wrap(RunWriter, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    patch_call(RunWriter, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
 
 
-@moment("reporting-interrupted", "Ctrl-C (SIGINT, not -9) while the report is written")
+@kill_point("reporting-interrupted", "Ctrl-C (SIGINT) while the report is written")
 def _reporting_interrupted(count: int) -> None:
     from sparsegrad_cli.report import files
 
-    wrap(files, "write_run_report", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    patch_call(
+        files, "write_run_report", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT)
+    )
 
 
-@moment("export-begun", "an export's folder is made")
+@kill_point("export-begun", "the export folder exists")
 def _export_begun(count: int) -> None:
     from sparsegrad_cli.export import export_run as session
 
-    wrap(session._Export, "fill", count, before=_die)
+    patch_call(session._Export, "fill", count, before=_die)
 
 
-@moment("export-torn", "half of an export's model.safetensors is written")
+@kill_point("export-torn", "half of the exported model.safetensors is written")
 def _export_torn(count: int) -> None:
     from transformers import modeling_utils
 
-    wrap(modeling_utils, "safe_save_file", count, after=_torn)
+    patch_call(modeling_utils, "safe_save_file", count, after=_torn)
 
 
-@moment("export-written", "an export is written, under its temporary name")
+@kill_point("export-written", "the export is complete, under its temporary name")
 def _export_written(count: int) -> None:
-    wrap(Path, "replace", count, before=_die, when=_renames("export-"))
+    patch_call(Path, "replace", count, before=_die, when=_renames("export-"))
 
 
-@moment("export-renamed", "an export is in its place, nothing has been said")
+@kill_point("export-renamed", "the export is renamed, nothing is printed yet")
 def _export_renamed(count: int) -> None:
-    wrap(Path, "replace", count, after=_die, when=_renames("export-"))
+    patch_call(Path, "replace", count, after=_die, when=_renames("export-"))
 
 
-# --- a world that is short of something; the count says how much is left
+# --- points that limit a resource; the count says how much is left
 
 
 def _limit_memory(mebibytes: int) -> None:
-    """So much address space more than the process has now, and not a page beyond."""
+    """Limit the address space to what the process has now plus ``mebibytes``."""
     import gc
     import resource
 
@@ -368,30 +372,30 @@ def _limit_memory(mebibytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-@moment("short-of-memory", "MiB that are left once model and data are loaded")
+@kill_point("short-of-memory", "MiB left after model and data are loaded")
 def _short_of_memory(count: int) -> None:
     from sparsegrad_cli.training import fine_tuning
 
-    wrap(fine_tuning, "load", 1, after=lambda *args: _limit_memory(count))
+    patch_call(fine_tuning, "load", 1, after=lambda *args: _limit_memory(count))
 
 
-@moment("short-of-memory-later", "MiB that are left when the second evaluation begins")
+@kill_point("short-of-memory-later", "MiB left when the second evaluation begins")
 def _short_of_memory_later(count: int) -> None:
     from sparsegrad_cli.training.evaluation import Evaluator
 
-    wrap(Evaluator, "evaluate", 2, before=lambda *args, **kwargs: _limit_memory(count))
+    patch_call(Evaluator, "evaluate", 2, before=lambda *args, **kwargs: _limit_memory(count))
 
 
-@moment("small-files", "KiB that a file may have: a full disk")
+@kill_point("small-files", "largest file size in KiB, like a full disk")
 def _small_files(count: int) -> None:
     _limit_files(count)
 
 
-@moment("reporting-full", "KiB that a file may have once the run is done: a full disk")
+@kill_point("reporting-full", "largest file size in KiB after the run is done")
 def _reporting_full(count: int) -> None:
     from sparsegrad_cli.run import open_run
 
-    wrap(open_run, "write_report", 1, before=lambda *args: _limit_files(count))
+    patch_call(open_run, "write_report", 1, before=lambda *args: _limit_files(count))
 
 
 def _limit_files(kibibytes: int) -> None:
@@ -401,7 +405,7 @@ def _limit_files(kibibytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (kibibytes * 1024, kibibytes * 1024))
 
 
-@moment("clock-back", "hours that the clock jumps back at every look")
+@kill_point("clock-back", "hours that the clock jumps back at every reading")
 def _clock_back(count: int) -> None:
     import datetime
     import time

@@ -1,8 +1,8 @@
-"""Kill -9 at named moments of real runs: a process that forks, spoils and waits.
+"""A fork server for command lines that are killed at a named point.
 
-Run as a program, it loads all libraries once and then takes jobs, a JSON line each, from stdin. A
-job is one command line in a process of its own, forked off, with at most one function of it wrapped
-(tests/support/kill_points.py) so that the process kills itself there.
+Run as a program, it imports all libraries once and then reads jobs from stdin, one JSON line each.
+Each job is one command line in a forked process, in which at most one kill point
+(tests/support/kill_points.py) is active.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.kill_points import MOMENTS, REPORTING
+from support.kill_points import KILL_POINTS, REPORTING
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -41,16 +41,16 @@ _LIBRARIES = (
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended: -9 if it was killed."""
+class ProcessResult:
+    """Exit code (-9 if it was killed) and output of a command."""
 
     code: int
     out: str
     err: str
 
 
-class Killer:
-    """The forking process; use as a context."""
+class ForkServer:
+    """The fork server as a context manager."""
 
     def __init__(self) -> None:
         environment = os.environ | {
@@ -58,7 +58,7 @@ class Killer:
             "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
-            # Threads and tables reserve address space that they never use.
+            # Otherwise threads and tables reserve address space that they never use.
             "MALLOC_ARENA_MAX": "1",
             "ARROW_DEFAULT_MEMORY_POOL": "system",
         }
@@ -70,7 +70,7 @@ class Killer:
             text=True,
         )
 
-    def __enter__(self) -> Killer:
+    def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -78,28 +78,28 @@ class Killer:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, *arguments: str, moment: str | None = None, count: int = 1) -> Ended:
-        """One command line of sparsegrad, killed at the ``count``-th time of a moment."""
-        return self._ask(arguments, 1, moment, count, 0)[0]
+    def run(self, *arguments: str, point: str | None = None, count: int = 1) -> ProcessResult:
+        """Run one command line, with ``point`` active at its ``count``-th occurrence."""
+        return self._ask(arguments, 1, point, count, 0)[0]
 
-    def together(
-        self, *arguments: str, moment: str | None = None, count: int = 1, of: int = 0
-    ) -> list[Ended]:
-        """The same in two processes that train together; the moment is that of number ``of``.
+    def run_two(
+        self, *arguments: str, point: str | None = None, count: int = 1, of: int = 0
+    ) -> list[ProcessResult]:
+        """Run it in two distributed processes, with the point active in process number ``of``.
 
-        When one is killed, so is the other, as whoever started them would see to. One that goes
-        on for a minute after the other has ended is killed, too.
+        If one is killed, the other is killed too, as a launcher does. One that still runs a minute
+        after the other has ended is also killed.
         """
-        return self._ask(arguments, 2, moment, count, of)
+        return self._ask(arguments, 2, point, count, of)
 
-    def _ask(self, arguments: tuple[str, ...], processes: int, *moment: Any) -> list[Ended]:
+    def _ask(self, arguments: tuple[str, ...], processes: int, *point: Any) -> list[ProcessResult]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        job = {"arguments": arguments, "processes": processes, "moment": moment}
+        job = {"arguments": arguments, "processes": processes, "point": point}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        assert answer, "the forking process has died"
-        return [Ended(**ended) for ended in json.loads(answer)]
+        assert answer, "the fork server has died"
+        return [ProcessResult(**ended) for ended in json.loads(answer)]
 
 
 def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path]) -> None:
@@ -109,10 +109,10 @@ def _child(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path])
         place = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1"}
         size = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in (place | size).items()})
-    moment, count, of = job["moment"]
-    if moment is not None and number == of:
-        MOMENTS[moment][1](count)
-    if moment not in REPORTING:  # takes longer than all the rest
+    point, count, of = job["point"]
+    if point is not None and number == of:
+        KILL_POINTS[point][1](count)
+    if point not in REPORTING:  # writing a report takes longer than the rest
         from sparsegrad_cli.run import open_run
 
         open_run.write_report = lambda *args: None
@@ -137,7 +137,7 @@ def _fork(job: dict[str, Any], number: int, port: int, said: tuple[Path, Path]) 
 
 
 def _waited(processes: list[int]) -> list[int]:
-    """How they ended. See :meth:`Killer.together`."""
+    """Wait, and return exit codes. See :meth:`ForkServer.run_two`."""
     codes: dict[int, int] = {}
     deadline = None
     while len(codes) < len(processes):

@@ -1,4 +1,4 @@
-"""LaTeX taken apart: whether groups, environments and rows close, and nothing begins a command."""
+"""Check LaTeX source: groups, environments and table rows close, and text is escaped."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 
 def tokens(source: str) -> list[str]:
-    """Commands, escaped characters and single characters; comments and their line ends left out."""
+    """Return commands, escaped characters and single characters, without comments."""
     plain = re.sub(r"(?<!\\)%[^\n]*\n?", "", source)
     return re.findall(r"\\[a-zA-Z]+|\\.|.", plain, re.DOTALL)
 
 
-def check(source: str) -> None:
-    """Braces and environments close in order, mathematics too, and every row has its columns."""
+def check_latex(source: str) -> None:
+    """Check that braces, environments and mathematics close in order and rows are complete."""
     depth, math, opened, columns, cells = 0, False, [], 0, 1
     found = tokens(source)
     for at, token in enumerate(found):

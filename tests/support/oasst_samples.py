@@ -1,4 +1,4 @@
-"""Small OpenAssistant trees, and conversations written as short texts."""
+"""Small OpenAssistant trees, and conversations as short texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from support.task_data import load_chat
 
 
 def node(name: str, *replies: dict[str, Any], **extra: Any) -> dict[str, Any]:
-    """A message with nested replies. Its name is id and text; one that begins with ``a`` (after
-    the last slash) is the assistant's."""
+    """Return a message with nested replies. Its name is its id and text.
+
+    A name that begins with ``a`` (after the last slash) is the assistant's.
+    """
     role = "assistant" if name.rsplit("/", 1)[-1].startswith("a") else "prompter"
     made = {"message_id": name, "text": name, "role": role, "lang": "en", "deleted": False}
     for reply in replies:
@@ -21,13 +23,13 @@ def node(name: str, *replies: dict[str, Any], **extra: Any) -> dict[str, Any]:
 
 
 def tree(root: dict[str, Any], **extra: Any) -> dict[str, Any]:
-    """The export's envelope around a root."""
+    """Return a tree as the data set stores it, around a root message."""
     made = {"message_tree_id": root["message_id"], "tree_state": "ready_for_export"}
     return made | {"prompt": root} | extra
 
 
 def flat(root: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a tree without nesting, parents first."""
+    """Return the messages of a tree without nesting, parents first."""
     left, found = [root], []
     while left:
         message = left.pop()
@@ -37,31 +39,31 @@ def flat(root: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write(path: Path, *records: Any) -> Path:
-    """JSON lines; a record that is text is written as it stands."""
+    """Write JSON lines; a record that is a string is written unchanged."""
     lines = [each if isinstance(each, str) else json.dumps(each) for each in records]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def read(path: Path, name: str = "oasst", **settings: Any) -> ChatData:
-    """Both splits of a file."""
+    """Load both splits of a file."""
     return load_chat(name, path=path, **settings)
 
 
-def spoken(conversation: Conversation) -> str:
-    """``p1 a1* p2 a2*``: the texts, a star at what is learnt."""
+def as_text(conversation: Conversation) -> str:
+    """Return the texts, with a star after each that is trained on: ``p1 a1* p2 a2*``."""
     return " ".join(turn.text + "*" * turn.learn for turn in conversation.turns)
 
 
-def everything(data: ChatData) -> set[str]:
-    """Every conversation of both splits; refuses repetitions."""
-    every = [spoken(each) for each in [*data.train, *data.validation]]
+def all_conversations(data: ChatData) -> set[str]:
+    """Return all conversations of both splits, and check that none is repeated."""
+    every = [as_text(each) for each in [*data.train, *data.validation]]
     assert len(set(every)) == len(every)
     return set(every)
 
 
-def big() -> dict[str, Any]:
-    """p1 with three answers; the best comes last and goes on twice, once without an answer."""
+def large_tree() -> dict[str, Any]:
+    """Return p1 with three answers; the best is last, with two follow-ups, one unanswered."""
     return node(
         "p1",
         node("a1", rank=2),
@@ -75,11 +77,11 @@ def big() -> dict[str, Any]:
     )
 
 
-def small() -> dict[str, Any]:
+def small_tree() -> dict[str, Any]:
     return node("q1", node("a7"))
 
 
-# Lists, for they stand in source order.
+# Lists, because they are in source order.
 EXPECTED = {
     "threads": [
         "p1 a1*",
@@ -101,5 +103,5 @@ EXPECTED = {
 }
 
 
-def sides(data: ChatData) -> tuple[set[str], set[str]]:
+def groups_by_split(data: ChatData) -> tuple[set[str], set[str]]:
     return {each.group for each in data.train}, {each.group for each in data.validation}

@@ -1,4 +1,4 @@
-"""Where tests find things outside the package."""
+"""The repository root, and real data outside the repository."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def shared_data() -> Path:
-    """Folder with real GLUE and OpenAssistant files, or skip: it is not part of the project."""
+    """Return the folder with real GLUE and OpenAssistant files, or skip if it is missing."""
     folder = Path(os.environ.get("SPARSEGRAD_SHARED_DATA", REPO.parent / "shared" / "data"))
     if not (folder / "glue").is_dir():
         pytest.skip(

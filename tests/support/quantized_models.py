@@ -1,4 +1,4 @@
-"""Tiny models whose blocks bitsandbytes holds in 8 or 4 bits."""
+"""Tiny models whose blocks bitsandbytes quantizes to 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from sparsegrad_cli.recipe.schema import ModelSection, TrainSection
 from sparsegrad_cli.recipe.tasks import TaskSpec
 from support.tiny_models import batch, batches, build, calibrated, config, targets_of
 
-WHY = "bitsandbytes is not installed: there are no layers of 8 or 4 bits"
+WHY = "bitsandbytes is not installed"
 BITS = ("8bit", "4bit")
-TWO = TaskSpec("t", ("text",), "label", ("no", "yes"), False, "accuracy", ("accuracy",))
+BINARY_TASK = TaskSpec("t", ("text",), "label", ("no", "yes"), False, "accuracy", ("accuracy",))
 
 
-def core(support: Any, **more: Any) -> SparsegradSettings:
-    """Settings of a core of rank 7."""
+def core_settings(support: Any, **more: Any) -> SparsegradSettings:
+    """Return settings of a core of rank 7."""
     return SparsegradSettings(name="sparsegrad", density=0.05, rank=7, support=support, **more)
 
 
 METHODS: dict[str, Any] = {
-    "static": core("static"),
-    "dynamic": core("dynamic"),
-    "dense": core("dense"),
-    "recomputed": core("refresh", refresh_steps=2, recompute="activation"),
+    "static": core_settings("static"),
+    "dynamic": core_settings("dynamic"),
+    "dense": core_settings("dense"),
+    "recomputed": core_settings("refresh", refresh_steps=2, recompute="activation"),
     "lora": LoraSettings(name="lora", rank=3),
 }
 
 
 def need_bitsandbytes() -> None:
-    """Skip all tests of a module where the library is missing."""
+    """Skip all tests of a module if the library is missing."""
     pytest.importorskip("bitsandbytes", reason=WHY)
     from peft.import_utils import is_bnb_4bit_available, is_bnb_available
     from transformers.utils import is_bitsandbytes_available
 
-    # They remember their first answer, which must not fall into a test that hides the library.
+    # They cache their first answer, which must not come from a test that hides the library.
     assert is_bnb_available() and is_bnb_4bit_available() and is_bitsandbytes_available()
 
 
 def body_folder(folder: Path, architecture: str) -> Path:
-    """A random body in a folder; made once."""
+    """Return a folder with a random body, made on first use."""
     from transformers import AutoModel
 
     if not folder.is_dir():
@@ -60,19 +60,19 @@ def body_folder(folder: Path, architecture: str) -> Path:
 
 
 def section(folder: Path, bits: str | None, dtype: Any = "float32") -> ModelSection:
-    """The model section of a recipe."""
+    """Return the model section of a recipe."""
     return ModelSection(name=str(folder), quantization=bits, dtype=dtype)  # type: ignore[arg-type]
 
 
 def loaded(folder: Path, bits: str | None, dtype: Any = "float32") -> Any:
-    """A classifier of two labels on a folder's body, in eval mode."""
-    model: Any = load_classifier(section(folder, bits, dtype), TWO, seed=1).model
+    """Load a classifier with two labels on the body of a folder, in eval mode."""
+    model: Any = load_classifier(section(folder, bits, dtype), BINARY_TASK, seed=1).model
     model.config.pad_token_id = 0
     return model.eval()
 
 
-def held(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that does not train: parameters, and the scales of quantized ones."""
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all frozen parameters and of the scales of quantized ones."""
     from sparsegrad_cli.models.quantized import quantization_state
 
     found = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -80,8 +80,8 @@ def held(model: nn.Module) -> dict[str, Tensor]:
     return found | {f"scale {number}": tensor.clone() for number, tensor in scales}
 
 
-class Packed:
-    """A quantized classifier made ready by a method, with its optimizer."""
+class PreparedModel:
+    """A quantized classifier prepared by a method, with its optimizer."""
 
     def __init__(self, folder: Path, bits: str | None, name: str, dtype: Any = "float32") -> None:
         self.model = loaded(folder, bits, dtype)
@@ -100,13 +100,13 @@ class Packed:
         self.optimizer = self.method.optimizer(self.model, TrainSection(learning_rate=2e-2))
 
     def logits(self) -> Tensor:
-        """On one batch, in eval mode."""
+        """Return logits of one batch, in eval mode."""
         with torch.no_grad():
             found: Tensor = self.model.eval()(**batch(seed=7)).logits
         return found
 
     def steps(self, count: int) -> list[float]:
-        """Steps on one batch; the losses before each."""
+        """Train on one batch, and return the loss before each step."""
         losses = []
         with temporary_seed(0):
             for _ in range(count):

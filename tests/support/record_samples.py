@@ -1,4 +1,4 @@
-"""Records to report on, made from the examples in docs/reference."""
+"""Sample records for reports, made from the examples in docs/reference."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from support.study_cells import evidence_of
 
 
 def run_of(record: dict[str, Any]) -> RunRecord:
-    """The record of a run, as it would be read from a file."""
+    """Return a run record as read from a file."""
     return RunRecord.model_validate(without_nan({"schema": 1, "status": "done", **record}))
 
 
 def study_of(record: dict[str, Any]) -> StudyRecord:
-    """The record of a study, as it would be read from a file; without runs unless it names some."""
+    """Return a study record as read from a file, without runs unless given."""
     whole = {"schema": 1, "status": "done", "cells": [], **record}
     return StudyRecord.model_validate(without_nan(whole))
 
 
 def documented(number: int) -> dict[str, Any]:
-    """The example of a run (0) or a comparison (1)."""
+    """Return the documented example of a run (0) or a comparison (1)."""
     name = ("run", "compare")[number]
     page = (REPO / "docs" / "reference" / f"{name}.example.json").read_text(encoding="utf-8")
     record: dict[str, Any] = json.loads(page)
@@ -34,7 +34,7 @@ def documented(number: int) -> dict[str, Any]:
 
 
 def run_record() -> dict[str, Any]:
-    """A finished SparseGrad run on the built-in task, calibrated."""
+    """Return a finished, calibrated SparseGrad run on the built-in task."""
     record = documented(0)
     steps = range(100, 400, 100)
     record["metrics"]["history"] = [
@@ -64,7 +64,7 @@ def run_record() -> dict[str, Any]:
 
 
 def compare_record() -> dict[str, Any]:
-    """A comparison of two methods, two seeds; one cell of LoRA ran out of memory."""
+    """Return a comparison of two methods and two seeds; one LoRA run ran out of memory."""
     record = documented(1)
     record["methods"] = ["lora", "sparsegrad"]
     row = record["rows"][0] | {"peak_bytes": 300 * 1024**2, "beyond_weights_bytes": 200 * 1024**2}
@@ -88,8 +88,10 @@ def compare_record() -> dict[str, Any]:
 
 
 def study_record() -> dict[str, Any]:
-    """A comparison of three methods on two tasks and eight seeds, as the ledger would hold it: one
-    is better than the others, one calibrates, one setting differs and is allowed to."""
+    """Return a comparison of three methods on two tasks and eight seeds.
+
+    One method is better than the others, one calibrates, and one setting differs by permission.
+    """
     record = documented(1)
     tasks, methods, seeds = ("glue/rte", "glue/cola"), ("lora", "core-1e-3", "full"), range(8)
     better = {"lora": 0.0, "core-1e-3": 0.004, "full": 0.05}
@@ -131,7 +133,7 @@ INNER_REPLACEMENTS: list[tuple[str, Any]] = [("null", None), ("list", [[0.5], "<
 
 
 def damaged(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The record with each key in turn missing, null, or of another type; two levels deep."""
+    """Yield the record with each key in turn missing, null or of another type, two levels deep."""
     for key, value in record.items():
         for name, other in REPLACEMENTS:
             broken = copy.deepcopy(record)

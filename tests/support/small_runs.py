@@ -1,4 +1,4 @@
-"""Runs of seconds on tiny random models that lie in folders, as a user's models do."""
+"""Training runs of seconds on tiny random models that are saved in folders."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def base_folder(folder: Path, architecture: str = "bert", **overrides: Any) -> Path:
-    """A random pretrained body with a byte tokenizer; BERT's files hold no pooler, as those of a
-    masked language model do not."""
+    """Save a random body with a byte tokenizer; BERT as a masked model, without a pooler."""
     from transformers import AutoModel, AutoModelForMaskedLM
 
     tokenizer = byte_tokenizer()
-    # At transformers' 0.02 a tiny model's logits are so small that nothing would matter.
+    # With transformers' default of 0.02, the logits of a tiny model are close to zero.
     settings = config(architecture, vocab_size=len(tokenizer), initializer_range=0.3, **overrides)
     loader = AutoModelForMaskedLM if architecture == "bert" else AutoModel
     model: Any = build(loader, settings, seed=3)
@@ -41,7 +40,7 @@ def base_folder(folder: Path, architecture: str = "bert", **overrides: Any) -> P
 
 
 def byte_tokenizer() -> Any:
-    """One token a byte, with a pad token."""
+    """Return a tokenizer with one token per byte and a pad token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +57,7 @@ def byte_tokenizer() -> Any:
 
 
 def sentences(seed: int, count: int) -> list[tuple[str, str]]:
-    """(text, label): the label is whether the first letter is in the first half of the alphabet."""
+    """Return (text, label); the label says in which half of the alphabet the first letter is."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
@@ -70,7 +69,7 @@ def sentences(seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def data_folder(folder: Path) -> Path:
-    """train.csv and validation.csv of a task with two labels."""
+    """Write train.csv and validation.csv of a task with two labels."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, seed, count in (("train", 1, 48), ("validation", 2, ROWS)):
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -82,13 +81,13 @@ def data_folder(folder: Path) -> Path:
 def train(
     run: Path, base: Path, data: Path, *overrides: str, stop: bool = False, resume: bool = False
 ) -> Path:
-    """Train for six steps as `sparsegrad train` does, without the report, which takes longest.
+    """Train for six steps as `sparsegrad train` does, without the report, which takes long.
 
     Args:
         data: a folder of classes, or a file of conversations.
-        overrides: as on the command line.
-        stop: leave it as Ctrl-C after the last step does: checkpoints, no adapter.
-        resume: go on with the run that lies there.
+        overrides: overrides as on the command line.
+        stop: leave the run as Ctrl-C after the last step does, with checkpoints and no adapter.
+        resume: resume the run in the folder.
     """
     classes = ("task=csv", "task.max_length=16", "calibration.warmup_steps=0")
     task = classes if data.is_dir() else ("task=chat",)  # without a new head to warm
@@ -125,14 +124,14 @@ def train(
 
 
 def record(run: Path) -> dict[str, Any]:
-    """run.json."""
+    """Return run.json."""
     found: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return found
 
 
 @torch.no_grad()
 def answers(model: nn.Module, tokenizer: Any) -> tuple[Tensor, float]:
-    """Logits (rows, 2) of the validation data, and their mean cross-entropy."""
+    """Return logits (rows, 2) of the validation data and their mean cross-entropy."""
     rows = sentences(2, ROWS)
     labels = torch.tensor([["high", "low"].index(label) for _, label in rows])
     inputs = tokenizer(
@@ -147,13 +146,13 @@ def answers(model: nn.Module, tokenizer: Any) -> tuple[Tensor, float]:
 
 
 def base_of(run: Path) -> str:
-    """The folder of the run's base model."""
+    """Return the folder of the run's base model."""
     name: str = yaml.safe_load((run / "recipe.yaml").read_text())["model"]["name"]
     return name
 
 
 def by_transformers(folder: Path | str, **settings: Any) -> nn.Module:
-    """A sequence classifier, as any user of transformers loads one."""
+    """Load a sequence classifier with transformers."""
     from transformers import AutoModelForSequenceClassification
 
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
@@ -161,7 +160,7 @@ def by_transformers(folder: Path | str, **settings: Any) -> nn.Module:
 
 
 def by_peft(run: Path, folder: Path) -> nn.Module:
-    """The run's base model with a fresh head, and a LoRA folder on it, by peft alone."""
+    """Load a LoRA folder with peft, on the run's base model with a new head."""
     from peft import PeftModel
 
     base: Any = by_transformers(base_of(run), num_labels=2, pad_token_id=0)
@@ -170,7 +169,7 @@ def by_peft(run: Path, folder: Path) -> nn.Module:
 
 
 def tokenizer_of(run: Path) -> Any:
-    """Of the run's base model."""
+    """Return the tokenizer of the run's base model."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base_of(run))

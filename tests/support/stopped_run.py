@@ -1,4 +1,4 @@
-"""A run that was stopped after three of its six steps, and how one goes on with it."""
+"""A run stopped after three of its six steps, and how to resume a copy of it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from support.tiny_models import one_thread
 CORE = ("method.form=core", "method.density=0.05", "method.rank=7", "train.save_total_limit=5")
 
 
-class Stopped(NamedTuple):
-    """The run's folder, its model's and its data's: to be copied, not changed."""
+class StoppedRun(NamedTuple):
+    """Folders of the run, its model and its data. Tests copy them and never change them."""
 
     run: Path
     base: Path
@@ -26,30 +26,30 @@ class Stopped(NamedTuple):
 
 
 @functools.cache
-def stopped() -> Stopped:
-    """Trained once in a session."""
+def stopped_run() -> StoppedRun:
+    """Train the run, once per session."""
     place = Path(tempfile.mkdtemp())
     base, data = base_folder(place / "base"), data_folder(place / "data")
     with one_thread():
         run = train(place / "run", base, data, *CORE, stop=True)
     shutil.rmtree(run / "checkpoint-6")
-    return Stopped(run, base, data)
+    return StoppedRun(run, base, data)
 
 
-def resumed(run: Path) -> Path:
-    """Go on with a copy of it."""
-    return train(run, stopped().base, stopped().data, *CORE, resume=True)
+def resume_copy(run: Path) -> Path:
+    """Resume a copy of the run."""
+    return train(run, stopped_run().base, stopped_run().data, *CORE, resume=True)
 
 
-def seal_anew(run: Path) -> None:
-    """As who means harm would, for a digest is no signature."""
+def reseal(run: Path) -> None:
+    """Recompute the manifest of a changed checkpoint, as an attacker would."""
     (run / "checkpoint-3" / MANIFEST).unlink()
     seal(run / "checkpoint-3", record(run)["recipe_digest"])
 
 
 @contextlib.contextmanager
-def quick() -> Iterator[None]:
-    """In one thread, and with what a stopped run left made beforehand."""
+def with_stopped_run() -> Iterator[None]:
+    """Use one thread, and train the stopped run before the block starts."""
     with one_thread():
-        stopped()
+        stopped_run()
         yield

@@ -1,4 +1,4 @@
-"""Cells of a comparison as its ledger holds them, made of a few figures."""
+"""Entries of compare.json made from a few numbers, and the tables computed from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cell(
     calibration: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """A cell that is done; ``changes`` replace its keys."""
+    """Return the entry of a finished run; ``changes`` replace its keys."""
     phases = {
         "load": {"peak_bytes": 100, "categories": {"weights": 100}},
         "forward": {
@@ -69,7 +69,7 @@ def cell(
 
 
 def study_cells(scores: Scores, metrics: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """Cells of ``{task: {method: [score of seed 0, score of seed 1, ...]}}``."""
+    """Return entries for ``{task: {method: [score of seed 0, score of seed 1, ...]}}``."""
     metrics = metrics or {}
     return [
         cell(method, seed, score, task=task, metric=metrics.get(task, "accuracy"))
@@ -80,27 +80,27 @@ def study_cells(scores: Scores, metrics: Mapping[str, str] | None = None) -> lis
 
 
 def entries(cells: Sequence[Mapping[str, Any]]) -> list[CellEntry]:
-    """Cells as compare.json types them."""
+    """Return entries as typed records."""
     return [CellEntry.model_validate(cell) for cell in cells]
 
 
 def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of some cells, as JSON."""
+    """Return the rows of some entries, as JSON."""
     return _plain(make_rows(entries(cells)))
 
 
 def pair_tests_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The tests of all pairs of methods, as JSON."""
+    """Return the tests of all pairs of methods, as JSON."""
     return pair_tests(entries(cells)).to_json()
 
 
 def checks_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The checks of some cells, as JSON."""
+    """Return the checks of some entries, as JSON."""
     return _plain(make_checks(entries(cells)))
 
 
 def evidence_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows, tests and checks, as JSON."""
+    """Return rows, tests and checks, as JSON."""
     found = evidence(entries(cells))
     return {
         "rows": _plain(found["rows"]),
@@ -110,7 +110,7 @@ def evidence_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured_in(budget: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A budget with what some cells took, as JSON."""
+    """Return a budget with the measurements of some entries, as JSON."""
     return with_measured(BudgetBlock.model_validate(budget), entries(cells)).to_json()
 
 

@@ -1,4 +1,4 @@
-"""What killed runs are compared in: small runs of every method, and one cell of moment x method."""
+"""Small runs of every method that are killed, resumed and compared with uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from support.adapter_paths import trained_in
-from support.kill_process import Ended, Killer
+from support.adapter_paths import adapter_path
+from support.kill_process import ForkServer, ProcessResult
 from support.small_runs import base_folder, data_folder
 
 # 48 rows in batches of 5, three a step: ten batches an epoch, the fourth step of it has one. Stops
@@ -65,8 +65,8 @@ METHODS = {
 }
 NEEDS_BASIS = {name for name, settings in METHODS.items() if "method.form" in settings[0]}
 
-# The moments of docs/survival.md: name -> which time it comes round.
-TRAINING = {
+# The rows of the matrix in docs/survival.md: kill point -> occurrence at which the run is killed.
+TRAINING_POINTS = {
     "begun": 1,
     "loaded": 1,
     "record-torn": 3,  # once the method has prepared the model
@@ -88,21 +88,21 @@ TRAINING = {
     "adapter-renamed": 1,
     "reporting": 1,
 }
-EXPORTING = {"export-begun": 1, "export-torn": 1, "export-written": 1, "export-renamed": 1}
-CALIBRATING = {"calibrating", "basis-torn", "calibrated"}
+EXPORT_POINTS = {"export-begun": 1, "export-torn": 1, "export-written": 1, "export-renamed": 1}
+CALIBRATION_POINTS = {"calibrating", "basis-torn", "calibrated"}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What became of a run that was killed.
+class Recovery:
+    """The outcome of a run that was killed and resumed.
 
     Attributes:
-        code: how the first process ended; -9 for a kill, 130 for Ctrl-C.
-        after: the step of the checkpoint that the second one went on from; 0 for the beginning,
-            None if it was done already, and the second one changed nothing.
-        weights: the final weights are those of the undisturbed run, bit for bit.
-        records: evaluations, logged losses, data order, entries touched and the basis, too.
-        said: what the second process wrote to stderr.
+        code: exit code of the first process; -9 for a kill, 130 for Ctrl-C.
+        after: step of the checkpoint that the second process resumed from; 0 if it started from
+            the beginning, None if the run had finished and nothing changed.
+        weights: the final weights equal those of the uninterrupted run, bit for bit.
+        records: so do evaluations, logged losses, data order, touched parameters and the basis.
+        said: stderr of the second process.
     """
 
     code: int
@@ -112,51 +112,51 @@ class Cell:
     said: str
 
 
-class Bench:
-    """A folder with a model, data and one undisturbed run of each method asked for."""
+class Workspace:
+    """A folder with a model, data, uninterrupted runs of each method, and killed ones."""
 
-    def __init__(self, place: Path, killer: Killer) -> None:
-        self.place, self.killer = place, killer
+    def __init__(self, place: Path, fork_server: ForkServer) -> None:
+        self.place, self.fork_server = place, fork_server
         self.base, self.data = base_folder(place / "base"), data_folder(place / "data")
         self._number = 0
 
     def settings(self, method: str, *more: str) -> tuple[str, ...]:
-        """Arguments of ``sparsegrad train``, but for where to write."""
+        """Return arguments of ``sparsegrad train``, without the output folder."""
         return (f"model={self.base}", f"task.path={self.data}", *COMMON, *METHODS[method], *more)
 
-    def train(self, method: str, run: Path, *flags: str, **kill: Any) -> Ended:
-        """One run or its resumption."""
-        return self.killer.run("train", *self.settings(method), "-o", str(run), *flags, **kill)
+    def train(self, method: str, run: Path, *flags: str, **kill: Any) -> ProcessResult:
+        """Start or resume a run."""
+        return self.fork_server.run("train", *self.settings(method), "-o", str(run), *flags, **kill)
 
-    def undisturbed(self, method: str) -> Path:
-        """The run that the others are compared with, made once."""
-        run = self.place / f"{method.replace(' ', '-')}-undisturbed"
+    def uninterrupted_run(self, method: str) -> Path:
+        """Return the run that the others are compared with, trained on first use."""
+        run = self.place / f"{method.replace(' ', '-')}-uninterrupted"
         if not run.is_dir():
             ended = self.train(method, run)
             assert ended.code == 0, ended.err
         return run
 
-    def fresh(self) -> Path:
-        """A name for one more run."""
+    def new_run(self) -> Path:
+        """Return an unused path for a run."""
         self._number += 1
         return self.place / f"run-{self._number}"
 
-    def cell(self, method: str, *moments: str) -> Cell:
-        """Kill a run at the first moment, its resumption at the next and so on; then let it end."""
-        whole, run = self.undisturbed(method), self.fresh()
+    def kill_and_resume(self, method: str, *points: str) -> Recovery:
+        """Kill a run at the first point and its resumptions at the others; then let it finish."""
+        whole, run = self.uninterrupted_run(method), self.new_run()
         codes = []
-        for number, moment in enumerate(moments):
+        for number, point in enumerate(points):
             flags = ("--resume",) if number else ()
-            ended = self.train(method, run, *flags, moment=moment, count=TRAINING[moment])
-            expected = 130 if moment.startswith("interrupted") else -9
-            assert ended.code == expected, f"{moment} did not come to {method}: {ended.err}"
+            ended = self.train(method, run, *flags, point=point, count=TRAINING_POINTS[point])
+            expected = 130 if point.startswith("interrupted") else -9
+            assert ended.code == expected, f"{point} did not come to {method}: {ended.err}"
             codes.append(ended.code)
         left = (run / "run.json").read_bytes() if (run / "run.json").is_file() else b""
         ended = self.train(method, run, "--resume")
-        assert ended.code == 0, f"{method}, {moments}: {ended.err}"
+        assert ended.code == 0, f"{method}, {points}: {ended.err}"
         untouched = (run / "run.json").read_bytes() == left
         mine, theirs = record(run), record(whole)
-        found = Cell(
+        found = Recovery(
             codes[0],
             None if untouched else mine["resumed_from"],
             weights(run) == weights(whole),
@@ -166,17 +166,17 @@ class Bench:
         shutil.rmtree(run)
         return found
 
-    def export_cell(self, method: str, moment: str) -> Cell:
-        """Kill an export, and say the same command again."""
-        run = self.fresh()
-        shutil.copytree(self.undisturbed(method), run)
+    def kill_and_repeat_export(self, method: str, point: str) -> Recovery:
+        """Kill an export, and repeat the command."""
+        run = self.new_run()
+        shutil.copytree(self.uninterrupted_run(method), run)
         command = ("export", str(run), "--to", "merged")
-        whole = self.killer.run(*command, "-o", str(self.place / f"{run.name}-merged"))
+        whole = self.fork_server.run(*command, "-o", str(self.place / f"{run.name}-merged"))
         assert whole.code == 0, whole.err
-        killed = self.killer.run(*command, moment=moment)
-        assert killed.code == -9, f"{moment} did not come to {method}: {killed.err}"
-        again = () if moment != "export-renamed" else ("--overwrite",)
-        ended = self.killer.run(*command, *again)
+        killed = self.fork_server.run(*command, point=point)
+        assert killed.code == -9, f"{point} did not come to {method}: {killed.err}"
+        again = () if point != "export-renamed" else ("--overwrite",)
+        ended = self.fork_server.run(*command, *again)
         assert ended.code == 0, ended.err
         left = [path.name for path in run.glob("export-*")]
         hashes = [
@@ -184,29 +184,31 @@ class Bench:
             for folder in (run / "export-merged", self.place / f"{run.name}-merged")
         ]
         shutil.rmtree(run)
-        return Cell(killed.code, 0, hashes[0] == hashes[1], left == ["export-merged"], ended.err)
+        return Recovery(
+            killed.code, 0, hashes[0] == hashes[1], left == ["export-merged"], ended.err
+        )
 
 
 def record(run: Path) -> dict[str, Any]:
-    """run.json."""
+    """Return run.json."""
     found: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return found
 
 
 def results(run: dict[str, Any]) -> dict[str, Any]:
-    """What a run's record says of what was learnt, and from what: all but times, memory, places."""
+    """Return the parts of a record that a resumed run must reproduce: no times, memory or paths."""
     blocks = ("metrics", "hashes", "counts", "sparsity", "precision", "task", "method")
     basis = run.get("calibration") or {}
     return {key: run[key] for key in blocks} | {key: basis.get(key) for key in ("digest", "tokens")}
 
 
 def weights(run: Path) -> str:
-    """sha256 (hex) of what was trained."""
-    return tensors_hash(trained_in(run))
+    """Return the sha256 (hex) of the trained tensors."""
+    return tensors_hash(adapter_path(run))
 
 
 def tensors_hash(path: Path) -> str:
-    """sha256 (hex) of all tensors by name; the file's own head has its keys in any order."""
+    """Return the sha256 (hex) of all tensors by name, whatever the order of keys in the header."""
     sha = hashlib.sha256()
     for name, tensor in sorted(load_file(path).items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -214,11 +216,11 @@ def tensors_hash(path: Path) -> str:
     return sha.hexdigest()
 
 
-def flat(ended: Ended) -> str:
-    """What a command wrote to stderr, as one line without frames."""
+def flat(ended: ProcessResult) -> str:
+    """Return stderr of a command as one line without frames."""
     return " ".join(ended.err.replace("│", " ").split())
 
 
 def largest_file(folder: Path) -> int:
-    """Bytes."""
+    """Return the size of the largest file, in bytes."""
     return max(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,6 +1,6 @@
-"""Fill in the matrix of docs/survival.md: some minutes.
+"""Compute the matrix of docs/survival.md, in some minutes.
 
-Run it by ``PYTHONPATH=tests python tests/support/survival_table.py``.
+Run ``PYTHONPATH=tests python tests/support/survival_table.py``.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.kill_points import MOMENTS
-from support.kill_process import REPO, Killer
+from support.kill_points import KILL_POINTS
+from support.kill_process import REPO, ForkServer
 from support.survival_runs import (
-    CALIBRATING,
-    EXPORTING,
+    CALIBRATION_POINTS,
+    EXPORT_POINTS,
     METHODS,
     NEEDS_BASIS,
-    TRAINING,
-    Bench,
-    Cell,
+    TRAINING_POINTS,
+    Recovery,
+    Workspace,
 )
 
 BEGIN, END = "<!-- the matrix begins -->", "<!-- the matrix ends -->"
-THRICE = ("checkpoint-written", "evaluated", "adapter-torn")
+THREE_KILLS = ("checkpoint-written", "evaluated", "adapter-torn")
 
 
-def words(cell: Cell) -> str:
-    """One field of the table."""
+def cell_text(cell: Recovery) -> str:
+    """Return one cell of the table."""
     if not (cell.weights and cell.records):
         return "**differs**"
     if cell.after is None:
@@ -37,34 +37,42 @@ def words(cell: Cell) -> str:
     return f"same, from {cell.after}" if cell.after else "same"
 
 
-def rows(bench: Bench) -> Iterator[tuple[str, list[str]]]:
-    """What was done to the run, and what became of each method's."""
-    for moment in TRAINING:
-        skipped = METHODS.keys() - NEEDS_BASIS if moment in CALIBRATING else set()
-        fields = ["" if m in skipped else words(bench.cell(m, moment)) for m in METHODS]
-        yield MOMENTS[moment][0], fields
-    named = ", ".join(MOMENTS[moment][0] for moment in THRICE)
-    yield f"killed three times: {named}", [words(bench.cell(m, *THRICE)) for m in METHODS]
-    for moment in EXPORTING:
-        yield MOMENTS[moment][0], [words(bench.export_cell(m, moment)) for m in METHODS]
+def rows(workspace: Workspace) -> Iterator[tuple[str, list[str]]]:
+    """Yield the description of each kill point and the outcome for each method."""
+    for point in TRAINING_POINTS:
+        skipped = METHODS.keys() - NEEDS_BASIS if point in CALIBRATION_POINTS else set()
+        fields = [
+            "" if m in skipped else cell_text(workspace.kill_and_resume(m, point)) for m in METHODS
+        ]
+        yield KILL_POINTS[point][0], fields
+    named = ", ".join(KILL_POINTS[point][0] for point in THREE_KILLS)
+    yield (
+        f"killed three times: {named}",
+        [cell_text(workspace.kill_and_resume(m, *THREE_KILLS)) for m in METHODS],
+    )
+    for point in EXPORT_POINTS:
+        yield (
+            KILL_POINTS[point][0],
+            [cell_text(workspace.kill_and_repeat_export(m, point)) for m in METHODS],
+        )
 
 
-def table(bench: Bench) -> list[str]:
-    """Markdown."""
+def table(workspace: Workspace) -> list[str]:
+    """Return the table in Markdown."""
     lines = [f"| killed when | {' | '.join(METHODS)} |", f"| :-- |{' :-- |' * len(METHODS)}"]
-    for what, fields in rows(bench):
+    for what, fields in rows(workspace):
         lines.append(f"| {what} | {' | '.join(fields)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
 
 def main() -> None:
-    """Run all cells, and put the table where the old one is."""
+    """Compute all cells, and replace the table in the page."""
     import torch
     import transformers
 
-    with tempfile.TemporaryDirectory() as place, Killer() as killer:
-        lines = table(Bench(Path(place), killer))
+    with tempfile.TemporaryDirectory() as place, ForkServer() as fork_server:
+        lines = table(Workspace(Path(place), fork_server))
     made = (
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{platform.machine()}, {os.uname().sysname}, one thread."

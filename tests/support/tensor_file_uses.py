@@ -1,4 +1,4 @@
-"""What hostile tensor files are put in the place of, and how each is used: as its command does."""
+"""Valid tensor files of every kind, and functions that use one as its command does."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.records.run import CalibrationSettings
 from sparsegrad_cli.restore.exported_adapter import load_adapter
 from sparsegrad_cli.restore.exported_adapter import tensors_digest as adapter_digest
-from support.chat_models import load, talker
+from support.chat_models import chat_model_folder, load
 from support.small_runs import base_folder
 from support.tiny_models import batch, calibrated, classifier, logits, targets_of
 
 RANK = 7
-SCORED = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=RANK)
+METHOD = SparsegradSettings(name="sparsegrad", density=0.05, form="core", rank=RANK)
 PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 
 
 @functools.cache
 def basis_bytes() -> bytes:
-    """A basis with scores, of the tiny model below."""
+    """Return the bytes of a basis file with scores, for the tiny model below."""
     model = base()
     targets = targets_of(model)
     found = calibrated(model, targets, steps=2, basis_per="kind", score="square", rank=7)
@@ -63,21 +63,21 @@ def _base() -> nn.Module:
 
 
 def use_basis(path: Path) -> None:
-    """As training does with calibration.basis; what is accepted computes."""
+    """Use a basis file as training does, and check that an accepted one computes."""
     model = base()
     targets = targets_of(model)
     found = read_basis(path)
     check_belongs(found, targets, fingerprint(model, targets), "calibration.basis")
     check_rank(found, RANK, "calibration.basis")
     before = logits(model)
-    method = SCORED.implementation()
+    method = METHOD.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)
     assert torch.equal(logits(model), before)
     assert torch.isfinite(torch.tensor(float(found.settings.seconds or 0.0)))
 
 
 def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a basis as one who means harm would: with digests that fit."""
+    """Write a basis file with matching digests, as an attacker would."""
     scores = {n.removeprefix("score/"): t for n, t in tensors.items() if n.startswith("score/")}
     keys = {name.partition("/")[2] for name in tensors if name.startswith("q_out/")}
     whole = [key for key in keys if all(f"{part}/{key}" in tensors for part in PARTS)]
@@ -89,11 +89,11 @@ def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 @functools.cache
 def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, settings) of an adapter of the tiny model, as an export writes them."""
+    """Return (tensors, settings) of an adapter of the tiny model, as an export writes them."""
     model = base()
     targets = targets_of(model)
     found = calibrated(model, targets, steps=2, rank=7)
-    method = SCORED.implementation()
+    method = METHOD.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target())
     tensors = dict(method.adapter_tensors(model))
     tensors |= {f"basis/{p}/{k}": getattr(b, p) for k, b in found.bases.items() for p in PARTS}
@@ -111,7 +111,7 @@ def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
     settings = {
         "format": "sparsegrad-adapter-1",
         "model": about,
-        "method": SCORED.model_dump(mode="json"),
+        "method": METHOD.model_dump(mode="json"),
         "scope": "head",
         "seed": 1,
         "targets": [vars(target) for target in targets],
@@ -121,7 +121,7 @@ def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def use_adapter(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """As anyone loads an adapter; what is accepted computes."""
+    """Load an adapter, and check that an accepted one computes."""
     save_file(tensors, folder / "adapter.safetensors")
     settings = {"digest": adapter_digest(tensors), **settings}
     (folder / "adapter.json").write_text(json.dumps(settings))
@@ -130,11 +130,11 @@ def use_adapter(folder: Path, tensors: dict[str, Tensor], settings: dict[str, An
 
 @functools.cache
 def peft_folder() -> Path:
-    """A LoRA folder of a tiny language model, by peft itself."""
+    """Return a LoRA folder of a tiny language model, written by peft."""
     from peft import LoraConfig, get_peft_model
 
     folder = Path(tempfile.mkdtemp())
-    model = load(talker(folder / "base"))[0]
+    model = load(chat_model_folder(folder / "base"))[0]
     wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
     wrapped.save_pretrained(folder / "lora")
     return folder

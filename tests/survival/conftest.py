@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.kill_process import Killer
-from support.survival_runs import Bench
+from support.kill_process import ForkServer
+from support.survival_runs import Workspace
 from support.tiny_models import one_thread
 
 
 @pytest.fixture(scope="session")
-def killer() -> Iterator[Killer]:
-    with Killer() as process:
+def fork_server() -> Iterator[ForkServer]:
+    with ForkServer() as process:
         yield process
 
 
 @pytest.fixture(scope="session")
-def bench(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def workspace(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     with one_thread():
-        return Bench(tmp_path_factory.mktemp("bench"), killer)
+        return Workspace(tmp_path_factory.mktemp("bench"), fork_server)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import REPO
-from support.survival_runs import Bench, flat, largest_file, record, weights
+from support.survival_runs import Workspace, flat, largest_file, record, weights
 
 from sparsegrad_cli.run.checkpoints import last_checkpoint
 
@@ -30,19 +30,21 @@ needs_mount = pytest.mark.skipif(not own_mount(), reason="needs user name spaces
 
 
 @pytest.mark.parametrize("method", ["full", pytest.param("core static", marks=pytest.mark.slow)])
-def test_a_disk_that_fills_up_keeps_what_there_is_and_resumes(bench: Bench, method: str) -> None:
+def test_a_disk_that_fills_up_keeps_what_there_is_and_resumes(
+    workspace: Workspace, method: str
+) -> None:
     """Files beyond a size fail to be written: the second checkpoint's, of a run that goes on."""
-    whole, run = bench.undisturbed(method), bench.fresh()
-    assert bench.train(method, run, moment="checkpoint-renamed").code == -9
+    whole, run = workspace.uninterrupted_run(method), workspace.new_run()
+    assert workspace.train(method, run, point="checkpoint-renamed").code == -9
     left = last_checkpoint(run)
     assert left is not None and left.name == "checkpoint-2"
     small = largest_file(left) // 2048  # KiB: half of what a checkpoint takes
-    ended = bench.train(method, run, "--resume", moment="small-files", count=max(2, small))
+    ended = workspace.train(method, run, "--resume", point="small-files", count=max(2, small))
     assert ended.code == 1 and "could not be written" in flat(ended)
     assert "Traceback" not in ended.err
     assert last_checkpoint(run) == left and record(run)["status"] in ("failed", "running")
     assert not list(run.glob("*.partial"))
-    ended = bench.train(method, run, "--resume")
+    ended = workspace.train(method, run, "--resume")
     assert ended.code == 0 and weights(run) == weights(whole)
 
 
@@ -166,22 +168,24 @@ def test_a_read_only_folder_is_refused_before_anything_is_loaded(tmp_path: Path)
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
-def test_a_file_where_the_folder_should_be(bench: Bench, tmp_path: Path, flags: tuple[str]) -> None:
+def test_a_file_where_the_folder_should_be(
+    workspace: Workspace, tmp_path: Path, flags: tuple[str]
+) -> None:
     (tmp_path / "file").write_text("precious")
     for place, code in ((tmp_path / "file", 2), (tmp_path / "file" / "run", 1)):
-        ended = bench.train("full", place, *flags)
+        ended = workspace.train("full", place, *flags)
         assert ended.code == code and str(tmp_path / "file") in flat(ended)
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(bench: Bench) -> None:
+def test_a_clock_that_goes_backwards_changes_nothing(workspace: Workspace) -> None:
     """An hour at every look, through a kill and a resumption."""
-    run = bench.fresh()
-    assert bench.train("lora", run, moment="checkpoint-renamed", count=2).code == -9
-    ended = bench.train("lora", run, "--resume", moment="clock-back", count=1)
+    run = workspace.new_run()
+    assert workspace.train("lora", run, point="checkpoint-renamed", count=2).code == -9
+    ended = workspace.train("lora", run, "--resume", point="clock-back", count=1)
     assert ended.code == 0, ended.err
-    mine, theirs = record(run), record(bench.undisturbed("lora"))
-    assert weights(run) == weights(bench.undisturbed("lora"))
+    mine, theirs = record(run), record(workspace.uninterrupted_run("lora"))
+    assert weights(run) == weights(workspace.uninterrupted_run("lora"))
     assert mine["metrics"] == theirs["metrics"] and mine["resumed_from"] == 4
     assert mine["finished"] < mine["started"]  # it did go backwards
     assert all(value >= 0 for value in mine["time"].values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.survival_runs import Bench, flat, record, weights
+from support.survival_runs import Workspace, flat, record, weights
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.progress import Observer
@@ -123,20 +123,22 @@ def test_a_calibration_is_no_beginning_of_a_record(tmp_path: Path, reports: list
     assert not BLOCKS.keys() & record(tmp_path / "run").keys()
 
 
-def test_what_was_done_is_trained_no_more_and_made_again_without_its_adapter(bench: Bench) -> None:
+def test_what_was_done_is_trained_no_more_and_made_again_without_its_adapter(
+    workspace: Workspace,
+) -> None:
     """From its best checkpoint; once that trains, nothing is left of the end that there was."""
-    whole, run = bench.undisturbed("full"), bench.fresh()
+    whole, run = workspace.uninterrupted_run("full"), workspace.new_run()
     shutil.copytree(whole, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    ended = bench.train("full", run, "--resume", "--json")
+    ended = workspace.train("full", run, "--resume", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["metrics"] == record(whole)["metrics"]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert "the run is done" in flat(bench.train("full", run, "--resume"))
+    assert "the run is done" in flat(workspace.train("full", run, "--resume"))
     shutil.rmtree(run / "adapter")
-    assert bench.train("full", run, "--resume", moment="step").code == -9
+    assert workspace.train("full", run, "--resume", point="step").code == -9
     found = record(run)
     assert found["resumed_from"] == 4 and found["method"] == record(whole)["method"]
     assert not {"metrics", "memory", "time", "sizes", "sparsity"} & found.keys()
-    assert bench.train("full", run, "--resume").code == 0
+    assert workspace.train("full", run, "--resume").code == 0
     assert weights(run) == weights(whole)

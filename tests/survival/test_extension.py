@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.survival_runs import Bench, flat, record, results, weights
+from support.survival_runs import Workspace, flat, record, results, weights
 
 METHODS = {
     "core": ("method.form=core", "method.density=0.05", "method.rank=7", "calibration.steps=2"),
@@ -27,15 +27,15 @@ COMMON = (
 TWO = ("train.num_train_epochs=2",)
 
 
-def train(bench: Bench, run: Path, method: str, *more: str) -> None:
-    folders = (f"model={bench.base}", f"task.path={bench.data}", "-o", str(run))
-    ended = bench.killer.run("train", *COMMON, *METHODS[method], *more, *folders)
+def train(workspace: Workspace, run: Path, method: str, *more: str) -> None:
+    folders = (f"model={workspace.base}", f"task.path={workspace.data}", "-o", str(run))
+    ended = workspace.fork_server.run("train", *COMMON, *METHODS[method], *more, *folders)
     assert ended.code == 0, ended.err
 
 
-def resume(bench: Bench, run: Path, *more: str) -> tuple[int, str]:
+def resume(workspace: Workspace, run: Path, *more: str) -> tuple[int, str]:
     """The exit code, and what was said."""
-    ended = bench.killer.run("train", str(run), "--resume", *more)
+    ended = workspace.fork_server.run("train", str(run), "--resume", *more)
     return ended.code, flat(ended)
 
 
@@ -51,12 +51,12 @@ def resume(bench: Bench, run: Path, *more: str) -> tuple[int, str]:
     ],
 )
 def test_an_extended_run_is_bitwise_the_longer_one(
-    bench: Bench, method: str, short: tuple[str, ...], long: tuple[str, ...]
+    workspace: Workspace, method: str, short: tuple[str, ...], long: tuple[str, ...]
 ) -> None:
-    run, whole = bench.fresh(), bench.fresh()
-    train(bench, whole, method, *short, *long)
-    train(bench, run, method, *short)
-    code, said = resume(bench, run, *long)
+    run, whole = workspace.new_run(), workspace.new_run()
+    train(workspace, whole, method, *short, *long)
+    train(workspace, run, method, *short)
+    code, said = resume(workspace, run, *long)
     assert code == 0, said
     assert "extended from" in said and "the same for any length" in said
     assert weights(run) == weights(whole)
@@ -66,14 +66,14 @@ def test_an_extended_run_is_bitwise_the_longer_one(
     assert mine == theirs
     assert record(run)["recipe_digest"] == record(whole)["recipe_digest"]
     assert len(record(run)["extended"]) == 1
-    code, said = resume(bench, run)
+    code, said = resume(workspace, run)
     assert code == 0 and "the run is done" in said
 
 
-def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(bench: Bench) -> None:
-    run = bench.fresh()
-    train(bench, run, "lora", *TWO, "train.lr_scheduler_type=linear", "train.logging_steps=1")
-    code, said = resume(bench, run, "train.num_train_epochs=4")
+def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    train(workspace, run, "lora", *TWO, "train.lr_scheduler_type=linear", "train.logging_steps=1")
+    code, said = resume(workspace, run, "train.num_train_epochs=4")
     assert code == 0, said
     assert "linear is recomputed over 12 steps" in said
     rates = {r["step"]: r["learning_rate"] for r in record(run)["metrics"]["train"]}
@@ -81,9 +81,9 @@ def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(bench: Bench) -
         assert rates[step] == pytest.approx(1e-2 * (13 - step) / 12)
 
 
-def test_any_other_change_is_refused_and_leaves_the_run_done(bench: Bench) -> None:
-    run = bench.fresh()
-    train(bench, run, "lora", *TWO)
+def test_any_other_change_is_refused_and_leaves_the_run_done(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    train(workspace, run, "lora", *TWO)
     before = (run / "run.json").read_bytes()
     for settings, words in (
         (("train.num_train_epochs=4", "seed=1"), "seed was 42, now 1"),
@@ -92,22 +92,22 @@ def test_any_other_change_is_refused_and_leaves_the_run_done(bench: Bench) -> No
         (("train.max_steps=3",), "train.max_steps was 6, now 3"),
         (("train.num_train_epochs=9", "train.max_steps=9"), "has no effect"),
     ):
-        code, said = resume(bench, run, *settings)
+        code, said = resume(workspace, run, *settings)
         assert code == 2 and words in said, said
         assert (run / "run.json").read_bytes() == before
 
 
-def test_a_run_by_steps_is_extended_by_steps(bench: Bench) -> None:
-    run = bench.fresh()
-    train(bench, run, "lora", "train.max_steps=3")
-    code, said = resume(bench, run, "train.max_steps=-1")
+def test_a_run_by_steps_is_extended_by_steps(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    train(workspace, run, "lora", "train.max_steps=3")
+    code, said = resume(workspace, run, "train.max_steps=-1")
     assert code == 2 and "was started with train.max_steps 3" in said
 
 
-def test_a_run_that_early_stopping_ended_stays_ended(bench: Bench) -> None:
-    run = bench.fresh()
+def test_a_run_that_early_stopping_ended_stays_ended(workspace: Workspace) -> None:
+    run = workspace.new_run()
     train(
-        bench,
+        workspace,
         run,
         "lora",
         "train.max_steps=20",
@@ -119,7 +119,7 @@ def test_a_run_that_early_stopping_ended_stays_ended(bench: Bench) -> None:
     )
     steps = record(run)["time"]["steps"]
     assert steps < 20
-    code, said = resume(bench, run, "train.max_steps=40")
+    code, said = resume(workspace, run, "train.max_steps=40")
     assert code == 0, said
     assert f"Early stopping ended it at step {steps}" in said
     assert record(run)["time"]["steps"] == steps

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.survival_runs import Bench, flat, record, weights
+from support.survival_runs import Workspace, flat, record, weights
 
 from sparsegrad_cli.run.checkpoints import MANIFEST, seal, with_check
 
@@ -16,17 +16,17 @@ METHOD = "core static"
 
 
 @pytest.fixture
-def run(bench: Bench) -> Path:
+def run(workspace: Workspace) -> Path:
     """A run that was killed after its checkpoint of step 4, that of step 2 still there."""
-    folder = bench.place / "killed"
+    folder = workspace.place / "killed"
     if not folder.is_dir():
-        kill = {"moment": "checkpoint-renamed", "count": 2}
-        assert bench.train(METHOD, folder, **kill).code == -9
+        kill = {"point": "checkpoint-renamed", "count": 2}
+        assert workspace.train(METHOD, folder, **kill).code == -9
         assert sorted(p.name for p in folder.glob("checkpoint-*")) == [
             "checkpoint-2",
             "checkpoint-4",
         ]
-    mine = bench.fresh()
+    mine = workspace.new_run()
     shutil.copytree(folder, mine)
     return mine
 
@@ -39,45 +39,47 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(bench: Bench, run: Path) -> None:
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
+    workspace: Workspace, run: Path
+) -> None:
     torn = run / "checkpoint-4" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:100])
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 0, ended.err
     assert "note: checkpoint-4 is damaged: optimizer.safetensors has 100 bytes, expected" in flat(
         ended
     )
     assert "note: checkpoint-2 is used" in flat(ended)
     assert record(run)["resumed_from"] == 2
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_the_only_one_torn_means_from_the_beginning(bench: Bench, run: Path) -> None:
+def test_the_only_one_torn_means_from_the_beginning(workspace: Workspace, run: Path) -> None:
     shutil.rmtree(run / "checkpoint-2")
     (run / "checkpoint-4" / MANIFEST).unlink()
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 0 and "no whole checkpoint is left" in flat(ended)
     assert record(run)["resumed_from"] == 0
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
     steps = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps.count(2) == 1
 
 
-def test_a_torn_basis_is_made_again(bench: Bench, run: Path) -> None:
+def test_a_torn_basis_is_made_again(workspace: Workspace, run: Path) -> None:
     basis = run / "basis.safetensors"
     basis.write_bytes(basis.read_bytes()[:-20])
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 0 and "basis.safetensors is made again" in flat(ended)
     assert record(run)["resumed_from"] == 4
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_a_checkpoint_of_another_basis_is_refused(bench: Bench, run: Path) -> None:
-    other = bench.fresh()
-    assert bench.train(METHOD, other, "seed=7", moment="calibrated").code == -9
+def test_a_checkpoint_of_another_basis_is_refused(workspace: Workspace, run: Path) -> None:
+    other = workspace.new_run()
+    assert workspace.train(METHOD, other, "seed=7", point="calibrated").code == -9
     shutil.copy(other / "basis.safetensors", run / "basis.safetensors")
     before = content(run)
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 1 and "was trained in another basis" in flat(ended)
     left = content(run)
     assert {name: left[name] for name in before if "checkpoint" in name} == {
@@ -85,44 +87,44 @@ def test_a_checkpoint_of_another_basis_is_refused(bench: Bench, run: Path) -> No
     }
 
 
-def test_a_checkpoint_of_other_data_is_refused(bench: Bench, run: Path) -> None:
+def test_a_checkpoint_of_other_data_is_refused(workspace: Workspace, run: Path) -> None:
     """A file that was changed since, under the same name."""
     state = json.loads((run / "checkpoint-4" / "state.json").read_text())
     facts = record(run)
     assert state["origins"]["data"] == facts["hashes"]["data"]
     assert state["origins"]["model"] == facts["model"]["fingerprint"]
-    rows = bench.data / "train.csv"
+    rows = workspace.data / "train.csv"
     good = rows.read_text()
     head, first, *rest = good.splitlines()
     rows.write_text("\n".join([head, *rest, first]))
     try:
-        ended = bench.train(METHOD, run, "--resume")
+        ended = workspace.train(METHOD, run, "--resume")
     finally:
         rows.write_text(good)
     assert ended.code == 1 and "checkpoint-4 was trained on other data" in flat(ended)
     # The basis is of the data, too: made again of the other, and of the first when that is back.
     assert "basis.safetensors is made again" in flat(ended)
-    assert bench.train(METHOD, run, "--resume").code == 0
+    assert workspace.train(METHOD, run, "--resume").code == 0
     assert record(run)["resumed_from"] == 4
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_another_recipe_is_refused(bench: Bench, run: Path) -> None:
+def test_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
     before = content(run)
-    ended = bench.train(METHOD, run, "--resume", "train.learning_rate=1e-3")
+    ended = workspace.train(METHOD, run, "--resume", "train.learning_rate=1e-3")
     assert ended.code == 2 and "was started with another recipe" in flat(ended)
     assert content(run) == before
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(bench: Bench, run: Path) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
     """Copied in from somewhere else: it would load, and be another run."""
     seal_anew(run / "checkpoint-4", recipe="f" * 64)
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 2 and "checkpoint-4 belongs to another recipe" in flat(ended)
     assert (run / "checkpoint-2").is_dir() and (run / "checkpoint-4").is_dir()
     shutil.rmtree(run / "checkpoint-4")  # what the message says to do
-    assert bench.train(METHOD, run, "--resume").code == 0
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert workspace.train(METHOD, run, "--resume").code == 0
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
 def seal_anew(folder: Path, recipe: str) -> None:
@@ -130,59 +132,59 @@ def seal_anew(folder: Path, recipe: str) -> None:
     seal(folder, recipe)
 
 
-def test_a_checkpoint_of_another_version_is_refused(bench: Bench, run: Path) -> None:
+def test_a_checkpoint_of_another_version_is_refused(workspace: Workspace, run: Path) -> None:
     path = run / "checkpoint-4" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["check"]
     manifest |= {"format": 2, "versions": {"sparsegrad": "7.0.0"}}
     path.write_text(json.dumps(with_check(manifest)))
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 1
     assert "format 2, written by sparsegrad 7.0.0; this version reads format 1" in flat(ended)
     assert (run / "checkpoint-2").is_dir() and (run / "checkpoint-4").is_dir()
 
 
-def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(bench: Bench, run: Path) -> None:
+def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(workspace: Workspace, run: Path) -> None:
     path = run / "checkpoint-4" / "trainable.safetensors"
     tensors = load_file(path)
     tensors["classifier.bias"] = tensors["classifier.bias"].repeat(2)
     save_file(tensors, path)
     seal_anew(run / "checkpoint-4", recipe=record(run)["recipe_digest"])
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 1 and "does not fit this recipe: classifier.bias" in flat(ended)
 
 
 def test_a_record_of_another_version_or_damaged_is_refused_and_then_not_needed(
-    bench: Bench, run: Path
+    workspace: Workspace, run: Path
 ) -> None:
     good = json.loads((run / "run.json").read_text())
     for text in ("{", json.dumps(good | {"schema": 9})):
         (run / "run.json").write_text(text)
-        ended = bench.train(METHOD, run, "--resume")
+        ended = workspace.train(METHOD, run, "--resume")
         assert ended.code == 1 and "remove it" in flat(ended)
         assert (run / "checkpoint-4").is_dir()
     (run / "run.json").unlink()  # what the message says to do
-    assert bench.train(METHOD, run, "--resume").code == 0
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert workspace.train(METHOD, run, "--resume").code == 0
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_a_recipe_file_that_is_damaged_too(bench: Bench, run: Path) -> None:
+def test_a_recipe_file_that_is_damaged_too(workspace: Workspace, run: Path) -> None:
     (run / "run.json").unlink()
     (run / "recipe.yaml").write_text("train: [")
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 1 and "recipe.yaml is damaged" in flat(ended)
     (run / "recipe.yaml").unlink()
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 2 and "holds no run to resume" in flat(ended)
     assert (run / "checkpoint-4").is_dir()
 
 
-def test_a_folder_moved_away_from_its_best_checkpoint(bench: Bench, run: Path) -> None:
+def test_a_folder_moved_away_from_its_best_checkpoint(workspace: Workspace, run: Path) -> None:
     """Of a run that ends with its best, one without it starts from before there was one."""
     shutil.rmtree(run)
-    assert bench.train(METHOD, run, moment="trained").code == -9
+    assert workspace.train(METHOD, run, point="trained").code == -9
     shutil.rmtree(run / "checkpoint-4")
-    ended = bench.train(METHOD, run, "--resume")
+    ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 0
     assert "checkpoint-8 is damaged: its best checkpoint, checkpoint-4" in flat(ended)
-    assert weights(run) == weights(bench.undisturbed(METHOD))
+    assert weights(run) == weights(workspace.uninterrupted_run(METHOD))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.kill_process import Ended
-from support.survival_runs import Bench, flat, record, results, weights
+from support.kill_process import ProcessResult
+from support.survival_runs import Workspace, flat, record, results, weights
 
 COMMON = (
     "task=csv",
@@ -33,27 +33,29 @@ METHODS = {
 }
 
 
-def train(bench: Bench, run: Path, method: tuple[str, ...], *more: str, **kill: Any) -> Ended:
-    folders = (f"model={bench.base}", f"task.path={bench.data}", "-o", str(run))
-    return bench.killer.run("train", *COMMON, *method, *folders, *more, **kill)
+def train(
+    workspace: Workspace, run: Path, method: tuple[str, ...], *more: str, **kill: Any
+) -> ProcessResult:
+    folders = (f"model={workspace.base}", f"task.path={workspace.data}", "-o", str(run))
+    return workspace.fork_server.run("train", *COMMON, *method, *folders, *more, **kill)
 
 
 @pytest.fixture(scope="module")
-def sources(bench: Bench) -> dict[str, Path]:
+def sources(workspace: Workspace) -> dict[str, Path]:
     """One run of each method."""
-    found = {name: bench.fresh() for name in METHODS}
+    found = {name: workspace.new_run() for name in METHODS}
     for name, run in found.items():
-        ended = train(bench, run, METHODS[name])
+        ended = train(workspace, run, METHODS[name])
         assert ended.code == 0, ended.err
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_starts_where_the_other_ended(
-    bench: Bench, sources: dict[str, Path], method: str
+    workspace: Workspace, sources: dict[str, Path], method: str
 ) -> None:
-    run, source = bench.fresh(), sources[method]
-    ended = train(bench, run, METHODS[method], f"init_from={source}")
+    run, source = workspace.new_run(), sources[method]
+    ended = train(workspace, run, METHODS[method], f"init_from={source}")
     assert ended.code == 0, ended.err
     assert f"training starts from {source}; its head is loaded" in flat(ended)
     mine, theirs = record(run), record(source)
@@ -65,18 +67,20 @@ def test_a_run_starts_where_the_other_ended(
         assert (run / "basis.safetensors").is_file()
         assert "calibrate" not in flat(ended).split()
     # Nothing of the other run is needed to export this one.
-    moved = bench.fresh()
+    moved = workspace.new_run()
     shutil.copytree(run, moved)
-    exported = bench.killer.run("export", str(moved), "--to", "merged")
+    exported = workspace.fork_server.run("export", str(moved), "--to", "merged")
     assert exported.code == 0, exported.err
 
 
-def test_a_resumed_run_starts_from_the_same_values(bench: Bench, sources: dict[str, Path]) -> None:
+def test_a_resumed_run_starts_from_the_same_values(
+    workspace: Workspace, sources: dict[str, Path]
+) -> None:
     method, start = METHODS["core static"], f"init_from={sources['core static']}"
-    whole, run = bench.fresh(), bench.fresh()
-    assert train(bench, whole, method, start).code == 0
-    assert train(bench, run, method, start, moment="evaluated", count=3).code == -9
-    resumed = train(bench, run, method, start, "--resume")
+    whole, run = workspace.new_run(), workspace.new_run()
+    assert train(workspace, whole, method, start).code == 0
+    assert train(workspace, run, method, start, point="evaluated", count=3).code == -9
+    resumed = train(workspace, run, method, start, "--resume")
     assert resumed.code == 0, resumed.err
     assert weights(run) == weights(whole)
     assert results(record(run)) == results(record(whole))
@@ -95,14 +99,16 @@ def test_a_resumed_run_starts_from_the_same_values(bench: Bench, sources: dict[s
     ],
 )
 def test_what_differs_is_named(
-    bench: Bench,
+    workspace: Workspace,
     sources: dict[str, Path],
     source: str,
     method: str,
     more: tuple[str, ...],
     words: str,
 ) -> None:
-    ended = train(bench, bench.fresh(), METHODS[method], f"init_from={sources[source]}", *more)
+    ended = train(
+        workspace, workspace.new_run(), METHODS[method], f"init_from={sources[source]}", *more
+    )
     assert ended.code == 2, ended.err
     assert words in flat(ended)
 
@@ -116,64 +122,70 @@ def test_what_differs_is_named(
     ],
 )
 def test_validate_compares_what_the_record_says_of_the_start(
-    bench: Bench, sources: dict[str, Path], source: str, more: tuple[str, ...], words: str
+    workspace: Workspace, sources: dict[str, Path], source: str, more: tuple[str, ...], words: str
 ) -> None:
     start = f"init_from={sources[source]}"
-    ended = bench.killer.run("validate", *more, start)
+    ended = workspace.fork_server.run("validate", *more, start)
     assert ended.code == 2
     assert words in flat(ended) and "command line" in flat(ended)
-    assert bench.killer.run("validate", *METHODS[source], start).code == 0
+    assert workspace.fork_server.run("validate", *METHODS[source], start).code == 0
 
 
 @pytest.mark.parametrize("method", ["full", "meprop"])
 def test_a_method_that_trains_the_weights_starts_from_an_export(
-    bench: Bench, sources: dict[str, Path], method: str
+    workspace: Workspace, sources: dict[str, Path], method: str
 ) -> None:
-    ended = bench.killer.run("validate", f"method={method}", f"init_from={sources['lora']}")
+    ended = workspace.fork_server.run(
+        "validate", f"method={method}", f"init_from={sources['lora']}"
+    )
     assert ended.code == 2
     assert "export RUN --to merged" in flat(ended)
 
 
 def test_a_folder_without_an_adapter_and_keys_without_effect_are_refused(
-    bench: Bench, sources: dict[str, Path]
+    workspace: Workspace, sources: dict[str, Path]
 ) -> None:
-    ended = bench.killer.run("validate", "method=lora", f"init_from={bench.data}")
+    ended = workspace.fork_server.run("validate", "method=lora", f"init_from={workspace.data}")
     assert ended.code == 2 and "run.json or adapter_config.json" in flat(ended)
-    ended = bench.killer.run(
+    ended = workspace.fork_server.run(
         "validate", f"init_from={sources['core static']}", "calibration.keep_head=true"
     )
     assert ended.code == 2 and "calibration.keep_head" in flat(ended)
 
 
 def test_a_peft_folder_is_a_start_for_lora_of_its_rank_and_scale(
-    bench: Bench, sources: dict[str, Path]
+    workspace: Workspace, sources: dict[str, Path]
 ) -> None:
-    folder = bench.fresh()
-    exported = bench.killer.run("export", str(sources["lora"]), "--to", "lora", "-o", str(folder))
+    folder = workspace.new_run()
+    exported = workspace.fork_server.run(
+        "export", str(sources["lora"]), "--to", "lora", "-o", str(folder)
+    )
     assert exported.code == 0, exported.err
     config = json.loads((folder / "adapter_config.json").read_text())
     scale = (f"method.rank={config['r']}", f"method.alpha={config['lora_alpha']}")
-    run = bench.fresh()
-    ended = train(bench, run, ("method=lora", *scale), f"init_from={folder}")
+    run = workspace.new_run()
+    ended = train(workspace, run, ("method=lora", *scale), f"init_from={folder}")
     assert ended.code == 0, ended.err
     before = record(sources["lora"])["metrics"]["final"]["loss"]
     assert record(run)["metrics"]["initial"]["loss"] == pytest.approx(before, rel=1e-4)
     assert record(run)["init_from"]["kind"] == "peft"
-    other = train(bench, bench.fresh(), METHODS["lora"], f"init_from={folder}", "method.alpha=9")
+    other = train(
+        workspace, workspace.new_run(), METHODS["lora"], f"init_from={folder}", "method.alpha=9"
+    )
     assert other.code == 2 and "method.alpha is 9" in flat(other)
-    core = train(bench, bench.fresh(), METHODS["core static"], f"init_from={folder}")
+    core = train(workspace, workspace.new_run(), METHODS["core static"], f"init_from={folder}")
     assert core.code == 2 and "is a PEFT adapter of type LORA" in flat(core)
 
 
 def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(
-    bench: Bench, sources: dict[str, Path], tmp_path: Path
+    workspace: Workspace, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     for name in ("train.csv", "validation.csv"):
-        text = (bench.data / name).read_text()
+        text = (workspace.data / name).read_text()
         (tmp_path / name).write_text(text.replace(",low", ",other").replace(",high", ",word"))
     ended = train(
-        bench,
-        bench.fresh(),
+        workspace,
+        workspace.new_run(),
         METHODS["lora"],
         f"init_from={sources['lora']}",
         f"task.path={tmp_path}",
@@ -183,7 +195,7 @@ def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(
 
 
 def test_a_comparison_refuses_a_start_that_one_method_alone_has(
-    bench: Bench, sources: dict[str, Path], tmp_path: Path
+    workspace: Workspace, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
     from sparsegrad_cli.study.parity import compared

@@ -14,9 +14,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.folder_lock_process import holder, read
+from support.folder_lock_process import lock_holder, read_process_id
 from support.paths import REPO
-from support.survival_runs import Bench
+from support.survival_runs import Workspace
 
 from sparsegrad_cli.errors import BusyError, DiskError
 from sparsegrad_cli.io.locks import FolderLock, owner_of
@@ -24,26 +24,26 @@ from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.run.folder import choose_folder, lock_folder, prepare_folder
 
 
-def test_a_held_folder_is_refused_with_who_and_since_when(bench: Bench) -> None:
-    run = bench.fresh()
+def test_a_held_folder_is_refused_with_who_and_since_when(workspace: Workspace) -> None:
+    run = workspace.new_run()
     run.mkdir()
-    with holder(run) as process:
-        read(process)
+    with lock_holder(run) as process:
+        read_process_id(process)
         for flags in ((), ("--resume",), ("--overwrite",)):
-            refused = bench.train("full", run, *flags)
+            refused = workspace.train("full", run, *flags)
             assert refused.code == 2
             said = " ".join(refused.err.replace("│", " ").split())
             assert f"is in use by process {process.pid} on {socket.gethostname()}, since 2" in said
             assert "another output_dir" in said
         assert [path.name for path in run.iterdir()] == [".lock"]
-    assert bench.train("full", run, "train.max_steps=2").code == 0
+    assert workspace.train("full", run, "train.max_steps=2").code == 0
     assert not (run / ".lock").exists()
 
 
 def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -> None:
     """As the workers of a data loader do, for a while, when a run is killed."""
-    with holder(tmp_path, "fork") as process:
-        said = dict(read(process) for _ in range(2))
+    with lock_holder(tmp_path, "fork") as process:
+        said = dict(read_process_id(process) for _ in range(2))
         with pytest.raises(BusyError, match=f"process {said['held']} on"):
             FolderLock(tmp_path)
         assert owner_of(tmp_path) is not None
@@ -107,8 +107,8 @@ def test_a_file_system_without_locks_is_noted_and_the_lock_file_protects(
 
 
 def test_a_second_owner_waits_where_asked(tmp_path: Path) -> None:
-    with holder(tmp_path) as process:
-        read(process)
+    with lock_holder(tmp_path) as process:
+        read_process_id(process)
         threading.Timer(0.3, process.kill).start()
         with FolderLock(tmp_path, wait_s=None) as lock:
             assert json.loads(lock.path.read_text())["pid"] == os.getpid()
@@ -137,9 +137,9 @@ def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_runs_started_at_once_one_trains(bench: Bench) -> None:
-    run = bench.fresh()
-    command = [sys.executable, "-m", "sparsegrad_cli", "train", *bench.settings("full")]
+def test_of_two_runs_started_at_once_one_trains(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    command = [sys.executable, "-m", "sparsegrad_cli", "train", *workspace.settings("full")]
     environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
     both = [
         subprocess.Popen(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.kill_process import Ended, Killer
+from support.kill_process import ForkServer, ProcessResult
 from support.small_runs import base_folder, data_folder, sentences
 from support.survival_runs import flat, record
 from support.tiny_models import one_thread
@@ -28,11 +28,11 @@ WIDE_ONE = ROWS * 11 * WIDE * 4
 # how much differs between machines: the first amount at which memory runs out is taken.
 LEFT = (100, 110, 120, 90, 130)
 ONEDNN_FAILURE = "could not create a primitive"
-Short = Callable[..., tuple[Ended, dict[str, Any], Path]]
+Short = Callable[..., tuple[ProcessResult, dict[str, Any], Path]]
 
 
 @pytest.fixture(scope="module")
-def short(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Short:
+def short(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Short:
     """``short("full", 100)``: a run with 100 MiB of address space left once it has loaded."""
     place = tmp_path_factory.mktemp("memory")
     with one_thread():
@@ -59,17 +59,17 @@ def short(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Short:
     numbers = iter(range(100))
 
     def run(
-        *settings: str, left: int, moment: str = "short-of-memory"
-    ) -> tuple[Ended, dict[str, Any], Path]:
+        *settings: str, left: int, point: str = "short-of-memory"
+    ) -> tuple[ProcessResult, dict[str, Any], Path]:
         folder = place / f"run-{next(numbers)}"
         command = ("train", *common, *settings, "-o", str(folder))
-        ended = killer.run(*command, moment=moment, count=left)
+        ended = fork_server.run(*command, point=point, count=left)
         return ended, record(folder), folder
 
     return run
 
 
-def checked(ended: Ended, run: dict[str, Any]) -> dict[str, Any]:
+def checked(ended: ProcessResult, run: dict[str, Any]) -> dict[str, Any]:
     """Exit 3 and the status; the error's own block."""
     assert ended.code == 3, ended.err
     assert run["status"] == "out_of_memory" and "Traceback" not in ended.err
@@ -131,7 +131,7 @@ def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short)
             *settings,
             f"train.per_device_eval_batch_size={ROWS}",
             left=left,
-            moment="short-of-memory-later",
+            point="short-of-memory-later",
         )
         if ended.code == 3:
             break

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.nan_row import POISONED, poison, poison_letter, poisoned_data, seed_of
+from support.nan_row import (
+    NAN_ROW,
+    data_with_nan_row,
+    seed_where,
+    set_infinite_embedding,
+    set_weight,
+)
 from support.small_runs import base_folder
-from support.survival_runs import Bench, flat, record
+from support.survival_runs import Workspace, flat, record
 
 from sparsegrad_cli.run.checkpoints import damage
 
@@ -25,14 +31,14 @@ def error_of(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["full", "core static"])
 def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
-    bench: Bench, tmp_path: Path, method: str
+    workspace: Workspace, tmp_path: Path, method: str
 ) -> None:
     """The weights of one token are infinite, and one row has it."""
-    base, data = base_folder(tmp_path / "base"), poisoned_data(bench, tmp_path / "data")
-    poison_letter(base)
-    seed, order = seed_of(lambda number: number // 3 == STEP - 1)
-    number, place = divmod(order.index(POISONED), 5)
-    settings = bench.settings(
+    base, data = base_folder(tmp_path / "base"), data_with_nan_row(workspace, tmp_path / "data")
+    set_infinite_embedding(base)
+    seed, order = seed_where(lambda number: number // 3 == STEP - 1)
+    number, place = divmod(order.index(NAN_ROW), 5)
+    settings = workspace.settings(
         method,
         f"model={base}",
         f"task.path={data}",
@@ -43,12 +49,12 @@ def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
         "calibration.warmup_steps=0",
     )
     run = tmp_path / "run"
-    ended = bench.killer.run("train", *settings, "-o", str(run))
+    ended = workspace.fork_server.run("train", *settings, "-o", str(run))
     assert ended.code == 1
     error = error_of(run)
     rows = order[5 * number : 5 * number + 5]
     assert error["step"] == STEP and error["batch"] == number % 3 + 1
-    assert error["rows"] == rows and rows[place] == POISONED
+    assert error["rows"] == rows and rows[place] == NAN_ROW
     assert error["module"] == "bert.embeddings.word_embeddings"
     assert error["checkpoint"] == "checkpoint-2" and damage(run / "checkpoint-2") is None
     said = flat(ended)
@@ -60,10 +66,10 @@ def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
     assert max(steps) == STEP - 1
 
 
-def test_a_learning_rate_that_diverges(bench: Bench) -> None:
-    run = bench.fresh()
-    settings = bench.settings("full", "train.learning_rate=1e30", "train.max_grad_norm=0")
-    ended = bench.killer.run("train", *settings, "-o", str(run))
+def test_a_learning_rate_that_diverges(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    settings = workspace.settings("full", "train.learning_rate=1e30", "train.max_grad_norm=0")
+    ended = workspace.fork_server.run("train", *settings, "-o", str(run))
     assert ended.code == 1
     error = error_of(run)
     # One step of 1e30 leaves finite weights whose products are not.
@@ -74,12 +80,12 @@ def test_a_learning_rate_that_diverges(bench: Bench) -> None:
     assert kept == ([error["checkpoint"]] if error["checkpoint"] else [])
 
 
-def test_calibration_names_step_and_module(bench: Bench, tmp_path: Path) -> None:
+def test_calibration_names_step_and_module(workspace: Workspace, tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
-    poison(base, "encoder.layer.1.output.dense.weight", (3, 4), float("nan"))
+    set_weight(base, "encoder.layer.1.output.dense.weight", (3, 4), float("nan"))
     run = tmp_path / "run"
-    settings = bench.settings("materialized", f"model={base}", "calibration.warmup_steps=0")
-    ended = bench.killer.run("train", *settings, "-o", str(run))
+    settings = workspace.settings("materialized", f"model={base}", "calibration.warmup_steps=0")
+    ended = workspace.fork_server.run("train", *settings, "-o", str(run))
     assert ended.code == 1
     error = error_of(run)
     assert error["step"] == 1 and error["module"] == "bert.encoder.layer.1.output.dense"
@@ -87,12 +93,12 @@ def test_calibration_names_step_and_module(bench: Bench, tmp_path: Path) -> None
     assert not list(run.glob("checkpoint-*")) and not (run / "basis.safetensors").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(bench: Bench, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_saved(workspace: Workspace, tmp_path: Path) -> None:
     """A step overflows that had a good loss: its own checkpoint would hold what came of it."""
     base, name = base_folder(tmp_path / "base"), "encoder.layer.1.output.dense"
-    poison(base, f"{name}.weight", (0, 0), 2.0)  # times 1 - rate x decay: -6.7e38
-    run = bench.fresh()
-    settings = bench.settings(
+    set_weight(base, f"{name}.weight", (0, 0), 2.0)  # times 1 - rate x decay: -6.7e38
+    run = workspace.new_run()
+    settings = workspace.settings(
         "full",
         f"model={base}",
         "train.learning_rate=3.4e37",
@@ -101,7 +107,7 @@ def test_weights_that_are_not_finite_are_never_saved(bench: Bench, tmp_path: Pat
         "train.eval_steps=1",
         "train.gradient_accumulation_steps=1",
     )
-    ended = bench.killer.run("train", *settings, "-o", str(run))
+    ended = workspace.fork_server.run("train", *settings, "-o", str(run))
     assert ended.code == 1
     error = error_of(run)
     # The first step warms up, at a rate of zero.

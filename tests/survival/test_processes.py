@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
-from support.folder_lock_process import holder, read
-from support.kill_process import Ended
-from support.nan_row import POISONED, poison_letter, poisoned_data, seed_of
+from support.adapter_paths import adapter_path
+from support.folder_lock_process import lock_holder, read_process_id
+from support.kill_process import ProcessResult
+from support.nan_row import NAN_ROW, data_with_nan_row, seed_where, set_infinite_embedding
 from support.small_runs import ROWS, base_folder
-from support.survival_runs import Bench, flat, largest_file, record, weights
+from support.survival_runs import Workspace, flat, largest_file, record, weights
 from torch import Tensor
 
 from sparsegrad_cli.io.locks import owner_of
@@ -22,24 +22,26 @@ from sparsegrad_cli.run.checkpoints import checkpoints
 MORE = ("train.max_steps=6",)
 
 
-def both(bench: Bench, method: str, run: Path, *flags: str, **moment: Any) -> list[Ended]:
-    settings = bench.settings(method, *MORE)
-    return bench.killer.together("train", *settings, "-o", str(run), *flags, **moment)
+def both(
+    workspace: Workspace, method: str, run: Path, *flags: str, **point: Any
+) -> list[ProcessResult]:
+    settings = workspace.settings(method, *MORE)
+    return workspace.fork_server.run_two("train", *settings, "-o", str(run), *flags, **point)
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = load_file(trained_in(run))
+    found: dict[str, Tensor] = load_file(adapter_path(run))
     return found
 
 
-def codes(ended: list[Ended]) -> list[int]:
+def codes(ended: list[ProcessResult]) -> list[int]:
     return [one.code for one in ended]
 
 
-def check_same(bench: Bench, method: str, run: Path, after: int) -> None:
+def check_same(workspace: Workspace, method: str, run: Path, after: int) -> None:
     """The resumed run is the one that nothing happens to; that one is made here."""
-    whole = bench.fresh()
-    assert codes(both(bench, method, whole)) == [0, 0]
+    whole = workspace.new_run()
+    assert codes(both(workspace, method, whole)) == [0, 0]
     mine, theirs = record(run), record(whole)
     assert (mine["processes"], mine["resumed_from"]) == (2, after)
     assert weights(run) == weights(whole)
@@ -47,29 +49,35 @@ def check_same(bench: Bench, method: str, run: Path, after: int) -> None:
     assert not (run / ".lock").exists()
 
 
-def test_killed_they_go_on_bit_for_bit_each_with_its_own_random_numbers(bench: Bench) -> None:
+def test_killed_they_go_on_bit_for_bit_each_with_its_own_random_numbers(
+    workspace: Workspace,
+) -> None:
     """Each draws its own dropout, and sums its own losses since the last log."""
-    run = bench.fresh()
-    assert codes(both(bench, "lora", run, moment="step", count=7, of=1)) == [-9, -9]
+    run = workspace.new_run()
+    assert codes(both(workspace, "lora", run, point="step", count=7, of=1)) == [-9, -9]
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"] and owner_of(run) is None
-    alone = bench.killer.run("train", *bench.settings("lora", *MORE), "-o", str(run), "--resume")
+    alone = workspace.fork_server.run(
+        "train", *workspace.settings("lora", *MORE), "-o", str(run), "--resume"
+    )
     assert alone.code == 2
     assert "written by a run in 2 processes, and this run has 1" in flat(alone)
-    assert codes(both(bench, "lora", run, "--resume")) == [0, 0]
-    check_same(bench, "lora", run, 2)
+    assert codes(both(workspace, "lora", run, "--resume")) == [0, 0]
+    check_same(workspace, "lora", run, 2)
 
 
-def test_ctrl_c_that_reaches_one_of_them_stops_both_after_the_same_step(bench: Bench) -> None:
-    run = bench.fresh()
-    ended = both(bench, "core static", run, moment="interrupted", count=8, of=1)
+def test_ctrl_c_that_reaches_one_of_them_stops_both_after_the_same_step(
+    workspace: Workspace,
+) -> None:
+    run = workspace.new_run()
+    ended = both(workspace, "core static", run, point="interrupted", count=8, of=1)
     assert codes(ended) == [130, 130]
     assert record(run)["status"] == "interrupted" and not (run / ".lock").exists()
     assert "stopped after step 3 of 6; checkpoint-3 is saved" in flat(ended[0])
-    assert codes(both(bench, "core static", run, "--resume")) == [0, 0]
-    check_same(bench, "core static", run, 3)
+    assert codes(both(workspace, "core static", run, "--resume")) == [0, 0]
+    check_same(workspace, "core static", run, 3)
 
 
-def test_they_train_one_model(bench: Bench, tmp_path: Path) -> None:
+def test_they_train_one_model(workspace: Workspace, tmp_path: Path) -> None:
     """Two with a batch each make the update of one with both, to rounding."""
     base = base_folder(tmp_path / "base", hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     more = (
@@ -79,11 +87,11 @@ def test_they_train_one_model(bench: Bench, tmp_path: Path) -> None:
         "train.per_device_eval_batch_size=7",
     )
     run, alone, small = (tmp_path / name for name in ("run", "alone", "small"))
-    settings = bench.settings("full", *more)
-    assert codes(bench.killer.together("train", *settings, "-o", str(run))) == [0, 0]
-    assert bench.killer.run("train", *settings, "-o", str(small)).code == 0
-    settings = bench.settings("full", *more, "train.per_device_train_batch_size=10")
-    assert bench.killer.run("train", *settings, "-o", str(alone)).code == 0
+    settings = workspace.settings("full", *more)
+    assert codes(workspace.fork_server.run_two("train", *settings, "-o", str(run))) == [0, 0]
+    assert workspace.fork_server.run("train", *settings, "-o", str(small)).code == 0
+    settings = workspace.settings("full", *more, "train.per_device_train_batch_size=10")
+    assert workspace.fork_server.run("train", *settings, "-o", str(alone)).code == 0
     found, wanted, other = (adapter(place) for place in (run, alone, small))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert any((other[name] - wanted[name]).abs().max() > 1e-2 for name in wanted)
@@ -94,32 +102,32 @@ def test_they_train_one_model(bench: Bench, tmp_path: Path) -> None:
     assert found_first["values"] == wanted_first["values"]
 
 
-def test_a_held_folder_is_refused_to_both_and_said_once(bench: Bench) -> None:
-    run = bench.fresh()
+def test_a_held_folder_is_refused_to_both_and_said_once(workspace: Workspace) -> None:
+    run = workspace.new_run()
     run.mkdir()
-    with holder(run) as process:
-        read(process)
-        ended = both(bench, "full", run)
+    with lock_holder(run) as process:
+        read_process_id(process)
+        ended = both(workspace, "full", run)
     assert codes(ended) == [2, 2]
     assert f"is in use by process {process.pid}" in flat(ended[0])
     assert "in use" not in ended[1].err
 
 
-def test_a_loss_that_is_lost_in_one_ends_both(bench: Bench, tmp_path: Path) -> None:
+def test_a_loss_that_is_lost_in_one_ends_both(workspace: Workspace, tmp_path: Path) -> None:
     """The record is the first one's, the poisoned row the other's."""
-    base, data = base_folder(tmp_path / "base"), poisoned_data(bench, tmp_path / "data")
-    poison_letter(base)
+    base, data = base_folder(tmp_path / "base"), data_with_nan_row(workspace, tmp_path / "data")
+    set_infinite_embedding(base)
     # Batches go to the processes in turn, three a step to each.
-    seed, order = seed_of(lambda number: number % 2 == 1 and number // 6 == 0)
-    batch = order.index(POISONED) // 5
-    settings = bench.settings(
+    seed, order = seed_where(lambda number: number % 2 == 1 and number // 6 == 0)
+    batch = order.index(NAN_ROW) // 5
+    settings = workspace.settings(
         "full",
         f"model={base}",
         f"task.path={data}",
         f"seed={seed}",
         "train.train_sampling_strategy=random",
     )
-    ended = bench.killer.together("train", *settings, "-o", str(tmp_path / "run"))
+    ended = workspace.fork_server.run_two("train", *settings, "-o", str(tmp_path / "run"))
     assert codes(ended) == [1, 1]
     found = record(tmp_path / "run")
     assert found["status"] == "failed" and found["error"]["step"] == 1
@@ -129,10 +137,10 @@ def test_a_loss_that_is_lost_in_one_ends_both(bench: Bench, tmp_path: Path) -> N
     assert "first not finite: bert.embeddings.word_embeddings" in said
 
 
-def test_a_disk_that_refuses_the_first_ends_both(bench: Bench) -> None:
-    run = bench.fresh()
-    small = largest_file(bench.undisturbed("full")) // 2048
-    ended = both(bench, "full", run, moment="small-files", count=small, of=0)
+def test_a_disk_that_refuses_the_first_ends_both(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    small = largest_file(workspace.uninterrupted_run("full")) // 2048
+    ended = both(workspace, "full", run, point="small-files", count=small, of=0)
     assert codes(ended) == [1, 1]
     assert "checkpoint-2 could not be written" in flat(ended[0])
     assert record(run)["status"] == "failed" and checkpoints(run) == []

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from support.kill_process import REPO
-from support.survival_runs import Bench, flat, record, results, weights
+from support.survival_runs import Workspace, flat, record, results, weights
 
 # 24 validation rows in batches of 4: six batches an evaluation.
 BATCHES = ("train.per_device_eval_batch_size=4", "calibration.steps=40", "task.max_length=16")
 METHOD = "core static"
 # moment -> (which call of it, calls until the run stops, where it says that it stopped)
-MOMENTS = {
+STOP_POINTS = {
     "interrupted-loading": (1, 1, "stopped by the user"),
     "interrupted-warming": (1, 1, "stopped in the calibrate phase"),
     "interrupted-calibrating": (5, 6, "stopped in the calibrate phase"),  # a batch has two parts
@@ -26,18 +26,22 @@ MOMENTS = {
 }
 
 
-def stopped(bench: Bench, run: Path, moment: str, count: int, *flags: str) -> tuple[int, str]:
+def stopped(
+    workspace: Workspace, run: Path, point: str, count: int, *flags: str
+) -> tuple[int, str]:
     """Stop a run at a moment; how often what the moment waits for was called, and what was said."""
-    ended = bench.train(METHOD, run, *BATCHES, *flags, moment=moment, count=count)
+    ended = workspace.train(METHOD, run, *BATCHES, *flags, point=point, count=count)
     assert ended.code == 130, ended.err
     assert record(run)["status"] == "interrupted"
     return ended.err.count("called "), flat(ended)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_that_is_asked_to_stop_computes_no_further_batch(bench: Bench, moment: str) -> None:
-    count, calls, words = MOMENTS[moment]
-    found, said = stopped(bench, bench.fresh(), moment, count)
+@pytest.mark.parametrize("point", STOP_POINTS)
+def test_a_run_that_is_asked_to_stop_computes_no_further_batch(
+    workspace: Workspace, point: str
+) -> None:
+    count, calls, words = STOP_POINTS[point]
+    found, said = stopped(workspace, workspace.new_run(), point, count)
     assert found == calls
     assert words in said and "--resume" in said
 
@@ -46,45 +50,45 @@ EVALUATED = (*BATCHES, "train.max_steps=6", "train.early_stopping_patience=null"
 
 
 @pytest.fixture(scope="module")
-def whole(bench: Bench) -> Path:
-    run = bench.fresh()
-    assert bench.train(METHOD, run, *EVALUATED).code == 0
+def whole(workspace: Workspace) -> Path:
+    run = workspace.new_run()
+    assert workspace.train(METHOD, run, *EVALUATED).code == 0
     return run
 
 
 @pytest.mark.parametrize("count", [3, 9, 22])  # before the first step, at step 2, at the last one
 def test_an_evaluation_that_is_stopped_is_made_first_when_the_run_goes_on(
-    bench: Bench, whole: Path, count: int
+    workspace: Workspace, whole: Path, count: int
 ) -> None:
-    run, settings = bench.fresh(), EVALUATED
-    ended = bench.train(METHOD, run, *settings, moment="interrupted-evaluating", count=count)
+    run, settings = workspace.new_run(), EVALUATED
+    ended = workspace.train(METHOD, run, *settings, point="interrupted-evaluating", count=count)
     assert ended.code == 130, ended.err
     assert ended.err.count("called ") == count
     # Stopped once more in the same evaluation.
     if count > 6:
         assert "is saved" in flat(ended) and "repeats that evaluation first" in flat(ended)
-        again = bench.train(
-            METHOD, run, *settings, "--resume", moment="interrupted-evaluating", count=2
+        again = workspace.train(
+            METHOD, run, *settings, "--resume", point="interrupted-evaluating", count=2
         )
         assert again.code == 130 and again.err.count("called ") == 2
-    resumed = bench.train(METHOD, run, *settings, "--resume")
+    resumed = workspace.train(METHOD, run, *settings, "--resume")
     assert resumed.code == 0, resumed.err
     assert weights(run) == weights(whole)
     assert results(record(run)) == results(record(whole))
 
 
-def test_calibrate_stops_in_calibration_and_in_the_energy_measurement(bench: Bench) -> None:
-    for moment, count, calls in (
+def test_calibrate_stops_in_calibration_and_in_the_energy_measurement(workspace: Workspace) -> None:
+    for point, count, calls in (
         ("interrupted-calibrating", 5, 6),
         ("interrupted-measuring", 2, 2),
     ):
-        run = bench.fresh()
-        ended = bench.killer.run(
+        run = workspace.new_run()
+        ended = workspace.fork_server.run(
             "calibrate",
-            *bench.settings(METHOD, *BATCHES),
+            *workspace.settings(METHOD, *BATCHES),
             "-o",
             str(run),
-            moment=moment,
+            point=point,
             count=count,
         )
         assert ended.code == 130 and record(run)["status"] == "interrupted"
@@ -92,12 +96,12 @@ def test_calibrate_stops_in_calibration_and_in_the_energy_measurement(bench: Ben
         assert "--overwrite" in flat(ended)
 
 
-def test_a_second_signal_does_not_wait_for_the_batch(bench: Bench) -> None:
-    run = bench.fresh()
-    found, said = stopped(bench, run, "interrupted-calibrating-twice", 5)
+def test_a_second_signal_does_not_wait_for_the_batch(workspace: Workspace) -> None:
+    run = workspace.new_run()
+    found, said = stopped(workspace, run, "interrupted-calibrating-twice", 5)
     assert found == 5
     assert "stopped by the user" in said
-    assert bench.train(METHOD, run, *BATCHES, "--resume").code == 0
+    assert workspace.train(METHOD, run, *BATCHES, "--resume").code == 0
 
 
 HELD_UP = """
@@ -118,16 +122,18 @@ main()
 """
 
 
-def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(bench: Bench) -> None:
+def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(
+    workspace: Workspace,
+) -> None:
     process = subprocess.Popen(
         [
             sys.executable,
             "-c",
             HELD_UP,
             "train",
-            *bench.settings(METHOD, *BATCHES),
+            *workspace.settings(METHOD, *BATCHES),
             "-o",
-            str(bench.fresh()),
+            str(workspace.new_run()),
         ],
         env=os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
         stderr=subprocess.PIPE,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.small_runs import base_folder, data_folder, train
 from support.tiny_models import one_thread
 from transformers import Trainer, TrainingArguments
@@ -83,7 +83,7 @@ def test_steps_are_those_of_the_trainer(
         limited = ("task.train_limit=45", "method=full", "train.load_best_model_at_end=false")
         unset = () if "max_steps" in keys else ("train.max_steps=-1",)
         run = train(tmp_path / "ours", base, data, *limited, *unset, *overrides)
-    found = load_file(trained_in(run))
+    found = load_file(adapter_path(run))
     theirs = dict(model.named_parameters())
     assert found and found.keys() <= theirs.keys()
     for name, tensor in found.items():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.chat_models import talker
+from support.chat_models import chat_model_folder
 from support.cli_runs import Cli
 from support.small_runs import base_folder
 from torch import Tensor
@@ -39,7 +39,7 @@ def write(path: Path, labels: list[str]) -> None:
 def prepare(folder: Path, kind: str) -> tuple[str, ...]:
     """Write a model and ten rows of training data; return the overrides that name them."""
     if kind == "chat":
-        talker(folder / "base", positions=128)
+        chat_model_folder(folder / "base", positions=128)
         for name, count in (("train", ROWS), ("validation", 2)):
             rows = [{"prompt": f"{n}?", "completion": "yes " * (1 + n)} for n in range(count)]
             text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
-from support.chat_models import talker
+from support.adapter_paths import adapter_path
+from support.chat_models import chat_model_folder
 from support.tiny_models import one_thread
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def trained(name: str, folder: str, *more: str) -> dict[str, Any]:
 
 def place(folder: Path) -> Path:
     """A model and forty conversations; answers are one word long, or thirty."""
-    talker(folder / "base", positions=128)
+    chat_model_folder(folder / "base", positions=128)
     rows = [
         {"prompt": f"{n}. Who?", "completion": "yes " * 17 if n % 5 == 0 else "no" * (1 + n % 3)}
         for n in range(40)
@@ -164,7 +164,7 @@ def alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str,
 
 def change(run: Path) -> Tensor:
     """All that training changed, as one vector, in a form that no choice of basis shows in."""
-    tensors = load_file(trained_in(run))
+    tensors = load_file(adapter_path(run))
     before = load_file(run.parent / "base" / "model.safetensors")
     parts = []
     for name, tensor in sorted(tensors.items()):
@@ -285,6 +285,6 @@ def test_a_step_sends_the_gradients_of_what_trains_and_nothing_else(two: Path) -
         if name != "meprop":
             assert sent[name] == 4 * record["counts"]["trainable"]
     assert sent["meprop"] == sent["full"]
-    core = load_file(trained_in(two / "two-core"))
+    core = load_file(adapter_path(two / "two-core"))
     values = sum(tensor.nbytes for key, tensor in core.items() if key.endswith(".values"))
     assert 0 < sent["core"] == values < 0.03 * sent["full"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.cli_runs import METHODS, SMALL, Cli
 from support.paths import REPO
 
@@ -63,8 +63,8 @@ def test_training_twice_is_bitwise_the_same(cli: Cli, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert cli("train", *SMALL, "-o", name).code == 0
     assert tensors_equal(
-        trained_in(tmp_path / "a"),
-        trained_in(tmp_path / "b"),
+        adapter_path(tmp_path / "a"),
+        adapter_path(tmp_path / "b"),
     )
     a, b = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("a", "b"))
     assert a["memory"] | {"phases": None} == b["memory"] | {"phases": None}

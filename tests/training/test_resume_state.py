@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.small_runs import record
-from support.stopped_run import quick, resumed, seal_anew, stopped
+from support.stopped_run import reseal, resume_copy, stopped_run, with_stopped_run
 
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.training import accelerator as run_accelerator
@@ -21,21 +21,21 @@ from sparsegrad_cli.training import loop as training_loop
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
-    with quick():
+    with with_stopped_run():
         yield
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A copy of a run that was stopped after step 3 of 6."""
-    return Path(shutil.copytree(stopped().run, tmp_path / "run"))
+    return Path(shutil.copytree(stopped_run().run, tmp_path / "run"))
 
 
 def change_state(run: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Replace state.json of the checkpoint, and seal it again."""
     path = run / "checkpoint-3" / "state.json"
     path.write_text(json.dumps(changes(json.loads(path.read_text()))))
-    seal_anew(run)
+    reseal(run)
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def test_the_loss_scale_of_fp16_continues(run: Path, monkeypatch: pytest.MonkeyP
     scaler |= {"growth_interval": 2, "_growth_tracker": 1}
     change_state(run, lambda state: state | {"scaler": scaler})
     monkeypatch.setattr(training_loop, "make_accelerator", with_scaler)
-    resumed(run)
+    resume_copy(run)
     kept = json.loads((run / "checkpoint-6" / "state.json").read_text())["scaler"]
     # It grows after steps 4 and 6: one good step was counted before the run stopped.
     assert (kept["scale"], kept["_growth_tracker"]) == (256.0, 0)
@@ -72,14 +72,14 @@ def test_the_loss_scale_of_fp16_continues(run: Path, monkeypatch: pytest.MonkeyP
 def test_a_checkpoint_of_other_origins_is_refused(run: Path, origin: str, words: str) -> None:
     change_state(run, lambda s: s | {"origins": s["origins"] | {origin: "another"}})
     with pytest.raises(FileFormatError, match=f"checkpoint-3 was trained {words}") as caught:
-        resumed(run)
+        resume_copy(run)
     assert "from a copy, or start again with --overwrite" in str(caught.value.fix)
 
 
 def test_a_checkpoint_of_the_first_version_is_resumed(run: Path, tmp_path: Path) -> None:
     """It keeps its progress in trainer_state.json, and is resumed to the same weights."""
     expected = Path(shutil.copytree(run, tmp_path / "expected"))
-    resumed(expected)
+    resume_copy(expected)
     folder = run / "checkpoint-3"
     state = json.loads((folder / "state.json").read_text())
     progress = state["progress"]
@@ -102,8 +102,8 @@ def test_a_checkpoint_of_the_first_version_is_resumed(run: Path, tmp_path: Path)
     old = {"format": 1, "extras": extras, **{name: state[name] for name in names}}
     (folder / "state.json").write_text(json.dumps(old))
     (folder / "trainer_state.json").write_text(json.dumps(trainer))
-    seal_anew(run)
-    resumed(run)
+    reseal(run)
+    resume_copy(run)
     assert record(run)["resumed_from"] == 3
     one, other = adapter(run), adapter(expected)
     assert one.keys() == other.keys()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.checkpoint_files import save
-from support.fsdp_runs import BATCH, METHODS, STEPS, cut, place, trained
+from support.fsdp_runs import BATCH, METHODS, STEPS, batch_settings, make_inputs, train_run
 from support.fsdp_worker import CELLS, COMPARED, FILES, one_of_two
 from support.tiny_models import one_thread, targets_of
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from sparsegrad_cli.training.checkpoint import load_optimizer
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which two processes have done all of the above."""
-    folder = place(tmp_path_factory.mktemp("two"))
+    folder = make_inputs(tmp_path_factory.mktemp("two"))
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         one_of_two, args=(str(folder),), nprocs=2
     )
@@ -55,7 +55,7 @@ def losses(run: dict[str, Any]) -> list[float]:
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = load_file(trained_in(run))
+    found: dict[str, Tensor] = load_file(adapter_path(run))
     return found
 
 
@@ -76,7 +76,7 @@ def test_split_weights_make_the_update_of_one_process(here: Path, model: str, me
     two = here / f"two-{model}-{method}"
     basis = ("calibration.basis=" + str(two / "basis.safetensors"),)
     more = basis if method in ("static", "dense") else ()
-    alone = trained(model, method, f"one-{model}-{method}", *cut(BATCH, 1), *more)
+    alone = train_run(model, method, f"one-{model}-{method}", *batch_settings(BATCH, 1), *more)
     found = record(two)
     assert (found["status"], found["processes"], found["split_by"]) == ("done", 2, "FSDP2")
     assert losses(found) == pytest.approx(losses(alone), rel=1e-5)
@@ -109,7 +109,9 @@ def test_each_process_holds_half(two: Path, model: str, method: str) -> None:
 
 def test_recomputing_and_clipping_go_with_it(here: Path) -> None:
     close(adapter(here / "recomputed"), adapter(here / "two-llama-dense"))
-    alone = trained("llama", "lora", "one-clipped", *cut(BATCH, 1), "train.max_grad_norm=0.01")
+    alone = train_run(
+        "llama", "lora", "one-clipped", *batch_settings(BATCH, 1), "train.max_grad_norm=0.01"
+    )
     assert losses(record(here / "clipped")) == pytest.approx(losses(alone), rel=1e-5)
     close(adapter(here / "clipped"), adapter(here / "one-clipped"))
     free = adapter(here / "two-llama-lora")
@@ -122,7 +124,7 @@ def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) ->
     """As DistributedDataParallel, whatever the precision."""
     split, whole = (two / f"{way}-{name}" for way in ("split", "whole"))
     assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
-    equal(trained_in(split), trained_in(whole))
+    equal(adapter_path(split), adapter_path(whole))
     assert losses(record(split)) == losses(record(whole))
     # The pooler is not in the base model's files: it is kept as it was drawn, in the model's dtype.
     trained = {name: t for name, t in adapter(split).items() if "pooler" not in name}
@@ -141,8 +143,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(two: Path, method: str) -> None:
         for name in FILES:
             equal(resumed / "checkpoint-4" / name, straight / "checkpoint-4" / name)
         equal(
-            trained_in(resumed),
-            trained_in(straight),
+            adapter_path(resumed),
+            adapter_path(straight),
         )
         assert told["metrics"]["history"] == record(straight)["metrics"]["history"]
 

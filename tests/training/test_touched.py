@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.small_runs import base_folder, data_folder, record, sentences, train
 from torch import nn
 
@@ -51,7 +51,7 @@ def runs(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 def entries_by_target(run: Path) -> dict[str, int]:
     """What the adapter file holds of each target: positions, else the core's entries that moved."""
-    tensors = load_file(trained_in(run))
+    tensors = load_file(adapter_path(run))
     found = {}
     for name, tensor in tensors.items():
         if name.startswith("positions/"):

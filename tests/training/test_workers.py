@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
-from support.chat_models import talker
+from support.adapter_paths import adapter_path
+from support.chat_models import chat_model_folder
 from support.cli_runs import Cli
 from support.small_runs import base_folder, data_folder, record
 
@@ -39,7 +39,7 @@ def arguments(folder: Path, task: str) -> tuple[str, ...]:
         base_folder(folder / "base")
         data_folder(folder / "data")
         return ("model=base", "task={name: csv, path: data, max_length: 16}", *COMMON)
-    talker(folder / "base", positions=128)
+    chat_model_folder(folder / "base", positions=128)
     line = '{{"prompt": "{0}?", "completion": "yes yes {0}"}}\n'
     for name, count in (("train", 24), ("validation", 4)):
         text = "".join(line.format(n) for n in range(count))
@@ -72,6 +72,6 @@ def test_workers_change_nothing(cli: Cli, tmp_path: Path, task: str, method: str
     assert shared["metrics"]["train"] == alone["metrics"]["train"]
     assert shared["metrics"]["final"]["values"] == alone["metrics"]["final"]["values"]
     assert shared["hashes"]["order"] == alone["hashes"]["order"]
-    expected, found = (load_file(trained_in(run)) for run in runs)
+    expected, found = (load_file(adapter_path(run)) for run in runs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

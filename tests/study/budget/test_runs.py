@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapter_paths import trained_in
+from support.adapter_paths import adapter_path
 from support.cli_runs import Cli
 from support.small_runs import base_folder, data_folder, record, train
 from support.study_cells import checks_of, measured_in
@@ -159,7 +159,7 @@ def test_an_update_in_micro_batches_is_the_update(place: Path, tmp_path: Path) -
     cut = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
     whole = train(tmp_path / "whole", place / "base", place / "data", *plain)
     parts = train(tmp_path / "parts", place / "base", place / "data", *plain, *cut)
-    tensors = [load_file(trained_in(run)) for run in (whole, parts)]
+    tensors = [load_file(adapter_path(run)) for run in (whole, parts)]
     assert set(tensors[0]) == set(tensors[1])
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4)
