@@ -59,7 +59,7 @@ def run(copy: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_method_validates_trains_and_exports(copy: Path) -> None:
+def test_documented_method_validates_trains_and_exports(copy: Path) -> None:
     base_folder(copy / "base", num_hidden_layers=1, intermediate_size=12)
     data_folder(copy / "data")
     settings = (
@@ -84,7 +84,7 @@ def test_the_method_validates_trains_and_exports(copy: Path) -> None:
     assert refused.returncode == 2 and "method.rank" in refused.stderr
 
 
-def test_the_method_keeps_the_contract(copy: Path) -> None:
+def test_documented_method_keeps_the_contract(copy: Path) -> None:
     tests = REPOSITORY / "tests" / "methods" / "test_contract.py"
     options = ("-q", "-p", "no:cacheprovider", "-c", str(REPOSITORY / "pyproject.toml"))
     shown = run(copy, "pytest", str(tests), *options, "-k", "scale and not gpt2")

@@ -78,7 +78,7 @@ def other(draw: st.DrawFn, data: Any) -> Any:
     shrink=False,
     case=st.deferred(mutilated),
 )
-def test_resuming(case: tuple[str, bytes | Damages, bool]) -> None:
+def test_resume_from_hostile_checkpoints(case: tuple[str, bytes | Damages, bool]) -> None:
     """What is accepted comes to its end; what is refused says where, and leaves what was there."""
     name, content, fits = case
     with scratch_folder() as folder:
@@ -112,7 +112,7 @@ SNARES = (
     many=150,
     found=folder_entries(*SNARES),
 )
-def test_resuming_among_links(found: dict[str, str]) -> None:
+def test_resume_in_a_folder_with_links(found: dict[str, str]) -> None:
     """What they name, folders with a checkpoint in them too, is neither written nor removed."""
     with scratch_folder() as folder:
         run = Path(shutil.copytree(stopped_run().run, folder / "run"))

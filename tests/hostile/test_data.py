@@ -25,7 +25,7 @@ def tabular(path: Path, kind: str) -> None:
 
 
 @property_test("any CSV or TSV", content=delimited())
-def test_delimited(content: bytes) -> None:
+def test_csv_and_tsv_files(content: bytes) -> None:
     with scratch_folder() as folder:
         path = folder / ("d.tsv" if b"\t" in content[:20] else "d.csv")
         path.write_bytes(content)
@@ -33,7 +33,7 @@ def test_delimited(content: bytes) -> None:
 
 
 @property_test("any JSON lines or array, a table", content=json_rows("classes", "scores"))
-def test_json(content: bytes) -> None:
+def test_json_files(content: bytes) -> None:
     with scratch_folder() as folder:
         path = folder / "d.jsonl"
         path.write_bytes(content)
@@ -41,7 +41,7 @@ def test_json(content: bytes) -> None:
 
 
 @property_test("any JSON lines or array, chats", content=json_rows("chats", "completions"))
-def test_chats(content: bytes) -> None:
+def test_chat_files(content: bytes) -> None:
     with scratch_folder() as folder:
         path = folder / "d.jsonl"
         path.write_bytes(content)
@@ -55,7 +55,7 @@ LINES = json_rows("questions", rows=questions(), most=1)
 
 
 @property_test("any questions, and answers to them", asked=LINES, told=LINES)
-def test_questions_and_answers(asked: bytes, told: bytes) -> None:
+def test_question_and_answer_files(asked: bytes, told: bytes) -> None:
     with scratch_folder() as folder:
         (folder / "q.jsonl").write_bytes(asked)
         (folder / "a.jsonl").write_bytes(told)

@@ -65,7 +65,7 @@ def every(kind: str, change: Any) -> Any:
     return changed
 
 
-def test_the_basis_that_these_tests_spoil_is_good(tmp_path: Path) -> None:
+def test_undamaged_basis_is_accepted(tmp_path: Path) -> None:
     use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None))
     use_basis(spoilt_basis(tmp_path / "b", every("score/", Tensor.double)))
 
@@ -85,24 +85,24 @@ def test_the_basis_that_these_tests_spoil_is_good(tmp_path: Path) -> None:
         (every("score/", lambda s: s / 0), "does not score"),
     ],
 )
-def test_a_basis_that_holds_no_directions(tmp_path: Path, change: Any, says: str) -> None:
+def test_basis_without_directions_is_refused(tmp_path: Path, change: Any, says: str) -> None:
     with pytest.raises(FileFormatError, match=says) as caught:
         use_basis(spoilt_basis(tmp_path / "b", change))
     check_error(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[" * 3000, "[]", '{"seconds": "x"}', '{"seconds": []}', "7"])
-def test_settings_of_a_basis_that_are_none(tmp_path: Path, text: str) -> None:
+def test_basis_with_invalid_settings_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(FileFormatError, match="damaged"):
         use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None, settings=text))
 
 
-def test_a_basis_in_half_precision_is_read(tmp_path: Path) -> None:
+def test_basis_in_half_precision_is_read(tmp_path: Path) -> None:
     """numpy, by which the digest went, has no bfloat16."""
     use_basis(spoilt_basis(tmp_path / "b", every("q_", Tensor.bfloat16)))
 
 
-def test_an_adapter_with_one_number_for_its_singular_values(tmp_path: Path) -> None:
+def test_adapter_with_scalar_singular_values_is_refused(tmp_path: Path) -> None:
     tensors, settings = adapter()
     tensors = dict(tensors)
     name = next(name for name in tensors if name.startswith("basis/singular_in/"))
@@ -131,7 +131,7 @@ def lora(place: Path, change: Any = lambda tensors: None, **config: Any) -> Path
         (lambda t: t[min(t)].view(-1)[0:1].fill_(float("nan")), "not finite"),
     ],
 )
-def test_a_peft_folder_of_other_tensors(tmp_path: Path, change: Any, says: str) -> None:
+def test_peft_folder_with_wrong_tensors_is_refused(tmp_path: Path, change: Any, says: str) -> None:
     """peft starts afresh what is missing, and tells of it in a warning that nobody sees."""
     with pytest.raises(FileFormatError, match=says) as caught:
         load_onto(copy.deepcopy(language_model()), lora(tmp_path, change))
@@ -147,12 +147,12 @@ def test_a_peft_folder_of_other_tensors(tmp_path: Path, change: Any, says: str) 
         ({"megatron_config": {}, "megatron_core": "megatron.os"}, "Megatron"),
     ],
 )
-def test_a_peft_folder_of_other_settings(tmp_path: Path, config: Any, says: str) -> None:
+def test_peft_folder_with_wrong_settings_is_refused(tmp_path: Path, config: Any, says: str) -> None:
     with pytest.raises(FileFormatError, match=says):
         base_of(lora(tmp_path, **config))
 
 
-def test_a_pickle_of_pefts_is_not_read(tmp_path: Path) -> None:
+def test_peft_pickle_is_not_read(tmp_path: Path) -> None:
     folder = lora(tmp_path)
     (folder / TENSORS).unlink()
     torch.save({}, folder / "adapter_model.bin")
@@ -161,7 +161,9 @@ def test_a_pickle_of_pefts_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [{"hidden_size": "16"}, {"use_cache": "x"}])
-def test_a_configuration_of_other_types(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_model_configuration_with_wrong_types_is_refused(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
     folder = Path(shutil.copytree(model_folder(), tmp_path / "base"))
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -176,7 +178,7 @@ def test_a_configuration_of_other_types(tmp_path: Path, values: dict[str, Any]) 
     "keys",
     [("memory", "phases"), ("calibration", "energy", "mean_by_kind"), ("precision", "weights")],
 )
-def test_escape_codes_in_keys_are_shown_and_not_obeyed(
+def test_escape_codes_in_keys_are_shown_as_text(
     cli: Cli, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:
     """Values were cleaned, and the names of phases, kinds and packages were not."""
@@ -195,7 +197,9 @@ def test_escape_codes_in_keys_are_shown_and_not_obeyed(
 
 
 @pytest.mark.parametrize("step", ["²", "٣", "9" * 5000, "-1", "1e3"])
-def test_a_step_that_is_not_a_number_is_refused(cli: Cli, tmp_path: Path, step: str) -> None:
+def test_checkpoint_folder_with_a_unicode_digit_is_refused(
+    cli: Cli, tmp_path: Path, step: str
+) -> None:
     """``"²".isdigit()`` is true, and int() of it is an error."""
     write_json_atomic(tmp_path / "run.json", run_record() | {"hashes": {"order": {step: "x"}}})
     outcome = cli("report", str(tmp_path))
@@ -203,7 +207,7 @@ def test_a_step_that_is_not_a_number_is_refused(cli: Cli, tmp_path: Path, step: 
     check_harmless(outcome.err)
 
 
-def test_a_record_nested_deeper_than_any(cli: Cli, tmp_path: Path) -> None:
+def test_deeply_nested_record_is_refused(cli: Cli, tmp_path: Path) -> None:
     for depth in (150, 900, 100_000):
         (tmp_path / "run.json").write_text('{"schema": 1, "x": ' + "[" * depth + "]" * depth + "}")
         outcome = cli("report", str(tmp_path))
@@ -221,7 +225,7 @@ def entered(study: LoadedStudy, folder: Path, *, overwrite: bool = False) -> Non
         place.begin(lambda: study, overwrite=overwrite)
 
 
-def test_cells_that_cannot_be_cells(tmp_path: Path) -> None:
+def test_invalid_cells_are_neither_finished_nor_resumable(tmp_path: Path) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     (tmp_path / "compare.json").write_text('{"schema": 1, "cells": []}')
     (tmp_path / "cells").write_text("mine")
@@ -232,7 +236,7 @@ def test_cells_that_cannot_be_cells(tmp_path: Path) -> None:
     assert (tmp_path / "cells").read_text() == "mine"
 
 
-def test_a_cell_that_is_a_file(tmp_path: Path) -> None:
+def test_cell_that_is_a_file_is_refused(tmp_path: Path) -> None:
     """Its process could not begin, and what told of that was a traceback."""
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     cell = StudyFolder(tmp_path).cell(study.cells[0])
@@ -246,7 +250,7 @@ def test_a_cell_that_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", [{}, {"status": []}, {"status": "done", "x": 1}])
-def test_runs_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[str, Any]) -> None:
+def test_runs_with_empty_records_are_run_again(tmp_path: Path, run: dict[str, Any]) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     recipe, folder = study.cells[0].loaded.recipe, StudyFolder(tmp_path).cell(study.cells[0])
     folder.mkdir(parents=True)
@@ -254,7 +258,7 @@ def test_runs_that_say_nothing_of_themselves_are_run(tmp_path: Path, run: dict[s
     assert not is_done(recipe, folder) and not can_resume(recipe, folder)
 
 
-def test_a_study_whose_runs_are_damaged_is_refused(tmp_path: Path) -> None:
+def test_study_with_damaged_runs_is_refused(tmp_path: Path) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     damaged: list[Any] = [[3], [{}], [{"status": "done", "run": 3}]]
     for cells in damaged:
@@ -275,7 +279,7 @@ def test_a_study_whose_runs_are_damaged_is_refused(tmp_path: Path) -> None:
         ('{"text": "\\ud800", "label": 0}\n{"text": "b", "label": 1}', "half of a character"),
     ],
 )
-def test_labels_and_texts_that_cannot_be_learnt(tmp_path: Path, rows: str, says: str) -> None:
+def test_unusable_labels_and_texts_are_refused(tmp_path: Path, rows: str, says: str) -> None:
     (tmp_path / "d.jsonl").write_text(rows)
     with pytest.raises(DataError, match=says) as caught:
         load_task("json", path=tmp_path / "d.jsonl")

@@ -66,7 +66,7 @@ def change(run: Path, name: str, changes: Any) -> None:
         ("loss_sums", 0.5),
     ],
 )
-def test_progress_of_another_type(run: Path, key: str, value: Any) -> None:
+def test_progress_with_wrong_types_is_refused(run: Path, key: str, value: Any) -> None:
     change(run, "state.json", lambda s: s | {"progress": s["progress"] | {key: value}})
     with pytest.raises(FileFormatError, match=f"progress.{key}.*: expected") as caught:
         resume_copy(run)
@@ -81,7 +81,7 @@ def test_progress_of_another_type(run: Path, key: str, value: Any) -> None:
         *({"steps_s": "ab"}, {"steps_s": [[]]}, {"memory": 3}),
     ],
 )
-def test_times_of_another_type(run: Path, measured: Any) -> None:
+def test_times_with_wrong_types_are_refused(run: Path, measured: Any) -> None:
     """They are added to at the end of training: without a check, a traceback after hours."""
     change(run, "state.json", lambda state: state | {"measured": measured})
     with pytest.raises(FileFormatError, match=r"measured.*: expected") as caught:
@@ -89,20 +89,20 @@ def test_times_of_another_type(run: Path, measured: Any) -> None:
     check_error(caught.value)
 
 
-def test_losses_of_fewer_processes(run: Path) -> None:
+def test_losses_of_fewer_processes_are_refused(run: Path) -> None:
     change(run, "state.json", lambda s: s | {"progress": s["progress"] | {"loss_sums": []}})
     with pytest.raises(FileFormatError, match="cannot continue from checkpoint-3") as caught:
         resume_copy(run)
     check_error(caught.value)
 
 
-def test_a_manifest_nested_deeper_than_any(run: Path) -> None:
+def test_deeply_nested_manifest_is_damaged(run: Path) -> None:
     (run / "checkpoint-3" / MANIFEST).write_text("[" * 5000)
     assert damage(run / "checkpoint-3") == f"{MANIFEST} is damaged"
     assert record(resume_copy(run))["resumed_from"] == 0
 
 
-def test_a_manifest_whose_versions_are_no_record(run: Path) -> None:
+def test_manifest_with_invalid_versions_is_damaged(run: Path) -> None:
     path = run / "checkpoint-3" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["check"]
@@ -112,7 +112,7 @@ def test_a_manifest_whose_versions_are_no_record(run: Path) -> None:
 
 
 @pytest.mark.parametrize("best", [0, 10**17])
-def test_a_best_checkpoint_that_does_not_exist(run: Path, best: int) -> None:
+def test_missing_best_checkpoint_is_refused(run: Path, best: int) -> None:
     change(run, "state.json", lambda s: s | {"progress": s["progress"] | {"best_step": best}})
     assert best_of(run / "checkpoint-3") == run / f"checkpoint-{best}"
     notes: list[str] = []
@@ -141,7 +141,7 @@ LINES = (
 )
 
 
-def test_lines_of_a_log_that_no_run_writes(tmp_path: Path) -> None:
+def test_invalid_log_lines_are_removed(tmp_path: Path) -> None:
     """They are cut from it as half a line is, and what stands between them is kept."""
     whole = [{"step": 2, "eval": {"step": 2, "score": 0.5}}]
     whole += [{"step": 3, "epoch": 1.0, "loss": 0.5, "learning_rate": 0.1}, {"step": 4}]
@@ -156,7 +156,7 @@ def test_lines_of_a_log_that_no_run_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_a_log_that_is_no_file(run: Path, kind: str) -> None:
+def test_log_that_is_not_a_file_is_refused(run: Path, kind: str) -> None:
     (run / "steps.jsonl").unlink()
     fill_folder(run, {"steps.jsonl": kind})
     with time_limit(), pytest.raises(UsageError, match="is not a file") as caught:
@@ -164,7 +164,7 @@ def test_a_log_that_is_no_file(run: Path, kind: str) -> None:
     check_error(caught.value)
 
 
-def test_pipes_where_a_killed_write_would_leave_folders(run: Path) -> None:
+def test_pipes_in_place_of_partial_folders_do_not_block(run: Path) -> None:
     """rmtree opens them, and waits for somebody to write."""
     left = [f"checkpoint-{n}{ending}" for n in (3, 6) for ending in (PARTIAL, BEFORE, REMOVED)]
     fill_folder(run, dict.fromkeys(left, "pipe"))
@@ -173,7 +173,7 @@ def test_pipes_where_a_killed_write_would_leave_folders(run: Path) -> None:
     assert not [name for name in left if (run / name).exists()]
 
 
-def test_an_adapter_is_not_written_through_what_a_kill_would_leave(run: Path) -> None:
+def test_adapter_is_not_written_through_a_link(run: Path) -> None:
     """The library that writes tensors follows a link, and makes the file that it names."""
     fill_folder(run, {"adapter": "folder"})
     outside = run.parent / "outside"
@@ -188,7 +188,7 @@ def test_an_adapter_is_not_written_through_what_a_kill_would_leave(run: Path) ->
 @pytest.mark.parametrize(
     "words", ["[" * 4000, '{"pid": 1e999, "host": "", "since": ""}', "\0", "7"]
 )
-def test_a_lock_that_says_anything(run: Path, words: str) -> None:
+def test_lock_file_with_arbitrary_content(run: Path, words: str) -> None:
     (run / ".lock").write_text(words)
     assert owner_of(run) is None
     with lock_folder(run):

@@ -58,7 +58,9 @@ HARM: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("way", HARM)
 @pytest.mark.parametrize("ending", ["quietly", "refused"])
-def test_harm_is_stopped_and_told(tmp_path: Path, way: str, ending: str) -> None:
+def test_forbidden_side_effects_are_blocked_and_reported(
+    tmp_path: Path, way: str, ending: str
+) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("precious")
 
@@ -79,12 +81,12 @@ def test_harm_is_stopped_and_told(tmp_path: Path, way: str, ending: str) -> None
     assert hostility.folder_content(tmp_path) == {"there": "folder", "there/file": b"precious"}
 
 
-def test_what_is_written_beside_the_working_folder_is_seen() -> None:
+def test_writes_beside_the_working_folder_are_detected() -> None:
     with pytest.raises(AssertionError), scratch_folder() as here:
         (here.parent / "x").touch()
 
 
-def test_no_harm_is_none(tmp_path: Path) -> None:
+def test_harmless_actions_are_allowed(tmp_path: Path) -> None:
     def judge() -> None:
         with scratch_folder() as here, tempfile.TemporaryDirectory() as other:
             (here / "a").mkdir()
@@ -102,9 +104,7 @@ def test_no_harm_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["runs", "waits"])
-def test_what_never_ends_is_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_endless_case_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.setattr(hostility, "_HANGS_S", 0.1)
     monkeypatch.setattr(hostility, "_WAITS_S", 0.1 if way == "waits" else 600)
     os.mkfifo(tmp_path / "pipe")
@@ -119,7 +119,7 @@ def test_what_never_ends_is_stopped(
         hostility._try(judge, {}, Counter())
 
 
-def test_an_error_without_a_place_is_none_of_ours() -> None:
+def test_error_without_a_location_fails() -> None:
     def judge() -> None:
         raise SparsegradError("no")
 
@@ -127,7 +127,7 @@ def test_an_error_without_a_place_is_none_of_ours() -> None:
         hostility._try(judge, {}, Counter())
 
 
-def test_the_table_counts_a_property_once() -> None:
+def test_summary_table_counts_a_property_once() -> None:
     def report(*tried: object) -> SimpleNamespace:
         return SimpleNamespace(user_properties=[(PROPERTY, list(tried)), ("other", 3)])
 

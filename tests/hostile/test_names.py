@@ -126,7 +126,7 @@ def test_names(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000, "x/" * 1900])
-def test_a_name_too_long(cli: Cli, name: str) -> None:
+def test_name_that_is_too_long_is_refused(cli: Cli, name: str) -> None:
     """Whether there is such a folder cannot even be asked."""
     written = ("train", "-o"), ("calibrate", "-o"), ("compare", "--methods", "lora,full", "-o")
     for command in written:
@@ -138,6 +138,6 @@ def test_a_name_too_long(cli: Cli, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "no/such/folder/x", "/dev/null/x", "x" * 255 + "y"])
-def test_a_recipe_copied_to_where_none_can_be(cli: Cli, name: str) -> None:
+def test_recipe_copy_to_an_impossible_path_is_refused(cli: Cli, name: str) -> None:
     outcome = cli("configs", "copy", "quickstart", name)
     assert outcome.code == 1 and "cannot be written" in outcome.flat

@@ -53,7 +53,7 @@ CELLS = (*("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-r
 @property_test(
     "links in a run's folder, train --overwrite", found=folder_entries(*RUN_NAMES), many=500
 )
-def test_overwriting_a_run(found: dict[str, str]) -> None:
+def test_overwrite_of_a_run_keeps_linked_files(found: dict[str, str]) -> None:
     """What training writes afterwards, it writes into the folder."""
     recipe = load_recipe(None).recipe
     with scratch_folder() as folder:
@@ -82,7 +82,7 @@ def test_overwriting_a_run(found: dict[str, str]) -> None:
 @property_test(
     "links in a run's folder, report", found=folder_entries(*RUN_NAMES[1:5]), many=200, few=5
 )
-def test_reporting_a_run(found: dict[str, str]) -> None:
+def test_report_of_a_run_keeps_linked_files(found: dict[str, str]) -> None:
     with scratch_folder() as folder:
         run = folder / "run"
         run.mkdir()
@@ -102,7 +102,7 @@ def test_reporting_a_run(found: dict[str, str]) -> None:
     found=folder_entries(*STUDY_NAMES, *CELLS),
     overwrite=st.booleans(),
 )
-def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
+def test_comparison_folder_with_links(found: dict[str, str], overwrite: bool) -> None:
     """With --overwrite links go and what they name stays; without, cells that are links are not
     run in."""
     study = make_study(None, ("lora",), 2, ("task=glue/rte", "method.density=0.01"))
@@ -131,7 +131,7 @@ def test_opening_a_comparison(found: dict[str, str], overwrite: bool) -> None:
 
 
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
-def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
+def test_comparison_does_not_load_runs_outside_its_folder(where: str) -> None:
     """Where compare.json says another thing, the models there are not asked."""
     from sparsegrad_cli.generate.generate import answer_with_study
 
@@ -152,7 +152,7 @@ def test_runs_of_a_comparison_lie_in_its_folder(where: str) -> None:
         assert folder_content(folder / "outside") == before
 
 
-def test_answers_are_not_written_through_a_link() -> None:
+def test_answers_are_not_written_through_links() -> None:
     from sparsegrad_cli.generate.generate import answer_with_study
 
     with scratch_folder() as folder:
@@ -172,7 +172,7 @@ def test_answers_are_not_written_through_a_link() -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside/file", "/etc/hostname", "answers/link"])
-def test_answers_outside_of_a_comparison_are_sent_to_no_judge(name: str) -> None:
+def test_answers_outside_a_comparison_are_not_sent_to_a_judge(name: str) -> None:
     """A record that names somebody's file would have its lines sent to the endpoint."""
     with scratch_folder() as folder:
         place = folder / "study"
@@ -186,7 +186,7 @@ def test_answers_outside_of_a_comparison_are_sent_to_no_judge(name: str) -> None
             answer_files(place, "builtin:questions")
 
 
-def test_code_that_comes_with_a_run_is_not_run_unasked(tmp_path: Path) -> None:
+def test_code_in_a_run_folder_needs_permission_to_run(tmp_path: Path) -> None:
     """recipe.yaml of a run's folder may say that it may; the one who opens the folder has not."""
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_code_that_comes_with_a_run_is_not_run_unasked(tmp_path: Path) -> None:
         open_run(run, ("model.trust_remote_code=true",))
 
 
-def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Path) -> None:
+def test_export_is_not_written_through_links(exportable: Path, tmp_path: Path) -> None:
     from sparsegrad_cli.export.export_run import export_run
     from sparsegrad_cli.export.forms import ExportOptions
 
@@ -218,7 +218,7 @@ def test_an_export_is_not_written_through_a_link(exportable: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["123", "null", "[red]x[/]", "a #b", "{x", "lr=1e-3", "1e5"])
-def test_a_folder_is_called_what_it_is_called(name: str) -> None:
+def test_folder_names_that_look_like_yaml_are_kept(name: str) -> None:
     """A run's folder goes through no YAML: `a #b` was `a`, and `123` a number."""
     from sparsegrad_cli.cli.arguments import load
 

@@ -53,27 +53,27 @@ def settled(recipe: Recipe) -> dict[str, Any]:
 
 
 @property_test("a recipe of any tree", many=500, content=trees())
-def test_a_recipe_of_any_tree(content: str) -> None:
+def test_recipes_of_arbitrary_trees(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"))
 
 
 @property_test("a study of any tree", many=500, content=trees(Study, "methods: [lora]\n"))
-def test_a_study_of_any_tree(content: str) -> None:
+def test_studies_of_arbitrary_trees(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"), study=True)
 
 
 @property_test("a shipped recipe or study, spoilt", many=500, case=damaged_recipes())
-def test_a_shipped_file_spoilt(case: tuple[str, bytes]) -> None:
+def test_shipped_files_with_mistakes(case: tuple[str, bytes]) -> None:
     read(case[1], study=case[0] == "recipes")
 
 
 @property_test("a shipped recipe, its bytes torn", many=500, content=damaged_bytes())
-def test_a_shipped_file_torn(content: bytes) -> None:
+def test_shipped_files_with_damaged_bytes(content: bytes) -> None:
     read(content)
 
 
 @property_test("any bytes for a recipe", many=500, content=random_bytes())
-def test_any_bytes(content: bytes) -> None:
+def test_recipes_of_arbitrary_bytes(content: bytes) -> None:
     read(content)
 
 
@@ -85,5 +85,5 @@ def test_any_bytes(content: bytes) -> None:
     ),
     value=st.one_of(scalars(), st.text()),
 )
-def test_any_override(key: str, value: str) -> None:
+def test_arbitrary_overrides(key: str, value: str) -> None:
     read(b"", f"{key}={value}")

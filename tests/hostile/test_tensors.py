@@ -49,7 +49,7 @@ TWO = TaskSpec("t", ("text",), "label", ("a", "b"), False, "accuracy", ("accurac
         max_size=1,
     ),
 )
-def test_a_basis_of_other_tensors(what: Damages, said: dict[str, str]) -> None:
+def test_basis_with_damaged_tensors(what: Damages, said: dict[str, str]) -> None:
     with scratch_folder() as folder:
         path = folder / "basis.safetensors"
         path.write_bytes(basis_bytes())
@@ -66,7 +66,7 @@ def test_a_basis_of_other_tensors(what: Damages, said: dict[str, str]) -> None:
     few=25,
     content=st.deferred(lambda: damaged_files(basis_bytes())),
 )
-def test_a_torn_basis(content: bytes) -> None:
+def test_basis_with_damaged_bytes(content: bytes) -> None:
     with scratch_folder() as folder:
         path = folder / "basis.safetensors"
         path.write_bytes(content)
@@ -77,7 +77,7 @@ def test_a_torn_basis(content: bytes) -> None:
 
 
 @property_test("an adapter of other tensors, its digest fitting", few=25, what=damages())
-def test_an_adapter_of_other_tensors(what: Damages) -> None:
+def test_adapter_with_damaged_tensors(what: Damages) -> None:
     tensors, settings = adapter()
     with scratch_folder() as folder:
         use_adapter(folder, damage_tensors(tensors, what), settings)
@@ -96,7 +96,7 @@ def other_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @property_test("adapter.json with other values", few=25, settings=st.deferred(other_settings))
-def test_an_adapter_of_other_settings(settings: dict[str, Any]) -> None:
+def test_adapter_with_damaged_settings(settings: dict[str, Any]) -> None:
     with scratch_folder() as folder:
         use_adapter(folder, adapter()[0], settings)
 
@@ -160,7 +160,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @property_test("a model's config.json with other values", few=10, config=configurations())
-def test_a_model_of_another_configuration(config: dict[str, Any]) -> None:
+def test_model_with_damaged_configuration(config: dict[str, Any]) -> None:
     with scratch_folder() as folder:
         (folder / "base").mkdir()
         shutil.copytree(model_folder(), folder / "base", dirs_exist_ok=True)
@@ -189,7 +189,7 @@ def tokenizers(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @property_test("a tokenizer's files with other values", few=10, case=tokenizers())
-def test_another_tokenizer(case: tuple[str, str]) -> None:
+def test_damaged_tokenizer_files(case: tuple[str, str]) -> None:
     with scratch_folder() as folder:
         shutil.copytree(model_folder(), folder / "base")
         (folder / "base" / case[0]).write_text(case[1])
@@ -203,7 +203,7 @@ def test_another_tokenizer(case: tuple[str, str]) -> None:
     few=10,
     weights=st.one_of(damages(2), st.deferred(lambda: damaged_files(model_weights()))),
 )
-def test_a_model_of_other_weights(weights: Damages | bytes) -> None:
+def test_model_with_damaged_weights(weights: Damages | bytes) -> None:
     with scratch_folder() as folder:
         shutil.copytree(model_folder(), folder / "base")
         path = folder / "base" / "model.safetensors"

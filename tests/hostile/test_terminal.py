@@ -150,14 +150,14 @@ EXPORTED = {
 @property_test(
     "a judge's record, spoilt", record=damaged_records(lambda: JUDGED, lambda: PAIRS, most=4)
 )
-def test_judged(record: Any) -> None:
+def test_judge_output(record: Any) -> None:
     judged = validated(JudgeRecord, record, Path("judge.json"))
     rendered(judge_screen(judged))
     check_markdown(render(judge_document(judged), "md"))
 
 
 @property_test("an export's record, spoilt", record=damaged_records(lambda: EXPORTED, most=4))
-def test_exported(record: Any) -> None:
+def test_export_output(record: Any) -> None:
     rendered(export_screen(validated(ExportRecord, record, Path("export.json"))))
 
 
@@ -192,7 +192,7 @@ def test_answers(talk: tuple[dict[str, Any], list[str]]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_any_name_is_reported(cli: Cli, tmp_path: Path, name: str) -> None:
+def test_folders_with_hostile_names_are_reported(cli: Cli, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name.replace("/", "∕")
     folder.mkdir()
     write_json_atomic(folder / "run.json", run_record() | {"name": name})
@@ -207,7 +207,7 @@ def test_a_folder_of_any_name_is_reported(cli: Cli, tmp_path: Path, name: str) -
     check_harmless(missing.err)
 
 
-def test_a_run_that_does_not_say_where_it_lies_is_reported_where_it_does(
+def test_run_with_another_path_in_its_record_is_reported_by_its_folder(
     cli: Cli, tmp_path: Path
 ) -> None:
     for said in ({}, {"output_dir": "../elsewhere"}):
@@ -219,7 +219,7 @@ def test_a_run_that_does_not_say_where_it_lies_is_reported_where_it_does(
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
-def test_a_line_that_names_files_is_one_line(text: str) -> None:
+def test_line_with_file_names_stays_one_line(text: str) -> None:
     line = plain_line(f"Report: {text}")
     assert "\n" not in line.plain
     check_harmless(line.plain)

@@ -69,7 +69,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_never_end_is_refused_at_once(case: str) -> None:
+def test_endless_yaml_is_refused_at_once(case: str) -> None:
     text, says = REFUSED[case]
     with scratch_folder() as folder:
         path = folder / "r.yaml"
@@ -84,7 +84,7 @@ def test_what_would_never_end_is_refused_at_once(case: str) -> None:
         assert folder_content(folder.parent) == before
 
 
-def test_what_is_long_and_no_bomb_is_read() -> None:
+def test_long_harmless_yaml_is_read() -> None:
     with time_limit():
         assert parse_yaml(f"a: {'x' * 100_000}", "t").data["a"] == "x" * 100_000
         assert parse_yaml(f"a: '{'x ' * 50_000}'", "t").data["a"] == "x " * 50_000
@@ -94,25 +94,25 @@ def test_what_is_long_and_no_bomb_is_read() -> None:
     assert repr(deep) == "[" * 30 + "]" * 30
 
 
-def test_anchors_aliases_and_merges_mean_what_they_mean() -> None:
+def test_anchors_aliases_and_merges_are_supported() -> None:
     layer = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n", "t")
     assert layer.data["b"] == {"x": 1, "y": 3} and layer.data["c"] == [{"x": 1, "y": 2}] * 2
     assert not layer.problems
 
 
 @pytest.mark.parametrize("word", ["1e-4", "1e5", "12e3", ".5", "0x1F", "017", "1:30", "2020-01-01"])
-def test_a_word_that_looks_like_a_number_is_written_so_that_it_stays_one(word: str) -> None:
+def test_number_like_words_are_written_as_words(word: str) -> None:
     for value in (word, {word: word}, [word]):
         assert parse_yaml(dump({"a": value}), "t").data == {"a": value}
 
 
-def test_dates_and_times_of_day_are_words() -> None:
+def test_dates_and_times_are_read_as_words() -> None:
     """YAML 1.1 made 80 of 1:20, and a traceback of 2020-13-45."""
     layer = parse_yaml("a: 1:20\nb: 2020-13-45\nc: 2026-11-21\non: 1\n7: x\n", "t")
     assert layer.data == {"a": "1:20", "b": "2020-13-45", "c": "2026-11-21", "on": 1, "7": "x"}
 
 
-def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
+def test_exponential_extends_are_refused(tmp_path: Path) -> None:
     """Each extends the next one twice: 2^20 files would be read."""
     for number in range(20):
         path = tmp_path / f"{number}.yaml"
@@ -124,7 +124,7 @@ def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", ["5", "true", "{a: b}", "[1]", "[[a]]", "0", "false", "''"])
-def test_what_names_no_file_is_not_extended(tmp_path: Path, named: str) -> None:
+def test_extends_without_a_file_is_refused(tmp_path: Path, named: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"extends: {named}\n")
     with pytest.raises(RecipeError) as caught:
@@ -132,13 +132,13 @@ def test_what_names_no_file_is_not_extended(tmp_path: Path, named: str) -> None:
     assert caught.value.problems[0].key in ("extends", "(file)")
 
 
-def test_a_device_without_end_is_no_recipe() -> None:
+def test_endless_device_is_refused_as_a_recipe() -> None:
     with time_limit(), pytest.raises(RecipeError, match="1 problem") as caught:
         read_yaml(Path("/dev/zero"))
     assert "more than 256 KiB" in caught.value.problems[0].what
 
 
-def test_a_study_of_a_million_runs_is_refused_before_any_is_looked_at(tmp_path: Path) -> None:
+def test_study_of_a_million_runs_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     labels = ", ".join(f"{{label: m{n}, method: full}}" for n in range(1000))
     path.write_text(f"methods: [{labels}]\nseeds: [{', '.join(map(str, range(1000)))}]\n")
@@ -148,7 +148,7 @@ def test_a_study_of_a_million_runs_is_refused_before_any_is_looked_at(tmp_path: 
 
 
 @pytest.mark.parametrize("twice", ["seeds: [1, 2, 1]", "tasks: [glue/rte, glue/cola, glue/rte]"])
-def test_a_run_is_named_once(tmp_path: Path, twice: str) -> None:
+def test_duplicate_run_names_are_refused(tmp_path: Path, twice: str) -> None:
     """Two runs of one name would write into one folder."""
     path = tmp_path / "s.yaml"
     path.write_text(f"methods: [lora]\nsettings: {{method: {{density: 0.01}}}}\n{twice}\n")
@@ -157,7 +157,7 @@ def test_a_run_is_named_once(tmp_path: Path, twice: str) -> None:
     assert "are the same" in caught.value.problems[0].what
 
 
-def test_two_thousand_unknown_keys_are_a_hundred_lines_and_the_rest_a_word(tmp_path: Path) -> None:
+def test_errors_list_at_most_a_hundred_unknown_keys(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("\n".join(f"no_such_key_{n}: 1" for n in range(2000)))
     with time_limit(), pytest.raises(RecipeError) as caught:
@@ -184,14 +184,14 @@ def test_two_thousand_unknown_keys_are_a_hundred_lines_and_the_rest_a_word(tmp_p
         ("method.tuple[int]=1", "is not a key here"),
     ],
 )
-def test_values_that_no_run_can_have(override: str, says: str) -> None:
+def test_impossible_values_are_refused(override: str, says: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, (override,))
     assert any(says in problem.what for problem in caught.value.problems), str(caught.value)
     assert len(check_error(caught.value)) < 5000
 
 
-def test_a_folder_closed_to_us_holds_no_data(tmp_path: Path) -> None:
+def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
     """As root nothing is closed: then it is simply not there."""
     (tmp_path / "closed").mkdir(mode=0o000)
     with pytest.raises(RecipeError) as caught:

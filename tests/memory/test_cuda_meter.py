@@ -21,7 +21,7 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters())
 
 
-def test_what_an_allocator_holds_beyond_storages_is_other() -> None:
+def test_allocator_overhead_counts_as_other() -> None:
     layer = nn.Linear(6, 8)
 
     class Rounding(MemoryMeter):
@@ -38,7 +38,7 @@ def test_what_an_allocator_holds_beyond_storages_is_other() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_without_cuda_a_cuda_meter_counts_on_the_cpu() -> None:
+def test_cuda_meter_without_cuda_counts_on_the_cpu() -> None:
     meter = make_meter("cuda:0")
     with meter.phase("forward"):
         x = torch.zeros(10)

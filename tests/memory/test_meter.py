@@ -70,7 +70,7 @@ def test_forward_of_a_linear_layer_saves_its_input(layer: nn.Linear, meter: Memo
     assert meter.live()["saved_activations"] == 0
 
 
-def test_an_output_that_backward_needs_is_saved(layer: nn.Linear, meter: MemoryMeter) -> None:
+def test_output_needed_by_backward_is_saved(layer: nn.Linear, meter: MemoryMeter) -> None:
     meter.watch(layer)
     x = torch.randn(N, IN)
     with meter.phase("forward"):
@@ -108,7 +108,7 @@ def test_backward_of_a_linear_layer(layer: nn.Linear, meter: MemoryMeter) -> Non
     assert meter.live()["gradients"] == 0
 
 
-def test_accumulating_adds_in_place(layer: nn.Linear, meter: MemoryMeter) -> None:
+def test_accumulation_adds_in_place(layer: nn.Linear, meter: MemoryMeter) -> None:
     meter.watch(layer)
     x = torch.randn(N, IN)
     for _ in range(3):
@@ -120,7 +120,7 @@ def test_accumulating_adds_in_place(layer: nn.Linear, meter: MemoryMeter) -> Non
     assert categories["gradients"] == 2 * (W_BYTES + B_BYTES)
 
 
-def test_a_copied_gradient_is_one_though_dropped_in_the_phase(meter: MemoryMeter) -> None:
+def test_copied_gradient_freed_in_the_phase_is_counted(meter: MemoryMeter) -> None:
     model = nn.ParameterList([torch.ones(100), torch.ones(100)])
     meter.watch(model)
     with meter.phase("calibrate"):
@@ -130,9 +130,7 @@ def test_a_copied_gradient_is_one_though_dropped_in_the_phase(meter: MemoryMeter
     assert meter.live()["gradients"] == 0
 
 
-def test_a_gradient_that_a_hook_takes_away_was_a_gradient(
-    layer: nn.Linear, meter: MemoryMeter
-) -> None:
+def test_gradient_removed_by_a_hook_is_counted(layer: nn.Linear, meter: MemoryMeter) -> None:
     meter.watch(layer)
     layer.bias.requires_grad_(False)
     seen: list[int] = []
@@ -156,7 +154,7 @@ def test_a_gradient_that_a_hook_takes_away_was_a_gradient(
 # --- categories
 
 
-def test_what_is_not_seen_is_not_counted_until_it_is(meter: MemoryMeter, layer: nn.Linear) -> None:
+def test_unseen_tensors_are_counted_once_seen(meter: MemoryMeter, layer: nn.Linear) -> None:
     before = torch.zeros(1000)
     meter.watch(layer)
     with meter.phase("forward"):
@@ -167,7 +165,7 @@ def test_what_is_not_seen_is_not_counted_until_it_is(meter: MemoryMeter, layer: 
     assert after[0] == 1
 
 
-def test_adam_state_belongs_to_the_step_that_makes_it(layer: nn.Linear, meter: MemoryMeter) -> None:
+def test_adam_state_is_counted_in_its_first_step(layer: nn.Linear, meter: MemoryMeter) -> None:
     optimizer = torch.optim.AdamW(layer.parameters(), foreach=False)
     meter.watch(layer, optimizer=optimizer)
     layer(torch.randn(N, IN)).sum().backward()
@@ -185,7 +183,7 @@ def test_adam_state_belongs_to_the_step_that_makes_it(layer: nn.Linear, meter: M
     assert peak_of(meter, "optimizer")[1]["optimizer_state"] == state
 
 
-def test_bases_win_over_buffers_and_models_may_change(meter: MemoryMeter) -> None:
+def test_bases_take_precedence_over_buffers(meter: MemoryMeter) -> None:
     model = nn.Sequential(nn.Linear(IN, OUT, bias=False))
     meter.watch(model)
     assert meter.live()["weights"] == W_BYTES
@@ -201,7 +199,7 @@ def test_bases_win_over_buffers_and_models_may_change(meter: MemoryMeter) -> Non
     assert meter.live()["bases"] == IN * IN * FLOAT  # the model holds it
 
 
-def test_weights_made_in_a_phase_are_weights_once_watched(meter: MemoryMeter) -> None:
+def test_weights_created_in_a_phase_are_weights_once_watched(meter: MemoryMeter) -> None:
     with meter.phase("load"):
         model = nn.Linear(IN, OUT)
     assert peak_of(meter, "load")[1]["other"] >= W_BYTES + B_BYTES
@@ -286,7 +284,7 @@ def measured_step(model: Any, optimizer: torch.optim.Optimizer) -> MemoryMeter:
     return meter
 
 
-def test_a_training_step_of_bert() -> None:
+def test_training_step_of_bert() -> None:
     model = tiny_bert()
     model.bert.embeddings.requires_grad_(False)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -309,7 +307,7 @@ def test_a_training_step_of_bert() -> None:
     assert meter.tracked() == total(meter) == 0  # the meter keeps nothing alive
 
 
-def test_the_same_program_gives_the_same_figures() -> None:
+def test_counts_are_deterministic() -> None:
     reports = []
     for collector in (False, True):
         model = tiny_bert()
@@ -344,7 +342,7 @@ def test_measuring_changes_no_value() -> None:
     assert len(grads) > 20
 
 
-def test_against_the_allocator() -> None:
+def test_counts_equal_the_profiler() -> None:
     """torch's profiler sees every allocation of the CPU allocator, and knows no storages."""
     model, batch = tiny_bert(), bert_batch()
 
@@ -388,7 +386,7 @@ def test_against_the_allocator() -> None:
 # --- phases
 
 
-def test_cycles_count_as_alive_until_the_phase_is_over(meter: MemoryMeter) -> None:
+def test_reference_cycles_count_until_the_phase_ends(meter: MemoryMeter) -> None:
     def cycle() -> None:
         holder: list[Any] = [torch.zeros(100)]
         holder.append(holder)
@@ -407,7 +405,7 @@ def test_cycles_count_as_alive_until_the_phase_is_over(meter: MemoryMeter) -> No
     assert peak_of(meter, "forward")[0] == total(meter) == 0
 
 
-def test_garbage_of_before_is_not_charged_to_a_phase(meter: MemoryMeter) -> None:
+def test_earlier_garbage_is_not_counted(meter: MemoryMeter) -> None:
     gc.disable()  # nobody else collects, and the meter leaves it as it was
     try:
         with meter.phase("evaluate"):
@@ -435,16 +433,14 @@ def test_nothing_is_intercepted_outside_a_phase(layer: nn.Linear, meter: MemoryM
     assert not layer.weight._backward_hooks and not layer.weight._post_accumulate_grad_hooks
 
 
-def test_a_repeated_phase_keeps_the_larger_peak(meter: MemoryMeter) -> None:
+def test_repeated_phase_keeps_the_larger_peak(meter: MemoryMeter) -> None:
     for size in (10, 30, 20):
         with meter.phase("calibrate"):
             torch.zeros(size)
     assert peak_of(meter, "calibrate")[0] == 30 * FLOAT
 
 
-def test_an_error_inside_ends_the_phase_and_is_measured(
-    layer: nn.Linear, meter: MemoryMeter
-) -> None:
+def test_error_ends_the_phase_and_is_measured(layer: nn.Linear, meter: MemoryMeter) -> None:
     meter.watch(layer)
     with pytest.raises(MemoryError), meter.phase("forward"):
         kept = torch.zeros(100)
@@ -454,7 +450,7 @@ def test_an_error_inside_ends_the_phase_and_is_measured(
     assert not layer.weight._backward_hooks
 
 
-def test_wrong_phases_are_refused(meter: MemoryMeter) -> None:
+def test_invalid_phases_are_refused(meter: MemoryMeter) -> None:
     with pytest.raises(ValueError, match="forward, backward"), meter.phase("foward"):
         pass
     with meter.phase("load"), pytest.raises(RuntimeError, match="inside"), meter.phase("forward"):

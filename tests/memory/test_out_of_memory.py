@@ -53,7 +53,7 @@ def tried(when: str, rows: int = 50) -> tuple[nn.Module, Attempt]:
 @pytest.mark.parametrize(
     ("when", "phase", "module"), [("forward", "forward", "2"), ("backward", "backward", "2.inner")]
 )
-def test_a_failed_attempt_names_phase_and_module(when: str, phase: str, module: str) -> None:
+def test_failed_attempt_names_phase_and_module(when: str, phase: str, module: str) -> None:
     model, found = tried(when)
     assert not found.fits and (found.phase, found.module) == (phase, module)
     first = found.tensors[0]
@@ -67,14 +67,14 @@ def test_a_failed_attempt_names_phase_and_module(when: str, phase: str, module: 
         assert not part._forward_hooks and not part._forward_pre_hooks
 
 
-def test_one_that_fits_says_what_it_took() -> None:
+def test_successful_attempt_reports_its_peak() -> None:
     _, found = tried("never")
     assert found.fits and found.tensors == () and found.phase == "backward"
     small, large = tried("never", rows=10)[1], tried("never", rows=100)[1]
     assert large.peak_bytes - small.peak_bytes >= 90 * 300 * 4
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     model = nn.Linear(2, 2)
 
     def work(phase: Phase) -> None:
@@ -84,7 +84,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
         attempt(model, make_meter("cpu"), work)
 
 
-def test_places_in_a_real_model() -> None:
+def test_locations_in_a_real_model() -> None:
     model = classifier("bert")
     seen: list[str | None] = []
     with trace_location(model, seen.append):
@@ -121,7 +121,7 @@ def test_gradients_and_state_are_named_by_their_parameter() -> None:
     assert sizes == sorted(sizes, reverse=True) and meter.largest(2) == meter.largest(20)[:2]
 
 
-def test_forgetting_an_error_frees_what_its_frames_held() -> None:
+def test_forgetting_an_error_frees_its_frames() -> None:
     held: list[weakref.ref[Tensor]] = []
 
     def fail() -> None:
@@ -163,7 +163,7 @@ def test_what_counts_as_out_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
 
 
-def test_outside_a_session_it_is_an_error_of_ours_too() -> None:
+def test_out_of_memory_outside_a_run_is_our_error() -> None:
     with (
         pytest.raises(OutOfMemoryError, match="you tried to allocate") as error,
         mapped_errors(memory=("--batch-size", "a smaller one")),

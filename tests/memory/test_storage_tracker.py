@@ -38,7 +38,7 @@ def test_views_and_in_place_changes_add_nothing(meter: MemoryMeter) -> None:
     assert part.sum() == 2 * 8
 
 
-def test_freeing_lowers_what_lives_but_not_the_peak(meter: MemoryMeter) -> None:
+def test_freeing_lowers_live_bytes_but_not_the_peak(meter: MemoryMeter) -> None:
     with meter.phase("forward"):
         first = torch.zeros(100)
         second = torch.zeros(50)
@@ -52,7 +52,7 @@ def test_freeing_lowers_what_lives_but_not_the_peak(meter: MemoryMeter) -> None:
     assert total(meter) == 0 and meter.tracked() == 0
 
 
-def test_a_small_view_keeps_its_whole_storage(meter: MemoryMeter) -> None:
+def test_small_view_keeps_the_whole_storage(meter: MemoryMeter) -> None:
     with meter.phase("forward"):
         small = torch.zeros(100)[:1]
     assert total(meter) == 100 * FLOAT
@@ -75,7 +75,7 @@ def test_resized_storage(meter: MemoryMeter) -> None:
     assert y.untyped_storage().nbytes() == 40
 
 
-def test_sparse_tensors_count_their_parts_and_meta_tensors_nothing(meter: MemoryMeter) -> None:
+def test_sparse_tensors_count_parts_and_meta_tensors_nothing(meter: MemoryMeter) -> None:
     with meter.phase("forward"):
         indices, values = torch.tensor([[0, 1], [1, 0]]), torch.ones(2)
         sparse = torch.sparse_coo_tensor(indices, values, (1000, 1000), check_invariants=True)
@@ -87,7 +87,7 @@ def test_sparse_tensors_count_their_parts_and_meta_tensors_nothing(meter: Memory
     assert ghost.numel() == 10**9
 
 
-def test_an_address_used_again_is_another_storage() -> None:
+def test_reused_address_is_another_storage() -> None:
     tracker = StorageTracker(torch.device("cpu"))
     for size in range(1, 200):  # each dies before the next is made, mostly at the same address
         tracker.track(torch.zeros(size), "weights")
@@ -95,7 +95,7 @@ def test_an_address_used_again_is_another_storage() -> None:
     assert len(tracker) == 0 and not any(tracker.bytes.values())
 
 
-def test_a_label_reaches_back_only_as_far_as_the_storage() -> None:
+def test_label_applies_since_the_storage_was_made() -> None:
     tracker = StorageTracker(torch.device("cpu"))
     tracker.open = peak = Peak()
     early, late = torch.zeros(100), torch.zeros(10)
@@ -114,7 +114,7 @@ def test_a_label_reaches_back_only_as_far_as_the_storage() -> None:
     assert tracker.bytes["optimizer_state"] == late.nbytes
 
 
-def test_labels_only_become_more_specific() -> None:
+def test_labels_become_more_specific_only() -> None:
     tracker = StorageTracker(torch.device("cpu"))
     x = torch.zeros(10)
     for category in ("saved_activations", "weights", "gradients", "other", "bases", "weights"):
@@ -122,7 +122,7 @@ def test_labels_only_become_more_specific() -> None:
     assert tracker.bytes["bases"] == x.nbytes == sum(tracker.bytes.values())
 
 
-def test_saved_again_is_counted_once_and_corrects_no_old_peak() -> None:
+def test_storage_saved_twice_counts_once() -> None:
     tracker = StorageTracker(torch.device("cpu"))
     x = torch.zeros(10)
     saved = {**dict.fromkeys(tracker.bytes, 0), "saved_activations": x.nbytes}
@@ -140,7 +140,7 @@ def test_saved_again_is_counted_once_and_corrects_no_old_peak() -> None:
     assert tracker.kept["forward"].categories == tracker.kept["backward"].categories == saved
 
 
-def test_a_label_leaves_a_peak_of_another_size_alone() -> None:
+def test_label_does_not_change_a_peak_of_another_size() -> None:
     tracker = StorageTracker(torch.device("cpu"))
     tracker.open = peak = Peak()
     x = torch.zeros(100)

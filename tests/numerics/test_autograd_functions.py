@@ -74,7 +74,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tu
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("rows", ["(2, 3)", "strided", "empty", "one"])
-def test_gradients_are_those_of_plain_autograd(name: str, rows: str) -> None:
+def test_gradients_equal_plain_autograd(name: str, rows: str) -> None:
     ours, plain, (x_shape, *others) = FUNCTIONS[name]
     leading = {"(2, 3)": (2, 3), "strided": (3, 2), "empty": (0, 3), "one": (1,)}[rows]
     x = normal(*leading, *x_shape, seed=5)
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_plain_autograd(name: str, rows: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_second_derivative_is_right_or_refused(name: str) -> None:
+def test_second_derivative_is_right_or_refused(name: str) -> None:
     ours, plain, (x_shape, *others) = FUNCTIONS[name]
     inputs = [normal(2, *x_shape, seed=5), *(normal(*s, seed=6) for s in others)]
     second = []
@@ -126,7 +126,7 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
 
 @pytest.mark.parametrize("number", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("same", [False, True])
-def test_a_gate_with_any_activation_in_float64(number: int, same: bool) -> None:
+def test_gate_with_any_activation_in_float64(number: int, same: bool) -> None:
     """An identity hands back the gate itself: a product in place spoilt the saved gate."""
     activation = ACTIVATIONS[number]
     gate, up = (normal(3, 4, seed=n).requires_grad_() for n in (1, 2))
@@ -141,7 +141,7 @@ def test_a_gate_with_any_activation_in_float64(number: int, same: bool) -> None:
         grad.sum().backward()
 
 
-def test_a_gate_of_another_dtype_or_shape_is_promoted_as_in_a_plain_product() -> None:
+def test_gate_of_another_dtype_or_shape_is_promoted() -> None:
     gate = normal(3, 4, seed=1).bfloat16()
     for up in (normal(3, 4, seed=2).float(), normal(4, seed=2).bfloat16()):
         results = []
@@ -156,13 +156,13 @@ def test_a_gate_of_another_dtype_or_shape_is_promoted_as_in_a_plain_product() ->
             torch.testing.assert_close(got, expected)
 
 
-def test_an_activation_in_place_is_refused() -> None:
+def test_in_place_activation_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves its input alone"):
         gated(normal(2, 2, seed=1), normal(2, 2, seed=2), nn.ReLU(inplace=True))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_the_cross_entropy_of_a_head(rows: int) -> None:
+def test_cross_entropy_of_a_head(rows: int) -> None:
     hidden, weight, bias = normal(rows, IN, seed=1), normal(7, IN, seed=2), normal(7, seed=3)
     target = torch.arange(rows) % 7
     strided = hidden.T.contiguous().T

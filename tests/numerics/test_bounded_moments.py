@@ -22,7 +22,7 @@ def choose(grad: Tensor) -> Tensor:
     return largest_entries(grad, COUNT)
 
 
-def test_below_the_limit_it_is_dense_state_bit_for_bit() -> None:
+def test_state_below_the_limit_equals_dense_state() -> None:
     dense, compact = torch.ones(6, 10), torch.ones(6, 10)
     moments, rows = Moments.like(dense), BoundedMoments.empty(SIZE, compact)
     for grad in gradients():
@@ -37,7 +37,7 @@ def test_below_the_limit_it_is_dense_state_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("capacity", [COUNT, COUNT + 1, 2 * COUNT, SIZE - 1])
-def test_at_the_limit_the_longest_untouched_are_forgotten(capacity: int) -> None:
+def test_state_at_the_limit_drops_the_longest_untouched(capacity: int) -> None:
     """Against a dictionary: position -> (first, second, age, last)."""
     parameter, expected = torch.ones(6, 10), torch.ones(SIZE, dtype=torch.float64)
     rows = BoundedMoments.empty(capacity, parameter)
@@ -60,7 +60,7 @@ def test_at_the_limit_the_longest_untouched_are_forgotten(capacity: int) -> None
     torch.testing.assert_close(parameter.view(-1).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_too_many_at_once_are_refused() -> None:
+def test_more_entries_than_the_limit_are_refused() -> None:
     rows = BoundedMoments.empty(2, torch.zeros(4))
     with pytest.raises(ValueError, match="3 entries in one step, room for 2"):
         rows.places(torch.tensor([0, 1, 2]))

@@ -62,7 +62,7 @@ def test_gradients(materialize: bool, wanted: tuple[str, ...]) -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_core_gradient_is_that_of_the_rotated_weight() -> None:
+def test_core_gradient_equals_the_rotated_weight_gradient() -> None:
     p = parts()
     weight = p["weight_OI"].clone().requires_grad_()
     core = p["core_RS"].requires_grad_()
@@ -73,7 +73,7 @@ def test_core_gradient_is_that_of_the_rotated_weight() -> None:
     torch.testing.assert_close(core.grad, p["q_out_OR"].T @ weight.grad @ p["q_in_IS"])
 
 
-def test_at_full_rank_it_is_the_papers_layer() -> None:
+def test_full_rank_core_is_the_layer_of_the_paper() -> None:
     p = parts(OUT, IN)
     basis = Basis(p["q_out_OR"], p["q_in_IS"], torch.ones(OUT), torch.ones(IN))
     papers_core = to_core(p["weight_OI"], basis) + p["core_RS"]
@@ -82,7 +82,7 @@ def test_at_full_rank_it_is_the_papers_layer() -> None:
 
 
 @pytest.mark.parametrize("materialize", [False, True])
-def test_a_zero_core_changes_nothing(materialize: bool) -> None:
+def test_zero_core_changes_nothing(materialize: bool) -> None:
     p = parts()
     p["core_RS"].zero_()
     plain = torch.nn.functional.linear(p["x"], p["weight_OI"], p["bias_O"])
@@ -103,7 +103,7 @@ def saved_bytes(run: object) -> int:
 
 
 @pytest.mark.parametrize("materialize", [False, True])
-def test_only_the_rotated_input_is_kept(materialize: bool) -> None:
+def test_only_the_rotated_input_is_saved(materialize: bool) -> None:
     tokens = 1000
     p = parts(R_OUT, R_IN, tokens)
     p["x"].requires_grad_()
@@ -114,7 +114,7 @@ def test_only_the_rotated_input_is_kept(materialize: bool) -> None:
     assert kept == tokens * R_IN * 8 + frozen + core
 
 
-def test_nothing_is_computed_for_an_input_that_wants_no_gradient() -> None:
+def test_input_without_gradient_costs_no_flops() -> None:
     p = parts()
     p["core_RS"].requires_grad_()
     y = core_linear(**p)
@@ -124,7 +124,7 @@ def test_nothing_is_computed_for_an_input_that_wants_no_gradient() -> None:
     assert counter.get_total_flops() == 2 * (6 * OUT * R_OUT + R_OUT * 6 * R_IN)
 
 
-def test_the_cheaper_way_is_chosen() -> None:
+def test_cheaper_form_is_chosen() -> None:
     shape = (1536, 384, 128, 128)
     assert not materializing_pays(64, *shape)
     assert materializing_pays(2048, *shape)
@@ -138,7 +138,7 @@ def test_the_cheaper_way_is_chosen() -> None:
     assert flops[None] == min(flops[True], flops[False]) == flops[True]
 
 
-def test_under_autocast_products_are_in_its_dtype_and_gradients_in_float32() -> None:
+def test_autocast_products_are_half_and_gradients_float32() -> None:
     p = {name: tensor.float() for name, tensor in parts(R_OUT, R_IN, 2, 3).items()}
     core = p["core_RS"].requires_grad_()
     exact = core_linear(**p)
@@ -150,7 +150,7 @@ def test_under_autocast_products_are_in_its_dtype_and_gradients_in_float32() -> 
     assert core.grad is not None and core.grad.dtype == torch.float32
 
 
-def test_half_precision_never_adds_the_increment_into_the_weight() -> None:
+def test_half_precision_increment_is_not_added_to_the_weight() -> None:
     # bfloat16 has 8 bits of mantissa: 1 + 1e-3 is 1, and a built weight would lose the core.
     weight, core = torch.ones(OUT, IN).bfloat16(), torch.full((1, 1), 1e-3)
     q_out, q_in = torch.zeros(OUT, 1), torch.zeros(IN, 1)

@@ -21,7 +21,7 @@ def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
-def test_it_is_torchs_dropout(p: float, dtype: torch.dtype, training: bool) -> None:
+def test_dropout_equals_torch(p: float, dtype: torch.dtype, training: bool) -> None:
     x = torch.randn(37, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain, lean = nn.Dropout(p).train(training), ByteDropout(p).train(training)
     for expected, got in zip(run(plain, x), run(lean, x), strict=True):
@@ -29,7 +29,7 @@ def test_it_is_torchs_dropout(p: float, dtype: torch.dtype, training: bool) -> N
         assert expected.dtype == got.dtype
 
 
-def test_without_a_gradient_nothing_is_saved_and_nothing_differs() -> None:
+def test_dropout_without_gradient_saves_nothing() -> None:
     x = torch.ones(50)
     torch.manual_seed(0)
     expected = nn.Dropout(0.5)(x)

@@ -45,7 +45,7 @@ def apart(p: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("lead", [(6,), (2, 3), (1,), (0,)])
-def test_it_is_the_core_layer_taken_apart(lead: tuple[int, ...]) -> None:
+def test_frozen_linear_equals_the_core_layer(lead: tuple[int, ...]) -> None:
     p = parts(*lead)
     wanted = [p["x"].requires_grad_(), p["core_RS"].requires_grad_()]
     one, other = apart(p), core_linear(**p, materialize=False)
@@ -69,7 +69,7 @@ def test_gradients(wanted: tuple[str, ...]) -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_it_keeps_the_narrow_input_and_the_core_alone() -> None:
+def test_only_the_narrow_input_and_the_core_are_saved() -> None:
     p = parts(64)
     p["x"].requires_grad_()
     p["core_RS"].requires_grad_()
@@ -85,7 +85,7 @@ def test_it_keeps_the_narrow_input_and_the_core_alone() -> None:
     assert shapes == sorted([(64, R_IN), (R_OUT, R_IN), (OUT, R_OUT), (IN, R_IN)])
 
 
-def test_inside_autocast_products_are_in_its_dtype() -> None:
+def test_autocast_products_are_in_its_dtype() -> None:
     p = {name: tensor.float() for name, tensor in parts(6).items()}
     seen: list[torch.dtype] = []
 

@@ -60,7 +60,7 @@ def test_bases_are_orthonormal_and_full_rank() -> None:
         torch.testing.assert_close(q.T @ q, torch.eye(len(q), dtype=q.dtype), atol=1e-12, rtol=0)
 
 
-def test_directions_come_strongest_first_and_hold_the_energy_they_claim() -> None:
+def test_directions_are_sorted_and_hold_their_energy() -> None:
     grads = gradients()
     basis = streamed(grads).basis()
     for values in (basis.singular_out, basis.singular_in):
@@ -70,7 +70,7 @@ def test_directions_come_strongest_first_and_hold_the_energy_they_claim() -> Non
         assert energy == pytest.approx(float(basis.singular_out[number]) ** 2, rel=1e-6)
 
 
-def test_one_gradient_of_low_rank_still_gives_square_orthonormal_bases() -> None:
+def test_low_rank_gradient_gives_square_orthonormal_bases() -> None:
     rank_one = torch.outer(torch.arange(1.0, OUT + 1), torch.arange(1.0, IN + 1)).double()
     basis = streamed([rank_one]).basis()
     torch.testing.assert_close(
@@ -121,7 +121,7 @@ def test_half_precision_gradients_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_is_refused(bad: float) -> None:
+def test_non_finite_gradient_is_refused(bad: float) -> None:
     grads = gradients()
     grads[3][1, 2] = bad
     with pytest.raises(ValueError, match="not finite"):
@@ -133,7 +133,7 @@ def test_overflow_of_the_sums_is_refused() -> None:
         streamed([torch.full((OUT, IN), 1e25)], torch.float32).basis()
 
 
-def test_an_empty_stream_has_no_basis() -> None:
+def test_empty_stream_has_no_basis() -> None:
     with pytest.raises(ValueError, match="no gradient"):
         GramStream(OUT, IN).basis()
 
@@ -149,7 +149,7 @@ def test_signs_are_fixed_by_the_largest_entry_of_each_column() -> None:
     assert torch.equal(mirrored.q_in, basis.q_in)
 
 
-def test_two_runs_of_the_same_numbers_are_bitwise_the_same() -> None:
+def test_same_numbers_give_the_same_bits() -> None:
     first, second = (streamed(gradients(), torch.float32).basis() for _ in range(2))
     for part in ("q_out", "q_in", "singular_out", "singular_in"):
         assert torch.equal(getattr(first, part), getattr(second, part))

@@ -86,7 +86,7 @@ def test_sums(rows: int) -> None:
     assert int(correct) == int((z.argmax(1) == target).sum()) >= 5
 
 
-def test_no_rows_is_no_loss() -> None:
+def test_no_rows_give_no_loss() -> None:
     hidden, weight, _, target = operands()
     hidden.requires_grad_()
     loss = linear_cross_entropy(hidden[:0], weight, target[:0])
@@ -95,7 +95,7 @@ def test_no_rows_is_no_loss() -> None:
     assert hidden.grad is not None and not hidden.grad.any()
 
 
-def test_a_head_so_sure_that_others_underflow() -> None:
+def test_confident_head_with_underflow() -> None:
     hidden, weight, _, target = operands(torch.float32)
     hidden = (hidden * 1e4).requires_grad_()
     loss = linear_cross_entropy(hidden, weight, target)
@@ -108,7 +108,7 @@ def test_a_head_so_sure_that_others_underflow() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_sum_does_not_suffer_from_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_sum_is_exact(dtype: torch.dtype) -> None:
     """40,000 tokens at log V each: more than float16 holds; bfloat16 would add in steps of 512."""
     tokens, vocabulary = 40_000, 50
     hidden = torch.zeros(tokens, 4, dtype=dtype)
@@ -118,7 +118,7 @@ def test_the_sum_does_not_suffer_from_half_precision(dtype: torch.dtype) -> None
     assert loss.item() == pytest.approx(tokens * math.log(vocabulary), rel=1e-5)
 
 
-def test_a_loss_scale_beyond_float16() -> None:
+def test_loss_scale_beyond_float16() -> None:
     hidden, weight, _, target = operands(torch.float16)
     hidden.requires_grad_()
     (scaled,) = torch.autograd.grad(
@@ -128,7 +128,7 @@ def test_a_loss_scale_beyond_float16() -> None:
     torch.testing.assert_close(scaled, alone * 2.0**15, rtol=1e-3, atol=0)
 
 
-def test_only_what_trains_gets_a_gradient() -> None:
+def test_only_trainable_operands_get_a_gradient() -> None:
     hidden, weight, bias, target = operands()
     hidden.requires_grad_()
     loss = linear_cross_entropy(hidden, weight, target, bias_V=bias)
@@ -140,13 +140,13 @@ def test_only_what_trains_gets_a_gradient() -> None:
         assert linear_cross_entropy(hidden, weight, target).grad_fn is None
 
 
-def test_rows_of_a_block_follow_its_bytes() -> None:
+def test_block_rows_follow_the_byte_limit() -> None:
     assert block_rows(32_768, torch.device("cpu")) == 128
     assert block_rows(32_768, torch.device("cuda")) == 512
     assert block_rows(10_000_000, torch.device("cpu")) == 16
 
 
-def test_peak_memory_is_a_block_and_not_the_logits() -> None:
+def test_peak_memory_is_one_block() -> None:
     """Of 512 x 8,192 logits (16 MiB): twice that plain, a 28th in blocks of 16 rows (a 32nd)."""
     tokens, vocabulary, width = 512, 8192, 8
     hidden = torch.randn(tokens, width, requires_grad=True)

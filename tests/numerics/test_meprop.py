@@ -57,7 +57,7 @@ def test_backward_by_hand(k: int, unified: bool) -> None:
 
 
 @pytest.mark.parametrize("unified", [False, True])
-def test_all_outputs_kept_is_the_dense_layer_and_passes_gradcheck(unified: bool) -> None:
+def test_keeping_all_outputs_is_the_dense_layer(unified: bool) -> None:
     x, w, b, _ = layer()
     assert torch.autograd.gradcheck(
         lambda x, w, b: meprop_linear(x, w, b, k=OUT, unified=unified), (x, w, b)
@@ -88,7 +88,7 @@ def test_exactly_k_entries_per_row_under_ties(k: int) -> None:
         assert (kept != 0).sum(dim=1).tolist() == [k] * N
 
 
-def test_keeping_looks_at_magnitudes() -> None:
+def test_largest_magnitudes_are_kept() -> None:
     g = torch.tensor([[1.0, -3.0, 2.0], [-0.1, 0.0, -0.2]])
     assert keep_largest_per_row(g, 1).tolist() == [
         [0.0, -3.0, 0.0],
@@ -109,7 +109,7 @@ def test_leading_dimensions_and_a_transposed_weight(unified: bool) -> None:
 
 
 @pytest.mark.parametrize("unified", [False, True])
-def test_only_wanted_gradients_are_made(unified: bool) -> None:
+def test_only_needed_gradients_are_computed(unified: bool) -> None:
     x, w, b, g = layer()
     frozen = w.detach()
     meprop_linear(x, frozen, b, k=2, unified=unified).backward(g)
@@ -127,7 +127,7 @@ def test_k_out_of_range_is_refused(k: int) -> None:
 
 
 @pytest.mark.parametrize("unified", [False, True])
-def test_under_autocast_gradients_come_back_in_the_parameters_dtype(unified: bool) -> None:
+def test_autocast_gradients_have_the_parameter_dtype(unified: bool) -> None:
     x, w, b, g = layer()
     x, w, b = (t.detach().float().requires_grad_() for t in (x, w, b))
     with torch.autocast("cpu", torch.bfloat16):

@@ -71,7 +71,7 @@ def run(core: nn.Parameter, optimizer: SelectiveAdamW, steps: range) -> None:
 
 
 @pytest.mark.parametrize("steps", [REFRESH, REFRESH + 1, 3 * REFRESH, 5 * REFRESH + 2])
-def test_steps_are_those_of_the_formula(steps: int) -> None:
+def test_steps_equal_the_formula(steps: int) -> None:
     core, optimizer = made(COUNT)
     run(core, optimizer, range(1, steps + 1))
     expected = torch.tensor(by_the_formula(steps), dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_steps_are_those_of_the_formula(steps: int) -> None:
 
 
 @pytest.mark.parametrize("capacity", [COUNT, None])
-def test_new_entries_do_not_start_with_a_step_of_lr(capacity: int | None) -> None:
+def test_new_entries_start_below_the_learning_rate(capacity: int | None) -> None:
     core, optimizer = made(capacity)
     steps = []
     for turn in range(6):
@@ -96,7 +96,7 @@ def test_new_entries_do_not_start_with_a_step_of_lr(capacity: int | None) -> Non
 
 
 @pytest.mark.parametrize("at", [REFRESH - 1, REFRESH, REFRESH + 1])
-def test_state_goes_on_across_a_refresh(at: int) -> None:
+def test_state_survives_a_refresh(at: int) -> None:
     core, optimizer = made(COUNT)
     run(core, optimizer, range(1, at + 1))
     again, resumed = made(COUNT)
@@ -107,7 +107,7 @@ def test_state_goes_on_across_a_refresh(at: int) -> None:
     assert torch.equal(core, again)
 
 
-def test_an_entry_without_a_gradient_so_far_starts_at_age_0() -> None:
+def test_entry_without_gradient_starts_at_age_zero() -> None:
     core = nn.Parameter(torch.zeros(1, 3, dtype=torch.float64))
     selection = Selection(2, capacity=2, refresh=1, first=torch.tensor([0, 1]))
     optimizer = SelectiveAdamW({core: selection}, [], lr=LR)

@@ -35,7 +35,7 @@ def test_core_gradient_identity(out: int, width: int, truncate: bool) -> None:
 
 
 @pytest.mark.parametrize(("out", "width"), SHAPES)
-def test_to_core_is_the_written_out_sum(out: int, width: int) -> None:
+def test_to_core_equals_the_sum(out: int, width: int) -> None:
     basis, matrix = make_basis(out, width, 4, 3), normal(out, width, seed=3)
     expected = torch.zeros(4, 3, dtype=torch.float64)
     for r in range(4):
@@ -47,7 +47,7 @@ def test_to_core_is_the_written_out_sum(out: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("out", "width"), SHAPES)
-def test_from_core_undoes_to_core_at_full_rank(out: int, width: int) -> None:
+def test_from_core_inverts_to_core_at_full_rank(out: int, width: int) -> None:
     basis, matrix = make_basis(out, width), normal(out, width, seed=3)
     torch.testing.assert_close(from_core(to_core(matrix, basis), basis), matrix, atol=1e-12, rtol=0)
     torch.testing.assert_close(to_core(from_core(matrix, basis), basis), matrix, atol=1e-12, rtol=0)
@@ -87,7 +87,7 @@ def test_from_sparse_core_without_entries_is_zero() -> None:
 
 
 @pytest.mark.parametrize(("out", "width"), SHAPES)
-def test_rotated_linear_is_the_plain_layer(out: int, width: int) -> None:
+def test_rotated_linear_equals_the_plain_layer(out: int, width: int) -> None:
     basis, weight, bias = make_basis(out, width), normal(out, width, seed=3), normal(out, seed=4)
     x = normal(2, 3, width, seed=5)
     core = basis.q_out.T @ weight @ basis.q_in
@@ -96,7 +96,7 @@ def test_rotated_linear_is_the_plain_layer(out: int, width: int) -> None:
         torch.testing.assert_close(rotated_linear(x, core, b, basis), plain, atol=1e-12, rtol=0)
 
 
-def test_multiplying_by_the_transposed_input_basis_is_not_this_layer() -> None:
+def test_transposed_input_basis_gives_another_function() -> None:
     """The published code's slip: with core = Q_out' W Q_in it would change the function."""
     basis, weight, x = make_basis(6, 6), normal(6, 6, seed=3), normal(4, 6, seed=5)
     core = to_core(weight, basis)
@@ -134,7 +134,7 @@ def test_gradients_by_hand_and_the_bias_is_never_rotated() -> None:
     assert not torch.allclose(bias.grad, rotated_sum, atol=1e-3), "the test can tell the two apart"
 
 
-def test_core_gradient_of_the_layer_is_the_rotated_weight_gradient() -> None:
+def test_layer_core_gradient_equals_the_rotated_weight_gradient() -> None:
     basis, weight = make_basis(9, 5), normal(9, 5, seed=3)
     x, g = normal(4, 5, seed=4), normal(4, 9, seed=5)
     core = to_core(weight, basis).requires_grad_()

@@ -53,7 +53,7 @@ def test_token_square_sums_the_squares_of_each_token(pieces: int) -> None:
     torch.testing.assert_close(streamed("token_square", pieces), expected)
 
 
-def test_unknown_and_empty() -> None:
+def test_unknown_score_and_empty_stream_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown score 'best'"):
         ScoreStream(basis(), "best")
     assert not ScoreStream(basis(), "square").mean().any()

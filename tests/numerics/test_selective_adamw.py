@@ -46,7 +46,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("count", [1, 5, ROWS * COLUMNS])
-def test_twenty_steps_against_the_oracle(count: int, weight_decay: float) -> None:
+def test_twenty_steps_equal_the_reference(count: int, weight_decay: float) -> None:
     hyper = AdamW(0.05, 0.8, 0.97, 1e-8, weight_decay)
     parameter = normal(ROWS, COLUMNS, seed=0)
     oracle = [Entry(v) for v in parameter.reshape(-1).tolist()]
@@ -69,7 +69,7 @@ def test_twenty_steps_against_the_oracle(count: int, weight_decay: float) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_entries_that_are_not_chosen_stay_bit_for_bit(dtype: torch.dtype) -> None:
+def test_unselected_entries_are_unchanged(dtype: torch.dtype) -> None:
     parameter = normal(ROWS, COLUMNS, seed=0).to(dtype)
     moments = Moments.like(parameter)
     everything = torch.arange(ROWS * COLUMNS)
@@ -92,7 +92,7 @@ def test_entries_that_are_not_chosen_stay_bit_for_bit(dtype: torch.dtype) -> Non
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["f64", "f32"]
 )
 @pytest.mark.parametrize("late", [0, 1, 10, 500])
-def test_the_first_step_of_a_new_entry_is_lr_however_late(
+def test_first_step_of_a_late_entry_is_the_learning_rate(
     late: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     """With one shared counter it would be 0.48 x lr at t = 11 and 1.99 x lr at t = 501."""
@@ -109,7 +109,7 @@ def test_the_first_step_of_a_new_entry_is_lr_however_late(
     assert moments.age.tolist() == [[late, 0], [0, 1]]
 
 
-def test_a_shared_counter_would_take_other_steps() -> None:
+def test_shared_counter_takes_other_steps() -> None:
     """The published code's rule, by hand, so that the test above is known to tell it apart."""
     beta1, beta2, grad = 0.9, 0.999, 2.0
 
@@ -124,7 +124,7 @@ def test_a_shared_counter_would_take_other_steps() -> None:
     assert first_step(100_000) == pytest.approx(3.16, abs=0.01)
 
 
-def test_all_entries_equal_torch_adamw_in_float64() -> None:
+def test_all_entries_selected_equals_torch_adamw() -> None:
     parameter = normal(ROWS, COLUMNS, seed=0)
     reference = torch.nn.Parameter(parameter.clone())
     optimizer = torch.optim.AdamW(
@@ -143,7 +143,7 @@ def test_all_entries_equal_torch_adamw_in_float64() -> None:
     torch.testing.assert_close(moments.second, state["exp_avg_sq"], atol=1e-12, rtol=0)
 
 
-def test_no_entries_is_no_step() -> None:
+def test_no_entries_take_no_step() -> None:
     parameter = normal(ROWS, COLUMNS, seed=0)
     before, moments = parameter.clone(), Moments.like(parameter)
     chosen = sparse_step(
@@ -181,7 +181,7 @@ def test_moments_of_a_transposed_parameter_are_contiguous() -> None:
     assert all(m.is_contiguous() for m in (moments.first, moments.second, moments.age))
 
 
-def test_a_gradient_that_is_a_transposed_view_is_read_in_the_parameters_order() -> None:
+def test_transposed_gradient_is_read_in_parameter_order() -> None:
     parameter = torch.zeros(2, 3, dtype=torch.float64)
     grad = torch.arange(1.0, 7.0, dtype=torch.float64).reshape(3, 2).T  # [[1, 3, 5], [2, 4, 6]]
     moments = Moments.like(parameter)
@@ -189,7 +189,7 @@ def test_a_gradient_that_is_a_transposed_view_is_read_in_the_parameters_order() 
     assert float(moments.first[0, 2]) == 5.0
 
 
-def test_step_on_entries_returns_what_to_add_and_leaves_values_to_the_caller() -> None:
+def test_step_on_entries_returns_the_update_only() -> None:
     values, moments = torch.tensor([2.0, -4.0]).double(), Moments.like(torch.zeros(3).double())
     hyper = AdamW(lr=0.1, weight_decay=0.5)
     update = step_on_entries(

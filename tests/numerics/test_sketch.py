@@ -55,7 +55,7 @@ def captured(gram: Tensor, q: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_directions_capture_what_the_exact_ones_do(dtype: torch.dtype) -> None:
+def test_sketch_captures_as_much_as_exact_directions(dtype: torch.dtype) -> None:
     grads = gradients()
     best, found = truncated(exact(grads).basis(), RANK), sketched(grads, dtype).basis()
     for gram, q_best, q in (
@@ -71,7 +71,7 @@ def test_directions_capture_what_the_exact_ones_do(dtype: torch.dtype) -> None:
     )
 
 
-def test_wide_enough_it_is_exact() -> None:
+def test_full_width_sketch_is_exact() -> None:
     """A sketch as wide as the side is the side: the same directions, signs and all."""
     grads = gradients(decay=0.9)
     found = sketched(grads, rank=IN)
@@ -82,7 +82,7 @@ def test_wide_enough_it_is_exact() -> None:
     assert found.omega_in.shape == (IN, IN)
 
 
-def test_a_power_step_helps_where_the_spectrum_is_flat() -> None:
+def test_power_step_helps_with_a_flat_spectrum() -> None:
     grads = gradients(decay=0.985)
     gram = exact(grads).gram_in
     plain, powered = (captured(gram, sketched(grads, power_steps=n).basis().q_in) for n in (0, 2))
@@ -91,7 +91,7 @@ def test_a_power_step_helps_where_the_spectrum_is_flat() -> None:
     assert ideal - powered < (ideal - plain) / 4
 
 
-def test_tokens_are_those_of_the_grams() -> None:
+def test_token_counts_equal_the_grams() -> None:
     generator = torch.Generator().manual_seed(1)
     scale = 0.8 ** torch.arange(IN, dtype=torch.float64)
     g = torch.randn(50, OUT, generator=generator, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_tokens_are_those_of_the_grams() -> None:
     torch.testing.assert_close(thin.y_out, full.gram_out @ thin.omega_out)
 
 
-def test_bytes_are_thin_and_sums_add_up() -> None:
+def test_sketch_bytes_are_small_and_merge_adds() -> None:
     grads = gradients(4)
     whole, left, right = sketched(grads), sketched(grads[:1]), sketched(grads[1:])
     assert whole.nbytes() == 2 * 8 * (OUT + IN) * (RANK + OVERSAMPLING)
@@ -114,7 +114,7 @@ def test_bytes_are_thin_and_sums_add_up() -> None:
         torch.testing.assert_close(total, a + b)
 
 
-def test_a_gram_of_low_rank_gives_an_orthonormal_basis() -> None:
+def test_low_rank_gram_gives_an_orthonormal_basis() -> None:
     """Fewer directions in the data than asked for: the rest is arbitrary, but orthonormal."""
     grads = gradients(1)
     thin = grads[0][:, :1] @ grads[0][:1]  # (out, 1) @ (1, in)
@@ -125,14 +125,14 @@ def test_a_gram_of_low_rank_gives_an_orthonormal_basis() -> None:
     assert float(basis.singular_out[1]) < 1e-2 * float(basis.singular_out[0])
 
 
-def test_the_shift_does_not_show() -> None:
+def test_shift_does_not_change_the_basis() -> None:
     gram = torch.diag(torch.tensor([4.0, 1.0, 0.25, 0.0]))
     q, singular = nystroem(torch.eye(4), gram, 4)
     torch.testing.assert_close(singular, torch.tensor([2.0, 1.0, 0.5, 0.0]), rtol=1e-5, atol=2e-3)
     torch.testing.assert_close(q, torch.eye(4), rtol=0, atol=1e-5)
 
 
-def test_nothing_and_nonsense_are_refused() -> None:
+def test_empty_and_invalid_sketches_are_refused() -> None:
     with pytest.raises(ValueError, match="no gradient"):
         SketchStream(OUT, IN, rank=RANK).basis()
     stream = SketchStream(OUT, IN, rank=RANK)
@@ -152,7 +152,7 @@ def in_two_passes(grads: list[Tensor], rank: int | float | None) -> SequentialSt
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_sequential_is_the_written_formula(flip: bool) -> None:
+def test_sequential_truncation_equals_the_formula(flip: bool) -> None:
     grads = [g.T if flip else g for g in gradients()]
     found = in_two_passes(grads, RANK).basis()
     grams = [sum(g @ g.T for g in grads), sum(g.T @ g for g in grads)]
@@ -168,7 +168,7 @@ def test_sequential_is_the_written_formula(flip: bool) -> None:
     torch.testing.assert_close((found.singular_out, found.singular_in)[wide], singular)
 
 
-def test_sequential_of_full_rank_is_the_plain_hosvd() -> None:
+def test_sequential_truncation_at_full_rank_is_hosvd() -> None:
     grads = gradients()
     found, best = in_two_passes(grads, None).basis(), exact(grads).basis()
     leading = slice(0, 30)

@@ -29,7 +29,7 @@ def term_rank(pattern: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("entries", range(0, 21, 2))
 @pytest.mark.parametrize(("rows", "columns"), [(5, 4), (4, 5), (5, 5)])
-def test_the_factors_are_exact_and_of_the_term_rank(rows: int, columns: int, entries: int) -> None:
+def test_factors_are_exact_and_have_the_term_rank(rows: int, columns: int, entries: int) -> None:
     matrix = sparse(rows, columns, min(entries, rows * columns), seed=entries)
     left, right = structural_factors(matrix, matrix != 0)
     assert torch.equal(left @ right, matrix)
@@ -37,7 +37,7 @@ def test_the_factors_are_exact_and_of_the_term_rank(rows: int, columns: int, ent
 
 
 @pytest.mark.parametrize(("rows", "columns", "entries"), [(64, 64, 120), (40, 90, 60), (90, 40, 9)])
-def test_almost_every_matrix_of_a_pattern_has_that_rank(
+def test_random_matrices_of_a_pattern_have_the_term_rank(
     rows: int, columns: int, entries: int
 ) -> None:
     matrix = sparse(rows, columns, entries, seed=1)
@@ -46,7 +46,7 @@ def test_almost_every_matrix_of_a_pattern_has_that_rank(
     assert left.shape[1] == int(torch.linalg.matrix_rank(matrix)) < min(rows, columns)
 
 
-def test_the_pattern_counts_not_the_values() -> None:
+def test_rank_depends_on_the_pattern_only() -> None:
     """Two equal rows are of rank 1; what their pattern allows is 2."""
     matrix = torch.ones(2, 3, dtype=torch.float64)
     left, right = structural_factors(matrix, torch.ones(2, 3, dtype=torch.bool))

@@ -34,7 +34,7 @@ def test_exactly_count_entries_under_ties(values: torch.Tensor, count: int) -> N
     assert int(positions.min()) >= 0 and int(positions.max()) < values.numel()
 
 
-def test_the_largest_by_magnitude_are_chosen_whatever_the_sign() -> None:
+def test_largest_magnitudes_are_chosen() -> None:
     values = torch.tensor([[0.5, -9.0, 1.0], [8.0, -0.1, -7.0]])
     assert largest_entries(values, 3).tolist() == [1, 3, 5]
     assert largest_entries(-values, 3).tolist() == [1, 3, 5]
@@ -42,7 +42,7 @@ def test_the_largest_by_magnitude_are_chosen_whatever_the_sign() -> None:
     assert largest_entries(all_negative, 2).tolist() == [1, 3]
 
 
-def test_no_chosen_entry_is_smaller_than_one_left_out() -> None:
+def test_chosen_entries_are_at_least_as_large_as_others() -> None:
     values = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     for count in (1, 12, 600, 1199):
         chosen = torch.zeros(values.numel(), dtype=torch.bool)
@@ -52,7 +52,7 @@ def test_no_chosen_entry_is_smaller_than_one_left_out() -> None:
         assert flat[chosen].min() >= flat[~chosen].max()
 
 
-def test_positions_are_flat_in_row_order_also_of_a_transposed_view() -> None:
+def test_positions_are_in_row_order_for_transposed_views() -> None:
     values = torch.zeros(2, 3)
     values[0, 2] = 5.0
     assert largest_entries(values, 1).tolist() == [2]
@@ -69,7 +69,7 @@ def test_a_count_out_of_range_is_refused(count: int) -> None:
         largest_entries(torch.ones(3, 4), count)
 
 
-def test_the_choice_is_the_same_every_time() -> None:
+def test_choice_is_deterministic() -> None:
     values = torch.ones(50, 50)
     assert torch.equal(largest_entries(values, 100), largest_entries(values.clone(), 100))
 
@@ -94,7 +94,7 @@ def test_energy_share_of_equal_entries_is_the_fraction() -> None:
     assert energy_share(torch.full((100, 100), -0.3), 0.01) == pytest.approx(0.01)
 
 
-def test_energy_share_sees_what_float32_squares_would_lose() -> None:
+def test_energy_share_is_computed_in_float64() -> None:
     assert energy_share(torch.full((10, 10), 1e-30), 0.1) == pytest.approx(0.1)
 
 
@@ -105,7 +105,7 @@ def worth(*shapes: tuple[int, int], seed: int = 3) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("count", [3, 4, 20, 61, 62])
-def test_over_all_targets_the_best_are_chosen_and_each_has_one(count: int) -> None:
+def test_model_allocation_picks_the_best_and_at_least_one_each(count: int) -> None:
     scores = worth((4, 5), (3, 4), (5, 6))
     chosen = allocate(scores, count)
     assert sum(len(c) for c in chosen) == count
@@ -121,18 +121,18 @@ def test_over_all_targets_the_best_are_chosen_and_each_has_one(count: int) -> No
         assert positions.tolist() == sorted(set(positions.tolist()))
 
 
-def test_a_target_of_no_worth_still_has_an_entry() -> None:
+def test_target_with_zero_scores_gets_one_entry() -> None:
     scores = [torch.zeros(3, 3), torch.ones(3, 3)]
     assert [len(c) for c in allocate(scores, 6)] == [1, 5]
 
 
 @pytest.mark.parametrize("count", [0, 1, 19])
-def test_an_impossible_allocation_is_refused(count: int) -> None:
+def test_impossible_allocation_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match="cannot choose"):
         allocate([torch.ones(3, 3), torch.ones(3, 3)], count)
 
 
-def test_the_share_of_a_part_is_of_the_whole() -> None:
+def test_share_of_a_part_is_relative_to_the_whole() -> None:
     whole = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert energy_share(torch.tensor([[3.0]]), 0.25, whole) == pytest.approx(9 / 25)
     assert energy_share(torch.tensor([[3.0]]), 1.0, whole) == pytest.approx(9 / 25)

@@ -40,7 +40,7 @@ def test_by_energy_keeps_the_fewest_that_hold_the_share(share: float) -> None:
         assert kept[:-1].square().sum() < share * total
 
 
-def test_all_of_it() -> None:
+def test_truncation_to_full_rank_is_the_same_basis() -> None:
     whole = basis()
     assert truncated(whole, None) is whole
     assert truncated(whole, 1.0).q_out.shape == (12, 12)
@@ -48,14 +48,14 @@ def test_all_of_it() -> None:
     assert truncated(zero, 0.5).q_in.shape == (5, 5)
 
 
-def test_what_is_cut_off_is_not_kept_alive() -> None:
+def test_truncated_directions_are_freed() -> None:
     cut = truncated(basis(), 2)
     for q in (cut.q_out, cut.q_in):
         assert q.untyped_storage().nbytes() == q.numel() * q.element_size()
         assert q.T.is_contiguous()
 
 
-def test_by_columns_is_the_same_matrix() -> None:
+def test_column_order_is_the_same_matrix() -> None:
     matrix = torch.randn(4, 3)
     stored = by_columns(matrix)
     assert torch.equal(stored, matrix)

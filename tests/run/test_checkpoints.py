@@ -66,7 +66,7 @@ def found(folder: Path, *, keep_best: bool = False) -> tuple[str | None, list[st
 # --- which one is the newest
 
 
-def test_the_newest_is_by_step_and_not_by_any_clock(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_chosen_by_step(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None and found(tmp_path) == (None, [])
     put(tmp_path, 9, 10, 200)
     for number, step in enumerate((200, 10, 9)):  # the oldest was touched last
@@ -78,7 +78,7 @@ def test_the_newest_is_by_step_and_not_by_any_clock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoint-x", "checkpoint-", "checkpoint-1.5", "checkpoint-²"])
-def test_other_folders_are_passed_over_and_left(tmp_path: Path, name: str) -> None:
+def test_other_folders_are_ignored(tmp_path: Path, name: str) -> None:
     put(tmp_path, 1)
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
     (tmp_path / "checkpoint-7").write_text("a file")
@@ -110,7 +110,7 @@ def zeros(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [cut, flip, remove, zeros])
 @pytest.mark.parametrize("name", ["trainable.safetensors", "state.json", MANIFEST])
-def test_a_damaged_one_is_named_and_the_one_before_is_used(
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(
     tmp_path: Path, spoil: Callable[[Path], None], name: str
 ) -> None:
     put(tmp_path, 2, 4, 6)
@@ -123,9 +123,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', '{"files": 3}'])
-def test_whatever_a_manifest_holds_no_checkpoint_is_mistaken_for_whole(
-    tmp_path: Path, text: str
-) -> None:
+def test_invalid_manifest_means_damaged(tmp_path: Path, text: str) -> None:
     put(tmp_path, 1)
     (tmp_path / "checkpoint-1" / MANIFEST).write_text(text)
     assert damage(tmp_path / "checkpoint-1") is not None
@@ -136,7 +134,7 @@ def test_whatever_a_manifest_holds_no_checkpoint_is_mistaken_for_whole(
         assert damage(tmp_path / "checkpoint-1") is not None
 
 
-def test_where_none_is_whole_training_begins_anew(tmp_path: Path) -> None:
+def test_training_restarts_without_an_undamaged_checkpoint(tmp_path: Path) -> None:
     put(tmp_path, 2, 4)
     for step in (2, 4):
         cut(tmp_path / f"checkpoint-{step}" / "state.json")
@@ -145,7 +143,7 @@ def test_where_none_is_whole_training_begins_anew(tmp_path: Path) -> None:
     assert notes[-1] == "no whole checkpoint is left: training starts again"
 
 
-def test_one_whose_best_is_damaged_is_no_good_to_a_run_that_ends_with_it(tmp_path: Path) -> None:
+def test_checkpoint_with_a_damaged_best_is_skipped(tmp_path: Path) -> None:
     put(tmp_path, 2)
     put(tmp_path, 4, best=4)
     put(tmp_path, 6, 8, best=4)
@@ -167,7 +165,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / MANIFEST).write_text(json.dumps(with_check(manifest | changes)))
 
 
-def test_one_of_another_recipe_is_refused_and_left(tmp_path: Path) -> None:
+def test_other_recipes_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
     put(tmp_path, 2)
     Checkpoints(tmp_path, "another", limit=None).write(4, fill_of(), None)
     with pytest.raises(UsageError, match="checkpoint-4 belongs to another recipe"):
@@ -175,7 +173,7 @@ def test_one_of_another_recipe_is_refused_and_left(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_one_of_another_format_is_refused_with_the_version_that_wrote_it(tmp_path: Path) -> None:
+def test_other_format_is_refused_with_its_version(tmp_path: Path) -> None:
     put(tmp_path, 2, 4)
     rewrite(tmp_path / "checkpoint-4", format=7, versions={"sparsegrad": "9.1"}, files="other")
     with pytest.raises(FileFormatError, match=r"format 7, written by sparsegrad 9\.1") as caught:
@@ -184,7 +182,7 @@ def test_one_of_another_format_is_refused_with_the_version_that_wrote_it(tmp_pat
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_one_of_other_packages_is_used_with_a_note(tmp_path: Path) -> None:
+def test_checkpoint_of_other_package_versions_is_used_with_a_note(tmp_path: Path) -> None:
     put(tmp_path, 2)
     assert check_ours(tmp_path / "checkpoint-2", RECIPE) == []
     rewrite(tmp_path / "checkpoint-2", versions={"torch": "1.13"})
@@ -198,7 +196,7 @@ def test_one_of_other_packages_is_used_with_a_note(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, None])
 @pytest.mark.parametrize("best", [None, 2, 6])
-def test_the_newest_and_the_best_stay_whatever_the_limit(
+def test_newest_and_best_checkpoints_are_always_kept(
     tmp_path: Path, limit: int | None, best: int | None
 ) -> None:
     kept_in = checkpoints_in(tmp_path, limit)
@@ -217,7 +215,7 @@ RANDOM = Path("/proc/sys/kernel/random/uuid")
 
 
 @pytest.mark.skipif(not RANDOM.is_file(), reason="needs a file that never reads the same twice")
-def test_nothing_is_dropped_for_one_that_reads_back_otherwise(tmp_path: Path) -> None:
+def test_nothing_is_removed_for_a_checkpoint_that_reads_back_wrong(tmp_path: Path) -> None:
     kept_in = checkpoints_in(tmp_path, 1)
     kept_in.write(2, fill_of(), None)
 
@@ -231,7 +229,7 @@ def test_nothing_is_dropped_for_one_that_reads_back_otherwise(tmp_path: Path) ->
     assert found(tmp_path)[0] == "checkpoint-2"
 
 
-def test_damaged_ones_go_once_a_newer_one_is_whole_and_not_before(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_removed_after_a_newer_good_one(tmp_path: Path) -> None:
     put(tmp_path, 2, 4, 6)
     cut(tmp_path / "checkpoint-4" / "state.json")
     cut(tmp_path / "checkpoint-6" / "state.json")
@@ -244,7 +242,7 @@ def test_damaged_ones_go_once_a_newer_one_is_whole_and_not_before(tmp_path: Path
     assert names(tmp_path) == ["checkpoint-6"] and damage(tmp_path / "checkpoint-6") is None
 
 
-def test_what_a_kill_left_is_cleared_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed_on_resume(tmp_path: Path) -> None:
     put(tmp_path, 2, 4, 6)
     for ending in ("partial", "before", "removed"):
         shutil.copytree(tmp_path / "checkpoint-2", tmp_path / f"checkpoint-2.{ending}")
@@ -253,7 +251,7 @@ def test_what_a_kill_left_is_cleared_when_the_run_goes_on(tmp_path: Path) -> Non
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
-def test_at_the_end_a_limit_of_one_keeps_the_best(tmp_path: Path) -> None:
+def test_limit_of_one_keeps_the_best_at_the_end(tmp_path: Path) -> None:
     put(tmp_path, 2, 4, 6)
     checkpoints_in(tmp_path, 2).finish(tmp_path / "checkpoint-4")
     assert len(names(tmp_path)) == 3

@@ -88,7 +88,7 @@ def deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", shipped_files(LAUNCHERS), ids=lambda path: path.stem)
-def test_settings_are_accelerates_own(path: Path) -> None:
+def test_launcher_settings_are_read_by_accelerate(path: Path) -> None:
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     found = load_config_from_file(str(path))
@@ -101,7 +101,7 @@ def test_settings_are_accelerates_own(path: Path) -> None:
 
 
 @pytest.mark.parametrize("overrides", WORK.values(), ids=WORK)
-def test_fsdp2_takes_what_trains_whole_tensors(
+def test_fsdp2_accepts_methods_that_train_whole_tensors(
     monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
     enter(monkeypatch, launched("fsdp2.yaml"))
@@ -110,7 +110,7 @@ def test_fsdp2_takes_what_trains_whole_tensors(
     check(*overrides, resume=True)
 
 
-def test_fsdp2_is_what_accelerate_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_plugin_is_configured_by_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -123,7 +123,7 @@ def test_fsdp2_is_what_accelerate_makes_of_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_is_what_accelerate_makes_of_it(
+def test_zero_plugin_is_configured_by_accelerate(
     monkeypatch: pytest.MonkeyPatch, deepspeed: None, stage: int
 ) -> None:
     from accelerate import DeepSpeedPlugin
@@ -137,7 +137,7 @@ def test_zero_is_what_accelerate_makes_of_it(
     check("train.save_strategy=no", "method=lora")
 
 
-def test_each_with_all_weights_takes_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddp_accepts_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
     enter(monkeypatch, launched("ddp.yaml"))
     assert launcher.asked() is None
     for overrides in DO_NOT:
@@ -146,7 +146,7 @@ def test_each_with_all_weights_takes_every_method(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("settings", ["fsdp2.yaml", "deepspeed_zero3.yaml"])
 @pytest.mark.parametrize("overrides", DO_NOT)
-def test_what_needs_whole_matrices_is_refused(
+def test_methods_that_need_whole_matrices_are_refused(
     monkeypatch: pytest.MonkeyPatch, deepspeed: None, settings: str, overrides: tuple[str, ...]
 ) -> None:
     enter(monkeypatch, launched(settings))
@@ -169,7 +169,7 @@ def test_what_needs_whole_matrices_is_refused(
         ("--fsdp_offload_params=true", "gathered from", "fsdp_offload_params: false"),
     ],
 )
-def test_settings_of_fsdp_that_cannot_be_are_refused(
+def test_unsupported_fsdp_settings_are_refused(
     monkeypatch: pytest.MonkeyPatch, switch: str, wrong: str, fix: str
 ) -> None:
     key, value = switch.removeprefix("--").split("=")
@@ -183,7 +183,7 @@ def test_settings_of_fsdp_that_cannot_be_are_refused(
         assert fix in str(caught.value.fix)
 
 
-def test_what_deepspeed_does_by_itself_is_refused(
+def test_unsupported_deepspeed_features_are_refused(
     monkeypatch: pytest.MonkeyPatch, deepspeed: None
 ) -> None:
     said = launched("deepspeed_zero3.yaml")
@@ -199,14 +199,14 @@ def test_what_deepspeed_does_by_itself_is_refused(
         check("train.save_strategy=no")
 
 
-def test_deepspeed_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_deepspeed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
     enter(monkeypatch, {"ACCELERATE_USE_DEEPSPEED": "true"})
     with pytest.raises(UsageError, match="is not installed"):
         check("train.save_strategy=no")
 
 
-def test_precision_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_precision_must_match_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher's own would compute otherwise than the run's record says."""
     enter(monkeypatch, {**launched("ddp.yaml"), "ACCELERATE_MIXED_PRECISION": "bf16"})
     with pytest.raises(UsageError, match="launcher sets mixed precision bf16, the recipe no"):
@@ -214,7 +214,7 @@ def test_precision_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     check("train.bf16=true")
 
 
-def test_a_run_is_refused_before_anything_is_there(
+def test_run_is_refused_before_its_folder_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = launched("fsdp2.yaml")

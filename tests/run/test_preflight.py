@@ -44,13 +44,13 @@ def csv_file(path: Path, header: str = "text,label", rows: int = 8) -> Path:
     return path
 
 
-def test_the_trackers_are_those_of_transformers() -> None:
+def test_trackers_are_those_of_transformers() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(trackers.TRACKERS) == set(INTEGRATION_TO_CALLBACK)
 
 
-def test_weights_in_a_format_that_is_not_read_are_refused(cli: Cli, tmp_path: Path) -> None:
+def test_unsupported_weight_formats_are_refused(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
@@ -62,9 +62,7 @@ def test_weights_in_a_format_that_is_not_read_are_refused(cli: Cli, tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
-def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
-    cli: Cli, without: Any, command: str
-) -> None:
+def test_missing_tracker_is_refused_with_its_package(cli: Cli, without: Any, command: str) -> None:
     without("wandb", "tensorboard", "tensorboardX", "comet_ml")
     told = cli(command, "train.report_to=[tensorboard, wandb, comet_ml]")
     assert told.code == 2
@@ -87,12 +85,12 @@ def test_calibrate_needs_no_tracker(without: Any) -> None:
         ("[none, codecarbon]", "'none' cannot be combined with other trackers"),
     ],
 )
-def test_an_unknown_tracker_is_refused(cli: Cli, report_to: str, words: str) -> None:
+def test_unknown_tracker_is_refused(cli: Cli, report_to: str, words: str) -> None:
     told = cli("validate", f"train.report_to={report_to}")
     assert told.code == 2 and words in told.flat
 
 
-def test_all_without_any_tracker_is_refused(cli: Cli, without: Any) -> None:
+def test_report_to_all_without_a_tracker_is_refused(cli: Cli, without: Any) -> None:
     without(*(name for groups in trackers.TRACKERS.values() for group in groups for name in group))
     told = cli("validate", "train.report_to=all")
     assert told.code == 2 and "stands for the trackers that are installed" in told.flat
@@ -104,13 +102,13 @@ def test_quantization_without_bitsandbytes_is_refused(cli: Cli, without: Any) ->
     assert told.code == 2 and "pip install 'bitsandbytes" in told.flat
 
 
-def test_the_polynomial_schedule_needs_a_rate_above_its_end(cli: Cli) -> None:
+def test_polynomial_schedule_needs_a_rate_above_its_end(cli: Cli) -> None:
     told = cli("validate", "train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8")
     assert told.code == 2 and "train.learning_rate" in told.flat
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_column_that_is_not_in_the_file_is_refused_with_a_near_name(
+def test_missing_column_is_refused_with_a_suggestion(
     cli: Cli, tmp_path: Path, command: str
 ) -> None:
     csv_file(tmp_path / "data.csv", "sentence,label")
@@ -151,7 +149,7 @@ def test_columns_are_found_in_files_of_every_kind_and_size(
     assert cli("validate", *named).code == 0
 
 
-def test_what_is_wrong_with_a_small_file_is_found_by_validate(cli: Cli, tmp_path: Path) -> None:
+def test_validate_finds_faults_in_small_files(cli: Cli, tmp_path: Path) -> None:
     path = csv_file(tmp_path / "data.csv")
     path.write_text(path.read_text() + "one more,\n")
     told = cli("validate", "task=csv", f"task.path={path}")
@@ -161,7 +159,7 @@ def test_what_is_wrong_with_a_small_file_is_found_by_validate(cli: Cli, tmp_path
     assert told.code == 1 and "no training file" in told.flat
 
 
-def test_chat_files_of_another_shape_are_found_by_validate(cli: Cli, tmp_path: Path) -> None:
+def test_validate_finds_chat_files_of_the_wrong_shape(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
     told = cli("validate", "task=chat", f"task.path={path}")
@@ -170,9 +168,7 @@ def test_chat_files_of_another_shape_are_found_by_validate(cli: Cli, tmp_path: P
     assert told.code == 2 and "not a metric of conversations" in told.flat
 
 
-def test_a_study_is_refused_before_any_of_its_cells_runs(
-    cli: Cli, tmp_path: Path, without: Any
-) -> None:
+def test_study_is_refused_before_any_run_starts(cli: Cli, tmp_path: Path, without: Any) -> None:
     without("wandb")
     study = tmp_path / "study.yaml"
     study.write_text("name: s\nrecipe: recipe.yaml\nmethods: [{method: lora}]\nseeds: [1]\n")
@@ -183,9 +179,7 @@ def test_a_study_is_refused_before_any_of_its_cells_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_validate_says_where_a_length_is_cut_to_the_models_positions(
-    cli: Cli, tmp_path: Path
-) -> None:
+def test_validate_notes_a_length_above_the_models_positions(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     config = {"model_type": "bert", "max_position_embeddings": 32}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -212,7 +206,7 @@ def test_validate_imports_no_torch(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_tracker_files_go_into_the_runs_folder_and_a_comparison_is_a_group(
+def test_tracker_files_are_in_the_run_folder_and_a_comparison_is_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_GROUP", "TENSORBOARD_LOGGING_DIR"):
@@ -237,7 +231,7 @@ def test_tracker_files_go_into_the_runs_folder_and_a_comparison_is_a_group(
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
 )
-def test_tensorboard_writes_into_the_runs_folder(cli: Cli, tmp_path: Path) -> None:
+def test_tensorboard_writes_into_the_run_folder(cli: Cli, tmp_path: Path) -> None:
     from support.cli_runs import SMALL
 
     told = cli("train", "method=lora", *SMALL, "train.report_to=tensorboard", "-o", "run")

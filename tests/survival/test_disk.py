@@ -30,7 +30,7 @@ needs_mount = pytest.mark.skipif(not own_mount(), reason="needs user name spaces
 
 
 @pytest.mark.parametrize("method", ["full", pytest.param("core static", marks=pytest.mark.slow)])
-def test_a_disk_that_fills_up_keeps_what_there_is_and_resumes(
+def test_full_disk_keeps_the_last_checkpoint_and_the_run_resumes(
     workspace: Workspace, method: str
 ) -> None:
     """Files beyond a size fail to be written: the second checkpoint's, of a run that goes on."""
@@ -67,7 +67,7 @@ print(run.exists())
 """
 
 
-def test_a_disk_too_full_for_anything_says_so_and_is_left_as_it_was(tmp_path: Path) -> None:
+def test_full_disk_at_the_start_is_reported_and_the_folder_unchanged(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", NO_ROOM, str(tmp_path / "run")],
         env=os.environ | {"PYTHONPATH": str(REPO)},
@@ -118,7 +118,7 @@ print("written", written[-1])
 
 
 @needs_mount
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+def test_full_tmpfs(tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
     inner = [sys.executable, "-c", FULL, str(place)]
@@ -153,7 +153,7 @@ MOUNT_READ_ONLY = (
 
 
 @needs_mount
-def test_a_read_only_folder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_read_only_folder_is_refused_before_loading(tmp_path: Path) -> None:
     arguments = [str(tmp_path), sys.executable, READ_ONLY]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", MOUNT_READ_ONLY, "sh", *arguments],
@@ -168,7 +168,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_loaded(tmp_path: Path)
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
-def test_a_file_where_the_folder_should_be(
+def test_file_in_place_of_the_folder_is_refused(
     workspace: Workspace, tmp_path: Path, flags: tuple[str]
 ) -> None:
     (tmp_path / "file").write_text("precious")
@@ -178,7 +178,7 @@ def test_a_file_where_the_folder_should_be(
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(workspace: Workspace) -> None:
+def test_clock_going_backwards_changes_nothing(workspace: Workspace) -> None:
     """An hour at every look, through a kill and a resumption."""
     run = workspace.new_run()
     assert workspace.train("lora", run, point="checkpoint-renamed", count=2).code == -9

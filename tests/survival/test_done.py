@@ -72,7 +72,7 @@ def unreachable(run: open_run.Run) -> None:
     raise DownloadError("the hub cannot be reached", where="model.name")
 
 
-def test_a_run_that_is_done_changes_no_more(tmp_path: Path, reports: list[str]) -> None:
+def test_finished_run_is_not_changed_by_resume(tmp_path: Path, reports: list[str]) -> None:
     """Moved, it says where it is; its report is written if there is none, and then not again."""
     loaded, notes = run_in(tmp_path / "run", output_dir="elsewhere"), Notes()
     before = (tmp_path / "run" / "run.json").read_bytes()
@@ -83,7 +83,7 @@ def test_a_run_that_is_done_changes_no_more(tmp_path: Path, reports: list[str]) 
     assert reports == ["run"] and all("the run is done" in text for text in notes.said)
 
 
-def test_one_whose_adapter_is_gone_is_not_done(tmp_path: Path, reports: list[str]) -> None:
+def test_run_without_its_adapter_is_not_finished(tmp_path: Path, reports: list[str]) -> None:
     loaded = run_in(tmp_path / "run")
     (tmp_path / "run" / ADAPTER).unlink()
     with pytest.raises(DownloadError):
@@ -92,7 +92,7 @@ def test_one_whose_adapter_is_gone_is_not_done(tmp_path: Path, reports: list[str
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed", "running", "out_of_memory"])
-def test_what_was_recorded_outlives_a_resumption_that_fails(
+def test_record_survives_a_failed_resumption(
     tmp_path: Path, reports: list[str], status: str
 ) -> None:
     old = {"title": "Old", "what": "old", "where": None, "fix": None}
@@ -116,14 +116,16 @@ def test_what_was_recorded_outlives_a_resumption_that_fails(
     assert reports == ["run"]
 
 
-def test_a_calibration_is_no_beginning_of_a_record(tmp_path: Path, reports: list[str]) -> None:
+def test_training_does_not_continue_the_record_of_a_calibration(
+    tmp_path: Path, reports: list[str]
+) -> None:
     loaded = run_in(tmp_path / "run", command="calibrate")
     resume(loaded, lambda run: None)
     assert record(tmp_path / "run")["command"] == "train"
     assert not BLOCKS.keys() & record(tmp_path / "run").keys()
 
 
-def test_what_was_done_is_trained_no_more_and_made_again_without_its_adapter(
+def test_finished_run_is_trained_again_only_without_its_adapter(
     workspace: Workspace,
 ) -> None:
     """From its best checkpoint; once that trains, nothing is left of the end that there was."""

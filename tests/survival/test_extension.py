@@ -50,7 +50,7 @@ def resume(workspace: Workspace, run: Path, *more: str) -> tuple[int, str]:
         ),
     ],
 )
-def test_an_extended_run_is_bitwise_the_longer_one(
+def test_extended_run_equals_the_longer_run_bit_for_bit(
     workspace: Workspace, method: str, short: tuple[str, ...], long: tuple[str, ...]
 ) -> None:
     run, whole = workspace.new_run(), workspace.new_run()
@@ -70,7 +70,7 @@ def test_an_extended_run_is_bitwise_the_longer_one(
     assert code == 0 and "the run is done" in said
 
 
-def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(workspace: Workspace) -> None:
+def test_schedule_that_depends_on_the_end_is_recomputed_with_a_note(workspace: Workspace) -> None:
     run = workspace.new_run()
     train(workspace, run, "lora", *TWO, "train.lr_scheduler_type=linear", "train.logging_steps=1")
     code, said = resume(workspace, run, "train.num_train_epochs=4")
@@ -81,7 +81,7 @@ def test_a_schedule_that_knows_its_end_is_recomputed_and_says_so(workspace: Work
         assert rates[step] == pytest.approx(1e-2 * (13 - step) / 12)
 
 
-def test_any_other_change_is_refused_and_leaves_the_run_done(workspace: Workspace) -> None:
+def test_other_changes_are_refused_and_the_run_stays_finished(workspace: Workspace) -> None:
     run = workspace.new_run()
     train(workspace, run, "lora", *TWO)
     before = (run / "run.json").read_bytes()
@@ -97,14 +97,14 @@ def test_any_other_change_is_refused_and_leaves_the_run_done(workspace: Workspac
         assert (run / "run.json").read_bytes() == before
 
 
-def test_a_run_by_steps_is_extended_by_steps(workspace: Workspace) -> None:
+def test_run_with_max_steps_is_extended_by_max_steps(workspace: Workspace) -> None:
     run = workspace.new_run()
     train(workspace, run, "lora", "train.max_steps=3")
     code, said = resume(workspace, run, "train.max_steps=-1")
     assert code == 2 and "was started with train.max_steps 3" in said
 
 
-def test_a_run_that_early_stopping_ended_stays_ended(workspace: Workspace) -> None:
+def test_run_ended_by_early_stopping_is_not_extended(workspace: Workspace) -> None:
     run = workspace.new_run()
     train(
         workspace,

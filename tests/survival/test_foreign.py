@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(
     workspace: Workspace, run: Path
 ) -> None:
     torn = run / "checkpoint-4" / "optimizer.safetensors"
@@ -54,7 +54,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_the_only_one_torn_means_from_the_beginning(workspace: Workspace, run: Path) -> None:
+def test_damage_to_the_only_checkpoint_restarts_the_run(workspace: Workspace, run: Path) -> None:
     shutil.rmtree(run / "checkpoint-2")
     (run / "checkpoint-4" / MANIFEST).unlink()
     ended = workspace.train(METHOD, run, "--resume")
@@ -65,7 +65,7 @@ def test_the_only_one_torn_means_from_the_beginning(workspace: Workspace, run: P
     assert steps == sorted(steps) and steps.count(2) == 1
 
 
-def test_a_torn_basis_is_made_again(workspace: Workspace, run: Path) -> None:
+def test_damaged_basis_is_computed_again(workspace: Workspace, run: Path) -> None:
     basis = run / "basis.safetensors"
     basis.write_bytes(basis.read_bytes()[:-20])
     ended = workspace.train(METHOD, run, "--resume")
@@ -74,7 +74,7 @@ def test_a_torn_basis_is_made_again(workspace: Workspace, run: Path) -> None:
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_a_checkpoint_of_another_basis_is_refused(workspace: Workspace, run: Path) -> None:
+def test_checkpoint_of_another_basis_is_refused(workspace: Workspace, run: Path) -> None:
     other = workspace.new_run()
     assert workspace.train(METHOD, other, "seed=7", point="calibrated").code == -9
     shutil.copy(other / "basis.safetensors", run / "basis.safetensors")
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_basis_is_refused(workspace: Workspace, run: Pat
     }
 
 
-def test_a_checkpoint_of_other_data_is_refused(workspace: Workspace, run: Path) -> None:
+def test_checkpoint_of_other_data_is_refused(workspace: Workspace, run: Path) -> None:
     """A file that was changed since, under the same name."""
     state = json.loads((run / "checkpoint-4" / "state.json").read_text())
     facts = record(run)
@@ -109,14 +109,14 @@ def test_a_checkpoint_of_other_data_is_refused(workspace: Workspace, run: Path) 
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
+def test_resume_with_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
     before = content(run)
     ended = workspace.train(METHOD, run, "--resume", "train.learning_rate=1e-3")
     assert ended.code == 2 and "was started with another recipe" in flat(ended)
     assert content(run) == before
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
+def test_checkpoint_of_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
     """Copied in from somewhere else: it would load, and be another run."""
     seal_anew(run / "checkpoint-4", recipe="f" * 64)
     ended = workspace.train(METHOD, run, "--resume")
@@ -132,7 +132,7 @@ def seal_anew(folder: Path, recipe: str) -> None:
     seal(folder, recipe)
 
 
-def test_a_checkpoint_of_another_version_is_refused(workspace: Workspace, run: Path) -> None:
+def test_checkpoint_of_another_version_is_refused(workspace: Workspace, run: Path) -> None:
     path = run / "checkpoint-4" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["check"]
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_version_is_refused(workspace: Workspace, run: P
     assert (run / "checkpoint-2").is_dir() and (run / "checkpoint-4").is_dir()
 
 
-def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(workspace: Workspace, run: Path) -> None:
+def test_checkpoint_with_wrong_tensors_is_refused(workspace: Workspace, run: Path) -> None:
     path = run / "checkpoint-4" / "trainable.safetensors"
     tensors = load_file(path)
     tensors["classifier.bias"] = tensors["classifier.bias"].repeat(2)
@@ -154,7 +154,7 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(workspace: Workspace, 
     assert ended.code == 1 and "does not fit this recipe: classifier.bias" in flat(ended)
 
 
-def test_a_record_of_another_version_or_damaged_is_refused_and_then_not_needed(
+def test_damaged_or_foreign_record_is_refused_and_can_be_deleted(
     workspace: Workspace, run: Path
 ) -> None:
     good = json.loads((run / "run.json").read_text())
@@ -168,7 +168,7 @@ def test_a_record_of_another_version_or_damaged_is_refused_and_then_not_needed(
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
-def test_a_recipe_file_that_is_damaged_too(workspace: Workspace, run: Path) -> None:
+def test_damaged_recipe_file_is_refused(workspace: Workspace, run: Path) -> None:
     (run / "run.json").unlink()
     (run / "recipe.yaml").write_text("train: [")
     ended = workspace.train(METHOD, run, "--resume")
@@ -179,7 +179,7 @@ def test_a_recipe_file_that_is_damaged_too(workspace: Workspace, run: Path) -> N
     assert (run / "checkpoint-4").is_dir()
 
 
-def test_a_folder_moved_away_from_its_best_checkpoint(workspace: Workspace, run: Path) -> None:
+def test_run_without_its_best_checkpoint_starts_before_it(workspace: Workspace, run: Path) -> None:
     """Of a run that ends with its best, one without it starts from before there was one."""
     shutil.rmtree(run)
     assert workspace.train(METHOD, run, point="trained").code == -9

@@ -51,7 +51,7 @@ def sources(workspace: Workspace) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_starts_where_the_other_ended(
+def test_run_starts_from_the_final_weights_of_the_source(
     workspace: Workspace, sources: dict[str, Path], method: str
 ) -> None:
     run, source = workspace.new_run(), sources[method]
@@ -73,9 +73,7 @@ def test_a_run_starts_where_the_other_ended(
     assert exported.code == 0, exported.err
 
 
-def test_a_resumed_run_starts_from_the_same_values(
-    workspace: Workspace, sources: dict[str, Path]
-) -> None:
+def test_resumed_run_keeps_its_start_values(workspace: Workspace, sources: dict[str, Path]) -> None:
     method, start = METHODS["core static"], f"init_from={sources['core static']}"
     whole, run = workspace.new_run(), workspace.new_run()
     assert train(workspace, whole, method, start).code == 0
@@ -98,7 +96,7 @@ def test_a_resumed_run_starts_from_the_same_values(
         ("core static", "core dynamic", (), "method.support is dynamic here"),
     ],
 )
-def test_what_differs_is_named(
+def test_differences_from_the_source_are_named(
     workspace: Workspace,
     sources: dict[str, Path],
     source: str,
@@ -121,7 +119,7 @@ def test_what_differs_is_named(
         ("core static", ("scope=rest",), "scope is rest here, and was head"),
     ],
 )
-def test_validate_compares_what_the_record_says_of_the_start(
+def test_validate_compares_the_recipe_with_the_source_record(
     workspace: Workspace, sources: dict[str, Path], source: str, more: tuple[str, ...], words: str
 ) -> None:
     start = f"init_from={sources[source]}"
@@ -132,7 +130,7 @@ def test_validate_compares_what_the_record_says_of_the_start(
 
 
 @pytest.mark.parametrize("method", ["full", "meprop"])
-def test_a_method_that_trains_the_weights_starts_from_an_export(
+def test_method_that_trains_weights_starts_from_an_export(
     workspace: Workspace, sources: dict[str, Path], method: str
 ) -> None:
     ended = workspace.fork_server.run(
@@ -142,7 +140,7 @@ def test_a_method_that_trains_the_weights_starts_from_an_export(
     assert "export RUN --to merged" in flat(ended)
 
 
-def test_a_folder_without_an_adapter_and_keys_without_effect_are_refused(
+def test_folder_without_adapter_and_ineffective_keys_are_refused(
     workspace: Workspace, sources: dict[str, Path]
 ) -> None:
     ended = workspace.fork_server.run("validate", "method=lora", f"init_from={workspace.data}")
@@ -153,7 +151,7 @@ def test_a_folder_without_an_adapter_and_keys_without_effect_are_refused(
     assert ended.code == 2 and "calibration.keep_head" in flat(ended)
 
 
-def test_a_peft_folder_is_a_start_for_lora_of_its_rank_and_scale(
+def test_peft_folder_starts_lora_of_its_rank_and_scale(
     workspace: Workspace, sources: dict[str, Path]
 ) -> None:
     folder = workspace.new_run()
@@ -177,7 +175,7 @@ def test_a_peft_folder_is_a_start_for_lora_of_its_rank_and_scale(
     assert core.code == 2 and "is a PEFT adapter of type LORA" in flat(core)
 
 
-def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(
+def test_other_classes_keep_the_adapter_and_draw_a_new_head(
     workspace: Workspace, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     for name in ("train.csv", "validation.csv"):
@@ -194,7 +192,7 @@ def test_other_classes_keep_the_adapter_and_draw_the_head_afresh(
     assert "its head is fresh" in flat(ended)
 
 
-def test_a_comparison_refuses_a_start_that_one_method_alone_has(
+def test_comparison_refuses_a_start_for_only_one_method(
     workspace: Workspace, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     from sparsegrad_cli.recipe.load_recipe import digest, load_recipe

@@ -50,7 +50,7 @@ def check(cell: Recovery, point: str) -> None:
     assert (cell.after is None) == (point == "reporting"), cell.said
 
 
-def test_the_undisturbed_run_is_one_that_a_resumption_could_get_wrong(workspace: Workspace) -> None:
+def test_uninterrupted_run_has_what_a_resumption_could_get_wrong(workspace: Workspace) -> None:
     """Stopped early, its best evaluation is not its last, its last batch of an epoch is short."""
     run = record(workspace.uninterrupted_run("full"))
     assert run["time"]["steps"] == 8 < 24
@@ -59,7 +59,7 @@ def test_the_undisturbed_run_is_one_that_a_resumption_could_get_wrong(workspace:
 
 
 @pytest.mark.parametrize(("method", "point"), FEW)
-def test_a_killed_run_goes_on_bit_for_bit(workspace: Workspace, method: str, point: str) -> None:
+def test_killed_run_resumes_bit_for_bit(workspace: Workspace, method: str, point: str) -> None:
     check(workspace.kill_and_resume(method, point), point)
 
 
@@ -71,7 +71,7 @@ def test_the_whole_matrix(workspace: Workspace, method: str, point: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_three_times(workspace: Workspace, method: str) -> None:
+def test_run_killed_three_times_resumes_bit_for_bit(workspace: Workspace, method: str) -> None:
     cell = workspace.kill_and_resume(method, "checkpoint-written", "evaluated", "adapter-torn")
     assert cell.code == -9 and cell.weights and cell.records, cell.said
 
@@ -79,13 +79,13 @@ def test_killed_three_times(workspace: Workspace, method: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("point", EXPORT_POINTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_export_is_made_by_the_same_command(
+def test_killed_export_is_completed_by_the_same_command(
     workspace: Workspace, method: str, point: str
 ) -> None:
     check(workspace.kill_and_repeat_export(method, point), point)
 
 
-def test_a_half_written_export_is_not_taken_for_one(workspace: Workspace) -> None:
+def test_half_written_export_is_not_loaded(workspace: Workspace) -> None:
     """Not by its name, nor by what it says of itself; and it is in nobody's way."""
     run = workspace.new_run()
     shutil.copytree(workspace.uninterrupted_run("core static"), run)
@@ -104,14 +104,14 @@ def test_a_half_written_export_is_not_taken_for_one(workspace: Workspace) -> Non
     assert load_file(run / "export-merged" / "model.safetensors")
 
 
-def test_every_moment_is_in_the_matrix() -> None:
+def test_every_kill_point_is_in_the_matrix() -> None:
     worlds = {name for name in KILL_POINTS if name.startswith(("short-of", "reporting-"))}
     worlds |= {"small-files", "clock-back"}
     worlds |= {name for name in KILL_POINTS if name.startswith("interrupted-")}  # test_stopping.py
     assert set(KILL_POINTS) == set(TRAINING_POINTS) | set(EXPORT_POINTS) | worlds
 
 
-def test_a_resumed_run_keeps_what_was_measured_before(workspace: Workspace) -> None:
+def test_resumed_run_keeps_earlier_measurements(workspace: Workspace) -> None:
     """Step times, seconds and the memory of the run before; it trains no step itself."""
     run = workspace.new_run()
     assert workspace.train("full", run, point="checkpoint-renamed", count=3).code == -9
@@ -137,14 +137,14 @@ def measured(checkpoint: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("point", ["reporting-begins", "reporting-interrupted"])
-def test_ctrl_c_once_a_run_is_done_leaves_it_done(workspace: Workspace, point: str) -> None:
+def test_ctrl_c_after_the_end_leaves_the_run_finished(workspace: Workspace, point: str) -> None:
     run = workspace.new_run()
     ended = workspace.train("full", run, point=point)
     assert ended.code == 130 and f"sparsegrad report {run}" in flat(ended)
     check_done(workspace, run)
 
 
-def test_a_report_that_cannot_be_written_leaves_a_run_done(workspace: Workspace) -> None:
+def test_failed_report_leaves_the_run_finished(workspace: Workspace) -> None:
     """The disk has room for the words, and not for the page."""
     run = workspace.new_run()
     ended = workspace.train("full", run, point="reporting-full", count=16)
@@ -165,9 +165,7 @@ def check_done(workspace: Workspace, run: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [(), pytest.param(("train.max_steps=6",), marks=pytest.mark.slow)])
-def test_a_run_that_came_to_its_end_takes_no_step_more(
-    workspace: Workspace, more: tuple[str, ...]
-) -> None:
+def test_run_at_its_end_trains_no_further_step(workspace: Workspace, more: tuple[str, ...]) -> None:
     """By early stopping, or by its last step in the middle of an epoch."""
     run, settings = workspace.new_run(), workspace.settings("lora", *more)
     whole = workspace.new_run() if more else workspace.uninterrupted_run("lora")
@@ -184,7 +182,7 @@ def test_a_run_that_came_to_its_end_takes_no_step_more(
     assert mine["resumed_from"] == steps and theirs["resumed_from"] is None
 
 
-def test_an_epoch_that_ends_with_a_stop_is_evaluated_when_the_run_goes_on(
+def test_epoch_ended_by_a_stop_is_evaluated_on_resume(
     workspace: Workspace,
 ) -> None:
     """Ctrl-C in the epoch's last batch: its step is saved, and --resume evaluates it first."""
@@ -203,7 +201,7 @@ def test_an_epoch_that_ends_with_a_stop_is_evaluated_when_the_run_goes_on(
     assert [found["step"] for found in record(run)["metrics"]["history"]] == [0, 4, 6]
 
 
-def test_a_run_may_be_moved_between_kill_and_resumption(workspace: Workspace) -> None:
+def test_killed_run_can_be_moved_before_resuming(workspace: Workspace) -> None:
     """Its best checkpoint is looked for where it is now, not where it was."""
     run, moved = workspace.new_run(), workspace.new_run()
     assert workspace.train("meprop", run, point="trained").code == -9
@@ -214,7 +212,7 @@ def test_a_run_may_be_moved_between_kill_and_resumption(workspace: Workspace) ->
     assert weights(moved) == weights(workspace.uninterrupted_run("meprop"))
 
 
-def test_a_killed_run_leaves_what_says_so(workspace: Workspace, tmp_path: Path) -> None:
+def test_killed_run_is_reported_as_interrupted(workspace: Workspace, tmp_path: Path) -> None:
     run = workspace.new_run()
     assert workspace.train("full", run, point="checkpoint-begun", count=2).code == -9
     assert record(run)["status"] == "running"

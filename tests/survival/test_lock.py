@@ -24,7 +24,7 @@ from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.run.folder import choose_folder, lock_folder, prepare_folder
 
 
-def test_a_held_folder_is_refused_with_who_and_since_when(workspace: Workspace) -> None:
+def test_locked_folder_is_refused_with_owner_and_time(workspace: Workspace) -> None:
     run = workspace.new_run()
     run.mkdir()
     with lock_holder(run) as process:
@@ -40,7 +40,7 @@ def test_a_held_folder_is_refused_with_who_and_since_when(workspace: Workspace) 
     assert not (run / ".lock").exists()
 
 
-def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -> None:
+def test_lock_ends_with_its_process_even_if_a_child_survives(tmp_path: Path) -> None:
     """As the workers of a data loader do, for a while, when a run is killed."""
     with lock_holder(tmp_path, "fork") as process:
         said = dict(read_process_id(process) for _ in range(2))
@@ -59,7 +59,7 @@ def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -
             os.kill(said["child"], signal.SIGKILL)
 
 
-def test_a_process_holds_a_folder_until_its_last_release(tmp_path: Path) -> None:
+def test_process_keeps_a_lock_until_its_last_release(tmp_path: Path) -> None:
     with FolderLock(tmp_path) as lock:
         owner = json.loads(lock.path.read_text())
         assert owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
@@ -72,7 +72,7 @@ def test_a_process_holds_a_folder_until_its_last_release(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_whatever_stands_in_an_unheld_file_does_not_lock(tmp_path: Path) -> None:
+def test_content_of_an_unheld_lock_file_is_ignored(tmp_path: Path) -> None:
     for text in ("", "{", "[]", "null", '{"pid": "x"}', json.dumps({"pid": os.getppid()})):
         (tmp_path / ".lock").write_text(text)
         assert owner_of(tmp_path) is None
@@ -80,7 +80,7 @@ def test_whatever_stands_in_an_unheld_file_does_not_lock(tmp_path: Path) -> None
             pass
 
 
-def test_a_file_system_without_locks_is_noted_and_the_lock_file_protects(
+def test_file_system_without_locks_is_noted_and_the_file_protects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*arguments: object) -> None:
@@ -106,7 +106,7 @@ def test_a_file_system_without_locks_is_noted_and_the_lock_file_protects(
             (tmp_path / ".lock").unlink()
 
 
-def test_a_second_owner_waits_where_asked(tmp_path: Path) -> None:
+def test_second_owner_waits_on_request(tmp_path: Path) -> None:
     with lock_holder(tmp_path) as process:
         read_process_id(process)
         threading.Timer(0.3, process.kill).start()
@@ -114,14 +114,16 @@ def test_a_second_owner_waits_where_asked(tmp_path: Path) -> None:
             assert json.loads(lock.path.read_text())["pid"] == os.getpid()
 
 
-def test_two_runs_without_a_name_get_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_unnamed_runs_get_different_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("quickstart", ("method=full",)).recipe
     names = [choose_folder(recipe, "train").name for _ in range(2)]
     assert names == ["acceptability-full-1", "acceptability-full-2"]
 
 
-def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
+def test_refused_folder_is_unchanged(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", ()).recipe
     new = tmp_path / "new"
     with pytest.raises(Exception, match="holds no run"), lock_folder(new):
@@ -137,7 +139,7 @@ def test_a_refused_folder_is_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_runs_started_at_once_one_trains(workspace: Workspace) -> None:
+def test_only_one_of_two_simultaneous_runs_trains(workspace: Workspace) -> None:
     run = workspace.new_run()
     command = [sys.executable, "-m", "sparsegrad_cli", "train", *workspace.settings("full")]
     environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}

@@ -78,7 +78,7 @@ def checked(ended: ProcessResult, run: dict[str, Any]) -> dict[str, Any]:
     return error
 
 
-def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
+def test_forward_error_names_the_module_and_a_batch_that_fits(short: Short) -> None:
     """The wide activation is what is asked for; where a small one came to the end, look again."""
     for left in LEFT:
         ended, run, _ = short("method=full", left=left)
@@ -106,7 +106,7 @@ def test_forward_names_the_module_and_what_fits_does_fit(short: Short) -> None:
     assert run["memory"]["phases"]["backward"]["peak_bytes"] < left * 2**20
 
 
-def test_backward_names_module_and_largest_tensors(short: Short) -> None:
+def test_backward_error_names_the_module_and_largest_tensors(short: Short) -> None:
     """Six wide activations are kept, the backward pass needs two more at once."""
     for left in (340, 325, 355, 310, 370):  # what libraries take of it is theirs to say
         ended, run, _ = short("method=full", left=left)
@@ -124,7 +124,7 @@ def test_backward_names_module_and_largest_tensors(short: Short) -> None:
     assert f"44.0 MiB saved activations, {shape} float32, {saved['of']}" in flat(ended)
 
 
-def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short) -> None:
+def test_evaluation_error_names_its_batch_size_and_keeps_checkpoints(short: Short) -> None:
     settings = ("method=full", "train.per_device_train_batch_size=4")
     for left in (60, 70, 50, 80):
         ended, run, folder = short(
@@ -143,7 +143,7 @@ def test_evaluation_blames_its_own_batch_and_keeps_the_checkpoints(short: Short)
     assert [path.name for path in folder.glob("checkpoint-*")] == []  # the first was not due yet
 
 
-def test_calibration_blames_its_own_batch(short: Short) -> None:
+def test_calibration_error_names_its_batch_size(short: Short) -> None:
     for left in LEFT:
         ended, run, folder = short("method.form=materialized", "method.density=0.01", left=left)
         if ended.code == 3:
@@ -154,7 +154,7 @@ def test_calibration_blames_its_own_batch(short: Short) -> None:
     assert not (folder / "basis.safetensors").exists()
 
 
-def test_calibration_that_fails_tries_smaller_batches(tmp_path: Path) -> None:
+def test_failed_calibration_tries_smaller_batches(tmp_path: Path) -> None:
     """oneDNN's words for a failed allocation count, too."""
     settings = (
         f"model={base_folder(tmp_path / 'base')}",

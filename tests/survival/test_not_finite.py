@@ -30,7 +30,7 @@ def error_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["full", "core static"])
-def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
+def test_nan_loss_names_step_batch_rows_and_module_and_keeps_the_checkpoint(
     workspace: Workspace, tmp_path: Path, method: str
 ) -> None:
     """The weights of one token are infinite, and one row has it."""
@@ -66,7 +66,7 @@ def test_step_batch_rows_and_module_are_named_and_the_checkpoint_is_kept(
     assert max(steps) == STEP - 1
 
 
-def test_a_learning_rate_that_diverges(workspace: Workspace) -> None:
+def test_divergence_by_learning_rate_is_named(workspace: Workspace) -> None:
     run = workspace.new_run()
     settings = workspace.settings("full", "train.learning_rate=1e30", "train.max_grad_norm=0")
     ended = workspace.fork_server.run("train", *settings, "-o", str(run))
@@ -80,7 +80,7 @@ def test_a_learning_rate_that_diverges(workspace: Workspace) -> None:
     assert kept == ([error["checkpoint"]] if error["checkpoint"] else [])
 
 
-def test_calibration_names_step_and_module(workspace: Workspace, tmp_path: Path) -> None:
+def test_nan_in_calibration_names_step_and_module(workspace: Workspace, tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     set_weight(base, "encoder.layer.1.output.dense.weight", (3, 4), float("nan"))
     run = tmp_path / "run"
@@ -93,7 +93,7 @@ def test_calibration_names_step_and_module(workspace: Workspace, tmp_path: Path)
     assert not list(run.glob("checkpoint-*")) and not (run / "basis.safetensors").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(workspace: Workspace, tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_saved(workspace: Workspace, tmp_path: Path) -> None:
     """A step overflows that had a good loss: its own checkpoint would hold what came of it."""
     base, name = base_folder(tmp_path / "base"), "encoder.layer.1.output.dense"
     set_weight(base, f"{name}.weight", (0, 0), 2.0)  # times 1 - rate x decay: -6.7e38

@@ -49,7 +49,7 @@ def check_same(workspace: Workspace, method: str, run: Path, after: int) -> None
     assert not (run / ".lock").exists()
 
 
-def test_killed_they_go_on_bit_for_bit_each_with_its_own_random_numbers(
+def test_killed_processes_resume_bit_for_bit_with_their_random_states(
     workspace: Workspace,
 ) -> None:
     """Each draws its own dropout, and sums its own losses since the last log."""
@@ -65,7 +65,7 @@ def test_killed_they_go_on_bit_for_bit_each_with_its_own_random_numbers(
     check_same(workspace, "lora", run, 2)
 
 
-def test_ctrl_c_that_reaches_one_of_them_stops_both_after_the_same_step(
+def test_ctrl_c_in_one_process_stops_both_after_the_same_step(
     workspace: Workspace,
 ) -> None:
     run = workspace.new_run()
@@ -77,7 +77,7 @@ def test_ctrl_c_that_reaches_one_of_them_stops_both_after_the_same_step(
     check_same(workspace, "core static", run, 3)
 
 
-def test_they_train_one_model(workspace: Workspace, tmp_path: Path) -> None:
+def test_two_processes_train_one_model(workspace: Workspace, tmp_path: Path) -> None:
     """Two with a batch each make the update of one with both, to rounding."""
     base = base_folder(tmp_path / "base", hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     more = (
@@ -102,7 +102,7 @@ def test_they_train_one_model(workspace: Workspace, tmp_path: Path) -> None:
     assert found_first["values"] == wanted_first["values"]
 
 
-def test_a_held_folder_is_refused_to_both_and_said_once(workspace: Workspace) -> None:
+def test_locked_folder_is_refused_by_both_with_one_message(workspace: Workspace) -> None:
     run = workspace.new_run()
     run.mkdir()
     with lock_holder(run) as process:
@@ -113,7 +113,7 @@ def test_a_held_folder_is_refused_to_both_and_said_once(workspace: Workspace) ->
     assert "in use" not in ended[1].err
 
 
-def test_a_loss_that_is_lost_in_one_ends_both(workspace: Workspace, tmp_path: Path) -> None:
+def test_nan_loss_in_one_process_ends_both(workspace: Workspace, tmp_path: Path) -> None:
     """The record is the first one's, the poisoned row the other's."""
     base, data = base_folder(tmp_path / "base"), data_with_nan_row(workspace, tmp_path / "data")
     set_infinite_embedding(base)
@@ -137,7 +137,7 @@ def test_a_loss_that_is_lost_in_one_ends_both(workspace: Workspace, tmp_path: Pa
     assert "first not finite: bert.embeddings.word_embeddings" in said
 
 
-def test_a_disk_that_refuses_the_first_ends_both(workspace: Workspace) -> None:
+def test_full_disk_in_the_first_process_ends_both(workspace: Workspace) -> None:
     run = workspace.new_run()
     small = largest_file(workspace.uninterrupted_run("full")) // 2048
     ended = both(workspace, "full", run, point="small-files", count=small, of=0)

@@ -37,9 +37,7 @@ def stopped(
 
 
 @pytest.mark.parametrize("point", STOP_POINTS)
-def test_a_run_that_is_asked_to_stop_computes_no_further_batch(
-    workspace: Workspace, point: str
-) -> None:
+def test_stopped_run_computes_no_further_batch(workspace: Workspace, point: str) -> None:
     count, calls, words = STOP_POINTS[point]
     found, said = stopped(workspace, workspace.new_run(), point, count)
     assert found == calls
@@ -57,7 +55,7 @@ def whole(workspace: Workspace) -> Path:
 
 
 @pytest.mark.parametrize("count", [3, 9, 22])  # before the first step, at step 2, at the last one
-def test_an_evaluation_that_is_stopped_is_made_first_when_the_run_goes_on(
+def test_interrupted_evaluation_is_repeated_first_on_resume(
     workspace: Workspace, whole: Path, count: int
 ) -> None:
     run, settings = workspace.new_run(), EVALUATED
@@ -77,7 +75,7 @@ def test_an_evaluation_that_is_stopped_is_made_first_when_the_run_goes_on(
     assert results(record(run)) == results(record(whole))
 
 
-def test_calibrate_stops_in_calibration_and_in_the_energy_measurement(workspace: Workspace) -> None:
+def test_calibrate_stops_in_calibration_and_energy_measurement(workspace: Workspace) -> None:
     for point, count, calls in (
         ("interrupted-calibrating", 5, 6),
         ("interrupted-measuring", 2, 2),
@@ -96,7 +94,7 @@ def test_calibrate_stops_in_calibration_and_in_the_energy_measurement(workspace:
         assert "--overwrite" in flat(ended)
 
 
-def test_a_second_signal_does_not_wait_for_the_batch(workspace: Workspace) -> None:
+def test_second_signal_does_not_wait_for_the_batch(workspace: Workspace) -> None:
     run = workspace.new_run()
     found, said = stopped(workspace, run, "interrupted-calibrating-twice", 5)
     assert found == 5
@@ -122,7 +120,7 @@ main()
 """
 
 
-def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(
+def test_slow_stop_reports_the_phase_and_the_request(
     workspace: Workspace,
 ) -> None:
     process = subprocess.Popen(
@@ -156,7 +154,7 @@ def test_a_batch_that_takes_long_is_named_and_the_run_says_that_it_was_asked(
     assert "cannot leave batch 1 halfway" in text
 
 
-def test_sigterm_and_sigint_from_two_senders_at_once_are_one_request() -> None:
+def test_simultaneous_sigterm_and_sigint_are_one_request() -> None:
     """A job system and a comparison both tell a run; a user who insists repeats one of them."""
     from sparsegrad_cli.interruption import _Requests
 
