@@ -1,4 +1,4 @@
-"""The code of the page on adding a method trains and keeps the contract of a method."""
+"""The code of the page on adding a method works and keeps the contract of a method."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ REGISTRY = "sparsegrad_cli/methods/registry.py"
 
 
 def files_of_page() -> dict[str, str]:
-    """Path -> code of each block that begins with a path."""
+    """Return path -> code of each block that starts with a path."""
     blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return dict(blocks)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, to which the page's method was added."""
+    """Copy the package to a folder and add the method of the page."""
     folder = tmp_path_factory.mktemp("copy")
     for part in ("sparsegrad_cli", "configs", "recipes"):
         ignored = shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""Relative links of the Markdown pages lead to files, and their anchors to headings."""
+"""Relative links in Markdown pages point to existing files and headings."""
 
 from __future__ import annotations
 

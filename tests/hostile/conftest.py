@@ -1,4 +1,4 @@
-"""A run to be spoilt."""
+"""Finished runs that tests damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CORE = ("method.form=core", "method.density=0.05", "method.rank=7")
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the core form."""
+    """Train a run of the core form."""
     place = tmp_path_factory.mktemp("hostile")
     with one_thread():
         return train(place / "run", base_folder(place / "base"), data_folder(place / "data"), *CORE)
@@ -22,5 +22,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exportable(finished: Path, tmp_path: Path) -> Path:
-    """The same in a folder of its own, to be spoilt."""
+    """Copy the finished run to a folder of its own, for the test to damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -1,6 +1,6 @@
-"""A checkpoint that means harm: --resume goes on from another, begins anew, or says what is wrong.
+"""Hostile checkpoints: --resume uses another one, starts again, or reports what is wrong.
 
-Only what a user sees of it: what a checkpoint holds, and how damage is noticed, is not told here.
+The tests check only what a user sees, not the format of a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def _quick() -> Iterator[None]:
 
 
 def names() -> list[str]:
-    """The files of its checkpoint, and what else of the run resuming reads."""
+    """Return the files of the checkpoint and the other files that resuming reads."""
     inside = sorted(p.name for p in (stopped_run().run / "checkpoint-3").iterdir())
     return [*(f"checkpoint-3/{name}" for name in inside), "basis.safetensors", "steps.jsonl"]
 
 
 @st.composite
 def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Damages, bool]:
-    """(file, its content or what is to be done to its tensors, whether the manifest fits it)."""
+    """Draw (file, content or damages to its tensors, whether the manifest matches)."""
     name = draw(st.sampled_from(names()))
     path = stopped_run().run / name
     content = path.read_bytes()
@@ -60,7 +60,7 @@ def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Damages, bool]:
 
 @st.composite
 def other(draw: st.DrawFn, data: Any) -> Any:
-    """A record, or several, with one or two other values."""
+    """Draw a record, or several, with one or two other values."""
     data = copy.deepcopy(data)
     for _ in range(draw(st.integers(1, 2))):
         container, key = draw(st.sampled_from(list(positions(data))))
@@ -79,7 +79,7 @@ def other(draw: st.DrawFn, data: Any) -> Any:
     case=st.deferred(mutilated),
 )
 def test_resume_from_hostile_checkpoints(case: tuple[str, bytes | Damages, bool]) -> None:
-    """What is accepted comes to its end; what is refused says where, and leaves what was there."""
+    """Accepted runs finish. Refusals say where, and leave the folder unchanged."""
     name, content, fits = case
     with scratch_folder() as folder:
         run = Path(shutil.copytree(stopped_run().run, folder / "run"))
@@ -113,7 +113,7 @@ SNARES = (
     found=folder_entries(*SNARES),
 )
 def test_resume_in_a_folder_with_links(found: dict[str, str]) -> None:
-    """What they name, folders with a checkpoint in them too, is neither written nor removed."""
+    """Targets of links are neither written nor removed."""
     with scratch_folder() as folder:
         run = Path(shutil.copytree(stopped_run().run, folder / "run"))
         for name in found:

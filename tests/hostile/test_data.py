@@ -1,4 +1,4 @@
-"""Data files that mean harm: text that can be learnt from, or an error with file and line."""
+"""Hostile data files give usable text or an error with file and line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsegrad_cli.judge.tasks import read_answers
 
 
 def tabular(path: Path, kind: str) -> None:
-    """What is read is text that UTF-8 can write, and labels that float32 can hold."""
+    """Check that texts can be encoded in UTF-8 and labels fit into float32."""
     task = load_task(kind, path=path)
     for part in (task.train, task.validation["validation"]):
         for text in part["text"]:

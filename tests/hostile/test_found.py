@@ -1,4 +1,4 @@
-"""What generated cases have found, each as small as it goes (recipes: test_yaml_bombs)."""
+"""Minimal cases of faults that generated inputs have found (recipes: test_yaml_bombs)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from sparsegrad_cli.study.runs import can_resume, is_done
 # --- tensors
 
 
-def spoilt_basis(path: Path, change: Any, **said: str) -> Path:
-    """The basis with its tensors changed, and digests that fit."""
+def changed_basis(path: Path, change: Any, **said: str) -> Path:
+    """Write the basis with changed tensors and matching digests."""
     path.write_bytes(basis_bytes())
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
@@ -56,7 +56,7 @@ def spoilt_basis(path: Path, change: Any, **said: str) -> Path:
 
 
 def every(kind: str, change: Any) -> Any:
-    """A change to all tensors whose names begin so."""
+    """Return a change to all tensors whose names start with ``kind``."""
 
     def changed(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.startswith(kind)]:
@@ -66,8 +66,8 @@ def every(kind: str, change: Any) -> Any:
 
 
 def test_undamaged_basis_is_accepted(tmp_path: Path) -> None:
-    use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None))
-    use_basis(spoilt_basis(tmp_path / "b", every("score/", Tensor.double)))
+    use_basis(changed_basis(tmp_path / "b", lambda tensors: None))
+    use_basis(changed_basis(tmp_path / "b", every("score/", Tensor.double)))
 
 
 @pytest.mark.parametrize(
@@ -85,21 +85,21 @@ def test_undamaged_basis_is_accepted(tmp_path: Path) -> None:
         (every("score/", lambda s: s / 0), "does not score"),
     ],
 )
-def test_basis_without_directions_is_refused(tmp_path: Path, change: Any, says: str) -> None:
+def test_basis_with_invalid_tensors_is_refused(tmp_path: Path, change: Any, says: str) -> None:
     with pytest.raises(FileFormatError, match=says) as caught:
-        use_basis(spoilt_basis(tmp_path / "b", change))
+        use_basis(changed_basis(tmp_path / "b", change))
     check_error(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[" * 3000, "[]", '{"seconds": "x"}', '{"seconds": []}', "7"])
 def test_basis_with_invalid_settings_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(FileFormatError, match="damaged"):
-        use_basis(spoilt_basis(tmp_path / "b", lambda tensors: None, settings=text))
+        use_basis(changed_basis(tmp_path / "b", lambda tensors: None, settings=text))
 
 
 def test_basis_in_half_precision_is_read(tmp_path: Path) -> None:
-    """numpy, by which the digest went, has no bfloat16."""
-    use_basis(spoilt_basis(tmp_path / "b", every("q_", Tensor.bfloat16)))
+    """The digest once used numpy, which has no bfloat16."""
+    use_basis(changed_basis(tmp_path / "b", every("q_", Tensor.bfloat16)))
 
 
 def test_adapter_with_scalar_singular_values_is_refused(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_adapter_with_scalar_singular_values_is_refused(tmp_path: Path) -> None:
 
 
 def lora(place: Path, change: Any = lambda tensors: None, **config: Any) -> Path:
-    """The LoRA folder with other tensors and settings."""
+    """Copy the LoRA folder with other tensors and settings."""
     folder = Path(shutil.copytree(peft_folder() / "lora", place / "lora"))
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -132,7 +132,7 @@ def lora(place: Path, change: Any = lambda tensors: None, **config: Any) -> Path
     ],
 )
 def test_peft_folder_with_wrong_tensors_is_refused(tmp_path: Path, change: Any, says: str) -> None:
-    """peft starts afresh what is missing, and tells of it in a warning that nobody sees."""
+    """peft initialises missing tensors and only warns."""
     with pytest.raises(FileFormatError, match=says) as caught:
         load_onto(copy.deepcopy(language_model()), lora(tmp_path, change))
     check_error(caught.value)
@@ -181,7 +181,7 @@ def test_model_configuration_with_wrong_types_is_refused(
 def test_escape_codes_in_keys_are_shown_as_text(
     cli: Cli, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:
-    """Values were cleaned, and the names of phases, kinds and packages were not."""
+    """Names of phases, kinds and packages were once printed unescaped."""
     record = copy.deepcopy(run_record())
     inner = record
     for key in keys:
@@ -197,10 +197,8 @@ def test_escape_codes_in_keys_are_shown_as_text(
 
 
 @pytest.mark.parametrize("step", ["²", "٣", "9" * 5000, "-1", "1e3"])
-def test_checkpoint_folder_with_a_unicode_digit_is_refused(
-    cli: Cli, tmp_path: Path, step: str
-) -> None:
-    """``"²".isdigit()`` is true, and int() of it is an error."""
+def test_steps_that_are_not_numbers_are_refused(cli: Cli, tmp_path: Path, step: str) -> None:
+    """``"²".isdigit()`` is True, but int("²") raises ValueError."""
     write_json_atomic(tmp_path / "run.json", run_record() | {"hashes": {"order": {step: "x"}}})
     outcome = cli("report", str(tmp_path))
     assert outcome.code == 1 and "hashes.order." in outcome.err
@@ -218,39 +216,39 @@ def test_deeply_nested_record_is_refused(cli: Cli, tmp_path: Path) -> None:
 # --- folders
 
 
-def entered(study: LoadedStudy, folder: Path, *, overwrite: bool = False) -> None:
-    """As compare begins to work in a folder."""
+def open_study(study: LoadedStudy, folder: Path, *, overwrite: bool = False) -> None:
+    """Open a study folder as compare does."""
     place = StudyFolder(folder)
     with place.held(overwrite=overwrite):
         place.begin(lambda: study, overwrite=overwrite)
 
 
-def test_invalid_cells_are_neither_finished_nor_resumable(tmp_path: Path) -> None:
+def test_file_in_place_of_the_cells_folder_is_refused(tmp_path: Path) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     (tmp_path / "compare.json").write_text('{"schema": 1, "cells": []}')
     (tmp_path / "cells").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(DiskError, match="cannot be written") as caught:
-            entered(study, tmp_path, overwrite=overwrite)
+            open_study(study, tmp_path, overwrite=overwrite)
         check_error(caught.value)
     assert (tmp_path / "cells").read_text() == "mine"
 
 
-def test_cell_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    """Its process could not begin, and what told of that was a traceback."""
+def test_file_in_place_of_a_run_folder_is_refused(tmp_path: Path) -> None:
+    """This once ended in a traceback, since the process of the run could not start."""
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     cell = StudyFolder(tmp_path).cell(study.cells[0])
     cell.parent.mkdir()
     cell.write_text("mine")
     (tmp_path / "compare.json").write_text('{"schema": 1, "cells": []}')
     with pytest.raises(UsageError, match="is a file, not a folder"):
-        entered(study, tmp_path)
+        open_study(study, tmp_path)
     assert cell.read_text() == "mine"
-    entered(study, tmp_path, overwrite=True)
+    open_study(study, tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("run", [{}, {"status": []}, {"status": "done", "x": 1}])
-def test_runs_with_empty_records_are_run_again(tmp_path: Path, run: dict[str, Any]) -> None:
+def test_runs_with_incomplete_records_are_run_again(tmp_path: Path, run: dict[str, Any]) -> None:
     study = make_study(None, ("lora",), 1, ("method.density=0.01",))
     recipe, folder = study.cells[0].loaded.recipe, StudyFolder(tmp_path).cell(study.cells[0])
     folder.mkdir(parents=True)
@@ -264,7 +262,7 @@ def test_study_with_damaged_runs_is_refused(tmp_path: Path) -> None:
     for cells in damaged:
         write_json_atomic(tmp_path / "compare.json", {"schema": 1, "cells": cells})
         with pytest.raises(FileFormatError, match="is damaged"):
-            entered(study, tmp_path)
+            open_study(study, tmp_path)
 
 
 # --- data

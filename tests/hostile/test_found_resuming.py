@@ -1,4 +1,4 @@
-"""What generated cases found of runs that go on, each as small as it goes."""
+"""Minimal cases of faults on resume that generated inputs have found."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The stopped run, to be spoilt."""
+    """Copy the stopped run, for the test to damage."""
     return Path(shutil.copytree(stopped_run().run, tmp_path / "run"))
 
 
 def change(run: Path, name: str, changes: Any) -> None:
-    """Put other values into a checkpoint's JSON, and seal it."""
+    """Change a checkpoint's JSON, and recompute its manifest."""
     path = run / "checkpoint-3" / name
     data = json.loads(path.read_text())
     path.write_text(json.dumps(changes(data)))
@@ -82,7 +82,7 @@ def test_progress_with_wrong_types_is_refused(run: Path, key: str, value: Any) -
     ],
 )
 def test_times_with_wrong_types_are_refused(run: Path, measured: Any) -> None:
-    """They are added to at the end of training: without a check, a traceback after hours."""
+    """Without a check, they would raise TypeError only at the end of training."""
     change(run, "state.json", lambda state: state | {"measured": measured})
     with pytest.raises(FileFormatError, match=r"measured.*: expected") as caught:
         resume_copy(run)
@@ -102,7 +102,7 @@ def test_deeply_nested_manifest_is_damaged(run: Path) -> None:
     assert record(resume_copy(run))["resumed_from"] == 0
 
 
-def test_manifest_with_invalid_versions_is_damaged(run: Path) -> None:
+def test_manifest_with_invalid_versions_is_accepted_with_a_note(run: Path) -> None:
     path = run / "checkpoint-3" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["check"]
@@ -112,7 +112,7 @@ def test_manifest_with_invalid_versions_is_damaged(run: Path) -> None:
 
 
 @pytest.mark.parametrize("best", [0, 10**17])
-def test_missing_best_checkpoint_is_refused(run: Path, best: int) -> None:
+def test_checkpoint_with_a_missing_best_is_skipped(run: Path, best: int) -> None:
     change(run, "state.json", lambda s: s | {"progress": s["progress"] | {"best_step": best}})
     assert best_of(run / "checkpoint-3") == run / f"checkpoint-{best}"
     notes: list[str] = []
@@ -142,7 +142,7 @@ LINES = (
 
 
 def test_invalid_log_lines_are_removed(tmp_path: Path) -> None:
-    """They are cut from it as half a line is, and what stands between them is kept."""
+    """Invalid lines are removed, as a half-written line is; valid lines between them stay."""
     whole = [{"step": 2, "eval": {"step": 2, "score": 0.5}}]
     whole += [{"step": 3, "epoch": 1.0, "loss": 0.5, "learning_rate": 0.1}, {"step": 4}]
     path = tmp_path / "steps.jsonl"
@@ -165,7 +165,7 @@ def test_log_that_is_not_a_file_is_refused(run: Path, kind: str) -> None:
 
 
 def test_pipes_in_place_of_partial_folders_do_not_block(run: Path) -> None:
-    """rmtree opens them, and waits for somebody to write."""
+    """rmtree would open the pipes and wait for a writer."""
     left = [f"checkpoint-{n}{ending}" for n in (3, 6) for ending in (PARTIAL, BEFORE, REMOVED)]
     fill_folder(run, dict.fromkeys(left, "pipe"))
     with time_limit():
@@ -174,7 +174,7 @@ def test_pipes_in_place_of_partial_folders_do_not_block(run: Path) -> None:
 
 
 def test_adapter_is_not_written_through_a_link(run: Path) -> None:
-    """The library that writes tensors follows a link, and makes the file that it names."""
+    """safetensors follows a link and would create its target."""
     fill_folder(run, {"adapter": "folder"})
     outside = run.parent / "outside"
     for number, ending in enumerate((PARTIAL, PARTIAL + ".mode", "")):
@@ -188,7 +188,7 @@ def test_adapter_is_not_written_through_a_link(run: Path) -> None:
 @pytest.mark.parametrize(
     "words", ["[" * 4000, '{"pid": 1e999, "host": "", "since": ""}', "\0", "7"]
 )
-def test_lock_file_with_arbitrary_content(run: Path, words: str) -> None:
+def test_lock_file_with_arbitrary_content_is_ignored(run: Path, words: str) -> None:
     (run / ".lock").write_text(words)
     assert owner_of(run) is None
     with lock_folder(run):

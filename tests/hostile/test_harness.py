@@ -1,4 +1,4 @@
-"""What the properties must not let pass, done once each: what sees nothing proves nothing."""
+"""The property tests detect every kind of forbidden behaviour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparsegrad_cli.errors import SparsegradError
 
 
 class Call:
-    """Pickled, a call of ``os.getcwd``."""
+    """Unpickling this calls ``os.getcwd``."""
 
     def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
         return os.getcwd, ()

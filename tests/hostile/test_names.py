@@ -1,4 +1,4 @@
-"""Any name on the command line: found, or refused in a block."""
+"""Arbitrary names on the command line are found or refused with a formatted error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ODD = (
 
 
 def _can_be_named(text: str) -> bool:
-    """What a shell can pass on."""
+    """Return whether a shell can pass the text as an argument."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -65,7 +65,7 @@ COMMANDS = (
 
 
 def ended(*arguments: str) -> int:
-    """The exit code of a command in this process, whose errors were foreseen, and are shown."""
+    """Run a command in this process, check its errors, and return its exit code."""
     shown, before = io.StringIO(), sys.argv
     sys.argv = ["sparsegrad", *arguments]
     try:
@@ -94,7 +94,7 @@ def test_names_on_the_command_line(command: tuple[str, ...], name: str) -> None:
 
 @property_test("any name of a folder to write to", few=20, name=names())
 def test_names_of_folders_to_write_to(name: str) -> None:
-    """Of a run, a comparison and an export, each of which is there afterwards."""
+    """Folders of runs, comparisons and exports are created under any name."""
     recipe = load_recipe(None).recipe
     study = make_study(None, ("lora",), 2, ("task=glue/rte", "method.density=0.01"))
     inside = Path("new", *(part for part in Path(name).parts if part not in ("/", "..")))
@@ -118,8 +118,8 @@ def test_names_of_folders_to_write_to(name: str) -> None:
     text=st.one_of(st.sampled_from(HOSTILE_TEXTS), st.text()),
     many=1000,
 )
-def test_names(text: str) -> None:
-    """One part, of a length that every file system takes, and neither this folder nor the next."""
+def test_safe_names(text: str) -> None:
+    """A safe name is one path component of at most 200 characters, not ``.`` or ``..``."""
     name = safe_name(text)
     assert Path(name).name == name and name not in ("", ".", "..") and len(name) <= 200
     assert Path("/a", name).parent == Path("/a")
@@ -127,7 +127,7 @@ def test_names(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000, "x/" * 1900])
 def test_name_that_is_too_long_is_refused(cli: Cli, name: str) -> None:
-    """Whether there is such a folder cannot even be asked."""
+    """For such a name, even ``Path.exists`` raises an error."""
     written = ("train", "-o"), ("calibrate", "-o"), ("compare", "--methods", "lora,full", "-o")
     for command in written:
         outcome = cli(*command, name)

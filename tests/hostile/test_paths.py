@@ -1,4 +1,4 @@
-"""Links and paths in folders from anywhere: nothing outside of a run is written or deleted."""
+"""Links and paths in untrusted folders: nothing outside a run is written or deleted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CELLS = (*("cells/glue-rte-lora-s42", "cells/glue-rte-lora-s3705", "cells/glue-r
     "links in a run's folder, train --overwrite", found=folder_entries(*RUN_NAMES), many=500
 )
 def test_overwrite_of_a_run_keeps_linked_files(found: dict[str, str]) -> None:
-    """What training writes afterwards, it writes into the folder."""
+    """Training afterwards writes inside the folder only."""
     recipe = load_recipe(None).recipe
     with scratch_folder() as folder:
         run = folder / "run"
@@ -68,7 +68,7 @@ def test_overwrite_of_a_run_keeps_linked_files(found: dict[str, str]) -> None:
                 record.save()
             with (run / "steps.jsonl").open("a") as steps:
                 steps.write("{}\n")
-            with contextlib.suppress(OSError):  # somebody's file of that name stays
+            with contextlib.suppress(OSError):  # a foreign file of that name stays
                 (run / "adapter").mkdir(exist_ok=True)
                 (run / "adapter" / "adapter.safetensors").write_text("x")
             for name in ("report.html", "report.md"):
@@ -123,7 +123,7 @@ def test_comparison_folder_with_links(found: dict[str, str], overwrite: bool) ->
                 (opened.cell(one) / "run.json").write_text("{}")
                 write_text_atomic(opened.cell(one).with_suffix(".yaml"), "x")
             (place / "tuning.journal").touch()
-            with contextlib.suppress(FileExistsError):  # somebody's file, and nothing is tuned
+            with contextlib.suppress(FileExistsError):  # a foreign file, and nothing is tuned
                 (place / "tuning").mkdir(exist_ok=True)
                 (place / "tuning" / "x").touch()
         finally:
@@ -132,7 +132,7 @@ def test_comparison_folder_with_links(found: dict[str, str], overwrite: bool) ->
 
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
 def test_comparison_does_not_load_runs_outside_its_folder(where: str) -> None:
-    """Where compare.json says another thing, the models there are not asked."""
+    """Runs that compare.json places elsewhere are not loaded."""
     from sparsegrad_cli.generate.generate import answer_with_study
 
     with scratch_folder() as folder:
@@ -173,7 +173,7 @@ def test_answers_are_not_written_through_links() -> None:
 
 @pytest.mark.parametrize("name", ["../outside/file", "/etc/hostname", "answers/link"])
 def test_answers_outside_a_comparison_are_not_sent_to_a_judge(name: str) -> None:
-    """A record that names somebody's file would have its lines sent to the endpoint."""
+    """Otherwise a record that names a private file would send its lines to the endpoint."""
     with scratch_folder() as folder:
         place = folder / "study"
         place.mkdir()
@@ -187,7 +187,7 @@ def test_answers_outside_a_comparison_are_not_sent_to_a_judge(name: str) -> None
 
 
 def test_code_in_a_run_folder_needs_permission_to_run(tmp_path: Path) -> None:
-    """recipe.yaml of a run's folder may say that it may; the one who opens the folder has not."""
+    """recipe.yaml in the folder may allow it, but the user who opens the folder has not."""
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "adapter" / "adapter.safetensors").touch()
@@ -198,7 +198,7 @@ def test_code_in_a_run_folder_needs_permission_to_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not run by default") as caught:
         open_run(run)
     assert "model.trust_remote_code=true" in str(caught.value.fix)
-    with pytest.raises(FileFormatError, match="incomplete"):  # asked for, it goes on
+    with pytest.raises(FileFormatError, match="incomplete"):  # with permission, it continues
         open_run(run, ("model.trust_remote_code=true",))
 
 
@@ -219,7 +219,7 @@ def test_export_is_not_written_through_links(exportable: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["123", "null", "[red]x[/]", "a #b", "{x", "lr=1e-3", "1e5"])
 def test_folder_names_that_look_like_yaml_are_kept(name: str) -> None:
-    """A run's folder goes through no YAML: `a #b` was `a`, and `123` a number."""
+    """Folder names are not parsed as YAML: `a #b` once became `a`, and `123` a number."""
     from sparsegrad_cli.cli.arguments import load
 
     with scratch_folder() as folder:

@@ -1,4 +1,4 @@
-"""Recipes and studies out of any YAML: valid, or refused with a place; nothing is written."""
+"""Arbitrary YAML as recipes and studies is valid or refused with a location; nothing is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsegrad_cli.recipe.study_section import Study
 
 
 def read(content: bytes, *overrides: str, study: bool = False) -> None:
-    """Load a recipe or study that lies in an otherwise empty folder, and write it down again."""
+    """Load a recipe or study from an otherwise empty folder, and write it again."""
     with scratch_folder() as folder:
         path = folder / "r.yaml"
         path.write_bytes(content)
@@ -31,7 +31,7 @@ def read(content: bytes, *overrides: str, study: bool = False) -> None:
 
 
 def again(path: Path, overrides: tuple[str, ...]) -> None:
-    """What is accepted is written to the run's folder, and must be the same recipe from there."""
+    """Check that an accepted recipe is the same after it is written and read again."""
     recipe = load_recipe(path, overrides).recipe
     assert len(digest(recipe)) == 64
     resolved = path.with_name("resolved.yaml")
@@ -45,7 +45,7 @@ def again(path: Path, overrides: tuple[str, ...]) -> None:
 
 
 def settled(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with its paths made absolute: a relative one is looked for beside the recipe."""
+    """Return the recipe with absolute paths; relative ones are resolved beside the recipe."""
     plain = to_plain(recipe)
     for section, key in ((plain["task"], "path"), (plain["calibration"], "basis")):
         section[key] = section[key] and str(Path(section[key]).resolve())

@@ -1,4 +1,4 @@
-"""Records that mean harm: reported all the same, as text, in every form of a report."""
+"""Hostile records are reported as plain text in every report format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def calibration() -> dict[str, Any]:
 
 
 def reported(folder: Path, name: str, record: Any) -> str:
-    """What ``sparsegrad report`` prints of a folder with this record; its files are checked."""
+    """Return what ``sparsegrad report`` prints for this record, and check its files."""
     (folder / name).write_text(json.dumps(record))
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):

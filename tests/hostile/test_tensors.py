@@ -1,4 +1,4 @@
-"""Tensor files that mean harm: of another shape, dtype, length or sense, with digests that fit."""
+"""Hostile tensor files: wrong shapes, dtypes, lengths or values, with matching digests."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_adapter_with_damaged_tensors(what: Damages) -> None:
 
 @st.composite
 def other_settings(draw: st.DrawFn) -> dict[str, Any]:
-    """adapter.json with one or two values that are not its own."""
+    """Draw adapter.json with one or two other values."""
     settings = copy.deepcopy(adapter()[1])
     for _ in range(draw(st.integers(1, 2))):
         container, key = draw(st.sampled_from(list(positions(settings))))
@@ -101,7 +101,7 @@ def test_adapter_with_damaged_settings(settings: dict[str, Any]) -> None:
         use_adapter(folder, adapter()[0], settings)
 
 
-# --- a folder of peft's
+# --- a PEFT folder
 
 
 PEFT_KEYS = (
@@ -134,7 +134,7 @@ def test_a_peft_folder(what: Damages, changes: dict[str, Any]) -> None:
         assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 260)
 
 
-# --- a model's folder
+# --- a model folder
 
 
 CONFIG_KEYS = ("auto_map", "quantization_config", "num_labels", "id2label", "torch_dtype", "dtype")
@@ -151,7 +151,7 @@ MAPPED = {
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
-    """config.json of a tiny BERT with one or two values that are not its own."""
+    """Draw config.json of a tiny BERT with one or two other values."""
     config: dict[str, Any] = json.loads((model_folder() / "config.json").read_text())
     for _ in range(draw(st.integers(1, 2))):
         key = draw(st.one_of(st.sampled_from(sorted(config)), st.sampled_from(CONFIG_KEYS)))
@@ -171,14 +171,14 @@ def test_model_with_damaged_configuration(config: dict[str, Any]) -> None:
 
 @st.composite
 def tokenizers(draw: st.DrawFn) -> tuple[str, str]:
-    """(name, content) of a tokenizer's file with one or two values that are not its own."""
+    """Draw (name, content) of a tokenizer file with one or two other values."""
     name = draw(st.sampled_from(("tokenizer.json", "tokenizer_config.json")))
     content = (model_folder() / name).read_text()
     if not draw(st.integers(0, 4)):
         return name, content[: draw(st.integers(0, len(content)))]
     data = json.loads(content)
     for _ in range(draw(st.integers(1, 2))):
-        # Of a vocabulary's hundreds of entries one is like another.
+        # The hundreds of vocabulary entries are equivalent: change only one.
         there = [place for place in positions(data) if len(place[0]) < 100]
         container, key = draw(st.sampled_from(there))
         if draw(st.integers(0, 3)):
@@ -220,7 +220,7 @@ def model_weights() -> bytes:
 
 
 def used(base: Path) -> None:
-    """As training and evaluation do."""
+    """Use the model as training and evaluation do."""
     section = ModelSection(name=str(base))
     tokenizer = load_tokenizer(section)
     model = load_classifier(section, TWO, seed=0).model

@@ -1,4 +1,4 @@
-"""Whatever files, models and people call things: the terminal shows it, and obeys no one."""
+"""Hostile names and texts are shown in the terminal without their control characters."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_export_output(record: Any) -> None:
 
 @st.composite
 def talks(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
-    """What models answered, and the lines of a judge's verdicts."""
+    """Draw answers of models and lines of verdicts."""
     said = draw(st.lists(texts(), min_size=2, max_size=2))
     made = answers_record({"base": [said], "lora 1": [said], "core 1": [said]})
     for column in made["columns"]:

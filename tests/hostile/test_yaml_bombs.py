@@ -1,4 +1,4 @@
-"""YAML that unfolds, nests, names code or files without end: one error, or a bounded result."""
+"""Malicious YAML (expansion, nesting, code tags, endless files): one error or a bounded result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LETTERS = "abcdefghij"
 
 
 def laughs(item: str) -> str:
-    """Ten lines, each of ten of the line before: 10^9 of the first. ``item`` holds an alias."""
+    """Return a billion-laughs document: ten lines, each repeats the previous one ten times."""
     lines = [f"a: &a {item.format(', '.join('x' * 10))}"]
     for before, here in pairwise(LETTERS):
         lines.append(f"{here}: &{here} {item.format(', '.join([f'*{before}'] * 10))}")
@@ -25,7 +25,7 @@ def laughs(item: str) -> str:
 
 
 def ladder(rungs: int) -> str:
-    """Each line holds the one before: no line is deep, the last is as deep as there are lines."""
+    """Return lines that each contain the previous one, so that the last is deeply nested."""
     steps = [f"k{n}: &k{n} [*k{n - 1}]" for n in range(1, rungs)]
     return "\n".join(["k0: &k0 [x]", *steps])
 
@@ -107,13 +107,13 @@ def test_number_like_words_are_written_as_words(word: str) -> None:
 
 
 def test_dates_and_times_are_read_as_words() -> None:
-    """YAML 1.1 made 80 of 1:20, and a traceback of 2020-13-45."""
+    """YAML 1.1 reads 1:20 as 80, and fails on 2020-13-45."""
     layer = parse_yaml("a: 1:20\nb: 2020-13-45\nc: 2026-11-21\non: 1\n7: x\n", "t")
     assert layer.data == {"a": "1:20", "b": "2020-13-45", "c": "2026-11-21", "on": 1, "7": "x"}
 
 
 def test_exponential_extends_are_refused(tmp_path: Path) -> None:
-    """Each extends the next one twice: 2^20 files would be read."""
+    """Each recipe extends the next one twice, so 2^20 files would be read."""
     for number in range(20):
         path = tmp_path / f"{number}.yaml"
         path.write_text(f"extends: [{number + 1}.yaml, {number + 1}.yaml]\n")
@@ -149,7 +149,7 @@ def test_study_of_a_million_runs_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("twice", ["seeds: [1, 2, 1]", "tasks: [glue/rte, glue/cola, glue/rte]"])
 def test_duplicate_run_names_are_refused(tmp_path: Path, twice: str) -> None:
-    """Two runs of one name would write into one folder."""
+    """Two runs with one name would write to the same folder."""
     path = tmp_path / "s.yaml"
     path.write_text(f"methods: [lora]\nsettings: {{method: {{density: 0.01}}}}\n{twice}\n")
     with pytest.raises(RecipeError) as caught:
@@ -192,7 +192,7 @@ def test_impossible_values_are_refused(override: str, says: str) -> None:
 
 
 def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
-    """As root nothing is closed: then it is simply not there."""
+    """Root can read every folder; then the folder is simply missing."""
     (tmp_path / "closed").mkdir(mode=0o000)
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, ("task=csv", f"task.path={tmp_path / 'closed' / 'x.csv'}"))

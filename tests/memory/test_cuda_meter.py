@@ -1,4 +1,4 @@
-"""Where an allocator keeps the totals: what it holds beyond counted storages is other."""
+"""Memory meter on CUDA: allocated bytes beyond counted storages count as other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsegrad_cli.memory.storage_tracker import Peak
 
 
 def categories_of(meter: MemoryMeter, name: str) -> dict[str, int]:
-    """A phase's categories that are not zero; they must add up."""
+    """Return a phase's non-zero categories, and check that they add up."""
     peak = meter.peak(name)
     assert peak is not None and sum(peak.categories.values()) == peak.peak_bytes
     return {k: v for k, v in peak.categories.items() if v}

@@ -1,4 +1,4 @@
-"""Exact counts: every figure is a sum that can be done by hand, or comes from another source."""
+"""Memory counts equal sums done by hand or figures from another source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nbytes(tensors: Any) -> int:
 
 
 def peak_of(meter: MemoryMeter, name: str) -> tuple[int, dict[str, int]]:
-    """A phase's peak and the categories that are not zero."""
+    """Return a phase's peak and its non-zero categories."""
     peak = meter.peak(name)
     assert peak is not None
     assert sum(peak.categories.values()) == peak.peak_bytes
@@ -56,7 +56,7 @@ def test_forward_of_a_linear_layer_saves_its_input(layer: nn.Linear, meter: Memo
     x = torch.randn(N, IN)
     with meter.phase("forward"):
         loss = layer(x).sum()
-    # The output dies when summed; the weight is saved too, and stays a weight.
+    # The output is freed after the sum; the weight is saved too, but counts as a weight.
     _, categories = peak_of(meter, "forward")
     assert categories == {
         "weights": W_BYTES + B_BYTES,
@@ -74,11 +74,11 @@ def test_output_needed_by_backward_is_saved(layer: nn.Linear, meter: MemoryMeter
     meter.watch(layer)
     x = torch.randn(N, IN)
     with meter.phase("forward"):
-        out = layer(x).exp()  # keeps its own result
-        loss = (out * out).sum()  # keeps the same storage once more
+        out = layer(x).exp()  # saves its own result
+        loss = (out * out).sum()  # saves the same storage again
     peak = meter.peak("forward")
     assert peak is not None and peak.saved_at_end == X_BYTES + Y_BYTES
-    gc.disable()  # no cycle may be needed to let go of the graph
+    gc.disable()  # freeing the graph must not need the garbage collector
     del out, loss
     assert meter.live() == {
         **dict.fromkeys(CATEGORIES, 0),
@@ -95,7 +95,7 @@ def test_backward_of_a_linear_layer(layer: nn.Linear, meter: MemoryMeter) -> Non
         loss = layer(x).sum()
     with meter.phase("backward"):
         loss.backward()
-    # Both gradients are made before the node lets x go; they count as such from the start.
+    # Both gradients are allocated before the node frees x, and count as gradients at once.
     _, categories = peak_of(meter, "backward")
     assert categories == {
         "weights": W_BYTES + B_BYTES,
@@ -115,7 +115,7 @@ def test_accumulation_adds_in_place(layer: nn.Linear, meter: MemoryMeter) -> Non
         with meter.phase("backward"):
             layer(x).sum().backward()
     assert meter.live()["gradients"] == W_BYTES + B_BYTES
-    # The incoming gradient is one too while it is added to the kept one.
+    # The incoming gradient also counts as a gradient while it is added.
     _, categories = peak_of(meter, "backward")
     assert categories["gradients"] == 2 * (W_BYTES + B_BYTES)
 
@@ -124,7 +124,9 @@ def test_copied_gradient_freed_in_the_phase_is_counted(meter: MemoryMeter) -> No
     model = nn.ParameterList([torch.ones(100), torch.ones(100)])
     meter.watch(model)
     with meter.phase("calibrate"):
-        (model[0] + model[1]).exp().sum().backward()  # one tensor arrives at both: one is copied
+        (
+            model[0] + model[1]
+        ).exp().sum().backward()  # both receive the same tensor, so one is copied
         assert meter.live()["gradients"] == 2 * 100 * FLOAT
         model.zero_grad()
     assert meter.live()["gradients"] == 0
@@ -158,7 +160,7 @@ def test_unseen_tensors_are_counted_once_seen(meter: MemoryMeter, layer: nn.Line
     before = torch.zeros(1000)
     meter.watch(layer)
     with meter.phase("forward"):
-        assert meter.live()["weights"] == W_BYTES + B_BYTES  # watched: counted though untouched
+        assert meter.live()["weights"] == W_BYTES + B_BYTES  # watched, so counted although unused
         assert meter.live()["other"] == 0
         after = before + 1
         assert meter.live()["other"] == 2 * 1000 * FLOAT
@@ -175,7 +177,7 @@ def test_adam_state_is_counted_in_its_first_step(layer: nn.Linear, meter: Memory
     _, categories = peak_of(meter, "optimizer")
     assert categories["weights"] == categories["gradients"] == W_BYTES + B_BYTES
     assert meter.live()["optimizer_state"] == state
-    # The bias's state does not exist yet when the weight's update needs most.
+    # The bias's state does not exist yet at the peak of the weight's update.
     first_peak = categories["optimizer_state"]
     assert 2 * W_BYTES + FLOAT <= first_peak <= state
     with meter.phase("optimizer"):
@@ -196,7 +198,7 @@ def test_bases_take_precedence_over_buffers(meter: MemoryMeter) -> None:
     _, categories = peak_of(meter, "evaluate")
     assert categories == {"weights": 2 * W_BYTES, "bases": nbytes((q_in, q_out))}
     del q_in, q_out
-    assert meter.live()["bases"] == IN * IN * FLOAT  # the model holds it
+    assert meter.live()["bases"] == IN * IN * FLOAT  # the model still holds it
 
 
 def test_weights_created_in_a_phase_are_weights_once_watched(meter: MemoryMeter) -> None:
@@ -239,7 +241,7 @@ def test_checkpointing_lowers_saved_activations(reentrant: bool) -> None:
     plain = saved(lambda block, x: block(x))
     assert plain == 3 * 2 * X_BYTES  # each block: the linear layer's input and GELU's
     inputs_only = saved(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
-    # The random state that recomputing needs is kept beside the inputs, in uint8.
+    # Recomputation also saves the random state, in uint8.
     assert inputs_only >= 3 * X_BYTES
     blocks_of_bytes = inputs_only - 3 * X_BYTES
     assert blocks_of_bytes % 3 == 0 and blocks_of_bytes <= 3 * torch.get_rng_state().nbytes
@@ -343,7 +345,7 @@ def test_measuring_changes_no_value() -> None:
 
 
 def test_counts_equal_the_profiler() -> None:
-    """torch's profiler sees every allocation of the CPU allocator, and knows no storages."""
+    """torch's profiler records every allocation of the CPU allocator."""
     model, batch = tiny_bert(), bert_batch()
 
     def recorded(run: Callable[[], Any]) -> tuple[Any, int, int]:
@@ -357,7 +359,7 @@ def test_counts_equal_the_profiler() -> None:
             peak = max(peak, now)
         return result, peak, now
 
-    model(**batch).loss.backward()  # whatever torch keeps from a first call is there now
+    model(**batch).loss.backward()  # allocate what torch caches on the first call
     model.zero_grad()
     loss, forward_peak, forward_end = recorded(lambda: model(**batch).loss)
     _, backward_peak, backward_end = recorded(lambda: loss.backward())
@@ -375,7 +377,7 @@ def test_counts_equal_the_profiler() -> None:
     between = total(meter)
     with meter.phase("backward"):
         loss.backward()
-    # Equal but for a few scalars that live inside an operation.
+    # Equal except for a few scalars inside an operation.
     assert peak_of(meter, "forward")[0] - at_start == pytest.approx(forward_peak, abs=256)
     assert between - at_start == pytest.approx(forward_end, abs=256)
     assert peak_of(meter, "backward")[0] - between == pytest.approx(backward_peak, abs=256)
@@ -396,7 +398,7 @@ def test_reference_cycles_count_until_the_phase_ends(meter: MemoryMeter) -> None
             cycle()
         junk: list[list[int]] = [
             [] for _ in range(100_000)
-        ]  # enough to wake the collector, were it on
+        ]  # enough to trigger the collector if it were on
         assert not gc.isenabled() and len(junk) == 100_000
     assert gc.isenabled()
     assert peak_of(meter, "evaluate")[0] == 50 * 100 * FLOAT
@@ -406,7 +408,7 @@ def test_reference_cycles_count_until_the_phase_ends(meter: MemoryMeter) -> None
 
 
 def test_earlier_garbage_is_not_counted(meter: MemoryMeter) -> None:
-    gc.disable()  # nobody else collects, and the meter leaves it as it was
+    gc.disable()  # only the meter collects, and it restores this setting
     try:
         with meter.phase("evaluate"):
             holder: list[Any] = [torch.zeros(100)]

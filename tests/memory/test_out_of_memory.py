@@ -1,4 +1,4 @@
-"""What an attempt says: place, phase and largest tensors; by allocations that really fail."""
+"""Out-of-memory errors name location, phase and largest tensors, with real failed allocations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sparsegrad_cli.memory.meter import make_meter
 from sparsegrad_cli.memory.out_of_memory import Attempt, Phase, attempt, release
 from sparsegrad_cli.models.module_trace import trace_location
 
-FAR_TOO_MUCH = 2**55  # bytes; no machine has them, and every allocator says so
+FAR_TOO_MUCH = 2**55  # bytes; more than any machine has
 
 
 class Hungry(nn.Module):
-    """Asks for too much, in its forward or in its backward pass."""
+    """A module that allocates too much in its forward or backward pass."""
 
     def __init__(self, when: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_failed_attempt_names_phase_and_module(when: str, phase: str, module: st
     model, found = tried(when)
     assert not found.fits and (found.phase, found.module) == (phase, module)
     first = found.tensors[0]
-    # x: (50, 300) float32 is the largest of all, and nobody's but the caller's.
+    # x, (50, 300) float32, is the largest tensor and belongs to the caller.
     assert first.bytes == 50 * 300 * 4 and first.shape == [50, 300]
     assert found.peak_bytes >= first.bytes
     weight = next(tensor for tensor in found.tensors if tensor.of == "0.weight")
@@ -97,7 +97,7 @@ def test_locations_in_a_real_model() -> None:
     assert [int(name.split(".")[3]) for name in back] == sorted(
         (int(name.split(".")[3]) for name in back), reverse=True
     )
-    # The loss is the whole model's, the logits are their layer's.
+    # The loss belongs to the whole model, the logits to their layer.
     assert seen[forward : forward + 2] == ["BertForSequenceClassification", "classifier"]
 
 

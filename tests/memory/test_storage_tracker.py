@@ -1,4 +1,4 @@
-"""What counts is storages: shared, resized, sparse, freed; with an address used again."""
+"""The tracker counts storages: shared, resized, sparse, freed, and at reused addresses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_resized_storage(meter: MemoryMeter) -> None:
         x.untyped_storage().resize_(0)
         y = x.detach()
         assert total(meter) == 0
-    x.untyped_storage().resize_(40)  # while nothing is intercepted
+    x.untyped_storage().resize_(40)  # outside interception
     with meter.phase("backward"):
         pass
     assert peak_of(meter, "backward") == 40
@@ -89,7 +89,7 @@ def test_sparse_tensors_count_parts_and_meta_tensors_nothing(meter: MemoryMeter)
 
 def test_reused_address_is_another_storage() -> None:
     tracker = StorageTracker(torch.device("cpu"))
-    for size in range(1, 200):  # each dies before the next is made, mostly at the same address
+    for size in range(1, 200):  # each is freed before the next, mostly at the same address
         tracker.track(torch.zeros(size), "weights")
     tracker.drop_freed()
     assert len(tracker) == 0 and not any(tracker.bytes.values())
@@ -104,7 +104,7 @@ def test_label_applies_since_the_storage_was_made() -> None:
     big = torch.zeros(50)
     tracker.track(big)
     del big
-    tracker.track(late)  # seen when the peak was over: 110 floats live, 150 did
+    tracker.track(late)  # seen after the peak: 110 floats are live, 150 were
     tracker.track(late, "optimizer_state")
     tracker.track(early, "gradients")
     assert peak.counted == 150 * FLOAT

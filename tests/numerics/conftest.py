@@ -1,4 +1,4 @@
-"""One thread: on tiny tensors, threads wait for each other more than they work."""
+"""Run in one thread, which is faster for tiny tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every custom backward pass against plain autograd, in float64, for unusual inputs too."""
+"""Compare every custom backward pass with plain autograd in float64, also for unusual inputs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
 @pytest.mark.parametrize("number", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("same", [False, True])
 def test_gate_with_any_activation_in_float64(number: int, same: bool) -> None:
-    """An identity hands back the gate itself: a product in place spoilt the saved gate."""
+    """An identity returns the gate itself, so an in-place product would change the saved gate."""
     activation = ACTIVATIONS[number]
     gate, up = (normal(3, 4, seed=n).requires_grad_() for n in (1, 2))
     kept = gate.detach().clone()

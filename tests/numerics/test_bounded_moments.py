@@ -1,4 +1,4 @@
-"""State of few entries: as dense state below the limit, and a written rule at it."""
+"""Bounded optimizer state equals dense state below its limit and follows a rule at it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_state_below_the_limit_equals_dense_state() -> None:
 
 @pytest.mark.parametrize("capacity", [COUNT, COUNT + 1, 2 * COUNT, SIZE - 1])
 def test_state_at_the_limit_drops_the_longest_untouched(capacity: int) -> None:
-    """Against a dictionary: position -> (first, second, age, last)."""
+    """Compare with a dictionary: position -> (first, second, age, last)."""
     parameter, expected = torch.ones(6, 10), torch.ones(SIZE, dtype=torch.float64)
     rows = BoundedMoments.empty(capacity, parameter)
     book: dict[int, list[float]] = {}

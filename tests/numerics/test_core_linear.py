@@ -1,4 +1,4 @@
-"""The core form against its formula, its gradients, and what it keeps."""
+"""Output, gradients and saved tensors of the core layer."""
 
 from __future__ import annotations
 
@@ -151,12 +151,12 @@ def test_autocast_products_are_half_and_gradients_float32() -> None:
 
 
 def test_half_precision_increment_is_not_added_to_the_weight() -> None:
-    # bfloat16 has 8 bits of mantissa: 1 + 1e-3 is 1, and a built weight would lose the core.
+    # bfloat16 has an 8-bit mantissa: 1 + 1e-3 is 1, so a materialized weight would lose the core.
     weight, core = torch.ones(OUT, IN).bfloat16(), torch.full((1, 1), 1e-3)
     q_out, q_in = torch.zeros(OUT, 1), torch.zeros(IN, 1)
     q_out[0], q_in[0] = 1.0, 1.0
-    x = torch.zeros(4096, IN).bfloat16()  # enough tokens that building would be cheaper
-    x[:, 0], x[:, 1] = 1.0, -1.0  # W x is exactly zero: what comes out is the core's
+    x = torch.zeros(4096, IN).bfloat16()  # enough tokens to make materializing cheaper
+    x[:, 0], x[:, 1] = 1.0, -1.0  # W x is exactly zero, so the output comes from the core
     assert materializing_pays(4096, OUT, IN, 1, 1)
     y = core_linear(x, weight, None, core, q_out, q_in)
     torch.testing.assert_close(y[:, 0].float(), torch.full((4096,), 1e-3), rtol=0.01, atol=0)

@@ -1,4 +1,4 @@
-"""Dropout with byte masks against torch's own, bit for bit."""
+"""Dropout with byte masks equals the dropout of torch bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsegrad_cli.numerics.saved_activations import ByteDropout
 
 
 def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of the sum of its squares, and the next random number."""
+    """Return the output, the gradient of the sum of its squares, and the next random number."""
     torch.manual_seed(3)
     x = x.detach().requires_grad_()
     y = layer(x)

@@ -1,4 +1,4 @@
-"""A frozen product of somebody else's and the core beside it, against the layer written at once."""
+"""A frozen linear map with a separate core equals the fused core layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parts(*lead: int) -> dict[str, Tensor]:
 
 
 def apart(p: dict[str, Tensor]) -> Tensor:
-    """The layer as a quantized one is called: W in a function, the core beside it."""
+    """Compute the layer as for quantized weights: W in a function, the core separate."""
     weight, bias = p["weight_OI"], p["bias_O"]
 
     def base(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The lean gate against plain autograd."""
+"""The memory-saving gate equals plain autograd."""
 
 from __future__ import annotations
 

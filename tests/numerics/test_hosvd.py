@@ -1,4 +1,4 @@
-"""Streamed Grams against the SVD of the stacked unfoldings."""
+"""Bases from streamed Gram matrices equal the SVD of the stacked unfoldings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OUT, IN, STEPS = 7, 5, 9
 
 
 def gradients(count: int = STEPS, seed: int = 0) -> list[Tensor]:
-    """Gradients with a decaying spectrum, so that singular vectors are well apart."""
+    """Return gradients with a decaying spectrum, so that singular vectors are well separated."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.diag(2.0 ** -torch.arange(OUT, dtype=torch.float64))
     right = torch.diag(3.0 ** -torch.arange(IN, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The loss of a linear head against torch's own, whole and in blocks; and what it keeps alive."""
+"""Linear cross-entropy in blocks equals the loss of torch; memory that it saves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N, V, I = 13, 29, 5  # noqa: E741
 def operands(
     dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, bias, target."""
+    """Return hidden, weight, bias and target."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, I, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(V, I, generator=generator, dtype=torch.float64).to(dtype)
@@ -34,7 +34,7 @@ def operands(
 def plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None
 ) -> Tensor:
-    """The logits, whole."""
+    """Compute the loss from all logits."""
     z = scale * F.linear(hidden, weight, bias)
     return z if cap is None else cap * torch.tanh(z / cap)
 
@@ -109,7 +109,7 @@ def test_confident_head_with_underflow() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sum_is_exact(dtype: torch.dtype) -> None:
-    """40,000 tokens at log V each: more than float16 holds; bfloat16 would add in steps of 512."""
+    """The sum of 40,000 tokens exceeds float16, and bfloat16 would add in steps of 512."""
     tokens, vocabulary = 40_000, 50
     hidden = torch.zeros(tokens, 4, dtype=dtype)
     weight = torch.zeros(vocabulary, 4, dtype=dtype)
@@ -147,7 +147,7 @@ def test_block_rows_follow_the_byte_limit() -> None:
 
 
 def test_peak_memory_is_one_block() -> None:
-    """Of 512 x 8,192 logits (16 MiB): twice that plain, a 28th in blocks of 16 rows (a 32nd)."""
+    """For 512 x 8,192 logits (16 MiB): twice that plain, 1/28 of it in blocks of 16 rows."""
     tokens, vocabulary, width = 512, 8192, 8
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width)

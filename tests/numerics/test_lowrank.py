@@ -1,4 +1,4 @@
-"""The nearest matrix of a rank, against torch's singular value decomposition."""
+"""The nearest low-rank matrix equals the truncated SVD of torch."""
 
 from __future__ import annotations
 

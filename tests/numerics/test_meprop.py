@@ -1,4 +1,4 @@
-"""meProp's rows: a plain forward pass, a truncated backward pass, by hand."""
+"""meProp: a plain forward pass, and a truncated backward pass computed by hand."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, W, b, g), the first three with gradients."""
+    """Return (x, W, b, g); the first three require gradients."""
     x, w, b = normal(N, IN, seed=1), normal(OUT, IN, seed=2), normal(OUT, seed=3)
     return x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), normal(N, OUT, seed=4)
 
 
 def pruned_by_hand(g: Tensor, k: int, unified: bool) -> Tensor:
-    """Python loops: zero what is not among the k largest |g| of its row (or column sum)."""
+    """Zero all but the k largest |g| of each row (or column sum) in Python loops."""
     result = torch.zeros_like(g)
     sums = [sum(abs(float(g[n, o])) for n in range(len(g))) for o in range(g.shape[1])]
     for n in range(len(g)):
@@ -52,7 +52,7 @@ def test_backward_by_hand(k: int, unified: bool) -> None:
     assert x.grad is not None and w.grad is not None and b.grad is not None
     torch.testing.assert_close(w.grad, kept.T @ x.detach(), atol=1e-12, rtol=0)
     torch.testing.assert_close(x.grad, kept @ w.detach(), atol=1e-12, rtol=0)
-    # the bias takes the whole of g: its column sum is no matrix product
+    # the bias uses all of g: its column sum is not a matrix product
     torch.testing.assert_close(b.grad, g.sum(0), atol=1e-12, rtol=0)
 
 
@@ -98,7 +98,7 @@ def test_largest_magnitudes_are_kept() -> None:
 
 @pytest.mark.parametrize("unified", [False, True])
 def test_leading_dimensions_and_a_transposed_weight(unified: bool) -> None:
-    """GPT-2 holds W' (in, out); every token is an example."""
+    """GPT-2 stores the transposed weight (in, out); every token is an example."""
     x = normal(2, 3, IN, seed=1)
     stored = normal(IN, OUT, seed=2).requires_grad_()
     g = normal(2, 3, OUT, seed=4)

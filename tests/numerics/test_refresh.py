@@ -1,4 +1,4 @@
-"""What newly chosen entries start with after a refresh: a written formula, in float64."""
+"""Optimizer state of newly chosen entries after a refresh equals a formula in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LR, BETA1, BETA2, EPS, DECAY = 0.05, 0.8, 0.97, 1e-8, 0.1
 
 
 def gradient(step: int) -> Tensor:
-    """Of step 1 and later; what is large changes over time."""
+    """Return the gradient of a step (from 1); the largest entries change over time."""
     draw = torch.Generator().manual_seed(step)
     noise = torch.randn(ROWS, COLUMNS, generator=draw, dtype=torch.float64)
     at = torch.arange(ROWS * COLUMNS, dtype=torch.float64).view(ROWS, COLUMNS)
@@ -33,10 +33,10 @@ def made(capacity: int | None) -> tuple[nn.Parameter, SelectiveAdamW]:
 
 
 def by_the_formula(steps: int) -> list[float]:
-    """One entry at a time, in plain Python.
+    """Compute one entry at a time in plain Python.
 
-    An entry that comes in at step t takes over first moment 0, second moment
-    a^2 (1 - beta2^(t-1)) with a its mean |gradient| since the last choice, and age t - 1.
+    An entry chosen at step t starts with first moment 0, second moment a^2 (1 - beta2^(t-1)),
+    where a is its mean |gradient| since the last choice, and age t - 1.
     """
     size = ROWS * COLUMNS
     value, state = [0.0] * size, dict.fromkeys(range(COUNT), (0.0, 0.0, 0))

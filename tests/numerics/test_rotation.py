@@ -1,4 +1,4 @@
-"""The rotation: one identity, written out by hand, in float64."""
+"""Rotation of weights and gradients, computed by hand in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_basis(out: int, width: int, r_out: int | None = None, r_in: int | None = None) -> Basis:
-    """Random orthonormal columns; truncated when ranks are given."""
+    """Return random orthonormal bases, truncated if ranks are given."""
     q_out = torch.linalg.qr(normal(out, out, seed=1)).Q[:, : r_out or out].contiguous()
     q_in = torch.linalg.qr(normal(width, width, seed=2)).Q[:, : r_in or width].contiguous()
     return Basis(q_out, q_in, torch.ones(q_out.shape[1]), torch.ones(q_in.shape[1]))
@@ -97,7 +97,7 @@ def test_rotated_linear_equals_the_plain_layer(out: int, width: int) -> None:
 
 
 def test_transposed_input_basis_gives_another_function() -> None:
-    """The published code's slip: with core = Q_out' W Q_in it would change the function."""
+    """The published code has this error: with core = Q_out' W Q_in the function would change."""
     basis, weight, x = make_basis(6, 6), normal(6, 6, seed=3), normal(4, 6, seed=5)
     core = to_core(weight, basis)
     slip = ((x @ basis.q_in.T) @ core.T) @ basis.q_out.T
@@ -146,7 +146,7 @@ def test_layer_core_gradient_equals_the_rotated_weight_gradient() -> None:
 
 
 def test_the_core_layer_saves_the_rotated_input_not_the_input() -> None:
-    """dL/dC needs x Q_in only: nothing of x's own storage is saved for backward."""
+    """dL/dC needs only x Q_in, so the storage of x is not saved for backward."""
     basis, core = make_basis(5, 7), normal(5, 7, seed=4).requires_grad_()
     x = normal(6, 7, seed=3)
     saved: list[int] = []

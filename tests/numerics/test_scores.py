@@ -1,4 +1,4 @@
-"""Scores of core entries, against the written formulas in float64."""
+"""Scores of core parameters equal their formulas in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def streamed(score: str, pieces: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_gradient_is_the_mean_magnitude_of_the_core_gradient(pieces: int) -> None:
-    """G = g'x, seen in the basis; a step's gradient is whole before its magnitude is taken."""
+    """G = g'x in the basis; magnitudes are taken of the gradient of a whole step."""
     cores = torch.stack([to_core(g.T @ x, basis()) for g, x in tokens()])
     torch.testing.assert_close(streamed("gradient", pieces), cores.abs().mean(0))
     torch.testing.assert_close(streamed("square", pieces), cores.square().mean(0))

@@ -1,4 +1,4 @@
-"""AdamW on chosen entries against a brute-force oracle: one entry at a time, in plain Python."""
+"""AdamW on chosen entries equals a reference that updates one entry at a time in plain Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HYPER = AdamW(lr=0.05, beta1=0.8, beta2=0.97, eps=1e-8, weight_decay=0.1)
 
 @dataclass
 class Entry:
-    """The oracle's state of one entry."""
+    """The reference's state of one entry."""
 
     value: float
     first: float = 0.0
@@ -25,7 +25,7 @@ class Entry:
     age: int = 0
 
     def step(self, grad: float, hyper: AdamW) -> None:
-        """Adam with decoupled weight decay, bias-corrected by this entry's own age."""
+        """Take an AdamW step, with bias correction by the entry's own age."""
         self.age += 1
         self.first = hyper.beta1 * self.first + (1 - hyper.beta1) * grad
         self.second = hyper.beta2 * self.second + (1 - hyper.beta2) * grad * grad
@@ -95,7 +95,7 @@ def test_unselected_entries_are_unchanged(dtype: torch.dtype) -> None:
 def test_first_step_of_a_late_entry_is_the_learning_rate(
     late: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """With one shared counter it would be 0.48 x lr at t = 11 and 1.99 x lr at t = 501."""
+    """With one shared counter, it would be 0.48 x lr at t = 11 and 1.99 x lr at t = 501."""
     hyper = AdamW(lr=0.01)
     parameter = torch.zeros(2, 2, dtype=dtype)
     moments = Moments.like(parameter)
@@ -110,7 +110,7 @@ def test_first_step_of_a_late_entry_is_the_learning_rate(
 
 
 def test_shared_counter_takes_other_steps() -> None:
-    """The published code's rule, by hand, so that the test above is known to tell it apart."""
+    """Compute the rule of the published code by hand, to show that the test above detects it."""
     beta1, beta2, grad = 0.9, 0.999, 2.0
 
     def first_step(t: int) -> float:

@@ -1,4 +1,4 @@
-"""The randomized range finder and the sequential truncation, against exact Grams in float64."""
+"""Randomized range finder and sequential truncation, compared with exact Grams in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OUT, IN, RANK = 90, 130, 12
 
 
 def gradients(count: int = 6, decay: float = 0.8, seed: int = 0) -> list[Tensor]:
-    """(OUT, IN) matrices that share directions whose strengths fall by ``decay``."""
+    """Return (OUT, IN) matrices that share directions of decaying strength."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -50,7 +50,7 @@ def sketched(
 
 
 def captured(gram: Tensor, q: Tensor) -> float:
-    """Share of the energy of a Gram in the span of q."""
+    """Return the share of the energy of a Gram matrix in the span of q."""
     return float((q.T.double() @ gram @ q.double()).trace() / gram.trace())
 
 
@@ -72,7 +72,7 @@ def test_sketch_captures_as_much_as_exact_directions(dtype: torch.dtype) -> None
 
 
 def test_full_width_sketch_is_exact() -> None:
-    """A sketch as wide as the side is the side: the same directions, signs and all."""
+    """A sketch of full width gives the same directions, including signs."""
     grads = gradients(decay=0.9)
     found = sketched(grads, rank=IN)
     best = exact(grads).basis()
@@ -115,7 +115,7 @@ def test_sketch_bytes_are_small_and_merge_adds() -> None:
 
 
 def test_low_rank_gram_gives_an_orthonormal_basis() -> None:
-    """Fewer directions in the data than asked for: the rest is arbitrary, but orthonormal."""
+    """With fewer directions in the data than requested, the rest is arbitrary but orthonormal."""
     grads = gradients(1)
     thin = grads[0][:, :1] @ grads[0][:1]  # (out, 1) @ (1, in)
     basis = sketched([thin], torch.float32).basis()
@@ -177,7 +177,7 @@ def test_sequential_truncation_at_full_rank_is_hosvd() -> None:
 
 
 def test_sequential_keeps_no_less_energy_in_the_core_than_truncation() -> None:
-    """The wide side is chosen for what the narrow one keeps; HOSVD chooses each side alone."""
+    """The wide side is chosen for the kept part of the narrow one; HOSVD chooses them separately."""
     grads = gradients(decay=0.95)
     rank = 6
     plain = truncated(exact(grads).basis(), rank)

@@ -1,4 +1,4 @@
-"""Exact factors of a sparse matrix, of the term rank of its pattern."""
+"""Exact factors of a sparse matrix have the term rank of its pattern."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sparse(rows: int, columns: int, entries: int, seed: int) -> torch.Tensor:
 
 
 def term_rank(pattern: torch.Tensor) -> int:
-    """By the definition, over all ways to give each row a column."""
+    """Compute the term rank by its definition, over all assignments of columns to rows."""
     rows, columns = pattern.shape
     ways = itertools.permutations(range(max(rows, columns)), rows)
     return max(
@@ -47,7 +47,7 @@ def test_random_matrices_of_a_pattern_have_the_term_rank(
 
 
 def test_rank_depends_on_the_pattern_only() -> None:
-    """Two equal rows are of rank 1; what their pattern allows is 2."""
+    """Two equal rows have rank 1, but their pattern allows rank 2."""
     matrix = torch.ones(2, 3, dtype=torch.float64)
     left, right = structural_factors(matrix, torch.ones(2, 3, dtype=torch.bool))
     assert left.shape[1] == 2 and torch.equal(left @ right, matrix)

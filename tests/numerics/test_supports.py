@@ -1,4 +1,4 @@
-"""Exact counts, whatever the ties and the signs."""
+"""Supports have exact counts for all ties and signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Truncated bases: the leading directions, by number or by energy, and not a byte more."""
+"""Truncated bases keep the leading directions, by number or energy, and free the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders: damage is recognised, and the only good checkpoint is never dropped."""
+"""Checkpoint folders: damage is detected, and the only good checkpoint is never removed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECIPE = "a recipe's digest"
 
 
 def fill_of(best: int | None = None) -> Callable[[Path], None]:
-    """Return what writes a checkpoint's files, as far as the folder knows them."""
+    """Return a function that writes the files of a checkpoint."""
 
     def fill(folder: Path) -> None:
         (folder / "trainable.safetensors").write_bytes(b"w" * 1000)
@@ -104,7 +104,7 @@ def remove(path: Path) -> None:
 
 
 def zeros(path: Path) -> None:
-    """As a power cut leaves a file whose length was written and whose bytes were not."""
+    """Overwrite a file with zeros, as a power cut may leave it."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -153,10 +153,12 @@ def test_checkpoint_with_a_damaged_best_is_skipped(tmp_path: Path) -> None:
     chosen, notes = found(tmp_path, keep_best=True)
     assert chosen == "checkpoint-2"
     assert "checkpoint-8 is damaged: its best checkpoint, checkpoint-4" in notes[0]
-    assert found(tmp_path)[0] == "checkpoint-8"  # to one that ends with its last it is
+    assert (
+        found(tmp_path)[0] == "checkpoint-8"
+    )  # the best is not needed if the run ends with its last
 
 
-# --- whose it is
+# --- ownership
 
 
 def rewrite(folder: Path, **changes: object) -> None:
@@ -237,7 +239,10 @@ def test_damaged_checkpoints_are_removed_after_a_newer_good_one(tmp_path: Path) 
     assert kept_in.find(lambda note: None) == tmp_path / "checkpoint-2"
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     kept_in.write(5, fill_of(), None)
-    assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]  # that one lies ahead
+    assert names(tmp_path) == [
+        "checkpoint-5",
+        "checkpoint-6",
+    ]  # that checkpoint is ahead of the run
     kept_in.write(6, fill_of(), None)
     assert names(tmp_path) == ["checkpoint-6"] and damage(tmp_path / "checkpoint-6") is None
 

@@ -1,4 +1,4 @@
-"""What a launcher may ask for: the settings that come along, and refusals before anything loads."""
+"""Settings of launchers are read or refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORK = {
     "full": ("method=full", "scope=rest"),
     "autocast": ("train.bf16=true", "model.dtype=bfloat16"),
 }
-# overrides -> (the key to blame, a word of what is wrong)
+# overrides -> (the key that is named, a word of the error)
 DO_NOT = {
     ("method=meprop",): ("method.name", "meprop chooses among all entries"),
     ("method={name: meprop, select: rows}",): ("method.name", "meprop chooses among all entries"),
@@ -42,7 +42,7 @@ DO_NOT = {
 
 @functools.cache
 def launched(name: str, *more: str) -> dict[str, str]:
-    """What `accelerate launch --config_file ...` puts into the environment, by its own code."""
+    """Set the environment with the code of `accelerate launch --config_file`."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -64,7 +64,7 @@ def launched(name: str, *more: str) -> dict[str, str]:
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, said: dict[str, str], rank: int = 0) -> None:
-    """Be one of the two processes that were launched so."""
+    """Enter the environment of one of the two launched processes."""
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
         monkeypatch.delenv(name)
     for name in ("RANK", "LOCAL_RANK"):
@@ -81,7 +81,7 @@ def check(*overrides: str, command: str = "train", resume: bool = False) -> None
 
 @pytest.fixture
 def deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if it were installed: it is looked for, and not used, before a run begins."""
+    """Pretend that DeepSpeed is installed; before a run starts it is only searched for."""
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -155,7 +155,7 @@ def test_methods_that_need_whole_matrices_are_refused(
         check(*overrides, "train.save_strategy=no")
     assert caught.value.where is not None and key in caught.value.where
     assert caught.value.fix
-    # Calibration is over before anything is split.
+    # Calibration ends before weights are sharded.
     check(*overrides, command="calibrate")
 
 
@@ -207,7 +207,7 @@ def test_missing_deepspeed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_launcher_precision_must_match_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher's own would compute otherwise than the run's record says."""
+    """The launcher's precision would differ from the one in the record."""
     enter(monkeypatch, {**launched("ddp.yaml"), "ACCELERATE_MIXED_PRECISION": "bf16"})
     with pytest.raises(UsageError, match="launcher sets mixed precision bf16, the recipe no"):
         check()
@@ -223,7 +223,7 @@ def test_run_is_refused_before_its_folder_is_made(
     with pytest.raises(UsageError, match="meprop chooses"):
         train_recipe(loaded).to_json()
     enter(monkeypatch, said, rank=1)
-    with pytest.raises(SystemExit) as ended:  # the first process has said it
+    with pytest.raises(SystemExit) as ended:  # the first process prints the error
         train_recipe(loaded).to_json()
     assert ended.value.code == 2
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What packages and data would refuse after minutes is found by validate, train and compare."""
+"""validate, train and compare report missing packages and faulty data before loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One forking process and one bench of tiny runs for all tests of survival."""
+"""One fork server and one workspace of tiny runs for all survival tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full, a folder that cannot be written, a clock that goes backwards."""
+"""Full disks, read-only folders and a clock that goes backwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.survival_runs import Workspace, flat, largest_file, record, weights
 
 from sparsegrad_cli.run.checkpoints import last_checkpoint
 
-# A mount of one's own, in a user's own name space: seen by nobody else, gone with the process.
+# A private mount in a user namespace, which disappears with the process.
 MOUNT = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
 
 
@@ -33,12 +33,12 @@ needs_mount = pytest.mark.skipif(not own_mount(), reason="needs user name spaces
 def test_full_disk_keeps_the_last_checkpoint_and_the_run_resumes(
     workspace: Workspace, method: str
 ) -> None:
-    """Files beyond a size fail to be written: the second checkpoint's, of a run that goes on."""
+    """A limit on file size makes the second checkpoint fail."""
     whole, run = workspace.uninterrupted_run(method), workspace.new_run()
     assert workspace.train(method, run, point="checkpoint-renamed").code == -9
     left = last_checkpoint(run)
     assert left is not None and left.name == "checkpoint-2"
-    small = largest_file(left) // 2048  # KiB: half of what a checkpoint takes
+    small = largest_file(left) // 2048  # KiB: half the size of a checkpoint
     ended = workspace.train(method, run, "--resume", point="small-files", count=max(2, small))
     assert ended.code == 1 and "could not be written" in flat(ended)
     assert "Traceback" not in ended.err
@@ -179,7 +179,7 @@ def test_file_in_place_of_the_folder_is_refused(
 
 
 def test_clock_going_backwards_changes_nothing(workspace: Workspace) -> None:
-    """An hour at every look, through a kill and a resumption."""
+    """The clock goes back an hour at every reading, also across a kill and a resume."""
     run = workspace.new_run()
     assert workspace.train("lora", run, point="checkpoint-renamed", count=2).code == -9
     ended = workspace.train("lora", run, "--resume", point="clock-back", count=1)
@@ -187,6 +187,6 @@ def test_clock_going_backwards_changes_nothing(workspace: Workspace) -> None:
     mine, theirs = record(run), record(workspace.uninterrupted_run("lora"))
     assert weights(run) == weights(workspace.uninterrupted_run("lora"))
     assert mine["metrics"] == theirs["metrics"] and mine["resumed_from"] == 4
-    assert mine["finished"] < mine["started"]  # it did go backwards
+    assert mine["finished"] < mine["started"]  # the clock did go backwards
     assert all(value >= 0 for value in mine["time"].values())
     assert json.loads((run / "run.json").read_text())["status"] == "done"

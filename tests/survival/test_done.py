@@ -1,4 +1,4 @@
-"""A run that is done stays done, and what one has recorded outlives a resumption that fails."""
+"""Finished runs stay finished, and records survive a failed resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDED |= {"command": "train", "schema": 1}
 
 
 class Notes(Observer):
-    """Keeps what was said."""
+    """Collects notes."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -38,7 +38,7 @@ class Notes(Observer):
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the runs whose report was written; pages take longer than all the rest."""
+    """Record the names of reported runs instead of writing reports, which takes long."""
     written: list[str] = []
 
     def write(writer: RunWriter, observer: Observer) -> None:
@@ -51,7 +51,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run_in(folder: Path, **changes: Any) -> LoadedRecipe:
-    """A folder as a run leaves it, with words for tensors."""
+    """Make a run folder with text in place of tensors."""
     loaded = load_recipe(None, ("method=lora", "train.use_cpu=true"), output_dir=folder)
     (folder / ADAPTER).parent.mkdir(parents=True)
     (folder / ADAPTER).write_text("tensors")
@@ -73,7 +73,7 @@ def unreachable(run: open_run.Run) -> None:
 
 
 def test_finished_run_is_not_changed_by_resume(tmp_path: Path, reports: list[str]) -> None:
-    """Moved, it says where it is; its report is written if there is none, and then not again."""
+    """A moved run records its new path. Its report is written if missing, and only then."""
     loaded, notes = run_in(tmp_path / "run", output_dir="elsewhere"), Notes()
     before = (tmp_path / "run" / "run.json").read_bytes()
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_training_does_not_continue_the_record_of_a_calibration(
 def test_finished_run_is_trained_again_only_without_its_adapter(
     workspace: Workspace,
 ) -> None:
-    """From its best checkpoint; once that trains, nothing is left of the end that there was."""
+    """It resumes from its best checkpoint, and the record of the earlier end is removed."""
     whole, run = workspace.uninterrupted_run("full"), workspace.new_run()
     shutil.copytree(whole, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

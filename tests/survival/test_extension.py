@@ -1,4 +1,4 @@
-"""More epochs or steps for a run that is done: bit for bit the longer run, where rates allow."""
+"""More epochs or steps for a finished run: equal to the longer run if the schedule allows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(workspace: Workspace, run: Path, method: str, *more: str) -> None:
 
 
 def resume(workspace: Workspace, run: Path, *more: str) -> tuple[int, str]:
-    """The exit code, and what was said."""
+    """Return the exit code and the notes."""
     ended = workspace.fork_server.run("train", str(run), "--resume", *more)
     return ended.code, flat(ended)
 

@@ -1,4 +1,4 @@
-"""A folder that is not what --resume takes it for: refused or survived, and nothing lost."""
+"""Resume in damaged or foreign folders is refused or handled, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METHOD = "core static"
 
 @pytest.fixture
 def run(workspace: Workspace) -> Path:
-    """A run that was killed after its checkpoint of step 4, that of step 2 still there."""
+    """Copy a run that was killed after checkpoint-4, with checkpoint-2 still present."""
     folder = workspace.place / "killed"
     if not folder.is_dir():
         kill = {"point": "checkpoint-renamed", "count": 2}
@@ -88,7 +88,7 @@ def test_checkpoint_of_another_basis_is_refused(workspace: Workspace, run: Path)
 
 
 def test_checkpoint_of_other_data_is_refused(workspace: Workspace, run: Path) -> None:
-    """A file that was changed since, under the same name."""
+    """The data file was changed under the same name."""
     state = json.loads((run / "checkpoint-4" / "state.json").read_text())
     facts = record(run)
     assert state["origins"]["data"] == facts["hashes"]["data"]
@@ -102,7 +102,7 @@ def test_checkpoint_of_other_data_is_refused(workspace: Workspace, run: Path) ->
     finally:
         rows.write_text(good)
     assert ended.code == 1 and "checkpoint-4 was trained on other data" in flat(ended)
-    # The basis is of the data, too: made again of the other, and of the first when that is back.
+    # The basis depends on the data: it is computed for the other data, and again for the first.
     assert "basis.safetensors is made again" in flat(ended)
     assert workspace.train(METHOD, run, "--resume").code == 0
     assert record(run)["resumed_from"] == 4
@@ -117,12 +117,12 @@ def test_resume_with_another_recipe_is_refused(workspace: Workspace, run: Path) 
 
 
 def test_checkpoint_of_another_recipe_is_refused(workspace: Workspace, run: Path) -> None:
-    """Copied in from somewhere else: it would load, and be another run."""
+    """A copied checkpoint would load, but belongs to another run."""
     seal_anew(run / "checkpoint-4", recipe="f" * 64)
     ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 2 and "checkpoint-4 belongs to another recipe" in flat(ended)
     assert (run / "checkpoint-2").is_dir() and (run / "checkpoint-4").is_dir()
-    shutil.rmtree(run / "checkpoint-4")  # what the message says to do
+    shutil.rmtree(run / "checkpoint-4")  # as the message says
     assert workspace.train(METHOD, run, "--resume").code == 0
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
@@ -163,7 +163,7 @@ def test_damaged_or_foreign_record_is_refused_and_can_be_deleted(
         ended = workspace.train(METHOD, run, "--resume")
         assert ended.code == 1 and "remove it" in flat(ended)
         assert (run / "checkpoint-4").is_dir()
-    (run / "run.json").unlink()  # what the message says to do
+    (run / "run.json").unlink()  # as the message says
     assert workspace.train(METHOD, run, "--resume").code == 0
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
@@ -180,7 +180,7 @@ def test_damaged_recipe_file_is_refused(workspace: Workspace, run: Path) -> None
 
 
 def test_run_without_its_best_checkpoint_starts_before_it(workspace: Workspace, run: Path) -> None:
-    """Of a run that ends with its best, one without it starts from before there was one."""
+    """A run that ends with its best checkpoint resumes from before the missing best."""
     shutil.rmtree(run)
     assert workspace.train(METHOD, run, point="trained").code == -9
     shutil.rmtree(run / "checkpoint-4")

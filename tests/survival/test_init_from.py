@@ -1,4 +1,4 @@
-"""init_from: training starts at what another run, or a PEFT LoRA folder, has trained."""
+"""init_from starts training from another run or a PEFT LoRA folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def sources(workspace: Workspace) -> dict[str, Path]:
-    """One run of each method."""
+    """Train one run of each method."""
     found = {name: workspace.new_run() for name in METHODS}
     for name, run in found.items():
         ended = train(workspace, run, METHODS[name])
@@ -66,7 +66,7 @@ def test_run_starts_from_the_final_weights_of_the_source(
         assert mine["calibration"]["digest"] == theirs["calibration"]["digest"]
         assert (run / "basis.safetensors").is_file()
         assert "calibrate" not in flat(ended).split()
-    # Nothing of the other run is needed to export this one.
+    # Exporting this run needs no file of the other run.
     moved = workspace.new_run()
     shutil.copytree(run, moved)
     exported = workspace.fork_server.run("export", str(moved), "--to", "merged")

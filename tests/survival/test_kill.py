@@ -1,4 +1,4 @@
-"""Kill -9 at any moment, --resume: the final weights are the undisturbed run's, bit for bit."""
+"""After kill -9 and --resume, final weights equal those of the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.survival_runs import (
 
 from sparsegrad_cli.io.locks import owner_of
 
-# A cell for every kind of moment and of method; the whole matrix is slow.
+# Every kill point and every method at least once; the whole matrix is slow.
 FEW = (
     ("full", "checkpoint-torn"),
     ("meprop", "dropping"),
@@ -51,7 +51,7 @@ def check(cell: Recovery, point: str) -> None:
 
 
 def test_uninterrupted_run_has_what_a_resumption_could_get_wrong(workspace: Workspace) -> None:
-    """Stopped early, its best evaluation is not its last, its last batch of an epoch is short."""
+    """It stops early, its best evaluation is not the last, and an epoch ends with a short batch."""
     run = record(workspace.uninterrupted_run("full"))
     assert run["time"]["steps"] == 8 < 24
     assert run["metrics"]["best"]["step"] == 4
@@ -86,7 +86,7 @@ def test_killed_export_is_completed_by_the_same_command(
 
 
 def test_half_written_export_is_not_loaded(workspace: Workspace) -> None:
-    """Not by its name, nor by what it says of itself; and it is in nobody's way."""
+    """Neither its name nor its files look like a complete export, and a new export replaces it."""
     run = workspace.new_run()
     shutil.copytree(workspace.uninterrupted_run("core static"), run)
     command = ("export", str(run), "--to", "merged")
@@ -112,7 +112,7 @@ def test_every_kill_point_is_in_the_matrix() -> None:
 
 
 def test_resumed_run_keeps_earlier_measurements(workspace: Workspace) -> None:
-    """Step times, seconds and the memory of the run before; it trains no step itself."""
+    """It keeps step times, seconds and memory of the first process, and trains no step itself."""
     run = workspace.new_run()
     assert workspace.train("full", run, point="checkpoint-renamed", count=3).code == -9
     before = measured(run / "checkpoint-6")
@@ -145,7 +145,7 @@ def test_ctrl_c_after_the_end_leaves_the_run_finished(workspace: Workspace, poin
 
 
 def test_failed_report_leaves_the_run_finished(workspace: Workspace) -> None:
-    """The disk has room for the words, and not for the page."""
+    """The disk has room for report.md but not for report.html."""
     run = workspace.new_run()
     ended = workspace.train("full", run, point="reporting-full", count=16)
     said = flat(ended)
@@ -155,7 +155,7 @@ def test_failed_report_leaves_the_run_finished(workspace: Workspace) -> None:
 
 
 def check_done(workspace: Workspace, run: Path) -> None:
-    """Done, unlocked, without half a report; and a report can be had."""
+    """Check that the run is done and unlocked, has no partial report, and can be reported."""
     found = record(run)
     assert (found["status"], found["error"]) == ("done", None)
     assert not (run / ".lock").exists() and not (run / "report.html").exists()
@@ -166,7 +166,7 @@ def check_done(workspace: Workspace, run: Path) -> None:
 
 @pytest.mark.parametrize("more", [(), pytest.param(("train.max_steps=6",), marks=pytest.mark.slow)])
 def test_run_at_its_end_trains_no_further_step(workspace: Workspace, more: tuple[str, ...]) -> None:
-    """By early stopping, or by its last step in the middle of an epoch."""
+    """The run ended by early stopping, or by max_steps within an epoch."""
     run, settings = workspace.new_run(), workspace.settings("lora", *more)
     whole = workspace.new_run() if more else workspace.uninterrupted_run("lora")
     if more:
@@ -185,7 +185,7 @@ def test_run_at_its_end_trains_no_further_step(workspace: Workspace, more: tuple
 def test_epoch_ended_by_a_stop_is_evaluated_on_resume(
     workspace: Workspace,
 ) -> None:
-    """Ctrl-C in the epoch's last batch: its step is saved, and --resume evaluates it first."""
+    """After Ctrl-C in an epoch's last batch, its step is saved and --resume evaluates it first."""
     train = ["eval_strategy=epoch", "eval_steps=null", "save_strategy=steps", "save_steps=4"]
     train += ["max_steps=6", "load_best_model_at_end=false"]
     settings = workspace.settings("lora", *(f"train.{text}" for text in train))
@@ -202,11 +202,11 @@ def test_epoch_ended_by_a_stop_is_evaluated_on_resume(
 
 
 def test_killed_run_can_be_moved_before_resuming(workspace: Workspace) -> None:
-    """Its best checkpoint is looked for where it is now, not where it was."""
+    """The best checkpoint is searched for in the new folder."""
     run, moved = workspace.new_run(), workspace.new_run()
     assert workspace.train("meprop", run, point="trained").code == -9
     shutil.move(run, moved)
-    run.mkdir()  # something else stands there now
+    run.mkdir()  # the old path now holds another folder
     ended = workspace.fork_server.run("train", str(moved), "--resume")
     assert ended.code == 0, ended.err
     assert weights(moved) == weights(workspace.uninterrupted_run("meprop"))

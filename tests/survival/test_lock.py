@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder; a killed one holds nothing."""
+"""Only one process at a time holds a run folder; a killed one releases it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_locked_folder_is_refused_with_owner_and_time(workspace: Workspace) -> N
 
 
 def test_lock_ends_with_its_process_even_if_a_child_survives(tmp_path: Path) -> None:
-    """As the workers of a data loader do, for a while, when a run is killed."""
+    """Data loader workers survive a killed run for a while."""
     with lock_holder(tmp_path, "fork") as process:
         said = dict(read_process_id(process) for _ in range(2))
         with pytest.raises(BusyError, match=f"process {said['held']} on"):
@@ -50,7 +50,7 @@ def test_lock_ends_with_its_process_even_if_a_child_survives(tmp_path: Path) -> 
         os.kill(said["held"], signal.SIGKILL)
         process.wait()
         try:
-            os.kill(said["child"], 0)  # it is there
+            os.kill(said["child"], 0)  # the child is alive
             assert (tmp_path / ".lock").exists()
             assert owner_of(tmp_path) is None
             with FolderLock(tmp_path):
@@ -64,7 +64,7 @@ def test_process_keeps_a_lock_until_its_last_release(tmp_path: Path) -> None:
         owner = json.loads(lock.path.read_text())
         assert owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
         with FolderLock(tmp_path):
-            assert owner_of(tmp_path) is None  # it is ours
+            assert owner_of(tmp_path) is None  # this process holds it
         assert lock.path.exists()
     lock.release()
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Memory that really runs out: an address space with a limit, in a process of its own."""
+"""Real out-of-memory errors, in a process with limited address space."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sparsegrad_cli.tasks.setup import load
 
 ROWS, WIDE = 512, 2048  # an activation of the wide layer: 512 x 11 x 2048 x 4 bytes, 44 MiB
 WIDE_ONE = ROWS * 11 * WIDE * 4
-# MiB, in which three activations do not fit and a small batch does. Libraries need some of it, and
-# how much differs between machines: the first amount at which memory runs out is taken.
+# Limits in MiB at which three activations do not fit but a small batch does. Libraries need a part
+# that differs between machines, so the first limit at which memory runs out is used.
 LEFT = (100, 110, 120, 90, 130)
 ONEDNN_FAILURE = "could not create a primitive"
 Short = Callable[..., tuple[ProcessResult, dict[str, Any], Path]]
@@ -33,7 +33,7 @@ Short = Callable[..., tuple[ProcessResult, dict[str, Any], Path]]
 
 @pytest.fixture(scope="module")
 def short(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Short:
-    """``short("full", 100)``: a run with 100 MiB of address space left once it has loaded."""
+    """Return ``short("full", 100)``, a run with 100 MiB of address space left after loading."""
     place = tmp_path_factory.mktemp("memory")
     with one_thread():
         base = base_folder(place / "base", hidden_size=32, intermediate_size=WIDE)
@@ -70,7 +70,7 @@ def short(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def checked(ended: ProcessResult, run: dict[str, Any]) -> dict[str, Any]:
-    """Exit 3 and the status; the error's own block."""
+    """Check exit code 3 and the status, and return the error block."""
     assert ended.code == 3, ended.err
     assert run["status"] == "out_of_memory" and "Traceback" not in ended.err
     error: dict[str, Any] = run["error"]
@@ -79,7 +79,7 @@ def checked(ended: ProcessResult, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_forward_error_names_the_module_and_a_batch_that_fits(short: Short) -> None:
-    """The wide activation is what is asked for; where a small one came to the end, look again."""
+    """The wide activation must fail; if a small one failed instead, try another limit."""
     for left in LEFT:
         ended, run, _ = short("method=full", left=left)
         if ended.code == 3 and run["error"]["asked_bytes"] == WIDE_ONE:
@@ -107,8 +107,8 @@ def test_forward_error_names_the_module_and_a_batch_that_fits(short: Short) -> N
 
 
 def test_backward_error_names_the_module_and_largest_tensors(short: Short) -> None:
-    """Six wide activations are kept, the backward pass needs two more at once."""
-    for left in (340, 325, 355, 310, 370):  # what libraries take of it is theirs to say
+    """Six wide activations are saved, and the backward pass needs two more at once."""
+    for left in (340, 325, 355, 310, 370):  # the part that libraries need differs
         ended, run, _ = short("method=full", left=left)
         if ended.code == 3 and run["error"]["phase"] == "backward" and run["error"]["module"]:
             break
@@ -155,7 +155,7 @@ def test_calibration_error_names_its_batch_size(short: Short) -> None:
 
 
 def test_failed_calibration_tries_smaller_batches(tmp_path: Path) -> None:
-    """oneDNN's words for a failed allocation count, too."""
+    """oneDNN's message for a failed allocation is recognised too."""
     settings = (
         f"model={base_folder(tmp_path / 'base')}",
         "task=csv",
@@ -168,7 +168,7 @@ def test_failed_calibration_tries_smaller_batches(tmp_path: Path) -> None:
     run = Run(load_recipe(None, settings), RunWriter(tmp_path), Observer())
 
     class FitsUpTo(RunCalibration):
-        """Calibration that fails with larger batches."""
+        """A calibration that fails with larger batches."""
 
         largest = 5
 

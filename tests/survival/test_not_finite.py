@@ -1,4 +1,4 @@
-"""A loss that is no number: the run stops before the step and says where that began."""
+"""A NaN or infinite loss stops the run before the step and names its origin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.survival_runs import Workspace, flat, record
 
 from sparsegrad_cli.run.checkpoints import damage
 
-STEP = 3  # a step, and below a batch of it, that meet no other batch with that row before
+STEP = 3  # the step, and below a batch of it, at which the row comes first
 
 
 def error_of(run: Path) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def error_of(run: Path) -> dict[str, Any]:
 def test_nan_loss_names_step_batch_rows_and_module_and_keeps_the_checkpoint(
     workspace: Workspace, tmp_path: Path, method: str
 ) -> None:
-    """The weights of one token are infinite, and one row has it."""
+    """The embedding of one letter is infinite, and only one row has that letter."""
     base, data = base_folder(tmp_path / "base"), data_with_nan_row(workspace, tmp_path / "data")
     set_infinite_embedding(base)
     seed, order = seed_where(lambda number: number // 3 == STEP - 1)
@@ -72,7 +72,7 @@ def test_divergence_by_learning_rate_is_named(workspace: Workspace) -> None:
     ended = workspace.fork_server.run("train", *settings, "-o", str(run))
     assert ended.code == 1
     error = error_of(run)
-    # One step of 1e30 leaves finite weights whose products are not.
+    # One step of 1e30 leaves finite weights with infinite products.
     assert error["step"] > 1 and error["module"].startswith(("bert.", "classifier"))
     assert len(error["rows"]) == 5 and len(set(error["rows"])) == 5
     assert "lower train.learning_rate (now" in flat(ended)
@@ -94,7 +94,7 @@ def test_nan_in_calibration_names_step_and_module(workspace: Workspace, tmp_path
 
 
 def test_non_finite_weights_are_not_saved(workspace: Workspace, tmp_path: Path) -> None:
-    """A step overflows that had a good loss: its own checkpoint would hold what came of it."""
+    """A step with a finite loss overflows; its checkpoint would hold the bad weights."""
     base, name = base_folder(tmp_path / "base"), "encoder.layer.1.output.dense"
     set_weight(base, f"{name}.weight", (0, 0), 2.0)  # times 1 - rate x decay: -6.7e38
     run = workspace.new_run()
@@ -110,7 +110,7 @@ def test_non_finite_weights_are_not_saved(workspace: Workspace, tmp_path: Path) 
     ended = workspace.fork_server.run("train", *settings, "-o", str(run))
     assert ended.code == 1
     error = error_of(run)
-    # The first step warms up, at a rate of zero.
+    # The first step has a warm-up learning rate of zero.
     assert error["step"] == 2 and error["module"] == f"bert.{name}"
     assert error["parameter"] == f"bert.{name}.weight"
     assert "no checkpoint was made of this" in flat(ended)

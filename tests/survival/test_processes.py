@@ -1,4 +1,4 @@
-"""Two processes that train together: killed, stopped, refused and failing as one."""
+"""Two distributed processes are killed, stopped, refused and fail together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def codes(ended: list[ProcessResult]) -> list[int]:
 
 
 def check_same(workspace: Workspace, method: str, run: Path, after: int) -> None:
-    """The resumed run is the one that nothing happens to; that one is made here."""
+    """Check that a resumed run equals an uninterrupted one, which is trained here."""
     whole = workspace.new_run()
     assert codes(both(workspace, method, whole)) == [0, 0]
     mine, theirs = record(run), record(whole)
@@ -52,7 +52,7 @@ def check_same(workspace: Workspace, method: str, run: Path, after: int) -> None
 def test_killed_processes_resume_bit_for_bit_with_their_random_states(
     workspace: Workspace,
 ) -> None:
-    """Each draws its own dropout, and sums its own losses since the last log."""
+    """Each process has its own dropout masks and its own loss sum since the last log."""
     run = workspace.new_run()
     assert codes(both(workspace, "lora", run, point="step", count=7, of=1)) == [-9, -9]
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"] and owner_of(run) is None
@@ -78,7 +78,7 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(
 
 
 def test_two_processes_train_one_model(workspace: Workspace, tmp_path: Path) -> None:
-    """Two with a batch each make the update of one with both, to rounding."""
+    """Two processes with one batch each make the update of one with both, up to rounding."""
     base = base_folder(tmp_path / "base", hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     more = (
         f"model={base}",
@@ -95,7 +95,7 @@ def test_two_processes_train_one_model(workspace: Workspace, tmp_path: Path) -> 
     found, wanted, other = (adapter(place) for place in (run, alone, small))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert any((other[name] - wanted[name]).abs().max() > 1e-2 for name in wanted)
-    # Rows that fill up the last batch count once.
+    # Rows that pad the last batch count once.
     found_first, wanted_first = (record(place)["metrics"]["initial"] for place in (run, alone))
     assert ROWS % 14 != 0
     assert found_first["loss"] == pytest.approx(wanted_first["loss"], rel=1e-6)
@@ -114,10 +114,10 @@ def test_locked_folder_is_refused_by_both_with_one_message(workspace: Workspace)
 
 
 def test_nan_loss_in_one_process_ends_both(workspace: Workspace, tmp_path: Path) -> None:
-    """The record is the first one's, the poisoned row the other's."""
+    """The first process writes the record; the other one has the row with the NaN loss."""
     base, data = base_folder(tmp_path / "base"), data_with_nan_row(workspace, tmp_path / "data")
     set_infinite_embedding(base)
-    # Batches go to the processes in turn, three a step to each.
+    # The processes take batches in turn, three per step each.
     seed, order = seed_where(lambda number: number % 2 == 1 and number // 6 == 0)
     batch = order.index(NAN_ROW) // 5
     settings = workspace.settings(

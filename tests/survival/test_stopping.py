@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C outside a training step: a run stops within a batch, and goes on later."""
+"""After SIGTERM or Ctrl-C outside a training step, a run stops within a batch and can resume."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ import pytest
 from support.kill_process import REPO
 from support.survival_runs import Workspace, flat, record, results, weights
 
-# 24 validation rows in batches of 4: six batches an evaluation.
+# 24 validation rows in batches of 4: six batches per evaluation.
 BATCHES = ("train.per_device_eval_batch_size=4", "calibration.steps=40", "task.max_length=16")
 METHOD = "core static"
-# moment -> (which call of it, calls until the run stops, where it says that it stopped)
+# point -> (call that is signalled, calls until the run stops, where it reports that it stopped)
 STOP_POINTS = {
     "interrupted-loading": (1, 1, "stopped by the user"),
     "interrupted-warming": (1, 1, "stopped in the calibrate phase"),
-    "interrupted-calibrating": (5, 6, "stopped in the calibrate phase"),  # a batch has two parts
+    "interrupted-calibrating": (
+        5,
+        6,
+        "stopped in the calibrate phase",
+    ),  # each batch is split into two parts
     "interrupted-decomposing": (2, 2, "stopped in the calibrate phase"),
     "interrupted-probing": (1, 1, "stopped in the evaluation after step 2 of 24; checkpoint-2"),
 }
@@ -29,7 +33,7 @@ STOP_POINTS = {
 def stopped(
     workspace: Workspace, run: Path, point: str, count: int, *flags: str
 ) -> tuple[int, str]:
-    """Stop a run at a moment; how often what the moment waits for was called, and what was said."""
+    """Stop a run at a point; return the number of calls of the patched function, and stderr."""
     ended = workspace.train(METHOD, run, *BATCHES, *flags, point=point, count=count)
     assert ended.code == 130, ended.err
     assert record(run)["status"] == "interrupted"
@@ -155,7 +159,7 @@ def test_slow_stop_reports_the_phase_and_the_request(
 
 
 def test_simultaneous_sigterm_and_sigint_are_one_request() -> None:
-    """A job system and a comparison both tell a run; a user who insists repeats one of them."""
+    """A scheduler and a comparison may both signal a run; a user who insists repeats a signal."""
     from sparsegrad_cli.interruption import _Requests
 
     requests = _Requests()
