@@ -177,7 +177,7 @@ def test_sequential_truncation_at_full_rank_is_hosvd() -> None:
 
 
 def test_sequential_keeps_no_less_energy_in_the_core_than_truncation() -> None:
-    """The wide side is chosen for the kept part of the narrow one; HOSVD chooses them separately."""
+    """The wide side is chosen for the kept part of the narrow one; HOSVD chooses each alone."""
     grads = gradients(decay=0.95)
     rank = 6
     plain = truncated(exact(grads).basis(), rank)
