@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsegrad_cli.errors import SparsegradError
 
@@ -35,16 +36,20 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
-def raise_on_rank_zero(error: SparsegradError) -> NoReturn:
-    """Raise an error on rank zero only, although every process has found it by itself.
+@contextmanager
+def errors_on_rank_zero() -> Iterator[None]:
+    """Raise an error that every process finds by itself on rank zero only.
 
     Raises:
-        SparsegradError: ``error``, on rank zero.
+        SparsegradError: On rank zero.
         SystemExit: In the other processes, with the error's exit code.
     """
-    if is_rank_zero():
-        raise error
-    raise SystemExit(error.exit_code)
+    try:
+        yield
+    except SparsegradError as error:
+        if is_rank_zero():
+            raise
+        raise SystemExit(error.exit_code) from None
 
 
 def init(*, use_cpu: bool) -> None:

@@ -63,15 +63,14 @@ def _root(
     """Refuse a command that was started in several processes but runs in one."""
     command = context.invoked_subcommand
     if distributed.world_size() > 1 and command not in _DISTRIBUTED and "--help" not in sys.argv:
-        distributed.raise_on_rank_zero(
-            UsageError(
+        with distributed.errors_on_rank_zero():
+            raise UsageError(
                 f"sparsegrad {command} was started in {distributed.world_size()} processes, "
                 "but runs in one",
                 where="WORLD_SIZE in the environment, which torchrun and accelerate launch set",
                 fix=f"run sparsegrad {command} without the launcher"
                 + ("; --jobs trains several runs at a time" if command == "compare" else ""),
             )
-        )
 
 
 def main() -> None:

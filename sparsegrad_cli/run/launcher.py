@@ -11,7 +11,6 @@ import os
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from sparsegrad_cli import distributed
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
@@ -83,7 +82,7 @@ def check_sharding(loaded: LoadedRecipe, command: str, *, resume: bool) -> None:
         return
     in_recipe = found.key not in (_CONFIG, "--resume")
     where = loaded.where(found.key) if in_recipe else found.key
-    distributed.raise_on_rank_zero(UsageError(found.what, where=where, fix=found.fix))
+    raise UsageError(found.what, where=where, fix=found.fix)
 
 
 def _is_on(name: str) -> bool:

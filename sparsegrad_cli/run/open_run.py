@@ -30,7 +30,7 @@ from sparsegrad_cli.run.folder import (
     prepare_folder,
 )
 from sparsegrad_cli.run.launcher import check_sharding
-from sparsegrad_cli.run.preflight import check_calibration_share, check_outside
+from sparsegrad_cli.run.preflight import check, check_calibration_share
 
 Command = Literal["train", "calibrate"]
 REPORTS = ("report.md", "report.html")
@@ -102,10 +102,11 @@ def open_run(
             same error.
     """
     observer = observer or Observer()
-    check_calibration_share(loaded, command)
-    check_sharding(loaded, command, resume=resume)
-    if not resume:
-        check_outside(loaded, trains=command == "train")
+    with distributed.errors_on_rank_zero():
+        check_calibration_share(loaded, command)
+        check_sharding(loaded, command, resume=resume)
+        if not resume:
+            check(loaded, trains=command == "train")
     distributed.init(use_cpu=loaded.recipe.train.use_cpu)
     with ExitStack() as held:
         held.callback(observer.close)
@@ -132,7 +133,8 @@ def open_run(
             yield Run(loaded, writer, observer, resume=resume, done=True)
         else:
             if resume:
-                check_outside(loaded, trains=command == "train")
+                with distributed.errors_on_rank_zero():
+                    check(loaded, trains=command == "train")
             writer = _new_record(loaded, command, path, before)
             run = Run(loaded, writer, observer, resume=resume)
             with _recorded_end(writer, command):

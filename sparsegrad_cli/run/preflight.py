@@ -15,7 +15,7 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.data.compressed_files import COMPRESSIONS
 from sparsegrad_cli.data.text_files import heads_only
 from sparsegrad_cli.data.text_tokens import fitting_length
-from sparsegrad_cli.errors import DataError, Problem, RecipeError, SparsegradError, UsageError
+from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.models.pretrained import refuse_other_weights
@@ -142,14 +142,6 @@ def _config(model: str) -> Any:
     return SimpleNamespace(**found) if isinstance(found, dict) else None
 
 
-def check_outside(loaded: LoadedRecipe, *, trains: bool) -> None:
-    """Run :func:`check` in every process of a run; raise its error on rank zero only."""
-    try:
-        check(loaded, trains=trains)
-    except SparsegradError as error:
-        distributed.raise_on_rank_zero(error)
-
-
 def check_calibration_share(loaded: LoadedRecipe, command: str) -> None:
     """Refuse more processes than calibration steps, because each process needs at least one.
 
@@ -159,10 +151,8 @@ def check_calibration_share(loaded: LoadedRecipe, command: str) -> None:
     recipe, processes = loaded.recipe, distributed.world_size()
     calibrates = recipe.method.calibrates and recipe.calibration.basis is None
     if (calibrates or command == "calibrate") and recipe.calibration.steps < processes:
-        distributed.raise_on_rank_zero(
-            UsageError(
-                f"{processes} processes cannot share {recipe.calibration.steps} calibration steps",
-                where=loaded.where("calibration.steps"),
-                fix=f"calibration.steps={processes} or more",
-            )
+        raise UsageError(
+            f"{processes} processes cannot share {recipe.calibration.steps} calibration steps",
+            where=loaded.where("calibration.steps"),
+            fix=f"calibration.steps={processes} or more",
         )

@@ -15,7 +15,7 @@ from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.precision import check_autocast
 from sparsegrad_cli.tasks.setup import Setup, load
 from sparsegrad_cli.training.loop import TrainingLoop
-from sparsegrad_cli.training.memory_trials import training_trials
+from sparsegrad_cli.training.memory_probe import training_trials
 
 
 def fine_tune(run: Run) -> None:

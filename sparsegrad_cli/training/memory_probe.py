@@ -1,8 +1,11 @@
-"""The memory of one training step, measured phase by phase on the longest examples of the data."""
+"""The memory of a step on the longest examples of the data.
+
+A run measures it phase by phase. After memory ran out, it is tried with other batch sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +14,20 @@ from torch import Tensor
 
 from sparsegrad_cli import interruption
 from sparsegrad_cli.data.batches import longest_batch
+from sparsegrad_cli.memory.out_of_memory import (
+    EVAL_KEY,
+    TRAIN_KEY,
+    Attempt,
+    Phase,
+    Trial,
+    attempt,
+)
 from sparsegrad_cli.numerics.seeding import temporary_seed
-from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.schema import Recipe, TrainSection
 from sparsegrad_cli.tasks.setup import Setup, to_device
+
+_ACCUMULATION = 2  # batches per step: the gradients of the first are alive while the second runs
+_STEPS = 2  # the optimizer's state is alive in the second
 
 
 class MemoryProbe:
@@ -63,7 +77,7 @@ class MemoryProbe:
             return
         self._due = False
         train = self._recipe.train
-        batch = self._longest(self._setup.train_data, train.per_device_train_batch_size)
+        batch = _longest(self._setup, self._setup.train_data, train.per_device_train_batch_size)
         self.batch_shape = list(batch["input_ids"].shape)
         if interruption.requested():
             return  # The run ends after this step; what was not measured stays unknown.
@@ -71,8 +85,7 @@ class MemoryProbe:
         with temporary_seed(self._recipe.seed):
             model.train()
             if train.gradient_accumulation_steps > 1:  # A later micro-batch: gradients exist.
-                one = longest_batch(self._setup.train_data, 1)
-                self._loss(to_device(self._setup.collator(one), self._setup.device)).backward()
+                self._loss(_longest(self._setup, self._setup.train_data, 1)).backward()
             with self._meter.phase("forward"):
                 loss = self._loss(batch)
             with self._meter.phase("backward"):
@@ -80,11 +93,72 @@ class MemoryProbe:
         del loss, batch
         model.zero_grad(set_to_none=True)
         validation = next(iter(self._setup.validation.values()))
-        batch = self._longest(validation, train.per_device_eval_batch_size)
+        batch = _longest(self._setup, validation, train.per_device_eval_batch_size)
         model.eval()
         with torch.no_grad(), self._meter.phase("evaluate"):
             self._loss(batch)
         model.train()
 
-    def _longest(self, data: Any, size: int) -> dict[str, Tensor]:
-        return to_device(self._setup.collator(longest_batch(data, size)), self._setup.device)
+
+def training_trials(
+    setup: Setup,
+    train: TrainSection,
+    loss_of: Callable[[Mapping[str, Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    bases: Sequence[Tensor],
+) -> dict[str, Trial]:
+    """Return how to try ``train`` and ``evaluate`` with other batch sizes.
+
+    Args:
+        setup: model and data.
+        train: the recipe's section.
+        loss_of: computes the loss of a batch with the run's mixed precision.
+        optimizer: the method's.
+        bases: tensors that count as bases.
+    """
+    model = setup.model
+
+    def try_step(size: int) -> Attempt:
+        batch = _longest(setup, setup.train_data, size)
+        meter = setup.new_meter()
+        meter.watch(model, bases=bases, optimizer=optimizer)
+
+        def work(phase: Phase) -> None:
+            model.train()
+            for _ in range(_STEPS):
+                for _ in range(_ACCUMULATION):
+                    with phase("forward"):
+                        loss = loss_of(batch)
+                    with phase("backward"):
+                        loss.backward()
+                    del loss
+                with phase("optimizer"):
+                    optimizer.step()
+                model.zero_grad(set_to_none=True)
+
+        found = attempt(model, meter, work)
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def try_evaluation(size: int) -> Attempt:
+        batch = _longest(setup, max(setup.validation.values(), key=len), size)
+        meter = setup.new_meter()
+        meter.watch(model, bases=bases)
+
+        def work(phase: Phase) -> None:
+            model.eval()
+            with torch.no_grad(), phase("evaluate"):
+                loss_of(batch)
+
+        return attempt(model, meter, work)
+
+    rows, most = len(setup.train_data), max(map(len, setup.validation.values()))
+    return {
+        "train": Trial(TRAIN_KEY, min(train.per_device_train_batch_size, rows), try_step),
+        "evaluate": Trial(EVAL_KEY, min(train.per_device_eval_batch_size, most), try_evaluation),
+    }
+
+
+def _longest(setup: Setup, data: Any, size: int) -> dict[str, Tensor]:
+    """Return the ``size`` longest examples of a data set as a batch."""
+    return to_device(setup.collator(longest_batch(data, size)), setup.device)
