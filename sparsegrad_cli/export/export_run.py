@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from sparsegrad_cli.io.paths import is_folder, refuse_link
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.base import now
+from sparsegrad_cli.records.environment import package_versions
 from sparsegrad_cli.records.export import (
     AnswersAlone,
     ExportCheck,
@@ -258,15 +258,8 @@ def _origin(trained: TrainedModel, files: RunFiles) -> dict[str, Any]:
         ),
         "method": ExportedMethod.model_validate(method),
         "scope": trained.recipe.scope,
-        "versions": {name: _version(name) for name in packages},
+        "versions": package_versions(packages),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _load_back(load: Callable[[], nn.Module]) -> nn.Module:

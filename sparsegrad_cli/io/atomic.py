@@ -207,7 +207,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileFormatError(
             f"cannot be read: {error}",
             where=str(path),
-            fix="remove the damaged file or folder; an earlier checkpoint may be whole",
+            fix="restore it from a copy, or remove it: --resume then uses an earlier checkpoint",
         ) from error
     return tensors
 

@@ -7,15 +7,15 @@ from typing import Literal
 
 from sparsegrad_cli.error_mapping import first_line
 
-_SECONDS = 60  # that an answer holds
+_SECONDS = 60  # An answer is kept for this long.
 _answers: dict[tuple[str, str], tuple[float, str | None]] = {}
 
 
 def why_unreachable(kind: Literal["model", "dataset"], hub_id: str) -> str | None:
-    """Return None when the hub answers, else the reason in words.
+    """Return None if the hub answers, else the reason.
 
-    One request of at most ten seconds, whose answer holds for a minute: the libraries themselves
-    try for about a minute before they turn to their cache.
+    This makes one request of at most ten seconds and keeps the answer for a minute. The libraries
+    themselves try for about a minute before they use their cache.
     """
     asked, answer = _answers.get((kind, hub_id), (-float("inf"), None))
     if time.monotonic() - asked > _SECONDS:
@@ -32,7 +32,7 @@ def _ask(kind: Literal["model", "dataset"], hub_id: str) -> str | None:
         ask(hub_id, timeout=10)
     except Exception as error:
         if getattr(error, "response", None) is not None:
-            return None  # it answered, if with an error: the library says what to make of that
+            return None  # The hub has answered. The library reports its error.
         if "offline mode" in str(error):
             return "HF_HUB_OFFLINE is set"
         return first_line(error)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -50,10 +51,10 @@ def collect(device: str | None = None) -> EnvironmentBlock:
     )
 
 
-def package_versions() -> dict[str, str | None]:
-    """Return the version of each package that a result can depend on; None: not installed."""
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Return the version of each package; None: not installed."""
     versions: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

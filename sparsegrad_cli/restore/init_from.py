@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsegrad_cli.calibration.basis_file import BasisFile
@@ -128,7 +126,9 @@ class Initial:
     def _load_peft(self, setup: Setup, method: Method) -> bool:
         """Copy the adapter of a PEFT folder; return whether the head keeps its fresh values."""
         self._check_same_config(self._read_config(), setup, method.settings)
-        found = from_peft({_current_name(name): t for name, t in self._read_peft().items()})
+        found = from_peft(
+            {_current_name(name): t for name, t in read_tensors(self.tensors).items()}
+        )
         state, head = trainable_state(setup.model), head_parameters(setup.model)
         wanted = of_adapter(state)
         self._check_same_layers(of_adapter(found), wanted)
@@ -208,13 +208,6 @@ class Initial:
         if not isinstance(config, dict):
             raise FileFormatError("expected a JSON object", where=str(path))
         return config
-
-    def _read_peft(self) -> dict[str, Tensor]:
-        try:
-            tensors: dict[str, Tensor] = load_file(self.tensors)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise FileFormatError(f"cannot be read: {error}", where=str(self.tensors)) from error
-        return tensors
 
 
 def _adapter_settings(method: MethodSettings, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ _FSDP_SWITCHES = {
 }
 
 
-def asked() -> str | None:
+def requested_sharding() -> str | None:
     """Return ``FSDP`` or ``DEEPSPEED`` if a launcher asks for sharded weights, otherwise None.
 
     As in accelerate, a launched run with a single process counts, too.
@@ -72,7 +72,7 @@ def check_sharding(loaded: LoadedRecipe, command: str, *, resume: bool) -> None:
     Raises:
         UsageError: Names the setting and an alternative.
     """
-    how, recipe = asked(), loaded.recipe
+    how, recipe = requested_sharding(), loaded.recipe
     found = _launcher_refusal(recipe, how)
     if found is None and how is not None and command == "train":
         found = _recipe_refusal(recipe, how)

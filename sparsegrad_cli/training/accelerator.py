@@ -60,8 +60,8 @@ def make_accelerator(
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_accumulation_steps"] = train.gradient_accumulation_steps
         config["gradient_clipping"] = train.max_grad_norm
-    elif launcher.asked() is not None:
-        note(f"accelerate shards weights on GPUs only: DDP is used instead of {launcher.asked()}")
+    elif (requested := launcher.requested_sharding()) is not None:
+        note(f"accelerate shards weights on GPUs only: DDP is used instead of {requested}")
     return accelerator
 
 

@@ -231,10 +231,8 @@ class TrainingLoop:
 
     def _log_loss(self) -> None:
         """Log the mean training loss over the steps since it was last logged."""
-        progress, steps, total = self.progress, self.steps, self.steps.loss_sum.clone()
-        distributed.all_reduce([total])
-        mean = float(total) / distributed.world_size() / (progress.step - progress.logged_step)
-        steps.loss_sum.zero_()
+        progress, steps = self.progress, self.steps
+        mean = steps.mean_loss(progress.step - progress.logged_step)
         progress.logged_step = progress.step
         epoch, rate = self.plan.epoch_after(progress.step), steps.learning_rate
         self.log.add_loss(

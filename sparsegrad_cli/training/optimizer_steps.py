@@ -88,6 +88,13 @@ class OptimizerSteps:
             self.scheduler.step()
         self._model.zero_grad()
 
+    def mean_loss(self, steps: int) -> float:
+        """Return the mean loss of the last ``steps`` steps over all processes; reset the sum."""
+        total = self.loss_sum.clone()
+        distributed.all_reduce([total])
+        self.loss_sum.zero_()
+        return float(total) / distributed.world_size() / steps
+
     def _backward(self, batch: MicroBatch, items: Tensor) -> Tensor:
         """Add the gradients of one micro-batch; return its part of the step's loss.
 

@@ -1,7 +1,7 @@
-"""Which entries a run touched: how many over all its steps, and where they lie.
+"""Count the parameters that a run changed over all its steps, and map where they lie.
 
-A method that chooses in every step changes more parameters over a run than it trains at once;
-its adapter, and what it may forget, go by the larger number.
+A method that chooses parameters in every step changes more of them over a run than it trains
+in one step. The size of its adapter depends on the larger number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def with_touched(
 def _touched(
     target: Target, entries: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Entries of a target that were stepped at least once; what always trains, always is."""
+    """Return how many parameters of a target were stepped at least once: all, if it is dense."""
     parameter = _selected(target, model, optimizer)
     if parameter is None:
         return entries
@@ -55,7 +55,7 @@ def _touched(
 def _selected(
     target: Target, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> nn.Parameter | None:
-    """The target's parameter of which only some entries are stepped, if it has one."""
+    """Return the target's parameter of which only some entries are stepped, if it has one."""
     if not isinstance(optimizer, SelectiveAdamW):
         return None
     layer = model.get_submodule(target.name)
@@ -85,10 +85,9 @@ def sparsity_map(
 
 
 def pooled_share(positions: Tensor, rows: int, columns: int, side: int = MAP_SIDE) -> Matrix:
-    """Share of each block of a matrix that is among the flat positions, to four decimals.
+    """Return the share of each block of a matrix that the flat positions cover, to four decimals.
 
-    Row i of ``rows`` falls into block floor(i * blocks / rows), blocks being at most ``side``;
-    columns likewise.
+    Row i falls into block floor(i * blocks / rows), with at most ``side`` blocks. Columns likewise.
     """
     down, across = min(rows, side), min(columns, side)
     flat = positions.detach().to("cpu", torch.int64)

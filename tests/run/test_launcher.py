@@ -105,7 +105,7 @@ def test_fsdp2_accepts_methods_that_train_whole_tensors(
     monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
     enter(monkeypatch, launched("fsdp2.yaml"))
-    assert launcher.asked() == launcher.FSDP
+    assert launcher.requested_sharding() == launcher.FSDP
     check(*overrides)
     check(*overrides, resume=True)
 
@@ -129,7 +129,7 @@ def test_zero_plugin_is_configured_by_accelerate(
     from accelerate import DeepSpeedPlugin
 
     enter(monkeypatch, launched(f"deepspeed_zero{stage}.yaml"))
-    assert launcher.asked() == launcher.DEEPSPEED
+    assert launcher.requested_sharding() == launcher.DEEPSPEED
     config: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
     assert config["zero_optimization"]["stage"] == stage
     assert config["zero_optimization"]["offload_param"]["device"] == "none"
@@ -139,7 +139,7 @@ def test_zero_plugin_is_configured_by_accelerate(
 
 def test_ddp_accepts_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
     enter(monkeypatch, launched("ddp.yaml"))
-    assert launcher.asked() is None
+    assert launcher.requested_sharding() is None
     for overrides in DO_NOT:
         check(*overrides, resume=True)
 
