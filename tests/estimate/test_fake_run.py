@@ -227,7 +227,7 @@ def test_a_step_of_a_language_model_is_estimated(smollm2: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("packing", ["pack", "concatenate"])
-def test_packed_rows_have_the_mask_that_they_need(smollm2: Path, packing: str) -> None:
+def test_packed_rows_have_their_mask(smollm2: Path, packing: str) -> None:
     """Conversations side by side see themselves alone; one long text has nothing to hide."""
     loaded = recipe(f"model={smollm2}", CHAT, f"task.chat.packing={packing}", "method=lora")
     batch = conversations(packed=packing == "pack")
@@ -254,9 +254,7 @@ def test_packed_rows_have_the_mask_that_they_need(smollm2: Path, packing: str) -
         ("method=lora", "scope=rest"),
     ],
 )
-def test_what_a_recipe_changes_is_estimated_to_the_byte(
-    tiny: str, overrides: tuple[str, ...]
-) -> None:
+def test_recipe_settings_are_estimated_to_the_byte(tiny: str, overrides: tuple[str, ...]) -> None:
     loaded = recipe(tiny, *overrides)
     same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
 
@@ -285,7 +283,7 @@ def test_without_padding_attention_has_no_mask(tiny: str) -> None:
 # --- steps
 
 
-def test_a_rehearsal_serves_batches_of_any_size_and_leaves_nothing_behind(tiny: str) -> None:
+def test_fake_run_takes_batches_of_any_size_and_keeps_no_memory(tiny: str) -> None:
     fake = faked(recipe(tiny, *CORE))
     first = fake.step(SIZE, LENGTH).report().to_json()
     larger = fake.step(2 * SIZE, LENGTH).report().to_json()
@@ -298,7 +296,7 @@ def test_a_rehearsal_serves_batches_of_any_size_and_leaves_nothing_behind(tiny: 
     assert first == again
 
 
-def test_gradients_that_accumulate_are_there_in_forward_but_not_in_evaluation(tiny: str) -> None:
+def test_accumulated_gradients_count_in_forward_but_not_in_evaluation(tiny: str) -> None:
     plain = faked(recipe(tiny, "method=full"))
     lying = faked(recipe(tiny, "method=full", "train.gradient_accumulation_steps=2"))
     without = plain.step(SIZE, LENGTH).peak("forward")
@@ -314,7 +312,7 @@ def test_gradients_that_accumulate_are_there_in_forward_but_not_in_evaluation(ti
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "cuda"])
-def test_recomputing_blocks_keeps_their_inputs_alone(tiny: str, kernels: str) -> None:
+def test_recomputed_blocks_keep_only_their_inputs(tiny: str, kernels: str) -> None:
     def step(recompute: str) -> PhasePeak:
         loaded = recipe(
             tiny, "method=full", "scope=rest", f"train.gradient_checkpointing={recompute}"
@@ -329,7 +327,7 @@ def test_recomputing_blocks_keeps_their_inputs_alone(tiny: str, kernels: str) ->
     assert 2 * hidden < lean < 8 * hidden < plain
 
 
-def test_bounded_state_is_estimated_full() -> None:
+def test_bounded_optimizer_state_is_estimated_at_its_largest() -> None:
     """Rows of 20 bytes (position, two means, age, last step), a clock, a bit an entry."""
     loaded = recipe(*CORE, "method.support=dynamic", "method.state_capacity=3")
     fake = faked(loaded)
@@ -343,7 +341,7 @@ def test_bounded_state_is_estimated_full() -> None:
 
 
 @pytest.mark.parametrize("method", ["method.select=rows", "method.support=refresh"])
-def test_what_depends_on_values_is_taken_at_its_most(method: str) -> None:
+def test_memory_that_depends_on_values_is_estimated_at_its_largest(method: str) -> None:
     name = ("method.name=meprop",) if "rows" in method else CORE
     loaded = recipe(*name, method)
     real = counted(loaded, minilm(loaded), sentences())
@@ -354,7 +352,7 @@ def test_what_depends_on_values_is_taken_at_its_most(method: str) -> None:
         assert expected.peak_bytes <= found.peak_bytes <= 1.05 * expected.peak_bytes
 
 
-def test_a_language_model_makes_larger_blocks_of_logits_on_a_gpu(smollm2: Path) -> None:
+def test_language_model_has_larger_blocks_of_logits_on_a_gpu(smollm2: Path) -> None:
     """Of 16 MiB on a CPU, of 64 MiB there; autograd keeps neither."""
     loaded = recipe(f"model={smollm2}", CHAT, "method=lora")
 
@@ -373,12 +371,12 @@ def test_a_language_model_makes_larger_blocks_of_logits_on_a_gpu(smollm2: Path) 
 # --- what no shape can say
 
 
-def test_a_share_of_energy_is_refused() -> None:
+def test_rank_as_a_share_of_energy_is_refused() -> None:
     with pytest.raises(UsageError, match="share of energy"):
         faked(recipe("calibration.decomposition=exact", "method.rank=0.9"))
 
 
-def test_a_support_over_the_model_is_shared_out_evenly(tiny: str) -> None:
+def test_support_over_the_whole_model_is_split_evenly(tiny: str) -> None:
     loaded = recipe(tiny, *CORE, "method.allocation=model", "calibration.score=square")
     fake = faked(loaded)
     assert any("evenly" in note for note in fake.notes)
@@ -387,7 +385,7 @@ def test_a_support_over_the_model_is_shared_out_evenly(tiny: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "t5"])
-def test_a_chat_task_wants_a_language_model(
+def test_chat_task_needs_a_language_model(
     tmp_path_factory: pytest.TempPathFactory, architecture: str
 ) -> None:
     folder = config_folder(tmp_path_factory, config(architecture).to_dict())

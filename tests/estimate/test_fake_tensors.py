@@ -18,7 +18,7 @@ from sparsegrad_cli.numerics.supports import _largest_unsorted, largest_entries
 B, H, L, D = 2, 3, 40, 8  # batch, heads, length, head
 
 
-def test_questions_about_values_have_answers() -> None:
+def test_reads_of_values_return_the_assumed_values() -> None:
     with ShapesOnly():
         x = torch.randn(4, 5)
         mask = x > 0
@@ -35,12 +35,12 @@ def test_questions_about_values_have_answers() -> None:
         assert torch.sparse.mm(chosen, x).shape == (6, 5)
 
 
-def test_other_questions_end_the_program() -> None:
+def test_other_reads_of_values_raise() -> None:
     with ShapesOnly(), pytest.raises(NeedsValues):
         torch.unique(torch.ones(5))
 
 
-def test_tensors_of_one_program_may_be_used_again_and_modules_moved() -> None:
+def test_fake_tensors_can_be_reused_and_modules_moved() -> None:
     shapes = ShapesOnly()
     with shapes:
         layer = nn.Linear(3, 3).to("cpu").to(torch.bfloat16)
@@ -53,7 +53,7 @@ def test_tensors_of_one_program_may_be_used_again_and_modules_moved() -> None:
     assert torch.ones(2).sum() == 2  # outside, tensors are real again
 
 
-def test_sizes_without_memory() -> None:
+def test_fake_tensors_have_sizes_without_memory() -> None:
     meter = MemoryMeter(DEVICE)
     with ShapesOnly(), meter.phase("forward"):
         huge = torch.zeros(2**50) + 1  # four pebibytes
@@ -62,7 +62,7 @@ def test_sizes_without_memory() -> None:
         assert meter.live()["other"] == 0
 
 
-def test_the_choice_of_entries_is_a_sound_operator() -> None:
+def test_selection_operator_passes_opcheck() -> None:
     torch.library.opcheck(_largest_unsorted, (torch.randn(50).abs(), 7))
     real = largest_entries(torch.randn(30, 40), 12)
     with ShapesOnly():
@@ -90,7 +90,7 @@ def kept(forward: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_flash_attention_keeps_inputs_output_and_a_number_a_row(dropout: float) -> None:
+def test_flash_attention_saves_inputs_output_and_one_number_per_row(dropout: float) -> None:
     bytes_kept = kept(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True),
         torch.bfloat16,
@@ -100,7 +100,7 @@ def test_flash_attention_keeps_inputs_output_and_a_number_a_row(dropout: float) 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_efficient_attention_keeps_the_mask_as_a_bias_too(dropout: float) -> None:
+def test_efficient_attention_also_saves_the_mask_as_a_bias(dropout: float) -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(B, 1, L, L, dtype=torch.bool)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -117,7 +117,7 @@ def test_shared_heads_in_float32_fall_back_to_plain_products() -> None:
     assert kept(forward, torch.float32) >= 4 * B * H * L * L  # the weights
 
 
-def test_dropout_keeps_a_byte_an_entry() -> None:
+def test_dropout_saves_one_byte_per_value() -> None:
     assert kept(lambda q, k, v: F.dropout(q + k + v, 0.1), torch.float32) == B * H * L * D
     assert kept(lambda q, k, v: F.dropout(q + k + v, 0.1, False), torch.float32) == 0
 
@@ -126,7 +126,7 @@ def test_dropout_keeps_a_byte_an_entry() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_largest_batch_against_trying_all(seed: int) -> None:
+def test_largest_batch_equals_trying_all(seed: int) -> None:
     rng = np.random.default_rng(seed)
     steps = rng.integers(0, 50, 3000) ** (1 + seed % 3)  # flat stretches, and wild ones
     peaks = [int(rng.integers(0, 2000)), *np.cumsum(steps).tolist()]
@@ -145,6 +145,6 @@ def test_the_largest_batch_against_trying_all(seed: int) -> None:
     assert len(tried) < 30
 
 
-def test_memory_that_does_not_grow_ends_too() -> None:
+def test_largest_batch_ends_where_memory_does_not_grow() -> None:
     assert largest_batch(lambda size: 5, 5) == (MOST, 5)
     assert largest_batch(lambda size: 5, 4) == (0, 5)

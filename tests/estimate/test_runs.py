@@ -92,7 +92,7 @@ def estimated(run: Path, counted: dict[str, Any], kernels: Kernels) -> dict[str,
 @pytest.mark.parametrize(
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
-def test_what_a_run_counts_was_estimated(
+def test_estimate_equals_what_a_run_counts(
     talk: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
     limits = ("task.max_length=160", "task.validation_fraction=0.25", "calibration.steps=1")
@@ -116,7 +116,7 @@ def test_what_a_run_counts_was_estimated(
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the allocator has no say")
 @pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
-def test_what_the_allocator_counts_was_estimated(tmp_path: Path, method: str) -> None:
+def test_estimate_equals_what_the_allocator_counts(tmp_path: Path, method: str) -> None:
     """SmolLM2 whole, at a batch that makes what is not counted (rounding, workspaces) small."""
     shape = ("task.train_limit=64", "task.eval_limit=8", "task.max_length=512")
     brief = ("train.per_device_train_batch_size=8", "train.max_steps=2", "calibration.steps=1")

@@ -35,7 +35,7 @@ def moments(seed: int) -> Callable[[int], float]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_it_is_what_looking_at_all_would_find(seed: int) -> None:
+def test_search_finds_what_trying_all_finds(seed: int) -> None:
     figure, draw = moments(seed), random.Random(seed)
     least, most = draw.randrange(1, 4), draw.randrange(4, 300)
     edges = [figure(least), figure(most)]
@@ -46,7 +46,7 @@ def test_it_is_what_looking_at_all_would_find(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_steps_and_curves_only_take_longer(seed: int) -> None:
+def test_search_is_correct_on_steps_and_curves(seed: int) -> None:
     draw = random.Random(seed)
     rises = [draw.choice([0, 0, 1, 500]) * draw.random() for _ in range(400)]
     totals = [sum(rises[: n + 1]) for n in range(400)]
@@ -56,13 +56,13 @@ def test_steps_and_curves_only_take_longer(seed: int) -> None:
     assert len(looked.asked) <= 8 + 10
 
 
-def test_a_straight_line_takes_four_looks() -> None:
+def test_search_on_a_line_takes_four_evaluations() -> None:
     looked = Looked(lambda size: 1_000 + 20 * size)
     assert largest(looked, 123_456, 12, 7_000_000) == (123_456 - 1_000) // 20
     assert len(looked.asked) <= 4
 
 
-def test_slack_saves_looks_and_costs_no_more_than_it_says() -> None:
+def test_slack_saves_evaluations_within_its_bound() -> None:
     def bent(size: int) -> float:
         return float(size + max(0, size - 5_000) ** 1.5)
 
@@ -74,13 +74,13 @@ def test_slack_saves_looks_and_costs_no_more_than_it_says() -> None:
     assert len(loose.asked) < len(exact.asked)
 
 
-def test_one_size_and_none() -> None:
+def test_search_over_one_size_or_none() -> None:
     assert largest(lambda size: 5, 5, 3, 3) == 3
     assert largest(lambda size: 5, 4, 3, 3) is None
 
 
 @pytest.mark.parametrize("room", [0, 20, 25, 124, 125, 160, 239, 240, 241, 5_000])
-def test_levels_are_found_before_what_is_in_them(room: int) -> None:
+def test_search_finds_the_level_before_the_size(room: int) -> None:
     """Each level begins with a jump, as the rank of a core that follows its entries."""
     starts = [0, 10, 30, 60, 100, 150, 210, 280]
     jump = [20, 25, 60, 90, 150, 180, 240, 300]

@@ -76,7 +76,7 @@ CORE = ("method.rank=8", "calibration.warmup_steps=2")
 
 
 @pytest.mark.parametrize("limit", ["step", "calibration"])
-def test_step_and_calibration_both_fit_and_the_limit_is_named(
+def test_step_and_calibration_both_fit_and_the_limiting_one_is_named(
     tiny: str, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, room = recipe(tiny, *CORE), Room(4 * 2**20, 2**20)
@@ -105,7 +105,7 @@ def test_step_and_calibration_both_fit_and_the_limit_is_named(
     assert limit == "step" or step <= room.for_tensors
 
 
-def test_a_calibration_that_does_not_fit_leaves_no_batch(tiny: str) -> None:
+def test_no_batch_fits_if_calibration_does_not(tiny: str) -> None:
     loaded = recipe(tiny, *CORE, "calibration.batch_size=512")
     found = row(loaded, Room(4 * 2**20, 2**20))
     assert found["calibrate_batch"] == 512
@@ -124,13 +124,13 @@ def test_calibration_recomputes_blocks_and_autocasts_as_the_step_does(tmp_path: 
     assert half < 0.9 * plain
 
 
-def test_no_batch_fits_where_one_example_does_not(tiny: str) -> None:
+def test_no_batch_fits_if_one_example_does_not(tiny: str) -> None:
     room = Room(2**18, 2**17)
     found = row(recipe(tiny, "method=full"), room)
     assert found["fit"]["batch"] == 0 and found["fit"]["peak_bytes"] > room.for_tensors
 
 
-def test_what_is_left_out_is_said(tiny: str) -> None:
+def test_settings_left_out_are_noted(tiny: str) -> None:
     loaded = recipe(tiny, "method=full", "train.torch_compile=true")
     own = loaded.recipe.task.model_copy(update={"name": "csv"})
     notes = " ".join(
@@ -140,7 +140,7 @@ def test_what_is_left_out_is_said(tiny: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "switch"), [("bfloat16", "bf16"), ("float16", "fp16")])
-def test_where_train_wants_autocast_it_is_supposed(tiny: str, dtype: str, switch: str) -> None:
+def test_autocast_is_assumed_where_training_needs_it(tiny: str, dtype: str, switch: str) -> None:
     half = (tiny, f"model.dtype={dtype}")
     supposed = row(recipe(*half, "method=full"))
     assert supposed["autocast"] == dtype and switch in " ".join(supposed["notes"])
@@ -171,7 +171,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_known_sizes_give_the_published_number_of_parameters(name: str) -> None:
+def test_known_architectures_have_the_published_number_of_parameters(name: str) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
     config, source = configuration_of(ModelSection(name=name))
@@ -182,7 +182,7 @@ def test_known_sizes_give_the_published_number_of_parameters(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
-def test_the_sizes_of_the_built_in_language_model_are_its_own() -> None:
+def test_builtin_language_model_has_the_sizes_of_its_files() -> None:
     smollm2_tokenizer()  # or skip
     section = ModelSection(name="builtin:smollm2")
     known, own = configuration_of(section)[0], load_configuration(section)
@@ -193,7 +193,7 @@ def test_the_sizes_of_the_built_in_language_model_are_its_own() -> None:
     assert known.tie_word_embeddings == own.tie_word_embeddings
 
 
-def test_a_folder_is_read_whatever_its_name(
+def test_model_folder_of_any_name_is_read(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`model: roberta-base` is the folder of that name where there is one."""
@@ -204,7 +204,7 @@ def test_a_folder_is_read_whatever_its_name(
     assert config.hidden_size == 32 and source == "its local config.json"
 
 
-def test_a_model_nobody_knows_is_one_clear_error() -> None:
+def test_unknown_model_is_one_clear_error() -> None:
     with pytest.raises(DownloadError, match="nobody/nothing") as error:
         configuration_of(ModelSection(name="nobody/nothing"))
     assert error.value.fix is not None and "Llama-2-7b-hf" in error.value.fix

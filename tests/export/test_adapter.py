@@ -61,7 +61,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     (folder / "adapter.json").write_text(json.dumps(settings))
 
 
-def test_it_holds_values_positions_bases_and_the_head_and_no_more(folder: Path) -> None:
+def test_adapter_holds_only_values_positions_bases_and_head(folder: Path) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     kinds = {name.partition("/")[0] if "/" in name else name.split(".")[-1] for name in tensors}
     assert kinds == {"values", "support", "basis", "fresh", "weight", "bias"}
@@ -75,7 +75,7 @@ def test_it_holds_values_positions_bases_and_the_head_and_no_more(folder: Path) 
     }
 
 
-def test_training_can_go_on_from_it(folder: Path) -> None:
+def test_training_continues_from_a_loaded_adapter(folder: Path) -> None:
     model: Any = load_adapter(folder)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     inputs = batch(seed=3)
@@ -89,7 +89,7 @@ def test_training_can_go_on_from_it(folder: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
+def test_loading_an_adapter_keeps_the_random_state(folder: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -97,7 +97,7 @@ def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_it_goes_onto_its_own_base_model_only(folder: Path, runs: Runs, tmp_path: Path) -> None:
+def test_adapter_loads_only_onto_its_base_model(folder: Path, runs: Runs, tmp_path: Path) -> None:
     base = base_of(runs(*STATIC))
     model = by_transformers(base, num_labels=2)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_it_goes_onto_its_own_base_model_only(folder: Path, runs: Runs, tmp_path
         load_adapter(folder, by_transformers(base, num_labels=3))
 
 
-def test_damage_is_noticed(folder: Path) -> None:
+def test_damaged_adapter_is_refused(folder: Path) -> None:
     path = folder / "adapter.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 0xFF
@@ -146,7 +146,7 @@ def test_damage_is_noticed(folder: Path) -> None:
         ("trust_remote_code", True),
     ],
 )
-def test_settings_that_cannot_be_are_refused(folder: Path, key: str, value: Any) -> None:
+def test_invalid_adapter_settings_are_refused(folder: Path, key: str, value: Any) -> None:
     path = folder / "adapter.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(FileFormatError, match="not an adapter\\.json of this"):
@@ -157,7 +157,7 @@ def test_settings_that_cannot_be_are_refused(folder: Path, key: str, value: Any)
             load_adapter(folder)
 
 
-def test_a_model_class_out_of_the_list_is_refused(folder: Path) -> None:
+def test_unknown_auto_class_is_refused(folder: Path) -> None:
     """What is loaded is named by the file: only by classes that an export writes."""
     path = folder / "adapter.json"
     settings = json.loads(path.read_text())
@@ -191,16 +191,14 @@ def test_hostile_tensors_are_refused(
         load_adapter(folder)
 
 
-def test_what_the_rewritten_adapter_of_the_tests_is_without_a_change(
-    folder: Path, runs: Runs
-) -> None:
+def test_rewritten_adapter_loads_without_a_change(folder: Path, runs: Runs) -> None:
     """The helper above spoils nothing by itself."""
     expected = answers(load_adapter(folder), tokenizer_of(runs(*STATIC)))[0]
     rewrite(folder, lambda tensors: None)
     assert torch.equal(answers(load_adapter(folder), tokenizer_of(runs(*STATIC)))[0], expected)
 
 
-def test_a_base_of_a_relative_path_is_found_from_anywhere(
+def test_base_model_of_a_relative_path_is_found_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import PeftConfig

@@ -67,7 +67,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
-def test_conversations_that_training_dropped_are_no_reason_to_refuse(
+def test_run_that_dropped_conversations_can_be_exported(
     talks: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The first ones of either split are too long; some later ones are not."""
@@ -140,7 +140,7 @@ _LONG = ("packed", "lora-rest", "meprop-rest")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in CASES]
 )
-def test_every_form_gives_the_loss_that_training_recorded(
+def test_every_form_gives_the_recorded_validation_loss(
     name: str, talks: Callable[..., Path], exported: Exported
 ) -> None:
     from transformers import AutoTokenizer
@@ -179,7 +179,7 @@ def test_every_form_gives_the_loss_that_training_recorded(
 
 
 @pytest.mark.parametrize("method", [("method=full",), ("method.form=core", "method.rank=6")])
-def test_float32_that_trained_in_a_half_precision_model(
+def test_float32_parameters_of_a_half_precision_model_are_exported(
     method: tuple[str, ...], talks: Callable[..., Path], exported: Exported
 ) -> None:
     """Weights that train are float32 there: the base's dtype is what they are rounded to."""

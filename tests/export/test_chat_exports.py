@@ -83,7 +83,7 @@ def ours(source: Path) -> list[tuple[str, bool]]:
     return [(answer.text, answer.stopped == "end") for answer in answers]
 
 
-def test_the_run_its_export_and_plain_transformers_say_the_same_and_stop(
+def test_run_export_and_transformers_give_the_same_answers(
     talks: Callable[..., Path], exported: Exported
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -101,7 +101,7 @@ def test_the_run_its_export_and_plain_transformers_say_the_same_and_stop(
     assert not all(stopped for _, stopped in plainly(folder, base)), "the base does not stop"
 
 
-def test_a_lora_folder_carries_template_and_stop_token(
+def test_lora_folder_holds_template_and_stop_token(
     talks: Callable[..., Path], exported: Exported
 ) -> None:
     from peft import PeftModel
@@ -117,7 +117,7 @@ def test_a_lora_folder_carries_template_and_stop_token(
     assert plainly(folder, model) == ours(run) == ours(folder)
 
 
-def test_a_model_without_a_template_is_exported_with_the_one_it_was_trained_with(
+def test_model_without_a_template_is_exported_with_that_of_training(
     talks: Callable[..., Path], exported: Exported
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,7 +130,7 @@ def test_a_model_without_a_template_is_exported_with_the_one_it_was_trained_with
     assert found == ours(run) == ours(folder) == [("ok", True)] * 3
 
 
-def test_an_export_without_its_stop_token_is_refused(
+def test_export_without_its_stop_token_is_refused(
     talks: Callable[..., Path],
     refused: Callable[..., Outcome],
     monkeypatch: pytest.MonkeyPatch,
@@ -176,7 +176,7 @@ def said(ids: tuple[int, ...] = (7, 8, TURN)) -> RunAnswer:
         ({"ids": [7, 9, 4, 4], "ended": False}, None),  # rounding decides between 8 and 9
     ],
 )
-def test_text_and_stop_are_compared(
+def test_text_and_stop_of_answers_are_compared(
     got: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = {"prompt": [4, 5], "ids": [7, 8, TURN], "text": "ab", "ended": True, **got}
@@ -190,7 +190,7 @@ def test_text_and_stop_are_compared(
         check_answers(*arguments)
 
 
-def test_prompts_are_such_as_anyone_can_ask(tmp_path: Path) -> None:
+def test_prompts_of_the_check_are_plain_chats(tmp_path: Path) -> None:
     _, tokenizer, _ = load(chat_model_folder(tmp_path / "base"))
 
     def talk(*turns: Turn) -> Conversation:

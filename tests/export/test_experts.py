@@ -53,7 +53,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "method={name: sparsegrad, density: 0.05}",
     ],
 )
-def test_train_and_export(cli: Cli, base: Path, tmp_path: Path, method: str) -> None:
+def test_mixture_of_experts_is_trained_and_exported(
+    cli: Cli, base: Path, tmp_path: Path, method: str
+) -> None:
     made = cli(
         "train",
         f"model={base / 'model'}",
@@ -81,7 +83,9 @@ def test_train_and_export(cli: Cli, base: Path, tmp_path: Path, method: str) -> 
         assert outcome.code == 0, outcome.err
 
 
-def test_the_exported_adapter_is_on_the_dense_layers(cli: Cli, base: Path, tmp_path: Path) -> None:
+def test_exported_adapter_of_experts_is_on_the_dense_layers(
+    cli: Cli, base: Path, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

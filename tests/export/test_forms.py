@@ -94,7 +94,7 @@ def assert_answers_as_trained(model: nn.Module, run: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_export_gives_the_loss_that_training_recorded(
+def test_every_export_gives_the_recorded_validation_loss(
     name: str, runs: Callable[..., Path], exported: Exported
 ) -> None:
     overrides, architecture = MATRIX[name]
@@ -130,7 +130,7 @@ def test_every_export_gives_the_loss_that_training_recorded(
 
 
 @pytest.mark.parametrize("rank", [1, 5])
-def test_a_cut_change_is_the_nearest_of_its_rank(
+def test_truncated_change_is_the_nearest_of_its_rank(
     rank: int, runs: Callable[..., Path], exported: Exported
 ) -> None:
     """Against torch's singular value decomposition of what the merged model holds."""
@@ -160,7 +160,7 @@ def test_a_cut_change_is_the_nearest_of_its_rank(
     assert check["judged"]["against"] == "the cut change"
 
 
-def test_a_lora_run_is_passed_through_unscaled(
+def test_lora_run_is_exported_with_a_scale_of_one(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
     """A reader that knows no rslora, or takes alpha for r, reads it right: the scale is in B."""
@@ -181,7 +181,9 @@ def test_a_lora_run_is_passed_through_unscaled(
     assert not config["rank_pattern"] and config["fan_in_fan_out"] is True
 
 
-def test_the_core_is_a_lora_of_its_rank(runs: Callable[..., Path], exported: Exported) -> None:
+def test_core_is_exported_as_lora_of_its_rank(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
     run = runs(*MATRIX["core-static"][0])
     folder, said = exported(run, "lora")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -193,7 +195,7 @@ def test_the_core_is_a_lora_of_its_rank(runs: Callable[..., Path], exported: Exp
     assert not same["truncated"] and same["error"] == said["error"]
 
 
-def test_ranks_that_differ_are_filled_up_with_zeros(
+def test_factors_of_lower_rank_are_padded_with_zeros(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
     run = runs(*MATRIX["core-dense-energy"][0])
@@ -212,7 +214,7 @@ def test_ranks_that_differ_are_filled_up_with_zeros(
         assert bool(a_RI[rank - 1].any()) and bool(b_OR[:, rank - 1].any())
 
 
-def test_what_peft_cannot_factor_goes_along_whole(
+def test_modules_that_peft_cannot_factor_are_saved_whole(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
     """BERT's files hold no pooler: what was drawn for it belongs to the export too."""
@@ -229,7 +231,7 @@ def test_what_peft_cannot_factor_goes_along_whole(
     assert torch.equal(written["base_model.model.classifier.weight"], trained["classifier.weight"])
 
 
-def test_an_adapter_shares_bases_and_says_what_it_carries(
+def test_adapter_shares_bases_and_records_their_size(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
     folder, said = exported(runs(*MATRIX["core-dense-energy"][0]), "adapter")
@@ -279,7 +281,7 @@ def test_half_precision_weights_keep_their_dtype(
         assert float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
 
 
-def test_what_was_exported_can_be_the_base_of_the_next_run(
+def test_exported_model_is_the_base_of_the_next_run(
     runs: Callable[..., Path], exported: Exported, tmp_path: Path
 ) -> None:
     merged, said = exported(runs(*MATRIX["core-static"][0]), "merged")
@@ -290,7 +292,7 @@ def test_what_was_exported_can_be_the_base_of_the_next_run(
     )
 
 
-def test_a_large_model_is_written_in_shards(
+def test_large_model_is_written_in_shards(
     runs: Callable[..., Path], exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparsegrad_cli.export.merged.SHARD_SIZE", "20KB")
@@ -302,7 +304,7 @@ def test_a_large_model_is_written_in_shards(
     assert_answers_as_trained(by_transformers(folder), run)
 
 
-def test_a_regression_has_a_score_and_no_answer(
+def test_regression_export_compares_scores_not_answers(
     runs: Callable[..., Path], exported: Exported, cli: Any, tmp_path: Path
 ) -> None:
     data = data_folder(tmp_path / "data")
@@ -320,7 +322,7 @@ def test_a_regression_has_a_score_and_no_answer(
     assert "Same answers" not in shown.out and "Logits differ by" in shown.out
 
 
-def test_a_parameter_beside_the_targets_cannot_go_along(
+def test_lora_refuses_a_changed_parameter_in_a_module_with_a_target(
     runs: Callable[..., Path], refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """peft carries whole modules: the one that holds this parameter holds a target too."""

@@ -26,7 +26,9 @@ def on_the_hub(name: str, revision: str, place: Path, monkeypatch: pytest.Monkey
     return cached / "snapshots" / commit
 
 
-def test_a_base_that_takes_every_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_line_works_for_a_base_with_every_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the hub at a revision, in another dtype than the run's, without a pad token, with a head
     for other labels."""
     from peft import PeftModel

@@ -25,7 +25,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
     return found
 
 
-def test_minilm_trained_exported_and_used(cli: Cli, tmp_path: Path) -> None:
+def test_minilm_is_trained_exported_and_used(cli: Cli, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoTokenizer, pipeline
 

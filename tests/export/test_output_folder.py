@@ -59,7 +59,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("name", ["e.before", "e.partial", "e.removed"])
-def test_folders_of_the_user_beside_an_export_are_kept(tmp_path: Path, name: str) -> None:
+def test_user_folders_beside_an_export_are_kept(tmp_path: Path, name: str) -> None:
     folder, kept = tmp_path / "e", tmp_path / name
     export(folder, filled("a"))
     folder.replace(kept)
@@ -70,7 +70,7 @@ def test_folders_of_the_user_beside_an_export_are_kept(tmp_path: Path, name: str
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", name]
 
 
-def test_what_appears_at_the_folder_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_files_that_appear_during_an_export_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     export(folder, lambda new: None)  # an empty folder may be written to
     with pytest.raises(UsageError, match="not empty"):
@@ -79,7 +79,7 @@ def test_what_appears_at_the_folder_meanwhile_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("at", "stays"), [(1, "a"), (2, None)])
-def test_a_killed_replacement_is_undone(
+def test_killed_replacement_is_undone(
     tmp_path: Path, kill: Callable[..., None], at: int, stays: str | None
 ) -> None:
     """The process is killed before the first rename, and between the two."""
@@ -94,9 +94,7 @@ def test_a_killed_replacement_is_undone(
     assert tree(tmp_path) == {"e/weights": "c", "e/export.json": RECORD}
 
 
-def test_a_killed_export_does_not_hinder_the_next(
-    tmp_path: Path, kill: Callable[..., None]
-) -> None:
+def test_export_after_a_killed_export_succeeds(tmp_path: Path, kill: Callable[..., None]) -> None:
     folder = tmp_path / "e"
     kill(folder, filled("a"), at=1)
     assert not folder.exists() and list(tmp_path.rglob("weights"))
@@ -105,7 +103,7 @@ def test_a_killed_export_does_not_hinder_the_next(
 
 
 @pytest.mark.parametrize("failure", [OSError("no room"), KeyboardInterrupt()])
-def test_a_failing_rename_loses_nothing(
+def test_failed_rename_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
     folder = tmp_path / "e"

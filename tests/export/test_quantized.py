@@ -66,7 +66,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_goes_on_bit_for_bit(name: str, bits: str, trained: Trained, tmp_path: Path) -> None:
+def test_quantized_run_resumes_bit_for_bit(
+    name: str, bits: str, trained: Trained, tmp_path: Path
+) -> None:
     whole = trained(name, bits)
     settings = json.loads((whole / "run.json").read_text())
     assert settings["model"]["quantization"] == bits and settings["status"] == "done"
@@ -89,7 +91,7 @@ def test_a_run_goes_on_bit_for_bit(name: str, bits: str, trained: Trained, tmp_p
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("name", "architecture"), [("core", "llama"), ("lora", "bert")])
-def test_merged_is_a_plain_model(
+def test_merged_export_of_a_quantized_run_is_a_plain_model(
     name: str,
     architecture: str,
     bits: str,
@@ -112,7 +114,7 @@ def test_merged_is_a_plain_model(
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("core", "bert"), ("lora", "llama")])
-def test_a_cpu_that_evaluates_in_bfloat16_is_no_reason_to_refuse(
+def test_export_of_a_run_evaluated_in_bfloat16_on_a_cpu_is_accepted(
     name: str, architecture: str, trained: Trained, exported: Exported
 ) -> None:
     if not has_avx512bf16():
@@ -131,7 +133,7 @@ def evaluates_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("evaluates_as_it_trains")
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("name", "architecture"), [("core", "bert"), ("lora", "llama")])
-def test_a_lora_folder_goes_onto_the_base_quantized_that_way(
+def test_lora_folder_loads_onto_the_quantized_base(
     name: str, architecture: str, bits: str, trained: Trained, exported: Exported
 ) -> None:
     from peft import PeftModel
@@ -158,7 +160,7 @@ def test_a_lora_folder_goes_onto_the_base_quantized_that_way(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", ["core", "dynamic", "lora"])
-def test_an_adapter_goes_onto_a_base_quantized_again(
+def test_adapter_loads_onto_a_base_quantized_again(
     name: str, bits: str, trained: Trained, exported: Exported
 ) -> None:
     run = trained(name, bits)
@@ -172,7 +174,7 @@ def test_an_adapter_goes_onto_a_base_quantized_again(
         sparsegrad_cli.load_adapter(folder, plain)
 
 
-def test_the_table_says_what_became_of_the_weights(
+def test_export_table_shows_what_became_of_the_weights(
     cli: Cli, trained: Trained, tmp_path: Path
 ) -> None:
     run = trained("core", "4bit")

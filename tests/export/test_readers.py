@@ -40,7 +40,7 @@ def term_ranks(run: Path) -> dict[str, int]:
     return found
 
 
-def test_a_static_support_is_exported_at_the_term_rank_of_its_mask(
+def test_static_support_is_exported_at_the_term_rank_of_its_mask(
     runs: Callable[..., Path], exported: Exported, cli: Cli
 ) -> None:
     run = runs(*THIN)
@@ -57,7 +57,9 @@ def test_a_static_support_is_exported_at_the_term_rank_of_its_mask(
     assert f"that need {min(ranks.values())} to {max(ranks.values())}, the rest zeros" in shown
 
 
-def test_a_rank_that_servers_take(runs: Callable[..., Path], exported: Exported) -> None:
+def test_server_rank_pads_to_a_supported_rank(
+    runs: Callable[..., Path], exported: Exported
+) -> None:
     run = runs(*THIN)
     _, exact = exported(run, "lora")
     folder, said = exported(run, "lora", "--server-rank", "--overwrite")
@@ -72,7 +74,7 @@ def test_a_rank_that_servers_take(runs: Callable[..., Path], exported: Exported)
     assert said["rank"] == 1
 
 
-def test_a_rank_above_what_servers_take_is_cut(
+def test_server_rank_truncates_a_rank_above_the_highest(
     runs: Callable[..., Path], exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparsegrad_cli.export.lora.SERVER_RANKS", (1, 2))
@@ -81,7 +83,7 @@ def test_a_rank_above_what_servers_take_is_cut(
     assert said["check"]["judged"]["against"] == "the cut change"
 
 
-def test_a_server_rank_is_for_lora(
+def test_server_rank_is_refused_for_other_forms(
     runs: Callable[..., Path], refused: Callable[..., Outcome]
 ) -> None:
     run = runs(*THIN)
@@ -109,7 +111,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(place / "run", base, data_folder(place / "data"), "method=lora")
 
 
-def test_the_line_and_the_card_load_it_with_its_labels(
+def test_load_line_and_model_card_load_the_labels(
     labelled: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import peft
@@ -150,7 +152,7 @@ def _classes(model: Any, tokenizer: Any, texts: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_the_card_says_what_it_is_and_not_where_it_was_made(
+def test_model_card_names_the_form_and_no_local_path(
     form: str, labelled: Path, exported: Exported
 ) -> None:
     folder, said = exported(labelled, form)
@@ -170,7 +172,7 @@ def test_the_card_says_what_it_is_and_not_where_it_was_made(
         assert words in card
 
 
-def test_a_base_without_a_licence_or_a_run_without_an_end(
+def test_model_card_of_a_base_without_a_licence_and_an_unfinished_run(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
     folder, _ = exported(runs("method=lora", stop=True), "merged")
@@ -179,7 +181,7 @@ def test_a_base_without_a_licence_or_a_run_without_an_end(
     assert "none: checkpoint-6 of a run that has not finished" in card
 
 
-def test_a_pipeline_gives_the_score_of_a_regression(
+def test_pipeline_gives_the_score_of_a_regression(
     runs: Callable[..., Path], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told of one class alone it would squash the score between 0 and 1."""
@@ -203,7 +205,7 @@ def test_a_pipeline_gives_the_score_of_a_regression(
     assert score > 1
 
 
-def test_an_export_of_other_labels_is_not_left(
+def test_export_with_other_labels_is_removed(
     runs: Callable[..., Path], refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparsegrad_cli.export.base_model import BaseModel
@@ -221,7 +223,7 @@ def test_an_export_of_other_labels_is_not_left(
     assert "other labels than the run" in said.flat and "LABEL_0" in said.flat
 
 
-def test_a_run_of_the_built_in_model_has_a_card_without_its_path(cli: Cli, tmp_path: Path) -> None:
+def test_model_card_of_the_builtin_model_has_no_path(cli: Cli, tmp_path: Path) -> None:
     small = ("task.train_limit=32", "task.eval_limit=16", "task.max_length=24")
     steps = ("train.max_steps=2", "train.per_device_train_batch_size=8", "method=lora")
     assert cli("train", *small, *steps, "-q", "-o", "run").code == 0

@@ -45,7 +45,9 @@ def edit_yaml(path: Path, section: str, **values: Any) -> None:
 # --- what is no finished run
 
 
-def test_what_is_no_training_run(runs: Runs, copy: Copy, refused: Refused, tmp_path: Path) -> None:
+def test_folder_without_a_training_run_is_refused(
+    runs: Runs, copy: Copy, refused: Refused, tmp_path: Path
+) -> None:
     assert "does not exist" in refused(2, tmp_path / "nowhere", "--to", "merged").flat
     (tmp_path / "empty").mkdir()
     assert "neither run.json" in refused(2, tmp_path / "empty", "--to", "merged").flat
@@ -77,7 +79,7 @@ def test_usage(runs: Runs, refused: Refused, cli: Cli) -> None:
     assert "cannot be changed after training" in other.flat and "model.name" in other.flat
 
 
-def test_a_recipe_edited_since_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
+def test_recipe_edited_after_the_run_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
     """Another alpha would give another model from the same adapter."""
     run = copy(runs("method=lora", "method.rank=3", "method.alpha=5"))
     edit_yaml(run / "recipe.yaml", "method", alpha=50.0)
@@ -90,7 +92,7 @@ def test_a_recipe_edited_since_is_refused(runs: Runs, copy: Copy, refused: Refus
 # --- what has gone or changed since
 
 
-def test_a_base_model_that_has_gone_or_changed(
+def test_missing_or_changed_base_model_is_refused(
     runs: Runs, copy: Copy, refused: Refused, cli: Cli, tmp_path: Path
 ) -> None:
     run = copy(runs(*STATIC))
@@ -114,7 +116,7 @@ def test_a_base_model_that_has_gone_or_changed(
     assert "base model has changed" in changed.flat
 
 
-def test_another_basis_or_other_labels(
+def test_another_basis_or_other_labels_are_refused(
     runs: Runs, copy: Copy, refused: Refused, tmp_path: Path
 ) -> None:
     run = copy(runs(*STATIC))
@@ -132,7 +134,7 @@ def test_another_basis_or_other_labels(
     assert "deep" in outcome.flat and "expected the labels of this run" in outcome.flat
 
 
-def test_an_adapter_of_another_run_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
+def test_adapter_of_another_run_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
     run = copy(runs("method=lora", "method.rank=3", "method.alpha=5"))
     other = runs("method=lora", "method.rank=3", "method.alpha=50", "seed=7")
     shutil.copy(adapter_path(other), run / "adapter")
@@ -205,14 +207,14 @@ HOSTILE: dict[str, tuple[tuple[str, ...], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_adapter_is_refused(case: str, runs: Runs, copy: Copy, refused: Refused) -> None:
+def test_hostile_adapter_is_refused(case: str, runs: Runs, copy: Copy, refused: Refused) -> None:
     overrides, change, says = HOSTILE[case]
     run = copy(runs(*overrides))
     spoil(change)(run / "adapter" / "adapter.safetensors")
     assert says in refused(1, run, "--to", "merged").flat
 
 
-def test_a_damaged_file_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
+def test_damaged_file_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
     run = copy(runs(*STATIC))
     path = run / "adapter" / "adapter.safetensors"
     content = path.read_bytes()
@@ -225,7 +227,7 @@ def test_a_damaged_file_is_refused(runs: Runs, copy: Copy, refused: Refused) -> 
 # --- the check, and the place
 
 
-def test_a_difference_over_the_tolerance_leaves_nothing(
+def test_difference_over_the_tolerance_leaves_no_files(
     runs: Runs, refused: Refused, tmp_path: Path
 ) -> None:
     """A core rotated back computes the same by other roundings: not bit for bit."""
@@ -235,7 +237,7 @@ def test_a_difference_over_the_tolerance_leaves_nothing(
     assert not (run / "export-merged").exists()
 
 
-def test_the_export_before_stays_until_the_new_one_has_passed(
+def test_previous_export_is_kept_until_the_new_one_has_passed(
     runs: Runs, refused: Refused, cli: Cli, tmp_path: Path
 ) -> None:
     run = runs("method.form=rotated", "method.density=0.05")
@@ -254,7 +256,7 @@ def test_the_export_before_stays_until_the_new_one_has_passed(
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_folders_that_are_not_to_be_replaced(
+def test_folders_without_an_export_are_not_replaced(
     runs: Runs, copy: Copy, refused: Refused, tmp_path: Path
 ) -> None:
     run = copy(runs(*STATIC))
@@ -275,7 +277,7 @@ def test_folders_that_are_not_to_be_replaced(
     assert "not empty" in refused(2, run, "--to", "adapter", "-o", str(tmp_path / "thesis")).flat
 
 
-def test_a_base_model_is_never_overwritten_by_its_own_export(
+def test_base_model_is_never_overwritten_by_its_export(
     cli: Cli, refused: Refused, tmp_path: Path
 ) -> None:
     """The base of a second round is an export of the first: --overwrite would take it away."""
@@ -290,7 +292,7 @@ def test_a_base_model_is_never_overwritten_by_its_own_export(
 # --- runs that were stopped
 
 
-def test_a_stopped_run_is_exported_from_its_checkpoint(
+def test_stopped_run_is_exported_from_its_checkpoint(
     runs: Runs, refused: Refused, cli: Cli, tmp_path: Path
 ) -> None:
     run = runs(*STATIC, stop=True)
@@ -307,7 +309,7 @@ def test_a_stopped_run_is_exported_from_its_checkpoint(
     assert "known only when it has finished" in listed.flat
 
 
-def test_a_stopped_run_keeps_to_its_best_checkpoint(
+def test_stopped_run_is_exported_from_its_best_checkpoint(
     runs: Runs, copy: Copy, cli: Cli, refused: Refused, tmp_path: Path
 ) -> None:
     many = ("train.save_total_limit=5", "train.load_best_model_at_end=true")

@@ -39,7 +39,7 @@ def logits_of_run(run: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_peft_loads_it_with_the_same_answers(
+def test_peft_loads_the_adapter_of_a_lora_run_with_the_same_answers(
     name: str, runs: Callable[..., Path], exported: Exported
 ) -> None:
     overrides, architecture = CASES[name]
@@ -73,12 +73,12 @@ def test_peft_loads_it_with_the_same_answers(
     torch.testing.assert_close(answers(loaded, tokenizer_of(run))[0], logits, atol=1e-5, rtol=1e-5)
 
 
-def test_only_lora_is_written_so(runs: Callable[..., Path]) -> None:
+def test_other_methods_write_no_peft_folder(runs: Callable[..., Path]) -> None:
     run = runs("method=full")
     assert [path.name for path in (run / "adapter").iterdir()] == ["adapter.safetensors"]
 
 
-def test_a_run_of_the_version_before_is_read(
+def test_adapter_of_version_0_1_0_is_read(
     runs: Callable[..., Path], exported: Exported, copy: Callable[[Path], Path]
 ) -> None:
     """Its adapter has the names of the model, no settings of peft, and not what was drawn."""
@@ -101,7 +101,7 @@ def test_a_run_of_the_version_before_is_read(
     assert exported(old, "lora")[1]["check"]["difference"] < 1e-5
 
 
-def test_the_names_of_peft_and_back() -> None:
+def test_peft_names_round_trip() -> None:
     names = {
         "bert.a.lora_A.default.weight": "base_model.model.bert.a.lora_A.weight",
         "bert.a.lora_B.default.weight": "base_model.model.bert.a.lora_B.weight",
@@ -114,7 +114,7 @@ def test_the_names_of_peft_and_back() -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "infinite"])
-def test_a_damaged_one_is_refused(
+def test_damaged_peft_adapter_is_refused(
     change: str,
     runs: Callable[..., Path],
     copy: Callable[[Path], Path],

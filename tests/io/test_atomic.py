@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_folder_is_written_and_replaced_whole(tmp_path: Path) -> None:
+def test_folder_is_written_and_replaced_as_a_whole(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint-1"
     write_folder(folder, fill_with("a"))
     (folder / "extra").write_text("old")
@@ -46,7 +46,7 @@ def test_a_folder_is_written_and_replaced_whole(tmp_path: Path) -> None:
     assert names(tmp_path / "run") == ["checkpoint-1"]
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     stale = tmp_path / "checkpoint-1.partial"
     stale.mkdir()
     (stale / "junk").write_text("x")
@@ -64,7 +64,7 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("before", [True, False])
-def test_a_failure_leaves_what_was_there_and_nothing_else(
+def test_failed_write_keeps_the_previous_folder_only(
     tmp_path: Path, error: BaseException, raised: type[BaseException], before: bool
 ) -> None:
     folder = tmp_path / "checkpoint-1"
@@ -87,7 +87,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
         assert caught.value.fix == "free some space"
 
 
-def test_a_failing_rename_puts_the_folder_before_back(
+def test_failed_rename_restores_the_previous_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "checkpoint-1"
@@ -106,7 +106,7 @@ def test_a_failing_rename_puts_the_folder_before_back(
     assert (folder / "one").read_text() == "a"
 
 
-def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
+def test_unwritable_path_is_a_disk_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DiskError):
         write_folder(tmp_path / "file" / "checkpoint-1", fill_with("a"))
@@ -170,7 +170,7 @@ for limit in (300_000, 100_000):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file size limits")
-def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """Files over the limit fail to be written; 263 kB of weights, 526 kB of optimizer state."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
@@ -195,7 +195,7 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Pa
     assert read_tensors(tmp_path / "adapter.safetensors")["weight"].shape == (256, 256)
 
 
-def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
+def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)}, {})
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("plain", "x.safetensors")]
@@ -206,7 +206,7 @@ def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
 # --- what a kill between two steps of it leaves
 
 
-def test_a_replacement_cut_between_its_renames_is_undone(tmp_path: Path) -> None:
+def test_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     write_folder(folder, fill_with("a"))
     folder.replace(tmp_path / "checkpoint-1.before")  # and the process is killed here
@@ -216,7 +216,7 @@ def test_a_replacement_cut_between_its_renames_is_undone(tmp_path: Path) -> None
     assert (folder / "one").read_text() == "a"
 
 
-def test_the_one_before_is_not_lost_when_the_next_write_fails_too(tmp_path: Path) -> None:
+def test_previous_folder_survives_a_second_failed_write(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     write_folder(folder, fill_with("a"))
     folder.replace(tmp_path / "checkpoint-1.before")
@@ -229,7 +229,7 @@ def test_the_one_before_is_not_lost_when_the_next_write_fails_too(tmp_path: Path
     assert names(tmp_path) == ["checkpoint-1"] and (folder / "one").read_text() == "a"
 
 
-def test_the_one_before_goes_once_there_is_a_new_one(tmp_path: Path) -> None:
+def test_previous_folder_is_removed_once_there_is_a_new_one(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     write_folder(folder, fill_with("a"))
     write_folder(tmp_path / "other", fill_with("old"))
@@ -238,7 +238,7 @@ def test_the_one_before_goes_once_there_is_a_new_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-1"] and (folder / "one").read_text() == "b"
 
 
-def test_a_removed_folder_leaves_no_half_under_its_name(tmp_path: Path) -> None:
+def test_removing_a_folder_never_leaves_half_of_it(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     write_folder(folder, fill_with("a"))
     (tmp_path / "checkpoint-1.removed").mkdir()  # of a removal that was killed
@@ -268,7 +268,7 @@ for event in events:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path) -> None:
+def test_bytes_are_synced_before_the_rename(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ORDER, str(tmp_path)],
         cwd=REPO,

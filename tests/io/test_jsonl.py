@@ -23,7 +23,7 @@ def written(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_written_records_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "j.jsonl"
     content = written(path)
     assert content.count(b"\n") == 3 and content.isascii()
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert json.loads(path.read_bytes()[len(content) :]) == {"format": KIND, "b": 2}
 
 
-def test_a_line_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
+def test_torn_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     content = written(path)
     last = content[:-1].rindex(b"\n") + 1
@@ -64,7 +64,7 @@ def test_a_line_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
         b"3",
     ],
 )
-def test_what_is_not_ours_is_left_alone(tmp_path: Path, content: bytes) -> None:
+def test_file_of_another_format_is_left_unchanged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(content)
     with pytest.raises(FileFormatError):
@@ -72,14 +72,14 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_journal_admits_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     with Journal(path, KIND), pytest.raises(UsageError, match="another process"):
         Journal(path, KIND)
     Journal(path, KIND).__exit__()
 
 
-def test_no_ordinary_file(tmp_path: Path) -> None:
+def test_journal_refuses_what_is_not_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="ordinary"):
         Journal(tmp_path / "pipe", KIND)
@@ -89,7 +89,7 @@ def test_no_ordinary_file(tmp_path: Path) -> None:
         Journal(tmp_path / "pipe" / "j.jsonl", KIND)
 
 
-def test_a_full_disk_leaves_nothing_of_the_line(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_part_of_the_line(tmp_path: Path) -> None:
     import resource
 
     path = tmp_path / "j.jsonl"

@@ -53,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_those_of_the_trainer(
+def test_loop_takes_the_steps_of_the_transformers_trainer(
     inputs: tuple[Path, Path], tmp_path: Path, case: str
 ) -> None:
     base, data = inputs

@@ -54,7 +54,7 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-def test_optimizer_and_schedule_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_optimizer_and_schedule_continue_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer, schedule = training()
     walk(model, optimizer, schedule, 3)
     save(tmp_path, model, optimizer, schedule)
@@ -74,7 +74,7 @@ def test_optimizer_and_schedule_go_on_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(second.state[got][key], value)
 
 
-def test_an_optimizer_before_its_first_step(tmp_path: Path) -> None:
+def test_optimizer_without_a_step_is_saved_and_restored(tmp_path: Path) -> None:
     parts = training()
     save(tmp_path, *parts)
     model, optimizer, schedule = training(seed=1)
@@ -83,7 +83,7 @@ def test_an_optimizer_before_its_first_step(tmp_path: Path) -> None:
     walk(model, optimizer, schedule, 1)
 
 
-def test_progress_comes_back(saved: Path) -> None:
+def test_progress_is_restored(saved: Path) -> None:
     assert read_state(saved).progress == Progress(step=3, max_steps=9, best_step=2)
 
 
@@ -100,7 +100,7 @@ def draw() -> tuple[Any, ...]:
     )
 
 
-def test_random_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_random_state_is_restored_bit_for_bit(tmp_path: Path) -> None:
     torch.manual_seed(5)
     np.random.seed(6)
     random.seed(7)
@@ -116,7 +116,7 @@ def test_random_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert draw() == expected
 
 
-def test_saving_draws_nothing(tmp_path: Path) -> None:
+def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
     parts = training()
     state, python_state = torch.get_rng_state(), random.getstate()
     save(tmp_path, *parts)
@@ -124,7 +124,7 @@ def test_saving_draws_nothing(tmp_path: Path) -> None:
     assert random.getstate() == python_state
 
 
-def test_no_file_of_a_checkpoint_is_a_pickle(saved: Path) -> None:
+def test_checkpoint_contains_no_pickle(saved: Path) -> None:
     names = sorted(p.name for p in saved.iterdir())
     assert names == [
         "optimizer.safetensors",
@@ -139,7 +139,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1', "[1]", '"x"', "\xff\xfe", "null"])
-def test_a_damaged_state_json_is_refused(saved: Path, text: str) -> None:
+def test_damaged_state_json_is_refused(saved: Path, text: str) -> None:
     (saved / "state.json").write_bytes(text.encode("latin-1"))
     for read in (read_state, load_random, lambda f: load_optimizer(f, *training()[1:])):
         with pytest.raises(FileFormatError) as caught:
@@ -148,7 +148,7 @@ def test_a_damaged_state_json_is_refused(saved: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["optimizer_groups", "optimizer_numbers", "scheduler", "random"])
-def test_an_incomplete_state_json_is_refused(saved: Path, key: str) -> None:
+def test_incomplete_state_json_is_refused(saved: Path, key: str) -> None:
     content = json.loads((saved / "state.json").read_text())
     del content[key]
     (saved / "state.json").write_text(json.dumps(content))
@@ -156,7 +156,7 @@ def test_an_incomplete_state_json_is_refused(saved: Path, key: str) -> None:
         read_state(saved)
 
 
-def test_another_format_of_state_json_is_refused(saved: Path) -> None:
+def test_state_json_of_another_format_is_refused(saved: Path) -> None:
     content = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(FileFormatError, match="has format 99; this version reads 1 and 2"):
@@ -187,7 +187,7 @@ def test_missing_files_are_refused(saved: Path) -> None:
         read_state(saved)
 
 
-def test_random_tensors_that_are_missing_are_refused(saved: Path) -> None:
+def test_missing_random_tensors_are_refused(saved: Path) -> None:
     save_file({"torch": torch.get_rng_state()}, saved / "random.safetensors")
     state = torch.get_rng_state()
     with pytest.raises(FileFormatError):
@@ -195,7 +195,7 @@ def test_random_tensors_that_are_missing_are_refused(saved: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_state_of_another_set_of_parameters_is_refused(saved: Path) -> None:
+def test_optimizer_state_of_other_parameters_is_refused(saved: Path) -> None:
     other = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
     with pytest.raises(FileFormatError, match="does not fit"):

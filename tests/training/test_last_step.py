@@ -75,7 +75,7 @@ def adapter(cli: Cli, run: str, size: int, micro_batches: int, *more: str) -> di
 
 
 @pytest.mark.parametrize("kind", ["classes", "scores", "chat"])
-def test_micro_batches_of_unlike_size_make_the_step_of_one_batch(
+def test_unequal_micro_batches_give_the_step_of_one_batch(
     cli: Cli, tmp_path: Path, kind: str
 ) -> None:
     data = prepare(tmp_path, kind)
@@ -92,7 +92,7 @@ def test_micro_batches_of_unlike_size_make_the_step_of_one_batch(
     assert losses[1][0]["loss"] == pytest.approx(losses[0][0]["loss"], rel=1e-4)
 
 
-def test_a_step_of_fewer_micro_batches_weights_its_rows_alike(cli: Cli, tmp_path: Path) -> None:
+def test_step_with_fewer_micro_batches_weights_rows_equally(cli: Cli, tmp_path: Path) -> None:
     """Of ten rows, steps of 2 x 3 leave one of 3 + 1: the same as batches of 6 and 4."""
     data = (*prepare(tmp_path, "classes"), "train.train_sampling_strategy=sequential")
     whole = adapter(cli, "whole", 6, 1, *data)

@@ -195,7 +195,7 @@ def product(run: Path, target: str, values: Tensor, support: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_make_the_update_of_one(
+def test_two_processes_give_the_update_of_one(
     two: Path,
     alone: Callable[..., dict[str, Any]],
     name: str,
@@ -248,7 +248,7 @@ def by_hand(folder: Path, *, by_token: bool) -> Tensor:
     return torch.cat([(weights[n] - before[n]).detach().reshape(-1) for n in sorted(weights)])
 
 
-def test_it_is_the_mean_over_all_labelled_tokens_of_the_step(
+def test_loss_is_the_mean_over_all_labelled_tokens_of_the_step(
     two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(two)
@@ -260,7 +260,7 @@ def test_it_is_the_mean_over_all_labelled_tokens_of_the_step(
     assert (found - expected).norm() < 1e-3 * apart
 
 
-def test_the_first_process_writes_and_both_know_the_same(two: Path) -> None:
+def test_rank_zero_writes_and_both_ranks_agree(two: Path) -> None:
     first, second = (json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("occupied") == "refused" and second.pop("occupied") == 2
     assert first == second
@@ -275,7 +275,7 @@ def test_the_first_process_writes_and_both_know_the_same(two: Path) -> None:
         assert (run / "report.html").is_file()
 
 
-def test_a_step_sends_the_gradients_of_what_trains_and_nothing_else(two: Path) -> None:
+def test_step_sends_only_the_gradients_of_trained_parameters(two: Path) -> None:
     """A static support sends its values: 2 % here, where MeProp sends all of the targets."""
     first = json.loads((two / "rank0.json").read_text())
     sent = {name: first[name]["sent"] for name in METHODS}

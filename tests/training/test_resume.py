@@ -28,7 +28,7 @@ def tensors_equal(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize(("method", "sampling"), CASES)
-def test_resumed_run_is_bitwise_the_uninterrupted_one(
+def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
     cli: Cli, tmp_path: Path, method: str, sampling: str
 ) -> None:
     common = (
@@ -59,7 +59,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
         assert tensors_equal(whole / "checkpoint-6" / name, half / "checkpoint-6" / name)
 
 
-def test_training_twice_is_bitwise_the_same(cli: Cli, tmp_path: Path) -> None:
+def test_training_twice_gives_the_same_bits(cli: Cli, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert cli("train", *SMALL, "-o", name).code == 0
     assert tensors_equal(
@@ -79,7 +79,7 @@ def test_resume_refuses_another_recipe(cli: Cli) -> None:
     assert "another recipe" in other.flat
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(cli: Cli, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(cli: Cli, tmp_path: Path) -> None:
     command = ("train", "method=full", *SMALL, "-o", "run", "train.save_total_limit=5")
     assert cli(*command).code == 0
     folder = tmp_path / "run" / "checkpoint-6"
@@ -113,7 +113,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"no progress: {process.communicate()}")
 
 
-def test_ctrl_c_saves_exits_130_and_can_be_resumed(cli: Cli, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_exits_130_and_can_be_resumed(cli: Cli, tmp_path: Path) -> None:
     settings = (
         "method=full",
         *SMALL,

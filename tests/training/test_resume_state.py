@@ -43,7 +43,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_the_loss_scale_of_fp16_continues(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_loss_scale_is_restored(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate makes a gradient scaler on GPUs only, so the test gives it one of the CPU."""
 
     def with_scaler(*args: Any) -> Any:
@@ -69,14 +69,16 @@ def test_the_loss_scale_of_fp16_continues(run: Path, monkeypatch: pytest.MonkeyP
         ("model", "on another base model than the run uses now"),
     ],
 )
-def test_a_checkpoint_of_other_origins_is_refused(run: Path, origin: str, words: str) -> None:
+def test_checkpoint_of_other_data_model_or_basis_is_refused(
+    run: Path, origin: str, words: str
+) -> None:
     change_state(run, lambda s: s | {"origins": s["origins"] | {origin: "another"}})
     with pytest.raises(FileFormatError, match=f"checkpoint-3 was trained {words}") as caught:
         resume_copy(run)
     assert "from a copy, or start again with --overwrite" in str(caught.value.fix)
 
 
-def test_a_checkpoint_of_the_first_version_is_resumed(run: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_version_0_1_0_is_resumed(run: Path, tmp_path: Path) -> None:
     """It keeps its progress in trainer_state.json, and is resumed to the same weights."""
     expected = Path(shutil.copytree(run, tmp_path / "expected"))
     resume_copy(expected)

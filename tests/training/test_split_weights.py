@@ -72,7 +72,9 @@ def equal(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "method"), CELLS)
-def test_split_weights_make_the_update_of_one_process(here: Path, model: str, method: str) -> None:
+def test_sharded_weights_give_the_update_of_one_process(
+    here: Path, model: str, method: str
+) -> None:
     two = here / f"two-{model}-{method}"
     basis = ("calibration.basis=" + str(two / "basis.safetensors"),)
     more = basis if method in ("static", "dense") else ()
@@ -91,7 +93,7 @@ def test_split_weights_make_the_update_of_one_process(here: Path, model: str, me
 
 
 @pytest.mark.parametrize(("model", "method"), CELLS)
-def test_each_process_holds_half(two: Path, model: str, method: str) -> None:
+def test_each_process_holds_half_of_the_weights(two: Path, model: str, method: str) -> None:
     """While the optimizer steps nothing else is there: weights, gradients and state are halves."""
     found = record(two / f"two-{model}-{method}")
     there = found["memory"]["phases"]["optimizer"]["categories"]
@@ -107,7 +109,7 @@ def test_each_process_holds_half(two: Path, model: str, method: str) -> None:
     assert trainable <= there["optimizer_state"] <= 1.16 * trainable
 
 
-def test_recomputing_and_clipping_go_with_it(here: Path) -> None:
+def test_sharding_works_with_recomputation_and_clipping(here: Path) -> None:
     close(adapter(here / "recomputed"), adapter(here / "two-llama-dense"))
     alone = train_run(
         "llama", "lora", "one-clipped", *batch_settings(BATCH, 1), "train.max_grad_norm=0.01"
@@ -120,7 +122,7 @@ def test_recomputing_and_clipping_go_with_it(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) -> None:
+def test_sharded_run_records_the_numbers_of_whole_weights(two: Path, name: str) -> None:
     """As DistributedDataParallel, whatever the precision."""
     split, whole = (two / f"{way}-{name}" for way in ("split", "whole"))
     assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
@@ -134,7 +136,7 @@ def test_numbers_are_those_of_whole_weights_bit_for_bit(two: Path, name: str) ->
 
 
 @pytest.mark.parametrize("method", ["static", "full"])
-def test_a_resumed_run_is_the_uninterrupted_one(two: Path, method: str) -> None:
+def test_resumed_sharded_run_equals_the_uninterrupted_run(two: Path, method: str) -> None:
     straight = two / f"straight-{method}"
     for way, split_by in (("split", "FSDP2"), ("whole", None)):
         resumed = two / f"resumed-{way}-{method}"
@@ -150,7 +152,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(two: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["static", "full"])
-def test_the_best_weights_are_those_that_are_kept(two: Path, method: str) -> None:
+def test_sharded_run_keeps_its_best_weights(two: Path, method: str) -> None:
     """Which are read back at the end, into shards."""
     straight = two / f"straight-{method}"
     best = record(straight)["metrics"]["best"]["step"]
@@ -161,7 +163,9 @@ def test_the_best_weights_are_those_that_are_kept(two: Path, method: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["static", "full"])
-def test_a_checkpoint_is_what_one_process_writes(two: Path, tmp_path: Path, method: str) -> None:
+def test_sharded_checkpoint_equals_that_of_one_process(
+    two: Path, tmp_path: Path, method: str
+) -> None:
     """Read into plain parameters and plain AdamW, and written again, it is bit for bit the same."""
     folder = two / f"straight-{method}" / "checkpoint-4"
     shapes = load_file(folder / FILES[0])
@@ -202,14 +206,14 @@ def _talker(folder: Path, method: str) -> nn.Module:
     return model
 
 
-def test_what_is_lost_in_one_process_ends_both(two: Path) -> None:
+def test_nan_loss_in_one_process_ends_both(two: Path) -> None:
     first, second = (json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["diverged"]["step"] == second["diverged"]["step"] > 1
     assert first["diverged"]["module"] == second["diverged"]["module"] != ""
     assert first["lost"] == second["lost"] == "weight"
 
 
-def test_whole_weights_come_from_all_and_go_to_all(two: Path) -> None:
+def test_whole_weights_are_gathered_from_and_sharded_to_all_processes(two: Path) -> None:
     first, second = (json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1))
     expected = (-torch.arange(15.0).view(3, 5)).tolist()
     out = [[-10.0, -35.0, -60.0]]
@@ -217,7 +221,7 @@ def test_whole_weights_come_from_all_and_go_to_all(two: Path) -> None:
     assert second["pieces"] == [True, 1, [0], "meta", out]
 
 
-def test_where_nothing_is_split_the_run_says_so(two: Path) -> None:
+def test_run_notes_that_weights_are_not_sharded_on_a_cpu(two: Path) -> None:
     first = json.loads((two / "rank0.json").read_text())
     assert any("DDP is used instead of FSDP2" in note for note in first["notes"])
     assert record(two / "unsplit")["split_by"] is None

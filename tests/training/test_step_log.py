@@ -14,20 +14,20 @@ def filled(*durations: float) -> StepTimer:
     return timer
 
 
-def test_statistics_of_known_durations() -> None:
+def test_timer_statistics_of_known_durations() -> None:
     timer = filled(1.0, 2.0, 3.0, 4.0, 10.0)
     assert timer.recent_steps_per_s(2) == pytest.approx(2 / 14)
     # The quartiles as numpy interpolates them: 2 and 4.
     assert timer.summary() == {"steps_per_s": 5 / 20, "step_median_s": 3.0, "step_iqr_s": 2.0}
 
 
-def test_without_steps_all_statistics_are_zero() -> None:
+def test_timer_statistics_are_zero_without_steps() -> None:
     assert set(StepTimer().summary().values()) == {0.0}
     assert StepTimer().recent_steps_per_s() == 0.0
     assert filled(2.0).summary() == {"steps_per_s": 0.5, "step_median_s": 2.0, "step_iqr_s": 0.0}
 
 
-def test_a_step_that_is_not_stopped_is_dropped() -> None:
+def test_timer_drops_a_step_that_was_not_stopped() -> None:
     timer = StepTimer()
     timer.start()
     timer.start()
@@ -37,7 +37,7 @@ def test_a_step_that_is_not_stopped_is_dropped() -> None:
         timer.stop()
 
 
-def test_a_step_ends_when_the_gpu_has_finished_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timer_waits_until_the_gpu_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     synchronized: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)

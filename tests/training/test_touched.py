@@ -64,7 +64,9 @@ def entries_by_target(run: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("way", ["meprop", "materialized", "static", "dynamic", "refresh"])
-def test_touched_is_what_the_adapter_holds(runs: dict[str, Path], way: str) -> None:
+def test_touched_count_equals_the_parameters_in_the_adapter(
+    runs: dict[str, Path], way: str
+) -> None:
     counts, held = record(runs[way])["counts"], entries_by_target(runs[way])
     touched = {target["name"]: target["touched"] for target in counts["targets"]}
     assert touched == held
@@ -78,14 +80,14 @@ def test_touched_is_what_the_adapter_holds(runs: dict[str, Path], way: str) -> N
 
 
 @pytest.mark.parametrize("way", ["full", "lora"])
-def test_what_always_trains_is_always_touched(runs: dict[str, Path], way: str) -> None:
+def test_dense_parameters_all_count_as_touched(runs: dict[str, Path], way: str) -> None:
     made = record(runs[way])
     assert made["counts"]["touched"] == made["counts"]["trainable"]
     assert made["sparsity"] is None
 
 
 @pytest.mark.parametrize("way", ["meprop", "materialized", "static", "dynamic", "refresh"])
-def test_the_map_adds_up_to_what_was_touched(runs: dict[str, Path], way: str) -> None:
+def test_sparsity_map_adds_up_to_the_touched_count(runs: dict[str, Path], way: str) -> None:
     """Shares times blocks' sizes; the tiny sides are so small that a block is at most 3 wide."""
     made = record(runs[way])
     there = made["sparsity"]
@@ -104,7 +106,7 @@ def test_the_map_adds_up_to_what_was_touched(runs: dict[str, Path], way: str) ->
         assert {rows, columns} == {target["out_features"], target["in_features"]}
 
 
-def test_pooled_share_against_its_definition() -> None:
+def test_pooled_share_matches_its_definition() -> None:
     draw = torch.Generator().manual_seed(0)
     for rows, columns, side in ((5, 7, 3), (2, 9, 24), (30, 31, 24)):
         mask = torch.rand(rows, columns, generator=draw) < 0.3
@@ -123,7 +125,7 @@ def test_pooled_share_against_its_definition() -> None:
                 assert found[i][j] == round(float(torch.stack(block).double().mean()), 4)
 
 
-def test_calibration_counts_the_tokens_it_reads(runs: dict[str, Path]) -> None:
+def test_calibration_counts_the_tokens_that_it_reads(runs: dict[str, Path]) -> None:
     """Six batches of eight are the 48 rows once: a byte is a token, 16 at most."""
     once = sum(min(len(text), 16) for text, _ in sentences(1, 48))
     for way, passes in (("materialized", 1), ("static", 1)):
@@ -133,7 +135,7 @@ def test_calibration_counts_the_tokens_it_reads(runs: dict[str, Path]) -> None:
     assert record(runs["lora"]).get("calibration") is None
 
 
-def test_warm_up_and_further_passes_are_charged_and_a_reused_basis_is_too(
+def test_tokens_of_warmup_further_passes_and_a_reused_basis_are_counted(
     folders: tuple[Path, Path], runs: dict[str, Path], tmp_path: Path
 ) -> None:
     base, data = folders
@@ -148,7 +150,7 @@ def test_warm_up_and_further_passes_are_charged_and_a_reused_basis_is_too(
     assert reused["calibration"]["digest"] == made["digest"]
 
 
-def test_precision_is_one_for_all_methods_and_another_for_another_arithmetic(
+def test_precision_hash_is_equal_across_methods_and_differs_across_precisions(
     runs: dict[str, Path],
 ) -> None:
     hashes = {record(run)["hashes"]["precision"] for run in runs.values()}

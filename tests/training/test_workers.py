@@ -64,7 +64,9 @@ def train_with_workers(folder: Path, method: str, settings: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("task, method", [("csv", "spawn"), ("chat", "forkserver")])
-def test_workers_change_nothing(cli: Cli, tmp_path: Path, task: str, method: str) -> None:
+def test_data_loader_workers_do_not_change_the_run(
+    cli: Cli, tmp_path: Path, task: str, method: str
+) -> None:
     settings = arguments(tmp_path, task)
     assert cli("train", *settings, "-q", "-o", "alone").code == 0
     runs = (tmp_path / "alone", train_with_workers(tmp_path, method, settings))
