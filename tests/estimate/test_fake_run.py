@@ -1,4 +1,4 @@
-"""A rehearsed step against the count: the same figures, on tensors that are there."""
+"""The memory of a fake step equals the count on real tensors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _quick() -> Iterator[None]:
 
 
 def config_folder(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
-    """A model folder with a configuration and not one weight."""
+    """Return a model folder with a configuration and no weights."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
@@ -81,7 +81,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """For what does not depend on the model."""
+    """Return a small model folder for tests that do not depend on the model."""
     return f"model={config_folder(tmp_path_factory, TINY)}"
 
 
@@ -93,7 +93,7 @@ def recipe(*overrides: str) -> LoadedRecipe:
 
 
 def told(loaded: LoadedRecipe) -> Any:
-    """The model's configuration, which knows the task."""
+    """Return the model's configuration with the task's classes."""
     config, _ = configuration_of(loaded.recipe.model)
     name_task(loaded.recipe, config)
     return config
@@ -107,12 +107,12 @@ def faked(loaded: LoadedRecipe, **conditions: Any) -> FakeRun:
 
 
 def numbers() -> Tensor:
-    """(SIZE, LENGTH) token ids."""
+    """Return (SIZE, LENGTH) token ids."""
     return torch.randint(5, 1000, (SIZE, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def sentences(*, types: bool = True) -> dict[str, Tensor]:
-    """Real numbers, the last row half padding."""
+    """Return a real batch whose last row is half padding."""
     ids = numbers()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["attention_mask"][-1, LENGTH // 2 :] = 0
@@ -122,7 +122,7 @@ def sentences(*, types: bool = True) -> dict[str, Tensor]:
 
 
 def conversations(*, short: int = 0, packed: bool = False) -> dict[str, Tensor]:
-    """A batch of the real collator, all tokens labelled; the last row is shorter by ``short``."""
+    """Collate a batch with all tokens labelled, whose last row is ``short`` tokens shorter."""
     rows = [{"input_ids": ids, "labels": ids} for ids in numbers().tolist()]
     rows[-1] = {name: ids[: LENGTH - short] for name, ids in rows[-1].items()}
     if packed:  # two conversations in each row
@@ -145,7 +145,7 @@ def minilm(loaded: LoadedRecipe) -> nn.Module:
 
 
 def language_model(folder: Path) -> nn.Module:
-    """With the loss that training gives it."""
+    """Return the model with the loss that training gives it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def language_model(folder: Path) -> nn.Module:
 
 
 def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) -> MemoryMeter:
-    """The second step of a recipe's method on real tensors."""
+    """Take the second step of a recipe's method on real tensors."""
     recipe = loaded.recipe
     targets = find_targets(model, recipe.targets)
     settings = recipe.method
@@ -190,7 +190,7 @@ def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) ->
 
 
 def same(estimated: MemoryMeter, real: MemoryMeter, *, saved: bool = True) -> None:
-    """Every phase's peak, to the byte and by category; and all that backward needs."""
+    """Compare the peak of every phase to the byte, by category."""
     for phase in STEP:
         expected, found = real.peak(phase), estimated.peak(phase)
         assert expected is not None and found is not None
@@ -200,7 +200,7 @@ def same(estimated: MemoryMeter, real: MemoryMeter, *, saved: bool = True) -> No
 
 
 def alike(estimated: MemoryMeter, real: MemoryMeter) -> None:
-    """At most 1 % more: a token that has no label is supposed to have one."""
+    """The estimate is at most 1 % larger, because it assumes a label for every token."""
     for phase in STEP:
         expected, found = real.peak(phase), estimated.peak(phase)
         assert expected is not None and found is not None
@@ -228,7 +228,7 @@ def test_a_step_of_a_language_model_is_estimated(smollm2: Path, name: str) -> No
 
 @pytest.mark.parametrize("packing", ["pack", "concatenate"])
 def test_packed_rows_have_their_mask(smollm2: Path, packing: str) -> None:
-    """Conversations side by side see themselves alone; one long text has nothing to hide."""
+    """Packed conversations need a mask between them; one long text needs none."""
     loaded = recipe(f"model={smollm2}", CHAT, f"task.chat.packing={packing}", "method=lora")
     batch = conversations(packed=packing == "pack")
     real = counted(loaded, language_model(smollm2), batch)
@@ -273,7 +273,7 @@ def test_other_architectures_are_estimated_to_the_byte(name: str) -> None:
 
 
 def test_without_padding_attention_has_no_mask(tiny: str) -> None:
-    """A full batch: transformers then makes no mask."""
+    """transformers makes no mask for a batch without padding."""
     loaded = recipe(tiny, "method=lora")
     batch = sentences()
     batch["attention_mask"].fill_(1)
@@ -328,7 +328,7 @@ def test_recomputed_blocks_keep_only_their_inputs(tiny: str, kernels: str) -> No
 
 
 def test_bounded_optimizer_state_is_estimated_at_its_largest() -> None:
-    """Rows of 20 bytes (position, two means, age, last step), a clock, a bit an entry."""
+    """State: 20 bytes a row (position, two means, age, last step), a clock, one bit a parameter."""
     loaded = recipe(*CORE, "method.support=dynamic", "method.state_capacity=3")
     fake = faked(loaded)
     peak = fake.step(SIZE, LENGTH).peak("forward")
@@ -353,7 +353,7 @@ def test_memory_that_depends_on_values_is_estimated_at_its_largest(method: str) 
 
 
 def test_language_model_has_larger_blocks_of_logits_on_a_gpu(smollm2: Path) -> None:
-    """Of 16 MiB on a CPU, of 64 MiB there; autograd keeps neither."""
+    """Blocks have 16 MiB on a CPU and 64 MiB on a GPU; autograd saves neither."""
     loaded = recipe(f"model={smollm2}", CHAT, "method=lora")
 
     def step(kernels: str) -> PhasePeak:

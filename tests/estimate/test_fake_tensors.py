@@ -1,4 +1,4 @@
-"""Programs on shapes alone: what they are told of values, and what CUDA's kernels would keep."""
+"""Fake tensors: the values that programs read, and what CUDA kernels save for backward."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_selection_operator_passes_opcheck() -> None:
 
 
 def kept(forward: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of three (B, H, L, D) inputs; a backward pass has to work too."""
+    """Return the bytes that autograd saves for three (B, H, L, D) inputs; run backward, too."""
     meter = MemoryMeter(DEVICE)
     with ShapesOnly(), cuda_kernels():
         inputs = [torch.randn(B, H, L, D, dtype=dtype, requires_grad=True) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Estimates against run.json: whole training runs on conversations, by every method."""
+"""Estimates equal run.json of whole training runs on conversations, for every method."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A LLaMA's folder and a file of conversations, most of whose tokens are answers."""
+    """Make a LLaMA model and conversations in which most tokens are answers."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     place = tmp_path_factory.mktemp("talk")
@@ -81,7 +81,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def estimated(run: Path, counted: dict[str, Any], kernels: Kernels) -> dict[str, Any]:
-    """The row of a run's own recipe, at the batch and length that were measured."""
+    """Estimate a run's recipe at the batch and length that the run measured."""
     size, length = counted["batch_shape"]
     shape = (f"train.per_device_train_batch_size={size}", f"task.max_length={length}")
     loaded = load_recipe(run / "recipe.yaml", shape)
@@ -117,7 +117,7 @@ def test_estimate_equals_what_a_run_counts(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the allocator has no say")
 @pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
 def test_estimate_equals_what_the_allocator_counts(tmp_path: Path, method: str) -> None:
-    """SmolLM2 whole, at a batch that makes what is not counted (rounding, workspaces) small."""
+    """Use SmolLM2 at a batch at which uncounted memory (rounding, workspaces) is small."""
     shape = ("task.train_limit=64", "task.eval_limit=8", "task.max_length=512")
     brief = ("train.per_device_train_batch_size=8", "train.max_steps=2", "calibration.steps=1")
     source = REPO / "configs" / "smollm2_dialogues.yaml"

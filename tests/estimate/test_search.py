@@ -1,4 +1,4 @@
-"""The largest size within a budget, against looking at all of them."""
+"""The search for the largest size within a budget finds what trying all sizes finds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsegrad_cli.estimate.search import largest, largest_in_levels
 
 
 class Looked:
-    """A figure that counts how often it was asked, and never for the same twice."""
+    """A figure that counts its evaluations and allows one per size."""
 
     def __init__(self, figure: Callable[[int], float]) -> None:
         self._figure, self.asked = figure, list[int]()
@@ -23,12 +23,12 @@ class Looked:
 
 
 def every(figure: Callable[[int], float], room: float, least: int, most: int) -> int | None:
-    """The answer by brute force."""
+    """Return the answer by brute force."""
     return max((n for n in range(least, most + 1) if figure(n) <= room), default=None)
 
 
 def moments(seed: int) -> Callable[[int], float]:
-    """Bytes as a step's: the most of several moments, each a straight line."""
+    """Return bytes like those of a step: the maximum of several straight lines."""
     draw = random.Random(seed)
     lines = [(draw.randrange(10_000), draw.randrange(0, 60)) for _ in range(draw.randrange(1, 5))]
     return lambda size: max(at + slope * size for at, slope in lines)
@@ -81,7 +81,7 @@ def test_search_over_one_size_or_none() -> None:
 
 @pytest.mark.parametrize("room", [0, 20, 25, 124, 125, 160, 239, 240, 241, 5_000])
 def test_search_finds_the_level_before_the_size(room: int) -> None:
-    """Each level begins with a jump, as the rank of a core that follows its entries."""
+    """Each level begins with a jump, like the rank of a core that follows from its size."""
     starts = [0, 10, 30, 60, 100, 150, 210, 280]
     jump = [20, 25, 60, 90, 150, 180, 240, 300]
 

@@ -1,4 +1,4 @@
-"""Rows of an estimate: the largest batch, what is supposed, and where a configuration is from."""
+"""Rows of an estimate: the largest batch, assumptions, and the source of a configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY = {
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    """A model folder with a configuration and not one weight."""
+    """Return a model folder with a configuration and no weights."""
     (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
     return f"model={tmp_path}"
 
@@ -54,7 +54,7 @@ def row(loaded: LoadedRecipe, room: Room | None = None) -> dict[str, Any]:
 
 
 def at(loaded: LoadedRecipe, size: int) -> int:
-    """The peak at another batch size."""
+    """Return the peak at another batch size."""
     train = loaded.recipe.train.model_copy(update={"per_device_train_batch_size": size})
     other = replace(loaded, recipe=loaded.recipe.model_copy(update={"train": train}))
     return int(row(other)["peak_bytes"])
@@ -196,7 +196,7 @@ def test_builtin_language_model_has_the_sizes_of_its_files() -> None:
 def test_model_folder_of_any_name_is_read(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`model: roberta-base` is the folder of that name where there is one."""
+    """`model: roberta-base` means the folder of that name if it exists."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "roberta-base").mkdir()
     (tmp_path / "roberta-base" / "config.json").write_text(json.dumps(TINY), encoding="utf-8")

@@ -24,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """``runs("method=full", architecture="gpt2")``: a trained run; the same one to whoever asks."""
+    """``runs("method=full", architecture="gpt2")`` returns a trained run, made once per session."""
     place = tmp_path_factory.mktemp("exports")
     data = data_folder(place / "data")
     made: dict[Any, Path] = {}
@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
-    """``copy(run)``: the run in a folder of its own, to be spoilt."""
+    """``copy(run)`` returns a copy of the run that the test may damage."""
 
     def copied(run: Path) -> Path:
         return Path(shutil.copytree(run, tmp_path / f"{run.name}-copy"))
@@ -69,7 +69,7 @@ def exported(cli: Cli, tmp_path: Path) -> Callable[..., tuple[Path, dict[str, An
 
 @pytest.fixture
 def refused(cli: Cli, tmp_path: Path) -> Callable[..., Outcome]:
-    """``refused(2, run, "--to", "merged")``: ends with that code, one block, and leaves nothing."""
+    """``refused(2, run, "--to", "merged")`` checks the exit code, one error block, no new file."""
 
     def export(code: int, run: Path, *arguments: str) -> Outcome:
         there = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""The adapter on its own: loaded without the run, refused where it does not belong."""
+"""Exported adapters load without the run, and only onto their base model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UP = "bert.encoder.layer.0.intermediate.dense"
 
 @pytest.fixture(scope="session")
 def written(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported adapter."""
+    """Export an adapter."""
     place = tmp_path_factory.mktemp("adapter") / "written"
     export_run(runs(*STATIC), ExportOptions("adapter", place))
     return place
@@ -45,12 +45,12 @@ def written(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """The same in a folder of its own, far from its run."""
+    """Return a copy of the exported adapter, away from its run."""
     return Path(shutil.copytree(written, tmp_path / "adapter"))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Change the tensors and make the digest fit again, as one who means harm would."""
+    """Change the tensors and update the digest, as an attacker would."""
     path = folder / "adapter.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -158,7 +158,7 @@ def test_invalid_adapter_settings_are_refused(folder: Path, key: str, value: Any
 
 
 def test_unknown_auto_class_is_refused(folder: Path) -> None:
-    """What is loaded is named by the file: only by classes that an export writes."""
+    """The file names the class to load, which must be one that an export writes."""
     path = folder / "adapter.json"
     settings = json.loads(path.read_text())
     settings["model"]["auto_class"] = "pipeline"
@@ -192,7 +192,7 @@ def test_hostile_tensors_are_refused(
 
 
 def test_rewritten_adapter_loads_without_a_change(folder: Path, runs: Runs) -> None:
-    """The helper above spoils nothing by itself."""
+    """The helper above does not damage anything by itself."""
     expected = answers(load_adapter(folder), tokenizer_of(runs(*STATIC)))[0]
     rewrite(folder, lambda tensors: None)
     assert torch.equal(answers(load_adapter(folder), tokenizer_of(runs(*STATIC)))[0], expected)

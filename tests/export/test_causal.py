@@ -1,6 +1,6 @@
-"""Language models trained on conversations: the same forms around a model whose head is its words.
+"""Exports of language models that were trained on conversations.
 
-As in test_forms.py the run is the judge: its recorded validation loss must come out of the files.
+As in test_forms.py, the exported files must give the validation loss that the run recorded.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def test_run_that_dropped_conversations_can_be_exported(
     talks: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The first ones of either split are too long; some later ones are not."""
+    """Make data whose first conversations in each split are too long to train on."""
     run = talks("method=lora", "train.max_steps=1", architecture="llama")
     path = Path(load_recipe(run / "recipe.yaml").recipe.task.path or "")
     rows = path.read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def held_out(run: Path) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def loss_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
-    """Per labelled token, by the definition."""
+    """Compute the loss per labelled token by its definition."""
     total = count = 0.0
     for batch in batches:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -182,7 +182,7 @@ def test_every_form_gives_the_recorded_validation_loss(
 def test_float32_parameters_of_a_half_precision_model_are_exported(
     method: tuple[str, ...], talks: Callable[..., Path], exported: Exported
 ) -> None:
-    """Weights that train are float32 there: the base's dtype is what they are rounded to."""
+    """Trained weights are float32 and are rounded to the dtype of the base model."""
     mixed = ("model.dtype=bfloat16", "train.bf16=true", "scope=rest", *method)
     run = talks(*mixed, architecture="llama")
     trained = load_file(run / "adapter" / "adapter.safetensors")

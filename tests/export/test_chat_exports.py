@@ -1,4 +1,4 @@
-"""Chat models talk elsewhere as they do here: the same template, the same text, the same stop."""
+"""Exported chat models have the same template, answers and stop tokens in transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ END, TURN = 1, 3  # ids of </s> and <|im_end|>
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``talks("method=full", template=None)``: a run that has learnt to answer ``ok`` and stop."""
+    """``talks("method=full", template=None)``: a run that learned to answer ``ok`` and stop."""
     place = tmp_path_factory.mktemp("talks")
     rows = [{"prompt": f"{n % 9} {QUESTIONS[n % 3]}", "completion": "ok"} for n in range(36)]
     data = place / "talk.jsonl"
@@ -58,7 +58,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def plainly(folder: Path, model: Any) -> list[tuple[str, bool]]:
-    """(text, stopped) as any user of transformers asks: nothing is said but the length."""
+    """Return (text, stopped) of every question from transformers, with a length limit only."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -76,7 +76,7 @@ def plainly(folder: Path, model: Any) -> list[tuple[str, bool]]:
 
 
 def ours(source: Path) -> list[tuple[str, bool]]:
-    """The same questions, as ``sparsegrad generate`` asks them."""
+    """Return the same as ``sparsegrad generate`` answers."""
     model, tokenizer, _ = load(source)
     answerer = Answerer(model, tokenizer, GenerationSettings(max_new_tokens=12))
     answers = answerer.answer([chat_turns(f"1 {question}") for question in QUESTIONS])
@@ -156,7 +156,7 @@ LOADING = Loading("folder", "folder", {}, {}, adapter=False)
 
 
 def said(ids: tuple[int, ...] = (7, 8, TURN)) -> RunAnswer:
-    """An answer of the run, which held token 9 for nearly as likely as 8."""
+    """Return an answer of the run in which tokens 8 and 9 are nearly equally likely."""
     logits = torch.zeros(len(ids), 12)
     for row, token in enumerate(ids):
         logits[row, token] = 5.0

@@ -1,4 +1,4 @@
-"""A mixture-of-experts model from training to export, as a user runs it."""
+"""Train and export a mixture-of-experts model by the commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3-MoE whose first block is dense, and a chat task."""
+    """Make a Qwen3-MoE whose first block is dense, and a chat task."""
     folder, tokenizer = tmp_path_factory.mktemp("moe"), byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     model_type, settings, *_ = TABLE["qwen3_moe"]

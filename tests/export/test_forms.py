@@ -1,7 +1,6 @@
-"""Every method and form, exported to everything, read by plain transformers and plain peft.
+"""Every method in every form, loaded by plain transformers and peft.
 
-The judge is the run itself: the loss on the validation data that training recorded must come out
-of the exported files.
+The exported files must give the loss on the validation data that training recorded.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ def test_every_export_gives_the_recorded_validation_loss(
 def test_truncated_change_is_the_nearest_of_its_rank(
     rank: int, runs: Callable[..., Path], exported: Exported
 ) -> None:
-    """Against torch's singular value decomposition of what the merged model holds."""
+    """The reference is torch's singular value decomposition of the merged model's change."""
     run = runs("method=full")
     folder, said = exported(run, "lora", "--rank", str(rank))
     whole = load_file(exported(run, "merged")[0] / "model.safetensors")
@@ -163,7 +162,7 @@ def test_truncated_change_is_the_nearest_of_its_rank(
 def test_lora_run_is_exported_with_a_scale_of_one(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
-    """A reader that knows no rslora, or takes alpha for r, reads it right: the scale is in B."""
+    """The scale is folded into B, so readers without rslora or alpha load it correctly."""
     run = runs(*MATRIX["lora-rslora-conv1d"][0], architecture="gpt2")
     folder, _ = exported(run, "lora")
     trained = from_peft(load_file(run / "adapter" / "adapter_model.safetensors"))
@@ -217,7 +216,7 @@ def test_factors_of_lower_rank_are_padded_with_zeros(
 def test_modules_that_peft_cannot_factor_are_saved_whole(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
-    """BERT's files hold no pooler: what was drawn for it belongs to the export too."""
+    """BERT's files hold no pooler, so its randomly drawn values belong to the export."""
     head, said = exported(runs(*MATRIX["core-static"][0]), "lora")
     assert said["modules"] == ["bert.pooler.dense", "classifier"]
     rest, said = exported(runs(*MATRIX["core-dynamic"][0]), "lora")
@@ -325,7 +324,7 @@ def test_regression_export_compares_scores_not_answers(
 def test_lora_refuses_a_changed_parameter_in_a_module_with_a_target(
     runs: Callable[..., Path], refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peft carries whole modules: the one that holds this parameter holds a target too."""
+    """peft saves whole modules, and the module of this parameter also contains a target."""
     run = runs("method=full")
     model = by_transformers(base_of(run), num_labels=2)
     gate, norm = "bert.encoder.layer.0.gate", "bert.encoder.layer.0.output.LayerNorm"

@@ -1,4 +1,4 @@
-"""The line that an export to LoRA prints loads what its check has checked."""
+"""The printed load line of a LoRA export loads the model that was checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsegrad_cli.export.forms import ExportOptions
 
 
 def on_the_hub(name: str, revision: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's folder of a model that was fetched at that revision, and at no other."""
+    """Make the hub cache of a model that was downloaded at one revision only."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place))

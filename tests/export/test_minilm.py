@@ -1,4 +1,4 @@
-"""The real model, by the commands a user types, used after the run itself is gone."""
+"""MiniLM is trained and exported by the commands, and used after the run is deleted."""
 
 from __future__ import annotations
 

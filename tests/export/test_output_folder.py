@@ -1,4 +1,4 @@
-"""An export's folder stands whole or not at all, and the user's files beside it are not touched."""
+"""Export folders are written atomically, and the user's files beside them are kept."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 class Killed(BaseException):
-    """The end of the process: nothing runs after it."""
+    """Stands for the end of the process."""
 
 
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``kill(folder, fill, at=2)``: an export with --overwrite, killed before that rename."""
+    """``kill(folder, fill, at=2)`` runs an export with --overwrite and kills it at that rename."""
 
     def killed(folder: Path, fill: Fill, *, at: int) -> None:
         real, calls = Path.replace, [0]
@@ -82,7 +82,7 @@ def test_files_that_appear_during_an_export_are_kept(tmp_path: Path) -> None:
 def test_killed_replacement_is_undone(
     tmp_path: Path, kill: Callable[..., None], at: int, stays: str | None
 ) -> None:
-    """The process is killed before the first rename, and between the two."""
+    """Kill the process before the first rename, and between the two."""
     folder = tmp_path / "e"
     export(folder, filled("a"))
     kill(folder, filled("b"), at=at)

@@ -1,4 +1,4 @@
-"""Runs on bases of 8 and 4 bits: gone on with bit for bit, exported, read without bitsandbytes."""
+"""Runs on 8-bit and 4-bit models: resumed bit for bit, exported, loaded without bitsandbytes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Trained = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """``trained("core", "4bit", "llama")``: a run, the same one to whoever asks."""
+    """``trained("core", "4bit", "llama")`` returns a run, made once per module."""
     place = tmp_path_factory.mktemp("quantized")
     data = data_folder(place / "data")
     made: dict[Any, Path] = {}
@@ -126,7 +126,7 @@ def test_export_of_a_run_evaluated_in_bfloat16_on_a_cpu_is_accepted(
 
 @pytest.fixture
 def evaluates_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever CPU this is: one with units for bfloat16 would evaluate in it."""
+    """Evaluate in float32 on CPUs with bfloat16 units, too."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
@@ -188,7 +188,7 @@ def test_export_table_shows_what_became_of_the_weights(
 def test_calibrate_measures_energy_without_gradients_of_weights(
     cli: Cli, trained: Trained, tmp_path: Path
 ) -> None:
-    """dL/dW = g' x is made of tokens, for the energy table alone."""
+    """dL/dW = g' x is computed from tokens for the energy table only."""
     run = trained("core", "4bit")
     base, data = run.parent / "llama", run.parent / "data"
     outcome = cli(

@@ -1,4 +1,4 @@
-"""Every reader reads an export right: peft, pipelines, servers and people."""
+"""Exports work with peft, pipelines and servers, and their model cards are correct."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ THIN = ("method.form=core", "method.density=0.02", "method.rank=12")  # 12 value
 
 
 def term_ranks(run: Path) -> dict[str, int]:
-    """Target -> term rank of the support that trained in it."""
+    """Return target -> term rank of the support that trained in it."""
     tensors = load_file(run / "adapter" / "adapter.safetensors")
     found = {}
     for name, positions in tensors.items():
@@ -98,7 +98,7 @@ def code_of(card: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a base whose files hold a head of three classes, a licence, and no pad token."""
+    """Return a run on a base model with a head of three classes, a licence and no pad token."""
     from transformers import AutoModelForSequenceClassification
 
     place = tmp_path_factory.mktemp("labelled")
@@ -184,7 +184,7 @@ def test_model_card_of_a_base_without_a_licence_and_an_unfinished_run(
 def test_pipeline_gives_the_score_of_a_regression(
     runs: Callable[..., Path], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told of one class alone it would squash the score between 0 and 1."""
+    """Given one class without a problem type, a pipeline applies a sigmoid to the score."""
     data = data_folder(tmp_path / "data")
     for name in ("train.csv", "validation.csv"):
         path = data / name

@@ -1,4 +1,4 @@
-"""What cannot be exported is refused with one clear error, and nothing is left of the attempt."""
+"""Refused exports end with one clear error and leave no files."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_usage(runs: Runs, refused: Refused, cli: Cli) -> None:
 
 
 def test_recipe_edited_after_the_run_is_refused(runs: Runs, copy: Copy, refused: Refused) -> None:
-    """Another alpha would give another model from the same adapter."""
+    """Another alpha gives another model with the same adapter."""
     run = copy(runs("method=lora", "method.rank=3", "method.alpha=5"))
     edit_yaml(run / "recipe.yaml", "method", alpha=50.0)
     outcome = refused(1, run, "--to", "merged")
@@ -145,7 +145,7 @@ def test_adapter_of_another_run_is_refused(runs: Runs, copy: Copy, refused: Refu
 
 
 def spoil(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """A change to the tensors of a run's adapter, its metadata left as they are."""
+    """Return a change to the tensors of a run's adapter that keeps its metadata."""
 
     def spoilt(path: Path) -> None:
         from safetensors import safe_open
@@ -230,7 +230,7 @@ def test_damaged_file_is_refused(runs: Runs, copy: Copy, refused: Refused) -> No
 def test_difference_over_the_tolerance_leaves_no_files(
     runs: Runs, refused: Refused, tmp_path: Path
 ) -> None:
-    """A core rotated back computes the same by other roundings: not bit for bit."""
+    """A core that is rotated back rounds differently, so logits differ in the last bits."""
     run = runs("method.form=rotated", "method.density=0.05")
     outcome = refused(1, run, "--to", "merged", "-o", str(tmp_path / "m"), "--tolerance", "0")
     assert "at most 0, got" in outcome.flat
@@ -280,7 +280,7 @@ def test_folders_without_an_export_are_not_replaced(
 def test_base_model_is_never_overwritten_by_its_export(
     cli: Cli, refused: Refused, tmp_path: Path
 ) -> None:
-    """The base of a second round is an export of the first: --overwrite would take it away."""
+    """The base model is an earlier export, which --overwrite must not replace."""
     base, data = base_folder(tmp_path / "base"), data_folder(tmp_path / "data")
     first = train(tmp_path / "first", base, data, "method=full", "train.max_steps=1")
     assert cli("export", str(first), "--to", "merged", "-o", str(tmp_path / "m")).code == 0

@@ -1,4 +1,4 @@
-"""The adapter of a LoRA run is a PEFT folder, which peft loads without this program."""
+"""The adapter of a LoRA run is a PEFT folder, which peft loads by itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def logits_of_run(run: Path) -> torch.Tensor:
-    """As the program itself reads the run."""
+    """Return the logits of the run as this package restores it."""
     model = load_trained(open_run(run, ()), 8).setup.model
     return answers(model, tokenizer_of(run))[0]
 
@@ -81,7 +81,7 @@ def test_other_methods_write_no_peft_folder(runs: Callable[..., Path]) -> None:
 def test_adapter_of_version_0_1_0_is_read(
     runs: Callable[..., Path], exported: Exported, copy: Callable[[Path], Path]
 ) -> None:
-    """Its adapter has the names of the model, no settings of peft, and not what was drawn."""
+    """Its adapter has the model's names, no PEFT settings, and no randomly drawn parameters."""
     run = runs(*CASES["head"][0])
     old = copy(run)
     path = old / "adapter" / "adapter_model.safetensors"

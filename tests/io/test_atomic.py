@@ -1,4 +1,4 @@
-"""Writing: whole or not at all, whatever fails, and whenever."""
+"""Files and folders are written completely or not at all, whatever fails."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ for limit in (300_000, 100_000):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file size limits")
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """Files over the limit fail to be written; 263 kB of weights, 526 kB of optimizer state."""
+    """Files above a size limit cannot be written: 263 kB of weights, 526 kB of optimizer state."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"},

@@ -1,4 +1,4 @@
-"""A file that grows line by line: what a kill leaves is mended, what is not ours is left alone."""
+"""JSON-lines files: a torn last line is cut off, and files of another format are kept."""
 
 from __future__ import annotations
 

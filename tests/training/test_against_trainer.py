@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model without dropout, which draws at other moments in the two, and its data."""
+    """Return a model without dropout, whose random draws would differ, and its data."""
     folder = tmp_path_factory.mktemp("inputs")
     still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return base_folder(folder / "base", **still), data_folder(folder / "data")

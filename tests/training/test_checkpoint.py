@@ -1,4 +1,4 @@
-"""What a checkpoint holds: bit for bit, and refused when damaged."""
+"""Checkpoints restore every state bit for bit, and damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_progress_is_restored(saved: Path) -> None:
 
 
 def draw() -> tuple[Any, ...]:
-    """Enough from each generator to pass a block boundary, and a cached Gaussian of each."""
+    """Draw enough from each generator to pass a block boundary, and to cache a Gaussian."""
     return (
         torch.rand(700).tolist(),
         torch.randn(3).tolist(),

@@ -93,7 +93,7 @@ def test_unequal_micro_batches_give_the_step_of_one_batch(
 
 
 def test_step_with_fewer_micro_batches_weights_rows_equally(cli: Cli, tmp_path: Path) -> None:
-    """Of ten rows, steps of 2 x 3 leave one of 3 + 1: the same as batches of 6 and 4."""
+    """Of ten rows, steps of 2 x 3 leave a step of 3 + 1, which equals batches of 6 and 4."""
     data = (*prepare(tmp_path, "classes"), "train.train_sampling_strategy=sequential")
     whole = adapter(cli, "whole", 6, 1, *data)
     cut = adapter(cli, "cut", 3, 2, *data)

@@ -1,4 +1,4 @@
-"""Two processes that share a step make the update of one: every labelled token weighs the same."""
+"""Two processes give the update of one: every labelled token has the same weight."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def cut(size: int, micro_batches: int) -> tuple[str, ...]:
 
 
 def trained(name: str, folder: str, *more: str) -> dict[str, Any]:
-    """run.json of a run in the working folder, as the command makes it."""
+    """Return run.json of a run in the working folder, made by the command."""
     settings = (*SETTINGS, *METHODS[name], *more, f"output_dir={folder}")
     return train_recipe(load_recipe(None, settings)).to_json()
 
 
 def place(folder: Path) -> Path:
-    """A model and forty conversations; answers are one word long, or thirty."""
+    """Make a model and forty conversations with answers of one or of thirty words."""
     chat_model_folder(folder / "base", positions=128)
     rows = [
         {"prompt": f"{n}. Who?", "completion": "yes " * 17 if n % 5 == 0 else "no" * (1 + n % 3)}
@@ -73,7 +73,7 @@ def place(folder: Path) -> Path:
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """What `torchrun --nproc-per-node 2` starts: the same command twice, all methods in turn."""
+    """Start what `torchrun --nproc-per-node 2` starts: the same command twice, for each method."""
     said = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({key: str(value) for key, value in said.items()}, HF_HUB_OFFLINE="1")
     os.chdir(folder)
@@ -108,7 +108,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def counted_sums() -> list[int]:
-    """Bytes of every bucket that DDP has summed from here on, as its own hook for it sees them."""
+    """Return a list that grows by the bytes of every bucket that DDP sums, seen by its own hook."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
@@ -132,7 +132,7 @@ def counted_sums() -> list[int]:
 
 
 def undraw() -> None:
-    """Figures are not what this is about, and take the time."""
+    """Skip the figures of the report, which take most of the time."""
     from sparsegrad_cli.report import svg
 
     svg.to_svg = lambda figure: "<svg></svg>"
@@ -140,7 +140,7 @@ def undraw() -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where two processes have trained by every method, ``two-<method>``."""
+    """Return a folder in which two processes have trained each method, in ``two-<method>``."""
     folder = place(tmp_path_factory.mktemp("two"))
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         one_of_two, args=(str(folder),), nprocs=2
@@ -163,7 +163,7 @@ def alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str,
 
 
 def change(run: Path) -> Tensor:
-    """All that training changed, as one vector, in a form that no choice of basis shows in."""
+    """Return all that training changed as one vector, which does not depend on the basis."""
     tensors = load_file(adapter_path(run))
     before = load_file(run.parent / "base" / "model.safetensors")
     parts = []
@@ -185,7 +185,7 @@ def change(run: Path) -> Tensor:
 
 
 def product(run: Path, target: str, values: Tensor, support: Tensor) -> Tensor:
-    """Q_out S Q_in' of a target."""
+    """Return Q_out S Q_in' of a target."""
     bases = load_file(run / "basis.safetensors")
     q_out, q_in = bases[f"q_out/{target}"], bases[f"q_in/{target}"]
     core = torch.zeros(q_out.shape[1] * q_in.shape[1])
@@ -225,7 +225,7 @@ def test_two_processes_give_the_update_of_one(
 
 
 def by_hand(folder: Path, *, by_token: bool) -> Tensor:
-    """As :func:`change` of full fine-tuning: plain transformers, row by row, and torch's AdamW."""
+    """Return the change of full fine-tuning by transformers, row by row, and torch's AdamW."""
     from transformers import LlamaForCausalLM
 
     parts = load_chat_task(load_recipe(None, (*SETTINGS, *METHODS["full"])))

@@ -1,4 +1,4 @@
-"""Stop and go on: bit for bit the run that was never stopped; Ctrl-C."""
+"""A resumed run equals the run that was never stopped, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a resumed run takes over: fp16's loss scale, what it is made of, and older checkpoints."""
+"""A resumed run restores fp16's loss scale, checks its origins and reads older checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A copy of a run that was stopped after step 3 of 6."""
+    """Return a copy of a run that was stopped after step 3 of 6."""
     return Path(shutil.copytree(stopped_run().run, tmp_path / "run"))
 
 

@@ -1,7 +1,7 @@
-"""FSDP2 on two processes makes the update of one, and its checkpoints are everybody's.
+"""FSDP2 on two processes gives the update of one process, and its checkpoints are the same.
 
-By the tool's own training, with accelerate's own preparation. accelerate takes that way on GPUs
-alone; tests/support/fsdp_runs.py lets it take it on the CPU, over gloo.
+The tests use the package's own training and accelerate's preparation. accelerate shards on GPUs
+only, so tests/support/fsdp_runs.py makes it shard on the CPU, over gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparsegrad_cli.training.checkpoint import load_optimizer
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which two processes have done all of the above."""
+    """Return a folder in which two processes have done all of the above."""
     folder = make_inputs(tmp_path_factory.mktemp("two"))
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         one_of_two, args=(str(folder),), nprocs=2
@@ -94,7 +94,7 @@ def test_sharded_weights_give_the_update_of_one_process(
 
 @pytest.mark.parametrize(("model", "method"), CELLS)
 def test_each_process_holds_half_of_the_weights(two: Path, model: str, method: str) -> None:
-    """While the optimizer steps nothing else is there: weights, gradients and state are halves."""
+    """In the optimizer step, each process holds half of the weights, gradients and state."""
     found = record(two / f"two-{model}-{method}")
     there = found["memory"]["phases"]["optimizer"]["categories"]
     trainable = 4 * found["counts"]["trainable"]
@@ -123,7 +123,7 @@ def test_sharding_works_with_recomputation_and_clipping(here: Path) -> None:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_sharded_run_records_the_numbers_of_whole_weights(two: Path, name: str) -> None:
-    """As DistributedDataParallel, whatever the precision."""
+    """The numbers equal those of DistributedDataParallel in every precision."""
     split, whole = (two / f"{way}-{name}" for way in ("split", "whole"))
     assert (record(split)["split_by"], record(whole)["split_by"]) == ("FSDP2", None)
     equal(adapter_path(split), adapter_path(whole))
@@ -153,7 +153,7 @@ def test_resumed_sharded_run_equals_the_uninterrupted_run(two: Path, method: str
 
 @pytest.mark.parametrize("method", ["static", "full"])
 def test_sharded_run_keeps_its_best_weights(two: Path, method: str) -> None:
-    """Which are read back at the end, into shards."""
+    """The best weights are read back into shards at the end."""
     straight = two / f"straight-{method}"
     best = record(straight)["metrics"]["best"]["step"]
     assert best == 2  # and not the last
@@ -166,7 +166,7 @@ def test_sharded_run_keeps_its_best_weights(two: Path, method: str) -> None:
 def test_sharded_checkpoint_equals_that_of_one_process(
     two: Path, tmp_path: Path, method: str
 ) -> None:
-    """Read into plain parameters and plain AdamW, and written again, it is bit for bit the same."""
+    """Loaded into plain parameters and AdamW and written again, the checkpoint is the same."""
     folder = two / f"straight-{method}" / "checkpoint-4"
     shapes = load_file(folder / FILES[0])
     model = nn.ParameterDict({n.replace(".", "/"): torch.zeros(t.shape) for n, t in shapes.items()})
@@ -186,7 +186,7 @@ def test_sharded_checkpoint_equals_that_of_one_process(
 
 
 def _talker(folder: Path, method: str) -> nn.Module:
-    """The run's model as its method prepares it."""
+    """Return the run's model as its method prepares it."""
     from transformers import LlamaForCausalLM
 
     from sparsegrad_cli.calibration.basis_file import read_basis

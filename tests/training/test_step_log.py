@@ -1,4 +1,4 @@
-"""The timer of steps. What steps.jsonl holds is tested by runs that are resumed."""
+"""The timer of steps. Tests of resumed runs check the content of steps.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself for comparisons: entries touched, tokens of calibration, precision."""
+"""Records for comparisons: parameters touched, tokens of calibration, precision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def runs(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run of six steps per way of choosing entries."""
+    """Return one run of six steps for each way of choosing parameters."""
     base, data = folders
     folder = tmp_path_factory.mktemp("runs")
     ways = {
@@ -50,7 +50,7 @@ def runs(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def entries_by_target(run: Path) -> dict[str, int]:
-    """What the adapter file holds of each target: positions, else the core's entries that moved."""
+    """Count the parameters of each target in the adapter: positions, or changed values."""
     tensors = load_file(adapter_path(run))
     found = {}
     for name, tensor in tensors.items():
@@ -88,7 +88,7 @@ def test_dense_parameters_all_count_as_touched(runs: dict[str, Path], way: str) 
 
 @pytest.mark.parametrize("way", ["meprop", "materialized", "static", "dynamic", "refresh"])
 def test_sparsity_map_adds_up_to_the_touched_count(runs: dict[str, Path], way: str) -> None:
-    """Shares times blocks' sizes; the tiny sides are so small that a block is at most 3 wide."""
+    """Shares times block sizes give the count. Sides are small: a block is at most 3 wide."""
     made = record(runs[way])
     there = made["sparsity"]
     target = next(t for t in made["counts"]["targets"] if t["name"] == there["target"])
@@ -126,7 +126,7 @@ def test_pooled_share_matches_its_definition() -> None:
 
 
 def test_calibration_counts_the_tokens_that_it_reads(runs: dict[str, Path]) -> None:
-    """Six batches of eight are the 48 rows once: a byte is a token, 16 at most."""
+    """Six batches of eight read the 48 rows once. Each byte is a token, at most 16 per row."""
     once = sum(min(len(text), 16) for text, _ in sentences(1, 48))
     for way, passes in (("materialized", 1), ("static", 1)):
         calibration = record(runs[way])["calibration"]

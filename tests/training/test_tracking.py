@@ -1,4 +1,4 @@
-"""Trackers log through accelerate to transformers' integrations: a stand-in receives the events."""
+"""Trackers log through accelerate to transformers' integrations; a fake one records the events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsegrad_cli.training import tracking
 
 
 class Recorder(TrainerCallback):
-    """Keeps the events of a run."""
+    """Record the events of a run."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int, dict[str, Any]]] = []

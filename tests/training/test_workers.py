@@ -49,7 +49,7 @@ def arguments(folder: Path, task: str) -> tuple[str, ...]:
 
 
 def train_with_workers(folder: Path, method: str, settings: tuple[str, ...]) -> Path:
-    """A run by the command line in a process of its own, with one worker for the data."""
+    """Train by the command line in another process, with one data loader worker."""
     (folder / "command.py").write_text(COMMAND, encoding="utf-8")
     command = [sys.executable, "command.py", method, "train", *settings, "-q", "-o", "shared"]
     ended = subprocess.run(
