@@ -10,7 +10,7 @@ from sparsegrad_cli.calibration.diagnostics import Choice, KindGrams, energy_tab
 from sparsegrad_cli.calibration.run_calibration import RunCalibration
 from sparsegrad_cli.interruption import deferred_interrupt
 from sparsegrad_cli.models.targets import Target, basis_keys
-from sparsegrad_cli.numerics.hosvd import Basis, is_whole, truncated
+from sparsegrad_cli.numerics.hosvd import is_whole, map_bases, truncated
 from sparsegrad_cli.records.run import CalibrationBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.setup import load
@@ -79,10 +79,7 @@ def _choices(calibration: RunCalibration, made: Calibration) -> dict[str, Choice
             changes={"decomposition": "exact", "score": "spectral"},
             whole=True,
         ).by_target()
-    cut: dict[int, Basis] = {}
-    for basis in own.values():
-        cut.setdefault(id(basis), truncated(basis, settings.basis_rank))
-    bases = {name: cut[id(basis)] for name, basis in own.items()}
+    bases = map_bases(own, lambda name, basis: truncated(basis, settings.basis_rank))
     plans = settings.implementation().planned(targets, bases, made.scores)
     return {
         name: Choice(bases[name], whole, plans[name].count, plans[name].positions)

@@ -21,6 +21,7 @@ from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.optimizer import plain_adamw
 from sparsegrad_cli.models.precision import HALF, accept_half_inputs, unfreeze_parameter
+from sparsegrad_cli.models.quantized import count_entries
 from sparsegrad_cli.models.sharded_tensors import gather, reshard, shard_like
 from sparsegrad_cli.models.targets import Target, freeze, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -126,6 +127,23 @@ def check_what_trains(model: nn.Module, counts: Counts) -> None:
 
 
 @dataclass
+class Adapted:
+    """What a method put into the targets.
+
+    Attributes:
+        entries: target name -> number of its parameters that change in one optimizer step.
+        requested: what density asked for over all targets; None if the method has no density.
+        note: what the numbers leave out, for the report.
+        bases: target name -> basis that the target holds.
+    """
+
+    entries: Mapping[str, int]
+    requested: int | None = None
+    note: str = ""
+    bases: Mapping[str, Basis] = field(default_factory=dict)
+
+
+@dataclass
 class Prepared:
     """A prepared model.
 
@@ -196,7 +214,7 @@ class Method:
     """The implementation of a method; one object serves one model.
 
     The defaults are those of a method whose trained parameters are plain parameters of the model:
-    AdamW trains them, and the adapter holds them by name. Only :meth:`prepare` must be implemented.
+    AdamW trains them, and the adapter holds them by name. Only :meth:`adapt` must be implemented.
     """
 
     peft_config: Any = None
@@ -216,13 +234,40 @@ class Method:
     ) -> Prepared:
         """Freeze the model, change its targets, and mark what trains.
 
-        The function that the model computes must not change, and no random number may be drawn in
-        a way that depends on the method: the caller forks the random state.
+        Random numbers may be drawn: the caller forks the random state.
 
         Args:
+            scope: ``rest`` also trains all parameters outside the targets' weights.
             bases: target name -> basis, for methods that calibrate.
-            scores: target name -> (r_out, r_in) scores of core entries, where calibration made
-                them.
+            scores: target name -> (r_out, r_in) scores of core entries, if calibration made them.
+
+        Raises:
+            ValueError: the method calibrates, and there are no bases.
+        """
+        if self.settings.calibrates and bases is None:
+            raise ValueError(f"method {self.settings.name} needs bases")
+        total = count_entries(model)
+        opened = open_scope(model, targets, scope)
+        adapted = self.adapt(model, targets, bases or {}, scores or {})
+        for parameter in (p for part in opened for p in part.values()):
+            parameter.requires_grad_(True)  # peft freezes all but its own parameters.
+        head, rest = (sum(p.numel() for p in part.values()) for part in opened)
+        counted = tuple(TargetCount(target, adapted.entries[target.name]) for target in targets)
+        counts = Counts(counted, head, rest, total, adapted.requested, adapted.note)
+        sides = {id(q): q for basis in adapted.bases.values() for q in (basis.q_out, basis.q_in)}
+        return Prepared(counts, list(sides.values()))
+
+    def adapt(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Tensor],
+    ) -> Adapted:
+        """Change the targets of a frozen model, and mark what trains in them.
+
+        The function that the model computes must not change. Arguments are those of
+        :meth:`prepare`.
         """
         raise NotImplementedError
 
@@ -304,11 +349,6 @@ def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
     weight = model.get_submodule(target.name).weight
     assert isinstance(weight, nn.Parameter)
     return weight
-
-
-def count_parameters(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Return their number of values."""
-    return sum(parameter.numel() for parameter in parameters.values())
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ so the stack is never stored: two Gram matrices suffice, whatever the number of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,22 @@ class Basis:
     def nbytes(self) -> int:
         """Return the bytes of the two bases."""
         return sum(q.numel() * q.element_size() for q in (self.q_out, self.q_in))
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Basis:
+        """Return the bases in this dtype and on this device; singular values stay as they are."""
+        q_out, q_in = (q.to(device=device, dtype=dtype) for q in (self.q_out, self.q_in))
+        return Basis(q_out, q_in, self.singular_out, self.singular_in, self.tokens)
+
+
+def map_bases(
+    bases: Mapping[str, Basis], change: Callable[[str, Basis], Basis]
+) -> dict[str, Basis]:
+    """Return name -> ``change(name, basis)``; names that share a basis share the result."""
+    changed: dict[int, Basis] = {}
+    for name, basis in bases.items():
+        if id(basis) not in changed:
+            changed[id(basis)] = change(name, basis)
+    return {name: changed[id(basis)] for name, basis in bases.items()}
 
 
 class Stream(Protocol):

@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.implementation import (
-    Counts,
-    Factors,
-    Method,
-    Prepared,
-    TargetCount,
-    count_parameters,
-    open_scope,
-)
+from sparsegrad_cli.methods.implementation import Adapted, Factors, Method
 from sparsegrad_cli.methods.lora.settings import LoraSettings, solve_rank
 from sparsegrad_cli.methods.peft_folder import check_adapted
-from sparsegrad_cli.models.quantized import count_entries, dequantized, is_quantized
+from sparsegrad_cli.models.precision import unfreeze_parameter
+from sparsegrad_cli.models.quantized import dequantized, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.frozen_linear import adapter_linear
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -82,24 +75,19 @@ class Lora(Method):
 
     settings: LoraSettings
 
-    def prepare(
+    def adapt(
         self,
         model: nn.Module,
         targets: list[Target],
-        *,
-        scope: str,
-        bases: Mapping[str, Basis] | None = None,
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> Prepared:
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Tensor],
+    ) -> Adapted:
         """Put peft's adapters into the targets. B starts at zero, so the function is unchanged."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        total = count_entries(model)
         rank, requested = self.settings.rank_on(targets), None
         if self.settings.density is not None:
             _, requested = solve_rank(targets, self.settings.density)
-        head, rest = open_scope(model, targets, scope)
-        open_names = {id(p) for p in (*head.values(), *rest.values())}
         config = LoraConfig(
             r=rank,
             lora_alpha=self.settings.alpha or 2 * rank,
@@ -120,17 +108,11 @@ class Lora(Method):
         check_adapted(model, (target.name for target in targets), fix)
         keep_inputs_once(model)
         for name, parameter in model.named_parameters():
-            # peft freezes all other parameters: the head and the rest are opened again.
-            parameter.requires_grad_("lora_" in name or id(parameter) in open_names)
-            if "lora_" in name and parameter.dtype in (torch.float16, torch.bfloat16):
+            if "lora_" in name:
                 # peft makes A and B in the frozen weights' dtype, where small increments are lost.
-                parameter.data = parameter.data.float()
-        entries = tuple(TargetCount(t, _adapter_parameters(model, t)) for t in targets)
-        note = f"rank {rank}"
-        counts = Counts(
-            entries, count_parameters(head), count_parameters(rest), total, requested, note
-        )
-        return Prepared(counts)
+                unfreeze_parameter(parameter)
+        entries = {target.name: _adapter_parameters(model, target) for target in targets}
+        return Adapted(entries, requested, f"rank {rank}")
 
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
         """Return W plus what peft itself would merge into it."""

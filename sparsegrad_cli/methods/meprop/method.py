@@ -11,14 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.implementation import (
-    Counts,
-    Prepared,
-    TargetCount,
-    count_parameters,
-    open_scope,
-    weight_of,
-)
+from sparsegrad_cli.methods.implementation import Adapted, weight_of
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.optimizer import Selection
 from sparsegrad_cli.methods.sparse_method import SparseMethod
@@ -54,41 +47,27 @@ class Meprop(SparseMethod):
 
     settings: MepropSettings
 
-    def prepare(
+    def adapt(
         self,
         model: nn.Module,
         targets: list[Target],
-        *,
-        scope: str,
-        bases: Mapping[str, Basis] | None = None,
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> Prepared:
-        """Open the targets' weights; with ``rows``, swap in layers that prune dL/dy."""
-        total = sum(p.numel() for p in model.parameters())
-        head, rest = open_scope(model, targets, scope)
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Tensor],
+    ) -> Adapted:
+        """Unfreeze the targets' weights; with ``rows``, swap in layers that prune dL/dy."""
         self.targets, self.requested = targets, self.settings.requested(targets)
         rows = self.settings.rows(targets) if self._by_rows else {}
-        counts, unified = [], self.settings.unified
+        entries, unified = dict(self.requested), self.settings.unified
         for target in targets:
             unfreeze_parameter(weight_of(model, target))
-            count = self.requested[target.name]
             if self._by_rows:
                 k, layer = rows[target.name], model.get_submodule(target.name)
                 swapped = MepropLinear(layer, k, unified=unified, transposed=target.transposed)
                 model.set_submodule(target.name, swapped)
-                count = k * target.in_features
-            counts.append(TargetCount(target, count))
+                entries[target.name] = k * target.in_features
         per_example = self._by_rows and not unified
-        return Prepared(
-            Counts(
-                tuple(counts),
-                count_parameters(head),
-                count_parameters(rest),
-                total,
-                sum(self.requested.values()),
-                "rows: entries per example; a batch may touch more" if per_example else "",
-            )
-        )
+        note = "rows: entries per example; a batch may touch more" if per_example else ""
+        return Adapted(entries, sum(self.requested.values()), note)
 
     @property
     def _by_rows(self) -> bool:

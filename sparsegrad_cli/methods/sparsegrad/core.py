@@ -15,25 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import (
-    Counts,
+    Adapted,
     Factors,
     Method,
     Plan,
-    Prepared,
-    TargetCount,
-    count_parameters,
     load_by_name,
-    open_scope,
     trainable_state,
 )
 from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
 from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear, QuantizedCoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import REFRESH_STEPS, SparsegradSettings
-from sparsegrad_cli.models.quantized import count_entries, dtype_of, is_quantized
+from sparsegrad_cli.models.quantized import dtype_of, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import effective_weight
-from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.lowrank import structural_factors
 from sparsegrad_cli.numerics.supports import (
     allocate,
@@ -72,58 +68,34 @@ class SparsegradCore(Method):
             plans[name] = Plan(count, positions)
         return plans
 
-    def prepare(
+    def adapt(
         self,
         model: nn.Module,
         targets: list[Target],
-        *,
-        scope: str,
-        bases: Mapping[str, Basis] | None = None,
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> Prepared:
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Tensor],
+    ) -> Adapted:
         """Put a core beside every target. S starts at zero, so the function is unchanged."""
-        if bases is None:
-            raise ValueError("SparseGrad needs bases")
-        total = count_entries(model)
-        head, rest = open_scope(model, targets, scope)
-        shared: dict[int, Basis] = {}  # targets that share a basis share its copy
-        fitted: dict[str, Basis] = {}
-        for target in targets:
-            given = bases[target.name]
-            if id(given) not in shared:
-                shared[id(given)] = self._fitted(given, model.get_submodule(target.name))
-            fitted[target.name] = shared[id(given)]
+        rank = self.settings.rank
+        assert isinstance(rank, int | float)  # the settings are settled
+
+        def fit(name: str, basis: Basis) -> Basis:
+            # In the dtype in which the products are made: half the bytes for half precision.
+            layer = model.get_submodule(name)
+            return truncated(basis, rank).to(dtype_of(layer), next(layer.parameters()).device)
+
+        fitted = map_bases({t.name: bases[t.name] for t in targets}, fit)
         self._requested = self.settings.requested(targets)
-        chosen = planned_supports(self.settings, targets, fitted, scores or {})
+        chosen = planned_supports(self.settings, targets, fitted, scores)
         fixed = chosen if self.settings.support == "static" else {}
         self._first = chosen if self.settings.support == "refresh" else {}
         for target in targets:
             core = self._core(model, target, fitted[target.name], fixed.get(target.name))
             model.set_submodule(target.name, core)
-        entries = tuple(TargetCount(t, self._counts[t.name]) for t in targets)
-        requested = None
-        if self.settings.support != "dense":
-            requested = sum(self._requested.values())
+        dense = self.settings.support == "dense"
+        requested = None if dense else sum(self._requested.values())
         ranks = sorted({"x".join(map(str, layer.shape)) for layer in self._layers.values()})
-        counts = Counts(
-            entries,
-            count_parameters(head),
-            count_parameters(rest),
-            total,
-            requested,
-            f"core {', '.join(ranks)}",
-        )
-        tensors = [q for b in shared.values() for q in (b.q_out, b.q_in)]
-        return Prepared(counts, tensors)
-
-    def _fitted(self, basis: Basis, layer: nn.Module) -> Basis:
-        rank = self.settings.rank
-        assert isinstance(rank, int | float)  # the settings are settled
-        cut = truncated(basis, rank)
-        # In the dtype in which the products are made: half the bytes for half precision.
-        device, dtype = next(layer.parameters()).device, dtype_of(layer)
-        sides = (cut.q_out.to(device, dtype), cut.q_in.to(device, dtype))
-        return Basis(*sides, cut.singular_out, cut.singular_in, cut.tokens)
+        return Adapted(self._counts, requested, f"core {', '.join(ranks)}", fitted)
 
     def _core(
         self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None

@@ -12,23 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.implementation import (
-    Counts,
-    Plan,
-    Prepared,
-    TargetCount,
-    count_parameters,
-    open_scope,
-    weight_of,
-)
+from sparsegrad_cli.methods.implementation import Adapted, Plan, weight_of
 from sparsegrad_cli.methods.optimizer import Selection
 from sparsegrad_cli.methods.sparse_method import SparseMethod
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, map_bases
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
 from sparsegrad_cli.numerics.supports import bounded
 
@@ -83,41 +76,28 @@ class Sparsegrad(SparseMethod):
         """Return the number of entries; every step chooses them."""
         return {name: Plan(n, None) for name, n in self.settings.requested(targets).items()}
 
-    def prepare(
+    def adapt(
         self,
         model: nn.Module,
         targets: list[Target],
-        *,
-        scope: str,
-        bases: Mapping[str, Basis] | None = None,
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> Prepared:
-        """Open the targets; with ``rotated``, swap in layers that hold their core."""
-        if bases is None:
-            raise ValueError("SparseGrad needs bases")
-        total = sum(p.numel() for p in model.parameters())
-        head, rest = open_scope(model, targets, scope)
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Tensor],
+    ) -> Adapted:
+        """Unfreeze the targets; with ``rotated``, swap in layers that hold their core."""
         self.targets, self.requested = targets, self.settings.requested(targets)
-        tensors: dict[int, Tensor] = {}
-        moved: dict[int, Basis] = {}  # targets that share a basis share its copy on the device
-        for target in targets:
-            layer, weight = model.get_submodule(target.name), weight_of(model, target)
-            unfreeze_parameter(weight)  # before the bases take its dtype
-            given = bases[target.name]
-            if id(given) not in moved:
-                moved[id(given)] = _on(given, weight)
-            basis = self._bases[target.name] = moved[id(given)]
-            tensors.update((id(q), q) for q in (basis.q_out, basis.q_in))
-            if self._rotated:
-                bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-                layer = RotatedLinear(target.weight_OI(model), bias, basis)
-                model.set_submodule(target.name, layer)
-        counts = tuple(TargetCount(t, self.requested[t.name]) for t in targets)
-        requested = sum(self.requested.values())
-        return Prepared(
-            Counts(counts, count_parameters(head), count_parameters(rest), total, requested),
-            list(tensors.values()),
+        weights = {target.name: weight_of(model, target) for target in targets}
+        for weight in weights.values():
+            unfreeze_parameter(weight)  # Before the bases take its dtype.
+        self._bases = map_bases(
+            {name: bases[name] for name in weights},
+            lambda name, basis: basis.to(weights[name].dtype, weights[name].device),
         )
+        for target in targets if self._rotated else ():
+            layer = model.get_submodule(target.name)
+            bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+            rotated = RotatedLinear(target.weight_OI(model), bias, self._bases[target.name])
+            model.set_submodule(target.name, rotated)
+        return Adapted(self.requested, sum(self.requested.values()), bases=self._bases)
 
     def selection(self, target: Target) -> Selection:
         """Take the largest entries of the core gradient."""
@@ -145,17 +125,5 @@ class Sparsegrad(SparseMethod):
         """Return W, or the core rotated back."""
         if not self._rotated:
             return super().merged_OI(model, target)
-        basis = self._bases[target.name]
-        exact = Basis(
-            basis.q_out.double(), basis.q_in.double(), basis.singular_out, basis.singular_in
-        )
+        exact = self._bases[target.name].to(torch.float64)
         return from_core(weight_of(model, target).detach().double(), exact)
-
-
-def _on(basis: Basis, like: Tensor) -> Basis:
-    return Basis(
-        basis.q_out.to(device=like.device, dtype=like.dtype),
-        basis.q_in.to(device=like.device, dtype=like.dtype),
-        basis.singular_out,
-        basis.singular_in,
-    )
