@@ -191,12 +191,15 @@ def _explained(
     if model is not None:
         model.zero_grad(set_to_none=True)
     trial = trials.get(_trial_of(phase))
-    failed, fits = None, None
+    failed, fits, trouble = None, None, []
     # In a distributed run, the other processes would wait for the one that runs a trial.
     if trial is not None and distributed.world_size() == 1:
         try:
             failed, fits = _search(trial)
-        except Exception as another:  # A trial failed, too: show the first error.
+        except Exception as another:
+            # The user must learn of the first error, so this one is only a line of its message.
+            said = "".join(traceback.format_exception_only(another)).splitlines()[0]
+            trouble = [f"the search for a batch that fits failed: {said}"]
             release(another)
     if failed is not None and failed.phase == phase and not module:
         module = failed.module
@@ -214,7 +217,7 @@ def _explained(
         f"memory ran out in {_PHASES[phase]}{inside}{amount}",
         where=where,
         fix=fix,
-        more=_largest(tensors),
+        more=[*_largest(tensors), *trouble],
         details={
             "phase": phase,
             "module": module or None,
