@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import save
-from sparsegrad_cli.numerics.hosvd import GramStream, Stream
-from sparsegrad_cli.numerics.sequential import SequentialStream
+from sparsegrad_cli.numerics.hosvd import GramStream, SequentialStream, Stream
 from sparsegrad_cli.numerics.sketch import SketchStream
 
 

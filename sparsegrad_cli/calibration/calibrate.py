@@ -26,11 +26,17 @@ from sparsegrad_cli.calibration.gradients import (
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.models.targets import Target, basis_keys
-from sparsegrad_cli.numerics.hosvd import Basis, GramStream, Stream, leading, truncated
-from sparsegrad_cli.numerics.scores import ScoreStream
+from sparsegrad_cli.numerics.hosvd import (
+    Basis,
+    GramStream,
+    SequentialStream,
+    Stream,
+    leading,
+    truncated,
+)
 from sparsegrad_cli.numerics.seeding import temporary_seed
-from sparsegrad_cli.numerics.sequential import SequentialStream
 from sparsegrad_cli.numerics.sketch import SketchStream
+from sparsegrad_cli.numerics.supports import ScoreStream
 from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
 
 Batches = Callable[[], Iterator[Batch]]

@@ -29,10 +29,17 @@ from sparsegrad_cli.models.quantized import (
     use_frozen_forward,
 )
 from sparsegrad_cli.models.targets import linear_outside_blocks
-from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.schema import ModelSection, Recipe
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
 _CPU = torch.device("cpu")
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Return the current CUDA device, or the CPU without CUDA or with ``train.use_cpu``."""
+    if recipe.train.use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def name_labels(config: Any, spec: TaskSpec) -> None:

@@ -12,10 +12,9 @@ from sparsegrad_cli.data.packing import concatenate, pack, plain_text_rows
 from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import suggest
-from sparsegrad_cli.models.device import device_of
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import use_lm_loss
-from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
+from sparsegrad_cli.models.load_model import check_vocabulary, device_of, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection

@@ -6,8 +6,7 @@ from sparsegrad_cli.data.batches import TextCollator
 from sparsegrad_cli.data.load_task import load_task
 from sparsegrad_cli.data.text_tokens import ensure_pad_token, fitting_length, tokenize
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.models.device import device_of
-from sparsegrad_cli.models.load_model import check_vocabulary, load_classifier
+from sparsegrad_cli.models.load_model import check_vocabulary, device_of, load_classifier
 from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.checks import SMOOTHED_SCORES
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe

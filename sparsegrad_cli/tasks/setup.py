@@ -17,7 +17,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
-from sparsegrad_cli.models.device import device_of
+from sparsegrad_cli.models.load_model import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.quantized import count_entries, move_model, quantization_state
 from sparsegrad_cli.models.targets import (

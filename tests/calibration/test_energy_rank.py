@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from support.small_runs import base_folder, data_folder, train
 from support.tiny_models import one_thread
 
-from sparsegrad_cli.numerics.hosvd import truncated
-from sparsegrad_cli.numerics.sequential import SequentialStream
+from sparsegrad_cli.numerics.hosvd import SequentialStream, truncated
 
 SHARE = ("method.form=core", "method.density=0.05", "method.rank=0.7", "train.save_total_limit=5")
 

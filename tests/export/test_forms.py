@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import sparsegrad_cli
 from sparsegrad_cli.methods.peft_folder import from_peft, modules_to_save
-from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.schema import TargetsSection
 

@@ -22,8 +22,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.sparsegrad.core import planned_supports
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.numerics.hosvd import GramStream, truncated
-from sparsegrad_cli.numerics.scores import ScoreStream
-from sparsegrad_cli.numerics.supports import comparable_scores, spectral_scores
+from sparsegrad_cli.numerics.supports import ScoreStream, comparable_scores, spectral_scores
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,7 @@ from benchmarks.models import methods_at
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.methods.sparse_settings import count_for_density
-from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
-from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear, SparsegradCore
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import basis_keys

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Method
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
-from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.rotated import RotatedLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import Target

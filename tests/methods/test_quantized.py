@@ -21,7 +21,7 @@ from support.tiny_models import batch, targets_of
 from torch import nn
 
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.methods.sparsegrad.core_layers import QuantizedCoreLinear
+from sparsegrad_cli.methods.sparsegrad.core import QuantizedCoreLinear
 from sparsegrad_cli.models.quantized import find_quantized, quantization_state
 
 need_bitsandbytes()

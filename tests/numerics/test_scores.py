@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import to_core
-from sparsegrad_cli.numerics.scores import ScoreStream
+from sparsegrad_cli.numerics.supports import ScoreStream
 
 OUT, IN, R_OUT, R_IN, TOKENS, STEPS = 7, 9, 4, 5, 11, 3
 

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsegrad_cli.numerics.hosvd import GramStream, principal_directions, truncated
+from sparsegrad_cli.numerics.hosvd import (
+    GramStream,
+    SequentialStream,
+    principal_directions,
+    truncated,
+)
 from sparsegrad_cli.numerics.rotation import to_core
-from sparsegrad_cli.numerics.sequential import SequentialStream
 from sparsegrad_cli.numerics.sketch import OVERSAMPLING, SketchStream, nystroem
 
 OUT, IN, RANK = 90, 130, 12

@@ -19,7 +19,7 @@ from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.implementation import Prepared
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
-from sparsegrad_cli.methods.sparsegrad.core_layers import CoreLinear
+from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets
