@@ -13,12 +13,10 @@ The metadata is a :class:`sparsegrad_cli.records.basis.BasisMetadata`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import save_tensors
+from sparsegrad_cli.models.digests import tensors_digest
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns, kept_columns
 from sparsegrad_cli.records.basis import FORMAT, BasisMetadata
@@ -45,7 +44,7 @@ class BasisFile:
         keys: target name -> key.
         model: name of the model that was calibrated.
         fingerprint: fingerprint of that model's targets
-            (:func:`sparsegrad_cli.models.targets.fingerprint`).
+            (:func:`sparsegrad_cli.models.digests.fingerprint`).
         settings: settings of the calibration: steps, batch_size, basis_per, seed.
         recipe_digest: digest of the recipe that the basis was computed for.
         digest: sha256 of the tensors.
@@ -130,7 +129,7 @@ def read_basis(path: Path) -> BasisFile:
         metadata.digest,
         scores,
     )
-    if tensors_digest(bases, scores) != found.digest:
+    if basis_digest(bases, scores) != found.digest:
         raise FileFormatError(
             "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
         )
@@ -263,14 +262,9 @@ def check_tokens(basis: BasisFile, where: str | None = None) -> None:
         )
 
 
-def tensors_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> str:
-    """Return the sha256 (hex) of all tensors in key order."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(_tensors(bases, scores).items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16.
-    return sha.hexdigest()
+def basis_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hex) of all tensors of the file."""
+    return tensors_digest(sorted(_tensors(bases, scores).items()))
 
 
 def _tensors(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from sparsegrad_cli import distributed, interruption
 from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
+    basis_digest,
     check_belongs,
     check_rank,
     check_tokens,
     read_basis,
-    tensors_digest,
     write_basis,
 )
 from sparsegrad_cli.calibration.calibrate import Calibration, OnStream, calibrate, passes_of
@@ -36,12 +36,13 @@ from sparsegrad_cli.memory.out_of_memory import (
     attempt,
     out_of_memory_explained,
 )
+from sparsegrad_cli.models.digests import parameters_digest
 from sparsegrad_cli.models.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.run import CalibrationBlock, CalibrationSettings, HashesBlock
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.setup import Setup, hash_parameters, random_batches
+from sparsegrad_cli.tasks.setup import Setup, random_batches
 
 BASIS_NAME = "basis.safetensors"
 
@@ -141,7 +142,7 @@ class RunCalibration:
             setup.fingerprint,
             made_with,
             digest(recipe),
-            tensors_digest(kept, calibration.scores),
+            basis_digest(kept, calibration.scores),
             calibration.scores,
         )
         if distributed.is_rank_zero():
@@ -217,7 +218,7 @@ class RunCalibration:
         ):
             yield
         if settings.keep_head and settings.warmup_steps:
-            kept = hash_parameters(head_parameters(self.setup.model))
+            kept = parameters_digest(head_parameters(self.setup.model))
             hashes = self.run.writer.record.hashes or HashesBlock()
             self.run.writer.save(hashes=hashes.changed(head_init=kept))
 

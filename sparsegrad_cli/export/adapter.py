@@ -14,6 +14,7 @@ from torch import nn
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.export.base_model import auto_class, changed_parameters, task_settings
 from sparsegrad_cli.io.atomic import save_tensors, write_text_atomic
+from sparsegrad_cli.models.digests import tensors_digest
 from sparsegrad_cli.models.pretrained import base_name
 from sparsegrad_cli.restore.exported_adapter import (
     BASIS,
@@ -25,7 +26,6 @@ from sparsegrad_cli.restore.exported_adapter import (
     AdapterBase,
     AdapterSettings,
     AdapterTarget,
-    tensors_digest,
 )
 from sparsegrad_cli.restore.restore import TrainedModel, widest
 
@@ -57,7 +57,7 @@ def write_adapter(trained: TrainedModel, plain: nn.Module, folder: Path) -> dict
     for key, basis in trained.bases.items():
         tensors |= {f"{BASIS}{part}/{key}": getattr(basis, part) for part in PARTS}
     save_tensors(folder / TENSORS, tensors, {"format": FORMAT})
-    settings = _settings(trained, plain, tensors_digest(tensors))
+    settings = _settings(trained, plain, tensors_digest(sorted(tensors.items())))
     write_text_atomic(folder / SETTINGS, settings.model_dump_json(indent=1) + "\n")
     return {"fresh": sorted(fresh), "bases_bytes": sum(b.nbytes() for b in trained.bases.values())}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +21,11 @@ from sparsegrad_cli.io.paths import (
     looks_like_folder,
 )
 from sparsegrad_cli.methods.peft_folder import CONFIG
+from sparsegrad_cli.models.digests import fingerprint, weights_digest
 from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer, locate
-from sparsegrad_cli.models.quantized import bits_of, move_model, quantization_state
-from sparsegrad_cli.models.targets import find_targets, fingerprint
+from sparsegrad_cli.models.quantized import bits_of, move_model
+from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
 from sparsegrad_cli.records.store import EXPORT
@@ -236,17 +236,3 @@ def _device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise UsageError("the meta device holds no data", where="--device", fix="cpu, cuda")
     return device
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return the sha256 (hex) of names, shapes, dtypes and bytes of all parameters and buffers.
-
-    The scales of quantized layers are included.
-    """
-    sha = hashlib.sha256()
-    scales = ((f"scale {n}", scale) for n, scale in enumerate(quantization_state(model)))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *scales):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat: Any = tensor.detach().to("cpu").contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy())  # NumPy has no bfloat16.
-    return sha.hexdigest()

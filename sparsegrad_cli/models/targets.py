@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -350,24 +349,6 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, p in model.named_parameters()
         if id(p) not in inside and id(p) not in excluded
     }
-
-
-def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
-    """Return the SHA-256 (hex) of the targets' names, shapes and a sample of their weights.
-
-    4,096 evenly spaced values of each weight distinguish models without reading gigabytes.
-    """
-    import hashlib
-
-    sha = hashlib.sha256()
-    for target in targets:
-        weight = target.weight_OI(model).detach()
-        flat = weight.reshape(-1)
-        stride = max(1, flat.numel() // 4096)
-        sample = flat[::stride][:4096].to("cpu", torch.float32).contiguous()
-        sha.update(f"{target.name} {target.out_features} {target.in_features}".encode())
-        sha.update(sample.numpy().tobytes())
-    return sha.hexdigest()
 
 
 def basis_keys(targets: Sequence[Target], basis_per: str) -> dict[str, str]:

@@ -10,10 +10,9 @@ adapter.json          :class:`AdapterSettings`, which checks every value, since 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -24,9 +23,10 @@ from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.registry import MethodSection
 from sparsegrad_cli.methods.sparse_method import check_positions
+from sparsegrad_cli.models.digests import fingerprint, tensors_digest
 from sparsegrad_cli.models.load_model import load_by_auto_class
 from sparsegrad_cli.models.quantized import move_model, use_frozen_forward
-from sparsegrad_cli.models.targets import Target, fingerprint, is_linear, linear_shape
+from sparsegrad_cli.models.targets import Target, is_linear, linear_shape
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection
@@ -113,7 +113,7 @@ def load_adapter(
     settings = read_settings(folder)
     where = str(folder / TENSORS)
     tensors = read_tensors(folder / TENSORS)
-    if tensors_digest(tensors) != settings.digest:
+    if tensors_digest(sorted(tensors.items())) != settings.digest:
         raise FileFormatError("the digest of the tensors differs from adapter.json", where=where)
     if model is None:
         model = _load_base(settings.model, torch.device(device), trust=trust_remote_code)
@@ -263,13 +263,3 @@ def read_settings(folder: Path) -> AdapterSettings:
             where=str(path),
             fix=fix,
         ) from error
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 (hex) of names, shapes, dtypes and bytes, in the order of the names."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16.
-    return sha.hexdigest()

@@ -17,6 +17,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
+from sparsegrad_cli.models.digests import fingerprint, parameters_digest
 from sparsegrad_cli.models.load_model import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.quantized import count_entries, move_model, quantization_state
@@ -24,7 +25,6 @@ from sparsegrad_cli.models.targets import (
     NotAdapted,
     Target,
     find_targets,
-    fingerprint,
     head_parameters,
     not_adapted,
     not_adapted_note,
@@ -132,7 +132,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
     if left_out:
         observer.note(not_adapted_note(left_out, recipe.scope))
     device = device_of(recipe)
-    head_hash = hash_parameters(head_parameters(model))
+    head_hash = parameters_digest(head_parameters(model))
     model = move_model(model, device)
     save_memory(model, targets, recipe.method.recompute)
     return Setup(
@@ -190,15 +190,6 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             precision=hash_block(setup.precision),
         ),
     }
-
-
-def hash_parameters(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Return the sha256 (hex) of the parameters' names and values."""
-    sha = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        sha.update(name.encode())
-        sha.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def hash_block(block: Block) -> str:

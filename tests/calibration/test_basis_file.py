@@ -17,14 +17,15 @@ from support.tiny_models import calibrated, classifier, one_thread, targets_of
 
 from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
+    basis_digest,
     check_belongs,
     check_rank,
     read_basis,
-    tensors_digest,
     write_basis,
 )
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.models.targets import Target, fingerprint
+from sparsegrad_cli.models.digests import fingerprint
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.records.run import CalibrationSettings
 
@@ -45,7 +46,7 @@ def made(
     found = calibrated(model, targets, steps=2, basis_per=basis_per, score=score)
     mark = fingerprint(model, targets)
     settings = CalibrationSettings(steps=2, batch_size=8, basis_per=basis_per, seed=0)
-    digest = tensors_digest(found.bases, found.scores)
+    digest = basis_digest(found.bases, found.scores)
     return (
         BasisFile(
             found.bases,
@@ -253,16 +254,16 @@ def test_an_exchanged_tensor_is_refused(written: Path) -> None:
 
 def test_the_digest_depends_on_every_tensor_and_key() -> None:
     basis, _, _ = made("kind")
-    first = tensors_digest(basis.bases, {})
-    assert tensors_digest(dict(reversed(list(basis.bases.items()))), {}) == first
+    first = basis_digest(basis.bases, {})
+    assert basis_digest(dict(reversed(list(basis.bases.items()))), {}) == first
     renamed = {f"x{k}": b for k, b in basis.bases.items()}
-    assert tensors_digest(renamed, {}) != first
+    assert basis_digest(renamed, {}) != first
     for key, one in basis.bases.items():
         for part in PARTS:
             changed = getattr(one, part).clone()
             changed[(0,) * changed.dim()] += 1e-6
             bases = {**basis.bases, key: dataclasses.replace(one, **{part: changed})}
-            assert tensors_digest(bases, {}) != first
+            assert basis_digest(bases, {}) != first
 
 
 def test_too_few_directions_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sparsegrad_cli import load_adapter
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.export.export_run import export_run
 from sparsegrad_cli.export.forms import ExportOptions
-from sparsegrad_cli.restore.exported_adapter import tensors_digest
+from sparsegrad_cli.models.digests import tensors_digest
 
 Runs = Callable[..., Path]
 
@@ -57,7 +57,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path)
     settings = json.loads((folder / "adapter.json").read_text())
-    settings["digest"] = tensors_digest(tensors)
+    settings["digest"] = tensors_digest(sorted(tensors.items()))
     (folder / "adapter.json").write_text(json.dumps(settings))
 
 

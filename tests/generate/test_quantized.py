@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.load_chat_model import weights_digest
 from sparsegrad_cli.generate.options import GenerationSettings
+from sparsegrad_cli.models.digests import weights_digest
 from sparsegrad_cli.models.quantized import dequantized, quantization_state, quantized_layers
 
 need_bitsandbytes()

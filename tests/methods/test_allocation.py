@@ -13,9 +13,9 @@ from support.cli_runs import SMALL, Cli
 from support.tiny_models import batch, calibrated, classifier, one_thread, targets_of
 
 from sparsegrad_cli.calibration.basis_file import (
+    basis_digest,
     check_tokens,
     read_basis,
-    tensors_digest,
     write_basis,
 )
 from sparsegrad_cli.errors import UsageError
@@ -118,7 +118,7 @@ def test_a_basis_of_an_older_version_is_refused_where_it_cannot_tell(
     assert all(one.tokens is not None for one in basis.bases.values())
     check_tokens(basis)
     older = {key: replace(one, tokens=None) for key, one in basis.bases.items()}
-    digest = tensors_digest(older, basis.scores)
+    digest = basis_digest(older, basis.scores)
     write_basis(path, replace(basis, bases=older, digest=digest))
     assert read_basis(path).digest == digest
     with pytest.raises(UsageError):

@@ -7,7 +7,8 @@ import torch
 from support.tiny_models import ARCHITECTURES, build, classifier, config, targets_of
 from torch import nn
 
-from sparsegrad_cli.models.targets import fingerprint, head_parameters
+from sparsegrad_cli.models.digests import fingerprint
+from sparsegrad_cli.models.targets import head_parameters
 
 HEADS = {
     "bert": {"classifier.weight", "classifier.bias"},

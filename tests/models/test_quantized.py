@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.memory.meter import MemoryMeter
+from sparsegrad_cli.models.digests import fingerprint, parameters_digest
 from sparsegrad_cli.models.load_model import load_causal_lm, load_classifier
 from sparsegrad_cli.models.quantized import (
     count_entries,
@@ -33,8 +34,7 @@ from sparsegrad_cli.models.quantized import (
     quantization_state,
     quantized_layers,
 )
-from sparsegrad_cli.models.targets import fingerprint, head_parameters, is_linear
-from sparsegrad_cli.tasks.setup import hash_parameters
+from sparsegrad_cli.models.targets import head_parameters, is_linear
 
 need_bitsandbytes()
 ARCHITECTURES = ("llama", "bert", "gpt2")
@@ -58,7 +58,7 @@ def test_all_layers_of_blocks_and_no_other(
             inside = any(part.isdigit() for part in name.split("."))
             assert (name in packed) == inside, name
     assert all(p.dtype == torch.float32 for p in head_parameters(model).values())
-    assert hash_parameters(head_parameters(model)) == hash_parameters(head_parameters(plain))
+    assert parameters_digest(head_parameters(model)) == parameters_digest(head_parameters(plain))
     assert count_entries(model) == count_entries(plain)
     # The same targets of the same shapes, though GPT-2's plain ones hold W'.
     sides = [(t.name, t.out_features, t.in_features) for t in targets_of(plain)]

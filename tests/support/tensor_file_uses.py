@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import (
     BasisFile,
+    basis_digest,
     check_belongs,
     check_rank,
     read_basis,
-    tensors_digest,
     write_basis,
 )
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
-from sparsegrad_cli.models.targets import fingerprint
+from sparsegrad_cli.models.digests import fingerprint, tensors_digest
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
 from sparsegrad_cli.records.run import CalibrationSettings
 from sparsegrad_cli.restore.exported_adapter import load_adapter
-from sparsegrad_cli.restore.exported_adapter import tensors_digest as adapter_digest
 from support.chat_models import chat_model_folder, load
 from support.small_runs import base_folder
 from support.tiny_models import batch, calibrated, classifier, logits, targets_of
@@ -45,7 +44,7 @@ def basis_bytes() -> bytes:
     found = calibrated(model, targets, steps=2, basis_per="kind", score="square", rank=7)
     settings = CalibrationSettings(steps=2, seconds=0.5)
     bases = {key: truncated(basis, 7) for key, basis in found.bases.items()}
-    digest = tensors_digest(bases, found.scores)
+    digest = basis_digest(bases, found.scores)
     mark = fingerprint(model, targets)
     made = BasisFile(bases, found.keys, "m", mark, settings, "d", digest, found.scores)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +81,7 @@ def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     keys = {name.partition("/")[2] for name in tensors if name.startswith("q_out/")}
     whole = [key for key in keys if all(f"{part}/{key}" in tensors for part in PARTS)]
     bases = {key: Basis(*(tensors[f"{part}/{key}"] for part in PARTS)) for key in whole}
-    metadata = {"digest": tensors_digest(bases, scores), **metadata}
+    metadata = {"digest": basis_digest(bases, scores), **metadata}
     text = json.dumps(metadata, sort_keys=True)
     save_file(tensors, path, {**metadata, "check": hashlib.sha256(text.encode()).hexdigest()})
 
@@ -123,7 +122,7 @@ def adapter() -> tuple[dict[str, Tensor], dict[str, Any]]:
 def use_adapter(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Load an adapter, and check that an accepted one computes."""
     save_file(tensors, folder / "adapter.safetensors")
-    settings = {"digest": adapter_digest(tensors), **settings}
+    settings = {"digest": tensors_digest(sorted(tensors.items())), **settings}
     (folder / "adapter.json").write_text(json.dumps(settings))
     assert load_adapter(folder, base())(**batch()).logits.shape == (8, 2)
 
