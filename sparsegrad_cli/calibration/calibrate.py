@@ -157,53 +157,60 @@ def calibrate(
     """
     keys = basis_keys(targets, settings.basis_per)
     started = time.perf_counter()
-    device = next(model.parameters()).device
+    device, held = next(model.parameters()).device, 0
     sides = {keys[t.name]: (t.out_features, t.in_features) for t in targets}
     kept = None if whole else rank
-    bases, held = {}, 0
+    seeded = {key: (*side, seed + number) for number, (key, side) in enumerate(sides.items())}
     with as_in_training(model, train) as scale:
         passes = _Passes(model, batches, settings.steps, seed, meter, on_step, scale)
         if settings.source in ("batch", "token"):
-            streams = {
-                key: _stream(settings, shape, rank, seed + number, device)
-                for number, (key, shape) in enumerate(sides.items())
-            }
+            streams = {key: _stream(settings, *args, rank, device) for key, args in seeded.items()}
             _fill(passes, targets, keys, streams, settings.source)
             held = sum(stream.nbytes() for stream in streams.values())
-            with meter():
-                for key in sides:
-                    # Each stream is freed once its basis is cut. The Grams and full-rank bases of
-                    # all targets together need much more memory than the sums alone.
-                    stream = streams.pop(key)
-                    with _finite(key):
-                        bases[key] = leading(stream.basis(), kept)
-                    on_stream(key, stream)
-                    del stream
+            bases = _bases(streams, kept, meter, on_stream)
         else:
-            for number, (key, shape) in enumerate(sides.items()):
-                basis = _given_basis(settings.source, shape, seed + number, device)
-                bases[key] = leading(basis, kept)
-                del basis
+            bases = {
+                key: leading(_given_basis(settings.source, *args, device), kept)
+                for key, args in seeded.items()
+            }
         # Other libraries or devices may decompose the same sums differently.
         for b in bases.values():
             distributed.broadcast((b.q_out, b.q_in, b.singular_out, b.singular_in))
-        scores: dict[str, Tensor] = {}
+        scores = {}
         if settings.score != "spectral":
-            seen = bases if not whole else {k: truncated(b, rank) for k, b in bases.items()}
-            # As many parts as in the other passes, so that the dropout is the same.
-            parts = _PARTS if settings.source == "token" else 1
-            scores = _scores(passes, targets, keys, seen, settings.score, parts)
+            scores = _scores(passes, targets, keys, bases, settings, rank if whole else None)
     seconds = time.perf_counter() - started
     return Calibration(bases, keys, scores, seconds, held, passes.losses)
 
 
+def _bases(
+    streams: dict[str, Stream], rank: int | float | None, meter: Meter, on_stream: OnStream
+) -> dict[str, Basis]:
+    """Return key -> basis of a stream, and remove the streams.
+
+    Each stream is freed once its basis is cut. The Grams and full-rank bases of all targets
+    together need much more memory than the sums alone.
+    """
+    bases = {}
+    with meter():
+        for key in list(streams):
+            stream = streams.pop(key)
+            with _finite(key):
+                bases[key] = leading(stream.basis(), rank)
+            on_stream(key, stream)
+            del stream
+    return bases
+
+
 def _stream(
     settings: CalibrationSection,
-    shape: tuple[int, int],
-    rank: int | float | None,
+    out_features: int,
+    in_features: int,
     seed: int,
+    rank: int | float | None,
     device: torch.device,
 ) -> Stream:
+    shape = out_features, in_features
     if settings.decomposition == "sequential":
         return SequentialStream(*shape, rank=rank, device=device)
     if settings.decomposition == "randomized":
@@ -245,11 +252,18 @@ def _scores(
     targets: list[Target],
     keys: dict[str, str],
     bases: dict[str, Basis],
-    score: str,
-    parts: int,
+    settings: CalibrationSection,
+    rank: int | float | None,
 ) -> dict[str, Tensor]:
-    """Score the cores' parameters from tokens in one more pass that forms no weight gradients."""
-    streams = {t.name: ScoreStream(bases[keys[t.name]], score) for t in targets}
+    """Score the cores' parameters from tokens in one more pass that forms no weight gradients.
+
+    Args:
+        rank: rank to which the bases are truncated first; None if they are already.
+    """
+    bases = {key: truncated(basis, rank) for key, basis in bases.items()}
+    streams = {t.name: ScoreStream(bases[keys[t.name]], settings.score) for t in targets}
+    # As many parts as in the other passes, so that the dropout is the same.
+    parts = _PARTS if settings.source == "token" else 1
 
     def collect(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
         streams[target.name].add_tokens(g_NO, x_NI)
@@ -264,9 +278,11 @@ def _scores(
     return {name: stream.mean() for name, stream in streams.items()}
 
 
-def _given_basis(source: str, shape: tuple[int, int], seed: int, device: torch.device) -> Basis:
+def _given_basis(
+    source: str, out_features: int, in_features: int, seed: int, device: torch.device
+) -> Basis:
     """Return a basis that does not depend on the data, for comparison: random or the identity."""
-    sides = []
+    shape, sides = (out_features, in_features), []
     generator = torch.Generator().manual_seed(seed)
     for side in shape:
         square = torch.eye(side)
