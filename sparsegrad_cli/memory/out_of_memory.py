@@ -46,18 +46,6 @@ _PHASES = {
     "evaluate": "evaluation",
     "checkpoint": "writing a checkpoint",
 }
-# Phases whose memory does not depend on the batch size: the setting to change, and how.
-_WITHOUT_BATCH = {
-    "load": ("model.name", "a smaller model, or model.dtype=bfloat16, which takes half"),
-    "prepare": (
-        "method",
-        "calibration.basis_per=kind shares bases, a smaller method.rank makes them smaller",
-    ),
-    "checkpoint": (
-        "the copy that a checkpoint is written from",
-        "free some memory, then continue with --resume",
-    ),
-}
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -207,7 +195,7 @@ def _explained(
     inside = f", in {module}" if module else ""
     tensors = failed.tensors if failed is not None else ()
     if trial is None:
-        where, fix = _WITHOUT_BATCH.get(phase, _WITHOUT_BATCH["load"])
+        where, fix = _without_batch(phase, recipe)
     else:
         where, fix = f"{trial.key} = {trial.size}", _fix(trial, failed, fits, recipe)
     found = None
@@ -226,6 +214,19 @@ def _explained(
             "fits": found,
         },
     )
+
+
+def _without_batch(phase: str, recipe: Recipe) -> tuple[str, str]:
+    """Return the setting to change, and how, if the batch size does not matter."""
+    if phase == "checkpoint":
+        where = "the copy that a checkpoint is written from"
+        return where, "free some memory, then continue with --resume"
+    ways = ["a smaller model"]
+    if recipe.model.dtype == "float32":
+        ways.append("model.dtype=bfloat16, which takes half")
+    if phase != "prepare":
+        return "model.name", " or ".join(ways)
+    return "method", _any_of([*recipe.method.memory_savers(recipe, phase), "a smaller model"])
 
 
 def _trial_of(phase: str) -> str:
@@ -322,15 +323,16 @@ def _fix(
 
 def _memory_savers(key: str, recipe: Recipe) -> str:
     """List the settings that save memory in this phase and that the recipe does not use yet."""
-    train, method, calibration = recipe.train, recipe.method, recipe.calibration
+    train = recipe.train
     ways = ["a shorter task.max_length"]
     if not train.gradient_checkpointing and key != EVAL_KEY:
         ways.insert(0, "train.gradient_checkpointing=true")
     if recipe.model.dtype == "float32":
         ways.append("model.dtype=bfloat16")
     if key == CALIBRATION_KEY:
-        if calibration.basis_per == "layer":
-            ways.append("calibration.basis_per=kind")
-        if method.thin_bases and calibration.decomposition == "exact":
-            ways.append("calibration.decomposition=randomized")
+        ways += recipe.method.memory_savers(recipe, "calibrate")
+    return _any_of(ways)
+
+
+def _any_of(ways: Sequence[str]) -> str:
     return ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])} or {ways[-1]}"

@@ -117,8 +117,8 @@ class MethodSettings(Section):
     name: str
     recompute: Literal["none", "activation"] = Field(
         "none",
-        description="compute the MLP's activation again in the backward pass: less memory, "
-        "one product more",
+        description="activation: compute the MLP's activation again in the backward pass, which "
+        "saves memory and costs one matrix product",
     )
 
     # --- how recipes and studies treat the settings
@@ -190,14 +190,13 @@ class MethodSettings(Section):
         return None
 
     @property
-    def thin_bases(self) -> bool:
-        """Whether calibration may find the leading directions alone (``randomized``)."""
-        return False
-
-    @property
     def compares_targets(self) -> bool:
         """Whether its basis must say how many tokens each target has seen."""
         return False
+
+    def memory_savers(self, recipe: Recipe, phase: str) -> list[str]:
+        """Return changes to the recipe that save memory in ``calibrate`` or ``prepare``."""
+        return []
 
     def quantization_refusal(self) -> tuple[str, str] | None:
         """Return (key, what it does) where it cannot train on quantized, thus frozen, weights."""

@@ -57,7 +57,8 @@ class SparseSettings(MethodSettings):
 
     density: Density | None = 0.01
     entries: PositiveInt | None = Field(
-        None, description="in place of density: entries of all targets together, shared by size"
+        None,
+        description="instead of density: number of parameters of all targets, divided by size",
     )
 
     chooses_by_density: ClassVar[bool] = True
@@ -73,7 +74,7 @@ class SparseSettings(MethodSettings):
     @model_validator(mode="after")
     def _one_of_the_two(self) -> Self:
         if (self.density is None) == (self.entries is None):
-            what = "density or entries says how many entries train: give one of the two"
+            what = "density or entries says how many parameters train: give one of the two"
             raise SettingError(what, "density", "entries")
         return self
 

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from sparsegrad_cli.error_mapping import is_out_of_memory, mapped_errors
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.memory.meter import make_meter
-from sparsegrad_cli.memory.out_of_memory import Attempt, Phase, attempt, release
+from sparsegrad_cli.memory.out_of_memory import (
+    CALIBRATION_KEY,
+    Attempt,
+    Phase,
+    Trial,
+    attempt,
+    out_of_memory_explained,
+    release,
+)
 from sparsegrad_cli.models.module_trace import trace_location
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 
 FAR_TOO_MUCH = 2**55  # bytes; more than any machine has
 
@@ -170,3 +179,42 @@ def test_out_of_memory_outside_a_run_is_our_error() -> None:
     ):
         torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
     assert error.value.where == "--batch-size" and error.value.exit_code == 3
+
+
+def explained(
+    phase: str, *settings: str, trials: dict[str, Trial] | None = None
+) -> OutOfMemoryError:
+    """The error of a failed allocation in this phase of a recipe."""
+    recipe = load_recipe(None, settings).recipe
+    with (
+        pytest.raises(OutOfMemoryError) as error,
+        out_of_memory_explained(recipe, phase, trials=trials),
+    ):
+        torch.empty(FAR_TOO_MUCH, dtype=torch.uint8)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        (("method=full",), "a smaller model"),
+        (("method=lora",), "a smaller method.rank or a smaller model"),
+        (("method.form=materialized", "calibration.basis_per=kind"), "a smaller model"),
+        ((), "calibration.basis_per=kind, a smaller method.rank or a smaller model"),
+    ],
+)
+def test_prepare_suggests_settings_that_the_method_has(settings: tuple[str, ...], fix: str) -> None:
+    error = explained("prepare", *settings)
+    assert (error.where, error.fix) == ("method", fix)
+
+
+def test_a_failed_search_for_a_batch_is_one_line_of_the_message() -> None:
+    def fail(size: int) -> Attempt:
+        raise RuntimeError("can't start new thread\nand more")
+
+    error = explained("calibrate", trials={"calibrate": Trial(CALIBRATION_KEY, 8, fail)})
+    assert error.more == (
+        "the search for a batch that fits failed: RuntimeError: can't start new thread",
+    )
+    assert error.where == "calibration.batch_size = 8" and error.details["fits"] is None
+    assert str(error.fix).startswith("a smaller calibration.batch_size; ")

@@ -68,6 +68,10 @@ class LoraSettings(MethodSettings):
         """True: A and B train."""
         return True
 
+    def memory_savers(self, recipe: Recipe, phase: str) -> list[str]:
+        """Return the setting that the size of A and B follows from."""
+        return [f"a smaller method.{'rank' if self.density is None else 'density'}"]
+
     def sizing(self, shapes: TargetShapes) -> Sizing:
         """Return the parameters of A and B; a rank-r adapter has r (out + in) of them."""
         rank = self.rank_on(shapes.targets)

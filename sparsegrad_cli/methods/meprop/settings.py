@@ -22,7 +22,7 @@ class MepropSettings(SparseSettings):
     name: Literal["meprop"]
     select: Literal["entries", "rows"] = "entries"
     state_capacity: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="entries: as in sparsegrad"
+        None, description="entries: as for method sparsegrad"
     )
     unified: bool = Field(
         False, description="rows: one choice for the whole batch instead of one per example"

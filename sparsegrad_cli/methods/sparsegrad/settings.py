@@ -35,26 +35,28 @@ class SparsegradSettings(SparseSettings):
     )
     support: Literal["static", "dynamic", "refresh", "dense"] = Field(
         "static",
-        description="static: chosen once (core's default); dynamic: anew in every step (the other "
-        "forms' only way); refresh: anew every refresh_steps; dense: all of the core",
+        description="static: chosen once (default of the core form); dynamic: chosen again in "
+        "every step (the other forms do only this); refresh: chosen again every refresh_steps; "
+        "dense: all of the core",
     )
     refresh_steps: PositiveInt | None = Field(
-        None, description="refresh: optimizer steps that a choice holds; 100 by default"
+        None, description="refresh: number of optimizer steps between choices; 100 by default"
     )
     state_capacity: Annotated[float, Field(ge=1)] | None = Field(
         None,
-        description="dynamic: entries with optimizer state, in multiples of those chosen in a "
-        "step; at the limit the longest untouched are forgotten; null keeps state for all",
+        description="dynamic: limit of the parameters with optimizer state, as a multiple of "
+        "those chosen in a step; beyond it, those not updated for longest lose their state; "
+        "null keeps state for all",
     )
     rank: PositiveInt | Annotated[float, Field(gt=0, le=1)] | Bytes | None = Field(
         None,
-        description="core: directions kept a side, the share of energy they hold, or the bytes "
-        "that bases and cores of all targets may take, such as 64MiB; by default as many as make "
-        "the density fill a third of the core (all of it with support dense)",
+        description="core: number of directions per side, the share of energy that they hold, or "
+        "the bytes for bases and cores of all targets, such as 64MiB; by default, the rank at "
+        "which the density fills a third of the core (all of it with support dense)",
     )
     allocation: Literal["target", "model"] = Field(
         "target",
-        description="static: the density holds in every target, or over all of them together",
+        description="static: the density applies to each target, or to all of them together",
     )
 
     training_only: ClassVar[frozenset[str]] = frozenset(
@@ -182,13 +184,24 @@ class SparsegradSettings(SparseSettings):
 
     @property
     def thin_bases(self) -> bool:
-        """Whether the rank is a number of directions."""
+        """Whether calibration may find the leading directions alone (``randomized``)."""
         return self.form == "core" and not isinstance(self.rank, float)
 
     @property
     def compares_targets(self) -> bool:
         """Whether the parameters are allocated over the whole model."""
         return self.allocation == "model"
+
+    def memory_savers(self, recipe: Recipe, phase: str) -> list[str]:
+        """Return shared bases, and for a core thin products or a smaller rank."""
+        calibration, ways = recipe.calibration, []
+        if calibration.basis_per == "layer":
+            ways.append("calibration.basis_per=kind")
+        if phase == "calibrate" and self.thin_bases and calibration.decomposition == "exact":
+            ways.append("calibration.decomposition=randomized")
+        if phase == "prepare" and self.form == "core":
+            ways.append("a smaller method.rank")
+        return ways
 
     def quantization_refusal(self) -> tuple[str, str] | None:
         """Return the form that trains the weights."""
