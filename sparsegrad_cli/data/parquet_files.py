@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsegrad_cli.data.tables import Columns, Table
 from sparsegrad_cli.data.text_files import LFS_POINTER
+from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import DataError
 
 
@@ -29,7 +30,7 @@ def read_parquet(path: Path) -> Table:
     except MemoryError:
         raise
     except Exception as error:  # pyarrow raises errors of many classes on damaged files
-        reason, fix = _first_line(error), "fetch it again"
+        reason, fix = first_line(error), "fetch it again"
         if _is_lfs_pointer(path):
             reason, fix = "it is a Git LFS pointer", "fetch the file itself: git lfs pull"
         raise DataError(
@@ -60,7 +61,7 @@ def to_python(values: Any, name: str, source: str) -> list[Any]:
     except Exception as error:
         row = _first_unconvertible_row(values)
         raise DataError(
-            f"column {name!r} cannot be read: {_first_line(error)}",
+            f"column {name!r} cannot be read: {first_line(error)}",
             where=f"{source}, row {row}" if row else source,
             fix="correct the value there, and write the file again",
         ) from None
@@ -112,7 +113,7 @@ def _column(path: Path, name: str) -> list[Any]:
         raise
     except Exception as error:
         raise DataError(
-            f"column {name!r} cannot be read: {_first_line(error)}", where=str(path)
+            f"column {name!r} cannot be read: {first_line(error)}", where=str(path)
         ) from None
     return to_python(column, name, str(path))
 
@@ -125,7 +126,3 @@ def _first_unconvertible_row(values: Sequence[Any]) -> int | None:
         except Exception:
             return row + 1
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

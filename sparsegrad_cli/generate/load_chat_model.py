@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto, tokenizer_in
@@ -229,9 +230,10 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"there is no device {name!r} here: {reason}", where="--device", fix="cpu, cuda, cuda:1"
+            f"there is no device {name!r} here: {first_line(error)}",
+            where="--device",
+            fix="cpu, cuda, cuda:1",
         ) from error
     if device.type == "meta":
         raise UsageError("the meta device holds no data", where="--device", fix="cpu, cuda")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import is_file
@@ -63,7 +64,7 @@ def load_onto(model: nn.Module, folder: Path) -> nn.Module:
             wrapped: Any = PeftModel.from_pretrained(model, str(folder))
             used = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     except Exception as error:  # The libraries raise many types for damaged files.
-        raise _unusable(f"peft cannot load it: {_reason(error)}", folder) from error
+        raise _unusable(f"peft cannot load it: {first_line(error)}", folder) from error
     # PEFT ignores unknown names, and draws the values of missing ones.
     given, wanted = of_adapter(tensors), of_adapter(used)
     if given != wanted:
@@ -88,14 +89,10 @@ def tokenizer_in(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # The libraries raise many types for damaged files.
         raise FileFormatError(
-            f"the tokenizer cannot be read: {_reason(error)}",
+            f"the tokenizer cannot be read: {first_line(error)}",
             where=str(folder),
             fix="remove its files to use the base model's",
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _unusable(what: str, path: Path) -> FileFormatError:

@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.io.hub_access import why_unreachable
 from sparsegrad_cli.io.paths import expanded, is_folder, looks_like_folder, near_folder
@@ -187,7 +188,7 @@ def from_pretrained(load: Any, section: ModelSection, *, what: str, **kwargs: An
     except ImportError as error:  # The model's own code needs a package.
         raise UsageError(
             f"the {what} of {section.name} needs a package that is not installed: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             where="model.name",
         ) from error
     except Exception as error:  # safetensors and others have own classes.
@@ -237,7 +238,7 @@ def refuse_other_weights(folder: Path, name: str) -> None:
 
 
 def _explain(error: Exception, section: ModelSection, what: str, local: bool) -> Exception:
-    text = _first_line(error)
+    text = first_line(error)
     if local:
         return FileFormatError(
             f"the {what} in {section.name} cannot be read: {text}", where="model.name"
@@ -251,7 +252,3 @@ def _explain(error: Exception, section: ModelSection, what: str, local: bool) ->
         "at a local folder (config.json, model.safetensors, tokenizer files); builtin:minilm and "
         "builtin:smollm2 need no download",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
