@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.models.nan_check import first_non_finite
 from sparsegrad_cli.models.targets import Target
-from sparsegrad_cli.numerics.frozen_linear import product_dtype
+from sparsegrad_cli.numerics.core_linear import product_dtype
 from sparsegrad_cli.recipe.schema import TrainSection
 
 Batch = Mapping[str, Any]
@@ -241,7 +241,7 @@ def tokens_only(
             if not torch.is_grad_enabled():
                 return output
             x = inputs[0].detach()
-            tapped: Tensor = _Tap.apply(output, x.to(product_dtype(x)), anchor, take)
+            tapped: Tensor = _Tap.apply(output, x.to(product_dtype(x, x.dtype)), anchor, take)
             return tapped
 
         return hook

@@ -20,6 +20,7 @@ from sparsegrad_cli.data.batches import UNLABELLED
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.models.lm_head import LmHead, find_lm_head, logits_of, states_of
 from sparsegrad_cli.models.sharded_tensors import call_as_forward
+from sparsegrad_cli.numerics.core_linear import product_dtype
 from sparsegrad_cli.numerics.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_sums,
@@ -172,9 +173,7 @@ def _at_head(
     linear = model.get_output_embeddings()  # type: ignore[operator]
 
     def forward(states_MI: Tensor) -> _Result:
-        kind, dtype = states_MI.device.type, linear.weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = product_dtype(states_MI, linear.weight.dtype)
         return compute(
             states_MI.to(dtype),
             linear.weight.to(dtype),

@@ -36,6 +36,12 @@ def effective_weight(
     return torch.addmm(weight_OI, q_out_OR @ core_RS, q_in_IS.T)
 
 
+def product_dtype(x: Tensor, plain: torch.dtype) -> torch.dtype:
+    """Return the dtype of products with x: autocast's under autocast, else ``plain``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain
+
+
 class _CoreLinear(torch.autograd.Function):
     """See :func:`core_linear`. All tensors but W of one dtype; x has two dimensions.
 
@@ -118,9 +124,7 @@ def core_linear(
     Returns:
         (..., out).
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = product_dtype(x, x.dtype)
     flat_NI = x.reshape(-1, x.shape[-1]).to(dtype)
     if materialize is None:
         sides = (*weight_OI.shape, *core_RS.shape)

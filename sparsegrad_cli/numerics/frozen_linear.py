@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparsegrad_cli.numerics.core_linear import product_dtype
+
 
 class _FrozenLinear(torch.autograd.Function):
     """See :func:`frozen_linear`. x has two dimensions."""
@@ -132,13 +134,6 @@ def _dropped(x: Tensor, mask: Tensor | None, dropout: float, dtype: torch.dtype)
     return mask.to(dtype).div_(1 - dropout).mul_(x)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of products with x: autocast's under autocast, else x's."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def frozen_linear(
     x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
 ) -> Tensor:
@@ -152,7 +147,7 @@ def frozen_linear(
     Returns:
         (..., out). Only x gets a gradient.
     """
-    flat_NI = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
+    flat_NI = x.reshape(-1, x.shape[-1]).to(product_dtype(x, x.dtype))
     y_NO: Tensor = _FrozenLinear.apply(flat_NI, product, weight)
     # Not reshaped where possible: an in-place addition must not meet a view.
     return y_NO if x.ndim == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
@@ -168,7 +163,7 @@ def core_beside(
     """Return base(x) + ((x Q_in) S') Q_out', saving only x Q_in and what ``base`` saves.
 
     Args:
-        x: (..., in). All products are made in the dtype of :func:`product_dtype`.
+        x: (..., in). Under autocast all products are made in autocast's dtype, else in x's.
         base: the frozen layer: (N, in) -> (N, out), a new tensor that its backward pass does not
             need, for it is added to in place.
         core_RS: S, (r_out, r_in); gets the gradient (g Q_out)' (x Q_in).
@@ -177,7 +172,7 @@ def core_beside(
     Returns:
         (..., out).
     """
-    dtype = product_dtype(x)
+    dtype = product_dtype(x, x.dtype)
     flat_NI = x.reshape(-1, x.shape[-1]).to(dtype)
     y_NO: Tensor = _CoreBeside.apply(
         flat_NI, base(flat_NI).to(dtype), core_RS.to(dtype), q_out_OR.to(dtype), q_in_IS.to(dtype)
@@ -216,9 +211,7 @@ def adapter_linear(
         (..., out), in the dtype of x W' + b.
     """
     flat_NI = x.reshape(-1, x.shape[-1])
-    dtype = a_RI.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = product_dtype(x, a_RI.dtype)
     y_NO: Tensor = _AdapterLinear.apply(
         flat_NI, weight_OI, bias_O, a_RI, b_OR, product, unpacked, scaling, dropout, dtype
     )
