@@ -28,7 +28,6 @@ from sparsegrad_cli.models.digests import tensors_digest
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns, kept_columns
 from sparsegrad_cli.records.basis import FORMAT, BasisMetadata
-from sparsegrad_cli.records.run import CalibrationSettings
 
 _PARTS = ("q_out", "q_in", "singular_out", "singular_in")
 _SCORE, _TOKENS = "score/", "tokens/"
@@ -41,29 +40,18 @@ class BasisFile:
 
     Attributes:
         bases: key -> basis.
-        keys: target name -> key.
-        model: name of the model that was calibrated.
-        fingerprint: fingerprint of that model's targets
-            (:func:`sparsegrad_cli.models.digests.fingerprint`).
-        settings: settings of the calibration: steps, batch_size, basis_per, seed.
-        recipe_digest: digest of the recipe that the basis was computed for.
-        digest: sha256 of the tensors.
+        metadata: each target's key, the model and recipe that the bases belong to, and the digest.
         scores: target name -> scores of its core's parameters; empty if the singular values serve
             as scores.
     """
 
     bases: Mapping[str, Basis]
-    keys: Mapping[str, str]
-    model: str
-    fingerprint: str
-    settings: CalibrationSettings
-    recipe_digest: str
-    digest: str
+    metadata: BasisMetadata
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_target(self) -> dict[str, Basis]:
         """Return target name -> basis; targets with the same key share the object."""
-        return {name: self.bases[key] for name, key in self.keys.items()}
+        return {name: self.bases[key] for name, key in self.metadata.targets.items()}
 
 
 def write_basis(path: Path, basis: BasisFile) -> None:
@@ -72,15 +60,7 @@ def write_basis(path: Path, basis: BasisFile) -> None:
     Raises:
         DiskError: the file cannot be written.
     """
-    metadata = BasisMetadata(
-        model=basis.model,
-        fingerprint=basis.fingerprint,
-        targets=dict(basis.keys),
-        settings=basis.settings,
-        recipe_digest=basis.recipe_digest,
-        digest=basis.digest,
-    )
-    save_tensors(path, _tensors(basis.bases, basis.scores), metadata.to_texts())
+    save_tensors(path, _tensors(basis.bases, basis.scores), basis.metadata.to_texts())
 
 
 def read_basis(path: Path) -> BasisFile:
@@ -90,50 +70,34 @@ def read_basis(path: Path) -> BasisFile:
         FileFormatError: the file is not a basis file, is damaged or truncated, or does not match
             its digest.
     """
-    fix = "make it anew with `sparsegrad calibrate`"
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise FileFormatError(
-            f"the basis cannot be read: {error}", where=str(path), fix=fix
-        ) from error
+        raise _unusable(path, f"the basis cannot be read: {error}") from error
     if texts.get("format") != FORMAT:
-        raise FileFormatError("is no basis file of this version", where=str(path), fix=fix)
+        raise _unusable(path, "is not a basis file of this version")
     try:
         metadata = BasisMetadata.from_texts(texts)
     except ValueError as error:
-        raise FileFormatError(
-            f"the basis file is damaged: {error}", where=str(path), fix=fix
-        ) from error
+        raise _unusable(path, f"the basis file is damaged: {error}") from error
     try:
-        keys = metadata.targets
-        bases = {key: _basis(tensors, key) for key in set(keys.values())}
+        bases = {key: _basis(tensors, key) for key in set(metadata.targets.values())}
         scores = {
             name.removeprefix(_SCORE): t for name, t in tensors.items() if name.startswith(_SCORE)
         }
         for name, score in scores.items():
-            _check_score(name, score, bases[keys[name]])
+            _check_score(name, score, bases[metadata.targets[name]])
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise FileFormatError(
-            f"the basis file is incomplete: {error}", where=str(path), fix=fix
-        ) from error
-    found = BasisFile(
-        bases,
-        keys,
-        metadata.model,
-        metadata.fingerprint,
-        metadata.settings,
-        metadata.recipe_digest,
-        metadata.digest,
-        scores,
-    )
-    if basis_digest(bases, scores) != found.digest:
-        raise FileFormatError(
-            "the basis file is damaged: its digest does not fit", where=str(path), fix=fix
-        )
-    return found
+        raise _unusable(path, f"the basis file is incomplete: {error}") from error
+    if basis_digest(bases, scores) != metadata.digest:
+        raise _unusable(path, "the basis file is damaged: its digest does not fit")
+    return BasisFile(bases, metadata, scores)
+
+
+def _unusable(path: Path, what: str) -> FileFormatError:
+    return FileFormatError(what, where=str(path), fix="make it again with `sparsegrad calibrate`")
 
 
 def _basis(tensors: dict[str, Tensor], key: str) -> Basis:
@@ -183,7 +147,7 @@ def check_belongs(
     Raises:
         UsageError: the target set, a layer's shape or the model's weights differ.
     """
-    wanted, there = {t.name for t in targets}, set(basis.keys)
+    wanted, there = {t.name for t in targets}, set(basis.metadata.targets)
     fix = "leave calibration.basis out to make one, or run `sparsegrad calibrate` on this recipe"
     if wanted != there:
         missing, extra = sorted(wanted - there), sorted(there - wanted)
@@ -196,7 +160,7 @@ def check_belongs(
             "the basis belongs to another target set: " + "; ".join(parts), where=where, fix=fix
         )
     for target in targets:
-        got = basis.bases[basis.keys[target.name]]
+        got = basis.bases[basis.metadata.targets[target.name]]
         shape = (got.q_out.shape[0], got.q_in.shape[0])
         if shape != (target.out_features, target.in_features):
             raise UsageError(
@@ -205,9 +169,9 @@ def check_belongs(
                 where=where,
                 fix=fix,
             )
-    if basis.fingerprint != fingerprint:
+    if basis.metadata.fingerprint != fingerprint:
         raise UsageError(
-            f"the basis was made on other weights ({basis.model})", where=where, fix=fix
+            f"the basis was made on other weights ({basis.metadata.model})", where=where, fix=fix
         )
 
 

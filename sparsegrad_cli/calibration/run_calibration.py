@@ -40,6 +40,7 @@ from sparsegrad_cli.models.digests import parameters_digest
 from sparsegrad_cli.models.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import Basis, leading
 from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.run import CalibrationBlock, CalibrationSettings, HashesBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.setup import Setup, random_batches
@@ -135,18 +136,16 @@ class RunCalibration:
             kept = {
                 key: leading(basis, setup.method_settings.basis_rank) for key, basis in kept.items()
             }
-        file = BasisFile(
-            kept,
-            calibration.keys,
-            recipe.model.name,
-            setup.fingerprint,
-            made_with,
-            digest(recipe),
-            basis_digest(kept, calibration.scores),
-            calibration.scores,
+        metadata = BasisMetadata(
+            model=recipe.model.name,
+            fingerprint=setup.fingerprint,
+            targets=calibration.keys,
+            settings=made_with,
+            recipe_digest=digest(recipe),
+            digest=basis_digest(kept, calibration.scores),
         )
         if distributed.is_rank_zero():
-            write_basis(self.run.path / BASIS_NAME, file)
+            write_basis(self.run.path / BASIS_NAME, BasisFile(kept, metadata, calibration.scores))
         self.run.writer.save(
             calibration=CalibrationBlock(
                 **made_with.given(),
@@ -154,7 +153,7 @@ class RunCalibration:
                 basis_file=BASIS_NAME,
                 basis_bytes=sum(b.nbytes() for b in kept.values()),
                 reused=False,
-                digest=file.digest,
+                digest=metadata.digest,
                 spectra=spectra(_one_per_kind(calibration.bases, setup.targets)),
             )
         )
@@ -297,14 +296,14 @@ def basis_for_run(
     if given and setup.method_settings.compares_targets:
         check_tokens(basis, where)
     # This run's time includes the cost of a basis that was computed earlier.
-    run.seconds["calibrate_s"] = basis.settings.seconds or 0.0
+    run.seconds["calibrate_s"] = basis.metadata.settings.seconds or 0.0
     run.writer.save(
         calibration=CalibrationBlock(
-            **basis.settings.given(),
+            **basis.metadata.settings.given(),
             basis_file=str(path),
             basis_bytes=sum(b.nbytes() for b in basis.bases.values()),
             reused=True,
-            digest=basis.digest,
+            digest=basis.metadata.digest,
             spectra=spectra(_one_per_kind(basis.bases, setup.targets)),
         )
     )
@@ -323,7 +322,7 @@ def _own_basis(run: Run, path: Path, data_hash: str) -> BasisFile | None:
     except FileFormatError as error:
         run.observer.note(f"{error.what}: {path.name} is made again")
         return None
-    if basis.settings.data in (None, data_hash):  # Older files do not name their data.
+    if basis.metadata.settings.data in (None, data_hash):  # Older files do not name their data.
         return basis
     run.observer.note(f"the data has changed: {path.name} is made again")
     return None

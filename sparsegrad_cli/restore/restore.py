@@ -102,7 +102,7 @@ def load_trained(files: RunFiles, examples: int) -> TrainedModel:
     recipe = files.loaded.recipe
     trained = TrainedModel(recipe, setup, method, settings, files.from_adapter, tensors)
     if basis is not None:
-        trained.bases, trained.keys = _bases_in_use(basis, trained), dict(basis.keys)
+        trained.bases, trained.keys = _bases_in_use(basis, trained), dict(basis.metadata.targets)
     return trained
 
 
@@ -178,7 +178,7 @@ def read_basis_of(files: RunFiles) -> BasisFile:
     """
     path, where = files.basis
     basis = read_basis(path)
-    if basis.digest != files.basis_digest:
+    if basis.metadata.digest != files.basis_digest:
         raise FileFormatError(
             "the basis is not the one that this run was trained with: it was computed again since",
             where=where,

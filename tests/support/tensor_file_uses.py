@@ -25,6 +25,7 @@ from sparsegrad_cli.calibration.basis_file import (
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.digests import fingerprint, tensors_digest
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.run import CalibrationSettings
 from sparsegrad_cli.restore.exported_adapter import load_adapter
 from support.chat_models import chat_model_folder, load
@@ -46,7 +47,15 @@ def basis_bytes() -> bytes:
     bases = {key: truncated(basis, 7) for key, basis in found.bases.items()}
     digest = basis_digest(bases, found.scores)
     mark = fingerprint(model, targets)
-    made = BasisFile(bases, found.keys, "m", mark, settings, "d", digest, found.scores)
+    about = BasisMetadata(
+        model="m",
+        fingerprint=mark,
+        targets=found.keys,
+        settings=settings,
+        recipe_digest="d",
+        digest=digest,
+    )
+    made = BasisFile(bases, about, found.scores)
     with tempfile.TemporaryDirectory() as folder:
         write_basis(Path(folder) / "b", made)
         return (Path(folder) / "b").read_bytes()
@@ -72,7 +81,7 @@ def use_basis(path: Path) -> None:
     method = METHOD.implementation()
     method.prepare(model, targets, scope="head", bases=found.by_target(), scores=found.scores)
     assert torch.equal(logits(model), before)
-    assert torch.isfinite(torch.tensor(float(found.settings.seconds or 0.0)))
+    assert torch.isfinite(torch.tensor(float(found.metadata.settings.seconds or 0.0)))
 
 
 def sealed_basis(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
