@@ -362,10 +362,17 @@ def _export_renamed(count: int) -> None:
 
 
 def _limit_memory(mebibytes: int) -> None:
-    """Limit the address space to what the process has now plus ``mebibytes``."""
+    """Limit the address space to what the process has now plus ``mebibytes``.
+
+    Large blocks get a mapping of their own. In glibc's heap, one small block behind a freed one
+    would keep its addresses, and how much of the limit that takes differs from run to run.
+    """
+    import ctypes
     import gc
     import resource
 
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + mebibytes * 2**20

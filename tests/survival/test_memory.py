@@ -79,10 +79,11 @@ def checked(ended: ProcessResult, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_forward_error_names_the_module_and_a_batch_that_fits(short: Short) -> None:
-    """The wide activation must fail; if a small one failed instead, try another limit."""
+    """The wide activation must fail, and a batch must fit; otherwise try another limit."""
     for left in LEFT:
         ended, run, _ = short("method=full", left=left)
-        if ended.code == 3 and run["error"]["asked_bytes"] == WIDE_ONE:
+        failure = run["error"] if ended.code == 3 else {}
+        if failure.get("asked_bytes") == WIDE_ONE and failure["fits"]:
             break
     error = checked(ended, run)
     assert error["asked_bytes"] == WIDE_ONE
