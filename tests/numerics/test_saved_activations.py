@@ -1,4 +1,4 @@
-"""Dropout with byte masks equals the dropout of torch bit for bit."""
+"""Dropout with byte masks and the memory-saving gate equal plain autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.numerics.saved_activations import ByteDropout
+from sparsegrad_cli.numerics.saved_activations import ByteDropout, gated
 
 
 def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def test_dropout_without_gradient_saves_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, ByteDropout])
-def test_bytes_kept(kind: type[nn.Dropout]) -> None:
+def test_dropout_bytes_kept(kind: type[nn.Dropout]) -> None:
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def test_bytes_kept(kind: type[nn.Dropout]) -> None:
     assert sum(saved) == (1000 if kind is ByteDropout else 4000)
 
 
-def test_gradients_in_float64() -> None:
+def test_dropout_gradients_in_float64() -> None:
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
 
     def fixed(value: Tensor) -> Tensor:
@@ -60,3 +60,28 @@ def test_gradients_in_float64() -> None:
         return out
 
     assert torch.autograd.gradcheck(fixed, (x,))
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU()])
+def test_gate_and_gradients_equal_plain_autograd(activation: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up, weight = (torch.randn(4, 9, generator=generator) for _ in range(3))
+    results = []
+    for lean in (False, True):
+        a, b = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        out = gated(a, b, activation) if lean else activation(a) * b
+        (out * weight).sum().backward()
+        results.append((out.detach(), a.grad, b.grad))
+    for expected, got in zip(*results, strict=True):
+        assert expected is not None and got is not None
+        assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gate_gradients_in_float64(wanted: tuple[bool, bool]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (
+        torch.randn(3, 5, generator=generator, dtype=torch.float64).requires_grad_(wants)
+        for wants in wanted
+    )
+    assert torch.autograd.gradcheck(lambda a, b: gated(a, b, nn.SiLU()), (gate, up))
