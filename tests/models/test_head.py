@@ -1,13 +1,11 @@
-"""The task head of each architecture, by hand, and the fingerprint of the targets."""
+"""The task head of each architecture, by hand."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from support.tiny_models import ARCHITECTURES, build, classifier, config, targets_of
 from torch import nn
 
-from sparsegrad_cli.models.digests import fingerprint
 from sparsegrad_cli.models.targets import head_parameters
 
 HEADS = {
@@ -61,63 +59,3 @@ def test_the_pooler_inside_the_body_is_not_the_head() -> None:
     model = classifier("bert")
     assert any("pooler" in name for name, _ in model.named_parameters())
     assert not any("pooler" in name for name in head_parameters(model))
-
-
-@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_fingerprint_tells_weights_apart(architecture: str) -> None:
-    model = classifier(architecture)
-    targets = targets_of(model)
-    first = fingerprint(model, targets)
-    assert len(first) == 64
-    assert fingerprint(classifier(architecture), targets) == first
-    assert fingerprint(classifier(architecture, seed=1), targets) != first
-    for target in targets:
-        changed = classifier(architecture)
-        with torch.no_grad():
-            target.weight_OI(changed)[2, 3] += 1e-4
-        assert fingerprint(changed, targets) != first
-
-
-def test_fingerprint_does_not_depend_on_the_head_or_what_is_no_target() -> None:
-    model = classifier()
-    targets = targets_of(model)
-    first = fingerprint(model, targets)
-    adapted = {f"{t.name}.weight" for t in targets}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in adapted:
-                parameter.add_(1.0)
-    assert fingerprint(model, targets) == first
-    assert fingerprint(classifier(hidden_dropout_prob=0.5), targets) == first
-
-
-def test_fingerprint_depends_on_which_targets() -> None:
-    model = classifier()
-    every = fingerprint(model, targets_of(model))
-    assert fingerprint(model, targets_of(model, blocks="1:")) != every
-
-
-def test_fingerprint_does_not_depend_on_requires_grad_or_mode() -> None:
-    model = classifier()
-    targets = targets_of(model)
-    first = fingerprint(model, targets)
-    model.train()
-    model.requires_grad_(False)
-    assert fingerprint(model, targets) == first
-
-
-def test_fingerprint_of_a_large_layer_samples_it_evenly() -> None:
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.Module()])
-    model.layers[0].up, model.layers[0].down = nn.Linear(64, 512), nn.Linear(512, 64)
-    targets = targets_of(model)
-    first = fingerprint(model, targets)
-    with torch.no_grad():
-        targets[0].weight_OI(model)[-1] += 1e-3
-    assert fingerprint(model, targets) != first
-
-
-def test_fingerprint_of_bfloat16_weights() -> None:
-    model = classifier(dtype=torch.bfloat16)
-    targets = targets_of(model)
-    assert len(fingerprint(model, targets)) == 64
