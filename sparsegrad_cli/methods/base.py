@@ -128,6 +128,8 @@ class MethodSettings(Section):
     chooses_by_density: ClassVar[bool] = False
     """Whether it chooses as many parameters as ``density`` says; the density of one such method
     then carries over to another."""
+    sized_by: ClassVar[frozenset[str]] = frozenset({"density", "entries"})
+    """Keys that can set how many parameters it trains."""
     rivals: ClassVar[tuple[str, ...]] = ()
     """Keys that replace each other: the one in the stronger layer of settings prevails."""
     training_only: ClassVar[frozenset[str]] = frozenset({"recompute"})
@@ -232,7 +234,7 @@ class MethodSettings(Section):
     @property
     def size_keys(self) -> frozenset[str]:
         """Keys that fix the size where a study's row names one: a budget then leaves it alone."""
-        return frozenset({"density", "entries"})
+        return self.sized_by
 
     def settle(self, shapes: TargetShapes) -> Self:
         """Return the settings with what follows from the shapes filled in, such as a rank.

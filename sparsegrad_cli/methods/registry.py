@@ -22,6 +22,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "sparsegrad": SparsegradSettings,
 }
 METHOD_NAMES = tuple(METHODS)
+SIZE_KEYS = frozenset().union(*(settings.sized_by for settings in METHODS.values()))
 DEFAULT_METHOD = SparsegradSettings(name="sparsegrad", support="static")
 BASELINE = "lora"  # a comparison measures differences against this method where it is a row
 

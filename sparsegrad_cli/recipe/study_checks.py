@@ -7,11 +7,9 @@ from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import suggest
-from sparsegrad_cli.methods.registry import settings_class
+from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study
 from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, KeyPath, Layer, Place, shorten
-
-SIZES = {"rank", "density", "entries"}  # keys that set how many parameters a method trains
 
 _MOST_CELLS = 2000
 # Keys that a comparison sets for each of its runs, and what to write in their place.
@@ -89,11 +87,11 @@ def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[st
     said = resolved.data.get("method")
     rank = said.get("rank") if isinstance(said, dict) and _solves_rank(said) else None
     by_density = any(
-        row.matched and _chooses_by_density(row.method) and not SIZES & set(row.method)
+        row.matched and _chooses_by_density(row.method) and not SIZE_KEYS & set(row.method)
         for row in study.methods
     )
     held = study.match == "trainable" and entry.matched and _solves_rank(entry.method)
-    if rank is None or not held or not by_density or SIZES & set(entry.method):
+    if rank is None or not held or not by_density or SIZE_KEYS & set(entry.method):
         return {}
     what = (
         f"the recipe gives LoRA rank {shorten(rank)}, the other methods have the entries of the "

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.methods.registry import settings_class
+from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
 from sparsegrad_cli.recipe.checks import recipe_problems
 from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import drop_replaced_size, read_layers, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study_checks import (
-    SIZES,
     of_overrides,
     of_rows,
     of_settings,
@@ -211,7 +210,7 @@ class _Layers:
         said = settings if isinstance(settings, dict) else {}
         if method.get("name") == said.get("name"):
             method = {**drop_replaced_size(said, method), **method}
-        matched = self._study.match is not None and entry.matched and not SIZES & set(method)
+        matched = self._study.match is not None and entry.matched and not SIZE_KEYS & set(method)
         takes = settings_class(method)
         if matched and takes is not None and "density" in takes.model_fields:
             if said.get("entries") is not None:  # LoRA refuses this key, since it has ranks

@@ -31,6 +31,7 @@ class LoraSettings(MethodSettings):
     rslora: bool = False
 
     solves_rank: ClassVar[bool] = True
+    sized_by: ClassVar[frozenset[str]] = frozenset({"rank", "density"})
     rivals: ClassVar[tuple[str, ...]] = ("density", "rank")
     # The density only says how the rank was found.
     training_only: ClassVar[frozenset[str]] = frozenset({"recompute", "dropout", "density"})
@@ -87,11 +88,6 @@ class LoraSettings(MethodSettings):
     def with_size(self, size: int) -> Self:
         """Return the settings at a rank."""
         return self.model_copy(update={"rank": size, "density": None})
-
-    @property
-    def size_keys(self) -> frozenset[str]:
-        """The rank, or the density that it is solved from."""
-        return frozenset({"rank", "density", "entries"})
 
     def rank_on(self, targets: Sequence[Target]) -> int:
         """Return the rank, solved from the density where there is one."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from sparsegrad_cli.estimate.search import largest, largest_in_levels
 from sparsegrad_cli.methods.base import SizeRange, Sizing
+from sparsegrad_cli.methods.registry import SIZE_KEYS
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.study.budget.batches import (
@@ -27,9 +28,7 @@ from sparsegrad_cli.study.budget.counting import Counting
 _SLACK = 1e-3  # share of a byte budget that a number of parameters may leave unused
 SETTABLE = (
     "match",
-    "method.rank",
-    "method.density",
-    "method.entries",
+    *(f"method.{key}" for key in sorted(SIZE_KEYS)),
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
     "calibration.batch_size",
