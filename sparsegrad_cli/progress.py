@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 
 class Observer:
-    """Receive the events of a run. Every method does nothing; override the ones you need."""
+    """Receive the events of a run. Every method does nothing; override the ones you need.
+
+    As a context manager, it is closed at the end.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def phase(self, name: str, detail: str = "") -> None:
         """Begin a phase: load, calibrate, train, evaluate, report."""

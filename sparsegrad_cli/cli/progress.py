@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,16 +14,6 @@ from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.metric_direction import METRICS, scale_of
 from sparsegrad_cli.report.units import format_bytes, format_score
-
-
-class QuietObserver(Observer):
-    """Show nothing."""
-
-    def __enter__(self) -> QuietObserver:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class ProgressObserver(Observer):
@@ -43,12 +33,9 @@ class ProgressObserver(Observer):
         self._tasks: dict[str, Any] = {}
         self._state: dict[str, str] = {}
 
-    def __enter__(self) -> ProgressObserver:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop drawing, and leave the bars on the screen."""
@@ -98,9 +85,10 @@ class ProgressObserver(Observer):
         return "  ".join(self._state.values())
 
 
-def make_observer(quiet: bool) -> QuietObserver | ProgressObserver:
+def make_observer(quiet: bool) -> Observer:
     """Return the observer of a command, to be used as a context manager.
 
     Among several processes only rank zero shows progress.
     """
-    return QuietObserver() if quiet or not distributed.is_rank_zero() else ProgressObserver()
+    silent = quiet or not distributed.is_rank_zero()
+    return Observer() if silent else ProgressObserver()

@@ -64,11 +64,9 @@ def recipe_problems(
         *_scheduler(recipe),
         *_label_smoothing(recipe),
     ]
-    problems = []
-    for path, what, fix in found:
-        place = find_place(places, path)
-        problems.append(Problem(dotted(path), clip(what), place.file, place.line, fix))
-    return problems
+    return [
+        find_place(places, path).problem(dotted(path), clip(what), fix) for path, what, fix in found
+    ]
 
 
 def _task(recipe: Recipe) -> Iterator[Finding]:

@@ -63,12 +63,11 @@ class Found:
     def problem(self) -> Problem:
         """Return the problem that refuses the setting."""
         key, what = dotted(self.idle.key), f"has no effect: {self.idle.why}"
-        return Problem(key, what, self.place.file, self.place.line, self.idle.fix)
+        return self.place.problem(key, what, self.idle.fix)
 
     def note(self) -> str:
         """Return the note that tells the user about the setting."""
-        at = f"{self.place.file}:{self.place.line}" if self.place.line else self.place.file
-        return f"{dotted(self.idle.key)} ({at}) has no effect: {self.idle.why}"
+        return f"{dotted(self.idle.key)} ({self.place}) has no effect: {self.idle.why}"
 
 
 def without_idle(recipe: Recipe, layer: Layer) -> tuple[Recipe, list[Found]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.io.paths import expanded, is_file, is_folder
+from sparsegrad_cli.io.paths import expanded, is_folder
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import METHODS, settings_class
 from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
@@ -83,21 +83,21 @@ def _read_with_parents(
         key = "extends" if named_by else "(file)"
         what = f"no such file: {clip(str(source))}"
         fix = "`sparsegrad configs` lists the shipped recipes"
-        raise RecipeError([Problem(key, what, file=place.file, line=place.line, fix=fix)])
+        raise RecipeError([place.problem(key, what, fix)])
     path = path.resolve()
     if path in seen:
         chain = " -> ".join(str(step) for step in (*seen, path))
-        raise RecipeError([Problem("extends", f"forms a cycle: {chain}", file=str(seen[-1]))])
+        raise RecipeError([Place(str(seen[-1])).problem("extends", f"forms a cycle: {chain}")])
     read.append(path)
     if len(read) > _MOST_FILES:
         what = f"adds up to more than {_MOST_FILES} files"
-        raise RecipeError([Problem("extends", what, file=str(seen[0]))])
+        raise RecipeError([Place(str(seen[0])).problem("extends", what)])
     layer = read_yaml(path, shown_as=str(source))
     if is_of_run(path):
+        # Older versions wrote relative paths into the recipe of a run, relative to the folder where
+        # the command ran. They stay as they are, so that the run can be read from that folder.
         layer.places = {key: replace(place, settled=True) for key, place in layer.places.items()}
-    # Older versions wrote relative paths into the recipe of a run, relative to the folder where the
-    # command ran. They are left as they are, so that such a run can be read from that folder.
-    if not (path.name == "recipe.yaml" and is_file(path.parent / "run.json")):
+    else:
         anchor_paths(layer.data, path.parent)
     place = layer.places.get(("extends",), Place(str(source)))
     layers: list[Layer] = []
@@ -112,10 +112,8 @@ def _parents(layer: Layer, place: Place) -> list[str]:
     parents = [named] if isinstance(named, str) else [] if named is None else named
     if isinstance(parents, list) and all(isinstance(parent, str) for parent in parents):
         return parents
-    problem = Problem(
-        "extends", "expected a file name, or a list of file names", file=place.file, line=place.line
-    )
-    raise RecipeError([problem])
+    what = "expected a file name, or a list of file names"
+    raise RecipeError([place.problem("extends", what)])
 
 
 def anchor_paths(data: dict[str, Any], folder: Path) -> None:
@@ -240,21 +238,15 @@ def _task_name(layers: list[Layer]) -> str:
 
 
 def _per_task_problem(per_task: Any, layer: Layer) -> Problem | None:
-    place = find_place(layer.places, ("per_task",))
     if not isinstance(per_task, dict):
-        return Problem(
-            "per_task", "expected a mapping of task names to settings", place.file, place.line
-        )
+        place = find_place(layer.places, ("per_task",))
+        return place.problem("per_task", "expected a mapping of task names to settings")
     for name, settings in per_task.items():
+        place, key = find_place(layer.places, ("per_task", name)), f"per_task.{name}"
         if name not in known_task_names():
-            here = find_place(layer.places, ("per_task", name))
-            fix = suggest(str(name), known_task_names())
-            return Problem(f"per_task.{name}", "is not a task", here.file, here.line, fix)
+            return place.problem(key, "is not a task", suggest(str(name), known_task_names()))
         if not isinstance(settings, dict):
-            here = find_place(layer.places, ("per_task", name))
-            return Problem(
-                f"per_task.{name}", "expected a mapping of settings", here.file, here.line
-            )
+            return place.problem(key, "expected a mapping of settings")
     return None
 
 

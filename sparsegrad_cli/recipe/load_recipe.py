@@ -50,9 +50,7 @@ class LoadedRecipe:
 
     def where(self, key: str) -> str:
         """Return ``file:line: key`` of a dotted key, for error messages."""
-        place = find_place(self.places, tuple(key.split(".")))
-        line = f":{place.line}" if place.line else ""
-        return f"{place.file}{line}: {key}"
+        return f"{find_place(self.places, tuple(key.split('.')))}: {key}"
 
 
 def load_recipe(
@@ -100,7 +98,7 @@ def check(layer: Layer, schema: type[SectionT]) -> SectionT:
             path, what, fix = explain(detail, schema)
             place = find_place(layer.places, path)
             what += _others(detail, path, layer)
-            problems.append(Problem(dotted(path), clip(what), place.file, place.line, fix))
+            problems.append(place.problem(dotted(path), clip(what), fix))
     if problems or checked is None:
         raise RecipeError(_sorted(problems))
     return checked
@@ -111,14 +109,8 @@ def _others(detail: Any, blamed: KeyPath, layer: Layer) -> str:
     error = (detail.get("ctx") or {}).get("error")
     keys = getattr(error, "keys", ())
     section = blamed[: len(blamed) - len(keys[0].split("."))] if keys else ()
-    places = []
-    for key in keys[1:]:
-        path = (*section, *key.split("."))
-        if path in layer.places:
-            place = layer.places[path]
-            places.append(
-                f"{dotted(path)}: {place.file}" + (f":{place.line}" if place.line else "")
-            )
+    paths = [(*section, *key.split(".")) for key in keys[1:]]
+    places = [f"{dotted(path)}: {layer.places[path]}" for path in paths if path in layer.places]
     return f" ({', '.join(places)})" if places else ""
 
 

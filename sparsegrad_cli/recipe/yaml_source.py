@@ -60,6 +60,13 @@ class Place:
     strength: int = field(default=-1, compare=False)
     settled: bool = field(default=False, compare=False)
 
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    def problem(self, key: str, what: str, fix: str | None = None) -> Problem:
+        """Return a problem of this place; see :class:`Problem`."""
+        return Problem(key, what, self.file, self.line, fix)
+
 
 @dataclass
 class Layer:
@@ -95,7 +102,7 @@ def read_yaml(path: Path, shown_as: str | None = None) -> Layer:
 
 
 def _refusal(what: str, name: str, line: int | None = None) -> RecipeError:
-    return RecipeError([Problem("(file)", what, file=name, line=line)])
+    return RecipeError([Place(name, line).problem("(file)", what)])
 
 
 def parse_yaml(text: str, name: str) -> Layer:
@@ -121,13 +128,10 @@ def _collect_places(node: yaml.Node, path: KeyPath, name: str, layer: Layer) -> 
         seen: set[str] = set()
         for key_node, value_node in node.value:
             here = (*path, key_node.value)
-            line = key_node.start_mark.line + 1
+            layer.places[here] = place = Place(name, key_node.start_mark.line + 1)
             if key_node.value in seen:
-                layer.problems.append(
-                    Problem(dotted(here), "is written twice", file=name, line=line)
-                )
+                layer.problems.append(place.problem(dotted(here), "is written twice"))
             seen.add(key_node.value)
-            layer.places[here] = Place(name, line)
             _collect_places(value_node, here, name, layer)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
@@ -146,15 +150,14 @@ def parse_override(text: str) -> Layer:
     parts = key.strip().split(".")
     if not sign or not all(parts) or len(parts) > MOST_DEPTH:
         fix = "write overrides as key.path=value, for example train.learning_rate=1e-4"
-        problem = Problem(clip(text), "is not an override", file=COMMAND_LINE, fix=fix)
-        raise RecipeError([problem])
+        raise RecipeError([Place(COMMAND_LINE).problem(clip(text), "is not an override", fix)])
     try:
         if len(raw) > MOST_BYTES:
             raise yaml.YAMLError(f"it has more than {MOST_BYTES // 1024} KiB")
         value = load(raw, key=parts[-1])
     except yaml.YAMLError as error:
         what = f"value {shorten(raw)} is not valid YAML: {clip(fault_of(error, raw)[0])}"
-        raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)]) from None
+        raise RecipeError([Place(COMMAND_LINE).problem(clip(key), what)]) from None
     return setting(key, value)
 
 
@@ -166,7 +169,7 @@ def setting(key: str, value: Any) -> Layer:
     """
     if isinstance(value, str) and HALF.search(value):
         what = f"{value.encode(errors='replace').decode()!r} is not UTF-8 text"
-        raise RecipeError([Problem(clip(key), what, file=COMMAND_LINE)])
+        raise RecipeError([Place(COMMAND_LINE).problem(clip(key), what)])
     parts = key.strip().split(".")
     data: Any = value
     for part in reversed(parts):

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import InterruptedRunError
-from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.recipe.load_recipe import to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.study_section import EngineSection
 from sparsegrad_cli.records.base import SCHEMA, now
 from sparsegrad_cli.records.environment import collect, git_state
 from sparsegrad_cli.records.run import ErrorBlock, RunRecord
+from sparsegrad_cli.records.store import write
 from sparsegrad_cli.records.study import CellEntry, CellStatus, PlanRecord, StudyRecord
 from sparsegrad_cli.study.cluster_engines import RayEngine, SlurmEngine
 from sparsegrad_cli.study.engines import Engine, LocalEngine
@@ -228,7 +228,7 @@ class _Coordinator:
             )
             if record.budget is not None:
                 record = record.changed(budget=with_measured(record.budget, entries))
-            write_json_atomic(self._folder.record_file, record.to_json())
+            write(record, self._folder.record_file)
             self._saved(record)
             return record
 

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.io.atomic import write_json_atomic, write_text_atomic
+from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.locks import FolderLock, owner_of
 from sparsegrad_cli.io.paths import make_folder
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.yaml_source import dump
 from sparsegrad_cli.records.run import ErrorBlock, RunRecord
-from sparsegrad_cli.records.store import load_run
+from sparsegrad_cli.records.store import RUN, load_run, write
 from sparsegrad_cli.study.engines import PATIENCE_S, Engine, Job
 
 POLL_S = 0.3  # between two checks of a run
@@ -220,8 +220,5 @@ def _note_exit(folder: Path, code: int | None, *, stopped: bool) -> None:
     if stopped:
         status, what = "interrupted", "stopped with the study"
     error = ErrorBlock(title="Run", what=what, where=str(folder), fix=None)
-    ended = RunRecord.model_validate(
-        {**(run.to_json() if run else {}), "status": status, "error": error.to_json()}
-    )
     make_folder(folder)
-    write_json_atomic(folder / "run.json", ended.to_json())
+    write((run or RunRecord(status="failed")).changed(status=status, error=error), folder / RUN)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import InterruptedRunError, SparsegradError, UsageError
-from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.records.run import ErrorBlock, Evaluation
+from sparsegrad_cli.records.store import RUN, write
 from sparsegrad_cli.records.study import Trial as TrialRecord
 from sparsegrad_cli.report.tuning import outcome_words, settings_words
 from sparsegrad_cli.study.folder import TRIALS, TUNING, TUNING_BEFORE, StudyFolder
@@ -322,8 +322,7 @@ class _TrialRun:
         if self._pruned_at is not None and run is not None and run.status != "done":
             what = f"stopped after step {self._pruned_at}: below the median of the trials before"
             error = ErrorBlock(title="Pruned", what=what, where=None, fix=None)
-            pruned = run.changed(status="pruned", error=error)
-            write_json_atomic(self.folder / "run.json", pruned.to_json())
+            write(run.changed(status="pruned", error=error), self.folder / RUN)
         for pattern in _HEAVY:
             for path in self.folder.glob(pattern):
                 if path.is_dir():

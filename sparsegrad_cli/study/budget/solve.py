@@ -7,22 +7,17 @@ the update is that of the recipe's batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sparsegrad_cli.estimate.estimate_steps import changed
 from sparsegrad_cli.estimate.search import largest, largest_in_levels
 from sparsegrad_cli.methods.base import SizeRange, Sizing
 from sparsegrad_cli.methods.registry import SIZE_KEYS
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
-from sparsegrad_cli.study.budget.batches import (
-    at_batch,
-    calibrated,
-    calibrations,
-    divisors,
-    largest_batch,
-)
 from sparsegrad_cli.study.budget.counting import Counting
 
 _SLACK = 1e-3  # share of a byte budget that a number of parameters may leave unused
@@ -216,23 +211,23 @@ def _optimizer_state(question: _Question, advice: str) -> Pick:
 
 def _peak(question: _Question) -> Pick:
     loaded, counting, room = question.loaded, question.counting, question.room
-    batch = largest_batch(question.least, counting, room)
+    batch = _largest_batch(question.least, counting, room)
     if batch is None:
         smallest = 1
         if not loaded.recipe.method.splits_batches:
             smallest = loaded.recipe.train.per_device_train_batch_size
-        raise _too_much(question, at_batch(question.least, smallest))
-    cut, slack = replace(question, loaded=at_batch(loaded, batch)), _SLACK * room
+        raise _too_much(question, _at_batch(question.least, smallest))
+    cut, slack = replace(question, loaded=_at_batch(loaded, batch)), _SLACK * room
     found = cut.solved(counting.step, slack)
     assert found is not None  # the smallest size fits at this batch
-    fitted = calibrated(found.recipe, counting, room)
+    fitted = _calibrated(found.recipe, counting, room)
     if fitted is None:  # calibration with these bases does not fit
 
         def whole(at: LoadedRecipe) -> float:
-            return max(counting.step(at), counting.calibration(calibrations(at)[-1]))
+            return max(counting.step(at), counting.calibration(_calibrations(at)[-1]))
 
         found = cut.solved(whole, slack)
-        fitted = None if found is None else calibrated(found.recipe, counting, room)
+        fitted = None if found is None else _calibrated(found.recipe, counting, room)
         if found is None or fitted is None:
             raise _too_much(cut, cut.least)
     longest, notes = counting.longest(fitted), counting.notes(fitted)
@@ -254,7 +249,7 @@ def _too_much(question: _Question, least: LoadedRecipe) -> UnreachableError:
     """Return the error for the smallest size, with the larger of its step and calibration."""
     counting, size = question.counting, question.text(least)
     step, width = counting.step(least), counting.longest(least).width
-    making = counting.calibration(calibrations(least)[-1])
+    making = counting.calibration(_calibrations(least)[-1])
     if making > step:
         advice = ["calibration.basis: one that `sparsegrad calibrate` made where there was room"]
     else:
@@ -271,13 +266,13 @@ def _too_much(question: _Question, least: LoadedRecipe) -> UnreachableError:
 def _larger_batch(question: _Question, batch: int) -> tuple[str, float] | None:
     """Return the next larger batch and its bytes; None if the batch is the recipe's own."""
     whole = question.loaded.recipe.train.per_device_train_batch_size
-    larger = [b for b in divisors(whole) if b > batch]
+    larger = [b for b in _divisors(whole) if b > batch]
     if not larger:
         return None
     text = f"a batch of {larger[-1]}" + (
         "" if question.sizes is None else ", at the smallest size,"
     )
-    return text, question.counting.step(at_batch(question.least, larger[-1]))
+    return text, question.counting.step(_at_batch(question.least, larger[-1]))
 
 
 def settings_of(before: LoadedRecipe, after: LoadedRecipe) -> dict[str, Any]:
@@ -290,3 +285,50 @@ def settings_of(before: LoadedRecipe, after: LoadedRecipe) -> dict[str, Any]:
         return found
 
     return {key: value(after, key) for key in SETTABLE if value(before, key) != value(after, key)}
+
+
+# --- smaller batches
+
+
+def _largest_batch(loaded: LoadedRecipe, counting: Counting, room: float) -> int | None:
+    """Return the recipe's batch, or the largest divisor of it at which a step fits."""
+    whole = loaded.recipe.train.per_device_train_batch_size
+    batches = _divisors(whole) if loaded.recipe.method.splits_batches else [whole]
+    return next((b for b in batches if counting.step(_at_batch(loaded, b)) <= room), None)
+
+
+def _divisors(number: int) -> list[int]:
+    """Return all divisors, the largest first."""
+    small = [part for part in range(1, math.isqrt(number) + 1) if number % part == 0]
+    return sorted({*small, *(number // part for part in small)}, reverse=True)
+
+
+def _at_batch(loaded: LoadedRecipe, batch: int) -> LoadedRecipe:
+    """Return the recipe with a smaller batch and more accumulation; calibration keeps its batch."""
+    train, section = loaded.recipe.train, loaded.recipe.calibration
+    whole = train.per_device_train_batch_size
+    if batch == whole:
+        return loaded
+    steps = train.gradient_accumulation_steps * whole // batch
+    smaller = changed(
+        loaded, "train", per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+    )
+    if not loaded.recipe.method.calibrates:
+        return smaller
+    return changed(smaller, "calibration", batch_size=section.batch_size or whole)
+
+
+def _calibrated(loaded: LoadedRecipe, counting: Counting, room: float) -> LoadedRecipe | None:
+    """Return the recipe with the largest calibration batch that fits; None if none does."""
+    return next((at for at in _calibrations(loaded) if counting.calibration(at) <= room), None)
+
+
+def _calibrations(loaded: LoadedRecipe) -> list[LoadedRecipe]:
+    """Return the recipe at each calibration batch that divides its own, with steps to match."""
+    section = loaded.recipe.calibration
+    whole = section.batch_size or loaded.recipe.train.per_device_train_batch_size
+    smaller: list[LoadedRecipe] = []
+    for batch in _divisors(whole)[1:]:
+        steps = section.steps * whole // batch
+        smaller.append(changed(loaded, "calibration", batch_size=batch, steps=steps))
+    return [loaded, *smaller]
