@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Literal, get_args
 
 from sparsegrad_cli.io.suggest import suggest
-from sparsegrad_cli.recipe.section import parse_bytes
+from sparsegrad_cli.recipe.section import SettingError, parse_bytes
 from sparsegrad_cli.recipe.yaml_source import shorten
 
 Kind = Literal["trainable", "optimizer_state", "peak"]
@@ -21,14 +21,6 @@ _EXAMPLES = {
 }
 _NUMBER = r"[0-9]{1,12}(?:\.[0-9]{1,9})?"
 _THOUSANDS = {"": 1, "k": 1000, "M": 1_000_000}
-
-
-class MisspeltError(ValueError):
-    """An invalid ``match``; ``fix`` says what to write."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -62,22 +54,20 @@ def parse_match(text: str) -> Budget | None:
         The budget; None for ``trainable`` alone, which uses the recipe's density.
 
     Raises:
-        MisspeltError: the text is something else; the error says what to write.
+        SettingError: the text is something else; the error says what to write.
     """
     if text == "trainable":
         return None
     name, sign, amount = text.partition("=")
     kind = next((known for known in KINDS if known == name), None)
     if name == "seconds":
-        fix = (
-            f"use {_EXAMPLES['trainable']} or {_EXAMPLES['peak']}; the report shows each run's time"
-        )
-        raise MisspeltError("seconds is no longer a budget: a time differs from run to run", fix)
+        fix = f"use {_EXAMPLES['trainable']} or {_EXAMPLES['peak']}; the report shows run times"
+        raise SettingError("seconds is no longer a budget, because times vary", fix=fix)
     if kind is None:
         fix = suggest(name, KINDS) if sign else f"such as {_EXAMPLES['peak']}, or trainable"
-        raise MisspeltError(f"{shorten(text)} is nothing that methods could be matched by", fix)
+        raise SettingError(f"{shorten(text)} is not a budget", fix=fix)
     if not sign:
-        raise MisspeltError(f"{shorten(text)} says no amount", f"such as {_EXAMPLES[kind]}")
+        raise SettingError(f"{shorten(text)} has no amount", fix=f"such as {_EXAMPLES[kind]}")
     return Budget(kind, _amount(kind, amount.strip(), text), text)
 
 
@@ -90,20 +80,12 @@ def _amount(kind: Kind, amount: str, text: str) -> float:
     elif re.fullmatch(rf"{_NUMBER} ?[KMG]iB", amount):
         found = float(parse_bytes(amount))
     if found is None:
-        what = f"{shorten(text)}: {shorten(amount)} is {_WANTED[kind]}"
-        raise MisspeltError(what, _advice(kind, amount))
+        unit = "a whole number of parameters" if kind == "trainable" else "a number of bytes"
+        what = f"{shorten(text)}: expected {unit}, got {shorten(amount)}"
+        raise SettingError(what, fix=_advice(kind, amount))
     if found <= 0:
-        raise MisspeltError(
-            f"{shorten(text)} leaves nothing to train with", f"such as {_EXAMPLES[kind]}"
-        )
+        raise SettingError(f"{shorten(text)} is not above 0", fix=f"such as {_EXAMPLES[kind]}")
     return found
-
-
-_WANTED = {
-    "trainable": "no whole number of entries",
-    "optimizer_state": "no number of bytes",
-    "peak": "no number of bytes",
-}
 
 
 def _advice(kind: Kind, amount: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import recipe_problems
-from sparsegrad_cli.recipe.effects import without_idle
+from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
 from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import Recipe
@@ -76,15 +76,31 @@ def load_recipe(
     if output_dir is not None:
         layers.append(setting("output_dir", str(output_dir)))
         anchor_paths(layers[-1].data, Path.cwd())
-    layer = stack(layers)
+    loaded, idle = resolve(stack(layers), name, data=data)
+    return replace(loaded, notes=tuple(found.note() for found in idle))
+
+
+def resolve(layer: Layer, source: str, *, data: bool = True) -> tuple[LoadedRecipe, list[Found]]:
+    """Check stacked layers, and reset the settings that have no effect.
+
+    Args:
+        layer: All layers of the recipe.
+        source: The name of the recipe or study, for messages.
+        data: Whether the task's files must exist.
+
+    Returns:
+        The recipe, and the settings that were reset although they had been written.
+
+    Raises:
+        RecipeError: All problems together, each with file, line and key.
+    """
     written = check(layer, Recipe)
     recipe, idle = without_idle(written, layer)
     problems = [found.problem() for found in idle if found.refused]
     problems += recipe_problems(written if problems else recipe, layer.places, data=data)
     if problems:
         raise RecipeError(problems)
-    notes = tuple(found.note() for found in idle)
-    return LoadedRecipe(recipe, name, layer.places, notes)
+    return LoadedRecipe(recipe, source, layer.places), idle
 
 
 def check(layer: Layer, schema: type[SectionT]) -> SectionT:

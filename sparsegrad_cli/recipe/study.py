@@ -5,22 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.errors import Problem, RecipeError
+from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.methods.registry import METHOD_NAMES
-from sparsegrad_cli.recipe.budget import NOTHING, MisspeltError, parse_match
+from sparsegrad_cli.recipe.budget import NOTHING, parse_match
 from sparsegrad_cli.recipe.layers import anchor_paths, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import check
 from sparsegrad_cli.recipe.problems import method_advice
+from sparsegrad_cli.recipe.section import SettingError
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
 from sparsegrad_cli.recipe.study_expansion import (
     Cell,
     LoadedStudy,
-    StudyLines,
     StudySource,
     expand,
 )
-from sparsegrad_cli.recipe.study_section import SEEDS, Study
-from sparsegrad_cli.recipe.tuning import Tune
+from sparsegrad_cli.recipe.study_section import SEEDS, Study, Tune
 from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, Layer, Place, clip, read_yaml
 
 __all__ = ["Cell", "LoadedStudy", "load_study", "make_study"]
@@ -47,7 +46,7 @@ def load_study(
     """
     path = find_recipe(source)
     if path is None:
-        raise RecipeError([Problem("(file)", "no such file", file=str(source))])
+        raise RecipeError([Place(str(source)).problem("(file)", "no such file")])
     match, overrides = _match_among(overrides, match)
     layer, overrides = _with_engine(read_yaml(path, str(source)), overrides)
     _anchor_study(layer.data, path.resolve().parent)
@@ -56,10 +55,20 @@ def load_study(
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
     if recipe is None:
         what = f"no such file: {clip(study.recipe)}"
-        raise RecipeError([Problem("recipe", what, place.file, place.line)])
+        raise RecipeError([place.problem("recipe", what)])
     matched = _OPTION if match else layer.places.get(("match",), Place(str(source)))
-    lines = StudyLines.of(layer, study)
-    return expand(study, StudySource(str(source), str(recipe), overrides, matched, lines))
+    rows = _entry_of_each_row(layer.data["methods"])
+    source_of = StudySource(str(source), str(recipe), overrides, matched, layer.places, rows)
+    return expand(study, source_of)
+
+
+def _entry_of_each_row(entries: list[Any]) -> tuple[int, ...]:
+    """Return for each row the index of its entry; learning_rates give an entry several rows."""
+    rows: list[int] = []
+    for number, entry in enumerate(entries):
+        rates = entry.get("learning_rates") if isinstance(entry, dict) else None
+        rows += [number] * (len(rates) if isinstance(rates, list) else 1)
+    return tuple(rows)
 
 
 def _anchor_study(data: dict[str, Any], folder: Path) -> None:
@@ -95,20 +104,14 @@ def make_study(
         RecipeError: a method is unknown or named twice, or the recipe has problems.
     """
     problems = [
-        Problem(
-            option,
-            f"{m!r} is not a method",
-            "command line",
-            None,
-            method_advice(m),
-        )
-        for m in methods
-        if m not in METHOD_NAMES
+        _OPTION.problem(option, f"{method!r} is not a method", method_advice(method))
+        for method in methods
+        if method not in METHOD_NAMES
     ]
     if len(set(methods)) != len(methods):
-        problems.append(Problem(option, "names a method twice", "command line"))
+        problems.append(_OPTION.problem(option, "names a method twice"))
     if not 1 <= seeds <= len(SEEDS):
-        problems.append(Problem("--seeds", f"is 1 to {len(SEEDS)}", "command line"))
+        problems.append(_OPTION.problem("--seeds", f"expected 1 to {len(SEEDS)}, got {seeds}"))
     if problems:
         raise RecipeError(problems)
     match, overrides = _match_among(overrides, match)
@@ -136,9 +139,8 @@ def _with_match(study: Study, match: str | None) -> Study:
     try:
         if match not in NOTHING:
             parse_match(match)
-    except MisspeltError as error:
-        problem = Problem("--match", str(error), _OPTION.file, None, error.fix)
-        raise RecipeError([problem]) from None
+    except SettingError as error:
+        raise RecipeError([_OPTION.problem("--match", str(error), error.fix)]) from None
     return study.model_copy(update={"match": None if match in NOTHING else match})
 
 
@@ -152,8 +154,8 @@ def _match_among(
     """
     found = [text for text in overrides if text.partition("=")[0].strip() == "match"]
     if found and match is not None:
-        what = f"says what --match {match} says, too"
-        raise RecipeError([Problem("match", what, COMMAND_LINE, None, "give one of the two")])
+        what = f"is given twice, here and as --match {match}"
+        raise RecipeError([_OPTION.problem("match", what, "give one of the two")])
     rest = tuple(text for text in overrides if text not in found)
     return (found[-1].partition("=")[2].strip() or "null" if found else match), rest
 

@@ -8,42 +8,61 @@ from typing import Any
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
-from sparsegrad_cli.recipe.study_section import MethodEntry, Study
-from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, KeyPath, Layer, Place, shorten
+from sparsegrad_cli.recipe.study_section import TUNING_SEED, MethodEntry, Study
+from sparsegrad_cli.recipe.yaml_source import (
+    COMMAND_LINE,
+    KeyPath,
+    Layer,
+    Place,
+    find_place,
+    shorten,
+)
 
-_MOST_CELLS = 2000
-# Keys that a comparison sets for each of its runs, and what to write in their place.
-_OURS = {
-    "seed": "a comparison has seeds of its own: --seeds, or seeds in a study",
-    "output_dir": "--output-dir for the comparison; its runs lie in it",
-    "method": "name methods by --methods or in a study; settings are written method.density=0.02",
-    "method.name": "--methods, or methods in a study",
+_MOST_RUNS = 2000
+_SET_BY_STUDY = "is set by the comparison for each of its runs"
+# Keys that a comparison sets for each of its runs, and what to write instead.
+_INSTEAD_OF_OVERRIDES = {
+    "seed": "use --seeds, or seeds in a study",
+    "output_dir": "use --output-dir for the comparison; its runs are stored in it",
+    "method": "name methods by --methods or in a study, and set method.density=0.02, for example",
+    "method.name": "use --methods, or methods in a study",
+}
+_INSTEAD_OF_SETTINGS = {
+    "seed": "use seeds of the study",
+    "output_dir": "use output_dir of the study; its runs are stored in it",
+    "match": "use match of the study",
 }
 
 
-def of_rows(study: Study, source: str) -> dict[str, Problem]:
-    """Return the problems of a study's rows as a whole."""
-    problems: dict[str, Problem] = {}
+def row_problems(study: Study, source: str) -> list[Problem]:
+    """Return the problems of a study's rows as a whole.
+
+    Raises:
+        RecipeError: the study has too many runs to check them one by one.
+    """
+    place, problems = Place(source), []
     count = max(1, len(study.tasks)) * len(study.seeds) * len(study.methods)
-    if count > _MOST_CELLS:
-        what = f"has {count:,} runs; more than {_MOST_CELLS:,} are no study"
-        raise RecipeError([Problem("(file)", what, source)])
+    if count > _MOST_RUNS:
+        what = f"expected at most {_MOST_RUNS:,} runs, got {count:,}"
+        raise RecipeError([place.problem("(file)", what)])
     labels = [entry.label for entry in study.methods]
     for number, task in enumerate(study.tasks):
         for label in sorted(set(task.methods) - set(labels)):
-            what = f"{shorten(label)} is no row of this study"
-            hint = suggest(label, tuple(labels))
-            key = f"tasks[{number}].methods"
-            problems[f"{number} {label}"] = Problem(key, what, source, None, hint)
+            problems.append(_unknown_row(f"tasks[{number}].methods", label, labels, place))
     if len(set(labels)) != len(labels):
-        what = "two rows have one label: give each its own"
-        problems["labels"] = Problem("methods", what, source)
+        what = "two rows have the same label: give each its own"
+        problems.append(place.problem("methods", what))
     return problems
 
 
-def of_settings(
+def _unknown_row(key: str, label: str, labels: list[str], place: Place) -> Problem:
+    what = f"{shorten(label)} is not the label of a row of this study"
+    return place.problem(key, what, suggest(label, tuple(labels)))
+
+
+def settings_problems(
     study: Study, source: str, places: Mapping[KeyPath, Place], match_place: Place
-) -> dict[str, Problem]:
+) -> list[Problem]:
     """Return problems with ``settings`` that the comparison sets itself, and with ``matched``.
 
     Args:
@@ -52,37 +71,32 @@ def of_settings(
         places: places of the keys under ``settings``.
         match_place: where ``match`` was written.
     """
-    problems = {}
-    fixes = {
-        "seed": "seeds of the study",
-        "output_dir": "output_dir of the study; its runs lie in it",
-        "match": "match of the study",
-    }
-    for key in sorted(fixes.keys() & study.settings.keys()):
-        place = places.get((key,), Place(source))
-        what = "is the comparison's to set, for each of its runs"
-        problems[key] = Problem(f"settings.{key}", what, place.file, place.line, fixes[key])
+    problems = [
+        places.get((key,), Place(source)).problem(f"settings.{key}", _SET_BY_STUDY, fix)
+        for key, fix in _INSTEAD_OF_SETTINGS.items()
+        if key in study.settings
+    ]
     unmatched = study.match is None and match_place.file != COMMAND_LINE
     if unmatched and not all(entry.matched for entry in study.methods):
         what = "has no effect: match is null, so no row is matched"
-        problems["matched"] = Problem("methods.matched", what, source, None, "leave it out")
+        problems.append(Place(source).problem("methods.matched", what, "leave it out"))
     return problems
 
 
-def of_overrides(study: Study, keys: list[str]) -> dict[str, Problem]:
+def override_problems(study: Study, keys: list[str]) -> list[Problem]:
     """Return problems with overrides that the comparison sets itself, or that no row would use."""
-    problems = {}
+    problems = []
     for key in keys:
-        what, fix = "is the comparison's to set, for each of its runs", _OURS.get(key)
+        what, fix = _SET_BY_STUDY, _INSTEAD_OF_OVERRIDES.get(key)
         section, _, name = key.partition(".")
         if section == "method" and fix is None and all(name in e.method for e in study.methods):
             what, fix = "is set by every row of the study", "change it there"
         if fix is not None:
-            problems[key] = Problem(key, what, COMMAND_LINE, None, fix)
+            problems.append(Place(COMMAND_LINE).problem(key, what, fix))
     return problems
 
 
-def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[str, Problem]:
+def rank_problems(study: Study, entry: MethodEntry, resolved: Layer) -> list[Problem]:
     """Return the problem of a LoRA rank in the recipe if parameters are matched by density."""
     said = resolved.data.get("method")
     rank = said.get("rank") if isinstance(said, dict) and _solves_rank(said) else None
@@ -92,14 +106,14 @@ def unmatched_rank(study: Study, entry: MethodEntry, resolved: Layer) -> dict[st
     )
     held = study.match == "trainable" and entry.matched and _solves_rank(entry.method)
     if rank is None or not held or not by_density or SIZE_KEYS & set(entry.method):
-        return {}
+        return []
     what = (
-        f"the recipe gives LoRA rank {shorten(rank)}, the other methods have the entries of the "
-        "density: that would match nothing"
+        f"the recipe sets LoRA rank {shorten(rank)}, but the other methods train as many "
+        "parameters as the density selects, so the numbers would not match"
     )
-    fix = "method.density in place of the rank, which then follows; or --match none or trainable=N"
-    place = resolved.places.get(("method", "rank"), Place("defaults"))
-    return {"rank": Problem("method.rank", what, place.file, place.line, fix)}
+    fix = "set method.density instead of the rank; or use --match none or --match trainable=N"
+    place = find_place(resolved.places, ("method", "rank"))
+    return [place.problem("method.rank", what, fix)]
 
 
 def _solves_rank(method: Mapping[str, Any]) -> bool:
@@ -110,3 +124,33 @@ def _solves_rank(method: Mapping[str, Any]) -> bool:
 def _chooses_by_density(method: Mapping[str, Any]) -> bool:
     settings = settings_class(method)
     return settings is not None and settings.chooses_by_density
+
+
+def tuning_problems(study: Study, keys: list[str], source: str) -> list[Problem]:
+    """Return the problems of a study's ``tune`` section.
+
+    Args:
+        study: the study.
+        keys: dotted keys that the command line sets.
+        source: name of the study, for messages.
+    """
+    if study.tune is None:
+        return []
+    tune, place, problems = study.tune, Place(source), []
+    both = sorted(set(tune.seeds) & set(study.seeds))
+    if both:
+        what = f"{', '.join(map(str, both))}: tuning must not use the seeds of the reported runs"
+        fix = f"use other seeds, such as {max((*study.seeds, TUNING_SEED - 1)) + 1}"
+        problems.append(place.problem("tune.seeds", what, fix))
+    if len(set(tune.seeds)) < len(tune.seeds):
+        problems.append(place.problem("tune.seeds", "names a seed twice"))
+    labels = [entry.label for entry in study.methods]
+    for label in sorted(set(tune.space.learning_rate.centres) - set(labels)):
+        key = "tune.space.learning_rate.centres"
+        problems.append(_unknown_row(key, label, labels, place))
+    for key in sorted(set(tune.keys()) & set(keys)):
+        fix = "leave it out, or take it out of tune.space"
+        if key == "train.learning_rate":
+            fix = "leave it out, or set tune.space.learning_rate.centres"
+        problems.append(Place(COMMAND_LINE).problem(key, "is tuned, so it cannot be set", fix))
+    return problems

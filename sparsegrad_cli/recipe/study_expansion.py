@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
-from sparsegrad_cli.recipe.checks import recipe_problems
-from sparsegrad_cli.recipe.effects import Found, without_idle
+from sparsegrad_cli.recipe.effects import Found
 from sparsegrad_cli.recipe.layers import drop_replaced_size, read_layers, read_override, stack
-from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, check
-from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, resolve
 from sparsegrad_cli.recipe.study_checks import (
-    of_overrides,
-    of_rows,
-    of_settings,
-    unmatched_rank,
+    override_problems,
+    rank_problems,
+    row_problems,
+    settings_problems,
+    tuning_problems,
 )
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
-from sparsegrad_cli.recipe.tuning import tuning_problems
 from sparsegrad_cli.recipe.yaml_source import (
     KeyPath,
     Layer,
@@ -36,7 +34,13 @@ from sparsegrad_cli.records.study import BudgetBlock
 _MOST_PROBLEMS = 100
 _DEFAULTS = Place("defaults")
 _LAST = {"train", "calibration"}  # sections in which the command line overrides every row
-Problems = dict[str, Problem]  # by text, so that each appears once
+
+
+class _Problems(dict[tuple[str, str], Problem]):
+    """Problems by place and text, so that each appears once."""
+
+    def add(self, found: Iterable[Problem]) -> None:
+        self.update({(problem.where, problem.what): problem for problem in found})
 
 
 @dataclass(frozen=True)
@@ -68,37 +72,6 @@ class LoadedStudy:
 
 
 @dataclass(frozen=True)
-class StudyLines:
-    """Where the keys of a study's file were written.
-
-    Attributes:
-        places: key path in the file -> place.
-        rows: for each row, the index of its entry under ``methods``; an entry may give several.
-    """
-
-    places: Mapping[KeyPath, Place] = field(default_factory=dict)
-    rows: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(layer: Layer, study: Study) -> StudyLines:
-        """Return the lines of a study file that has been read."""
-        rows: list[int] = []
-        for number, entry in enumerate(layer.data["methods"]):
-            rates = entry.get("learning_rates") if isinstance(entry, dict) else None
-            rows += [number] * (len(rates) if isinstance(rates, list) else 1)
-        return StudyLines(layer.places, tuple(rows))
-
-    def under(self, *prefix: str | int) -> dict[KeyPath, Place]:
-        """Return the places below a key, by the rest of their path."""
-        size = len(prefix)
-        return {p[size:]: at for p, at in self.places.items() if p[:size] == prefix and p[size:]}
-
-    def of_row(self, number: int) -> dict[KeyPath, Place]:
-        """Return the places of a row's keys; empty if the rows come from the command line."""
-        return self.under("methods", self.rows[number]) if self.rows else {}
-
-
-@dataclass(frozen=True)
 class StudySource:
     """Where a study comes from.
 
@@ -107,14 +80,26 @@ class StudySource:
         recipe: path of the recipe that the study is based on.
         overrides: recipe keys of the command line, for every run.
         match_place: where ``match`` was written.
-        lines: where the keys of the file were written.
+        places: where the keys of the study's file were written.
+        rows: for each row, the index of its entry under ``methods``; an entry may give several.
+            Empty if the rows come from the command line.
     """
 
     name: str
     recipe: str
     overrides: tuple[str, ...]
     match_place: Place
-    lines: StudyLines = field(default_factory=lambda: StudyLines())
+    places: Mapping[KeyPath, Place] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+
+    def places_under(self, *prefix: str | int) -> dict[KeyPath, Place]:
+        """Return the places below a key, by the rest of their path."""
+        size = len(prefix)
+        return {p[size:]: at for p, at in self.places.items() if p[:size] == prefix and p[size:]}
+
+    def places_of_row(self, number: int) -> dict[KeyPath, Place]:
+        """Return the places of a row's keys."""
+        return self.places_under("methods", self.rows[number]) if self.rows else {}
 
 
 def expand(study: Study, source: StudySource) -> LoadedStudy:
@@ -123,10 +108,13 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
     Raises:
         RecipeError: some run has problems; the error lists each problem once.
     """
-    layers = _Layers(study, source)
+    layers, problems = _Layers(study, source), _Problems()
     keys = [text.partition("=")[0].strip() for text in source.overrides]
-    problems = of_rows(study, source.name) | of_overrides(study, keys)
-    problems |= of_settings(study, source.name, source.lines.under("settings"), source.match_place)
+    problems.add(row_problems(study, source.name))
+    problems.add(override_problems(study, keys))
+    said = source.places_under("settings")
+    problems.add(settings_problems(study, source.name, said, source.match_place))
+    problems.add(tuning_problems(study, keys, source.name))
     cells: list[Cell] = []
     idle: list[Found] = []
     tasks = tuple(enumerate(study.tasks)) or ((-1, None),)
@@ -136,22 +124,19 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
             break
         shared = layers.of_all_methods(at, task, seed)
         resolved = stack(shared)
-        problems |= unmatched_rank(study, entry, resolved)
+        problems.add(rank_problems(study, entry, resolved))
         own = layers.of_method(at, task, row, resolved.data)
         try:
-            loaded, without_effect = _checked([*shared, *own], source.name)
+            loaded, without_effect = resolve(stack([*shared, *own]), source.name)
             cells.append(Cell(loaded.recipe.task.name, entry.label, seed, loaded))
             idle += [each for each in without_effect if layers.is_of_study(each)]
         except RecipeError as error:
-            problems |= {f"{p.where} {p.what}": p for p in error.problems}
+            problems.add(error.problems)
     everywhere = _idle_everywhere(idle, len(cells))
-    problems |= {f"idle {each.idle.key}": each.problem() for each in everywhere if not each.lenient}
-    problems |= _runs_written_twice(cells, source.name) if not problems else {}
-    if study.tune is not None:
-        problems |= _shared_decay(study, cells)
-        labels = [entry.label for entry in study.methods]
-        for problem in tuning_problems(study.tune, study.seeds, labels, keys, source.name):
-            problems[f"{problem.where} {problem.what}"] = problem
+    problems.add(each.problem() for each in everywhere if not each.lenient)
+    problems.add(_shared_decay(study, cells))
+    if not problems:
+        problems.add(_runs_written_twice(cells, source.name))
     if problems:
         raise RecipeError(list(problems.values()))
     notes = tuple(each.note() for each in everywhere if each.lenient)
@@ -173,12 +158,12 @@ class _Layers:
 
     def of_all_methods(self, at: int, task: TaskEntry | None, seed: int) -> list[Layer]:
         """Return the layers that all methods of a task and seed have in common."""
-        lines = self._source.lines
+        places_under = self._source.places_under
         settings = dict(self._study.settings)
-        found = [*self._base, self._layer(settings, "settings", lines.under("settings"))]
+        found = [*self._base, self._layer(settings, "settings", places_under("settings"))]
         if task is not None:
             data = {"task": {"name": task.name, **task.task}, "train": dict(task.train)}
-            found.append(self._layer(data, f"tasks ({clip(task.name)})", lines.under("tasks", at)))
+            found.append(self._layer(data, f"tasks ({clip(task.name)})", places_under("tasks", at)))
         return [*found, *self._over, self._layer({"seed": seed, "output_dir": None}, "seeds")]
 
     def of_method(
@@ -186,10 +171,10 @@ class _Layers:
     ) -> list[Layer]:
         """Return the stronger layers of one method, given the settings that all methods share."""
         entry = self._study.methods[row]
-        found = [self._own(entry, resolved, self._source.lines.of_row(row))]
+        found = [self._own(entry, resolved, self._source.places_of_row(row))]
         if task is not None and entry.label in task.methods:
             where = f"tasks ({clip(task.name)}), methods ({entry.label})"
-            of_task = self._source.lines.under("tasks", at, "methods", entry.label)
+            of_task = self._source.places_under("tasks", at, "methods", entry.label)
             said = {("train", *path): place for path, place in of_task.items()}
             found.append(self._layer({"train": dict(task.methods[entry.label])}, where, said))
         return found + [layer for layer in self._over if _LAST & set(layer.data)]
@@ -246,42 +231,40 @@ class _Layers:
         return Layer(data, {path: (lines or {}).get(path, at) for path, at in places.items()})
 
 
-def _runs_written_twice(cells: list[Cell], source: str) -> Problems:
+def _runs_written_twice(cells: list[Cell], source: str) -> list[Problem]:
     met = Counter((cell.task, cell.label, cell.seed) for cell in cells)
     twice = [f"{task} {label} seed {seed}" for (task, label, seed), n in met.items() if n > 1]
     if not twice:
-        return {}
+        return []
     what = f"two runs are the same: {twice[0]}"
-    return {"twice": Problem("seeds, tasks", what, source, None, "name each once")}
+    return [Place(source).problem("seeds, tasks", what, "name each once")]
 
 
-def _shared_decay(study: Study, cells: list[Cell]) -> Problems:
+def _shared_decay(study: Study, cells: list[Cell]) -> list[Problem]:
     """Return the problem of one weight decay for rows on which it acts differently, in tuning.
 
     Weight decay pulls the weights of full fine-tuning towards zero, and the effective weights of
     LoRA or a core towards their initial values. One value cannot suit both.
     """
-    assert study.tune is not None
     key = "train.weight_decay"
-    tuned = study.tune.keys()
-    if key in tuned:  # every row then has its own value
-        return {}
+    tuned = [] if study.tune is None else study.tune.keys()
+    if not tuned or key in tuned:  # a row whose decay is tuned has its own value
+        return []
     own = {entry.label for entry in study.methods if "weight_decay" in entry.train}
-    own |= {
-        label for task in study.tasks for label, said in task.methods.items() if key[6:] in said
-    }
+    for task in study.tasks:
+        own |= {label for label, train in task.methods.items() if "weight_decay" in train}
     shared = [c for c in cells if c.label not in own and c.loaded.recipe.train.weight_decay]
     kinds = {cell.loaded.recipe.method.beside_weights: cell for cell in shared}
     if len(kinds) < 2:
-        return {}
+        return []
     decay = kinds[True].loaded.recipe.train.weight_decay
     what = (
         f"{decay:g} is shared by {kinds[False].label}, whose weights it pulls towards zero, and "
-        f"{kinds[True].label}, whose weights it pulls towards what they were before training"
+        f"{kinds[True].label}, whose weights it pulls towards their values before training"
     )
     place = find_place(kinds[True].loaded.places, ("train", "weight_decay"))
-    fix = "tune it for each row: tune.space.weight_decay, or give rows their own and name it under "
-    return {key: Problem(key, what, place.file, place.line, f"{fix}differ")}
+    fix = "tune it (tune.space.weight_decay), or set it in each row and name it under differ"
+    return [place.problem(key, what, fix)]
 
 
 def _idle_everywhere(found: list[Found], cells: int) -> list[Found]:
@@ -289,15 +272,3 @@ def _idle_everywhere(found: list[Found], cells: int) -> list[Found]:
     count = Counter((each.idle.key, each.place) for each in found)
     everywhere = [each for each in found if count[each.idle.key, each.place] == cells]
     return list({each.idle.key: each for each in everywhere}.values())
-
-
-def _checked(layers: list[Layer], source: str) -> tuple[LoadedRecipe, list[Found]]:
-    """Return the recipe of a run, and its settings that have no effect for the method."""
-    layer = stack(layers)
-    said = check(layer, Recipe)
-    recipe, idle = without_idle(said, layer)
-    problems = [found.problem() for found in idle if found.refused]
-    problems += recipe_problems(said if problems else recipe, layer.places)
-    if problems:
-        raise RecipeError(problems)
-    return LoadedRecipe(recipe, source, layer.places), idle

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from sparsegrad_cli.recipe.budget import NOTHING, Budget, MisspeltError, parse_match
-from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
-from sparsegrad_cli.recipe.tuning import Tune
+from sparsegrad_cli.recipe.budget import NOTHING, Budget, parse_match
+from sparsegrad_cli.recipe.schema import TrainSection
+from sparsegrad_cli.recipe.section import (
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Seed,
+    SettingError,
+)
 from sparsegrad_cli.recipe.yaml_source import shorten
 
 Positive = Annotated[float, Field(gt=0)]
 # The paper's seeds first, then a plain sequence.
 SEEDS = (42, 3705, 2023, 1, 2, 3, 4, 5, 6, 7)
+TUNING_SEED = 101  # default seed of tuning; not one of the default seeds of the reported runs
 
 
 class MethodEntry(Section):
@@ -29,7 +36,7 @@ class MethodEntry(Section):
     train: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
     matched: bool = Field(
-        True, description="false: runs as the recipe says, outside of what the others are held to"
+        True, description="false: this row runs as the recipe says, without a budget or match"
     )
 
 
@@ -56,14 +63,14 @@ class Figure(Section):
     std: float | None = None
     steps_per_s: Positive | None = None
     peak_mb: Positive | None = Field(None, description="megabytes of 1,000,000 bytes")
-    learning_rate: Positive | None = Field(None, description="that was found by tuning")
+    learning_rate: Positive | None = Field(None, description="found by tuning")
 
     @model_validator(mode="after")
     def _says_something(self) -> Figure:
         if all(v is None for v in (self.score, self.steps_per_s, self.peak_mb, self.learning_rate)):
             raise ValueError("give score, steps_per_s, peak_mb or learning_rate")
         if self.std is not None and self.score is None:
-            raise ValueError("std is the score's, and there is no score")
+            raise ValueError("std needs a score")
         return self
 
 
@@ -104,7 +111,7 @@ class RaySettings(Section):
     """How runs are submitted to Ray."""
 
     address: str | None = Field(
-        None, description="of a cluster, or auto; by default RAY_ADDRESS, else this machine alone"
+        None, description="of a cluster, or auto; by default RAY_ADDRESS, else only this machine"
     )
     num_cpus: Positive = Field(1.0, description="CPUs that a run reserves")
     num_gpus: Annotated[float, Field(ge=0)] | None = Field(
@@ -123,6 +130,114 @@ class EngineSection(Section):
     ray: RaySettings = RaySettings()
 
 
+# --- tuning
+
+
+class RateSpace(Section):
+    """Learning rates: log-uniform, the same number of decades about each method's centre."""
+
+    decades: Annotated[float, Field(gt=0, le=6)] = 2.0
+    centres: dict[str, Positive] = Field(
+        {},
+        description="centre for each row's label; by default the row's own rate in the study, "
+        "else one measured for its method (docs/compare.md)",
+    )
+
+
+class Range(Section):
+    """Numbers from ``low`` to ``high``, uniform or log-uniform."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        if self.log and self.low <= 0:
+            raise ValueError("log: true needs a low above 0")
+        return self
+
+
+def _kind(value: Any) -> str:
+    return "tuple[]" if isinstance(value, tuple) else "range[]"
+
+
+# A discriminated union, so that an error refers to the intended kind. The tags have brackets,
+# because error messages leave out names with a bracket.
+Numbers = Annotated[
+    Annotated[Range, Tag("range[]")]
+    | Annotated[tuple[float, ...], Field(min_length=2), Tag("tuple[]")],
+    Discriminator(_kind),
+]
+
+
+class Space(Section):
+    """The keys that are tuned: the learning rate and other keys of ``train``, for all methods.
+
+    Keys that change the data, its order or the number of steps cannot be tuned.
+    """
+
+    learning_rate: RateSpace = RateSpace()
+    lr_scheduler_type: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    warmup_steps: Numbers | None = None
+    weight_decay: Numbers | None = None
+    adam_beta1: Numbers | None = None
+    adam_beta2: Numbers | None = None
+    adam_epsilon: Numbers | None = None
+    max_grad_norm: Numbers | None = None
+
+    def named(self) -> dict[str, Range | tuple[Any, ...]]:
+        """Return the tuned keys other than the learning rate, without ``train.``."""
+        found = {key: getattr(self, key) for key in type(self).model_fields}
+        del found["learning_rate"]
+        return {key: value for key, value in found.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _recipes_take_it(self) -> Space:
+        for key, over in self.named().items():
+            values = (over.low, over.high) if isinstance(over, Range) else over
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} names a value twice")
+            if {"constant", "constant_with_warmup"} <= set(values):
+                raise ValueError(
+                    "lr_scheduler_type: 'constant' and 'constant_with_warmup' are the same "
+                    "scheduler; tune warmup_steps"
+                )
+            if key == "warmup_steps" and isinstance(over, Range) and over.low < 1 <= over.high:
+                raise ValueError(
+                    "warmup_steps: a value below 1 is a share of all steps, and a value from 1 on "
+                    "is a number of steps; a range must not mix the two"
+                )
+            for value in values:
+                try:
+                    TrainSection.model_validate({"warmup_steps": 0, key: value})
+                except ValidationError as error:
+                    what = error.errors(include_url=False)[0]["msg"]
+                    raise ValueError(f"train.{key} cannot be {value!r}: {what}") from None
+        return self
+
+
+class Tune(Section):
+    """Every method gets the same number of trials on every task before the first run."""
+
+    trials: Annotated[int, Field(ge=2, le=1000)] = 8
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        (TUNING_SEED,),
+        min_length=1,
+        description="seeds of every trial; reported runs must use other ones",
+    )
+    space: Space = Space()
+
+    def keys(self) -> list[str]:
+        """Return the recipe keys that are tuned."""
+        return ["train.learning_rate", *(f"train.{key}" for key in self.space.named())]
+
+
+# --- the study
+
+
 class Study(Section):
     """The keys of a study file."""
 
@@ -133,17 +248,16 @@ class Study(Section):
     seeds: tuple[Seed, ...] = Field(SEEDS[:2], min_length=1)
     match: str | None = Field(
         "trainable",
-        description="trainable: as many entries as the recipe's density says; a budget that each "
-        "method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB; "
+        description="trainable: as many parameters as the recipe's density selects; a budget that "
+        "each method's size is solved for: trainable=70k, optimizer_state=64MiB, peak=2GiB; "
         "null or none: as each row says",
     )
-    settings: dict[str, Any] = Field({}, description="recipe keys for every cell")
+    settings: dict[str, Any] = Field({}, description="recipe keys for every run")
     differ: tuple[str, ...] = Field(
         (),
-        description="recipe keys that may differ between methods, beside method, calibration and "
-        "learning rate; the report flags them",
+        description="further recipe keys that may differ between methods; the report flags them",
     )
-    tune: Tune | None = Field(None, description="tune every method alike before its cells run")
+    tune: Tune | None = Field(None, description="tune every method before its runs")
     engine: EngineSection = Field(EngineSection(), description="where the runs train")
     output_dir: str | None = None
     figures: tuple[Figure, ...] = ()
@@ -154,7 +268,8 @@ class Study(Section):
         if value is None or value in NOTHING:
             return None
         if not isinstance(value, str):
-            raise MisspeltError(f"{shorten(value)} is no text", "such as peak=2GiB, or trainable")
+            what = f"expected a text, got {shorten(value)}"
+            raise SettingError(what, fix="such as peak=2GiB, or trainable")
         parse_match(value)
         return value
 

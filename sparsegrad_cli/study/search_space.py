@@ -13,7 +13,7 @@ from typing import Any
 from sparsegrad_cli.recipe.load_recipe import check, digest, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
-from sparsegrad_cli.recipe.tuning import Range
+from sparsegrad_cli.recipe.study_section import Range
 from sparsegrad_cli.recipe.yaml_source import Layer
 
 RATE = "train.learning_rate"

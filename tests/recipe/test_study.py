@@ -68,7 +68,7 @@ def test_the_papers_tables_have_its_figures_and_take_both_scopes(name: str) -> N
     ("figure", "message"),
     [
         ("{source: x, task: glue/rte, method: full}", "give score"),
-        ("{source: x, task: glue/rte, method: full, std: 1, peak_mb: 3}", "there is no score"),
+        ("{source: x, task: glue/rte, method: full, std: 1, peak_mb: 3}", "std needs a score"),
         ("{source: x, task: glue/rte, method: full, steps_per_s: 0}", "greater than 0"),
     ],
 )
@@ -235,5 +235,5 @@ def test_errors_name_method_row_and_are_not_repeated_per_cell(tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"(?s)seed.*did you mean seeds"):
         load_study(path)
     path.write_text("methods: [lora, lora]\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match="one label"):
+    with pytest.raises(RecipeError, match="same label"):
         load_study(path)
