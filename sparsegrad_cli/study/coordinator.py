@@ -11,17 +11,24 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.recipe.load_recipe import to_plain
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.study_section import EngineSection
-from sparsegrad_cli.records.base import SCHEMA, now
+from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.environment import collect, git_state
 from sparsegrad_cli.records.run import ErrorBlock, RunRecord
 from sparsegrad_cli.records.store import write
-from sparsegrad_cli.records.study import CellEntry, CellStatus, PlanRecord, StudyRecord
+from sparsegrad_cli.records.study import (
+    CellEntry,
+    CellStatus,
+    PlanRecord,
+    PlanRow,
+    PublishedFigure,
+    StudyRecord,
+)
 from sparsegrad_cli.study.cluster_engines import RayEngine, SlurmEngine
 from sparsegrad_cli.study.engines import Engine, LocalEngine
 from sparsegrad_cli.study.evidence import evidence, with_measured
@@ -35,9 +42,9 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 _UNTUNED = ErrorBlock(
     title="Tuning",
-    what="no trial of its tuning came to an end",
+    what="no trial of this row finished",
     where="tuning",
-    fix="the trials' errors are in the report; the same command tries them again",
+    fix="see the trials' errors in the report; the same command tries them again",
 )
 
 
@@ -127,24 +134,24 @@ class _Coordinator:
         self._lock = threading.Lock()
         self._tuning = self._make_tuning()
         self._cells = {_key(cell): cell for cell in study.cells}  # with tuned settings once known
-        self._about: dict[str, Any] = {
-            "schema": SCHEMA,
-            "name": study.study.name,
-            "digest": study_digest(study),
-            "command": command,
-            "started": now(),
-            "match": study.study.match,
-            "budget": study.budget,
-            "parity": check_parity(study),
-            "engine": study.study.engine.name,
-            "jobs": runs.engine.jobs,
-            "methods": list(dict.fromkeys(cell.label for cell in study.cells)),
-            "tasks": list(dict.fromkeys(cell.task for cell in study.cells)),
-            "seeds": list(study.study.seeds),
-            "figures": [figure.model_dump() for figure in study.study.figures],
-            "environment": collect(),
-            "git": git_state(Path.cwd()),
-        }
+        self._record = StudyRecord(
+            name=study.study.name,
+            digest=study_digest(study),
+            command=command,
+            started=now(),
+            match=study.study.match,
+            budget=study.budget,
+            parity=check_parity(study),
+            engine=study.study.engine.name,
+            jobs=runs.engine.jobs,
+            methods=list(dict.fromkeys(cell.label for cell in study.cells)),
+            tasks=list(dict.fromkeys(cell.task for cell in study.cells)),
+            seeds=list(study.study.seeds),
+            figures=[PublishedFigure(**figure.model_dump()) for figure in study.study.figures],
+            environment=collect(),
+            git=git_state(Path.cwd()),
+            cells=[],
+        )
 
     def run(self, overwrite: bool) -> StudyRecord:
         """Tune, train, and write the record until the study ends."""
@@ -160,17 +167,17 @@ class _Coordinator:
                 tuned = self._tuning.tuned()
                 assert tuned is not None  # all series have ended
                 self._cells = {_key(cell): cell for cell in tuned.cells}
-                self._about["parity"] = check_parity(tuned)
+                self._record = self._record.changed(parity=check_parity(tuned))
             self._runs.run_all(self._work())
             bad = any(entry.status != "done" for entry in self._entries())
             return self._write("failed" if bad else "done")
         except (KeyboardInterrupt, InterruptedRunError) as stopped:
             self._write("interrupted")
-            what = "the study was stopped; finished runs are kept"
+            why = f"{stopped.what}: " if isinstance(stopped, InterruptedRunError) else ""
             raise InterruptedRunError(
-                f"{stopped.what}: {what}" if isinstance(stopped, InterruptedRunError) else what,
+                f"{why}the study was stopped; finished runs are kept",
                 where=str(self._folder.path),
-                fix="the same command goes on where it stopped",
+                fix="run the same command again to continue",
             ) from None
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -216,28 +223,25 @@ class _Coordinator:
         """Write compare.json from the records in the runs' folders, and pass it to ``saved``."""
         with self._lock:
             entries = self._entries()
-            record = StudyRecord.model_validate(
-                {
-                    **self._about,
-                    "status": status,
-                    "finished": self._finished(status),
-                    "tuning": self._tuning.block() if self._tuning is not None else None,
-                    "cells": entries,
-                    **evidence(entries),
-                }
+            budget = self._study.budget
+            self._record = self._record.changed(
+                status=status,
+                finished=self._finished(status),
+                budget=None if budget is None else with_measured(budget, entries),
+                tuning=None if self._tuning is None else self._tuning.block(),
+                cells=entries,
+                **evidence(entries),
             )
-            if record.budget is not None:
-                record = record.changed(budget=with_measured(record.budget, entries))
-            write(record, self._folder.record_file)
-            self._saved(record)
-            return record
+            write(self._record, self._folder.record_file)
+            self._saved(self._record)
+            return self._record
 
     def _finished(self, status: str) -> str | None:
         """Return the time; for a study that had already finished, the time recorded then."""
         if status == "running":
             return None
         kept = self._kept
-        same = kept is not None and (kept.digest, kept.status) == (self._about["digest"], status)
+        same = kept is not None and (kept.digest, kept.status) == (self._record.digest, status)
         return kept.finished if kept is not None and same else now()
 
     def _entries(self) -> list[CellEntry]:
@@ -249,8 +253,8 @@ class _Coordinator:
         status: CellStatus = run.status if run else "pending"
         if status in ("pending", "running"):
             # A run recorded as running whose folder no process has locked was killed.
-            dead: CellStatus = "interrupted" if run else "pending"
-            status = "running" if self._runs.is_active(folder) else dead
+            idle: CellStatus = "interrupted" if run else "pending"
+            status = "running" if self._runs.is_active(folder) else idle
         error = run.error if run else None
         if _key(cell) not in self._cells:
             status, error = "failed", _UNTUNED
@@ -284,19 +288,17 @@ def plan_of(study: LoadedStudy) -> PlanRecord:
         RecipeError: the recipes differ in keys that neither the method nor the budget sets.
     """
     first = study.study.seeds[0]
-    return PlanRecord.model_validate(
-        {
-            "name": study.study.name,
-            "match": study.study.match,
-            "seeds": list(study.study.seeds),
-            "cells": len(study.cells),
-            "trials": study.study.tune.trials if study.study.tune is not None else None,
-            "parity": check_parity(study),
-            "budget": study.budget,
-            "rows": [
-                {"task": cell.task, "method": cell.label, "recipe": to_plain(cell.loaded.recipe)}
-                for cell in study.cells
-                if cell.seed == first
-            ],
-        }
+    return PlanRecord(
+        name=study.study.name,
+        match=study.study.match,
+        seeds=list(study.study.seeds),
+        cells=len(study.cells),
+        trials=study.study.tune.trials if study.study.tune is not None else None,
+        parity=check_parity(study),
+        budget=study.budget,
+        rows=[
+            PlanRow(task=cell.task, method=cell.label, recipe=to_plain(cell.loaded.recipe))
+            for cell in study.cells
+            if cell.seed == first
+        ],
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.records.metric_direction import scale_of
+from sparsegrad_cli.records.study import Edge, Trial
 from sparsegrad_cli.study.search_space import Dimension, first_point
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ PRUNER = (
     "of a run"
 )
 _BEGINNING = b'{"op_code"'  # start of every line of Optuna's journal
-_ENTRY, _SPENT, _ABOUT = "trial", "spent", "about"  # keys of Optuna's user attributes
+_RECORD, _SPENT, _ABOUT = "trial", "spent", "about"  # keys of Optuna's user attributes
 
 
 # --- proposals and pruning
@@ -121,7 +123,7 @@ def _in_memory(told: Sequence[FrozenTrial], **by: Any) -> Study:
 
 
 def ended_trial(
-    space: Sequence[Dimension], entry: Mapping[str, Any], seen: Mapping[int, float]
+    space: Sequence[Dimension], record: Trial, seen: Mapping[int, float]
 ) -> FrozenTrial:
     """Return an ended trial in Optuna's form.
 
@@ -130,24 +132,24 @@ def ended_trial(
 
     Args:
         space: the dimensions.
-        entry: the trial's entry in compare.json.
+        record: the trial's record.
         seen: step of an evaluation to its score; higher is better.
     """
-    done = entry["status"] == "done"
+    done = record.status == "done" and record.score is not None
     trial = load_optuna().trial
     return trial.create_trial(
         state=trial.TrialState.COMPLETE if done else trial.TrialState.PRUNED,
-        value=goodness(entry["score"], entry["metric"]) if done else None,
-        params=dict(entry["settings"]),
+        value=goodness(record.score or 0.0, record.metric) if done else None,
+        params=dict(record.settings),
         distributions={dimension.key: _distribution(dimension) for dimension in space},
         intermediate_values=dict(seen),
-        user_attrs={_ENTRY: dict(entry)},
+        user_attrs={_RECORD: record.to_json()},
     )
 
 
-def entry_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the entry of a trial in compare.json."""
-    return {**trial.user_attrs[_ENTRY], "number": trial.number}
+def record_of(trial: FrozenTrial) -> Trial:
+    """Return the record of a trial that :func:`ended_trial` made."""
+    return Trial.model_validate(trial.user_attrs[_RECORD])
 
 
 def goodness(score: float, metric: str | None) -> float:
@@ -155,26 +157,24 @@ def goodness(score: float, metric: str | None) -> float:
     return -score if scale_of(metric).lower_is_better else score
 
 
-def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def best_trial(trials: Sequence[Trial]) -> Trial | None:
     """Return the finished trial with the best score; ties go to the lowest loss, then the first.
 
     Return None if no trial has finished.
     """
 
-    def rank(trial: Mapping[str, Any]) -> tuple[float, float, int]:
-        loss = float("inf") if trial["loss"] is None else trial["loss"]
-        return -goodness(trial["score"], trial["metric"]), loss, trial["number"]
+    def rank(trial: Trial) -> tuple[float, float, int]:
+        loss = math.inf if trial.loss is None else trial.loss
+        score = -math.inf if trial.score is None else goodness(trial.score, trial.metric)
+        return -score, loss, trial.number
 
-    return min((trial for trial in trials if trial["status"] == "done"), key=rank, default=None)
+    return min((trial for trial in trials if trial.status == "done"), key=rank, default=None)
 
 
-def edges(space: Sequence[Dimension], trials: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def edges(space: Sequence[Dimension], trials: Sequence[Trial]) -> list[Edge]:
     """Return the ranges in which the best trial has the lowest or highest value that was tried.
 
     The optimum may lie beyond that value.
-
-    Returns:
-        ``{"key": ..., "end": "lowest" or "highest"}`` for each such range.
     """
     best = best_trial(trials)
     if best is None:
@@ -183,10 +183,10 @@ def edges(space: Sequence[Dimension], trials: Sequence[Mapping[str, Any]]) -> li
     for dimension in space:
         if dimension.choices is not None:
             continue
-        tried = [trial["settings"][dimension.key] for trial in trials]
+        tried = [trial.settings[dimension.key] for trial in trials]
         for end, outermost in (("lowest", min(tried)), ("highest", max(tried))):
-            if best["settings"][dimension.key] == outermost:
-                found.append({"key": dimension.key, "end": end})
+            if best.settings[dimension.key] == outermost:
+                found.append(Edge(key=dimension.key, end=end))
     return found
 
 
@@ -286,7 +286,7 @@ class TrialStore:
             raise FileFormatError(
                 f"{self._path.name} cannot be read or written: {reason}",
                 where=str(self._path),
-                fix="bring it back from a copy, or begin again with --overwrite",
+                fix="bring it back from a copy, or start again with --overwrite",
             )
 
 

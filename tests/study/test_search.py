@@ -14,14 +14,15 @@ import pytest
 from support.paths import REPO
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.records.study import CellStatus, Trial
 from sparsegrad_cli.study.search import (
     FIRST,
     NEXT_SEED,
     Pruner,
     TrialStore,
     ended_trial,
-    entry_of,
     propose,
+    record_of,
 )
 from sparsegrad_cli.study.search_space import RATE, Dimension, first_point
 
@@ -32,8 +33,10 @@ SPACE = (
 )
 
 
-def entry(settings: dict[str, Any], score: float | None, status: str = "done") -> dict[str, Any]:
-    return {"settings": settings, "status": status, "metric": "accuracy", "score": score}
+def record(
+    settings: dict[str, Any], score: float | None, status: CellStatus = "done", number: int = 0
+) -> Trial:
+    return Trial(number=number, settings=settings, status=status, metric="accuracy", score=score)
 
 
 def quality(settings: dict[str, Any]) -> float:
@@ -48,12 +51,13 @@ def searched(count: int, told: list[Any] | None = None) -> list[Any]:
     told = list(told or [])
     while len(told) < count:
         settings = propose(SPACE, told, "t lora")
-        told.append(ended_trial(SPACE, entry(settings, quality(settings)), {1: 0.0}))
+        made = record(settings, quality(settings), number=len(told))
+        told.append(ended_trial(SPACE, made, {1: 0.0}))
     return told
 
 
 def settings_of(trials: list[Any]) -> list[dict[str, Any]]:
-    return [entry_of(trial)["settings"] for trial in trials]
+    return [record_of(trial).settings for trial in trials]
 
 
 def test_proposals_are_halton_then_a_function_of_the_results() -> None:
@@ -67,7 +71,7 @@ def test_proposals_are_halton_then_a_function_of_the_results() -> None:
     assert settings_of(searched(FIRST + 4, told[: FIRST + 2])) == found
     # Other results, or another series, and TPE proposes something else.
     last = propose(SPACE, told, "t lora")
-    turned = [ended_trial(SPACE, entry(s, -quality(s)), {1: 0.0}) for s in found]
+    turned = [ended_trial(SPACE, record(s, -quality(s)), {1: 0.0}) for s in found]
     assert propose(SPACE, turned, "t lora") != last != propose(SPACE, told, "t full")
 
 
@@ -80,7 +84,7 @@ def test_tpe_looks_where_it_was_good_and_not_where_runs_fail() -> None:
             settings = propose(rate, told, "t lora")
             off = abs(math.log10(settings[RATE] / best))
             fails = off > 1
-            made = entry(settings, None if fails else -off, "failed" if fails else "done")
+            made = record(settings, None if fails else -off, "failed" if fails else "done")
             told.append(ended_trial(rate, made, {}))
         return [settings[RATE] for settings in settings_of(told)[FIRST:]]
 
@@ -94,8 +98,8 @@ def test_tpe_looks_where_it_was_good_and_not_where_runs_fail() -> None:
 def test_the_pruner_by_hand() -> None:
     """Medians of the finished at steps 1 to 6: (3 + 4 + 8) / 10 have the median 0.4."""
 
-    def finished(level: float, **changes: Any) -> Any:
-        made = entry({RATE: 1e-3}, level) | changes
+    def finished(level: float, status: CellStatus = "done") -> Any:
+        made = record({RATE: 1e-3}, level, status)
         return ended_trial(SPACE[:1], made, dict.fromkeys(range(1, 7), level))
 
     told = [finished(level) for level in (0.3, 0.4, 0.8)]
@@ -119,7 +123,7 @@ def test_the_pruner_compares_a_second_seed_with_second_seeds() -> None:
     told = [
         ended_trial(
             SPACE[:1],
-            entry({RATE: 1e-3}, level),
+            record({RATE: 1e-3}, level),
             {s + step: level + at / 10 for at, s in enumerate((0, NEXT_SEED)) for step in (3, 6)},
         )
         for level in levels
@@ -142,7 +146,7 @@ def test_the_store_keeps_trials_whole_and_in_order(tmp_path: Path) -> None:
     store.open("t lora", {"a": 1})
     kept = store.ended("t lora", 99)
     assert settings_of(kept) == settings_of(told)
-    assert [entry_of(trial)["number"] for trial in kept] == list(range(FIRST + 2))
+    assert [record_of(trial).number for trial in kept] == list(range(FIRST + 2))
     assert [t.intermediate_values for t in kept] == [t.intermediate_values for t in told]
     assert propose(SPACE, kept, "t lora") == propose(SPACE, told, "t lora")
     assert len(store.ended("t lora", 3)) == 3

@@ -13,6 +13,7 @@ from support.cli_runs import SMALL, Cli
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
+from sparsegrad_cli.records.study import Edge, Trial
 from sparsegrad_cli.study.folder import study_digest
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.search import best_trial, edges
@@ -47,9 +48,9 @@ def problems(folder: Path, tune: str) -> str:
     return str(caught.value)
 
 
-def trial(number: int, score: float, *, loss: float = 1.0, **changes: Any) -> dict[str, Any]:
+def trial(number: int, score: float | None, *, loss: float = 1.0, **changes: Any) -> Trial:
     made = {"number": number, "status": "done", "metric": "accuracy", "score": score, "loss": loss}
-    return {**made, "settings": {RATE: 1e-3 * (number + 1)}, **changes}
+    return Trial.model_validate({**made, "settings": {RATE: 1e-3 * (number + 1)}, **changes})
 
 
 def test_learning_rates_span_as_many_decades_for_every_method(tmp_path: Path) -> None:
@@ -140,17 +141,17 @@ def test_ends_and_choices_of_a_dimension() -> None:
 def test_the_best_trial_by_score_then_loss_then_the_first() -> None:
     trials = [trial(0, 0.5), trial(1, 0.7, loss=0.9), trial(2, 0.7, loss=0.8), trial(3, 0.6)]
     best = best_trial(trials)
-    assert best is not None and best["number"] == 2
-    trials[1]["loss"] = 0.8
+    assert best is not None and best.number == 2
+    trials[1] = trial(1, 0.7, loss=0.8)
     best = best_trial(trials)
-    assert best is not None and best["number"] == 1
-    trials[1] |= {"status": "pruned"}
-    trials[2] |= {"status": "failed", "score": None}
+    assert best is not None and best.number == 1
+    trials[1] = trial(1, 0.7, status="pruned")
+    trials[2] = trial(2, None, status="failed")
     best = best_trial(trials)
-    assert best is not None and best["number"] == 3
+    assert best is not None and best.number == 3
     losses = [trial(n, score, metric="perplexity") for n, score in enumerate((9.0, 7.5, 8.0))]
     best = best_trial(losses)
-    assert best is not None and best["number"] == 1  # less is better
+    assert best is not None and best.number == 1  # less is better
     assert best_trial([trial(0, 0.1, status="failed")]) is None and best_trial([]) is None
 
 
@@ -161,9 +162,9 @@ def test_a_best_rate_that_nothing_was_tried_beyond_is_at_the_edge() -> None:
     assert edges(space, trials) == []
     for number, end in ((0, "lowest"), (2, "highest")):
         shifted = [trial(n, 0.9 if n == number else 0.1) for n in range(3)]
-        assert edges(space, shifted) == [{"key": RATE, "end": end}]
+        assert edges(space, shifted) == [Edge(key=RATE, end=end)]
     # One that failed or was pruned was tried all the same.
-    beyond = trial(3, 0.0) | {"status": "failed", "score": None}
+    beyond = trial(3, None, status="failed")
     assert edges(space, [trial(0, 0.1), trial(2, 0.9), beyond]) == []
     assert edges(space, [beyond]) == []
 

@@ -20,12 +20,14 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, make_study
+from sparsegrad_cli.records.study import Trial
 from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 from sparsegrad_cli.study.runs import Runs
 from sparsegrad_cli.study.search import Pruner, TrialStore, best_trial, ended_trial, propose
 from sparsegrad_cli.study.search_space import RATE, series_of, with_settings
-from sparsegrad_cli.study.tuning import StepLog, Trial, Tuning
+from sparsegrad_cli.study.trial import StepLog, TrialRunner
+from sparsegrad_cli.study.tuning import Tuning
 
 STEPS = 24
 TINY = (
@@ -50,14 +52,18 @@ def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
         store.open(series.name, series.about(study.study.tune.seeds))
         for number, score in enumerate(scores):
             told = store.ended(series.name, 99)
-            entry = {
-                "settings": propose(series.space, told, series.name),
-                **{"number": number, "status": "done", "metric": "matthews_correlation"},
-                **{"score": score, "loss": 1.0, "seconds": 1.0, "steps": STEPS, "error": None},
-                "runs": [],
-            }
+            trial = Trial(
+                number=number,
+                settings=propose(series.space, told, series.name),
+                status="done",
+                metric="matthews_correlation",
+                score=score,
+                loss=1.0,
+                seconds=1.0,
+                steps=STEPS,
+            )
             seen = dict.fromkeys(range(2, STEPS + 1, 2), score)
-            store.add(series.name, ended_trial(series.space, entry, seen))
+            store.add(series.name, ended_trial(series.space, trial, seen))
 
 
 def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
@@ -126,19 +132,18 @@ def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) 
     store.forget(lora.name, lora.about((101,)))
     assert tuning.tuned() is None  # trials are missing
     for number in range(2):
-        entry = {"number": number, "settings": {RATE: 1e-3}, "status": "failed", "metric": None}
-        entry |= {"score": None, "loss": None, "seconds": 3.0, "steps": 1, "error": "diverged"}
-        store.add(lora.name, ended_trial(lora.space, entry | {"runs": []}, {}))
+        failed = Trial(number=number, settings={RATE: 1e-3}, status="failed", seconds=3.0)
+        store.add(lora.name, ended_trial(lora.space, failed, {}))
     tuned = tuning.tuned()
     assert tuned is not None
     assert [(cell.label, cell.seed) for cell in tuned.cells] == [("full", 42), ("full", 3705)]
     for cell in tuned.cells:
         assert cell.loaded.recipe.train.learning_rate == full.space[0].centre
     block = tuning.block()
-    assert [s["best"] is None for s in block["series"]] == [False, True]
-    assert [s["seconds"] for s in block["series"]] == [2.0, 6.0]
+    assert [series.best is None for series in block.series] == [False, True]
+    assert [series.seconds for series in block.series] == [2.0, 6.0]
     tuning.retry()  # what is broken is run again
-    assert [len(s["trials"]) for s in tuning.block()["series"]] == [2, 0]
+    assert [len(series.trials) for series in tuning.block().series] == [2, 0]
 
 
 def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_pruned(
@@ -161,30 +166,30 @@ def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_prune
         run |= {"metrics": {"best": best}, "task": {"metric": "accuracy"}}
         write_json_atomic(folder / "run.json", run)
 
-    place, crew = StudyFolder(tmp_path), Runs(LocalEngine(1))
+    place, runs = StudyFolder(tmp_path), Runs(LocalEngine(1))
     store = TrialStore(tmp_path / "tuning.journal")
     store.open(series.name, series.about((7, 8)))
     curves = [([0.5, 0.6, 0.6], [0.4, 0.8, 0.7]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])]
     curves += [([0.6, 0.9, 0.9], [0.6, 0.9, 0.9]), ([0.1, 0.2, 0.9], [1.0, 1.0, 1.0])]
-    entries = []
+    trials = []
     for number, both in enumerate(curves):
         for seed, scores in zip((7, 8), both, strict=True):
             ended(place, number, seed, scores)
         told = store.ended(series.name, 9)
-        trial = Trial(series, number, settings, Pruner(told), store)
-        entry = trial.run((7, 8), place, crew, lambda: None)
-        assert entry is not None
-        store.add(series.name, ended_trial(series.space, entry, trial.pruner.seen))
-        entries.append(entry)
-    first, *_, last = entries
-    assert first["status"] == "done" and first["score"] == 0.7 and first["steps"] == 12
-    assert first["loss"] == pytest.approx(0.3) and first["seconds"] == 10
-    assert [run["score"] for run in first["runs"]] == [0.6, 0.8]
-    assert first["runs"][1]["run_dir"] == "tuning/builtin-acceptability-full-t0-s8"
+        runner = TrialRunner(series, number, settings, Pruner(told), store)
+        trial = runner.run((7, 8), place, runs, lambda: None)
+        assert trial is not None
+        store.add(series.name, ended_trial(series.space, trial, runner.pruner.seen))
+        trials.append(trial)
+    first, *_, last = trials
+    assert first.status == "done" and first.score == 0.7 and first.steps == 12
+    assert first.loss == pytest.approx(0.3) and first.seconds == 10
+    assert [run.score for run in first.runs] == [0.6, 0.8]
+    assert first.runs[1].run_dir == "tuning/builtin-acceptability-full-t0-s8"
     # 0.1 and 0.2 are below 0.5 and 0.6, the medians: its second seed is spared.
-    assert last["status"] == "pruned" and len(last["runs"]) == 1 and last["seconds"] == 5
-    best = best_trial(entries)
-    assert best is not None and best["number"] == 2
+    assert last.status == "pruned" and len(last.runs) == 1 and last.seconds == 5
+    best = best_trial(trials)
+    assert best is not None and best.number == 2
     (spared,) = tmp_path.glob("tuning/*/checkpoint-*")  # all that were looked at lost theirs
     assert spared.parent.name == "builtin-acceptability-full-t3-s8"
 
@@ -256,17 +261,17 @@ def test_three_trials_of_two_methods_interrupted_and_resumed(tmp_path: Path) -> 
     study = make_study(None, ("lora", "full"), 1, (*TINY, *over), trials=3)
     assert record["digest"] == study_digest(study)
     for series, asked in zip(record["tuning"]["series"], series_of(study), strict=True):
-        trials = series["trials"]
+        trials = [Trial.model_validate(trial) for trial in series["trials"]]
         assert len(trials) == record["tuning"]["trials"] == 3
-        assert all(trial["status"] == "done" for trial in trials)
-        assert all(trial["seconds"] > 0 and trial["steps"] == 4 for trial in trials)
+        assert all(trial.status == "done" for trial in trials)
+        assert all((trial.seconds or 0) > 0 and trial.steps == 4 for trial in trials)
         # What was proposed is what the results before propose, interrupted or not.
         told_so_far: list[Any] = []
         for trial in trials:
-            assert propose(asked.space, told_so_far, asked.name) == trial["settings"]
+            assert propose(asked.space, told_so_far, asked.name) == trial.settings
             told_so_far.append(ended_trial(asked.space, trial, {}))
         best = best_trial(trials)
-        assert best is not None and series["best"]["number"] == best["number"]
+        assert best is not None and series["best"]["number"] == best.number
     rates = {s["method"]: s["best"]["settings"][RATE] for s in record["tuning"]["series"]}
     store = StudyFolder(folder)
     tuning = Tuning(study, store, Runs(LocalEngine(1)), print, lambda: None)
