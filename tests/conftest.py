@@ -18,7 +18,7 @@ from support.cli_runs import Cli, Outcome
 from support.hostile_summary import summary_table
 
 from sparsegrad_cli.cli.app import app
-from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.cli.output import run_guarded
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts from there.

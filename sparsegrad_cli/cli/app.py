@@ -18,7 +18,7 @@ from sparsegrad_cli.cli import generate as generate_command
 from sparsegrad_cli.cli import judge as judge_command
 from sparsegrad_cli.cli import recipes as recipe_commands
 from sparsegrad_cli.cli import runs as run_commands
-from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.cli.output import run_guarded
 from sparsegrad_cli.errors import UsageError
 
 app = typer.Typer(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,29 +105,6 @@ DryRun = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """The options of ``sparsegrad compare`` as they were given; None where one was not.
-
-    Attributes:
-        source: A recipe or a study; None for the quickstart.
-        overrides: ``key.path=value`` texts.
-        methods: Names of the methods to compare; empty for a study, which names its own.
-    """
-
-    source: str | None
-    overrides: tuple[str, ...]
-    methods: tuple[str, ...]
-    seeds: int | None
-    tune: int | None
-    match: str | None
-    output_dir: Path | None
-    overwrite: bool
-    jobs: int | None
-    device: Device | None
-    quiet: bool
-
-
 def compare(
     recipe: RecipeAndOverrides = None,
     methods: Methods = None,
@@ -154,76 +132,71 @@ def compare(
     [bold]sparsegrad compare --methods full,lora,sparsegrad --match peak=512MiB --dry-run[/bold]
     [bold]sparsegrad compare study.yaml --engine slurm engine.slurm.partition=gpu[/bold]
     """
-    source, overrides = split_arguments(recipe)
-    options = CompareOptions(
-        source=source,
-        overrides=overrides if engine is None else (*overrides, f"engine.name={engine.value}"),
-        methods=split_names([methods or ""]),
-        seeds=seeds,
-        tune=tune,
-        match=match,
-        output_dir=output_dir,
-        overwrite=overwrite,
-        jobs=jobs,
-        device=device,
-        quiet=quiet or as_json,
-    )
-    study = _checked_study(options)
-    folder = _folder(study, options)
-    if dry_run:
-        _show_plan(study, folder, options, as_json=as_json)
-    else:
-        _show_runs(_run(study, folder, options), folder, as_json=as_json)
-
-
-def _checked_study(options: CompareOptions) -> LoadedStudy:
-    """Return the study to run, after all checks that need no model."""
+    from sparsegrad_cli.report.budget import plan_screen
+    from sparsegrad_cli.report.study import study_screen
     from sparsegrad_cli.run import preflight
+    from sparsegrad_cli.study.coordinator import plan_of
     from sparsegrad_cli.study.parity import check_parity
 
-    study = _study(options)
-    if options.device is not None and study.study.budget is None:
+    source, overrides = split_arguments(recipe)
+    if engine is not None:
+        overrides = (*overrides, f"engine.name={engine.value}")
+    study = _study(source, overrides, split_names([methods or ""]), seeds, match, tune)
+    if device is not None and study.study.budget is None:
         why = "it selects the memory that a budget counts, and --match names no budget"
         refuse_without_effect("--device", why, "--match peak=2GiB, or leave it out")
     check_parity(study)  # before a budget is solved, which takes time
     preflight.check_study(study)
-    return study
+    folder, quiet = _folder(study, output_dir), quiet or as_json
+    solve = partial(_solved, device=device, quiet=quiet)
+    if dry_run:
+        plan = plan_of(solve(study, None if overwrite else folder.record()))
+        show(plan.to_json(), plan_screen(plan), as_json=as_json)
+        return
+    record = _run(study, folder, solve, jobs=jobs, overwrite=overwrite, quiet=quiet)
+    footer = report_line(folder.path)
+    show(record.to_json(), study_screen(record), as_json=as_json, footer=footer)
+    if record.status != "done":
+        raise typer.Exit(1)
 
 
-def _study(options: CompareOptions) -> LoadedStudy:
+def _study(
+    source: str | None,
+    overrides: tuple[str, ...],
+    methods: tuple[str, ...],
+    seeds: int | None,
+    match: str | None,
+    trials: int | None,
+) -> LoadedStudy:
     """Return the study that a file describes, or the one made of a recipe, methods and seeds."""
     from sparsegrad_cli.recipe.study import load_study, make_study
 
-    source, overrides = options.source, options.overrides
     if source is not None and is_study_file(source):
-        if options.methods or options.seeds:
+        if methods or seeds:
             raise UsageError(
                 "a study names its own methods and seeds",
                 where=source,
                 fix="change them in a copy of it, or compare a recipe with --methods and --seeds",
             )
-        return load_study(source, overrides, match=options.match, trials=options.tune)
-    if not options.methods:
+        return load_study(source, overrides, match=match, trials=trials)
+    if not methods:
         raise UsageError(
             "expected the methods to compare, got none",
             where="--methods",
             fix="--methods lora,meprop,sparsegrad",
         )
-    seeds = options.seeds or 2
-    return make_study(
-        source, options.methods, seeds, overrides, match=options.match, trials=options.tune
-    )
+    return make_study(source, methods, seeds or 2, overrides, match=match, trials=trials)
 
 
-def _folder(study: LoadedStudy, options: CompareOptions) -> StudyFolder:
+def _folder(study: LoadedStudy, output_dir: Path | None) -> StudyFolder:
     from sparsegrad_cli.study.folder import StudyFolder
 
     named = study.study.output_dir or f"runs/compare-{study.study.name}"
-    return StudyFolder(options.output_dir or from_here(named))
+    return StudyFolder(output_dir or from_here(named))
 
 
 def _solved(
-    study: LoadedStudy, previous: StudyRecord | None, options: CompareOptions
+    study: LoadedStudy, previous: StudyRecord | None, *, device: Device | None, quiet: bool
 ) -> LoadedStudy:
     """Return a study at the sizes that its budget allows.
 
@@ -234,16 +207,24 @@ def _solved(
 
     if study.study.budget is None:
         return study
-    with make_observer(options.quiet) as observer:
+    with make_observer(quiet) as observer:
         return solve_study(
             study,
             kept=previous.budget if previous is not None else None,
-            kernels=None if options.device is None else options.device.value,
+            kernels=None if device is None else device.value,
             observer=observer,
         )
 
 
-def _run(study: LoadedStudy, folder: StudyFolder, options: CompareOptions) -> StudyRecord:
+def _run(
+    study: LoadedStudy,
+    folder: StudyFolder,
+    solve: Callable[[LoadedStudy, StudyRecord | None], LoadedStudy],
+    *,
+    jobs: int | None,
+    overwrite: bool,
+    quiet: bool,
+) -> StudyRecord:
     """Run a study: print a line before each run, and keep the report up to date."""
     from rich.console import Console
 
@@ -252,40 +233,19 @@ def _run(study: LoadedStudy, folder: StudyFolder, options: CompareOptions) -> St
     from sparsegrad_cli.report.terminal import plain_line
     from sparsegrad_cli.study.coordinator import run_study
 
-    err = Console(stderr=True, quiet=options.quiet)
+    err = Console(stderr=True, quiet=quiet)
     for note in study.notes:
         err.print(plain_line(f"note: {note}"))
     return run_study(
         study,
         folder,
         command=shlex.join(["sparsegrad", *sys.argv[1:]]),
-        jobs=options.jobs,
-        overwrite=options.overwrite,
-        quiet=options.quiet,
-        solve=lambda study, previous: _solved(study, previous, options),
+        jobs=jobs,
+        overwrite=overwrite,
+        quiet=quiet,
+        solve=solve,
         tell=lambda line: err.print(plain_line(line, style="bold")),
         saved=LiveReport(
             folder.path, lambda line: err.print(plain_line(line)), read_graded_answers
         ),
     )
-
-
-def _show_runs(record: StudyRecord, folder: StudyFolder, *, as_json: bool) -> None:
-    """Print the comparison; exit with 1 if a run failed."""
-    from sparsegrad_cli.report.study import study_screen
-
-    show(record.to_json(), study_screen(record), as_json=as_json, footer=report_line(folder.path))
-    if record.status != "done":
-        raise typer.Exit(1)
-
-
-def _show_plan(
-    study: LoadedStudy, folder: StudyFolder, options: CompareOptions, *, as_json: bool
-) -> None:
-    """Print the runs of a study and the sizes that its budget allows."""
-    from sparsegrad_cli.report.budget import plan_screen
-    from sparsegrad_cli.study.coordinator import plan_of
-
-    previous = None if options.overwrite else folder.record()
-    plan = plan_of(_solved(study, previous, options))
-    show(plan.to_json(), plan_screen(plan), as_json=as_json)

@@ -15,7 +15,7 @@ from support.hostile_cases import check_harmless, property_test, scratch_folder
 from support.hostile_text import HOSTILE_TEXTS
 
 from sparsegrad_cli.cli.app import app
-from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.cli.output import run_guarded
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.output_folder import check_output_folder, write_export
 from sparsegrad_cli.recipe.load_recipe import load_recipe

@@ -191,7 +191,7 @@ def test_validate_notes_a_length_above_the_models_positions(cli: Cli, tmp_path: 
 def test_validate_imports_no_torch(tmp_path: Path) -> None:
     path = csv_file(tmp_path / "data.csv")
     code = (
-        "import sys\nfrom sparsegrad_cli.cli.errors import run_guarded\n"
+        "import sys\nfrom sparsegrad_cli.cli.output import run_guarded\n"
         "from sparsegrad_cli.cli.app import app\n"
         "code = run_guarded(app)\n"
         "sys.exit(code or sum(name in sys.modules for name in ('torch', 'transformers')))"

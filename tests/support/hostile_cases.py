@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from sparsegrad_cli.cli.errors import show
+from sparsegrad_cli.cli.output import show_error
 from sparsegrad_cli.errors import RecipeError, SparsegradError
 from support.audit_events import no_side_effects
 from support.hostile_summary import PROPERTY, CaseCounts
@@ -135,7 +135,7 @@ def check_error(error: SparsegradError) -> str:
     """Check that an error says what and where and displays safely; return what is displayed."""
     shown = io.StringIO()
     with contextlib.redirect_stderr(shown):
-        show(error)
+        show_error(error)
     block = shown.getvalue()
     check_harmless(block)
     assert error.what.strip()

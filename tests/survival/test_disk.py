@@ -140,7 +140,7 @@ def test_full_tmpfs(tmp_path: Path) -> None:
 READ_ONLY = """
 import sys
 from sparsegrad_cli.cli.app import app
-from sparsegrad_cli.cli.errors import run_guarded
+from sparsegrad_cli.cli.output import run_guarded
 place = sys.argv[1]
 for flags in (("run", "--resume"), ("run", "--overwrite"), ("new",)):
     sys.argv = ["sparsegrad", "train", "method=full", "-q", "-o", f"{place}/{flags[0]}", *flags[1:]]
