@@ -35,7 +35,7 @@ TEST = (
     "sign-flip permutation test over (task, seed) cells, two-sided, differences divided by their "
     "task's root mean square"
 )
-CHECK = "paired t-test over seeds, tasks as strata, two-sided, corrected alike"
+CHECK = "paired t-test over seeds, tasks as strata, two-sided, corrected in the same way"
 _MIN_SEEDS = 2
 
 Scores = dict[tuple[str, int], float]
@@ -103,7 +103,7 @@ class _Pair:
 
     def block(self, p_holm: float, p_t_holm: float | None) -> PairTest:
         """Return the pair's block of compare.json, given its corrected p-values."""
-        lean = math.fsum(self.standardised)
+        total = math.fsum(self.standardised)
         means = [mean(differences) or 0.0 for differences in self.by_task.values()]
         return PairTest(
             a=self.a,
@@ -121,7 +121,7 @@ class _Pair:
             p_t=self.t.p if self.t else None,
             p_t_holm=p_t_holm,
             smallest_p=smallest_p(self.standardised),
-            better=(self.a if lean > 0 else self.b) if p_holm <= LEVEL else None,
+            better=(self.a if total > 0 else self.b) if p_holm <= LEVEL else None,
         )
 
 

@@ -43,7 +43,7 @@ class Difference:
     key: str
     values: Mapping[str, Any]
 
-    def words(self) -> str:
+    def text(self) -> str:
         """Return ``lora 3, meprop 3, all others 0``, with the most common value once and last."""
         shown = {label: str(value) for label, value in self.values.items()}
         common, count = Counter(shown.values()).most_common(1)[0]
@@ -150,7 +150,7 @@ def _unknown(study: LoadedStudy, allowed: tuple[str, ...]) -> list[Problem]:
     for name in allowed:
         if name not in keys:
             fix = did_you_mean(name, keys) or "such as train.warmup_steps"
-            what = f"{name!r} is no key that methods could differ in"
+            what = f"{name!r} is not a key that can differ between methods"
             problems.append(Problem("differ", what, study.source, None, fix))
     return problems
 
@@ -159,17 +159,16 @@ def _refusals(study: LoadedStudy, refused: list[Difference]) -> list[Problem]:
     """Return one problem for each key and its values, even if several tasks have it."""
     tasks: dict[tuple[str, str], list[str]] = {}
     for difference in refused:
-        tasks.setdefault((difference.key, difference.words()), []).append(difference.task)
+        tasks.setdefault((difference.key, difference.text()), []).append(difference.task)
     return [
         Problem(
             key,
-            f"differs between the methods of {', '.join(where)}: {words}",
+            f"differs between the methods of {', '.join(where)}: {text}",
             study.source,
             None,
-            f"set it for all of them, or say `differ: [{key}]` in the study and the report flags "
-            "it",
+            f"set it for all of them; or add differ: [{key}] to the study, and the report flags it",
         )
-        for (key, words), where in tasks.items()
+        for (key, text), where in tasks.items()
     ]
 
 

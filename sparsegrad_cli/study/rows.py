@@ -200,5 +200,5 @@ def _note(cells: Sequence[CellEntry], first: RunRecord | None) -> str:
         return ""
     parts = [counts.note]
     if counts.remainder:
-        parts.append(f"{counts.remainder:+,} entries against the number asked for")
+        parts.append(f"{counts.remainder:+,} parameters compared with the requested number")
     return "; ".join(part for part in parts if part)

@@ -214,9 +214,9 @@ def _note_exit(folder: Path, code: int | None, *, stopped: bool) -> None:
         return  # a finished run stays finished, even if its report failed
     if (run is None and (stopped or code == _INTERRUPTED)) or owner_of(folder) is not None:
         return
-    killed = code == -signal.SIGKILL
-    what = "killed by the system, most likely for memory" if killed else f"ended with {code}"
-    status = "out_of_memory" if killed else _STATUS_OF_EXIT.get(code or 1, "failed")
+    status, what = _STATUS_OF_EXIT.get(code or 1, "failed"), f"ended with exit code {code}"
+    if code == -signal.SIGKILL:
+        status, what = "out_of_memory", "killed by the system, probably because memory ran out"
     if stopped:
         status, what = "interrupted", "stopped with the study"
     error = ErrorBlock(title="Run", what=what, where=str(folder), fix=None)

@@ -161,7 +161,7 @@ class _SeedRun:
         """Record whether the run was pruned, and remove its weights; the record stays."""
         run = find_run(self.folder)
         if self._pruned_at is not None and run is not None and run.status != "done":
-            what = f"stopped after step {self._pruned_at}: below the median of the trials before"
+            what = f"stopped after step {self._pruned_at}: below the median of the earlier trials"
             error = ErrorBlock(title="Pruned", what=what, where=None, fix=None)
             write(run.changed(status="pruned", error=error), self.folder / RUN)
         for pattern in _WEIGHTS:

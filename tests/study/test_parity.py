@@ -79,7 +79,7 @@ def test_rates_that_differ_in_their_last_digit_differ(tmp_path: Path) -> None:
         "  - {method: lora, train: {weight_decay: 0.1}}\n"
     )
     (found,) = differences(study(tmp_path, text))
-    assert found.words() == "full 0.10000001, lora 0.1"
+    assert found.text() == "full 0.10000001, lora 0.1"
 
 
 def test_a_head_warmed_for_one_method_alone_is_no_equal_start(tmp_path: Path) -> None:

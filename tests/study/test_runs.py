@@ -90,8 +90,8 @@ def test_what_a_run_said_of_itself_stays_however_its_process_ended(
     ("program", "status", "what"),
     [
         ("import os; os.kill(os.getpid(), 9)", "out_of_memory", "killed by the system"),
-        ("exit(3)", "out_of_memory", "ended with 3"),
-        ("exit(1)", "failed", "ended with 1"),
+        ("exit(3)", "out_of_memory", "exit code 3"),
+        ("exit(1)", "failed", "exit code 1"),
     ],
 )
 def test_a_run_that_died_in_silence_gets_a_status(

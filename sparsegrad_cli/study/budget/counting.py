@@ -35,7 +35,7 @@ class Counting:
     """
 
     def __init__(self, kernels: Kernels) -> None:
-        self.rehearsals = 0
+        self.fake_runs = 0
         self._kernels = kernels
         self._figures: dict[str, int] = {}
         self._ready: dict[str, FakeRun] = {}
@@ -150,7 +150,7 @@ class Counting:
         )
         key = f"{padded} {what_memory_depends_on(same.recipe)}"
         if key not in self._ready:
-            self.rehearsals += 1
+            self.fake_runs += 1
             conditions = Conditions(kernels=self._kernels, padded=padded)
             while len(self._ready) >= _KEPT:
                 del self._ready[next(iter(self._ready))]

@@ -29,9 +29,9 @@ SETTABLE = (
     "calibration.batch_size",
     "calibration.steps",
 )
-OWN = "its own size, as the study says"
-ALL = "every parameter of the targets trains"
-FREE = "choosing more parameters takes no more memory: as many as the recipe says"
+OWN = "the study sets its size"
+ALL = "every parameter of the target modules trains"
+FREE = "a larger number of parameters takes no more memory, so the recipe's number is kept"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _optimizer_state(question: _Question, advice: str) -> Pick:
     if found is None:
         least, fix = question.least, advice
         if least.recipe.scope == "rest":
-            fix = "scope: head, where the rest of the model keeps none"
+            fix = "scope: head, so that the rest of the model needs no optimizer state"
         raise UnreachableError(counting.state(least), question.text(least), fix)
     recipe, notes = found.recipe, counting.notes(found.recipe)
     taken = counting.state(recipe)
@@ -232,7 +232,8 @@ def _peak(question: _Question) -> Pick:
             raise _too_much(cut, cut.least)
     longest, notes = counting.longest(fitted), counting.notes(fitted)
     if counting.evaluation(fitted) > room:
-        notes.append("an evaluation needs more: a smaller train.per_device_eval_batch_size")
+        what = "evaluation takes more than the budget"
+        notes.append(f"{what}: set a smaller train.per_device_eval_batch_size")
     return Pick(
         fitted,
         question.text(fitted),
@@ -251,7 +252,7 @@ def _too_much(question: _Question, least: LoadedRecipe) -> UnreachableError:
     step, width = counting.step(least), counting.longest(least).width
     making = counting.calibration(_calibrations(least)[-1])
     if making > step:
-        advice = ["calibration.basis: one that `sparsegrad calibrate` made where there was room"]
+        advice = ["calibration.basis: a basis that `sparsegrad calibrate` made with more memory"]
     else:
         advice = ["a shorter task.max_length"]
     if not least.recipe.train.gradient_checkpointing:

@@ -61,7 +61,7 @@ def solve_study(
         return study
     started = time.perf_counter()
     cells = {(c.task, c.label): c for c in study.cells if c.seed == study.study.seeds[0]}
-    check_nothing_is_said_twice(study, budget)
+    check_size_is_open(study, budget)
     kernels = kernels or _kernels(study.cells[0].loaded.recipe)
     solver = _Solver(study, budget, kernels, observer or Observer())
     before = kept if kept is not None and kept.match == budget.text else BudgetBlock()
@@ -78,7 +78,7 @@ def solve_study(
         tolerance=TOLERANCE,
         kernels=kernels if budget.in_bytes else None,
         # A continued comparison adds to the counts of its earlier part.
-        rehearsals=(before.rehearsals or 0) + solver.rehearsals,
+        rehearsals=(before.rehearsals or 0) + solver.counting.fake_runs,
         solved_s=(before.solved_s or 0.0)
         + (time.perf_counter() - started if solver.solved else 0.0),
         rows=rows,
@@ -97,9 +97,9 @@ def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedR
     except RecipeError as error:
         problem = error.problems[0]
         raise FileFormatError(
-            f"its budget cannot have set {problem.key}: {problem.what}",
+            f"its budget sets an invalid {problem.key}: {problem.what}",
             where="compare.json: budget",
-            fix="bring the file back from a copy, or begin anew with --overwrite",
+            fix="restore the file from a copy, or start again with --overwrite",
         ) from error
 
 
@@ -117,6 +117,7 @@ class _Solver:
     """Solve the rows, each kind of recipe once.
 
     Attributes:
+        counting: the fake runs that were needed.
         solved: number of rows that had not been solved before.
     """
 
@@ -129,14 +130,9 @@ class _Solver:
     ) -> None:
         self._study, self._budget, self._observer = study, budget, observer
         self._entries = {entry.label: entry for entry in study.study.methods}
-        self._counting = Counting(kernels)
+        self.counting = Counting(kernels)
         self.solved = 0
         self._asked = (budget.kind, budget.amount, kernels if budget.in_bytes else None)
-
-    @property
-    def rehearsals(self) -> int:
-        """The number of fake runs."""
-        return self._counting.rehearsals
 
     def rows(self, cells: list[Cell], kept: BudgetBlock | None) -> list[BudgetRow]:
         """Return the rows of the block, in the order of ``cells``."""
@@ -170,7 +166,7 @@ class _Solver:
         self._observer.phase("solve", f"{self._budget.text}: {cell.task} {cell.label}")
         try:
             own = self._names_its_size(cell)
-            return solve(cell.loaded, self._budget, self._counting, own_size=own)
+            return solve(cell.loaded, self._budget, self.counting, own_size=own)
         except UnreachableError as error:
             return error
         except SparsegradError as error:
@@ -224,7 +220,7 @@ def too_little(study: LoadedStudy, budget: Budget, cell: Cell, error: Unreachabl
     if option:
         ways.append(f"leave {cell.label} out")
     else:
-        ways.append("`matched: false` in its row, which then runs outside of the budget")
+        ways.append("set matched: false in its row, which then runs without the budget")
     return Problem(
         "--match" if option else "match",
         f"{budget.text} is too little for {cell.label} on {cell.task}: at its smallest "
@@ -243,8 +239,8 @@ def _enough(budget: Budget, takes: float) -> str:
     return str(math.ceil(takes))
 
 
-def check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
-    """Refuse a size that is set for all runs: the budget picks it.
+def check_size_is_open(study: LoadedStudy, budget: Budget) -> None:
+    """Refuse a size that is set for all runs, because the budget chooses it.
 
     Raises:
         RecipeError: ``settings`` or the command line set ``density`` or ``entries``.
@@ -256,8 +252,8 @@ def check_nothing_is_said_twice(study: LoadedStudy, budget: Budget) -> None:
             said[f"method.{name}"] = f"{study.source}: settings"
         if any(_overridden(cell, name) for cell in study.cells):
             said[f"method.{name}"] = COMMAND_LINE
-    fix = "leave it out, or name it in a method's row, which then keeps it"
-    what = f"is what {budget.text} picks"
+    fix = "leave it out, or set it in a method's row, which then keeps it"
+    what = f"cannot be set, because the budget {budget.text} chooses it"
     if said:
         raise RecipeError([Problem(key, what, file, None, fix) for key, file in said.items()])
 

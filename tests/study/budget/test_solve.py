@@ -337,7 +337,9 @@ def test_a_row_that_names_its_size_keeps_it_and_has_to_fit(place: Path) -> None:
     solved = solve_study(study(place, "trainable=1k", full=", matched: false", lora=own))
     assert solved.budget is not None
     row = solved.budget.to_json()["rows"][1]
-    assert row["set"] == {} and row["size"] == "rank 3" and "as the study says" in row["limit"]
+    assert (
+        row["set"] == {} and row["size"] == "rank 3" and "the study sets its size" in row["limit"]
+    )
     with pytest.raises(RecipeError, match=r"rank 3\) it takes 168 parameters"):
         solve_study(study(place, "trainable=167", full=", matched: false", lora=own))
 
@@ -354,7 +356,7 @@ def test_all_that_cannot_be_reached_comes_together_with_what_would_be_enough(pla
 
 
 def test_a_size_for_all_cells_is_not_said_beside_a_budget(place: Path) -> None:
-    with pytest.raises(RecipeError, match="is what trainable=1k picks") as caught:
+    with pytest.raises(RecipeError, match="the budget trainable=1k chooses it") as caught:
         solve_study(study(place, "trainable=1k", "method.density=0.02"))
     assert caught.value.problems[0].key == "method.density"
     assert caught.value.problems[0].file == "command line"
