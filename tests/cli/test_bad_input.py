@@ -81,20 +81,20 @@ def test_empty_split_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "empty" in outcome.flat or "no rows" in outcome.flat
 
 
-def test_everything_truncated_to_nothing_is_refused(cli: Cli) -> None:
+def test_a_max_length_that_leaves_no_text_is_refused(cli: Cli) -> None:
     outcome = cli("train", *SMALL, "task.max_length=2", "-o", "r")
     assert outcome.code in (1, 2)
     assert "max_length" in outcome.flat
     assert json.loads(Path("r/run.json").read_text())["status"] == "failed"
 
 
-def test_pattern_that_matches_nothing_lists_what_there_is(cli: Cli) -> None:
+def test_a_pattern_without_match_lists_the_linear_layers(cli: Cli) -> None:
     outcome = cli("train", *SMALL, "targets.modules=['*.up_proj']", "-o", "r")
     assert outcome.code == 2
     assert "*.up_proj" in outcome.flat and "intermediate.dense (1536 x 384)" in outcome.flat
 
 
-def test_hub_out_of_reach_says_how_to_go_local(cli: Cli) -> None:
+def test_an_unreachable_hub_suggests_local_files(cli: Cli) -> None:
     outcome = cli("train", "model=roberta-base-that-is-not-cached", *SMALL)
     assert outcome.code == 1
     assert "roberta-base-that-is-not-cached" in outcome.flat
@@ -102,7 +102,7 @@ def test_hub_out_of_reach_says_how_to_go_local(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-def test_so_does_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_suggests_local_files(tmp_path: Path) -> None:
     """Slow, as huggingface_hub tries it six times."""
     done = subprocess.run(
         [sys.executable, "-m", "sparsegrad_cli", "train", "model=roberta-base-not-cached", *SMALL],
@@ -116,14 +116,14 @@ def test_so_does_a_hub_that_does_not_answer(tmp_path: Path) -> None:
     assert "local folder" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_model_folder_without_a_model(cli: Cli, tmp_path: Path) -> None:
+def test_a_model_folder_without_a_model_is_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "empty-model").mkdir()
     outcome = cli("train", f"model={tmp_path / 'empty-model'}", *SMALL)
     assert outcome.code == 1
     assert "config.json" in outcome.flat
 
 
-def test_output_dir_with_something_in_it_is_left_alone(cli: Cli, tmp_path: Path) -> None:
+def test_a_nonempty_output_dir_is_refused_and_unchanged(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "thesis.txt").write_text("precious", encoding="utf-8")
     outcome = cli("train", *SMALL, "-o", "r")
@@ -133,7 +133,7 @@ def test_output_dir_with_something_in_it_is_left_alone(cli: Cli, tmp_path: Path)
     assert "holds no run" in cli("train", *SMALL, "-o", "r", "--resume").flat
 
 
-def test_basis_of_another_target_set_or_a_damaged_one_is_refused(cli: Cli, tmp_path: Path) -> None:
+def test_a_basis_of_other_targets_or_a_damaged_one_is_refused(cli: Cli, tmp_path: Path) -> None:
     made = cli("calibrate", *SMALL, "-o", "basis", "targets.blocks=[0, 1]")
     assert made.code == 0, made.err
     basis = tmp_path / "basis" / "basis.safetensors"
@@ -157,7 +157,7 @@ def test_methods_that_train_the_weights_of_a_half_precision_model_need_autocast(
     assert "train.bf16" in outcome.flat
 
 
-def test_divergence_is_said_in_words(cli: Cli) -> None:
+def test_divergence_is_a_clear_error(cli: Cli) -> None:
     outcome = cli("train", *SMALL, "method=full", "train.learning_rate=1e30", "-o", "r")
     assert outcome.code == 1
     assert "diverged" in outcome.flat or "finite" in outcome.flat
@@ -178,7 +178,7 @@ def test_divergence_is_said_in_words(cli: Cli) -> None:
         ),
     ],
 )
-def test_a_name_from_elsewhere_says_how_it_is_written_here(
+def test_a_name_of_another_tool_suggests_ours(
     cli: Cli, arguments: tuple[str, ...], says: str
 ) -> None:
     outcome = cli("validate", "configs/quickstart.yaml", *arguments)
@@ -186,7 +186,7 @@ def test_a_name_from_elsewhere_says_how_it_is_written_here(
     assert says in outcome.flat
 
 
-def test_a_misspelt_model_folder_is_found_before_anything_is_asked_of_the_hub(
+def test_a_misspelt_model_folder_is_found_before_the_hub_is_asked(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.model_info", None)

@@ -89,7 +89,7 @@ def test_calibrate_then_train_on_its_basis(
     assert record["time"]["steps"] == 6
 
 
-def test_a_reused_basis_gives_the_run_that_makes_it_itself(cli: Cli, tmp_path: Path) -> None:
+def test_a_reused_basis_gives_the_same_run_as_a_new_one(cli: Cli, tmp_path: Path) -> None:
     """Thin basis, scores and warm head included: nothing but the calibration block differs."""
     common = (
         *METHODS["core"],
@@ -119,7 +119,7 @@ def test_a_reused_basis_gives_the_run_that_makes_it_itself(cli: Cli, tmp_path: P
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_train_leaves_a_whole_run(cli: Cli, tmp_path: Path, method: str) -> None:
+def test_train_writes_a_complete_run(cli: Cli, tmp_path: Path, method: str) -> None:
     outcome = cli("train", *METHODS[method], *SMALL, "-o", "run")
     assert outcome.code == 0, outcome.err
     assert "report.html" in outcome.out
@@ -152,7 +152,7 @@ def test_runs_without_a_name_are_numbered(cli: Cli, tmp_path: Path) -> None:
     ]
 
 
-def test_help_is_quick_to_import_nothing_heavy() -> None:
+def test_help_imports_no_heavy_package() -> None:
     code = (
         "import sys\nimport sparsegrad_cli.cli.app\nimport sparsegrad_cli.judge.judge_answers\n"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"

@@ -35,7 +35,7 @@ def tiny(tmp_path: Path) -> str:
     return f"model={folder}"
 
 
-def test_it_says_what_a_run_then_counts(cli: Cli, tmp_path: Path) -> None:
+def test_estimate_equals_the_memory_that_a_run_counts(cli: Cli, tmp_path: Path) -> None:
     assert cli("train", *METHODS["core"], *SMALL, "train.max_steps=2", "-o", "run").code == 0
     counted = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]
     batch, length = counted["batch_shape"]
@@ -56,7 +56,7 @@ def test_it_says_what_a_run_then_counts(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(again.out)["rows"][0]["phases"] == row["phases"]
 
 
-def test_methods_are_matched_and_shown_whole_at_80_columns(
+def test_methods_are_matched_and_shown_in_full_at_80_columns(
     cli: Cli, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -110,7 +110,7 @@ def test_a_study_has_a_row_for_every_task_and_method(cli: Cli, tiny: str, tmp_pa
     assert refused.code == 2 and "names its own methods" in refused.flat
 
 
-def test_the_papers_recipe_needs_no_download(cli: Cli) -> None:
+def test_estimate_of_the_papers_recipe_needs_no_download(cli: Cli) -> None:
     """LLaMA-2 7B with one block adapted: sizes are all that is needed, and they are built in."""
     before = rss_bytes()
     outcome = cli("estimate", "configs/llama2_oasst.yaml", "targets.blocks=[0]", "--json")
@@ -143,7 +143,7 @@ def test_the_papers_recipe_needs_no_download(cli: Cli) -> None:
         (("model.quantization=8bit",), "cannot be estimated"),
     ],
 )
-def test_bad_input_is_one_clear_error(
+def test_invalid_input_of_estimate_is_one_error(
     cli: Cli, tiny: str, arguments: tuple[str, ...], message: str
 ) -> None:
     outcome = cli("estimate", tiny, *arguments)
@@ -151,7 +151,7 @@ def test_bad_input_is_one_clear_error(
     assert message in outcome.flat, outcome.flat
 
 
-def test_a_folder_without_a_configuration_and_a_model_out_of_reach(
+def test_a_folder_without_configuration_and_an_unreachable_model_are_errors(
     cli: Cli, tmp_path: Path
 ) -> None:
     empty = tmp_path / "empty"

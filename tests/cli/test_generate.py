@@ -38,7 +38,7 @@ def test_one_prompt(cli: Cli, model: str) -> None:
     assert record["model"] == model and record["settings"]["temperature"] == 0.0
 
 
-def test_what_a_model_writes_is_shown_and_not_obeyed(cli: Cli, model: str) -> None:
+def test_control_characters_in_answers_are_escaped(cli: Cli, model: str) -> None:
     """Hot enough it writes every byte there is."""
     hot = ("generate", model, "-p", "Hi", "-t", "1e4", "--max-new-tokens", "400", "--device", "cpu")
     raw = json.loads(cli(*hot, "--json").out)["answers"][0]["answers"][0]
@@ -50,7 +50,7 @@ def test_what_a_model_writes_is_shown_and_not_obeyed(cli: Cli, model: str) -> No
     assert shown.out == printable_text(raw) + "\n"
 
 
-def test_text_made_harmless() -> None:
+def test_printable_text_escapes_control_characters() -> None:
     assert (
         printable_text("a\tb\nc [bold]<b> é 日本 👩‍👧 \u00a0")
         == "a\tb\nc [bold]<b> é 日本 👩‍👧 \u00a0"
@@ -82,9 +82,7 @@ def start(folder: Path, *arguments: str, **more: Any) -> subprocess.Popen[bytes]
     )
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stopped(
-    cli: Cli, model: str, tmp_path: Path
-) -> None:
+def test_a_killed_command_continues_where_it_stopped(cli: Cli, model: str, tmp_path: Path) -> None:
     asked = ("--prompts", "builtin:questions", "--max-new-tokens", "40", "-o", "a.jsonl", "-q")
     arguments = (model, *asked, "--device", "cpu", "--batch-size", "1")
     process = start(tmp_path, *arguments)
@@ -111,7 +109,7 @@ def read_until(process: subprocess.Popen[bytes], seconds: float = 60.0) -> bytes
     return os.read(process.stdout.fileno(), 65536)
 
 
-def test_a_conversation_through_a_pipe(tmp_path: Path) -> None:
+def test_a_conversation_works_through_a_pipe(tmp_path: Path) -> None:
     """Ctrl-C stops an answer, /reset forgets, the end of the pipe ends it."""
     endless = str(chat_model_folder(tmp_path / "m", positions=100_000, endless=True))
     process = start(
@@ -159,13 +157,15 @@ def test_a_conversation_through_a_pipe(tmp_path: Path) -> None:
         (("model.name=x", "-p", "a"), 2, "applies to runs"),
     ],
 )
-def test_usage(cli: Cli, model: str, arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_invalid_options_are_refused(
+    cli: Cli, model: str, arguments: tuple[str, ...], code: int, says: str
+) -> None:
     outcome = cli("generate", model, *arguments)
     assert outcome.code == code and says in outcome.flat
     assert "Traceback" not in outcome.err
 
 
-def test_an_output_that_is_somebody_elses_is_left_alone(
+def test_an_output_file_of_another_program_is_refused_and_unchanged(
     cli: Cli, model: str, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("precious")

@@ -1,4 +1,4 @@
-"""sparsegrad judge, as a user would type it, against a real server on this machine."""
+"""Drive ``sparsegrad judge`` as a user would, against a local server."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_grades_are_summed_up_by_model_and_category(
     assert json.loads((tmp_path / "out" / "judge.json").read_text()) == record
 
 
-def test_the_same_command_asks_for_what_is_missing_only(
+def test_the_same_command_requests_only_missing_verdicts(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     with judge_server(always_answer("Rating: [[5]]")) as server:
@@ -131,7 +131,7 @@ def test_the_same_command_asks_for_what_is_missing_only(
         assert len(server.requests) == 14
 
 
-def test_a_torn_line_is_asked_again(
+def test_a_torn_line_is_requested_again(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     with judge_server(always_answer("Rating: [[5]]")) as server:
@@ -142,7 +142,7 @@ def test_a_torn_line_is_asked_again(
     assert len(server.requests) == 5 and len(read_verdicts(tmp_path / "out")) == 4
 
 
-def test_replies_without_a_verdict_are_counted_and_asked_again_later(
+def test_replies_without_a_verdict_are_counted_and_requested_again(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     def judges(body: dict[str, Any], number: int) -> Response:
@@ -165,7 +165,7 @@ def test_replies_without_a_verdict_are_counted_and_asked_again_later(
     assert find_row(record, model="one", category=None)["mean"] == pytest.approx(7.0)
 
 
-def test_failed_requests_are_reported_and_all_else_is_kept(
+def test_failed_requests_are_reported_and_other_verdicts_are_kept(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     def judges(body: dict[str, Any], number: int) -> Response:
@@ -203,7 +203,7 @@ def test_a_wrong_key_stops_at_once(
     assert len(server.requests) == 2 and len(read_verdicts(tmp_path / "out")) == 1
 
 
-def test_the_key_comes_from_the_variable_named(
+def test_the_key_comes_from_the_named_variable(
     judge: Callable[..., Outcome], files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "other")
@@ -217,7 +217,7 @@ def test_the_key_comes_from_the_variable_named(
     assert sent == ["Bearer other"] * 4 + [None] * 4
 
 
-def test_markup_in_answers_and_names_is_shown_harmless(
+def test_markup_in_answers_and_names_is_escaped(
     judge: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.jsonl"
@@ -234,7 +234,7 @@ def test_markup_in_answers_and_names_is_shown_harmless(
     assert record["rows"][0]["mean"] == 2.0
 
 
-def test_pairs_are_asked_in_both_orders_and_flips_are_ties(
+def test_pairs_are_judged_in_both_orders_and_disagreements_are_ties(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     """Question 1: turn 1 goes to ``one`` in both orders, turn 2 to whichever stands first;
@@ -271,7 +271,7 @@ def test_pairs_are_asked_in_both_orders_and_flips_are_ties(
     assert "one against two" in shown.out and len(server.requests) == 8
 
 
-def test_a_pair_with_one_verdict_missing_is_left_out(
+def test_a_pair_with_a_missing_verdict_is_left_out(
     judge: Callable[..., Outcome], files: tuple[str, str]
 ) -> None:
     def judges(body: dict[str, Any], number: int) -> Response:
@@ -285,7 +285,7 @@ def test_a_pair_with_one_verdict_missing_is_left_out(
     assert (whole["pairs"], whole["ties"], whole["flips"], whole["unreadable"]) == (3, 3, 0, 1)
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stopped(
+def test_a_killed_command_continues_where_it_stopped(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     third = threading.Event()
@@ -319,7 +319,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(
     assert len(server.requests) == 5
 
 
-def test_ctrl_c_leaves_at_once_with_130(
+def test_ctrl_c_exits_at_once_with_130(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
     asked, release = threading.Event(), threading.Event()
@@ -358,7 +358,7 @@ def test_ctrl_c_leaves_at_once_with_130(
         ({"answers": "4"}, "is not an answer: answers: expected a list"),
     ],
 )
-def test_answers_that_do_not_fit_are_refused(
+def test_invalid_answers_are_refused_with_their_line(
     judge: Callable[..., Outcome],
     files: tuple[str, str],
     tmp_path: Path,
@@ -374,7 +374,9 @@ def test_answers_that_do_not_fit_are_refused(
     assert server.requests == [] and not (tmp_path / "out").exists()
 
 
-def test_usage(judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path) -> None:
+def test_invalid_options_are_refused(
+    judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
+) -> None:
     url = "http://localhost:9/v1"
     assert "compares two models" in judge(url, files[0], "--pairwise").flat
     assert "nowhere.jsonl" in judge(url, "nowhere.jsonl").flat
@@ -387,10 +389,10 @@ def test_usage(judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: 
     assert (tmp_path / "full" / "verdicts.jsonl").read_text() == "precious, without a line break"
 
 
-def test_files_of_one_model_are_told_apart(
+def test_one_model_with_two_settings_has_two_rows(
     judge: Callable[..., Outcome], files: tuple[str, str], tmp_path: Path
 ) -> None:
-    """Same name, other settings: two rows, though they lie in one file."""
+    """The answers have the same model but different settings, and are in one file."""
     questions = questions_file(tmp_path)
     parts = [
         answers_file(

@@ -78,7 +78,7 @@ def test_each_path_key_is_relative_to_the_file_that_names_it(
     assert load_recipe(below, ("model=roberta-base",)).recipe.model.name == "roberta-base"
 
 
-def test_the_folder_beside_the_recipe_wins_over_one_in_the_working_directory(
+def test_a_folder_beside_the_recipe_wins_over_one_in_the_working_directory(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other" / "mymodel").mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_paths_of_a_study_are_relative_to_it(
     assert recipes["core"].calibration.basis == str(project / "basis.safetensors")
 
 
-def test_a_run_of_an_earlier_version_is_read_with_paths_as_it_wrote_them(
+def test_paths_in_a_run_of_an_earlier_version_are_unchanged(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = project / "runs" / "old"
@@ -135,7 +135,7 @@ def test_a_failed_run_that_never_trained_does_not_block_its_folder(cli: Cli, pro
     assert again.code == 2 and "not empty" in again.err
 
 
-def test_a_failed_run_beside_files_of_others_is_not_replaced(cli: Cli, project: Path) -> None:
+def test_a_failed_run_beside_other_files_is_not_replaced(cli: Cli, project: Path) -> None:
     run = project / "out"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"schema": 1, "status": "failed"}))

@@ -1,4 +1,4 @@
-"""What the bar says: of a run that has ended, its last score."""
+"""The progress bar shows the last score after a run has ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from sparsegrad_cli.cli.progress import ProgressObserver
 
 
-def test_the_bar_says_the_score_of_the_last_step() -> None:
+def test_the_progress_bar_shows_the_last_score() -> None:
     observer = ProgressObserver()
     observer.total_steps("train", 2)
     scored: dict[str, Any] = {"metric": "accuracy", "epoch": 1.0, "loss": 0.7}

@@ -1,4 +1,4 @@
-"""What a launcher of several processes may start, and what it may not, said once."""
+"""Commands that a launcher of several processes may start, and those it may not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def of_forty(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_for_one_is_refused(cli: Cli, of_forty: pytest.MonkeyPatch, command: str) -> None:
+def test_single_process_commands_are_refused_under_a_launcher(
+    cli: Cli, of_forty: pytest.MonkeyPatch, command: str
+) -> None:
     outcome = cli(command, "somewhere")
     said = " ".join(outcome.err.split())
     assert outcome.code == 2
@@ -31,7 +33,7 @@ def test_what_is_for_one_is_refused(cli: Cli, of_forty: pytest.MonkeyPatch, comm
 
 
 @pytest.mark.parametrize("command", ["train", "calibrate"])
-def test_steps_that_are_fewer_than_processes_are_refused(
+def test_fewer_calibration_steps_than_processes_are_refused(
     cli: Cli, of_forty: pytest.MonkeyPatch, tmp_path: Path, command: str
 ) -> None:
     outcome = cli(command, "calibration.steps=39", "-o", str(tmp_path / "run"))
@@ -42,10 +44,10 @@ def test_steps_that_are_fewer_than_processes_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_calibration_there_are_no_shares(
+def test_calibration_steps_do_not_limit_a_method_without_calibration(
     cli: Cli, of_forty: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes as far as meeting the others, whom nothing has started."""
+    """The command gets as far as joining the process group."""
 
     class MetError(Exception):
         pass

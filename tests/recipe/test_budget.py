@@ -1,4 +1,4 @@
-"""What a study may match its methods by, and what is wrong with what it may not."""
+"""Parse ``match`` of a study, and explain invalid values."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ WRONG = {
         ("peak=300 KiB", "peak", 300 * 1024),
     ],
 )
-def test_an_amount_and_what_it_is_of(text: str, kind: str, amount: float) -> None:
+def test_parse_match_reads_kind_and_amount(text: str, kind: str, amount: float) -> None:
     budget = parse_match(text)
     assert budget is not None
     assert (budget.kind, budget.amount, budget.text) == (kind, amount, text)
     assert budget.in_bytes == ("iB" in text)
 
 
-def test_the_recipes_density_is_no_amount() -> None:
+def test_match_trainable_alone_is_not_a_budget() -> None:
     assert parse_match("trainable") is None
     assert make_study(None, ("lora",), 1, ()).study.budget is None
     assert make_study(None, ("lora",), 1, (), match="none").study.match is None
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_misspelt_says_what_to_write(text: str) -> None:
+def test_an_invalid_match_says_what_to_write(text: str) -> None:
     with pytest.raises(SettingError) as caught:
         parse_match(text)
     assert text.split("=")[0] in str(caught.value) and WRONG[text] in (caught.value.fix or "")
 
 
-def test_a_file_is_blamed_by_line_and_the_command_line_by_option(cli: Cli, tmp_path: Path) -> None:
+def test_an_invalid_match_names_its_line_or_option(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     for text in ("peak=2GB", "seconds=600", "peak=-1"):
         path.write_text(f"methods: [lora]\nseeds: [1]\nmatch: {text}\n", encoding="utf-8")
@@ -85,7 +85,7 @@ def test_a_file_is_blamed_by_line_and_the_command_line_by_option(cli: Cli, tmp_p
         assert problem.line == 2 and "expected a text" in problem.what
 
 
-def test_the_option_is_stronger_than_the_file(tmp_path: Path) -> None:
+def test_the_option_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("methods: [lora]\nmatch: peak=2GiB\n", encoding="utf-8")
     written, given = load_study(path), load_study(path, match="peak=3GiB")
@@ -93,7 +93,7 @@ def test_the_option_is_stronger_than_the_file(tmp_path: Path) -> None:
     assert given.study.match == "peak=3GiB" and given.match_place.file == "command line"
 
 
-def test_rows_outside_of_a_match_are_as_they_say(tmp_path: Path) -> None:
+def test_unmatched_rows_keep_their_settings(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(
         "methods:\n  - {method: lora, matched: false}\n  - {label: as, method: lora}\n"
@@ -110,7 +110,7 @@ def test_rows_outside_of_a_match_are_as_they_say(tmp_path: Path) -> None:
 # --- method.entries
 
 
-def test_entries_stand_in_place_of_the_density() -> None:
+def test_entries_replace_the_density() -> None:
     plain = load_recipe(None).recipe
     counted = load_recipe(None, ("method={name: sparsegrad, entries: 500}",)).recipe
     assert isinstance(plain.method, SparsegradSettings)
@@ -133,12 +133,12 @@ def test_entries_stand_in_place_of_the_density() -> None:
         ("method={name: lora, entries: 5}",),
     ],
 )
-def test_both_neither_and_of_lora_are_refused(overrides: tuple[str, ...]) -> None:
+def test_density_with_entries_or_neither_is_refused(overrides: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError):
         load_recipe(None, overrides)
 
 
-def test_a_recipe_in_entries_matches_methods_that_choose_them(tmp_path: Path) -> None:
+def test_a_recipe_in_entries_matches_sparse_methods(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("method: {name: sparsegrad, entries: 700}\n", encoding="utf-8")
     found = make_study(str(recipe), ("meprop", "sparsegrad"), 1, ())

@@ -120,7 +120,7 @@ def test_a_setting_that_another_one_disables_is_refused(
         ),
     ],
 )
-def test_what_a_stronger_setting_disables_goes_with_it(
+def test_a_setting_disabled_by_a_stronger_one_is_reset(
     tmp_path: Path, base: str, over: str, key: str, value: object
 ) -> None:
     path = write(tmp_path, base)
@@ -139,7 +139,7 @@ def test_what_a_stronger_setting_disables_goes_with_it(
     assert load_recipe(again).recipe == loaded.recipe
 
 
-def test_the_recipe_of_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_the_recipe_of_a_finished_run_is_accepted_unchanged(tmp_path: Path) -> None:
     """A run of an earlier version may have kept settings that had no effect."""
     text = "method: lora\ncalibration: {steps: 9}\ntrain: {eval_strategy: no, eval_steps: 7}\n"
     path = write(tmp_path, text, "recipe.yaml")
@@ -151,7 +151,7 @@ def test_the_recipe_of_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
     assert set(problems(path, "train.save_steps=3")) == {"train.save_steps"}
 
 
-def test_another_method_or_task_leaves_the_settings_of_the_first_behind(tmp_path: Path) -> None:
+def test_another_method_or_task_drops_settings_of_the_first(tmp_path: Path) -> None:
     path = write(tmp_path, "calibration: {steps: 9, keep_head: true}\n")
     loaded = load_recipe(path, ("method=lora",))
     assert loaded.recipe.calibration.steps == 32 and len(loaded.notes) == 2
@@ -192,7 +192,9 @@ def test_shipped_recipes_stay_usable_with_overrides() -> None:
         ("{warmup_ratio: 0}", "constant", 0),
     ],
 )
-def test_a_warm_up_warms_up(tmp_path: Path, train: str, scheduler: str, steps: float) -> None:
+def test_a_warm_up_selects_its_scheduler(
+    tmp_path: Path, train: str, scheduler: str, steps: float
+) -> None:
     found = load_recipe(write(tmp_path, f"train: {train}\n")).recipe.train
     assert (found.lr_scheduler_type, found.warmup_steps) == (scheduler, steps)
 
@@ -207,13 +209,13 @@ def test_a_warm_up_warms_up(tmp_path: Path, train: str, scheduler: str, steps: f
         ("{lr_scheduler_type: constant_with_warmup}", "train.lr_scheduler_type", "needs"),
     ],
 )
-def test_a_warm_up_that_cannot_be(tmp_path: Path, train: str, key: str, said: str) -> None:
+def test_an_invalid_warm_up_is_refused(tmp_path: Path, train: str, key: str, said: str) -> None:
     path = write(tmp_path, f"seed: 1\ntrain: {train}\n")
     problem = problems(path)[key]
     assert said in problem.what and (problem.file, problem.line) == (str(path), 2)
 
 
-def test_either_name_of_the_warm_up_overrides_the_other(tmp_path: Path) -> None:
+def test_either_warm_up_key_overrides_the_other(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {warmup_steps: 50}\n")
     assert load_recipe(path, ("train.warmup_ratio=0.1",)).recipe.train.warmup_steps == 0.1
     path = write(tmp_path, "train: {warmup_ratio: 0.1}\n")
@@ -222,7 +224,7 @@ def test_either_name_of_the_warm_up_overrides_the_other(tmp_path: Path) -> None:
     assert "train.warmup_steps: command line" in both["train.warmup_ratio"].what
 
 
-def test_the_rates_of_a_run_are_those_of_constant_with_warmup(cli: Cli, tmp_path: Path) -> None:
+def test_a_run_has_the_rates_of_constant_with_warmup(cli: Cli, tmp_path: Path) -> None:
     base_folder(tmp_path / "base")
     data_folder(tmp_path / "data")
     recipe = (
@@ -243,7 +245,7 @@ def test_the_rates_of_a_run_are_those_of_constant_with_warmup(cli: Cli, tmp_path
 
 
 @pytest.mark.parametrize("text", ["null", "none", "'null'"])
-def test_nothing_to_match_is_said_by_either_word(tmp_path: Path, text: str) -> None:
+def test_match_accepts_none_and_null(tmp_path: Path, text: str) -> None:
     recipe = write(tmp_path, f"method: {{name: lora, rank: 4}}\nmatch: {text}\n")
     study = write(tmp_path, f"methods: [lora, full]\nmatch: {text}\n", "s.yaml")
     assert load_study(study).study.match is None
@@ -260,7 +262,7 @@ def test_nothing_to_match_is_said_by_either_word(tmp_path: Path, text: str) -> N
         assert found.cells[0].loaded.recipe.match is None
 
 
-def test_match_among_the_overrides_is_that_of_the_comparison(tmp_path: Path) -> None:
+def test_match_as_an_override_sets_the_comparisons_match(tmp_path: Path) -> None:
     assert make_study(None, ("lora",), 1, ("match=trainable=70k",)).study.match == "trainable=70k"
     with pytest.raises(RecipeError, match="is given twice, here and as --match none"):
         make_study(None, ("lora",), 1, ("match=trainable",), match="none")
@@ -308,7 +310,7 @@ def test_a_row_with_rank_and_density_is_refused_with_its_lines(tmp_path: Path) -
     assert f"method.density: {path}:6" in problem.what
 
 
-def test_the_stronger_of_rank_and_density_prevails(tmp_path: Path) -> None:
+def test_the_stronger_of_rank_and_density_is_used(tmp_path: Path) -> None:
     path = write(tmp_path, "method: {name: lora, rank: 8}\n")
     found = load_recipe(path, ("match=trainable", "method.density=0.02")).recipe.method
     assert found.model_dump()["rank"] is None
@@ -322,7 +324,7 @@ def test_the_stronger_of_rank_and_density_prevails(tmp_path: Path) -> None:
 # --- studies and commands
 
 
-def test_a_setting_without_effect_in_any_cell_is_refused(tmp_path: Path) -> None:
+def test_a_setting_without_effect_in_any_run_is_refused(tmp_path: Path) -> None:
     text = "methods: [lora, full]\nsettings:\n  calibration:\n    steps: 9\n"
     path = write(tmp_path, text, "s.yaml")
     with pytest.raises(RecipeError) as caught:
@@ -344,13 +346,13 @@ def test_a_setting_without_effect_in_any_cell_is_refused(tmp_path: Path) -> None
         )
 
 
-def test_settings_for_a_task_that_is_none_are_refused(tmp_path: Path) -> None:
+def test_settings_for_an_unknown_task_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "task: glue/rte\nper_task:\n  glue/ret: {seed: 3}\n")
     problem = problems(path)["per_task.glue/ret"]
     assert problem.line == 3 and str(problem.fix).startswith("did you mean glue/rte?")
 
 
-def test_one_weight_decay_for_both_kinds_of_methods_is_not_tuned_around(tmp_path: Path) -> None:
+def test_tuning_refuses_one_weight_decay_for_both_kinds_of_methods(tmp_path: Path) -> None:
     decay = ("train.weight_decay=0.1",)
     with pytest.raises(RecipeError, match=r"train\.weight_decay: 0\.1 is shared by full, .* lora"):
         make_study(None, ("full", "lora"), 1, decay, trials=3)
@@ -379,7 +381,7 @@ def test_an_option_without_effect_is_refused(cli: Cli, command: tuple[str, ...],
     assert outcome.code == 2 and said in outcome.flat
 
 
-def test_validate_says_what_was_overruled(cli: Cli, tmp_path: Path) -> None:
+def test_validate_notes_overruled_settings(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("validate", "train.max_steps=5")
     assert outcome.code == 0
     assert (
@@ -393,7 +395,7 @@ def test_validate_says_what_was_overruled(cli: Cli, tmp_path: Path) -> None:
     ]
 
 
-def test_a_share_to_split_off_is_refused_where_there_is_a_validation_part(
+def test_validation_fraction_is_refused_if_the_data_has_a_validation_part(
     cli: Cli, tmp_path: Path
 ) -> None:
     data_folder(tmp_path / "data")
@@ -409,7 +411,7 @@ def test_a_share_to_split_off_is_refused_where_there_is_a_validation_part(
     assert outcome.code == 2 and "validation_fraction 0.2 has no effect" in outcome.flat
 
 
-def test_gradient_checkpointing_is_refused_where_a_model_cannot(
+def test_gradient_checkpointing_is_refused_if_the_model_lacks_it(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import BertForSequenceClassification

@@ -29,12 +29,12 @@ def problems_of(path: Path | str | None, *overrides: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_in_the_tree_is_valid(path: Path) -> None:
+def test_every_shipped_config_is_valid(path: Path) -> None:
     loaded = load_recipe(path)
     assert loaded.recipe.method.name == "sparsegrad"
 
 
-def test_fixed_keys_of_the_readme_are_read(tmp_path: Path) -> None:
+def test_keys_in_the_readme_are_accepted(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "r.yaml",
@@ -59,13 +59,13 @@ def test_fixed_keys_of_the_readme_are_read(tmp_path: Path) -> None:
     ("text", "value"),
     [("1e-4", 1e-4), ("1E5", 1e5), ("3.05e-5", 3.05e-5), (".5", 0.5), ("-2", -2), ("10", 10)],
 )
-def test_numbers_are_numbers(text: str, value: float) -> None:
+def test_numbers_follow_yaml_1_2(text: str, value: float) -> None:
     assert parse_yaml(f"x: {text}", "t").data["x"] == value
     assert parse_yaml(f"x: '{text}'", "t").data["x"] == text
 
 
 @pytest.mark.parametrize("key", ["eval_strategy", "save_strategy"])
-def test_a_bare_no_is_the_word(key: str) -> None:
+def test_a_bare_no_is_read_as_text(key: str) -> None:
     recipe = load_recipe(None, (f"train.{key}=no",)).recipe
     assert getattr(recipe.train, key) == "no"
 
@@ -114,7 +114,7 @@ def test_all_problems_are_reported_together_with_line_and_suggestion(tmp_path: P
         ("match=trainable method.name=lora", "match", ""),
     ],
 )
-def test_bad_values_are_named(override: str, key: str, says: str) -> None:
+def test_invalid_values_are_named(override: str, key: str, says: str) -> None:
     found = problems_of(None, *override.split(" "))
     if key == "match":
         assert any("density" in text for text in found.values())
@@ -151,7 +151,9 @@ PAPER = ("method.form=materialized",)
         (("method={name: meprop, select: rows, state_capacity: 2}",), "select: entries"),
     ],
 )
-def test_settings_that_do_not_go_together(overrides: tuple[str, ...], says: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    overrides: tuple[str, ...], says: str
+) -> None:
     assert says in "".join(problems_of(None, *overrides).values())
 
 
@@ -169,7 +171,7 @@ def test_settings_that_do_not_go_together(overrides: tuple[str, ...], says: str)
         ("method={name: meprop, state_capacity: 2}",),
     ],
 )
-def test_settings_that_do(overrides: tuple[str, ...]) -> None:
+def test_settings_that_fit_together_are_accepted(overrides: tuple[str, ...]) -> None:
     assert load_recipe(None, overrides).recipe.method.name in ("sparsegrad", "meprop")
 
 
@@ -187,14 +189,14 @@ def test_settings_that_do(overrides: tuple[str, ...]) -> None:
         (("method=lora",), ("batch", "exact", 0)),
     ],
 )
-def test_calibration_follows_the_form(
+def test_calibration_defaults_follow_the_form(
     overrides: tuple[str, ...], expected: tuple[str, str, int]
 ) -> None:
     found = load_recipe(None, overrides).recipe.calibration
     assert (found.source, found.decomposition, found.warmup_steps) == expected
 
 
-def test_a_value_of_the_wrong_type_is_told_what_is_expected(tmp_path: Path) -> None:
+def test_a_value_of_the_wrong_type_names_the_expected_type(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "r.yaml",
@@ -220,7 +222,7 @@ def test_a_value_of_the_wrong_type_is_told_what_is_expected(tmp_path: Path) -> N
         ("{name: sparsegrad, state_capacity: 2}", "method.state_capacity", "support 'dynamic'"),
     ],
 )
-def test_a_key_that_the_method_does_not_take_is_placed_where_it_was_written(
+def test_a_key_that_the_method_lacks_is_reported_where_it_was_written(
     tmp_path: Path, method: str, key: str, says: str
 ) -> None:
     path = write(tmp_path, "r.yaml", f"seed: 1\nmethod: {method}\n")
@@ -229,7 +231,7 @@ def test_a_key_that_the_method_does_not_take_is_placed_where_it_was_written(
     assert says in typed[key] and "command line" in typed[key]
 
 
-def test_override_without_equals_and_bad_yaml(tmp_path: Path) -> None:
+def test_overrides_without_equals_or_with_bad_yaml_are_refused(tmp_path: Path) -> None:
     assert "not an override" in next(iter(problems_of(None, "seed").values()))
     assert "not valid YAML" in next(iter(problems_of(None, "seed=[1").values()))
     broken = write(tmp_path, "b.yaml", "train:\n  a: [1\nseed: 1\n")
@@ -253,7 +255,7 @@ def test_precedence_defaults_extends_recipe_command_line(tmp_path: Path) -> None
     assert loaded.where("train.learning_rate").endswith("child.yaml:2: train.learning_rate")
 
 
-def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
+def test_extends_in_a_cycle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "extends: b.yaml\n")
     b = write(tmp_path, "b.yaml", "extends: a.yaml\n")
     assert "circle" in problems_of(b)["extends"]
@@ -275,7 +277,7 @@ def test_tuned_values_follow_the_task_unless_overridden(tmp_path: Path) -> None:
     assert (bert.learning_rate, bert.per_device_train_batch_size) == (1.94e-5, 16)
 
 
-def test_another_method_starts_afresh() -> None:
+def test_another_method_drops_inherited_settings() -> None:
     recipe = load_recipe(None, ("method.name=lora", "method.rank=4")).recipe
     assert isinstance(recipe.method, LoraSettings)
     assert (recipe.method.rank, recipe.method.density) == (4, None)

@@ -1,4 +1,4 @@
-"""What cannot train beside packed weights is refused before anything loads, all together."""
+"""Settings that exclude quantization are refused together, before anything loads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOUR = "model={name: builtin:minilm, quantization: 4bit}"
         ("calibration.source=original", "calibration.decomposition=exact"),
     ],
 )
-def test_cores_and_lora_go_along(method: tuple[str, ...], bits: str) -> None:
+def test_cores_and_lora_accept_quantization(method: tuple[str, ...], bits: str) -> None:
     loaded = load_recipe(None, (f"model.quantization={bits}", *method))
     assert loaded.recipe.model.quantization == bits
 
@@ -49,7 +49,9 @@ def test_cores_and_lora_go_along(method: tuple[str, ...], bits: str) -> None:
         ),
     ],
 )
-def test_the_rest_is_refused_together(overrides: tuple[str, ...], keys: list[str]) -> None:
+def test_all_settings_that_exclude_quantization_are_refused_together(
+    overrides: tuple[str, ...], keys: list[str]
+) -> None:
     load_recipe(None, tuple(o for o in overrides if o != "task=glue/nope"))  # fine without
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, (FOUR, *overrides))
@@ -57,7 +59,7 @@ def test_the_rest_is_refused_together(overrides: tuple[str, ...], keys: list[str
     assert all(problem.fix for problem in caught.value.problems)
 
 
-def test_the_refusal_says_where_and_what_to_do(cli: Cli) -> None:
+def test_the_refusal_names_place_and_fix(cli: Cli) -> None:
     outcome = cli("validate", "quickstart", FOUR, "method=full")
     assert outcome.code == 2
     assert "full trains the weights, and model.quantization '4bit' freezes them" in outcome.flat
@@ -66,7 +68,7 @@ def test_the_refusal_says_where_and_what_to_do(cli: Cli) -> None:
     assert other.code == 2 and "8bit" in other.flat and "4bit" in other.flat
 
 
-def test_recipes_without_it_are_called_what_they_were_before_there_was_the_key() -> None:
+def test_recipes_without_quantization_keep_their_digest() -> None:
     """sha256 of the sorted JSON without output_dir, as of a version that knew no such key."""
     plain = load_recipe(None).recipe
     before = to_plain(plain)

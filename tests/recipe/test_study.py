@@ -1,4 +1,4 @@
-"""Studies: expansion into cells, matched counts, short forms, errors."""
+"""Studies: expansion into runs, matched counts, short forms, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsegrad_cli.recipe.study import load_study, make_study
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_study_in_the_tree_is_valid(path: Path) -> None:
+def test_every_shipped_study_is_valid(path: Path) -> None:
     study = load_study(path)
     methods = len(study.study.methods)
     tasks = max(1, len(study.study.tasks))
@@ -48,7 +48,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_tables_have_its_figures_and_take_both_scopes(name: str) -> None:
+def test_paper_studies_have_published_figures_and_accept_both_scopes(name: str) -> None:
     path = REPO / "recipes" / f"{name}.yaml"
     study = load_study(path)
     key, value, task, method = PAPER[name]
@@ -72,7 +72,7 @@ def test_the_papers_tables_have_its_figures_and_take_both_scopes(name: str) -> N
         ("{source: x, task: glue/rte, method: full, steps_per_s: 0}", "greater than 0"),
     ],
 )
-def test_a_figure_says_something(tmp_path: Path, figure: str, message: str) -> None:
+def test_a_figure_needs_a_value(tmp_path: Path, figure: str, message: str) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(f"methods: [full]\nfigures:\n  - {figure}\n", encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
@@ -106,7 +106,7 @@ def test_a_rank_that_matches_nothing_is_refused_with_its_line(tmp_path: Path) ->
         assert cells[0].loaded.recipe.method.model_dump()["rank"] == 8
 
 
-def test_any_file_and_any_run_has_a_name_for_its_comparison(tmp_path: Path) -> None:
+def test_any_file_or_run_gives_a_valid_study_name(tmp_path: Path) -> None:
     assert make_study(lora_with_a_rank(tmp_path), ("full",), 1, ()).study.name == "my-recipe"
     run = tmp_path / "first run"
     run.mkdir()
@@ -118,7 +118,7 @@ def test_any_file_and_any_run_has_a_name_for_its_comparison(tmp_path: Path) -> N
     assert long.study.name == "x" * 80
 
 
-def test_the_command_line_has_the_last_word_for_all_rows_or_is_refused(tmp_path: Path) -> None:
+def test_overrides_apply_to_all_rows_or_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(
         "methods:\n"
@@ -147,7 +147,7 @@ def test_the_command_line_has_the_last_word_for_all_rows_or_is_refused(tmp_path:
         load_study(path, ("method.rank=7",))
 
 
-def test_a_study_may_change_what_it_likes_per_method_and_task(tmp_path: Path) -> None:
+def test_a_study_can_change_settings_per_method_and_task(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(
         "name: mine\n"
@@ -170,7 +170,7 @@ def test_a_study_may_change_what_it_likes_per_method_and_task(tmp_path: Path) ->
     assert all(recipe.train.max_steps == 5 for recipe in cells.values())
 
 
-def test_several_learning_rates_are_several_rows(tmp_path: Path) -> None:
+def test_several_learning_rates_give_several_rows(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(
         "methods:\n"
@@ -192,7 +192,7 @@ def test_several_learning_rates_are_several_rows(tmp_path: Path) -> None:
         load_study(path)
 
 
-def test_a_method_may_have_its_own_rate_on_a_task(tmp_path: Path) -> None:
+def test_a_method_can_have_its_own_rate_on_a_task(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     text = (
         "methods:\n"
@@ -218,7 +218,7 @@ def test_a_method_may_have_its_own_rate_on_a_task(tmp_path: Path) -> None:
         load_study(path)
 
 
-def test_errors_name_method_row_and_are_not_repeated_per_cell(tmp_path: Path) -> None:
+def test_errors_name_the_row_and_are_not_repeated_per_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         make_study(None, ("lora", "merop"), 2, ())
     assert "did you mean meprop?" in str(caught.value)

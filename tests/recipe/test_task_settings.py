@@ -48,7 +48,7 @@ CSV = ("task.name=csv", "task.path=data.csv")
         ),
     ],
 )
-def test_validate_refuses_what_has_no_effect_or_does_not_fit(
+def test_validate_refuses_task_settings_without_effect(
     cli: Cli, tmp_path: Path, settings: tuple[str, ...], key: str, message: str
 ) -> None:
     (tmp_path / "data.csv").write_text("text,label\na,0\nb,1\n")
@@ -64,12 +64,12 @@ def test_validate_refuses_what_has_no_effect_or_does_not_fit(
         ("task=glue/mnli", "task.metric=f1_weighted"),
     ],
 )
-def test_settings_that_have_an_effect_are_taken(settings: tuple[str, ...]) -> None:
+def test_task_settings_with_an_effect_are_accepted(settings: tuple[str, ...]) -> None:
     assert load_recipe(None, settings).recipe.task.name.startswith("glue/")
 
 
 @pytest.mark.parametrize("label", ["no", "yes", "01", "1", "1.10", "true", "1_000"])
-def test_a_positive_label_is_the_text_that_is_written(tmp_path: Path, label: str) -> None:
+def test_a_positive_label_is_read_as_text(tmp_path: Path, label: str) -> None:
     (tmp_path / "data.csv").write_text("text,label\na,0\nb,1\n")
     recipe = tmp_path / "recipe.yaml"
     task = f"{{name: csv, path: data.csv, metric: f1, positive_label: {label}}}"
@@ -85,7 +85,7 @@ def test_a_list_is_not_a_label() -> None:
         load_recipe(None, ("task=glue/mrpc", "task.positive_label=[a]"))
 
 
-def test_the_settings_count_in_the_digest_where_they_are_set() -> None:
+def test_task_settings_change_the_digest_only_if_set() -> None:
     plain = load_recipe(None, ("task=glue/mrpc",)).recipe
     chosen = load_recipe(None, ("task=glue/mrpc", "task.positive_label=not_equivalent")).recipe
     assert digest(plain) != digest(chosen)

@@ -1,4 +1,4 @@
-"""What no training can do is said before anything is loaded, with file and line."""
+"""Training settings that cannot work are refused early, with file and line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def written(folder: Path, train: str, more: str = "") -> Path:
         ),
     ],
 )
-def test_best_model_needs_all_checkpoints(tmp_path: Path, train: str, expected: str) -> None:
+def test_best_model_needs_a_checkpoint_at_every_evaluation(
+    tmp_path: Path, train: str, expected: str
+) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(written(tmp_path, train))
     (problem,) = caught.value.problems
@@ -80,13 +82,13 @@ def test_labels_that_are_scores_are_not_smoothed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "overrides", [("bf16=true",), ("fp16=true",), ("use_cpu=true", "fp16=true")]
 )
-def test_autocast_that_this_machine_cannot(overrides: tuple[str, ...]) -> None:
+def test_autocast_that_this_machine_lacks_is_refused(overrides: tuple[str, ...]) -> None:
     settings = ("model=nobody/none", *(f"train.{text}" for text in overrides))
     with pytest.raises(UsageError, match="GPU") as caught:
         check_autocast(load_recipe(None, settings))
     assert str(caught.value.where).endswith(f": train.{overrides[-1].removesuffix('=true')}")
 
 
-def test_autocast_that_any_machine_can() -> None:
+def test_autocast_that_every_machine_has_is_accepted() -> None:
     for overrides in ((), ("train.bf16=true", "train.use_cpu=true")):
         check_autocast(load_recipe(None, overrides))

@@ -1,4 +1,4 @@
-"""What runs took against what was asked for, and what the report says of it."""
+"""Measured amounts compared with the budget, and how the report states them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def budget(kind: str, request: float, *rows: dict[str, Any]) -> dict[str, Any]:
         ("peak", 150),
     ],
 )
-def test_a_run_says_what_it_took(kind: str, value: float) -> None:
+def test_measured_reads_the_amount_that_a_run_recorded(kind: str, value: float) -> None:
     assert measured(run_of(cell("lora", 0, 0.5)), kind) == value
 
 
-def test_calibration_counts_with_the_step() -> None:
+def test_a_peak_includes_calibration() -> None:
     made = cell("core", 0, 0.5, calibration={"peak_bytes": 700, "seconds": 12.0})
     assert measured(run_of(made), "peak") == 700
     made["run"]["calibration"]["peak_bytes"] = 3
@@ -57,13 +57,13 @@ def test_calibration_counts_with_the_step() -> None:
     ("request_", "verdict"),
     [(150, "met"), (157, "met"), (158, "under"), (143, "met"), (142, "over"), (1, "over")],
 )
-def test_within_five_per_cent_is_met(request_: float, verdict: str) -> None:
+def test_a_deviation_within_five_percent_is_met(request_: float, verdict: str) -> None:
     (found,) = measured_in(budget("peak", request_, row("lora")), [cell("lora", 0, 0.5)])["rows"]
     assert (found["verdict"], found["measured"], found["runs"]) == (verdict, 150, 1)
     assert found["deviation"] == pytest.approx(150 / request_ - 1)
 
 
-def test_the_seed_furthest_off_decides() -> None:
+def test_the_seed_with_the_largest_deviation_decides() -> None:
     cells = [cell("lora", seed, 0.5) for seed in range(3)]
     for each, peak in zip(cells, (200, 202, 184), strict=True):
         each["run"]["memory"]["phases"]["backward"]["peak_bytes"] = peak
@@ -72,7 +72,7 @@ def test_the_seed_furthest_off_decides() -> None:
     assert found["deviation"] == pytest.approx(-0.08) and found["verdict"] == "under"
 
 
-def test_nothing_done_has_no_verdict_and_nor_has_who_is_outside() -> None:
+def test_unfinished_and_exempt_rows_have_no_verdict() -> None:
     asked = budget("peak", 10, row("lora"), row("full", matched=False), row("core"))
     cells = [
         cell("lora", 0, 0.5, status="failed"),
@@ -85,7 +85,7 @@ def test_nothing_done_has_no_verdict_and_nor_has_who_is_outside() -> None:
     assert full["measured"] == 150 and full["verdict"] is None
 
 
-def test_a_report_says_it_in_words() -> None:
+def test_report_states_deviations_from_the_budget() -> None:
     asked = budget(
         "peak",
         1500,
@@ -122,7 +122,7 @@ def test_a_report_says_it_in_words() -> None:
     assert "MORE" in markdown and "would take" in markdown
 
 
-def test_parity_lists_what_the_budget_set() -> None:
+def test_parity_lists_the_keys_that_the_budget_set() -> None:
     values = {"full": 8, "lora": 32}
     declared = [
         {"task": "t", "key": "train.per_device_train_batch_size", "values": values, "why": "budget"}
@@ -134,13 +134,13 @@ def test_parity_lists_what_the_budget_set() -> None:
     assert "micro-batches set for the budget" in said and "learning rates" not in said
 
 
-def test_without_a_budget_nothing_is_said() -> None:
+def test_report_without_a_budget_mentions_none() -> None:
     assert budget_table(None) is None and not budget_checks(None) and not budget_flags(None)
     study = study_of(compare_record() | {"budget": None})
     assert "Budget" not in render(study_document(study), "md")
 
 
-def test_a_record_is_brought_up_to_date() -> None:
+def test_up_to_date_recomputes_the_budget() -> None:
     record = compare_record()
     for made in record["cells"]:
         if made["run"]:

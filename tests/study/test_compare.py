@@ -1,4 +1,4 @@
-"""Comparisons: same start for all, a ledger that survives, cells that fail are rows that say so."""
+"""Drive ``sparsegrad compare``: equal conditions, continuation, and failed runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quick() -> tuple[str, ...]:
 
 @contextmanager
 def watched(page: Path) -> Iterator[list[tuple[int, bool]]]:
-    """Inside, (cells done, looks again) of every version of a page, looked at all the time."""
+    """Yield (runs done, whether the page reloads itself) of every version of a page."""
     seen: list[tuple[int, bool]] = []
     over = threading.Event()
 
@@ -49,7 +49,7 @@ def watched(page: Path) -> Iterator[list[tuple[int, bool]]]:
         watching.result()
 
 
-def test_comparison_is_fair_complete_and_goes_on(
+def test_comparison_is_fair_complete_and_can_be_extended(
     cli: Cli, tmp_path: Path, quick: tuple[str, ...]
 ) -> None:
     command = ("compare", "--methods", "lora,meprop", "--seeds", "1", "-o", "c", "-q", *quick)
@@ -102,7 +102,7 @@ def test_comparison_is_fair_complete_and_goes_on(
     assert all(kept[c["run_dir"]] == c["run"]["finished"] for c in after["cells"])
 
 
-def test_a_cell_that_fails_is_a_row_that_says_so(
+def test_a_failed_run_is_reported_in_its_row(
     cli: Cli, tmp_path: Path, quick: tuple[str, ...]
 ) -> None:
     study = tmp_path / "study.yaml"

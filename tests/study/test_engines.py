@@ -46,13 +46,13 @@ class StandIn:
     kill = stop
 
 
-def test_cores_are_shared_out() -> None:
+def test_processes_share_the_cores() -> None:
     assert shared_cores(1) == {}
     assert shared_cores(2) == {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     assert shared_cores(1000) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_each_local_run_has_one_gpu_and_a_free_one_is_used_again(
+def test_each_local_run_gets_one_gpu_and_frees_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-x")
@@ -70,7 +70,7 @@ def test_each_local_run_has_one_gpu_and_a_free_one_is_used_again(
     assert StandIn.started[-1] == {}
 
 
-def test_an_engine_is_named_in_the_study_or_on_the_command_line() -> None:
+def test_an_engine_can_be_set_in_the_study_or_on_the_command_line() -> None:
     over = ("engine=slurm", "engine.slurm.partition=gpu", "engine.jobs=4", "method.density=0.02")
     study = make_study(None, ("lora",), 1, over)
     assert study.study.engine.name == "slurm" and study.study.engine.jobs == 4
@@ -83,7 +83,7 @@ def test_an_engine_is_named_in_the_study_or_on_the_command_line() -> None:
         make_study(None, ("lora",), 1, ("engine.slurm.partiton=gpu",))
 
 
-def test_what_an_engine_lacks_is_said_before_anything_runs(
+def test_a_missing_requirement_of_an_engine_is_an_error_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("submitit")
@@ -110,7 +110,7 @@ def compare(cli: Cli, *arguments: str) -> dict[str, Any]:
     return record
 
 
-def test_slurm_jobs_by_submitits_local_executor(
+def test_slurm_engine_trains_with_submitits_local_executor(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("submitit")
@@ -121,7 +121,7 @@ def test_slurm_jobs_by_submitits_local_executor(
 
 
 @pytest.mark.slow
-def test_ray_tasks_on_a_cluster_of_two_workers(
+def test_ray_engine_trains_on_a_cluster_of_two_workers(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="the engine ray needs the package ray, an optional extra")

@@ -1,4 +1,4 @@
-"""A study's folder belongs to one process, and nothing of others is touched in it."""
+"""A study's folder is used by one process, and other files in it stay unchanged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_unchanged(
 @pytest.mark.parametrize(
     "left", ["cells/", ".compare.json.0123456789ab.tmp", "tuning.journal", ".lock", "slurm/"]
 )
-def test_what_a_kill_leaves_before_the_first_record_is_not_foreign(
+def test_files_of_a_study_killed_before_its_first_record_are_accepted(
     tmp_path: Path, study: LoadedStudy, left: str
 ) -> None:
     if left.endswith("/"):
@@ -69,7 +69,7 @@ def test_what_a_kill_leaves_before_the_first_record_is_not_foreign(
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, there: bool) -> None:
+def test_an_empty_folder_made_for_a_study_is_removed(tmp_path: Path, there: bool) -> None:
     folder = tmp_path / "c"
     if there:
         folder.mkdir()
@@ -78,9 +78,7 @@ def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, there: bo
     assert folder.exists() is there
 
 
-def test_overwriting_forgets_runs_and_keeps_what_is_not_ours(
-    tmp_path: Path, study: LoadedStudy
-) -> None:
+def test_overwriting_removes_runs_and_keeps_other_files(tmp_path: Path, study: LoadedStudy) -> None:
     begin(tmp_path, study)
     (tmp_path / "cells" / "old").mkdir()
     (tmp_path / "tuning.db").touch()  # of the version before

@@ -1,4 +1,4 @@
-"""A study whose coordinator is killed goes on where it stopped, and no run is done twice."""
+"""A study whose coordinator is killed continues where it stopped, and repeats no run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def steps(run: Path) -> list[int]:
 @pytest.mark.parametrize(
     "engine", [(), pytest.param(("--engine=slurm", "engine.slurm.cluster=local"), id="slurm")]
 )
-def test_a_killed_coordinator_leaves_no_orphan_and_goes_on(
+def test_a_killed_coordinator_leaves_no_orphan_and_continues(
     tmp_path: Path, engine: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "c"

@@ -1,4 +1,4 @@
-"""Pairs of methods over tasks and seeds: what counts, which way is better, what may be said."""
+"""Tests of pairs of methods over tasks and seeds, and how the report states them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def only(tests: dict[str, Any]) -> dict[str, Any]:
     return pair
 
 
-def test_a_pair_by_hand() -> None:
+def test_pair_tests_equal_a_worked_example() -> None:
     scores = {"t": {"a": [0.6, 0.7, 0.5], "b": [0.5, 0.75, 0.3]}}
     pair = only(pair_tests_of(study_cells(scores)))
     differences = [0.1, -0.05, 0.2]
@@ -37,7 +37,7 @@ def test_a_pair_by_hand() -> None:
     assert pair["better"] is None and pair["smallest_p"] == 0.25
 
 
-def test_no_tasks_scale_decides() -> None:
+def test_pair_test_does_not_depend_on_the_scale_of_a_task() -> None:
     steady = {"a": [0.61, 0.64, 0.66, 0.69], "b": [0.60, 0.62, 0.65, 0.67]}
     wild = {"a": [0.1, 0.9, 0.2, 0.6], "b": [0.7, 0.1, 0.6, 0.2]}
     tiny = {m: [v / 1000 for v in values] for m, values in steady.items()}
@@ -46,7 +46,7 @@ def test_no_tasks_scale_decides() -> None:
     assert plain["p"] == scaled["p"] and plain["mean"] != scaled["mean"]
 
 
-def test_of_losses_less_is_better() -> None:
+def test_a_lower_loss_is_better() -> None:
     values = {"a": [1.0 - 0.01 * s for s in range(8)], "b": [1.1 - 0.011 * s for s in range(8)]}
     pair = only(pair_tests_of(study_cells({"t": values}, {"t": "loss"})))
     assert pair["better"] == "a" and (pair["wins"], pair["losses"]) == (8, 0)
@@ -55,7 +55,7 @@ def test_of_losses_less_is_better() -> None:
     assert higher["better"] == "b" and higher["p"] == pair["p"] == 2.0**-7
 
 
-def test_unlike_metrics_are_tested_but_not_averaged() -> None:
+def test_different_metrics_are_tested_but_not_averaged() -> None:
     good = {"a": [0.7, 0.71, 0.73, 0.72], "b": [0.6, 0.62, 0.61, 0.6]}
     less = {m: [2 - v for v in values] for m, values in good.items()}
     cells = study_cells({"x": good, "y": less}, {"y": "loss"})
@@ -76,7 +76,7 @@ def test_only_common_finished_seeds_count() -> None:
     assert pair["wins"] == 2
 
 
-def test_one_seed_ranks_nothing_anywhere() -> None:
+def test_one_seed_gives_no_ranking() -> None:
     scores = {task: {m: [0.5 + 0.1 * at] for at, m in enumerate("abc")} for task in "xyzuvwpq"}
     compare = {**evidence_of(study_cells(scores)), "seeds": [0], "tasks": list(scores)}
     assert compare["tests"]["pairs"] == [] and compare["tests"]["untested"] == 3
@@ -90,14 +90,14 @@ def test_one_seed_ranks_nothing_anywhere() -> None:
         assert any("one seed ranks nothing" in note for note in table.notes)
 
 
-def test_a_row_of_one_seed_takes_the_ranking_from_all() -> None:
+def test_a_row_with_one_seed_removes_the_ranking() -> None:
     study = study_of(evidence_of(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})))
     assert [row.method for row in best_rows(study.rows)] == ["b"]
     study = study_of(evidence_of(study_cells({"t": {"a": [0.5, 0.6], "b": [0.7]}})))
     assert best_rows(study.rows) == []
 
 
-def test_differences_and_their_absence_are_said_in_words() -> None:
+def test_report_states_whether_methods_differ() -> None:
     seeds = range(9)
     scores = {
         "a": [0.80 + 0.001 * s for s in seeds],
@@ -115,7 +115,7 @@ def test_differences_and_their_absence_are_said_in_words() -> None:
     assert [row[-1] for row in table.rows] == ["a better", "a better", "no difference shown"]
 
 
-def test_a_mean_that_one_wide_task_turns_is_not_said_as_the_gain() -> None:
+def test_report_states_a_mean_that_contradicts_the_test() -> None:
     """a is 0.3 points ahead on seven tasks and 5 behind on the eighth, three seeds of each."""
     ahead = {"a": [0.803, 0.8131, 0.8229], "b": [0.80, 0.81, 0.82]}
     behind = {"a": [0.45, 0.46, 0.47], "b": [0.50, 0.5101, 0.5199]}
@@ -131,7 +131,7 @@ def test_a_mean_that_one_wide_task_turns_is_not_said_as_the_gain() -> None:
     assert lines[0].startswith("a is better than b by 0.135 (95 % interval 0.1")
 
 
-def test_too_few_runs_to_show_anything_is_said_with_the_number_that_could() -> None:
+def test_report_states_how_many_runs_a_test_would_need() -> None:
     scores = {task: {m: [0.5, 0.61] for m in "ab"} for task in "xyz"}
     for at, task in enumerate("xyz"):
         scores[task]["a"] = [0.6 + at / 100, 0.7]
@@ -143,7 +143,7 @@ def test_too_few_runs_to_show_anything_is_said_with_the_number_that_could() -> N
     assert lines[-1].endswith("or 0.19 after correcting for 6 pairs of methods. 3 seeds could.")
 
 
-def test_an_older_record_gets_its_evidence_and_a_killed_study_is_interrupted() -> None:
+def test_up_to_date_recomputes_evidence_and_marks_a_killed_study_interrupted() -> None:
     cells = study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})
     older = StudyRecord.model_validate({"status": "running", "cells": cells})
     found = up_to_date(older, running=True).to_json()

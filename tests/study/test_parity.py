@@ -1,4 +1,4 @@
-"""Methods that differ in more than themselves are refused before anything runs."""
+"""Recipes that differ in more than the method are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ODD = (
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_studies_compare_methods_and_nothing_else(path: Path) -> None:
+def test_shipped_studies_differ_in_methods_only(path: Path) -> None:
     parity = check_parity(load_study(path)).to_json()
     assert parity["flagged"] == [] and parity["compared"] > 40
 
 
-def test_a_setting_of_one_method_is_refused_by_name_value_and_way_out(tmp_path: Path) -> None:
+def test_a_setting_of_one_method_is_refused_with_key_values_and_fix(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_parity(study(tmp_path, ODD))
     (problem,) = caught.value.problems
@@ -43,7 +43,7 @@ def test_a_setting_of_one_method_is_refused_by_name_value_and_way_out(tmp_path: 
     assert "differ: [train.warmup_steps]" in str(problem.fix)
 
 
-def test_what_the_study_allows_is_flagged(tmp_path: Path) -> None:
+def test_an_allowed_difference_is_flagged(tmp_path: Path) -> None:
     parity = check_parity(study(tmp_path, ODD + "differ: [train.warmup_steps]\n")).to_json()
     (flagged,) = parity["flagged"]
     assert flagged["key"] == "train.warmup_steps"
@@ -53,7 +53,7 @@ def test_what_the_study_allows_is_flagged(tmp_path: Path) -> None:
     assert rates["task"] == "builtin:acceptability"
 
 
-def test_all_differences_of_all_tasks_come_together(tmp_path: Path) -> None:
+def test_all_differences_are_reported_together(tmp_path: Path) -> None:
     text = (
         "methods:\n"
         "  - {method: full, train: {weight_decay: 0.1}}\n"
@@ -72,7 +72,7 @@ def test_all_differences_of_all_tasks_come_together(tmp_path: Path) -> None:
     assert "full False, lora True" in said["train.bf16"].what
 
 
-def test_rates_that_differ_in_their_last_digit_differ(tmp_path: Path) -> None:
+def test_rates_that_differ_in_the_last_digit_are_a_difference(tmp_path: Path) -> None:
     text = (
         "methods:\n"
         "  - {method: full, train: {weight_decay: 0.10000001}}\n"
@@ -82,7 +82,7 @@ def test_rates_that_differ_in_their_last_digit_differ(tmp_path: Path) -> None:
     assert found.text() == "full 0.10000001, lora 0.1"
 
 
-def test_a_head_warmed_for_one_method_alone_is_no_equal_start(tmp_path: Path) -> None:
+def test_a_head_warmed_up_for_one_method_only_is_refused(tmp_path: Path) -> None:
     both = make_study(None, ("lora", "sparsegrad"), 1, ("calibration.keep_head=true",))
     with pytest.raises(RecipeError, match=r"lora cold, sparsegrad 50 steps at 0\.001"):
         check_parity(both)
@@ -94,7 +94,7 @@ def test_a_head_warmed_for_one_method_alone_is_no_equal_start(tmp_path: Path) ->
     assert parity["compared"] > 40 and parity["declared"] == parity["flagged"] == []
 
 
-def test_compare_refuses_before_it_forgets_or_makes_anything(cli: Cli, tmp_path: Path) -> None:
+def test_compare_refuses_before_it_changes_any_file(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(ODD, encoding="utf-8")
     kept = tmp_path / "c" / "cells" / "precious"
     kept.mkdir(parents=True)

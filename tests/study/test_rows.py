@@ -1,4 +1,4 @@
-"""Rows and checks by hand: what a method scored, what it took, and whether it was fair."""
+"""Check rows and fairness checks against worked examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.study.rows import paired_difference
 
 
-def test_rows_by_hand() -> None:
+def test_rows_equal_a_worked_example() -> None:
     cells = [cell("lora", 0, 0.5), cell("full", 0, 0.6), cell("lora", 1, 0.7), cell("full", 1, 0.9)]
     lora, full = rows_of(cells)
     assert lora["method"] == "lora" and lora["difference"] is None
@@ -29,7 +29,7 @@ def test_rows_by_hand() -> None:
     assert "+2 entries" in lora["note"]
 
 
-def test_counters_by_hand() -> None:
+def test_counts_equal_a_worked_example() -> None:
     (row,) = rows_of([cell("full", 0, 0.5), cell("full", 1, 0.5)])
     assert (row["trainable"], row["trainable_targets"]) == (12, 10)
     assert (row["touched"], row["touched_targets"]) == (32.5, 30.5)  # means of 32 and 33
@@ -40,7 +40,7 @@ def test_counters_by_hand() -> None:
     assert row["calibrate_s"] == 0.0 and row["peak_charged_bytes"] == 150
 
 
-def test_calibration_is_charged_whole_and_shared_among_its_users() -> None:
+def test_calibration_is_charged_in_full_and_per_use() -> None:
     def made(digest: str, seconds: float, tokens: int) -> dict[str, Any]:
         return {"digest": digest, "seconds": seconds, "tokens": tokens, "peak_bytes": 400}
 
@@ -63,7 +63,7 @@ def test_calibration_is_charged_whole_and_shared_among_its_users() -> None:
     assert lora["calibrate_peak_bytes"] == 0 and lora["peak_charged_bytes"] == 150
 
 
-def test_failed_and_missing_cells() -> None:
+def test_failed_and_missing_runs_in_a_row() -> None:
     error = {"title": "x", "what": "memory ran out: 9 GiB\nmore", "where": None, "fix": None}
     cells = [
         cell("full", 0, 0.5, status="out_of_memory", error=error, run=None),
@@ -77,7 +77,7 @@ def test_failed_and_missing_cells() -> None:
     assert lora["score_interval"] is None
 
 
-def test_differences_of_few() -> None:
+def test_differences_of_few_seeds() -> None:
     assert paired_difference({1: 0.5}, {2: 0.5}, "x") is None
     single = paired_difference({1: 0.6}, {1: 0.5}, "x")
     assert single is not None and single.interval is None and single.n == 1
@@ -101,7 +101,7 @@ def test_checks_compare_at_the_last_common_step() -> None:
         (("model", "fingerprint"), "same_model", "model"),
     ],
 )
-def test_every_hash_that_differs_is_shouted_and_one_that_is_missing_is_unknown(
+def test_a_different_hash_fails_a_check_and_a_missing_one_leaves_it_unknown(
     keys: tuple[str, str], check: str, word: str
 ) -> None:
     cells = [cell("a", 0, 0.5), cell("a", 0, 0.5), cell("a", 0, 0.5)]
@@ -123,7 +123,7 @@ def test_every_hash_that_differs_is_shouted_and_one_that_is_missing_is_unknown(
     )
 
 
-def test_cells_of_two_versions_of_the_code_are_told() -> None:
+def test_runs_of_two_code_versions_are_reported() -> None:
     cells = [cell("a", 0, 0.5), cell("a", 0, 0.5)]
     cells[1]["run"]["git"]["commit"] = "later"
     (check,) = checks_of(cells)
@@ -134,7 +134,7 @@ def test_cells_of_two_versions_of_the_code_are_told() -> None:
     )
 
 
-def test_a_flagged_difference_is_in_the_words_and_in_the_table() -> None:
+def test_a_flagged_difference_is_in_text_and_table() -> None:
     values = {"full": 0.0, "lora": 0.1}
     found = {"task": "t", "key": "train.weight_decay", "values": values}
     rates = {"task": "t", "key": "train.learning_rate", "values": {"full": 1e-4, "lora": 2e-3}}
@@ -149,7 +149,7 @@ def test_a_flagged_difference_is_in_the_words_and_in_the_table() -> None:
     ]
 
 
-def test_a_record_whose_done_cell_has_no_run_is_read_as_far_as_it_goes() -> None:
+def test_a_record_with_a_done_cell_without_run_can_be_read() -> None:
     cells = study_cells({"t": {"a": [0.5, 0.6], "b": [0.7, 0.8]}})
     cells[0]["run"] = None
     assert [row["seeds_done"] for row in rows_of(cells)] == [1, 2]

@@ -1,4 +1,4 @@
-"""Runs are started once, watched, stopped together, and have a status however they end."""
+"""Runs are started once, stopped together, and always end with a status."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def recipe() -> Recipe:
 
 @pytest.mark.parametrize("status", ["done", "out_of_memory"])
 @pytest.mark.parametrize("program", ["exit(1)", "import os; os.kill(os.getpid(), 9)"])
-def test_what_a_run_said_of_itself_stays_however_its_process_ended(
+def test_a_status_written_by_the_run_is_kept(
     tmp_path: Path, recipe: Recipe, status: str, program: str
 ) -> None:
     """Its report could not be written, or its interpreter crashed on the way out."""
@@ -94,7 +94,7 @@ def test_what_a_run_said_of_itself_stays_however_its_process_ended(
         ("exit(1)", "failed", "exit code 1"),
     ],
 )
-def test_a_run_that_died_in_silence_gets_a_status(
+def test_a_run_that_died_without_a_status_gets_one(
     tmp_path: Path, recipe: Recipe, program: str, status: str, what: str
 ) -> None:
     Runs(ProgramEngine(program)).train(recipe, tmp_path / "r")
@@ -103,14 +103,14 @@ def test_a_run_that_died_in_silence_gets_a_status(
     assert what in run.error.what
 
 
-def test_a_run_is_stopped_where_that_is_asked_for(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_run_stops_when_stop_when_returns_true(tmp_path: Path, recipe: Recipe) -> None:
     looks = iter([False, False, True])
     runs = Runs(ProgramEngine("import time; time.sleep(600)"))
     assert runs.train(recipe, tmp_path / "r", stop_when=lambda: next(looks))
     assert not runs.is_active(tmp_path / "r")
 
 
-def test_an_error_in_one_piece_of_work_stops_all_runs(tmp_path: Path, recipe: Recipe) -> None:
+def test_an_error_in_one_run_stops_all_runs(tmp_path: Path, recipe: Recipe) -> None:
     engine = ProgramEngine("import time; time.sleep(600)", jobs=2)
     runs = Runs(engine)
 
@@ -128,7 +128,7 @@ def test_an_error_in_one_piece_of_work_stops_all_runs(tmp_path: Path, recipe: Re
     assert not runs.train(recipe, tmp_path / "later")
 
 
-def test_a_folder_that_another_process_holds_is_waited_for(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_run_waits_for_another_process_in_its_folder(tmp_path: Path, recipe: Recipe) -> None:
     folder = tmp_path / "r"
     told: list[Any] = []
     folder.mkdir()
@@ -153,7 +153,7 @@ def start_managed(file: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_of_two_processes_for_one_run_the_second_waits_and_then_looks(
+def test_the_second_of_two_processes_for_a_run_waits_and_then_checks(
     tmp_path: Path, recipe: Recipe
 ) -> None:
     """And each ends when its starter is gone, which closes its standard input."""

@@ -1,4 +1,4 @@
-"""What is tried next is a function of what came before; what is stopped, of the median."""
+"""Proposals are a function of earlier results; the pruner compares with the median."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def record(
 
 
 def quality(settings: dict[str, Any]) -> float:
-    """Best at 5e-4, linear."""
+    """An objective that is best at 5e-4 with the linear scheduler."""
     off = math.log10(settings[RATE] / 5e-4)
     cosine = settings["train.lr_scheduler_type"] == "cosine"
     return 1 - off * off - (0.2 if cosine else 0.0)
 
 
 def searched(count: int, told: list[Any] | None = None) -> list[Any]:
-    """So many trials of an objective that is known, on from those told."""
+    """Return ``count`` trials of a known objective, continued from ``told``."""
     told = list(told or [])
     while len(told) < count:
         settings = propose(SPACE, told, "t lora")
@@ -66,7 +66,7 @@ def test_proposals_are_halton_then_a_function_of_the_results() -> None:
     assert found[:FIRST] == [first_point(SPACE, number) for number in range(FIRST)]
     for settings in found:
         assert 1e-4 <= settings[RATE] <= 1e-2 and 0 <= settings["train.warmup_steps"] <= 0.2
-    # Again, and begun anew in the middle.
+    # Repeated, and continued from the middle.
     assert settings_of(searched(FIRST + 4)) == found
     assert settings_of(searched(FIRST + 4, told[: FIRST + 2])) == found
     # Other results, or another series, and TPE proposes something else.
@@ -75,7 +75,7 @@ def test_proposals_are_halton_then_a_function_of_the_results() -> None:
     assert propose(SPACE, turned, "t lora") != last != propose(SPACE, told, "t full")
 
 
-def test_tpe_looks_where_it_was_good_and_not_where_runs_fail() -> None:
+def test_tpe_proposes_near_good_trials_and_away_from_failed_ones() -> None:
     rate = SPACE[:1]
 
     def search(best: float) -> list[float]:
@@ -90,35 +90,35 @@ def test_tpe_looks_where_it_was_good_and_not_where_runs_fail() -> None:
 
     low, high = search(3e-4), search(3e-3)
     assert np.median(low) < 1e-3 < np.median(high)
-    # It goes on exploring: half of the first points failed, of eight proposals one or none does.
+    # TPE still explores: half of the first points failed, but at most one of eight proposals does.
     assert sum(rate > 3e-4 * 10 for rate in low) <= 1
     assert sum(rate < 3e-3 / 10 for rate in high) <= 1
 
 
-def test_the_pruner_by_hand() -> None:
-    """Medians of the finished at steps 1 to 6: (3 + 4 + 8) / 10 have the median 0.4."""
+def test_pruner_equals_a_worked_example() -> None:
+    """The finished trials have 0.3, 0.4 and 0.8 at steps 1 to 6; the median is 0.4."""
 
     def finished(level: float, status: CellStatus = "done") -> Any:
         made = record({RATE: 1e-3}, level, status)
         return ended_trial(SPACE[:1], made, dict.fromkeys(range(1, 7), level))
 
     told = [finished(level) for level in (0.3, 0.4, 0.8)]
-    pruned = finished(0.9, status="pruned")  # no measure of what finished trials had
-    referee = Pruner([*told, pruned])
-    assert not referee.stops(1, 0.0)  # the first third of six steps is no time to judge
-    assert not referee.stops(2, 0.45)
-    assert not referee.stops(3, 0.1)  # the best so far is above the median
+    pruned = finished(0.9, status="pruned")  # does not count towards the median
+    pruner = Pruner([*told, pruned])
+    assert not pruner.stops(1, 0.0)  # nothing is pruned in the first third of six steps
+    assert not pruner.stops(2, 0.45)
+    assert not pruner.stops(3, 0.1)  # the best so far is above the median
     worse = Pruner(told)
     assert not worse.stops(1, 0.39)
     assert worse.stops(2, 0.39)
-    assert not worse.stops(2, 0.0)  # told twice, judged once
+    assert not worse.stops(2, 0.0)  # a second report of the same step is ignored
     assert not Pruner(told).stops(2, 0.4)  # not below
-    assert not Pruner(told).stops(6, 0.0)  # over anyway
+    assert not Pruner(told).stops(6, 0.0)  # the last step
     assert not Pruner(told[:2]).stops(3, 0.0)  # too few to compare with
     assert Pruner(told).seen == {}
 
 
-def test_the_pruner_compares_a_second_seed_with_second_seeds() -> None:
+def test_pruner_compares_a_second_seed_with_second_seeds() -> None:
     levels = (0.3, 0.4, 0.8)
     told = [
         ended_trial(
@@ -128,14 +128,14 @@ def test_the_pruner_compares_a_second_seed_with_second_seeds() -> None:
         )
         for level in levels
     ]
-    referee = Pruner(told)
-    assert not referee.stops(3, 0.41) and not referee.stops(6, 0.42)
-    assert referee.stops(NEXT_SEED + 3, 0.0)  # 0.42 in all, 0.5 the median of the second seed
+    pruner = Pruner(told)
+    assert not pruner.stops(3, 0.41) and not pruner.stops(6, 0.42)
+    assert pruner.stops(NEXT_SEED + 3, 0.0)  # 0.42 in all, 0.5 the median of the second seed
     assert not Pruner(told).stops(NEXT_SEED + 6, 0.0)  # the very last
     assert Pruner(told).stops(6, 0.0)  # the last of the first: spares the second
 
 
-def test_the_store_keeps_trials_whole_and_in_order(tmp_path: Path) -> None:
+def test_trial_store_keeps_trials_complete_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "tuning.journal"
     told = searched(FIRST + 2)
     for trial in told:
@@ -160,14 +160,14 @@ def test_the_store_keeps_trials_whole_and_in_order(tmp_path: Path) -> None:
     assert store.ended("t lora", 99) == []
 
 
-def test_what_a_kill_left_of_the_journal_is_mended(tmp_path: Path) -> None:
+def test_trial_store_repairs_a_journal_of_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "tuning.journal"
     store, told = TrialStore(path), searched(2)
     store.open("s", {"a": 1})
     store.add("s", told[0])
     with path.open("ab") as file:
         file.write(b'{"op_code":4,"worker_id":"x","study')  # a torn line
-    (tmp_path / "tuning.journal.lock").touch()  # Optuna's own, which would be waited for
+    (tmp_path / "tuning.journal.lock").touch()  # Optuna's own lock, which would block
     again = TrialStore(path)
     again.open("s", {"a": 1})
     again.add("s", told[1])
@@ -176,7 +176,7 @@ def test_what_a_kill_left_of_the_journal_is_mended(tmp_path: Path) -> None:
     assert settings_of(last.ended("s", 9)) == settings_of(told)
 
 
-def test_a_file_that_is_not_a_journal_is_refused_by_name(tmp_path: Path) -> None:
+def test_trial_store_refuses_a_file_that_is_not_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "tuning.journal"
     path.write_bytes(b"SQLite format 4, or so it says" * 100)
     with pytest.raises(FileFormatError, match=r"tuning\.journal cannot be read"):
@@ -184,7 +184,7 @@ def test_a_file_that_is_not_a_journal_is_refused_by_name(tmp_path: Path) -> None
     assert path.read_bytes().startswith(b"SQLite format 4")
 
 
-def test_a_comparison_without_tuning_imports_no_optuna() -> None:
+def test_comparison_without_tuning_imports_no_optuna() -> None:
     code = (
         "import sys, sparsegrad_cli.study.coordinator, sparsegrad_cli.study.tuning\n"
         "import sparsegrad_cli.cli.compare, sparsegrad_cli.report.terminal\n"

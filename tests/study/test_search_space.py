@@ -1,4 +1,4 @@
-"""Every method is tuned over a space as wide, and the best trial is the best."""
+"""Spaces of tuning, first points, the best trial and edges."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trial(number: int, score: float | None, *, loss: float = 1.0, **changes: Any
     return Trial.model_validate({**made, "settings": {RATE: 1e-3 * (number + 1)}, **changes})
 
 
-def test_learning_rates_span_as_many_decades_for_every_method(tmp_path: Path) -> None:
+def test_learning_rates_span_the_same_decades_for_every_method(tmp_path: Path) -> None:
     found = study(tmp_path, "{space: {learning_rate: {decades: 1.5, centres: {full: 5e-5}}}}")
     series = series_of(found)
     assert len(series) == 8 and {s.task for s in series} == {"builtin:acceptability", "glue/rte"}
@@ -70,7 +70,7 @@ def test_learning_rates_span_as_many_decades_for_every_method(tmp_path: Path) ->
     assert where["buil", "dense"] == (3e-4, "measured")
 
 
-def test_the_first_points_are_an_even_grid_that_begins_at_the_centre() -> None:
+def test_first_points_are_an_even_grid_that_starts_at_the_centre() -> None:
     found = make_study(None, ("full", "lora"), 1, (), trials=2)
     for cell in found.cells:
         space = space_of(found, cell)
@@ -82,7 +82,7 @@ def test_the_first_points_are_an_even_grid_that_begins_at_the_centre() -> None:
         assert sorted(points[:3]) == [points[1], points[0], points[2]]
 
 
-def test_further_keys_are_the_same_for_all_and_fill_their_ranges(tmp_path: Path) -> None:
+def test_further_keys_are_the_same_for_all_methods_and_fill_their_ranges(tmp_path: Path) -> None:
     found = study(
         tmp_path,
         "{space: {warmup_steps: {low: 0, high: 0.3}, weight_decay: [0, 0.01, 0.1], "
@@ -104,7 +104,7 @@ def test_further_keys_are_the_same_for_all_and_fill_their_ranges(tmp_path: Path)
     assert digest(again) == digest(cell.loaded.recipe) != digest(made)
 
 
-def test_a_tuned_warm_up_warms_up_under_the_default_scheduler(tmp_path: Path) -> None:
+def test_a_tuned_warm_up_works_with_the_default_scheduler(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     settings = "settings: {train: {lr_scheduler_type: constant, warmup_steps: 0}}\n"
     path.write_text(f"{ROWS}{settings}tune: {{space: {{warmup_steps: {{low: 1, high: 9}}}}}}\n")
@@ -138,7 +138,7 @@ def test_ends_and_choices_of_a_dimension() -> None:
     assert [chosen.at(share) for share in (0, 0.34, 0.99, 1)] == ["a", "b", "c", "c"]
 
 
-def test_the_best_trial_by_score_then_loss_then_the_first() -> None:
+def test_the_best_trial_is_chosen_by_score_then_loss_then_order() -> None:
     trials = [trial(0, 0.5), trial(1, 0.7, loss=0.9), trial(2, 0.7, loss=0.8), trial(3, 0.6)]
     best = best_trial(trials)
     assert best is not None and best.number == 2
@@ -151,11 +151,11 @@ def test_the_best_trial_by_score_then_loss_then_the_first() -> None:
     assert best is not None and best.number == 3
     losses = [trial(n, score, metric="perplexity") for n, score in enumerate((9.0, 7.5, 8.0))]
     best = best_trial(losses)
-    assert best is not None and best.number == 1  # less is better
+    assert best is not None and best.number == 1  # lower is better
     assert best_trial([trial(0, 0.1, status="failed")]) is None and best_trial([]) is None
 
 
-def test_a_best_rate_that_nothing_was_tried_beyond_is_at_the_edge() -> None:
+def test_a_best_rate_at_the_end_of_its_range_is_an_edge() -> None:
     space = (Dimension(RATE, 1e-4, 1e-1, log=True), Dimension("train.k", choices=(1, 2)))
     scores = [0.1, 0.3, 0.2]
     trials = [trial(n, score) for n, score in enumerate(scores)]
@@ -169,7 +169,7 @@ def test_a_best_rate_that_nothing_was_tried_beyond_is_at_the_edge() -> None:
     assert edges(space, [beyond]) == []
 
 
-def test_seeds_of_tuning_are_not_those_reported(tmp_path: Path) -> None:
+def test_tuning_seeds_must_differ_from_reported_seeds(tmp_path: Path) -> None:
     said = problems(tmp_path, "{seeds: [5, 2]}")
     assert "tune.seeds: 2: tuning must not use" in said and "such as 101" in said
     with pytest.raises(RecipeError, match="tuning must not use"):
@@ -203,18 +203,18 @@ def _reported(folder: Path, seeds: str) -> Path:
         ("{space: {warmup_steps: {low: 0, high: 100}}}", "must not mix the two"),
     ],
 )
-def test_a_space_that_cannot_be_is_refused(tmp_path: Path, tune: str, said: str) -> None:
+def test_an_invalid_space_is_refused(tmp_path: Path, tune: str, said: str) -> None:
     assert said in problems(tmp_path, tune)
 
 
-def test_what_is_tuned_cannot_be_set_on_the_command_line(tmp_path: Path) -> None:
+def test_a_tuned_key_cannot_be_set_on_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.learning_rate: is tuned.*centres"):
         make_study(None, ("lora",), 1, ("train.learning_rate=1e-3",), trials=3)
     make_study(None, ("lora",), 1, ("train.weight_decay=0.1",), trials=3)
     assert make_study(None, ("lora",), 1, ("train.learning_rate=1e-3",)).study.tune is None
 
 
-def test_trials_on_the_command_line_are_those_of_the_study(tmp_path: Path) -> None:
+def test_trials_on_the_command_line_override_the_study(tmp_path: Path) -> None:
     found = study(tmp_path, "5")
     assert found.study.tune is not None and found.study.tune.trials == 5
     more = load_study(tmp_path / "s.yaml", trials=9)
@@ -222,7 +222,7 @@ def test_trials_on_the_command_line_are_those_of_the_study(tmp_path: Path) -> No
     assert study_digest(found) != study_digest(more)  # another comparison
 
 
-def test_parity_takes_tuned_keys_as_declared(tmp_path: Path) -> None:
+def test_parity_counts_tuned_keys_as_declared(tmp_path: Path) -> None:
     text = ROWS.replace("  - meprop", "  - {method: meprop, train: {warmup_steps: 3}}")
     path = tmp_path / "p.yaml"
     path.write_text(text, encoding="utf-8")
@@ -234,7 +234,7 @@ def test_parity_takes_tuned_keys_as_declared(tmp_path: Path) -> None:
     assert {d["key"] for d in parity["declared"]} == {RATE, "train.warmup_steps"}
 
 
-def test_validate_and_compare_say_so_before_anything_runs(cli: Cli, tmp_path: Path) -> None:
+def test_validate_and_compare_check_tuning_before_any_run(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("methods: [lora, full]\ntune: 4\n", encoding="utf-8")
     valid = cli("validate", "t.yaml")
     assert valid.code == 0, valid.err

@@ -1,4 +1,4 @@
-"""Intervals, the sign-flip test and Holm's correction, against their definitions and scipy."""
+"""Check intervals, the sign-flip test and Holm's correction against definitions and scipy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def brute_p(values: list[float]) -> float:
     return sum(abs(total) >= observed - 1e-12 for total in sums) / len(sums)
 
 
-def test_of_few_values() -> None:
+def test_mean_and_std_of_few_values() -> None:
     assert mean([]) is None and std([1.0]) is None and std([1.0, 3.0]) == math.sqrt(2)
     assert student([]) is None and student([[1.0]]) is None and student([[1.0, 2.0], [1.0]]) is None
     assert student([[0.5, 0.5, 0.5]]) is None  # equal values promise nothing
@@ -43,7 +43,7 @@ def test_of_few_values() -> None:
     assert student([[5 / 277, 6 / 277]]) is not None
 
 
-def test_one_group_is_the_textbooks_interval_and_paired_test() -> None:
+def test_student_of_one_group_equals_scipys_interval_and_paired_test() -> None:
     ours, theirs = [0.61, 0.63, 0.66, 0.60], [0.58, 0.62, 0.61, 0.59]
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     found = student([differences])
@@ -57,7 +57,7 @@ def test_one_group_is_the_textbooks_interval_and_paired_test() -> None:
     assert math.isclose(found.low, interval.low) and math.isclose(found.high, interval.high)
 
 
-def test_two_groups_are_welchs_test() -> None:
+def test_student_of_two_groups_equals_welchs_test() -> None:
     """mean(a) + mean(b) over its error is Welch's statistic of a against -b."""
     a, b = [0.3, 0.5, 0.1, 0.2], [0.05, 0.09, 0.02]
     found = student([a, b])
@@ -69,7 +69,7 @@ def test_two_groups_are_welchs_test() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
-def test_sign_flips_count_every_choice(count: int) -> None:
+def test_sign_flip_p_counts_every_choice_of_signs(count: int) -> None:
     draw = np.random.default_rng(count)
     for _ in range(5):
         values = [round(float(v), 2) for v in draw.normal(0.4, 1.0, count)]  # rounded: ties
@@ -78,7 +78,7 @@ def test_sign_flips_count_every_choice(count: int) -> None:
         assert math.isclose(sign_flip_p(values), sign_flip_p([1000 * v for v in values]))
 
 
-def test_sign_flips_are_scipys_paired_permutation_test() -> None:
+def test_sign_flip_p_equals_scipys_paired_permutation_test() -> None:
     draw = np.random.default_rng(3)
     ours, theirs = draw.normal(0.3, 1, 9), draw.normal(0, 1, 9)
     expected = stats.permutation_test(
@@ -90,7 +90,7 @@ def test_sign_flips_are_scipys_paired_permutation_test() -> None:
     assert math.isclose(sign_flip_p(list(ours - theirs)), float(expected))
 
 
-def test_sign_flips_of_equal_sizes_are_the_sign_test() -> None:
+def test_sign_flip_p_of_equal_sizes_equals_the_sign_test() -> None:
     def p(plus: int, count: int) -> float:
         return sign_flip_p([1.0] * plus + [-1.0] * (count - plus))
 
@@ -100,7 +100,7 @@ def test_sign_flips_of_equal_sizes_are_the_sign_test() -> None:
     assert p(29, 44) == drawn  # the draws are always the same
 
 
-def test_what_signs_cannot_tell() -> None:
+def test_sign_flip_p_and_smallest_p_of_edge_cases() -> None:
     assert sign_flip_p([]) == sign_flip_p([0.0, 0.0]) == sign_flip_p([0.3, -0.3]) == 1.0
     assert sign_flip_p([0.2, 0.0, 0.4, 0.0]) == sign_flip_p([0.2, 0.4]) == 0.5
     for count in range(1, 12):
@@ -109,7 +109,7 @@ def test_what_signs_cannot_tell() -> None:
     assert smallest_p([1.0] * 60) == 1 / (1 + DRAWS)
 
 
-def test_holm_by_hand() -> None:
+def test_holm_equals_a_worked_example() -> None:
     # Sorted 0.01, 0.03, 0.04: times 3, 2, 1 is 0.03, 0.06, 0.04; never less than before: 0.06.
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
@@ -117,7 +117,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.02, 0.02]) == [0.04, 0.04]
 
 
-def test_holm_rejects_what_its_step_down_rule_rejects() -> None:
+def test_holm_rejects_the_same_as_its_step_down_rule() -> None:
     draw = np.random.default_rng(0)
     for _ in range(50):
         ps = list(draw.uniform(0, 0.08, 6))
@@ -129,7 +129,7 @@ def test_holm_rejects_what_its_step_down_rule_rejects() -> None:
         assert {at for at, p in enumerate(holm(ps)) if p <= 0.05} == rejected
 
 
-def test_alike_methods_are_seldom_told_apart() -> None:
+def test_equal_methods_are_rarely_called_different() -> None:
     """Four methods of one distribution, 300 studies: any difference shown in at most 5 %, +3 sd."""
     draw = np.random.default_rng(5)
     wrong = 0

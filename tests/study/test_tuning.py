@@ -1,4 +1,4 @@
-"""Real trials: begun, pruned, interrupted, resumed, and the cells that run with what they found."""
+"""Real trials: pruned, interrupted and resumed, and the runs that use their settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TINY = (
 
 
 def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
-    """A comparison that was interrupted after so many trials, with these scores throughout."""
+    """Write a comparison that was interrupted after trials with these constant scores."""
     assert study.study.tune is not None
     (folder / "cells").mkdir(parents=True)
     record = {"schema": 1, "digest": study_digest(study), "status": "interrupted", "cells": []}
@@ -66,10 +66,10 @@ def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
             store.add(series.name, ended_trial(series.space, trial, seen))
 
 
-def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
+def test_a_trial_below_the_median_is_pruned_and_runs_use_the_best_settings(
     cli: Cli, tmp_path: Path
 ) -> None:
-    """No run scores 2: the fourth trial, a real one, is stopped. The third was the best."""
+    """The fourth trial is a real one, which cannot score 2 and is pruned. The third is the best."""
     over = (*TINY, f"train.max_steps={STEPS}")
     study = make_study(None, ("full",), 1, over, trials=4)
     prepared(tmp_path / "c", study, [2.0, 2.1, 2.5])
@@ -83,25 +83,25 @@ def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
     assert pruned["settings"] == {RATE: 3.557e-05}  # the fourth of Halton's points
     assert pruned["score"] <= 1 and pruned["seconds"] > 0
     assert STEPS // 3 <= pruned["steps"] <= STEPS
-    # What it took is kept, weights are not.
+    # Its record is kept, its weights are not.
     run = tmp_path / "c" / pruned["runs"][0]["run_dir"]
     kept = json.loads((run / "run.json").read_text())
     assert kept["seed"] == 101 and kept["status"] in ("pruned", "done")
     assert not list(run.glob("checkpoint-*")) and not (run / "adapter").exists()
-    # The cell ran with the best, which nothing was tried beyond.
+    # The run used the best settings, which are the highest that were tried.
     assert series["best"]["number"] == 2 and series["best"]["settings"] == {RATE: 6.325e-4}
     assert series["edges"] == [{"key": RATE, "end": "highest"}]
     (cell,) = record["cells"]
     recipe = (tmp_path / "c" / cell["run_dir"] / "recipe.yaml").read_text()
     assert "learning_rate: 0.0006325" in recipe and "seed: 42" in recipe
-    assert cell["run"]["metrics"]["history"][-1]["step"] == STEPS  # nothing prunes a cell
+    assert cell["run"]["metrics"]["history"][-1]["step"] == STEPS  # reported runs are never pruned
     flat = " ".join(outcome.out.split())
     assert "4 (1 pruned)" in flat and "may lie beyond" in flat
     assert "4 trials of tuning for every method on every task" in flat
     for name in ("report.html", "report.md", "report.tex"):
         text = (tmp_path / "c" / name).read_text()
         assert "4 (1 pruned)" in text and "may lie beyond" in text
-    # Nothing is run again. Another space is another comparison, and so is none.
+    # Nothing is repeated. Another space, or none, is another comparison.
     again = cli("compare", *command, *over)
     assert again.code == 0
     after = json.loads((tmp_path / "c" / "compare.json").read_text())
@@ -111,7 +111,7 @@ def test_a_trial_below_the_median_is_pruned_and_the_cell_runs_with_the_best(
         assert refused.code == 2, refused.err
 
 
-def test_a_study_tuned_by_the_version_before_is_refused(tmp_path: Path) -> None:
+def test_a_study_tuned_by_an_earlier_version_is_refused(tmp_path: Path) -> None:
     study = make_study(None, ("full",), 1, TINY, trials=2)
     (tmp_path / "tuning.db").touch()
     tuning = Tuning(study, StudyFolder(tmp_path), Runs(LocalEngine(1)), print, lambda: None)
@@ -121,7 +121,7 @@ def test_a_study_tuned_by_the_version_before_is_refused(tmp_path: Path) -> None:
     assert refused.value.fix is not None and "--overwrite" in refused.value.fix
 
 
-def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) -> None:
+def test_rows_without_a_finished_trial_have_no_runs(tmp_path: Path) -> None:
     study = make_study(None, ("full", "lora"), 2, TINY, trials=2)
     prepared(tmp_path / "c", study, [0.5, 0.4])
     place = StudyFolder(tmp_path / "c")
@@ -142,14 +142,14 @@ def test_rows_without_a_trial_that_came_to_an_end_have_no_cells(tmp_path: Path) 
     block = tuning.block()
     assert [series.best is None for series in block.series] == [False, True]
     assert [series.seconds for series in block.series] == [2.0, 6.0]
-    tuning.retry()  # what is broken is run again
+    tuning.retry()  # a series without a finished trial starts again
     assert [len(series.trials) for series in tuning.block().series] == [2, 0]
 
 
-def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_pruned(
+def test_a_trial_averages_its_seeds_and_ends_at_the_first_pruned_one(
     tmp_path: Path,
 ) -> None:
-    """Runs that outlived the process that began them are judged as they would have been."""
+    """Runs that outlived their coordinator are judged in the same way."""
     study = make_study(None, ("full",), 1, TINY, trials=4)
     (series,) = series_of(study)
     settings = {RATE: 1e-3}
@@ -186,15 +186,15 @@ def test_a_trial_is_the_mean_of_its_seeds_and_stops_with_the_first_that_is_prune
     assert first.loss == pytest.approx(0.3) and first.seconds == 10
     assert [run.score for run in first.runs] == [0.6, 0.8]
     assert first.runs[1].run_dir == "tuning/builtin-acceptability-full-t0-s8"
-    # 0.1 and 0.2 are below 0.5 and 0.6, the medians: its second seed is spared.
+    # 0.1 and 0.2 are below the medians 0.5 and 0.6, so the second seed does not run.
     assert last.status == "pruned" and len(last.runs) == 1 and last.seconds == 5
     best = best_trial(trials)
     assert best is not None and best.number == 2
-    (spared,) = tmp_path.glob("tuning/*/checkpoint-*")  # all that were looked at lost theirs
-    assert spared.parent.name == "builtin-acceptability-full-t3-s8"
+    (kept,) = tmp_path.glob("tuning/*/checkpoint-*")  # the other runs' checkpoints were removed
+    assert kept.parent.name == "builtin-acceptability-full-t3-s8"
 
 
-def test_evaluations_are_read_once_each_as_they_are_written(tmp_path: Path) -> None:
+def test_step_log_reads_each_evaluation_once(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     log = StepLog(path)
     assert list(log.evaluations()) == []
@@ -218,12 +218,12 @@ def test_evaluations_are_read_once_each_as_they_are_written(tmp_path: Path) -> N
     assert read() == [0] and log.last_step == 1
     path.write_text(line(0, 0.1) + line(1) + line(2, 0.9) + "{torn\n" + line(3))
     assert read() == [2] and read() == [] and log.last_step == 3
-    assert best() == 0.9  # of what was trained
-    path.write_text(line(0, 0.1) + line(1))  # cut, as a resumed run does
+    assert best() == 0.9  # without the evaluation before training
+    path.write_text(line(0, 0.1) + line(1))  # truncated, as by a resumed run
     assert read() == [0]
     with path.open("a") as file:
         file.write(line(4, 0.3) + line(6, 0.5))
-    assert read() == [4, 6] and best() == 0.3  # less is better
+    assert read() == [4, 6] and best() == 0.3  # a lower loss is better
 
 
 def compare(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -238,7 +238,7 @@ def compare(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_three_trials_of_two_methods_interrupted_and_resumed(tmp_path: Path) -> None:
+def test_an_interrupted_tuning_of_two_methods_resumes(tmp_path: Path) -> None:
     folder, over = tmp_path / "c", ("train.max_steps=4",)
     first = compare(folder, *over)
     second = folder / "tuning" / "builtin-acceptability-lora-t1-s101" / "steps.jsonl"
@@ -265,7 +265,7 @@ def test_three_trials_of_two_methods_interrupted_and_resumed(tmp_path: Path) -> 
         assert len(trials) == record["tuning"]["trials"] == 3
         assert all(trial.status == "done" for trial in trials)
         assert all((trial.seconds or 0) > 0 and trial.steps == 4 for trial in trials)
-        # What was proposed is what the results before propose, interrupted or not.
+        # Interruption does not change the proposals.
         told_so_far: list[Any] = []
         for trial in trials:
             assert propose(asked.space, told_so_far, asked.name) == trial.settings

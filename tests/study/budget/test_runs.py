@@ -1,4 +1,4 @@
-"""Budgets of every kind on real runs: what was asked for, what was picked, what the runs took."""
+"""Budgets of every kind on real runs: requested, solved and measured amounts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def rows_of(solved: LoadedStudy, cells: list[dict[str, Any]]) -> dict[str, dict[
     return {row["method"]: row for row in measured_in(solved.budget.to_json(), cells)["rows"]}
 
 
-def test_entries_are_met_exactly_by_all_that_count_in_entries(place: Path, tmp_path: Path) -> None:
+def test_a_budget_of_parameters_is_met_exactly_by_sparse_methods(
+    place: Path, tmp_path: Path
+) -> None:
     solved = solve_study(study(place, "trainable=230", ("meprop", "static")))
     rows = rows_of(solved, ran(solved, tmp_path))
     for row in rows.values():
@@ -102,7 +104,7 @@ def test_entries_are_met_exactly_by_all_that_count_in_entries(place: Path, tmp_p
     assert rows["meprop"]["measured"] == rows["static"]["measured"] == 230
 
 
-def test_state_is_met_to_the_byte(place: Path, tmp_path: Path) -> None:
+def test_runs_meet_a_budget_of_optimizer_state_to_the_byte(place: Path, tmp_path: Path) -> None:
     solved = solve_study(study(place, "optimizer_state=6KiB", ("bounded", "refresh")))
     rows = rows_of(solved, ran(solved, tmp_path))
     for row in rows.values():
@@ -111,7 +113,7 @@ def test_state_is_met_to_the_byte(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kib", "methods"), [(98, ("full", "lora")), (140, ("dense",))])
-def test_a_peak_is_met_and_what_could_not_be_is_said(
+def test_runs_meet_a_peak_budget_and_the_report_states_deviations(
     place: Path, tmp_path: Path, kib: int, methods: tuple[str, ...]
 ) -> None:
     solved = solve_study(study(place, f"peak={kib}KiB", methods))
@@ -141,7 +143,7 @@ def test_a_peak_is_met_and_what_could_not_be_is_said(
     assert check["same_order"] is True and check["steps_compared"] == 3
 
 
-def test_other_differences_are_refused_as_ever(place: Path) -> None:
+def test_other_differences_are_refused_under_a_budget(place: Path) -> None:
     solved = solve_study(study(place, "peak=98KiB", ("full", "lora")))
     first, *others = solved.cells
     train = first.loaded.recipe.train
@@ -153,7 +155,7 @@ def test_other_differences_are_refused_as_ever(place: Path) -> None:
             check_parity(replace(solved, cells=(cell, *others)))
 
 
-def test_an_update_in_micro_batches_is_the_update(place: Path, tmp_path: Path) -> None:
+def test_an_update_in_micro_batches_equals_the_update(place: Path, tmp_path: Path) -> None:
     """Without dropout; the gradients of earlier micro-batches are measured with it."""
     plain = ("task.max_length=16", "method=full", "train.max_steps=6", "train.eval_steps=6")
     cut = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
@@ -181,9 +183,7 @@ def compared(tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_study_under_a_budget_goes_on_with_the_sizes_that_it_picked(
-    cli: Cli, place: Path, tmp_path: Path
-) -> None:
+def test_a_continued_study_keeps_its_solved_sizes(cli: Cli, place: Path, tmp_path: Path) -> None:
     study(place, "null", ("lora",))
     path = str(place / "study.yaml")
     option = ("--match", "trainable=230", "-o", "c")
@@ -217,9 +217,7 @@ def test_a_study_under_a_budget_goes_on_with_the_sizes_that_it_picked(
 
 
 @pytest.mark.slow
-def test_a_budget_that_is_tuned_has_one_size_everywhere(
-    cli: Cli, place: Path, tmp_path: Path
-) -> None:
+def test_a_tuned_study_has_one_size_per_row(cli: Cli, place: Path, tmp_path: Path) -> None:
     study(place, "trainable=230", ("lora", "static"))
     outcome = cli("compare", str(place / "study.yaml"), "--tune", "2", "-o", "c")
     assert outcome.flat.count("solve trainable=230") == 2, outcome.err  # once for each row

@@ -1,4 +1,4 @@
-"""The solver against brute force on a tiny model: every rank rehearsed, the right one picked."""
+"""Check the budget solver against an exhaustive search on a tiny model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def smallest(loaded: LoadedRecipe, kind: Kind, amount: float, counting: Counting
 
 
 @pytest.mark.parametrize(("method", "most"), [(LORA, 12), (DENSE, 16)])
-def test_ranks_are_those_that_trying_all_would_find(
+def test_solved_ranks_equal_those_of_an_exhaustive_search(
     place: Path, counting: Counting, method: str, most: int
 ) -> None:
     loaded = recipe(place, method)
@@ -115,7 +115,7 @@ def replace_calibration(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 @pytest.mark.parametrize("method", [LORA, DENSE, STATIC, "{name: meprop, select: rows}"])
-def test_a_number_of_parameters_is_met_as_nearly_as_any_size_does(
+def test_a_budget_of_parameters_is_met_as_closely_as_possible(
     place: Path, counting: Counting, method: str
 ) -> None:
     loaded = recipe(place, method)
@@ -136,7 +136,7 @@ def test_a_number_of_parameters_is_met_as_nearly_as_any_size_does(
 # --- numbers of parameters under bytes
 
 
-def test_parameters_fill_a_state_to_the_byte(place: Path, counting: Counting) -> None:
+def test_a_budget_of_optimizer_state_is_met_to_the_byte(place: Path, counting: Counting) -> None:
     loaded = recipe(place, STATIC)
     least = smallest(loaded, "optimizer_state", 8, counting)
     for more in (0, 7, 8, 800, 801):
@@ -144,7 +144,7 @@ def test_parameters_fill_a_state_to_the_byte(place: Path, counting: Counting) ->
         assert pick.predicted == least + more // 8 * 8  # two moments of four bytes an entry
 
 
-def test_at_most_a_thousandth_of_a_peak_is_left_unless_the_rank_would_rise(
+def test_at_most_a_thousandth_of_a_peak_is_unused_below_the_next_rank(
     place: Path, counting: Counting
 ) -> None:
     loaded = replace_calibration(recipe(place, STATIC))
@@ -157,7 +157,7 @@ def test_at_most_a_thousandth_of_a_peak_is_left_unless_the_rank_would_rise(
             assert pick.larger[1] > room
 
 
-def test_choosing_more_parameters_costs_nothing_where_all_have_state(
+def test_the_recipes_number_is_kept_if_more_parameters_cost_no_memory(
     place: Path, counting: Counting
 ) -> None:
     free = recipe(place, "{name: meprop, density: 0.05}")
@@ -175,7 +175,7 @@ def test_choosing_more_parameters_costs_nothing_where_all_have_state(
 # --- batches
 
 
-def test_a_batch_is_cut_only_where_not_even_the_smallest_fits(
+def test_the_batch_is_reduced_only_if_the_smallest_size_does_not_fit(
     place: Path, counting: Counting
 ) -> None:
     full, lora = recipe(place, "full"), recipe(place, LORA)
@@ -194,7 +194,7 @@ def test_a_batch_is_cut_only_where_not_even_the_smallest_fits(
     assert pick.recipe.recipe.train == lora.recipe.train
 
 
-def test_gradients_that_wait_are_counted(place: Path, counting: Counting) -> None:
+def test_accumulated_gradients_are_counted(place: Path, counting: Counting) -> None:
     """At half the batch a step holds what it held and the gradients of earlier micro-batches."""
     twice = recipe(place, "full", "train.gradient_accumulation_steps=2")
     once = recipe(place, "full")
@@ -202,7 +202,7 @@ def test_gradients_that_wait_are_counted(place: Path, counting: Counting) -> Non
     assert 0 < counting.step(twice) - counting.step(once) <= gradients
 
 
-def test_calibration_gives_way_before_the_size_and_the_batch_do(
+def test_the_calibration_batch_is_reduced_before_size_and_batch(
     place: Path, counting: Counting
 ) -> None:
     small = ("train.per_device_train_batch_size=2", "calibration.batch_size=32")
@@ -221,7 +221,7 @@ def test_calibration_gives_way_before_the_size_and_the_batch_do(
     assert counting.calibration(pick.recipe) <= room and pick.predicted <= room
 
 
-def test_the_longest_rows_are_the_datas_own_or_of_max_length(
+def test_the_longest_rows_come_from_the_data_or_from_max_length(
     place: Path, counting: Counting
 ) -> None:
     lengths = sorted((len(text) for text, _ in sentences(1, 48)), reverse=True)
@@ -237,7 +237,7 @@ def test_the_longest_rows_are_the_datas_own_or_of_max_length(
     assert longest.width == 16 and "out of reach" in longest.source
 
 
-def test_what_cannot_be_counted_is_said(place: Path, counting: Counting) -> None:
+def test_a_recipe_that_cannot_be_counted_is_an_error(place: Path, counting: Counting) -> None:
     share = recipe(place, "{name: sparsegrad, support: dense, rank: 0.9}")
     for kind, own in (("peak", True), ("trainable", True)):
         with pytest.raises(UsageError, match="share of energy"):
@@ -278,7 +278,7 @@ def block(rows: list[dict[str, Any]]) -> BudgetBlock:
     return BudgetBlock.model_validate({"rows": rows})
 
 
-def test_every_cell_gets_what_was_picked_and_says_so(place: Path) -> None:
+def test_every_run_gets_the_solved_settings_and_records_them(place: Path) -> None:
     solved = solve_study(study(place, "trainable=150", full=", matched: false"))
     assert solved.budget is not None
     for cell in solved.cells:
@@ -292,7 +292,7 @@ def test_every_cell_gets_what_was_picked_and_says_so(place: Path) -> None:
     assert solved.cells[2].loaded.recipe.train.learning_rate == 2e-3
 
 
-def test_what_was_picked_before_stands(place: Path) -> None:
+def test_solved_sizes_of_an_interrupted_study_are_kept(place: Path) -> None:
     first = solve_study(study(place, "trainable=150", full=", matched: false"))
     assert first.budget is not None
     rows = [
@@ -312,7 +312,7 @@ def test_what_was_picked_before_stands(place: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"a.b.c": 1}, {"train.learning_rate": 9.0}])
-def test_what_no_budget_sets_is_solved_anew(place: Path, wrong: object) -> None:
+def test_a_recorded_row_with_other_keys_is_solved_again(place: Path, wrong: object) -> None:
     asked = study(place, "trainable=150", full=", matched: false")
     first = solve_study(asked)
     assert first.budget is not None
@@ -321,7 +321,7 @@ def test_what_no_budget_sets_is_solved_anew(place: Path, wrong: object) -> None:
 
 
 @pytest.mark.parametrize("rank", ["7", -1, 10**400, None, [2]])
-def test_a_size_that_is_none_is_one_clear_error(place: Path, rank: object) -> None:
+def test_a_recorded_size_that_is_invalid_is_one_error(place: Path, rank: object) -> None:
     asked = study(place, "trainable=150", full=", matched: false")
     first = solve_study(asked)
     assert first.budget is not None
@@ -332,7 +332,7 @@ def test_a_size_that_is_none_is_one_clear_error(place: Path, rank: object) -> No
     assert caught.value.where is not None and "compare.json" in caught.value.where
 
 
-def test_a_row_that_names_its_size_keeps_it_and_has_to_fit(place: Path) -> None:
+def test_a_row_that_sets_its_size_keeps_it_and_must_fit(place: Path) -> None:
     own = "{name: lora, rank: 3}"
     solved = solve_study(study(place, "trainable=1k", full=", matched: false", lora=own))
     assert solved.budget is not None
@@ -344,7 +344,7 @@ def test_a_row_that_names_its_size_keeps_it_and_has_to_fit(place: Path) -> None:
         solve_study(study(place, "trainable=167", full=", matched: false", lora=own))
 
 
-def test_all_that_cannot_be_reached_comes_together_with_what_would_be_enough(place: Path) -> None:
+def test_all_unreachable_budgets_are_reported_with_the_amounts_needed(place: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         solve_study(study(place, "trainable=50"))
     full, lora = caught.value.problems  # the second row of LoRA is the same question
@@ -355,7 +355,7 @@ def test_all_that_cannot_be_reached_comes_together_with_what_would_be_enough(pla
     assert solve_study(study(place, "trainable=384")).budget is not None
 
 
-def test_a_size_for_all_cells_is_not_said_beside_a_budget(place: Path) -> None:
+def test_a_size_for_all_runs_is_refused_under_a_budget(place: Path) -> None:
     with pytest.raises(RecipeError, match="the budget trainable=1k chooses it") as caught:
         solve_study(study(place, "trainable=1k", "method.density=0.02"))
     assert caught.value.problems[0].key == "method.density"

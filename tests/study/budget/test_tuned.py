@@ -1,4 +1,4 @@
-"""Budgets and tuning in one study: sizes are solved first, and no trial or cell has another."""
+"""Budgets and tuning in one study: sizes are solved first and used by all trials and runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tuning_of(study: LoadedStudy, folder: Path) -> Tuning:
     return Tuning(study, StudyFolder(folder), Runs(LocalEngine(1)), print, lambda: None)
 
 
-def test_trials_and_cells_have_the_solved_size_and_the_budget_stays(tmp_path: Path) -> None:
+def test_trials_and_runs_have_the_solved_size(tmp_path: Path) -> None:
     study = solved(tmp_path, 150)
     sizes = {"lora": 2, "meprop": 150}
     tuning = tuning_of(study, tmp_path)
@@ -90,7 +90,7 @@ def test_trials_and_cells_have_the_solved_size_and_the_budget_stays(tmp_path: Pa
     assert budget.caption.startswith("Budget trainable=150")
 
 
-def test_trials_of_other_sizes_are_trials_of_another_comparison(tmp_path: Path) -> None:
+def test_trials_of_other_sizes_are_refused(tmp_path: Path) -> None:
     first = tuning_of(solved(tmp_path, 150), tmp_path)
     first.open(make=True)
     again = tuning_of(solved(tmp_path, 150), tmp_path)
@@ -100,7 +100,7 @@ def test_trials_of_other_sizes_are_trials_of_another_comparison(tmp_path: Path) 
         other.open(make=False)
 
 
-def test_what_is_tuned_and_what_is_solved_are_declared_apart(tmp_path: Path) -> None:
+def test_parity_declares_tuned_and_solved_keys_separately(tmp_path: Path) -> None:
     study = solved(tmp_path, 150)
     assert study.budget is not None
     micro = "train.per_device_train_batch_size"
