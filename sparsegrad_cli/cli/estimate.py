@@ -22,6 +22,7 @@ from sparsegrad_cli.cli.arguments import (
 from sparsegrad_cli.cli.output import show
 from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.methods.registry import METHOD_NAMES
 from sparsegrad_cli.recipe.section import parse_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ Methods = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="full, lora, meprop or sparsegrad (default: the recipe's). Name several with commas "
+        help=f"{', '.join(METHOD_NAMES)} (default: the recipe's). Name several with commas "
         "or by repeating the option; each trains as many parameters as the recipe's density "
         "selects.",
     ),
@@ -184,10 +185,8 @@ def _bytes(text: str, option: str) -> int:
 
 
 def _kernels(device: Device | None, has_gpu: bool, loaded: LoadedRecipe) -> Kernels:
-    import torch
+    from sparsegrad_cli.estimate.fake_run import kernels_of_training
 
     if device is not None:
-        return "cpu" if device is Device.cpu else "cuda"
-    if has_gpu or (torch.cuda.is_available() and not loaded.recipe.train.use_cpu):
-        return "cuda"
-    return "cpu"
+        return device.value
+    return "cuda" if has_gpu else kernels_of_training(loaded.recipe)

@@ -41,10 +41,16 @@ from sparsegrad_cli.models.targets import (
 )
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.schema import Recipe
 
 Kernels = Literal["cpu", "cuda"]
 
 STEP = ("forward", "backward", "optimizer")
+
+
+def kernels_of_training(recipe: Recipe) -> Kernels:
+    """Return the kind of device that training would use on this machine."""
+    return "cuda" if torch.cuda.is_available() and not recipe.train.use_cpu else "cpu"
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ from typing import Any
 
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.methods.registry import METHOD_NAMES
-from sparsegrad_cli.recipe.budget import NOTHING, parse_match
 from sparsegrad_cli.recipe.layers import anchor_paths, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import check
 from sparsegrad_cli.recipe.problems import method_advice
-from sparsegrad_cli.recipe.section import SettingError
 from sparsegrad_cli.recipe.shipped import find_recipe, recipe_of_run
 from sparsegrad_cli.recipe.study_expansion import (
     Cell,
@@ -19,8 +17,8 @@ from sparsegrad_cli.recipe.study_expansion import (
     StudySource,
     expand,
 )
-from sparsegrad_cli.recipe.study_section import SEEDS, Study, Tune
-from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, Layer, Place, clip, read_yaml
+from sparsegrad_cli.recipe.study_section import SEEDS, Study
+from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, Layer, Place, clip, read_yaml, setting
 
 __all__ = ["Cell", "LoadedStudy", "load_study", "make_study"]
 _OPTION = Place(COMMAND_LINE)
@@ -47,16 +45,14 @@ def load_study(
     path = find_recipe(source)
     if path is None:
         raise RecipeError([Place(str(source)).problem("(file)", "no such file")])
-    match, overrides = _match_among(overrides, match)
-    layer, overrides = _with_engine(read_yaml(path, str(source)), overrides)
+    layer, overrides = _with_options(read_yaml(path, str(source)), overrides, match, trials)
     _anchor_study(layer.data, path.resolve().parent)
-    study = _with_trials(_with_match(check(layer, Study), match), trials)
-    place = layer.places.get(("recipe",), Place(str(source)))
+    study = check(layer, Study)
     recipe = find_recipe(study.recipe, relative_to=path.resolve().parent)
     if recipe is None:
-        what = f"no such file: {clip(study.recipe)}"
-        raise RecipeError([place.problem("recipe", what)])
-    matched = _OPTION if match else layer.places.get(("match",), Place(str(source)))
+        place = layer.places.get(("recipe",), Place(str(source)))
+        raise RecipeError([place.problem("recipe", f"no such file: {clip(study.recipe)}")])
+    matched = layer.places.get(("match",), Place(str(source)))
     rows = _entry_of_each_row(layer.data["methods"])
     source_of = StudySource(str(source), str(recipe), overrides, matched, layer.places, rows)
     return expand(study, source_of)
@@ -114,16 +110,14 @@ def make_study(
         problems.append(_OPTION.problem("--seeds", f"expected 1 to {len(SEEDS)}, got {seeds}"))
     if problems:
         raise RecipeError(problems)
-    match, overrides = _match_among(overrides, match)
     recipe = source or "configs/quickstart.yaml"
     name = Path(recipe).stem
     if (within := recipe_of_run(recipe)) is not None:
         name, recipe = Path(recipe).resolve().name, str(within)
     data = {"name": _study_name(name), "recipe": recipe, "methods": methods, "seeds": SEEDS[:seeds]}
-    layer, overrides = _with_engine(Layer(data), overrides)
-    study = _with_trials(_with_match(check(layer, Study), match), trials)
+    layer, overrides = _with_options(Layer(data), overrides, match, trials)
     said = f"{name} from the command line"
-    return expand(study, StudySource(said, recipe, overrides, _OPTION))
+    return expand(check(layer, Study), StudySource(said, recipe, overrides, _OPTION))
 
 
 def _study_name(raw: str) -> str:
@@ -132,56 +126,32 @@ def _study_name(raw: str) -> str:
     return "".join(kept)[:80].lstrip(".-") or "recipe"
 
 
-def _with_match(study: Study, match: str | None) -> Study:
-    """Return the study with the command line's ``match``; ``none`` there is null in a file."""
-    if match is None:
-        return study
-    try:
-        if match not in NOTHING:
-            parse_match(match)
-    except SettingError as error:
-        raise RecipeError([_OPTION.problem("--match", str(error), error.fix)]) from None
-    return study.model_copy(update={"match": None if match in NOTHING else match})
+def _with_options(
+    layer: Layer, overrides: tuple[str, ...], match: str | None, trials: int | None
+) -> tuple[Layer, tuple[str, ...]]:
+    """Add the study's own keys of the command line to its layer, and return the other overrides.
 
-
-def _match_among(
-    overrides: tuple[str, ...], match: str | None
-) -> tuple[str | None, tuple[str, ...]]:
-    """Take ``match=peak=2GiB`` out of the overrides; it means the same as ``--match peak=2GiB``.
+    ``--match``, ``--tune``, ``match=none``, ``engine=slurm`` and ``engine.slurm.qos=x`` set such
+    keys.
 
     Raises:
-        RecipeError: both are given.
+        RecipeError: ``match`` is given twice.
     """
-    found = [text for text in overrides if text.partition("=")[0].strip() == "match"]
-    if found and match is not None:
+    keys = {text: text.partition("=")[0].strip() for text in overrides}
+    found = [text for text in overrides if keys[text].partition(".")[0] in ("match", "engine")]
+    if match is not None and "match" in keys.values():
         what = f"is given twice, here and as --match {match}"
         raise RecipeError([_OPTION.problem("match", what, "give one of the two")])
-    rest = tuple(text for text in overrides if text not in found)
-    return (found[-1].partition("=")[2].strip() or "null" if found else match), rest
-
-
-def _with_engine(layer: Layer, overrides: tuple[str, ...]) -> tuple[Layer, tuple[str, ...]]:
-    """Move ``engine=slurm`` and ``engine.KEY=VALUE`` from the overrides into the study's layer."""
-    keys = {text: text.partition("=")[0].strip() for text in overrides}
-    found = [text for text in overrides if keys[text].partition(".")[0] == "engine"]
-    if not found:
-        return layer, overrides
-    layers = [Layer({"engine": layer.data.get("engine", {})}, layer.places)]
-    layers += [
-        read_override(f"engine.name={text.partition('=')[2]}" if keys[text] == "engine" else text)
-        for text in found
-    ]
-    for each in layers:  # `engine: slurm` is short for a mapping with a name
-        if isinstance(each.data["engine"], str):
-            each.data["engine"] = {"name": each.data["engine"]}
+    options = [read_override(text) for text in found]
+    options += [setting("match", match)] if match is not None else []
+    options += [setting("tune.trials", trials)] if trials is not None else []
+    written = {key: value for key, value in layer.data.items() if key in ("engine", "tune")}
+    layers = [Layer(written, layer.places), *options]
+    for each in layers:
+        for key, name in (("engine", "name"), ("tune", "trials")):  # short forms of a mapping
+            if isinstance(each.data.get(key), str | int):
+                each.data[key] = {name: each.data[key]}
     merged = stack(layers)
-    layer.data["engine"] = merged.data["engine"]
+    layer.data |= merged.data
     layer.places.update(merged.places)
     return layer, tuple(text for text in overrides if text not in found)
-
-
-def _with_trials(study: Study, trials: int | None) -> Study:
-    if trials is None:
-        return study
-    tune = (study.tune or Tune()).model_copy(update={"trials": trials})
-    return study.model_copy(update={"tune": tune})

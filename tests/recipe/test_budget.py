@@ -76,7 +76,7 @@ def test_an_invalid_match_names_its_line_or_option(cli: Cli, tmp_path: Path) -> 
         assert outcome.code == 2 and "s.yaml:3 match" in outcome.flat, outcome.err
         assert WRONG[text].split()[-1] in outcome.flat
         outcome = cli("compare", "--methods", "lora", "--match", text, "--dry-run")
-        assert outcome.code == 2 and "command line --match" in outcome.flat, outcome.err
+        assert outcome.code == 2 and "command line match" in outcome.flat, outcome.err
     for other in ("12", "{peak: 2GiB}", "[trainable]"):
         path.write_text(f"methods: [lora]\nmatch: {other}\n", encoding="utf-8")
         with pytest.raises(RecipeError) as caught:

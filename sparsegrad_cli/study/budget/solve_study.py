@@ -12,12 +12,11 @@ from typing import Any
 
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import FileFormatError, Problem, RecipeError, SparsegradError
-from sparsegrad_cli.estimate.fake_run import Kernels
+from sparsegrad_cli.estimate.fake_run import Kernels, kernels_of_training
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.budget import Budget
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
-from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE
 from sparsegrad_cli.records.study import BudgetBlock, BudgetRow, LargerSize
@@ -62,7 +61,7 @@ def solve_study(
     started = time.perf_counter()
     cells = {(c.task, c.label): c for c in study.cells if c.seed == study.study.seeds[0]}
     check_size_is_open(study, budget)
-    kernels = kernels or _kernels(study.cells[0].loaded.recipe)
+    kernels = kernels or kernels_of_training(study.cells[0].loaded.recipe)
     solver = _Solver(study, budget, kernels, observer or Observer())
     before = kept if kept is not None and kept.match == budget.text else BudgetBlock()
     rows = solver.rows(list(cells.values()), kept)
@@ -204,12 +203,6 @@ class _Solver:
             shape_from=pick.shape_from,
             notes=pick.notes,
         )
-
-
-def _kernels(recipe: Recipe) -> Kernels:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() and not recipe.train.use_cpu else "cpu"
 
 
 def too_little(study: LoadedStudy, budget: Budget, cell: Cell, error: UnreachableError) -> Problem:
