@@ -79,26 +79,20 @@ def _walk(
     """Remove what pydantic adds to a location (union tags), and find the sections of its parent."""
     path: list[str | int] = []
     sections: list[type[BaseModel]] = [schema]
+    last = len(loc) - 1
     for at, part in enumerate(loc):
-        if isinstance(part, int):
+        if isinstance(part, int) or (unknown and at == last):  # an unknown key, whatever its name
             path.append(part)
             continue
-        if unknown and at == len(loc) - 1:  # the unknown key itself, whatever its name
-            path.append(str(part))
-            break
         tagged = [s for s in sections if _tag_of(s) == part and part not in s.model_fields]
         if tagged and len(sections) > 1:
             sections = tagged
-            continue
-        if "[" in str(part) or str(part) in ("str", "int", "float", "bool", "tuple"):
+        elif "[" in part or part in ("str", "int", "float", "bool", "tuple"):
             continue  # a branch of a plain union, such as str | tuple[int, ...]
-        if str(part).startswith("literal["):
-            continue
-        path.append(str(part))
-        if part is not loc[-1] or part in {f for s in sections for f in s.model_fields}:
-            deeper = [m for s in sections for m in _sections_of(s, str(part))]
-            if deeper and part is not loc[-1]:
-                sections = deeper
+        else:
+            path.append(part)
+            if at < last:
+                sections = [m for s in sections for m in _sections_of(s, part)] or sections
     return tuple(path), sections
 
 
