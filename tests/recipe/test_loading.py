@@ -258,7 +258,7 @@ def test_precedence_defaults_extends_recipe_command_line(tmp_path: Path) -> None
 def test_extends_in_a_cycle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "extends: b.yaml\n")
     b = write(tmp_path, "b.yaml", "extends: a.yaml\n")
-    assert "circle" in problems_of(b)["extends"]
+    assert "cycle" in problems_of(b)["extends"]
 
 
 def test_tuned_values_follow_the_task_unless_overridden(tmp_path: Path) -> None:

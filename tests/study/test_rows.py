@@ -26,7 +26,7 @@ def test_rows_equal_a_worked_example() -> None:
     half = 12.706204736174698 * math.sqrt(0.005) / math.sqrt(2)
     assert full["difference"]["interval"] == pytest.approx([0.15 - half, 0.15 + half])
     assert full["difference"]["against"] == "lora" and full["difference"]["n"] == 2
-    assert "+2 entries" in lora["note"]
+    assert "+2 parameters" in lora["note"]
 
 
 def test_counts_equal_a_worked_example() -> None:

@@ -327,7 +327,7 @@ def test_a_recorded_size_that_is_invalid_is_one_error(place: Path, rank: object)
     assert first.budget is not None
     picked = {"method.rank": rank} if rank is not None else {"method.entries": 7}
     kept = block([{**row, "set": picked} for row in first.budget.to_json()["rows"]])
-    with pytest.raises(FileFormatError, match="cannot have set") as caught:
+    with pytest.raises(FileFormatError, match="sets an invalid") as caught:
         solve_study(asked, kept=kept)
     assert caught.value.where is not None and "compare.json" in caught.value.where
 
