@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,6 +153,15 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     """Return the resolved recipe as plain data, with every default."""
     plain: dict[str, Any] = json.loads(recipe.model_dump_json())
     return plain
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of nested dicts, such as those of :func:`to_plain`."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
 
 
 def to_yaml(recipe: Recipe) -> str:

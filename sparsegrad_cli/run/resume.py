@@ -5,13 +5,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import exists, is_file, refuse_link
-from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
+from sparsegrad_cli.recipe.load_recipe import digest, leaves, load_recipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.run import Extension
 from sparsegrad_cli.records.store import load_run
@@ -69,7 +68,7 @@ def _load(file: Path) -> Recipe:
 def _extension(path: Path, recorded: str | None, recipe: Recipe) -> Extension:
     """Return the run's settings before it is extended; refuse any other change."""
     before = _load(path / "recipe.yaml")
-    then, now = dict(_leaves(to_plain(before))), dict(_leaves(to_plain(recipe)))
+    then, now = dict(leaves(to_plain(before))), dict(leaves(to_plain(recipe)))
     differing = [
         key
         for key in sorted({*then, *now} - {"output_dir"})
@@ -122,12 +121,3 @@ def _total_steps(path: Path) -> int:
 
     last = last_checkpoint(path)
     return 0 if last is None else read_state(last).progress.max_steps
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys and values of nested dicts."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    else:
-        yield key, value

@@ -11,13 +11,13 @@ Imports no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import did_you_mean
-from sparsegrad_cli.recipe.load_recipe import to_plain
+from sparsegrad_cli.recipe.load_recipe import leaves, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.records.study import KeyDifference, ParityBlock
@@ -79,7 +79,7 @@ def differences(study: LoadedStudy) -> list[Difference]:
 def compared(recipe: Recipe) -> dict[str, Any]:
     """Return the keys that must be equal, and the learning rate, as dotted key to value."""
     plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
-    view = dict(_leaves(plain, ""))
+    view = dict(leaves(plain))
     if recipe.train.lr_scheduler_type == "constant_with_warmup":
         view["train.lr_scheduler_type"] = "constant"  # warmup_steps is compared separately
     calibration = recipe.calibration
@@ -87,14 +87,6 @@ def compared(recipe: Recipe) -> dict[str, Any]:
     if recipe.method.calibrates and calibration.keep_head and calibration.warmup_steps:
         view[_HEAD] = f"{calibration.warmup_steps} steps at {calibration.warmup_learning_rate:g}"
     return view
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    else:
-        yield key, value
 
 
 def check_parity(study: LoadedStudy) -> ParityBlock:
