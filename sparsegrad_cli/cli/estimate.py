@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -177,11 +176,11 @@ def _room(gpu: str | None, overhead: str | None) -> Room | None:
 
 
 def _bytes(text: str, option: str) -> int:
-    if not re.fullmatch(r"\d+(\.\d+)? ?[KMG]iB", text):
-        raise UsageError(
-            f"{option} {text!r} is not a size", where="command line", fix="write 24GiB or 512MiB"
-        )
-    return parse_bytes(text)
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        fix = "write 24GiB or 512MiB"
+        raise UsageError(f"{option} {error}", where="command line", fix=fix) from None
 
 
 def _kernels(device: Device | None, has_gpu: bool, loaded: LoadedRecipe) -> Kernels:

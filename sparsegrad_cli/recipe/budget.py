@@ -72,20 +72,24 @@ def parse_match(text: str) -> Budget | None:
 
 
 def _amount(kind: Kind, amount: str, text: str) -> float:
-    found: float | None = None
-    if kind == "trainable":
-        parts = re.fullmatch(rf"({_NUMBER})([kM]?)", amount)
-        exact = Decimal(parts[1]) * _THOUSANDS[parts[2]] if parts else Decimal("0.5")
-        found = None if exact % 1 else float(exact)
-    elif re.fullmatch(rf"{_NUMBER} ?[KMG]iB", amount):
-        found = float(parse_bytes(amount))
-    if found is None:
+    try:
+        found = _parameters(amount) if kind == "trainable" else parse_bytes(amount)
+    except ValueError:
         unit = "a whole number of parameters" if kind == "trainable" else "a number of bytes"
         what = f"{shorten(text)}: expected {unit}, got {shorten(amount)}"
-        raise SettingError(what, fix=_advice(kind, amount))
+        raise SettingError(what, fix=_advice(kind, amount)) from None
     if found <= 0:
         raise SettingError(f"{shorten(text)} is not above 0", fix=f"such as {_EXAMPLES[kind]}")
-    return found
+    return float(found)
+
+
+def _parameters(amount: str) -> int:
+    """Return a number of parameters: ``70k`` is 70000; raise ValueError if it is not one."""
+    parts = re.fullmatch(rf"({_NUMBER})([kM]?)", amount)
+    exact = Decimal(parts[1]) * _THOUSANDS[parts[2]] if parts else None
+    if exact is None or exact % 1:
+        raise ValueError
+    return int(exact)
 
 
 def _advice(kind: Kind, amount: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,18 @@ Density = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of numpy's seeds
-Bytes = Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})? ?[KMG]iB$")]
+_SIZE = r"[0-9]{1,12}(\.[0-9]{1,9})? ?[KMG]iB"
+Bytes = Annotated[str, Field(pattern=f"^{_SIZE}$")]
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes of a size: ``64MiB`` is 67108864."""
+    """Return the bytes of a size: ``64MiB`` is 67108864.
+
+    Raises:
+        ValueError: The text is not a size.
+    """
+    if not re.fullmatch(_SIZE, text):
+        raise ValueError(f"{text!r} is not a size")
     units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     return int(float(text[:-3]) * units[text[-3:]])
 
