@@ -15,7 +15,7 @@ from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
-from sparsegrad_cli.records.study import PlanRecord
+from sparsegrad_cli.records.study import PlanRecord, Trial
 from sparsegrad_cli.report.budget import plan_screen
 from sparsegrad_cli.report.document import Table
 from sparsegrad_cli.report.fairness import check_lines, parity_table
@@ -27,7 +27,8 @@ from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.runs import Runs
 from sparsegrad_cli.study.search import Pruner, ended_trial, propose
 from sparsegrad_cli.study.search_space import RATE, first_point, series_of
-from sparsegrad_cli.study.tuning import Trial, Tuning
+from sparsegrad_cli.study.trial import TrialRunner
+from sparsegrad_cli.study.tuning import Tuning
 
 STUDY = """name: tiny
 methods: [lora, meprop]
@@ -70,11 +71,12 @@ def test_trials_and_runs_have_the_solved_size(tmp_path: Path) -> None:
         for number, score in enumerate((0.5, 0.75)):
             told = tuning.store.ended(series.name, 9)
             settings = propose(series.space, told, series.name)
-            trial = Trial(series, number, settings, Pruner(told), tuning.store)
-            assert size(trial.recipe(101)) == sizes[series.label]
-            entry = {"number": number, "settings": settings, "status": "done", "metric": "accuracy"}
-            entry |= {"score": score, "loss": 1.0, "seconds": 1.0, "steps": 6, "error": None}
-            tuning.store.add(series.name, ended_trial(series.space, entry | {"runs": []}, {}))
+            runner = TrialRunner(series, number, settings, Pruner(told), tuning.store)
+            assert size(runner.recipe(101)) == sizes[series.label]
+            trial = Trial(
+                number=number, settings=settings, status="done", metric="accuracy", score=score
+            )
+            tuning.store.add(series.name, ended_trial(series.space, trial, {}))
     tuned = tuning.tuned()
     assert tuned is not None and tuned.budget == study.budget
     assert tuned.match_place == study.match_place
