@@ -103,7 +103,7 @@ def test_an_unreachable_hub_suggests_local_files(cli: Cli) -> None:
 
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_suggests_local_files(tmp_path: Path) -> None:
-    """Slow, as huggingface_hub tries it six times."""
+    """huggingface_hub tries six times, so this test is slow."""
     done = subprocess.run(
         [sys.executable, "-m", "sparsegrad_cli", "train", "model=roberta-base-not-cached", *SMALL],
         cwd=tmp_path,

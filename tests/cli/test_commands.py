@@ -44,7 +44,7 @@ def test_configs_are_listed_and_copied(cli: Cli, tmp_path: Path) -> None:
     assert copied.read_text() == (REPO / "configs" / "roberta_glue.yaml").read_text()
     assert cli("configs", "copy", "roberta_glue").code == 2
     assert cli("validate", "roberta_glue.yaml", "seed=3").code == 0
-    # Settings of accelerate's launcher come along, and are no recipes.
+    # Settings of accelerate's launcher are listed too, but are not recipes.
     assert "configs/accelerate/fsdp2.yaml" in listed
     assert cli("configs", "copy", "accelerate/fsdp2").code == 0
     assert (tmp_path / "fsdp2.yaml").read_text().startswith("# Several GPUs")
@@ -90,7 +90,7 @@ def test_calibrate_then_train_on_its_basis(
 
 
 def test_a_reused_basis_gives_the_same_run_as_a_new_one(cli: Cli, tmp_path: Path) -> None:
-    """Thin basis, scores and warm head included: nothing but the calibration block differs."""
+    """Only the calibration block differs, even with thin bases, scores and a warm head."""
     common = (
         *METHODS["core"],
         *SMALL,

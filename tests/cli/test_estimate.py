@@ -28,7 +28,7 @@ TINY = {
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    """A model folder with a configuration and not one weight."""
+    """A model folder with a configuration but no weights."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
@@ -45,7 +45,7 @@ def test_estimate_equals_the_memory_that_a_run_counts(cli: Cli, tmp_path: Path) 
     (row,) = json.loads(outcome.out)["rows"]
     for phase in ("forward", "backward"):
         assert row["phases"][phase] == counted["phases"][phase]["peak_bytes"]
-    # The optimizer's figure of a run leaves out the batch and its loss, which lie there too.
+    # A run's optimizer figure leaves out the batch and its loss.
     beside = row["phases"]["optimizer"] - counted["phases"]["optimizer"]["peak_bytes"]
     assert 0 < beside <= (3 * batch * length + batch) * 8 + 64
     assert row["counts"]["trainable_targets"] > 0 and row["calibrate_peak_bytes"] > 0
@@ -111,7 +111,7 @@ def test_a_study_has_a_row_for_every_task_and_method(cli: Cli, tiny: str, tmp_pa
 
 
 def test_estimate_of_the_papers_recipe_needs_no_download(cli: Cli) -> None:
-    """LLaMA-2 7B with one block adapted: sizes are all that is needed, and they are built in."""
+    """LLaMA-2 7B with one adapted block: the built-in configuration is enough."""
     before = rss_bytes()
     outcome = cli("estimate", "configs/llama2_oasst.yaml", "targets.blocks=[0]", "--json")
     assert outcome.code == 0, outcome.err

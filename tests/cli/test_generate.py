@@ -24,7 +24,7 @@ BRIEF = ("--max-new-tokens", "6", "--device", "cpu")
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """A tiny random model, which babbles bytes, control characters among them."""
+    """A tiny random model that writes arbitrary bytes, including control characters."""
     return str(chat_model_folder(tmp_path / "m"))
 
 
@@ -39,7 +39,7 @@ def test_one_prompt(cli: Cli, model: str) -> None:
 
 
 def test_control_characters_in_answers_are_escaped(cli: Cli, model: str) -> None:
-    """Hot enough it writes every byte there is."""
+    """At a high temperature it writes every possible byte."""
     hot = ("generate", model, "-p", "Hi", "-t", "1e4", "--max-new-tokens", "400", "--device", "cpu")
     raw = json.loads(cli(*hot, "--json").out)["answers"][0]["answers"][0]
     controls = {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))} - {"\n", "\t"}
@@ -102,7 +102,7 @@ def test_a_killed_command_continues_where_it_stopped(cli: Cli, model: str, tmp_p
 
 
 def read_until(process: subprocess.Popen[bytes], seconds: float = 60.0) -> bytes:
-    """What the process has written as soon as there is something."""
+    """Read from a process until a text appears."""
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], seconds)
     assert ready, "nothing was written"
@@ -110,7 +110,7 @@ def read_until(process: subprocess.Popen[bytes], seconds: float = 60.0) -> bytes
 
 
 def test_a_conversation_works_through_a_pipe(tmp_path: Path) -> None:
-    """Ctrl-C stops an answer, /reset forgets, the end of the pipe ends it."""
+    """Ctrl-C stops an answer, /reset starts again, and the end of input ends the command."""
     endless = str(chat_model_folder(tmp_path / "m", positions=100_000, endless=True))
     process = start(
         tmp_path,
@@ -127,7 +127,7 @@ def test_a_conversation_works_through_a_pipe(tmp_path: Path) -> None:
         assert read_until(process)
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == b"stopped\n"
-        # All of the first answer has been written by now: what comes next is of the second.
+        # The first answer is complete; what follows belongs to the second.
         while select.select([process.stdout], [], [], 0)[0]:
             os.read(process.stdout.fileno(), 65536)
         process.stdin.write(b"\n  \n/reset\n/what\nAnd \xff now?\n")

@@ -48,7 +48,7 @@ def judge(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[str, str]:
-    """Answers of two models, ``one`` and ``two``; every answer tells where it comes from."""
+    """Answers of two models, ``one`` and ``two``; every answer names its model and question."""
     made = []
     for name in ("one", "two"):
         path = tmp_path / f"{name}.jsonl"
@@ -58,7 +58,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 
 def by_answer(grades: dict[str, str]) -> Callable[[dict[str, Any], int], Response]:
-    """A judge that goes by which answer it is asked to grade: the last in the prompt."""
+    """A judge whose verdict depends on the answer to grade, the last one in the prompt."""
 
     def judges(body: dict[str, Any], number: int) -> Response:
         prompt = body["messages"][-1]["content"]
@@ -81,7 +81,7 @@ def test_grades_are_summed_up_by_model_and_category(
         outcome = judge(server.url, *files, "-o", "out", "--json")
     assert outcome.code == 0, outcome.err
     record = json.loads(outcome.out)
-    # Questions weigh alike: one has 6 (8 and 4), 9 and 3.
+    # Questions have equal weights: one has 6 (8 and 4), 9 and 3.
     whole = find_row(record, model="one", category=None)
     assert whole["mean"] == pytest.approx(6.0)
     assert whole["standard_error"] == pytest.approx(math.sqrt((0 + 9 + 9) / 2 / 3))
@@ -121,7 +121,7 @@ def test_the_same_command_requests_only_missing_verdicts(
         # Another judge: all of them.
         assert judge(server.url, files[0], "-o", "out", "--model", "judge-2").code == 0
         assert len(server.requests) == 12
-        # One changed answer: every prompt that it stands in.
+        # One changed answer: every prompt that contains it.
         answers_file(
             Path(files[0]),
             questions_file(tmp_path),
@@ -226,7 +226,7 @@ def test_markup_in_answers_and_names_is_escaped(
         outcome = judge(server.url, str(path), "-o", "out")
     assert outcome.code == 0 and "[bold]x[/bold]" in outcome.out
     assert "\x1b[31m" not in outcome.out
-    # The judge reads the answer as it is, and its own verdict counts.
+    # The judge gets the unchanged answer, and only its own verdict counts.
     assert all(f"\n{HOSTILE}\nEND ANSWER" in prompt for prompt in server.prompts)
     report = (tmp_path / "out" / "judge.md").read_text()
     assert "<script>" not in report and "\x1b" not in report
@@ -306,7 +306,7 @@ def test_a_killed_command_continues_where_it_stopped(
             [sys.executable, "-m", "sparsegrad_cli", *arguments], cwd=tmp_path, env=dict(os.environ)
         )
         assert third.wait(60)
-        # The third is asked while the second verdict is being written.
+        # The third request is sent while the second verdict is being written.
         deadline = time.monotonic() + 30
         while len(read_verdicts(tmp_path / "out")) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -131,7 +131,7 @@ def test_a_failed_run_that_never_trained_does_not_block_its_folder(cli: Cli, pro
     assert json.loads((project / "out" / "run.json").read_text())["status"] == "failed"
     weights.write_bytes(kept)
     assert cli("train", recipe, "-q").code == 0
-    again = cli("train", recipe, "-q")  # a run that trained is never replaced unasked
+    again = cli("train", recipe, "-q")  # a run that trained is never replaced without --overwrite
     assert again.code == 2 and "not empty" in again.err
 
 

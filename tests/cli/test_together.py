@@ -12,7 +12,7 @@ COMMANDS = ("compare", "estimate", "validate", "report", "export", "generate", "
 
 @pytest.fixture
 def of_forty(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The first of forty processes, as torchrun would tell it."""
+    """Set the environment of the first of forty processes, as torchrun does."""
     for key, value in (("WORLD_SIZE", "40"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(key, value)
     return monkeypatch

@@ -118,7 +118,7 @@ def test_entries_replace_the_density() -> None:
     assert (plain.method.density, plain.method.entries) == (0.01, None)
     assert (counted.method.density, counted.method.entries) == (None, 500)
     assert digest(plain) != digest(counted)
-    # The stronger of the two is the one that is meant: the quickstart gives a density.
+    # The stronger setting replaces the density of the quickstart.
     assert load_recipe(None, ("method.entries=500",)).recipe == counted
     back = load_recipe(None, ("method.entries=500", "method.density=0.01"))
     assert back.recipe == plain

@@ -132,7 +132,7 @@ def test_a_setting_disabled_by_a_stronger_one_is_reset(
     section, _, short = name.partition(".")
     child = write(tmp_path, f"extends: r.yaml\n{section}: {{{short}: {setting}}}\n", "child.yaml")
     assert load_recipe(child).recipe == loaded.recipe
-    # What is typed is stronger than what disables it in a file: refused.
+    # An override without effect is refused, because it is stronger than the file.
     assert f"train.{key}" in problems(child, f"train.{key}=4")
     # The resolved recipe says what runs, and reads back.
     again = write(tmp_path, to_yaml(loaded.recipe), "again.yaml")
@@ -155,7 +155,7 @@ def test_another_method_or_task_drops_settings_of_the_first(tmp_path: Path) -> N
     path = write(tmp_path, "calibration: {steps: 9, keep_head: true}\n")
     loaded = load_recipe(path, ("method=lora",))
     assert loaded.recipe.calibration.steps == 32 and len(loaded.notes) == 2
-    # Methods share the section: a command line may give it to all of them.
+    # Methods share the section, so the command line may set it for all of them.
     loaded = load_recipe(None, ("method=lora", "calibration.steps=3"))
     assert [note for note in loaded.notes if "command line" in note] == [
         "calibration.steps (command line) has no effect: lora does not calibrate"
@@ -250,7 +250,7 @@ def test_match_accepts_none_and_null(tmp_path: Path, text: str) -> None:
     study = write(tmp_path, f"methods: [lora, full]\nmatch: {text}\n", "s.yaml")
     assert load_study(study).study.match is None
     if text == "'null'":
-        return  # in YAML, a word that a command line alone has
+        return  # only the command line has this spelling
     assert load_recipe(recipe).recipe.match is None
     assert load_recipe(recipe, (f"match={text}",)).recipe.match is None
     for found in (

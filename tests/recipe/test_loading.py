@@ -1,4 +1,4 @@
-"""Recipes: precedence, errors with file and line, overrides, digests; every YAML in the tree."""
+"""Recipes: precedence, errors with file and line, overrides, digests, shipped files."""
 
 from __future__ import annotations
 

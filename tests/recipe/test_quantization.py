@@ -69,7 +69,7 @@ def test_the_refusal_names_place_and_fix(cli: Cli) -> None:
 
 
 def test_recipes_without_quantization_keep_their_digest() -> None:
-    """sha256 of the sorted JSON without output_dir, as of a version that knew no such key."""
+    """The digest is that of an earlier version, which had no such key."""
     plain = load_recipe(None).recipe
     before = to_plain(plain)
     del before["output_dir"], before["init_from"]

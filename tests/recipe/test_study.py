@@ -55,7 +55,7 @@ def test_paper_studies_have_published_figures_and_accept_both_scopes(name: str) 
     figures = study.study.figures
     found = [f for f in figures if (f.task, f.method) == (task, method)]
     assert [getattr(figure, key) for figure in found] == [value]
-    # Every figure stands beside a row that there is.
+    # Every figure belongs to an existing row.
     rows = {(cell.task, cell.label) for cell in study.cells}
     assert {(f.task, f.method) for f in figures if f.task != "average"} <= rows
     scopes = {cell.loaded.recipe.scope for cell in study.cells}

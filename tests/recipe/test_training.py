@@ -37,7 +37,7 @@ def written(folder: Path, train: str, more: str = "") -> Path:
             "  eval_strategy: epoch\n  eval_steps: 2\n  save_strategy: steps\n",
             f"6: train.save_strategy 'steps' {LOST} (eval_strategy is 'epoch')",
         ),
-        # transformers accepts a multiple, but the best of six evaluations may not be the sixth.
+        # transformers accepts a multiple, but then the best model may not be saved.
         (
             "  eval_strategy: steps\n  eval_steps: 1\n  save_steps: 6\n",
             f"6: train.save_steps 6 {LOST} (eval_steps is 1)",
@@ -63,7 +63,7 @@ def test_best_model_needs_a_checkpoint_at_every_evaluation(
 
 
 def test_labels_that_are_scores_are_not_smoothed(tmp_path: Path) -> None:
-    """Of stsb that is known; of a file once it is read, before tokenizer and model are."""
+    """For stsb it is known in advance; for a file, after reading it and before loading a model."""
     smoothed = "  label_smoothing_factor: 0.1\n"
     with pytest.raises(RecipeError) as caught:
         load_recipe(written(tmp_path, smoothed, "task: glue/stsb\n"))

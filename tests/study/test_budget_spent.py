@@ -35,7 +35,7 @@ def budget(kind: str, request: float, *rows: dict[str, Any]) -> dict[str, Any]:
     ("kind", "value"),
     [
         ("trainable", 10),
-        ("optimizer_state", 8),  # the most of a step's phases, where the end was not recorded
+        ("optimizer_state", 8),  # the maximum over a step's phases if the end was not recorded
         ("peak", 150),
     ],
 )

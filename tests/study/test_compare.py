@@ -30,7 +30,7 @@ def watched(page: Path) -> Iterator[list[tuple[int, bool]]]:
             last = over.is_set()
             if page.is_file():
                 text = page.read_text(encoding="utf-8")
-                assert text.endswith("</html>\n")  # whole at every moment
+                assert text.endswith("</html>\n")  # complete at every moment
                 done = re.search(r"(\d+) of 2 runs done", text)
                 assert done is not None
                 found = (int(done[1]), 'http-equiv="refresh"' in text)
@@ -56,8 +56,8 @@ def test_comparison_is_fair_complete_and_can_be_extended(
     with watched(tmp_path / "c" / "report.html") as seen:
         outcome = cli(*command)
     assert outcome.code == 0, outcome.err
-    # The page was there from the first cell on, renewed itself, and stands still in the end. The
-    # page between the last cell and the end lives too shortly to be seen every time.
+    # The page exists from the first run on and reloads itself until the end. The page between the
+    # last run and the end exists too briefly to be seen every time.
     assert [state for state in seen if state != (2, True)] == [(0, True), (1, True), (2, False)]
     record = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert record["status"] == "done"
@@ -71,7 +71,7 @@ def test_comparison_is_fair_complete_and_can_be_extended(
     assert record["tests"]["pairs"] == [] and record["tests"]["untested"] == 1
     lora, meprop = record["rows"]
     assert lora["touched_targets"] == lora["trainable_targets"]
-    assert meprop["touched_targets"] > meprop["trainable_targets"]  # it chooses anew in every step
+    assert meprop["touched_targets"] > meprop["trainable_targets"]  # it chooses again in every step
     asked = record["cells"][0]["run"]["counts"]["requested_target_entries"]
     assert record["cells"][1]["run"]["counts"]["requested_target_entries"] == asked
     assert (tmp_path / "c" / "report.html").stat().st_size > 10_000
@@ -79,14 +79,14 @@ def test_comparison_is_fair_complete_and_can_be_extended(
     for name in ("report.md", "report.tex"):
         text = (tmp_path / "c" / name).read_text()
         assert "one seed ranks no method" in text and "lora" in text
-    # Nothing is run again; one lost cell is.
+    # Only a lost run is repeated.
     before = {c["run_dir"]: c["run"]["finished"] for c in record["cells"]}
     (tmp_path / "c" / record["cells"][1]["run_dir"] / "run.json").unlink()
     assert cli(*command).code == 0
     after = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert after["status"] == "done"
     assert after["cells"][0]["run"]["finished"] == before[after["cells"][0]["run_dir"]]
-    # Another comparison does not write over it.
+    # Another comparison does not overwrite it.
     for others in (
         ("--methods", "full", *quick),
         ("--methods", "lora,meprop", *quick, "task.max_length=19"),
@@ -94,7 +94,7 @@ def test_comparison_is_fair_complete_and_can_be_extended(
         other = cli("compare", "--seeds", "1", "-o", "c", "-q", *others)
         assert other.code == 2 and "another study" in other.flat
         assert "acceptability lora seed" in other.flat
-    # But it may grow.
+    # But the comparison may grow.
     assert cli("compare", "--methods", "meprop,full,lora", *command[3:]).code == 0
     grown = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert [row["method"] for row in grown["rows"]] == ["meprop", "full", "lora"]

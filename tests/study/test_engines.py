@@ -29,7 +29,7 @@ TINY = (
 
 
 class StandIn:
-    """A process that ends when it is told to."""
+    """A fake process that ends on request."""
 
     started: ClassVar[list[dict[str, str]]] = []
 

@@ -81,6 +81,8 @@ def test_a_killed_coordinator_leaves_no_orphan_and_continues(
     assert second.returncode == 0, told
     assert "[1/2] builtin:acceptability  lora  seed 42: done before" in told
     assert (lora / "run.json").read_bytes() == before
-    assert steps(full) == list(range(1, 41))  # from the checkpoint on, no step twice
+    assert steps(full) == list(
+        range(1, 41)
+    )  # continued from the checkpoint without repeating a step
     record = json.loads((folder / "compare.json").read_text())
     assert [cell["status"] for cell in record["cells"]] == ["done", "done"]

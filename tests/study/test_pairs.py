@@ -72,7 +72,7 @@ def test_only_common_finished_seeds_count() -> None:
     cells += [cell("b", 9, 0.9, task="u"), cell("b", 0, 0.4, task="u")]
     cells[2] |= {"status": "failed"}
     pair = only(pair_tests_of(cells))
-    assert (pair["n"], pair["tasks"]) == (2, 1)  # of u they share one seed
+    assert (pair["n"], pair["tasks"]) == (2, 1)  # they share one seed of u
     assert pair["wins"] == 2
 
 

@@ -88,7 +88,7 @@ def test_a_head_warmed_up_for_one_method_only_is_refused(tmp_path: Path) -> None
         check_parity(both)
     alone = make_study(None, ("sparsegrad",), 1, ("calibration.keep_head=true",))
     assert check_parity(alone).flagged == []
-    # The core form warms the head by default, and takes it back: that is calibration.
+    # The core form warms up the head by default and undoes it: that is calibration.
     plain = make_study(None, ("lora", "sparsegrad"), 1, ())
     parity = check_parity(plain).to_json()
     assert parity["compared"] > 40 and parity["declared"] == parity["flagged"] == []

@@ -52,7 +52,7 @@ class ProgramJob:
 
 
 class ProgramEngine:
-    """Runs a Python program in place of every run."""
+    """Run a Python program instead of every run."""
 
     quiet = True
 
@@ -77,7 +77,7 @@ def recipe() -> Recipe:
 def test_a_status_written_by_the_run_is_kept(
     tmp_path: Path, recipe: Recipe, status: str, program: str
 ) -> None:
-    """Its report could not be written, or its interpreter crashed on the way out."""
+    """The process may fail after it has written its status."""
     folder = tmp_path / "r"
     folder.mkdir()
     write_json_atomic(folder / "run.json", {"schema": 1, "status": status, "metrics": {}})
@@ -156,7 +156,7 @@ def start_managed(file: Path) -> subprocess.Popen[str]:
 def test_the_second_of_two_processes_for_a_run_waits_and_then_checks(
     tmp_path: Path, recipe: Recipe
 ) -> None:
-    """And each ends when its starter is gone, which closes its standard input."""
+    """Each process ends when its parent dies, which closes its standard input."""
     file, folder = tmp_path / "r.yaml", tmp_path / "r"
     file.write_text(f"output_dir: {folder}\n")
     first = start_managed(file)

@@ -69,7 +69,7 @@ def test_proposals_are_halton_then_a_function_of_the_results() -> None:
     # Repeated, and continued from the middle.
     assert settings_of(searched(FIRST + 4)) == found
     assert settings_of(searched(FIRST + 4, told[: FIRST + 2])) == found
-    # Other results, or another series, and TPE proposes something else.
+    # TPE proposes something else for other results or another series.
     last = propose(SPACE, told, "t lora")
     turned = [ended_trial(SPACE, record(s, -quality(s)), {1: 0.0}) for s in found]
     assert propose(SPACE, turned, "t lora") != last != propose(SPACE, told, "t full")
@@ -131,8 +131,10 @@ def test_pruner_compares_a_second_seed_with_second_seeds() -> None:
     pruner = Pruner(told)
     assert not pruner.stops(3, 0.41) and not pruner.stops(6, 0.42)
     assert pruner.stops(NEXT_SEED + 3, 0.0)  # 0.42 in all, 0.5 the median of the second seed
-    assert not Pruner(told).stops(NEXT_SEED + 6, 0.0)  # the very last
-    assert Pruner(told).stops(6, 0.0)  # the last of the first: spares the second
+    assert not Pruner(told).stops(NEXT_SEED + 6, 0.0)  # the last step of all
+    assert Pruner(told).stops(
+        6, 0.0
+    )  # the last step of the first seed: the second seed does not run
 
 
 def test_trial_store_keeps_trials_complete_and_in_order(tmp_path: Path) -> None:

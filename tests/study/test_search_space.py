@@ -95,7 +95,7 @@ def test_further_keys_are_the_same_for_all_methods_and_fill_their_ranges(tmp_pat
     assert {point["train.lr_scheduler_type"] for point in points} == {"linear", "cosine"}
     shares = [point["train.warmup_steps"] for point in points]
     assert 0 <= min(shares) < 0.03 and 0.27 < max(shares) <= 0.3
-    # Every point makes a recipe, which differs from the cell's in these keys and the seed alone.
+    # Every point gives a recipe that differs from the run's only in these keys and the seed.
     cell = found.cells[0]
     made = with_settings(cell.loaded.recipe, points[4], seed=9)
     assert made.train.warmup_steps == points[4]["train.warmup_steps"] and made.seed == 9
@@ -163,7 +163,7 @@ def test_a_best_rate_at_the_end_of_its_range_is_an_edge() -> None:
     for number, end in ((0, "lowest"), (2, "highest")):
         shifted = [trial(n, 0.9 if n == number else 0.1) for n in range(3)]
         assert edges(space, shifted) == [Edge(key=RATE, end=end)]
-    # One that failed or was pruned was tried all the same.
+    # Failed and pruned trials count as tried.
     beyond = trial(3, None, status="failed")
     assert edges(space, [trial(0, 0.1), trial(2, 0.9), beyond]) == []
     assert edges(space, [beyond]) == []

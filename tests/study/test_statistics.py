@@ -23,7 +23,7 @@ from sparsegrad_cli.study.statistics import (
 
 
 def brute_p(values: list[float]) -> float:
-    """Every choice of signs, one by one."""
+    """Return the p-value by enumerating all signs."""
     observed = abs(sum(values))
     sums = [
         sum(s * v for s, v in zip(signs, values, strict=True))
@@ -35,8 +35,8 @@ def brute_p(values: list[float]) -> float:
 def test_mean_and_std_of_few_values() -> None:
     assert mean([]) is None and std([1.0]) is None and std([1.0, 3.0]) == math.sqrt(2)
     assert student([]) is None and student([[1.0]]) is None and student([[1.0, 2.0], [1.0]]) is None
-    assert student([[0.5, 0.5, 0.5]]) is None  # equal values promise nothing
-    # Nor where they differ by rounding alone: 5 and 5 sentences of 277 more.
+    assert student([[0.5, 0.5, 0.5]]) is None  # equal values give no interval
+    # Nor do values that differ only by rounding.
     ties = [155 / 277 - 150 / 277, 165 / 277 - 160 / 277]
     assert ties[0] != ties[1] and student([ties]) is None
     assert student([[0.1 + 0.2, 0.3, 0.3]]) is None
@@ -97,7 +97,7 @@ def test_sign_flip_p_of_equal_sizes_equals_the_sign_test() -> None:
     assert math.isclose(p(23, EXACT), stats.binomtest(23, EXACT).pvalue)
     drawn, exact = p(29, 44), float(stats.binomtest(29, 44).pvalue)
     assert abs(drawn - exact) < 4 * math.sqrt(exact * (1 - exact) / DRAWS)
-    assert p(29, 44) == drawn  # the draws are always the same
+    assert p(29, 44) == drawn  # the draws have a fixed seed
 
 
 def test_sign_flip_p_and_smallest_p_of_edge_cases() -> None:
@@ -130,7 +130,7 @@ def test_holm_rejects_the_same_as_its_step_down_rule() -> None:
 
 
 def test_equal_methods_are_rarely_called_different() -> None:
-    """Four methods of one distribution, 300 studies: any difference shown in at most 5 %, +3 sd."""
+    """Of 300 studies of four equal methods, at most 5 % (+3 sd) report a difference."""
     draw = np.random.default_rng(5)
     wrong = 0
     for _ in range(300):

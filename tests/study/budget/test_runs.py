@@ -75,7 +75,7 @@ def study(place: Path, match: str, rows: Sequence[str]) -> LoadedStudy:
 
 
 def ran(solved: LoadedStudy, folder: Path) -> list[dict[str, Any]]:
-    """The cells as the ledger has them, run in this process."""
+    """Return the runs of a study as compare.json records them; they train in this process."""
     cells = []
     for cell in solved.cells:
         run = folder / f"{cell.label}-{cell.seed}"
@@ -121,15 +121,15 @@ def test_runs_meet_a_peak_budget_and_the_report_states_deviations(
     cells = ran(solved, tmp_path)
     rows = rows_of(solved, cells)
     for row in rows.values():
-        # The tokenizer gives no token types, which an estimate supposes: 8 bytes a token.
-        # What calibration takes is estimated to within a few per cent, a step to the byte.
+        # The tokenizer gives no token types, which an estimate assumes: 8 bytes a token.
+        # The estimate of calibration is within a few percent, that of a step exact.
         slack = 0.02 * row["predicted"] if row["method"] == "dense" else 0
         assert -slack <= row["predicted"] - row["measured"] <= 2 * 8 * 8 * 11
         assert row["measured"] <= kib * 1024 < row["larger"]["takes"]
         assert row["verdict"] == ("under" if row["method"] == "full" else "met")
     if methods == ("dense",):
         return
-    # As many examples make an update; that is declared, and nothing else differs.
+    # An update has the same number of examples; the batches are declared as differences.
     assert rows["full"]["set"]["train.gradient_accumulation_steps"] == 2
     assert set(rows["lora"]["set"]) == {"match", "method.rank", "method.density"}
     keys = {"train.per_device_train_batch_size", "train.gradient_accumulation_steps"}
@@ -156,7 +156,7 @@ def test_other_differences_are_refused_under_a_budget(place: Path) -> None:
 
 
 def test_an_update_in_micro_batches_equals_the_update(place: Path, tmp_path: Path) -> None:
-    """Without dropout; the gradients of earlier micro-batches are measured with it."""
+    """The model has no dropout; the peak includes the gradients of earlier micro-batches."""
     plain = ("task.max_length=16", "method=full", "train.max_steps=6", "train.eval_steps=6")
     cut = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
     whole = train(tmp_path / "whole", place / "base", place / "data", *plain)
@@ -203,7 +203,7 @@ def test_a_continued_study_keeps_its_solved_sizes(cli: Cli, place: Path, tmp_pat
     assert found["parity"]["flagged"] == []
     for name in ("report.html", "report.md", "report.tex"):
         assert "trainable=230" in (tmp_path / "c" / name).read_text()
-    # The same command finds all done, at the sizes that were picked; another budget is another.
+    # The same command finds all runs done; another budget is another comparison.
     again = cli("compare", path, *option)
     assert again.code == 0 and "done before" in again.flat, again.err
     assert "solve trainable" not in again.flat
@@ -226,7 +226,7 @@ def test_a_tuned_study_has_one_size_per_row(cli: Cli, place: Path, tmp_path: Pat
     runs = [("lora", "*-lora-*"), ("static", "*-static-*")]
     for method, names in runs:
         folders = sorted((tmp_path / "c").glob(f"[ct]*/{names}/recipe.yaml"))
-        assert len(folders) == 3  # a cell and two trials
+        assert len(folders) == 3  # a run and two trials
         for file in folders:
             plain = to_plain(load_recipe(file).recipe)
             assert (

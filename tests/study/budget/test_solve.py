@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def counting() -> Counting:
-    """One for all tests: what was rehearsed once is known."""
+    """Share one counter among all tests, so that each fake run happens once."""
     return Counting("cpu")
 
 
@@ -189,13 +189,13 @@ def test_the_batch_is_reduced_only_if_the_smallest_size_does_not_fit(
     }
     assert pick.larger == ("a batch of 8", whole) and pick.shape == [4, 11]
     assert pick.predicted <= whole - 1
-    # LoRA at rank 1 fits whole, and so it stays whole, however low its rank.
+    # LoRA at rank 1 fits at the full batch, so the batch is kept.
     pick = picked(lora, "peak", whole - 1, counting)
     assert pick.recipe.recipe.train == lora.recipe.train
 
 
 def test_accumulated_gradients_are_counted(place: Path, counting: Counting) -> None:
-    """At half the batch a step holds what it held and the gradients of earlier micro-batches."""
+    """At half the batch, a step also holds the gradients of earlier micro-batches."""
     twice = recipe(place, "full", "train.gradient_accumulation_steps=2")
     once = recipe(place, "full")
     gradients = 4 * sum((2 * 16 * 12, 16 * 16 + 16, 16 * 2 + 2))  # MLP, pooler, classifier
@@ -215,7 +215,7 @@ def test_the_calibration_batch_is_reduced_before_size_and_batch(
     pick = picked(loaded, "peak", room, counting)
     found = settings_of(loaded, pick.recipe)
     assert found["calibration.batch_size"] < 32
-    # As many examples are read, and a step is what it was.
+    # Calibration reads the same number of examples, and the step is unchanged.
     assert found["calibration.batch_size"] * found["calibration.steps"] == 3 * 32
     assert pick.recipe.recipe.train == loaded.recipe.train
     assert counting.calibration(pick.recipe) <= room and pick.predicted <= room
@@ -288,7 +288,7 @@ def test_every_run_gets_the_solved_settings_and_records_them(place: Path) -> Non
     assert full["matched"] is False and full["set"] == {}
     assert lora["matched"] and (lora["predicted"], lora["remainder"]) == (112, 38)
     assert lora["larger"] == {"size": "rank 3", "takes": 168}
-    assert twice["key"] == lora["key"]  # a learning rate is no other question
+    assert twice["key"] == lora["key"]  # the solution does not depend on the learning rate
     assert solved.cells[2].loaded.recipe.train.learning_rate == 2e-3
 
 
@@ -303,7 +303,7 @@ def test_solved_sizes_of_an_interrupted_study_are_kept(place: Path) -> None:
     assert again.cells[1].loaded.recipe.method.model_dump()["rank"] == 7
     other = solve_study(study(place, "trainable=151", full=", matched: false"), kept=kept)
     assert other.cells[1].loaded.recipe.method.model_dump()["rank"] == 2
-    # Who reads the block of a comparison that is under way says just what it says.
+    # A block read from an unfinished comparison gives the same block.
     same = solve_study(
         study(place, "trainable=150", full=", matched: false"),
         kept=BudgetBlock.model_validate(measured_in(first.budget.to_json(), [])),
@@ -347,7 +347,7 @@ def test_a_row_that_sets_its_size_keeps_it_and_must_fit(place: Path) -> None:
 def test_all_unreachable_budgets_are_reported_with_the_amounts_needed(place: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         solve_study(study(place, "trainable=50"))
-    full, lora = caught.value.problems  # the second row of LoRA is the same question
+    full, lora = caught.value.problems  # the second LoRA row has the same solution
     assert "too little for full on csv" in full.what and "384 parameters" in full.what
     assert "(rank 1) it takes 56 parameters" in lora.what
     assert full.file == str(place / "s.yaml") and full.line == 12 and full.key == "match"
