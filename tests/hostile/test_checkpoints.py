@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 @st.composite
-def mutilated(draw: st.DrawFn) -> tuple[str, bytes | Damages, bool]:
+def damaged_checkpoints(draw: st.DrawFn) -> tuple[str, bytes | Damages, bool]:
     """Draw (file, content or damages to its tensors, whether the manifest matches)."""
     name = draw(st.sampled_from(names()))
     path = stopped_run().run / name
@@ -72,11 +72,11 @@ def other(draw: st.DrawFn, data: Any) -> Any:
 
 
 @property_test(
-    "a mutilated checkpoint, train --resume",
+    "a damaged checkpoint, train --resume",
     few=4,
     many=150,
     shrink=False,
-    case=st.deferred(mutilated),
+    case=st.deferred(damaged_checkpoints),
 )
 def test_resume_from_hostile_checkpoints(case: tuple[str, bytes | Damages, bool]) -> None:
     """Accepted runs finish. Refusals say where, and leave the folder unchanged."""

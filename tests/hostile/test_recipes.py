@@ -62,12 +62,12 @@ def test_studies_of_arbitrary_trees(content: str) -> None:
     read(content.encode("utf-8", "surrogatepass"), study=True)
 
 
-@property_test("a shipped recipe or study, spoilt", many=500, case=damaged_recipes())
+@property_test("a shipped recipe or study with mistakes", many=500, case=damaged_recipes())
 def test_shipped_files_with_mistakes(case: tuple[str, bytes]) -> None:
     read(case[1], study=case[0] == "recipes")
 
 
-@property_test("a shipped recipe, its bytes torn", many=500, content=damaged_bytes())
+@property_test("a shipped recipe with damaged bytes", many=500, content=damaged_bytes())
 def test_shipped_files_with_damaged_bytes(content: bytes) -> None:
     read(content)
 

@@ -41,14 +41,14 @@ COMPARISONS = (compare_record, study_record)
 RUNS = (run_record, calibration)
 
 
-@property_test("a run's record, spoilt, in its reports", few=8, record=damaged_records(*RUNS))
+@property_test("a damaged run record, in reports", few=8, record=damaged_records(*RUNS))
 def test_a_run(record: Any) -> None:
     with scratch_folder() as folder, without_figures(drawing=False):
         reported(folder, "run.json", record)
 
 
 @property_test(
-    "a comparison's record, spoilt, in its reports", few=20, record=damaged_records(*COMPARISONS)
+    "a damaged comparison record, in reports", few=20, record=damaged_records(*COMPARISONS)
 )
 def test_a_comparison(record: Any) -> None:
     with scratch_folder() as folder, without_figures(figures=False):
@@ -56,7 +56,7 @@ def test_a_comparison(record: Any) -> None:
 
 
 @property_test(
-    "a comparison's record, spoilt, in figures",
+    "a damaged comparison record, in figures",
     few=2,
     many=100,
     record=damaged_records(*COMPARISONS),
@@ -67,7 +67,7 @@ def test_figures(record: Any) -> None:
 
 
 @property_test(
-    "a spoilt record's figures, drawn",
+    "figures of a damaged record, drawn",
     few=0,
     many=30,
     record=damaged_records(*RUNS, *COMPARISONS),

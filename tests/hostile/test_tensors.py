@@ -40,7 +40,7 @@ TWO = TaskSpec("t", ("text",), "label", ("a", "b"), False, "accuracy", ("accurac
 
 
 @property_test(
-    "a basis of other tensors, its digests fitting",
+    "a basis with damaged tensors and matching digests",
     few=25,
     what=damages(),
     said=st.dictionaries(
@@ -62,7 +62,7 @@ def test_basis_with_damaged_tensors(what: Damages, said: dict[str, str]) -> None
 
 
 @property_test(
-    "a basis file whose bytes are torn",
+    "a basis file with damaged bytes",
     few=25,
     content=st.deferred(lambda: damaged_files(basis_bytes())),
 )
@@ -76,7 +76,7 @@ def test_basis_with_damaged_bytes(content: bytes) -> None:
 # --- an adapter
 
 
-@property_test("an adapter of other tensors, its digest fitting", few=25, what=damages())
+@property_test("an adapter with damaged tensors and a matching digest", few=25, what=damages())
 def test_adapter_with_damaged_tensors(what: Damages) -> None:
     tensors, settings = adapter()
     with scratch_folder() as folder:
@@ -199,7 +199,7 @@ def test_damaged_tokenizer_files(case: tuple[str, str]) -> None:
 
 
 @property_test(
-    "a model's weights, other tensors or torn",
+    "model weights with damaged tensors or bytes",
     few=10,
     weights=st.one_of(damages(2), st.deferred(lambda: damaged_files(model_weights()))),
 )

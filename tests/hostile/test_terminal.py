@@ -148,7 +148,7 @@ EXPORTED = {
 
 
 @property_test(
-    "a judge's record, spoilt", record=damaged_records(lambda: JUDGED, lambda: PAIRS, most=4)
+    "a damaged judge record", record=damaged_records(lambda: JUDGED, lambda: PAIRS, most=4)
 )
 def test_judge_output(record: Any) -> None:
     judged = validated(JudgeRecord, record, Path("judge.json"))
@@ -156,7 +156,7 @@ def test_judge_output(record: Any) -> None:
     check_markdown(render(judge_document(judged), "md"))
 
 
-@property_test("an export's record, spoilt", record=damaged_records(lambda: EXPORTED, most=4))
+@property_test("a damaged export record", record=damaged_records(lambda: EXPORTED, most=4))
 def test_export_output(record: Any) -> None:
     rendered(export_screen(validated(ExportRecord, record, Path("export.json"))))
 
@@ -168,16 +168,16 @@ def talks(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
     made = answers_record({"base": [said], "lora 1": [said], "core 1": [said]})
     for column in made["columns"]:
         column["run_dir"] = column.get("run_dir")
-    spoilt = draw(damaged_records(lambda: made, most=6))
+    damaged = draw(damaged_records(lambda: made, most=6))
     verdict = {"question_id": 0, "turn": 1, "kind": "single", "judge": draw(texts())}
     verdict |= {"status": "decided", "verdict": 7, "messages": [{"content": "q0.0" + said[0]}]}
     lines = [
         json.dumps(verdict | draw(st.dictionaries(st.sampled_from([*verdict]), json_values())))
     ]
-    return spoilt, [*lines, *draw(st.lists(texts(), max_size=1))]
+    return damaged, [*lines, *draw(st.lists(texts(), max_size=1))]
 
 
-@property_test("answers and verdicts, spoilt, in reports", talk=talks())
+@property_test("damaged answers and verdicts, in reports", talk=talks())
 def test_answers(talk: tuple[dict[str, Any], list[str]]) -> None:
     made, lines = talk
     with scratch_folder() as folder, without_figures(figures=False):
