@@ -15,11 +15,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapter_paths import adapter_path
-from support.cli_runs import METHODS, SMALL, Cli
+from support.cli_runs import SMALL
 from support.paths import REPO
+from support.small_runs import base_folder, data_folder, record, train
 
-# The sampler knows no methods: grouping by length once is enough.
-CASES = [*((name, "random") for name in METHODS), ("lora", "group_by_length")]
+# The sampler does not depend on the method, so grouping by length is tested once.
+CASES = {
+    "full": ("method=full",),
+    "lora": ("method=lora", "method.rank=2", "method.dropout=0.1"),
+    "lora, group_by_length": (
+        "method=lora",
+        "method.rank=2",
+        "method.dropout=0.1",
+        "train.train_sampling_strategy=group_by_length",
+    ),
+    "meprop": ("method=meprop", "method.density=0.05"),
+    "materialized": ("method.form=materialized", "method.density=0.05"),
+    "core": ("method.form=core", "method.density=0.05", "method.rank=7"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the folders of a tiny model and of its data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return base_folder(folder / "base"), data_folder(folder / "data")
 
 
 def tensors_equal(a: Path, b: Path) -> bool:
@@ -27,69 +47,39 @@ def tensors_equal(a: Path, b: Path) -> bool:
     return set(left) == set(right) and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pytest.mark.parametrize(("method", "sampling"), CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
-    cli: Cli, tmp_path: Path, method: str, sampling: str
+    folders: tuple[Path, Path], tmp_path: Path, case: str
 ) -> None:
-    common = (
-        *METHODS[method],
-        *SMALL,
-        f"train.train_sampling_strategy={sampling}",
-        # 40 rows in batches of 4 x 2: five steps an epoch, so step 6 is in the second one
+    settings = (
+        *CASES[case],
+        # 40 rows in batches of 4 x 2: five steps per epoch, so step 6 is in the second epoch.
         "task.train_limit=40",
         "train.per_device_train_batch_size=4",
         "train.gradient_accumulation_steps=2",
-        "train.max_steps=6",
-        "train.eval_steps=3",
         "train.save_total_limit=5",
         "train.lr_scheduler_type=linear",
     )
-    assert cli("train", *common, "-o", "whole").code == 0
-    whole = tmp_path / "whole"
-    half = tmp_path / "half"
-    shutil.copytree(whole, half)
+    whole = train(tmp_path / "whole", *folders, *settings)
+    half = Path(shutil.copytree(whole, tmp_path / "half"))
     shutil.rmtree(half / "checkpoint-6")
     shutil.rmtree(half / "adapter")
-    resumed = cli("train", *common, "-o", "half", "--resume")
-    assert resumed.code == 0, resumed.err
-    one, other = (json.loads((d / "run.json").read_text()) for d in (whole, half))
+    train(half, *folders, *settings, resume=True)
+    one, other = record(whole), record(half)
+    assert other["resumed_from"] == 3
     assert other["metrics"]["history"] == one["metrics"]["history"]
     assert other["hashes"]["order"] == one["hashes"]["order"]
     for name in ("trainable.safetensors", "optimizer.safetensors"):
         assert tensors_equal(whole / "checkpoint-6" / name, half / "checkpoint-6" / name)
 
 
-def test_training_twice_gives_the_same_bits(cli: Cli, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        assert cli("train", *SMALL, "-o", name).code == 0
-    assert tensors_equal(
-        adapter_path(tmp_path / "a"),
-        adapter_path(tmp_path / "b"),
-    )
-    a, b = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("a", "b"))
-    assert a["memory"] | {"phases": None} == b["memory"] | {"phases": None}
-    for phase, measured in a["memory"]["phases"].items():
-        assert measured["categories"] == b["memory"]["phases"][phase]["categories"]
-
-
-def test_resume_refuses_another_recipe(cli: Cli) -> None:
-    assert cli("train", "method=full", *SMALL, "-o", "run").code == 0
-    other = cli("train", "method=full", *SMALL, "train.learning_rate=1", "-o", "run", "--resume")
-    assert other.code == 2
-    assert "another recipe" in other.flat
-
-
-def test_damaged_checkpoint_is_named_and_the_previous_one_used(cli: Cli, tmp_path: Path) -> None:
-    command = ("train", "method=full", *SMALL, "-o", "run", "train.save_total_limit=5")
-    assert cli(*command).code == 0
-    folder = tmp_path / "run" / "checkpoint-6"
-    content = (folder / "trainable.safetensors").read_bytes()
-    (folder / "trainable.safetensors").write_bytes(content[:1000])
-    shutil.rmtree(tmp_path / "run" / "adapter")  # or the run would be done
-    resumed = cli(*command, "--resume")
-    assert resumed.code == 0, resumed.err
-    assert "checkpoint-6 is damaged" in resumed.flat and "checkpoint-3 is used" in resumed.flat
-    assert (folder / "trainable.safetensors").read_bytes() == content
+def test_training_twice_gives_the_same_bits(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = (train(tmp_path / name, *folders, *CASES["core"]) for name in ("a", "b"))
+    assert tensors_equal(adapter_path(a), adapter_path(b))
+    measured, again = record(a)["memory"], record(b)["memory"]
+    assert measured | {"phases": None} == again | {"phases": None}
+    for phase, found in measured["phases"].items():
+        assert found["categories"] == again["phases"][phase]["categories"]
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -113,7 +103,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"no progress: {process.communicate()}")
 
 
-def test_ctrl_c_saves_a_checkpoint_exits_130_and_can_be_resumed(cli: Cli, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_exits_130_and_can_be_resumed(tmp_path: Path) -> None:
     settings = (
         "method=full",
         *SMALL,
