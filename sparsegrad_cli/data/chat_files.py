@@ -7,10 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from sparsegrad_cli.data.chat_data import DropCounts, RawChat, refuse_fraction, split_by_hash
 from sparsegrad_cli.data.chat_messages import UnusableRowError
 from sparsegrad_cli.data.chat_rows import KINDS, RowReader
-from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.conversation import (
+    Conversation,
+    DropCounts,
+    RawChat,
+    Turn,
+    refuse_fraction,
+    split_by_hash,
+)
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.data.split_files import SplitFiles, split_files

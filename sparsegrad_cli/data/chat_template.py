@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from sparsegrad_cli.data.chat_data import DropCounts
-from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.conversation import Conversation, DropCounts, Turn
 from sparsegrad_cli.errors import DataError, UsageError
 
 # Touvron et al. 2023 (LLaMA 2), appendix A.3.3 and the released code: every pair of turns begins

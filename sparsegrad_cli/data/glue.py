@@ -1,7 +1,9 @@
 """Read GLUE from a local folder or from the hub.
 
-A folder holds the original TSV files (:mod:`.glue_original`) or Parquet, CSV or JSON files. Class
-ids are those of the hub's nyu-mll/glue.
+A folder holds the original TSV files or Parquet, CSV or JSON files. Class ids are those of the
+hub's nyu-mll/glue. The original files are tab-separated, with quotes as text: CoLA has no header,
+QQP has rows that a line break tore in two, STS-B has rows with extra columns, and MRPC's training
+and development parts are cut from one file of Microsoft's corpus.
 """
 
 from __future__ import annotations
@@ -9,17 +11,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.data.delimited import check_width, unquoted_rows
 from sparsegrad_cli.data.examples import Examples, RawTask
-from sparsegrad_cli.data.glue_original import mrpc_corpus, read_original
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
 from sparsegrad_cli.data.label_texts import as_number
 from sparsegrad_cli.data.read_table import file_format, read_table
 from sparsegrad_cli.data.split_files import find_split, tried_names, unread_notes
 from sparsegrad_cli.data.tables import Table, concatenated, read_text_cell
+from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.recipe.tasks import GLUE_TASKS, TaskSpec
 
@@ -43,6 +47,11 @@ _ORIGINAL_NAMES = {
     "mnli": {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
 }
 _SUFFIXES = (".tsv", ".parquet", ".csv", ".jsonl", ".ndjson", ".json")  # the original files first
+_COLA_HEADER = ["source", "label", "mark", "sentence"]
+_MRPC_TRAIN = "msr_paraphrase_train.txt"
+_MRPC_TEST = "msr_paraphrase_test.txt"
+_MRPC_DEV_IDS = ("mrpc_dev_ids.tsv", "dev_ids.tsv")
+_MRPC_ID_COLUMNS = ("#1 ID", "#2 ID")
 _HIDDEN = -1  # label of test rows
 _NO_GOLD = "-"  # label of MNLI rows on which the annotators did not agree
 _IDS = {str(number): number for number in range(_HIDDEN, 3)}  # no GLUE task has more classes
@@ -62,7 +71,7 @@ def load_local_glue(task: str, path: Path) -> RawTask:
     spec = GLUE_TASKS[task]
     folder = _task_folder(task, path)
     notes: list[str] = []
-    corpus = mrpc_corpus(folder) if task == "mrpc" else None
+    corpus = _mrpc_corpus(folder) if task == "mrpc" else None
     if corpus is not None:
         train = _examples(spec, corpus.train, "train", notes)
         validation = _examples(spec, corpus.validation, "validation", notes)
@@ -135,7 +144,7 @@ def _task_folder(task: str, path: Path) -> Path:
 
 def _read_split(task: str, files: Sequence[Path], split: str) -> Table:
     if file_format(files[0], "csv") == ".tsv":
-        return concatenated([read_original(task, file, split) for file in files])
+        return concatenated([_read_original(task, file, split) for file in files])
     return read_table(files)
 
 
@@ -211,3 +220,107 @@ def _parse_score(raw: Any) -> float | None:
 
 def _class_list(spec: TaskSpec) -> str:
     return ", ".join(f"{number} or {name}" for number, name in enumerate(spec.label_names or ()))
+
+
+def _read_original(task: str, path: Path, split: str = "") -> Table:
+    """Read a file of the original layout as a table with its own column names.
+
+    Args:
+        task: short name of the task; it says which rows of another width are expected.
+        path: the file.
+        split: its split, for the note on torn rows.
+
+    Raises:
+        DataError: the file has no rows, or a row has the wrong number of columns.
+    """
+    rows = list(unquoted_rows(read_text(path)))
+    if task == "cola" and (not rows or "sentence" not in rows[0][1]):
+        header = _COLA_HEADER
+    else:
+        header = [name.strip() for name in rows[0][1]] if rows else []
+        rows = rows[1:]
+    # A line break inside a question tore some rows of the published QQP file in two. The hub's
+    # copy leaves them out as well.
+    torn = [line for line, cells in rows if task == "qqp" and len(cells) != len(header)]
+    rows = [(line, cells) for line, cells in rows if line not in set(torn)]
+    for line, cells in rows:
+        if task != "stsb" or len(cells) < len(header):
+            check_width(cells, len(header), path, line)
+    if not rows:
+        raise DataError("the file holds no rows", where=str(path))
+    notes: tuple[str, ...] = ()
+    if torn:
+        notes = (f"{split}: {len(torn)} torn lines of {path.name} left out, as in nyu-mll/glue",)
+    columns = {name: [cells[at] for _, cells in rows] for at, name in enumerate(header)}
+    return Table(columns, str(path), [line for line, _ in rows], notes=notes)
+
+
+@dataclass(frozen=True)
+class _MrpcCorpus:
+    """Both parts of MRPC, and a note that says how they were told apart."""
+
+    train: Table
+    validation: Table
+    note: str
+
+
+def _mrpc_corpus(folder: Path) -> _MrpcCorpus | None:
+    """Read MRPC from the files that Microsoft published; None if the folder lacks them.
+
+    Validation is, in this order: dev.tsv, whose rows are removed from training; the training rows
+    that mrpc_dev_ids.tsv or dev_ids.tsv names; the test part of the corpus.
+
+    Raises:
+        DataError: a row is damaged, or there is nothing to validate on.
+    """
+    source = folder / _MRPC_TRAIN
+    if (folder / "train.tsv").is_file() or not source.is_file():
+        return None
+    table = _read_mrpc(source)
+    if (folder / "dev.tsv").is_file():
+        validation = _read_mrpc(folder / "dev.tsv")
+        train = _select(table, set(_mrpc_ids(validation)), inside=False)
+        return _MrpcCorpus(
+            train, validation, f"training is {_MRPC_TRAIN} without the rows of dev.tsv"
+        )
+    for name in _MRPC_DEV_IDS:
+        if (folder / name).is_file():
+            rows = unquoted_rows(read_text(folder / name))
+            ids: set[tuple[str, ...]] = {(cells[0], cells[-1]) for _, cells in rows}
+            train, validation = (_select(table, ids, inside=inside) for inside in (False, True))
+            note = f"validation is the rows of {_MRPC_TRAIN} in {name}"
+            return _MrpcCorpus(train, validation, note)
+    if (folder / _MRPC_TEST).is_file():
+        note = (
+            f"validation is {_MRPC_TEST}, the test part of the corpus: no GLUE dev part was found"
+        )
+        return _MrpcCorpus(table, _read_mrpc(folder / _MRPC_TEST), note)
+    raise DataError(
+        f"glue/mrpc has no validation file in {folder}",
+        where="task.path",
+        fix=f"tried: dev.tsv, {', '.join(_MRPC_DEV_IDS)}, {_MRPC_TEST}",
+    )
+
+
+def _read_mrpc(path: Path) -> Table:
+    table = _read_original("mrpc", path)
+    for name in _MRPC_ID_COLUMNS:
+        if name not in table.columns:
+            raise DataError(
+                f"there is no column {name!r}",
+                where=str(path),
+                fix=f"columns found: {', '.join(table.columns)}",
+            )
+    return table
+
+
+def _mrpc_ids(table: Table) -> list[tuple[str, ...]]:
+    return list(zip(*(table.columns[name] for name in _MRPC_ID_COLUMNS), strict=True))
+
+
+def _select(table: Table, ids: set[tuple[str, ...]], *, inside: bool) -> Table:
+    """Return the rows whose ids are among ``ids``, or those whose ids are not."""
+    rows: Sequence[int] = [at for at, key in enumerate(_mrpc_ids(table)) if (key in ids) is inside]
+    columns = {name: [values[row] for row in rows] for name, values in table.columns.items()}
+    lines = table.lines or []
+    return Table(columns, table.source, [lines[row] for row in rows])

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsegrad_cli.data.chat_data import refuse_fraction
+from sparsegrad_cli.data.conversation import refuse_fraction
 from sparsegrad_cli.data.examples import Examples, RawTask
 from sparsegrad_cli.data.labels import read_labels
 from sparsegrad_cli.data.read_table import read_table

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsegrad_cli.data.chat_data import RawChat
-from sparsegrad_cli.data.chat_data import finish as finish_chat
 from sparsegrad_cli.data.chat_files import check_chat_columns, load_chat_files, load_hub_chat
-from sparsegrad_cli.data.conversation import ChatData
+from sparsegrad_cli.data.conversation import ChatData, RawChat
+from sparsegrad_cli.data.conversation import finish as finish_chat
 from sparsegrad_cli.data.examples import Examples, LoadedTask, RawTask, finish
 from sparsegrad_cli.data.glue import load_hub_glue, load_local_glue
 from sparsegrad_cli.data.labelled_files import check_columns, load_labelled_files

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.data.chat_data import RawChat, refuse_fraction, split_by_hash
-from sparsegrad_cli.data.compressed_files import COMPRESSIONS
+from sparsegrad_cli.data.conversation import RawChat, refuse_fraction, split_by_hash
 from sparsegrad_cli.data.hub import load_hub_splits
 from sparsegrad_cli.data.json_files import json_records
 from sparsegrad_cli.data.oasst_messages import NOT_A_MESSAGE, Message, Source, messages_of
@@ -28,6 +27,7 @@ from sparsegrad_cli.data.split_files import (
     VALIDATION_NAMES,
     find_split,
 )
+from sparsegrad_cli.data.text_files import COMPRESSIONS
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sparsegrad_cli.data.chat_data import DropCounts
-from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.conversation import Conversation, DropCounts, Turn
 from sparsegrad_cli.data.oasst_messages import DELETED, NOT_A_MESSAGE, REJECTED, Message
 from sparsegrad_cli.recipe.task_section import ChatSection
 

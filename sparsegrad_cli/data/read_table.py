@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsegrad_cli.data.compressed_files import COMPRESSIONS, uncompressed_name
 from sparsegrad_cli.data.delimited import read_delimited
 from sparsegrad_cli.data.json_files import read_json_table
 from sparsegrad_cli.data.parquet_files import read_parquet
 from sparsegrad_cli.data.split_files import SUFFIXES, SUFFIXES_OF, refuse_unreadable
 from sparsegrad_cli.data.tables import Table, concatenated
+from sparsegrad_cli.data.text_files import COMPRESSIONS, uncompressed_name
 from sparsegrad_cli.errors import DataError, UsageError
 
 

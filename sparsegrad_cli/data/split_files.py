@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from sparsegrad_cli.data.compressed_files import COMPRESSIONS
+from sparsegrad_cli.data.text_files import COMPRESSIONS
 from sparsegrad_cli.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparsegrad_cli import distributed
-from sparsegrad_cli.data.compressed_files import COMPRESSIONS
-from sparsegrad_cli.data.text_files import heads_only
+from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
 from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsegrad_cli.data.batches import ChatCollator
+from sparsegrad_cli.data.batches import ChatCollator, concatenate, pack, plain_text_rows
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.load_task import load_chat
-from sparsegrad_cli.data.packing import concatenate, pack, plain_text_rows
 from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import suggest

@@ -11,8 +11,7 @@ import pytest
 from support.oasst_samples import as_text, read, write
 from support.task_data import load_chat
 
-from sparsegrad_cli.data.chat_data import split_position
-from sparsegrad_cli.data.conversation import ChatData, Conversation
+from sparsegrad_cli.data.conversation import ChatData, Conversation, split_position
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 
 

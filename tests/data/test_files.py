@@ -18,7 +18,7 @@ import pytest
 from support.oasst_samples import node, tree, write
 from support.task_data import load_chat, load_task
 
-from sparsegrad_cli.data import compressed_files
+from sparsegrad_cli.data import text_files
 from sparsegrad_cli.data.examples import LoadedTask
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.errors import DataError, UsageError
@@ -399,7 +399,7 @@ def test_damaged_compressed_files_are_refused_by_name(tmp_path: Path, packing: s
 def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packing: str
 ) -> None:
-    monkeypatch.setattr(compressed_files, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(text_files, "MAX_BYTES", 2**20)
     bomb = PACKING[packing](b"a" * 2**22)
     path = put(tmp_path / f"{name}{packing}", bomb)
     with pytest.raises(DataError, match=r"unpacks to more than 1 MiB.*\n.*\n.*unpack it yourself"):

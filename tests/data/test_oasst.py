@@ -21,8 +21,7 @@ from support.oasst_samples import (
     write,
 )
 
-from sparsegrad_cli.data.chat_data import learnt_turns
-from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.conversation import Conversation, Turn, learnt_turns
 from sparsegrad_cli.errors import DataError
 
 # --- paths and shapes of files

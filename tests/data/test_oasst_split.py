@@ -18,8 +18,7 @@ from support.oasst_samples import (
 )
 from support.task_data import load_chat
 
-from sparsegrad_cli.data.chat_data import RawChat, finish, split_position
-from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.conversation import Conversation, RawChat, Turn, finish, split_position
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.recipe.task_section import TaskSection
 

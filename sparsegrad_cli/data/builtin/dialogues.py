@@ -13,7 +13,7 @@ import random
 from typing import Any, Literal
 
 from sparsegrad_cli.data.builtin.dialogue_scenes import SCENES, WORDS, Draw, Scene
-from sparsegrad_cli.data.chat_data import RawChat
+from sparsegrad_cli.data.conversation import RawChat
 from sparsegrad_cli.data.oasst_files import conversations_from
 from sparsegrad_cli.data.oasst_messages import Source
 from sparsegrad_cli.errors import DataError

@@ -11,8 +11,7 @@ import torch
 from support.tiny_models import VOCABULARY, build, config, one_thread
 from torch import Tensor, nn
 
-from sparsegrad_cli.data.batches import ChatCollator, token_rows
-from sparsegrad_cli.data.packing import concatenate, first_fit, pack
+from sparsegrad_cli.data.batches import ChatCollator, concatenate, first_fit, pack, token_rows
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import lm_loss
