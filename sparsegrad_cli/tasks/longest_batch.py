@@ -19,7 +19,7 @@ from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, TaskSpec
-from sparsegrad_cli.tasks.chat import packed_rows
+from sparsegrad_cli.tasks.task import packed_rows
 
 _MOST_TEXTS = 20_000  # Of more rows, only the ones with the most characters are tokenized.
 _MOST_CONVERSATIONS = 2_000

@@ -42,10 +42,8 @@ from sparsegrad_cli.records.run import (
 )
 from sparsegrad_cli.records.run import NotAdapted as NotAdaptedBlock
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.chat import load_chat_task
-from sparsegrad_cli.tasks.classification import load_classification
 from sparsegrad_cli.tasks.precision import check_precision, precision_of
-from sparsegrad_cli.tasks.task import LoadedTask, RowLimits
+from sparsegrad_cli.tasks.task import LoadedTask, RowLimits, load_chat_task, load_classification
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ import torch
 
 from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.tasks.classification import load_classification
 from sparsegrad_cli.tasks.precision import check_autocast
+from sparsegrad_cli.tasks.task import load_classification
 
 STEPS = ("train.eval_strategy=steps", "train.eval_steps=2")
 BEST = (

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.schema import TargetsSection
-from sparsegrad_cli.tasks.classification import load_classification
+from sparsegrad_cli.tasks.task import load_classification
 
 # 48 rows in batches of 5, two a step: the last step of an epoch has one, of 3 rows.
 SHARED: dict[str, Any] = {

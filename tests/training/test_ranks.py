@@ -19,8 +19,8 @@ from torch import Tensor
 from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.tasks.chat import load_chat_task
 from sparsegrad_cli.tasks.objective import Classification, LanguageModelling
+from sparsegrad_cli.tasks.task import load_chat_task
 from sparsegrad_cli.training.train import train as train_recipe
 
 METHODS = {
