@@ -45,8 +45,8 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class RawTask:
-    """A task as it was read, before limits; ``notes`` say what was left out."""
+class RawTexts:
+    """Texts with labels as they were read, before limits; ``notes`` say what was left out."""
 
     spec: TaskSpec
     train: Examples
@@ -55,8 +55,8 @@ class RawTask:
 
 
 @dataclass(frozen=True)
-class LoadedTask:
-    """A task that is ready to be tokenized.
+class TextData:
+    """Texts with labels that are ready to be tokenized.
 
     Attributes:
         spec: texts, labels and metrics of the task.
@@ -77,7 +77,7 @@ class LoadedTask:
     majority: dict[str, float]
 
 
-def finish(raw: RawTask, task: TaskSection) -> LoadedTask:
+def finish(raw: RawTexts, task: TaskSection) -> TextData:
     """Apply the limits and the metric of a recipe, and make data sets.
 
     Raises:
@@ -96,7 +96,7 @@ def finish(raw: RawTask, task: TaskSection) -> LoadedTask:
         *_missing_class_notes(spec, train, validation),
         *_metric_notes(spec, task, validation),
     ]
-    return LoadedTask(
+    return TextData(
         spec=spec,
         train=_dataset(spec, train),
         validation={split: _dataset(spec, part) for split, part in validation.items()},
@@ -106,7 +106,7 @@ def finish(raw: RawTask, task: TaskSection) -> LoadedTask:
     )
 
 
-def _limit_notes(raw: RawTask, train: Examples, validation: Mapping[str, Examples]) -> list[str]:
+def _limit_notes(raw: RawTexts, train: Examples, validation: Mapping[str, Examples]) -> list[str]:
     notes = []
     if len(train) < len(raw.train):
         notes.append(f"training uses the first {len(train)} of {len(raw.train)} rows")

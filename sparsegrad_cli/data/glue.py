@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.delimited import check_width, unquoted_rows
-from sparsegrad_cli.data.examples import Examples, RawTask
+from sparsegrad_cli.data.examples import Examples, RawTexts
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
 from sparsegrad_cli.data.label_texts import as_number
 from sparsegrad_cli.data.read_table import file_format, read_table
@@ -57,7 +57,7 @@ _NO_GOLD = "-"  # label of MNLI rows on which the annotators did not agree
 _IDS = {str(number): number for number in range(_HIDDEN, 3)}  # no GLUE task has more classes
 
 
-def load_local_glue(task: str, path: Path) -> RawTask:
+def load_local_glue(task: str, path: Path) -> RawTexts:
     """Read one GLUE task from files.
 
     Args:
@@ -75,7 +75,7 @@ def load_local_glue(task: str, path: Path) -> RawTask:
     if corpus is not None:
         train = _examples(spec, corpus.train, "train", notes)
         validation = _examples(spec, corpus.validation, "validation", notes)
-        return RawTask(spec, train, {"validation": validation}, [*notes, corpus.note])
+        return RawTexts(spec, train, {"validation": validation}, [*notes, corpus.note])
     tables, files = {}, []
     for split in ("train", *spec.eval_splits):
         stems = (split.replace("validation", "dev"), split)
@@ -94,10 +94,10 @@ def load_local_glue(task: str, path: Path) -> RawTask:
         notes += table.notes
         parts[split] = _examples(spec, table, split, notes)
     notes += unread_notes(folder, files, ignored=("test", "test_matched", "test_mismatched"))
-    return RawTask(spec, parts.pop("train"), parts, notes)
+    return RawTexts(spec, parts.pop("train"), parts, notes)
 
 
-def load_hub_glue(task: str) -> RawTask:
+def load_hub_glue(task: str) -> RawTexts:
     """Read one GLUE task from the hub's nyu-mll/glue, or from the local cache.
 
     Args:
@@ -117,7 +117,7 @@ def load_hub_glue(task: str) -> RawTask:
     for split, data in loaded.items():
         table = hub_table(data, f"{_HUB_ID} {task} {split}")
         parts[split] = _examples(spec, table, split, notes)
-    return RawTask(spec, parts.pop("train"), parts, notes)
+    return RawTexts(spec, parts.pop("train"), parts, notes)
 
 
 def _task_folder(task: str, path: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsegrad_cli.data.conversation import refuse_fraction
-from sparsegrad_cli.data.examples import Examples, RawTask
+from sparsegrad_cli.data.examples import Examples, RawTexts
 from sparsegrad_cli.data.labels import read_labels
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.data.split_files import SUFFIXES, SUFFIXES_OF, split_files
@@ -23,7 +23,7 @@ _SPLIT_SEED = 0
 _MAX_NAMES = 10  # unused columns that a note lists
 
 
-def load_labelled_files(task: TaskSection) -> RawTask:
+def load_labelled_files(task: TaskSection) -> RawTexts:
     """Read the file or folder that ``task.path`` names.
 
     :mod:`sparsegrad_cli.data.labels` decides what the labels are. A file without a validation
@@ -57,7 +57,7 @@ def load_labelled_files(task: TaskSection) -> RawTask:
         metric="pearson" if regression else "accuracy",
         metrics=SCORE_METRICS if regression else ("accuracy",),
     )
-    return RawTask(spec, train, {"validation": validation}, [*notes, *labels.notes])
+    return RawTexts(spec, train, {"validation": validation}, [*notes, *labels.notes])
 
 
 def check_columns(task: TaskSection) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from sparsegrad_cli.data.chat_files import check_chat_columns, load_chat_files, load_hub_chat
 from sparsegrad_cli.data.conversation import ChatData, RawChat
 from sparsegrad_cli.data.conversation import finish as finish_chat
-from sparsegrad_cli.data.examples import Examples, LoadedTask, RawTask, finish
+from sparsegrad_cli.data.examples import Examples, RawTexts, TextData, finish
 from sparsegrad_cli.data.glue import load_hub_glue, load_local_glue
 from sparsegrad_cli.data.labelled_files import check_columns, load_labelled_files
 from sparsegrad_cli.data.oasst_files import load_oasst
@@ -29,7 +29,7 @@ _BUILTIN_SEED = 0
 _BUILTIN_SIZES: dict[Literal["train", "validation"], int] = {"train": 4000, "validation": 1000}
 
 
-def load_task(task: TaskSection) -> LoadedTask:
+def load_task(task: TaskSection) -> TextData:
     """Load texts with labels as data sets that are ready to be tokenized.
 
     Raises:
@@ -39,7 +39,7 @@ def load_task(task: TaskSection) -> LoadedTask:
     return finish(read_task(task), task)
 
 
-def read_task(task: TaskSection) -> RawTask:
+def read_task(task: TaskSection) -> RawTexts:
     """Read all texts and labels of a task.
 
     GLUE without a path comes from the hub or from its local cache.
@@ -114,14 +114,14 @@ def _read_chat(task: TaskSection) -> RawChat:
     return load_dialogues(task)
 
 
-def _builtin(name: str) -> RawTask:
+def _builtin(name: str) -> RawTexts:
     from sparsegrad_cli.data.builtin.acceptability import generate
 
     parts: dict[str, Examples] = {}
     for split, size in _BUILTIN_SIZES.items():
         rows = generate(split, size, seed=_BUILTIN_SEED)
         parts[split] = Examples([row.sentence for row in rows], None, [row.label for row in rows])
-    return RawTask(BUILTIN_TASKS[name], parts["train"], {"validation": parts["validation"]})
+    return RawTexts(BUILTIN_TASKS[name], parts["train"], {"validation": parts["validation"]})
 
 
 def _require_path(task: TaskSection, fix: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ _CHUNK = 5000  # rows that are tokenized at a time, to bound the memory of Pytho
 
 
 def tokenize(
-    task: LoadedTask,
+    task: TextData,
     tokenizer: Any,
     *,
     max_length: int,

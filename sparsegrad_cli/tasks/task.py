@@ -39,7 +39,6 @@ from sparsegrad_cli.recipe.tasks import CHAT_METRICS
 from sparsegrad_cli.records.run import TaskKind
 from sparsegrad_cli.tasks.objective import Classification, LanguageModelling, Objective
 
-
 _CONVERSATIONS_KEPT = 32  # Validation conversations that are kept as text.
 
 

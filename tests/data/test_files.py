@@ -19,7 +19,7 @@ from support.oasst_samples import node, tree, write
 from support.task_data import load_chat, load_task
 
 from sparsegrad_cli.data import text_files
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.errors import DataError, UsageError
 
@@ -29,7 +29,7 @@ BARE = "text,label\n" + "".join(f"row {number},{'ab'[number % 2]}\n" for number 
 JSONL = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS)
 
 
-def texts(task: LoadedTask) -> list[str]:
+def texts(task: TextData) -> list[str]:
     """All texts of a task, sorted: of which split does not matter here."""
     return sorted([*task.train["text"], *task.validation["validation"]["text"]])
 

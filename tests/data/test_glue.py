@@ -10,7 +10,7 @@ import pytest
 from support import paths
 from support.task_data import load_task
 
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 from sparsegrad_cli.recipe.tasks import GLUE_TASKS, known_task_names
 
@@ -31,7 +31,7 @@ def dicts(data: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def real() -> dict[str, LoadedTask]:
+def real() -> dict[str, TextData]:
     folder = paths.shared_data() / "glue"
     return {n: load_task(f"glue/{n}", path=folder) for n in ("cola", "sst2", "rte", "wnli")}
 
@@ -48,7 +48,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", sorted(REAL))
-def test_real_counts(real: dict[str, LoadedTask], name: str) -> None:
+def test_real_counts(real: dict[str, TextData], name: str) -> None:
     task = real[name]
     assert Counter(task.train["label"]) == REAL[name][0]
     assert Counter(task.validation["validation"]["label"]) == REAL[name][1]
@@ -59,7 +59,7 @@ def test_real_counts(real: dict[str, LoadedTask], name: str) -> None:
     assert str(task.train.features["label"].dtype) == "int64"
 
 
-def test_real_majority_is_that_of_the_published_splits(real: dict[str, LoadedTask]) -> None:
+def test_real_majority_is_that_of_the_published_splits(real: dict[str, TextData]) -> None:
     assert real["cola"].majority == {
         "matthews_correlation": 0.0,
         "accuracy": pytest.approx(721 / 1043),
@@ -68,7 +68,7 @@ def test_real_majority_is_that_of_the_published_splits(real: dict[str, LoadedTas
     assert real["wnli"].majority == {"accuracy": pytest.approx(40 / 71)}
 
 
-def test_rows_with_bare_quotes_are_read_whole(real: dict[str, LoadedTask]) -> None:
+def test_rows_with_bare_quotes_are_read_whole(real: dict[str, TextData]) -> None:
     cola = set(real["cola"].train["text"])
     assert 'Susan whispered "Shut up".' in cola
     raw = (paths.shared_data() / "glue" / "RTE" / "train.tsv").read_text(encoding="utf-8")
@@ -78,14 +78,14 @@ def test_rows_with_bare_quotes_are_read_whole(real: dict[str, LoadedTask]) -> No
     assert all((row[1], row[2]) in pairs for row in quoted)
 
 
-def test_every_real_row_is_the_line_of_the_file(real: dict[str, LoadedTask]) -> None:
+def test_every_real_row_is_the_line_of_the_file(real: dict[str, TextData]) -> None:
     raw = (paths.shared_data() / "glue" / "SST-2" / "train.tsv").read_bytes().decode()
     lines = [line.split("\t") for line in raw.split("\n")[1:] if line]
     got = zip(real["sst2"].train["text"], real["sst2"].train["label"], strict=True)
     assert [[text, str(label)] for text, label in got] == lines
 
 
-def test_task_folder_or_its_parent(real: dict[str, LoadedTask]) -> None:
+def test_task_folder_or_its_parent(real: dict[str, TextData]) -> None:
     folder = paths.shared_data() / "glue"
     assert load_task("glue/rte", path=folder / "RTE").data_hash == real["rte"].data_hash
 

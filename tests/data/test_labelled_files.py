@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 from support.task_data import load_task
 
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.errors import DataError, UsageError
 
 TWO = "text,label\ngood,yes\nbad,no\n"
 
 
-def csv_task(folder: Path, text: str, **kwargs: Any) -> LoadedTask:
+def csv_task(folder: Path, text: str, **kwargs: Any) -> TextData:
     file = folder / "data.csv"
     file.write_bytes(text.encode())
     return load_task("csv", path=file, **kwargs)
 
 
-def folder_task(folder: Path, train: str, validation: str, **kwargs: Any) -> LoadedTask:
+def folder_task(folder: Path, train: str, validation: str, **kwargs: Any) -> TextData:
     (folder / "train.csv").write_text(train)
     (folder / "validation.csv").write_text(validation)
     return load_task("csv", path=folder, **kwargs)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.task_data import load_task
 
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.errors import DataError, UsageError
 
 CLASSES: Any = "classification"
@@ -46,7 +46,7 @@ def load(
     *,
     suffix: str = ".csv",
     **settings: Any,
-) -> LoadedTask:
+) -> TextData:
     write(folder / f"train{suffix}", train)
     write(folder / f"validation{suffix}", train if validation is None else validation)
     return load_task("csv", path=folder, **settings)

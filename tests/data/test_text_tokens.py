@@ -11,7 +11,7 @@ import torch
 from support.task_data import load_task
 
 from sparsegrad_cli.data.batches import TextCollator, longest_batch
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.data.text_tokens import ensure_pad_token, tokenize
 from sparsegrad_cli.errors import DataError, UsageError
 
@@ -55,7 +55,7 @@ def byte_tokenizer(*, bos: bool) -> Any:
 
 def make_task(
     folder: Path, *, pair: bool, scores: bool = False, rows: list[tuple[str, str, int]] = ROWS
-) -> LoadedTask:
+) -> TextData:
     head = "text\ttext_pair\tlabel\n" if pair else "text\tlabel\n"
     lines = []
     for text, other, label in rows:

@@ -7,13 +7,13 @@ from typing import Any
 
 from sparsegrad_cli.data import load_task as loading
 from sparsegrad_cli.data.conversation import ChatData
-from sparsegrad_cli.data.examples import LoadedTask
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.recipe.task_section import ChatSection, ColumnsSection, TaskSection
 
 
 def load_task(
     name: str, *, path: Path | str | None = None, columns: Any = None, **settings: Any
-) -> LoadedTask:
+) -> TextData:
     """Load texts with labels; ``settings`` are keys of the task section."""
     return loading.load_task(
         TaskSection(
