@@ -210,6 +210,13 @@ def concatenate(data: Dataset, length: int, end_id: int) -> Dataset:
     return _table(found, length).remove_columns("lengths")
 
 
+def packed_rows(data: Dataset, packing: str, length: int, end_id: int) -> Dataset:
+    """Return the rows of conversations as ``task.chat.packing`` says."""
+    if packing == "pack":
+        return pack(data, length)
+    return concatenate(data, length, end_id) if packing == "concatenate" else data
+
+
 def plain_text_rows(
     tokenizer: Any, path: str | Path, *, max_length: int, limit: int | None = None
 ) -> Dataset:

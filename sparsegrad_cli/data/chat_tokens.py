@@ -108,13 +108,11 @@ class EncodedChats:
 
     Attributes:
         data: columns ``input_ids`` and ``labels`` (lists of int32), in order.
-        labelled: number of labelled tokens.
-        counts: what was encoded, cut and dropped -> how many.
+        counts: what was encoded, cut and dropped -> how many; each begins with the split's name.
         too_long: a note on conversations that were cut or dropped; None if there are none.
     """
 
     data: Dataset
-    labelled: int
     counts: dict[str, int]
     too_long: str | None = None
 
@@ -133,7 +131,7 @@ def encode_conversations(
         encoder: collects the notes.
         conversations: of one split.
         max_length: tokens kept of a conversation, from its beginning.
-        split: name of the split, for messages.
+        split: name of the split, for counts and messages.
         enough: stop after this many conversations that are not dropped; None takes all.
 
     Raises:
@@ -171,15 +169,16 @@ def encode_conversations(
             fix="raise it: the first answer must begin within it" if total else None,
         )
     counts = {
-        "conversations": total - dropped,
-        "cut to max_length": cut,
-        "dropped, nothing to learn within max_length": dropped,
+        f"{split}: conversations": total - dropped,
+        f"{split}: cut to max_length": cut,
+        f"{split}: dropped, nothing to learn within max_length": dropped,
+        f"{split}: labelled tokens": labelled,
     }
     too_long = None
     if cut or dropped:
         too_long = f"{split} conversations longer than max_length {max_length}: "
         too_long += f"{cut} cut, {dropped} dropped, because no answer begins within it"
-    return EncodedChats(concatenate_datasets(parts), labelled, counts, too_long)
+    return EncodedChats(concatenate_datasets(parts), counts, too_long)
 
 
 def _last_labelled(labels: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsegrad_cli.data.batches import longest_batch
+from sparsegrad_cli.data.batches import longest_batch, packed_rows
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.load_task import load_chat, load_task
 from sparsegrad_cli.data.text_tokens import ensure_pad_token, fitting_length, tokenize
@@ -19,7 +19,6 @@ from sparsegrad_cli.models.pretrained import load_tokenizer
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.task_section import ChatSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, TaskSpec
-from sparsegrad_cli.tasks.task import packed_rows
 
 _MOST_TEXTS = 20_000  # Of more rows, only the ones with the most characters are tokenized.
 _MOST_CONVERSATIONS = 2_000
@@ -114,7 +113,7 @@ def _of_conversations(recipe: Recipe, length: int, size: int) -> Longest:
     tokenizer = load_tokenizer(recipe.model)
     encoded = encode_conversations(ChatEncoder(tokenizer), data.train, max_length=length)
     packing = (section.chat or ChatSection()).packing
-    rows = packed_rows(encoded.data, packing, length, tokenizer)
+    rows = packed_rows(encoded.data, packing, length, tokenizer.eos_token_id)
     lengths = tuple(len(row["input_ids"]) for row in longest_batch(rows, size))
     width = length if section.padding == "fixed" else lengths[0]
     return Longest(width, lengths, len(rows), "the longest conversations of the data")

@@ -8,20 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sparsegrad_cli.data.batches import (
-    ChatCollator,
-    TextCollator,
-    concatenate,
-    pack,
-    plain_text_rows,
-)
+from sparsegrad_cli.data.batches import ChatCollator, TextCollator, packed_rows, plain_text_rows
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
 from sparsegrad_cli.data.conversation import Conversation
 from sparsegrad_cli.data.load_task import load_chat, load_task
 from sparsegrad_cli.data.text_tokens import ensure_pad_token, fitting_length, tokenize
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.models.classification_head import HeadStart
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import use_lm_loss
@@ -172,13 +165,6 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
     """
     recipe, section = loaded.recipe, loaded.recipe.task
     chat = section.chat or ChatSection()
-    metric = section.metric or "loss"
-    if metric not in CHAT_METRICS:
-        raise UsageError(
-            f"{metric!r} is not a metric of conversations",
-            where=loaded.where("task.metric"),
-            fix=suggest(metric, CHAT_METRICS),
-        )
     data = load_chat(section)
     tokenizer = load_tokenizer(recipe.model)
     model = load_causal_lm(recipe.model, device_of(recipe))
@@ -187,61 +173,42 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
     encoder = ChatEncoder(tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA2  # The template is then saved with the model.
-    train = encode_conversations(
-        encoder, data.train, max_length=max_length, enough=limits and limits.train
-    )
     # Validation rows are single conversations, so that metrics do not depend on packing.
-    held_out = encode_conversations(
-        encoder,
-        data.validation,
-        max_length=max_length,
-        split="validation",
-        enough=limits and limits.validation,
+    train, held_out = (
+        encode_conversations(encoder, part, max_length=max_length, split=split, enough=enough)
+        for split, part, enough in (
+            ("training", data.train, limits and limits.train),
+            ("validation", data.validation, limits and limits.validation),
+        )
     )
-    counts = dict(data.counts)
-    for name, split in (("training", train), ("validation", held_out)):
-        counts |= {f"{name}: {what}": count for what, count in split.counts.items()}
-        counts[f"{name}: labelled tokens"] = split.labelled
     if chat.packing == "pack":
         check_packing(model)
     head = use_lm_loss(model)
     head_note = f"all logits are made, because {head.reason}" if head.reason else None
     validation = {"validation": held_out.data}
     if chat.forgetting is not None:
+        limit = (limits.apply(section) if limits else section).eval_limit
         validation["plain text"] = plain_text_rows(
-            tokenizer,
-            chat.forgetting,
-            max_length=max_length,
-            limit=(limits.apply(section) if limits else section).eval_limit,
+            tokenizer, chat.forgetting, max_length=max_length, limit=limit
         )
     notes = (*data.notes, *encoder.notes, train.too_long, held_out.too_long, cut_note, head_note)
+    fixed_length = max_length if section.padding == "fixed" else None
     return LoadedTask(
         TaskFacts(
             section.name,
             "chat",
             data.data_hash,
             notes=tuple(note for note in notes if note),
-            counts=counts,
+            counts={**data.counts, **train.counts, **held_out.counts},
         ),
-        LanguageModelling(metric, head),
-        packed_rows(train.data, chat.packing, max_length, tokenizer),
+        LanguageModelling(section.metric or CHAT_METRICS[0], head),
+        packed_rows(train.data, chat.packing, max_length, tokenizer.eos_token_id),
         validation,
         tokenizer,
-        ChatCollator(
-            _pad_id(tokenizer), fixed_length=max_length if section.padding == "fixed" else None
-        ),
+        ChatCollator(_pad_id(tokenizer), fixed_length),
         model,
         conversations=data.validation[:_CONVERSATIONS_KEPT],
     )
-
-
-def packed_rows(data: Any, packing: str, length: int, tokenizer: Any) -> Any:
-    """Pack rows of token ids as the recipe says."""
-    if packing == "pack":
-        return pack(data, length)
-    if packing == "concatenate":
-        return concatenate(data, length, tokenizer.eos_token_id)
-    return data
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -184,20 +184,20 @@ def test_conversations_that_are_cut_or_dropped_are_counted() -> None:
     encoder = ChatEncoder(byte_level())
     short, long, late = chat("a", "b"), chat("a", "b" * 99), chat("a" * 99, "b")
     encoded = encode_conversations(encoder, [short, long, late], max_length=40)
-    assert encoded.counts == {
-        "conversations": 2,
-        "cut to max_length": 1,
-        "dropped, nothing to learn within max_length": 1,
-    }
     rows = encoded.data[:]
     assert rows["input_ids"][0] == encode(byte_level(), short)[0]
     assert len(rows["input_ids"][1]) == 40
     labels = [label for row in rows["labels"] for label in row]
-    assert encoded.labelled == sum(label != -100 for label in labels)
+    assert encoded.counts == {
+        "training: conversations": 2,
+        "training: cut to max_length": 1,
+        "training: dropped, nothing to learn within max_length": 1,
+        "training: labelled tokens": sum(label != -100 for label in labels),
+    }
     # What is enough is counted of what is left.
     few = encode_conversations(encoder, [late, short, late, long], max_length=40, enough=1)
     assert few.data["input_ids"][:] == rows["input_ids"][:1]
-    assert few.counts["dropped, nothing to learn within max_length"] == 1
+    assert few.counts["training: dropped, nothing to learn within max_length"] == 1
 
 
 def test_a_split_without_a_labelled_token_is_refused() -> None:
