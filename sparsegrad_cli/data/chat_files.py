@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +12,6 @@ from sparsegrad_cli.data.conversation import (
     Conversation,
     DropCounts,
     RawChat,
-    Turn,
     refuse_fraction,
     split_by_hash,
 )
@@ -99,10 +97,7 @@ def _conversations(
     dropped = DropCounts()
     masked_or_cut: Counter[str] = Counter()
     readers = {name: _row_reader(table, chat) for name, table in tables.items()}
-    parts = {
-        name: _read_rows(table, readers[name], dropped, masked_or_cut)
-        for name, table in tables.items()
-    }
+    parts = {name: _read_rows(reader, dropped, masked_or_cut) for name, reader in readers.items()}
     read = sum(len(table) for table in tables.values())
     kept = sum(map(len, parts.values()))
     if not kept:
@@ -144,19 +139,17 @@ def _unused_key_notes(readers: Iterable[RowReader]) -> list[str]:
 
 
 def _read_rows(
-    table: Table, reader: RowReader, dropped: DropCounts, masked_or_cut: Counter[str]
+    reader: RowReader, dropped: DropCounts, masked_or_cut: Counter[str]
 ) -> list[Conversation]:
     conversations = []
-    for at in range(len(table)):
-        place = table.place(at)
+    for at in range(len(reader.table)):
         try:
-            row = reader.read(table.row(at), place)
+            conversation, counts = reader.read(at)
         except UnusableRowError as error:
-            dropped.add(str(error), place)
+            dropped.add(str(error), reader.table.place(at))
             continue
-        masked_or_cut.update(row.counts)
-        group = _prompt_hash(row.turns)
-        conversations.append(Conversation(row.turns, group, row.tools, place))
+        masked_or_cut.update(counts)
+        conversations.append(conversation)
     return conversations
 
 
@@ -188,7 +181,7 @@ def _row_reader(table: Table, chat: ChatSection) -> RowReader:
     name, kind = next(iter(found.items()))
     if kind == "prompt_completion" and chat.kind == "auto" and "label" in names:
         _refuse_preferences(table)
-    return RowReader(kind, name, table.typed)
+    return RowReader(table, kind, name)
 
 
 def _refuse_preferences(table: Table) -> None:
@@ -224,15 +217,6 @@ def _ambiguous_columns(table: Table, found: list[str]) -> UsageError:
         fix=f"{' or '.join(_MESSAGE_COLUMNS)} (a list of messages), prompt and completion, "
         "instruction, input and output; or name the column of messages by task.chat.column",
     )
-
-
-def _prompt_hash(turns: tuple[Turn, ...]) -> str:
-    """Return the group of a conversation: rows that answer the same first prompt belong together.
-
-    The group is a hash of the first user turn.
-    """
-    text = next(turn.text for turn in turns if turn.role == "user")
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _by_source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from sparsegrad_cli.data.chat_messages import (
     read_message,
     read_tools,
 )
-from sparsegrad_cli.data.conversation import Turn
+from sparsegrad_cli.data.conversation import Conversation, Turn
+from sparsegrad_cli.data.tables import Table
 from sparsegrad_cli.data.text_files import is_unicode
 from sparsegrad_cli.errors import DataError
 
@@ -41,60 +43,44 @@ _ALL_LOSS_KEYS = tuple(dict.fromkeys((*_ROW_LOSS_KEYS, *LOSS_KEYS)))
 _ROW_KEYS = (*_SYSTEM_KEYS, *_TOOL_KEYS, *_ALL_LOSS_KEYS)
 
 
-@dataclass(frozen=True)
-class ChatRow:
-    """What a row says.
-
-    Attributes:
-        turns: as a conversation may have them (:func:`valid_turns`).
-        tools: JSON schemas of the tools that the assistant may call, or None.
-        counts: what was cut or masked -> how often.
-    """
-
-    turns: tuple[Turn, ...]
-    tools: list[Any] | None
-    counts: dict[str, int]
-
-
 @dataclass
 class RowReader:
     """Read the rows of a table.
 
     Args:
+        table: the table.
         kind: ``messages``: every turn of the assistant is learnt; ``prompt_completion``: texts or
             lists of messages, of which only the completion is learnt; ``instruction``: Alpaca's
             ``instruction``, ``input`` (may be empty or missing) and ``output``, after the turns of
             ``history``.
         column: column of the messages.
-        typed: whether the table is from Arrow (:class:`~.tables.Table`).
 
     Attributes:
         unused: ``rows`` and ``messages`` -> keys that nothing reads, and how many have each.
     """
 
+    table: Table
     kind: str
     column: str = "messages"
-    typed: bool = False
     unused: dict[str, Counter[str]] = field(
         default_factory=lambda: {"rows": Counter(), "messages": Counter()}
     )
     _masked: int = 0
 
-    def read(self, row: Mapping[str, Any], place: str) -> ChatRow:
-        """Return the conversation of a row.
+    def read(self, at: int) -> tuple[Conversation, dict[str, int]]:
+        """Return the conversation of row ``at``, and how often something was cut or masked.
 
-        Args:
-            row: its cells by column name. Unused columns are not read.
-            place: place of the row, for errors.
+        Its group is a hash of its first prompt: rows that answer the same prompt belong together.
 
         Raises:
             UnusableRowError: the row is damaged.
             DataError: a part is not text, or a loss weight is neither 0 nor 1.
         """
         self._masked = 0
+        columns, place = self.table.columns, self.table.place(at)
         own = _COLUMNS.get(self.kind, (self.column,))
-        cells = {key: row[key] for key in (*own, *_ROW_KEYS) if key in row}
-        if self.typed:
+        cells = {key: columns[key][at] for key in (*own, *_ROW_KEYS) if key in columns}
+        if self.table.typed:
             cells = _without_nulls(cells)
         if self.kind == "messages":
             turns = self._messages(cells.get(self.column), place, learn=True)
@@ -110,16 +96,20 @@ class RowReader:
             next((key for key in keys if is_given(cells.get(key))), None)
             for keys in (_SYSTEM_KEYS, _TOOL_KEYS)
         )
-        for key in row.keys() - {*own, *loss_keys, system, tools}:
+        for key in columns.keys() - {*own, *loss_keys, system, tools}:
             self.unused["rows"][key] += (
-                is_given(cells.get(key)) if key in _ROW_KEYS else self.typed or is_given(row[key])
+                is_given(cells.get(key))
+                if key in _ROW_KEYS
+                else self.table.typed or is_given(columns[key][at])
             )
         if self._masked and not any(turn.learn for turn in turns):
             raise UnusableRowError("every answer has a loss weight of 0")
         valid, counts = valid_turns(turns, cells[system] if system else None)
         if self._masked:
             counts["answers with a loss weight of 0, not learnt"] = self._masked
-        return ChatRow(valid, read_tools(cells), counts)
+        prompt = next(turn.text for turn in valid if turn.role == "user")
+        group = hashlib.sha256(prompt.encode()).hexdigest()[:32]
+        return Conversation(valid, group, read_tools(cells), place), counts
 
     def _completion(self, row: Mapping[str, Any], place: str) -> list[Turn]:
         turns: list[Turn] = []

@@ -9,6 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def read_delimited(path: Path, *, tabs: bool, separator: str | None = None) -> T
             if candidate == expected:
                 return table
             what = _SEPARATORS.get(candidate, repr(candidate))
-            return table.with_notes(f"{path.name}: columns are separated by {what}")
+            note = f"{path.name}: columns are separated by {what}"
+            return replace(table, notes=(*table.notes, note))
         narrow = narrow or table
     if narrow is not None and (failed is None or failed[0] < 2):
         return narrow

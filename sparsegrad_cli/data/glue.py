@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from sparsegrad_cli.data.delimited import check_width, unquoted_rows
 from sparsegrad_cli.data.examples import Examples, RawTexts
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
-from sparsegrad_cli.data.label_texts import as_number
+from sparsegrad_cli.data.label_texts import is_number
 from sparsegrad_cli.data.read_table import file_format, read_table
 from sparsegrad_cli.data.split_files import find_split, tried_names, unread_notes
 from sparsegrad_cli.data.tables import Table, concatenated, read_text_cell
@@ -73,9 +72,9 @@ def load_local_glue(task: str, path: Path) -> RawTexts:
     notes: list[str] = []
     corpus = _mrpc_corpus(folder) if task == "mrpc" else None
     if corpus is not None:
-        train = _examples(spec, corpus.train, "train", notes)
-        validation = _examples(spec, corpus.validation, "validation", notes)
-        return RawTexts(spec, train, {"validation": validation}, [*notes, corpus.note])
+        train = _examples(spec, corpus[0], "train", notes)
+        validation = _examples(spec, corpus[1], "validation", notes)
+        return RawTexts(spec, train, {"validation": validation}, [*notes, corpus[2]])
     tables, files = {}, []
     for split in ("train", *spec.eval_splits):
         stems = (split.replace("validation", "dev"), split)
@@ -214,8 +213,9 @@ def _parse_class(raw: Any, spec: TaskSpec) -> int | str | None:
 def _parse_score(raw: Any) -> float | None:
     if isinstance(raw, bool) or not isinstance(raw, str | int | float | Decimal):
         return None
-    value = as_number(raw.strip()) if isinstance(raw, str) else float(raw)
-    return value if value is not None and math.isfinite(value) else None
+    if isinstance(raw, str) and not is_number(raw.strip()):
+        return None
+    return float(raw) if math.isfinite(float(raw)) else None
 
 
 def _class_list(spec: TaskSpec) -> str:
@@ -255,18 +255,10 @@ def _read_original(task: str, path: Path, split: str = "") -> Table:
     return Table(columns, str(path), [line for line, _ in rows], notes=notes)
 
 
-@dataclass(frozen=True)
-class _MrpcCorpus:
-    """Both parts of MRPC, and a note that says how they were told apart."""
-
-    train: Table
-    validation: Table
-    note: str
-
-
-def _mrpc_corpus(folder: Path) -> _MrpcCorpus | None:
+def _mrpc_corpus(folder: Path) -> tuple[Table, Table, str] | None:
     """Read MRPC from the files that Microsoft published; None if the folder lacks them.
 
+    Returns training, validation, and a note that says how they were told apart.
     Validation is, in this order: dev.tsv, whose rows are removed from training; the training rows
     that mrpc_dev_ids.tsv or dev_ids.tsv names; the test part of the corpus.
 
@@ -280,21 +272,18 @@ def _mrpc_corpus(folder: Path) -> _MrpcCorpus | None:
     if (folder / "dev.tsv").is_file():
         validation = _read_mrpc(folder / "dev.tsv")
         train = _select(table, set(_mrpc_ids(validation)), inside=False)
-        return _MrpcCorpus(
-            train, validation, f"training is {_MRPC_TRAIN} without the rows of dev.tsv"
-        )
+        return train, validation, f"training is {_MRPC_TRAIN} without the rows of dev.tsv"
     for name in _MRPC_DEV_IDS:
         if (folder / name).is_file():
             rows = unquoted_rows(read_text(folder / name))
             ids: set[tuple[str, ...]] = {(cells[0], cells[-1]) for _, cells in rows}
             train, validation = (_select(table, ids, inside=inside) for inside in (False, True))
-            note = f"validation is the rows of {_MRPC_TRAIN} in {name}"
-            return _MrpcCorpus(train, validation, note)
+            return train, validation, f"validation is the rows of {_MRPC_TRAIN} in {name}"
     if (folder / _MRPC_TEST).is_file():
         note = (
             f"validation is {_MRPC_TEST}, the test part of the corpus: no GLUE dev part was found"
         )
-        return _MrpcCorpus(table, _read_mrpc(folder / _MRPC_TEST), note)
+        return table, _read_mrpc(folder / _MRPC_TEST), note
     raise DataError(
         f"glue/mrpc has no validation file in {folder}",
         where="task.path",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsegrad_cli.data.tables import Columns, Table
 from sparsegrad_cli.data.text_files import read_text, text_lines
@@ -46,28 +45,18 @@ class RepeatedKeys(dict[str, Any]):
         self.repeated = tuple(key for key, count in times.items() if count > 1)
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One value of a JSON file.
 
     Attributes:
         value: the parsed value.
-        path: the file.
-        row: number of the record, counted from 1.
+        place: ``file:line`` if lines are known, else ``file, row n`` (counted from 1).
         line: its line; None in a file that is one array or object.
     """
 
     value: Any
-    path: Path
-    row: int
-    line: int | None
-
-    @property
-    def place(self) -> str:
-        """``file:line`` if lines are known, else ``file, row n``."""
-        if self.line is not None:
-            return f"{self.path}:{self.line}"
-        return f"{self.path}, row {self.row}"
+    place: str
+    line: int | None = None
 
 
 def parse_json(text: str) -> Any:
@@ -155,16 +144,14 @@ def _integer(text: str) -> int | float | Decimal:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    row = 0
     for number, line in text_lines(path):
         if line.strip():
-            row += 1
             where = f"{path}:{number}"
             try:
                 value = _parse(line, where)
             except json.JSONDecodeError as error:
                 raise _not_json(error, where) from None
-            yield Record(value, path, row, number)
+            yield Record(value, where, number)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -213,7 +200,7 @@ def _items(value: Any, path: Path) -> Iterator[Record]:
         value = value["data"]
     items = value if isinstance(value, list) else [value]
     for row, item in enumerate(items, start=1):
-        yield Record(item, path, row, None)
+        yield Record(item, f"{path}, row {row}")
 
 
 def _not_json(error: json.JSONDecodeError, where: str) -> DataError:

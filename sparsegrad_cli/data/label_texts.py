@@ -26,13 +26,16 @@ from typing import Any, Literal
 from sparsegrad_cli.data.json_files import WrittenFloat
 from sparsegrad_cli.data.text_files import is_unicode
 
-# ASCII digits only: float() also takes "1_000", "nan" and the digits of other scripts.
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_NUMBER_WITH_COMMAS = re.compile(r"[+-]?[0-9]+(,[0-9]+)+(\.[0-9]+)?")
-# Compared in lower case. Infinity is as unusable as a score as NaN is.
-_MISSING = re.compile(r"#?n/?a|<na>|nan|nil|null|none|missing|[+-]?inf(inity)?|--?|\?|\.")
+# Each of these returns a match or None. They take ASCII digits only: float() also takes "1_000",
+# "nan" and the digits of other scripts.
+is_number = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?").fullmatch
+is_integer = re.compile(r"[+-]?[0-9]+").fullmatch
+is_plain_integer = re.compile(r"0|-?[1-9][0-9]*").fullmatch  # no plus sign, no leading zeros
+is_number_with_commas = re.compile(r"[+-]?[0-9]+(,[0-9]+)+(\.[0-9]+)?").fullmatch
+# Common marks of a missing value. Infinity is as unusable as a score as NaN is.
+is_missing_mark = re.compile(
+    r"#?n/?a|<na>|nan|nil|null|none|missing|[+-]?inf(inity)?|--?|\?|\.", re.ASCII | re.IGNORECASE
+).fullmatch
 _MAX_LISTED = 20  # texts that a message lists
 
 
@@ -81,36 +84,6 @@ def value_kind(
     if class_names is not None or isinstance(value, str):
         return "text"
     return "boolean" if isinstance(value, bool) else "number"
-
-
-def as_number(text: str) -> float | None:
-    """Return the number that a text writes in ASCII digits, or None."""
-    return float(text) if is_number(text) else None
-
-
-def is_number(text: str) -> bool:
-    """Return whether a text is a number in ASCII digits, such as ``1``, ``-1.5`` or ``2e-3``."""
-    return _NUMBER.fullmatch(text) is not None
-
-
-def is_integer(text: str) -> bool:
-    """Return whether a text is a number without a point and without an exponent."""
-    return _INTEGER.fullmatch(text) is not None
-
-
-def is_plain_integer(text: str) -> bool:
-    """Return whether a text is an integer without a plus sign and without leading zeros."""
-    return _PLAIN_INTEGER.fullmatch(text) is not None
-
-
-def is_number_with_commas(text: str) -> bool:
-    """Return whether a text is a number with commas, such as ``1,5`` or ``1,000.5``."""
-    return _NUMBER_WITH_COMMAS.fullmatch(text) is not None
-
-
-def is_missing_mark(text: str) -> bool:
-    """Return whether a text is a common mark for a missing value, such as ``NA`` or ``?``."""
-    return _MISSING.fullmatch(text.lower()) is not None
 
 
 def by_number(texts: Iterable[str]) -> dict[Decimal | str, list[str]]:

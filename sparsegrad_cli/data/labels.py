@@ -13,7 +13,6 @@ from typing import NoReturn
 
 from sparsegrad_cli.data.label_texts import (
     LabelValueError,
-    as_number,
     by_number,
     in_id_order,
     is_integer,
@@ -165,15 +164,14 @@ class _LabelColumn:
             DataError: a number does not fit float32, or all training labels are one number.
         """
         for text in self.counts:
-            number = as_number(text)
-            if number is None:
+            if not is_number(text):
                 raise UsageError(
                     f"{reason} needs numbers, and the label in column {self.column!r} is {text!r}",
                     where=self._place(text),
                     fix="write a number such as 1234.5, or remove the row; for classes set "
                     "task.type: classification",
                 )
-            if abs(number) > _MAX_SCORE:
+            if abs(float(text)) > _MAX_SCORE:
                 raise DataError(
                     f"the label in column {self.column!r} is too large for a number",
                     where=self._place(text),
@@ -246,7 +244,7 @@ class _LabelColumn:
         if len(classes) <= 2 or rows >= _ROWS_PER_CLASS * len(classes):
             return []
         note = f"{len(classes)} classes in {rows} training rows: few rows are left to learn from"
-        if 2 * sum(map(is_number, classes)) > len(classes):
+        if 2 * len([name for name in classes if is_number(name)]) > len(classes):
             note += "; if these are scores, set task.type: regression"
         return [note]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,26 +50,6 @@ class Columns(Mapping[str, list[Any]]):
 
 
 @dataclass(frozen=True)
-class Row(Mapping[str, Any]):
-    """One row of a table by column name. Reading a cell reads its column."""
-
-    columns: Mapping[str, list[Any]]
-    at: int
-
-    def __getitem__(self, name: str) -> Any:
-        return self.columns[name][self.at]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.columns
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.columns)
-
-    def __len__(self) -> int:
-        return len(self.columns)
-
-
-@dataclass(frozen=True)
 class Table:
     """Columns of one length, and the place of each row.
 
@@ -100,10 +80,6 @@ class Table:
             return self.count
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
-    def row(self, at: int) -> Row:
-        """Return row ``at``, counted from 0."""
-        return Row(self.columns, at)
-
     def place(self, row: int) -> str:
         """Return ``file:line`` if lines are known, else ``file, row n`` (counted from 1)."""
         for part in self.parts:
@@ -113,10 +89,6 @@ class Table:
         if self.lines is not None:
             return f"{self.source}:{self.lines[row]}"
         return f"{self.source}, row {row + 1}"
-
-    def with_notes(self, *notes: str) -> Table:
-        """Return the same table with more notes."""
-        return replace(self, notes=(*self.notes, *notes))
 
 
 def concatenated(tables: Sequence[Table]) -> Table:
