@@ -20,8 +20,7 @@ def tokenize(
     *,
     max_length: int,
     padding: Literal["dynamic", "fixed"],
-    notes: list[str] | None = None,
-) -> tuple[Dataset, dict[str, Dataset]]:
+) -> tuple[Dataset, dict[str, Dataset], str | None]:
     """Tokenize every split.
 
     Args:
@@ -31,12 +30,11 @@ def tokenize(
             is cut first.
         padding: ``dynamic`` leaves rows at their own length for the collator to pad; ``fixed``
             pads every row to ``max_length``.
-        notes: gets a note on the number of rows that are cut.
 
     Returns:
-        The training set and the validation sets, with columns ``input_ids`` (int32),
-        ``attention_mask`` (int8), ``token_type_ids`` (int8, if the tokenizer has them) and
-        ``labels`` (int64 or float32).
+        The training set, the validation sets, and a note if rows are cut. Columns: ``input_ids``
+        (int32), ``attention_mask`` (int8), ``token_type_ids`` (int8, if the tokenizer has them)
+        and ``labels`` (int64 or float32).
 
     Raises:
         DataError: ``max_length`` leaves no room beside the special tokens, or a text has no token.
@@ -58,31 +56,24 @@ def tokenize(
         "return_attention_mask": True,
     }
     sets = {"training": task.train, **task.validation}
-    cut: dict[str, int] = {}
-    done = {
-        name: _tokenize_split(data, name, tokenizer, special, options, cut)
-        for name, data in sets.items()
-    }
-    rows = [f"{count} of {len(sets[name])} {name} rows" for name, count in cut.items() if count]
-    if rows and notes is not None:
-        notes.append(f"cut to {max_length} tokens (task.max_length): {', '.join(rows)}")
-    train = done.pop("training")
-    return train, done
+    done: dict[str, Dataset] = {}
+    cut = []
+    for name, data in sets.items():
+        done[name], count = _tokenize_split(data, name, tokenizer, special, options)
+        if count:
+            cut.append(f"{count} of {len(data)} {name} rows")
+    note = f"cut to {max_length} tokens (task.max_length): {', '.join(cut)}" if cut else None
+    return done.pop("training"), done, note
 
 
 def _tokenize_split(
-    data: Dataset,
-    split: str,
-    tokenizer: Any,
-    special: int,
-    options: dict[str, Any],
-    cut: dict[str, int],
-) -> Dataset:
-    """Tokenize one split, and count its rows that are longer than ``max_length`` in ``cut``."""
+    data: Dataset, split: str, tokenizer: Any, special: int, options: dict[str, Any]
+) -> tuple[Dataset, int]:
+    """Tokenize one split, and count its rows that are longer than ``max_length``."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     parts = []
-    longest = 0
+    longest = cut = 0
     for start in range(0, len(data), _CHUNK):
         rows = data[start : start + _CHUNK]
         texts = [rows["text"], rows["text_pair"]] if "text_pair" in rows else [rows["text"]]
@@ -93,7 +84,7 @@ def _tokenize_split(
             row = start + lengths.index(0) + 1
             raise DataError(f"row {row} of the {split} split has no token", where="task")
         full = [at for at, length in enumerate(lengths) if length == options["max_length"]]
-        cut[split] = cut.get(split, 0) + _cut_rows(tokenizer, texts, encoded, full)
+        cut += _cut_rows(tokenizer, texts, encoded, full)
         longest = max(longest, *lengths)
         features = {name: List(Value("int8")) for name in columns}
         features["input_ids"] = List(Value("int32"))
@@ -106,7 +97,7 @@ def _tokenize_split(
             where="task",
             fix="are the text columns the right ones, and does the tokenizer fit their language?",
         )
-    return concatenate_datasets(parts)
+    return concatenate_datasets(parts), cut
 
 
 def _cut_rows(tokenizer: Any, texts: list[list[str]], encoded: Any, full: list[int]) -> int:

@@ -84,7 +84,7 @@ def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
     elif len(train) > _MOST_TEXTS:
         train = train.select(_most_characters(train, _MOST_TEXTS))
         source = f"the longest of the {_MOST_TEXTS:,} examples with the most characters"
-    rows, _ = tokenize(
+    rows, *_ = tokenize(
         replace(task, train=train, validation={}),
         tokenizer,
         max_length=length,

@@ -125,11 +125,10 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut_note = fitting_length(section.max_length, model.config)
     pad_note = ensure_pad_token(tokenizer, model.config)
-    length_notes: list[str] = []
-    train_data, validation = tokenize(
-        task, tokenizer, max_length=max_length, padding=section.padding, notes=length_notes
+    train_data, validation, length_note = tokenize(
+        task, tokenizer, max_length=max_length, padding=section.padding
     )
-    notes = (*task.notes, head.note, pad_note, cut_note, *length_notes)
+    notes = (*task.notes, head.note, pad_note, cut_note, length_note)
     return LoadedTask(
         TaskFacts(
             spec.name,

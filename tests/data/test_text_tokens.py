@@ -67,7 +67,7 @@ def make_task(
 
 
 def test_pairs_carry_both_texts_and_types(tmp_path: Path, bert: Any) -> None:
-    train, validation = tokenize(
+    train, validation, _ = tokenize(
         make_task(tmp_path, pair=True), bert, max_length=64, padding="dynamic"
     )
     assert train.column_names == ["input_ids", "attention_mask", "token_type_ids", "labels"]
@@ -81,7 +81,7 @@ def test_pairs_carry_both_texts_and_types(tmp_path: Path, bert: Any) -> None:
 
 
 def test_truncation_keeps_special_tokens(tmp_path: Path, bert: Any) -> None:
-    train, _ = tokenize(make_task(tmp_path, pair=False), bert, max_length=5, padding="dynamic")
+    train, *_ = tokenize(make_task(tmp_path, pair=False), bert, max_length=5, padding="dynamic")
     assert [len(row["input_ids"]) for row in train] == [5, 3, 5, 3]
     assert bert.decode(train[2]["input_ids"]) == "[CLS] one two three [SEP]"
 
@@ -103,11 +103,11 @@ def test_rows_that_are_cut_are_counted(
     task = make_task(tmp_path, pair=False)
     lengths = [len(bert(text)["input_ids"]) for text, *_ in ROWS]
     for max_length in (5, max(lengths) - 1, max(lengths)):
-        notes: list[str] = []
-        tokenize(task, tokenizer, max_length=max_length, padding=padding, notes=notes)
+        *_, note = tokenize(task, tokenizer, max_length=max_length, padding=padding)
         count = sum(length > max_length for length in lengths)
         rows = f"{count} of 4 training rows, {count} of 4 validation rows"
-        assert notes == [f"cut to {max_length} tokens (task.max_length): {rows}"] * bool(count)
+        said = f"cut to {max_length} tokens (task.max_length): {rows}"
+        assert note == (said if count else None)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_text_without_a_token_is_refused(tmp_path: Path) -> None:
 
 
 def test_dynamic_padding_goes_to_the_longest_of_the_batch(tmp_path: Path, bert: Any) -> None:
-    train, _ = tokenize(make_task(tmp_path, pair=False), bert, max_length=64, padding="dynamic")
+    train, *_ = tokenize(make_task(tmp_path, pair=False), bert, max_length=64, padding="dynamic")
     collate = TextCollator(bert, max_length=64, padding="dynamic")
     batch = collate([train[i] for i in (0, 1)])
     assert batch["input_ids"].shape == (2, 8) and batch["input_ids"].dtype == torch.int64
@@ -152,8 +152,8 @@ def test_dynamic_padding_goes_to_the_longest_of_the_batch(tmp_path: Path, bert: 
 
 def test_fixed_padding_is_the_same_with_longer_rows(tmp_path: Path, bert: Any) -> None:
     task = make_task(tmp_path, pair=True)
-    fixed, _ = tokenize(task, bert, max_length=20, padding="fixed")
-    dynamic, _ = tokenize(task, bert, max_length=20, padding="dynamic")
+    fixed, *_ = tokenize(task, bert, max_length=20, padding="fixed")
+    dynamic, *_ = tokenize(task, bert, max_length=20, padding="dynamic")
     assert {len(row["input_ids"]) for row in fixed} == {20}
     collate = TextCollator(bert, max_length=20, padding="fixed")
     one, two = collate(list(fixed)), collate(list(dynamic))
@@ -162,7 +162,7 @@ def test_fixed_padding_is_the_same_with_longer_rows(tmp_path: Path, bert: Any) -
 
 
 def test_scores_stay_floats(tmp_path: Path, bert: Any) -> None:
-    train, _ = tokenize(
+    train, *_ = tokenize(
         make_task(tmp_path, pair=False, scores=True), bert, max_length=16, padding="dynamic"
     )
     batch = TextCollator(bert, max_length=16, padding="dynamic")(list(train))
@@ -183,7 +183,7 @@ def test_tokenizers_without_pad_token(tmp_path: Path, bos: bool) -> None:
     assert note is not None and "'</s>'" in note
     assert tokenizer.pad_token_id == config.pad_token_id == 1
     assert ensure_pad_token(tokenizer, config) is None
-    train, _ = tokenize(
+    train, *_ = tokenize(
         make_task(tmp_path, pair=False), tokenizer, max_length=12, padding="dynamic"
     )
     assert train.column_names == ["input_ids", "attention_mask", "labels"]
@@ -208,7 +208,7 @@ def test_a_tokenizer_without_pad_and_end_token_is_refused() -> None:
 
 
 def test_longest_batch_is_the_worst_case(tmp_path: Path, bert: Any) -> None:
-    train, _ = tokenize(make_task(tmp_path, pair=False), bert, max_length=64, padding="dynamic")
+    train, *_ = tokenize(make_task(tmp_path, pair=False), bert, max_length=64, padding="dynamic")
     assert longest_batch(train, 2) == [train[2], train[0]]
     assert longest_batch(train, 9) == [train[2], train[0], train[1], train[3]]
     # Rows picked out of a set, as Trainer and calibration do, are looked up through an index.
@@ -221,7 +221,7 @@ def test_more_rows_than_one_chunk(
     tmp_path: Path, bert: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(tmp_path, pair=True)
-    whole, _ = tokenize(task, bert, max_length=16, padding="dynamic")
+    whole, *_ = tokenize(task, bert, max_length=16, padding="dynamic")
     monkeypatch.setattr("sparsegrad_cli.data.text_tokens._CHUNK", 3)
-    pieces, _ = tokenize(task, bert, max_length=16, padding="dynamic")
+    pieces, *_ = tokenize(task, bert, max_length=16, padding="dynamic")
     assert pieces[:] == whole[:] and len(pieces) == 4
