@@ -165,9 +165,7 @@ def test_forgetting_is_measured_on_plain_text(
     assert "plain text" in Path("run/report.html").read_text(encoding="utf-8")
 
 
-def test_the_best_evaluation_is_one_that_a_checkpoint_was_kept_of(
-    cli: Cli, settings: tuple[str, ...]
-) -> None:
+def test_the_best_evaluation_has_a_checkpoint(cli: Cli, settings: tuple[str, ...]) -> None:
     """Where training improves nothing, the record still speaks of a model that was saved."""
     outcome = cli(
         "train", *settings, "method=full", "train.learning_rate=1e-30", "-o", "run", "--json"
@@ -191,7 +189,7 @@ def test_methods_are_compared_by_loss(cli: Cli, settings: tuple[str, ...]) -> No
     assert all(check["same_order"] and check["same_data"] for check in record["checks"])
 
 
-def test_a_run_says_what_its_data_masks_and_what_the_template_leaves_out(
+def test_a_run_notes_masked_answers_and_parts_that_the_template_leaves_out(
     cli: Cli, settings: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "agent.jsonl"
@@ -253,7 +251,7 @@ def test_conversations_that_max_length_cuts_or_drops_are_noted(
         (("task.chat.forgetting=gone.txt",), "no such file: gone.txt"),
     ],
 )
-def test_what_cannot_be_is_said(
+def test_settings_that_cannot_work_are_refused(
     cli: Cli, settings: tuple[str, ...], overrides: tuple[str, ...], says: str
 ) -> None:
     outcome = cli("train", *settings, *overrides, "-o", "r")

@@ -135,7 +135,7 @@ def test_a_setting_names_the_column_of_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "txt"])
-def test_every_format_reads_alike(tmp_path: Path, suffix: str) -> None:
+def test_all_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     from datasets import Dataset
 
     rows = [{"messages": said(f"u{i}", f"a\u2028{i}")} for i in range(30)]

@@ -420,7 +420,7 @@ def test_a_tokenizer_written_in_python_is_refused() -> None:
         ChatEncoder(PythonTokenizer())
 
 
-def test_turns_that_cannot_be_learnt() -> None:
+def test_turns_that_cannot_be_learnt_are_refused() -> None:
     asked = Conversation((Turn("user", "a", True), Turn("assistant", "b", True)), "g")
     with pytest.raises(DataError, match="a turn of the user is marked as learnt"):
         encode(byte_level(), asked)

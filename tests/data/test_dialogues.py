@@ -57,7 +57,7 @@ def spoken_words(split: Split) -> set[str]:
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_counting_in_answers_is_right(split: Split) -> None:
+def test_sums_and_times_in_answers_are_right(split: Split) -> None:
     checked = Counter[str]()
     for tree in generate(split, 400):
         prompt = tree["prompt"]["text"]
@@ -132,7 +132,7 @@ def spoken_last(conversation: Any) -> tuple[str, ...]:
     return tuple(turn.text for turn in conversation.turns)
 
 
-def test_as_an_export_file_it_reads_the_same(tmp_path: Path) -> None:
+def test_generated_trees_written_to_a_file_read_the_same(tmp_path: Path) -> None:
     for split, size in SIZES.items():
         write(tmp_path / f"{split}.jsonl", *generate(split, size))
     data = read(tmp_path, split="source")

@@ -137,7 +137,7 @@ def test_mrpc_as_microsoft_published_it(
     assert any(next(iter(extra)) in note for note in task.notes)
 
 
-def test_mrpc_corpus_without_anything_to_validate_on(tmp_path: Path) -> None:
+def test_mrpc_without_validation_data_is_refused(tmp_path: Path) -> None:
     tsv(tmp_path / "msr_paraphrase_train.txt", MRPC, *CORPUS)
     with pytest.raises(DataError, match=r"tried: dev\.tsv"):
         load_task("glue/mrpc", path=tmp_path)
@@ -273,33 +273,35 @@ def test_hub_columns_in_other_formats(tmp_path: Path, suffix: str) -> None:
         ([], "holds no rows"),
     ],
 )
-def test_bad_cola_rows_say_file_and_line(tmp_path: Path, rows: list[str], message: str) -> None:
+def test_errors_in_cola_rows_name_file_and_line(
+    tmp_path: Path, rows: list[str], message: str
+) -> None:
     tsv(tmp_path / "train.tsv", *rows)
     tsv(tmp_path / "dev.tsv", "x|1||good")
     with pytest.raises(DataError, match=message):
         load_task("glue/cola", path=tmp_path)
 
 
-def test_not_utf8_says_where(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_refused_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_bytes(b"x\t1\t\tcaf\xe9\n")
     with pytest.raises(DataError, match="not UTF-8: byte 0xe9 at offset 8"):
         load_task("glue/cola", path=tmp_path)
 
 
-def test_another_tasks_folder_is_refused(tmp_path: Path) -> None:
+def test_the_folder_of_another_task_is_refused(tmp_path: Path) -> None:
     tsv(tmp_path / "CoLA" / "train.tsv", "x|1||good")
     with pytest.raises(UsageError, match="is that of CoLA, not of RTE"):
         load_task("glue/rte", path=tmp_path / "CoLA")
 
 
-def test_another_tasks_columns_are_refused(tmp_path: Path) -> None:
+def test_the_columns_of_another_task_are_refused(tmp_path: Path) -> None:
     tsv(tmp_path / "train.tsv", "sentence|label", "good|1")
     tsv(tmp_path / "dev.tsv", "sentence|label", "good|1")
     with pytest.raises(DataError, match="no column 'sentence1'"):
         load_task("glue/rte", path=tmp_path)
 
 
-def test_damaged_parquet(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="Parquet"):
         load_task("glue/rte", path=tmp_path)
@@ -334,7 +336,7 @@ def test_metric_and_column_choices_for_glue(tmp_path: Path) -> None:
 # --- limits and hash
 
 
-def test_limits_take_the_first_rows_and_the_hash_knows(tmp_path: Path) -> None:
+def test_limits_take_the_first_rows_and_change_the_hash(tmp_path: Path) -> None:
     tsv(tmp_path / "train.tsv", "x|1||a", "x|1||b", "x|0||c")
     tsv(tmp_path / "dev.tsv", "x|1||d", "x|0||e")
     whole = load_task("glue/cola", path=tmp_path)

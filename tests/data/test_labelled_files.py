@@ -31,7 +31,7 @@ def folder_task(folder: Path, train: str, validation: str, **kwargs: Any) -> Tex
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
-def test_every_format_reads_alike(tmp_path: Path, suffix: str) -> None:
+def test_all_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     from datasets import Dataset
 
     rows = {
@@ -92,7 +92,7 @@ def test_no_cache_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- columns
 
 
-def test_own_column_names(tmp_path: Path) -> None:
+def test_column_names_can_be_set(tmp_path: Path) -> None:
     text = "q,text_pair,a,y\nq1,ignored?,a1,no\nq2,x,a2,yes\n"
     task = csv_task(tmp_path, text, columns={"text": "q", "text_pair": "a", "label": "y"})
     assert task.spec.text_columns == ("q", "a") and task.spec.label_column == "y"
@@ -132,7 +132,7 @@ def test_unseen_label_gives_value_and_first_row(tmp_path: Path) -> None:
     assert "validation.csv:3" in str(caught.value) and "no, yes" in str(caught.value)
 
 
-def test_words_against_numbers_is_an_unseen_label(tmp_path: Path) -> None:
+def test_a_word_among_numbers_is_an_unseen_label(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="occurs in validation but not in training"):
         folder_task(tmp_path, "text,label\na,0\nb,1\n", TWO)
 
@@ -162,7 +162,7 @@ def test_single_class_is_refused(tmp_path: Path) -> None:
         ("text,label\ngood,0.5\n", "one row cannot be split"),
     ],
 )
-def test_bad_csv_says_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_csv_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         csv_task(tmp_path, text)
 
@@ -180,7 +180,7 @@ def test_bad_csv_says_file_and_line(tmp_path: Path, text: str, message: str) -> 
         ('{"text": "a", "label": [1]}', "is a list: expected a word or a number"),
     ],
 )
-def test_bad_json_says_where(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_json_name_the_place(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "data.json"
     file.write_text(text)
     with pytest.raises(DataError, match=message):
@@ -215,7 +215,7 @@ def test_the_random_split_is_reproducible_and_noted(tmp_path: Path) -> None:
     assert "10 of 40 rows" in first.notes[0] and "seed 0" in first.notes[0]
 
 
-def test_hash_tells_pairs_from_joined_texts(tmp_path: Path) -> None:
+def test_the_hash_differs_between_pairs_and_joined_texts(tmp_path: Path) -> None:
     one = folder_task(
         tmp_path, "text,text_pair,label\nab,c,0\nx,y,1\n", "text,text_pair,label\na,b,0\n"
     )

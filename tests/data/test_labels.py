@@ -154,7 +154,7 @@ def test_class_names_of_parquet_metadata_are_kept_in_their_order(tmp_path: Path)
         load_task("parquet", path=tmp_path)
 
 
-def test_class_names_of_datasets_own_files(tmp_path: Path) -> None:
+def test_class_names_are_read_from_files_that_datasets_wrote(tmp_path: Path) -> None:
     from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["ham", "spam"])})
@@ -307,7 +307,7 @@ def test_a_score_too_large_for_float32_is_refused(tmp_path: Path, label: str) ->
     assert load(tmp_path, ["0.5", label], type=CLASSES).spec.label_names is not None
 
 
-def test_scores_that_are_one_float32_are_refused_or_noted(tmp_path: Path) -> None:
+def test_scores_that_are_equal_in_float32_are_refused_or_noted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"every training label is 0\.5") as error:
         load(tmp_path, ["0.5", "0.50", "0.5"], type=SCORES)
     assert error.value.fix
@@ -411,6 +411,8 @@ def test_f1_of_three_classes_is_recorded_as_f1_macro(tmp_path: Path) -> None:
         ({"metric": "f1_makro"}, "did you mean f1_macro"),
     ],
 )
-def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_the_labels_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         load(tmp_path, ["fraud", "ok"], **settings)

@@ -103,7 +103,9 @@ def test_turns_keep_the_text_as_it_stands(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_best_reply(tmp_path: Path, replies: list[dict[str, Any]], best: int, turned: bool) -> None:
+def test_the_best_path_takes_the_best_reply(
+    tmp_path: Path, replies: list[dict[str, Any]], best: int, turned: bool
+) -> None:
     made = [node(f"a{number}", **extra) for number, extra in enumerate(replies)]
     file = write(tmp_path / "x.jsonl", node("p", *(made[::-1] if turned else made)), small_tree())
     assert f"p a{best}*" in all_conversations(read(file, paths="best"))
@@ -139,7 +141,7 @@ def test_deleted_and_rejected_messages_drop_all_below_them(tmp_path: Path) -> No
     assert dropped == {"deleted": 1, "rejected by review": 1, "below a dropped message": 3}
 
 
-def test_languages(tmp_path: Path) -> None:
+def test_languages_filter_messages(tmp_path: Path) -> None:
     root = node(
         "p",
         node("a1", lang="de"),
@@ -190,7 +192,7 @@ def test_a_reply_without_siblings_needs_no_rank(tmp_path: Path) -> None:
         lambda value: [{"name": "quality", "value": value, "count": 2}],
     ],
 )
-def test_min_quality(tmp_path: Path, shape: Any) -> None:
+def test_min_quality_drops_replies(tmp_path: Path, shape: Any) -> None:
     root = node(
         "p",
         node("a1", labels=shape(0.5)),
@@ -206,7 +208,7 @@ def test_min_quality(tmp_path: Path, shape: Any) -> None:
     assert data.counts["messages dropped: filter min_quality: none given"] == 2
 
 
-def test_tree_states(tmp_path: Path) -> None:
+def test_tree_states_filter_trees(tmp_path: Path) -> None:
     low = tree(node("l", node("a1")), tree_state="aborted_low_grade")
     unsaid = tree(node("u", node("a2")), tree_state=None)
     rows = [row | {"tree_state": "halted_by_moderator"} for row in flat(node("h", node("a3")))]

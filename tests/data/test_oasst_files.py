@@ -28,7 +28,7 @@ from sparsegrad_cli.errors import DataError, DownloadError, UsageError
 # --- where files lie
 
 
-def test_gzip_and_byte_order_mark(tmp_path: Path) -> None:
+def test_gzip_and_byte_order_marks_are_read(tmp_path: Path) -> None:
     lines = "".join(json.dumps(tree(root)) + "\n" for root in (large_tree(), small_tree()))
     packed = tmp_path / "x.jsonl.gz"
     packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode()))
@@ -153,14 +153,14 @@ def test_invalid_settings_are_refused_by_the_section(settings: dict[str, Any], k
         chat_task("oasst", **settings)
 
 
-def test_unknown_task_and_missing_path() -> None:
+def test_an_unknown_task_and_a_missing_path_are_refused() -> None:
     with pytest.raises(UsageError, match="did you mean oasst"):
         load_chat("oast")
     with pytest.raises(UsageError, match="task chat needs a path"):
         load_chat("chat")
 
 
-def test_path_and_hub_together(tmp_path: Path) -> None:
+def test_a_path_and_a_hub_id_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"either task\.path or task\.chat\.hub, got both"):
         read(tmp_path, hub="a/b")
     with pytest.raises(UsageError, match="takes no path"):

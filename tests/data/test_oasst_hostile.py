@@ -83,19 +83,19 @@ def test_a_damaged_message_drops_all_below_it(
 
 
 @pytest.mark.parametrize("bad", [None, 7, "a reply", ["x"], True])
-def test_a_reply_that_is_not_an_object(tmp_path: Path, bad: Any) -> None:
+def test_a_reply_that_is_not_an_object_is_dropped(tmp_path: Path, bad: Any) -> None:
     root = node("p", node("a1"))
     root["replies"].append(bad)
     assert survivors(tmp_path, tree(root)) == ({"p a1*"}, {"not an object": 1})
 
 
 @pytest.mark.parametrize("bad", [{"0": node("a9")}, "none", 5, False])
-def test_replies_that_are_not_a_list(tmp_path: Path, bad: Any) -> None:
+def test_replies_that_are_not_a_list_are_dropped(tmp_path: Path, bad: Any) -> None:
     found, wrong = survivors(tmp_path, node("p", node("a1", replies=bad)))
     assert found == {"p a1*"} and wrong == {"replies is not a list": 1}
 
 
-def test_replies_missing_or_null(tmp_path: Path) -> None:
+def test_missing_and_null_replies_are_none(tmp_path: Path) -> None:
     root = node("p", without(node("a1"), "replies"), node("a2", replies=None))
     assert survivors(tmp_path, tree(root)) == ({"p a1*", "p a2*"}, {})
 
@@ -167,7 +167,7 @@ def test_tree_whose_root_is_damaged(tmp_path: Path) -> None:
     }
 
 
-def test_two_of_one_role_in_a_row(tmp_path: Path) -> None:
+def test_two_messages_of_one_role_in_a_row_are_dropped(tmp_path: Path) -> None:
     root = node("p", node("p2", node("a1")), node("a2", node("a3"), node("p3", node("a4"))))
     found, wrong = survivors(tmp_path, tree(root))
     assert found == {"p a2* p3 a4*"}
@@ -177,14 +177,14 @@ def test_two_of_one_role_in_a_row(tmp_path: Path) -> None:
 # --- links
 
 
-def test_orphans(tmp_path: Path) -> None:
+def test_messages_without_a_parent_are_dropped(tmp_path: Path) -> None:
     rows = flat(node("gone", node("a1", node("p2", node("a2")))))[1:]
     found, wrong = survivors(tmp_path, *rows)
     assert not found
     assert wrong == {"parent is not in the data": 1, "below a dropped message": 2}
 
 
-def test_cycles(tmp_path: Path) -> None:
+def test_messages_in_a_cycle_are_dropped(tmp_path: Path) -> None:
     def row(name: str, parent: str) -> dict[str, Any]:
         return without(node(name, parent_id=parent), "replies")
 

@@ -104,7 +104,7 @@ def test_limits_take_the_first_conversations(tmp_path: Path) -> None:
     assert part.data_hash != whole.data_hash
 
 
-def test_hash_knows_everything_that_is_learnt_from() -> None:
+def test_the_hash_covers_everything_that_is_learnt() -> None:
     def hashed(train: list[list[Turn]], validation: list[list[Turn]]) -> str:
         def conversations(part: list[list[Turn]]) -> list[Conversation]:
             return [Conversation(tuple(turns), "g") for turns in part]

@@ -119,11 +119,11 @@ def test_digests_differ_from_the_first_different_batch_on() -> None:
     assert [first[str(n)] == second[str(n)] for n in range(1, 6)] == [True, True] + [False] * 3
 
 
-def test_order_of_batches_counts() -> None:
+def test_digests_depend_on_the_order_of_batches() -> None:
     assert digests([batch(0), batch(1)])["2"] != digests([batch(1), batch(0)])["2"]
 
 
-def test_ids_labels_and_shape_count() -> None:
+def test_digests_depend_on_ids_labels_and_shape() -> None:
     base = batch(0)
     first = digests([base])["1"]
     ids, labels = base["input_ids"].clone(), base["labels"].clone()
@@ -142,7 +142,7 @@ def test_ids_without_labels_are_not_labels_without_ids() -> None:
     assert digests([{"input_ids": values}]) != digests([{"labels": values}])
 
 
-def test_the_split_into_batches_counts() -> None:
+def test_digests_depend_on_the_split_into_batches() -> None:
     whole = batch(0)
     halves = [{k: v[:2] for k, v in whole.items()}, {k: v[2:] for k, v in whole.items()}]
     chain, other = OrderHash(1), OrderHash(1)
@@ -154,19 +154,19 @@ def test_the_split_into_batches_counts() -> None:
     assert chain.kept != other.kept
 
 
-def test_memory_layout_does_not_count() -> None:
+def test_digests_do_not_depend_on_memory_layout() -> None:
     base = batch(0)
     strided = {**base, "input_ids": base["input_ids"].T.contiguous().T}
     assert not strided["input_ids"].is_contiguous()
     assert digests([strided]) == digests([base])
 
 
-def test_kept_at_every_nth_and_at_the_last_step() -> None:
+def test_digests_are_kept_at_every_nth_and_the_last_step() -> None:
     assert list(digests([batch(n) for n in range(10)], every=4)) == ["4", "8", "10"]
     assert list(digests([batch(n) for n in range(3)], every=0)) == ["1", "2", "3"]
 
 
-def test_a_chain_goes_on_from_a_checkpoint() -> None:
+def test_digests_continue_from_a_checkpoint() -> None:
     whole = digests([batch(n) for n in range(8)], every=2)
     first = OrderHash(2)
     for step in range(1, 6):
@@ -204,7 +204,7 @@ def row_digest(batches: list[dict[str, Tensor]]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed"])
-def test_rows_do_not_see_how_a_batch_was_cut_and_padded(kind: str) -> None:
+def test_row_digests_do_not_depend_on_micro_batches_and_padding(kind: str) -> None:
     whole = row_digest([ragged(0, [3, 6, 2, 5], kind)])
     halves = [ragged(0, [3, 6], kind), ragged(0, [2, 5], kind)]
     for half, first in zip(halves, (0, 2), strict=True):  # labels count rows from 0 in each
@@ -217,7 +217,7 @@ def test_rows_do_not_see_how_a_batch_was_cut_and_padded(kind: str) -> None:
     assert row_digest([longer]) != whole
 
 
-def test_labels_of_rows_count_and_move_with_them() -> None:
+def test_row_digests_depend_on_labels() -> None:
     base = batch(0)
     halves = [{k: v[:2] for k, v in base.items()}, {k: v[2:] for k, v in base.items()}]
     assert row_digest(halves) == row_digest([base])
@@ -226,7 +226,7 @@ def test_labels_of_rows_count_and_move_with_them() -> None:
     assert row_digest([{**base, "input_ids": base["input_ids"] + 1}]) != row_digest([base])
 
 
-def test_a_chain_of_rows_goes_on_but_not_from_a_checkpoint_that_knew_none() -> None:
+def test_row_digests_continue_from_a_checkpoint_that_has_them() -> None:
     first = OrderHash(1)
     first.add(batch(0))
     first.mark(1)
