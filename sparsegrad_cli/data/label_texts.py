@@ -1,17 +1,6 @@
-"""The text of a label, the number that a text writes, and classes whose names are easily confused.
+"""The text of a label, the number that a text writes, and classes that look alike.
 
-=================================  =========================================================
-value of a label                   its text
-=================================  =========================================================
-text                               itself without spaces around it
-integer                            its digits
-number in JSON                     as the file writes it: ``1.10`` stays ``1.10``
-float in Parquet                   the shortest decimal that reads back as the same float64:
-                                   ``1.0``, ``0.1``
-decimal in Parquet                 all its digits: ``1.10``
-true, false (JSON, Parquet)        ``true``, ``false``
-class id of a ClassLabel column    the name in the file's metadata
-=================================  =========================================================
+docs/labels.md has the rules.
 """
 
 from __future__ import annotations
