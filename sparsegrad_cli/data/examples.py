@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import POSITIVE_METRICS, TaskSpec, with_metric
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_MAX_NAMES = 10  # class names that a note lists
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ def _missing_class_notes(
     missing = set(range(len(names))) - set(train.label)
     if not missing:
         return []
-    shown = ", ".join(names[label] for label in sorted(missing)[:_MAX_NAMES])
-    shown += " ..." if len(missing) > _MAX_NAMES else ""
+    shown = listed([names[label] for label in sorted(missing)], 10)
     word = "class" if len(missing) == 1 else "classes"
     rows = sum(label in missing for part in validation.values() for label in part.label)
     return [f"no training row has the {word} {shown} (validation rows: {rows})"]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sparsegrad_cli.data.json_files import WrittenFloat
 from sparsegrad_cli.data.text_files import is_unicode
+from sparsegrad_cli.io.suggest import listed
 
 # Each of these returns a match or None. They take ASCII digits only: float() also takes "1_000",
 # "nan" and the digits of other scripts.
@@ -25,7 +26,6 @@ is_number_with_commas = re.compile(r"[+-]?[0-9]+(,[0-9]+)+(\.[0-9]+)?").fullmatc
 is_missing_mark = re.compile(
     r"#?n/?a|<na>|nan|nil|null|none|missing|[+-]?inf(inity)?|--?|\?|\.", re.ASCII | re.IGNORECASE
 ).fullmatch
-_MAX_LISTED = 20  # texts that a message lists
 
 
 class LabelValueError(ValueError):
@@ -115,11 +115,5 @@ def look_alike_note(names: Sequence[str]) -> list[str]:
         return []
     return [
         "classes that differ only in case, spaces, invisible characters or the way a number is "
-        f"written: {shortened(alike)}"
+        f"written: {listed(alike)}"
     ]
-
-
-def shortened(texts: Sequence[str]) -> str:
-    """Return the first texts of a list for a message, and the number of the others."""
-    more = f" and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""
-    return ", ".join(texts[:_MAX_LISTED]) + more

@@ -14,13 +14,12 @@ from sparsegrad_cli.data.split_files import SUFFIXES, SUFFIXES_OF, split_files
 from sparsegrad_cli.data.tables import Table, read_text_cell
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.paths import expanded
-from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.io.suggest import listed, suggest
 from sparsegrad_cli.recipe.task_section import ColumnsSection, TaskSection
 from sparsegrad_cli.recipe.tasks import SCORE_METRICS, TaskSpec
 
 # A fixed seed, not the run's: the seeds of a comparison must share their validation rows.
 _SPLIT_SEED = 0
-_MAX_NAMES = 10  # unused columns that a note lists
 
 
 def load_labelled_files(task: TaskSection) -> RawTexts:
@@ -113,8 +112,7 @@ def _column_notes(
     names = dict.fromkeys(name for table in tables for name in table.columns)
     unused = [name for name in names if name not in roles.values()]
     if unused:
-        more = f" and {len(unused) - _MAX_NAMES} more" if len(unused) > _MAX_NAMES else ""
-        notes.append(f"columns that are not used: {', '.join(unused[:_MAX_NAMES])}{more}")
+        notes.append(f"columns that are not used: {listed(unused, 10)}")
     return notes
 
 

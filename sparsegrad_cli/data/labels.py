@@ -23,11 +23,11 @@ from sparsegrad_cli.data.label_texts import (
     label_text,
     look_alike_note,
     same_number,
-    shortened,
     value_kind,
 )
 from sparsegrad_cli.data.tables import Table
 from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import TaskType, type_by_settings
 
@@ -208,7 +208,7 @@ class _LabelColumn:
         for table, part in zip(self.tables[1:], self.parts[1:], strict=True):
             row = next((row for row, text in enumerate(part) if text not in in_training), None)
             if row is not None:
-                known = shortened(sorted(in_training))
+                known = listed(sorted(in_training))
                 raise DataError(
                     f"label {part[row]!r} occurs in validation but not in training, row {row + 1}",
                     where=table.place(row),
@@ -231,7 +231,7 @@ class _LabelColumn:
         if mixed:
             notes.append(
                 "one class each: labels that are text in some rows, and a number or a boolean in "
-                f"others ({shortened(mixed)})"
+                f"others ({listed(mixed)})"
             )
         if {"boolean", "number"} <= set().union(*self._kinds.values()):
             notes.append(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sparsegrad_cli.data.text_files import COMPRESSIONS
 from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.io.suggest import listed
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 SUFFIXES_OF = {
@@ -151,9 +152,8 @@ def unread_notes(folder: Path, files: Sequence[Path], ignored: Sequence[str] = (
     names = [str(each.path.relative_to(folder)) for each in left]
     if not names:
         return []
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    read = f"{', '.join(file.name for file in files[:5])}{', ...' if len(files) > 5 else ''}"
-    return [f"not read in {folder}: {', '.join(names[:5])}{more}; read: {read}"]
+    read = listed([file.name for file in files], 5)
+    return [f"not read in {folder}: {listed(names, 5)}; read: {read}"]
 
 
 def refuse_unreadable(path: Path) -> None:

@@ -6,15 +6,19 @@ import difflib
 import re
 from collections.abc import Sequence
 
-_MOST = 20  # choices that are listed
-
 
 def suggest(given: str, choices: Sequence[str]) -> str:
     """Return ``did you mean X?`` if a choice is similar to ``given``, then the choices."""
-    shown = ", ".join(choices[:_MOST])
-    more = f" and {len(choices) - _MOST} more" if len(choices) > _MOST else ""
     near = did_you_mean(given, choices)
-    return f"{near} Choose one of: {shown}{more}" if near else f"choose one of: {shown}{more}"
+    return (
+        f"{near} Choose one of: {listed(choices)}" if near else f"choose one of: {listed(choices)}"
+    )
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return the first ``most`` names for a message, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def did_you_mean(given: str, choices: Sequence[str]) -> str | None:
