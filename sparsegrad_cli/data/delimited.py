@@ -139,9 +139,6 @@ def _tab_rows(text: str, path: Path) -> Rows:
 
     Spreadsheets and pandas quote some cells. Files like GLUE's hold bare quotes without a meaning.
     A file counts as quoted if it reads without an error and no quote has swallowed a tab.
-
-    Raises:
-        DataError: some cells are quoted like CSV and others cannot be.
     """
     unquoted = list(unquoted_rows(text))
     if '"' not in text:

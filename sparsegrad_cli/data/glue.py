@@ -223,16 +223,7 @@ def _class_list(spec: TaskSpec) -> str:
 
 
 def _read_original(task: str, path: Path, split: str = "") -> Table:
-    """Read a file of the original layout as a table with its own column names.
-
-    Args:
-        task: short name of the task; it says which rows of another width are expected.
-        path: the file.
-        split: its split, for the note on torn rows.
-
-    Raises:
-        DataError: the file has no rows, or a row has the wrong number of columns.
-    """
+    """Read a file of the original layout as a table with its own column names."""
     rows = list(unquoted_rows(read_text(path)))
     if task == "cola" and (not rows or "sentence" not in rows[0][1]):
         header = _COLA_HEADER
@@ -261,9 +252,6 @@ def _mrpc_corpus(folder: Path) -> tuple[Table, Table, str] | None:
     Returns training, validation, and a note that says how they were told apart.
     Validation is, in this order: dev.tsv, whose rows are removed from training; the training rows
     that mrpc_dev_ids.tsv or dev_ids.tsv names; the test part of the corpus.
-
-    Raises:
-        DataError: a row is damaged, or there is nothing to validate on.
     """
     source = folder / _MRPC_TRAIN
     if (folder / "train.tsv").is_file() or not source.is_file():

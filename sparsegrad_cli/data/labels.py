@@ -109,11 +109,7 @@ class _LabelColumn:
         self.counts = Counter(text for part in self.parts for text in part)
 
     def kind(self) -> TaskType:
-        """Return what the labels are by their texts alone.
-
-        Raises:
-            UsageError: they can be read both ways.
-        """
+        """Return what the labels are by their texts alone."""
         if self.declared is not None:
             return "classification"
         words = [text for text in self.counts if not is_number(text)]
@@ -154,15 +150,7 @@ class _LabelColumn:
         return "regression"
 
     def scores(self, reason: str) -> list[list[float]]:
-        """Return all labels as numbers, by table.
-
-        Args:
-            reason: the setting that asks for numbers, for the error.
-
-        Raises:
-            UsageError: a label is not a number.
-            DataError: a number does not fit float32, or all training labels are one number.
-        """
+        """Return all labels as numbers, by table."""
         for text in self.counts:
             if not is_number(text):
                 raise UsageError(
@@ -199,9 +187,6 @@ class _LabelColumn:
 
         Ids follow the names of a ClassLabel column if there is one; else the numbers if every
         label is a plain integer, and else the order of the texts by code point.
-
-        Raises:
-            DataError: there is only one class, or a class is only in validation.
         """
         in_training = set(self.parts[0])
         names = self.declared or in_id_order(in_training)

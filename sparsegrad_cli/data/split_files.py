@@ -210,11 +210,7 @@ def _is_data(file: _File) -> bool:
 
 
 def _files(folder: Path) -> list[_File]:
-    """Return the files of a folder, uncompressed ones first.
-
-    Raises:
-        DataError: something named like a file of a split is a folder, a broken link or a pipe.
-    """
+    """Return the files of a folder, uncompressed ones first; refuse a folder named like a split."""
     found = []
     for path in folder.iterdir():
         if path.name.startswith("."):

@@ -222,11 +222,7 @@ def _decompressing(compression: str, file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
-    """Open the one file in a zip file.
-
-    Raises:
-        DataError: the zip file holds another number of files, or one that cannot be unpacked.
-    """
+    """Open the one file in a zip file."""
     archive = zipfile.ZipFile(file)
     # macOS adds a folder of attributes.
     members = [
@@ -261,10 +257,6 @@ class _Streams(io.RawIOBase):
 
     ``bz2.open`` and ``lzma.open`` stop without an error at a later stream that is damaged, so that
     its rows would be lost in silence.
-
-    Args:
-        file: the compressed bytes.
-        new_decompressor: makes the decompressor of one stream.
     """
 
     def __init__(
