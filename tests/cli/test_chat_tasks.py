@@ -41,7 +41,7 @@ def llama(tmp_path: Path) -> str:
 
 @pytest.fixture
 def talk(tmp_path: Path) -> str:
-    """Forty conversations, every question with its own answer."""
+    """Write forty conversations; every question has its own answer."""
     path = tmp_path / "talk.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(40):
@@ -53,7 +53,7 @@ def talk(tmp_path: Path) -> str:
 
 @pytest.fixture
 def settings(llama: str, talk: str) -> tuple[str, ...]:
-    """A run of seconds."""
+    """Return the settings of a run that takes seconds."""
     return (
         f"model={llama}",
         f"task={{name: chat, path: {talk}, max_length: 96, validation_fraction: 0.25}}",
@@ -90,7 +90,7 @@ def test_every_method_learns_to_answer(cli: Cli, settings: tuple[str, ...], name
 def test_float32_targets_in_a_half_precision_model_are_evaluated_too(
     cli: Cli, settings: tuple[str, ...]
 ) -> None:
-    """Products of the two need autocast: in training as in every evaluation, the first one too."""
+    """Products of the two dtypes need autocast in training and in every evaluation."""
     mixed = ("model.dtype=bfloat16", "train.bf16=true", "train.use_cpu=true")
     outcome = cli("train", *settings, *mixed, "method=full", "-o", "run", "--json")
     assert outcome.code == 0, outcome.err
@@ -102,7 +102,7 @@ def test_float32_targets_in_a_half_precision_model_are_evaluated_too(
 def test_eight_micro_batches_of_one_are_one_batch_of_eight(
     cli: Cli, settings: tuple[str, ...], name: str
 ) -> None:
-    """Every labelled token of a step weighs the same, however the step is cut."""
+    """Every labelled token of a step has the same weight, for any number of micro-batches."""
     method = ("method.rank=8",) if name == "core" else METHODS[name]
     adapters, losses = [], []
     for size, cut in ((8, 1), (1, 8), (2, 4)):
@@ -166,7 +166,7 @@ def test_forgetting_is_measured_on_plain_text(
 
 
 def test_the_best_evaluation_has_a_checkpoint(cli: Cli, settings: tuple[str, ...]) -> None:
-    """Where training improves nothing, the record still speaks of a model that was saved."""
+    """If training improves nothing, the record still describes a model that was saved."""
     outcome = cli(
         "train", *settings, "method=full", "train.learning_rate=1e-30", "-o", "run", "--json"
     )

@@ -1,4 +1,4 @@
-"""Labels as a user meets them: what is trained, refused and named in the reports."""
+"""Label settings on the command line: what trains, what is refused, what reports name."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def said(*texts: str, roles: str = "ua") -> list[dict[str, Any]]:
 
 
 def beside() -> list[dict[str, Any]]:
-    """Two sound rows, so that there is always something to split."""
+    """Return two valid rows, so that there is always something to split."""
     return [{"messages": said("u8", "a8")}, {"messages": said("u9", "a9")}]
 
 
@@ -33,7 +33,7 @@ def every(data: ChatData) -> list[Conversation]:
 
 
 def found(folder: Path, *rows: Any, **settings: Any) -> tuple[set[str], dict[str, int]]:
-    """Conversations beside those two, and what was dropped or cut."""
+    """Return the conversations of the other rows, and what was dropped or cut."""
     data = read(write(folder / "x.jsonl", *rows, *beside()), "chat", **settings)
     counts = {
         name.removeprefix("rows dropped: "): count
@@ -302,7 +302,7 @@ def test_a_split_whose_rows_are_all_damaged_is_refused(tmp_path: Path) -> None:
 
 
 def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
-    """What the hub's library leaves behind after a download of some/chats."""
+    """Write the cache that the hub's library leaves after a download of some/chats."""
     from datasets import DatasetInfo, Features, List, SplitDict, SplitInfo, Value
     from datasets.arrow_writer import ArrowWriter
 

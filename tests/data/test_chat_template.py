@@ -28,7 +28,7 @@ SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, train
 
 
 def whole(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """transformers' own ids of a conversation."""
+    """Return the ids that transformers gives a conversation."""
     ids: list[int] = tokenizer.apply_chat_template(messages(conversation))["input_ids"]
     return ids
 
@@ -194,7 +194,7 @@ def test_conversations_that_are_cut_or_dropped_are_counted() -> None:
         "training: dropped, nothing to learn within max_length": 1,
         "training: labelled tokens": sum(label != -100 for label in labels),
     }
-    # What is enough is counted of what is left.
+    # ``enough`` counts the conversations that are kept.
     few = encode_conversations(encoder, [late, short, late, long], max_length=40, enough=1)
     assert few.data["input_ids"][:] == rows["input_ids"][:1]
     assert few.counts["training: dropped, nothing to learn within max_length"] == 1
@@ -307,7 +307,7 @@ def test_a_prompt_that_ends_within_a_token_is_refused() -> None:
     )
     with pytest.raises(UsageError, match="middle of a token"):
         ChatEncoder(byte_level(template))
-    # Without the space in the prompt the space is the answer's, and all is well.
+    # Without the space in the prompt, the space belongs to the answer, and the text is encoded.
     fine = byte_level(template.replace("assistant: {%", "assistant:{%"))
     ids, labels = encode(fine, chat("ask", "answer"))
     assert labelled_parts(fine, ids, labels) == [" answer<|im_end|>"]

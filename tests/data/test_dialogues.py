@@ -46,7 +46,7 @@ def test_splits_share_no_filler() -> None:
         for groups in (WORDS["train"], WORDS["validation"])
     )
     assert not train & validation
-    # Nor do the templates, which both use, have a filler's word in them.
+    # The templates, which both splits use, have none of these words either.
     assert not spoken_words("train") & validation
     assert not spoken_words("validation") & train
 
@@ -86,7 +86,7 @@ def test_equal_arguments_give_equal_results_and_global_state_is_unchanged() -> N
 
 
 def test_the_generated_data_is_pinned() -> None:
-    # The built-in task must not change under people's feet.
+    # A change of the built-in task would make its published losses incomparable.
     pinned = "05544b60c0f167857e86d1d886d11f12c1a6e9c6e1fad0a2fabd0c521cc0ae9e"
     assert load_chat("builtin:dialogues").data_hash == pinned
 

@@ -30,7 +30,7 @@ JSONL = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, labe
 
 
 def texts(task: TextData) -> list[str]:
-    """All texts of a task, sorted: of which split does not matter here."""
+    """Return all texts of both splits of a task, sorted."""
     return sorted([*task.train["text"], *task.validation["validation"]["text"]])
 
 
@@ -73,7 +73,7 @@ PACKING: dict[str, Callable[[bytes], bytes]] = {
 
 
 def shards(folder: Path, *names: str) -> Path:
-    """Files of two rows each, all of different texts."""
+    """Write files of two rows each; all texts differ."""
     for name in names:
         put(folder / name, f"text,label\n{name} one,a\n{name} two,b\n")
     return folder
@@ -174,7 +174,7 @@ def test_files_in_data_and_beside_it_that_are_not_read_are_named(tmp_path: Path)
         name in note for name in ("train.zip", "val.txt", "data/validation.csv", "valid/part")
     )
     assert "checkpoints" not in note
-    # The other way about: training files are in data/ alone.
+    # The other way round: only data/ has training files.
     hub = tmp_path / "hub"
     shards(hub, "validation.csv", "data/train.csv")
     assert any(f"not read in {hub}: validation.csv" in n for n in load_task("csv", path=hub).notes)
@@ -461,7 +461,7 @@ def test_a_file_that_is_one_object_around_its_rows(tmp_path: Path) -> None:
 
 
 def parquet(path: Path, **columns: Any) -> Path:
-    """Four rows of text and label beside what is given, which may be arrays of Arrow."""
+    """Return four rows of text and label with the given columns, which may be Arrow arrays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -471,7 +471,7 @@ def parquet(path: Path, **columns: Any) -> Path:
 
 
 def faulty() -> dict[str, Any]:
-    """Name -> a column that Arrow holds and Python cannot."""
+    """Return name -> a column that Arrow can hold and Python cannot."""
     import pyarrow as pa
 
     offsets = pa.array([0, 1, 2, 4, 5], pa.int32()).buffers()[1]

@@ -1,4 +1,4 @@
-"""Tasks from a user's files: formats, columns, labels, the split, and what can be wrong."""
+"""Tasks from a user's files: formats, columns, labels, the split, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What labels are (classes or scores), how a class is named, and what is refused."""
+"""Classes or scores, the names of classes, and labels that are refused."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_declared_class_without_rows_is_noted(tmp_path: Path) -> None:
 
 
 def test_glue_reads_class_ids_by_their_names(tmp_path: Path) -> None:
-    """A copy of RTE that numbers the classes the other way round means the same."""
+    """A copy of RTE that numbers the classes in the other order gives the same labels."""
     names = ["not_entailment", "entailment"]
     info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
     table = pa.table({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]})

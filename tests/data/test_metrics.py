@@ -22,7 +22,7 @@ COLA, MRPC, MNLI, STSB = (GLUE_TASKS[name] for name in ("cola", "mrpc", "mnli", 
 
 @pytest.fixture(autouse=True)
 def no_warnings() -> Any:
-    """Nothing here may warn: every degenerate case is foreseen."""
+    """Make warnings errors: every degenerate case is handled."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of imports

@@ -117,7 +117,7 @@ def test_the_best_path_takes_the_best_reply(
 def filtered(
     folder: Path, *roots: dict[str, Any], **settings: Any
 ) -> tuple[set[str], dict[str, int]]:
-    """Conversations beside those of the small tree, and what was dropped."""
+    """Return the conversations of the other trees, and what was dropped."""
     data = read(write(folder / "x.jsonl", *roots, tree(small_tree())), **settings)
     dropped = {
         name.removeprefix("messages dropped: "): count

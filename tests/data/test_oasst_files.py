@@ -98,7 +98,7 @@ def test_hub_cache_is_read_like_the_export(empty_hub_cache: Path) -> None:
 
 
 def fill_cache(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
-    """What the hub's library leaves behind after a download of oasst1, its columns and all."""
+    """Write the cache that the hub's library leaves after a download of oasst1."""
     from datasets import DatasetInfo, Features, Sequence, SplitDict, SplitInfo, Value
     from datasets.arrow_writer import ArrowWriter
 

@@ -23,19 +23,19 @@ from sparsegrad_cli.errors import DataError
 
 
 def others() -> list[dict[str, Any]]:
-    """Two sound trees, so that there is something to split whatever becomes of the rest."""
+    """Return two valid trees, so that there is always something to split."""
     return [small_tree(), node("q2", node("a8"))]
 
 
 def survivors(folder: Path, *records: Any, **settings: Any) -> tuple[set[str], dict[str, int]]:
-    """Conversations beside the others', and every count of something wrong."""
+    """Return the conversations of the other trees, and the counts of all faults."""
     data = read(write(folder / "x.jsonl", *records, *others()), **settings)
     prefix = "messages dropped: "
     dropped = {name.removeprefix(prefix): n for name, n in data.counts.items() if prefix in name}
     assert data.counts["messages read"] == data.counts["messages kept"] + sum(dropped.values())
     known = ("trees", "messages", "prompts", "training", "validation")
     noticed = {name: n for name, n in data.counts.items() if name.split()[0] not in known}
-    # What is damage, and not a filter or a deletion, is in a note that says where.
+    # A note says where damage (not a filter or a deletion) was first met.
     for reason in [*dropped, *noticed]:
         if reason not in ("below a dropped message", "deleted"):
             assert any(reason in note and "x.jsonl" in note for note in data.notes), reason

@@ -15,7 +15,7 @@ from support.paths import REPO, shared_data
 
 
 def naive(file: Path) -> dict[str, Any]:
-    """Counts of an export by plain recursion, on its own: nothing of the reader is used."""
+    """Count an export by plain recursion, without the reader."""
     roots = [json.loads(line) for line in file.open(encoding="utf-8")]
     roots = [root.get("prompt", root) for root in roots]
     ids: set[str] = set()

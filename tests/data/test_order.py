@@ -1,4 +1,4 @@
-"""The order of examples: a function of (seed, epoch), and the proof of it."""
+"""The order of examples depends on seed and epoch only; digests of the order."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_row_digests_continue_from_a_checkpoint_that_has_them() -> None:
 def test_processes_fill_the_end_of_an_epoch_with_its_beginning(
     rows: int, processes: int, size: int
 ) -> None:
-    """As docs/processes.md has it: what accelerate makes of our sampler."""
+    """Check what docs/processes.md says about accelerate and our sampler."""
     from accelerate.data_loader import BatchSamplerShard
 
     made = sampler(size=rows)
