@@ -136,8 +136,8 @@ def check_packing(model: nn.Module) -> None:
     if not (_close(behind_one, behind_other) and _close(behind_one, alone)):
         raise UsageError(
             f"{type(model).__name__} does not keep conversations apart that are packed into a row",
-            where="task.packing",
-            fix="set task.packing: none",
+            where="task.chat.packing",
+            fix="set task.chat.packing: none",
         )
 
 

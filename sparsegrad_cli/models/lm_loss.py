@@ -143,7 +143,7 @@ def _labelled(model: nn.Module, batch: Mapping[str, Tensor], head: LmHead) -> tu
         raise DataError(
             f"no token of this batch of {len(next_BL)} rows is labelled: there is nothing to learn",
             where="task",
-            fix="leave out rows without labels: data.chat_template and data.packing do",
+            fix="leave out rows without labels",
         )
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     states_BLI = (states_of if head.reason is None else logits_of)(model, inputs)
