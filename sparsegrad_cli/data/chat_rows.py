@@ -104,7 +104,7 @@ class RowReader:
             )
         if self._masked and not any(turn.learn for turn in turns):
             raise UnusableRowError("every answer has a loss weight of 0")
-        valid, counts = valid_turns(turns, cells[system] if system else None)
+        valid, counts = _valid_turns(turns, cells[system] if system else None)
         if self._masked:
             counts["answers with a loss weight of 0, not learnt"] = self._masked
         prompt = next(turn.text for turn in valid if turn.role == "user")
@@ -191,19 +191,12 @@ class RowReader:
         return replace(turn, learn=learn)
 
 
-def valid_turns(turns: list[Turn], system: Any) -> tuple[tuple[Turn, ...], dict[str, int]]:
+def _valid_turns(turns: list[Turn], system: Any) -> tuple[tuple[Turn, ...], dict[str, int]]:
     """Return the turns as a conversation may have them, and counts of what was cut.
 
     An optional system turn comes first, then user and assistant alternate, and the last turn is
     learnt. Turns of tools stand between two of the assistant. What follows the last learnt turn is
-    cut, and so is an empty system turn.
-
-    Args:
-        turns: turns of the row.
-        system: the row's ``system`` column: text that goes first, or None.
-
-    Raises:
-        UnusableRowError: the turns cannot be put so.
+    cut, and so is an empty system turn. ``system`` is the row's own text that goes first, or None.
     """
     cut: dict[str, int] = {}
     if system is not None and not isinstance(system, str):

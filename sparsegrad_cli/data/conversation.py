@@ -142,25 +142,28 @@ def split_position(group: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def validation_groups(groups: Iterable[str], fraction: float, unit: str) -> tuple[set[str], str]:
-    """Choose the groups to validate on by a hash of their names.
+def split_by_hash(
+    conversations: Sequence[Conversation], fraction: float, unit: str
+) -> tuple[list[Conversation], list[Conversation], str]:
+    """Split conversations into training and validation by a hash of their groups' names.
 
     A group validates if its :func:`split_position` is below ``fraction``. So an added group moves
     no other group, and a larger fraction holds out the same groups and more. If one side would be
-    empty, the nearest group changes sides, and the note says so.
+    empty, the nearest group changes sides.
 
     Args:
-        groups: names of the groups; repetitions do not matter.
+        conversations: conversations in source order, which both parts keep.
         fraction: share of the groups that validate, between 0 and 1.
         unit: what a group is, in the plural, for the note.
 
     Returns:
-        The groups to validate on, and a note that says how they were chosen.
+        Training conversations, validation conversations, and a note on the split.
 
     Raises:
         DataError: there is only one group.
     """
-    ordered = sorted(set(groups), key=lambda group: (split_position(group), group))
+    groups = {each.group for each in conversations}
+    ordered = sorted(groups, key=lambda group: (split_position(group), group))
     if len(ordered) < 2:
         raise DataError(
             f"Expected at least two {unit} to split into training and validation, got one",
@@ -176,16 +179,9 @@ def validation_groups(groups: Iterable[str], fraction: float, unit: str) -> tupl
     if count != below:
         side = "validation" if below == 0 else "training"
         note += f"; {side} would have been empty, so the nearest one was moved there"
-    return set(ordered[:count]), note
-
-
-def split_by_hash(
-    conversations: Sequence[Conversation], fraction: float, unit: str
-) -> tuple[list[Conversation], list[Conversation], str]:
-    """Return training and validation conversations, and a note; see :func:`validation_groups`."""
-    groups, note = validation_groups((each.group for each in conversations), fraction, unit)
-    train = [each for each in conversations if each.group not in groups]
-    return train, [each for each in conversations if each.group in groups], note
+    chosen = set(ordered[:count])
+    train = [each for each in conversations if each.group not in chosen]
+    return train, [each for each in conversations if each.group in chosen], note
 
 
 def refuse_fraction(task: TaskSection) -> None:

@@ -59,7 +59,7 @@ def read_delimited(path: Path, *, tabs: bool, separator: str | None = None) -> T
         width = 0
         try:
             rows = (
-                _tab_rows(text, path) if candidate == "\t" else quoted_rows(text, candidate, path)
+                _tab_rows(text, path) if candidate == "\t" else _quoted_rows(text, candidate, path)
             )
             rows = rows[1:] if declared else rows
             width = len(rows[0][1]) if rows else 0
@@ -90,7 +90,7 @@ def unquoted_rows(text: str) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split("\t")
 
 
-def quoted_rows(text: str, separator: str, path: Path) -> Rows:
+def _quoted_rows(text: str, separator: str, path: Path) -> Rows:
     """Return the rows of text with CSV quoting; blank lines are skipped.
 
     Raises:
@@ -144,7 +144,7 @@ def _tab_rows(text: str, path: Path) -> Rows:
     if '"' not in text:
         return unquoted
     try:
-        quoted = quoted_rows(text, "\t", path)
+        quoted = _quoted_rows(text, "\t", path)
     except DataError:
         if any(_is_quoted(cell) for _, cells in unquoted for cell in cells):
             raise

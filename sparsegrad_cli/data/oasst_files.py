@@ -32,7 +32,7 @@ from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 
-HUB_ID = "OpenAssistant/oasst1"
+_HUB_ID = "OpenAssistant/oasst1"
 _COLUMNS = (
     *("message_id", "parent_id", "text", "role", "lang", "review_result", "deleted"),
     *("rank", "labels", "message_tree_id", "tree_state"),
@@ -60,7 +60,7 @@ def load_oasst(task: TaskSection) -> RawChat:
         DownloadError: the hub's data set is neither cached nor reachable.
     """
     if task.path is None:
-        where = (task.chat or ChatSection()).hub or HUB_ID
+        where = (task.chat or ChatSection()).hub or _HUB_ID
         records, notes = _from_hub(where)
     else:
         where = str(expanded(task.path))

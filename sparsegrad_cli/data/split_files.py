@@ -106,9 +106,7 @@ def split_files(path: Path, suffixes: Sequence[str]) -> SplitFiles:
     return SplitFiles(train, validation, unread_notes(path, [*train, *validation]))
 
 
-def find_split(
-    folder: Path, stems: Sequence[str], suffixes: Sequence[str] = SUFFIXES
-) -> list[Path]:
+def find_split(folder: Path, stems: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     """Return the files of one split: ``stem.suffix``, or all of its shards in order.
 
     Stems and suffixes are tried in order, and the first that exists is taken. Case is ignored.
@@ -172,7 +170,7 @@ def unreadable(path: Path) -> DataError:
     return DataError(f"{path.name} is {what}, which cannot be read", where=str(path), fix=fix)
 
 
-def tried_names(stems: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:
+def tried_names(stems: Sequence[str], suffixes: Sequence[str]) -> str:
     """Return the names that :func:`find_split` tries, for an error message."""
     names = [f"{stem}{suffix}" for stem in stems for suffix in suffixes]
     names.append(f"{stems[0]}-00000-of-00002.* and so on")

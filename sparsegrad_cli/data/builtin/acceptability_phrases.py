@@ -149,10 +149,9 @@ class PhraseMaker:
         gender = gender or self.rng.choice("mf")
         return Phrase([self.word("men" if gender == "m" else "women")], False, gender)
 
-    def thing(self, plural: bool | None = None) -> Words:
+    def thing(self) -> Words:
         """Draw *the (adj) book(s)*."""
-        plural = self.rng.random() < 0.4 if plural is None else plural
-        return ["the", *self.object(plural)]
+        return ["the", *self.object(self.rng.random() < 0.4)]
 
     def place(self) -> Words:
         """Draw a place: *in the garden*."""
