@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.recipe.study_section import RaySettings, SlurmSettings
 from sparsegrad_cli.study.engines import Job, train_in_process
@@ -132,9 +133,8 @@ class RayEngine:
             try:
                 self._ray.init(address=settings.address, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
                 raise UsageError(
-                    f"the Ray cluster cannot be reached: {reason}",
+                    f"the Ray cluster cannot be reached: {first_line(error)}",
                     where="engine.ray.address",
                     fix="start it with `ray start --head`, or leave the address out to use a "
                     "cluster of this machine alone",

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.study import Edge, Trial
@@ -278,7 +279,7 @@ class TrialStore:
             try:
                 yield
             except (self._optuna.exceptions.OptunaError, OSError, ValueError, TypeError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
             except (KeyError, IndexError, AttributeError, AssertionError) as error:
                 reason = f"a line is not Optuna's ({type(error).__name__}: {error})"
             else:
