@@ -144,10 +144,10 @@ def test_adapter_of_another_run_is_refused(runs: Runs, copy: Copy, refused: Refu
 # --- hostile adapters
 
 
-def spoil(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+def damaging(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     """Return a change to the tensors of a run's adapter that keeps its metadata."""
 
-    def spoilt(path: Path) -> None:
+    def damage_file(path: Path) -> None:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
@@ -156,7 +156,7 @@ def spoil(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
         change(tensors)
         save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
 
-    return spoilt
+    return damage_file
 
 
 def put(name: str, place: int, value: float) -> Callable[[dict[str, Tensor]], Any]:
@@ -210,7 +210,7 @@ HOSTILE: dict[str, tuple[tuple[str, ...], Any, str]] = {
 def test_hostile_adapter_is_refused(case: str, runs: Runs, copy: Copy, refused: Refused) -> None:
     overrides, change, says = HOSTILE[case]
     run = copy(runs(*overrides))
-    spoil(change)(run / "adapter" / "adapter.safetensors")
+    damaging(change)(run / "adapter" / "adapter.safetensors")
     assert says in refused(1, run, "--to", "merged").flat
 
 

@@ -108,13 +108,13 @@ def zeros(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("spoil", [cut, flip, remove, zeros])
+@pytest.mark.parametrize("damage_file", [cut, flip, remove, zeros])
 @pytest.mark.parametrize("name", ["trainable.safetensors", "state.json", MANIFEST])
 def test_damaged_checkpoint_is_skipped_for_the_previous_one(
-    tmp_path: Path, spoil: Callable[[Path], None], name: str
+    tmp_path: Path, damage_file: Callable[[Path], None], name: str
 ) -> None:
     put(tmp_path, 2, 4, 6)
-    spoil(tmp_path / "checkpoint-6" / name)
+    damage_file(tmp_path / "checkpoint-6" / name)
     chosen, notes = found(tmp_path)
     assert chosen == "checkpoint-4"
     assert notes[0].startswith("checkpoint-6 is damaged: ") and name in notes[0]

@@ -19,4 +19,4 @@ def fork_server() -> Iterator[ForkServer]:
 @pytest.fixture(scope="session")
 def workspace(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     with one_thread():
-        return Workspace(tmp_path_factory.mktemp("bench"), fork_server)
+        return Workspace(tmp_path_factory.mktemp("workspace"), fork_server)

@@ -172,7 +172,7 @@ def test_sharded_checkpoint_equals_that_of_one_process(
     model = nn.ParameterDict({n.replace(".", "/"): torch.zeros(t.shape) for n, t in shapes.items()})
     load_by_name(model, {name.replace(".", "/"): tensor for name, tensor in shapes.items()})
     # As the run's optimizer has them: in the model's order, which the numbers go by.
-    names = [n for n, p in _talker(two, method).named_parameters() if p.requires_grad]
+    names = [n for n, p in _load_llama(two, method).named_parameters() if p.requires_grad]
     ordered = [model[name.replace(".", "/")] for name in names]
     optimizer = torch.optim.AdamW(ordered)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -185,7 +185,7 @@ def test_sharded_checkpoint_equals_that_of_one_process(
         equal(tmp_path / name, folder / name)
 
 
-def _talker(folder: Path, method: str) -> nn.Module:
+def _load_llama(folder: Path, method: str) -> nn.Module:
     """Return the run's model as its method prepares it."""
     from transformers import LlamaForCausalLM
 
