@@ -91,7 +91,7 @@ class SizeRange:
     """The sizes that a budget may choose from: whole numbers from ``least`` to ``most``.
 
     Attributes:
-        fine: sizes are so many that one more makes no visible difference.
+        fine: there are so many sizes that the next one makes no visible difference.
         limit: why there is no size above ``most``.
         costs_memory: whether a step with a larger size needs more memory.
         advice: what bounds the memory where it does not depend on the size.
@@ -126,8 +126,8 @@ class MethodSettings(Section):
     solves_rank: ClassVar[bool] = False
     """Whether ``match: trainable`` solves its rank from ``density``."""
     chooses_by_density: ClassVar[bool] = False
-    """Whether it chooses as many parameters as ``density`` says; the density of one such method
-    then carries over to another."""
+    """Whether ``density`` says how many parameters it chooses. The density of one such method then
+    carries over to another."""
     sized_by: ClassVar[frozenset[str]] = frozenset({"density", "entries"})
     """Keys that can set how many parameters it trains."""
     rivals: ClassVar[tuple[str, ...]] = ()
@@ -268,7 +268,7 @@ class MethodSettings(Section):
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that an ``adapter_config.json`` of :attr:`peft_type` says.
 
-        Further keys name what this method does not have, with the value that means "not used".
+        Further keys are features that this method lacks, with the value that means "not used".
         """
         raise NotImplementedError
 

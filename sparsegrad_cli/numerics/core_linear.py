@@ -2,7 +2,7 @@
 
 S (r_out, r_in) is zero at the start, so the layer starts as the plain one; training changes S
 alone. At full rank, with S = C - Q_out' W Q_in, this is the paper's layer (section 3.2) written as
-a difference. What it costs differs: the backward pass needs u = x Q_in (N, r_in) and never x.
+a difference. Its cost differs: the backward pass needs u = x Q_in (N, r_in) and never x.
 """
 
 from __future__ import annotations

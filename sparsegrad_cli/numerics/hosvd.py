@@ -301,8 +301,8 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
     """Return the leading directions of both sides.
 
     Args:
-        rank: an int keeps that many of each side (or all there are); a float in (0, 1] keeps as
-            many as hold that share of the squared singular values, side by side; None keeps all.
+        rank: an int keeps that many of each side (or all there are); a float in (0, 1] keeps the
+            fewest that hold that share of each side's squared singular values; None keeps all.
     """
     if rank is None:
         return basis

@@ -1,14 +1,14 @@
 """Cross entropy of a linear head, summed, without ever holding the logits.
 
 For hidden states h (N, in), a head W (V, in) and targets: logits z = scale (W h + b), capped to
-cap tanh(z / cap) where the model does so. A block of rows of z at a time gives its part of the loss
-and, at once, of the gradients: dL/dz = softmax(z) - onehot, dL/dh = dL/dz W. Two products, as for
-the whole; what stays for the backward pass is dL/dh, and dL/dW only if the head trains.
+cap tanh(z / cap) if the model does so. Each block of rows of z gives its part of the loss and, at
+once, of the gradients: dL/dz = softmax(z) - onehot, dL/dh = dL/dz W. These two products are those
+without blocks. Only dL/dh is kept for the backward pass, and dL/dW if the head trains.
 
-torch 2.13 has the same idea in torch.nn.functional.linear_cross_entropy with options. It is not
-used here: it gives the sum in the dtype of h, which at N = 1,024 was .9 % off in bfloat16 and
-overflows above 65,504 in float16; its automatic blocks of a few rows took 7x the time of blocks of
-64 on a CPU; it knows no cap; and its scratch is out of the memory meter's sight.
+torch 2.13 has a similar torch.nn.functional.linear_cross_entropy. It is not used here: it returns
+the sum in the dtype of h, which at N = 1,024 was .9 % off in bfloat16 and overflows above 65,504 in
+float16; its automatic blocks of a few rows took 7x the time of blocks of 64 on a CPU; it has no
+cap; and the memory meter does not see its scratch space.
 """
 
 from __future__ import annotations

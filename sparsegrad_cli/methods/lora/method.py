@@ -20,12 +20,6 @@ from sparsegrad_cli.numerics.frozen_linear import adapter_linear
 from sparsegrad_cli.numerics.hosvd import Basis
 
 
-def _adapter_parameters(model: nn.Module, target: Target) -> int:
-    """Count the parameters of the adapter of a target in the model."""
-    layer = model.get_submodule(target.name)
-    return sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name)
-
-
 def keep_inputs_once(model: nn.Module) -> int:
     """Let LoRA layers save their input once, in its own dtype (:func:`adapter_linear`).
 
@@ -107,11 +101,13 @@ class Lora(Method):
         fix = "choose other layers with targets.modules, or use method sparsegrad"
         check_adapted(model, (target.name for target in targets), fix)
         keep_inputs_once(model)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                # peft makes A and B in the frozen weights' dtype, where small increments are lost.
-                unfreeze_parameter(parameter)
-        entries = {target.name: _adapter_parameters(model, target) for target in targets}
+        entries = dict.fromkeys((target.name for target in targets), 0)
+        for target in targets:
+            for name, parameter in model.get_submodule(target.name).named_parameters():
+                if "lora_" in name:
+                    # peft makes A and B in the weights' dtype, where small increments are lost.
+                    unfreeze_parameter(parameter)
+                    entries[target.name] += parameter.numel()
         return Adapted(entries, requested, f"rank {rank}")
 
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:

@@ -103,7 +103,7 @@ class LoraSettings(MethodSettings):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return rank, alpha and rsLoRA; patterns and DoRA are what this method does not have."""
+        """Return rank, alpha and rsLoRA. This method has no patterns and no DoRA."""
         unused: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
         return {
             "rank": config.get("r"),
