@@ -31,15 +31,7 @@ from sparsegrad_cli.restore.restore import TrainedModel, widest
 
 
 def write_adapter(trained: TrainedModel, plain: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write adapter.safetensors and adapter.json.
-
-    Args:
-        trained: The run.
-        plain: Its base model, see :func:`sparsegrad_cli.export.base_model.plain_model`.
-        folder: An existing folder.
-
-    Returns:
-        ``fresh`` and ``bases_bytes`` of export.json.
+    """Write adapter.safetensors and adapter.json; return their part of the record.
 
     Raises:
         UsageError: The run has not finished. Only finished runs record what they changed.

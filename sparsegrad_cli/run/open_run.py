@@ -20,7 +20,7 @@ from sparsegrad_cli.io.paths import is_file
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.records.run import Extension, RunRecord, TimeBlock
+from sparsegrad_cli.records.run import RunRecord, TimeBlock
 from sparsegrad_cli.records.store import RUN, load_run
 from sparsegrad_cli.records.writer import RunWriter
 from sparsegrad_cli.run.folder import (
@@ -111,21 +111,10 @@ def open_run(
     with ExitStack() as held:
         held.callback(observer.close)
         held.enter_context(interruption.handle_signals(observer.note, _AGAIN[command]))
-
-        def lock_and_open() -> tuple[Path, Extension | None]:
-            path = choose_folder(loaded.recipe, command)
-            held.enter_context(lock_folder(path, observer.note))
-            return path, prepare_folder(path, loaded.recipe, resume=resume, overwrite=overwrite)
-
         # Rank zero locks the folder for all processes of the run.
-        path, extended = distributed.from_rank_zero(lock_and_open)
-        before: RunRecord | None = None
-        done = False
-        if resume:
-            before, done = distributed.from_rank_zero(lambda: _recorded_before(path, command))
-        if extended is not None:
-            before, done = before or RunRecord(status="running"), False
-            before = before.changed(extended=[*before.extended, extended])
+        path, before, done = distributed.from_rank_zero(
+            lambda: _lock_and_prepare(held, loaded, command, observer, resume, overwrite)
+        )
         if done and before is not None:
             observer.note("the run is done: nothing is trained again")
             writer = RunWriter(path)
@@ -150,15 +139,31 @@ def open_run(
                 write_report(writer, observer)
 
 
-def _recorded_before(path: Path, command: Command) -> tuple[RunRecord | None, bool]:
-    """Return what a resumed run has recorded so far, and whether it is done.
+def _lock_and_prepare(
+    held: ExitStack,
+    loaded: LoadedRecipe,
+    command: Command,
+    observer: Observer,
+    resume: bool,
+    overwrite: bool,
+) -> tuple[Path, RunRecord | None, bool]:
+    """Choose, lock and prepare the folder of a run.
 
-    A run whose adapter is missing is not done: the adapter is made again.
+    Returns:
+        The folder, what a resumed run has recorded so far, and whether that run is done. A run
+        whose adapter is missing is not done: the adapter is made again.
     """
-    found = load_run(path) if is_file(path / RUN) else None
-    if found is None or found.command != command:  # After calibrate, only the basis is used.
-        return None, False
-    return found, found.status == "done" and adapter_file(path) is not None
+    path = choose_folder(loaded.recipe, command)
+    held.enter_context(lock_folder(path, observer.note))
+    extended = prepare_folder(path, loaded.recipe, resume=resume, overwrite=overwrite)
+    before = load_run(path) if resume and is_file(path / RUN) else None
+    if before is not None and before.command != command:  # After calibrate, only the basis is used.
+        before = None
+    done = before is not None and before.status == "done" and adapter_file(path) is not None
+    if extended is not None:
+        before, done = before or RunRecord(status="running"), False
+        before = before.changed(extended=[*before.extended, extended])
+    return path, before, done
 
 
 def _new_record(
