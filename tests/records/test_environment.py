@@ -25,9 +25,8 @@ def test_collect_is_the_environment_block() -> None:
     assert environment.collect().device == expected
 
 
-def test_a_package_that_is_missing_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PACKAGES", ("psutil", "no-such-package-here"))
-    versions = environment.package_versions()
+def test_a_package_that_is_missing_has_no_version() -> None:
+    versions = environment.package_versions(("psutil", "no-such-package-here"))
     assert versions["psutil"] and versions["no-such-package-here"] is None
 
 
