@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,18 +17,20 @@ from sparsegrad_cli.records.run import (
 )
 from sparsegrad_cli.report.svg import (
     INK,
-    Canvas,
+    chart,
     colour,
     grid,
+    heat_maps,
     legend,
     plain,
     stacked,
+    subplots,
     whole_steps,
 )
-from sparsegrad_cli.report.units import (
-    CATEGORIES,
-    MIB,
-)
+from sparsegrad_cli.report.units import CATEGORIES, MIB
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MAX_SPECTRA = 12
 _DARKEST = 1e-4  # Darkest value of a heat map, as a share of the largest entry.
@@ -43,9 +46,10 @@ def score_points(metrics: MetricsBlock | None) -> Points:
     return list({one.step: one.score for one in every if one.score is not None}.items())
 
 
+@chart
 def learning_curve(
     metrics: MetricsBlock | None, majority: float | None, scale: Scale
-) -> str | None:
+) -> Figure | None:
     """Draw the validation score over steps.
 
     Args:
@@ -56,25 +60,25 @@ def learning_curve(
     points = score_points(metrics)
     if metrics is None or not points:
         return None
-    with Canvas(3.0) as canvas:
-        axes = canvas.axes
-        steps = [step for step, _ in points]
-        scores = [scale.times * score for _, score in points]
-        axes.plot(steps, scores, marker="o", ms=4, color=colour(0), label="score")
-        best = metrics.best
-        if best and best.score is not None:
-            kept = [scale.times * best.score]
-            axes.plot([best.step], kept, "o", ms=10, mfc="none", mec=colour(1), label="best, kept")
-        if majority is not None:
-            axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
-        axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
-        whole_steps(axes)
-        grid(axes)
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(3.0)
+    steps = [step for step, _ in points]
+    scores = [scale.times * score for _, score in points]
+    axes.plot(steps, scores, marker="o", ms=4, color=colour(0), label="score")
+    best = metrics.best
+    if best and best.score is not None:
+        kept = [scale.times * best.score]
+        axes.plot([best.step], kept, "o", ms=10, mfc="none", mec=colour(1), label="best, kept")
+    if majority is not None:
+        axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
+    axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
+    whole_steps(axes)
+    grid(axes)
+    legend(axes)
+    return figure
 
 
-def loss_curve(metrics: MetricsBlock | None) -> str | None:
+@chart
+def loss_curve(metrics: MetricsBlock | None) -> Figure | None:
     """Draw the training loss as logged and the validation loss at each evaluation."""
     metrics = metrics or MetricsBlock()
     training, validation = (
@@ -83,23 +87,23 @@ def loss_curve(metrics: MetricsBlock | None) -> str | None:
     )
     if not training and not validation:
         return None
-    with Canvas(2.7) as canvas:
-        axes = canvas.axes
-        if training:
-            axes.plot(*zip(*training, strict=True), lw=1, color=colour(0), label="training")
-        if validation:
-            line = zip(*validation, strict=True)
-            axes.plot(*line, marker="o", ms=4, color=colour(1), label="validation")
-        axes.set(xlabel="optimizer step", ylabel="loss")
-        whole_steps(axes)
-        grid(axes)
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(2.7)
+    if training:
+        axes.plot(*zip(*training, strict=True), lw=1, color=colour(0), label="training")
+    if validation:
+        line = zip(*validation, strict=True)
+        axes.plot(*line, marker="o", ms=4, color=colour(1), label="validation")
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    whole_steps(axes)
+    grid(axes)
+    legend(axes)
+    return figure
 
 
+@chart
 def memory_bars(
     bars: Sequence[tuple[str, MemoryCategories]], thickness: float = 0.34
-) -> str | None:
+) -> Figure | None:
     """Draw memory in MiB, stacked by category.
 
     Args:
@@ -112,25 +116,27 @@ def memory_bars(
         (label, [getattr(categories, key) / MIB for _, categories in bars])
         for key, label in CATEGORIES.items()
     ]
-    with Canvas(0.9 + thickness * len(bars)) as canvas:
-        stacked(canvas.axes, [label for label, _ in bars], layers)
-        canvas.axes.set_xlabel("MiB")
-        legend(canvas.axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(0.9 + thickness * len(bars))
+    stacked(axes, [label for label, _ in bars], layers)
+    axes.set_xlabel("MiB")
+    legend(axes)
+    return figure
 
 
-def time_bar(times: Sequence[tuple[str, float]]) -> str | None:
+@chart
+def time_bar(times: Sequence[tuple[str, float]]) -> Figure | None:
     """Draw (phase, seconds) as one bar."""
     if not times:
         return None
-    with Canvas(1.35) as canvas:
-        stacked(canvas.axes, ["time"], [(label, [seconds]) for label, seconds in times])
-        canvas.axes.set(xlabel="seconds", yticks=[])
-        legend(canvas.axes, columns=2 if len(times) > 3 else 1)
-    return canvas.svg()
+    figure, (axes,) = subplots(1.35)
+    stacked(axes, ["time"], [(label, [seconds]) for label, seconds in times])
+    axes.set(xlabel="seconds", yticks=[])
+    legend(axes, columns=2 if len(times) > 3 else 1)
+    return figure
 
 
-def energy_bars(shares: Mapping[str, Mapping[str, float]]) -> str | None:
+@chart
+def energy_bars(shares: Mapping[str, Mapping[str, float]]) -> Figure | None:
     """Draw the share of the squared gradient by layer kind.
 
     Args:
@@ -141,22 +147,20 @@ def energy_bars(shares: Mapping[str, Mapping[str, float]]) -> str | None:
         return None
     places = np.arange(len(shares))
     width = 0.8 / len(labels)
-    with Canvas(2.8) as canvas:
-        axes = canvas.axes
-        for at, label in enumerate(labels):
-            heights = [100 * found.get(label, 0.0) for found in shares.values()]
-            bars = axes.bar(
-                places + width * at, heights, width * 0.92, color=colour(at), label=label
-            )
-            axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
-        axes.set_xticks(places + 0.4 - width / 2, [plain(kind) for kind in shares])
-        axes.set(ylabel="% of squared gradient", ylim=(0, 108))
-        grid(axes)
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(2.8)
+    for at, label in enumerate(labels):
+        heights = [100 * found.get(label, 0.0) for found in shares.values()]
+        bars = axes.bar(places + width * at, heights, width * 0.92, color=colour(at), label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+    axes.set_xticks(places + 0.4 - width / 2, [plain(kind) for kind in shares])
+    axes.set(ylabel="% of squared gradient", ylim=(0, 108))
+    grid(axes)
+    legend(axes)
+    return figure
 
 
-def spectra_lines(spectra: Sequence[Spectrum]) -> str | None:
+@chart
+def spectra_lines(spectra: Sequence[Spectrum]) -> Figure | None:
     """Draw the singular values of the calibration gradients, output and input side."""
     found = [(one, [v for v in one.values if v is not None and v > 0]) for one in spectra]
     found = [(one, values) for one, values in found if len(values) > 1]
@@ -164,21 +168,22 @@ def spectra_lines(spectra: Sequence[Spectrum]) -> str | None:
         return None
     keys = list(dict.fromkeys(one.key for one, _ in found))[:_MAX_SPECTRA]
     sides = list(dict.fromkeys(one.side for one, _ in found))
-    with Canvas(3.0, columns=len(sides)) as canvas:
-        for axes, side in zip(canvas.all_axes, sides, strict=True):
-            for one, values in found:
-                if one.side == side and one.key in keys:
-                    tint = colour(keys.index(one.key))
-                    directions = range(1, len(values) + 1)
-                    axes.plot(directions, values, lw=1.2, color=tint, label=plain(one.key))
-            axes.set(title=f"{side} side", xlabel="direction", xscale="log", yscale="log")
-            grid(axes, "both")
-        canvas.axes.set_ylabel("singular value / first")
-        legend(canvas.all_axes[-1])
-    return canvas.svg()
+    figure, every = subplots(3.0, columns=len(sides))
+    for axes, side in zip(every, sides, strict=True):
+        for one, values in found:
+            if one.side == side and one.key in keys:
+                tint = colour(keys.index(one.key))
+                directions = range(1, len(values) + 1)
+                axes.plot(directions, values, lw=1.2, color=tint, label=plain(one.key))
+        axes.set(title=f"{side} side", xlabel="direction", xscale="log", yscale="log")
+        grid(axes, "both")
+    every[0].set_ylabel("singular value / first")
+    legend(every[-1])
+    return figure
 
 
-def gradient_maps(found: HeatMap | None) -> str | None:
+@chart
+def gradient_maps(found: HeatMap | None) -> Figure | None:
     """Draw the gradient entries of one target module in the original basis and in its core."""
     original, core = (matrix_of(found.original), matrix_of(found.basis)) if found else (None, None)
     if original is None or core is None:
@@ -186,34 +191,37 @@ def gradient_maps(found: HeatMap | None) -> str | None:
     highest = float(max(original.max(), core.max()))
     if highest <= 0:
         return None
-    with Canvas(3.4, columns=2) as canvas:
-        floored = [np.maximum(matrix, 1e-9 * highest) for matrix in (original, core)]
-        limits = (_DARKEST * highest, highest)
-        canvas.heat_maps(floored, "mean |entry|", limits, logarithmic=True)
-        titles = ("gradient, original basis", "core gradient, calibrated basis")
-        for axes, title in zip(canvas.all_axes, titles, strict=True):
-            axes.set(title=title, xlabel="input direction")
-        canvas.axes.set_ylabel("output direction")
-    return canvas.svg()
+    figure, every = subplots(3.4, columns=2)
+    floored = [np.maximum(matrix, 1e-9 * highest) for matrix in (original, core)]
+    limits = (_DARKEST * highest, highest)
+    heat_maps(figure, floored, "mean |entry|", limits, logarithmic=True)
+    titles = ("gradient, original basis", "core gradient, calibrated basis")
+    for axes, title in zip(every, titles, strict=True):
+        axes.set(title=title, xlabel="input direction")
+    every[0].set_ylabel("output direction")
+    return figure
 
 
 def sparsity_map(found: SparsityBlock | None) -> str | None:
     """Draw the share of changed parameters in each block of the middle target module's matrix."""
-    return sparsity_maps([("", found)], Canvas(3.2)) if found else None
+    return sparsity_maps([("", found)] if found else [], height=3.2)
 
 
-def sparsity_maps(found: Sequence[tuple[str, SparsityBlock]], canvas: Canvas) -> str | None:
-    """Draw one map per (title, block), in one colour scale."""
+@chart
+def sparsity_maps(
+    found: Sequence[tuple[str, SparsityBlock]], *, height: float, columns: int = 1, rows: int = 1
+) -> Figure | None:
+    """Draw one map per (title, block), in one colour scale; None if one of them is damaged."""
     shares = [matrix_of(block.map) for _, block in found]
     maps = [100 * share for share in shares if share is not None]
     if not maps or len(maps) < len(shares):
         return None
-    with canvas:
-        highest = max(float(each.max()) for each in maps) or 1.0
-        canvas.heat_maps(maps, "% of the block changed", (0.0, highest), logarithmic=False)
-        for axes, (title, block) in zip(canvas.all_axes, found, strict=False):
-            axes.set(title=plain(title), xlabel=f"{block.rows:,} × {block.columns:,}")
-    return canvas.svg()
+    figure, every = subplots(height, columns, rows)
+    highest = max(float(each.max()) for each in maps) or 1.0
+    heat_maps(figure, maps, "% of the block changed", (0.0, highest), logarithmic=False)
+    for axes, (title, block) in zip(every, found, strict=False):
+        axes.set(title=plain(title), xlabel=f"{block.rows:,} × {block.columns:,}")
+    return figure
 
 
 def matrix_of(rows: Sequence[Sequence[float | None]]) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,52 +21,59 @@ from sparsegrad_cli.report.scores import (
 )
 from sparsegrad_cli.report.svg import (
     INK,
-    Canvas,
+    chart,
     colour,
     grid,
+    heat_maps,
     height_for,
     legend,
     marker,
     name_ticks,
     plain,
+    subplots,
     whole_steps,
 )
 from sparsegrad_cli.report.units import MIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _PHASES = ("calibrate", "forward", "backward", "optimizer", "evaluate")
 _MAX_MAPS = 8
 _MAPS_ACROSS = 4
 
 
-def score_dots(study: StudyRecord, task: str) -> str | None:
+@chart
+def score_dots(study: StudyRecord, task: str) -> Figure | None:
     """Draw a dot per seed, the mean with its standard deviation, and published scores."""
     rows = _scored(study, task)
     if not rows:
         return None
     scale = scale_of_rows(rows)
-    with Canvas(3.0) as canvas:
-        axes = canvas.axes
-        for at, row in enumerate(rows):
-            place = _place(study, row)
-            scores = [scale.times * score for score in row.scores if score is not None]
-            if len(scores) > 1:
-                mean, spread = scale.times * _mean(row), scale.times * (row.score_std or 0.0)
-                bar = ([at + 0.12], [mean], [spread])
-                axes.errorbar(*bar, fmt="_", ms=16, capsize=4, color=colour(place))
-            dots = ([at - 0.08] * len(scores), scores)
-            axes.plot(*dots, marker(place), ms=6, alpha=0.8, color=colour(place))
-            for figure in published_for(study, task, row.method):
-                diamond = [scale.times * (figure.score or 0.0)]
-                axes.plot([at + 0.28], diamond, "D", ms=5, mfc="none", mec=INK)
-        _majority_line(canvas, study, task, scale)
-        name_ticks(axes, [row.method for row in rows])
-        axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=plain(scale.label))
-        grid(axes)
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(3.0)
+    for at, row in enumerate(rows):
+        place = _place(study, row)
+        scores = [scale.times * score for score in row.scores if score is not None]
+        if len(scores) > 1:
+            mean, spread = scale.times * _mean(row), scale.times * (row.score_std or 0.0)
+            bar = ([at + 0.12], [mean], [spread])
+            axes.errorbar(*bar, fmt="_", ms=16, capsize=4, color=colour(place))
+        dots = ([at - 0.08] * len(scores), scores)
+        axes.plot(*dots, marker(place), ms=6, alpha=0.8, color=colour(place))
+        for published in published_for(study, task, row.method):
+            diamond = [scale.times * (published.score or 0.0)]
+            axes.plot([at + 0.28], diamond, "D", ms=5, mfc="none", mec=INK)
+    _majority_line(axes, study, task, scale)
+    name_ticks(axes, [row.method for row in rows])
+    axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=plain(scale.label))
+    grid(axes)
+    legend(axes)
+    return figure
 
 
-def learning_curves(study: StudyRecord, task: str) -> str | None:
+@chart
+def learning_curves(study: StudyRecord, task: str) -> Figure | None:
     """Draw the mean validation score over steps by method, with a thin line per seed."""
     scale = scale_of_rows(rows_of(study, task))
     drawn = []
@@ -78,44 +86,43 @@ def learning_curves(study: StudyRecord, task: str) -> str | None:
             drawn.append((at, method, curves))
     if not drawn:
         return None
-    with Canvas(height_for(3.2, len(drawn) + 1)) as canvas:
-        axes = canvas.axes
-        for at, method, curves in drawn:
-            for curve in curves:
-                axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.5, color=colour(at))
-            shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-            means = [fmean(curve[step] for curve in curves) for step in shared]
-            line = axes.plot(shared, means, marker=marker(at), ms=3.5, color=colour(at))
-            line[0].set_label(plain(method))
-        _majority_line(canvas, study, task, scale)
-        axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
-        whole_steps(axes)
-        grid(axes)
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(height_for(3.2, len(drawn) + 1))
+    for at, method, curves in drawn:
+        for curve in curves:
+            axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.5, color=colour(at))
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        means = [fmean(curve[step] for curve in curves) for step in shared]
+        line = axes.plot(shared, means, marker=marker(at), ms=3.5, color=colour(at))
+        line[0].set_label(plain(method))
+    _majority_line(axes, study, task, scale)
+    axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
+    whole_steps(axes)
+    grid(axes)
+    legend(axes)
+    return figure
 
 
-def speed_bars(study: StudyRecord, task: str) -> str | None:
+@chart
+def speed_bars(study: StudyRecord, task: str) -> Figure | None:
     """Draw optimizer steps per second with the range over seeds."""
     rows = [row for row in rows_of(study, task) if row.steps_per_s is not None]
     if not rows:
         return None
-    with Canvas(0.9 + 0.36 * len(rows)) as canvas:
-        axes = canvas.axes
-        axes.barh(
-            range(len(rows)),
-            [row.steps_per_s or 0.0 for row in rows],
-            0.62,
-            color=[colour(_place(study, row)) for row in rows],
-            xerr=[(row.steps_per_s_iqr or 0.0) / 2 for row in rows],
-            ecolor=INK,
-            capsize=3,
-        )
-        axes.set_yticks(range(len(rows)), [plain(row.method) for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("optimizer steps/s")
-        grid(axes, "x")
-    return canvas.svg()
+    figure, (axes,) = subplots(0.9 + 0.36 * len(rows))
+    axes.barh(
+        range(len(rows)),
+        [row.steps_per_s or 0.0 for row in rows],
+        0.62,
+        color=[colour(_place(study, row)) for row in rows],
+        xerr=[(row.steps_per_s_iqr or 0.0) / 2 for row in rows],
+        ecolor=INK,
+        capsize=3,
+    )
+    axes.set_yticks(range(len(rows)), [plain(row.method) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("optimizer steps/s")
+    grid(axes, "x")
+    return figure
 
 
 # --- memory
@@ -143,30 +150,30 @@ def memory_by_phase(study: StudyRecord, task: str) -> str | None:
     return memory_bars(bars, thickness=0.22)
 
 
-def score_against_memory(study: StudyRecord, task: str) -> str | None:
+@chart
+def score_against_memory(study: StudyRecord, task: str) -> Figure | None:
     """Draw the score over the peak beyond the weights, with 95 % intervals if there are any."""
     rows = [row for row in _scored(study, task) if row.beyond_weights_bytes]
     if len(rows) < 2:
         return None
     scale = scale_of_rows(rows)
-    with Canvas(height_for(3.0, len(rows))) as canvas:
-        axes = canvas.axes
-        for row in rows:
-            at, memory = _place(study, row), (row.beyond_weights_bytes or 0) / MIB
-            mean = scale.times * _mean(row)
-            if row.score_interval and row.seeds_done != 1:
-                low, high = (scale.times * end for end in row.score_interval)
-                bars = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
-                axes.errorbar([memory], [mean], bars, lw=1, capsize=3, color=colour(at))
-            dot = axes.plot([memory], [mean], marker(at), ms=7, color=colour(at))
-            dot[0].set_label(plain(row.method))
-        widest = max(row.beyond_weights_bytes or 0 for row in rows)
-        axes.set_xlim(left=0, right=1.1 * widest / MIB)
-        axes.set_ylim(*_window(rows, scale))
-        axes.set(xlabel="peak beyond the weights, MiB", ylabel=plain(scale.label))
-        grid(axes, "both")
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(height_for(3.0, len(rows)))
+    for row in rows:
+        at, memory = _place(study, row), (row.beyond_weights_bytes or 0) / MIB
+        mean = scale.times * _mean(row)
+        if row.score_interval and row.seeds_done != 1:
+            low, high = (scale.times * end for end in row.score_interval)
+            bars = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+            axes.errorbar([memory], [mean], bars, lw=1, capsize=3, color=colour(at))
+        dot = axes.plot([memory], [mean], marker(at), ms=7, color=colour(at))
+        dot[0].set_label(plain(row.method))
+    widest = max(row.beyond_weights_bytes or 0 for row in rows)
+    axes.set_xlim(left=0, right=1.1 * widest / MIB)
+    axes.set_ylim(*_window(rows, scale))
+    axes.set(xlabel="peak beyond the weights, MiB", ylabel=plain(scale.label))
+    grid(axes, "both")
+    legend(axes)
+    return figure
 
 
 def _window(rows: Sequence[ResultRow], scale: Scale) -> tuple[float, float]:
@@ -182,7 +189,8 @@ def _window(rows: Sequence[ResultRow], scale: Scale) -> tuple[float, float]:
     return low - room, high + room
 
 
-def score_under_budget(study: StudyRecord, task: str) -> str | None:
+@chart
+def score_under_budget(study: StudyRecord, task: str) -> Figure | None:
     """Draw the best mean score that fits a memory budget, as steps over the budget, by method.
 
     Rows of one method (its sizes, its learning rates) make one curve. A budget must also be large
@@ -198,19 +206,18 @@ def score_under_budget(study: StudyRecord, task: str) -> str | None:
     scale = scale_of_rows(every)
     peaks = [(row.peak_charged_bytes or 0) / MIB for row in every]
     right = max(peaks) + 0.15 * (max(peaks) - min(peaks) or max(peaks))
-    with Canvas(height_for(3.0, len(families))) as canvas:
-        axes = canvas.axes
-        for at, (name, rows) in enumerate(families.items()):
-            budgets, scores = _staircase(rows, scale)
-            line = ([*budgets, right], [*scores, scores[-1]])
-            style = "--" if any(row.seeds_done == 1 for row in rows) else "-"
-            axes.step(*line, where="post", ls=style, color=colour(at), label=plain(name))
-            axes.plot(budgets, scores, marker(at), ms=5, color=colour(at))
-        axes.set_xlim(right=right)
-        axes.set(xlabel="budget: peak with calibration, MiB", ylabel=plain(f"best {scale.label}"))
-        grid(axes, "both")
-        legend(axes)
-    return canvas.svg()
+    figure, (axes,) = subplots(height_for(3.0, len(families)))
+    for at, (name, rows) in enumerate(families.items()):
+        budgets, scores = _staircase(rows, scale)
+        line = ([*budgets, right], [*scores, scores[-1]])
+        style = "--" if any(row.seeds_done == 1 for row in rows) else "-"
+        axes.step(*line, where="post", ls=style, color=colour(at), label=plain(name))
+        axes.plot(budgets, scores, marker(at), ms=5, color=colour(at))
+    axes.set_xlim(right=right)
+    axes.set(xlabel="budget: peak with calibration, MiB", ylabel=plain(f"best {scale.label}"))
+    grid(axes, "both")
+    legend(axes)
+    return figure
 
 
 def _staircase(rows: Sequence[ResultRow], scale: Scale) -> tuple[list[float], list[float]]:
@@ -251,10 +258,11 @@ def changed_maps(study: StudyRecord, task: str) -> str | None:
         return None
     across = min(_MAPS_ACROSS, len(found))
     down = -(-len(found) // across)
-    return sparsity_maps(found, Canvas(2.1 * down + 0.3, columns=across, rows=down))
+    return sparsity_maps(found, height=2.1 * down + 0.3, columns=across, rows=down)
 
 
-def changed_by_target(study: StudyRecord, task: str) -> str | None:
+@chart
+def changed_by_target(study: StudyRecord, task: str) -> Figure | None:
     """Draw changed parameters as a share of the weights, by method and target module."""
     shares = {row.method: _changed_shares(study, row) for row in rows_of(study, task)}
     shares = {method: found for method, found in shares.items() if found}
@@ -267,15 +275,15 @@ def changed_by_target(study: StudyRecord, task: str) -> str | None:
     positive = matrix[np.isfinite(matrix) & (matrix > 0)]
     if not positive.size:
         return None
-    with Canvas(1.2 + 0.28 * len(shares)) as canvas:
-        limits = (0.9 * float(positive.min()), 1.1 * float(positive.max()))
-        bar = canvas.heat_maps([matrix], "% changed", limits, logarithmic=True)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-        canvas.axes.set_yticks(range(len(shares)), [plain(method) for method in shares])
-        canvas.axes.tick_params(length=0)
-        canvas.axes.set(xlabel=f"{len(targets)} targets, in the order of the model")
-    return canvas.svg()
+    figure, (axes,) = subplots(1.2 + 0.28 * len(shares))
+    limits = (0.9 * float(positive.min()), 1.1 * float(positive.max()))
+    bar = heat_maps(figure, [matrix], "% changed", limits, logarithmic=True)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks(range(len(shares)), [plain(method) for method in shares])
+    axes.tick_params(length=0)
+    axes.set(xlabel=f"{len(targets)} targets, in the order of the model")
+    return figure
 
 
 def _changed_shares(study: StudyRecord, row: ResultRow) -> dict[str, float]:
@@ -311,11 +319,11 @@ def _place(study: StudyRecord, row: ResultRow) -> int:
     return methods_of(study).index(row.method)
 
 
-def _majority_line(canvas: Canvas, study: StudyRecord, task: str, scale: Scale) -> None:
+def _majority_line(axes: Axes, study: StudyRecord, task: str, scale: Scale) -> None:
     """Draw the score of always predicting the most frequent class, as the first run recorded it."""
     for method in methods_of(study):
         for run in _runs(study, task, method):
             if run.task and run.task.majority_score is not None:
                 level = scale.times * run.task.majority_score
-                canvas.axes.axhline(level, color=INK, lw=1, ls=":", label="majority class")
+                axes.axhline(level, color=INK, lw=1, ls=":", label="majority class")
                 return

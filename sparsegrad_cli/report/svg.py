@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
@@ -42,81 +43,68 @@ _SETTINGS = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
 }
-WIDTH = 7.2  # Inches.
+_WIDTH = 7.2  # Inches.
+P = ParamSpec("P")
 
 
-class Canvas:
-    """One figure: ``with Canvas(3) as canvas: ...`` then ``canvas.svg()``.
+def chart(draw: Callable[P, Figure | None]) -> Callable[P, str | None]:
+    """Make a function that builds a figure return it as SVG, in the style of the reports."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> str | None:
+        import matplotlib
+
+        with matplotlib.rc_context(_SETTINGS):
+            figure = draw(*args, **kwargs)
+            return None if figure is None else to_svg(figure)
+
+    return drawn
+
+
+def subplots(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure of ``height`` inches, and its axes row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    every: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every:
+        axes.patch.set_alpha(0)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, every
+
+
+def heat_maps(
+    figure: Figure,
+    matrices: Sequence[np.ndarray],
+    label: str,
+    limits: tuple[float, float],
+    *,
+    logarithmic: bool,
+) -> Colorbar:
+    """Draw matrices on the first axes, in one colour scale with a bar next to them.
 
     Args:
-        height, width: the size in inches.
-        columns: number of axes per row.
-        rows: number of rows of axes; ``all_axes`` lists the axes row by row.
+        figure: the figure; axes without a matrix are hidden.
+        matrices: (rows, columns) each; NaN is left blank.
+        label: the label of the colour bar.
+        limits: the values of the darkest and the brightest colour.
+        logarithmic: whether the scale is logarithmic.
+
+    Returns:
+        The colour bar.
     """
+    from matplotlib.colors import LogNorm, Normalize
 
-    def __init__(
-        self, height: float, width: float = WIDTH, columns: int = 1, rows: int = 1
-    ) -> None:
-        self._size = (width, height)
-        self._columns, self._rows = columns, rows
-        self._svg = ""
-
-    def __enter__(self) -> Canvas:
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        self._context = matplotlib.rc_context(_SETTINGS)
-        self._context.__enter__()
-        self.figure = Figure(figsize=self._size, layout="constrained")
-        found = self.figure.subplots(self._rows, self._columns, squeeze=False)
-        self.all_axes: list[Axes] = list(found.flat)
-        self.axes = self.all_axes[0]
-        for axes in self.all_axes:
-            axes.patch.set_alpha(0)
-            axes.spines[["top", "right"]].set_visible(False)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            if error[0] is None:
-                self._svg = to_svg(self.figure)
-        finally:
-            self._context.__exit__(None, None, None)
-
-    def svg(self) -> str:
-        """Return the SVG element for use inside HTML."""
-        return self._svg
-
-    def heat_maps(
-        self,
-        matrices: Sequence[np.ndarray],
-        label: str,
-        limits: tuple[float, float],
-        *,
-        logarithmic: bool,
-    ) -> Colorbar:
-        """Draw matrices on the first axes, in one colour scale with a bar next to them.
-
-        Args:
-            matrices: (rows, columns) each; NaN is left blank.
-            label: the label of the colour bar.
-            limits: the values of the darkest and the brightest colour.
-            logarithmic: whether the scale is logarithmic.
-
-        Returns:
-            The colour bar.
-        """
-        from matplotlib.colors import LogNorm, Normalize
-
-        norm = LogNorm(*limits, clip=True) if logarithmic else Normalize(*limits)
-        for axes, matrix in zip(self.all_axes, matrices, strict=False):
-            image = axes.imshow(matrix, norm=norm, cmap="viridis", aspect="auto")
-            axes.set(xticks=[], yticks=[])
-        for axes in self.all_axes[len(matrices) :]:
-            axes.set_visible(False)
-        bar = self.figure.colorbar(image, ax=self.all_axes, shrink=0.9)
-        bar.set_label(label)
-        return bar
+    norm = LogNorm(*limits, clip=True) if logarithmic else Normalize(*limits)
+    every = list(figure.axes)
+    for axes, matrix in zip(every, matrices, strict=False):
+        image = axes.imshow(matrix, norm=norm, cmap="viridis", aspect="auto")
+        axes.set(xticks=[], yticks=[])
+    for axes in every[len(matrices) :]:
+        axes.set_visible(False)
+    bar = figure.colorbar(image, ax=every, shrink=0.9)
+    bar.set_label(label)
+    return bar
 
 
 def grid(axes: Axes, axis: str = "y") -> None:
