@@ -10,6 +10,7 @@ from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.study import CellEntry, ResultRow, StudyRecord
 from sparsegrad_cli.report import study_charts
 from sparsegrad_cli.report.budget import budget_flags, budget_table
+from sparsegrad_cli.report.conclusions import check_lines, pairs_table, parity_table, verdict_lines
 from sparsegrad_cli.report.document import (
     Block,
     Checks,
@@ -23,8 +24,6 @@ from sparsegrad_cli.report.document import (
     Table,
     Verdict,
 )
-from sparsegrad_cli.report.fairness import check_lines, parity_table
-from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
 from sparsegrad_cli.report.provenance import provenance
 from sparsegrad_cli.report.scores import (
     METHOD,

@@ -8,7 +8,7 @@ from typing import Any
 from support.record_samples import compare_record, study_of
 
 from sparsegrad_cli.records.study import Trial
-from sparsegrad_cli.report.fairness import check_lines
+from sparsegrad_cli.report.conclusions import check_lines
 from sparsegrad_cli.report.tuning import (
     outcome_words,
     settings_words,

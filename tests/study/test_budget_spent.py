@@ -11,7 +11,7 @@ from support.study_cells import cell, measured_in
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report.budget import budget_checks, budget_flags, budget_table
-from sparsegrad_cli.report.fairness import check_lines, parity_table
+from sparsegrad_cli.report.conclusions import check_lines, parity_table
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.study import study_document
 from sparsegrad_cli.study.evidence import measured, up_to_date

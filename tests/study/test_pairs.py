@@ -10,7 +10,7 @@ from support.record_samples import study_of
 from support.study_cells import cell, evidence_of, pair_tests_of, study_cells
 
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.report.pair_tests import pairs_table, verdict_lines
+from sparsegrad_cli.report.conclusions import pairs_table, verdict_lines
 from sparsegrad_cli.report.scores import best_rows, score_table
 from sparsegrad_cli.study.evidence import up_to_date
 from sparsegrad_cli.study.statistics import sign_flip_p, student

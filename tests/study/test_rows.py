@@ -9,7 +9,7 @@ import pytest
 from support.record_samples import study_of
 from support.study_cells import cell, checks_of, rows_of, study_cells
 
-from sparsegrad_cli.report.fairness import check_lines, parity_table
+from sparsegrad_cli.report.conclusions import check_lines, parity_table
 from sparsegrad_cli.study.rows import paired_difference
 
 

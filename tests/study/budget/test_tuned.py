@@ -17,8 +17,8 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
 from sparsegrad_cli.records.study import PlanRecord, Trial
 from sparsegrad_cli.report.budget import plan_screen
+from sparsegrad_cli.report.conclusions import check_lines, parity_table
 from sparsegrad_cli.report.document import Table
-from sparsegrad_cli.report.fairness import check_lines, parity_table
 from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.coordinator import plan_of
 from sparsegrad_cli.study.engines import LocalEngine
