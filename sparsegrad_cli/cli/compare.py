@@ -229,7 +229,7 @@ def _run(
     """Run a study: print a line before each run, and keep the report up to date."""
     from rich.console import Console
 
-    from sparsegrad_cli.judge.grades import read_graded_answers
+    from sparsegrad_cli.judge.verdicts import read_graded_answers
     from sparsegrad_cli.report.files import LiveReport
     from sparsegrad_cli.report.terminal import plain_line
     from sparsegrad_cli.study.coordinator import run_study

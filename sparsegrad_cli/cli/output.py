@@ -65,7 +65,7 @@ def rewrite_study_report(folder: Path, study: StudyRecord | None = None) -> Stud
     Returns:
         The record.
     """
-    from sparsegrad_cli.judge.grades import read_graded_answers
+    from sparsegrad_cli.judge.verdicts import read_graded_answers
     from sparsegrad_cli.records.store import load_study
     from sparsegrad_cli.report.files import write_study_report
 

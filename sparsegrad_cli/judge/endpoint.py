@@ -19,32 +19,15 @@ from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.io.untrusted_text import printable_line
 from sparsegrad_cli.judge.prompts import parse_rating, parse_winner
 from sparsegrad_cli.judge.tasks import Task
+from sparsegrad_cli.records.answers import JudgeReply, JudgeVerdict
 from sparsegrad_cli.records.base import now
 
 _COMPLETIONS = "/chat/completions"
 _PERMANENT = {401: "refuses the key", 403: "forbids the request", 404: "has no such address"}
 
-# The outcome of a prompt: a verdict, only replies without a verdict, or no reply.
-DECIDED, UNREADABLE, FAILED = "decided", "unreadable", "failed"
-
 
 class UnansweredError(Exception):
     """A request failed, but others may succeed; the text says why, for the record."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply of the judge.
-
-    Attributes:
-        text: The text, which may be empty.
-        usage: Numbers of tokens, as the server counts them.
-        finish: The server's reason for the end of the reply.
-    """
-
-    text: str
-    usage: dict[str, int]
-    finish: str | None
 
 
 class Endpoint:
@@ -94,7 +77,7 @@ class Endpoint:
         """Close the connections, before the process exits."""
         self._client.close()
 
-    def ask(self, body: dict[str, Any]) -> Reply:
+    def ask(self, body: dict[str, Any]) -> JudgeReply:
         """Ask for one chat completion; the client retries if that may help.
 
         Args:
@@ -158,8 +141,8 @@ class Judge:
     max_tokens: int | None
     retries: int
 
-    def verdict(self, task: Task) -> dict[str, Any]:
-        """Ask until there is a verdict; return a line of verdicts.jsonl.
+    def verdict(self, task: Task) -> JudgeVerdict:
+        """Ask until there is a verdict.
 
         Raises:
             SparsegradError: No request to this endpoint can succeed.
@@ -168,34 +151,35 @@ class Judge:
         if self.max_tokens is not None:
             body["max_tokens"] = self.max_tokens
         parse = parse_winner if task.pairwise else parse_rating
-        replies: list[dict[str, Any]] = []
-        verdict, status, reason = None, UNREADABLE, None
+        replies: list[JudgeReply] = []
+        verdict, status, reason = None, "unreadable", None
         started = time.perf_counter()
         for _ in range(self.retries + 1):
             try:
                 reply = self.endpoint.ask(body)
             except UnansweredError as error:
-                status, reason = FAILED, str(error)
+                status, reason = "failed", str(error)
                 break
-            text = self.endpoint.without_key(reply.text)
-            replies.append({"text": text, "finish": reply.finish, "usage": reply.usage})
-            verdict = parse(text)
+            replies.append(reply.changed(text=self.endpoint.without_key(reply.text)))
+            verdict = parse(replies[-1].text)
             if verdict is not None:
-                status = DECIDED
+                status = "decided"
                 break
-        return {
-            **task.record(),
-            "judge": self.model,
-            "endpoint": self.endpoint.shown,
-            "replies": replies,
-            "status": status,
-            "verdict": verdict,
-            "reason": reason,
-            "seconds": round(time.perf_counter() - started, 3),
-            "time": now(),
-        }
+        return JudgeVerdict.model_validate(
+            {
+                **task.record(),
+                "judge": self.model,
+                "endpoint": self.endpoint.shown,
+                "replies": replies,
+                "status": status,
+                "verdict": verdict,
+                "reason": reason,
+                "seconds": round(time.perf_counter() - started, 3),
+                "time": now(),
+            }
+        )
 
-    def verdicts(self, tasks: Sequence[Task], jobs: int) -> Iterator[dict[str, Any]]:
+    def verdicts(self, tasks: Sequence[Task], jobs: int) -> Iterator[JudgeVerdict]:
         """Yield the verdicts as they come in, with up to ``jobs`` requests at a time.
 
         The threads are daemons, so that after Ctrl-C the process does not wait for the server.
@@ -204,7 +188,7 @@ class Judge:
             SparsegradError: See :meth:`verdict`; no more requests are sent.
         """
         waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        done: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+        done: queue.SimpleQueue[JudgeVerdict | Exception] = queue.SimpleQueue()
         stopped = threading.Event()
         for task in tasks:
             waiting.put(task)
@@ -257,7 +241,7 @@ def _address(url: str) -> tuple[str, dict[str, object], str]:
     return base, dict(parse_qsl(parts.query)), base + _COMPLETIONS
 
 
-def _reply(answer: Any) -> Reply:
+def _reply(answer: Any) -> JudgeReply:
     """Return the first choice of a completion, which the client has not checked."""
     try:
         found = answer.model_dump(warnings=False)
@@ -270,7 +254,11 @@ def _reply(answer: Any) -> Reply:
     usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
     counts = {key: value for key, value in usage.items() if isinstance(value, int)}
     finish = choice.get("finish_reason")
-    return Reply(text if isinstance(text, str) else "", counts, str(finish) if finish else None)
+    return JudgeReply(
+        text=text if isinstance(text, str) else "",
+        finish=str(finish) if finish else None,
+        usage=counts,
+    )
 
 
 def _message(body: Any) -> str:

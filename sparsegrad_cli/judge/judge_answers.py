@@ -7,10 +7,9 @@ adds the missing ones. The summary of the last call is in ``judge.json`` and ``j
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from sparsegrad_cli.error_mapping import mapped_errors
@@ -20,13 +19,11 @@ from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_o
 from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.io.paths import exists, is_folder, refuse_link
-from sparsegrad_cli.judge.endpoint import DECIDED, FAILED, Endpoint, Judge
-from sparsegrad_cli.judge.grades import VERDICTS
-from sparsegrad_cli.judge.prompts import is_grade
-from sparsegrad_cli.judge.summary import grade_rows, pair_rows
+from sparsegrad_cli.judge.endpoint import Endpoint, Judge
 from sparsegrad_cli.judge.tasks import Answered, Task, pair_tasks, read_answers, single_tasks
+from sparsegrad_cli.judge.verdicts import VERDICTS, grade_rows, pair_rows, read_verdict
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.records.answers import JudgedAnswers, JudgeRecord, JudgeRequests
+from sparsegrad_cli.records.answers import JudgedAnswers, JudgeRecord, JudgeRequests, JudgeVerdict
 from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.store import write
 from sparsegrad_cli.report.judge import judge_document
@@ -134,7 +131,7 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> Ju
             observer.note(note)
         verdicts, asked = _complete(judge, tasks, journal, observer, options.jobs)
     verdicts = {task.key: verdicts[task.key] for task in tasks}
-    failures = [_failure(line) for line in verdicts.values() if line["status"] == FAILED]
+    failures = [_failure(line) for line in verdicts.values() if line.status == "failed"]
     rows = (pair_rows if options.pairwise else grade_rows)(tasks, verdicts)
     record = JudgeRecord.model_validate(
         {
@@ -203,37 +200,29 @@ def _open(folder: Path) -> Journal:
 
 def _complete(
     judge: Judge, tasks: Sequence[Task], journal: Journal, observer: Observer, jobs: int
-) -> tuple[dict[str, dict[str, Any]], int]:
+) -> tuple[dict[str, JudgeVerdict], int]:
     """Return the verdicts by key, and the number that this call asked for."""
-    verdicts = {str(line.get("key")): line for line in journal.records}
+    lines = (read_verdict(record) for record in journal.records)
+    verdicts = {line.key: line for line in lines if line is not None}
     by_key = {task.key: task for task in tasks}
-    todo = [task for key, task in by_key.items() if not _is_decided(verdicts.get(key), task)]
+    decided = {key for key, line in verdicts.items() if line.status == "decided"}
+    todo = [task for key, task in by_key.items() if key not in decided]
     done = len(by_key) - len(todo)
     if done:
         observer.note(f"{done} of {len(by_key)} verdicts are there already")
     observer.total_steps("judge", len(by_key))
     observer.step("judge", {"step": done})
     for line in judge.verdicts(todo, jobs):
-        journal.append(line)
-        verdicts[line["key"]] = line
+        journal.append(line.to_json())
+        verdicts[line.key] = line
         done += 1
-        if line["status"] == FAILED:
+        if line.status == "failed":
             observer.note(_failure(line))
         observer.step("judge", {"step": done})
     return verdicts, len(todo)
 
 
-def _is_decided(line: Mapping[str, Any] | None, task: Task) -> bool:
-    """Return whether a line holds a verdict of the right kind; the file may come from anyone."""
-    if line is None or line.get("status") != DECIDED:
-        return False
-    verdict = line.get("verdict")
-    if task.pairwise:
-        return verdict in ("A", "B", "C")
-    return is_grade(verdict)
-
-
-def _failure(line: Mapping[str, Any]) -> str:
+def _failure(line: JudgeVerdict) -> str:
     """Return one line about a prompt without a reply."""
-    models = " and ".join(line["models"])
-    return f"{models}, question {line['question_id']}, turn {line['turn']}: {line['reason']}"
+    models = " and ".join(line.models)
+    return f"{models}, question {line.question_id}, turn {line.turn}: {line.reason}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from sparsegrad_cli.generate.questions import Question
 
@@ -149,13 +148,6 @@ def parse_rating(reply: str) -> float | None:
         return None
     grade = float(found)
     return grade if LOWEST <= grade <= HIGHEST else None
-
-
-def is_grade(value: Any) -> bool:
-    """Return whether a value read from a file is a grade."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return LOWEST <= value <= HIGHEST
 
 
 def parse_winner(reply: str) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparsegrad_cli.records.base import Block, Count, Number, Record, Seconds
 from sparsegrad_cli.records.run import ErrorBlock
 
 Name = str | int
+Grade = Annotated[float, Field(ge=1, le=10)]
 Stopped = Literal["end", "length", "full"]
 
 
@@ -88,6 +89,45 @@ class AnswersRecord(Record):
     columns: list[AnswersColumn] = []
     finished: str | None = None
     output: str | None = Field(None, description="Only in the output of the command.")
+
+
+class JudgeReply(Block):
+    """One reply of the judge."""
+
+    text: str
+    finish: str | None = Field(None, description="The server's reason for the end of the reply.")
+    usage: dict[str, int] = Field({}, description="Numbers of tokens, as the server counts them.")
+
+
+class JudgeVerdict(Block):
+    """One prompt to the judge, with its outcome."""
+
+    key: str = Field("", description="sha256 (hex) of the judge's name and the prompt.")
+    kind: Literal["single", "pair"]
+    question_id: Name | None = None
+    category: str | None = None
+    turn: Count = Field(description="The turn that is judged, counted from 1.")
+    models: list[str] = Field([], description="The graded model, or the models A and B.")
+    messages: list[dict[str, str]] = Field([], description="The prompt.")
+    judge: str | None = Field(None, description="The judging model's name.")
+    endpoint: str | None = None
+    replies: list[JudgeReply] = []
+    status: Literal["decided", "unreadable", "failed"] = Field(
+        description="Whether there is a verdict, only replies without a verdict, or no reply."
+    )
+    verdict: Grade | Literal["A", "B", "C"] | None = Field(
+        None, description="A grade from 1 to 10, or the better answer of a pair; C: neither."
+    )
+    reason: str | None = Field(None, description="Why there is no reply.")
+    seconds: Seconds = None
+    time: str | None = None
+
+    @model_validator(mode="after")
+    def _check_verdict(self) -> Self:
+        expected = float if self.kind == "single" else str
+        if isinstance(self.verdict, expected) != (self.status == "decided"):
+            raise ValueError(f"a verdict that fits {self.kind} and {self.status}")
+        return self
 
 
 class JudgedAnswers(Block):

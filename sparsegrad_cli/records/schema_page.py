@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sparsegrad_cli.records.answers import AnswerLine, AnswersRecord, JudgeRecord
+from sparsegrad_cli.records.answers import AnswerLine, AnswersRecord, JudgeRecord, JudgeVerdict
 from sparsegrad_cli.records.base import SCHEMA, Unit
 from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.estimate import EstimateRecord
@@ -59,7 +59,12 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
     (
         "judge.json",
         JudgeRecord,
-        "`judge` writes it beside `verdicts.jsonl`, which has one line for each prompt.",
+        "`judge` writes it when all verdicts are there.",
+    ),
+    (
+        "Lines of verdicts.jsonl",
+        JudgeVerdict,
+        "`judge` writes one line for each prompt, beside `judge.json`.",
     ),
     (
         "basis.safetensors",

@@ -37,7 +37,7 @@ from sparsegrad_cli.errors import (
     UsageError,
 )
 from sparsegrad_cli.io.atomic import write_json_atomic
-from sparsegrad_cli.judge.grades import read_graded_answers
+from sparsegrad_cli.judge.verdicts import read_graded_answers
 from sparsegrad_cli.records.answers import JudgeRecord
 from sparsegrad_cli.records.export import ExportRecord
 from sparsegrad_cli.records.store import validated

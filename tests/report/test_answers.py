@@ -12,8 +12,8 @@ from support.html_pages import outline, without_figures
 from support.record_samples import compare_record, study_of
 
 from sparsegrad_cli.generate.questions import Question
-from sparsegrad_cli.judge.grades import Grades, read_graded_answers
 from sparsegrad_cli.judge.prompts import grading_prompt
+from sparsegrad_cli.judge.verdicts import Grades, read_graded_answers
 from sparsegrad_cli.report.files import write_study_report
 
 HOSTILE = (
@@ -75,7 +75,7 @@ def graded(study: Path, lines: list[dict[str, Any]], name: str = "judge-q") -> G
     path = study / name / "verdicts.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Grades([study])
+    return Grades(study)
 
 
 def verdict(grade: Any, answers: list[str], turn: int, **changes: Any) -> dict[str, Any]:
