@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.conversation import Turn
+from sparsegrad_cli.generate.answer_files import check_line
 from sparsegrad_cli.generate.answerer import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, file_word, questions_name
-from sparsegrad_cli.generate.side_by_side import check_line
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.base import now

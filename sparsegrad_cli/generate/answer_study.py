@@ -1,7 +1,7 @@
 """Answer the same questions with every finished chat run of a comparison and its base models.
 
 One model is in memory at a time. Answers are stored in the run's folder, and a run that has
-answered all questions is not loaded. The record of all answers (generate/side_by_side.py) is
+answered all questions is not loaded. The record of all answers (generate/answer_files.py) is
 written after every model.
 """
 
@@ -23,6 +23,7 @@ from sparsegrad_cli.errors import (
     SparsegradError,
     UsageError,
 )
+from sparsegrad_cli.generate.answer_files import FOLDER, check_line, side_by_side_file
 from sparsegrad_cli.generate.answer_questions import (
     Line,
     answer_questions,
@@ -33,7 +34,6 @@ from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.load_chat_model import ChatModel, load_base, load_chat_model
 from sparsegrad_cli.generate.options import GenerateOptions
 from sparsegrad_cli.generate.questions import Question, questions_name
-from sparsegrad_cli.generate.side_by_side import FOLDER, check_line, side_by_side_file
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.paths import expanded, file_digest, refuse_link
 from sparsegrad_cli.progress import Observer

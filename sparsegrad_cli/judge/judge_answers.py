@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.generate.answer_files import answer_files, is_study, study_of
 from sparsegrad_cli.generate.questions import questions_name, read_questions
-from sparsegrad_cli.generate.side_by_side import answer_files, is_study, study_of
 from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.io.paths import exists, is_folder, refuse_link

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.generate.side_by_side import FOLDER
+from sparsegrad_cli.generate.answer_files import FOLDER
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.judge.prompts import talk
 from sparsegrad_cli.judge.tasks import Task

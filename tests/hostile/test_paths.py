@@ -16,8 +16,8 @@ from support.record_samples import compare_record, run_record
 
 from sparsegrad_cli.cli.runs import report
 from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.generate.answer_files import answer_files
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
-from sparsegrad_cli.generate.side_by_side import answer_files
 from sparsegrad_cli.io.atomic import write_json_atomic, write_text_atomic
 from sparsegrad_cli.judge.judge_answers import JudgeOptions
 from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
