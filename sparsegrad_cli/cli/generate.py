@@ -161,7 +161,7 @@ def _check_for_study(options: GenerateOptions) -> None:
 def _converse(options: GenerateOptions, *, quiet: bool) -> None:
     """Answer turns from standard input until it ends."""
     from sparsegrad_cli.cli.chat import Chat
-    from sparsegrad_cli.generate.generate import generation_errors, load_answerer
+    from sparsegrad_cli.generate.options import generation_errors
 
     if sys.stdin is None:
         raise UsageError("standard input is closed", fix="--prompt TEXT or --prompts FILE")
@@ -174,6 +174,8 @@ def _converse(options: GenerateOptions, *, quiet: bool) -> None:
 
     with generation_errors():
         with make_observer(quiet) as observer:
+            from sparsegrad_cli.generate.load_chat_model import load_answerer
+
             answerer, about = load_answerer(options.model, options.settings, observer)
             for note in answerer.notes:
                 observer.note(note)
@@ -182,11 +184,16 @@ def _converse(options: GenerateOptions, *, quiet: bool) -> None:
 
 def _answer(options: GenerateOptions, *, as_json: bool, quiet: bool) -> None:
     """Answer a prompt or a file of questions with one model."""
-    from sparsegrad_cli.generate.generate import answer
+    from sparsegrad_cli.generate.options import generation_errors
     from sparsegrad_cli.io.untrusted_text import printable_text
 
-    with make_observer(quiet or as_json) as observer:
-        record = answer(options, observer)
+    questions = options.read_questions()
+    with make_observer(quiet or as_json) as observer, generation_errors():
+        from sparsegrad_cli.generate.answer_questions import answer_questions
+        from sparsegrad_cli.generate.load_chat_model import load_answerer
+
+        answerer, about = load_answerer(options.model, options.settings, observer)
+        record = answer_questions(answerer, about, questions, options, observer)
     if as_json:
         typer.echo(json.dumps(record))
     elif options.prompt is not None:
@@ -219,10 +226,13 @@ def _show_summary(record: dict[str, Any]) -> None:
 
 def _answer_study(options: GenerateOptions, *, as_json: bool, quiet: bool) -> None:
     """Ask all models of a comparison; exit with 1 if one of them could not be asked."""
-    from sparsegrad_cli.generate.generate import answer_with_study
+    from sparsegrad_cli.generate.options import generation_errors
 
-    with make_observer(quiet or as_json) as observer:
-        record = answer_with_study(options, observer)
+    questions = options.read_questions()
+    with make_observer(quiet or as_json) as observer, generation_errors():
+        from sparsegrad_cli.generate.answer_study import answer_study
+
+        record = answer_study(options, questions, observer)
     study = Path(options.model.source).expanduser()
     if record.output is not None:
         rewrite_study_report(study)

@@ -10,7 +10,8 @@ from torch import nn
 
 from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.generate.options import ModelOptions
+from sparsegrad_cli.generate.answerer import Answerer
+from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto, tokenizer_in
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import (
@@ -27,6 +28,7 @@ from sparsegrad_cli.models.load_model import check_vocabulary, load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer, locate
 from sparsegrad_cli.models.quantized import bits_of, move_model
 from sparsegrad_cli.models.targets import find_targets
+from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
 from sparsegrad_cli.records.store import EXPORT
@@ -79,6 +81,21 @@ def load_chat_model(options: ModelOptions) -> ChatModel:
     else:
         loaded = _plain(_section(options.source, options.dtype), device)
     return _ready(options.source, device, loaded)
+
+
+def load_answerer(
+    options: ModelOptions, settings: GenerationSettings, observer: Observer
+) -> tuple[Answerer, dict[str, Any]]:
+    """Load a model, and return it ready to answer, with its description for records.
+
+    Raises:
+        SparsegradError: See :func:`load_chat_model`.
+    """
+    observer.phase("load", options.source)
+    model, tokenizer, about = load_chat_model(options)
+    if about.get("source") not in (None, "adapter"):
+        observer.note(f"the run has no adapter yet: {about['source']} is used")
+    return Answerer(model, tokenizer, settings), about
 
 
 def load_base(section: ModelSection, device: str | None) -> ChatModel:

@@ -1,13 +1,16 @@
-"""The options of ``sparsegrad generate``. Imports no torch."""
+"""The options of ``sparsegrad generate``, and its errors. Imports no torch."""
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.generate.questions import Question, read_questions
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,17 @@ class GenerateOptions:
     prompt: str | None = None
     batch_size: int = 4
     output: Path | None = None
+
+    def read_questions(self) -> list[Question]:
+        """Return the prompt, or the questions of the file; see :func:`read_questions`."""
+        if self.prompt is not None:
+            return [Question(1, None, (self.prompt,))]
+        return read_questions(self.questions or "")
+
+
+def generation_errors() -> AbstractContextManager[None]:
+    """Turn Ctrl-C and failed allocations into errors that name this command's settings."""
+    return mapped_errors(
+        again="the same command continues where it stopped",
+        memory=("--batch-size", "a smaller batch, fewer --max-new-tokens, or --device cpu"),
+    )

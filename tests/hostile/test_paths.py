@@ -20,6 +20,7 @@ from sparsegrad_cli.generate.answer_files import answer_files
 from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
 from sparsegrad_cli.io.atomic import write_json_atomic, write_text_atomic
 from sparsegrad_cli.judge.judge_answers import JudgeOptions
+from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.records.writer import RunWriter
@@ -133,7 +134,7 @@ def test_comparison_folder_with_links(found: dict[str, str], overwrite: bool) ->
 @pytest.mark.parametrize("where", ["../outside", "/etc", "cells/link", "answers/../../outside"])
 def test_comparison_does_not_load_runs_outside_its_folder(where: str) -> None:
     """Runs that compare.json places elsewhere are not loaded."""
-    from sparsegrad_cli.generate.generate import answer_with_study
+    from sparsegrad_cli.generate.answer_study import answer_study
 
     with scratch_folder() as folder:
         place = folder / "study"
@@ -147,13 +148,13 @@ def test_comparison_does_not_load_runs_outside_its_folder(where: str) -> None:
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="outside") as caught:
-            answer_with_study(options)
+            answer_study(options, options.read_questions(), Observer())
         check_error(caught.value)
         assert folder_content(folder / "outside") == before
 
 
 def test_answers_are_not_written_through_links() -> None:
-    from sparsegrad_cli.generate.generate import answer_with_study
+    from sparsegrad_cli.generate.answer_study import answer_study
 
     with scratch_folder() as folder:
         place = folder / "study"
@@ -164,7 +165,7 @@ def test_answers_are_not_written_through_links() -> None:
         model = ModelOptions(str(place))
         options = GenerateOptions(model, GenerationSettings(), "builtin:questions", None, 4, None)
         with pytest.raises(UsageError, match="is a link"):
-            answer_with_study(options)
+            answer_study(options, options.read_questions(), Observer())
         (place / "judge-questions").symlink_to(folder / "outside")
         with pytest.raises(UsageError, match="is a link"):
             assert JudgeOptions((place,), "builtin:questions", "http://x", "m").folder
