@@ -19,25 +19,27 @@ class GenerationSettings(Block):
 
     system: str | None = None
     max_new_tokens: Count | None = None
-    temperature: Number = Field(None, description="0: the most likely token every time.")
+    temperature: Number = Field(None, description="0: always the most likely token.")
     top_p: Number = None
     seed: int | None = None
 
 
 class AnswerLine(Block):
-    """The answers of one model to one question. In a .jsonl file a line has all of the keys."""
+    """The answers of one model to one question. In a .jsonl file, a line has all keys."""
 
     question_id: Name | None = None
     category: str | None = None
-    turns: list[str] = Field([], description="The question, one text a turn.")
-    answers: list[str] = Field([], description="One a turn.")
+    turns: list[str] = Field([], description="The question, one text per turn.")
+    answers: list[str] = Field([], description="One per turn.")
     stopped: list[Stopped] = Field(
-        [], description="By turn: at a stop token, at max_new_tokens, or out of positions."
+        [], description="By turn: at a stop token, at max_new_tokens, or at the last position."
     )
     model: str | None = None
-    kind: str | None = Field(None, description="What answered: run, adapter or model.")
-    source: str | None = Field(None, description="Of a run: `adapter`, or a checkpoint.")
-    trained: str | None = Field(None, description="Of a run: sha256 (hex) of what was trained.")
+    kind: str | None = Field(None, description="What answered: run, adapter, lora or model.")
+    source: str | None = Field(None, description="For a run: `adapter`, or a checkpoint.")
+    trained: str | None = Field(
+        None, description="For a run: sha256 (hex) of the trained parameters."
+    )
     recipe_digest: str | None = None
     method: str | None = None
     base: str | None = Field(None, description="The base model.")
@@ -61,12 +63,12 @@ class AskedQuestion(Block):
 
 
 class AnswersColumn(Block):
-    """One model that was asked: a run, or a base model that runs began as."""
+    """One model that was asked: a run, or the base model of runs."""
 
     task: str | None = Field(None, description="Null for a base model.")
     method: str | None = None
     seed: int | None = None
-    tasks: list[str] = Field([], description="Of a base model: the tasks of its runs.")
+    tasks: list[str] = Field([], description="For a base model: the tasks of its runs.")
     run_dir: str | None = Field(None, description="Relative to the comparison's folder.")
     finished: str | None = Field(None, description="When the run ended.")
     model: str | None = None
@@ -74,8 +76,12 @@ class AnswersColumn(Block):
     dtype: str | None = None
     status: Literal["pending", "done", "failed"]
     error: ErrorBlock | None = None
-    asked: Count | None = Field(None, description="Questions that the last call answered.")
-    file: str | None = Field(None, description="Its answers, relative to the comparison's folder.")
+    asked: Count | None = Field(
+        None, description="Number of questions that the last call answered."
+    )
+    file: str | None = Field(
+        None, description="File of its answers, relative to the comparison's folder."
+    )
     answers: list[AnswerLine] = []
 
 
@@ -131,7 +137,7 @@ class JudgeVerdict(Block):
 
 
 class JudgedAnswers(Block):
-    """One file of answers that was judged."""
+    """The answers of one model that were judged."""
 
     model: str
     file: str | None = None
@@ -143,7 +149,7 @@ class JudgedAnswers(Block):
 class JudgeRow(Block):
     """Grades of one model (mode `single`) or wins of the first of two models (`pairwise`)."""
 
-    model: str | None = Field(None, description="single")
+    model: str | None = Field(None, description="single: the model.")
     models: list[str] = Field([], description="pairwise: the two models.")
     category: str | None = Field(None, description="Null: all questions.")
     mean: Number = Field(None, description="single: grade from 1 to 10, mean over questions.")
@@ -156,23 +162,25 @@ class JudgeRow(Block):
     wins: Count | None = None
     losses: Count | None = None
     ties: Count | None = None
-    flips: Count | None = Field(None, description="Ties where each order preferred another model.")
-    first_flips: Count | None = Field(None, description="Flips to the answer shown first.")
+    flips: Count | None = Field(
+        None, description="Ties where each order preferred a different model."
+    )
+    first_flips: Count | None = Field(None, description="Flips that favour the answer shown first.")
     one_order: Count | None = Field(None, description="Ties with a preference in one order only.")
-    asked: Count = Field(0, description="Prompts.")
+    asked: Count = Field(0, description="Number of prompts.")
     unreadable: Count = Field(0, description="Replies without a verdict.")
     failed: Count = Field(0, description="Prompts without a reply.")
 
 
 class JudgeRequests(Block):
-    """How many verdicts were asked for by the last call, and how many were kept."""
+    """Number of verdicts that the last call requested, and that it kept from earlier calls."""
 
     asked: Count
     kept: Count
 
 
 class JudgeRecord(Record):
-    """judge.json: what `judge` leaves beside verdicts.jsonl."""
+    """judge.json: the summary of verdicts.jsonl."""
 
     mode: Literal["single", "pairwise"]
     status: Literal["done", "failed"]

@@ -1,4 +1,4 @@
-"""What all records have in common: how they are read, written and checked.
+"""The base of all records: how they are read, written and checked.
 
 A record is a pydantic model of one JSON file. Its field names are the keys in the file. Unknown
 keys are ignored when a file is read, and refused when a record is written.
@@ -17,8 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sparsegrad_cli.io.atomic import without_nan
 
 SCHEMA = 1
-_SHOWN = 3  # problems in one error message
-_LONGEST = 60  # characters of a value in one
+_SHOWN = 3  # Problems in one error message.
+_LONGEST = 60  # Characters of a value in one.
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class Block(BaseModel):
-    """A part of a record. Values are of the declared types: text is not read as a number."""
+    """A part of a record. Types are strict: text is not read as a number."""
 
     model_config = ConfigDict(
         strict=True,
@@ -59,7 +59,7 @@ class Block(BaseModel):
         protected_namespaces=(),
         validate_by_name=True,
         serialize_by_alias=True,
-        defer_build=True,  # commands that read no record do not wait for its validator
+        defer_build=True,  # Commands that read no record do not wait for its validator.
     )
 
     def to_json(self) -> dict[str, Any]:

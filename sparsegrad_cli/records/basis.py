@@ -1,4 +1,4 @@
-"""Metadata of basis.safetensors, which a safetensors file keeps as texts."""
+"""The metadata of basis.safetensors. Safetensors stores metadata as texts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FORMAT = "sparsegrad-basis-1"
 
 
 class BasisMetadata(Block):
-    """What a basis belongs to, and how it was made."""
+    """The model of a basis, and how the basis was computed."""
 
     format: str = Field(FORMAT, description=f"`{FORMAT}`.")
     model: str = Field(description="The base model's name.")
     fingerprint: str = Field(description="sha256 (hex) of the target modules.")
     targets: dict[str, str] = Field(
-        description="By target module: the key of its basis, which is the target's name or, where "
-        "targets share a basis, a layer kind."
+        description="By target module: the key of its basis, which is the target's name, or a layer "
+        "kind if targets share a basis."
     )
     settings: CalibrationSettings
-    recipe_digest: str = Field(description="Of the recipe that the basis was made from.")
+    recipe_digest: str = Field(description="Digest of the recipe of the basis.")
     digest: str = Field(description="sha256 (hex) of the tensors.")
     check: str = Field("", description="sha256 (hex) of all other metadata.")
 
     def to_texts(self) -> dict[str, str]:
-        """Return the metadata as safetensors keeps it, with its check."""
+        """Return the metadata as texts, with their check."""
         plain = {**self.to_json(), "format": self.format}
         plain.pop("check", None)
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in plain.items()}
@@ -43,7 +43,7 @@ class BasisMetadata(Block):
         """Read the metadata of a file.
 
         Raises:
-            ValueError: The metadata were changed, or a value is missing or damaged.
+            ValueError: The metadata was changed, or a value is missing or damaged.
         """
         if texts.get("check") != _check({k: v for k, v in texts.items() if k != "check"}):
             raise ValueError("its metadata was changed")

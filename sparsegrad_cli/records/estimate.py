@@ -11,9 +11,9 @@ from sparsegrad_cli.records.run import MemoryCategories
 
 
 class EstimateConditions(Block):
-    """What is assumed beside the recipes."""
+    """Assumptions besides the recipes."""
 
-    kernels: str = Field(description="Whose kernels: cpu or cuda.")
+    kernels: str = Field(description="Kernels whose memory is counted: cpu or cuda.")
     padded: bool = Field(description="Whether batches have padding, and attention a mask.")
 
 
@@ -21,12 +21,12 @@ class DeviceRoom(Block):
     """The memory of the device that batches must fit into."""
 
     total_bytes: Bytes
-    overhead_bytes: Bytes = Field(description="Taken before any tensor: context and kernels.")
+    overhead_bytes: Bytes = Field(description="Used before any tensor: CUDA context and kernels.")
     most_examples: Count = Field(description="The largest batch that is tried.")
 
 
 class EstimatedModel(Block):
-    """The model, of which only the configuration is read."""
+    """The model; only its configuration is read."""
 
     name: str
     configuration: str = Field(description="Where the configuration came from.")
@@ -35,7 +35,7 @@ class EstimatedModel(Block):
 
 
 class EstimatedCounts(Block):
-    """How many parameters train."""
+    """Number of trainable parameters."""
 
     trainable_targets: Count
     trainable_head: Count
@@ -50,7 +50,7 @@ class LargestBatch(Block):
     length: Count
     peak_bytes: Bytes | None = None
     limited_by: Literal["step", "calibration"] | None = Field(
-        None, description="What needs too much at the next larger batch."
+        None, description="What does not fit at the next larger batch."
     )
 
 
@@ -63,7 +63,9 @@ class EstimateRow(Block):
     method: dict[str, Any] = Field(description="The method's section of the recipe.")
     counts: EstimatedCounts
     batch_shape: list[Count] = Field(description="Examples x tokens.")
-    mask: str | None = Field(None, description="Why attention has a mask: padding, packing, none.")
+    mask: str | None = Field(
+        None, description="Why attention needs a mask: padding or packing; `none`: it does not."
+    )
     autocast: str | None = None
     gradient_checkpointing: bool = False
     peak_bytes: Bytes
@@ -81,7 +83,7 @@ class EstimateRow(Block):
 
 
 class EstimateRecord(Block):
-    """What `estimate --json` prints."""
+    """Output of `estimate --json`."""
 
     command: Literal["estimate"] = "estimate"
     conditions: EstimateConditions

@@ -30,13 +30,15 @@ class ExportedMethod(Block):
 
 
 class ExportedTarget(Block):
-    """What became of the change of one target module."""
+    """How the change of one target module was exported."""
 
     name: str
-    rank: Count | None = Field(None, description="Of its factors (`lora`).")
+    rank: Count | None = Field(None, description="Rank of its factors (`lora`).")
     error: Number = Field(None, description="Share of the change that is lost (`lora`).")
-    rounding: Number = Field(None, description="Share of the change rounded away (`merged`).")
-    rounding_max: Number = Field(None, description="Largest rounding of a weight (`merged`).")
+    rounding: Number = Field(
+        None, description="Share of the change that rounding loses (`merged`)."
+    )
+    rounding_max: Number = Field(None, description="Largest rounding error of a weight (`merged`).")
 
 
 class Judged(Block):
@@ -52,32 +54,32 @@ class AnswersAlone(Block):
 
     prompts: Count
     stopped: Count = Field(description="Answers that ended with a stop token.")
-    tokens: Count = Field(description="Tokens that agree with the run's.")
-    rounded: Count = Field(description="Answers that part where two tokens are nearly tied.")
+    tokens: Count = Field(description="Number of tokens that agree with the run's.")
+    rounded: Count = Field(description="Answers that differ where two tokens are nearly tied.")
 
 
 class OnPlainBase(Block):
-    """The adapter on the base model as it was before quantization."""
+    """The adapter on the base model before quantization."""
 
     difference: Number = None
     same_answers: Count | None = None
 
 
 class ExportCheck(Block):
-    """The exported model, loaded back, against the run: logits on validation rows."""
+    """The exported model, loaded again, compared with the run: logits on validation rows."""
 
     examples: Count | None = None
     answers: Count | None = Field(None, description="Rows, or labelled tokens.")
     same_answers: Count | None = Field(None, description="Answers with the same most likely class.")
     largest_logit: Number = None
-    difference: Number = Field(None, description="Largest difference of two logits.")
+    difference: Number = Field(None, description="Largest difference between two logits.")
     judged: Judged | None = None
     answers_alone: AnswersAlone | None = None
     on_plain_base: OnPlainBase | None = None
 
 
 class ExportRecord(Record):
-    """What `export` leaves beside the exported files."""
+    """The record of `export`, beside the exported files."""
 
     to: Literal["merged", "lora", "adapter"]
     created: str | None = Field(None, description="ISO 8601, UTC.")
@@ -87,19 +89,19 @@ class ExportRecord(Record):
     method: ExportedMethod | None = None
     scope: str | None = None
     versions: dict[str, str | None] = {}
-    dtype: str | None = Field(None, description="Of the merged weights.")
-    rounding: Number = Field(None, description="Share of the whole change that was rounded away.")
-    dequantized: Count | None = Field(None, description="Layers that are plain again.")
-    rank: Count | None = Field(None, description="Of all factors; some are padded with zeros.")
+    dtype: str | None = Field(None, description="Dtype of the merged weights.")
+    rounding: Number = Field(None, description="Share of the whole change that rounding loses.")
+    dequantized: Count | None = Field(None, description="Number of layers that were dequantized.")
+    rank: Count | None = Field(None, description="Rank of all factors; some are padded with zeros.")
     truncated: bool | None = Field(None, description="Whether the change has a higher rank.")
     error: Number = Field(None, description="Share of the whole change that is lost.")
     targets: list[ExportedTarget] = []
     modules: list[str] = Field([], description="Modules that are saved whole.")
-    fresh: list[str] = Field([], description="Parameters drawn from the seed (`adapter`).")
+    fresh: list[str] = Field([], description="Parameters initialized from the seed (`adapter`).")
     bases_bytes: Bytes | None = None
     check: ExportCheck | None = None
     files: dict[str, Bytes] = {}
-    bytes: Bytes | None = Field(None, description="Of all files.")
+    bytes: Bytes | None = Field(None, description="Size of all files.")
     load: str | None = Field(None, description="The Python expression that loads it.")
     notes: list[str] = []
     output_dir: str | None = Field(None, description="Only in the output of the command.")

@@ -1,4 +1,4 @@
-"""How a metric is read: its words, the factor it is printed with, which direction is better."""
+"""How metrics are shown, and which direction is better."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Scale:
     """One metric's scale.
 
     Attributes:
-        words: the metric as a reader knows it.
-        times: what a value is multiplied by before it is printed; fractions are shown times 100.
-        digits: decimals after that.
-        lower_is_better: losses and perplexities.
+        words: the name of the metric for readers.
+        times: the factor of printed values; fractions are shown times 100.
+        digits: the number of decimals.
+        lower_is_better: true for losses and perplexities.
     """
 
     words: str
@@ -24,16 +24,16 @@ class Scale:
 
     @property
     def label(self) -> str:
-        """``accuracy ×100``; ``validation loss``."""
+        """Return ``accuracy ×100`` or ``validation loss``."""
         return f"{self.words} ×{self.times}" if self.times != 1 else self.words
 
     @property
     def column(self) -> str:
-        """``score ×100`` for what is a share of right answers; else the metric's own name."""
+        """Return ``score ×100`` for fractions, and the metric's own name for others."""
         return "score ×100" if self.times == 100 else self.words
 
     def best(self, values: Iterable[float]) -> float:
-        """The best of some values, at least one."""
+        """Return the best of at least one value."""
         return min(values) if self.lower_is_better else max(values)
 
 
@@ -61,12 +61,12 @@ _OF_ONE_CLASS = ("f1", "precision", "recall")
 
 
 def scale_of(metric: str | None, positive_label: str | None = None) -> Scale:
-    """The scale of a metric; one this version does not know is read as a fraction.
+    """Return the scale of a metric; an unknown metric is shown as a fraction.
 
     Args:
         metric: its name in a record.
-        positive_label: the class of two that ``f1``, ``precision`` and ``recall`` are of, which
-            their words name.
+        positive_label: the class that ``f1``, ``precision`` and ``recall`` refer to. The words of
+            these metrics include it.
     """
     if metric is None:
         return SCORE
@@ -78,9 +78,9 @@ def scale_of(metric: str | None, positive_label: str | None = None) -> Scale:
 
 
 def common_metric(metrics: Sequence[str | None]) -> str | None:
-    """The metric under which means over tasks mean something; None where there is none.
+    """Return the metric of a mean over tasks, or None if their scores cannot be averaged.
 
-    One metric is its own; several are a ``score`` where all are shares of 1, as GLUE averages them.
+    Several metrics are averaged as a ``score`` if all are fractions, as GLUE does.
     """
     if len(set(metrics)) == 1:
         return metrics[0] or "score"

@@ -39,14 +39,14 @@ class LiveTensor(Block):
 
 
 class ErrorBlock(Block):
-    """Why a run ended early. The keys after `fix` are there for some kinds of error only."""
+    """Why a run ended early. Keys after `fix` exist for some kinds of error only."""
 
     title: str
-    what: str = Field(description="What was expected and what came.")
+    what: str = Field(description="What was expected and what was found.")
     where: str | None = Field(None, description="File, line or recipe key.")
     fix: str | None = Field(None, description="What to do about it.")
     phase: str | None = Field(None, description="Out of memory: the phase of the run.")
-    module: str | None = Field(None, description="The module that was at work.")
+    module: str | None = Field(None, description="The module that was running.")
     asked_bytes: Bytes | None = Field(None, description="Out of memory: the failed allocation.")
     tensors: list[LiveTensor] | None = Field(
         None, description="Out of memory: the largest tensors, the largest first."
@@ -56,21 +56,23 @@ class ErrorBlock(Block):
         description="Out of memory: the settings of a batch that was tried and fits, and its "
         "`peak_bytes`; null if no batch fits.",
     )
-    step: Count | None = Field(None, description="Not finite: the optimizer step.")
-    batch: Count | None = Field(None, description="Not finite: the micro-batch, from 1.")
-    rows: list[Count] | None = Field(None, description="Not finite: rows of the training data.")
-    parameter: str | None = Field(None, description="Not finite: the first such parameter.")
-    checkpoint: str | None = Field(None, description="Not finite: the last good checkpoint.")
+    step: Count | None = Field(None, description="NaN or Inf: the optimizer step.")
+    batch: Count | None = Field(None, description="NaN or Inf: the micro-batch, from 1.")
+    rows: list[Count] | None = Field(None, description="NaN or Inf: rows of the training data.")
+    parameter: str | None = Field(None, description="NaN or Inf: the first such parameter.")
+    checkpoint: str | None = Field(None, description="NaN or Inf: the last good checkpoint.")
 
 
 class Extension(Block):
     """One time that a run was resumed to train longer."""
 
-    recipe_digest: str | None = Field(None, description="Of the recipe before.")
-    num_train_epochs: Number = Field(None, description="Before.")
-    max_steps: int | None = Field(None, description="Before; -1 where epochs set the length.")
-    steps: Count | None = Field(None, description="All steps of the run since.")
-    schedule: str | None = Field(None, description="What became of the learning rate.")
+    recipe_digest: str | None = Field(None, description="Digest of the earlier recipe.")
+    num_train_epochs: Number = Field(None, description="The earlier value.")
+    max_steps: int | None = Field(
+        None, description="The earlier value; -1 if epochs set the length."
+    )
+    steps: Count | None = Field(None, description="The new total number of steps.")
+    schedule: str | None = Field(None, description="How the learning rate continues.")
 
 
 class InitFromBlock(Block):
@@ -80,7 +82,7 @@ class InitFromBlock(Block):
     kind: Literal["run", "peft"]
     digest: str = Field(description="sha256 (hex) of the file of tensors.")
     head: Literal["loaded", "fresh"] | None = Field(
-        None, description="`fresh` where the classes differ; null without a head."
+        None, description="`fresh` if the classes differ; null without a head."
     )
 
 
@@ -88,15 +90,15 @@ class HeadStart(Block):
     """Where the initial values of a classification head come from."""
 
     start: Start = Field(
-        description="Of the output layer: kept, kept with its classes in the order of the data, "
-        "or drawn from the seed."
+        description="The output layer: `kept` from the model's files, `aligned` (kept, with the "
+        "classes in the order of the data), or `fresh` from the random seed."
     )
-    kept: list[str] = Field(description="Parameters of the head that the model's files hold.")
-    fresh: list[str] = Field(description="Parameters that were drawn at random from the seed.")
+    kept: list[str] = Field(description="Head parameters that the model's files contain.")
+    fresh: list[str] = Field(description="Head parameters initialized from the random seed.")
 
 
 class NotAdapted(Block):
-    """Large parameters of the blocks, attention left out, that no target module covers."""
+    """Large parameters of transformer blocks, except attention, that no target module covers."""
 
     kind: str
     shape: list[Count]
@@ -127,31 +129,31 @@ class TaskBlock(Block):
     label_names: list[str] | None = None
     positive_label: str | None = Field(
         None,
-        description="The class of two that f1, precision and recall are of; null where none of "
-        "them is measured.",
+        description="The class that f1, precision and recall refer to, in a task with two classes; "
+        "null if none of them is measured.",
     )
     train_examples: Count | None = None
     validation_examples: dict[str, Count] = Field({}, description="By validation set.")
     majority_score: Number = Field(
-        None, description="The score of always answering the most frequent class."
+        None, description="The score of always predicting the most frequent class."
     )
     majority_accuracy: Fraction = None
-    max_length: Count | None = Field(None, description="Tokens of an example.")
+    max_length: Count | None = Field(None, description="Largest number of tokens of an example.")
     padding: str | None = None
-    notes: list[str] = Field([], description="What was left out, cut or split off.")
+    notes: list[str] = Field([], description="Notes on rows that were left out, cut or split off.")
     counts: dict[str, Count] = Field(
-        {}, description="Conversations that were read, kept and dropped, each with the reason."
+        {}, description="Number of conversations that were read and kept, and dropped by reason."
     )
 
 
 class MethodBlock(Block):
-    """The method, as the recipe resolved it."""
+    """The method, with its resolved settings."""
 
     name: str
     form: str | None = None
     support: str | None = None
     density: Number = None
-    scope: str | None = Field(None, description="What trains beside the targets: head or rest.")
+    scope: str | None = Field(None, description="What trains besides the targets: head or rest.")
     settings: dict[str, Any] = Field({}, description="All other keys of the method's section.")
 
 
@@ -163,8 +165,8 @@ class TargetCounts(Block):
     block: int | None = Field(None, description="Number of the transformer block, from 0.")
     out_features: Count
     in_features: Count
-    entries: Count = Field(description="Parameters of it that one step changes.")
-    touched: Count | None = Field(None, description="Parameters that any step changed.")
+    entries: Count = Field(description="Its parameters that one step changes.")
+    touched: Count | None = Field(None, description="Its parameters that changed in any step.")
 
 
 class CountsBlock(Block):
@@ -173,54 +175,56 @@ class CountsBlock(Block):
     model_parameters: Count | None = None
     target_parameters: Count | None = None
     trainable: Count | None = Field(None, description="Parameters that one step changes.")
-    trainable_targets: Count | None = Field(None, description="Those in target modules.")
+    trainable_targets: Count | None = Field(None, description="Of these, in target modules.")
     trainable_head: Count | None = None
     trainable_rest: Count | None = None
     touched: Count | None = Field(
         None,
-        description="Parameters that any step of the run changed. A method that chooses again in "
-        "every step touches more than it trains at once. Head and rest count whole.",
+        description="Parameters that changed in any step. A method that selects again in every step "
+        "changes more than it trains at once. Head and rest are counted as a whole.",
     )
     touched_targets: Count | None = None
     requested_target_entries: Count | None = Field(
-        None, description="Parameters that the recipe asked for in the targets."
+        None, description="Parameters in the targets that the recipe asks for."
     )
-    remainder: int | None = Field(None, description="`trainable_targets` less those asked for.")
+    remainder: int | None = Field(
+        None, description="`trainable_targets` minus the requested number."
+    )
     density: Number = Field(None, description="`trainable_targets` / `target_parameters`.")
     note: str = ""
     targets: list[TargetCounts] = []
 
 
 class SparsityBlock(Block):
-    """Where the parameters that changed lie in the middle target; null for a dense method."""
+    """Where the changed parameters lie in the middle target; null if all parameters train."""
 
     target: str
-    rows: Count = Field(description="Of the matrix that is sparse: the core, or the weight.")
+    rows: Count = Field(description="Rows of the sparse matrix: the core, or the weight.")
     columns: Count
-    map: Matrix = Field(description="Share that changed of each of at most 24 x 24 blocks, 0 to 1.")
+    map: Matrix = Field(description="Changed share of each of at most 24 x 24 blocks, 0 to 1.")
 
 
 class Evaluation(Block):
     """One evaluation."""
 
-    step: Count = Field(description="Optimizer steps before it.")
+    step: Count = Field(description="Number of optimizer steps before it.")
     epoch: Number = None
     metric: str | None = None
     score: Number = Field(
-        None, description="The value of `metric`. Of loss and perplexity the lowest is the best."
+        None, description="The value of `metric`. Lower is better for loss and perplexity."
     )
     loss: Number = Field(None, description="Nats per labelled token or example.")
     values: dict[str, dict[str, Number]] = Field(
-        {}, description="All metrics by validation set: fractions, and correlations from -1 to 1."
+        {}, description="All metrics by validation set: fractions, or correlations from -1 to 1."
     )
 
 
 class TrainingLoss(Block):
-    """The training loss at one step that was logged."""
+    """The training loss at a logged step."""
 
     step: Count
     epoch: Number = None
-    loss: Number = Field(None, description="Mean since the step logged before, in nats.")
+    loss: Number = Field(None, description="Mean since the previous logged step, in nats.")
     learning_rate: Number = None
 
 
@@ -228,7 +232,7 @@ class MetricsBlock(Block):
     """Scores and losses."""
 
     initial: Evaluation | None = Field(None, description="Before the first step.")
-    best: Evaluation | None = Field(None, description="Of the model that was kept.")
+    best: Evaluation | None = Field(None, description="The model that was kept.")
     final: Evaluation | None = Field(None, description="After the last step.")
     history: list[Evaluation] = []
     train: list[TrainingLoss] = []
@@ -236,7 +240,7 @@ class MetricsBlock(Block):
 
 
 class MemoryCategories(Block):
-    """Bytes by what they hold, at one moment."""
+    """Bytes in memory by category, at one moment."""
 
     weights: Bytes = 0
     bases: Bytes = 0
@@ -255,15 +259,15 @@ class MemoryPhase(Block):
     peak_bytes: Bytes
     categories: MemoryCategories = Field(default_factory=lambda: MemoryCategories())
     rss_bytes: Bytes | None = Field(None, description="Resident memory of the process.")
-    reserved_bytes: Bytes | None = Field(None, description="Held by CUDA's allocator.")
+    reserved_bytes: Bytes | None = Field(None, description="Reserved by the CUDA allocator.")
 
 
 class MemoryBlock(Block):
-    """Peak memory of the first process. A step in micro-batches is measured at a later one."""
+    """Peak memory of rank zero. With gradient accumulation, a later micro-batch is measured."""
 
     device: str | None = None
     how: str | None = Field(None, description="How memory was counted.")
-    batch_shape: list[Count] | None = Field(None, description="Examples x tokens of the step.")
+    batch_shape: list[Count] | None = Field(None, description="Examples x tokens of a step.")
     peak_bytes: Bytes | None = None
     peak_phase: str | None = None
     phases: dict[str, MemoryPhase] = Field(
@@ -272,7 +276,7 @@ class MemoryBlock(Block):
 
 
 class TimeBlock(Block):
-    """Wall time. Of a resumed run all but load_s, evaluate_s and total_s cover the whole run."""
+    """Wall time. For a resumed run, all but load_s, evaluate_s and total_s cover the whole run."""
 
     load_s: Seconds = None
     calibrate_s: Seconds = None
@@ -283,17 +287,17 @@ class TimeBlock(Block):
     steps: Count | None = None
     steps_per_s: Number = None
     step_median_s: Seconds = None
-    step_iqr_s: Seconds = Field(None, description="Distance of the quartiles.")
+    step_iqr_s: Seconds = Field(None, description="Interquartile range.")
     examples_per_s: Number = None
 
 
 class EnergyShares(Block):
-    """Shares of squared entries of held-out gradients in the largest 1 %; absent: not computed."""
+    """Share of the squared norm of held-out gradients in the largest 1 % of entries."""
 
     original: Fraction = Field(None, description="Without a basis.")
     transposed: Fraction = Field(None, description="With Q_in transposed, as published code does.")
-    kind_basis: Fraction = Field(None, description="In a basis that a layer kind shares.")
-    layer_basis: Fraction = Field(None, description="In a basis of the layer's own.")
+    kind_basis: Fraction = Field(None, description="In a basis shared by a layer kind.")
+    layer_basis: Fraction = Field(None, description="In the layer's own basis.")
     whole_core: Fraction = Field(None, description="In all entries of a truncated core.")
 
 
@@ -305,33 +309,37 @@ class EnergyRow(EnergyShares):
 
 
 class SupportShares(Block):
-    """Shares of the energy of held-out gradients that as many parameters hold."""
+    """Shares of the squared norm of held-out gradients in the same number of parameters."""
 
-    count: Number = Field(None, description="Parameters that train.")
-    support: Fraction = Field(None, description="In the parameters that train.")
-    full_basis: Fraction = Field(None, description="In the best in hindsight, full-rank basis.")
-    original: Fraction = Field(None, description="In the best in hindsight, without a basis.")
+    count: Number = Field(None, description="Number of trainable parameters.")
+    support: Fraction = Field(None, description="In the trained parameters.")
+    full_basis: Fraction = Field(
+        None, description="In the best choice in hindsight, full-rank basis."
+    )
+    original: Fraction = Field(
+        None, description="In the best choice in hindsight, without a basis."
+    )
 
 
 class SupportRow(SupportShares):
-    """The support of one target module against the best in hindsight."""
+    """The support of one target module compared with the best one in hindsight."""
 
     target: str
     kind: str
 
 
 class ComparedBlock(Block):
-    """What the support that trains holds, beside the best in hindsight."""
+    """The trained support compared with the best one in hindsight."""
 
     rows: list[SupportRow] = []
     mean_by_kind: dict[str, SupportShares] = {}
-    verdict: str = Field("", description="The sentence of the reports.")
+    verdict: str = Field("", description="The sentence that reports show.")
 
 
 class EnergyBlock(Block):
     """How well the basis concentrates gradients that calibration never saw."""
 
-    top: Number = Field(None, description="Share of the entries that is counted, 0.01.")
+    top: Number = Field(None, description="Share of the entries that is counted: 0.01.")
     steps: Count | None = None
     rows: list[EnergyRow] = []
     mean_by_kind: dict[str, EnergyShares] = {}
@@ -341,11 +349,9 @@ class EnergyBlock(Block):
 class Spectrum(Block):
     """Singular values of one side of a basis."""
 
-    key: str = Field(description="Of the basis: a target's name, or a layer kind.")
+    key: str = Field(description="The basis: a target's name, or a layer kind.")
     side: Side
-    values: list[Number] = Field(
-        description="Divided by the first, strongest first, at most 256 of them."
-    )
+    values: list[Number] = Field(description="Divided by the first, largest first, at most 256.")
 
 
 class HeatMap(Block):
@@ -353,18 +359,20 @@ class HeatMap(Block):
 
     target: str
     original: Matrix
-    basis: Matrix = Field(description="The same gradients seen in the basis.")
+    basis: Matrix = Field(description="The same gradients in the basis.")
 
 
 class CalibrationSettings(Block):
-    """How a basis was made. Stands in basis.safetensors too, in the metadata key `settings`."""
+    """How a basis was computed. Also in the metadata of basis.safetensors, under `settings`."""
 
     steps: Count | None = None
     basis_per: str | None = Field(None, description="`layer` or `kind`.")
     source: str | None = None
     decomposition: str | None = None
     score: str | None = Field(None, description="How the support is chosen.")
-    warmup_steps: Count | None = Field(None, description="Steps of the head before calibration.")
+    warmup_steps: Count | None = Field(
+        None, description="Steps that train the head before calibration."
+    )
     batch_size: Count | None = None
     passes: Count | None = Field(None, description="Passes over the calibration batches.")
     seed: int | None = None
@@ -372,50 +380,50 @@ class CalibrationSettings(Block):
     seconds: Seconds = None
     peak_bytes: Bytes | None = None
     tokens: Count | None = Field(
-        None, description="Read by all passes and the head's warm-up, without padding."
+        None, description="Tokens in all passes and in the head's warm-up, without padding."
     )
 
 
 class CalibrationBlock(CalibrationSettings):
     """The basis of a run."""
 
-    stream_bytes: Bytes | None = Field(None, description="Of all running sums.")
+    stream_bytes: Bytes | None = Field(None, description="Size of all running sums.")
     basis_file: str | None = None
     basis_bytes: Bytes | None = None
     reused: bool = Field(False, description="Whether the basis was read from a file.")
-    digest: str | None = Field(None, description="sha256 (hex) of the basis' tensors.")
+    digest: str | None = Field(None, description="sha256 (hex) of the basis tensors.")
     energy: EnergyBlock | None = None
     spectra: list[Spectrum] = []
     heat_map: HeatMap | None = None
 
 
 class PrecisionBlock(Block):
-    """The number formats that a run computes in."""
+    """The number formats of a run."""
 
     weights: dict[str, Count] = Field({}, description="Parameters by dtype, as loaded.")
     autocast: str | None = Field(None, description="The dtype of autocast.")
-    matmul: str | None = Field(None, description="torch's setting for float32 products.")
+    matmul: str | None = Field(None, description="torch's setting for float32 matrix products.")
     device: str | None = None
 
 
 class HashesBlock(Block):
-    """Digests (sha256, hex) by which runs of one comparison are held against each other."""
+    """Digests (sha256, hex) that show whether runs of a comparison had the same inputs."""
 
     data: str | None = None
     head_init: str | None = None
     precision: str | None = None
-    order: dict[StepKey, str] = Field({}, description="By step: of all batches up to it.")
+    order: dict[StepKey, str] = Field({}, description="By step: all batches up to it.")
     rows: dict[StepKey, str] = Field(
-        {}, description="The same over rows without padding, however they are cut into batches."
+        {}, description="By step: all rows up to it, without padding and regardless of batches."
     )
 
 
 class SizesBlock(Block):
-    """What a run takes on disk, between processes and in the optimizer."""
+    """Sizes on disk, in the optimizer, and of gradients sent between processes."""
 
     adapter_bytes: Bytes | None = None
     gradient_bytes_per_step: Bytes | None = Field(
-        None, description="What each of several processes sends in a step; null for one process."
+        None, description="What each process sends in a step; null for a single process."
     )
     optimizer_state_bytes: Bytes | None = Field(None, description="At the end of training.")
 
@@ -433,39 +441,39 @@ class EnvironmentBlock(Block):
 
 
 class GitBlock(Block):
-    """The checkout that the command ran in."""
+    """The git checkout in which the command ran."""
 
     commit: str | None = None
     dirty: bool | None = Field(None, description="Whether tracked files differ from the commit.")
 
 
 class RunRecord(Record):
-    """What `train` and `calibrate` leave. A block is absent until the run has reached it."""
+    """The record of `train` and `calibrate`. A block is absent until the run has reached it."""
 
     status: Status = Field(
-        description="`pruned` is a run of tuning that its comparison stopped. The file of a run "
-        "whose process was killed still says `running`."
+        description="`pruned`: tuning stopped the run early. The status stays `running` if the "
+        "process was killed."
     )
     error: ErrorBlock | None = None
-    started: str | None = Field(None, description="ISO 8601, UTC; when it was resumed last.")
+    started: str | None = Field(None, description="ISO 8601, UTC; the time of the last resume.")
     finished: str | None = None
     command: Literal["train", "calibrate"] | None = None
-    name: str | None = Field(None, description="Of the run's folder.")
+    name: str | None = Field(None, description="Name of the run's folder.")
     recipe_digest: str | None = Field(
         None, description="sha256 (hex) of the resolved recipe without output_dir."
     )
     seed: int | None = None
     output_dir: str | None = None
-    processes: Count | None = Field(None, description="Processes that trained together.")
+    processes: Count | None = Field(None, description="Number of processes that trained together.")
     split_by: str | None = Field(
         None,
-        description="What splits weights over processes: `FSDP2` or `DeepSpeed`; null where each "
-        "process holds all of them.",
+        description="What shards weights over processes: `FSDP2` or `DeepSpeed`; null if each process "
+        "holds all of them.",
     )
     resumed_from: Count | None = Field(
         None,
-        description="Step of the checkpoint that the run was resumed from last; 0: from the "
-        "start; null: never resumed.",
+        description="Step of the checkpoint of the last resume; 0: from the start; null: never "
+        "resumed.",
     )
     extended: list[Extension] = []
     init_from: InitFromBlock | None = None

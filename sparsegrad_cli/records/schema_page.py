@@ -27,9 +27,9 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         "run.json",
         RunRecord,
         "`train` and `calibrate` write it into the run's folder at every milestone. A resumed run "
-        "keeps the blocks that were there until it makes them again. Beside it lies `steps.jsonl`, "
-        "one JSON object a line: `step`, `epoch`, `loss`, `learning_rate`, `steps_per_s` and "
-        "`rss_bytes` for a step that was logged; `step`, `epoch` and `eval` (an "
+        "keeps the earlier blocks until it replaces them. `steps.jsonl` beside it has one JSON object "
+        "per line: `step`, `epoch`, `loss`, `learning_rate`, `steps_per_s` and `rss_bytes` for a "
+        "logged step; `step`, `epoch` and `eval` (an "
         f"[{Evaluation.__name__}](#{Evaluation.__name__.lower()})) after an evaluation. "
         "[Example](run.example.json).",
     ),
@@ -37,19 +37,19 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         "compare.json",
         StudyRecord,
         "`compare` writes it into the comparison's folder after every run. `sparsegrad report` "
-        "makes `rows`, `tests` and `checks` again from `cells`. The formulas are in "
+        "computes `rows`, `tests` and `checks` again from `cells`. The formulas are in "
         "[compare.md](../compare.md). [Example](compare.example.json).",
     ),
     (
         "export.json",
         ExportRecord,
-        "`export` writes it beside the exported files. It says how they were checked.",
+        "`export` writes it beside the exported files. It shows how they were checked.",
     ),
     (
         "answers/<questions>.json",
         AnswersRecord,
-        "`generate` writes it into the folder of a comparison, whose models all answer the same "
-        "questions. [Example](answers.example.json).",
+        "`generate` writes it into the folder of a comparison, for the answers of all its models "
+        "to the same questions. [Example](answers.example.json).",
     ),
     (
         "Lines of answers (.jsonl)",
@@ -69,7 +69,7 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
     (
         "basis.safetensors",
         BasisMetadata,
-        "The metadata of the file, all of them texts; `targets` and `settings` are JSON.",
+        "The metadata of the file. All values are texts; `targets` and `settings` are JSON.",
     ),
     (
         "Output of `estimate --json`",
@@ -80,17 +80,17 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
 
 _INTRODUCTION = f"""# Records
 
-Every command leaves a record: a JSON file that reports are made from. This page lists the keys of
-each. It is generated from `sparsegrad_cli/records/`; do not edit it
+Every command writes a record: a JSON file, from which reports are made. This page lists the keys of
+each file. It is generated from `sparsegrad_cli/records/`; do not edit it
 (`make schema` writes it again).
 
 - Sizes are in bytes and times in seconds. Scores are fractions, correlations lie between -1 and 1,
   losses are in nats.
 - NaN and infinities, which JSON does not have, are written as null.
-- Any key that does not apply may be null or absent. A run that failed or is still at work has only
-  the blocks that it has reached.
+- Any key that does not apply may be null or absent. A failed or running run has only the blocks
+  that it has reached.
 - `schema` is {SCHEMA}. It is raised when a key changes its meaning; keys may be added without that.
-  A file with another schema is refused, and so is one in which a value has the wrong type.
+  A file is refused if it has another schema or a value of the wrong type.
 """
 
 

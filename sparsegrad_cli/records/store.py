@@ -1,4 +1,4 @@
-"""Records on disk: read and checked, written whole or not at all."""
+"""Read and check records, and write them atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsegrad_cli.records.study import StudyRecord
 RUN, STUDY, EXPORT = "run.json", "compare.json", "export.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
-_DAMAGED = "bring the file back from a copy, or run again with --overwrite"
+_DAMAGED = "restore the file from a copy, or run again with --overwrite"
 R = TypeVar("R", bound=Record)
 
 
@@ -30,7 +30,7 @@ def load_run(path: str | Path) -> RunRecord:
         path: the run's folder, or its run.json.
 
     Raises:
-        UsageError: there is no such file, or the path leads to a comparison.
+        UsageError: the file does not exist, or belongs to a comparison.
         FileFormatError: the file is damaged, or has a schema that this version does not read.
     """
     found = load_run_or_study(path)
@@ -75,10 +75,10 @@ def load(model: type[R], file: Path) -> R:
 
 
 def write(record: Record, file: Path) -> None:
-    """Write a record, whole or not at all; NaN and infinities become null.
+    """Write a record atomically; NaN and infinities become null.
 
     Raises:
-        DiskError: The file cannot be written; what was there before is untouched.
+        DiskError: The file cannot be written; the earlier file is unchanged.
     """
     write_json_atomic(file, record.to_json())
 

@@ -51,11 +51,11 @@ class Difference(Block):
     against: str = Field(description="The other method.")
     mean: Number = None
     interval: Interval | None = Field(None, description="95 % confidence interval.")
-    n: Count = Field(description="Seeds that both methods have finished.")
+    n: Count = Field(description="Number of seeds that both methods have finished.")
 
 
 class ResultRow(Block):
-    """One task and method over all seeds. Bytes are the most of any seed, all else means."""
+    """One task and method over all seeds. Bytes are the maximum over seeds, other numbers the mean."""
 
     task: str
     method: str
@@ -73,11 +73,11 @@ class ResultRow(Block):
     trainable: Count | None = None
     touched_targets: Number = None
     touched: Number = None
-    peak_bytes: Bytes | None = Field(None, description="Of the training step.")
+    peak_bytes: Bytes | None = Field(None, description="Peak of the training step.")
     memory_categories: MemoryCategories | None = Field(None, description="At that peak.")
-    beyond_weights_bytes: int | None = Field(None, description="`peak_bytes` less the weights.")
+    beyond_weights_bytes: int | None = Field(None, description="`peak_bytes` minus the weights.")
     peak_charged_bytes: Bytes | None = Field(
-        None, description="`peak_bytes`, or the peak of calibration where it is higher."
+        None, description="`peak_bytes`, or the peak of calibration if that is higher."
     )
     optimizer_state_bytes: Bytes | None = None
     saved_activation_bytes: Bytes | None = None
@@ -85,34 +85,38 @@ class ResultRow(Block):
     steps_per_s: Number = None
     steps_per_s_iqr: Number = None
     train_s: Seconds = None
-    calibrate_s: Seconds = Field(None, description="Charged whole to every run.")
+    calibrate_s: Seconds = Field(None, description="Charged in full to every run.")
     calibrate_tokens: Number = None
     calibrate_peak_bytes: Bytes | None = None
-    basis_uses: Count | None = Field(None, description="Runs that trained in the same basis.")
-    calibrate_s_per_use: Seconds = Field(None, description="Shared among those runs.")
+    basis_uses: Count | None = Field(None, description="Number of runs in the same basis.")
+    calibrate_s_per_use: Seconds = Field(None, description="Divided among those runs.")
     note: str = ""
     difference: Difference | None = None
 
 
 class PairTest(Block):
-    """Two methods on all cells that both have finished."""
+    """Two methods on all tasks and seeds that both have finished."""
 
     a: str
     b: str
-    n: Count = Field(description="Pairs of runs.")
+    n: Count = Field(description="Number of pairs of runs.")
     tasks: Count
     seeds: Count
-    metric: str | None = Field(None, description="Null where the tasks' metrics do not mix.")
-    wins: Count = Field(description="Pairs that a won; less is more for losses and perplexities.")
+    metric: str | None = Field(None, description="Null if the tasks' metrics cannot be averaged.")
+    wins: Count = Field(description="Pairs that `a` won; lower is better for loss and perplexity.")
     losses: Count
-    mean: Number = Field(None, description="Of a - b.")
+    mean: Number = Field(None, description="Mean of a - b.")
     interval: Interval | None = Field(None, description="95 % confidence interval.")
-    p: Fraction = Field(None, description="Of the permutation test.")
-    p_holm: Fraction = Field(None, description="Corrected for the number of pairs.")
-    p_t: Fraction = Field(None, description="Of the t-test.")
+    p: Fraction = Field(None, description="p-value of the permutation test.")
+    p_holm: Fraction = Field(None, description="`p`, corrected for the number of pairs.")
+    p_t: Fraction = Field(None, description="p-value of the t-test.")
     p_t_holm: Fraction = None
-    smallest_p: Fraction = Field(None, description="The least p that this many pairs can give.")
-    better: str | None = Field(None, description="The better method; null where none is shown.")
+    smallest_p: Fraction = Field(
+        None, description="The smallest p that this number of pairs can give."
+    )
+    better: str | None = Field(
+        None, description="The better method; null if no difference is shown."
+    )
 
 
 class PairTestsBlock(Block):
@@ -122,7 +126,7 @@ class PairTestsBlock(Block):
     check: str
     correction: str
     level: Fraction = None
-    untested: Count = Field(0, description="Pairs that share too few seeds.")
+    untested: Count = Field(0, description="Pairs with too few seeds in common.")
     pairs: list[PairTest] = []
 
 
@@ -132,19 +136,23 @@ class KeyDifference(Block):
     task: str
     key: str
     values: dict[str, Any] = Field(description="By method.")
-    why: str | None = Field(None, description="`budget` for what was set for it.")
+    why: str | None = Field(None, description="`budget` if the value was set for the budget.")
 
 
 class ParityBlock(Block):
-    """Whether methods differ in nothing but themselves, by their recipes."""
+    """Whether the recipes differ only in the methods."""
 
-    compared: Count = Field(0, description="Keys that were compared.")
-    declared: list[KeyDifference] = Field([], description="Allowed, such as learning rates.")
-    flagged: list[KeyDifference] = Field([], description="Named under `differ` in the study.")
+    compared: Count = Field(0, description="Number of compared keys.")
+    declared: list[KeyDifference] = Field(
+        [], description="Allowed differences, such as learning rates."
+    )
+    flagged: list[KeyDifference] = Field(
+        [], description="Differences listed under `differ` in the study."
+    )
 
 
 class Check(Block):
-    """What the runs of a task and seed had in common; null where fewer than two say it."""
+    """What the runs of a task and seed have in common; null if fewer than two recorded it."""
 
     task: str
     seed: int
@@ -154,7 +162,7 @@ class Check(Block):
     same_model: bool | None = None
     same_precision: bool | None = None
     same_order: bool | None = None
-    steps_compared: Count | None = Field(None, description="Of the order.")
+    steps_compared: Count | None = Field(None, description="Steps whose order was compared.")
     same_code: bool | None = None
 
 
@@ -162,7 +170,7 @@ class LargerSize(Block):
     """The next size of a method, which would exceed the budget."""
 
     size: str
-    takes: Number = Field(None, description="Parameters, bytes or seconds, by kind of budget.")
+    takes: Number = Field(None, description="Parameters or bytes, by kind of budget.")
 
 
 class BudgetRow(Block):
@@ -171,34 +179,39 @@ class BudgetRow(Block):
     task: str
     method: str
     matched: bool = True
-    key: str | None = Field(None, description="sha256 (hex) of the question that was solved.")
+    key: str | None = Field(
+        None, description="sha256 (hex) of everything that the solution depends on."
+    )
     set: dict[str, Any] = Field({}, description="Overrides of the recipe.")
     size: str | None = Field(None, description="In words, such as `rank 3`.")
     predicted: Number = None
-    remainder: Number = Field(None, description="The request less what is predicted.")
-    limit: str | None = Field(None, description="Why no larger size is possible.")
+    remainder: Number = Field(None, description="The request minus the prediction.")
+    limit: str | None = Field(None, description="Why a larger size is not possible.")
     larger: LargerSize | None = None
-    shape: list[Count] | None = Field(None, description="Batch (examples x tokens) counted at.")
+    shape: list[Count] | None = Field(
+        None, description="Batch (examples x tokens) that is counted."
+    )
     shape_from: str | None = None
     notes: list[str] = []
-    timed: Any = None
-    runs: Count | None = Field(None, description="Finished runs that were measured.")
-    measured: Number = Field(None, description="The most of any seed.")
+    runs: Count | None = Field(None, description="Number of measured runs.")
+    measured: Number = Field(None, description="Maximum over seeds.")
     deviation: Number = Field(
-        None, description="Of the seed furthest from the request, as a share of it."
+        None, description="Largest relative deviation of a seed from the request."
     )
     verdict: Verdict | None = None
 
 
 class BudgetBlock(Block):
-    """The budget that every method was solved for; null where `match` names no amount."""
+    """The budget that every method is sized for; null if `match` names no budget."""
 
     match: str | None = None
-    kind: str | None = Field(None, description="trainable, optimizer_state, peak or seconds.")
-    request: Number = Field(None, description="Parameters, bytes or seconds.")
+    kind: str | None = Field(None, description="trainable, optimizer_state or peak.")
+    request: Number = Field(None, description="Parameters or bytes.")
     tolerance: Fraction = None
-    kernels: str | None = Field(None, description="Whose memory was counted: cpu or cuda.")
-    rehearsals: Count | None = Field(None, description="Fake runs that solving took.")
+    kernels: str | None = Field(None, description="Kernels whose memory was counted: cpu or cuda.")
+    rehearsals: Count | None = Field(
+        None, description="Number of fake runs that the solver needed."
+    )
     solved_s: Seconds = None
     rows: list[BudgetRow] = []
 
@@ -211,7 +224,7 @@ class SearchDimension(Block):
     high: Number = None
     log: bool = False
     centre: Number = None
-    centre_from: str | None = Field(None, description="`tune`, `study` or `measured`.")
+    centre_from: str | None = Field(None, description="Its source: `tune`, `study` or `measured`.")
     choices: list[Any] | None = None
 
 
@@ -236,7 +249,9 @@ class Trial(Block):
     metric: str | None = None
     score: Number = Field(None, description="Mean over its seeds.")
     loss: Number = None
-    seconds: Seconds = Field(None, description="Of all its processes, interrupted ones included.")
+    seconds: Seconds = Field(
+        None, description="Sum over its processes, including interrupted ones."
+    )
     steps: Count | None = None
     error: str | None = None
     runs: list[TrialRun] = []
@@ -252,7 +267,7 @@ class BestTrial(Block):
 
 
 class Edge(Block):
-    """A best value at an end of its range."""
+    """A best value at the end of its range."""
 
     key: str
     end: str
@@ -272,19 +287,19 @@ class TuningSeries(Block):
 
 
 class TuningBlock(Block):
-    """How every method was tuned; null where nothing was."""
+    """How every method was tuned; null without tuning."""
 
     trials: Count
     seeds: list[int] = []
     keys: list[str] = []
     sampler: str | None = None
     pruner: str | None = None
-    optuna: str | None = Field(None, description="Its version.")
+    optuna: str | None = Field(None, description="Version of Optuna.")
     series: list[TuningSeries] = []
 
 
 class PublishedFigure(Block):
-    """A published result that the study sets beside its own."""
+    """A published result, shown next to the study's own."""
 
     source: str
     task: str
@@ -297,19 +312,21 @@ class PublishedFigure(Block):
 
 
 class StudyRecord(Record):
-    """What `compare` leaves. `rows`, `tests` and `checks` are functions of `cells` alone."""
+    """The record of `compare`. `rows`, `tests` and `checks` are computed from `cells`."""
 
     name: str | None = None
-    digest: str | None = Field(None, description="sha256 (hex) of all cells and their tuning.")
+    digest: str | None = Field(
+        None, description="sha256 (hex) of all planned runs and their tuning."
+    )
     status: Status = "running"
     command: str | None = Field(None, description="The command line.")
     started: str | None = Field(None, description="ISO 8601, UTC.")
     finished: str | None = None
-    match: str | None = Field(None, description="What methods are matched in, as in the study.")
+    match: str | None = Field(None, description="What methods have in common, as in the study.")
     budget: BudgetBlock | None = None
     parity: ParityBlock | None = None
-    engine: str | None = Field(None, description="Where the runs trained: local, slurm or ray.")
-    jobs: Count | None = Field(None, description="Runs that were submitted at once.")
+    engine: str | None = Field(None, description="Where the runs train: local, slurm or ray.")
+    jobs: Count | None = Field(None, description="Number of runs submitted at once.")
     methods: list[str] = []
     tasks: list[str] = []
     seeds: list[int] = []
@@ -328,17 +345,17 @@ class PlanRow(Block):
 
     task: str
     method: str
-    recipe: dict[str, Any] = Field(description="Resolved, of the first seed, before tuning.")
+    recipe: dict[str, Any] = Field(description="Resolved recipe of the first seed, before tuning.")
 
 
 class PlanRecord(Block):
-    """What `compare --dry-run --json` prints."""
+    """Output of `compare --dry-run --json`."""
 
     name: str
     match: str | None = None
     seeds: list[int]
-    cells: Count = Field(description="Runs.")
-    trials: Count | None = Field(None, description="Of tuning, for each row.")
+    cells: Count = Field(description="Number of runs.")
+    trials: Count | None = Field(None, description="Trials of tuning for each row.")
     parity: ParityBlock | None = None
     budget: BudgetBlock | None = None
     rows: list[PlanRow]

@@ -81,7 +81,7 @@ def _verdict(row: BudgetRow) -> str:
 
 
 def size_words(row: BudgetRow) -> str:
-    """Return a size: ``rank 11``; ``all parameters, batch 16 × 2``; ``1,204 steps``."""
+    """Return a size: ``rank 11``; ``all parameters, batch 16 × 2``."""
     if not row.matched:
         return "as in the recipe"
     parts = [words(row.size)]

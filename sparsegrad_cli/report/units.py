@@ -171,12 +171,10 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_amount(amount: float | None, kind: str | None) -> str:
-    """Format an amount of a budget: ``69,120 parameters``, ``1,036.2 MiB``, ``10 min``."""
+    """Format an amount of a budget: ``69,120 parameters``, ``1,036.2 MiB``."""
     if amount is None:
         return NOT_RECORDED
-    if kind == "trainable":
-        return f"{format_count(amount)} parameters"
-    return format_seconds(amount) if kind == "seconds" else format_bytes(amount)
+    return f"{format_count(amount)} parameters" if kind == "trainable" else format_bytes(amount)
 
 
 def format_p(p: float | None) -> str:
