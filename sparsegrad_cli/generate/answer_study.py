@@ -40,8 +40,7 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.records.answers import AnswersColumn, AnswersRecord
 from sparsegrad_cli.records.base import now
-from sparsegrad_cli.records.run import ErrorBlock
-from sparsegrad_cli.records.store import load_study, write
+from sparsegrad_cli.records.store import error_block, load_study, write
 from sparsegrad_cli.records.study import CellEntry
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
@@ -77,8 +76,9 @@ class _Asked:
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self.error = error
         what = "; ".join(error.lines) if isinstance(error, RecipeError) else error.what
-        problem = ErrorBlock(title=error.title, what=what, where=error.where, fix=error.fix)
-        self.column = self.column.changed(status="failed", error=problem)
+        self.column = self.column.changed(
+            status="failed", error=error_block(error).changed(what=what)
+        )
         observer.note(f"{self.label}: {what}")
 
 

@@ -37,9 +37,7 @@ class AnswerLine(Block):
     model: str | None = None
     kind: str | None = Field(None, description="What answered: run, adapter, lora or model.")
     source: str | None = Field(None, description="For a run: `adapter`, or a checkpoint.")
-    trained: str | None = Field(
-        None, description="For a run: sha256 (hex) of the trained parameters."
-    )
+    trained: str | None = Field(None, description="For a run: sha256 (hex) of what was trained.")
     recipe_digest: str | None = None
     method: str | None = None
     base: str | None = Field(None, description="The base model.")
@@ -76,12 +74,8 @@ class AnswersColumn(Block):
     dtype: str | None = None
     status: Literal["pending", "done", "failed"]
     error: ErrorBlock | None = None
-    asked: Count | None = Field(
-        None, description="Number of questions that the last call answered."
-    )
-    file: str | None = Field(
-        None, description="File of its answers, relative to the comparison's folder."
-    )
+    asked: Count | None = Field(None, description="Questions answered by the last call.")
+    file: str | None = Field(None, description="Relative to the comparison's folder.")
     answers: list[AnswerLine] = []
 
 
@@ -163,7 +157,7 @@ class JudgeRow(Block):
     losses: Count | None = None
     ties: Count | None = None
     flips: Count | None = Field(
-        None, description="Ties where each order preferred a different model."
+        None, description="Ties where the orders preferred different models."
     )
     first_flips: Count | None = Field(None, description="Flips that favour the answer shown first.")
     one_order: Count | None = Field(None, description="Ties with a preference in one order only.")

@@ -23,7 +23,7 @@ class BasisMetadata(Block):
     model: str = Field(description="The base model's name.")
     fingerprint: str = Field(description="sha256 (hex) of the target modules.")
     targets: dict[str, str] = Field(
-        description="By target module: the key of its basis, which is the target's name, or a layer "
+        description="By target module: the key of its basis. It is the target's name, or a layer "
         "kind if targets share a basis."
     )
     settings: CalibrationSettings

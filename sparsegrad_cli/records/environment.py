@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -63,7 +62,7 @@ def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def cpu_model() -> str:
-    """Return the name of the processor, or its architecture where the system does not say."""
+    """Return the name of the processor, or its architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -78,8 +77,7 @@ def cpu_model() -> str:
 def git_state(folder: str | Path) -> GitBlock:
     """Return the commit of the checkout around a folder, and whether tracked files differ from it.
 
-    Both are None where the folder is not in a checkout, or git is missing or does not answer. A
-    checkout without any commit has commit None.
+    Both are None if the folder is not in a checkout, or git is missing or does not answer.
     """
     # Untracked files do not count: a run's own output would make every checkout dirty.
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -111,13 +109,3 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
 def rss_bytes() -> int:
     """Return the resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
-
-
-def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process since it started, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # Linux counts KiB

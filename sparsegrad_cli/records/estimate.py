@@ -64,7 +64,7 @@ class EstimateRow(Block):
     counts: EstimatedCounts
     batch_shape: list[Count] = Field(description="Examples x tokens.")
     mask: str | None = Field(
-        None, description="Why attention needs a mask: padding or packing; `none`: it does not."
+        None, description="Why attention needs a mask: padding, packing or none."
     )
     autocast: str | None = None
     gradient_checkpointing: bool = False

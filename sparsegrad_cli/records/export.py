@@ -35,9 +35,7 @@ class ExportedTarget(Block):
     name: str
     rank: Count | None = Field(None, description="Rank of its factors (`lora`).")
     error: Number = Field(None, description="Share of the change that is lost (`lora`).")
-    rounding: Number = Field(
-        None, description="Share of the change that rounding loses (`merged`)."
-    )
+    rounding: Number = Field(None, description="Share of the change lost to rounding (`merged`).")
     rounding_max: Number = Field(None, description="Largest rounding error of a weight (`merged`).")
 
 
@@ -90,7 +88,7 @@ class ExportRecord(Record):
     scope: str | None = None
     versions: dict[str, str | None] = {}
     dtype: str | None = Field(None, description="Dtype of the merged weights.")
-    rounding: Number = Field(None, description="Share of the whole change that rounding loses.")
+    rounding: Number = Field(None, description="Share of the whole change lost to rounding.")
     dequantized: Count | None = Field(None, description="Number of layers that were dequantized.")
     rank: Count | None = Field(None, description="Rank of all factors; some are padded with zeros.")
     truncated: bool | None = Field(None, description="Whether the change has a higher rank.")

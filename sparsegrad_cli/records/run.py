@@ -68,9 +68,7 @@ class Extension(Block):
 
     recipe_digest: str | None = Field(None, description="Digest of the earlier recipe.")
     num_train_epochs: Number = Field(None, description="The earlier value.")
-    max_steps: int | None = Field(
-        None, description="The earlier value; -1 if epochs set the length."
-    )
+    max_steps: int | None = Field(None, description="The earlier value; -1: set by epochs.")
     steps: Count | None = Field(None, description="The new total number of steps.")
     schedule: str | None = Field(None, description="How the learning rate continues.")
 
@@ -180,16 +178,14 @@ class CountsBlock(Block):
     trainable_rest: Count | None = None
     touched: Count | None = Field(
         None,
-        description="Parameters that changed in any step. A method that selects again in every step "
-        "changes more than it trains at once. Head and rest are counted as a whole.",
+        description="Parameters that changed in any step, which can be more than train at once. "
+        "Head and rest are counted as a whole.",
     )
     touched_targets: Count | None = None
     requested_target_entries: Count | None = Field(
         None, description="Parameters in the targets that the recipe asks for."
     )
-    remainder: int | None = Field(
-        None, description="`trainable_targets` minus the requested number."
-    )
+    remainder: int | None = Field(None, description="`trainable_targets` minus the request.")
     density: Number = Field(None, description="`trainable_targets` / `target_parameters`.")
     note: str = ""
     targets: list[TargetCounts] = []
@@ -314,11 +310,9 @@ class SupportShares(Block):
     count: Number = Field(None, description="Number of trainable parameters.")
     support: Fraction = Field(None, description="In the trained parameters.")
     full_basis: Fraction = Field(
-        None, description="In the best choice in hindsight, full-rank basis."
+        None, description="In the best ones in hindsight, full-rank basis."
     )
-    original: Fraction = Field(
-        None, description="In the best choice in hindsight, without a basis."
-    )
+    original: Fraction = Field(None, description="In the best ones in hindsight, without a basis.")
 
 
 class SupportRow(SupportShares):
@@ -370,9 +364,7 @@ class CalibrationSettings(Block):
     source: str | None = None
     decomposition: str | None = None
     score: str | None = Field(None, description="How the support is chosen.")
-    warmup_steps: Count | None = Field(
-        None, description="Steps that train the head before calibration."
-    )
+    warmup_steps: Count | None = Field(None, description="Steps of the head before calibration.")
     batch_size: Count | None = None
     passes: Count | None = Field(None, description="Passes over the calibration batches.")
     seed: int | None = None
@@ -467,8 +459,8 @@ class RunRecord(Record):
     processes: Count | None = Field(None, description="Number of processes that trained together.")
     split_by: str | None = Field(
         None,
-        description="What shards weights over processes: `FSDP2` or `DeepSpeed`; null if each process "
-        "holds all of them.",
+        description="What shards weights over processes: `FSDP2` or `DeepSpeed`; null if each "
+        "process holds all of them.",
     )
     resumed_from: Count | None = Field(
         None,

@@ -27,9 +27,9 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         "run.json",
         RunRecord,
         "`train` and `calibrate` write it into the run's folder at every milestone. A resumed run "
-        "keeps the earlier blocks until it replaces them. `steps.jsonl` beside it has one JSON object "
-        "per line: `step`, `epoch`, `loss`, `learning_rate`, `steps_per_s` and `rss_bytes` for a "
-        "logged step; `step`, `epoch` and `eval` (an "
+        "keeps the earlier blocks until it replaces them. `steps.jsonl` beside it has one JSON "
+        "object per line: `step`, `epoch`, `loss`, `learning_rate`, `steps_per_s` and `rss_bytes` "
+        "for a logged step; `step`, `epoch` and `eval` (an "
         f"[{Evaluation.__name__}](#{Evaluation.__name__.lower()})) after an evaluation. "
         "[Example](run.example.json).",
     ),

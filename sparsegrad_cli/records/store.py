@@ -1,4 +1,4 @@
-"""Read and check records, and write them atomically."""
+"""Read and check records, write them atomically, and keep the record of a run up to date."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli import distributed
+from sparsegrad_cli.errors import FileFormatError, SparsegradError, UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import exists, is_file, is_folder
-from sparsegrad_cli.records.base import SCHEMA, Record, problems
-from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.base import SCHEMA, Record, now, problems
+from sparsegrad_cli.records.run import ErrorBlock, RunRecord
 from sparsegrad_cli.records.study import StudyRecord
 
 RUN, STUDY, EXPORT = "run.json", "compare.json", "export.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
 _DAMAGED = "restore the file from a copy, or run again with --overwrite"
+_RESULTS = (
+    "metrics",
+    "memory",
+    "time",
+    "sizes",
+    "sparsity",
+)  # Blocks of an earlier end of training.
 R = TypeVar("R", bound=Record)
 
 
@@ -146,3 +154,54 @@ def _check_schema(record: Mapping[str, Any], file: Path) -> None:
     raise FileFormatError(
         f"{file.name} {what}; this version reads schema {SCHEMA}", where=str(file), fix=fix
     )
+
+
+class RunWriter:
+    """Keep run.json up to date: rank zero writes the whole file at every milestone.
+
+    Args:
+        folder: The run's folder.
+        before: The earlier record of a resumed run. Its blocks are kept until they are set again.
+        **blocks: First blocks. The status is ``running``.
+
+    Attributes:
+        path: The run's folder.
+        record: The current record.
+    """
+
+    def __init__(self, folder: Path, before: RunRecord | None = None, **blocks: object) -> None:
+        self.path = folder
+        begun = {"status": "running", "error": None, "started": now(), "finished": None}
+        first = before or RunRecord(status="running")
+        self.record = first.changed(**begun, **blocks)
+
+    def save(self, **blocks: object) -> None:
+        """Set blocks, each a model of records/run.py or the same as plain data, and write the file.
+
+        Raises:
+            ValidationError: A block does not exist, or is not what its model expects.
+            DiskError: The file cannot be written.
+        """
+        self.record = self.record.changed(**blocks)
+        if distributed.is_rank_zero():
+            write(self.record, self.path / RUN)
+
+    def forget_results(self) -> None:
+        """Drop the results of an earlier end of training."""
+        self.record = self.record.without(*_RESULTS)
+
+    def finish(self, error: SparsegradError | None = None) -> None:
+        """Set the final status and write the file. A run that is done stays done."""
+        if self.record.status == "done":
+            error = None
+        self.save(
+            status=error.status if error else "done",
+            error=None if error is None else error_block(error),
+            finished=now(),
+        )
+
+
+def error_block(error: SparsegradError) -> ErrorBlock:
+    """Return an error as a record keeps it."""
+    known = {key: value for key, value in error.details.items() if key in ErrorBlock.model_fields}
+    return ErrorBlock(title=error.title, what=error.what, where=error.where, fix=error.fix, **known)

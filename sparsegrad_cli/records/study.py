@@ -55,7 +55,7 @@ class Difference(Block):
 
 
 class ResultRow(Block):
-    """One task and method over all seeds. Bytes are the maximum over seeds, other numbers the mean."""
+    """One task and method over all seeds. Bytes are maxima over seeds, other numbers means."""
 
     task: str
     method: str
@@ -111,12 +111,8 @@ class PairTest(Block):
     p_holm: Fraction = Field(None, description="`p`, corrected for the number of pairs.")
     p_t: Fraction = Field(None, description="p-value of the t-test.")
     p_t_holm: Fraction = None
-    smallest_p: Fraction = Field(
-        None, description="The smallest p that this number of pairs can give."
-    )
-    better: str | None = Field(
-        None, description="The better method; null if no difference is shown."
-    )
+    smallest_p: Fraction = Field(None, description="The smallest p that so many pairs can give.")
+    better: str | None = Field(None, description="The better method; null if none is shown.")
 
 
 class PairTestsBlock(Block):
@@ -143,12 +139,8 @@ class ParityBlock(Block):
     """Whether the recipes differ only in the methods."""
 
     compared: Count = Field(0, description="Number of compared keys.")
-    declared: list[KeyDifference] = Field(
-        [], description="Allowed differences, such as learning rates."
-    )
-    flagged: list[KeyDifference] = Field(
-        [], description="Differences listed under `differ` in the study."
-    )
+    declared: list[KeyDifference] = Field([], description="Allowed ones, such as learning rates.")
+    flagged: list[KeyDifference] = Field([], description="Those under `differ` in the study.")
 
 
 class Check(Block):
@@ -179,18 +171,14 @@ class BudgetRow(Block):
     task: str
     method: str
     matched: bool = True
-    key: str | None = Field(
-        None, description="sha256 (hex) of everything that the solution depends on."
-    )
+    key: str | None = Field(None, description="sha256 (hex) of what the size depends on.")
     set: dict[str, Any] = Field({}, description="Overrides of the recipe.")
     size: str | None = Field(None, description="In words, such as `rank 3`.")
     predicted: Number = None
     remainder: Number = Field(None, description="The request minus the prediction.")
     limit: str | None = Field(None, description="Why a larger size is not possible.")
     larger: LargerSize | None = None
-    shape: list[Count] | None = Field(
-        None, description="Batch (examples x tokens) that is counted."
-    )
+    shape: list[Count] | None = Field(None, description="Counted batch, examples x tokens.")
     shape_from: str | None = None
     notes: list[str] = []
     runs: Count | None = Field(None, description="Number of measured runs.")
@@ -209,9 +197,7 @@ class BudgetBlock(Block):
     request: Number = Field(None, description="Parameters or bytes.")
     tolerance: Fraction = None
     kernels: str | None = Field(None, description="Kernels whose memory was counted: cpu or cuda.")
-    rehearsals: Count | None = Field(
-        None, description="Number of fake runs that the solver needed."
-    )
+    rehearsals: Count | None = Field(None, description="Fake runs that the solver needed.")
     solved_s: Seconds = None
     rows: list[BudgetRow] = []
 
@@ -249,9 +235,7 @@ class Trial(Block):
     metric: str | None = None
     score: Number = Field(None, description="Mean over its seeds.")
     loss: Number = None
-    seconds: Seconds = Field(
-        None, description="Sum over its processes, including interrupted ones."
-    )
+    seconds: Seconds = Field(None, description="Over all processes, also interrupted ones.")
     steps: Count | None = None
     error: str | None = None
     runs: list[TrialRun] = []
@@ -315,9 +299,7 @@ class StudyRecord(Record):
     """The record of `compare`. `rows`, `tests` and `checks` are computed from `cells`."""
 
     name: str | None = None
-    digest: str | None = Field(
-        None, description="sha256 (hex) of all planned runs and their tuning."
-    )
+    digest: str | None = Field(None, description="sha256 (hex) of all runs and their tuning.")
     status: Status = "running"
     command: str | None = Field(None, description="The command line.")
     started: str | None = Field(None, description="ISO 8601, UTC.")

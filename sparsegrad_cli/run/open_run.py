@@ -21,8 +21,7 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, to_yaml
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.run import RunRecord, TimeBlock
-from sparsegrad_cli.records.store import RUN, load_run
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RUN, RunWriter, load_run
 from sparsegrad_cli.run.folder import (
     adapter_file,
     choose_folder,

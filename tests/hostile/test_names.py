@@ -20,7 +20,7 @@ from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.export.output_folder import check_output_folder, write_export
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.study import make_study
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.run.folder import lock_folder, prepare_folder
 from sparsegrad_cli.study.folder import StudyFolder, safe_name
 

@@ -23,7 +23,7 @@ from sparsegrad_cli.judge.judge_answers import JudgeOptions
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe, to_yaml
 from sparsegrad_cli.recipe.study import make_study
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.restore.run_files import open_run
 from sparsegrad_cli.run.folder import lock_folder, prepare_folder
 from sparsegrad_cli.study.folder import StudyFolder

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from sparsegrad_cli.errors import DiskError, FileFormatError, InterruptedRunError, UsageError
 from sparsegrad_cli.records.base import Block
 from sparsegrad_cli.records.run import Evaluation, MetricsBlock, RunRecord, TimeBlock
-from sparsegrad_cli.records.store import load_run, load_run_or_study, load_study, write
+from sparsegrad_cli.records.store import RunWriter, load_run, load_run_or_study, load_study, write
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.records.writer import RunWriter
 
 RUN: dict[str, Any] = {"schema": 1, "status": "done"}
 CELL = {"task": "t", "method": "lora", "seed": 1, "status": "done", "run": RUN}

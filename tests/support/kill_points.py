@@ -320,7 +320,7 @@ def _reporting(count: int) -> None:
 
 @kill_point("reporting-begins", "Ctrl-C (SIGINT) just after run.json says done")
 def _reporting_begins(count: int) -> None:
-    from sparsegrad_cli.records.writer import RunWriter
+    from sparsegrad_cli.records.store import RunWriter
 
     patch_call(RunWriter, "finish", count, after=lambda *args: os.kill(os.getpid(), signal.SIGINT))
 

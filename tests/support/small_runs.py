@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsegrad_cli.errors import InterruptedRunError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.run.folder import prepare_folder
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.training.fine_tuning import fine_tune

@@ -13,7 +13,7 @@ from support.survival_runs import Workspace, flat, record, weights
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, digest, load_recipe, to_yaml
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.run import open_run
 from sparsegrad_cli.run.folder import ADAPTER
 

@@ -18,7 +18,7 @@ from sparsegrad_cli.calibration.run_calibration import RunCalibration
 from sparsegrad_cli.errors import OutOfMemoryError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.setup import load
 

@@ -21,7 +21,7 @@ from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe, to_plain
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study
-from sparsegrad_cli.records.writer import RunWriter
+from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.run.folder import prepare_folder
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.study.budget.solve_study import solve_study
