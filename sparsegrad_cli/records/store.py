@@ -21,13 +21,7 @@ RUN, STUDY, EXPORT = "run.json", "compare.json", "export.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
 _DAMAGED = "restore the file from a copy, or run again with --overwrite"
-_RESULTS = (
-    "metrics",
-    "memory",
-    "time",
-    "sizes",
-    "sparsity",
-)  # Blocks of an earlier end of training.
+_RESULTS = ("metrics", "memory", "time", "sizes", "sparsity")
 R = TypeVar("R", bound=Record)
 
 
