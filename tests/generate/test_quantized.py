@@ -1,4 +1,4 @@
-"""Language models whose blocks are held in few bits: runs of them, exports, folders as they lie."""
+"""Quantized language models: runs, exports and packed folders."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def export(cli: Cli, run: Path, form: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_and_all_its_exports_answer_alike(
+def test_a_run_and_all_its_exports_give_the_same_answers(
     name: str, bits: str, cli: Cli, trained: Trained
 ) -> None:
     run = trained(name, bits)
@@ -97,8 +97,10 @@ def test_a_run_and_all_its_exports_answer_alike(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_half_precision_under_autocast(name: str, cli: Cli, trained: Trained) -> None:
-    """The adapter is checked as it was trained; weights that were dequantized are rounded again."""
+def test_exports_of_a_half_precision_run_match_the_run(
+    name: str, cli: Cli, trained: Trained
+) -> None:
+    """The adapter is checked in the training precision. Dequantized weights are rounded again."""
     run = trained(name, "4bit", *HALF)
     mine = load(run)
     assert (mine[2]["dtype"], mine[2]["quantization"]) == ("bfloat16", "4bit")
@@ -114,7 +116,7 @@ def test_half_precision_under_autocast(name: str, cli: Cli, trained: Trained) ->
     assert len(packed) == 7 * 3
 
 
-def test_a_recipe_that_was_edited_is_refused(trained: Trained, tmp_path: Path) -> None:
+def test_an_edited_recipe_is_refused(trained: Trained, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained("core", "4bit"), tmp_path / "run"))
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("quantization: 4bit", "quantization: 8bit"))
@@ -123,7 +125,7 @@ def test_a_recipe_that_was_edited_is_refused(trained: Trained, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"quantization": "2bit", "dtype": "x"}}'])
-def test_a_damaged_record_of_an_export(text: str, trained: Trained, tmp_path: Path) -> None:
+def test_a_damaged_export_record_is_refused(text: str, trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(trained("lora", "4bit").parent / "base")})
@@ -136,7 +138,7 @@ def test_a_damaged_record_of_an_export(text: str, trained: Trained, tmp_path: Pa
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_weights_that_lie_packed_can_be_asked_and_not_trained(
+def test_packed_weights_can_answer_but_not_train(
     bits: str, double: bool, trained: Trained, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -1,4 +1,4 @@
-"""Every format of questions, and what is wrong with a file, said with its place."""
+"""All formats of questions, and errors that name the place in the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.generate.questions import Question, read_questions
 
 
-def test_the_built_in_questions() -> None:
+def test_the_built_in_questions_are_read() -> None:
     questions = read_questions("builtin:questions")
     assert len(questions) == 12
     assert len({question.category for question in questions}) >= 6
@@ -22,7 +22,7 @@ def test_the_built_in_questions() -> None:
         assert question.right_answer(len(question.turns)) is None
 
 
-def test_mt_benchs_format(tmp_path: Path) -> None:
+def test_the_mt_bench_format_is_read(tmp_path: Path) -> None:
     path = tmp_path / "question.jsonl"
     lines = [
         {"question_id": 81, "category": "writing", "turns": ["a", "b"]},
@@ -35,7 +35,7 @@ def test_mt_benchs_format(tmp_path: Path) -> None:
     assert [second.right_answer(turn) for turn in (0, 1)] == ["C", None]
 
 
-def test_prompts_and_plain_lines(tmp_path: Path) -> None:
+def test_prompts_and_plain_lines_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "one\\ntwo", "reference": "3"}\n{"prompt": "4"}')
     assert read_questions(str(tmp_path / "p.jsonl")) == [
         Question(1, None, ("one\ntwo",), ("3",)),
@@ -76,7 +76,7 @@ def test_prompts_and_plain_lines(tmp_path: Path) -> None:
         ("[" * 100_000, "torn"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, content: str | bytes, says: str) -> None:
+def test_a_malformed_question_is_refused(tmp_path: Path, content: str | bytes, says: str) -> None:
     path = tmp_path / "q.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SparsegradError) as caught:
@@ -85,6 +85,6 @@ def test_what_is_wrong_is_said(tmp_path: Path, content: str | bytes, says: str) 
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "nowhere", "builtin:other", "."])
-def test_what_is_not_there(source: str) -> None:
+def test_a_missing_file_is_refused(source: str) -> None:
     with pytest.raises(SparsegradError, match="builtin:questions"):
         read_questions(source)

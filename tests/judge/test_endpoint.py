@@ -1,4 +1,4 @@
-"""One request against a real server: what is sent, and what becomes of every kind of failure."""
+"""Requests to a real server: what is sent, and how each failure is handled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def endpoint(url: str, key: str | None = KEY, **settings: Any) -> Endpoint:
     return Endpoint(url, key=key, **chosen)
 
 
-def test_what_is_sent_and_what_comes_back() -> None:
+def test_a_request_has_the_body_and_headers_of_the_api() -> None:
     with judge_server(always_answer("Rating: [[7]]")) as server:
         reply = endpoint(server.url).ask(BODY)
         endpoint(f"{server.url}/chat/completions", key=None).ask(BODY)
@@ -48,7 +48,7 @@ def test_what_is_sent_and_what_comes_back() -> None:
     assert "of-the-user" not in str(server.requests)
 
 
-def test_too_many_requests_then_success() -> None:
+def test_http_429_is_retried_after_the_time_that_the_server_asks() -> None:
     wait = (("Retry-After", "1"),)
     with judge_server(
         lambda b, n: Response("ok") if n else Response(status=429, headers=wait)
@@ -73,16 +73,14 @@ def test_too_many_requests_then_success() -> None:
         (Response(status=422, body=b"\xff\xfe"), "HTTP 422", 1),
     ],
 )
-def test_failures_are_tried_again_where_that_may_help(
-    said: Response, reason: str, tries: int
-) -> None:
+def test_temporary_failures_are_retried(said: Response, reason: str, tries: int) -> None:
     with judge_server(lambda body, number: said) as server:
         with pytest.raises(UnansweredError, match=re.escape(reason)):
             endpoint(server.url, timeout=0.3).ask(BODY)
         assert len(server.requests) == tries
 
 
-def test_nobody_listens() -> None:
+def test_a_closed_port_is_a_network_error() -> None:
     with judge_server(always_answer("")) as server:
         pass
     with pytest.raises(UnansweredError, match=r"network: .*refused"):
@@ -90,7 +88,7 @@ def test_nobody_listens() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_cannot_get_better_stops_at_once(status: int) -> None:
+def test_permanent_failures_stop_at_once(status: int) -> None:
     body = f'{{"error": {{"message": "wrong\\u001b[2J key {KEY}"}}}}'.encode()
     with judge_server(lambda b, n: Response(status=status, body=body)) as server:
         with pytest.raises(SparsegradError, match=f"HTTP {status}: wrong .2J key .key.") as caught:
@@ -100,7 +98,7 @@ def test_what_cannot_get_better_stops_at_once(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_no_redirect_is_followed(status: int) -> None:
+def test_redirects_are_not_followed(status: int) -> None:
     with judge_server(always_answer("stolen")) as other:
         there = (("Location", f"{other.url}/chat/completions"),)
         with (
@@ -111,7 +109,7 @@ def test_no_redirect_is_followed(status: int) -> None:
     assert other.requests == []
 
 
-def test_odd_but_valid_replies() -> None:
+def test_unusual_but_valid_replies_are_read() -> None:
     parts = (
         b'{"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}}]}'
     )
@@ -139,19 +137,19 @@ def test_odd_but_valid_replies() -> None:
         "http://user:sk-1@host/v1",
     ],
 )
-def test_addresses_that_are_none(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         endpoint(url)
     assert caught.value.where == "--endpoint"
     assert "sk-1" not in str(caught.value)
 
 
-def test_what_is_shown_of_an_address() -> None:
+def test_the_shown_address_has_no_query() -> None:
     assert endpoint("https://host:8/v1/?key=sk-1#x").shown == "https://host:8/v1/chat/completions"
 
 
 @pytest.mark.parametrize("key", ["sk-1\r\nHost: evil", "clé"])
-def test_a_key_that_no_header_can_hold(key: str) -> None:
+def test_a_key_that_is_invalid_in_a_header_is_refused(key: str) -> None:
     with pytest.raises(UsageError) as caught:
         endpoint("http://localhost/v1", key=key)
     assert key not in str(caught.value)

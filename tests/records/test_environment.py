@@ -13,7 +13,7 @@ from sparsegrad_cli.records import environment
 from sparsegrad_cli.records.run import GitBlock
 
 
-def test_collect_is_the_environment_block() -> None:
+def test_collect_fills_the_environment_block() -> None:
     found = environment.collect("cpu").to_json()
     assert found["python"] == platform.python_version()
     assert found["device"] == "cpu" and found["device_name"] is None
@@ -25,12 +25,12 @@ def test_collect_is_the_environment_block() -> None:
     assert environment.collect().device == expected
 
 
-def test_a_package_that_is_missing_has_no_version() -> None:
+def test_a_missing_package_has_no_version() -> None:
     versions = environment.package_versions(("psutil", "no-such-package-here"))
     assert versions["psutil"] and versions["no-such-package-here"] is None
 
 
-def test_importing_it_does_not_import_torch() -> None:
+def test_the_module_imports_no_torch() -> None:
     code = "import sys, sparsegrad_cli.records.environment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -55,7 +55,9 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     assert environment.git_state(tmp_path) == state.changed(dirty=True)
 
 
-def test_git_state_elsewhere_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_state_outside_a_checkout_is_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     unknown = GitBlock(commit=None, dirty=None)
     assert environment.git_state(tmp_path) == unknown

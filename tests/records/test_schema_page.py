@@ -1,4 +1,4 @@
-"""The reference page of the records is what the models say, and its examples are records."""
+"""The generated reference page of the records, and its examples."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sparsegrad_cli.records.study import StudyRecord
 REFERENCE = REPO / "docs" / "reference"
 
 
-def test_the_page_on_disk_is_generated() -> None:
+def test_the_page_on_disk_is_up_to_date() -> None:
     assert (REFERENCE / "records.md").read_text(encoding="utf-8") == page(), "run `make schema`"
 
 
 @pytest.mark.parametrize(
     ("name", "model"), [("run", RunRecord), ("compare", StudyRecord), ("answers", AnswersRecord)]
 )
-def test_the_examples_are_records(name: str, model: type[Record]) -> None:
+def test_the_examples_are_valid_records(name: str, model: type[Record]) -> None:
     example = json.loads((REFERENCE / f"{name}.example.json").read_text(encoding="utf-8"))
     assert model.model_validate(example, extra="forbid").to_json() == example

@@ -1,4 +1,4 @@
-"""Records on disk: read with checks, written whole or not at all."""
+"""Records on disk: checked on reading, written atomically."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def file_in(folder: Path, name: str, content: object) -> Path:
         ('{"schema": 1, "x": ' + "[" * 5000 + "]" * 5000 + "}", "nested"),
     ],
 )
-def test_a_damaged_record_is_refused_with_its_key(
+def test_a_damaged_record_is_refused_and_the_key_is_named(
     tmp_path: Path, content: object, says: str
 ) -> None:
     file = file_in(tmp_path, "run.json", content)
@@ -85,7 +85,7 @@ def test_a_missing_record_is_a_usage_error(tmp_path: Path) -> None:
         load_run(tmp_path / "nowhere")
 
 
-def test_a_run_is_not_a_comparison(tmp_path: Path) -> None:
+def test_a_run_is_refused_as_a_comparison(tmp_path: Path) -> None:
     file_in(tmp_path, "run.json", RUN)
     with pytest.raises(UsageError, match="expected a comparison"):
         load_study(tmp_path)
@@ -96,7 +96,7 @@ def test_a_run_is_not_a_comparison(tmp_path: Path) -> None:
         load_run(tmp_path / "compare.json")
 
 
-def test_unknown_keys_and_numbers_that_json_lacks_are_read(tmp_path: Path) -> None:
+def test_unknown_keys_are_ignored_and_nan_is_read_as_none(tmp_path: Path) -> None:
     """Keys that another version added are ignored."""
     text = '{"schema": 1, "status": "done", "new": {}, "time": {"load_s": NaN, "train_s": 1e999}}'
     file_in(tmp_path, "run.json", text)
@@ -105,7 +105,7 @@ def test_unknown_keys_and_numbers_that_json_lacks_are_read(tmp_path: Path) -> No
     assert found.to_json() == RUN | {"time": {"load_s": None, "train_s": None}}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_a_written_record_is_read_back(tmp_path: Path) -> None:
     best = Evaluation(step=3, score=math.nan, loss=0.5, values={"v": {"f1": math.inf}})
     record = RunRecord(status="done", name="ü\u202e\udcff", metrics=MetricsBlock(best=best))
     write(record, tmp_path / "run.json")
@@ -115,7 +115,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_failed_write_keeps_what_was_there(
+def test_a_failed_write_keeps_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = RunRecord(status="done")
@@ -130,7 +130,7 @@ def test_a_failed_write_keeps_what_was_there(
     assert load_run(tmp_path) == record and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_living_record_checks_its_blocks(tmp_path: Path) -> None:
+def test_a_run_writer_checks_its_blocks(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, command="train", seed=7)
     writer.save(time={"load_s": 1.0}, metrics=MetricsBlock(notes=["a"]))
     found = load_run(tmp_path)
@@ -162,7 +162,7 @@ def test_a_resumed_run_keeps_its_blocks(tmp_path: Path) -> None:
     assert load_run(tmp_path).status == "done"
 
 
-def test_a_block_that_is_changed_is_checked() -> None:
+def test_changes_of_a_block_are_checked() -> None:
     block: Block = TimeBlock(load_s=1.0)
     assert block.changed(train_s=2.0).to_json() == {"load_s": 1.0, "train_s": 2.0}
     with pytest.raises(ValidationError):

@@ -1,4 +1,4 @@
-"""Answers in reports: side by side, as text whatever they hold, with the grades they were given."""
+"""Answers of several models side by side in a report, with their grades."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def written(study: Path, record: dict[str, Any] | None = None) -> tuple[str, str
     return (study / "report.html").read_text(), (study / "report.md").read_text()
 
 
-def test_a_column_a_method_by_its_first_seed_after_the_base_model(tmp_path: Path) -> None:
+def test_columns_are_the_base_model_and_each_method_by_its_first_seed(tmp_path: Path) -> None:
     answers = {
         "base": [["b0", "b1"]],
         "lora 1": [["l0", "l1"]],
@@ -49,7 +49,7 @@ def test_a_column_a_method_by_its_first_seed_after_the_base_model(tmp_path: Path
     assert "| **0 (math)**<br>q0.0 | b0 | l0 | c0 |\n| q0.1 | b1 | l1 | c1 |" in markdown
 
 
-def test_hostile_answers_stay_text(tmp_path: Path) -> None:
+def test_hostile_answers_are_escaped(tmp_path: Path) -> None:
     made = answers_record({"base": [[HOSTILE]], "lora 1": [[HOSTILE]]}, questions=HOSTILE)
     made["asked"][0] |= {"turns": [HOSTILE], "question_id": HOSTILE, "category": HOSTILE}
     for column in made["columns"]:
@@ -93,7 +93,7 @@ def verdict(grade: Any, answers: list[str], turn: int, **changes: Any) -> dict[s
     }
 
 
-def test_a_grade_belongs_to_what_was_said_and_to_what_was_said_before(tmp_path: Path) -> None:
+def test_a_grade_belongs_to_an_answer_and_the_turns_before_it(tmp_path: Path) -> None:
     turns, talk = ["q0.0", "q0.1"], ["one", "two"]
     lines = [verdict(4, talk, 0), verdict(9, talk, 1), verdict(5, talk, 1, judge="k")]
     lines += [verdict(6, ["two", "one"], 0), verdict(7, talk, 0)]  # the last word counts
@@ -129,7 +129,7 @@ def test_a_line_without_a_valid_grade_is_ignored(tmp_path: Path, changes: dict[s
     assert found.of(0, ["q0.0"], ["one"], 0) == {} and found.notes == []
 
 
-def test_grades_by_hand(tmp_path: Path) -> None:
+def test_mean_grades_match_a_calculation_by_hand(tmp_path: Path) -> None:
     """Question 0 has two turns, and counts as much as one with a single graded turn."""
     one, two = [["a0", "a1"], ["x", "y"]], [["b0", "b1"], ["x", "y"]]
     save_answers(
@@ -147,7 +147,7 @@ def test_grades_by_hand(tmp_path: Path) -> None:
     assert "grade 9" not in page  # of the second seed
 
 
-def test_answers_that_are_missing_or_cut_say_so(tmp_path: Path) -> None:
+def test_missing_and_cut_answers_are_marked(tmp_path: Path) -> None:
     made = answers_record(
         {"lora 1": [["cut"], ["whole"], [" "]], "core 1": [["only"]], "full 1": []}
     )
@@ -163,7 +163,7 @@ def test_answers_that_are_missing_or_cut_say_so(tmp_path: Path) -> None:
     assert "- full, seed 1: failed: no &lt;adapter>" in markdown
 
 
-def test_sets_of_several_tasks_and_files_stand_apart(tmp_path: Path) -> None:
+def test_tasks_and_files_have_sections_of_their_own(tmp_path: Path) -> None:
     made = answers_record({"base": [["b"]], "lora 1": [["chat says"]]})
     made["columns"].append(made["columns"][1] | {"task": "oasst", "run_dir": "x"})
     save_answers(tmp_path, made)

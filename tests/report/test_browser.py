@@ -1,4 +1,4 @@
-"""Reports as a browser shows them: on a desk and on a phone, light and dark, and on paper."""
+"""Reports in a browser: on wide and narrow screens, light and dark, and in print."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
 
 @pytest.fixture(scope="module")
 def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run, and a study with every section there is."""
+    """Return a run and a study with all sections."""
     folder = tmp_path_factory.mktemp("pages")
     found = {name: folder / f"{name}.html" for name in ("run", "study")}
     documents = {
@@ -36,7 +36,7 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("name", ["run", "study"])
-def test_nothing_runs_out_of_the_window(
+def test_no_element_is_wider_than_the_window(
     browser: Browser, pages: dict[str, Path], name: str
 ) -> None:
     for width in (PHONE, DESK):
@@ -45,7 +45,7 @@ def test_nothing_runs_out_of_the_window(
         assert found["text"] >= 8, (width, found)  # legible: drawings scroll, they do not shrink
 
 
-def test_light_and_dark(browser: Browser, pages: dict[str, Path]) -> None:
+def test_pages_follow_the_light_and_dark_mode(browser: Browser, pages: dict[str, Path]) -> None:
     light = browser.picture(pages["study"], PHONE, 1500, dark=False)
     dark = browser.picture(pages["study"], PHONE, 1500, dark=True)
     assert light.shape == dark.shape == (1500, PHONE, 3)
@@ -54,12 +54,12 @@ def test_light_and_dark(browser: Browser, pages: dict[str, Path]) -> None:
     assert light.min() < 0.3 and dark.max() > 0.7
 
 
-def test_printing(browser: Browser, pages: dict[str, Path]) -> None:
+def test_a_printed_page_is_complete(browser: Browser, pages: dict[str, Path]) -> None:
     assert 1 <= browser.pdf_pages(pages["run"]) <= 8
     assert 2 <= browser.pdf_pages(pages["study"]) <= 14
 
 
-def test_the_measure_of_these_tests_can_fail(browser: Browser, tmp_path: Path) -> None:
+def test_the_width_check_can_fail(browser: Browser, tmp_path: Path) -> None:
     wide = tmp_path / "wide.html"
     wide.write_text(
         '<body style="margin:0"><p style="width:700px">wide</p>'

@@ -1,4 +1,4 @@
-"""What the figures of a study draw, read back from the drawing."""
+"""The figures of a study, checked on the matplotlib objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsegrad_cli.report.units import MIB
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """Figures as they were built, unrendered."""
+    """Collect the figures instead of rendering them."""
     kept: list[Figure] = []
 
     def keep(figure: Figure) -> str:
@@ -38,7 +38,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
 
 
 def sized(method: str, seed: int, score: float, mib: int, **more: Any) -> dict[str, Any]:
-    """A cell whose training step peaks at so many MiB."""
+    """Return a run whose training step peaks at ``mib`` MiB."""
     made = cell(method, seed, score, **more)
     made["run"]["memory"]["phases"]["backward"]["peak_bytes"] = mib * MIB
     made["run"]["method"] = {"name": method.split("-")[0], "form": None, "support": None}
@@ -58,7 +58,7 @@ def staircases(figure: Figure) -> dict[str, list[tuple[float, float]]]:
 
 
 @pytest.mark.parametrize(("metric", "better"), [("accuracy", 1), ("loss", -1)])
-def test_a_budget_buys_the_best_row_that_fits_it(
+def test_a_budget_shows_the_best_row_that_fits(
     figures: list[Figure], metric: str, better: int
 ) -> None:
     """Rows of lora at 100, 200 (worse) and 300 MiB: two steps. Calibration has to fit, too."""
@@ -108,7 +108,7 @@ def test_single_seeds_are_dashed_and_have_no_interval(figures: list[Figure]) -> 
     assert len(figures[2].axes[0].containers) == 2
 
 
-def test_the_interval_drawn_is_the_rows(figures: list[Figure]) -> None:
+def test_the_interval_is_that_of_the_row(figures: list[Figure]) -> None:
     compare = study_record()
     assert score_against_memory(study_of(compare), "glue/rte")
     rows = [row for row in compare["rows"] if row["task"] == "glue/rte"]
@@ -119,14 +119,14 @@ def test_the_interval_drawn_is_the_rows(figures: list[Figure]) -> None:
         assert [float(y) for y in segment[:, 1]] == pytest.approx(ends)
 
 
-def test_memory_is_drawn_for_every_phase_of_every_method(figures: list[Figure]) -> None:
+def test_memory_has_a_bar_for_every_phase_and_method(figures: list[Figure]) -> None:
     assert memory_by_phase(study_of(study_record()), "glue/rte")
     names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
     phases = ("calibrate", "forward", "backward", "optimizer", "evaluate")
     assert names == [f"{p} · {m}" for p in phases for m in ("lora", "core-1e-3", "full")]
 
 
-def test_maps_of_the_parameters_that_changed(figures: list[Figure]) -> None:
+def test_maps_show_which_parameters_changed(figures: list[Figure]) -> None:
     record = study_record()
     assert changed_maps(study_of(record), "glue/rte")
     (image,) = figures[0].axes[0].images  # the one method that leaves parameters out
@@ -144,7 +144,7 @@ def test_maps_of_the_parameters_that_changed(figures: list[Figure]) -> None:
     assert np.asarray(image.get_array()).tolist() == [[1.0, 2.0, 3.0]] * 3
 
 
-def test_every_chart_of_the_sample_says_its_units() -> None:
+def test_a_chart_names_its_units() -> None:
     drawn = score_under_budget(study_of(compare_record()), "builtin:acceptability")
     assert drawn is not None
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)

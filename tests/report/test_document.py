@@ -1,4 +1,4 @@
-"""Tables, and the three forms that documents are written in: text of a record stays text."""
+"""Tables, sections, and how each format escapes the text of records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def one_table(table: Table) -> Document:
     return Document("title", "done", sections=[Section("section", [table])])
 
 
-def test_a_table_has_one_row_a_record() -> None:
+def test_a_table_has_one_row_per_record() -> None:
     columns: list[Column[int]] = [
         Column("number", str, words=True),
         Column("square", lambda n: str(n * n), strong=lambda n: n == 3),
@@ -39,7 +39,7 @@ def test_sections_without_content_are_left_out() -> None:
         assert "empty" not in render(document, form)
 
 
-def test_folded_tables_fold_in_pages_and_are_left_out_of_papers() -> None:
+def test_folded_tables_are_folded_in_html_and_left_out_of_latex() -> None:
     table = Table("caption", ("a",), [("1",)], (True,), folded="Every one")
     page, markdown, latex = (render(one_table(table), form) for form in ("html", "md", "tex"))
     assert "<details><summary>Every one</summary>" in page
@@ -58,11 +58,11 @@ def test_folded_tables_fold_in_pages_and_are_left_out_of_papers() -> None:
         ("\x1b[31m", r"␛\[31m"),
     ],
 )
-def test_markdown_is_escaped_where_it_has_a_meaning(raw: str, markdown: str) -> None:
+def test_markdown_syntax_is_escaped(raw: str, markdown: str) -> None:
     assert escape_markdown(raw) == markdown
 
 
-def test_html_is_escaped_and_controls_are_pictures() -> None:
+def test_html_is_escaped_and_control_characters_are_shown() -> None:
     assert escape_html("<b>\"'&\x1b\u202e") == "&lt;b&gt;&quot;&#x27;&amp;␛\ufffd"
 
 
@@ -81,5 +81,5 @@ def test_html_is_escaped_and_controls_are_pictures() -> None:
         ("^2~", r"\textasciicircum{}2\textasciitilde{}"),
     ],
 )
-def test_latex_is_escaped_where_it_has_a_meaning(raw: str, latex: str) -> None:
+def test_latex_syntax_is_escaped(raw: str, latex: str) -> None:
     assert escape_latex(raw) == latex

@@ -1,4 +1,4 @@
-"""report.tex: nothing in a record becomes a command, and every table is whole."""
+"""report.tex: text of a record never becomes a command, and every table is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def latex(record: dict[str, Any]) -> str:
     return made
 
 
-def test_a_table_is_booktabs() -> None:
+def test_a_table_uses_booktabs() -> None:
     rows = [("[x]", "1"), ("*", NOT_RECORDED), (HOSTILE, "2")]
     header = ("name", "a long header & more")
     table = Table("100 % of it", header, rows, (True, False), strong=frozenset({(0, 1)}))
@@ -37,7 +37,7 @@ def test_a_table_is_booktabs() -> None:
     assert r"name & \shortstack[r]{a long header\\\& more} \\" in lines
 
 
-def test_the_check_of_these_tests_can_fail() -> None:
+def test_the_latex_check_can_fail() -> None:
     for bad in ("{", "}", "a & b", "x_1", "$a", r"\begin{table}", r"\begin{a}\end{b}"):
         with pytest.raises(AssertionError):
             check_latex(bad)
@@ -45,7 +45,7 @@ def test_the_check_of_these_tests_can_fail() -> None:
         check_latex("\\begin{tabular}{lr}\na & b & c \\\\\n\\end{tabular}")
 
 
-def test_a_study_needs_booktabs_only() -> None:
+def test_a_study_needs_only_booktabs() -> None:
     allowed = (
         r"\begin \end \centering \caption \small \scriptsize \footnotesize \textbf \par "
         r"\setlength \tabcolsep \shortstack \smallskip \pm \times \geq \textless \textgreater "
@@ -59,7 +59,7 @@ def test_a_study_needs_booktabs_only() -> None:
     assert "No difference shown in the other pair of methods" in text
 
 
-def test_a_failed_check_is_in_the_paper_too() -> None:
+def test_a_failed_check_is_shown() -> None:
     record = study_record()
     for check_ in record["checks"]:
         check_["same_order"] = False
@@ -68,7 +68,7 @@ def test_a_failed_check_is_in_the_paper_too() -> None:
     assert "Held: " in latex(study_record())
 
 
-def test_hostile_names_stay_text() -> None:
+def test_hostile_names_are_escaped() -> None:
     record = study_record()
     record["name"] = HOSTILE
     for part in (*record["rows"], *record["cells"]):

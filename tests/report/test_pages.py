@@ -1,4 +1,4 @@
-"""HTML pages: whole, self-contained, escaped, and the same for equal records."""
+"""HTML pages: well-formed, self-contained, escaped, and reproducible."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def study_page(record: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
-    """A run and a study, figures included."""
+    """Return the pages of a run and a study, with figures."""
     return {"run": run_page(run_record()), "study": study_page(compare_record())}
 
 
 @pytest.mark.parametrize("name", ["run", "study"])
-def test_a_page_is_well_formed_and_fetches_nothing(pages: dict[str, str], name: str) -> None:
+def test_a_page_is_well_formed_and_loads_no_other_file(pages: dict[str, str], name: str) -> None:
     found = outline(pages[name])
     assert all(ref.startswith(("#", "data:image/png;base64,")) for ref in found.refers)
     assert not {"script", "link", "iframe"} & found.tags
@@ -60,7 +60,7 @@ def test_equal_records_give_equal_pages(pages: dict[str, str]) -> None:
     assert run_page(run_record()) == pages["run"]
 
 
-def test_text_of_a_record_stays_text() -> None:
+def test_text_of_a_record_is_escaped() -> None:
     hostile = '"><script>alert(1)</script>$x^2$ & _y'
     record = run_record()
     record["name"] = hostile
@@ -76,7 +76,7 @@ def test_text_of_a_record_stays_text() -> None:
         assert "script" not in outline(study_page(study)).tags
 
 
-def test_a_study_page_says_what_is_shown_and_what_differs() -> None:
+def test_a_study_page_names_conclusions_and_differences() -> None:
     with without_figures(figures=False):
         page = study_page(study_record())
     text = " ".join(outline(page).text)
@@ -87,7 +87,7 @@ def test_a_study_page_says_what_is_shown_and_what_differs() -> None:
         assert words in text
 
 
-def test_a_run_that_failed_at_once_says_that_nothing_is_recorded() -> None:
+def test_the_page_of_a_run_that_failed_at_once_says_that_nothing_is_recorded() -> None:
     error = {"title": "Data", "what": "no such file", "where": "x.csv", "fix": "name one"}
     page = run_page({"status": "failed", "error": error})
     text = " ".join(outline(page).text)

@@ -1,4 +1,4 @@
-"""Published figures of every kind beside ours."""
+"""Published results next to ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ours(key: str, task: str) -> float:
     return value
 
 
-def test_a_score_has_its_spread_and_the_difference() -> None:
+def test_a_score_is_shown_with_its_spread_and_the_difference() -> None:
     mean, std = ours("score_mean", RTE), ours("score_std", RTE)
     [row] = table([{"task": RTE, "score": 0.688, "std": 0.025}])
     shown = f"{100 * mean:.1f} ± {100 * std:.1f}"
@@ -36,7 +36,7 @@ def test_a_score_has_its_spread_and_the_difference() -> None:
     assert row == ("score", "68.8 ± 2.5", shown, difference)
 
 
-def test_speed_and_memory_have_a_ratio_in_the_papers_units() -> None:
+def test_speed_and_memory_are_shown_as_ratios_in_the_units_of_the_paper() -> None:
     rate, peak = ours("steps_per_s", RTE), ours("peak_bytes", RTE)
     rows = table([{"task": RTE, "steps_per_s": 4.11, "peak_mb": 1345}])
     assert [row[0] for row in rows] == ["steps/s", "peak, MB"]
@@ -45,7 +45,7 @@ def test_speed_and_memory_have_a_ratio_in_the_papers_units() -> None:
     assert float(rows[1][3].removeprefix("x ")) == pytest.approx(peak / 1345e6, rel=1e-2)
 
 
-def test_the_average_is_ours_over_all_tasks_or_nothing() -> None:
+def test_an_average_needs_all_tasks() -> None:
     mean = (ours("score_mean", RTE) + ours("score_mean", COLA)) / 2
     rate = (ours("steps_per_s", RTE) + ours("steps_per_s", COLA)) / 2
     rows = table([{"task": "average", "score": 0.825, "steps_per_s": 2}])
@@ -60,7 +60,7 @@ def test_the_average_is_ours_over_all_tasks_or_nothing() -> None:
     assert rows == [("score", "82.5", NOT_RECORDED, NOT_RECORDED)]
 
 
-def test_a_tuned_rate_stands_beside_the_papers() -> None:
+def test_a_tuned_learning_rate_is_shown_next_to_that_of_the_paper() -> None:
     best = {"number": 0, "settings": {"train.learning_rate": 6e-5}, "score": 0.5, "loss": 1.0}
     series = {"task": RTE, "method": "full", "best": best}
     rows = table([{"task": RTE, "learning_rate": 3e-5}], tuning={"trials": 1, "series": [series]})

@@ -1,4 +1,4 @@
-"""Terminal and Markdown: the same figures, in the room there is, and text that stays text."""
+"""Terminal and Markdown reports: equal numbers, line width, and escaped text."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_a_run_fits_a_terminal() -> None:
         assert figure in text
 
 
-def test_a_calibration_has_its_cost_and_energy() -> None:
+def test_a_calibration_shows_its_cost_and_energy() -> None:
     text = shown(run_screen(run_of(run_record() | {"command": "calibrate"})))
     for figure in ("5.0 s", "original", "38.0", "80.0", "intermediate.dense"):
         assert figure in text
 
 
-def test_a_study_has_scores_failures_and_checks() -> None:
+def test_a_study_shows_scores_failures_and_checks() -> None:
     text = study_shown(compare_record())
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
@@ -58,7 +58,7 @@ def test_a_study_has_scores_failures_and_checks() -> None:
         assert words in " ".join(text.split())
 
 
-def test_a_failed_check_stands_out() -> None:
+def test_a_failed_check_is_marked() -> None:
     record = compare_record()
     record["checks"][0]["same_order"] = False
     sentence = "methods did NOT have the same order"
@@ -72,7 +72,7 @@ def cells_by_line(markdown: str) -> set[int]:
 
 
 @pytest.mark.parametrize("name", ["[bold red]x[/]", "a|b", "<b>x</b>", "`x`"])
-def test_names_are_not_markup(name: str) -> None:
+def test_markup_in_names_is_escaped(name: str) -> None:
     record = compare_record()
     record["rows"][1]["method"] = name
     assert name in study_shown(record)
@@ -81,7 +81,7 @@ def test_names_are_not_markup(name: str) -> None:
     assert cells_by_line(markdown) == cells_by_line(study_markdown(compare_record()))
 
 
-def test_markdown_has_the_figures_of_the_terminal() -> None:
+def test_markdown_has_the_numbers_of_the_terminal() -> None:
     run = render(run_document(run_of(run_record())), "md")
     for figure in ("61.0", "219,554", "6.2 steps/s", "38.0"):
         assert figure in run
@@ -91,7 +91,7 @@ def test_markdown_has_the_figures_of_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_no_figure_is_cut_short_however_narrow_the_terminal(width: int) -> None:
+def test_numbers_are_never_shortened_on_a_narrow_terminal(width: int) -> None:
     record = compare_record()
     mib = 2**20
     for row in record["rows"]:
@@ -105,7 +105,7 @@ def test_no_figure_is_cut_short_however_narrow_the_terminal(width: int) -> None:
         assert text.count(figure) >= len(record["rows"]), figure
 
 
-def test_a_cut_table_has_every_column_once_beside_the_first() -> None:
+def test_a_cut_table_repeats_the_first_column_and_has_every_other_once() -> None:
     header = ("method", *(f"c{n}" for n in range(9)), "note")
     rows = [("lora", *("1,234.5" for _ in range(9)), "a note of several words, that may fold")]
     words = (True, *(False for _ in range(9)), True)

@@ -1,4 +1,4 @@
-"""What reports say of tuning: best settings, values at the edge, and whether it was equal."""
+"""Tuning in reports: best settings, values at the end of a range, and equal effort."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsegrad_cli.report.tuning import (
 
 
 def record() -> dict[str, Any]:
-    """The documented block, with both of its series complete at two trials."""
+    """Return the documented record with two complete series of two trials."""
     made = compare_record()
     tuning = made["tuning"]
     tuning["trials"] = 2
@@ -34,7 +34,7 @@ def record() -> dict[str, Any]:
     return made
 
 
-def test_words_of_settings_and_outcomes() -> None:
+def test_settings_and_outcomes_in_words() -> None:
     settings = {"train.learning_rate": 6.325e-4, "train.lr_scheduler_type": "cosine"}
     assert settings_words(settings) == "learning_rate 0.0006325, lr_scheduler_type cosine"
     assert settings_words({"train.warmup_steps": 0, "x": None}) == "warmup_steps 0, x not recorded"
@@ -47,7 +47,7 @@ def test_words_of_settings_and_outcomes() -> None:
     assert outcome_words(failed) == "out of memory: it ran out"
 
 
-def test_the_table_says_best_settings_space_counts_and_what_lies_at_the_edge() -> None:
+def test_the_table_shows_best_settings_space_trials_and_values_at_the_end_of_a_range() -> None:
     table = tuning_table(study_of(record()))
     assert table is not None
     lora, core = table.rows
@@ -65,7 +65,7 @@ def test_the_table_says_best_settings_space_counts_and_what_lies_at_the_edge() -
     assert trials.rows[1][4:6] == ("pruned", "31.0") and trials.rows[3][4] == "it diverged"
 
 
-def test_rows_are_told_apart_by_task_where_there_are_several() -> None:
+def test_warnings_name_the_task_if_there_are_several() -> None:
     several = record() | {"tasks": ["builtin:acceptability", "glue/rte"]}
     table = tuning_table(study_of(several))
     assert table is not None and table.header[0] == "task"
@@ -77,7 +77,7 @@ def test_rows_are_told_apart_by_task_where_there_are_several() -> None:
     assert table.rows[0][3] == "0.0002 and 0.02; lr_scheduler_type linear, cosine"
 
 
-def test_unequal_numbers_of_trials_are_not_called_equal() -> None:
+def test_unequal_numbers_of_trials_are_reported_as_unfinished() -> None:
     whole = record()
     assert tuning_check(study_of(whole)) == check_lines(study_of(whole))[-1]
     assert tuning_check(study_of(whole)) == (
@@ -96,7 +96,7 @@ def test_unequal_numbers_of_trials_are_not_called_equal() -> None:
     assert tuning_check(study_of({})) is None
 
 
-def test_a_row_without_settings_says_why() -> None:
+def test_a_row_without_settings_gives_the_reason() -> None:
     broken = record()
     core = broken["tuning"]["series"][1]
     for trial in core["trials"]:

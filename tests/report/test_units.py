@@ -1,4 +1,4 @@
-"""Numbers as readers see them."""
+"""Numbers in the format of reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsegrad_cli.report import units
         (1024**3 * 5, "5.0 GiB"),
     ],
 )
-def test_bytes(count: float | None, words: str) -> None:
+def test_format_bytes_chooses_the_unit(count: float | None, words: str) -> None:
     assert units.format_bytes(count) == words
 
 
@@ -36,11 +36,11 @@ def test_bytes(count: float | None, words: str) -> None:
         (3600 * 25, "1 d 1 h"),
     ],
 )
-def test_seconds(seconds: float, words: str) -> None:
+def test_format_seconds_chooses_the_unit(seconds: float, words: str) -> None:
     assert units.format_seconds(seconds) == words
 
 
-def test_scores_shares_and_probabilities() -> None:
+def test_format_of_scores_shares_and_p_values() -> None:
     assert units.format_score(0.6123) == "61.2"
     assert units.format_score(-0.0004) == "0.0"
     assert units.format_score(-0.05, sign=True) == "\N{MINUS SIGN}5.0"

@@ -1,4 +1,4 @@
-"""Answers: the likeliest tokens, whatever they are batched with; drawn ones by their seed."""
+"""Answers: greedy ones do not depend on the batch, sampled ones depend on the seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TALKS = [
 
 @pytest.fixture
 def babbler(tmp_path: Path) -> tuple[Any, Any]:
-    """A tiny random model and its tokenizer; it has 120 positions."""
+    """Return a tiny random model with 120 positions, and its tokenizer."""
     return load(chat_model_folder(tmp_path / "m", positions=120))[:2]
 
 
@@ -32,7 +32,7 @@ def tiny(babbler: tuple[Any, Any], **settings: Any) -> Answerer:
 
 @torch.no_grad()
 def one_by_one(model: Any, prompt: list[int], count: int, end: set[int]) -> list[int]:
-    """The most likely token after all before, one forward pass each: no cache, no padding."""
+    """Return the most likely tokens, one forward pass each, without cache and padding."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count and not (ids[len(prompt) :] and ids[-1] in end):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -59,7 +59,7 @@ def test_batched_streamed_and_token_by_token_answers_agree(babbler: tuple[Any, A
             assert (answer.prompt_tokens, answer.tokens) == (len(prompt), len(ids))
 
 
-def test_rows_of_a_batch_do_not_see_each_other(babbler: tuple[Any, Any]) -> None:
+def test_rows_of_a_batch_are_independent(babbler: tuple[Any, Any]) -> None:
     answerer = tiny(babbler)
     talks = [chat_turns("a" * count) for count in (1, 30, 7, 18)]
     alone = [answerer.answer([talk])[0] for talk in talks]
@@ -76,7 +76,7 @@ def test_the_system_prompt_comes_first(babbler: tuple[Any, Any]) -> None:
     assert told.prompt_tokens == same.prompt_tokens > plain.prompt_tokens
 
 
-def test_what_the_models_own_generation_config_says_of_drawing_is_set_aside(
+def test_the_sampling_settings_of_the_model_are_ignored(
     babbler: tuple[Any, Any],
 ) -> None:
     (plain,) = tiny(babbler).answer([chat_turns("Hi")])
@@ -86,8 +86,8 @@ def test_what_the_models_own_generation_config_says_of_drawing_is_set_aside(
     assert tiny(babbler).answer([chat_turns("Hi")])[0].text == plain.text
 
 
-def test_the_models_own_end_tokens_count(babbler: tuple[Any, Any]) -> None:
-    """What it says first, named as an end token, ends it there."""
+def test_the_end_tokens_of_the_model_end_an_answer(babbler: tuple[Any, Any]) -> None:
+    """If the first token of the answer is an end token, the answer ends there."""
     model, tokenizer = babbler
     prompt = ChatPrompts(tokenizer).ids(chat_turns("a"))
     first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
@@ -96,7 +96,7 @@ def test_the_models_own_end_tokens_count(babbler: tuple[Any, Any]) -> None:
     assert (answer.stopped, answer.tokens, answer.text) == ("end", 1, "")
 
 
-def test_drawing_goes_by_the_seed_and_narrows_to_the_likeliest(babbler: tuple[Any, Any]) -> None:
+def test_sampling_depends_on_the_seed_and_top_p(babbler: tuple[Any, Any]) -> None:
     talks = [chat_turns("Write a line about rain."), chat_turns("Hi")]
 
     def texts(**settings: float) -> list[str]:
@@ -111,8 +111,8 @@ def test_drawing_goes_by_the_seed_and_narrows_to_the_likeliest(babbler: tuple[An
     assert texts(temperature=1e-4) == greedy
 
 
-def test_everything_may_be_drawn(babbler: tuple[Any, Any]) -> None:
-    """Hot enough all 260 tokens are alike: more than the 50 that transformers keeps by itself."""
+def test_every_token_can_be_sampled(babbler: tuple[Any, Any]) -> None:
+    """At a high temperature all 260 tokens are equally likely; transformers keeps 50 by default."""
     ids: set[int] = set()
     for seed in range(40):
         answerer = tiny(babbler, temperature=1e4, seed=seed, max_new_tokens=8)
@@ -120,7 +120,7 @@ def test_everything_may_be_drawn(babbler: tuple[Any, Any]) -> None:
     assert len(ids) > 200
 
 
-def test_the_global_random_state_is_left_as_it_was(babbler: tuple[Any, Any]) -> None:
+def test_the_global_random_state_is_unchanged(babbler: tuple[Any, Any]) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -128,7 +128,7 @@ def test_the_global_random_state_is_left_as_it_was(babbler: tuple[Any, Any]) -> 
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_where_positions_end_a_row_is_cut_and_no_other_with_it(babbler: tuple[Any, Any]) -> None:
+def test_a_row_without_positions_left_is_cut_alone(babbler: tuple[Any, Any]) -> None:
     answerer = tiny(babbler, max_new_tokens=40)
     short, long, endless = chat_turns("a"), chat_turns("b" * 77), chat_turns("c" * 200)
     alone = [answerer.answer([talk])[0] for talk in (short, long, endless)]
@@ -141,7 +141,7 @@ def test_where_positions_end_a_row_is_cut_and_no_other_with_it(babbler: tuple[An
     assert answerer.stream(endless, lambda text: None).stopped == "full"
 
 
-def test_ctrl_c_in_an_answer_leaves_the_model_usable(babbler: tuple[Any, Any]) -> None:
+def test_the_model_is_usable_after_ctrl_c(babbler: tuple[Any, Any]) -> None:
     answerer = tiny(babbler, max_new_tokens=40, temperature=1.0)
     whole: list[str] = []
     answerer.stream(chat_turns("a"), whole.append)

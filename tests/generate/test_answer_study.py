@@ -1,4 +1,4 @@
-"""A comparison's models are asked the same, each once, and what they say stands in the report."""
+"""All models of a comparison answer the same questions, and the report shows the answers."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ ROWS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison that nobody has asked."""
+    """Return a comparison without answers."""
     return make_answered_study(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy on the way to this machine; and figures, which take the time, are left out."""
+    """Use no proxy, and leave out the figures, which take long."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", lambda figure: "<svg></svg>")
 
 
 @pytest.fixture
 def study(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, and questions beside it."""
+    """Return a copy of the comparison, with questions beside it."""
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return Path(shutil.copytree(made, tmp_path / "s"))
 
@@ -65,7 +65,7 @@ def file_of(study: Path, method: str, seed: int) -> Path:
     return study / "cells" / f"chat-{method}-s{seed}" / "answers" / "q.jsonl"
 
 
-def test_every_finished_run_answers_as_it_does_alone_and_the_base_once(
+def test_every_finished_run_answers_as_it_does_alone_and_the_base_model_answers_once(
     cli: Cli, study: Path, made: Path
 ) -> None:
     record = ask(cli)
@@ -88,7 +88,7 @@ def test_every_finished_run_answers_as_it_does_alone_and_the_base_once(
     assert len({column["digest"] for column in record["columns"]}) == 4
 
 
-def test_what_was_answered_is_not_asked_again(cli: Cli, study: Path) -> None:
+def test_answered_questions_are_not_asked_again(cli: Cli, study: Path) -> None:
     first = ask(cli)
     assert [column["asked"] for column in ask(cli)["columns"]] == [0, 0, 0, 0]
     # A kill in the middle of a line: that question, of that run.
@@ -109,8 +109,8 @@ def test_what_was_answered_is_not_asked_again(cli: Cli, study: Path) -> None:
     assert all(column["asked"] == 2 for column in ask(cli, "--max-new-tokens", "5")["columns"])
 
 
-def test_runs_that_have_answered_are_not_even_loaded(cli: Cli, study: Path, made: Path) -> None:
-    """Their base model is damaged: who needs it fails, and says so; the rest stands."""
+def test_runs_that_have_answered_are_not_loaded(cli: Cli, study: Path, made: Path) -> None:
+    """Their base model is damaged. Only models that need it fail."""
     first, weights = ask(cli), made.parent / "base" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
@@ -125,7 +125,7 @@ def test_runs_that_have_answered_are_not_even_loaded(cli: Cli, study: Path, made
     assert any(part.startswith("base model ") and why in part for part in text)
 
 
-def test_one_model_that_cannot_be_asked_does_not_stop_the_others(cli: Cli, study: Path) -> None:
+def test_a_model_that_fails_does_not_stop_the_others(cli: Cli, study: Path) -> None:
     (study / "cells/chat-core-s1/basis.safetensors").write_bytes(b"x")
     record = ask(cli, code=1)
     assert [column["status"] for column in record["columns"]] == ["done", "done", "failed", "done"]
@@ -139,7 +139,7 @@ def test_one_model_that_cannot_be_asked_does_not_stop_the_others(cli: Cli, study
     assert "Traceback" not in outcome.err
 
 
-def test_a_prompt_is_answered_by_all_and_kept_by_nobody(cli: Cli, study: Path) -> None:
+def test_answers_to_a_prompt_are_not_stored(cli: Cli, study: Path) -> None:
     arguments = ("generate", "s", "-p", "Who came home?", *BRIEF)
     record = json.loads(cli(*arguments, "--json").out)
     shown = cli(*arguments)
@@ -150,7 +150,7 @@ def test_a_prompt_is_answered_by_all_and_kept_by_nobody(cli: Cli, study: Path) -
     assert record["output"] is None and not list(study.rglob("answers"))
 
 
-def test_grades_stand_beside_the_answers_that_were_graded(cli: Cli, study: Path) -> None:
+def test_the_report_shows_grades_beside_the_answers(cli: Cli, study: Path) -> None:
     record = ask(cli)
     texts = {
         (c["method"], c["seed"]): said(c)[0][0] for c in record["columns"] if c["method"] != "core"
@@ -187,7 +187,7 @@ def test_grades_stand_beside_the_answers_that_were_graded(cli: Cli, study: Path)
     assert "grade 3" not in outline((study / "report.html").read_text()).text
 
 
-def test_a_run_that_was_trained_again_is_told_apart(cli: Cli, study: Path) -> None:
+def test_answers_of_a_run_that_was_trained_again_are_marked(cli: Cli, study: Path) -> None:
     ask(cli)
     path = study / "compare.json"
     record = json.loads(path.read_text())
@@ -211,13 +211,15 @@ def test_a_run_that_was_trained_again_is_told_apart(cli: Cli, study: Path) -> No
         (("--prompts", "nowhere"), "builtin:questions"),
     ],
 )
-def test_usage(cli: Cli, study: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_wrong_options_are_refused(
+    cli: Cli, study: Path, arguments: tuple[str, ...], says: str
+) -> None:
     outcome = cli("generate", "s", *arguments)
     assert outcome.code == 2 and says in outcome.flat, outcome.err
     assert "Traceback" not in outcome.err
 
 
-def test_what_is_no_chat_or_lies_elsewhere_is_not_asked(
+def test_other_tasks_and_runs_outside_the_folder_are_not_asked(
     cli: Cli, study: Path, tmp_path: Path
 ) -> None:
     path = study / "compare.json"

@@ -1,4 +1,4 @@
-"""What is a verdict, and what is none."""
+"""Parse the verdict in a reply of the judge."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sparsegrad_cli.judge.prompts import parse_rating, parse_winner
         ("[[" * 5000, None),
     ],
 )
-def test_ratings(reply: str, grade: float | None) -> None:
+def test_parse_rating(reply: str, grade: float | None) -> None:
     assert parse_rating(reply) == grade
 
 
@@ -52,5 +52,5 @@ def test_ratings(reply: str, grade: float | None) -> None:
         ("A", None),
     ],
 )
-def test_winners(reply: str, winner: str | None) -> None:
+def test_parse_winner(reply: str, winner: str | None) -> None:
     assert parse_winner(reply) == winner

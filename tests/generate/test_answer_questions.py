@@ -1,4 +1,4 @@
-"""A file of answers: whole lines, made once for each question, weights and settings."""
+"""A file of answers has one line for each question, weights and settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTIONS = [
 
 
 class Asker:
-    """A tiny model and a file; ``ask`` is one call of the command."""
+    """A tiny model and a file. ``ask`` is one call of the command."""
 
     def __init__(self, folder: Path) -> None:
         self.model, self.tokenizer, self.about = load(chat_model_folder(folder / "m"))
@@ -48,7 +48,7 @@ def asker(tmp_path: Path) -> Asker:
     return Asker(tmp_path)
 
 
-def test_a_line_says_what_it_is_an_answer_to(asker: Asker) -> None:
+def test_a_line_holds_the_question_the_model_and_the_settings(asker: Asker) -> None:
     record = asker.ask()
     assert (record["asked"], record["kept"]) == (3, 0)
     lines, torn = read_records(asker.path)
@@ -69,7 +69,7 @@ def test_a_line_says_what_it_is_an_answer_to(asker: Asker) -> None:
         }
 
 
-def test_later_turns_are_asked_after_the_answers_before(asker: Asker) -> None:
+def test_later_turns_follow_the_earlier_answers(asker: Asker) -> None:
     line = asker.ask()["answers"][0]
     answerer = Answerer(asker.model, asker.tokenizer, GenerationSettings(max_new_tokens=6))
     first, second = line["turns"]
@@ -79,7 +79,7 @@ def test_later_turns_are_asked_after_the_answers_before(asker: Asker) -> None:
     assert again.prompt_tokens == line["prompt_tokens"][1]
 
 
-def test_what_is_answered_is_kept(asker: Asker) -> None:
+def test_earlier_answers_are_kept(asker: Asker) -> None:
     first = asker.ask(QUESTIONS[:2])
     again = asker.ask(batch_size=1)
     assert (again["asked"], again["kept"]) == (1, 2)
@@ -97,7 +97,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(asker: Asker, tmp_path: Path)
     assert [line["answers"] for line in alone] == [line["answers"] for line in together]
 
 
-def test_other_settings_weights_or_words_are_asked_anew(asker: Asker) -> None:
+def test_other_settings_weights_or_wordings_are_asked_again(asker: Asker) -> None:
     assert asker.ask()["asked"] == 3
     assert asker.ask(max_new_tokens=5)["asked"] == 3
     assert asker.ask(system="Be brief.")["asked"] == 3
@@ -128,7 +128,7 @@ def test_a_torn_line_is_answered_again(asker: Asker) -> None:
         ("meta-llama/Llama-2-7b", "q.txt", "runs/answers/meta-llama-Llama-2-7b-q.jsonl"),
     ],
 )
-def test_where_answers_go(model: str, questions: str, path: str) -> None:
+def test_default_output_path(model: str, questions: str, path: str) -> None:
     assert path in str(default_output(model, questions))
     assert default_output(model, questions).parent == Path("runs/answers")
 
@@ -144,6 +144,6 @@ def test_where_answers_go(model: str, questions: str, path: str) -> None:
         {"seed": -1},
     ],
 )
-def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected"):
         GenerationSettings(**wrong)

@@ -1,4 +1,4 @@
-"""What can be asked: folders and names of every kind, and what is refused."""
+"""Load models from folders and names of every kind, and refuse others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path, dtype: torch.dtype)
     assert (other[2]["digest"] == record["digest"]) == (dtype == torch.float32)
 
 
-def test_the_digest_is_of_every_weight(tmp_path: Path) -> None:
+def test_the_digest_covers_every_weight(tmp_path: Path) -> None:
     model, _, record = load(chat_model_folder(tmp_path / "m"))
     again = load(chat_model_folder(tmp_path / "n"))[2]
     assert record["digest"] == again["digest"] == weights_digest(model)
@@ -47,7 +47,7 @@ def test_the_digest_is_of_every_weight(tmp_path: Path) -> None:
     assert weights_digest(model) != record["digest"]
 
 
-def test_a_lora_folder_answers_as_peft_has_it(tmp_path: Path) -> None:
+def test_a_lora_folder_answers_as_with_peft(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = load(chat_model_folder(tmp_path / "base"))
@@ -73,7 +73,7 @@ def test_a_lora_folder_answers_as_peft_has_it(tmp_path: Path) -> None:
     assert load(tmp_path / "lora", dtype="float32")[2]["digest"] == loaded[2]["digest"]
 
 
-def test_a_classifier_generates_nothing(tmp_path: Path) -> None:
+def test_a_classifier_is_refused(tmp_path: Path) -> None:
     run = train(
         tmp_path / "run",
         base_folder(tmp_path / "bert"),
@@ -117,7 +117,7 @@ def empty(folder: Path) -> str:
         (lambda folder: "runs/no-such-run", UsageError, "no folder"),
     ],
 )
-def test_what_cannot_be_loaded(
+def test_sources_that_cannot_be_loaded_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, error: Any, says: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -128,13 +128,13 @@ def test_what_cannot_be_loaded(
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
-def test_a_device_that_is_not_there(device: str) -> None:
+def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_chat_model(ModelOptions("builtin:smollm2", device=device))
     assert caught.value.where == "--device"
 
 
-def test_options_of_runs_are_for_runs(tmp_path: Path) -> None:
+def test_options_for_runs_are_refused_for_other_models(tmp_path: Path) -> None:
     folder = chat_model_folder(tmp_path / "m")
     with pytest.raises(UsageError, match="applies to runs"):
         load(folder, overrides=("model.name=x",))

@@ -1,4 +1,4 @@
-"""The report while a study runs, and the same numbers in every form of it at the end."""
+"""The report of a running study, and equal numbers in all formats at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsegrad_cli.report.study import ChartCache, study_document
 
 
 def running(record: dict[str, Any], left: int) -> StudyRecord:
-    """The record as it was when so many runs were still to come, the first of them running."""
+    """Return the record with ``left`` unfinished runs, the first of which is running."""
     record = copy.deepcopy(record)
     for cell in record["cells"][-left:]:
         cell |= {"status": "pending", "run": None}
@@ -35,7 +35,7 @@ def no_answers(folder: Path, study: StudyRecord) -> Sequence[SideBySide]:
     return []
 
 
-def test_a_running_page_reloads_and_names_what_runs(tmp_path: Path) -> None:
+def test_the_page_of_a_running_study_reloads_and_names_the_current_run(tmp_path: Path) -> None:
     lines: list[str] = []
     live = LiveReport(tmp_path, lines.append, no_answers)
     page, record = tmp_path / "report.html", study_record()
@@ -52,12 +52,12 @@ def test_a_running_page_reloads_and_names_what_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["done", "failed", "interrupted", "out_of_memory"])
-def test_a_page_that_will_not_change_does_not_reload(status: str) -> None:
+def test_the_page_of_a_finished_study_does_not_reload(status: str) -> None:
     study = study_of(compare_record() | {"status": status, "cells": []})
     assert "http-equiv" not in render(study_document(study), "html")
 
 
-def test_only_tasks_with_a_newly_finished_run_are_drawn_again(
+def test_only_tasks_with_newly_finished_runs_are_drawn_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[str] = []
@@ -84,7 +84,7 @@ def test_only_tasks_with_a_newly_finished_run_are_drawn_again(
     assert last.count("<svg>") == 2
 
 
-def test_a_live_page_that_cannot_be_drawn_is_reported_once_and_stops_nothing(
+def test_an_error_of_the_live_page_is_reported_once_and_does_not_stop_the_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(study: StudyRecord, task: str) -> str:
@@ -107,8 +107,8 @@ def cells_of_html(text: str) -> list[str]:
     ]
 
 
-def test_html_markdown_and_latex_hold_the_same_numbers(tmp_path: Path) -> None:
-    """Every table cell of the Markdown is one of the page, and of the LaTeX where that has it."""
+def test_html_markdown_and_latex_have_the_same_numbers(tmp_path: Path) -> None:
+    """Every table cell of the Markdown is in the HTML, and the main numbers are in the LaTeX."""
     record = study_record()
     with without_figures(figures=False):
         write_study_report(tmp_path, study_of(record))

@@ -1,4 +1,4 @@
-"""What was trained is what answers: a run's folder, without its data, and its exports."""
+"""Runs and their exports answer with the trained weights, without the data of the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Trained = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base``, a model; later runs of it, one a method."""
+    """Return a folder with ``base``, a model, and later one run per method."""
     folder = tmp_path_factory.mktemp("chats")
     chat_model_folder(folder / "base", positions=128)
     return folder
@@ -61,14 +61,14 @@ def answers(loaded: tuple[Any, Any, dict[str, Any]]) -> list[str]:
 
 
 def export(cli: Cli, run: Path, form: str) -> None:
-    """Into a folder of the form's name; the check of an export wants the data."""
+    """Export into a folder named after the form. The check of an export needs the data."""
     data = run.with_suffix(".gone")
     made = cli("export", str(run), f"task.path={data}", "--to", form, "-o", form, "-q")
     assert made.code == 0, made.err
 
 
 @pytest.mark.parametrize("name", ["lora", "core", "sparsegrad"])
-def test_a_run_answers_as_its_merged_export_and_needs_no_data(
+def test_a_run_and_its_merged_export_give_the_same_answers_without_data(
     cli: Cli, place: Path, trained: Trained, name: str
 ) -> None:
     run = trained(name)
@@ -85,7 +85,7 @@ def test_a_run_answers_as_its_merged_export_and_needs_no_data(
     assert record["digest"] == load(run)[2]["digest"] != base[2]["digest"]
 
 
-def test_other_exports_answer_alike(cli: Cli, trained: Trained) -> None:
+def test_other_exports_give_the_same_answers(cli: Cli, trained: Trained) -> None:
     expected = answers(load(trained("core")))
     for form in ("lora", "adapter"):
         export(cli, trained("core"), form)
@@ -93,13 +93,15 @@ def test_other_exports_answer_alike(cli: Cli, trained: Trained) -> None:
         assert loaded[2]["kind"] == form and answers(loaded) == expected
 
 
-def test_a_run_that_was_stopped_answers_from_its_checkpoint(place: Path, trained: Trained) -> None:
+def test_a_stopped_run_answers_from_its_checkpoint(place: Path, trained: Trained) -> None:
     loaded = load(trained("lora", stop=True))
     assert loaded[2]["source"].startswith("checkpoint-")
     assert answers(loaded) == answers(load(trained("lora"))) != answers(load(place / "base"))
 
 
-def test_a_base_that_moved_is_named_anew(place: Path, trained: Trained, tmp_path: Path) -> None:
+def test_a_moved_base_model_is_named_by_an_override(
+    place: Path, trained: Trained, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(trained("lora"), tmp_path / "run"))
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace(str(place / "base"), str(tmp_path / "base")))
