@@ -230,7 +230,7 @@ def _run(
     from rich.console import Console
 
     from sparsegrad_cli.judge.verdicts import read_graded_answers
-    from sparsegrad_cli.report.files import LiveReport
+    from sparsegrad_cli.report.render import LiveReport
     from sparsegrad_cli.report.terminal import plain_line
     from sparsegrad_cli.study.coordinator import run_study
 

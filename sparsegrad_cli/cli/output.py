@@ -67,7 +67,7 @@ def rewrite_study_report(folder: Path, study: StudyRecord | None = None) -> Stud
     """
     from sparsegrad_cli.judge.verdicts import read_graded_answers
     from sparsegrad_cli.records.store import load_study
-    from sparsegrad_cli.report.files import write_study_report
+    from sparsegrad_cli.report.render import write_study_report
 
     study = load_study(folder) if study is None else study
     write_study_report(folder, study, read_graded_answers(folder, study))

@@ -102,7 +102,7 @@ def report(
     from sparsegrad_cli.io.locks import owner_of
     from sparsegrad_cli.records.run import RunRecord
     from sparsegrad_cli.records.store import load_run_or_study
-    from sparsegrad_cli.report.files import write_run_report
+    from sparsegrad_cli.report.render import write_run_report
     from sparsegrad_cli.report.study import study_screen
     from sparsegrad_cli.run.folder import with_current_status
     from sparsegrad_cli.study.evidence import up_to_date

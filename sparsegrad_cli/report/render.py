@@ -1,4 +1,4 @@
-"""Write documents as HTML, Markdown and LaTeX, from the templates in this folder.
+"""Render documents as HTML, Markdown and LaTeX, and write the reports of runs and studies.
 
 Each format escapes every value that a template prints, as Jinja2 does for HTML. Text of a record
 therefore never becomes markup, a formula or a command.
@@ -10,19 +10,24 @@ import html
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.untrusted_text import printable_text
-from sparsegrad_cli.report.document import Block, Document
-from sparsegrad_cli.report.units import (
-    NOT_RECORDED,
-    status_words,
-)
+from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.study import StudyRecord
+from sparsegrad_cli.report.document import Block, Document, SideBySide
+from sparsegrad_cli.report.run import run_document
+from sparsegrad_cli.report.study import ChartCache, study_document
+from sparsegrad_cli.report.units import NOT_RECORDED, status_words
 
 Form = Literal["html", "md", "tex"]
+# Reads the answers in the folder of a study.
+AnswersReader = Callable[[Path, StudyRecord], Sequence[SideBySide]]
 
 _UNFOLDED_QUESTIONS = 3
 _HEADER_WIDTH = 14  # Characters of one line of a LaTeX header.
@@ -168,3 +173,76 @@ _ENVIRONMENTS = {
         comment_end_string="#>",
     ),
 }
+
+
+# --- reports in folders
+
+
+def write_run_report(folder: Path, run: RunRecord) -> None:
+    """Write ``report.md`` and ``report.html`` of a training or calibration run.
+
+    Raises:
+        DiskError: a file could not be written.
+    """
+    _write(folder, run_document(run), "md", "html")
+
+
+def write_study_report(
+    folder: Path,
+    study: StudyRecord,
+    answers: Sequence[SideBySide] = (),
+    charts: ChartCache | None = None,
+) -> None:
+    """Write ``report.md``, ``report.tex`` and ``report.html``, with the same numbers in each.
+
+    Args:
+        folder: the study's folder.
+        study: its record.
+        answers: the answers of its models to the same questions.
+        charts: the charts of the previous page.
+
+    Raises:
+        DiskError: a file could not be written.
+    """
+    charts = charts or ChartCache()
+    _write(folder, study_document(study, answers, charts), "md", "tex", "html")
+    charts.finish_page()
+
+
+def _write(folder: Path, document: Document, *forms: Form) -> None:
+    for form in forms:
+        write_text_atomic(folder / f"report.{form}", render(document, form))
+
+
+class LiveReport:
+    """Write the page each time compare.json is written, and all reports at the end.
+
+    A page that cannot be written does not stop a study that runs for hours; only the first such
+    error is printed. Errors of the reports at the end are raised.
+
+    Args:
+        folder: the study's folder.
+        tell: receives the error.
+        read_answers: reads the answers in the folder.
+    """
+
+    def __init__(
+        self, folder: Path, tell: Callable[[str], None], read_answers: AnswersReader
+    ) -> None:
+        self._folder, self._tell, self._read_answers = folder, tell, read_answers
+        self._charts = ChartCache()
+        self._told = False
+
+    def __call__(self, study: StudyRecord) -> None:
+        if study.status != "running":
+            answers = self._read_answers(self._folder, study)
+            write_study_report(self._folder, study, answers, self._charts)
+            return
+        try:
+            answers = self._read_answers(self._folder, study)
+            _write(self._folder, study_document(study, answers, self._charts), "html")
+            self._charts.finish_page()
+        except Exception as error:
+            if not self._told:
+                self._tell(f"the live report could not be written: {error}")
+            self._told = True

@@ -43,12 +43,10 @@ from sparsegrad_cli.report.document import (
 from sparsegrad_cli.report.provenance import provenance
 from sparsegrad_cli.report.units import (
     CATEGORIES,
-    MIB,
     NOT_RECORDED,
     TRAIN_STEP,
     format_bytes,
     format_count,
-    format_fixed,
     format_mib,
     format_number,
     format_score,
@@ -340,7 +338,7 @@ def memory_table(run: RunRecord) -> Table | None:
         Column("peak", lambda row: format_mib(row[1].peak_bytes)),
         Column("reserved", lambda row: format_mib(row[1].reserved_bytes)),
         # Without decimals, because RSS is coarse and includes other libraries.
-        Column("RSS", lambda row: format_fixed(_mib(row[1].rss_bytes), 0)),
+        Column("RSS", lambda row: format_mib(row[1].rss_bytes, digits=0)),
     ]
     notes = [f"{run.memory.device or 'device'}: {run.memory.how}"] if run.memory.how else []
     if run.memory.batch_shape:
@@ -348,10 +346,6 @@ def memory_table(run: RunRecord) -> Table | None:
         notes.append(f"measured on batches of at most {shape}")
     caption = "Memory at the peak of each phase, MiB"
     return Table.of(phases, columns, caption, notes).without_empty()
-
-
-def _mib(count: int | None) -> float | None:
-    return None if count is None else count / MIB
 
 
 def memory_phases(run: RunRecord) -> list[tuple[str, MemoryPhase]]:
@@ -398,21 +392,21 @@ def _parameters(run: RunRecord) -> list[Block | None]:
 def targets_table(run: RunRecord) -> Table | None:
     """Return the trained parameters of every target module."""
     targets = run.counts.targets if run.counts else []
+
+    def share(target: TargetCounts) -> str:
+        size = target.out_features * target.in_features
+        return format_share(target.entries / size if size else None)
+
     columns: list[Column[TargetCounts]] = [
         Column("target", lambda t: t.name, words=True),
         Column("kind", lambda t: t.kind, words=True),
         Column("block", lambda t: words(t.block)),
         Column("out × in", lambda t: f"{t.out_features:,} × {t.in_features:,}"),
         Column("trainable", lambda t: format_count(t.entries)),
-        Column("share", lambda t: format_share(_density(t))),
+        Column("share", share),
     ]
     caption = "Trainable parameters by target"
     return Table.of(targets, columns, caption, folded="Every target") if targets else None
-
-
-def _density(target: TargetCounts) -> float | None:
-    size = target.out_features * target.in_features
-    return target.entries / size if size else None
 
 
 def notes_of(run: RunRecord) -> list[str]:

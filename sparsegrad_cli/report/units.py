@@ -70,9 +70,9 @@ def format_kib(count: float | None) -> str:
     return format_fixed(None if count is None else count / 1024, 1)
 
 
-def format_mib(count: float | None) -> str:
+def format_mib(count: float | None, digits: int = 1) -> str:
     """Format bytes as a number of MiB, ``1,234.5``, for columns that name the unit."""
-    return format_fixed(None if count is None else count / MIB, 1)
+    return format_fixed(None if count is None else count / MIB, digits)
 
 
 def format_gib(count: float | None) -> str:

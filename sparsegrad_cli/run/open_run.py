@@ -225,7 +225,7 @@ def write_report(writer: RunWriter, observer: Observer) -> None:
     Raises:
         DiskError: a report could not be written; the status of the run stays ``done``.
     """
-    from sparsegrad_cli.report.files import write_run_report
+    from sparsegrad_cli.report.render import write_run_report
 
     observer.phase("report")
     try:

@@ -43,9 +43,8 @@ from sparsegrad_cli.records.export import ExportRecord
 from sparsegrad_cli.records.store import validated
 from sparsegrad_cli.report.document import Document
 from sparsegrad_cli.report.export import export_screen
-from sparsegrad_cli.report.files import write_study_report
 from sparsegrad_cli.report.judge import judge_document, judge_screen
-from sparsegrad_cli.report.render import render
+from sparsegrad_cli.report.render import render, write_study_report
 from sparsegrad_cli.report.terminal import plain_line, screen
 
 KINDS = (SparsegradError, DataError, FileFormatError, UsageError, DiskError, OutOfMemoryError)

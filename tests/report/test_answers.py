@@ -14,7 +14,7 @@ from support.record_samples import compare_record, study_of
 from sparsegrad_cli.generate.questions import Question
 from sparsegrad_cli.judge.prompts import grading_prompt
 from sparsegrad_cli.judge.verdicts import Grades, read_graded_answers
-from sparsegrad_cli.report.files import write_study_report
+from sparsegrad_cli.report.render import write_study_report
 
 HOSTILE = (
     "</div></section><script>alert(1)</script><img src=x onerror=alert(1)> &amp; \"'\n"

@@ -17,8 +17,13 @@ from support.study_cells import evidence_of
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report import study as study_report
 from sparsegrad_cli.report.document import SideBySide
-from sparsegrad_cli.report.files import LiveReport, write_study_report
-from sparsegrad_cli.report.render import escape_latex, escape_markdown, render
+from sparsegrad_cli.report.render import (
+    LiveReport,
+    escape_latex,
+    escape_markdown,
+    render,
+    write_study_report,
+)
 from sparsegrad_cli.report.study import ChartCache, study_document
 
 

@@ -35,7 +35,7 @@ _LIBRARIES = (
     "sparsegrad_cli.cli.app",
     "sparsegrad_cli.data.load_task",
     "sparsegrad_cli.export.export_run",
-    "sparsegrad_cli.report.files",
+    "sparsegrad_cli.report.render",
     "sparsegrad_cli.training.fine_tuning",
 )
 
