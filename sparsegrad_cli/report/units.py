@@ -111,12 +111,11 @@ def _pair(whole: int, per: int, large: str, small: str) -> str:
     return f"{first} {large} {second} {small}" if second else f"{first} {large}"
 
 
-def format_count(count: float | None, of: float | None = None) -> str:
-    """Format a count as ``70,776``, or as ``70,776 (1.00 %)`` with its share of ``of``."""
+def format_count(count: float | None) -> str:
+    """Format a count as ``70,776``, and a mean of counts as ``70,776.5``."""
     if count is None:
         return NOT_RECORDED
-    plain = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
-    return plain if not of else f"{plain} ({format_share(count / of)})"
+    return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
 
 
 def format_share(share: float | None) -> str:
