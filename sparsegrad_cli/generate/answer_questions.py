@@ -54,7 +54,7 @@ def answer_questions(
     else:
         with Journal(path, FORMAT) as journal:
             if journal.torn:
-                observer.note(f"{path}: the last line was torn; its question is asked again")
+                observer.note(f"{path}: the last line was incomplete; its question is asked again")
             for number, line in enumerate(journal.records, start=1):
                 check_line(line, f"{path}:{number}")
             lines, asked = task.complete(journal.records[:], journal.append)

@@ -160,7 +160,7 @@ def _plain(content: str) -> list[Question]:
 def _from_json(path: Path) -> list[Question]:
     records, torn = read_records(path)
     if torn:
-        raise FileFormatError("the last line is torn, or not a JSON object", where=str(path))
+        raise FileFormatError("the last line is incomplete, or not a JSON object", where=str(path))
     questions = []
     for number, record in enumerate(records, start=1):
         try:

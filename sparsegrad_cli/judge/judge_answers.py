@@ -126,7 +126,7 @@ def judge_answers(options: JudgeOptions, observer: Observer | None = None) -> Ju
     judge = Judge(endpoint, options.model, options.max_tokens or None, options.retries)
     with _open(options.folder) as journal:
         if journal.torn:
-            notes.append(f"{journal.path}: the last line was torn; it is asked again")
+            notes.append(f"{journal.path}: the last line was incomplete; it is requested again")
         for note in notes:
             observer.note(note)
         verdicts, asked = _complete(judge, tasks, journal, observer, options.jobs)
@@ -209,7 +209,7 @@ def _complete(
     todo = [task for key, task in by_key.items() if key not in decided]
     done = len(by_key) - len(todo)
     if done:
-        observer.note(f"{done} of {len(by_key)} verdicts are there already")
+        observer.note(f"{done} of {len(by_key)} verdicts are known already")
     observer.total_steps("judge", len(by_key))
     observer.step("judge", {"step": done})
     for line in judge.verdicts(todo, jobs):

@@ -54,7 +54,7 @@ def read_answers(
     for path in paths:
         records, torn = read_records(path)
         if torn:
-            notes.append(f"{path}: the last line is torn and is ignored")
+            notes.append(f"{path}: the last line is incomplete and is ignored")
         if not records:
             raise DataError(f"{path} holds no answers", where=str(path))
         for number, record in enumerate(records, start=1):
@@ -90,7 +90,7 @@ def _check_answers(
     turns = list(questions[name].turns)
     if record.get("turns", turns) != turns:
         raise DataError(
-            f"question {name!r} has other words here than in --questions",
+            f"question {name!r} is worded differently in --questions",
             where=where,
             fix="judge with the file from which the answers were generated",
         )

@@ -24,7 +24,7 @@ from sparsegrad_cli.report.units import (
     status_words,
 )
 
-_CUT = {"length": "cut at the token limit", "full": "cut where the positions end"}
+_CUT = {"length": "cut at the token limit", "full": "cut at the model's last position"}
 _EMPTY = "(empty)"
 _GIST = 90  # Characters of a question in its summary.
 

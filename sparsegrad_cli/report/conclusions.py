@@ -64,7 +64,7 @@ def verdict_lines(study: StudyRecord) -> list[str]:
 
 def _untested(study: StudyRecord) -> str:
     if len(study.seeds) == 1:
-        return "n = 1: one seed ranks no method, and no difference is tested."
+        return "n = 1: with one seed, no method is ranked and no difference is tested."
     return (
         "No method is ranked and no difference is tested: no two methods have two finished seeds "
         "of a task in common."
@@ -247,4 +247,4 @@ def parity_table(study: StudyRecord) -> Table | None:
         for (key, why, values), where in tasks.items()
     ]
     header = ("recipe key", "tasks", "why", "by method")
-    return Table("What differs beside the methods", header, rows, (True, True, True, True))
+    return Table("Other differences between the recipes", header, rows, (True, True, True, True))

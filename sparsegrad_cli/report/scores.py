@@ -78,7 +78,7 @@ def few_seeds(rows: Sequence[ResultRow]) -> str:
     """Return a remark if a score has only one seed."""
     if min((row.seeds_done for row in rows if row.score_mean is not None), default=9) >= MIN_SEEDS:
         return ""
-    return "n = 1: one seed ranks nothing, and its score has no interval"
+    return "n = 1: with one seed, methods are not ranked and scores have no interval"
 
 
 # --- scores
@@ -264,7 +264,7 @@ def published_table(study: StudyRecord) -> Table | None:
         return None
     header = ("source", "task", "method", "figure", "published", "ours", "difference")
     words = (True, True, True, True, False, False, False)
-    return Table("Published results beside ours", header, rows, words)
+    return Table("Published results next to ours", header, rows, words)
 
 
 def _score_cells(

@@ -73,8 +73,8 @@ _FAIR = (
 CHARTS: tuple[tuple[Chart, str], ...] = (
     (
         study_charts.score_dots,
-        "One dot a seed; the bar is the mean with its standard deviation. Diamonds are published "
-        "results. Differences smaller than the spread are not differences.",
+        "One dot per seed; the bar is the mean with its standard deviation. Diamonds are published "
+        "results. A difference smaller than the spread may be chance.",
     ),
     (
         study_charts.learning_curves,
@@ -85,7 +85,7 @@ CHARTS: tuple[tuple[Chart, str], ...] = (
         study_charts.score_under_budget,
         "The best mean score that fits a memory budget, by method: a curve starts at the smallest "
         "budget that fits and steps up where a larger one allows a better score. The budget has "
-        "to hold calibration, too. Dashed: a single seed, which ranks nothing.",
+        "to hold calibration, too. Dashed: a single seed, too few for a ranking.",
     ),
     (
         study_charts.score_against_memory,

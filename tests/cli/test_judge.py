@@ -352,7 +352,7 @@ def test_ctrl_c_exits_at_once_with_130(
     ("change", "says"),
     [
         ({"question_id": "x"}, "no question 'x'"),
-        ({"turns": ["2 + 2 = ?", "Twice that?"]}, "other words"),
+        ({"turns": ["2 + 2 = ?", "Twice that?"]}, "worded differently"),
         ({"answers": ["4"]}, "one per turn, got 1"),
         ({"answers": [4, 5]}, "answers[0]: expected a text, got 4"),
         ({"answers": "4"}, "is not an answer: answers: expected a list"),

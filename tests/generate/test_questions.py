@@ -55,7 +55,7 @@ def test_prompts_and_plain_lines_are_read(tmp_path: Path) -> None:
     ("content", "says"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', "q.jsonl:2"),
-        ('{"prompt": "a"}\n{"prompt', "torn"),
+        ('{"prompt": "a"}\n{"prompt', "incomplete"),
         ('{"prompt": "a"}\n["b"]\n', "expected a JSON object"),
         ('{"question": "a"}\n', "question 1"),
         ('{"turns": []}\n', "turns"),
@@ -73,7 +73,7 @@ def test_prompts_and_plain_lines_are_read(tmp_path: Path) -> None:
         ),
         ("\n \n", "no questions"),
         (b"\xff\xfe{", "UTF-8"),
-        ("[" * 100_000, "torn"),
+        ("[" * 100_000, "incomplete"),
     ],
 )
 def test_a_malformed_question_is_refused(tmp_path: Path, content: str | bytes, says: str) -> None:

@@ -81,13 +81,13 @@ def test_one_seed_gives_no_ranking() -> None:
     compare = {**evidence_of(study_cells(scores)), "seeds": [0], "tasks": list(scores)}
     assert compare["tests"]["pairs"] == [] and compare["tests"]["untested"] == 3
     assert verdict_lines(study_of(compare)) == [
-        "n = 1: one seed ranks no method, and no difference is tested."
+        "n = 1: with one seed, no method is ranked and no difference is tested."
     ]
     assert pairs_table(study_of(compare)) is None
     for task in scores:
         table = score_table(study_of(compare), task)
         assert table is not None and not table.strong and "95 % interval" not in table.header
-        assert any("one seed ranks nothing" in note for note in table.notes)
+        assert any("with one seed" in note for note in table.notes)
 
 
 def test_a_row_with_one_seed_removes_the_ranking() -> None:
