@@ -45,7 +45,7 @@ def test_columns_are_the_base_model_and_each_method_by_its_first_seed(tmp_path: 
     gist = ["q0.0"]  # in the summary
     assert shown == [*gist, "q0.0", "b0", "l0", "c0", "q0.1", "b1", "l1", "c1"]
     assert "never" not in page + markdown
-    assert "| question | base model little | lora | core |" in markdown
+    assert "| question | base model tiny | lora | core |" in markdown
     assert "| **0 (math)**<br>q0.0 | b0 | l0 | c0 |\n| q0.1 | b1 | l1 | c1 |" in markdown
 
 
@@ -141,7 +141,7 @@ def test_mean_grades_match_a_calculation_by_hand(tmp_path: Path) -> None:
     page, markdown = written(tmp_path)
     # Seed 1: ((2 + 6) / 2 + 8) / 2 = 6. Seed 2: (9 + 8) / 2 = 8.5. 7.25 and 2.5 / sqrt(2).
     assert "| lora | 7.25 ± 1.77 (n 2) |" in markdown
-    assert "| base model little | – |" in markdown
+    assert "| base model tiny | – |" in markdown
     for shown in ("grade 2", "grade 6", "grade 8"):
         assert page.count(f">{shown}<") == 1 and markdown.count(f"*{shown}*") == 1
     assert "grade 9" not in page  # of the second seed
