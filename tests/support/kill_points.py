@@ -327,10 +327,10 @@ def _reporting_begins(count: int) -> None:
 
 @kill_point("reporting-interrupted", "Ctrl-C (SIGINT) while the report is written")
 def _reporting_interrupted(count: int) -> None:
-    from sparsegrad_cli.report import files
+    from sparsegrad_cli.report import render
 
     patch_call(
-        files, "write_run_report", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT)
+        render, "write_run_report", count, before=lambda *args: os.kill(os.getpid(), signal.SIGINT)
     )
 
 
