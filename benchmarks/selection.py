@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import interleave, ratios, save
-from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, to_core
+from sparsegrad_cli.numerics.sizing import count_for_density
 from sparsegrad_cli.numerics.supports import largest_entries
 
 

@@ -13,9 +13,10 @@ from sparsegrad_cli.methods.implementation import (
     trainable_state,
     weight_of,
 )
-from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW, selective_adamw
+from sparsegrad_cli.methods.optimizer import selective_adamw
 from sparsegrad_cli.methods.sparse_settings import SparseSettings
 from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.recipe.schema import TrainSection
 
 _POSITIONS, _VALUES = "positions/", "values/"

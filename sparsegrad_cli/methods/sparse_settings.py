@@ -9,47 +9,13 @@ from pydantic import Field, model_validator
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import MethodSettings
+from sparsegrad_cli.numerics.sizing import count_for_density, split_by_size
 from sparsegrad_cli.recipe.section import Density, PositiveInt, SettingError
 
 if TYPE_CHECKING:
     from sparsegrad_cli.models.targets import Target
 
 ALL_TRAIN = "every parameter of the targets trains"
-
-
-def count_for_density(density: float, out_features: int, in_features: int) -> int:
-    """Return round(density x out x in), at least 1.
-
-    Raises:
-        ValueError: density is not in (0, 1].
-    """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density {density} is not in (0, 1]")
-    return max(1, round(density * out_features * in_features))
-
-
-def split_by_size(total: int, sizes: Sequence[int]) -> list[int]:
-    """Split ``total`` over matrices in proportion to their sizes, exactly and at least 1 each.
-
-    One goes to each matrix; the others by largest remainders, of equal ones to the first.
-
-    Args:
-        total: from the number of matrices to the sum of their sizes.
-        sizes: number of parameters of each matrix.
-
-    Raises:
-        ValueError: ``total`` is out of range.
-    """
-    room = sum(sizes)
-    if not len(sizes) <= total <= room:
-        raise ValueError(f"cannot split {total} of {room} parameters over {len(sizes)} matrices")
-    rest, left = total - len(sizes), max(1, room - len(sizes))
-    parts = [divmod(rest * (size - 1), left) for size in sizes]
-    shares = [1 + whole for whole, _ in parts]
-    by_remainder = sorted(range(len(sizes)), key=lambda at: -parts[at][1])
-    for at in by_remainder[: total - sum(shares)]:
-        shares[at] += 1
-    return shares
 
 
 class SparseSettings(MethodSettings):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Counts, Method
-from sparsegrad_cli.methods.optimizer import SelectiveAdamW
 from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.selective_optimizer import SelectiveAdamW
 from sparsegrad_cli.records.base import Matrix
 from sparsegrad_cli.records.run import CountsBlock, SparsityBlock
 

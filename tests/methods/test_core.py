@@ -22,12 +22,12 @@ from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import TargetShapes
-from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear, SparsegradCore
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import basis_keys
 from sparsegrad_cli.numerics.hosvd import truncated
+from sparsegrad_cli.numerics.sizing import count_for_density
 from sparsegrad_cli.numerics.supports import largest_entries, spectral_scores
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.recipe.section import parse_bytes

@@ -8,8 +8,8 @@ from support.tiny_models import batch, classifier, logits, targets_of
 
 from sparsegrad_cli.methods.lora.method import Lora
 from sparsegrad_cli.methods.lora.settings import DEFAULT_RANK, LoraSettings, solve_rank
-from sparsegrad_cli.methods.sparse_settings import count_for_density
 from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.sizing import count_for_density
 from sparsegrad_cli.recipe.schema import TrainSection
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.meprop.method import Meprop
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
-from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.methods.sparsegrad.rotated import Sparsegrad
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.recipe.schema import TrainSection
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.1}
@@ -40,7 +40,7 @@ def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps:
 def test_plain_parameters_are_bitwise_torch_adamw(dtype: torch.dtype) -> None:
     chosen, plain = parameter(3, 4, dtype=dtype), parameter(5, seed=1, dtype=dtype)
     reference = nn.Parameter(plain.detach().clone())
-    optimizer = SelectiveAdamW({chosen: Selection(2)}, [plain], **SETTINGS)
+    optimizer = SelectiveAdamW([chosen, plain], {chosen: Selection(2)}, **SETTINGS)
     run(optimizer, [chosen, plain], range(20))
     torch_optimizer = torch.optim.AdamW([reference], foreach=False, **SETTINGS)
     for step in range(20):
@@ -52,7 +52,7 @@ def test_plain_parameters_are_bitwise_torch_adamw(dtype: torch.dtype) -> None:
 def test_choosing_all_entries_is_torch_adamw() -> None:
     chosen = parameter(3, 4)
     reference = nn.Parameter(chosen.detach().clone())
-    run(SelectiveAdamW({chosen: Selection(12)}, [], **SETTINGS), [chosen], range(20))
+    run(SelectiveAdamW([chosen], {chosen: Selection(12)}, **SETTINGS), [chosen], range(20))
     run(torch.optim.AdamW([reference], foreach=False, **SETTINGS), [reference], range(20))
     torch.testing.assert_close(chosen, reference, atol=1e-12, rtol=0)
 
@@ -61,7 +61,7 @@ def test_all_entries_of_the_identity_basis_are_torch_adamw() -> None:
     chosen = parameter(3, 4)
     reference = nn.Parameter(chosen.detach().clone())
     basis = Basis(torch.eye(3).double(), torch.eye(4).double(), torch.ones(3), torch.ones(4))
-    run(SelectiveAdamW({chosen: Selection(12, basis)}, [], **SETTINGS), [chosen], range(20))
+    run(SelectiveAdamW([chosen], {chosen: Selection(12, basis)}, **SETTINGS), [chosen], range(20))
     run(torch.optim.AdamW([reference], foreach=False, **SETTINGS), [reference], range(20))
     torch.testing.assert_close(chosen, reference, atol=1e-12, rtol=0)
 
@@ -69,7 +69,7 @@ def test_all_entries_of_the_identity_basis_are_torch_adamw() -> None:
 def test_exactly_count_entries_move_and_the_rest_stay_bitwise_also_with_weight_decay() -> None:
     chosen = parameter(6, 5, dtype=torch.float32)
     before = chosen.detach().clone()
-    optimizer = SelectiveAdamW({chosen: Selection(4)}, [], **SETTINGS)
+    optimizer = SelectiveAdamW([chosen], {chosen: Selection(4)}, **SETTINGS)
     run(optimizer, [chosen], range(1))
     assert int((chosen.detach() != before).sum()) == 4
     state = optimizer.state[chosen]
@@ -91,7 +91,7 @@ def test_weight_decay_acts_on_chosen_core_values() -> None:
     g = core_grad[row, column]
     expected[row, column] -= 0.05 * g / (g.abs() + 1e-8) + 0.05 * 0.1 * core[row, column]
     weight.grad = grad
-    SelectiveAdamW({weight: Selection(1, basis)}, [], **SETTINGS).step()
+    SelectiveAdamW([weight], {weight: Selection(1, basis)}, **SETTINGS).step()
     torch.testing.assert_close(q_out.T @ weight.detach() @ q_in, expected, atol=1e-12, rtol=0)
 
 
@@ -100,8 +100,8 @@ def test_a_transposed_weight_takes_the_transposed_step() -> None:
     stored = nn.Parameter(plain.detach().T.contiguous())
     q_out, q_in = torch.linalg.qr(normal(3, 3, seed=7)).Q, torch.linalg.qr(normal(2, 2, seed=8)).Q
     basis = Basis(q_out, q_in, torch.ones(3), torch.ones(2))
-    first = SelectiveAdamW({plain: Selection(2, basis)}, [], **SETTINGS)
-    second = SelectiveAdamW({stored: Selection(2, basis, transposed=True)}, [], **SETTINGS)
+    first = SelectiveAdamW([plain], {plain: Selection(2, basis)}, **SETTINGS)
+    second = SelectiveAdamW([stored], {stored: Selection(2, basis, transposed=True)}, **SETTINGS)
     for step in range(5):
         plain.grad = normal(3, 2, seed=step)
         stored.grad = normal(3, 2, seed=step).T.contiguous()
@@ -115,7 +115,7 @@ def test_a_transposed_weight_takes_the_transposed_step() -> None:
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     chosen, plain = parameter(3, 4), parameter(5, seed=1)
     before = chosen.detach().clone(), plain.detach().clone()
-    optimizer = SelectiveAdamW({chosen: Selection(2)}, [plain], **SETTINGS)
+    optimizer = SelectiveAdamW([chosen, plain], {chosen: Selection(2)}, **SETTINGS)
     optimizer.step()
     assert torch.equal(chosen, before[0]) and torch.equal(plain, before[1])
     assert optimizer.touched(chosen).numel() == 0
@@ -126,7 +126,7 @@ def test_none_takes_the_entries_that_have_a_gradient() -> None:
     before = chosen.detach().clone()
     chosen.grad = torch.zeros(3, 4).double()
     chosen.grad[1] = 1.0
-    optimizer = SelectiveAdamW({chosen: Selection(None)}, [], **SETTINGS)
+    optimizer = SelectiveAdamW([chosen], {chosen: Selection(None)}, **SETTINGS)
     optimizer.step()
     assert optimizer.touched(chosen).tolist() == [4, 5, 6, 7]
     assert torch.equal(chosen[0], before[0]) and torch.equal(chosen[2], before[2])
@@ -134,7 +134,7 @@ def test_none_takes_the_entries_that_have_a_gradient() -> None:
 
 def test_closure_and_learning_rate_schedule() -> None:
     chosen = parameter(2, 2)
-    optimizer = SelectiveAdamW({chosen: Selection(1)}, [], lr=0.1)
+    optimizer = SelectiveAdamW([chosen], {chosen: Selection(1)}, lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
 
     def closure() -> float:
@@ -161,9 +161,16 @@ def test_state_dict_round_trip_goes_on_bitwise_and_keeps_integer_ages(dtype: tor
         q_out, q_in = (torch.linalg.qr(normal(n, n, seed=n)).Q.to(dtype) for n in (4, 3))
         basis = Basis(q_out, q_in, torch.ones(4), torch.ones(3))
         if dtype == torch.bfloat16:  # sparse products have no bfloat16: entries only
-            return SelectiveAdamW({entries: Selection(4)}, [plain], **SETTINGS), [entries, plain]
+            return SelectiveAdamW([entries, plain], {entries: Selection(4)}, **SETTINGS), [
+                entries,
+                plain,
+            ]
         selections = {entries: Selection(4), core: Selection(2, basis)}
-        return SelectiveAdamW(selections, [plain], **SETTINGS), [entries, core, plain]
+        return SelectiveAdamW([entries, core, plain], selections, **SETTINGS), [
+            entries,
+            core,
+            plain,
+        ]
 
     whole, expected = fresh()
     run(whole, expected, range(600))

@@ -11,9 +11,9 @@ from support.tiny_models import classifier, orthogonal_bases, targets_of
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
-from sparsegrad_cli.methods.sparse_settings import count_for_density, split_by_size
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings, rank_for_density
 from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.sizing import count_for_density, split_by_size
 from sparsegrad_cli.recipe.load_recipe import load_recipe
 
 METHODS = {

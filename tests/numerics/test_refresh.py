@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.optimizer import Selection, SelectiveAdamW
+from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
 
 ROWS, COLUMNS, COUNT, REFRESH = 5, 6, 7, 4
 LR, BETA1, BETA2, EPS, DECAY = 0.05, 0.8, 0.97, 1e-8, 0.1
@@ -29,7 +29,7 @@ def made(capacity: int | None) -> tuple[nn.Parameter, SelectiveAdamW]:
     first = torch.arange(COUNT)
     selection = Selection(COUNT, capacity=capacity, refresh=REFRESH, first=first)
     settings: dict[str, Any] = {"betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
-    return core, SelectiveAdamW({core: selection}, [], lr=LR, **settings)
+    return core, SelectiveAdamW([core], {core: selection}, lr=LR, **settings)
 
 
 def by_the_formula(steps: int) -> list[float]:
@@ -110,7 +110,7 @@ def test_state_survives_a_refresh(at: int) -> None:
 def test_entry_without_gradient_starts_at_age_zero() -> None:
     core = nn.Parameter(torch.zeros(1, 3, dtype=torch.float64))
     selection = Selection(2, capacity=2, refresh=1, first=torch.tensor([0, 1]))
-    optimizer = SelectiveAdamW({core: selection}, [], lr=LR)
+    optimizer = SelectiveAdamW([core], {core: selection}, lr=LR)
     core.grad = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
     optimizer.step()
     core.grad = torch.tensor([[3.0, 3.0, 2.0]], dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from sparsegrad_cli.methods.base import MethodSettings, SizeRange, Sizing, TargetShapes
-from sparsegrad_cli.methods.sparse_settings import count_for_density
+from sparsegrad_cli.numerics.sizing import count_for_density
 from sparsegrad_cli.recipe.section import Density, PositiveInt, SettingError
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Adapted, weight_of
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
-from sparsegrad_cli.methods.optimizer import Selection
 from sparsegrad_cli.methods.sparse_method import SparseMethod
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.meprop import meprop_linear
+from sparsegrad_cli.numerics.selective_optimizer import Selection
 from sparsegrad_cli.numerics.supports import bounded
 
 

@@ -22,7 +22,7 @@ from sparsegrad_cli.methods.implementation import (
     load_by_name,
     trainable_state,
 )
-from sparsegrad_cli.methods.optimizer import Selection, plain_adamw, selective_adamw
+from sparsegrad_cli.methods.optimizer import plain_adamw, selective_adamw
 from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.methods.sparsegrad.settings import REFRESH_STEPS, SparsegradSettings
 from sparsegrad_cli.models.quantized import dtype_of, is_quantized
@@ -31,6 +31,7 @@ from sparsegrad_cli.numerics.core_linear import core_linear, effective_weight
 from sparsegrad_cli.numerics.frozen_linear import core_beside
 from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.lowrank import structural_factors
+from sparsegrad_cli.numerics.selective_optimizer import Selection
 from sparsegrad_cli.numerics.supports import (
     allocate,
     bounded,

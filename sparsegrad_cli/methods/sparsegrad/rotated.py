@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Adapted, Plan, weight_of
-from sparsegrad_cli.methods.optimizer import Selection
 from sparsegrad_cli.methods.sparse_method import SparseMethod
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, map_bases
 from sparsegrad_cli.numerics.rotation import from_core, from_sparse_core, rotated_linear, to_core
+from sparsegrad_cli.numerics.selective_optimizer import Selection
 from sparsegrad_cli.numerics.supports import bounded
 
 

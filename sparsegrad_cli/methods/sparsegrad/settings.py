@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import SizeRange, Sizing, TargetShapes
 from sparsegrad_cli.methods.sparse_settings import ALL_TRAIN, SparseSettings, count_text
+from sparsegrad_cli.numerics.sizing import RANK_STEP, rank_for_counts
 from sparsegrad_cli.recipe.section import Bytes, Idle, PositiveInt, SettingError, parse_bytes
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from sparsegrad_cli.recipe.schema import Recipe
 
 REFRESH_STEPS = 100
-# A support fills this share of the core, so that there is something to choose from.
-FILL = 1 / 3
-_RANK_STEP = 8  # ranks that follow the number of parameters are multiples of it
 
 
 class SparsegradSettings(SparseSettings):
@@ -326,10 +323,9 @@ def _core_sizes(targets: Sequence[Target], rank: int) -> dict[str, int]:
 
 def rank_for_density(settings: SparsegradSettings, targets: Sequence[Target]) -> int:
     """Return the smallest multiple of 8 whose core the density fills to a third (dense: wholly)."""
-    most = max(settings.requested(targets).values())
-    side = math.sqrt(most / (1 if settings.support == "dense" else FILL))
+    counts = settings.requested(targets).values()
     widest = max(max(t.out_features, t.in_features) for t in targets)
-    return min(widest, _RANK_STEP * math.ceil(side / _RANK_STEP))
+    return min(widest, rank_for_counts(counts, dense=settings.support == "dense"))
 
 
 def rank_in_budget(budget: int, shapes: TargetShapes) -> int:
@@ -358,7 +354,7 @@ class _RankLevels:
     ) -> None:
         self._settings, self._shapes = settings, shapes
         self._sizes = range(least, most + 1)
-        self._steps = range(self._rank(least) + 1, self._rank(most) + 1, _RANK_STEP)
+        self._steps = range(self._rank(least) + 1, self._rank(most) + 1, RANK_STEP)
 
     def _rank(self, size: int) -> int:
         return rank_for_density(self._settings.with_size(size), self._shapes.targets)

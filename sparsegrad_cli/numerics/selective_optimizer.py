@@ -1,0 +1,258 @@
+"""AdamW on chosen entries of some parameters, as a torch optimizer.
+
+Entries are chosen only here, in the optimizer step: so once per step, on the accumulated gradient,
+whatever the number of micro-batches or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw as torch_adamw
+
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.rotation import from_sparse_core, to_core
+from sparsegrad_cli.numerics.selective_adamw import (
+    AdamW,
+    BoundedMoments,
+    Moments,
+    sparse_step,
+    step_on_entries,
+)
+from sparsegrad_cli.numerics.supports import largest_entries
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the entries of one parameter are chosen.
+
+    Attributes:
+        count: entries per step, the largest by magnitude; None takes the non-zero ones.
+        basis: choose and step in this basis, while the parameter itself stays in the original one.
+        transposed: the parameter holds W' (in, out).
+        capacity: maximum number of entries with optimizer state; None keeps state for all.
+        refresh: hold a choice for this many steps, then choose by their mean |gradient|.
+        first: with ``refresh``, the first choice; None takes the largest of the first gradient.
+    """
+
+    count: int | None
+    basis: Basis | None = None
+    transposed: bool = False
+    capacity: int | None = None
+    refresh: int | None = None
+    first: Tensor | None = None
+
+    def choose(self, grad: Tensor) -> Tensor:
+        """Return flat positions in ``grad``."""
+        if self.count is None:
+            return torch.nonzero(grad.reshape(-1)).squeeze(1)
+        return largest_entries(grad, self.count)
+
+
+# Names of bounded state in checkpoints, in the order of BoundedMoments' attributes.
+_BOUNDED = ("positions", "exp_avg", "exp_avg_sq", "age", "last", "clock")
+
+
+class SelectiveAdamW(torch.optim.Optimizer):
+    """AdamW on chosen entries of some parameters, plain AdamW on the others.
+
+    Args:
+        params: parameters or parameter groups, as in ``torch.optim.AdamW``.
+        selections: how entries are chosen, for each parameter of which only some are stepped; the
+            others are stepped whole.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        selections: Mapping[nn.Parameter, Selection],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self._selections = dict(selections)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one step on the accumulated gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            adamw = AdamW(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                selection = self._selections.get(parameter)
+                if selection is None:
+                    self._step_whole(parameter, adamw)
+                else:
+                    self._step_chosen(parameter, selection, adamw)
+        return loss
+
+    def _step_chosen(self, parameter: nn.Parameter, how: Selection, adamw: AdamW) -> None:
+        assert parameter.grad is not None
+        if how.basis is None:
+            moments = self._moments(parameter, how, parameter)
+            indices = sparse_step(
+                parameter.data,
+                parameter.grad,
+                moments,
+                adamw,
+                lambda grad: self._choose(parameter, how, grad, moments, adamw.beta2),
+            )
+            self._keep(parameter, moments, indices, parameter.numel())
+            return
+        weight, grad = parameter.data, parameter.grad
+        if how.transposed:
+            weight, grad = weight.T, grad.T
+        core_grad = to_core(grad, how.basis)
+        moments = self._moments(parameter, how, core_grad)
+        indices = self._choose(parameter, how, core_grad, moments, adamw.beta2)
+        values = core_grad.new_zeros(len(indices))
+        if adamw.weight_decay:  # decay acts on the core's values, which are not kept: recompute
+            values = to_core(weight, how.basis).reshape(-1)[indices]
+        update = step_on_entries(indices, core_grad.reshape(-1)[indices], values, moments, adamw)
+        weight += from_sparse_core(indices, update, how.basis)
+        self._keep(parameter, moments, indices, core_grad.numel())
+
+    def _choose(
+        self,
+        parameter: nn.Parameter,
+        how: Selection,
+        grad: Tensor,
+        moments: Moments | BoundedMoments,
+        beta2: float,
+    ) -> Tensor:
+        """Return the flat positions to step now: the largest, or those that are held.
+
+        Held positions are chosen again after ``refresh`` steps. New ones then take the mean
+        |gradient| of these steps as their second moment (:meth:`Moments.join`).
+        """
+        if how.refresh is None:
+            return how.choose(grad)
+        state = self.state[parameter]
+        if "held" not in state:
+            assert how.count is not None
+            first = largest_entries(grad, how.count) if how.first is None else how.first
+            state["held"] = first.to(grad.device, torch.int64)
+            self._selections[parameter] = replace(how, first=None)
+            state["score"] = torch.zeros_like(grad)
+            state["since"] = torch.zeros((), dtype=torch.int32, device=grad.device)
+        if int(state["since"]) == how.refresh:
+            state["held"] = largest_entries(state["score"], len(state["held"]))
+            mean_k = state["score"].reshape(-1)[state["held"]] / how.refresh
+            moments.join(state["held"], mean_k.square(), beta2)
+            state["score"].zero_()
+            state["since"].zero_()
+        state["score"] += grad.abs()
+        state["since"] += 1
+        held: Tensor = state["held"]
+        return held
+
+    def _moments(
+        self, parameter: nn.Parameter, how: Selection, like: Tensor
+    ) -> Moments | BoundedMoments:
+        """Return the state of a parameter that is stepped in the shape of ``like``."""
+        state = self.state[parameter]
+        if how.capacity is not None:
+            if "positions" not in state:
+                return BoundedMoments.empty(how.capacity, like)
+            return BoundedMoments(how.capacity, *(state[name] for name in _BOUNDED))
+        if "exp_avg" not in state:
+            fresh = Moments.like(like)
+            state.update(exp_avg=fresh.first, exp_avg_sq=fresh.second, age=fresh.age)
+        return Moments(state["exp_avg"], state["exp_avg_sq"], state["age"])
+
+    def _keep(
+        self,
+        parameter: nn.Parameter,
+        moments: Moments | BoundedMoments,
+        indices: Tensor,
+        entries: int,
+    ) -> None:
+        """Store bounded state, whose tensors are new after a step, and mark what moved."""
+        if isinstance(moments, Moments):
+            return
+        state = self.state[parameter]
+        if "touched" not in state:
+            state["touched"] = torch.zeros(entries, dtype=torch.bool, device=parameter.device)
+        state["touched"][indices] = True
+        kept = (
+            moments.positions,
+            moments.first,
+            moments.second,
+            moments.age,
+            moments.last,
+            moments.clock,
+        )
+        state.update(zip(_BOUNDED, kept, strict=True))
+
+    def _step_whole(self, parameter: nn.Parameter, adamw: AdamW) -> None:
+        """Make a plain AdamW step with the arithmetic of ``torch.optim.AdamW``."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        torch_adamw(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=adamw.beta1,
+            beta2=adamw.beta2,
+            lr=adamw.lr,
+            weight_decay=adamw.weight_decay,
+            eps=adamw.eps,
+            maximize=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state without torch's cast of every tensor to the parameter's dtype.
+
+        Ages stay int32 and moments float32, whatever the parameter's dtype.
+        """
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            saved = state_dict["state"].get(number, {})
+            if "age" in saved:
+                moved = {key: value.to(parameter.device) for key, value in saved.items()}
+                self.state[parameter].update(moved)
+
+    def selects(self, parameter: nn.Parameter) -> bool:
+        """Return whether only some entries of a parameter are stepped."""
+        return parameter in self._selections
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Return (rows, columns) of the matrix that the positions of :meth:`touched` index."""
+        rows, columns = parameter.shape
+        turned = self._selections[parameter].basis is not None
+        turned = turned and self._selections[parameter].transposed
+        return (columns, rows) if turned else (rows, columns)
+
+    def touched(self, parameter: nn.Parameter) -> Tensor:
+        """Return the flat positions stepped at least once, ascending."""
+        state = self.state.get(parameter, {})
+        moved = state.get("touched", state.get("age"))
+        if moved is None:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.nonzero(moved.reshape(-1)).squeeze(1)

@@ -1,0 +1,291 @@
+"""The tuner: puts cores into a model, saves and loads them, and combines adapters.
+
+The methods with a leading underscore are the ones by which PEFT's ``BaseTuner`` asks its subclasses
+to be extended; :mod:`sparsegrad_cli.peft.registration` names the versions that were checked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from sparsegrad_cli.models.quantized import dtype_of
+from sparsegrad_cli.models.targets import is_linear, linear_shape
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
+from sparsegrad_cli.peft.config import SparseGradConfig
+from sparsegrad_cli.peft.layer import SparseGradLayer
+from sparsegrad_cli.peft.plan import CorePlan, cut_bases, fitted, plan_cores
+
+_Q_OUT, _Q_IN = "sparsegrad_q_out", "sparsegrad_q_in"
+_PREFIX = "base_model.model."
+
+
+class SparseGradModel(BaseTuner):
+    """A model whose linear layers hold SparseGrad cores. Made by ``peft.get_peft_model``.
+
+    Raises:
+        ValueError: The configuration has neither a basis nor layers, the basis does not cover a
+            target module, or no module matches.
+    """
+
+    prefix = "sparsegrad_"
+    tuner_layer_cls = SparseGradLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _prepare_adapter_config(
+        self, peft_config: SparseGradConfig, model_config: dict[str, Any]
+    ) -> SparseGradConfig:
+        """Take the target modules from the basis, or from the saved layers."""
+        if peft_config.basis is None and not peft_config.layers:
+            raise ValueError(
+                "SparseGradConfig needs a basis: "
+                "SparseGradConfig(basis=sparsegrad_cli.calibrate(model, batches), ...)"
+            )
+        if peft_config.target_modules is None:
+            basis = peft_config.basis
+            names = peft_config.layers if basis is None else basis.by_target()
+            peft_config.target_modules = set(names)  # type: ignore[assignment]
+        return peft_config
+
+    def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
+        """Plan the cores of all target modules together, before the first one is replaced."""
+        layers = dict(self._targets(peft_config, model))
+        if peft_config.basis is None:
+            self._plans = _saved_plans(peft_config, layers)
+            return
+        self._plans = _new_plans(peft_config, layers)
+        peft_config.layers = {
+            name: [plan.basis.q_out.shape[1], plan.basis.q_in.shape[1], plan.count]
+            for name, plan in self._plans.items()
+        }
+        first: dict[int, str] = {}
+        for name, plan in self._plans.items():
+            first.setdefault(id(plan.basis), name)
+        peft_config.shared_bases = {
+            name: first[id(plan.basis)]
+            for name, plan in self._plans.items()
+            if first[id(plan.basis)] != name
+        }
+
+    def _targets(
+        self, peft_config: SparseGradConfig, model: nn.Module
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the names and plain layers of the target modules."""
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if name.startswith(inside) and inside:
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+                module = module.get_base_layer()
+            if is_linear(module) and self._check_target_module_exists(peft_config, name) is True:
+                yield name, module
+
+    def _create_and_replace(
+        self,
+        peft_config: SparseGradConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Put a core into one target module."""
+        plan = self._plans.get(current_key)
+        if plan is None:
+            raise ValueError(f"SparseGrad adapts linear layers: {current_key} is not one")
+        layer = target
+        if not isinstance(target, SparseGradLayer):
+            layer = SparseGradLayer(target)
+        assert isinstance(layer, SparseGradLayer)
+        layer.add_adapter(
+            adapter_name,
+            plan,
+            static=peft_config.support == "static",
+            chosen_by_optimizer=peft_config.chosen_by_optimizer,
+        )
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.sparsegrad_values[adapter_name].requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SparseGradConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Return the adapter's tensors; bases that layers share once."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name in config.shared_bases:
+            for part in (_Q_OUT, _Q_IN):
+                for prefix in ("", _PREFIX):
+                    found.pop(f"{prefix}{name}.{part}.{adapter_name}", None)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SparseGradConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Give every layer the bases that it shares, under the names that the model has."""
+        whole = dict(state_dict)
+        for name, first in config.shared_bases.items():
+            for part in (_Q_OUT, _Q_IN):
+                for prefix in ("", _PREFIX):
+                    if f"{prefix}{first}.{part}" in whole:
+                        whole[f"{prefix}{name}.{part}"] = whole[f"{prefix}{first}.{part}"]
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, whole
+        )
+        return remapped
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Make a new adapter whose change of every weight is the weighted sum of others'.
+
+        The sum is exact: adapters with equal bases add their cores; otherwise the bases are put
+        side by side, so the rank is the sum of the ranks. The new adapter has a static support: all
+        parameters that are part of a support of the others.
+
+        Args:
+            adapters: Names of the adapters.
+            weights: Their weights.
+            adapter_name: Name of the new adapter, which does not become active.
+
+        Raises:
+            ValueError: A name is unknown or taken, or the numbers of names and weights differ.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(f"unknown adapters {unknown}: there is {', '.join(self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: choose another name")
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights")
+        config = copy.copy(self.peft_config[adapters[0]])
+        config.basis, config.layers, config.shared_bases = None, {}, {}
+        config.support, config.refresh_steps, config.state_capacity = "static", None, None
+        names = set()
+        for name, layer in self._layers():
+            held = [a for a in adapters if a in layer.sparsegrad_values]
+            if not held:
+                continue
+            names.add(name)
+            plan, values = _combined(layer, held, [weights[adapters.index(a)] for a in held])
+            layer.add_adapter(adapter_name, plan, static=True, chosen_by_optimizer=False)
+            with torch.no_grad():
+                layer.sparsegrad_values[adapter_name].copy_(values)
+            layer.sparsegrad_values[adapter_name].requires_grad_(False)
+            rows, columns = layer.core_shape(adapter_name)
+            config.layers[name] = [rows, columns, plan.count]
+        config.target_modules = names
+        self.peft_config[adapter_name] = config
+
+    def _layers(self) -> Iterator[tuple[str, SparseGradLayer]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, SparseGradLayer):
+                yield name, module
+
+
+def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[str, CorePlan]:
+    assert config.basis is not None
+    given = config.basis.by_target()
+    missing = [name for name in layers if name not in given]
+    if missing:
+        raise ValueError(
+            f"the basis covers {len(given)} modules and not {missing[0]}: calibrate with the same "
+            "target_modules, or leave target_modules out"
+        )
+    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    for name, shape in shapes.items():
+        of_basis = (given[name].q_out.shape[0], given[name].q_in.shape[0])
+        if of_basis != shape:
+            raise ValueError(f"the basis of {name} is for a {of_basis} weight, which is {shape}")
+    counts = {name: count_for_density(config.density, *shape) for name, shape in shapes.items()}
+    rank = config.rank or rank_for_counts(counts.values(), dense=config.support == "dense")
+    cut = cut_bases({name: given[name] for name in layers}, rank)
+    moved: dict[tuple[int, torch.device, torch.dtype], Basis] = {}
+    bases = {}
+    for name, layer in layers.items():
+        place = (id(cut[name]), next(layer.parameters()).device, dtype_of(layer))
+        if place not in moved:
+            moved[place] = fitted(cut[name], *place[1:])
+        bases[name] = moved[place]
+    return plan_cores(
+        bases, config.basis.scores, counts, support=config.support, allocation=config.allocation
+    )
+
+
+def _saved_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[str, CorePlan]:
+    """Return cores of the saved sizes, whose tensors are filled from the adapter's file."""
+    plans, shared = {}, {}
+    for name, layer in layers.items():
+        if name not in config.layers:
+            raise ValueError(f"the saved adapter has no core for {name}")
+        rows, columns, count = config.layers[name]
+        first = config.shared_bases.get(name, name)
+        device, dtype = next(layer.parameters()).device, dtype_of(layer)
+        if first not in shared:
+            out_features, in_features = linear_shape(layer)
+            q_out = torch.zeros(out_features, rows, device=device, dtype=dtype)
+            q_in = torch.zeros(in_features, columns, device=device, dtype=dtype)
+            shared[first] = Basis(q_out, q_in, q_out.new_zeros(rows), q_in.new_zeros(columns))
+        positions = torch.zeros(count, dtype=torch.int32) if config.support == "static" else None
+        plans[name] = CorePlan(shared[first], count, positions)
+    return plans
+
+
+def _combined(
+    layer: SparseGradLayer, adapters: list[str], weights: list[float]
+) -> tuple[CorePlan, Tensor]:
+    """Return the core of a weighted sum of adapters, and its values."""
+    q_outs = [layer.sparsegrad_q_out[name] for name in adapters]
+    q_ins = [layer.sparsegrad_q_in[name] for name in adapters]
+    cores = [w * layer.core_RS(n).detach() for n, w in zip(adapters, weights, strict=True)]
+    patterns = [_pattern(layer, name) for name in adapters]
+    same = all(_equal(q, q_outs[0]) for q in q_outs) and all(_equal(q, q_ins[0]) for q in q_ins)
+    if same:
+        q_out, q_in = q_outs[0], q_ins[0]
+        core_RS = torch.stack(cores).sum(0)
+        pattern_RS = torch.stack(patterns).any(0)
+    else:
+        q_out, q_in = torch.cat(q_outs, 1), torch.cat(q_ins, 1)
+        core_RS, pattern_RS = torch.block_diag(*cores), torch.block_diag(*patterns).bool()
+    positions = torch.nonzero(pattern_RS.reshape(-1)).squeeze(1)
+    basis = Basis(q_out, q_in, q_out.new_zeros(q_out.shape[1]), q_in.new_zeros(q_in.shape[1]))
+    plan = CorePlan(basis, len(positions), positions)
+    return plan, core_RS.reshape(-1)[positions]
+
+
+def _pattern(layer: SparseGradLayer, name: str) -> Tensor:
+    """Return which parameters of S an adapter trains, (r_out, r_in) bool."""
+    shape = layer.core_shape(name)
+    if name not in layer.sparsegrad_support:
+        return torch.ones(shape, dtype=torch.bool, device=layer.sparsegrad_q_out[name].device)
+    flat = torch.zeros(
+        shape[0] * shape[1], dtype=torch.bool, device=layer.sparsegrad_support[name].device
+    )
+    flat[layer.sparsegrad_support[name].long()] = True
+    return flat.view(shape)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))

@@ -1,0 +1,112 @@
+"""The optimizer of a PEFT model with SparseGrad adapters, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
+from sparsegrad_cli.numerics.supports import bounded
+from sparsegrad_cli.peft.config import SparseGradConfig
+from sparsegrad_cli.peft.layer import SparseGradLayer
+
+REFRESH_STEPS = 100
+"""Optimizer steps between two choices of ``support="refresh"``, by default."""
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return the parameters that train as groups for any optimizer: values, head, rest.
+
+    Biases and the parameters of norms do not decay, as in ``transformers.Trainer``.
+
+    Args:
+        model: A PEFT model.
+        lr: Learning rate of the cores' values and of all others.
+        head_lr: Learning rate of the modules of ``modules_to_save``; ``lr`` by default.
+        weight_decay: Weight decay, which pulls the change of a weight towards zero.
+
+    Returns:
+        Dicts with ``params``, ``lr``, ``weight_decay`` and ``name``; none is empty.
+    """
+    values = {id(p) for _, _, p in _trained_values(model)}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "values" if id(parameter) in values else "rest"
+        if ".modules_to_save." in name:
+            kind = "head"
+        decays = kind == "values" or parameter.ndim > 1
+        rate = head_lr if kind == "head" and head_lr is not None else lr
+        group = groups.setdefault(
+            kind if decays else f"{kind} without decay",
+            {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},
+        )
+        group["params"].append(parameter)
+    return [{**group, "name": name} for name, group in groups.items()]
+
+
+def optimizer(
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """Return AdamW for a PEFT model with SparseGrad adapters.
+
+    It is torch's AdamW if the supports are static or dense. Otherwise it chooses in every step
+    which parameters of the cores to change: see
+    :class:`sparsegrad_cli.numerics.selective_optimizer.SelectiveAdamW`.
+
+    Args:
+        model: A PEFT model; adapters that do not train are left out.
+        lr, head_lr, weight_decay: See :func:`parameter_groups`.
+        betas, eps: As in ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: No parameter of the model trains.
+    """
+    groups = parameter_groups(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
+    if not groups:
+        raise ValueError("no parameter of the model trains: activate an adapter first")
+    chosen: dict[nn.Parameter, Selection] = {}
+    for layer, name, parameter in _trained_values(model):
+        if layer.chosen_by_optimizer(name):
+            chosen[parameter] = _selection(model, layer, name, parameter)
+            layer.needs_optimizer[name] = False
+    if not chosen:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    return SelectiveAdamW(groups, chosen, lr=lr, betas=betas, eps=eps)
+
+
+def _trained_values(model: nn.Module) -> Iterator[tuple[SparseGradLayer, str, nn.Parameter]]:
+    for layer in model.modules():
+        if isinstance(layer, SparseGradLayer):
+            for name, parameter in layer.sparsegrad_values.items():
+                if parameter.requires_grad:
+                    yield layer, name, parameter
+
+
+def _selection(
+    model: nn.Module, layer: SparseGradLayer, name: str, parameter: nn.Parameter
+) -> Selection:
+    """Return how the optimizer chooses the parameters of a core."""
+    configs: dict[str, SparseGradConfig] = model.peft_config  # type: ignore[assignment]
+    config, plan = configs[name], layer.plans[name]
+    if config.support == "refresh":
+        return Selection(
+            plan.count,
+            capacity=plan.count,
+            refresh=config.refresh_steps or REFRESH_STEPS,
+            first=plan.positions,
+        )
+    room = bounded(config.state_capacity, plan.count, parameter.numel())
+    return Selection(plan.count, capacity=room)
