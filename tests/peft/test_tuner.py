@@ -3,63 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict
-from support.tiny_models import batch, build, classifier, config, logits, orthogonal_bases, targets_of
-from torch import Tensor, nn
+from peft import PeftModel
+from support.peft_models import ARCHITECTURES, trained, wrapped
+from support.tiny_models import classifier, logits
 
 import sparsegrad_cli.peft as sg
-from sparsegrad_cli.numerics.hosvd import Basis
 
-ARCHITECTURES = ("bert", "llama", "gpt2")
 SUPPORTS = ("static", "dense", "dynamic", "refresh")
-
-
-@dataclass(frozen=True)
-class Bases:
-    """Bases as calibration returns them."""
-
-    bases: dict[str, Basis]
-    scores: dict[str, Tensor]
-
-    def by_target(self) -> dict[str, Basis]:
-        return self.bases
-
-
-def bases_of(model: nn.Module, seed: int = 0) -> Bases:
-    """Random orthogonal bases with descending singular values, one per target."""
-    return Bases(orthogonal_bases(targets_of(model), seed=seed), {})
-
-
-def wrapped(architecture: str, seed: int = 0, **settings: Any) -> PeftModel:
-    """A tiny classifier with a fresh adapter; its head trains."""
-    model = classifier(architecture)
-    head = "classifier" if architecture == "bert" else "score"
-    made = sg.SparseGradConfig(
-        basis=bases_of(model, seed),
-        modules_to_save=[head],
-        task_type="SEQ_CLS",
-        **{"density": 0.05, "rank": 8, **settings},
-    )
-    return get_peft_model(model, made)
-
-
-def trained(model: PeftModel, steps: int = 3) -> PeftModel:
-    """The model after some steps with the tuner's own optimizer."""
-    optimizer = sg.optimizer(model, lr=1e-2)
-    model.train()
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(**batch(seed=step)).loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -71,9 +25,7 @@ def test_a_new_adapter_does_not_change_the_outputs(architecture: str, support: s
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_a_saved_adapter_loads_bit_for_bit(
-    architecture: str, support: str, tmp_path: Path
-) -> None:
+def test_a_saved_adapter_loads_bit_for_bit(architecture: str, support: str, tmp_path: Path) -> None:
     model = trained(wrapped(architecture, support=support))
     model.save_pretrained(tmp_path)
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md", ".safetensors"]

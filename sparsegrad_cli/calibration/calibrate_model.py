@@ -1,0 +1,206 @@
+"""Calibrate any torch model on any batches: the part of calibration that Python users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from sparsegrad_cli.calibration.basis_file import BasisFile, tensors_digest
+from sparsegrad_cli.calibration.calibrate import calibrate as calibrate_targets
+from sparsegrad_cli.calibration.calibrate import passes_of
+from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.models.targets import (
+    Target,
+    find_targets,
+    fingerprint,
+    is_linear,
+    linear_shape,
+)
+from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
+from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection
+from sparsegrad_cli.records.run import CalibrationSettings
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class _Output:
+    """An output with ``loss``, as the models of transformers return it."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+class _WithLoss(nn.Module):
+    """A plain torch model, called with a batch of ``inputs`` and ``labels``."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs: Any, labels: Any) -> _Output:
+        """Return the loss of the model's output."""
+        return _Output(self.loss(self.model(inputs), labels))
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]] | Iterable[tuple[Any, Any]],
+    *,
+    loss: Loss | None = None,
+    target_modules: Sequence[str] | str | None = None,
+    steps: int = 32,
+    rank: int | None = None,
+    density: float = 0.01,
+    basis_per: Literal["layer", "kind"] = "layer",
+    source: Literal["batch", "token"] = "token",
+    score: Literal["spectral", "gradient", "square", "token_square"] = "spectral",
+    warmup_steps: int = 50,
+    seed: int = 0,
+) -> BasisFile:
+    """Compute the bases in which a model's gradients are sparse (Chekalina et al. 2024, section 3).
+
+    The model is not changed: weights, gradients, mode and random state are restored. Forward and
+    backward passes run in training mode, on the device that holds the model.
+
+    Args:
+        model: Any torch model. Without ``loss``, it must return an object with ``loss``, as the
+            models of transformers do when a batch has ``labels``.
+        batches: Mappings of the arguments of ``model.forward``, or, with ``loss``, pairs of
+            (inputs, targets). The first ``steps`` of them are used and kept in memory; if there are
+            fewer, all are used.
+        loss: Function of the model's output and the targets, such as
+            ``torch.nn.functional.cross_entropy``; it returns a mean over the rows of the batch.
+        target_modules: Names, suffixes of names or a regular expression, as in PEFT; by default
+            the linear layers of the MLPs of a transformer.
+        steps: Largest number of batches for the bases.
+        rank: Directions per side to keep; by default what a core of ``density`` needs.
+        density: Share of the parameters that will train.
+        basis_per: ``layer``: one basis per module; ``kind``: modules at the same place of their
+            blocks share one, which saves memory.
+        source: ``token``: from the gradients of single tokens; ``batch``: from the gradients of
+            batches, as the paper does.
+        score: How the parameters of a static support are scored; ``spectral`` needs no second pass.
+        warmup_steps: Steps that train the new head of a transformers classifier before the bases
+            are computed, undone afterwards. A random head gives random gradients.
+        seed: Seed of dropout and of the head's warm-up.
+
+    Returns:
+        The bases, for :class:`sparsegrad_cli.peft.SparseGradConfig`; ``save`` writes them to a
+        file.
+
+    Raises:
+        UsageError: No target module was found.
+        ValueError: There are no batches, or a batch is neither a mapping nor a pair.
+        SparsegradError: A loss or a gradient is NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    given = [_moved(batch, device) for batch in islice(batches, steps)]
+    if not given:
+        raise ValueError("calibrate got no batches")
+    plain = loss is not None
+    whole: nn.Module = _WithLoss(model, loss) if loss is not None else model
+    named = [_as_mapping(batch, plain) for batch in given]
+    targets = _targets(model, target_modules)
+    kept = rank or _rank_for(targets, density)
+    settings = CalibrationSection(
+        steps=len(named),
+        basis_per=basis_per,
+        source=source,
+        decomposition="randomized",
+        score=score,
+        warmup_steps=warmup_steps,
+    )
+    inner = [replace(t, name=f"model.{t.name}") for t in targets] if plain else targets
+    training = model.training
+    with warmed_head(
+        whole,
+        _endless(named),
+        steps=0 if plain else warmup_steps,
+        learning_rate=settings.warmup_learning_rate,
+        seed=seed,
+    ):
+        found = calibrate_targets(whole, inner, lambda: iter(named), settings, seed=seed, rank=kept)
+    model.train(training)
+    keys = {_outer(name, plain): _outer(key, plain) for name, key in found.keys.items()}
+    bases = {_outer(key, plain): basis for key, basis in found.bases.items()}
+    scores = {_outer(name, plain): score for name, score in found.scores.items()}
+    made = CalibrationSettings(
+        steps=len(named),
+        basis_per=basis_per,
+        source=source,
+        decomposition="randomized",
+        score=score,
+        warmup_steps=0 if plain else warmup_steps,
+        passes=passes_of(settings),
+        seed=seed,
+    )
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    mark = fingerprint(model, targets)
+    return BasisFile(bases, keys, name, mark, made, "", tensors_digest(bases, scores), scores)
+
+
+def _outer(name: str, plain: bool) -> str:
+    return name.removeprefix("model.") if plain else name
+
+
+def _targets(model: nn.Module, modules: Sequence[str] | str | None) -> list[Target]:
+    if modules is None:
+        return find_targets(model, TargetsSection(), "target_modules")
+    from peft import PeftConfig
+
+    from sparsegrad_cli.errors import UsageError
+
+    config: Any = PeftConfig()
+    config.target_modules = modules if isinstance(modules, str) else set(modules)
+    config.exclude_modules, config.layers_to_transform, config.layers_pattern = None, None, None
+    found = [
+        Target(name, name.rpartition(".")[2], 0, *linear_shape(m), not isinstance(m, nn.Linear))
+        for name, m in model.named_modules()
+        if is_linear(m) and check_target_module_exists(config, name)
+    ]
+    if not found:
+        linear = [name for name, m in model.named_modules() if is_linear(m)]
+        raise UsageError(
+            f"{modules!r} matches no linear layer",
+            where="target_modules",
+            fix=f"the linear layers are {', '.join(linear[:20])}",
+        )
+    return found
+
+
+def _rank_for(targets: Sequence[Target], density: float) -> int:
+    counts = [count_for_density(density, t.out_features, t.in_features) for t in targets]
+    widest = max(max(t.out_features, t.in_features) for t in targets)
+    return min(widest, rank_for_counts(counts, dense=False))
+
+
+def _endless(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from batches
+
+
+def _as_mapping(batch: Any, plain: bool) -> dict[str, Any]:
+    if plain and isinstance(batch, tuple | list) and len(batch) == 2:
+        return {"inputs": batch[0], "labels": batch[1]}
+    if not plain and isinstance(batch, Mapping):
+        return dict(batch)
+    wanted = "a pair (inputs, targets)" if plain else "a mapping of the arguments of model.forward"
+    hint = "" if plain else "; for pairs, pass loss="
+    raise ValueError(f"expected {wanted} as a batch, got {type(batch).__name__}{hint}")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
