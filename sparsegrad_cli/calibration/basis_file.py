@@ -53,6 +53,14 @@ class BasisFile:
         """Return target name -> basis; targets with the same key share the object."""
         return {name: self.bases[key] for name, key in self.metadata.targets.items()}
 
+    def save(self, path: str | Path) -> None:
+        """Write the bases to a safetensors file; see :func:`sparsegrad_cli.load_basis`.
+
+        Raises:
+            DiskError: The file cannot be written.
+        """
+        write_basis(Path(path), self)
+
 
 def write_basis(path: Path, basis: BasisFile) -> None:
     """Write the file atomically.
