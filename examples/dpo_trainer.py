@@ -53,5 +53,5 @@ trainer = DPOTrainer(
     optimizers=(sg.peft.optimizer(model, lr=3e-3), None),
 )
 trainer.train()
-losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-print(f"DPO loss from {losses[0]:.3f} to {losses[-1]:.3f}")
+losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]  # one per step
+print(f"DPO loss from {losses[0]:.6f} to {losses[-1]:.6f}")

@@ -21,7 +21,7 @@ import sparsegrad_cli as sg
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "bert-base-uncased"
 TEXTS = ["a fine film", "dull and long", "I loved it", "what a waste of time"] * 8
 
-accelerator = Accelerator()
+accelerator = Accelerator(cpu=not torch.cuda.is_available())
 set_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
