@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("run",),
     ("methods",),
+    ("peft",),
     ("models", "data", "memory"),
     ("numerics",),
     ("report",),

@@ -11,19 +11,15 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from sparsegrad_cli.calibration.basis_file import BasisFile, tensors_digest
+from sparsegrad_cli.calibration.basis_file import BasisFile, basis_digest
 from sparsegrad_cli.calibration.calibrate import calibrate as calibrate_targets
 from sparsegrad_cli.calibration.calibrate import passes_of
 from sparsegrad_cli.calibration.warmup import warmed_head
-from sparsegrad_cli.models.targets import (
-    Target,
-    find_targets,
-    fingerprint,
-    is_linear,
-    linear_shape,
-)
+from sparsegrad_cli.models.digests import fingerprint
+from sparsegrad_cli.models.targets import Target, find_targets, is_linear, linear_shape
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection
+from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.run import CalibrationSettings
 
 Loss = Callable[[Any, Any], Tensor]
@@ -127,22 +123,26 @@ def calibrate(
     ):
         found = calibrate_targets(whole, inner, lambda: iter(named), settings, seed=seed, rank=kept)
     model.train(training)
-    keys = {_outer(name, plain): _outer(key, plain) for name, key in found.keys.items()}
     bases = {_outer(key, plain): basis for key, basis in found.bases.items()}
     scores = {_outer(name, plain): score for name, score in found.scores.items()}
-    made = CalibrationSettings(
-        steps=len(named),
-        basis_per=basis_per,
-        source=source,
-        decomposition="randomized",
-        score=score,
-        warmup_steps=0 if plain else warmup_steps,
-        passes=passes_of(settings),
-        seed=seed,
+    metadata = BasisMetadata(
+        model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
+        fingerprint=fingerprint(model, targets),
+        targets={_outer(name, plain): _outer(key, plain) for name, key in found.keys.items()},
+        settings=CalibrationSettings(
+            steps=len(named),
+            basis_per=basis_per,
+            source=source,
+            decomposition="randomized",
+            score=score,
+            warmup_steps=0 if plain else warmup_steps,
+            passes=passes_of(settings),
+            seed=seed,
+        ),
+        recipe_digest="",
+        digest=basis_digest(bases, scores),
     )
-    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-    mark = fingerprint(model, targets)
-    return BasisFile(bases, keys, name, mark, made, "", tensors_digest(bases, scores), scores)
+    return BasisFile(bases, metadata, scores)
 
 
 def _outer(name: str, plain: bool) -> str:

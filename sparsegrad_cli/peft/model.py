@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.models.targets import is_linear, linear_shape
-from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
 from sparsegrad_cli.peft.config import SparseGradConfig
 from sparsegrad_cli.peft.layer import SparseGradLayer
-from sparsegrad_cli.peft.plan import CorePlan, cut_bases, fitted, plan_cores
+from sparsegrad_cli.peft.plan import CorePlan, plan_cores
 
 _Q_OUT, _Q_IN = "sparsegrad_q_out", "sparsegrad_q_in"
 _PREFIX = "base_model.model."
@@ -221,14 +221,13 @@ def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[s
             raise ValueError(f"the basis of {name} is for a {of_basis} weight, which is {shape}")
     counts = {name: count_for_density(config.density, *shape) for name, shape in shapes.items()}
     rank = config.rank or rank_for_counts(counts.values(), dense=config.support == "dense")
-    cut = cut_bases({name: given[name] for name in layers}, rank)
-    moved: dict[tuple[int, torch.device, torch.dtype], Basis] = {}
-    bases = {}
-    for name, layer in layers.items():
-        place = (id(cut[name]), next(layer.parameters()).device, dtype_of(layer))
-        if place not in moved:
-            moved[place] = fitted(cut[name], *place[1:])
-        bases[name] = moved[place]
+
+    def fit(name: str, basis: Basis) -> Basis:
+        # In the dtype in which the products are made: half the bytes for half precision.
+        layer = layers[name]
+        return truncated(basis, rank).to(dtype_of(layer), next(layer.parameters()).device)
+
+    bases = map_bases({name: given[name] for name in layers}, fit)
     return plan_cores(
         bases, config.basis.scores, counts, support=config.support, allocation=config.allocation
     )

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from sparsegrad_cli.numerics.hosvd import Basis, truncated
+from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.supports import (
     allocate,
     comparable_scores,
@@ -88,18 +87,3 @@ def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
     if score is None:
         return spectral_scores(basis)
     return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]
-
-
-def cut_bases(bases: Mapping[str, Basis], rank: int | float) -> dict[str, Basis]:
-    """Cut every basis to ``rank`` directions per side; bases that were shared stay shared."""
-    cut: dict[int, Basis] = {}
-    for basis in bases.values():
-        if id(basis) not in cut:
-            cut[id(basis)] = truncated(basis, rank)
-    return {name: cut[id(basis)] for name, basis in bases.items()}
-
-
-def fitted(basis: Basis, device: torch.device, dtype: torch.dtype) -> Basis:
-    """Return a basis on a device, its sides in the dtype of the products."""
-    sides = (basis.q_out.to(device, dtype), basis.q_in.to(device, dtype))
-    return Basis(*sides, basis.singular_out, basis.singular_in, basis.tokens)

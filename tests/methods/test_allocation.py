@@ -19,7 +19,7 @@ from sparsegrad_cli.calibration.basis_file import (
     write_basis,
 )
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.sparsegrad.core import planned_supports
+from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.numerics.hosvd import GramStream, truncated
 from sparsegrad_cli.numerics.supports import ScoreStream, comparable_scores, spectral_scores
@@ -91,8 +91,8 @@ def test_the_last_block_gets_what_its_gradients_deserve(basis_per: str) -> None:
         if unknown:
             bases = {key: replace(basis, tokens=None) for key, basis in bases.items()}
         by_target = {t.name: bases[found.keys[t.name]] for t in targets}
-        supports = planned_supports(method, targets, by_target, found.scores)
-        return [len(support) for support in supports.values()]
+        plans = SparsegradCore(method).planned(targets, by_target, found.scores)
+        return [plan.count for plan in plans.values()]
 
     exact, spectral, starved = shares(score="token_square"), shares(), shares(unknown=True)
     assert sum(exact) == sum(spectral) == sum(starved)

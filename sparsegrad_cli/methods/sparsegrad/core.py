@@ -8,7 +8,6 @@ their value and lose their state. Any optimizer can train the first two.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -32,13 +31,8 @@ from sparsegrad_cli.numerics.frozen_linear import core_beside
 from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.lowrank import structural_factors
 from sparsegrad_cli.numerics.selective_optimizer import Selection
-from sparsegrad_cli.numerics.supports import (
-    allocate,
-    bounded,
-    comparable_scores,
-    largest_entries,
-    spectral_scores,
-)
+from sparsegrad_cli.numerics.supports import bounded
+from sparsegrad_cli.peft.plan import CorePlan, plan_cores
 from sparsegrad_cli.recipe.schema import TrainSection
 
 
@@ -141,7 +135,6 @@ class SparsegradCore(Method):
     def __init__(self, settings: SparsegradSettings) -> None:
         super().__init__(settings)
         self._layers: dict[str, CoreLinear] = {}
-        self._requested: Mapping[str, int] = {}
         self._counts: dict[str, int] = {}
         self._first: dict[str, Tensor] = {}
 
@@ -149,16 +142,20 @@ class SparsegradCore(Method):
         self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
     ) -> dict[str, Plan]:
         """Return the supports that calibration chooses, or their sizes."""
-        chosen = planned_supports(self.settings, targets, bases, scores)
+        plans = self._plans(targets, bases, scores)
+        return {name: Plan(plan.count, plan.positions) for name, plan in plans.items()}
+
+    def _plans(
+        self, targets: list[Target], bases: Mapping[str, Basis], scores: Mapping[str, Tensor]
+    ) -> dict[str, CorePlan]:
         dense = self.settings.support == "dense"
-        requested = {} if dense else self.settings.requested(targets)
-        plans = {}
-        for target in targets:
-            name, positions = target.name, chosen.get(target.name)
-            room = bases[name].q_out.shape[1] * bases[name].q_in.shape[1]
-            count = min(requested.get(name, room), room) if positions is None else len(positions)
-            plans[name] = Plan(count, positions)
-        return plans
+        return plan_cores(
+            {t.name: bases[t.name] for t in targets},
+            scores,
+            {} if dense else self.settings.requested(targets),
+            support=self.settings.support,
+            allocation=self.settings.allocation,
+        )
 
     def adapt(
         self,
@@ -177,38 +174,20 @@ class SparsegradCore(Method):
             return truncated(basis, rank).to(dtype_of(layer), next(layer.parameters()).device)
 
         fitted = map_bases({t.name: bases[t.name] for t in targets}, fit)
-        self._requested = self.settings.requested(targets)
-        chosen = planned_supports(self.settings, targets, fitted, scores)
-        fixed = chosen if self.settings.support == "static" else {}
-        self._first = chosen if self.settings.support == "refresh" else {}
+        plans = self._plans(targets, fitted, scores)
+        self._counts = {name: plan.count for name, plan in plans.items()}
+        if self.settings.support == "refresh":
+            self._first = {n: p.positions for n, p in plans.items() if p.positions is not None}
         for target in targets:
-            core = self._core(model, target, fitted[target.name], fixed.get(target.name))
+            plan = plans[target.name]
+            positions = plan.positions if self.settings.support == "static" else None
+            core = _core(model, target, plan.basis, positions)
+            self._layers[target.name] = core
             model.set_submodule(target.name, core)
         dense = self.settings.support == "dense"
-        requested = None if dense else sum(self._requested.values())
+        requested = None if dense else sum(self.settings.requested(targets).values())
         ranks = sorted({"x".join(map(str, layer.shape)) for layer in self._layers.values()})
         return Adapted(self._counts, requested, f"core {', '.join(ranks)}", fitted)
-
-    def _core(
-        self, model: nn.Module, target: Target, basis: Basis, support: Tensor | None
-    ) -> CoreLinear:
-        layer = model.get_submodule(target.name)
-        core: CoreLinear
-        if is_quantized(layer):
-            core = QuantizedCoreLinear(layer, basis, support)
-        else:
-            weight, bias = layer.weight, layer.bias
-            assert isinstance(weight, nn.Parameter)
-            assert bias is None or isinstance(bias, nn.Parameter)
-            core = CoreLinear(weight, bias, basis, support, transposed=target.transposed)
-        room = core.shape[0] * core.shape[1]
-        self._layers[target.name] = core
-        if support is not None:
-            self._counts[target.name] = len(support)
-        else:
-            dense = self.settings.support == "dense"
-            self._counts[target.name] = room if dense else min(self._requested[target.name], room)
-        return core
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """Return torch's AdamW; for a support that changes, AdamW on chosen entries of S."""
@@ -277,37 +256,12 @@ class SparsegradCore(Method):
         return Factors(b_OR, a_RI, b_OR.shape[1])
 
 
-def planned_supports(
-    settings: SparsegradSettings,
-    targets: list[Target],
-    bases: Mapping[str, Basis],
-    scores: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Return flat positions in each target's core; empty where training chooses them.
-
-    Args:
-        bases: target name -> basis of the core's rank.
-        scores: target name -> scores of the core's entries; where missing, the spectra choose.
-    """
-    if settings.support not in ("static", "refresh"):
-        return {}
-    # Always chosen on the CPU: among equal scores a GPU takes others, and a resumed run, which
-    # reads the scores from a file, must choose as before.
-    worth = {t.name: _fitting_score(bases[t.name], scores.get(t.name)).cpu() for t in targets}
-    requested = settings.requested(targets)
-    counts = {t.name: min(requested[t.name], worth[t.name].numel()) for t in targets}
-    if settings.allocation == "model":
-        sharing = Counter(id(bases[name]) for name in worth)
-        for name in worth.keys() - scores.keys():
-            tokens, number = bases[name].tokens, sharing[id(bases[name])]
-            worth[name] = comparable_scores(worth[name], tokens, number)
-        chosen = allocate(list(worth.values()), sum(counts.values()))
-        return dict(zip(worth, chosen, strict=True))
-    return {name: largest_entries(score, counts[name]) for name, score in worth.items()}
-
-
-def _fitting_score(basis: Basis, score: Tensor | None) -> Tensor:
-    """Return (r_out, r_in) scores of calibration, cut to the core, or of the spectra."""
-    if score is None:
-        return spectral_scores(basis)
-    return score[: basis.q_out.shape[1], : basis.q_in.shape[1]]
+def _core(model: nn.Module, target: Target, basis: Basis, support: Tensor | None) -> CoreLinear:
+    """Return the layer that replaces a target."""
+    layer = model.get_submodule(target.name)
+    if is_quantized(layer):
+        return QuantizedCoreLinear(layer, basis, support)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, nn.Parameter)
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return CoreLinear(weight, bias, basis, support, transposed=target.transposed)
