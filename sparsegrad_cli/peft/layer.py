@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,13 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         TypeError: The module is not a linear layer.
     """
 
+    # What BaseTunerLayer brings, which mypy does not read.
+    base_layer: nn.Module
+    active_adapters: list[str]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+
     adapter_layer_names = ("sparsegrad_values",)
     other_param_names = (
         "sparsegrad_support",
@@ -103,7 +111,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
             static: Whether the parameter holds the values of the support alone.
             chosen_by_optimizer: Whether the optimizer chooses the parameters that a step changes.
         """
-        device = self.base_layer.weight.device
+        device = plan.basis.q_out.device
         # The core is float32 or wider whatever the weight is: small increments must not be lost.
         dtype = torch.promote_types(plan.basis.q_out.dtype, torch.float32)
         self.sparsegrad_q_out[name] = plan.basis.q_out
@@ -200,7 +208,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         if self.training and torch.is_grad_enabled():
             self._check_optimizer(names)
         if args or kwargs or _has_hooks(self.base_layer):
-            y = self.base_layer(x, *args, **kwargs)
+            y: Tensor = self.base_layer(x, *args, **kwargs)
         else:
             y = self._with_core(x, names.pop(0))
         for name in names:
@@ -209,11 +217,12 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     def _with_core(self, x: Tensor, name: str) -> Tensor:
         """Return the output with one core, saving x Q_in alone for the backward pass."""
-        base, core_RS = self.base_layer, self.core_RS(name)
+        base: Any = self.base_layer
+        core_RS = self.core_RS(name)
         q_out, q_in = self.sparsegrad_q_out[name], self.sparsegrad_q_in[name]
         if is_quantized(base):
             return core_beside(x, base, core_RS, q_out, q_in)
-        weight = base.weight.T if self.transposed else base.weight
+        weight: Tensor = base.weight.T if self.transposed else base.weight
         return core_linear(x, weight, base.bias, core_RS, q_out, q_in)
 
     def _core_output(self, x: Tensor, name: str) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.chat_models import talker
+from support.chat_models import chat_model_folder
 from support.paths import REPO
 from support.small_runs import base_folder
 
@@ -20,7 +20,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talker(tmp_path_factory.mktemp("llama") / "base")
+    return chat_model_folder(tmp_path_factory.mktemp("llama") / "base")
 
 
 def run(folder: Path, *command: str) -> str:

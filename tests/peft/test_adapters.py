@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,8 +81,8 @@ def test_a_weighted_adapter_saves_and_loads(tmp_path: Path) -> None:
 
 
 def test_auto_peft_model_and_transformers_load_an_adapter(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    classifier("bert").save_pretrained(base)
+    base, saved = tmp_path / "base", classifier("bert")
+    cast(Any, saved).save_pretrained(base)
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(base)

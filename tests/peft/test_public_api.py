@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_transformer_is_calibrated_wrapped_trained_saved_and_loaded(tmp_path: 
 
 
 @pytest.mark.parametrize("support", ["static", "dynamic", "refresh"])
-def test_a_plain_torch_model_trains_on_pairs(support: str) -> None:
+def test_a_plain_torch_model_trains_on_pairs(support: Any) -> None:
     model = net()
     basis = sg.calibrate(
         model, pairs(8), loss=F.cross_entropy, target_modules=["up", "down"], density=0.1
