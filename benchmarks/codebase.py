@@ -41,11 +41,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed", "interruption", "progress", "error_mapping"),
     ("errors",),
 )
-# A recipe is built from the settings of the methods. These import no torch, so they belong to its
-# layer.
+# A recipe is built from the settings of the methods, and these compute sizes. They import no torch,
+# so they belong to its layer.
 GROUND = {
-    f"methods.{name}": "recipe" for name in ("registry", "settings", "base", "sparse_settings")
-}
+    "numerics.sizing": "recipe",
+} | {f"methods.{name}": "recipe" for name in ("registry", "settings", "base", "sparse_settings")}
 METHODS = ("sparsegrad", "lora", "meprop", "full")
 # Places where a method's name has another meaning: (file, name) -> reason.
 OTHER_WORDS = {

@@ -18,6 +18,9 @@ PRIVATE = {
     "estimate/fake_tensors.py": "torch: operators of aten, which start with an underscore",
     "interruption.py": "os._exit is public in spite of its name",
     "memory/storage_tracker.py": "torch: indices of a sparse tensor that is not coalesced",
+    "peft/layer.py": "torch: whether a module has hooks",
+    "peft/model.py": "peft: what a tuner overrides and calls; see peft/registration.py",
+    "peft/registration.py": "peft: its docstring names the version checked with",
     "training/accelerator.py": "accelerate: its docstring names the version checked with",
 }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any, Literal
 
 import torch
@@ -95,33 +95,43 @@ def calibrate(
         ValueError: There are no batches, or a batch is neither a mapping nor a pair.
         SparsegradError: A loss or a gradient is NaN or infinite.
     """
-    device = next(model.parameters()).device
-    given = [_moved(batch, device) for batch in islice(batches, steps)]
-    if not given:
-        raise ValueError("calibrate got no batches")
-    plain = loss is not None
-    whole: nn.Module = _WithLoss(model, loss) if loss is not None else model
-    named = [_as_mapping(batch, plain) for batch in given]
     targets = _targets(model, target_modules)
-    kept = rank or _rank_for(targets, density)
     settings = CalibrationSection(
-        steps=len(named),
+        steps=steps,
         basis_per=basis_per,
         source=source,
         decomposition="randomized",
         score=score,
-        warmup_steps=warmup_steps,
+        warmup_steps=0 if loss is not None else warmup_steps,
     )
+    device = next(model.parameters()).device
+    given = [_moved(batch, device) for batch in islice(batches, steps)]
+    return _calibrate(
+        model, given, loss, targets, rank or _rank_for(targets, density), settings, seed
+    )
+
+
+def _calibrate(
+    model: nn.Module,
+    given: Sequence[Any],
+    loss: Loss | None,
+    targets: list[Target],
+    rank: int,
+    settings: CalibrationSection,
+    seed: int,
+) -> BasisFile:
+    if not given:
+        raise ValueError("calibrate got no batches")
+    plain = loss is not None
+    whole: nn.Module = model if loss is None else _WithLoss(model, loss)
+    named = [_as_mapping(batch, plain) for batch in given]
+    settings = settings.model_copy(update={"steps": len(named)})
     inner = [replace(t, name=f"model.{t.name}") for t in targets] if plain else targets
     training = model.training
-    with warmed_head(
-        whole,
-        _endless(named),
-        steps=0 if plain else warmup_steps,
-        learning_rate=settings.warmup_learning_rate,
-        seed=seed,
-    ):
-        found = calibrate_targets(whole, inner, lambda: iter(named), settings, seed=seed, rank=kept)
+    rate = settings.warmup_learning_rate
+    head = cycle(named)
+    with warmed_head(whole, head, steps=settings.warmup_steps, learning_rate=rate, seed=seed):
+        found = calibrate_targets(whole, inner, lambda: iter(named), settings, seed=seed, rank=rank)
     model.train(training)
     bases = {_outer(key, plain): basis for key, basis in found.bases.items()}
     scores = {_outer(name, plain): score for name, score in found.scores.items()}
@@ -130,12 +140,12 @@ def calibrate(
         fingerprint=fingerprint(model, targets),
         targets={_outer(name, plain): _outer(key, plain) for name, key in found.keys.items()},
         settings=CalibrationSettings(
-            steps=len(named),
-            basis_per=basis_per,
-            source=source,
-            decomposition="randomized",
-            score=score,
-            warmup_steps=0 if plain else warmup_steps,
+            steps=settings.steps,
+            basis_per=settings.basis_per,
+            source=settings.source,
+            decomposition=settings.decomposition,
+            score=settings.score,
+            warmup_steps=settings.warmup_steps,
             passes=passes_of(settings),
             seed=seed,
         ),
@@ -178,11 +188,6 @@ def _rank_for(targets: Sequence[Target], density: float) -> int:
     counts = [count_for_density(density, t.out_features, t.in_features) for t in targets]
     widest = max(max(t.out_features, t.in_features) for t in targets)
     return min(widest, rank_for_counts(counts, dense=False))
-
-
-def _endless(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    while True:
-        yield from batches
 
 
 def _as_mapping(batch: Any, plain: bool) -> dict[str, Any]:

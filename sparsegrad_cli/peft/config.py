@@ -10,8 +10,9 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from sparsegrad_cli.numerics.hosvd import Basis
-from sparsegrad_cli.peft.registration import NAME
 
+NAME = "SPARSEGRAD"
+"""PEFT's name for the tuner."""
 SUPPORTS = ("static", "dense", "dynamic", "refresh")
 
 

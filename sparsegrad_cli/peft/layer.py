@@ -28,22 +28,20 @@ class AdapterBuffers(nn.Module):
     """
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._buffers[name]
-        assert found is not None
-        return found
+        return self.get_buffer(name)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor)
 
     def __delitem__(self, name: str) -> None:
-        del self._buffers[name]
+        delattr(self, name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._buffers
+        return name in self.keys()
 
     def keys(self) -> list[str]:
         """Return the names of the adapters."""
-        return list(self._buffers)
+        return [name for name, _ in self.named_buffers(remove_duplicate=False)]
 
 
 class SparseGradLayer(nn.Module, BaseTunerLayer):

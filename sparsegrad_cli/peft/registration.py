@@ -14,9 +14,11 @@ import peft
 from packaging.version import Version
 from peft.utils import PeftType, register_peft_method
 
+from sparsegrad_cli.peft.config import NAME, SparseGradConfig
+from sparsegrad_cli.peft.model import SparseGradModel
+
 CHECKED = ("0.21.2", "0.22")
 """First version that was checked, and first one that was not."""
-NAME = "SPARSEGRAD"
 
 
 def check_version(version: str = peft.__version__) -> None:
@@ -39,9 +41,6 @@ def register() -> None:
     Raises:
         ImportError: See :func:`check_version`.
     """
-    from sparsegrad_cli.peft.config import SparseGradConfig
-    from sparsegrad_cli.peft.model import SparseGradModel
-
     check_version()
     if peft_type() is None:
         _add_member(NAME)
