@@ -84,7 +84,7 @@ class SparseGradModel(BaseTuner):
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, f"{name}.")
                 module = module.get_base_layer()
-            if is_linear(module) and self._check_target_module_exists(peft_config, name) is True:
+            if is_linear(module) and self._check_target_module_exists(peft_config, name):
                 yield name, module
 
     def _create_and_replace(
@@ -221,6 +221,14 @@ def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[s
             raise ValueError(f"the basis of {name} is for a {of_basis} weight, which is {shape}")
     counts = {name: count_for_density(config.density, *shape) for name, shape in shapes.items()}
     rank = config.rank or rank_for_counts(counts.values(), dense=config.support == "dense")
+
+    for name, shape in shapes.items():
+        sides = (given[name].q_out.shape[1], given[name].q_in.shape[1])
+        if any(has < min(rank, side) for has, side in zip(sides, shape, strict=True)):
+            raise ValueError(
+                f"the basis of {name} holds {min(sides)} directions and the core needs {rank}: "
+                f"calibrate with rank={rank}, or with the density of the configuration"
+            )
 
     def fit(name: str, basis: Basis) -> Basis:
         # In the dtype in which the products are made: half the bytes for half precision.

@@ -100,6 +100,21 @@ def test_the_trained_share_is_the_density_of_each_module() -> None:
     assert trained == 2 * round(0.1 * 12 * 48)
 
 
+@pytest.mark.parametrize("modules", [r".*(intermediate|output)\.dense", None, ["output.dense"]])
+def test_target_modules_are_a_pattern_names_or_those_of_the_basis(modules: Any) -> None:
+    model = classifier("bert", num_hidden_layers=12)
+    names = [
+        f"bert.encoder.layer.{n}.{m}.dense" for n in range(12) for m in ("intermediate", "output")
+    ]
+    basis = sg.calibrate(model, batches(), steps=2, density=0.05, target_modules=names)
+    chosen = sg.peft.SparseGradConfig(
+        basis=basis, density=0.05, target_modules=modules, exclude_modules=r".*attention.*"
+    )
+    tuned = get_peft_model(model, chosen)
+    found = sum(isinstance(module, sg.peft.SparseGradLayer) for module in tuned.modules())
+    assert found == (12 if isinstance(modules, list) else 24)
+
+
 def test_bad_calls_say_what_was_expected() -> None:
     with pytest.raises(UsageError, match="matches no linear layer"):
         sg.calibrate(net(), pairs(1), loss=F.cross_entropy, target_modules=["nothing"])
@@ -112,6 +127,8 @@ def test_bad_calls_say_what_was_expected() -> None:
     basis = sg.calibrate(net(), pairs(1), loss=F.cross_entropy, target_modules=["up"])
     with pytest.raises(ValueError, match="covers 1 modules and not down"):
         get_peft_model(net(), sg.peft.SparseGradConfig(basis=basis, target_modules=["up", "down"]))
+    with pytest.raises(ValueError, match="holds 8 directions and the core needs 16"):
+        get_peft_model(net(), sg.peft.SparseGradConfig(basis=basis, rank=16))
     with pytest.raises(ValueError, match="refresh_steps needs support='refresh'"):
         sg.peft.SparseGradConfig(basis=basis, refresh_steps=3)
 
