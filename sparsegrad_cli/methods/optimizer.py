@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsegrad_cli.models.weight_decay import decaying_names
 from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -31,24 +32,17 @@ def by_decay(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Split the parameters that train into those that decay and those that do not.
 
-    The rule is that of ``transformers.Trainer.get_decay_parameter_names``: biases and the
-    parameters of norms do not decay. Without weight decay all of them count as decaying.
+    See :func:`decaying_names`. Without weight decay all of them count as decaying.
 
     Args:
         without: parameters to leave out.
     """
-    from transformers.trainer_pt_utils import get_parameter_names
-
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p not in without}
     if not train.weight_decay:
         return list(trained.values()), []
-    decaying = set(get_parameter_names(model, [nn.LayerNorm], _UNDECAYED))
+    decaying = decaying_names(model)
     decayed = [parameter for name, parameter in trained.items() if name in decaying]
     return decayed, [parameter for name, parameter in trained.items() if name not in decaying]
-
-
-# Names of parameters that do not decay, as transformers has them; matched in lower case.
-_UNDECAYED = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 def _groups(

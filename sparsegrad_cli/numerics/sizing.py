@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 FILL = 1 / 3
 """A support fills this share of the core, so that there is something to choose from."""
+REFRESH_STEPS = 100
+"""Optimizer steps between two choices of a support that is refreshed, by default."""
 RANK_STEP = 8
 """Ranks that follow the number of parameters are multiples of it."""
 

@@ -46,8 +46,8 @@ class SparseGradConfig(PeftConfig):
         exclude_modules: Modules to leave out, in the same form.
         modules_to_save: Further modules to train and save, such as a classifier.
         density: Share of the parameters of each target module that trains.
-        rank: Directions per side of the core; by default as many as let the density fill a third
-            of the core (all of it with ``support="dense"``), in multiples of 8.
+        rank: Directions per side of the core; by default the multiple of 8 at which the
+            density fills a third of the core (all of it with ``support="dense"``).
         support: Which parameters of S train. ``static``: chosen once; ``dense``: all;
             ``dynamic``: the largest gradients of each step; ``refresh``: chosen again every
             ``refresh_steps`` steps. The last two need :func:`sparsegrad_cli.peft.optimizer`.

@@ -57,6 +57,8 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
             static support.
         sparsegrad_q_out: Adapter -> (out, r_out).
         sparsegrad_q_in: Adapter -> (in, r_in).
+        chosen_parameters: Adapter -> number of parameters that a step changes, and the first choice
+            if there is one; only where the optimizer chooses.
 
     Raises:
         TypeError: The module is not a linear layer.
@@ -74,7 +76,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         "sparsegrad_support",
         "sparsegrad_q_out",
         "sparsegrad_q_in",
-        "plans",
+        "chosen_parameters",
         "needs_optimizer",
     )
 
@@ -92,7 +94,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         self.sparsegrad_support = AdapterBuffers()
         self.sparsegrad_q_out = AdapterBuffers()
         self.sparsegrad_q_in = AdapterBuffers()
-        self.plans: dict[str, CorePlan] = {}
+        self.chosen_parameters: dict[str, tuple[int, Tensor | None]] = {}
         self.needs_optimizer: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -121,13 +123,13 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         else:
             zeros = torch.zeros(self.core_shape(name), dtype=dtype, device=device)
         self.sparsegrad_values[name] = nn.Parameter(zeros)
-        self.plans[name] = plan
         if chosen_by_optimizer:
+            self.chosen_parameters[name] = plan.count, plan.positions
             self.needs_optimizer[name] = True
 
     def chosen_by_optimizer(self, name: str) -> bool:
         """Return whether the optimizer chooses the parameters that a step changes."""
-        return name in self.needs_optimizer
+        return name in self.chosen_parameters
 
     def core_shape(self, name: str) -> tuple[int, int]:
         """Return (r_out, r_in) of an adapter."""

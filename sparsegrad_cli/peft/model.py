@@ -98,7 +98,8 @@ class SparseGradModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Put a core into one target module."""
-        plan = self._plans.get(current_key)
+        # Not kept: a plan holds tensors that would stay on their device if the model moves.
+        plan = self._plans.pop(current_key, None)
         if plan is None:
             raise ValueError(f"SparseGrad adapts linear layers: {current_key} is not one")
         layer = target
@@ -218,7 +219,9 @@ def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[s
     for name, shape in shapes.items():
         of_basis = (given[name].q_out.shape[0], given[name].q_in.shape[0])
         if of_basis != shape:
-            raise ValueError(f"the basis of {name} is for a {of_basis} weight, which is {shape}")
+            raise ValueError(
+                f"expected a basis for {name} of shape {shape}, got one for {of_basis}"
+            )
     counts = {name: count_for_density(config.density, *shape) for name, shape in shapes.items()}
     rank = config.rank or rank_for_counts(counts.values(), dense=config.support == "dense")
 

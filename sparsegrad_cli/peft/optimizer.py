@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsegrad_cli.models.weight_decay import decaying_names
 from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
+from sparsegrad_cli.numerics.sizing import REFRESH_STEPS
 from sparsegrad_cli.numerics.supports import bounded
 from sparsegrad_cli.peft.config import SparseGradConfig
 from sparsegrad_cli.peft.layer import SparseGradLayer
-
-REFRESH_STEPS = 100
-"""Optimizer steps between two choices of ``support="refresh"``, by default."""
 
 
 def parameter_groups(
@@ -34,6 +33,7 @@ def parameter_groups(
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``name``; none is empty.
     """
     values = {id(p) for _, _, p in _trained_values(model)}
+    decaying = decaying_names(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,7 +41,7 @@ def parameter_groups(
         kind = "values" if id(parameter) in values else "rest"
         if ".modules_to_save." in name:
             kind = "head"
-        decays = kind == "values" or parameter.ndim > 1
+        decays = name in decaying
         rate = head_lr if kind == "head" and head_lr is not None else lr
         group = groups.setdefault(
             kind if decays else f"{kind} without decay",
@@ -72,13 +72,19 @@ def optimizer(
         betas, eps: As in ``torch.optim.AdamW``.
 
     Raises:
-        ValueError: No parameter of the model trains.
+        ValueError: No parameter of the model trains, or an adapter was made from a saved
+            configuration and its weights were not loaded.
     """
     groups = parameter_groups(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if not groups:
         raise ValueError("no parameter of the model trains: activate an adapter first")
     chosen: dict[nn.Parameter, Selection] = {}
     for layer, name, parameter in _trained_values(model):
+        if not bool(layer.sparsegrad_q_in[name].any()):
+            raise ValueError(
+                f"adapter {name!r} has no bases yet: load its weights (PeftModel.from_pretrained), "
+                "or give its configuration a basis"
+            )
         if layer.chosen_by_optimizer(name):
             chosen[parameter] = _selection(model, layer, name, parameter)
             layer.needs_optimizer[name] = False
@@ -100,13 +106,13 @@ def _selection(
 ) -> Selection:
     """Return how the optimizer chooses the parameters of a core."""
     configs: dict[str, SparseGradConfig] = model.peft_config  # type: ignore[assignment]
-    config, plan = configs[name], layer.plans[name]
+    config, (count, first) = configs[name], layer.chosen_parameters[name]
     if config.support == "refresh":
         return Selection(
-            plan.count,
-            capacity=plan.count,
+            count,
+            capacity=count,
             refresh=config.refresh_steps or REFRESH_STEPS,
-            first=plan.positions,
+            first=first,
         )
-    room = bounded(config.state_capacity, plan.count, parameter.numel())
-    return Selection(plan.count, capacity=room)
+    room = bounded(config.state_capacity, count, parameter.numel())
+    return Selection(count, capacity=room)

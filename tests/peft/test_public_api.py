@@ -129,6 +129,11 @@ def test_bad_calls_say_what_was_expected() -> None:
         get_peft_model(net(), sg.peft.SparseGradConfig(basis=basis, target_modules=["up", "down"]))
     with pytest.raises(ValueError, match="holds 8 directions and the core needs 16"):
         get_peft_model(net(), sg.peft.SparseGradConfig(basis=basis, rank=16))
+    tuned = get_peft_model(net(), sg.peft.SparseGradConfig(basis=basis))
+    layers = tuned.peft_config["default"].layers
+    empty = get_peft_model(net(), sg.peft.SparseGradConfig(layers=layers))
+    with pytest.raises(ValueError, match="has no bases yet"):
+        sg.peft.optimizer(empty)
     with pytest.raises(ValueError, match="refresh_steps needs support='refresh'"):
         sg.peft.SparseGradConfig(basis=basis, refresh_steps=3)
 
@@ -136,3 +141,17 @@ def test_bad_calls_say_what_was_expected() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, sparsegrad_cli; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_parameter_groups_separate_values_and_head_and_spare_biases_from_decay() -> None:
+    model = classifier("bert")
+    basis = sg.calibrate(model, batches(), steps=2, density=0.05)
+    config = sg.peft.SparseGradConfig(basis=basis, density=0.05, task_type="SEQ_CLS")
+    tuned = get_peft_model(model, config)
+    groups = sg.peft.parameter_groups(tuned, lr=1e-3, head_lr=1e-4, weight_decay=0.1)
+    found = {g["name"]: (g["lr"], g["weight_decay"], len(g["params"])) for g in groups}
+    assert found == {
+        "values": (1e-3, 0.1, len(basis.by_target())),
+        "head": (1e-4, 0.1, 1),
+        "head without decay": (1e-4, 0.0, 1),
+    }

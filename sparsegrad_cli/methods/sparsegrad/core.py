@@ -23,7 +23,7 @@ from sparsegrad_cli.methods.implementation import (
 )
 from sparsegrad_cli.methods.optimizer import plain_adamw, selective_adamw
 from sparsegrad_cli.methods.sparse_method import check_positions
-from sparsegrad_cli.methods.sparsegrad.settings import REFRESH_STEPS, SparsegradSettings
+from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.quantized import dtype_of, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import core_linear, effective_weight
@@ -31,6 +31,7 @@ from sparsegrad_cli.numerics.frozen_linear import core_beside
 from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.lowrank import structural_factors
 from sparsegrad_cli.numerics.selective_optimizer import Selection
+from sparsegrad_cli.numerics.sizing import REFRESH_STEPS
 from sparsegrad_cli.numerics.supports import bounded
 from sparsegrad_cli.peft.plan import CorePlan, plan_cores
 from sparsegrad_cli.recipe.schema import TrainSection

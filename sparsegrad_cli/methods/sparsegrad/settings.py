@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from sparsegrad_cli.models.targets import Target
     from sparsegrad_cli.recipe.schema import Recipe
 
-REFRESH_STEPS = 100
-
 
 class SparsegradSettings(SparseSettings):
     """SparseGrad (Chekalina et al. 2024): the largest entries of Q_out' G Q_in."""
