@@ -120,7 +120,7 @@ def _without_functions(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origins(setup: Setup, record: RunRecord) -> dict[str, str | None]:
-    """Return the digests of what a run is made of."""
+    """Return the digests of the inputs of a run."""
     return {
         "data": setup.task.data_hash,
         "model": setup.fingerprint,
