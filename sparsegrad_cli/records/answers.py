@@ -37,7 +37,7 @@ class AnswerLine(Block):
     model: str | None = None
     kind: str | None = Field(None, description="What answered: run, adapter, lora or model.")
     source: str | None = Field(None, description="For a run: `adapter`, or a checkpoint.")
-    trained: str | None = Field(None, description="For a run: sha256 (hex) of the trained parameters.")
+    trained: str | None = Field(None, description="For a run: sha256 (hex) of its adapter.")
     recipe_digest: str | None = None
     method: str | None = None
     base: str | None = Field(None, description="The base model.")

@@ -171,7 +171,7 @@ class BudgetRow(Block):
     task: str
     method: str
     matched: bool = True
-    key: str | None = Field(None, description="sha256 (hex) of the settings that determine the size.")
+    key: str | None = Field(None, description="sha256 (hex) of the settings behind the size.")
     set: dict[str, Any] = Field({}, description="Overrides of the recipe.")
     size: str | None = Field(None, description="In words, such as `rank 3`.")
     predicted: Number = None
