@@ -173,6 +173,11 @@ class MethodSettings(Section):
         return False
 
     @property
+    def reads_batches(self) -> bool:
+        """Whether it initializes from ``calibration.steps`` batches of the training data."""
+        return False
+
+    @property
     def beside_weights(self) -> bool:
         """Whether the targets' weights stay frozen and a change beside them trains.
 

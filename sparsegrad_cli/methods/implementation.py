@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,21 @@ def check_what_trains(model: nn.Module, counts: Counts) -> None:
     )
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What a method may use of the run that it prepares a model for.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batches: returns a new iterator over the calibration batches, on the model's device.
+        loss: returns the loss of a batch on the model that is being prepared, without autocast.
+    """
+
+    steps: int
+    batches: Callable[[], Iterator[Mapping[str, Tensor]]]
+    loss: Callable[[Mapping[str, Tensor]], Tensor]
+
+
 @dataclass
 class Adapted:
     """What a method put into the targets.
@@ -220,6 +235,9 @@ class Method:
     peft_config: Any = None
     """PEFT's configuration of the prepared adapter; None if PEFT does not know the method."""
 
+    training: TrainingData | None = None
+    """Set by :meth:`prepare`; None if there is no run, only an adapter to load or to estimate."""
+
     def __init__(self, settings: MethodSettings) -> None:
         self.settings = settings
 
@@ -231,6 +249,7 @@ class Method:
         scope: str,
         bases: Mapping[str, Basis] | None = None,
         scores: Mapping[str, Tensor] | None = None,
+        training: TrainingData | None = None,
     ) -> Prepared:
         """Freeze the model, change its targets, and mark what trains.
 
@@ -240,10 +259,13 @@ class Method:
             scope: ``rest`` also trains all parameters outside the targets' weights.
             bases: target name -> basis, for methods that calibrate.
             scores: target name -> (r_out, r_in) scores of core entries, if calibration made them.
+            training: the run that follows. Without it, a method that initializes from data makes
+                tensors of the same shapes, and :meth:`load_adapter` fills them.
 
         Raises:
             ValueError: the method calibrates, and there are no bases.
         """
+        self.training = training
         if self.settings.calibrates and bases is None:
             raise ValueError(f"method {self.settings.name} needs bases")
         total = count_entries(model)

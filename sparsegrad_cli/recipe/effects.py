@@ -209,6 +209,11 @@ def _of_method(recipe: Recipe) -> Iterator[Idle]:
 def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
     method, settings, at = recipe.method, recipe.calibration, ("calibration",)
     everything = tuple(CalibrationSection.model_fields)
+    if method.reads_batches and not method.calibrates:
+        why = f"{method.name} reads batches of the training data and computes no bases"
+        others = tuple(key for key in everything if key not in ("steps", "batch_size"))
+        yield from _idle(settings, at, others, "method.name", why, common=True)
+        return
     if not method.calibrates:
         why = f"{method.name} does not calibrate"
         yield from _idle(settings, at, everything, "method.name", why, common=True)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from sparsegrad_cli.calibration.run_calibration import basis_for_run
+from itertools import islice
+
+from sparsegrad_cli.calibration.run_calibration import RunCalibration, basis_for_run
 from sparsegrad_cli.interruption import deferred_interrupt, raise_if_requested
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
-from sparsegrad_cli.methods.implementation import Method, Prepared, check_what_trains
+from sparsegrad_cli.methods.implementation import (
+    Method,
+    Prepared,
+    TrainingData,
+    check_what_trains,
+)
 from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.trackers import tracker_environment
@@ -16,6 +23,7 @@ from sparsegrad_cli.tasks.precision import check_autocast
 from sparsegrad_cli.tasks.setup import Setup, load
 from sparsegrad_cli.training.loop import TrainingLoop
 from sparsegrad_cli.training.memory_probe import training_trials
+from sparsegrad_cli.training.schedule import StepPlan
 
 
 def fine_tune(run: Run) -> None:
@@ -56,6 +64,7 @@ def _prepare(run: Run, setup: Setup, method: Method, initial: Initial | None) ->
                 scope=run.recipe.scope,
                 bases=basis.by_target() if basis else None,
                 scores=basis.scores if basis else None,
+                training=_training_data(run, setup),
             )
         check_what_trains(setup.model, prepared.counts)
         if initial is not None:
@@ -65,6 +74,17 @@ def _prepare(run: Run, setup: Setup, method: Method, initial: Initial | None) ->
             run.observer.note(f"training starts from {start.path}{head}")
     _record_method(run, setup, prepared)
     return prepared
+
+
+def _training_data(run: Run, setup: Setup) -> TrainingData:
+    """Return what the method may use of the run. Every process reads the same batches."""
+    recipe = run.recipe
+    calibration = RunCalibration(run, setup)
+    return TrainingData(
+        steps=StepPlan.of(recipe.train, len(setup.train_data)).max_steps,
+        batches=lambda: islice(calibration.random_batches(recipe.seed), recipe.calibration.steps),
+        loss=lambda batch: setup.objective.loss(setup.model, batch),
+    )
 
 
 def _record_method(run: Run, setup: Setup, prepared: Prepared) -> None:
