@@ -45,7 +45,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # so they belong to its layer.
 GROUND = {
     "numerics.sizing": "recipe",
-} | {f"methods.{name}": "recipe" for name in ("registry", "settings", "base", "sparse_settings")}
+} | {
+    f"methods.{name}": "recipe"
+    for name in (
+        "registry",
+        "settings",
+        "base",
+        "sparse_settings",
+        "change_settings",
+        "gradient_settings",
+    )
+}
 METHODS = ("sparsegrad", "lora", "meprop", "full")
 # Places where a method's name has another meaning: (file, name) -> reason.
 OTHER_WORDS = {

@@ -187,6 +187,11 @@ class MethodSettings(Section):
         return False
 
     @property
+    def starts_changed(self) -> str:
+        """Why the model computes something else before the first step; empty where it does not."""
+        return ""
+
+    @property
     def splits_batches(self) -> bool:
         """Whether gradients may accumulate over parts of a batch without changing the update."""
         return True

@@ -150,12 +150,14 @@ class Adapted:
         requested: what density asked for over all targets; None if the method has no density.
         note: what the numbers leave out, for the report.
         bases: target name -> basis that the target holds.
+        frozen: other frozen tensors that the targets hold beside their weights.
     """
 
     entries: Mapping[str, int]
     requested: int | None = None
     note: str = ""
     bases: Mapping[str, Basis] = field(default_factory=dict)
+    frozen: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -275,9 +277,10 @@ class Method:
             parameter.requires_grad_(True)  # peft freezes all but its own parameters.
         head, rest = (sum(p.numel() for p in part.values()) for part in opened)
         counted = tuple(TargetCount(target, adapted.entries[target.name]) for target in targets)
-        counts = Counts(counted, head, rest, total, adapted.requested, adapted.note)
+        note = "; ".join(part for part in (adapted.note, self.settings.starts_changed) if part)
+        counts = Counts(counted, head, rest, total, adapted.requested, note)
         sides = {id(q): q for basis in adapted.bases.values() for q in (basis.q_out, basis.q_in)}
-        return Prepared(counts, list(sides.values()))
+        return Prepared(counts, [*sides.values(), *adapted.frozen])
 
     def adapt(
         self,
@@ -288,8 +291,8 @@ class Method:
     ) -> Adapted:
         """Change the targets of a frozen model, and mark what trains in them.
 
-        The function that the model computes must not change. Arguments are those of
-        :meth:`prepare`.
+        The function that the model computes must not change, unless the settings say so
+        (``starts_changed``). Arguments are those of :meth:`prepare`.
         """
         raise NotImplementedError
 

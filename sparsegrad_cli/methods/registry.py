@@ -13,6 +13,7 @@ from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -20,6 +21,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "lora": LoraSettings,
     "meprop": MepropSettings,
     "sparsegrad": SparsegradSettings,
+    **CHANGES,
 }
 METHOD_NAMES = tuple(METHODS)
 SIZE_KEYS = frozenset().union(*(settings.sized_by for settings in METHODS.values()))

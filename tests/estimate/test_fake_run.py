@@ -20,6 +20,7 @@ from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import TargetShapes
+from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import load_classifier
@@ -256,6 +257,12 @@ def test_packed_rows_have_their_mask(smollm2: Path, packing: str) -> None:
 )
 def test_recipe_settings_are_estimated_to_the_byte(tiny: str, overrides: tuple[str, ...]) -> None:
     loaded = recipe(tiny, *overrides)
+    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_neighbours_are_estimated_to_the_byte(tiny: str, name: str) -> None:
+    loaded = recipe(tiny, f"method={name}")
     same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
 
 

@@ -1,0 +1,1 @@
+"""Methods of other papers, one small file each."""
