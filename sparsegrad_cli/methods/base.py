@@ -96,6 +96,7 @@ class SizeRange:
         costs_memory: whether a step with a larger size needs more memory.
         advice: what bounds the memory where it does not depend on the size.
         levels: where memory jumps; None where it grows evenly.
+        trains_all: the same parameters train at every size, which only changes the memory.
     """
 
     least: int
@@ -105,6 +106,7 @@ class SizeRange:
     costs_memory: bool = True
     advice: str = ""
     levels: SizeLevels | None = None
+    trains_all: bool = False
 
 
 class MethodSettings(Section):

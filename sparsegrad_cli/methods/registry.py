@@ -14,6 +14,7 @@ from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
+from sparsegrad_cli.methods.neighbours.gradient_settings import GRADIENTS
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -22,6 +23,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "meprop": MepropSettings,
     "sparsegrad": SparsegradSettings,
     **CHANGES,
+    **GRADIENTS,
 }
 METHOD_NAMES = tuple(METHODS)
 SIZE_KEYS = frozenset().union(*(settings.sized_by for settings in METHODS.values()))

@@ -96,7 +96,7 @@ class SelectiveAdamW(torch.optim.Optimizer):
                     continue
                 selection = self._selections.get(parameter)
                 if selection is None:
-                    self._step_whole(parameter, adamw)
+                    step_whole(parameter, self.state[parameter], adamw)
                 else:
                     self._step_chosen(parameter, selection, adamw)
         return loss
@@ -199,31 +199,6 @@ class SelectiveAdamW(torch.optim.Optimizer):
         )
         state.update(zip(_BOUNDED, kept, strict=True))
 
-    def _step_whole(self, parameter: nn.Parameter, adamw: AdamW) -> None:
-        """Make a plain AdamW step with the arithmetic of ``torch.optim.AdamW``."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        torch_adamw(
-            [parameter],
-            [parameter.grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            foreach=False,
-            amsgrad=False,
-            beta1=adamw.beta1,
-            beta2=adamw.beta2,
-            lr=adamw.lr,
-            weight_decay=adamw.weight_decay,
-            eps=adamw.eps,
-            maximize=False,
-        )
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state without torch's cast of every tensor to the parameter's dtype.
 
@@ -256,3 +231,34 @@ class SelectiveAdamW(torch.optim.Optimizer):
         if moved is None:
             return torch.empty(0, dtype=torch.int64)
         return torch.nonzero(moved.reshape(-1)).squeeze(1)
+
+
+def step_whole(parameter: nn.Parameter, state: dict[str, Any], adamw: AdamW) -> None:
+    """Make a plain AdamW step on a parameter with the arithmetic of ``torch.optim.AdamW``.
+
+    Args:
+        parameter: has a gradient.
+        state: of this parameter; filled if it is empty.
+        adamw: hyperparameters.
+    """
+    assert parameter.grad is not None
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    torch_adamw(
+        [parameter],
+        [parameter.grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        foreach=False,
+        amsgrad=False,
+        beta1=adamw.beta1,
+        beta2=adamw.beta2,
+        lr=adamw.lr,
+        weight_decay=adamw.weight_decay,
+        eps=adamw.eps,
+        maximize=False,
+    )

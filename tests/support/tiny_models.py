@@ -19,6 +19,12 @@ from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.implementation import Prepared
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.neighbours.gradient_settings import (
+    DctAdamwSettings,
+    FiraSettings,
+    FrugalSettings,
+    GaloreSettings,
+)
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
@@ -291,6 +297,11 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
         SparsegradSettings(name="sparsegrad", form="core", support="dense", rank=6),
         "layer",
     ),
+    # Chosen again within the few steps of a test.
+    "galore": (GaloreSettings(name="galore", rank=3, update_every=3), None),
+    "fira": (FiraSettings(name="fira", rank=3, update_every=3), None),
+    "dct_adamw": (DctAdamwSettings(name="dct_adamw", rank=3, update_every=3), None),
+    "frugal": (FrugalSettings(name="frugal", update_every=3), None),
 }
 
 

@@ -31,6 +31,7 @@ SETTABLE = (
 )
 OWN = "the study sets its size"
 ALL = "every parameter of the target modules trains"
+BY_MEMORY = "optimizer_state=SIZE or peak=SIZE, which can size it: all of its weights train"
 FREE = "a larger number of parameters takes no more memory, so the recipe's number is kept"
 
 
@@ -91,9 +92,11 @@ def solve(loaded: LoadedRecipe, budget: Budget, counting: Counting, *, own_size:
     advice = ""
     if sizes is not None and budget.in_bytes and not sizes.costs_memory:
         advice, fixed, sizes = sizes.advice, FREE, None
+    if sizes is not None and budget.kind == "trainable" and sizes.trains_all:
+        advice, sizes = BY_MEMORY, None
     question = _Question(loaded, counting, budget.amount, sizes, fixed)
     if budget.kind == "trainable":
-        return _trainable(question)
+        return _trainable(question, advice)
     if budget.kind == "optimizer_state":
         return _optimizer_state(question, advice)
     return _peak(question)
@@ -185,13 +188,13 @@ class _Question:
         return _Sized(recipe, larger=(self.text(more), figure(more)))
 
 
-def _trainable(question: _Question) -> Pick:
+def _trainable(question: _Question, advice: str) -> Pick:
     def count(loaded: LoadedRecipe) -> float:
         return question.sizing(loaded).trainable
 
     found = question.solved(count)
     if found is None:
-        raise UnreachableError(count(question.least), question.text(question.least), "")
+        raise UnreachableError(count(question.least), question.text(question.least), advice)
     text = question.text(found.recipe)
     return Pick(found.recipe, text, count(found.recipe), found.limit, found.larger)
 
