@@ -224,6 +224,15 @@ class MethodSettings(Section):
         """
         return None
 
+    def optimizer_refusal(self) -> tuple[str, str] | None:
+        """Return (key, why) where the optimizer is part of the method, so that it must be AdamW."""
+        return None
+
+    @property
+    def trains_lora_factors(self) -> bool:
+        """Whether the factors A and B of LoRA train, so that ``lora_plus_ratio`` has an effect."""
+        return False
+
     # --- how large it is
 
     def sizing(self, shapes: TargetShapes) -> Sizing:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.methods.base import MethodSettings
-from sparsegrad_cli.methods.optimizer import plain_adamw
+from sparsegrad_cli.methods.optimizer import make_optimizer
 from sparsegrad_cli.models.precision import HALF, accept_half_inputs, unfreeze_parameter
 from sparsegrad_cli.models.quantized import count_entries
 from sparsegrad_cli.models.sharded_tensors import gather, reshard, shard_like
@@ -231,7 +231,8 @@ class Method:
     """The implementation of a method; one object serves one model.
 
     The defaults are those of a method whose trained parameters are plain parameters of the model:
-    AdamW trains them, and the adapter holds them by name. Only :meth:`adapt` must be implemented.
+    ``train.optim`` trains them, and the adapter holds them by name. Only :meth:`adapt` must be
+    implemented.
     """
 
     peft_config: Any = None
@@ -297,8 +298,8 @@ class Method:
         raise NotImplementedError
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-        """Return the optimizer of a prepared model; by default torch's AdamW."""
-        return plain_adamw(model, train)
+        """Return the optimizer of a prepared model; by default the one of ``train.optim``."""
+        return make_optimizer(model, train)
 
     def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what training changed, in as few bytes as the method allows, by name.

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.numerics.frozen_linear import frozen_linear
-from sparsegrad_cli.recipe.checks import INSTALL_BITSANDBYTES
+from sparsegrad_cli.recipe.optimizers import INSTALL_BITSANDBYTES
 
 
 def require_bitsandbytes() -> None:

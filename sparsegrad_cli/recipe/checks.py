@@ -33,7 +33,6 @@ from sparsegrad_cli.recipe.trackers import TRACKERS
 from sparsegrad_cli.recipe.yaml_source import KeyPath, Place, clip, dotted, find_place
 
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
-INSTALL_BITSANDBYTES = "pip install 'bitsandbytes>=0.46.1'"
 SMOOTHED_SCORES = "label smoothing needs classes, but the labels of this task are scores"
 _POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial schedule ends
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.recipe.optimizers import OPTIMIZERS
 from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_method
 from sparsegrad_cli.recipe.section import Idle
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS
@@ -283,6 +284,16 @@ def _of_train(recipe: Recipe) -> Iterator[Idle]:
         fix = "eval_strategy: epoch, or leave it out"
         names = ("early_stopping_patience",)
         yield from _idle(train, at, names, "train.eval_strategy", why, fix)
+    why = f"optim {train.optim} does not use it"
+    unused = {"adam_beta1", "adam_beta2", "adam_epsilon"} - OPTIMIZERS[train.optim].reads
+    yield from _idle(train, at, tuple(sorted(unused)), "train.optim", why)
+    if recipe.task.name in CHAT_TASKS:
+        why = "a language model has no task head of its own"
+        yield from _idle(train, at, ("head_learning_rate",), "task.name", why)
+    if not recipe.method.trains_lora_factors:
+        why = f"{recipe.method.name} does not train the factors A and B of LoRA"
+        names = ("lora_plus_ratio",)
+        yield from _idle(train, at, names, "method.name", why, common=True)
     if train.max_steps > 0:
         why = f"max_steps {train.max_steps} determines how long training takes"
         fix = "leave one of the two out"

@@ -11,6 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sparsegrad_cli.methods.registry import DEFAULT_METHOD, MethodSection, settings_class
+from sparsegrad_cli.recipe.optimizers import (
+    DEFAULT_OPTIMIZER,
+    check_optimizer_name,
+    parse_arguments,
+)
 from sparsegrad_cli.recipe.section import (
     LARGEST,
     NonNegativeInt,
@@ -156,6 +161,37 @@ class TrainSection(Section):
         "warmup_ratio; scheduler constant then runs as constant_with_warmup",
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the task head; learning_rate by default"
+    )
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="LoRA+ (Hayou et al. 2024): learning rate of B divided by that of A; 1 by "
+        "default",
+    )
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "sgd",
+        "adagrad",
+        "rmsprop",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+    ] = Field(
+        "adamw_torch",
+        description="optimizer; those of 8 and 32 bits need bitsandbytes. Methods that choose "
+        "parameters in their optimizer need adamw_torch",
+    )
+    optim_args: str | None = Field(
+        None, min_length=1, description="sgd, adagrad, rmsprop: such as 'momentum=0.9'"
+    )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -215,6 +251,12 @@ class TrainSection(Section):
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
 
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optimizer_exists(cls, value: Any) -> Any:
+        check_optimizer_name(value)
+        return value
+
     @field_validator("max_steps")
     @classmethod
     def _steps_or_epochs(cls, value: int) -> int:
@@ -228,6 +270,11 @@ class TrainSection(Section):
             raise SettingError("'steps' needs eval_steps", "eval_strategy", fix="eval_steps: 100")
         if self.bf16 and self.fp16:
             raise SettingError("and fp16 exclude each other", "bf16", "fp16")
+        if self.optim_args is not None:
+            try:
+                parse_arguments(self.optim, self.optim_args)
+            except ValueError as error:
+                raise SettingError(str(error), "optim_args", "optim") from None
         return self
 
 
@@ -321,4 +368,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         self.method.check(self)
+        refused = self.method.optimizer_refusal()
+        if self.train.optim != DEFAULT_OPTIMIZER and refused is not None:
+            key, why = refused
+            raise SettingError(
+                f"{self.train.optim!r} cannot be used: {why}",
+                "train.optim",
+                f"method.{key}",
+                fix=f"train.optim: {DEFAULT_OPTIMIZER}, or leave it out",
+            )
         return self

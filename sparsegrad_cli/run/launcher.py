@@ -16,6 +16,7 @@ from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
 
 FSDP, DEEPSPEED = "FSDP2", "DeepSpeed"
+_SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _WHOLE_WEIGHTS = (
     "lora, full, or sparsegrad with form: core and support: static or dense; or whole weights in "
     "each process (configs/accelerate/ddp.yaml)"
@@ -134,6 +135,9 @@ def _recipe_refusal(recipe: Recipe, how: str) -> _Refusal | None:
     if recipe.train.fp16:
         what = f"fp16 with {how} has never been tried"
         return _Refusal("train.fp16", what, "train.bf16: true")
+    if recipe.train.optim not in _SHARDED_OPTIMIZERS:
+        what = f"{recipe.train.optim} with {how} has never been tried"
+        return _Refusal("train.optim", what, "train.optim: adamw_torch")
     if recipe.train.torch_compile:
         what = f"torch_compile with {how} has never been tried"
         return _Refusal("train.torch_compile", what, "leave it out")

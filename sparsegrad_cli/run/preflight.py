@@ -18,8 +18,8 @@ from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.models.pretrained import refuse_other_weights
-from sparsegrad_cli.recipe.checks import INSTALL_BITSANDBYTES
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.optimizers import INSTALL_BITSANDBYTES, OPTIMIZERS
 from sparsegrad_cli.recipe.study import LoadedStudy
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, with_metric
@@ -54,9 +54,14 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
     if trains and recipe.train.report_to == "all" and not named("all"):
         what = "'all' stands for the trackers that are installed, and none is"
         problems.append(("train.report_to", what, "pip install tensorboard, or none"))
-    if recipe.model.quantization and importlib.util.find_spec("bitsandbytes") is None:
-        what = "expected bitsandbytes, which holds weights in 8 or 4 bits; it is not installed"
-        problems.append(("model.quantization", what, INSTALL_BITSANDBYTES))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        what = "expected bitsandbytes, which {}; it is not installed"
+        if recipe.model.quantization:
+            problem = what.format("holds weights in 8 or 4 bits")
+            problems.append(("model.quantization", problem, INSTALL_BITSANDBYTES))
+        if trains and OPTIMIZERS[recipe.train.optim].of_bitsandbytes:
+            problem = what.format(f"provides the optimizer {recipe.train.optim}")
+            problems.append(("train.optim", problem, INSTALL_BITSANDBYTES))
     if problems:
         raise RecipeError([_placed(loaded, *problem) for problem in problems])
     if is_folder(recipe.model.name):

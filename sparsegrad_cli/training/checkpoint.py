@@ -72,10 +72,15 @@ def write_checkpoint(
     write_tensors({n: t.cpu().contiguous() for n, t in weights.items()}, folder / TRAINABLE)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
+    written: set[int] = set()
     for number, entry in optimizer_state["state"].items():
         for key, value in entry.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}/{key}"] = value.detach().cpu().contiguous()
+                tensor = value.detach().cpu().contiguous()
+                # Parameters may share a table, which safetensors holds once for each of them.
+                shared = tensor.data_ptr() in written
+                tensors[f"{number}/{key}"] = tensor.clone() if shared else tensor
+                written.add(tensor.data_ptr())
             else:
                 numbers[f"{number}/{key}"] = value
     write_tensors(tensors, folder / OPTIMIZER)
@@ -98,14 +103,35 @@ def write_checkpoint(
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's state_dict with whole tensors.
 
+    bitsandbytes nests tensors in a dict of its own; here they have names such as ``dict/state1``.
     All processes have to call it. Only the first one gets the tensors that are sharded.
     """
     state = optimizer.state_dict()
     entries = {}
-    for number, entry in state["state"].items():
+    for number, nested in state["state"].items():
+        entry = _flat(nested)
         tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
         entries[number] = entry | gather(tensors)
     return state | {"state": entries}
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {key: value} if inner is None else {f"{key}/{k}": v for k, v in inner.items()}
+    return flat
+
+
+def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in entry.items():
+        key, slash, inner = name.partition("/")
+        if slash:
+            nested.setdefault(key, {})[inner] = value
+        else:
+            nested[key] = value
+    return nested
 
 
 def _without_functions(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +248,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
             if isinstance(tensor, Tensor):
                 entry[key] = shard_like(tensor, parameter)
     try:
-        optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        state = {number: _nested(entry) for number, entry in entries.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise FileFormatError(
             f"the optimizer state does not fit this run: {error}", where=str(folder), fix=REMOVE

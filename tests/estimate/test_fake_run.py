@@ -58,6 +58,8 @@ METHODS = {
     "meprop": ("method.name=meprop",),
     "materialized": ("method.form=materialized",),
     "core": CORE,
+    "adafactor": ("method=full", "train.optim=adafactor"),
+    "adamw_8bit": ("method=lora", "train.optim=adamw_8bit"),
 }
 CHAT = "task.name=builtin:dialogues"
 

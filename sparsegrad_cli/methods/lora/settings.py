@@ -69,6 +69,11 @@ class LoraSettings(MethodSettings):
         """True: A and B train."""
         return True
 
+    @property
+    def trains_lora_factors(self) -> bool:
+        """True."""
+        return True
+
     def memory_savers(self, recipe: Recipe, phase: str) -> list[str]:
         """Return the setting that the size of A and B follows from."""
         return [f"a smaller method.{'rank' if self.density is None else 'density'}"]

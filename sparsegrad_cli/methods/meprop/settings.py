@@ -56,6 +56,10 @@ class MepropSettings(SparseSettings):
         """False where the rows are chosen for a whole batch."""
         return not self.unified
 
+    def optimizer_refusal(self) -> tuple[str, str]:
+        """Say that AdamW chooses the parameters."""
+        return "name", "meprop steps the parameters that it chooses by an AdamW of its own"
+
     def sharding_refusal(self, how: str) -> tuple[str, str]:
         """Say that matrices must be whole."""
         return (

@@ -21,7 +21,7 @@ from sparsegrad_cli.methods.implementation import (
     load_by_name,
     trainable_state,
 )
-from sparsegrad_cli.methods.optimizer import plain_adamw, selective_adamw
+from sparsegrad_cli.methods.optimizer import make_optimizer, selective_adamw
 from sparsegrad_cli.methods.sparse_method import check_positions
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.quantized import dtype_of, is_quantized
@@ -191,9 +191,9 @@ class SparsegradCore(Method):
         return Adapted(self._counts, requested, f"core {', '.join(ranks)}", fitted)
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-        """Return torch's AdamW; for a support that changes, AdamW on chosen entries of S."""
+        """Return that of ``train.optim``; for a changing support, AdamW on chosen entries of S."""
         if self.settings.support in ("static", "dense"):
-            return plain_adamw(model, train)
+            return make_optimizer(model, train)
         selections = {
             layer.trained: self._selection(name, layer) for name, layer in self._layers.items()
         }

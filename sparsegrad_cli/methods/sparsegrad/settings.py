@@ -202,6 +202,14 @@ class SparsegradSettings(SparseSettings):
         """Return the form that trains the weights."""
         return None if self.form == "core" else ("form", f"form {self.form} trains the weights")
 
+    def optimizer_refusal(self) -> tuple[str, str] | None:
+        """Return the form or support that AdamW is part of."""
+        if self.form != "core":
+            return "form", f"form {self.form} chooses parameters by an AdamW of its own"
+        if self.support not in ("static", "dense"):
+            return "support", f"support {self.support} chooses parameters by an AdamW of its own"
+        return None
+
     def sharding_refusal(self, how: str) -> tuple[str, str] | None:
         """Return the form or support that needs whole matrices."""
         if self.form != "core":
