@@ -31,7 +31,9 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
     if train.optim == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(groups, scale_parameter=False, relative_step=False, **options)
+        options |= {"scale_parameter": False, "relative_step": False}
+        adafactor: torch.optim.Optimizer = Adafactor(groups, **options)
+        return adafactor
     if train.optim in ("adamw_torch", "adamw_torch_fused"):
         fused = train.optim == "adamw_torch_fused" or None
         return torch.optim.AdamW(groups, fused=fused, **adamw_settings(train))

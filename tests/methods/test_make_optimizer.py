@@ -32,7 +32,7 @@ ARGUMENTS = {
 
 def section(optim: str, **more: Any) -> TrainSection:
     more = {"learning_rate": 3e-3, "weight_decay": 0.1, "optim_args": ARGUMENTS.get(optim), **more}
-    return TrainSection(optim=optim, **more)
+    return TrainSection.model_validate({"optim": optim, **more})
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -71,14 +71,14 @@ def test_head_and_b_have_their_own_rates() -> None:
     groups = parameter_groups(tuned.model, train)
     names = {id(p): name for name, p in tuned.model.named_parameters()}
     head = {id(p) for p in head_parameters(tuned.model).values()}
-    rates = {}
+    rates: dict[int, float] = {}
     for group in groups:
         assert group["params"]
         rates |= {id(p): group.get("lr", train.learning_rate) for p in group["params"]}
     assert {names[p] for p, rate in rates.items() if rate == 0.5} == {names[p] for p in head}
     rest = {p: rate for p, rate in rates.items() if p not in head}
     theirs = create_loraplus_optimizer(
-        tuned.model,  # type: ignore[arg-type]
+        tuned.model,
         torch.optim.SGD,
         lr=train.learning_rate,
         loraplus_lr_ratio=16.0,
@@ -118,7 +118,7 @@ def test_resume_is_bitwise(optim: str, tmp_path: Path) -> None:
     train = section(optim, learning_rate=1e-2, head_learning_rate=2e-2, max_steps=6)
     plan = StepPlan(train, 6)
     # Large enough for state of 8 bits, which bitsandbytes uses from 4,096 parameters on.
-    sizes = {"hidden_size": 32, "intermediate_size": 160}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 160}
     whole, again = (Tuned("full", train=train, **sizes) for _ in range(2))
     schedule = make_scheduler(whole.optimizer, plan)
     for step in range(3):
