@@ -122,6 +122,20 @@ def test_frozen_parameters_are_bitwise_frozen_and_the_others_move(
 
 
 @every_method
+def test_optimizer_is_the_one_of_the_recipe_or_it_is_refused(name: str) -> None:
+    """A rate of the head has an effect in any case."""
+    settings = METHODS[name][0]
+    train = TrainSection(optim="sgd", learning_rate=1e-2, head_learning_rate=0.5)
+    tuned = Tuned(name, train=train)
+    if settings.optimizer_refusal() is None:
+        assert type(tuned.optimizer) is torch.optim.SGD
+    head = {id(p) for n, p in tuned.model.named_parameters() if n in HEAD["bert"]}
+    rates = {id(p): g["lr"] for g in tuned.optimizer.param_groups for p in g["params"]}
+    assert {rates[p] for p in head} == {0.5}
+    assert {rate for p, rate in rates.items() if p not in head} == {1e-2}
+
+
+@every_method
 @linear_and_conv1d
 def test_loss_falls(name: str, architecture: str) -> None:
     tuned = Tuned(name, architecture)

@@ -38,6 +38,10 @@ class ProjectedSettings(MethodSettings):
         """The center of full fine-tuning; no rate of these methods has been tuned yet."""
         return 2e-4
 
+    def optimizer_refusal(self) -> tuple[str, str] | None:
+        """Say that the method is an optimizer."""
+        return "name", f"{self.name} is an optimizer itself"
+
     def sharding_refusal(self, how: str) -> tuple[str, str] | None:
         """Say that matrices must be whole."""
         return "name", f"{self.name} projects whole gradient matrices, and {how} splits them"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Adapted, Method, weight_of
-from sparsegrad_cli.methods.optimizer import adamw_settings, by_decay
+from sparsegrad_cli.methods.optimizer import adamw_settings, parameter_groups
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
@@ -218,14 +218,8 @@ def projected_adamw(
     train: TrainSection,
 ) -> ProjectedAdamW:
     """Return AdamW on these views, and on all of the other parameters that train."""
-    decayed, undecayed = by_decay(model, train, without=views)
-    groups: list[dict[str, Any]] = [
-        {"params": list(views)},
-        {"params": decayed},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    kept = [group for group in groups if group["params"]]
-    return ProjectedAdamW(kept, views, transposed, **adamw_settings(train))
+    groups = [{"params": list(views)}, *parameter_groups(model, train, without=views)]
+    return ProjectedAdamW(groups, views, transposed, **adamw_settings(train))
 
 
 class ProjectedMethod(Method):
