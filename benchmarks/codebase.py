@@ -53,6 +53,7 @@ GROUND = {
         "base",
         "sparse_settings",
         "change_settings",
+        "adaptive_settings",
         "gradient_settings",
     )
 }

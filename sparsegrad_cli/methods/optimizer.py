@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Set
 from typing import Any
 
 import torch
@@ -17,12 +17,17 @@ from sparsegrad_cli.recipe.schema import TrainSection
 _LORA_B = ("lora_B", "lora_embedding_B")
 
 
-def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, train: TrainSection, undecayed: Set[nn.Parameter] = frozenset()
+) -> torch.optim.Optimizer:
     """Return the optimizer ``train.optim`` on all parameters that train.
 
     Each is the class that ``transformers.Trainer`` makes for this name, with the same arguments.
+
+    Args:
+        undecayed: parameters that do not decay, whatever their names.
     """
-    groups = parameter_groups(model, train)
+    groups = parameter_groups(model, train, undecayed=undecayed)
     options: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if train.optim_args is not None:
         options |= parse_arguments(train.optim, train.optim_args)
@@ -59,15 +64,25 @@ def _of_bitsandbytes(
 
 
 def selective_adamw(
-    model: nn.Module, selections: Mapping[nn.Parameter, Selection], train: TrainSection
+    model: nn.Module,
+    selections: Mapping[nn.Parameter, Selection],
+    train: TrainSection,
+    make: Callable[..., SelectiveAdamW] = SelectiveAdamW,
 ) -> SelectiveAdamW:
-    """Return AdamW on the selections, and on all entries of other parameters that train."""
+    """Return AdamW on the selections, and on all entries of other parameters that train.
+
+    Args:
+        make: the optimizer's class, or a function with the same arguments.
+    """
     groups = [{"params": list(selections)}, *parameter_groups(model, train, without=selections)]
-    return SelectiveAdamW(groups, selections, **adamw_settings(train))
+    return make(groups, selections, **adamw_settings(train))
 
 
 def parameter_groups(
-    model: nn.Module, train: TrainSection, without: Container[nn.Parameter] = ()
+    model: nn.Module,
+    train: TrainSection,
+    without: Container[nn.Parameter] = (),
+    undecayed: Set[nn.Parameter] = frozenset(),
 ) -> list[dict[str, Any]]:
     """Return the parameters that train as groups of an optimizer; none is empty.
 
@@ -78,6 +93,7 @@ def parameter_groups(
 
     Args:
         without: parameters to leave out.
+        undecayed: parameters that do not decay, whatever their names.
     """
     head, decaying = head_parameters(model), decaying_names(model)
     rates = [train.learning_rate]
@@ -90,7 +106,7 @@ def parameter_groups(
             rate = train.head_learning_rate or rate
         elif any(f".{part}." in name for part in _LORA_B):
             rate *= train.lora_plus_ratio or 1
-        decays = not train.weight_decay or name in decaying
+        decays = not train.weight_decay or (name in decaying and parameter not in undecayed)
         rates.append(rate)
         groups.setdefault((rate, decays), []).append(parameter)
     order = sorted(groups, key=lambda kind: (rates.index(kind[0]), not kind[1]))

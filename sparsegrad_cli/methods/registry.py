@@ -13,6 +13,7 @@ from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.neighbours.adaptive_settings import ADAPTIVE
 from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
 from sparsegrad_cli.methods.neighbours.gradient_settings import GRADIENTS
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
@@ -24,6 +25,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "sparsegrad": SparsegradSettings,
     **CHANGES,
     **GRADIENTS,
+    **ADAPTIVE,
 }
 METHOD_NAMES = tuple(METHODS)
 SIZE_KEYS = frozenset().union(*(settings.sized_by for settings in METHODS.values()))

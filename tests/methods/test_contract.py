@@ -23,7 +23,6 @@ from support.tiny_models import (
 from torch import Tensor
 
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
-from sparsegrad_cli.methods.full.settings import FullSettings
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.methods.sparse_settings import SparseSettings
 from sparsegrad_cli.numerics.rotation import to_core
@@ -68,7 +67,7 @@ def may_change(tuned: Tuned, name: str, architecture: str, scope: str) -> set[st
         trained = "values" if name == "core-static" else "core"
         matrices = {f"{layer}.{trained}" for layer in layers}
         base = {f"{layer}.weight" for layer in layers}
-    elif isinstance(tuned.method.settings, SparseSettings | FullSettings):
+    elif not tuned.method.settings.beside_weights:
         matrices, base = {f"{layer}.weight" for layer in layers}, set()
     else:  # of another method it is known only that it trains something of each target
         inside = {n: p for n, p in tuned.model.named_parameters() if n.startswith(tuple(layers))}
@@ -90,7 +89,7 @@ def test_what_the_model_computes_is_unchanged_at_the_start(
     tuned = Tuned(name, architecture, scope=scope)
     after = tuned.logits()
     if changed := tuned.method.settings.starts_changed:
-        assert not torch.allclose(after, before, atol=1e-6)
+        assert not torch.equal(after, before)
         assert changed in tuned.prepared.counts.note
         return
     if name.startswith("rotated"):

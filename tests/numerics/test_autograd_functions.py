@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparsegrad_cli.numerics.core_linear import core_linear
 from sparsegrad_cli.numerics.frozen_linear import adapter_linear, core_beside, frozen_linear
 from sparsegrad_cli.numerics.linear_cross_entropy import linear_cross_entropy
+from sparsegrad_cli.numerics.matrix_change import matrix_change_linear
 from sparsegrad_cli.numerics.meprop import meprop_linear
 from sparsegrad_cli.numerics.saved_activations import gated
 
@@ -36,6 +37,10 @@ def _core(x: Tensor, core: Tensor) -> Tensor:
     return F.linear(x, W, B) + ((x @ Q_IN) @ core.T) @ Q_OUT.T
 
 
+def _change(u: Tensor, v: Tensor) -> Tensor:
+    return u * u * v
+
+
 # name -> (ours, by plain autograd, shapes of the inputs but for x's rows)
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "core, side path": (
@@ -57,6 +62,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tu
         lambda x, bias, a, b: adapter_linear(x, W, bias, a, b, scaling=1.5),
         lambda x, bias, a, b: F.linear(x, W, bias) + 1.5 * (x @ a.T) @ b.T,
         [(IN,), (OUT,), (RANK, IN), (OUT, RANK)],
+    ),
+    "matrix change": (
+        lambda x, b, u, v: matrix_change_linear(x, lambda: W, b, _change, u, v),
+        lambda x, b, u, v: F.linear(x, W + _change(u, v), b),
+        [(IN,), (OUT,), (OUT, IN), (OUT, 1)],
     ),
     "frozen": (_base, lambda x: F.linear(x, W, B), [(IN,)]),
     "meprop of all outputs": (

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from sparsegrad_cli.calibration.diagnostics import KindGrams
 from sparsegrad_cli.methods import registry
 from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.full.settings import FullSettings
-from sparsegrad_cli.methods.implementation import Prepared
+from sparsegrad_cli.methods.implementation import Prepared, TrainingData
 from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
+from sparsegrad_cli.methods.neighbours.adaptive_settings import SaraSettings
+from sparsegrad_cli.methods.neighbours.change import ChangedLinear
 from sparsegrad_cli.methods.neighbours.gradient_settings import (
     DctAdamwSettings,
     FiraSettings,
@@ -228,6 +231,15 @@ def orthogonal_bases(
     }
 
 
+def run_data(model: nn.Module, steps: int, count: int = 3) -> TrainingData:
+    """What a method may use of a run with this many steps and ``count`` calibration batches."""
+    return TrainingData(
+        steps=steps,
+        batches=lambda: islice(batches(), count),
+        loss=lambda inputs: model(**inputs).loss,
+    )
+
+
 # name -> (settings, basis_per for methods that need a basis)
 METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     "full": (FullSettings(name="full"), None),
@@ -302,6 +314,7 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     "fira": (FiraSettings(name="fira", rank=3, update_every=3), None),
     "dct_adamw": (DctAdamwSettings(name="dct_adamw", rank=3, update_every=3), None),
     "frugal": (FrugalSettings(name="frugal", update_every=3), None),
+    "sara": (SaraSettings(name="sara", density=0.05), None),
 }
 
 
@@ -320,6 +333,7 @@ class Tuned:
         name: key of ``METHODS``.
         architecture: key of ``ARCHITECTURES``.
         seed: of the model, the calibration and what the method draws.
+        run_steps: number of steps of the run that the method learns of, with its batches.
     """
 
     def __init__(
@@ -330,6 +344,7 @@ class Tuned:
         scope: str = "head",
         seed: int = 0,
         train: TrainSection | None = None,
+        run_steps: int | None = None,
         **overrides: Any,
     ) -> None:
         settings, basis_per = METHODS[name]
@@ -344,7 +359,11 @@ class Tuned:
         self.method: Any = settings.implementation()
         with temporary_seed(seed):
             self.prepared: Prepared = self.method.prepare(
-                self.model, self.targets, scope=scope, bases=bases
+                self.model,
+                self.targets,
+                scope=scope,
+                bases=bases,
+                training=None if run_steps is None else run_data(self.model, run_steps),
             )
         self.train = train or TrainSection(learning_rate=1e-2)
         self.optimizer = self.method.optimizer(self.model, self.train)
@@ -381,8 +400,11 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
-    """What trains in a target as its layer holds it: W, W' (Conv1D), or the core or its values."""
+    """What trains in a target as its layer holds it: W, W' (Conv1D), the core, or values."""
     layer = model.get_submodule(target.name)
+    if isinstance(layer, ChangedLinear):
+        layer = layer.change
+        return layer.get_parameter("values")
     weight = layer.trained if isinstance(layer, CoreLinear) else layer.weight
     assert isinstance(weight, nn.Parameter)
     return weight

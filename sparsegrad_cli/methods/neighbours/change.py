@@ -46,6 +46,13 @@ class FrozenLayer:
     bias: Tensor | None
     unpacked: Callable[[], Tensor] | None
 
+    @property
+    def any_bias_O(self) -> Tensor | None:
+        """The bias, also of a quantized layer."""
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
 
 class Change(nn.Module):
     """The change D of one target's weight. Its parameters are float32 or wider."""
@@ -171,6 +178,7 @@ class ChangedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, change: Change) -> None:
         super().__init__()
         self.base_layer, self.change = base_layer, change
+        self.train(base_layer.training)
 
     # Under the plain layer's attribute names, which are not parameters of this module.
     @property
@@ -255,7 +263,7 @@ class ChangeMethod(Method):
         entries, frozen = {}, []
         for number, target in enumerate(targets):
             layer = model.get_submodule(target.name)
-            change = self.make_change(_place(model, target, number, rank))
+            change = self.make_change(place_of(model, target, number, rank))
             model.set_submodule(target.name, ChangedLinear(layer, change))
             entries[target.name] = sum(p.numel() for p in change.parameters() if p.requires_grad)
             frozen += [*change.buffers(), *(p for p in change.parameters() if not p.requires_grad)]
@@ -282,7 +290,8 @@ def change_of(model: nn.Module, target: Target) -> Change:
     return layer.change
 
 
-def _place(model: nn.Module, target: Target, number: int, rank: int) -> Place:
+def place_of(model: nn.Module, target: Target, number: int, rank: int) -> Place:
+    """Return the place of a target's change; arguments are attributes of :class:`Place`."""
     layer = model.get_submodule(target.name)
     dtype = dtype_of(layer)
     # Parameters are float32 or wider whatever W is: small increments must not be lost.
