@@ -261,6 +261,9 @@ def test_packed_rows_have_their_mask(smollm2: Path, packing: str) -> None:
         ("method.name=fira", "method.update_every=1"),
         ("method.name=dct_adamw", "method.update_every=1"),
         ("method.name=frugal", "method.update_every=1", "scope=rest"),
+        ("method.name=gradnormlorp", "method.update_every=1"),
+        ("method.name=lora_pro", "model.dtype=bfloat16"),
+        ("method.name=allora",),
     ],
 )
 def test_recipe_settings_are_estimated_to_the_byte(tiny: str, overrides: tuple[str, ...]) -> None:

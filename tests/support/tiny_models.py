@@ -27,6 +27,7 @@ from sparsegrad_cli.methods.neighbours.gradient_settings import (
     FiraSettings,
     FrugalSettings,
     GaloreSettings,
+    GradnormlorpSettings,
 )
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
@@ -315,6 +316,7 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     "dct_adamw": (DctAdamwSettings(name="dct_adamw", rank=3, update_every=3), None),
     "frugal": (FrugalSettings(name="frugal", update_every=3), None),
     "sara": (SaraSettings(name="sara", density=0.05), None),
+    "gradnormlorp": (GradnormlorpSettings(name="gradnormlorp", rank=4, update_every=3), None),
 }
 
 

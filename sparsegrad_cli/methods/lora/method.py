@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Adapted, Factors, Method
-from sparsegrad_cli.methods.lora.settings import LoraSettings, solve_rank
+from sparsegrad_cli.methods.lora.settings import LowRankSettings, solve_rank
 from sparsegrad_cli.methods.peft_folder import check_adapted
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.quantized import dequantized, is_quantized
@@ -64,10 +64,17 @@ def _lean_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, **more: A
     )
 
 
+def lora_factors(model: nn.Module, target: Target) -> tuple[nn.Parameter, nn.Parameter, float]:
+    """Return A (r, in), B (out, r) and the scale s of a target that has a LoRA adapter."""
+    layer: Any = model.get_submodule(target.name)
+    name = layer.active_adapters[0]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
 class Lora(Method):
     """See :class:`sparsegrad_cli.methods.implementation.Method`."""
 
-    settings: LoraSettings
+    settings: LowRankSettings
 
     def adapt(
         self,
@@ -79,14 +86,13 @@ class Lora(Method):
         """Put peft's adapters into the targets. B starts at zero, so the function is unchanged."""
         from peft import LoraConfig, inject_adapter_in_model
 
+        self.targets = targets
         rank, requested = self.settings.rank_on(targets), None
         if self.settings.density is not None:
             _, requested = solve_rank(targets, self.settings.density)
         config = LoraConfig(
             r=rank,
-            lora_alpha=self.settings.alpha or 2 * rank,
-            lora_dropout=self.settings.dropout,
-            use_rslora=self.settings.rslora,
+            **self.settings.lora_options(rank),
             target_modules=[],
             fan_in_fan_out=any(target.transposed for target in targets),
         )
@@ -100,7 +106,8 @@ class Lora(Method):
         self.peft_config = config
         fix = "choose other layers with targets.modules, or use method sparsegrad"
         check_adapted(model, (target.name for target in targets), fix)
-        keep_inputs_once(model)
+        if not config.use_dora:
+            keep_inputs_once(model)
         entries = dict.fromkeys((target.name for target in targets), 0)
         for target in targets:
             for name, parameter in model.get_submodule(target.name).named_parameters():

@@ -18,28 +18,23 @@ if TYPE_CHECKING:
 DEFAULT_RANK = 8
 
 
-class LoraSettings(MethodSettings):
-    """LoRA (Hu et al. 2021) by the peft library."""
+class LowRankSettings(MethodSettings):
+    """Settings of every method with LoRA's factors A and B: the rank, or what solves it."""
 
-    name: Literal["lora"]
     rank: PositiveInt | None = Field(None, description="8 unless density solves it")
     density: Density | None = Field(
         None, description="with match: trainable, rank is solved from this"
     )
-    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="2 x rank by default")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = False
 
     solves_rank: ClassVar[bool] = True
     sized_by: ClassVar[frozenset[str]] = frozenset({"rank", "density"})
     rivals: ClassVar[tuple[str, ...]] = ("density", "rank")
     # The density only says how the rank was found.
-    training_only: ClassVar[frozenset[str]] = frozenset({"recompute", "dropout", "density"})
-    peft_type: ClassVar[str | None] = "LORA"
+    training_only: ClassVar[frozenset[str]] = frozenset({"recompute", "density"})
 
     @property
     def learning_rate_center(self) -> float:
-        """Geometric mean, to one digit, of the rates that tuning chose.
+        """Geometric mean, to one digit, of the rates that tuning chose for LoRA.
 
         sst2 2e-3 twice, cola 5e-4, OpenAssistant with SmolLM2-135M 4e-3.
         """
@@ -49,7 +44,7 @@ class LoraSettings(MethodSettings):
         """Check that rank, density and ``match`` fix the rank once."""
         rank, density, fix = "method.rank", "method.density", "give method.rank alone"
         if self.rank is not None and self.density is not None:
-            what = "and method.density both say how large LoRA is: give one of the two"
+            what = f"and method.density both say how large {self.name} is: give one of the two"
             fix = "method.rank alone, or method.density with match: trainable"
             raise SettingError(what, rank, density, "match", fix=fix)
         if recipe.match and self.rank is not None:
@@ -57,10 +52,10 @@ class LoraSettings(MethodSettings):
             fix = "leave out match, or give method.density in place of method.rank"
             raise SettingError(what, rank, "match", fix=fix)
         if recipe.match and self.density is None:
-            what = "trainable solves LoRA's rank from method.density: give it"
+            what = f"trainable solves the rank of {self.name} from method.density: give it"
             raise SettingError(what, "match", density, fix="method.density: 0.01")
         if self.density is not None and not recipe.match:
-            what = "of lora has an effect only with match: trainable, which solves its rank"
+            what = f"of {self.name} has an effect only with match: trainable, which solves its rank"
             fix = "match: trainable, or method.rank in place of method.density"
             raise SettingError(what, density, "match", fix=fix)
 
@@ -101,10 +96,52 @@ class LoraSettings(MethodSettings):
         return solve_rank(targets, self.density)[0]
 
     def settle_from_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
-        """Return the settings with the rank of the adapter's A, and alpha."""
+        """Return the settings with the rank of the adapter's A."""
         rank = next((shape[0] for name, shape in shapes.items() if "lora_A" in name), self.rank)
-        alpha = self.alpha if self.alpha is not None or rank is None else 2 * rank
-        return self.model_copy(update={"rank": rank, "alpha": alpha})
+        return self.model_copy(update={"rank": rank})
+
+    def lora_options(self, rank: int) -> dict[str, Any]:
+        """Return further arguments of peft's ``LoraConfig``: a scale of 1 by default."""
+        return {"lora_alpha": rank}
+
+
+class AlphaSettings(LowRankSettings):
+    """Settings of a method whose B A is scaled by alpha / r, as in LoRA."""
+
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="2 x rank by default")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    training_only: ClassVar[frozenset[str]] = LowRankSettings.training_only | {"dropout"}
+
+    def settle_from_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """Return the settings with the rank of the adapter's A, and alpha."""
+        settled = super().settle_from_adapter(shapes)
+        alpha = settled.alpha
+        if alpha is None and settled.rank is not None:
+            alpha = 2 * settled.rank
+        return settled.model_copy(update={"alpha": alpha})
+
+    def lora_options(self, rank: int) -> dict[str, Any]:
+        """Return alpha and dropout."""
+        return {"lora_alpha": self.alpha or 2 * rank, "lora_dropout": self.dropout}
+
+
+class ScaledSettings(AlphaSettings):
+    """The same, with rsLoRA's scale alpha / sqrt(r) as a choice (Kalajdzievski 2023)."""
+
+    rslora: bool = False
+
+    def lora_options(self, rank: int) -> dict[str, Any]:
+        """Return alpha, dropout and rsLoRA."""
+        return {**super().lora_options(rank), "use_rslora": self.rslora}
+
+
+class LoraSettings(ScaledSettings):
+    """LoRA (Hu et al. 2021) by the peft library."""
+
+    name: Literal["lora"]
+
+    peft_type: ClassVar[str | None] = "LORA"
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from sparsegrad_cli.methods.base import MethodSettings, SizeRange, Sizing, TargetShapes
+from sparsegrad_cli.methods.lora.settings import AlphaSettings, LowRankSettings, ScaledSettings
 from sparsegrad_cli.recipe.section import Density, PositiveInt, SettingError
 
 if TYPE_CHECKING:
@@ -150,9 +151,94 @@ class FrugalSettings(ProjectedSettings):
         return f"{_PARTS}.frugal:Frugal"
 
 
+class GradnormlorpSettings(AlphaSettings):
+    """GradNormLoRP (Huang et al. 2024): DoRA's weight, with GaLore on the gradients of A and B."""
+
+    name: Literal["gradnormlorp"]
+    projection_rank: PositiveInt | None = Field(
+        None, description="dimensions of the projected gradients; half of the rank by default"
+    )
+    update_every: PositiveInt = Field(
+        200, description="optimizer steps between two choices of the projections"
+    )
+    scale: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="factor of every step of A and B (GaLore's alpha)"
+    )
+
+    training_only: ClassVar[frozenset[str]] = AlphaSettings.training_only | {
+        "projection_rank",
+        "update_every",
+        "scale",
+    }
+
+    def sizing(self, shapes: TargetShapes) -> Sizing:
+        """Return the parameters of A and B, and one magnitude per output."""
+        plain = super().sizing(shapes)
+        magnitudes = sum(t.out_features for t in shapes.targets)
+        return Sizing(plain.trainable + magnitudes, plain.text)
+
+    def lora_options(self, rank: int) -> dict[str, Any]:
+        """Return alpha, dropout and DoRA."""
+        return {**super().lora_options(rank), "use_dora": True}
+
+    def quantization_refusal(self) -> tuple[str, str] | None:
+        """Say that it reads the weights."""
+        return "name", f"{self.name} normalizes the rows of the weights in every step"
+
+    def sharding_refusal(self, how: str) -> tuple[str, str] | None:
+        """Say that matrices must be whole."""
+        return "name", f"{self.name} projects whole gradient matrices, and {how} splits them"
+
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
+        return f"{_PARTS}.gradnormlorp:Gradnormlorp"
+
+
+class LoraProSettings(ScaledSettings):
+    """LoRA-Pro (Wang et al. 2024): LoRA with gradients corrected towards that of W."""
+
+    name: Literal["lora_pro"]
+
+    def sharding_refusal(self, how: str) -> tuple[str, str] | None:
+        """Say that A and B must be whole."""
+        return (
+            "name",
+            f"{self.name} corrects the gradients of whole matrices, and {how} splits them",
+        )
+
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
+        return f"{_PARTS}.lora_pro:LoraPro"
+
+
+class AlloraSettings(LowRankSettings):
+    """ALLoRA (Huang & Balestriero 2024): LoRA without alpha and dropout; B steps row by row."""
+
+    name: Literal["allora"]
+    eta_squared: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="square of the factor of a row's step at the start; the paper tries 1 to 4"
+    )
+
+    training_only: ClassVar[frozenset[str]] = LowRankSettings.training_only | {"eta_squared"}
+
+    def sharding_refusal(self, how: str) -> tuple[str, str] | None:
+        """Say that A and B must be whole."""
+        return "name", f"{self.name} measures the rows of whole matrices, and {how} splits them"
+
+    @property
+    def implemented_by(self) -> str:
+        """``module:class`` of the implementation."""
+        return f"{_PARTS}.allora:Allora"
+
+
 GRADIENTS: dict[str, type[MethodSettings]] = {
     "galore": GaloreSettings,
     "fira": FiraSettings,
     "frugal": FrugalSettings,
     "dct_adamw": DctAdamwSettings,
+    "gradnormlorp": GradnormlorpSettings,
+    "lora_pro": LoraProSettings,
+    "allora": AlloraSettings,
 }

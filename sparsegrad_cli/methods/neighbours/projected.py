@@ -52,17 +52,18 @@ class View:
 
     Args:
         update_every: steps between two choices of the view.
+        first: the step from which ``update_every`` counts; step 1 always makes a choice.
     """
 
-    def __init__(self, update_every: int) -> None:
-        self.update_every = update_every
+    def __init__(self, update_every: int, first: int = 1) -> None:
+        self.update_every, self.first = update_every, first
 
     def chooses(self, step: int) -> bool:
         """Return whether the view is chosen in this step, counted from 1.
 
         An estimate reads every number as 1, so it counts a step with a choice: the upper limit.
         """
-        return (step - 1) % self.update_every == 0
+        return step == 1 or (step - self.first) % self.update_every == 0
 
     def direction(self, grad_OI: Tensor, state: State, adamw: AdamW, step: int) -> Tensor:
         """Return D (out, in) such that W - lr D is the step, and update the state.
@@ -85,10 +86,11 @@ class SubspaceView(View):
         rank: r; at most the shorter side.
         update_every: steps between two choices of P.
         scale: factor of the step.
+        first: as in :class:`View`.
     """
 
-    def __init__(self, rank: int, update_every: int, scale: float) -> None:
-        super().__init__(update_every)
+    def __init__(self, rank: int, update_every: int, scale: float, first: int = 1) -> None:
+        super().__init__(update_every, first)
         self.rank, self.scale = rank, scale
 
     def choose(self, grad_SL: Tensor, state: State) -> None:
