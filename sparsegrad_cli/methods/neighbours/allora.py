@@ -54,12 +54,12 @@ def scale_rows_of_steps(
     before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def remember(*_: Any) -> None:
+    def remember(*ignored: Any) -> None:
         before[:] = [(b.clone(), row_factors(a, b, eta_squared)) for a, b in pairs]
 
     @torch.no_grad()
-    def scale(*_: Any) -> None:
-        for (_, b), (old_OR, factors_O) in zip(pairs, before, strict=True):
+    def scale(*ignored: Any) -> None:
+        for (_a, b), (old_OR, factors_O) in zip(pairs, before, strict=True):
             b.sub_(old_OR).mul_(factors_O[:, None]).add_(old_OR)
         before.clear()
 

@@ -181,6 +181,10 @@ class GradnormlorpSettings(AlphaSettings):
         """Return alpha, dropout and DoRA."""
         return {**super().lora_options(rank), "use_dora": True}
 
+    def optimizer_refusal(self) -> tuple[str, str] | None:
+        """Say that the optimizer is a part of the method."""
+        return "name", f"{self.name} projects the gradients of A and B for AdamW"
+
     def quantization_refusal(self) -> tuple[str, str] | None:
         """Say that it reads the weights."""
         return "name", f"{self.name} normalizes the rows of the weights in every step"

@@ -67,7 +67,8 @@ class Gradnormlorp(Lora):
         magnitudes = next(
             p for n, p in layer.named_parameters() if "lora_magnitude_vector" in n
         ).detach()
-        return changed_OI * (magnitudes.double() / changed_OI.norm(dim=1))[:, None]
+        merged_OI: Tensor = changed_OI * (magnitudes.double() / changed_OI.norm(dim=1))[:, None]
+        return merged_OI
 
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
         """Return None: the normalization changes the weight by more than a low rank."""

@@ -220,7 +220,7 @@ def projected_adamw(
     train: TrainSection,
 ) -> ProjectedAdamW:
     """Return AdamW on these views, and on all of the other parameters that train."""
-    groups = [{"params": list(views)}, *parameter_groups(model, train, without=views)]
+    groups = parameter_groups(model, train)
     return ProjectedAdamW(groups, views, transposed, **adamw_settings(train))
 
 

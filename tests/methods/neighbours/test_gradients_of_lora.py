@@ -109,7 +109,8 @@ def test_lora_pro_steps_along_the_nearest_best_gradients(zero: bool) -> None:
 def test_lora_pro_comes_closer_to_the_gradient_than_lora() -> None:
     (a, b), (g,) = start(zero=False), gradients(1)
     plain = plain_gradients(a, b, g)
-    found = corrected_gradients(*(torch.tensor(part) for part in (a, b, *plain)), scale=SCALE)
+    of_a, of_b = map(torch.tensor, plain)
+    found = corrected_gradients(torch.tensor(a), torch.tensor(b), of_a, of_b, SCALE)
 
     def distance(h_a: Array, h_b: Array) -> float:
         return float(np.linalg.norm(SCALE * b @ h_a + SCALE * h_b @ a - g))
