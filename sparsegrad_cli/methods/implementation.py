@@ -377,28 +377,44 @@ def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
     return weight
 
 
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that its modules name in ``kept_buffers``, by name.
+
+    They do not train, and follow neither from the base model nor from the recipe's seed alone.
+    """
+    return {
+        f"{name}.{own}": module.get_buffer(own)
+        for name, module in model.named_modules()
+        for own in getattr(module, "kept_buffers", ())
+    }
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter that trains, by name: what a checkpoint holds of the model.
+    """Return what a checkpoint holds of the model, by name.
+
+    These are all parameters that train, and the buffers of :func:`kept_buffers`.
 
     Where weights are split over processes, every process must call this; rank zero gets the values.
     """
     reshard(model)
-    return gather({n: p for n, p in model.named_parameters() if p.requires_grad})
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return gather(trained | kept_buffers(model))
 
 
 def trainable_names(model: nn.Module) -> set[str]:
     """Return the names of :func:`trainable_state`."""
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | kept_buffers(model).keys()
 
 
 def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into the parameters of those names, or into each process's shard.
+    """Copy whole tensors into the parameters and kept buffers of those names, or their shards.
 
     Raises:
         KeyError: a name the model does not have, or another shape.
     """
     reshard(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) | kept_buffers(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in parameters or parameters[name].shape != tensor.shape:

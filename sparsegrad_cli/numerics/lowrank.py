@@ -26,6 +26,20 @@ def nearest_of_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return matrix_OI @ v_IR, v_IR.T
 
 
+def leading_singular_vectors(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (out, r), S (r,) and V (in, r) of the largest singular values, in the same dtype.
+
+    Args:
+        matrix_OI: (out, in), float32 or float64.
+        rank: at least 1; at most the narrow side is used.
+    """
+    u_OK, s_K, v_KI = torch.linalg.svd(matrix_OI, full_matrices=False)
+    # Copies, for views would keep all vectors alive; row by row, as a loaded tensor lies.
+    u_OR = u_OK[:, :rank].clone(memory_format=torch.contiguous_format)
+    v_IR = v_KI[:rank].T.clone(memory_format=torch.contiguous_format)
+    return u_OR, s_K[:rank].clone(), v_IR
+
+
 def structural_factors(matrix_RS: Tensor, pattern_RS: Tensor) -> tuple[Tensor, Tensor]:
     """Return L (R, t) and M (t, S) with L M equal to a matrix, t the term rank of its pattern.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.methods.base import MethodSettings
+from sparsegrad_cli.methods.implementation import TrainingData
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -31,7 +32,8 @@ class OneLayer:
     Args:
         settings: of the method.
         transposed: whether the layer is GPT-2's Conv1D.
-        training: for a method that reads batches: returns its ``TrainingData`` for this layer.
+        seed: of what the method draws.
+        run: whether a run follows, whose first two batches a method may read.
 
     Attributes:
         weight_OI, bias_O: W and b, copies.
@@ -46,7 +48,8 @@ class OneLayer:
         *,
         transposed: bool = False,
         dtype: torch.dtype = torch.float64,
-        training: Callable[[OneLayer], Any] | None = None,
+        seed: int = 3,
+        run: bool = True,
         train: TrainSection = TRAIN,
     ) -> None:
         layer: Any = Conv1D(self.out, self.inn) if transposed else nn.Linear(self.inn, self.out)
@@ -58,12 +61,10 @@ class OneLayer:
         self.model = nn.ModuleDict({"layer": layer})
         self.target = Target("layer", "layer", 0, self.out, self.inn, transposed)
         self.method = settings.implementation()
-        with temporary_seed(3):
+        training = TrainingData(3, self._batches, lambda batch: self.loss(**batch))
+        with temporary_seed(seed):
             self.prepared = self.method.prepare(
-                self.model,
-                [self.target],
-                scope="head",
-                training=training(self) if training else None,
+                self.model, [self.target], scope="head", training=training if run else None
             )
         self.optimizer = self.method.optimizer(self.model, train)
         self.start = self.parameters()
@@ -82,6 +83,12 @@ class OneLayer:
     def batch(step: int) -> tuple[Tensor, Tensor]:
         """Return inputs (4, in) and desired outputs (4, out) of a step."""
         return drawn(4, OneLayer.inn, seed=10 + step), drawn(4, OneLayer.out, seed=50 + step)
+
+    def _batches(self) -> Iterator[Mapping[str, Tensor]]:
+        dtype = self.weight_OI.dtype
+        for step in range(2):
+            x, wanted = self.batch(step)
+            yield {"x": x.to(dtype), "wanted": wanted.to(dtype)}
 
     def loss(self, x: Tensor, wanted: Tensor) -> Tensor:
         """Return half the squared distance of the outputs to those desired."""
@@ -123,10 +130,21 @@ class ReferenceAdamW:
             self.p[name] = decayed - lr * mean / (square.sqrt() + self.train.adam_epsilon)
 
 
+def _pulled(
+    delta_OI: Callable[[Parameters], Tensor],
+) -> Callable[[Parameters, Tensor], Parameters]:
+    def pull(p: Parameters, g_OI: Tensor) -> Parameters:
+        leaves = {name: t.clone().requires_grad_() for name, t in p.items()}
+        found = torch.autograd.grad(delta_OI(leaves), list(leaves.values()), g_OI)
+        return dict(zip(leaves, found, strict=True))
+
+    return pull
+
+
 def check_steps(
     one: OneLayer,
     delta_OI: Callable[[Parameters], Tensor],
-    pull: Callable[[Parameters, Tensor], Parameters],
+    pull: Callable[[Parameters, Tensor], Parameters] | None = None,
     *,
     count: int = 4,
 ) -> None:
@@ -135,13 +153,14 @@ def check_steps(
     Args:
         one: freshly prepared.
         delta_OI: returns the change D of the parameters, by the paper's formula.
-        pull: returns the gradients of the parameters, given dL/dD, by hand.
+        pull: returns the gradients of the parameters, given dL/dD, by hand; by default, autograd
+            finds them from ``delta_OI``.
         count: number of steps.
     """
     reference = ReferenceAdamW(one.start)
     for step in range(count):
         g_OI = one.weight_gradient_OI(step, delta_OI(reference.p))
-        reference.step(pull(reference.p, g_OI))
+        reference.step((pull or _pulled(delta_OI))(reference.p, g_OI))
     one.steps(count)
     found = one.parameters()
     assert found.keys() == reference.p.keys()

@@ -350,6 +350,8 @@ class Tuned:
         **overrides: Any,
     ) -> None:
         settings, basis_per = METHODS[name]
+        if settings.reads_batches and run_steps is None:
+            run_steps = 50
         self.model = classifier(architecture, seed, **overrides)
         self.targets = targets_of(self.model)
         save_memory(self.model, self.targets, settings.recompute)

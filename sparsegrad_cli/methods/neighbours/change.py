@@ -6,7 +6,8 @@ how they start (:meth:`ChangeMethod.make_change`). All else is here.
 
 The paths save as little for the backward pass as those of the other methods: a product of two
 factors saves x once and x A' (:func:`sparsegrad_cli.numerics.frozen_linear.adapter_linear`), and a
-core between frozen factors saves x Q_in alone (:mod:`sparsegrad_cli.numerics.core_linear`).
+core or a diagonal between frozen factors saves x Q_in alone
+(:mod:`sparsegrad_cli.numerics.core_linear`, :mod:`sparsegrad_cli.numerics.diagonal_linear`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_cli.methods.implementation import Adapted, Factors, Method
-from sparsegrad_cli.methods.neighbours.change_settings import ChangeSettings, count_note
+from sparsegrad_cli.methods.neighbours.change_settings import ChangeSettings
 from sparsegrad_cli.models.quantized import dequantized, dtype_of, is_quantized
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import core_linear
+from sparsegrad_cli.numerics.diagonal_linear import diagonal_linear
 from sparsegrad_cli.numerics.frozen_linear import adapter_linear, core_beside
 from sparsegrad_cli.numerics.hosvd import Basis
 
@@ -55,7 +57,14 @@ class FrozenLayer:
 
 
 class Change(nn.Module):
-    """The change D of one target's weight. Its parameters are float32 or wider."""
+    """The change D of one target's weight. Its parameters are float32 or wider.
+
+    Attributes:
+        kept_buffers: names of the buffers that an adapter and a checkpoint hold, because they do
+            not follow from the base model and the recipe.
+    """
+
+    kept_buffers: tuple[str, ...] = ()
 
     def delta_OI(self) -> Tensor:
         """Return D, (out, in), in the dtype of the parameters, with gradients to them."""
@@ -167,6 +176,52 @@ class CoreChange(Change):
         return core_linear(x, base.weight, base.bias, core_RS, self.q_out, self.q_in)
 
 
+class DiagonalChange(Change):
+    """A trained diagonal between frozen factors: D = Q_out diag(d) Q_in'. d starts at zero.
+
+    Args:
+        q_out_OR, q_in_IR: (out, r) and (in, r), in the dtype of the layer's products; buffers
+            outside the state dict.
+        like: an empty tensor with the dtype and device of d.
+    """
+
+    q_out: Tensor
+    q_in: Tensor
+
+    def __init__(self, q_out_OR: Tensor, q_in_IR: Tensor, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("q_out", q_out_OR, persistent=False)
+        self.register_buffer("q_in", q_in_IR, persistent=False)
+        self.d = nn.Parameter(like.new_zeros(q_out_OR.shape[1]))
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Return Q_out diag(d) and Q_in'."""
+        return self.q_out.to(self.d.dtype) * self.d, self.q_in.to(self.d.dtype).T
+
+    def delta_OI(self) -> Tensor:
+        """Return Q_out diag(d) Q_in'."""
+        b_OR, a_RI = self.product()
+        return b_OR @ a_RI  # (out, r) @ (r, in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ((x Q_in) diag(d)) Q_out'."""
+        b_OR, a_RI = self.product()
+        return F.linear(F.linear(x.to(a_RI.dtype), a_RI), b_OR)
+
+    def beside(self, x: Tensor, base: FrozenLayer) -> Tensor:
+        """Return x W' + b + ((x Q_in) diag(d)) Q_out', saving x Q_in alone."""
+        return diagonal_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.d,
+            self.q_out,
+            self.q_in,
+            product=base.module if base.unpacked else None,
+            unpacked=base.unpacked,
+        )
+
+
 class ChangedLinear(nn.Module):
     """A frozen linear layer with a change of its weight beside it.
 
@@ -214,7 +269,7 @@ class Place:
     Attributes:
         target: the target module.
         number: its number among the targets, from 0.
-        rank: the rank of its change.
+        size: the value of the settings' ``size_key``, by default the rank.
         read_weight: returns W, (out, in): a view, or a new tensor for a quantized layer.
         like: an empty tensor with the parameters' dtype and device, for ``like.new_zeros(...)``.
         product_dtype: the dtype of the layer's products.
@@ -222,10 +277,15 @@ class Place:
 
     target: Target
     number: int
-    rank: int
+    size: int
     read_weight: Callable[[], Tensor]
     like: Tensor
     product_dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        """The size, at most the narrow side of W."""
+        return min(self.size, self.out_features, self.in_features)
 
     @property
     def out_features(self) -> int:
@@ -259,16 +319,16 @@ class ChangeMethod(Method):
         scores: Mapping[str, Tensor],
     ) -> Adapted:
         """Put a change beside every target."""
-        rank = self.settings.rank_on(targets)
+        size = self.settings.size_on(targets)
         entries, frozen = {}, []
         for number, target in enumerate(targets):
             layer = model.get_submodule(target.name)
-            change = self.make_change(place_of(model, target, number, rank))
+            change = self.make_change(place_of(model, target, number, size))
             model.set_submodule(target.name, ChangedLinear(layer, change))
             entries[target.name] = sum(p.numel() for p in change.parameters() if p.requires_grad)
             frozen += [*change.buffers(), *(p for p in change.parameters() if not p.requires_grad)]
-        note = count_note(self.settings, targets, rank)
-        return Adapted(entries, self.settings.requested(targets), note, frozen=frozen)
+        requested, note = self.settings.requested(targets), self.settings.note(targets)
+        return Adapted(entries, requested, note, frozen=frozen)
 
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
         """Return W + D, computed in float64 from the parameters."""
@@ -290,7 +350,7 @@ def change_of(model: nn.Module, target: Target) -> Change:
     return layer.change
 
 
-def place_of(model: nn.Module, target: Target, number: int, rank: int) -> Place:
+def place_of(model: nn.Module, target: Target, number: int, size: int) -> Place:
     """Return the place of a target's change; arguments are attributes of :class:`Place`."""
     layer = model.get_submodule(target.name)
     dtype = dtype_of(layer)
@@ -301,7 +361,7 @@ def place_of(model: nn.Module, target: Target, number: int, rank: int) -> Place:
     def read_weight() -> Tensor:
         return target.weight_OI(model).detach()
 
-    return Place(target, number, rank, read_weight, like, dtype)
+    return Place(target, number, size, read_weight, like, dtype)
 
 
 def _wide(model: nn.Module, target: Target) -> Change:

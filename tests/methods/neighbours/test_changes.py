@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sparsegrad_cli.methods.base import TargetShapes
+from sparsegrad_cli.methods.implementation import TrainingData
 from sparsegrad_cli.methods.neighbours.adaptive_settings import ADAPTIVE
 from sparsegrad_cli.methods.neighbours.change import ChangedLinear
 from sparsegrad_cli.methods.neighbours.change_settings import CHANGES, ChangeSettings
@@ -63,6 +64,16 @@ def test_merged_weight_and_factors_compute_what_the_layer_does(name: str, transp
     torch.testing.assert_close(change, found_NO - (x_NI @ one.weight_OI.T + one.bias_O))
 
 
+@every_change
+def test_an_adapter_loads_where_other_numbers_are_drawn_and_no_run_follows(name: str) -> None:
+    one, other = trained(name), OneLayer(settings_of(name), seed=9, run=False)
+    tensors = one.method.adapter_tensors(one.model)
+    other.method.load_adapter(other.model, tensors)
+    expected_OI = one.method.merged_OI(one.model, one.target)
+    assert torch.equal(other.method.merged_OI(other.model, other.target), expected_OI)
+    assert torch.equal(other.layer(drawn(4, 5)), one.layer(drawn(4, 5)))
+
+
 # SNELL's threshold counts as a constant in its gradient: see its own test.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "snell"])
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
@@ -81,7 +92,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 @every_change
 def test_nothing_as_wide_as_the_output_is_saved(name: str) -> None:
     """One copy of x at most, in its own dtype, and narrow products."""
-    one = OneLayer(settings_of(name, rank=2), dtype=torch.bfloat16)
+    one = OneLayer(settings_of(name, rank=1), dtype=torch.bfloat16)
     tokens, kept = 64, []
     x = drawn(tokens, one.inn, seed=7, dtype=torch.bfloat16).requires_grad_()
 
@@ -128,14 +139,14 @@ def test_counts_are_the_parameters_of_each_layer(name: str) -> None:
 
 
 @every_change
-def test_match_solves_the_nearest_rank(name: str) -> None:
+def test_match_solves_the_nearest_size(name: str) -> None:
     recipe = load_recipe(None, (f"method.name={name}", "method.density=0.03", "match=trainable"))
     settings: Any = recipe.recipe.method
     targets = targets_of(classifier())
-    rank, requested = settings.rank_on(targets), settings.requested(targets)
+    size, requested = settings.size_on(targets), settings.requested(targets)
     assert requested == sum(round(0.03 * t.size) for t in targets)
-    distance = {r: abs(settings.total(targets, r) - requested) for r in range(1, 65)}
-    assert distance[rank] == min(distance.values())
+    distance = {n: abs(settings.total(targets, n) - requested) for n in range(1, 65)}
+    assert distance[size] == min(distance.values())
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
@@ -147,8 +158,9 @@ def test_it_trains_beside_quantized_weights(
     settings, targets = settings_of(name), targets_of(model)
     before = model(**batch()).logits.detach()
     method = settings.implementation()
+    data = TrainingData(4, lambda: iter([batch(seed=5)]), lambda inputs: model(**inputs).loss)
     with temporary_seed(0):
-        method.prepare(model, targets, scope="head")
+        method.prepare(model, targets, scope="head", training=data)
     assert settings.starts_changed or torch.equal(model(**batch()).logits, before)
     optimizer = method.optimizer(model, TrainSection(learning_rate=1e-2))
     losses = []

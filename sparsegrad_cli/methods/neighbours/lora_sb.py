@@ -1,0 +1,138 @@
+"""LoRA-SB: W + B R A, of which R trains; B, R and A approximate the first step of full training.
+
+Ponkshe et al. 2024, "Initialization using Update Approximation is a Silver Bullet for Extremely
+Efficient Low-Rank Fine-Tuning", arXiv 2411.19557, theorem 3 and section 2: the first step of AdamW
+on all of W is close to M = -lr sign(sum of gradients); with M ~ U S V' of rank r, B = U, A = V' and
+R = S start as this step. The paper's scaling s is divided out of R, so it has no effect and is left
+out. The gradients are those of ``calibration.steps`` batches, each of a mean over the batch, where
+the paper sums over examples.
+
+B and A have orthonormal columns and rows and stay frozen; the adapter holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import NonFiniteError
+from sparsegrad_cli.methods.implementation import Adapted, TrainingData
+from sparsegrad_cli.methods.neighbours.change import ChangeMethod, CoreChange, Place
+from sparsegrad_cli.methods.neighbours.change_settings import LoraSbSettings
+from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.lowrank import leading_singular_vectors
+
+
+class LoraSbChange(CoreChange):
+    """D = B R A: B (out, r) and A' (in, r) are the buffers, R (r, r) trains.
+
+    Args:
+        b_OR, a_IR: B and A', orthonormal.
+        core_RR: R at the start, float32 or wider.
+    """
+
+    kept_buffers = ("q_out", "q_in")
+
+    def __init__(self, b_OR: Tensor, a_IR: Tensor, core_RR: Tensor) -> None:
+        super().__init__(b_OR, a_IR)
+        self.r = nn.Parameter(core_RR)
+
+    def core_RS(self) -> Tensor:
+        """Return R."""
+        return self.r
+
+
+class LoraSb(ChangeMethod):
+    """See :class:`sparsegrad_cli.methods.implementation.Method`."""
+
+    settings: LoraSbSettings
+
+    def __init__(self, settings: LoraSbSettings) -> None:
+        super().__init__(settings)
+        self._gradients: dict[str, Tensor] = {}
+
+    def adapt(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Tensor],
+    ) -> Adapted:
+        """Sum the gradients of the run's batches, and put a change beside every target."""
+        if self.training is not None:
+            self._gradients = summed_gradients(model, targets, self.training)
+        return super().adapt(model, targets, bases, scores)
+
+    def make_change(self, place: Place) -> LoraSbChange:
+        """Return the approximated first step; zeros of the same shapes if there is no run."""
+        rank, like, dtype = place.rank, place.like, place.product_dtype
+        if self.training is None:
+            zeros = like.new_zeros
+            b_OR, a_IR = zeros(place.out_features, rank), zeros(place.in_features, rank)
+            return LoraSbChange(b_OR.to(dtype), a_IR.to(dtype), zeros(rank, rank))
+        step_OI = -self.settings.init_learning_rate * self._gradients.pop(place.target.name).sign()
+        u_OR, s_R, v_IR = leading_singular_vectors(step_OI.to(like.dtype), rank)
+        return LoraSbChange(u_OR.to(dtype), v_IR.to(dtype), s_R.diag())
+
+
+def summed_gradients(
+    model: nn.Module, targets: list[Target], training: TrainingData
+) -> dict[str, Tensor]:
+    """Return target name -> sum over the batches of dL/dW, (out, in), float32 or wider.
+
+    W may be packed: the gradients are products of what goes into a layer and what comes back.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    sums: dict[str, Tensor] = {}
+    was_training = model.training
+    model.eval()  # Dropout would only add noise.
+    try:
+        with _hooked(model, targets, sums):
+            for number, batch in enumerate(training.batches()):
+                loss = training.loss(batch)
+                if not torch.isfinite(loss.detach()):
+                    raise NonFiniteError(
+                        f"the loss of calibration batch {number + 1} is {float(loss.detach())}",
+                        where="calibration",
+                        fix="use model.dtype: float32, or look at the data of this batch",
+                    )
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+    finally:
+        model.train(was_training)
+    return sums
+
+
+@contextmanager
+def _hooked(model: nn.Module, targets: list[Target], sums: dict[str, Tensor]) -> Iterator[None]:
+    """Add every gradient with respect to a target's weight to ``sums`` inside."""
+
+    def add(name: str, x: Tensor, g: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        # (out, N) @ (N, in)
+        found_OI = g.flatten(0, -2).to(wide).T @ x.detach().flatten(0, -2).to(wide)
+        sums[name] = sums[name] + found_OI if name in sums else found_OI
+
+    def after(name: str, layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+        # All below may be frozen, and the output would then have no gradient.
+        traced = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+        traced.register_hook(partial(add, name, inputs[0]))
+        return traced
+
+    handles = [
+        model.get_submodule(target.name).register_forward_hook(partial(after, target.name))
+        for target in targets
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
