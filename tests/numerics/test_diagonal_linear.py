@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -13,7 +15,7 @@ from sparsegrad_cli.numerics.diagonal_linear import diagonal_linear
 OUT, IN, R = 7, 5, 3
 
 
-def parts(*lead: int) -> dict[str, Tensor]:
+def parts(*lead: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     shapes = {
         "x": (*lead, IN),
@@ -53,7 +55,8 @@ def test_a_packed_weight_is_unpacked_for_the_backward_pass_alone() -> None:
 
     def unpack() -> Tensor:
         unpacked.append(1)
-        return weight
+        found: Tensor = weight
+        return found
 
     p["x"].requires_grad_()
     y = diagonal_linear(

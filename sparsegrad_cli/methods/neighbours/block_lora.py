@@ -25,8 +25,8 @@ class BlockLoraChange(LowRankChange):
 
     def __init__(self, place: Place, blocks: int, scaling: float) -> None:
         super().__init__()
-        self.b = nn.Parameter(place.like.new_zeros(blocks, place.out_features, place.size))
-        self.a = nn.Parameter(place.like.new_empty(place.size, place.in_features))
+        self.b = nn.Parameter(place.like.new_zeros(blocks, place.out_features, place.rank))
+        self.a = nn.Parameter(place.like.new_empty(place.rank, place.in_features))
         self.scaling = scaling
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as LoRA's A
 
@@ -42,5 +42,5 @@ class BlockLora(ChangeMethod):
 
     def make_change(self, place: Place) -> BlockLoraChange:
         """Return a change whose B_i are zero."""
-        alpha = self.settings.alpha or 2 * place.size
-        return BlockLoraChange(place, self.settings.blocks, alpha / place.size)
+        alpha = self.settings.alpha or 2 * place.rank
+        return BlockLoraChange(place, self.settings.blocks, alpha / place.rank)

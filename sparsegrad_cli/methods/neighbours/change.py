@@ -284,7 +284,12 @@ class Place:
 
     @property
     def rank(self) -> int:
-        """The size, at most the narrow side of W."""
+        """The size, where that is the rank of the change."""
+        return self.size
+
+    @property
+    def narrow_rank(self) -> int:
+        """The rank, at most the narrow side of W."""
         return min(self.size, self.out_features, self.in_features)
 
     @property

@@ -17,7 +17,7 @@ class FloraChange(LowRankChange):
 
     def __init__(self, place: Place, scale: float) -> None:
         super().__init__()
-        like, rank = place.like, place.size
+        like, rank = place.like, place.rank
         self.b = nn.Parameter(like.new_empty(place.out_features, rank))
         self.g = nn.Parameter(like.new_zeros(rank, rank))
         self.a = nn.Parameter(like.new_empty(rank, place.in_features))

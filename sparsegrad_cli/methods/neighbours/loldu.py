@@ -44,7 +44,7 @@ class Loldu(ChangeMethod):
 
     def make_change(self, place: Place) -> LolduChange:
         """Return a diagonal of zeros between the factors of W."""
-        rank, dtype, device = place.rank, place.product_dtype, place.like.device
+        rank, dtype, device = place.narrow_rank, place.product_dtype, place.like.device
         p_OO, l_OK, u_KI = torch.linalg.lu(place.read_weight().double().cpu())
         u_RI, d_R = u_KI[:rank], u_KI.diagonal()[:rank]
         # Where D is zero, so is the row of U: the layer has no such direction.

@@ -24,6 +24,7 @@ from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.implementation import Adapted, TrainingData
 from sparsegrad_cli.methods.neighbours.change import ChangeMethod, CoreChange, Place
 from sparsegrad_cli.methods.neighbours.change_settings import LoraSbSettings
+from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.lowrank import leading_singular_vectors
@@ -71,7 +72,7 @@ class LoraSb(ChangeMethod):
 
     def make_change(self, place: Place) -> LoraSbChange:
         """Return the approximated first step; zeros of the same shapes if there is no run."""
-        rank, like, dtype = place.rank, place.like, place.product_dtype
+        rank, like, dtype = place.narrow_rank, place.like, place.product_dtype
         if self.training is None:
             zeros = like.new_zeros
             b_OR, a_IR = zeros(place.out_features, rank), zeros(place.in_features, rank)
@@ -84,27 +85,33 @@ class LoraSb(ChangeMethod):
 def summed_gradients(
     model: nn.Module, targets: list[Target], training: TrainingData
 ) -> dict[str, Tensor]:
-    """Return target name -> sum over the batches of dL/dW, (out, in), float32 or wider.
+    """Return target name -> sum over the batches of c dL/dW, (out, in), float32 or wider.
 
-    W may be packed: the gradients are products of what goes into a layer and what comes back.
+    c is positive: gradients in float16 would underflow, and only their signs count. W may be
+    packed: the gradients are products of what goes into a layer and what comes back.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
     sums: dict[str, Tensor] = {}
+    first = next(model.parameters())
+    half = next((p.dtype for p in model.parameters() if p.dtype in HALF), None)
+    scale = 4096.0 if half == torch.float16 else 1.0
     was_training = model.training
     model.eval()  # Dropout would only add noise.
     try:
         with _hooked(model, targets, sums):
             for number, batch in enumerate(training.batches()):
-                loss = training.loss(batch)
+                # What trains is float32 among half-precision weights: autocast joins the two.
+                with torch.autocast(first.device.type, half, enabled=half is not None):
+                    loss = training.loss(batch)
                 if not torch.isfinite(loss.detach()):
                     raise NonFiniteError(
                         f"the loss of calibration batch {number + 1} is {float(loss.detach())}",
                         where="calibration",
                         fix="use model.dtype: float32, or look at the data of this batch",
                     )
-                loss.backward()
+                (loss * scale).backward()
                 model.zero_grad(set_to_none=True)
     finally:
         model.train(was_training)

@@ -27,8 +27,8 @@ class MonarchChange(LowRankChange):
         super().__init__()
         self.shape = (place.out_features, place.in_features)
         rows, columns = (-(-side // blocks) for side in self.shape)
-        self.l = nn.Parameter(place.like.new_zeros(blocks, rows, place.size))
-        self.r = nn.Parameter(place.like.new_empty(blocks, place.size, columns))
+        self.l = nn.Parameter(place.like.new_zeros(blocks, rows, place.rank))
+        self.r = nn.Parameter(place.like.new_empty(blocks, place.rank, columns))
         nn.init.uniform_(self.r, -(columns**-0.5), columns**-0.5)
 
     def product(self) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,6 @@ class Svfit(ChangeMethod):
 
     def make_change(self, place: Place) -> DiagonalChange:
         """Return a diagonal of zeros between the leading singular vectors."""
-        u_OR, _, v_IR = leading_singular_vectors(place.read_weight().double(), place.rank)
+        u_OR, _, v_IR = leading_singular_vectors(place.read_weight().double(), place.narrow_rank)
         dtype = place.product_dtype
         return DiagonalChange(u_OR.to(dtype), v_IR.to(dtype), place.like)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.one_layer import OneLayer, Parameters, check_steps
@@ -58,17 +60,11 @@ def test_an_adapter_of_another_permutation_is_refused() -> None:
 
 
 def test_a_direction_that_weights_do_not_have_gets_no_gradient() -> None:
-    class Flat(OneLayer):
-        pass
-
-    one = OneLayer(LolduSettings(name="loldu"))
-    flat = torch.ones(6, 5, dtype=torch.float64)
-    assert torch.isfinite(one.layer.change.q_in).all()
-    layer = torch.nn.Linear(5, 6).double()
-    layer.weight.data = flat
-    method = LolduSettings(name="loldu").implementation()
-    model = torch.nn.ModuleDict({"layer": layer})
-    method.prepare(model, [one.target], scope="head")
-    model["layer"](torch.ones(2, 5, dtype=torch.float64)).sum().backward()
+    layer = torch.nn.Linear(OneLayer.inn, OneLayer.out, dtype=torch.float64)
+    torch.nn.init.ones_(layer.weight)  # of rank 1
+    model: Any = torch.nn.ModuleDict({"layer": layer})
+    target = OneLayer(LolduSettings(name="loldu")).target
+    LolduSettings(name="loldu").implementation().prepare(model, [target], scope="head")
+    model["layer"](torch.ones(2, OneLayer.inn, dtype=torch.float64)).sum().backward()
     gradient = model["layer"].change.d.grad
-    assert isinstance(gradient, Tensor) and gradient[0] != 0 and not gradient[1:].any()
+    assert gradient[0] != 0 and not gradient[1:].any()

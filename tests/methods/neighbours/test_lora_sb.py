@@ -39,7 +39,8 @@ def test_steps_are_those_of_the_formula() -> None:
     torch.testing.assert_close(one.start["r"], torch.diag(values[:RANK]))
 
     def delta_OI(p: Parameters) -> Tensor:
-        return b_OR @ p["r"] @ a_RI
+        change_OI: Tensor = b_OR @ p["r"] @ a_RI
+        return change_OI
 
     def pull(p: Parameters, g_OI: Tensor) -> Parameters:
         return {"r": b_OR.T @ g_OI @ a_RI.T}

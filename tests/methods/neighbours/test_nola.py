@@ -24,7 +24,8 @@ def matrices(key: int, rows: int, columns: int) -> Tensor:
     count = MATRICES * rows * columns
     hashed = [split_mix((state + n * 0x9E3779B97F4A7C15) & MASK) for n in range(1, count + 1)]
     drawn = torch.tensor([(h >> 40) / 2**23 - 1 for h in hashed], dtype=torch.float64)
-    return drawn.view(MATRICES, rows, columns) / MATRICES**0.5
+    scaled: Tensor = drawn.view(MATRICES, rows, columns) / MATRICES**0.5
+    return scaled
 
 
 def test_steps_are_those_of_the_formula() -> None:

@@ -22,7 +22,8 @@ def test_steps_are_those_of_the_formula() -> None:
     def delta_OI(p: Parameters) -> Tensor:
         """Return U_r S_r V_r' with trained values, minus the same with W's own."""
         trained = u_OR @ torch.diag(values_R + p["d"]) @ v_IR.T
-        return trained - u_OR @ torch.diag(values_R) @ v_IR.T
+        change_OI: Tensor = trained - u_OR @ torch.diag(values_R) @ v_IR.T
+        return change_OI
 
     def pull(p: Parameters, g_OI: Tensor) -> Parameters:
         return {"d": torch.stack([u_OR[:, i] @ g_OI @ v_IR[:, i] for i in range(RANK)])}
