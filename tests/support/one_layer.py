@@ -33,7 +33,8 @@ class OneLayer:
         settings: of the method.
         transposed: whether the layer is GPT-2's Conv1D.
         seed: of what the method draws.
-        run: whether a run follows, whose first two batches a method may read.
+        run: whether a run follows, whose first two batches a method that asks for them reads.
+        training: returns the ``TrainingData`` of that run, in place of those.
 
     Attributes:
         weight_OI, bias_O: W and b, copies.
@@ -50,6 +51,7 @@ class OneLayer:
         dtype: torch.dtype = torch.float64,
         seed: int = 3,
         run: bool = True,
+        training: Callable[[OneLayer], TrainingData] | None = None,
         train: TrainSection = TRAIN,
     ) -> None:
         layer: Any = Conv1D(self.out, self.inn) if transposed else nn.Linear(self.inn, self.out)
@@ -61,10 +63,12 @@ class OneLayer:
         self.model = nn.ModuleDict({"layer": layer})
         self.target = Target("layer", "layer", 0, self.out, self.inn, transposed)
         self.method = settings.implementation()
-        training = TrainingData(3, self._batches, lambda batch: self.loss(**batch))
+        data = training(self) if training else None
+        if data is None and run and settings.reads_batches:
+            data = TrainingData(3, self._batches, lambda batch: self.loss(**batch))
         with temporary_seed(seed):
             self.prepared = self.method.prepare(
-                self.model, [self.target], scope="head", training=training if run else None
+                self.model, [self.target], scope="head", training=data
             )
         self.optimizer = self.method.optimizer(self.model, train)
         self.start = self.parameters()

@@ -194,7 +194,7 @@ class Sara(ChangeMethod):
         entries, frozen = self.settings.requested(targets), []
         for number, target in enumerate(targets):
             layer = model.get_submodule(target.name)
-            change = SaraChange(place_of(model, target, number, rank=0), entries[target.name])
+            change = SaraChange(place_of(model, target, number, size=0), entries[target.name])
             model.set_submodule(target.name, ChangedLinear(layer, change))
             frozen += [change.positions, change.start]
         at = self._reselect_at()

@@ -69,6 +69,7 @@ def test_an_adapter_loads_where_other_numbers_are_drawn_and_no_run_follows(name:
     one, other = trained(name), OneLayer(settings_of(name), seed=9, run=False)
     tensors = one.method.adapter_tensors(one.model)
     other.method.load_adapter(other.model, tensors)
+    other.model.eval()
     expected_OI = one.method.merged_OI(one.model, one.target)
     assert torch.equal(other.method.merged_OI(other.model, other.target), expected_OI)
     assert torch.equal(other.layer(drawn(4, 5)), one.layer(drawn(4, 5)))
