@@ -55,6 +55,7 @@ GROUND = {
         "change_settings",
         "adaptive_settings",
         "gradient_settings",
+        "tuner_facts",
     )
 }
 METHODS = ("sparsegrad", "lora", "meprop", "full")

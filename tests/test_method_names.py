@@ -16,6 +16,8 @@ PACKAGE = Path(sparsegrad_cli.__file__).parent
 SHARED = ("base", "implementation", "optimizer", "peft_folder", "registry", "sparse_method")
 # (folder, word) where a word that names a method means something else.
 OTHER_MEANINGS = {
+    ("__init__.py", "peft"): "the tuner's package",
+    ("records", "peft"): "a library, among the versions in a record",
     ("cli", "full"): "an answer that fills the model's positions",
     ("export", "full"): "an answer that fills the model's positions",
     ("export", "lora"): "a form of export",

@@ -82,6 +82,10 @@ def lora_parts(
         for name in targets
         if f"{name}.bias" in changed
     }
+    for name, target in targets.items():
+        bias = trained.method.merged_bias(trained.setup.model, target)
+        if bias is not None:
+            biases[name] = bias - plain.get_parameter(f"{name}.bias").detach().double()
     modules = _whole_modules(plain, changed, targets)
     limit = math.inf if rank is None else rank
     if server_rank:
@@ -92,7 +96,7 @@ def lora_parts(
         exact = trained.method.factors(trained.setup.model, target)
         if exact is None and rank is None:
             raise UsageError(
-                "this method trains the weights themselves, so the change has full rank",
+                "this method has no low-rank factors: the change has full rank",
                 where="--rank",
                 fix="give a --rank to truncate to (the error is stated), or use --to merged",
             )

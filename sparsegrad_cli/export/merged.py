@@ -66,6 +66,9 @@ def merge(trained: TrainedModel) -> tuple[nn.Module, dict[str, Any]]:
     for target in trained.setup.targets:
         weight_OI = trained.method.merged_OI(trained.setup.model, target)
         rounding_OI, change_OI = put_weight(plain, target, weight_OI)
+        bias = trained.method.merged_bias(trained.setup.model, target)
+        if bias is not None:
+            put(plain, {f"{target.name}.bias": bias})
         relative = total.add(rounding_OI, change_OI)
         largest = float(rounding_OI.abs().max())
         rows.append({"name": target.name, "rounding": relative, "rounding_max": largest})

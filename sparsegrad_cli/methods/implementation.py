@@ -105,7 +105,7 @@ def check_what_trains(model: nn.Module, counts: Counts) -> None:
         parts = name.split(".")
         above = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
         target = next((path for path in above if path in targets), None)
-        if target is None or parts[-1] == "bias":
+        if target is None or name in (f"{target}.bias", f"{target}.base_layer.bias"):
             elsewhere[name] = parameter.numel()
         else:
             inside[target] += parameter.numel()
@@ -320,6 +320,10 @@ class Method:
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
         """Return the weight of a plain layer that computes the same: (out, in), float64."""
         return target.weight_OI(model).detach().double()
+
+    def merged_bias(self, model: nn.Module, target: Target) -> Tensor | None:
+        """Return the bias of that plain layer where a method changes it beside training it."""
+        return None
 
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
         """Return the exact low-rank change of a target; None where W itself has changed."""

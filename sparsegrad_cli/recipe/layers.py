@@ -10,7 +10,7 @@ from typing import Any
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.paths import expanded, is_folder
 from sparsegrad_cli.io.suggest import suggest
-from sparsegrad_cli.methods.registry import METHODS, settings_class
+from sparsegrad_cli.methods.registry import settings_class
 from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
 from sparsegrad_cli.recipe.tasks import known_task_names
 from sparsegrad_cli.recipe.yaml_source import (
@@ -279,7 +279,7 @@ def _inherited_method_settings(old: dict[str, Any], new: dict[str, Any]) -> dict
     name = new.get("name", old.get("name"))
     if name == old.get("name", name):
         return old
-    method = METHODS.get(name) if isinstance(name, str) else None
+    method = settings_class(name) if isinstance(name, str) else None
     keeps = method is not None and method.chooses_by_density and "density" in old
     return {"density": old["density"]} if keeps else {}
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel
 
-from sparsegrad_cli.io.suggest import did_you_mean, suggest
-from sparsegrad_cli.methods.registry import METHOD_NAMES, METHODS
+from sparsegrad_cli.io.suggest import did_you_mean
+from sparsegrad_cli.methods.registry import ALL_NAMES, METHOD_NAMES, METHODS
 from sparsegrad_cli.recipe.yaml_source import KeyPath, shorten
 
 # Keys of other tools, and their keys here.
@@ -37,7 +37,6 @@ _ELSEWHERE = {
 # Names of methods in other tools, and how to write them here.
 _METHODS_ELSEWHERE = {
     "qlora": "it is written method: lora with model.quantization: 4bit",
-    "rslora": "it is written method: {name: lora, rslora: true}",
     "full_finetuning": "it is written method: full",
     "finetune": "it is written method: full",
 }
@@ -133,7 +132,14 @@ def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
 
 def method_advice(given: str) -> str:
     """Return which method was probably meant by an unknown name."""
-    return _METHODS_ELSEWHERE.get(given.lower()) or suggest(given, METHOD_NAMES)
+    return _METHODS_ELSEWHERE.get(given.lower()) or _suggested(given)
+
+
+def _suggested(given: str) -> str:
+    """Return the most similar name; the list of choices is that of the methods' own names."""
+    near = did_you_mean(given, ALL_NAMES)
+    choices = f"choose one of: {', '.join(METHOD_NAMES)}; or a PEFT type such as dora or vera"
+    return f"{near} Or {choices}" if near else choices
 
 
 _PLAIN_TYPES = {

@@ -10,7 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsegrad_cli.methods.registry import DEFAULT_METHOD, MethodSection, settings_class
+from sparsegrad_cli.methods.registry import (
+    DEFAULT_METHOD,
+    MethodSection,
+    settings_class,
+    spelled_out,
+)
 from sparsegrad_cli.recipe.optimizers import (
     DEFAULT_OPTIMIZER,
     check_optimizer_name,
@@ -359,11 +364,9 @@ class Recipe(Section):
     @field_validator("method", mode="before")
     @classmethod
     def _short_method(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
         if isinstance(value, dict) and "name" not in value:
             return {"name": DEFAULT_METHOD.name, **value}
-        return value
+        return spelled_out(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.methods.registry import METHOD_NAMES
+from sparsegrad_cli.methods.registry import ALL_NAMES
 from sparsegrad_cli.recipe.layers import anchor_paths, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import check
 from sparsegrad_cli.recipe.problems import method_advice
@@ -102,7 +102,7 @@ def make_study(
     problems = [
         _OPTION.problem(option, f"{method!r} is not a method", method_advice(method))
         for method in methods
-        if method not in METHOD_NAMES
+        if method not in ALL_NAMES
     ]
     if len(set(methods)) != len(methods):
         problems.append(_OPTION.problem(option, "names a method twice"))

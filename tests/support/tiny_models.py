@@ -29,6 +29,7 @@ from sparsegrad_cli.methods.neighbours.gradient_settings import (
     GaloreSettings,
     GradnormlorpSettings,
 )
+from sparsegrad_cli.methods.peft_types.settings import PeftSettings
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
@@ -245,6 +246,10 @@ def run_data(model: nn.Module, steps: int, count: int = 3) -> TrainingData:
 METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     "full": (FullSettings(name="full"), None),
     "lora": (LoraSettings(name="lora", rank=2), None),
+    "dora": (
+        PeftSettings.model_validate({"name": "peft", "type": "LORA", "use_dora": True, "r": 2}),
+        None,
+    ),
     "meprop-entries": (MepropSettings(name="meprop", density=0.05), None),
     "meprop-rows": (MepropSettings(name="meprop", density=0.1, select="rows"), None),
     "meprop-unified": (
