@@ -278,6 +278,15 @@ def test_neighbours_are_estimated_to_the_byte(tiny: str, name: str) -> None:
     same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
 
 
+@pytest.mark.parametrize("method", [("pela",), ("welore", "method.allocation=uniform")])
+def test_factors_in_place_of_weights_are_estimated_to_the_byte(
+    tiny: str, method: tuple[str, ...]
+) -> None:
+    name, *more = method
+    loaded = recipe(tiny, f"method.name={name}", *more)
+    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+
+
 @pytest.mark.parametrize("name", ["deberta-v3", "gpt2", "opt"])
 def test_other_architectures_are_estimated_to_the_byte(name: str) -> None:
     loaded = recipe("method.rank=8")

