@@ -16,6 +16,7 @@ and the features are the outputs of the target modules. The paper runs it on pre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -23,9 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.implementation import Adapted, TrainingData
 from sparsegrad_cli.methods.neighbours.low_rank import FactoredLinear, LowRankMethod, wide_OI
 from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings
+from sparsegrad_cli.models.precision import HALF
+from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 
@@ -68,21 +72,28 @@ class Pela(LowRankMethod):
         optimizer = torch.optim.AdamW(
             parameters, lr=self.settings.distill_learning_rate, weight_decay=0.0
         )
+        dtypes = {dtype_of(layer) for layer in plain.values()} & set(HALF)
+        half = next(iter(dtypes), None)
+        scale = 4096.0 if half == torch.float16 else 1.0
+        # What trains is float32 among half-precision weights: autocast joins the two.
+        joined = torch.autocast(parameters[0].device.type, half, enabled=half is not None)
         steps = 0
         with _evaluating(model):
             for batch in training.batches():
                 with _layers(model, plain, factored), torch.no_grad(), _outputs(model, plain) as of:
-                    training.loss(batch)
-                wanted = dict(of)
-                with _outputs(model, plain) as features:
+                    with joined:
+                        training.loss(batch)
+                    wanted = dict(of)
+                with _outputs(model, plain) as features, joined:
                     base = training.loss(batch)
-                    loss = base + self._penalty(factored, weights, features, wanted)
-                # Not backward(): the head is open too, and must not gather gradients.
-                found = torch.autograd.grad(loss, parameters)
-                for parameter, gradient in zip(parameters, found, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
+                loss = base + self._penalty(factored, weights, features, wanted)
                 steps += 1
+                _check_finite(loss, steps)
+                # Not backward(): the head is open too, and must not gather gradients.
+                found = torch.autograd.grad(loss * scale, parameters)
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter.grad = gradient / scale
+                optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return steps
 
@@ -101,6 +112,16 @@ class Pela(LowRankMethod):
         feature, perturbation = torch.stack(distances).mean(), torch.stack(deviations).mean()
         settings = self.settings
         return settings.feature_weight * feature + settings.perturbation_weight * perturbation
+
+
+def _check_finite(loss: Tensor, number: int) -> None:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss of calibration batch {number} is {value}",
+            where="calibration",
+            fix="use a smaller method.distill_learning_rate, or look at the data of this batch",
+        )
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from support.tiny_models import HIDDEN, INNER, Tuned, batch, classifier, run_dat
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.methods.implementation import TrainingData
-from sparsegrad_cli.methods.neighbours.low_rank import best_factors
+from sparsegrad_cli.methods.neighbours.low_rank import FactoredLinear, best_factors
 from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings
 from sparsegrad_cli.recipe.schema import TrainSection
 
@@ -108,7 +111,8 @@ def features_apart(model: torch.nn.Module) -> float:
     """Return the distance of the last hidden states to those of the base model."""
     with torch.no_grad():
         inputs = {key: value for key, value in batch().items() if key != "labels"}
-        found, wanted = (m.bert(**inputs).last_hidden_state for m in (model, classifier()))
+        bodies: list[Any] = [m.get_submodule("bert") for m in (model, classifier())]
+        found, wanted = (body(**inputs).last_hidden_state for body in bodies)
     return float(F.mse_loss(found, wanted))
 
 
@@ -125,6 +129,26 @@ def test_the_stage_leaves_no_trace_in_the_model() -> None:
 
 def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path) -> None:
     resumed_run("pela", 3, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_distilled_in_float32(dtype: torch.dtype) -> None:
+    tuned = Tuned("pela", scope="rest", dtype=dtype)
+    assert "distilled for 3 steps" in tuned.prepared.counts.note
+    for target in tuned.targets:
+        layer = tuned.model.get_submodule(target.name)
+        assert isinstance(layer, FactoredLinear)
+        assert layer.b.dtype == layer.a.dtype == torch.float32
+        assert layer.b.isfinite().all() and layer.a.isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    model = classifier()
+    training = run_data(model, 5)
+    broken = dataclasses.replace(training, loss=lambda batch: training.loss(batch) * torch.inf)
+    method = PelaSettings(name="pela").implementation()
+    with pytest.raises(NonFiniteError, match="calibration batch 1 is inf"):
+        method.prepare(model, targets_of(model), scope="head", training=broken)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
