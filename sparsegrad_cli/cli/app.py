@@ -16,6 +16,7 @@ from sparsegrad_cli.cli import estimate as estimate_command
 from sparsegrad_cli.cli import export as export_command
 from sparsegrad_cli.cli import generate as generate_command
 from sparsegrad_cli.cli import judge as judge_command
+from sparsegrad_cli.cli import predict as predict_command
 from sparsegrad_cli.cli import recipes as recipe_commands
 from sparsegrad_cli.cli import runs as run_commands
 from sparsegrad_cli.cli.output import run_guarded
@@ -36,6 +37,7 @@ app.command("compare")(compare_command.compare)
 app.command("estimate")(estimate_command.estimate)
 app.command("validate")(recipe_commands.validate)
 app.command("report")(run_commands.report)
+app.command("predict")(predict_command.predict)
 app.command("export")(export_command.export)
 app.command("generate")(generate_command.generate)
 app.command("judge")(judge_command.judge)

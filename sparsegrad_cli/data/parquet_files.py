@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -30,17 +30,48 @@ def read_parquet(path: Path) -> Table:
     except MemoryError:
         raise
     except Exception as error:  # pyarrow raises errors of many classes on damaged files
-        reason, fix = first_line(error), "fetch it again"
-        if _is_lfs_pointer(path):
-            reason, fix = "it is a Git LFS pointer", "fetch the file itself: git lfs pull"
-        raise DataError(
-            f"the Parquet file cannot be read: {reason}", where=str(path), fix=fix
-        ) from None
+        raise _unreadable(path, error) from None
     columns = Columns(
         {name: partial(_column, path, name) for name in names},
         repeated={name: str(path) for name, times in Counter(names).items() if times > 1},
     )
     return Table(columns, str(path), count=count, class_names=class_names, typed=True)
+
+
+def parquet_batches(path: Path) -> tuple[Any, Iterator[Any]]:
+    """Return the Arrow schema of a file, and its record batches, which are read one at a time.
+
+    Raises:
+        DataError: the file is not Parquet, is damaged, or has two columns of one name.
+    """
+    try:
+        file = _open(path)
+        schema = file.schema_arrow
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    twice = [name for name, times in Counter(schema.names).items() if times > 1]
+    if twice:
+        raise DataError(
+            f"two columns are named {twice[0]!r}", where=str(path), fix="rename one of the two"
+        )
+
+    def batches() -> Iterator[Any]:
+        try:
+            with file:
+                yield from file.iter_batches()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    return schema, batches()
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason, fix = first_line(error), "fetch it again"
+    if _is_lfs_pointer(path):
+        reason, fix = "it is a Git LFS pointer", "fetch the file itself: git lfs pull"
+    return DataError(f"the Parquet file cannot be read: {reason}", where=str(path), fix=fix)
 
 
 def to_python(values: Any, name: str, source: str) -> list[Any]:

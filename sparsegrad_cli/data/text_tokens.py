@@ -39,36 +39,86 @@ def tokenize(
     Raises:
         DataError: ``max_length`` leaves no room beside the special tokens, or a text has no token.
     """
-    pair = task.spec.has_pair
-    special = int(tokenizer.num_special_tokens_to_add(pair=pair))
-    if max_length <= special:
-        # With less room than that, tokenizers do not truncate at all.
-        raise DataError(
-            f"max_length {max_length} is too small: the tokenizer adds {special} special tokens "
-            f"to {'a pair' if pair else 'a text'}, so every sequence is truncated to nothing",
-            where="task.max_length",
-            fix=f"set it to at least {special + 1}; 128 is usual",
-        )
-    options = {
-        "truncation": True,
-        "max_length": max_length,
-        "padding": "max_length" if padding == "fixed" else False,
-        "return_attention_mask": True,
-    }
+    encoder = TextEncoder(
+        tokenizer, pair=task.spec.has_pair, max_length=max_length, padding=padding
+    )
     sets = {"training": task.train, **task.validation}
     done: dict[str, Dataset] = {}
     cut = []
     for name, data in sets.items():
-        done[name], count = _tokenize_split(data, name, tokenizer, special, options)
+        done[name], count = _tokenize_split(data, name, encoder)
         if count:
             cut.append(f"{count} of {len(data)} {name} rows")
     note = f"cut to {max_length} tokens (task.max_length): {', '.join(cut)}" if cut else None
     return done.pop("training"), done, note
 
 
-def _tokenize_split(
-    data: Dataset, split: str, tokenizer: Any, special: int, options: dict[str, Any]
-) -> tuple[Dataset, int]:
+class TextEncoder:
+    """Turn texts, or pairs of texts, into token ids.
+
+    Args:
+        tokenizer, max_length, padding: as in :func:`tokenize`.
+        pair: whether an example has two texts.
+
+    Attributes:
+        special: number of special tokens in every example.
+
+    Raises:
+        DataError: ``max_length`` leaves no room beside the special tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        pair: bool,
+        max_length: int,
+        padding: Literal["dynamic", "fixed"],
+    ) -> None:
+        self.special = int(tokenizer.num_special_tokens_to_add(pair=pair))
+        if max_length <= self.special:
+            # With less room than that, tokenizers do not truncate at all.
+            raise DataError(
+                f"max_length {max_length} is too small: the tokenizer adds {self.special} special "
+                f"tokens to {'a pair' if pair else 'a text'}, so every sequence is truncated to "
+                "nothing",
+                where="task.max_length",
+                fix=f"set it to at least {self.special + 1}; 128 is usual",
+            )
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._options = {
+            "truncation": True,
+            "max_length": max_length,
+            "padding": "max_length" if padding == "fixed" else False,
+            "return_attention_mask": True,
+        }
+
+    def encode(self, *texts: list[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
+        """Return the model's inputs by name, and the positions of the examples that were cut.
+
+        Args:
+            texts: the first texts, and the second ones if examples have two.
+        """
+        encoded = self._tokenizer(*texts, **self._options)
+        columns = {name: encoded[name] for name in _INPUTS if name in encoded}
+        lengths = (sum(mask) for mask in columns["attention_mask"])
+        full = [at for at, length in enumerate(lengths) if length == self._max_length]
+        return columns, self._cut(texts, encoded, full)
+
+    def _cut(self, texts: tuple[list[str], ...], encoded: Any, full: list[int]) -> list[int]:
+        """Return which of the examples ``full``, which have ``max_length`` tokens, were cut."""
+        if encoded.encodings is not None:
+            return [at for at in full if encoded.encodings[at].overflowing]
+        # A tokenizer in Python does not say which examples it cut.
+        cut = []
+        for at in full:
+            whole = self._tokenizer(*(part[at] for part in texts), truncation=False, verbose=False)
+            if len(whole["input_ids"]) > sum(encoded["attention_mask"][at]):
+                cut.append(at)
+        return cut
+
+
+def _tokenize_split(data: Dataset, split: str, encoder: TextEncoder) -> tuple[Dataset, int]:
     """Tokenize one split, and count its rows that are longer than ``max_length``."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
@@ -77,40 +127,27 @@ def _tokenize_split(
     for start in range(0, len(data), _CHUNK):
         rows = data[start : start + _CHUNK]
         texts = [rows["text"], rows["text_pair"]] if "text_pair" in rows else [rows["text"]]
-        encoded = tokenizer(*texts, **options)
-        columns = {name: encoded[name] for name in _INPUTS if name in encoded}
+        columns, cut_here = encoder.encode(*texts)
         lengths = [sum(mask) for mask in columns["attention_mask"]]
         if min(lengths) == 0:
             row = start + lengths.index(0) + 1
             raise DataError(f"row {row} of the {split} split has no token", where="task")
-        full = [at for at, length in enumerate(lengths) if length == options["max_length"]]
-        cut += _cut_rows(tokenizer, texts, encoded, full)
+        cut += len(cut_here)
         longest = max(longest, *lengths)
-        features = {name: List(Value("int8")) for name in columns}
+        features: dict[str, Any] = {name: List(Value("int8")) for name in columns}
         features["input_ids"] = List(Value("int32"))
         features["labels"] = data.features["label"]
-        columns["labels"] = rows["label"]
-        parts.append(Dataset.from_dict(columns, features=Features(features)))
-    if longest <= special:
+        parts.append(
+            Dataset.from_dict({**columns, "labels": rows["label"]}, features=Features(features))
+        )
+    if longest <= encoder.special:
         raise DataError(
-            f"every sequence of the {split} split holds nothing but the {special} special tokens",
+            f"every sequence of the {split} split holds nothing but the {encoder.special} special "
+            "tokens",
             where="task",
             fix="are the text columns the right ones, and does the tokenizer fit their language?",
         )
     return concatenate_datasets(parts), cut
-
-
-def _cut_rows(tokenizer: Any, texts: list[list[str]], encoded: Any, full: list[int]) -> int:
-    """Count the rows that were cut, among the rows ``full`` that have ``max_length`` tokens."""
-    if encoded.encodings is not None:
-        return sum(bool(encoded.encodings[at].overflowing) for at in full)
-    # A tokenizer in Python does not say which rows it cut.
-    count = 0
-    for at in full:
-        whole = tokenizer(*(part[at] for part in texts), truncation=False, verbose=False)
-        present = sum(encoded["attention_mask"][at])
-        count += len(whole["input_ids"]) > present
-    return count
 
 
 def ensure_pad_token(tokenizer: Any, model_config: Any = None) -> str | None:

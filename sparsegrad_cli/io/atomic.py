@@ -13,7 +13,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,30 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         raise DiskError(
             f"{target.name} could not be written: {error.strerror or error}",
             where=str(target),
+            fix="free some space or check the permissions; the previous file is kept",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # After the rename it is gone.
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which becomes ``path`` when the context ends well.
+
+    Raises:
+        DiskError: The file cannot be written; the previous content is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise DiskError(
+            f"{path.name} could not be written: {error.strerror or error}",
+            where=str(path),
             fix="free some space or check the permissions; the previous file is kept",
         ) from error
     finally:

@@ -130,6 +130,9 @@ class TaskBlock(Block):
         description="The class that f1, precision and recall refer to, in a task with two classes; "
         "null if none of them is measured.",
     )
+    text_columns: list[str] = Field(
+        [], description="Columns of the texts: one or two; none for conversations."
+    )
     train_examples: Count | None = None
     validation_examples: dict[str, Count] = Field({}, description="By validation set.")
     majority_score: Number = Field(

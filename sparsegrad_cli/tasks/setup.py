@@ -172,6 +172,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             regression=task.kind == "regression",
             label_names=list(task.label_names) if task.label_names else None,
             positive_label=task.positive_label,
+            text_columns=list(task.text_columns),
             train_examples=len(setup.train_data),
             validation_examples={k: len(v) for k, v in setup.validation.items()},
             majority_score=task.majority.get(metric),

@@ -43,6 +43,7 @@ class TaskFacts:
         name: name in the recipe.
         kind: ``classification``, ``regression`` or ``chat``.
         data_hash: sha256 (hex) of all the data used, in order.
+        text_columns: names of the columns with the texts, one or two.
         label_names: class names of a classification.
         positive_label: the class that f1, precision and recall refer to, if they are measured.
         majority: metric -> its value if every prediction is the most frequent class.
@@ -53,6 +54,7 @@ class TaskFacts:
     name: str
     kind: TaskKind
     data_hash: str
+    text_columns: tuple[str, ...] = ()
     label_names: tuple[str, ...] | None = None
     positive_label: str | None = None
     majority: Mapping[str, float] = field(default_factory=dict)
@@ -134,6 +136,7 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
             spec.name,
             "regression" if spec.regression else "classification",
             task.data_hash,
+            text_columns=spec.text_columns,
             label_names=spec.label_names,
             positive_label=spec.positive_label,
             majority=task.majority,

@@ -1,0 +1,1 @@
+"""Label new texts with a trained classifier."""

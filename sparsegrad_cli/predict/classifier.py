@@ -1,0 +1,309 @@
+"""Load a trained classifier or regressor, and label texts with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsegrad_cli.data.batches import TextCollator
+from sparsegrad_cli.data.text_tokens import TextEncoder, ensure_pad_token, fitting_length
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.io.paths import expanded, is_file, is_folder
+from sparsegrad_cli.models.digests import fingerprint
+from sparsegrad_cli.models.load_model import device_of, load_by_auto_class, load_classifier
+from sparsegrad_cli.models.pretrained import load_configuration, load_tokenizer
+from sparsegrad_cli.models.quantized import move_model
+from sparsegrad_cli.models.targets import find_targets
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
+from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.tasks import CHAT_TASKS, GLUE_TASKS, TaskSpec
+from sparsegrad_cli.records.metric_direction import scale_of
+from sparsegrad_cli.records.run import RunRecord, TaskBlock
+from sparsegrad_cli.records.store import load_run_or_study
+from sparsegrad_cli.records.study import StudyRecord
+from sparsegrad_cli.restore.exported_adapter import SETTINGS, load_adapter, read_settings
+from sparsegrad_cli.restore.restore import BaseModule, base_model_errors, check_base, restore
+from sparsegrad_cli.restore.run_files import RunFiles, open_run
+
+DEFAULT_LENGTH = 128
+_AUTO = "AutoModelForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of some texts.
+
+    Attributes:
+        probabilities: (N, classes) float64 whose rows sum to 1; (N, 1) scores for a regressor.
+        cut: positions of the texts that were longer than the model reads.
+    """
+
+    probabilities: np.ndarray
+    cut: list[int]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that labels texts.
+
+    Attributes:
+        model: in eval mode, on its device.
+        encoder: turns texts into token ids.
+        collator: pads them to batches.
+        label_names: names of the classes; None for a regressor.
+        text_columns: names of the columns that it was trained on, one or two; empty if unknown.
+        pair: whether it reads two texts of every row.
+        about: what was loaded, for a note.
+        autocast: dtype of autocast, if it was trained under it in half precision.
+    """
+
+    model: nn.Module
+    encoder: TextEncoder
+    collator: TextCollator
+    label_names: tuple[str, ...] | None
+    text_columns: tuple[str, ...]
+    pair: bool
+    about: str
+    autocast: torch.dtype | None = None
+
+    def predict(self, texts: Sequence[list[str]], batch_size: int) -> Predictions:
+        """Label texts. Rows of similar length share a batch; the result is in the given order.
+
+        Args:
+            texts: the first texts, and the second ones if the classifier reads two; one length.
+            batch_size: rows of a batch. It changes results by rounding alone.
+        """
+        columns, cut = self.encoder.encode(*texts)
+        lengths = [sum(mask) for mask in columns["attention_mask"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        found: np.ndarray | None = None
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            values = self._logits([{n: c[at] for n, c in columns.items()} for at in rows])
+            if found is None:
+                found = np.empty((len(order), values.shape[1]))
+            found[rows] = values
+        assert found is not None
+        return Predictions(found if self.label_names is None else _softmax(found), cut)
+
+    def _logits(self, rows: list[dict[str, list[int]]]) -> np.ndarray:
+        device = next(self.model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in self.collator(rows).items()}
+        half = self.autocast
+        context = torch.autocast(device.type, half) if half else nullcontext()
+        with torch.no_grad(), context:
+            logits = self.model(**inputs).logits
+        values: np.ndarray = logits.double().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise FileFormatError("the model answers NaN or Inf", where=self.about)
+        return values
+
+
+def _softmax(logits_NC: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+    result: np.ndarray = shifted / shifted.sum(axis=1, keepdims=True)
+    return result
+
+
+def load_trained_classifier(
+    source: str, overrides: tuple[str, ...] = (), *, max_length: int | None = None
+) -> Classifier:
+    """Load the classifier that ``source`` names, with the base model if it needs one.
+
+    Args:
+        source: a run's folder, a comparison's (its best run), an export (``merged`` or
+            ``adapter``), or a folder or hub id of any classifier of transformers.
+        overrides: ``key.path=value`` for files of a run that have moved since.
+        max_length: tokens of an example; by default as in training.
+
+    Raises:
+        UsageError: there is no such folder, or it does not hold a classifier.
+        FileFormatError, DownloadError: a file is missing or damaged, or cannot be downloaded.
+    """
+    folder = expanded(source)
+    if is_file(folder / "run.json") or is_file(folder / "compare.json"):
+        return _of_run(folder, overrides, max_length)
+    if overrides:
+        raise UsageError(
+            f"{overrides[0]} applies to runs, and {source} is not a run", where="command line"
+        )
+    if is_file(folder / "adapter_config.json"):
+        raise UsageError(
+            f"{source} holds a PEFT adapter without its model",
+            where="command line",
+            fix="give the run itself, or export it with --to merged",
+        )
+    if is_file(folder / SETTINGS):
+        base = read_settings(folder).model
+        section = ModelSection(name=base.name, revision=base.revision, dtype=base.dtype)
+        model = load_adapter(folder)
+        return _of_transformers(source, model, load_tokenizer(section), max_length)
+    if "/" in source and not is_folder(folder) and source.startswith((".", "/", "~")):
+        raise UsageError(f"there is no folder {source}", where="command line")
+    return _plain(source, max_length)
+
+
+def _of_run(folder: Path, overrides: tuple[str, ...], max_length: int | None) -> Classifier:
+    found, note = load_run_or_study(folder), ""
+    if isinstance(found, StudyRecord):
+        folder, note = _best_run(folder, found)
+    files = open_run(folder, overrides, data=False)
+    recipe, spec = files.loaded.recipe, _spec_of(files)
+    with base_model_errors(files.loaded):
+        tokenizer = load_tokenizer(recipe.model)
+        device = device_of(recipe)
+        model, _ = load_classifier(recipe.model, spec, recipe.seed, device)
+    model = move_model(model, device)
+    targets = find_targets(model, recipe.targets)
+    base = BaseModule(model, targets, fingerprint(model, targets))
+    check_base(files, base)
+    restore(files, base)
+    about = "; ".join(part for part in (note or str(folder), *files.notes) if part)
+    return _ready(
+        model,
+        tokenizer,
+        label_names=spec.label_names,
+        text_columns=spec.text_columns,
+        length=max_length or recipe.task.max_length,
+        padding=recipe.task.padding,
+        about=about,
+        autocast=_autocast(files.loaded),
+    )
+
+
+def _autocast(loaded: LoadedRecipe) -> torch.dtype | None:
+    train = loaded.recipe.train
+    if loaded.recipe.model.dtype == "float32":
+        return None
+    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
+
+
+def _best_run(folder: Path, study: StudyRecord) -> tuple[Path, str]:
+    """Return the finished run of a comparison with the best score, and a note that names it."""
+    tasks = {cell.task for cell in study.cells}
+    if len(tasks) > 1:
+        raise UsageError(
+            f"the comparison in {folder} has several tasks: {', '.join(sorted(tasks))}",
+            where="command line",
+            fix="name one of its runs",
+        )
+    scored = []
+    for cell in study.cells:
+        metrics = cell.run.metrics if cell.run and cell.run_dir and cell.status == "done" else None
+        if metrics is not None and metrics.best is not None and metrics.best.score is not None:
+            scored.append((metrics.best.score, cell, metrics.best.metric))
+    if not scored:
+        raise UsageError(f"the comparison in {folder} has no finished run", where="command line")
+    metric = scored[0][2]
+    sign = -1 if scale_of(metric).lower_is_better else 1
+    score, cell, _ = max(scored, key=lambda found: sign * found[0])
+    note = f"the best of {len(scored)} runs: {cell.method}, seed {cell.seed} ({metric} {score:.4g})"
+    return folder / str(cell.run_dir), note
+
+
+def _spec_of(files: RunFiles) -> TaskSpec:
+    """Return the task of a run without its data."""
+    recipe, record = files.loaded.recipe, files.record
+    if recipe.task.name in CHAT_TASKS:
+        raise UsageError(
+            f"expected a run that labels texts, got a run of {recipe.task.name}: {files.folder}",
+            where="command line",
+            fix=f"sparsegrad generate {files.folder}",
+        )
+    task = record.task or TaskBlock()
+    names = None if task.regression else tuple(task.label_names or ())
+    if names == ():
+        raise FileFormatError(
+            "run.json is incomplete: task.label_names is missing",
+            where=str(files.folder / "run.json"),
+            fix="restore the file from a copy, or train again",
+        )
+    return TaskSpec(
+        name=recipe.task.name,
+        text_columns=_text_columns(files.loaded, record),
+        label_column="label",
+        label_names=names,
+        regression=task.regression,
+        metric=task.metric or "",
+        metrics=(task.metric or "",),
+    )
+
+
+def _text_columns(loaded: LoadedRecipe, record: RunRecord) -> Any:
+    """Return the text columns; runs of earlier versions record them in the recipe alone."""
+    section = loaded.recipe.task
+    if record.task and record.task.text_columns:
+        return tuple(record.task.text_columns)
+    if section.name.startswith("glue/"):
+        return GLUE_TASKS[section.name.removeprefix("glue/")].text_columns
+    if section.name.startswith("builtin:"):
+        return ("sentence",)
+    columns = section.columns
+    first = (columns and columns.text) or "text"
+    return (first, columns.text_pair) if columns and columns.text_pair else (first,)
+
+
+def _plain(source: str, max_length: int | None) -> Classifier:
+    """Load a classifier of transformers, such as an export of ``--to merged``."""
+    section = ModelSection(name=source)
+    kinds = getattr(load_configuration(section), "architectures", None) or ["a model"]
+    if not kinds[0].endswith("ForSequenceClassification"):
+        raise UsageError(
+            f"expected a classifier, got {kinds[0]} in {source}",
+            where="command line",
+            fix="a run's folder, or a folder that export --to merged wrote",
+        )
+    tokenizer = load_tokenizer(section)
+    model = load_by_auto_class(_AUTO, section, {})
+    return _of_transformers(source, model, tokenizer, max_length)
+
+
+def _of_transformers(
+    source: str, model: nn.Module, tokenizer: Any, max_length: int | None
+) -> Classifier:
+    config: Any = model.config
+    regression = config.problem_type == "regression" or config.num_labels == 1
+    names = None if regression else tuple(config.id2label[at] for at in range(config.num_labels))
+    return _ready(
+        model,
+        tokenizer,
+        label_names=names,
+        text_columns=(),
+        length=max_length or DEFAULT_LENGTH,
+        padding="dynamic",
+        about=source,
+    )
+
+
+def _ready(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    label_names: tuple[str, ...] | None,
+    text_columns: tuple[str, ...],
+    length: int,
+    padding: Any,
+    about: str,
+    autocast: torch.dtype | None = None,
+) -> Classifier:
+    config: Any = model.config
+    ensure_pad_token(tokenizer, config)
+    length, _ = fitting_length(length, config)
+    pair = len(text_columns) == 2
+    return Classifier(
+        model.eval(),
+        TextEncoder(tokenizer, pair=pair, max_length=length, padding=padding),
+        TextCollator(tokenizer, max_length=length, padding=padding),
+        label_names,
+        text_columns,
+        pair,
+        about,
+        autocast,
+    )

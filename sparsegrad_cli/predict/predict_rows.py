@@ -1,0 +1,149 @@
+"""Label the rows of a file, or single texts, and say what was found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsegrad_cli.data.text_files import is_unicode
+from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import suggest
+from sparsegrad_cli.predict.classifier import Classifier
+from sparsegrad_cli.predict.row_stream import Row
+
+PREDICTION, PROBABILITY = "prediction", "probability"
+CHUNK = 2048  # Rows in memory at a time.
+
+
+@dataclass
+class Summary:
+    """What was predicted.
+
+    Attributes:
+        rows: number of rows.
+        cut: number of rows that were longer than the model reads.
+        labels: class -> number of rows; empty for a regressor.
+        lowest, highest: range of the scores of a regressor.
+    """
+
+    rows: int = 0
+    cut: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    lowest: float = float("inf")
+    highest: float = float("-inf")
+
+    def add(self, added: Sequence[dict[str, Any]], cut: int) -> None:
+        """Count a chunk."""
+        self.rows += len(added)
+        self.cut += cut
+        for row in added:
+            if isinstance(row[PREDICTION], str):
+                self.labels[row[PREDICTION]] += 1
+            else:
+                self.lowest = min(self.lowest, row[PREDICTION])
+                self.highest = max(self.highest, row[PREDICTION])
+
+
+def added_columns(classifier: Classifier, *, all_probabilities: bool) -> list[str]:
+    """Return the names of the columns that predictions add to a row."""
+    if classifier.label_names is None:
+        return [PREDICTION]
+    more = [f"{PROBABILITY}_{name}" for name in classifier.label_names] if all_probabilities else []
+    return [PREDICTION, PROBABILITY, *more]
+
+
+def text_columns(
+    names: Sequence[str], classifier: Classifier, text: str | None, pair: str | None
+) -> list[str]:
+    """Return the columns of a file that hold the texts.
+
+    Args:
+        names: columns of the file.
+        classifier: knows the columns that it was trained on.
+        text, pair: names that the user gave; they come first.
+
+    Raises:
+        UsageError: a column is missing, or it is not clear which one holds the text.
+    """
+    if pair is not None and not classifier.pair:
+        raise UsageError(
+            "the model reads one text of a row, and --text-pair-column names a second one",
+            where="--text-pair-column",
+            fix="leave it out",
+        )
+    given = [text, pair] if classifier.pair else [text]
+    known = list(classifier.text_columns) or ["text"]
+    wanted = [own or default for own, default in zip(given, known, strict=True)]
+    for option, name in zip(("--text-column", "--text-pair-column"), wanted, strict=False):
+        if name not in names:
+            raise UsageError(
+                f"the file has no column {name!r}",
+                where=option,
+                fix=f"{option} NAME; {suggest(name, list(names))}",
+            )
+    return wanted
+
+
+def label_rows(
+    classifier: Classifier,
+    chunks: Iterable[list[Row]],
+    columns: Sequence[str],
+    *,
+    batch_size: int,
+    all_probabilities: bool,
+    summary: Summary,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
+    """Yield every chunk with the columns that predictions add to its rows.
+
+    Args:
+        classifier: the model.
+        chunks: rows with the columns ``columns``.
+        columns: names of the first and perhaps the second text.
+        batch_size: rows of a batch.
+        all_probabilities: whether to add the probability of every class.
+        summary: counts what was predicted.
+        on_rows: receives the number of rows so far.
+
+    Raises:
+        DataError: a text is missing, empty or not text.
+    """
+    for chunk in chunks:
+        texts = [[_text(row, column) for row in chunk] for column in columns]
+        found = classifier.predict(texts, batch_size)
+        added = [
+            _columns(classifier, values, all_probabilities=all_probabilities)
+            for values in found.probabilities.tolist()
+        ]
+        summary.add(added, len(found.cut))
+        on_rows(summary.rows)
+        yield chunk, added
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        what = "is empty"
+    elif not isinstance(value, str):
+        what = f"holds a {type(value).__name__}, expected text"
+    elif not is_unicode(value):
+        what = "holds half of a character (a lone surrogate)"
+    else:
+        return value
+    raise DataError(f"column {column!r} {what}", where=row.place, fix="correct or remove the row")
+
+
+def _columns(
+    classifier: Classifier, values: list[float], *, all_probabilities: bool
+) -> dict[str, Any]:
+    """Return the new columns of a row; six digits, which rounding does not reach."""
+    names = classifier.label_names
+    if names is None:
+        return {PREDICTION: float(f"{values[0]:.6g}")}
+    best = max(range(len(values)), key=values.__getitem__)
+    added: dict[str, Any] = {PREDICTION: names[best], PROBABILITY: round(values[best], 5)}
+    if all_probabilities:
+        added |= {f"{PROBABILITY}_{n}": round(v, 5) for n, v in zip(names, values, strict=True)}
+    return added

@@ -1,0 +1,229 @@
+"""`sparsegrad predict`: every source and format, the same answers as transformers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support.cli_runs import Cli
+from support.small_runs import (
+    ROWS,
+    answers,
+    base_folder,
+    data_folder,
+    sentences,
+    tokenizer_of,
+    train,
+)
+
+from sparsegrad_cli.records.store import load_run, write
+from sparsegrad_cli.records.study import CellEntry, StudyRecord
+from sparsegrad_cli.restore.restore import load_trained
+from sparsegrad_cli.restore.run_files import open_run
+
+TEXTS = [text for text, _ in sentences(2, ROWS)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    base, data = base_folder(folder / "base"), data_folder(folder / "data")
+    return train(folder / "run", base, data, "method.density=0.05", "method.rank=7")
+
+
+@pytest.fixture(scope="module")
+def expected(run: Path) -> torch.Tensor:
+    """Return the probabilities (rows, 2) of the validation texts, by the restored model."""
+    trained = load_trained(open_run(run), ROWS)
+    logits, _ = answers(trained.setup.model, tokenizer_of(run))
+    return logits.double().softmax(1)
+
+
+def write_csv(path: Path, texts: list[str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+    return path
+
+
+def check(rows: list[dict[str, Any]], expected: torch.Tensor) -> None:
+    assert len(rows) == len(expected)
+    for row, values in zip(rows, expected.tolist(), strict=True):
+        assert row["prediction"] == ("high", "low")[values[1] > values[0]]
+        assert float(row["probability"]) == pytest.approx(max(values), abs=2e-5)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_files_keep_all_columns(
+    suffix: str, run: Path, expected: torch.Tensor, cli: Cli, tmp_path: Path
+) -> None:
+    source, target = write_csv(tmp_path / "new.csv", TEXTS), tmp_path / f"out{suffix}"
+    ended = cli("predict", str(run), str(source), "-o", str(target), "-p")
+    assert ended.code == 0, ended.err
+    assert f"{ROWS} rows labelled (" in ended.flat
+    assert f"written to {target}" in ended.flat.replace(" ", "").replace("writtento", "written to ")
+    rows: list[dict[str, Any]]
+    if suffix == ".parquet":
+        rows = pq.read_table(target).to_pylist()
+    elif suffix == ".jsonl":
+        rows = [json.loads(line) for line in target.read_text().splitlines()]
+    else:
+        with target.open(newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+    check(rows, expected)
+    names = ["id", "text", "prediction", "probability", "probability_high", "probability_low"]
+    assert [list(row) for row in rows] == [names] * ROWS
+    assert [(row["id"], row["text"]) for row in rows] == [
+        (str(number), text) for number, text in enumerate(TEXTS)
+    ]
+    # A file of every format can be labelled: the columns that it has now are refused by name.
+    again = cli("predict", str(run), str(target))
+    assert again.code == 2
+    assert "already has a column 'prediction'" in again.flat
+
+
+def test_batch_size_changes_nothing(run: Path, cli: Cli, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "new.csv", TEXTS)
+    written = {
+        size: cli("predict", str(run), str(source), "-q", "--batch-size", str(size)).out
+        for size in (1, 7, 64)
+    }
+    assert written[1] == written[7] == written[64]
+    assert len(list(csv.DictReader(io.StringIO(written[1])))) == ROWS
+
+
+def test_texts_and_standard_input(
+    run: Path, expected: torch.Tensor, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = cli("predict", str(run), *TEXTS[:3], "--json")
+    rows = [json.loads(line) for line in ended.out.splitlines()]
+    check(rows, expected[:3])
+    assert [row["text"] for row in rows] == TEXTS[:3]
+    label, probability, text = cli("predict", str(run), TEXTS[0]).out.strip().split("\t")
+    assert (label, text) == (rows[0]["prediction"], TEXTS[0])
+    assert float(probability) == pytest.approx(rows[0]["probability"], abs=6e-4)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n"))
+    ended = cli("predict", str(run), "-", "--json")
+    check([json.loads(line) for line in ended.out.splitlines()], expected)
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_exports_answer_like_the_run(
+    form: str, run: Path, expected: torch.Tensor, cli: Cli, tmp_path: Path
+) -> None:
+    folder = tmp_path / form
+    assert cli("export", str(run), "--to", form, "-o", str(folder), "-q").code == 0
+    ended = cli("predict", str(folder), *TEXTS, "--json", "--max-length", "16")
+    check([json.loads(line) for line in ended.out.splitlines()], expected)
+
+
+def test_best_run_of_a_comparison(run: Path, cli: Cli, tmp_path: Path) -> None:
+    """Scores are those of the record; the better run is the third one here."""
+    cells = []
+    for seed, (status, score) in enumerate([("done", 0.5), ("failed", 0.99), ("done", 0.75)]):
+        found = load_run(run)
+        assert found.metrics is not None and found.metrics.best is not None
+        best = found.metrics.best.changed(score=score)
+        kept = found.changed(metrics=found.metrics.changed(best=best))
+        where = "../run" if seed == 2 else "nowhere"
+        cell = {"task": "csv", "method": "core", "seed": seed, "run_dir": where, "status": status}
+        cells.append(CellEntry.model_validate({**cell, "run": kept}))
+    study = run.parent / "study"
+    study.mkdir()
+    write(StudyRecord(cells=cells), study / "compare.json")
+    ended = cli("predict", str(study), *TEXTS[:4])
+    assert "the best of 2 runs: core, seed 2 (accuracy 0.75)" in ended.flat
+    assert ended.out == cli("predict", str(run), *TEXTS[:4]).out
+
+
+def test_pairs_and_scores(run: Path, cli: Cli, tmp_path: Path) -> None:
+    """A regressor of two texts gives numbers; its columns are those of the training file."""
+    data = tmp_path / "pairs.csv"
+    with data.open("w", newline="", encoding="utf-8") as file:
+        rows = [(a, b, f"{n / 7:.2f}") for n, (a, b) in enumerate(pairwise(TEXTS))]
+        csv.writer(file).writerows([("first", "second", "score"), *rows])
+    task = (
+        "task.columns={text: first, text_pair: second, label: score}",
+        "task.type=regression",
+        f"task.path={data}",
+    )
+    scored = train(tmp_path / "run", run.parent / "base", run.parent / "data", "method=lora", *task)
+    ended = cli("predict", str(scored), str(data), "-o", str(tmp_path / "out.csv"))
+    assert ended.code == 0, ended.err
+    assert "scores from" in ended.flat
+    with (tmp_path / "out.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    values = [float(row["prediction"]) for row in found]
+    assert len(set(values)) > 1
+    shown = cli("predict", str(scored), TEXTS[0], TEXTS[1], "--json").out
+    assert json.loads(shown) == {
+        "first": TEXTS[0],
+        "second": TEXTS[1],
+        "prediction": pytest.approx(values[0], rel=1e-4),
+    }
+    odd = cli("predict", str(scored), "one")
+    assert odd.code == 2
+    assert "give the texts two at a time" in odd.flat
+
+
+def test_cut_rows_are_counted(run: Path, cli: Cli, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "long.csv", ["short", "x" * 40, "y" * 15, "z" * 17])
+    ended = cli("predict", str(run), str(source), "-o", str(tmp_path / "out.csv"))
+    assert "2 were longer than the model reads and were cut" in ended.flat
+
+
+def test_a_bad_row_leaves_the_earlier_output(run: Path, cli: Cli, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "new.csv", [*TEXTS, " "])
+    target = tmp_path / "out.csv"
+    target.write_text("as it was")
+    ended = cli("predict", str(run), str(source), "-o", str(target))
+    assert ended.code == 1
+    assert "column 'text' is empty" in ended.flat
+    assert f"new.csv:{ROWS + 2}" in ended.flat.replace(" ", "")
+    assert target.read_text() == "as it was"
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "there is nothing to label"),
+        (("nowhere.csv",), "there is no file nowhere.csv"),
+        (("new.csv", "more"), "expected one file or texts, got 2 arguments"),
+        (("new.csv", "-o", "out.xlsx"), "the suffix '.xlsx' does not say"),
+        (("new.csv", "--text-column", "words"), "the file has no column 'words'"),
+        (("new.csv", "--text-pair-column", "id"), "the model reads one text of a row"),
+        (("new.csv", "--json"), "--json is for texts"),
+        (("a text", "-o", "out.csv"), "--output has no effect without a FILE"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: tuple[str, ...],
+    expected: str,
+    run: Path,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_csv(tmp_path / "new.csv", TEXTS[:2])
+    monkeypatch.chdir(tmp_path)
+    ended = cli("predict", str(run), *arguments)
+    assert ended.code == 2
+    assert expected in ended.flat
+
+
+def test_sources_that_are_no_classifiers_are_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
+    body = cli("predict", str(run.parent / "base"), "a text")
+    assert (body.code, "expected a classifier, got BertForMaskedLM" in body.flat) == (2, True)
+    folder = tmp_path / "lora"
+    assert cli("export", str(run), "--to", "lora", "-o", str(folder), "-q").code == 0
+    peft = cli("predict", str(folder), "a text")
+    assert (peft.code, "export it with --to merged" in peft.flat) == (2, True)
+    missing = cli("predict", "./nowhere", "a text")
+    assert missing.code == 2
