@@ -13,6 +13,7 @@ import typer
 from sparsegrad_cli import distributed
 from sparsegrad_cli.cli import compare as compare_command
 from sparsegrad_cli.cli import estimate as estimate_command
+from sparsegrad_cli.cli import explain as explain_commands
 from sparsegrad_cli.cli import export as export_command
 from sparsegrad_cli.cli import generate as generate_command
 from sparsegrad_cli.cli import judge as judge_command
@@ -41,6 +42,8 @@ app.command("predict")(predict_command.predict)
 app.command("export")(export_command.export)
 app.command("generate")(generate_command.generate)
 app.command("judge")(judge_command.judge)
+app.command("explain")(explain_commands.explain)
+app.command("env")(explain_commands.env)
 app.add_typer(recipe_commands.configs_app, name="configs")
 
 

@@ -27,7 +27,6 @@ from sparsegrad_cli.cli.output import report_line, show
 from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import from_here
-from sparsegrad_cli.methods.registry import METHOD_NAMES
 
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.study import LoadedStudy
@@ -45,7 +44,12 @@ class Engine(StrEnum):
 
 Methods = Annotated[
     str | None,
-    typer.Option("--methods", "-m", help=f"Comma-separated: {', '.join(METHOD_NAMES)}."),
+    typer.Option(
+        "--methods",
+        "-m",
+        help="Comma-separated: lora, meprop, sparsegrad, full, or any method that sparsegrad "
+        "explain lists.",
+    ),
 ]
 Seeds = Annotated[
     int | None, typer.Option("--seeds", "-n", min=1, help="Number of seeds (default: 2).")

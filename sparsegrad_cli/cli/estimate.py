@@ -21,7 +21,6 @@ from sparsegrad_cli.cli.arguments import (
 from sparsegrad_cli.cli.output import show
 from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.methods.registry import METHOD_NAMES
 from sparsegrad_cli.recipe.section import parse_bytes
 
 if TYPE_CHECKING:
@@ -35,9 +34,9 @@ Methods = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help=f"{', '.join(METHOD_NAMES)} (default: the recipe's). Name several with commas "
-        "or by repeating the option; each trains as many parameters as the recipe's density "
-        "selects.",
+        help="lora, meprop, sparsegrad, full, or any method that sparsegrad explain lists "
+        "(default: the recipe's). Name several with commas or by repeating the option; each "
+        "trains as many parameters as the recipe's density selects.",
     ),
 ]
 Batch = Annotated[

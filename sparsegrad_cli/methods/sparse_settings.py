@@ -21,7 +21,9 @@ ALL_TRAIN = "every parameter of the targets trains"
 class SparseSettings(MethodSettings):
     """Settings of a method that chooses parameters: how many, by density or by number."""
 
-    density: Density | None = 0.01
+    density: Density | None = Field(
+        0.01, description="share of the parameters of the target modules that train in a step"
+    )
     entries: PositiveInt | None = Field(
         None,
         description="instead of density: number of parameters of all targets, divided by size",

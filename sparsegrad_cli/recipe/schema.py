@@ -104,7 +104,10 @@ class CalibrationSection(Section):
     other defaults (:func:`calibration_of_the_method`).
     """
 
-    steps: PositiveInt = 32
+    steps: PositiveInt = Field(
+        32,
+        description="batches whose gradients are read; more give steadier bases and take longer",
+    )
     batch_size: PositiveInt | None = Field(None, description="the training batch size by default")
     basis_per: Literal["layer", "kind"] = Field(
         "layer",
@@ -132,7 +135,9 @@ class CalibrationSection(Section):
         description="steps that train only the head before calibration, undone afterwards; 50 by "
         "default with the core form",
     )
-    warmup_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="of the head in these steps"
+    )
     keep_head: bool = Field(False, description="start training from the head after warm-up")
     basis: str | None = Field(
         None, min_length=1, description="a basis.safetensors written by calibrate"
@@ -151,21 +156,36 @@ class CalibrationSection(Section):
 class TrainSection(Section):
     """The settings of training, with the names of ``transformers.TrainingArguments``."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    per_device_train_batch_size: PositiveInt = 16
-    per_device_eval_batch_size: PositiveInt = 64
-    gradient_accumulation_steps: PositiveInt = 1
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-3,
+        description="size of a step; it matters most, and no rate serves every method: "
+        "compare --tune tries several",
+    )
+    per_device_train_batch_size: PositiveInt = Field(
+        16, description="examples in a backward pass on each device; memory grows with it"
+    )
+    per_device_eval_batch_size: PositiveInt = Field(
+        64, description="examples in a batch of an evaluation; changes speed and memory alone"
+    )
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="backward passes in an optimizer step: a larger batch in the same memory"
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(
+        3.0, description="passes over the training data"
+    )
     max_steps: int = Field(-1, le=LARGEST, description="optimizer steps; -1 uses num_train_epochs")
     lr_scheduler_type: Literal[
         "linear", "constant", "constant_with_warmup", "cosine", "polynomial", "inverse_sqrt"
-    ] = "constant"
+    ] = Field("constant", description="how the learning rate changes over the run")
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         0,
         description="steps, or a share of all steps if below 1, which can also be written as "
         "warmup_ratio; scheduler constant then runs as constant_with_warmup",
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="pulls what trains towards zero; biases and parameters of norms do not decay",
+    )
     head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="of the task head; learning_rate by default"
     )
@@ -197,31 +217,62 @@ class TrainSection(Section):
     optim_args: str | None = Field(
         None, min_length=1, description="sgd, adagrad, rmsprop: such as 'momentum=0.9'"
     )
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="decay of Adam's mean of gradients"
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="decay of Adam's mean of squared gradients"
+    )
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        1e-8, description="added to the denominator of Adam's step"
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="0 disables clipping")
-    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    eval_strategy: Literal["steps", "epoch", "no"] = "epoch"
-    eval_steps: PositiveInt | None = None
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of each label that is spread evenly over all classes"
+    )
+    eval_strategy: Literal["steps", "epoch", "no"] = Field(
+        "epoch", description="when the model is evaluated: every eval_steps, every epoch, never"
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between evaluations, with eval_strategy: steps"
+    )
     save_strategy: Literal["best", "steps", "epoch", "no"] | None = Field(
         None, description="the same as eval_strategy by default"
     )
-    save_steps: PositiveInt | None = None
-    save_total_limit: PositiveInt | None = 1
-    load_best_model_at_end: bool = True
+    save_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between checkpoints; eval_steps by default, else 500"
+    )
+    save_total_limit: PositiveInt | None = Field(
+        1, description="checkpoints that are kept, beside the best one; null keeps all"
+    )
+    load_best_model_at_end: bool = Field(
+        True, description="end with the checkpoint of the best evaluation, not with the last step"
+    )
     early_stopping_patience: PositiveInt | None = Field(
         None, description="stop training after this many evaluations without a better score"
     )
-    logging_steps: PositiveInt = 10
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
-    bf16: bool = False
-    fp16: bool = False
-    gradient_checkpointing: bool = False
-    dataloader_num_workers: NonNegativeInt = 0
-    use_cpu: bool = False
-    torch_compile: bool = False
-    report_to: str | tuple[str, ...] = "none"
+    logging_steps: PositiveInt = Field(
+        10, description="optimizer steps between two training losses in the log"
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
+        "random",
+        description="order of the examples; group_by_length pads less and mixes less",
+    )
+    bf16: bool = Field(False, description="autocast to bfloat16, which needs hardware for it")
+    fp16: bool = Field(False, description="autocast to float16 with a scaled loss, on a GPU")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    dataloader_num_workers: NonNegativeInt = Field(
+        0, description="processes that prepare batches; 0 prepares them in the training process"
+    )
+    use_cpu: bool = Field(False, description="train on the CPU although there is a GPU")
+    torch_compile: bool = Field(
+        False, description="compile the model: minutes at the start, then faster steps on a GPU"
+    )
+    report_to: str | tuple[str, ...] = Field(
+        "none", description="trackers that receive losses and scores: none, all, or their names"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -314,20 +365,28 @@ def calibration_of_the_method(method: Any, calibration: dict[str, Any]) -> dict[
 class Recipe(Section):
     """The complete description of one run."""
 
-    model: ModelSection = ModelSection()
-    task: TaskSection = TaskSection()
-    method: MethodSection = DEFAULT_METHOD
-    targets: TargetsSection = TargetsSection()
+    model: ModelSection = Field(ModelSection(), description="the model that is fine-tuned")
+    task: TaskSection = Field(TaskSection(), description="data, labels and metric")
+    method: MethodSection = Field(
+        DEFAULT_METHOD, description="what trains, and how: a name, or a name with settings"
+    )
+    targets: TargetsSection = Field(
+        TargetsSection(), description="the linear layers that the method adapts"
+    )
     scope: Literal["head", "rest"] = Field(
         "head",
         description="what trains beside the target modules: the head, or everything else",
     )
     match: Literal["trainable"] | None = Field(
-        None, description="solve LoRA's rank from method.density"
+        None, description="solve the method's size, such as LoRA's rank, from method.density"
     )
-    calibration: CalibrationSection = CalibrationSection()
-    train: TrainSection = TrainSection()
-    seed: Seed = 42
+    calibration: CalibrationSection = Field(
+        CalibrationSection(), description="the gradient steps that bases are computed from"
+    )
+    train: TrainSection = Field(TrainSection(), description="the settings of training")
+    seed: Seed = Field(
+        42, description="of a new head, the data order, dropout and all else that is drawn"
+    )
     init_from: str | None = Field(
         None,
         min_length=1,

@@ -14,9 +14,11 @@ from sparsegrad_cli.recipe.tasks import TaskType
 class ColumnsSection(Section):
     """Names of the columns in your files."""
 
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
+    text: str | None = Field(None, description="column of the text; text by default")
+    text_pair: str | None = Field(
+        None, description="column of a second text; text_pair by default, if there is one"
+    )
+    label: str | None = Field(None, description="column of the label or score; label by default")
 
 
 class ChatSection(Section):
@@ -47,8 +49,10 @@ class ChatSection(Section):
     config: str | None = Field(
         None, description="configuration of that data set, if it has several"
     )
-    train_split: str = "train"
-    validation_split: str | None = None
+    train_split: str = Field("train", description="split of task.chat.hub that is trained on")
+    validation_split: str | None = Field(
+        None, description="split of task.chat.hub for validation; by default split off at random"
+    )
     kind: Literal["auto", "messages", "prompt_completion", "instruction"] = Field(
         "auto", description="chat: how rows are read; auto decides by the column names"
     )
@@ -91,7 +95,7 @@ class TaskSection(Section):
     path: str | None = Field(
         None, min_length=1, description="local file or folder that holds the task"
     )
-    columns: ColumnsSection | None = None
+    columns: ColumnsSection | None = Field(None, description="names of the columns of your files")
     separator: str | None = Field(
         None,
         pattern=r'^([^"\r\n]|tab)$',

@@ -109,7 +109,9 @@ class AlphaSettings(LowRankSettings):
     """Settings of a method whose B A is scaled by alpha / r, as in LoRA."""
 
     alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="2 x rank by default")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout of the input of A, in training"
+    )
 
     training_only: ClassVar[frozenset[str]] = LowRankSettings.training_only | {"dropout"}
 
@@ -129,7 +131,9 @@ class AlphaSettings(LowRankSettings):
 class ScaledSettings(AlphaSettings):
     """The same, with rsLoRA's scale alpha / sqrt(r) as a choice (Kalajdzievski 2023)."""
 
-    rslora: bool = False
+    rslora: bool = Field(
+        False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023): for high ranks"
+    )
 
     def lora_options(self, rank: int) -> dict[str, Any]:
         """Return alpha, dropout and rsLoRA."""

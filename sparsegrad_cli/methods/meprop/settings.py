@@ -20,7 +20,9 @@ class MepropSettings(SparseSettings):
     """MeProp: ``entries`` keeps the largest |dL/dW|; ``rows`` (Sun et al. 2017) of |dL/dy|."""
 
     name: Literal["meprop"]
-    select: Literal["entries", "rows"] = "entries"
+    select: Literal["entries", "rows"] = Field(
+        "entries", description="the largest entries of dL/dW, or the largest rows of dL/dy"
+    )
     state_capacity: Annotated[float, Field(ge=1)] | None = Field(
         None, description="entries: as for method sparsegrad"
     )

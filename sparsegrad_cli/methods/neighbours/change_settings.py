@@ -181,7 +181,7 @@ class NolaSettings(ChangeSettings):
     """NOLA (Koohpayegani et al. 2024): B and A are combinations of random matrices."""
 
     name: Literal["nola"]
-    rank: PositiveInt = 8
+    rank: PositiveInt = Field(8, description="rank of B and A, which trains no more parameters")
     matrices: PositiveInt | None = Field(
         None,
         description="number of random matrices that each of B and A is combined from; 64 unless "
