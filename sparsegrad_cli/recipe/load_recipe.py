@@ -15,6 +15,7 @@ from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import recipe_problems
 from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
+from sparsegrad_cli.recipe.optimizers import DEFAULT_OPTIMIZER
 from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.yaml_source import (
@@ -186,5 +187,10 @@ def digest(recipe: Recipe) -> str:
     for key in ("separator", "type", "positive_label"):
         if plain["task"][key] is None:
             del plain["task"][key]
+    if recipe.train.optim == DEFAULT_OPTIMIZER:
+        del plain["train"]["optim"]
+    for key in ("optim_args", "head_learning_rate", "lora_plus_ratio"):
+        if plain["train"][key] is None:
+            del plain["train"][key]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -322,3 +322,29 @@ def test_loading_a_recipe_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), "cc470c07aa5f416e"),
+        (("method=lora",), "aa2624f67fc2f783"),
+        (("method=meprop",), "2476ed246bbb0be4"),
+        (("method=full",), "ad7c7d5415d1c6ff"),
+        (("method.form=rotated",), "db902af047c3e398"),
+        (("task.name=builtin:dialogues", "model=builtin:smollm2"), "a85ceecdc78191e3"),
+    ],
+)
+def test_recipes_keep_the_digest_of_earlier_versions(
+    overrides: tuple[str, ...], expected: str
+) -> None:
+    """Otherwise their runs could not be resumed. A key that was added counts only if it is set."""
+    assert digest(load_recipe(None, overrides).recipe).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "setting", ["optim=sgd", "head_learning_rate=0.1", "lora_plus_ratio=16", "adam_beta1=0.8"]
+)
+def test_settings_of_the_optimizer_are_part_of_the_digest(setting: str) -> None:
+    plain = load_recipe(None, ("method=lora",)).recipe
+    assert digest(load_recipe(None, ("method=lora", f"train.{setting}")).recipe) != digest(plain)
