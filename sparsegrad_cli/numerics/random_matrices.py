@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK = 1 << 20  # entries that are drawn at a time: 8 MiB in 64 bits
+_CHUNK = 1 << 18  # entries that are drawn at a time: 2 MiB in 64 bits
 
 
 def _signed(value: int) -> int:
@@ -27,15 +27,14 @@ _STEP = _signed(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Return z >> bits with zeros from the left; torch shifts copies of the sign in."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _hashed(z: Tensor) -> Tensor:
-    z = (z ^ _shifted(z, 30)) * _FIRST
-    z = (z ^ _shifted(z, 27)) * _SECOND
-    return z ^ _shifted(z, 31)
+def _hash_(z: Tensor) -> Tensor:
+    """Hash whole numbers of 64 bits in place, and return them."""
+    shifted = torch.empty_like(z)
+    for bits, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        torch.bitwise_right_shift(z, bits, out=shifted)
+        # torch shifts copies of the sign in from the left, where the hash wants zeros.
+        z.bitwise_xor_(shifted.bitwise_and_((1 << (64 - bits)) - 1)).mul_(factor)
+    return z
 
 
 def uniform(key: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -48,8 +47,9 @@ def uniform(key: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
         dtype: float32 or wider; the values are multiples of 2^-23, so they are exact.
     """
     numbers = torch.arange(start + 1, start + count + 1, device=key.device)
-    bits = _shifted(_hashed(_hashed(key) + numbers * _STEP), 40)  # 24 of them
-    return bits.to(dtype) * 2.0**-23 - 1
+    hashed = _hash_(numbers.mul_(_STEP).add_(_hash_(key.clone())))
+    bits = hashed.bitwise_right_shift_(40).bitwise_and_((1 << 24) - 1)
+    return bits.to(dtype).mul_(2.0**-23).sub_(1)
 
 
 class _Combination(torch.autograd.Function):

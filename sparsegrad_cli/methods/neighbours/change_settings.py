@@ -109,7 +109,7 @@ class ChangeSettings(MethodSettings):
         """Return the size, or that whose parameters come nearest to what density asks for."""
         requested = self.requested(targets)
         if requested is None:
-            return self.size or self.default_size
+            return self.size or min(self.default_size, self._largest(targets))
         sizes = range(1, self._largest(targets) + 1)
         at = bisect_left(sizes, requested, key=lambda size: self.total(targets, size))
         near = [size for size in (at, at + 1) if size in sizes]  # the last below, the first above
@@ -133,11 +133,17 @@ class ChangeSettings(MethodSettings):
         return self.model_copy(update={self.size_key: size, "density": None})
 
     def note(self, targets: Sequence[Target]) -> str:
-        """Return the size for the record, and whether density asks for more than there is."""
-        size, requested = self.size_on(targets), self.requested(targets)
+        """Return the size for the record, and whether more is asked for than there is."""
+        size, most, requested = (
+            self.size_on(targets),
+            self._largest(targets),
+            self.requested(targets),
+        )
         text = f"{self.size_key} {size}"
+        if size > most and self.total(targets, size) == self.total(targets, most):
+            return f"{text}, of which no layer has more than {most}"
         short = requested is not None and self.total(targets, size) < requested
-        return f"{text}, the largest there is" if short and size == self._largest(targets) else text
+        return f"{text}, the largest there is" if short and size == most else text
 
     @property
     def implemented_by(self) -> str:

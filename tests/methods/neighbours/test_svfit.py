@@ -34,6 +34,14 @@ def test_steps_are_those_of_the_formula() -> None:
 def test_at_full_rank_all_singular_values_train() -> None:
     one = OneLayer(SvfitSettings(name="svfit"))
     assert one.prepared.counts.trainable_targets == min(one.out, one.inn)
+    assert one.prepared.counts.note == "rank 5"
+    beyond = OneLayer(SvfitSettings(name="svfit", rank=9)).prepared.counts
+    assert (beyond.trainable_targets, beyond.note) == (
+        5,
+        "rank 9, of which no layer has more than 5",
+    )
+    asked = OneLayer(SvfitSettings(name="svfit", density=0.9)).prepared.counts
+    assert (asked.requested, asked.note) == (27, "rank 5, the largest there is")
     one.steps(2)
     change_OI = one.method.merged_OI(one.model, one.target) - one.weight_OI
     u_OK, _, v_KI = torch.linalg.svd(one.weight_OI, full_matrices=False)
