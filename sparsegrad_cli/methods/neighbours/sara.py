@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.implementation import Adapted, load_by_name, trainable_state
+from sparsegrad_cli.methods.implementation import Adapted
 from sparsegrad_cli.methods.neighbours.adaptive_settings import SaraSettings
 from sparsegrad_cli.methods.neighbours.change import (
     Change,
@@ -51,8 +51,8 @@ class SaraChange(Change):
         count: number of weights that train.
     """
 
+    kept_buffers = ("positions",)
     positions: Tensor
-    start: Tensor
 
     def __init__(self, place: Place, count: int) -> None:
         super().__init__()
@@ -61,16 +61,11 @@ class SaraChange(Change):
         self._read_weight = place.read_weight
         sizes = place.read_weight().abs().reshape(-1)
         smallest = torch.topk(sizes, count, largest=False).indices.sort().values
-        self.register_buffer("positions", smallest.to(torch.int32), persistent=False)
-        self.register_buffer("start", self._start().to(place.like.dtype), persistent=False)
+        self.register_buffer("positions", smallest.to(torch.int32))
 
-    def _start(self) -> Tensor:
+    def start(self) -> Tensor:
+        """Return the chosen weights before training, (count,)."""
         return self._read_weight().reshape(-1)[self.positions]
-
-    def move(self, positions: Tensor) -> None:
-        """Let v belong to other positions, (count,)."""
-        self.positions.copy_(positions)
-        self.start.copy_(self._start())
 
     def delta_OI(self) -> Tensor:
         """Return the matrix with v at its positions."""
@@ -87,7 +82,7 @@ class SaraChange(Change):
 
     def trained_values(self) -> Tensor:
         """Return the chosen weights as they are now, (count,)."""
-        return self.start + self.values
+        return self.start() + self.values
 
     def penalty_gradient(self) -> Tensor:
         """Return the subgradient of the nuclear norm of the chosen weights, (count,)."""
@@ -153,7 +148,7 @@ class SaraAdamW(SelectiveAdamW):
             state = self.state[change.values]
             state["made"] = torch.tensor(self._made, dtype=torch.int32)
             if self._made == self._reselect_at:
-                largest = change.start.abs().max()
+                largest = change.start().abs().max()
                 state["active"] = change.trained_values().abs() <= largest
         return loss
 
@@ -196,7 +191,7 @@ class Sara(ChangeMethod):
             layer = model.get_submodule(target.name)
             change = SaraChange(place_of(model, target, number, size=0), entries[target.name])
             model.set_submodule(target.name, ChangedLinear(layer, change))
-            frozen += [change.positions, change.start]
+            frozen.append(change.positions)
         at = self._reselect_at()
         note = "" if at is None else f"after step {at}, only weights that are still small train"
         return Adapted(entries, sum(entries.values()), note, frozen=frozen)
@@ -218,19 +213,12 @@ class Sara(ChangeMethod):
         selections = {change.values: Selection(None) for change in changes.values()}
         return selective_adamw(model, selections, train, make)
 
-    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return v and its positions, and what the scope opens."""
-        found = {f"{n}.positions": c.positions.cpu() for n, c in sara_changes(model).items()}
-        return trainable_state(model) | found
-
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Load by name, positions too: the adapter does not depend on how they were chosen."""
-        changes = {f"{n}.positions": change for n, change in sara_changes(model).items()}
-        for name, change in changes.items():
-            check_positions(name, tensors[name], change.values, change.shape[0] * change.shape[1])
-        load_by_name(model, {n: t for n, t in tensors.items() if n not in changes})
-        for name, change in changes.items():
-            change.move(tensors[name].to(change.positions.device))
+        for name, change in sara_changes(model).items():
+            positions, room = tensors[f"{name}.positions"], change.shape[0] * change.shape[1]
+            check_positions(name, positions, change.values, room)
+        super().load_adapter(model, tensors)
 
 
 def sara_changes(model: nn.Module) -> dict[str, SaraChange]:

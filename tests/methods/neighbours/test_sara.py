@@ -90,7 +90,7 @@ def test_only_weights_that_are_still_small_train_in_the_second_half() -> None:
     one = one_layer(20)
     change = one.layer.change
     one.steps(10)
-    small = change.trained_values().abs() <= change.start.abs().max()
+    small = change.trained_values().abs() <= change.start().abs().max()
     before = change.values.detach().clone()
     one.steps(3)
     moved = change.values.detach() != before
