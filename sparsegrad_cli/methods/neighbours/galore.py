@@ -4,7 +4,7 @@ Zhao et al. 2024, arXiv 2403.03507, Algorithm 2. For W (m, n) with m <= n, every
 P = U[:, :r] of the SVD of the gradient G; R = P' G; Adam's direction N of R; W <- W - lr alpha P N.
 For m > n the other side is projected. Moments are kept when P changes, as in the paper.
 
-Left out: the version that projects both sides (Definition 3.6 with P and Q), Adafactor and 8-bit
+Left out: the general form that projects both sides (by P and Q), Adafactor and 8-bit
 Adam as the inner optimizer, and updates layer by layer during the backward pass.
 """
 
