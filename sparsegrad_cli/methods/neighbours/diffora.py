@@ -68,6 +68,7 @@ class GateSearch:
     ) -> None:
         self.optimizer, self.changes, self.kept, self.steps = optimizer, changes, kept, steps
         self.made = 0  # steps of the run, which AdamW's own counters say after a restart
+        self.chosen: bool | None = False  # None after a restart: the gates say it
         optimizer.register_step_pre_hook(self.before)
         optimizer.register_step_post_hook(self.after)
         optimizer.register_load_state_dict_post_hook(self.restored)
@@ -75,7 +76,9 @@ class GateSearch:
     def before(self, *_: object) -> None:
         """Drop the gradients of the parameters that this step leaves alone."""
         gates = {change.gate for change in self.changes}
-        searching = self.steps is None or self.made < self.steps
+        if self.chosen is None:  # also right for a run that was given more steps since
+            self.chosen = any(abs(float(gate.detach())) >= _DECIDED for gate in gates)
+        searching = not self.chosen
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 weights_turn = not searching or self.made % 2 == 0
@@ -93,7 +96,7 @@ class GateSearch:
     def after(self, *_: object) -> None:
         """Count the step, and choose the targets when the first phase ends."""
         self.made += 1
-        if self.made == self.steps:
+        if not self.chosen and self.steps is not None and self.made >= self.steps:
             self.choose()
 
     def restored(self, _: torch.optim.Optimizer) -> None:
@@ -103,11 +106,12 @@ class GateSearch:
             sum(int(state[p].get("step", 0)) for p in (change.a, change.gate))
             for change in self.changes
         ]
-        self.made = max(counts, default=0)
+        self.made, self.chosen = max(counts, default=0), None
 
     @torch.no_grad()
     def choose(self) -> None:
         """Keep the targets with the largest gates; of equal gates the first."""
+        self.chosen = True
         gates = [float(change.gate) for change in self.changes]
         order = sorted(range(len(gates)), key=lambda n: -gates[n])
         for number in order[: self.kept]:

@@ -147,7 +147,8 @@ class SaraAdamW(SelectiveAdamW):
         for change in self._changes:
             state = self.state[change.values]
             state["made"] = torch.tensor(self._made, dtype=torch.int32)
-            if self._made == self._reselect_at:
+            # Once: a run that was given more steps since has another middle.
+            if self._made == self._reselect_at and "active" not in state:
                 largest = change.start().abs().max()
                 state["active"] = change.trained_values().abs() <= largest
         return loss

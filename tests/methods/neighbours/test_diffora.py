@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoint_files import save
 from support.one_layer import TRAIN, OneLayer, Parameters, ReferenceAdamW
 from support.resumed_runs import resumed_run
 from support.tiny_models import Tuned, batch, run_data, snapshot
 from torch import Tensor
 
+from sparsegrad_cli.io.atomic import read_tensors
+from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.methods.neighbours.adaptive_settings import DifforaSettings
 from sparsegrad_cli.methods.neighbours.diffora import DifforaChange
+from sparsegrad_cli.training.checkpoint import load_optimizer
 
 SCALE, SEARCH, STEPS = 4 / 3, 4, 8
 SETTINGS = DifforaSettings(name="diffora", rank=3, alpha=4, search=SEARCH / STEPS)
@@ -113,6 +117,21 @@ def test_gates_do_not_move_in_the_steps_of_the_factors_nor_the_reverse() -> None
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         gate_names = {name for name in before if name.endswith(".gate")}
         assert moved and (moved <= gate_names if step % 2 else not moved & gate_names)
+
+
+def test_a_run_that_gets_more_steps_keeps_its_choice(tmp_path: Path) -> None:
+    tuned, longer = Tuned("diffora", run_steps=10), Tuned("diffora", run_steps=60)
+    trained(tuned, range(3))  # the search took 2 steps; of 60 it would take 12
+    schedule = [
+        torch.optim.lr_scheduler.LambdaLR(t.optimizer, lambda n: 1) for t in (tuned, longer)
+    ]
+    save(tmp_path, trainable_state(tuned.model), tuned.optimizer, schedule[0])
+    load_by_name(longer.model, read_tensors(tmp_path / "trainable.safetensors"))
+    load_optimizer(tmp_path, longer.optimizer, schedule[1])
+    trained(longer, range(3, 15))
+    assert gates(longer) == gates(tuned) and sum(gates(longer)) == 3
+    names = longer.method.adapter_tensors(longer.model).keys()
+    assert sum(name.endswith("change.b") for name in names) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 6])
