@@ -1,7 +1,8 @@
 """FLoRA: W + s B G A, a product of two factors and a core that all train.
 
 Si et al. 2024, "FLoRA: Low-Rank Core Space for N-dimension", arXiv 2405.14739: the change of a
-weight of N dimensions in Tucker form, G x_1 U_1 ... x_N U_N. Here N is 2, a linear layer.
+weight of N dimensions in Tucker form, G x_1 U_1 ... x_N U_N. Here N is 2, a linear layer. G starts
+at zero and s is a constant, as in the authors' code.
 """
 
 from __future__ import annotations
