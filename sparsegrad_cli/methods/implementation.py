@@ -317,6 +317,10 @@ class Method:
         """
         load_by_name(model, tensors)
 
+    def current_name(self, name: str) -> str:
+        """Return this version's name of a parameter in a checkpoint of any version."""
+        return name
+
     def merged_OI(self, model: nn.Module, target: Target) -> Tensor:
         """Return the weight of a plain layer that computes the same: (out, in), float64."""
         return target.weight_OI(model).detach().double()

@@ -37,11 +37,11 @@ class AdapterBuffers(nn.Module):
         delattr(self, name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.keys()
+        return name in self._buffers
 
     def keys(self) -> list[str]:
         """Return the names of the adapters."""
-        return [name for name, _ in self.named_buffers(remove_duplicate=False)]
+        return list(self._buffers)
 
 
 class SparseGradLayer(nn.Module, BaseTunerLayer):

@@ -20,7 +20,7 @@ from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
 from sparsegrad_cli.peft.config import SparseGradConfig
 from sparsegrad_cli.peft.layer import SparseGradLayer
-from sparsegrad_cli.peft.plan import CorePlan, plan_cores
+from sparsegrad_cli.peft.plan import CorePlan, PlannedCores, plan_cores
 
 _Q_OUT, _Q_IN = "sparsegrad_q_out", "sparsegrad_q_in"
 _PREFIX = "base_model.model."
@@ -208,6 +208,8 @@ class SparseGradModel(BaseTuner):
 
 def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[str, CorePlan]:
     assert config.basis is not None
+    if isinstance(config.basis, PlannedCores):
+        return dict(config.basis.plans)
     given = config.basis.by_target()
     missing = [name for name in layers if name not in given]
     if missing:

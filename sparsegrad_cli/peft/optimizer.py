@@ -78,19 +78,32 @@ def optimizer(
     groups = parameter_groups(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if not groups:
         raise ValueError("no parameter of the model trains: activate an adapter first")
-    chosen: dict[nn.Parameter, Selection] = {}
-    for layer, name, parameter in _trained_values(model):
+    for layer, name, _ in _trained_values(model):
         if not bool(layer.sparsegrad_q_in[name].any()):
             raise ValueError(
                 f"adapter {name!r} has no bases yet: load its weights (PeftModel.from_pretrained), "
                 "or give its configuration a basis"
             )
-        if layer.chosen_by_optimizer(name):
-            chosen[parameter] = _selection(model, layer, name, parameter)
-            layer.needs_optimizer[name] = False
+    chosen = selections(model)
     if not chosen:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
     return SelectiveAdamW(groups, chosen, lr=lr, betas=betas, eps=eps)
+
+
+def selections(model: nn.Module) -> dict[nn.Parameter, Selection]:
+    """Return how an optimizer chooses the parameters of the cores; empty if all of them train.
+
+    The adapters may be trained from now on.
+
+    Args:
+        model: A model with adapters; those that do not train are left out.
+    """
+    found = {}
+    for layer, name, parameter in _trained_values(model):
+        if layer.chosen_by_optimizer(name):
+            found[parameter] = _selection(model, layer, name, parameter)
+            layer.needs_optimizer[name] = False
+    return found
 
 
 def _trained_values(model: nn.Module) -> Iterator[tuple[SparseGradLayer, str, nn.Parameter]]:

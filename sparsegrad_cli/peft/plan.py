@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,6 +32,23 @@ class CorePlan:
     basis: Basis
     count: int
     positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PlannedCores:
+    """Cores that were planned before, in the place of a basis in :class:`SparseGradConfig`.
+
+    Attributes:
+        plans: Module name -> core.
+        scores: Empty, because the supports are chosen.
+    """
+
+    plans: Mapping[str, CorePlan]
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def by_target(self) -> dict[str, Basis]:
+        """Return module name -> basis."""
+        return {name: plan.basis for name, plan in self.plans.items()}
 
 
 def plan_cores(

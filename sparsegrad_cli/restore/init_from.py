@@ -89,7 +89,8 @@ class Initial:
             drawn = recorded_head.fresh if recorded_head else []
             tensors = read_adapter(self.tensors, setup.model, drawn)
         else:
-            tensors = read_tensors(self.tensors)
+            read = read_tensors(self.tensors)
+            tensors = {method.current_name(name): tensor for name, tensor in read.items()}
         self._check_same_run(run, setup, tensors)
         classes = run.record.task.label_names if run.record.task else None
         ours = None if setup.task.label_names is None else list(setup.task.label_names)

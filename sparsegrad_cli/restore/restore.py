@@ -248,7 +248,8 @@ def _load_adapter(files: RunFiles, base: BaseModule, method: Method) -> dict[str
     """Load the run's adapter or checkpoint into the prepared model; return it as an adapter."""
     where = str(files.tensors)
     if not files.from_adapter:
-        tensors = read_tensors(files.tensors)
+        read = read_tensors(files.tensors)
+        tensors = {method.current_name(name): tensor for name, tensor in read.items()}
         _check_tensors(tensors, trainable_state(base.model), where)
         load_by_name(base.model, tensors)
         return method.adapter_tensors(base.model)

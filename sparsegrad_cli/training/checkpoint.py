@@ -26,7 +26,7 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.error_mapping import first_line, is_out_of_memory
 from sparsegrad_cli.errors import FileFormatError, SparsegradError
 from sparsegrad_cli.io.atomic import read_tensors, write_tensors
-from sparsegrad_cli.methods.implementation import load_by_name, trainable_names
+from sparsegrad_cli.methods.implementation import Method, load_by_name, trainable_names
 from sparsegrad_cli.models.sharded_tensors import gather, shard_like
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.run.checkpoint_state import (
@@ -177,7 +177,7 @@ def check_origins(
             )
 
 
-def load_best_weights(folder: Path, model: nn.Module) -> None:
+def load_best_weights(folder: Path, model: nn.Module, method: Method) -> None:
     """Load the weights of the best checkpoint, which was written by this run.
 
     Raises:
@@ -190,16 +190,22 @@ def load_best_weights(folder: Path, model: nn.Module) -> None:
             where=str(folder),
             fix="--resume trains again from the checkpoint before",
         )
-    load_weights(folder, model)
+    load_weights(folder, model, method)
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
+def load_weights(folder: Path, model: nn.Module, method: Method) -> None:
     """Copy a checkpoint's weights into the model's trainable parameters.
+
+    Args:
+        folder: The checkpoint.
+        model: The model that ``method`` has prepared.
+        method: Knows the names that earlier versions gave to parameters.
 
     Raises:
         FileFormatError: The file is damaged, or holds other parameters.
     """
-    tensors = read_tensors(folder / TRAINABLE)
+    read = read_tensors(folder / TRAINABLE)
+    tensors = {method.current_name(name): tensor for name, tensor in read.items()}
     other = sorted(set(tensors) ^ trainable_names(model))
     try:
         if other:

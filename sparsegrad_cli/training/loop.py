@@ -173,7 +173,7 @@ class TrainingLoop:
             FileFormatError: The checkpoint is damaged, or of a run that was made of other things.
         """
         files.check_origins(folder, state.origins, self._origins)
-        files.load_weights(folder, self.setup.model)
+        files.load_weights(folder, self.setup.model, self.method)
         files.load_optimizer(folder, self.optimizer, self.steps.scheduler)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -211,7 +211,7 @@ class TrainingLoop:
                 if not plan.ends_epoch(progress.step):
                     self._stop_if_requested()
         if plan.keeps_best and self.best_checkpoint is not None:
-            files.load_best_weights(self.best_checkpoint, self.setup.model)
+            files.load_best_weights(self.best_checkpoint, self.setup.model, self.method)
 
     def _take_step(self, batches: list[dict[str, Tensor]]) -> None:
         """Take one optimizer step; then log, evaluate and save what is due, in this order."""

@@ -59,7 +59,7 @@ def _selected(
     if not isinstance(optimizer, SelectiveAdamW):
         return None
     layer = model.get_submodule(target.name)
-    return next((p for p in layer.parameters(recurse=False) if optimizer.selects(p)), None)
+    return next((p for p in layer.parameters() if optimizer.selects(p)), None)
 
 
 def sparsity_map(

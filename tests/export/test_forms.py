@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import sparsegrad_cli
 from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
 from sparsegrad_cli.methods.peft_folder import from_peft, modules_to_save
-from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.models.targets import find_targets
+from sparsegrad_cli.peft import SparseGradLayer
 from sparsegrad_cli.recipe.schema import TargetsSection
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
@@ -266,9 +266,11 @@ def test_adapter_shares_bases_and_records_their_size(
     assert said["fresh"] == ["bert.pooler.dense.weight"]
     model = sparsegrad_cli.load_adapter(folder)
     layers = [model.get_submodule(name) for name in targets_of("bert")]
-    assert all(isinstance(layer, CoreLinear) for layer in layers)
-    assert layers[0].q_out is layers[2].q_out and layers[0].q_out is not layers[1].q_out
-    assert layers[0].core.requires_grad and not layers[0].weight.requires_grad
+    assert all(isinstance(layer, SparseGradLayer) for layer in layers)
+    first, second, third = (layer.sparsegrad_q_out["default"] for layer in layers[:3])
+    assert first is third and first is not second
+    assert layers[0].sparsegrad_values["default"].requires_grad
+    assert not layers[0].weight.requires_grad
     assert not model.training
 
 

@@ -68,9 +68,8 @@ def may_change(tuned: Tuned, name: str, architecture: str, scope: str) -> set[st
         matrices = {f"{layer}.lora_{part}.default.weight" for layer in layers for part in "AB"}
         base = {f"{layer}.base_layer.weight" for layer in layers}
     elif name.startswith("core"):
-        trained = "values" if name == "core-static" else "core"
-        matrices = {f"{layer}.{trained}" for layer in layers}
-        base = {f"{layer}.weight" for layer in layers}
+        matrices = {f"{layer}.sparsegrad_values.default" for layer in layers}
+        base = {f"{layer}.base_layer.weight" for layer in layers}
     elif f"{layers[0]}.weight" in required_names(tuned):
         matrices, base = {f"{layer}.weight" for layer in layers}, set()
     else:  # of another method it is known only that it trains something of each target

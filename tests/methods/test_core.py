@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from support.tiny_models import (
     INNER,
     batch,
@@ -22,15 +25,17 @@ from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import TargetShapes
-from sparsegrad_cli.methods.sparsegrad.core import CoreLinear, SparsegradCore
+from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import basis_keys
 from sparsegrad_cli.numerics.hosvd import truncated
 from sparsegrad_cli.numerics.sizing import count_for_density
 from sparsegrad_cli.numerics.supports import largest_entries, spectral_scores
+from sparsegrad_cli.peft import SparseGradLayer
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.recipe.section import parse_bytes
+from sparsegrad_cli.training.checkpoint import load_weights
 
 RANK = 8
 
@@ -47,15 +52,15 @@ def settings(**more: Any) -> SparsegradSettings:
 
 
 def prepared(
-    bases: Any, scores: Any = None, **more: Any
-) -> tuple[nn.Module, dict[str, CoreLinear], SparsegradCore]:
+    bases: Any, scores: Any = None, scope: str = "head", **more: Any
+) -> tuple[nn.Module, dict[str, SparseGradLayer], SparsegradCore]:
     model = classifier()
     targets = targets_of(model)
     method = SparsegradCore(settings(**more))
     save_memory(model, targets, method.settings.recompute)
-    method.prepare(model, targets, scope="head", bases=bases, scores=scores)
+    method.prepare(model, targets, scope=scope, bases=bases, scores=scores)
     layers = {t.name: model.get_submodule(t.name) for t in targets}
-    assert all(isinstance(layer, CoreLinear) for layer in layers.values())
+    assert all(isinstance(layer, SparseGradLayer) for layer in layers.values())
     return model, layers, method  # type: ignore[return-value]
 
 
@@ -73,7 +78,7 @@ def test_without_scores_the_spectra_choose() -> None:
             spectral_scores(truncated(bases[target.name], RANK)),
             count_for_density(0.03, target.out_features, target.in_features),
         )
-        assert torch.equal(layers[target.name].support.long(), expected)
+        assert torch.equal(layers[target.name].sparsegrad_support["default"].long(), expected)
 
 
 @pytest.mark.parametrize("rank", [RANK, 12])
@@ -84,7 +89,7 @@ def test_scores_choose_and_are_cut_to_the_rank(rank: int) -> None:
     for target in targets:
         count = count_for_density(0.03, target.out_features, target.in_features)
         expected = largest_entries(scores[target.name][:RANK, :RANK], count)
-        assert torch.equal(layers[target.name].support.long(), expected)
+        assert torch.equal(layers[target.name].sparsegrad_support["default"].long(), expected)
 
 
 @pytest.mark.parametrize("per", ["layer", "kind"])
@@ -143,14 +148,14 @@ def test_allocation_over_the_model_gives_more_to_those_who_matter() -> None:
     bases = orthogonal_bases(targets, torch.float32)
     _, alone, _ = prepared(bases, scores)
     _, together, _ = prepared(bases, scores, allocation="model")
-    sizes = [layer.values.numel() for layer in together.values()]
-    assert sum(sizes) == sum(layer.values.numel() for layer in alone.values())
+    sizes = [layer.sparsegrad_values["default"].numel() for layer in together.values()]
+    assert sum(sizes) == sum(layer.sparsegrad_values["default"].numel() for layer in alone.values())
     assert sizes[0] < sizes[-1]
     assert min(sizes) >= 1
     flat = torch.cat([s.reshape(-1) for s in scores.values()])
     threshold = flat.sort(descending=True).values[sum(sizes) - 1]
     for name, layer in together.items():
-        chosen = scores[name].reshape(-1)[layer.support.long()]
+        chosen = scores[name].reshape(-1)[layer.sparsegrad_support["default"].long()]
         assert bool((chosen >= threshold).all()) or len(chosen) == 1
 
 
@@ -201,16 +206,16 @@ def test_beside_half_precision_weights_the_core_trains_in_float32(support: str) 
     bases = orthogonal_bases(targets, torch.float32)
     method.prepare(model, targets, scope="head", bases=bases)
     layer = model.get_submodule(targets[0].name)
-    assert isinstance(layer, CoreLinear)
-    assert layer.trained.dtype == torch.float32
-    assert layer.q_in.dtype == layer.weight.dtype == torch.bfloat16
+    assert isinstance(layer, SparseGradLayer)
+    assert layer.sparsegrad_values["default"].dtype == torch.float32
+    assert layer.sparsegrad_q_in["default"].dtype == layer.weight.dtype == torch.bfloat16
     frozen = layer.weight.detach().clone()
     optimizer = method.optimizer(model, TrainSection(learning_rate=1e-5))  # lost in bfloat16
     for _ in range(2):
         optimizer.zero_grad()
         model(**batch()).loss.backward()
         optimizer.step()
-    moved = layer.trained.detach().abs()
+    moved = layer.sparsegrad_values["default"].detach().abs()
     assert 0 < float(moved.max()) < 1e-4
     assert torch.equal(layer.weight, frozen)
     assert {t.dtype for s in optimizer.state.values() for t in s.values()} & {torch.float32}
@@ -224,23 +229,56 @@ def test_a_refreshed_support_holds_and_then_follows_the_mean_gradient() -> None:
     )
     optimizer = method.optimizer(model, TrainSection(learning_rate=1e-2))
     name, layer = next(iter(layers.items()))
+    core = layer.sparsegrad_values["default"]
     count = count_for_density(0.03, targets[0].out_features, targets[0].in_features)
     expected = largest_entries(scores[name], count)
     total = torch.zeros(RANK, RANK)
     for step in range(1, 8):
-        before = layer.core.detach().clone()
+        before = core.detach().clone()
         optimizer.zero_grad()
         model(**batch(seed=step)).loss.backward()
-        assert layer.core.grad is not None
-        total += layer.core.grad.abs()
+        assert core.grad is not None
+        total += core.grad.abs()
         optimizer.step()
-        moved = torch.nonzero((layer.core - before).view(-1)).squeeze(1)
+        moved = torch.nonzero((core - before).view(-1)).squeeze(1)
         assert set(moved.tolist()) <= set(expected.tolist())
         assert len(moved) >= count - 1
-        state = optimizer.state[layer.core]
+        state = optimizer.state[core]
         assert state["positions"].tolist() == expected.tolist()  # state on those entries only
         if step % 3 == 0:
             expected, total = largest_entries(total, count), torch.zeros(RANK, RANK)
+
+
+@pytest.mark.parametrize(("support", "name"), [("static", "values"), ("dynamic", "core")])
+def test_checkpoints_of_earlier_versions_load(support: str, name: str, tmp_path: Path) -> None:
+    """They were written when the core was a layer of its own, without PEFT."""
+    bases = orthogonal_bases(targets_of(classifier()), torch.float32)
+    trained, layers, _ = prepared(bases, scope="rest", support=support)
+    fresh, _, method = prepared(bases, scope="rest", support=support)
+    written = {}
+    with torch.no_grad():
+        for new, parameter in trained.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+                old = new.replace("sparsegrad_values.default", name).replace(".base_layer.", ".")
+                written[old] = parameter.detach()
+    assert {f"{layer}.{name}" for layer in layers} <= written.keys()
+    assert {f"{layer}.bias" for layer in layers} <= written.keys()
+    save_file(written, tmp_path / "trainable.safetensors")
+    load_weights(tmp_path, fresh, method)
+    for (path, got), expected in zip(fresh.named_parameters(), trained.parameters(), strict=True):
+        assert torch.equal(got, expected), path
+
+
+def test_the_model_is_one_of_peft() -> None:
+    """PEFT's own functions read the method's model."""
+    bases = orthogonal_bases(targets_of(classifier()), torch.float32)
+    model, layers, method = prepared(bases)
+    model_state = get_peft_model_state_dict(model)
+    tensors = method.adapter_tensors(model)
+    for name in layers:
+        assert torch.equal(model_state[f"{name}.sparsegrad_values"], tensors[f"{name}.values"])
+        assert torch.equal(model_state[f"{name}.sparsegrad_support"], tensors[f"{name}.support"])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -249,7 +287,7 @@ def test_it_compiles_without_graph_breaks(backend: str) -> None:
     _, layers, _ = prepared(orthogonal_bases(targets, torch.float32))
     layer = layers[targets[0].name]
     with torch.no_grad():
-        layer.values.normal_(generator=torch.Generator().manual_seed(0))
+        layer.sparsegrad_values["default"].normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(3, 5, targets[0].in_features, requires_grad=True)
     compiled: Any = torch.compile(layer, backend=backend, fullgraph=True)
     results: list[Any] = []
@@ -257,8 +295,8 @@ def test_it_compiles_without_graph_breaks(backend: str) -> None:
         layer.zero_grad()
         x.grad = None
         run(x).square().sum().backward()
-        assert x.grad is not None and layer.values.grad is not None
-        results.append((x.grad.clone(), layer.values.grad.clone()))
+        assert x.grad is not None and layer.sparsegrad_values["default"].grad is not None
+        results.append((x.grad.clone(), layer.sparsegrad_values["default"].grad.clone()))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 

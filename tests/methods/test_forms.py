@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Method
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
-from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.rotated import RotatedLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.numerics.rotation import to_core
+from sparsegrad_cli.peft import SparseGradLayer
 from sparsegrad_cli.recipe.schema import TrainSection
 
 STEPS = 20
@@ -104,13 +104,15 @@ def test_the_core_at_full_rank_walks_the_path_of_the_papers_layer(
     start = classifier(architecture, dtype=torch.float64)
     for target in targets:
         layer = beside.get_submodule(target.name)
-        assert isinstance(layer, CoreLinear)
+        assert isinstance(layer, SparseGradLayer)
         frozen, before = target.weight_OI(beside), target.weight_OI(start)
         assert torch.equal(frozen, before), "W is frozen"
         first = to_core(before.detach(), bases[target.name])
         core = weight_of(rotated, target).detach()
-        torch.testing.assert_close(first + layer.core_RS().detach(), core, atol=1e-9, rtol=0)
-        assert layer.core_RS().abs().max() > 1e-3, "it did move"
+        torch.testing.assert_close(
+            first + layer.core_RS("default").detach(), core, atol=1e-9, rtol=0
+        )
+        assert layer.core_RS("default").abs().max() > 1e-3, "it did move"
     torch.testing.assert_close(logits(rotated), logits(beside), atol=1e-9, rtol=0)
 
 

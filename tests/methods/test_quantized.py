@@ -21,8 +21,8 @@ from support.tiny_models import batch, targets_of
 from torch import nn
 
 from sparsegrad_cli.memory.meter import MemoryMeter
-from sparsegrad_cli.methods.sparsegrad.core import QuantizedCoreLinear
 from sparsegrad_cli.models.quantized import find_quantized, quantization_state
+from sparsegrad_cli.peft import SparseGradLayer
 
 need_bitsandbytes()
 
@@ -49,7 +49,7 @@ def test_it_starts_as_it_was_and_learns_beside_what_is_frozen(
     assert frozen.keys() == after.keys() and len(frozen) > 20
     assert all(torch.equal(frozen[key], after[key]) for key in frozen)
     kept = {n.rpartition(".")[2] for n, p in one.model.named_parameters() if p.requires_grad}
-    assert kept <= {"values", "core", "weight", "bias"}
+    assert kept <= {"default", "weight", "bias"}
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -88,7 +88,7 @@ def test_merged_weights_compute_the_same(name: str, bits: str, body: Callable[[s
 def test_efficient_gated_mlps_work_with_recomputing(bits: str, body: Callable[[str], Path]) -> None:
     trained = PreparedModel(body("llama"), bits, "recomputed")
     mlp = trained.model.model.layers[1].mlp
-    assert isinstance(mlp.up_proj, QuantizedCoreLinear)
+    assert isinstance(mlp.up_proj, SparseGradLayer)
     assert "forward" in vars(mlp), "the module is run again in the backward pass"
     static = PreparedModel(body("llama"), bits, "static").model.model.layers[1].mlp
     assert vars(static)["forward"].func.__name__ == "_gated_mlp"
@@ -102,13 +102,14 @@ def test_half_precision_leaves_the_core_in_float32(bits: str, body: Callable[[st
     losses = trained.steps(8)
     assert losses[-1] < 0.8 * losses[0]
     layer: Any = trained.model.get_submodule(trained.targets[0].name)
-    assert layer.values.dtype == torch.float32 and layer.q_out.dtype == torch.bfloat16
+    assert layer.sparsegrad_values["default"].dtype == torch.float32
+    assert layer.sparsegrad_q_out["default"].dtype == torch.bfloat16
 
 
 def saved_and_alive(model: nn.Module) -> tuple[int, int]:
     """Bytes that autograd holds after a forward pass, and all that is alive but weights."""
     meter = MemoryMeter()
-    bases = [b for n, b in model.named_buffers() if n.endswith(("q_out", "q_in"))]
+    bases = [b for n, b in model.named_buffers() if "sparsegrad_q_" in n]
     meter.watch(model, weights=quantization_state(model), bases=bases)
     with meter.phase("forward"):
         loss = model.train()(**batch(size=16, length=24)).loss

@@ -31,12 +31,12 @@ from sparsegrad_cli.methods.neighbours.gradient_settings import (
 )
 from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings, WeloreSettings
 from sparsegrad_cli.methods.peft_types.settings import PeftSettings
-from sparsegrad_cli.methods.sparsegrad.core import CoreLinear
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import Target, find_targets
 from sparsegrad_cli.numerics.hosvd import Basis, Stream
 from sparsegrad_cli.numerics.seeding import temporary_seed
+from sparsegrad_cli.peft import SparseGradLayer
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection, TrainSection
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 67, 16, 40, 3, 32
@@ -418,7 +418,9 @@ def weight_of(model: nn.Module, target: Target) -> nn.Parameter:
     if isinstance(layer, ChangedLinear):
         layer = layer.change
         return layer.get_parameter("values")
-    weight = layer.trained if isinstance(layer, CoreLinear) else layer.weight
+    weight: Any = layer.weight
+    if isinstance(layer, SparseGradLayer):
+        weight = layer.sparsegrad_values["default"]
     assert isinstance(weight, nn.Parameter)
     return weight
 
