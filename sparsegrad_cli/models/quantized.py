@@ -182,19 +182,33 @@ def rounds_in_evaluation(model: nn.Module, device: torch.device) -> bool:
     return any(getattr(each, "support_avx512bf16_for_cpu", False) for each in layers)
 
 
-def use_frozen_forward(model: nn.Module, dtype: torch.dtype) -> int:
+def record_dtype(model: nn.Module) -> None:
+    """Record the dtype of products on quantized layers that another library has loaded.
+
+    An 8-bit layer does not hold it: it is that of the model's other parameters.
+    """
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.get_default_dtype())
+    for layer in quantized_layers(model).values():
+        if not hasattr(layer, "frozen_dtype"):
+            layer.frozen_dtype = dtype  # type: ignore[assignment]
+
+
+def use_frozen_forward(model: nn.Module, dtype: torch.dtype | None) -> int:
     """Let quantized layers always compute as in training, without saved activations.
 
     Args:
         model: The model, changed in place.
-        dtype: Dtype of products, for layers that do not record it.
+        dtype: Dtype of products, for layers that do not hold it; None keeps what
+            :func:`record_dtype` has found.
 
     Returns:
         The number of quantized layers.
     """
     layers = quantized_layers(model)
     for layer in layers.values():
-        layer.frozen_dtype = dtype  # type: ignore[assignment]
+        if dtype is not None:
+            layer.frozen_dtype = dtype  # type: ignore[assignment]
         # Set on the instance: a wrapper module would rename the parameters.
         layer.forward = functools.partial(_forward, layer)
     if layers:

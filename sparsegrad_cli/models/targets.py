@@ -108,7 +108,7 @@ def find_targets(model: nn.Module, section: TargetsSection, where: str = "target
     """Return the target modules of a recipe, in model order.
 
     Args:
-        model: The model, before a method replaces its layers.
+        model: The model. Its layers may have adapters of PEFT.
         section: The section ``targets`` of the recipe.
         where: The section's key, for errors.
 
@@ -143,9 +143,14 @@ def _linear_layers_in_blocks(
     targets = []
     for list_name, blocks in block_lists:
         for number, block in enumerate(blocks):
-            for inner, module in block.named_modules():
-                if not is_linear(module):
+            adapted: tuple[str, ...] = ()
+            for inner, found in block.named_modules():
+                # A layer with an adapter counts as its plain layer; the adapter's layers do not.
+                module = getattr(found, "base_layer", found)
+                if (inner.startswith(adapted) and adapted) or not is_linear(module):
                     continue
+                if module is not found:
+                    adapted = (*adapted, f"{inner}.")
                 sides = linear_shape(module)
                 name = f"{list_name}.{number}.{inner}"
                 targets.append(Target(name, inner, number, *sides, isinstance(module, Conv1D)))

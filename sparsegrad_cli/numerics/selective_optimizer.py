@@ -83,7 +83,12 @@ class SelectiveAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one step on the accumulated gradients."""
+        """Make one step on the accumulated gradients.
+
+        Raises:
+            RuntimeError: The parameters were replaced after the optimizer was made.
+        """
+        self._check_parameters()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,6 +105,22 @@ class SelectiveAdamW(torch.optim.Optimizer):
                 else:
                     self._step_chosen(parameter, selection, adamw)
         return loss
+
+    def _check_parameters(self) -> None:
+        """Check that the chosen parameters are those of the groups.
+
+        accelerate puts other parameters into the groups when it splits a model, and these would be
+        stepped whole.
+
+        Raises:
+            RuntimeError: A chosen parameter is in no group.
+        """
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if not all(id(parameter) in held for parameter in self._selections):
+            raise RuntimeError(
+                "the parameters of the optimizer were replaced after it was made, as FSDP and "
+                "DeepSpeed do: entries can be chosen only in parameters that are not split"
+            )
 
     def _step_chosen(self, parameter: nn.Parameter, how: Selection, adamw: AdamW) -> None:
         assert parameter.grad is not None

@@ -13,6 +13,7 @@ first, because PEFT has no other way to find a tuner that it does not ship.
 
 from sparsegrad_cli.peft.config import SparseGradConfig
 from sparsegrad_cli.peft.layer import SparseGradLayer
+from sparsegrad_cli.peft.memory import save_memory
 from sparsegrad_cli.peft.model import SparseGradModel
 from sparsegrad_cli.peft.optimizer import optimizer, parameter_groups
 from sparsegrad_cli.peft.registration import register
@@ -25,4 +26,5 @@ __all__ = [
     "SparseGradModel",
     "optimizer",
     "parameter_groups",
+    "save_memory",
 ]

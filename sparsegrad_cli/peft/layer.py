@@ -78,6 +78,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         "sparsegrad_q_in",
         "chosen_parameters",
         "needs_optimizer",
+        "unused_gradient",
     )
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -96,6 +97,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         self.sparsegrad_q_in = AdapterBuffers()
         self.chosen_parameters: dict[str, tuple[int, Tensor | None]] = {}
         self.needs_optimizer: dict[str, bool] = {}
+        self.unused_gradient: dict[str, Tensor | None] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -130,6 +132,31 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
     def chosen_by_optimizer(self, name: str) -> bool:
         """Return whether the optimizer chooses the parameters that a step changes."""
         return name in self.chosen_parameters
+
+    def watch_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Notice in later forward passes if another optimizer changes the values of an adapter.
+
+        Between the moment when a gradient arrives and the next step of ``optimizer``, nothing else
+        may change the values. They stay the same while gradients accumulate, and where a gradient
+        scaler leaves out a step.
+
+        Args:
+            name: The adapter's name.
+            optimizer: The optimizer that chooses the parameters of its core.
+        """
+        parameter: Tensor = self.sparsegrad_values[name]
+        if name not in self.unused_gradient:
+            parameter.register_post_accumulate_grad_hook(lambda p: self._gradient_arrived(name, p))
+        self.unused_gradient[name] = None
+        optimizer.register_step_post_hook(lambda *_: self._gradient_used(name))
+
+    def _gradient_arrived(self, name: str, values: Tensor) -> None:
+        if name in self.unused_gradient and self.unused_gradient[name] is None:
+            self.unused_gradient[name] = values.detach().abs().sum()
+
+    def _gradient_used(self, name: str) -> None:
+        if name in self.unused_gradient:
+            self.unused_gradient[name] = None
 
     def core_shape(self, name: str) -> tuple[int, int]:
         """Return (r_out, r_in) of an adapter."""
@@ -197,7 +224,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: A core whose parameters the optimizer chooses is trained without
-                :func:`sparsegrad_cli.peft.optimizer`.
+                :func:`sparsegrad_cli.peft.optimizer`, or by another optimizer beside it.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -234,12 +261,27 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     def _check_optimizer(self, names: list[str]) -> None:
         for name in names:
-            if self.needs_optimizer.get(name) and self.sparsegrad_values[name].requires_grad:
+            if not self.sparsegrad_values[name].requires_grad:
+                continue
+            if self.needs_optimizer.get(name):
                 raise RuntimeError(
                     f"adapter {name!r} has a support that the optimizer chooses, and no optimizer "
                     "for it was made: call sparsegrad_cli.peft.optimizer(model, ...) before the "
                     "first step, and train with it"
                 )
+            before = self.unused_gradient.get(name)
+            if before is not None and not torch.compiler.is_compiling():
+                self._check_unchanged(name, before)
+
+    def _check_unchanged(self, name: str, before: Tensor) -> None:
+        values: Tensor = self.sparsegrad_values[name]
+        if before.device == values.device and not torch.equal(before, values.detach().abs().sum()):
+            raise RuntimeError(
+                f"adapter {name!r} has a support that the optimizer chooses, and something else "
+                "than sparsegrad_cli.peft.optimizer has changed its values after a backward pass: "
+                "give its result to the training loop, such as "
+                "Trainer(..., optimizers=(optimizer, None))"
+            )
 
     def __repr__(self) -> str:
         return f"sparsegrad.{super().__repr__()}"

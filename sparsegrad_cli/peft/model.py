@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from sparsegrad_cli.models.quantized import dtype_of
+from sparsegrad_cli.models.quantized import dtype_of, record_dtype
 from sparsegrad_cli.models.targets import is_linear, linear_shape
 from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
@@ -55,6 +55,7 @@ class SparseGradModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
         """Plan the cores of all target modules together, before the first one is replaced."""
+        record_dtype(model)
         layers = dict(self._targets(peft_config, model))
         if peft_config.basis is None:
             self._plans = _saved_plans(peft_config, layers)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsegrad_cli.models.sharded_tensors import is_split
 from sparsegrad_cli.models.weight_decay import decaying_names
 from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.numerics.sizing import REFRESH_STEPS
@@ -73,7 +74,8 @@ def optimizer(
 
     Raises:
         ValueError: No parameter of the model trains, or an adapter was made from a saved
-            configuration and its weights were not loaded.
+            configuration and its weights were not loaded, or FSDP has split a core whose parameters
+            the optimizer chooses.
     """
     groups = parameter_groups(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if not groups:
@@ -85,9 +87,18 @@ def optimizer(
                 "or give its configuration a basis"
             )
     chosen = selections(model)
+    if any(is_split(parameter) for parameter in chosen):
+        raise ValueError(
+            "dynamic and refresh supports choose among all parameters of a core, which FSDP splits "
+            "over processes: use support='static' or 'dense', or DDP"
+        )
     if not chosen:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
-    return SelectiveAdamW(groups, chosen, lr=lr, betas=betas, eps=eps)
+    made = SelectiveAdamW(groups, chosen, lr=lr, betas=betas, eps=eps)
+    # One adapted layer is enough: another optimizer would change all of them.
+    watched = next(found for found in _trained_values(model) if found[2] in chosen)
+    watched[0].watch_optimizer(watched[1], made)
+    return made
 
 
 def selections(model: nn.Module) -> dict[nn.Parameter, Selection]:
