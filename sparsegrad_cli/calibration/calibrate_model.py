@@ -16,6 +16,7 @@ from sparsegrad_cli.calibration.calibrate import calibrate as calibrate_targets
 from sparsegrad_cli.calibration.calibrate import passes_of
 from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.models.digests import fingerprint
+from sparsegrad_cli.models.quantized import record_dtype
 from sparsegrad_cli.models.targets import Target, find_targets, is_linear, linear_shape
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection
@@ -96,6 +97,7 @@ def calibrate(
         SparsegradError: A loss or a gradient is NaN or infinite.
     """
     targets = _targets(model, target_modules)
+    record_dtype(model)
     settings = CalibrationSection(
         steps=steps,
         basis_per=basis_per,

@@ -101,7 +101,9 @@ def use_efficient_gated_mlps(model: nn.Module, targets: Sequence[Target]) -> int
         parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
         if not all(isinstance(getattr(module, part, None), nn.Module) for part in parts):
             continue
-        if "forward" in vars(module):  # It was changed before, or by another library.
+        # It was changed before, or accelerate moves its inputs between devices.
+        ours = getattr(module.forward, "func", None) in (checkpoint, _gated_mlp)
+        if ours or hasattr(module, "_hf_hook"):
             continue
         if next(iter(module.act_fn.parameters()), None) is not None:  # type: ignore[union-attr]
             continue

@@ -189,7 +189,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the change of adapters to the weight.
+        """Add the change of adapters to the weight. A weight of 8 or 4 bits is rounded to them.
 
         Args:
             safe_merge: Check the merged weight before it replaces the weight.
@@ -201,6 +201,12 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.sparsegrad_values:
                 continue
+            if is_quantized(self.base_layer):
+                warnings.warn(
+                    "SparseGrad: the merged weight is rounded to the bits of the base layer, so "
+                    "outputs change; merge into a model that is not quantized for the exact sum",
+                    stacklevel=2,
+                )
             weight = self.get_base_weight()
             delta = self.get_delta_weight(name).detach()
             merged = (weight.to(delta.dtype) + delta).to(weight.dtype)

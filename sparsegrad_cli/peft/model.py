@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.models.quantized import dtype_of, record_dtype
 from sparsegrad_cli.models.targets import is_linear, linear_shape
-from sparsegrad_cli.numerics.hosvd import Basis, map_bases, truncated
+from sparsegrad_cli.numerics.hosvd import Basis, by_columns, map_bases, truncated
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
 from sparsegrad_cli.peft.config import SparseGradConfig
 from sparsegrad_cli.peft.layer import SparseGradLayer
@@ -147,7 +147,11 @@ class SparseGradModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Give every layer the bases that it shares, under the names that the model has."""
-        whole = dict(state_dict)
+        # In the memory layout of new bases: products of another layout differ in the last bits.
+        whole = {
+            name: by_columns(tensor) if name.endswith((_Q_OUT, _Q_IN)) else tensor
+            for name, tensor in state_dict.items()
+        }
         for name, first in config.shared_bases.items():
             for part in (_Q_OUT, _Q_IN):
                 for prefix in ("", _PREFIX):
@@ -258,8 +262,8 @@ def _saved_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict
         device, dtype = next(layer.parameters()).device, dtype_of(layer)
         if first not in shared:
             out_features, in_features = linear_shape(layer)
-            q_out = torch.zeros(out_features, rows, device=device, dtype=dtype)
-            q_in = torch.zeros(in_features, columns, device=device, dtype=dtype)
+            q_out = by_columns(torch.zeros(out_features, rows, device=device, dtype=dtype))
+            q_in = by_columns(torch.zeros(in_features, columns, device=device, dtype=dtype))
             shared[first] = Basis(q_out, q_in, q_out.new_zeros(rows), q_in.new_zeros(columns))
         positions = torch.zeros(count, dtype=torch.int32) if config.support == "static" else None
         plans[name] = CorePlan(shared[first], count, positions)

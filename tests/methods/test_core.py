@@ -205,7 +205,7 @@ def test_beside_half_precision_weights_the_core_trains_in_float32(support: str) 
     method = SparsegradCore(settings(support=support))
     bases = orthogonal_bases(targets, torch.float32)
     method.prepare(model, targets, scope="head", bases=bases)
-    layer = model.get_submodule(targets[0].name)
+    layer: Any = model.get_submodule(targets[0].name)
     assert isinstance(layer, SparseGradLayer)
     assert layer.sparsegrad_values["default"].dtype == torch.float32
     assert layer.sparsegrad_q_in["default"].dtype == layer.weight.dtype == torch.bfloat16

@@ -135,7 +135,7 @@ def test_resume_is_bitwise(optim: str, tmp_path: Path) -> None:
         [checkpoint.random_state()],
     )
     resumed = make_scheduler(again.optimizer, plan)
-    checkpoint.load_weights(tmp_path, again.model)
+    checkpoint.load_weights(tmp_path, again.model, again.method)
     checkpoint.load_optimizer(tmp_path, again.optimizer, resumed)
     for tuned, scheduler in ((whole, schedule), (again, resumed)):
         for step in range(3, 6):
