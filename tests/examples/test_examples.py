@@ -58,6 +58,15 @@ def test_plain_torch_model_merges_and_converts(tmp_path: Path) -> None:
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
+def test_merged_and_as_lora_it_loads_without_this_package(classifier: Path, tmp_path: Path) -> None:
+    printed = run(tmp_path, sys.executable, example("merge_and_lora.py"), str(classifier))
+    differences = [float(line.split()[-1]) for line in printed.splitlines() if "differs" in line]
+    assert len(differences) == 2 and max(differences) < 1e-4
+    for folder in ("lora", "merged"):
+        files = [path for path in (tmp_path / folder).iterdir() if path.suffix != ".safetensors"]
+        assert files and not any("sparsegrad" in path.read_text().lower() for path in files)
+
+
 def test_two_processes(classifier: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     printed = run(tmp_path, *launch, example("two_processes.py"), str(classifier))
