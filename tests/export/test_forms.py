@@ -265,7 +265,7 @@ def test_adapter_shares_bases_and_records_their_size(
     assert {n.removeprefix("basis/q_out/") for n in tensors if n.startswith("basis/q_o")} == kinds
     assert said["fresh"] == ["bert.pooler.dense.weight"]
     model = sparsegrad_cli.load_adapter(folder)
-    layers = [model.get_submodule(name) for name in targets_of("bert")]
+    layers: list[Any] = [model.get_submodule(name) for name in targets_of("bert")]
     assert all(isinstance(layer, SparseGradLayer) for layer in layers)
     first, second, third = (layer.sparsegrad_q_out["default"] for layer in layers[:3])
     assert first is third and first is not second

@@ -206,10 +206,11 @@ def test_beside_half_precision_weights_the_core_trains_in_float32(support: str) 
     bases = orthogonal_bases(targets, torch.float32)
     method.prepare(model, targets, scope="head", bases=bases)
     layer: Any = model.get_submodule(targets[0].name)
-    assert isinstance(layer, SparseGradLayer)
+    assert type(layer) is SparseGradLayer
+    weight: Any = layer.weight
     assert layer.sparsegrad_values["default"].dtype == torch.float32
-    assert layer.sparsegrad_q_in["default"].dtype == layer.weight.dtype == torch.bfloat16
-    frozen = layer.weight.detach().clone()
+    assert layer.sparsegrad_q_in["default"].dtype == weight.dtype == torch.bfloat16
+    frozen = weight.detach().clone()
     optimizer = method.optimizer(model, TrainSection(learning_rate=1e-5))  # lost in bfloat16
     for _ in range(2):
         optimizer.zero_grad()
@@ -217,7 +218,7 @@ def test_beside_half_precision_weights_the_core_trains_in_float32(support: str) 
         optimizer.step()
     moved = layer.sparsegrad_values["default"].detach().abs()
     assert 0 < float(moved.max()) < 1e-4
-    assert torch.equal(layer.weight, frozen)
+    assert torch.equal(weight, frozen)
     assert {t.dtype for s in optimizer.state.values() for t in s.values()} & {torch.float32}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,7 @@ def work(rank: int, folder: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run both processes."""
     folder = tmp_path_factory.mktemp("two")
-    start: Callable[..., Any] = torch.multiprocessing.spawn
-    start(work, args=(str(folder),), nprocs=2)
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)  # type: ignore[attr-defined]
     return folder
 
 

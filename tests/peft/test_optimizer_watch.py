@@ -69,6 +69,7 @@ def test_an_optimizer_that_writes_to_data_is_noticed_too() -> None:
     sg.optimizer(model, lr=1e-2)
     model(**batch()).loss.backward()
     for values in values_of(model):
+        assert values.grad is not None
         values.data.sub_(values.grad)
     with pytest.raises(RuntimeError, match="give its result to the training loop"):
         model(**batch())

@@ -21,7 +21,8 @@ MODELS = ("llama", "bert", "gpt2")
 def with_lora(architecture: str) -> nn.Module:
     model = classifier(architecture)
     names = [target.name for target in targets_of(model)]
-    return get_peft_model(model, LoraConfig(target_modules=names, lora_dropout=0.1))
+    made: nn.Module = get_peft_model(model, LoraConfig(target_modules=names, lora_dropout=0.1))
+    return made
 
 
 MAKERS: dict[str, Callable[[str], nn.Module]] = {
