@@ -13,6 +13,7 @@ import typer
 from sparsegrad_cli import distributed
 from sparsegrad_cli.cli import compare as compare_command
 from sparsegrad_cli.cli import estimate as estimate_command
+from sparsegrad_cli.cli import evaluate as evaluate_command
 from sparsegrad_cli.cli import explain as explain_commands
 from sparsegrad_cli.cli import export as export_command
 from sparsegrad_cli.cli import generate as generate_command
@@ -39,6 +40,7 @@ app.command("estimate")(estimate_command.estimate)
 app.command("validate")(recipe_commands.validate)
 app.command("report")(run_commands.report)
 app.command("predict")(predict_command.predict)
+app.command("evaluate")(evaluate_command.evaluate)
 app.command("export")(export_command.export)
 app.command("generate")(generate_command.generate)
 app.command("judge")(judge_command.judge)

@@ -111,7 +111,7 @@ def label_rows(
         DataError: a text is missing, empty or not text.
     """
     for chunk in chunks:
-        texts = [[_text(row, column) for row in chunk] for column in columns]
+        texts = [[cell_text(row, column) for row in chunk] for column in columns]
         found = classifier.predict(texts, batch_size)
         added = [
             _columns(classifier, values, all_probabilities=all_probabilities)
@@ -122,7 +122,12 @@ def label_rows(
         yield chunk, added
 
 
-def _text(row: Row, column: str) -> str:
+def cell_text(row: Row, column: str) -> str:
+    """Return the text of a row.
+
+    Raises:
+        DataError: it is missing, empty or not text.
+    """
     value = row.values.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         what = "is empty"

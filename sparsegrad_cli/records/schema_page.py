@@ -18,6 +18,7 @@ from sparsegrad_cli.records.answers import AnswerLine, AnswersRecord, JudgeRecor
 from sparsegrad_cli.records.base import SCHEMA, Unit
 from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.estimate import EstimateRecord
+from sparsegrad_cli.records.evaluation import EvaluationRecord
 from sparsegrad_cli.records.export import ExportRecord
 from sparsegrad_cli.records.run import Evaluation, RunRecord
 from sparsegrad_cli.records.study import StudyRecord
@@ -44,6 +45,11 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         "export.json",
         ExportRecord,
         "`export` writes it beside the exported files. It shows how they were checked.",
+    ),
+    (
+        "evaluation.json",
+        EvaluationRecord,
+        "`evaluate --output-dir` writes it: how good a classifier is on the rows of a file.",
     ),
     (
         "answers/<questions>.json",

@@ -209,6 +209,15 @@ def write_study_report(
     charts.finish_page()
 
 
+def write_reports(folder: Path, document: Document) -> None:
+    """Write ``report.md`` and ``report.html`` of a document.
+
+    Raises:
+        DiskError: a file could not be written.
+    """
+    _write(folder, document, "md", "html")
+
+
 def _write(folder: Path, document: Document, *forms: Form) -> None:
     for form in forms:
         write_text_atomic(folder / f"report.{form}", render(document, form))

@@ -1,0 +1,97 @@
+"""``sparsegrad evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsegrad_cli.cli.arguments import Debug, Json, MovedPaths, Quiet
+from sparsegrad_cli.cli.output import show
+from sparsegrad_cli.cli.predict import BatchSize, MaxLength, PairColumn, Source, TextColumn
+from sparsegrad_cli.cli.progress import make_observer
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.io.paths import expanded, is_file
+
+RECORD = "evaluation.json"
+
+File = Annotated[
+    Path,
+    typer.Argument(
+        help="CSV, TSV, JSON lines or Parquet file of texts with labels.", show_default=False
+    ),
+]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--output-dir", "-o", help="Folder for evaluation.json and the report (default: none)."
+    ),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="Column of the label (default: label).")
+]
+Worst = Annotated[int, typer.Option("--worst", min=0, help="Number of wrong examples to keep.")]
+Resamples = Annotated[
+    int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0 gives no intervals.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the bootstrap.")]
+
+
+def evaluate(
+    run: Source,
+    file: File,
+    overrides: MovedPaths = None,
+    output_dir: OutputDir = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    worst: Worst = 20,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    max_length: MaxLength = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a trained classifier on a file of texts with labels.
+
+    Shows all metrics with bootstrap intervals, the confusion matrix, and the most wrong examples.
+
+    [bold]sparsegrad evaluate runs/reviews test.csv -o reports/test[/bold]
+    """
+    from sparsegrad_cli.predict.classifier import load_trained_classifier
+    from sparsegrad_cli.predict.evaluate_file import EvaluateOptions, evaluate_file
+    from sparsegrad_cli.report.evaluation import evaluation_screen
+
+    source = expanded(str(file))
+    if not is_file(source):
+        raise UsageError(f"there is no file {file}", where="command line")
+    options = EvaluateOptions(
+        file=source,
+        text_column=text_column,
+        text_pair_column=text_pair_column,
+        label_column=label_column,
+        batch_size=batch_size,
+        resamples=resamples,
+        seed=seed,
+        worst=worst,
+    )
+    with make_observer(quiet or as_json) as observer:
+        observer.phase("load", run)
+        classifier = load_trained_classifier(run, tuple(overrides or ()), max_length=max_length)
+        observer.phase("evaluate", str(source))
+        record = evaluate_file(classifier, options, run)
+    footer = None
+    if output_dir is not None:
+        from sparsegrad_cli.records.store import write
+        from sparsegrad_cli.report.evaluation import evaluation_document
+        from sparsegrad_cli.report.render import write_reports
+
+        record = record.changed(output_dir=str(output_dir))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write(record, output_dir / RECORD)
+        write_reports(output_dir, evaluation_document(record))
+        footer = f"Report: {output_dir / 'report.html'}"
+    show(record.to_json(), evaluation_screen(record), as_json=as_json, footer=footer)

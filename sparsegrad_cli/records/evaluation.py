@@ -1,0 +1,58 @@
+"""evaluation.json: how good a trained classifier is on the rows of a file."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from sparsegrad_cli.records.base import Block, Count, Fraction, Interval, Number, Record
+
+
+class MetricValue(Block):
+    """The value of one metric."""
+
+    value: Number
+    interval: Interval | None = Field(
+        None, description="95 % percentile interval of a bootstrap over rows."
+    )
+
+
+class ClassScores(Block):
+    """How well one class was found."""
+
+    name: str
+    rows: Count = Field(description="Rows with this label.")
+    predicted: Count = Field(description="Rows with this prediction.")
+    precision: Fraction = None
+    recall: Fraction = None
+    f1: Fraction = None
+
+
+class WrongExample(Block):
+    """One row that the model gets wrong, or far from its score."""
+
+    place: str = Field(description="File and line, or row.")
+    texts: list[str]
+    label: str
+    prediction: str
+    loss: Number = Field(description="Cross-entropy in nats, or squared error.")
+
+
+class EvaluationRecord(Record):
+    """The record of `evaluate`."""
+
+    model: str = Field(description="The run or model, as named on the command line.")
+    about: str = Field(description="What was loaded.")
+    file: str
+    rows: Count
+    cut: Count = Field(description="Rows that were longer than the model reads.")
+    loss: Number = Field(None, description="Mean cross-entropy in nats, or mean squared error.")
+    metrics: dict[str, MetricValue]
+    resamples: Count = Field(description="Of the bootstrap; 0 for none.")
+    seed: Count = 0
+    classes: list[ClassScores] = []
+    confusion: list[list[Count]] = Field(
+        [], description="Rows by label (rows) and prediction (columns), in the order of `classes`."
+    )
+    worst: list[WrongExample] = Field([], description="The rows with the highest loss, first.")
+    notes: list[str] = []
+    output_dir: str | None = None

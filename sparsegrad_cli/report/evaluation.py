@@ -1,0 +1,111 @@
+"""Show an evaluation on a file: its scores, the confusion matrix, and what the model gets wrong."""
+
+from __future__ import annotations
+
+from sparsegrad_cli.records.evaluation import ClassScores, EvaluationRecord, WrongExample
+from sparsegrad_cli.records.metric_direction import scale_of
+from sparsegrad_cli.report.document import (
+    Bullets,
+    Column,
+    Document,
+    Fact,
+    Facts,
+    Paragraph,
+    Section,
+    Table,
+)
+from sparsegrad_cli.report.units import (
+    counted,
+    format_count,
+    format_interval,
+    format_number,
+    format_percent,
+    format_score,
+)
+
+_SCREEN_TEXT, _PAGE_TEXT = 60, 300  # Characters of a text in a table.
+_SCREEN_ROWS = 5
+
+
+def evaluation_screen(record: EvaluationRecord) -> Document:
+    """Return the facts and the first wrong examples, for a terminal."""
+    return _document(record, _SCREEN_ROWS, _SCREEN_TEXT)
+
+
+def evaluation_document(record: EvaluationRecord) -> Document:
+    """Return the report of an evaluation."""
+    return _document(record, len(record.worst), _PAGE_TEXT)
+
+
+def _document(record: EvaluationRecord, examples: int, length: int) -> Document:
+    sections = []
+    if record.classes:
+        sections.append(Section("By class", [_class_table(record), _confusion(record)]))
+    sections.append(Section("Most wrong", [_worst(record, examples, length)]))
+    return Document(
+        title=record.model,
+        status="done",
+        subtitle=f"{record.about} on {record.file}",
+        lead=[
+            Facts("Scores", _facts(record)),
+            Bullets(record.notes) if record.notes else None,
+        ],
+        sections=sections,
+    )
+
+
+def _facts(record: EvaluationRecord) -> list[Fact]:
+    facts = []
+    for name, metric in record.metrics.items():
+        scale = scale_of(name)
+        interval = format_interval(metric.interval, scale) if metric.interval else ""
+        detail = f"95 % interval {interval}" if interval else ""
+        facts.append(Fact(scale.label, format_score(metric.value, scale), detail))
+    facts.append(Fact("loss", format_number(record.loss)))
+    cut = f"{counted(record.cut, 'row')} cut to the model's length" if record.cut else ""
+    facts.append(Fact("rows", format_count(record.rows), cut))
+    return facts
+
+
+def _class_table(record: EvaluationRecord) -> Table:
+    columns: list[Column[ClassScores]] = [
+        Column("class", lambda c: c.name, words=True),
+        Column("rows", lambda c: format_count(c.rows)),
+        Column("predicted", lambda c: format_count(c.predicted)),
+        Column("precision", lambda c: format_percent(c.precision)),
+        Column("recall", lambda c: format_percent(c.recall)),
+        Column("F1", lambda c: format_percent(c.f1)),
+    ]
+    return Table.of(record.classes, columns, "How well each class is found")
+
+
+def _confusion(record: EvaluationRecord) -> Table:
+    names = [each.name for each in record.classes]
+    rows = [
+        (name, *(format_count(count) for count in counts))
+        for name, counts in zip(names, record.confusion, strict=True)
+    ]
+    strong = frozenset((at, at + 1) for at in range(len(names)))
+    words = (True, *(False for _ in names))
+    caption = "Confusion matrix: a row for each label, a column for each prediction"
+    return Table(caption, ("label", *names), rows, words, strong)
+
+
+def _worst(record: EvaluationRecord, count: int, length: int) -> Table | Paragraph:
+    kept = record.worst[:count]
+    if not kept:
+        return Paragraph("No row is wrong." if record.classes else "No row is shown.")
+    columns: list[Column[WrongExample]] = [
+        Column("place", lambda w: w.place.rpartition("/")[2], words=True),
+        Column("label", lambda w: w.label, words=True),
+        Column("prediction", lambda w: w.prediction, words=True),
+        Column("loss", lambda w: format_number(w.loss)),
+        Column("text", lambda w: _shortened(" | ".join(w.texts), length), words=True),
+    ]
+    kind = "wrong rows with the highest loss" if record.classes else "rows with the largest error"
+    caption = f"The {len(kept)} {kind}"
+    return Table.of(kept, columns, caption)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
