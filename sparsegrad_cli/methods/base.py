@@ -151,6 +151,15 @@ class MethodSettings(Section):
         """
         return calibration
 
+    @classmethod
+    def takes_density(cls, method: Mapping[str, Any]) -> bool:
+        """Return whether ``density`` says how large the method is.
+
+        Args:
+            method: this section as the recipe says it, not yet checked.
+        """
+        return "density" in cls.model_fields
+
     def check(self, recipe: Recipe) -> None:
         """Check the recipe's other sections against these settings.
 

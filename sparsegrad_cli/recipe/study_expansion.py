@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
-from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
+from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class, spelled_out
 from sparsegrad_cli.recipe.effects import Found
 from sparsegrad_cli.recipe.layers import drop_replaced_size, read_layers, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, resolve
@@ -197,7 +197,7 @@ class _Layers:
             method = {**drop_replaced_size(said, method), **method}
         matched = self._study.match is not None and entry.matched and not SIZE_KEYS & set(method)
         takes = settings_class(method)
-        if matched and takes is not None and "density" in takes.model_fields:
+        if matched and takes is not None and takes.takes_density(spelled_out(method)):
             if said.get("entries") is not None:  # LoRA refuses this key, since it has ranks
                 method["entries"] = said["entries"]
             else:
@@ -205,6 +205,7 @@ class _Layers:
                 method["density"] = 0.01 if density is None else density
         data: dict[str, Any] = {"method": method, "train": dict(entry.train)}
         data["calibration"] = dict(entry.calibration)
+        data["targets"] = dict(entry.targets)
         written = {**data, "method": dict(entry.method)}
         if takes is not None and takes.solves_rank:
             data["match"] = "trainable" if method.get("density") is not None else None

@@ -35,6 +35,9 @@ class MethodEntry(Section):
     method: dict[str, Any]
     train: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
+    targets: dict[str, Any] = Field(
+        {}, description="other target modules than the recipe's; name the keys under differ"
+    )
     matched: bool = Field(
         True, description="false: this row runs as the recipe says, without a budget or match"
     )

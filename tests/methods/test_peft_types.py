@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftType
+from pydantic import ValidationError
 from support.checkpoint_files import save
 from support.tiny_models import batch, batches, classifier, logits, snapshot, targets_of
 from torch import Tensor
 
-from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.methods.implementation import (
@@ -26,7 +29,9 @@ from sparsegrad_cli.methods.implementation import (
 from sparsegrad_cli.methods.peft_types.settings import PeftSettings
 from sparsegrad_cli.methods.peft_types.tuner_facts import RUNNING, TUNERS, VARIANTS
 from sparsegrad_cli.methods.registry import spelled_out
+from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.seeding import temporary_seed
+from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.training.checkpoint import load_optimizer, load_random
 
@@ -128,6 +133,71 @@ class Tuned:
 
 def test_every_type_of_peft_is_known() -> None:
     assert TUNERS.keys() == {kind.value for kind in PeftType} - {"SPARSEGRAD"}
+
+
+@pytest.mark.parametrize("name", [name for name, tuner in TUNERS.items() if tuner.refusal])
+def test_types_that_do_not_train_target_modules_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=TUNERS[name].refusal[:40]):
+        PeftSettings.model_validate(spelled_out(name.lower()))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("method.rr=4",), "is not a key of PEFT's VERA"),
+        (("method.target_modules=x",), "targets.modules"),
+        (("method.save_projection=true",), "has no effect"),
+        (("method.r=big",), "valid integer"),
+        (("method.density=0.01",), "only with match: trainable"),
+        (("method.density=0.01", "match=none"), "only with match: trainable"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(keys: tuple[str, ...], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, ("method=vera", *keys))
+    problem = caught.value.problems[0]
+    assert said in f"{problem.what} {problem.fix}"
+
+
+def test_another_name_replaces_the_keys_of_a_variant() -> None:
+    layers = ("method=dora", "method.r=4"), ("method=dora", "method=pissa")
+    dora, pissa = (load_recipe(None, given).recipe.method.model_dump() for given in layers)
+    assert dora["use_dora"] and dora["r"] == 4
+    assert pissa["init_lora_weights"] == "pissa" and "use_dora" not in pissa
+
+
+@pytest.mark.parametrize("name", ["shira", "unilora", "miss", "randlora", "c3a"])
+def test_density_is_solved_for_the_nearest_size(name: str) -> None:
+    """No other size is nearer to the number that was asked for."""
+    targets = [
+        Target(f"layer.{at}", "dense", at, *shape, False)
+        for at, shape in enumerate(((32, 16), (16, 32)))
+    ]
+    asked = PeftSettings.model_validate({**spelled_out(name), "density": 0.3})
+    requested = 2 * round(0.3 * 32 * 16)
+    found = asked.sizing(TargetShapes(targets)).trainable
+    sizes = asked.size_range(TargetShapes(targets))
+    assert sizes is not None
+    every = range(sizes.least, min(sizes.most, sizes.least + 400) + 1)
+    counts = {asked.with_size(size).count(targets) for size in every}
+    assert abs(found - requested) == min(abs(count - requested) for count in counts)
+
+
+@pytest.mark.parametrize("name", ["frod", "shira", "monteclora"])
+def test_estimates_that_need_values_are_refused(name: str) -> None:
+    shapes = TargetShapes([Target("layer", "dense", 0, 16, 8, False)])
+    with pytest.raises(UsageError, match="cannot be counted without values"):
+        settings_of(name).settle_for_estimate(shapes)
+
+
+def test_the_page_of_types_is_that_of_the_installed_peft() -> None:
+    text = (Path(__file__).parents[2] / "docs/reference/peft-types.md").read_text()
+    assert f"peft {peft.__version__}," in text
+    rows = re.findall(r"^\| `([a-z0-9_]+)` \| .*\|.*\|.*\|", text, re.M)
+    assert rows == NAMES
+    assert "**no**" not in text
+    for name, tuner in TUNERS.items():
+        assert not tuner.refusal or (f"`{name.lower()}`" in text and tuner.refusal in text)
 
 
 @every_type

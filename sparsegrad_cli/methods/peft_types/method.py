@@ -32,6 +32,7 @@ from sparsegrad_cli.recipe.schema import TrainSection
 
 _NAME = "default"  # PEFT's name of the only adapter
 _KEPT, _INITIAL = "kept/", "initial/"
+_NEAR = 1e-2  # of the largest weight: rounding in half precision, but no other formula
 _MISFITS = (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError)
 
 
@@ -106,7 +107,7 @@ class PeftTuner(Method):
     def _moves_weights(self) -> bool:
         """Return whether LoRA's initialization subtracts its product from the weights."""
         init = self.config.init_lora_weights
-        kept = ("gaussian", "eva", "mica")
+        kept = ("gaussian", "orthogonal", "eva", "mica")  # B A is zero at the start
         return isinstance(init, str) and init not in kept
 
     def _is_plain_lora(self, model: nn.Module) -> bool:
@@ -126,7 +127,19 @@ class PeftTuner(Method):
             a = layer.lora_A[_NAME].weight.detach().cpu().clone()
             b = layer.lora_B[_NAME].weight.detach().cpu().clone()
             self._initial[target.name] = (a, b)
-            self._subtract(model, target, before[target.name])
+            moved = layer.get_base_layer().weight.detach()
+            fits = a.shape[1] == target.in_features
+            if fits:
+                self._subtract(model, target, before[target.name])
+                apart = (layer.get_base_layer().weight.detach() - moved).abs().max()
+                fits = bool(apart <= _NEAR * before[target.name].abs().max())
+            if not fits:
+                raise SparsegradError(
+                    f"PEFT's initialization {self.config.init_lora_weights} moves the weight of "
+                    f"{target.name} by something else than the product of A and B",
+                    where="method.init_lora_weights",
+                    fix="use another initialization, such as pissa",
+                )
 
     def _subtract(self, model: nn.Module, target: Target, weight: Tensor) -> None:
         """Set a target's weight to ``weight`` without the first change; both as its module holds

@@ -57,6 +57,12 @@ class PeftSettings(MethodSettings):
             raise SettingError(what, fix=f"types that do: {listed(RUNNING, 50).lower()}")
         return name
 
+    @classmethod
+    def takes_density(cls, method: Mapping[str, Any]) -> bool:
+        """Return whether the type has a size."""
+        tuner = TUNERS.get(str(method.get("type")).upper())
+        return tuner is not None and tuner.size is not None
+
     @property
     def tuner(self) -> Tuner:
         """What we know of the type."""
@@ -260,11 +266,14 @@ class PeftSettings(MethodSettings):
 
     def settle_for_estimate(self, shapes: TargetShapes) -> tuple[Self, list[str]]:
         """Refuse types that read the weights' values to find out what they train."""
-        if self.tuner.values:
+        values = self.tuner.values
+        if "monteclora_config" in self.keys:
+            values = "PEFT checks the values of its distributions"
+        if values:
             from sparsegrad_cli.errors import UsageError
 
             raise UsageError(
-                f"the memory of {self.type} depends on the weights: {self.tuner.values}",
+                f"the memory of {self.type} cannot be counted without values: {values}",
                 where="method.type",
                 fix="count a real one: `sparsegrad train` with train.max_steps=2",
             )

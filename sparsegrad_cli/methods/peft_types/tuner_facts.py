@@ -138,7 +138,12 @@ TUNERS: dict[str, Tuner] = {
     "FOURIERFT": Tuner(
         SizeKey("n_frequency"), most=1 << 24, few=True, start="FourierFT draws its spectrum"
     ),
-    "FROD": Tuner(SizeKey("sparse_rate", "share"), few=True, defaults={"progressbar": False}),
+    "FROD": Tuner(
+        SizeKey("sparse_rate", "share"),
+        few=True,
+        values="it decomposes the weights of all layers together",
+        defaults={"progressbar": False},
+    ),
     "GLORA": Tuner(_R),
     "GRALORA": Tuner(SizeKey("r", times=("gralora_k", 2))),
     "HIRA": Tuner(_R),
@@ -146,7 +151,7 @@ TUNERS: dict[str, Tuner] = {
     # l_ff scales the outputs of every target: which of them reads another's output is not known.
     "IA3": Tuner(few=True, defaults={"feedforward_modules": []}),
     "LILY": Tuner(_R, merge_refusal="its router weighs the factors anew for every token"),
-    "LN_TUNING": Tuner(beside=False),
+    "LN_TUNING": Tuner(beside=False, values="PEFT copies whole layers, with their values"),
     "LOHA": Tuner(_R),
     "LOKR": Tuner(_R),
     "LORA": Tuner(_R),
@@ -158,19 +163,23 @@ TUNERS: dict[str, Tuner] = {
     "PVERA": Tuner(_R, most=1 << 16, few=True),
     "RANDLORA": Tuner(SizeKey("r", "falling"), few=True),
     "ROAD": Tuner(few=True, fits="group_size"),
-    "SHIRA": Tuner(_R, saved=("shira_indices",)),
+    "SHIRA": Tuner(
+        _R, saved=("shira_indices",), values="its mask is turned into a list of positions"
+    ),
     "SUPERTUNING": Tuner(SizeKey("sparsity", "falling share"), saved=("supertuning_indices",)),
     "TINYLORA": Tuner(SizeKey("u"), most=1 << 14, saved=("tinylora_A", "tinylora_B"), few=True),
     "UNILORA": Tuner(
         SizeKey("theta_d_length"),
         most=1 << 24,
         shared=True,
+        values="it counts how often each of its parameters is used",
         start="Uni-LoRA draws its vector at random",
     ),
     "VBLORA": Tuner(
         SizeKey("num_vectors", least=2),
         most=1 << 16,
         fits="vector_length",
+        values="PEFT checks its values in every step",
         start="VB-LoRA draws its bank of vectors at random",
     ),
     "VERA": Tuner(_R, most=1 << 16, few=True),
