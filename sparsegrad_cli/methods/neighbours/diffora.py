@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.methods.implementation import Adapted, Factors, trainable_state
+from sparsegrad_cli.methods.implementation import Adapted, Factors
 from sparsegrad_cli.methods.neighbours.adaptive_settings import DifforaSettings
 from sparsegrad_cli.methods.neighbours.change import ChangeMethod, LowRankChange, Place
 from sparsegrad_cli.methods.neighbours.sora import without_zero_ranks
@@ -162,14 +162,6 @@ class Diffora(ChangeMethod):
         optimizer = make_optimizer(model, train, undecayed=gates)
         GateSearch(optimizer, changes, self.settings.kept(len(changes)), self._search_steps())
         return optimizer
-
-    def adapter_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what trains by name, without the factors of targets that were not kept."""
-        tensors = trainable_state(model)
-        for name, module in model.named_modules():
-            if isinstance(module, DifforaChange) and float(module.gate.detach()) == -_DECIDED:
-                del tensors[f"{name}.a"], tensors[f"{name}.b"]
-        return tensors
 
     def factors(self, model: nn.Module, target: Target) -> Factors | None:
         """Return B and A; of a target that was not kept, a single rank of zeros."""

@@ -92,12 +92,10 @@ def test_the_targets_with_the_largest_gates_go_on_alone() -> None:
         assert torch.equal(*(each[f"{target.name}.change.gate"] for each in (before, after)))
 
 
-def test_the_adapter_holds_the_factors_of_kept_targets_only() -> None:
+def test_what_is_exported_holds_the_factors_of_kept_targets_only() -> None:
     tuned, fresh = Tuned("diffora", run_steps=20), Tuned("diffora")
     trained(tuned, range(6))
     tensors = tuned.method.adapter_tensors(tuned.model)
-    assert sum(name.endswith("change.b") for name in tensors) == 3
-    assert sum(name.endswith("change.gate") for name in tensors) == 6
     fresh.method.load_adapter(fresh.model, tensors)
     assert torch.equal(fresh.logits(), tuned.logits())
     for target, gate in zip(tuned.targets, gates(tuned), strict=True):
@@ -130,8 +128,6 @@ def test_a_run_that_gets_more_steps_keeps_its_choice(tmp_path: Path) -> None:
     load_optimizer(tmp_path, longer.optimizer, schedule[1])
     trained(longer, range(3, 15))
     assert gates(longer) == gates(tuned) and sum(gates(longer)) == 3
-    names = longer.method.adapter_tensors(longer.model).keys()
-    assert sum(name.endswith("change.b") for name in names) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 6])
