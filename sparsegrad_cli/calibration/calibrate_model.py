@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.basis_file import BasisFile, basis_digest
@@ -19,6 +20,7 @@ from sparsegrad_cli.models.digests import fingerprint
 from sparsegrad_cli.models.quantized import record_dtype
 from sparsegrad_cli.models.targets import Target, find_targets, is_linear, linear_shape
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
+from sparsegrad_cli.recipe.problems import explain
 from sparsegrad_cli.recipe.schema import CalibrationSection, TargetsSection
 from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.run import CalibrationSettings
@@ -76,7 +78,8 @@ def calibrate(
         target_modules: Names, suffixes of names or a regular expression, as in PEFT; by default
             the linear layers of the MLPs of a transformer.
         steps: Largest number of batches for the bases.
-        rank: Directions per side to keep; by default what a core of ``density`` needs.
+        rank: Directions per side to keep; by default what a sparse core of ``density`` needs. A
+            side with fewer features keeps all its directions.
         density: Share of the parameters that will train.
         basis_per: ``layer``: one basis per module; ``kind``: modules at the same place of their
             blocks share one, which saves memory.
@@ -93,12 +96,13 @@ def calibrate(
 
     Raises:
         UsageError: No target module was found.
-        ValueError: There are no batches, or a batch is neither a mapping nor a pair.
+        ValueError: There are no batches, a batch is neither a mapping nor a pair, the model
+            returns no loss, or an argument is out of range, such as a rank above the widest side
+            of all target modules.
         SparsegradError: A loss or a gradient is NaN or infinite.
     """
-    targets = _targets(model, target_modules)
-    record_dtype(model)
-    settings = CalibrationSection(
+    _check_types(model, batches, loss)
+    settings = _settings(
         steps=steps,
         basis_per=basis_per,
         source=source,
@@ -106,11 +110,56 @@ def calibrate(
         score=score,
         warmup_steps=0 if loss is not None else warmup_steps,
     )
+    targets = _targets(model, target_modules)
+    rank = _checked_rank(targets, rank, density)
+    record_dtype(model)
     device = next(model.parameters()).device
     given = [_moved(batch, device) for batch in islice(batches, steps)]
-    return _calibrate(
-        model, given, loss, targets, rank or _rank_for(targets, density), settings, seed
-    )
+    return _calibrate(model, given, loss, targets, rank, settings, seed)
+
+
+def _check_types(model: Any, batches: Any, loss: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"calibrate: model is of type {type(model).__name__}: expected a torch.nn.Module as "
+            "the first argument and the batches as the second"
+        )
+    single = isinstance(batches, str | bytes | Mapping | Tensor | nn.Module)
+    if single or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+        raise ValueError(
+            f"calibrate: batches is of type {type(batches).__name__}: expected an iterable of "
+            "batches, such as a DataLoader or a list"
+        )
+    if loss is not None and not callable(loss):
+        raise ValueError(
+            f"calibrate: loss is of type {type(loss).__name__}: expected a function of the model's "
+            "output and the targets"
+        )
+
+
+def _settings(**given: Any) -> CalibrationSection:
+    try:
+        return CalibrationSection(**given)
+    except ValidationError as error:
+        path, what, _ = explain(dict(error.errors()[0]), CalibrationSection)
+        raise ValueError(f"calibrate: {path[0] if path else 'settings'}: {what}") from None
+
+
+def _checked_rank(targets: Sequence[Target], rank: Any, density: Any) -> int:
+    """Return ``rank``, or the one that a sparse core of ``density`` needs."""
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(
+            f"calibrate: density is {density!r}: expected a number above 0 and up to 1"
+        )
+    if rank is None:
+        return _rank_for(targets, density)
+    widest = max(max(t.out_features, t.in_features) for t in targets)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= widest:
+        raise ValueError(
+            f"calibrate: rank is {rank!r}: expected a whole number from 1 to {widest}, the widest "
+            "side of the target modules"
+        )
+    return rank
 
 
 def _calibrate(

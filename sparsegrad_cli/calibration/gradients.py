@@ -111,8 +111,9 @@ def gradient_step(
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
+        ValueError: the model returned no loss.
     """
-    loss: Tensor = model(**batch).loss * share
+    loss = _loss(model(**batch)) * share
     value = float(loss.detach())
     if not torch.isfinite(loss.detach()):
         del loss
@@ -126,6 +127,19 @@ def gradient_step(
         )
     (loss * scale if scale != 1.0 else loss).backward()
     return value
+
+
+def _loss(output: Any) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"calibrate: the model returned {type(output).__name__} and no loss: batches need "
+            "labels, or pass pairs (inputs, targets) with loss="
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"calibrate: expected a loss that is a scalar tensor, got {got}")
+    return loss
 
 
 @contextmanager
