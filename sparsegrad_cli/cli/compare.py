@@ -155,6 +155,8 @@ def compare(
     folder, quiet = _folder(study, output_dir), quiet or as_json
     solve = partial(_solved, device=device, quiet=quiet)
     if dry_run:
+        for note in study.notes:
+            typer.echo(f"note: {note}", err=True)
         plan = plan_of(solve(study, None if overwrite else folder.record()))
         show(plan.to_json(), plan_screen(plan), as_json=as_json)
         return

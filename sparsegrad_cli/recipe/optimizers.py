@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,8 @@ def check_optimizer_name(name: Any) -> None:
     if name in OPTIMIZERS:
         return
     if not isinstance(name, str):
-        raise ValueError(f"expected the name of an optimizer, got {name!r:.60}")
+        given = "null" if name is None else f"{name!r:.60}"
+        raise ValueError(f"expected the name of an optimizer, got {given}")
     if name in _PACKAGES:
         raise ValueError(
             f"{name} needs the package {_PACKAGES[name]}, which sparsegrad does not support: "
@@ -91,7 +93,8 @@ def check_optimizer_name(name: Any) -> None:
             f"{name} needs the package galore-torch, whose state a checkpoint cannot hold: use "
             "method galore with optim adamw_torch"
         )
-    hint = did_you_mean(name, list(OPTIMIZERS)) or f"expected one of {', '.join(OPTIMIZERS)}"
+    usual = [each for each, facts in OPTIMIZERS.items() if not facts.of_bitsandbytes]
+    hint = did_you_mean(name, list(OPTIMIZERS)) or f"expected {', '.join(usual)} and others"
     raise ValueError(f"{name!r:.60} is not an optimizer: {hint}")
 
 
@@ -114,7 +117,11 @@ def parse_arguments(optimizer: str, text: str) -> dict[str, float | bool]:
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in known:
             raise ValueError(f"{optimizer} takes {', '.join(known)}, got {part.strip()!r:.60}")
+        if name in found:
+            raise ValueError(f"{name} is there twice")
         found[name] = _boolean(name, value) if known[name] is bool else _number(name, value)
+    if found.get("nesterov") and (not found.get("momentum") or found.get("dampening")):
+        raise ValueError("nesterov needs a momentum and dampening 0: momentum=0.9,nesterov=true")
     return found
 
 
@@ -125,10 +132,15 @@ def _boolean(name: str, value: str) -> bool:
 
 
 def _number(name: str, value: str) -> float:
+    """Return a share from 0 to below 1; of ``eps`` a number above 0, of ``lr_decay`` from 0."""
     try:
         number = float(value)
     except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{name}: expected a number of at least 0, got {value!r:.60}")
+        number = math.nan
+    fits, expected = {
+        "eps": (0 < number < math.inf, "a number above 0"),
+        "lr_decay": (0 <= number < math.inf, "a number of at least 0"),
+    }.get(name, (0 <= number < 1, "a number from 0 to below 1"))
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
     return number

@@ -148,7 +148,7 @@ class TaskBlock(Block):
 
 
 class MethodBlock(Block):
-    """The method, with its resolved settings."""
+    """The method, with the settings of its recipe. `counts` has the size that follows from them."""
 
     name: str
     form: str | None = None
@@ -156,6 +156,22 @@ class MethodBlock(Block):
     density: Number = None
     scope: str | None = Field(None, description="What trains besides the targets: head or rest.")
     settings: dict[str, Any] = Field({}, description="All other keys of the method's section.")
+
+
+class ParameterGroup(Block):
+    """Parameters with one learning rate and one weight decay."""
+
+    parameters: Count
+    learning_rate: Number = Field(description="At the start, before the schedule.")
+    weight_decay: Number = None
+
+
+class OptimizerBlock(Block):
+    """The optimizer, read off the one that trains."""
+
+    name: str = Field(description="`train.optim`.")
+    type: str = Field(description="Its class.")
+    groups: list[ParameterGroup]
 
 
 class TargetCounts(Block):
@@ -476,6 +492,7 @@ class RunRecord(Record):
     task: TaskBlock | None = None
     method: MethodBlock | None = None
     counts: CountsBlock | None = None
+    optimizer: OptimizerBlock | None = None
     sparsity: SparsityBlock | None = None
     metrics: MetricsBlock | None = None
     memory: MemoryBlock | None = None

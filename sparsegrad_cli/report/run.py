@@ -13,6 +13,7 @@ from sparsegrad_cli.records.run import (
     MemoryPhase,
     MethodBlock,
     MetricsBlock,
+    ParameterGroup,
     RunRecord,
     SizesBlock,
     TargetCounts,
@@ -385,8 +386,22 @@ def _parameters(run: RunRecord) -> list[Block | None]:
     target = f" Target: {run.sparsity.target}." if run.sparsity else ""
     return [
         Figure(lambda: run_charts.sparsity_map(run.sparsity), _TOUCHED + target),
+        optimizer_table(run),
         targets_table(run),
     ]
+
+
+def optimizer_table(run: RunRecord) -> Table | None:
+    """Return the learning rate and weight decay of every group of parameters."""
+    if run.optimizer is None:
+        return None
+    columns: list[Column[ParameterGroup]] = [
+        Column("parameters", lambda g: format_count(g.parameters)),
+        Column("learning rate", lambda g: format_number(g.learning_rate)),
+        Column("weight decay", lambda g: format_number(g.weight_decay)),
+    ]
+    caption = f"Optimizer: {words(run.optimizer.name)}, {run.optimizer.type}"
+    return Table.of(run.optimizer.groups, columns, caption)
 
 
 def targets_table(run: RunRecord) -> Table | None:

@@ -1,10 +1,11 @@
 """Check that a study compares only methods: diff the resolved recipes before the first run starts.
 
 Between the runs of a task and seed, these may differ: the method's own section, its calibration,
-LoRA's ``match``, ``train.learning_rate``, which a study tunes for each method, other keys that it
-tunes (``tune.space``), and batches or steps that its budget has set. Any other key that differs is
-refused, or flagged in the report if the study names it under ``differ``. A head that is warmed up
-(``calibration.keep_head``) is not part of the method: it counts like any other key.
+``match``, ``train.lora_plus_ratio``, which only some methods have, ``train.learning_rate``, which a
+study tunes for each method, other keys that it tunes (``tune.space``), and batches or steps that
+its budget has set. Any other key that differs is refused, or flagged in the report if the study
+names it under ``differ``. A head that is warmed up (``calibration.keep_head``) is not part of the
+method: it counts like any other key.
 Imports no torch.
 """
 
@@ -26,6 +27,7 @@ DECLARED = "train.learning_rate"  # always declared, in addition to the tuned ke
 _OWN = ("method", "calibration", "match", "seed", "output_dir")
 _HEAD = "calibration.keep_head"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_RATIO = "train.lora_plus_ratio"
 _STEPS, _EPOCHS = "train.max_steps", "train.num_train_epochs"
 
 
@@ -80,6 +82,7 @@ def compared(recipe: Recipe) -> dict[str, Any]:
     """Return the keys that must be equal, and the learning rate, as dotted key to value."""
     plain = {key: value for key, value in to_plain(recipe).items() if key not in _OWN}
     view = dict(leaves(plain))
+    del view[_RATIO]
     if recipe.train.lr_scheduler_type == "constant_with_warmup":
         view["train.lr_scheduler_type"] = "constant"  # warmup_steps is compared separately
     calibration = recipe.calibration

@@ -42,7 +42,7 @@ from sparsegrad_cli.training.evaluation import Evaluator
 from sparsegrad_cli.training.loaders import TrainingBatches
 from sparsegrad_cli.training.memory_probe import MemoryProbe
 from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
-from sparsegrad_cli.training.outcome import note_extension, record_outcome
+from sparsegrad_cli.training.outcome import note_extension, optimizer_block, record_outcome
 from sparsegrad_cli.training.schedule import StepPlan
 from sparsegrad_cli.training.step_log import StepLog
 from sparsegrad_cli.training.tracking import make_trackers
@@ -79,8 +79,10 @@ class TrainingLoop:
         trackers = make_trackers(self.recipe, run.path, setup.model)
         self.accelerator = make_accelerator(self.train, setup, trackers, run.observer.note)
         self.sharded_by = sharded_by(self.accelerator)
-        self.writer.save(split_by=self.sharded_by)
         self.optimizer = method.optimizer(setup.model, self.train)
+        self.writer.save(
+            split_by=self.sharded_by, optimizer=optimizer_block(self.optimizer, self.train)
+        )
         self.evaluator = Evaluator(setup, self.train, self.plan, self.accelerator, self.log)
         # DeepSpeed's engine would take the probe's backward passes for its own.
         self.probe = (

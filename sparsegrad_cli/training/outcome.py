@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from sparsegrad_cli import distributed
 from sparsegrad_cli.io.paths import remove_folder
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.run import (
     Evaluation,
     HashesBlock,
     MetricsBlock,
+    OptimizerBlock,
+    ParameterGroup,
     SizesBlock,
     TimeBlock,
 )
@@ -25,6 +30,19 @@ if TYPE_CHECKING:
 
 # Learning-rate schedules that do not depend on the number of steps.
 _WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def optimizer_block(optimizer: torch.optim.Optimizer, train: TrainSection) -> OptimizerBlock:
+    """Return the record of an optimizer, before its first step."""
+    groups = [
+        ParameterGroup(
+            parameters=sum(parameter.numel() for parameter in group["params"]),
+            learning_rate=group["lr"],
+            weight_decay=group.get("weight_decay"),
+        )
+        for group in optimizer.param_groups
+    ]
+    return OptimizerBlock(name=train.optim, type=type(optimizer).__name__, groups=groups)
 
 
 def note_extension(loop: TrainingLoop, state: CheckpointState | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from support.cli_runs import Cli
 from support.tiny_models import Tuned, snapshot
 from transformers import Trainer, TrainingArguments
 
@@ -163,8 +164,19 @@ def test_resume_is_bitwise(optim: str, tmp_path: Path) -> None:
         (("train.optim=7",), "expected the name of an optimizer, got 7"),
         (("train.optim_args=momentum=0.9",), "adamw_torch takes no arguments here; sgd, adagrad"),
         (("train.optim=sgd", "train.optim_args=alpha=1"), "sgd takes momentum, dampening, nest"),
-        (("train.optim=sgd", "train.optim_args=momentum=x"), "expected a number of at least 0"),
+        (("train.optim=sgd", "train.optim_args=momentum=x"), "expected a number from 0 to below 1"),
         (("train.optim=sgd", "train.optim_args=nesterov=2"), "expected true or false, got '2'"),
+        (("train.optim=sgd", "train.optim_args=nesterov=true"), "nesterov needs a momentum"),
+        (
+            ("train.optim=sgd", "train.optim_args='nesterov=true,momentum=0.9,dampening=0.1'"),
+            "nesterov needs a momentum and dampening 0",
+        ),
+        (("train.optim=sgd", "train.optim_args='momentum=0.9,momentum=0.1'"), "momentum is there"),
+        (("train.optim=sgd", "train.optim_args=momentum=1"), "from 0 to below 1, got '1'"),
+        (("train.optim=rmsprop", "train.optim_args=alpha=2"), "from 0 to below 1, got '2'"),
+        (("train.optim=adagrad", "train.optim_args=eps=0"), "expected a number above 0, got '0'"),
+        (("train.optim=sgd", "train.optim_args=nan"), "sgd takes momentum, dampening, nesterov"),
+        (("train.optim=null",), "expected the name of an optimizer, got null"),
         (("train.optim=sgd", "train.adam_beta1=0.8"), "optim sgd does not use it"),
         (("train.optim=lion_8bit", "train.adam_epsilon=1e-6"), "optim lion_8bit does not use it"),
         (("method=meprop", "train.optim=sgd"), "meprop steps the parameters that it chooses by an"),
@@ -186,8 +198,15 @@ def test_bad_settings_are_refused(settings: tuple[str, ...], expected: str) -> N
     assert problem.key
 
 
-def test_ratio_for_a_method_without_b_is_noted() -> None:
-    """On a command line it may stand for several methods, of which only some have A and B."""
-    loaded = load_recipe(None, ("method=full", "train.lora_plus_ratio=16"))
-    assert loaded.recipe.train.lora_plus_ratio is None
-    assert any("full does not train the factors A and B of LoRA" in n for n in loaded.notes)
+def test_ratio_is_part_of_the_methods_that_have_a_and_b(cli: Cli) -> None:
+    """Methods without it may stand beside; where it has no effect at all, a note says so."""
+    alone = load_recipe(None, ("method=full", "train.lora_plus_ratio=16"))
+    assert alone.recipe.train.lora_plus_ratio is None
+    assert any("full does not train the factors A and B of LoRA" in note for note in alone.notes)
+    command = ("compare", "--match", "none", "--dry-run", "--json", "train.lora_plus_ratio=8")
+    ended = cli(*command, "--methods", "lora,sparsegrad")
+    rows = json.loads(ended.out)["rows"]
+    assert [row["recipe"]["train"]["lora_plus_ratio"] for row in rows] == [8.0, None]
+    assert "note" not in ended.err
+    nowhere = cli(*command, "--methods", "full,sparsegrad")
+    assert "note: train.lora_plus_ratio (command line) has no effect" in nowhere.flat

@@ -251,7 +251,10 @@ class ProjectedMethod(Method):
         self._targets = targets
         for target in targets:
             unfreeze_parameter(weight_of(model, target))
-        return Adapted({target.name: target.size for target in targets})
+        rank = getattr(self.settings, "rank", 0)
+        narrow = [t for t in targets if min(t.out_features, t.in_features) < rank]
+        note = f"rank {rank} is cut to the narrow side of {len(narrow)} modules" if narrow else ""
+        return Adapted({target.name: target.size for target in targets}, note=note)
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """Return AdamW on the targets' views, plain AdamW on head and rest."""
