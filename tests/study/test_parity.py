@@ -31,7 +31,10 @@ ODD = (
 @pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_studies_differ_in_methods_only(path: Path) -> None:
     parity = check_parity(load_study(path)).to_json()
-    assert parity["flagged"] == [] and parity["compared"] > 40
+    # LoRA on all linear layers is a row of its own, which the report flags.
+    flagged = ["targets.modules"] if path.stem == "nearest_rivals" else []
+    assert [difference["key"] for difference in parity["flagged"]] == flagged
+    assert parity["compared"] > 40
 
 
 def test_a_setting_of_one_method_is_refused_with_key_values_and_fix(tmp_path: Path) -> None:
