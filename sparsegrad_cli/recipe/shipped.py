@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.paths import exists, expanded, is_file
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -51,6 +52,30 @@ def is_of_run(path: Path) -> bool:
 
 
 def recipe_of_run(source: str | Path) -> Path | None:
-    """Return the resolved recipe in a run's folder; None if there is none."""
+    """Return the resolved recipe in a run's folder; None if ``source`` is not such a folder.
+
+    Raises:
+        FileFormatError: The folder holds a run without its recipe.
+    """
     path = Path(source) / "recipe.yaml"
-    return path if is_file(path) else None
+    if is_file(path):
+        return path
+    if is_file(Path(source) / "run.json"):
+        raise missing_recipe(Path(source))
+    return None
+
+
+def missing_recipe(folder: Path) -> FileFormatError:
+    """Return the error of a run's folder without recipe.yaml."""
+    return FileFormatError(
+        f"the run in {folder} has no recipe.yaml", where=str(folder), fix=restore_advice(folder)
+    )
+
+
+def restore_advice(folder: Path) -> str:
+    """Return what to do about a missing or damaged recipe.yaml in a run's folder."""
+    return (
+        f"restore {folder / 'recipe.yaml'} from a copy; without one, move aside what is there and "
+        "resume with the recipe and the overrides that the run was started with, which writes it "
+        f"again: sparsegrad train RECIPE KEY=VALUE... -o {folder} --resume"
+    )

@@ -20,7 +20,6 @@ from sparsegrad_cli.records.study import StudyRecord
 RUN, STUDY, EXPORT = "run.json", "compare.json", "export.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
-_DAMAGED = "restore the file from a copy, or run again with --overwrite"
 _RESULTS = ("metrics", "memory", "time", "sizes", "sparsity")
 R = TypeVar("R", bound=Record)
 
@@ -85,6 +84,26 @@ def write(record: Record, file: Path) -> None:
     write_json_atomic(file, record.to_json())
 
 
+def repair_advice(file: Path) -> str:
+    """Return what to do about a damaged record, for every command that reads it.
+
+    Nothing that it advises loses trained parameters.
+    """
+    folder = file.parent
+    if file.name == STUDY:
+        return (
+            "restore it from a copy; without one, the runs are still whole: "
+            f"sparsegrad report {folder / 'cells'}/NAME"
+        )
+    aside = f"restore it from a copy; without one, move it aside (mv {file} {file}.damaged)"
+    if file.name == RUN:
+        return (
+            f"{aside}: sparsegrad train {folder} --resume then reads recipe.yaml and continues "
+            "from the last checkpoint, so a finished run trains the steps after it again"
+        )
+    return f"{aside} and run the command that wrote it again"
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. NaN and infinities become None.
 
@@ -98,13 +117,13 @@ def read_object(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise FileFormatError(
-            f"{file.name} is damaged: {error}", where=str(file), fix=_DAMAGED
+            f"{file.name} is damaged: {error}", where=str(file), fix=repair_advice(file)
         ) from error
     if not isinstance(found, dict):
         raise FileFormatError(
             f"expected a JSON object in {file.name}, got {type(found).__name__}",
             where=str(file),
-            fix="name the folder or the run.json of a run",
+            fix=repair_advice(file),
         )
     return found
 
@@ -120,7 +139,7 @@ def validated(model: type[R], found: Mapping[str, Any], file: Path) -> R:
         return model.model_validate(found)
     except ValidationError as error:
         raise FileFormatError(
-            f"{file.name} is damaged: {problems(error)}", where=str(file), fix=_DAMAGED
+            f"{file.name} is damaged: {problems(error)}", where=str(file), fix=repair_advice(file)
         ) from error
 
 
@@ -143,7 +162,7 @@ def _check_schema(record: Mapping[str, Any], file: Path) -> None:
     if schema == SCHEMA and not isinstance(schema, bool):
         return
     newer = isinstance(schema, int) and schema > SCHEMA
-    fix = "install the sparsegrad that wrote it, or a newer one" if newer else "run again"
+    fix = "install the sparsegrad that wrote it, or a newer one" if newer else repair_advice(file)
     what = f"has schema {schema!r}" if "schema" in record else "names no schema"
     raise FileFormatError(
         f"{file.name} {what}; this version reads schema {SCHEMA}", where=str(file), fix=fix

@@ -9,9 +9,10 @@ from typing import TypeVar
 from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
+from sparsegrad_cli.recipe.shipped import missing_recipe
 from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE, Place
 from sparsegrad_cli.records.run import CalibrationBlock, MethodBlock, ModelBlock, RunRecord
-from sparsegrad_cli.records.store import load_run
+from sparsegrad_cli.records.store import load_run, repair_advice
 from sparsegrad_cli.run.folder import adapter_file, with_current_status
 
 # Settings of files that may have moved since the run. All other settings define what was trained.
@@ -98,7 +99,7 @@ class RunFiles:
             raise FileFormatError(
                 f"run.json is incomplete: {key} is missing",
                 where=str(self.folder / "run.json"),
-                fix="restore the file from a copy, or train again",
+                fix=repair_advice(self.folder / "run.json"),
             )
         return value
 
@@ -124,7 +125,7 @@ def open_run(
     if record.command != "train":
         raise UsageError(f"{folder} holds a calibration, which has trained nothing")
     if not (folder / "recipe.yaml").is_file():
-        raise FileFormatError("the run has no recipe.yaml", where=str(folder))
+        raise missing_recipe(folder)
     _check_overrides(overrides)
     loaded = _load_recipe(folder / "recipe.yaml", overrides, data=data)
     if model:

@@ -131,6 +131,8 @@ def prepare_folder(
     if resume:
         extended = check_resumable(path, recipe)
         _remove_torn_writes(path)
+        if not exists(path / "recipe.yaml"):  # The digest in run.json says that this is its recipe.
+            write_text_atomic(path / "recipe.yaml", to_yaml(recipe))
         return extended
     occupied = path.is_dir() and any(found.name != LOCK for found in path.iterdir())
     if occupied and not overwrite and not _never_trained(path):

@@ -12,6 +12,7 @@ from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.io.paths import exists, is_file, refuse_link
 from sparsegrad_cli.recipe.load_recipe import digest, leaves, load_recipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.shipped import missing_recipe, restore_advice
 from sparsegrad_cli.records.run import Extension
 from sparsegrad_cli.records.store import load_run
 
@@ -45,24 +46,23 @@ def _recorded_digest(path: Path) -> str | None:
     """
     recipe = path / "recipe.yaml"
     if (path / "run.json").is_file():
-        try:
-            return load_run(path).recipe_digest
-        except FileFormatError as error:
-            raise FileFormatError(
-                error.what,
-                where=error.where,
-                fix=f"remove it; --resume then reads {recipe.name} instead",
-            ) from error
+        return load_run(path).recipe_digest
     if not recipe.is_file():
         raise UsageError(f"{path} holds no run to resume", where="output_dir")
     return digest(_load(recipe))
 
 
 def _load(file: Path) -> Recipe:
+    if not is_file(file):
+        raise missing_recipe(file.parent)
     try:
         return load_recipe(file, data=False).recipe
     except RecipeError as error:
-        raise FileFormatError("recipe.yaml is damaged", where=str(file)) from error
+        raise FileFormatError(
+            f"recipe.yaml is damaged: {error.lines[0]}",
+            where=str(file),
+            fix=restore_advice(file.parent),
+        ) from error
 
 
 def _extension(path: Path, recorded: str | None, recipe: Recipe) -> Extension:
@@ -74,7 +74,14 @@ def _extension(path: Path, recorded: str | None, recipe: Recipe) -> Extension:
         for key in sorted({*then, *now} - {"output_dir"})
         if key not in then or key not in now or then[key] != now[key]
     ]
-    if digest(before) != recorded or not differing or not {*differing} <= {EPOCHS, STEPS}:
+    if digest(before) != recorded:
+        raise UsageError(
+            "recipe.yaml is not the recipe that the run was started with: its digest is "
+            f"{digest(before)[:12]}, and run.json names {(recorded or 'none')[:12]}",
+            where=str(path / "recipe.yaml"),
+            fix=restore_advice(path),
+        )
+    if not differing or not {*differing} <= {EPOCHS, STEPS}:
         others = [key for key in differing if key not in (EPOCHS, STEPS)]
         shown = "".join(f"; {k} was {then.get(k)!r}, now {now.get(k)!r}" for k in others[:5])
         raise UsageError(

@@ -35,13 +35,16 @@ def file_in(folder: Path, name: str, content: object) -> Path:
         ({"schema": 99}, "has schema 99; this version reads schema 1"),
         ({"schema": 0, "status": "done"}, "has schema 0"),
         ({"schema": True}, "schema True"),
-        ({"schema": 1}, "status: expected a value, got none"),
+        ({"schema": 1}, "status: is missing"),
         (RUN | {"status": "fine"}, "status: expected one of 'running', 'done'"),
         (RUN | {"seed": "3"}, "seed: expected a whole number, got '3'"),
         (RUN | {"seed": True}, "seed: expected a whole number, got True"),
         (RUN | {"memory": 7}, "memory: expected an object, got 7"),
         (RUN | {"memory": {"peak_bytes": -1}}, "memory.peak_bytes: expected greater than or"),
-        (RUN | {"metrics": {"history": [{"step": 1}, {}]}}, r"metrics.history\[1\].step: expected"),
+        (
+            RUN | {"metrics": {"history": [{"step": 1}, {}]}},
+            r"metrics.history\[1\].step: is missing",
+        ),
         (RUN | {"time": {"train_s": [1]}}, r"time.train_s: expected a number, got \[1\]"),
         (RUN | {"hashes": {"order": {"-1": "a"}}}, "hashes.order.-1: expected a whole number"),
         (RUN | {"task": {"notes": "one"}}, "task.notes: expected a list, got 'one'"),
@@ -54,7 +57,11 @@ def test_a_damaged_record_is_refused_and_the_key_is_named(
     file = file_in(tmp_path, "run.json", content)
     with pytest.raises(FileFormatError, match=says) as refused:
         load_run(tmp_path)
-    assert refused.value.where == str(file) and refused.value.fix
+    assert refused.value.where == str(file)
+    fix = str(refused.value.fix)
+    newer = content == {"schema": 99}
+    assert ("install the sparsegrad" if newer else f"mv {file} {file}.damaged") in fix
+    assert "--overwrite" not in fix
 
 
 def test_many_problems_are_shortened(tmp_path: Path) -> None:
@@ -74,8 +81,11 @@ def test_a_newer_record_asks_for_a_newer_version(tmp_path: Path) -> None:
 def test_a_damaged_run_in_a_comparison_is_named(tmp_path: Path) -> None:
     cells = [CELL, CELL | {"run": RUN | {"time": {"steps": "x"}}}]
     file_in(tmp_path, "compare.json", RUN | {"cells": cells})
-    with pytest.raises(FileFormatError, match=r"cells\[1\]\.run\.time\.steps: expected a whole"):
+    with pytest.raises(
+        FileFormatError, match=r"cells\[1\]\.run\.time\.steps: expected a whole"
+    ) as e:
         load_study(tmp_path)
+    assert "the runs are still whole: sparsegrad report" in str(e.value.fix)
 
 
 def test_a_missing_record_is_a_usage_error(tmp_path: Path) -> None:

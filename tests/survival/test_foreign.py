@@ -10,7 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.survival_runs import Workspace, flat, record, weights
 
+from sparsegrad_cli.cli.arguments import load
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
+from sparsegrad_cli.records.store import load_run
+from sparsegrad_cli.restore.run_files import open_run
 from sparsegrad_cli.run.checkpoints import MANIFEST, seal, with_check
+from sparsegrad_cli.run.resume import check_resumable
 
 METHOD = "core static"
 
@@ -154,17 +160,24 @@ def test_checkpoint_with_wrong_tensors_is_refused(workspace: Workspace, run: Pat
     assert ended.code == 1 and "does not fit this recipe: classifier.bias" in flat(ended)
 
 
-def test_damaged_or_foreign_record_is_refused_and_can_be_deleted(
+def test_damaged_or_newer_record_is_refused_and_a_damaged_one_can_be_moved_aside(
     workspace: Workspace, run: Path
 ) -> None:
     good = json.loads((run / "run.json").read_text())
-    for text in ("{", json.dumps(good | {"schema": 9})):
+    advice = {"{": f"mv {run}/run.json {run}/run.json.damaged"}
+    advice[json.dumps(good | {"schema": 9})] = "install the sparsegrad that wrote it"
+    for text, fix in advice.items():
         (run / "run.json").write_text(text)
+        with pytest.raises(FileFormatError) as reported:  # what report and export say
+            load_run(run)
         ended = workspace.train(METHOD, run, "--resume")
-        assert ended.code == 1 and "remove it" in flat(ended)
+        assert ended.code == 1 and fix in str(reported.value.fix)
+        assert str(reported.value.fix).replace(" ", "") in flat(ended).replace(" ", "")
+        assert "overwrite" not in flat(ended) and "remove" not in flat(ended)
         assert (run / "checkpoint-4").is_dir()
-    (run / "run.json").unlink()  # as the message says
+    (run / "run.json").rename(run / "run.json.damaged")  # as the message says
     assert workspace.train(METHOD, run, "--resume").code == 0
+    assert record(run)["resumed_from"] == 4
     assert weights(run) == weights(workspace.uninterrupted_run(METHOD))
 
 
@@ -177,6 +190,29 @@ def test_damaged_recipe_file_is_refused(workspace: Workspace, run: Path) -> None
     ended = workspace.train(METHOD, run, "--resume")
     assert ended.code == 2 and "holds no run to resume" in flat(ended)
     assert (run / "checkpoint-4").is_dir()
+
+
+def test_changed_or_missing_recipe_file_can_be_written_again(
+    workspace: Workspace, run: Path
+) -> None:
+    """The digest in run.json says whether a recipe is the one that the run was started with."""
+    recipe = run / "recipe.yaml"
+    recipe.write_text(
+        "\n".join(recipe.read_text().splitlines()[:9])
+    )  # still YAML, but the rest is missing
+    before = content(run)
+    with pytest.raises(UsageError, match="is not the recipe that the run") as caught:
+        check_resumable(run, load_recipe(recipe, data=False).recipe)
+    assert "from a copy" in str(caught.value.fix) and content(run) == before
+    recipe.unlink()
+    with pytest.raises(FileFormatError, match=r"has no recipe\.yaml") as missing:
+        load([str(run)], None)
+    assert missing.value.fix == caught.value.fix
+    with pytest.raises(FileFormatError, match=r"has no recipe\.yaml"):
+        open_run(run)
+    assert workspace.train(METHOD, run, "--resume").code == 0  # as the message says
+    assert digest(load_recipe(recipe, data=False).recipe) == record(run)["recipe_digest"]
+    assert record(run)["resumed_from"] == 4
 
 
 def test_run_without_its_best_checkpoint_starts_before_it(workspace: Workspace, run: Path) -> None:
