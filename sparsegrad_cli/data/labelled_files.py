@@ -90,7 +90,7 @@ def _roles(tables: Sequence[Table], columns: ColumnsSection) -> dict[str, str]:
                     f"there is no column {column!r} for the {role.replace('_', ' ')} in "
                     f"{table.source}",
                     where=f"task.columns.{role}",
-                    fix=suggest(column, tuple(table.columns)),
+                    fix=_other_separator(table) or suggest(column, tuple(table.columns)),
                 )
     for role, column in roles.items():
         same = [other for other in roles if roles[other] == column]
@@ -101,6 +101,19 @@ def _roles(tables: Sequence[Table], columns: ColumnsSection) -> dict[str, str]:
                 fix=f"columns found: {', '.join(tables[0].columns)}",
             )
     return roles
+
+
+def _other_separator(table: Table) -> str | None:
+    """Return which separator to set if a table's only column seems to hold several."""
+    name, *more = table.columns
+    found = next((mark for mark in ",;\t|" if mark in name), None)
+    if more or found is None:
+        return None
+    written = "tab" if found == "\t" else found
+    return (
+        f"its only column is {name!r:.60}, which holds several names: "
+        f"set task.separator to {written!r}, or leave it out"
+    )
 
 
 def _column_notes(

@@ -7,12 +7,10 @@ import re
 from collections.abc import Sequence
 
 
-def suggest(given: str, choices: Sequence[str]) -> str:
-    """Return ``did you mean X?`` if a choice is similar to ``given``, then the choices."""
-    near = did_you_mean(given, choices)
-    return (
-        f"{near} Choose one of: {listed(choices)}" if near else f"choose one of: {listed(choices)}"
-    )
+def suggest(given: str, choices: Sequence[str], most: int = 20) -> str:
+    """Return ``did you mean X?`` if a choice is similar to ``given``, then ``most`` choices."""
+    near, some = did_you_mean(given, choices), listed(choices, most)
+    return f"{near} Choose one of: {some}" if near else f"choose one of: {some}"
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

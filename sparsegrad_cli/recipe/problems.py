@@ -10,7 +10,8 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel
 
-from sparsegrad_cli.io.suggest import did_you_mean
+from sparsegrad_cli.io.plain_types import PLAIN_TYPES
+from sparsegrad_cli.io.suggest import did_you_mean, listed, suggest
 from sparsegrad_cli.methods.registry import ALL_NAMES, METHOD_NAMES, METHODS
 from sparsegrad_cli.recipe.yaml_source import KeyPath, shorten
 
@@ -33,6 +34,15 @@ _ELSEWHERE = {
     "group_by_length": "train.train_sampling_strategy: group_by_length",
     "evaluation_strategy": "train.eval_strategy",
     "data_seed": "seed (it seeds the data order too)",
+}
+# Short forms in keys of other tools.
+_SHORT = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay"}
+_MOST_KEYS, _MOST_METHODS = 10, 5  # Names in one message.
+_EXPECTED = {
+    **PLAIN_TYPES,
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
 }
 # Names of methods in other tools, and how to write them here.
 _METHODS_ELSEWHERE = {
@@ -68,8 +78,25 @@ def explain(detail: Mapping[str, Any], schema: type[BaseModel]) -> tuple[KeyPath
         path = path if key is None else (*path, *key.split("."))
         return path, str(error or detail["msg"]), getattr(error, "fix", None)
     given = detail.get("input")
-    message = str(detail["msg"]).removeprefix("Input ")
-    return path, f"{shorten(given)} {message}", _type_fix(kind, given)
+    return path, _type_problem(detail), _type_fix(kind, given)
+
+
+def _type_problem(detail: Mapping[str, Any]) -> str:
+    """Return what is wrong with a value of a wrong type, length or range."""
+    kind, given, context = detail["type"], detail.get("input"), detail.get("ctx") or {}
+    if kind == "too_short":
+        length = context["actual_length"]
+        return (
+            f"expected at least {context['min_length']} values, got {length}"
+            if length
+            else ("the list is empty")
+        )
+    if kind == "too_long":
+        return f"expected at most {context['max_length']} values, got {context['actual_length']}"
+    given = list(given) if isinstance(given, tuple) else given  # as YAML writes it
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, got {shorten(given)}"
+    return f"{shorten(given)} {str(detail['msg']).removeprefix('Input ')}"
 
 
 def _walk(
@@ -124,10 +151,14 @@ def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
         return close
     takers = [name for name, method in METHODS.items() if key in method.model_fields]
     if path[0] == "method" and takers:
-        return f"it is a key of {' and '.join(takers)}"
+        return f"it is a key of {listed(takers, _MOST_METHODS)}"
     if key in _ELSEWHERE:
         return f"it is written {_ELSEWHERE[key]}"
-    return f"keys here: {', '.join(known)}" if known else None
+    first, dot, rest = key.partition(".")
+    if dot and first in known:
+        return f"write it nested: {first}: {{{rest}: ...}}"
+    full = "_".join(_SHORT.get(part, part) for part in key.split("_"))
+    return suggest(full, known, _MOST_KEYS) if known else None
 
 
 def method_advice(given: str) -> str:
@@ -142,18 +173,11 @@ def _suggested(given: str) -> str:
     return f"{near} Or {choices}" if near else choices
 
 
-_PLAIN_TYPES = {
-    "float_type": "a number such as 0.001",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
-}
-
-
 def _type_fix(kind: str, given: Any) -> str | None:
-    if isinstance(given, str) and kind in _PLAIN_TYPES:
-        return "write it without quotes" if _reads_as(kind, given) else _PLAIN_TYPES[kind]
-    if kind == "int_type" and isinstance(given, float):
-        return "a whole number"
+    if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
+        if _reads_as(kind, given):
+            return "write it without quotes"
+        return "such as 0.001" if kind == "float_type" else None
     return None
 
 

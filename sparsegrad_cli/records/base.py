@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sparsegrad_cli.io.atomic import without_nan
+from sparsegrad_cli.io.plain_types import PLAIN_TYPES
 
 SCHEMA = 1
 _SHOWN = 3  # Problems in one error message.
@@ -113,13 +114,7 @@ def problems(error: ValidationError) -> str:
 
 
 _EXPECTED = {
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text",
-    "string_unicode": "a text in Unicode",
-    "list_type": "a list",
+    **PLAIN_TYPES,
     "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
@@ -131,7 +126,7 @@ def _problem(detail: Mapping[str, Any]) -> str:
     path = _short("".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip("."))
     context, kind = detail.get("ctx") or {}, detail["type"]
     if kind == "missing":
-        return f"{path}: expected a value, got none"
+        return f"{path}: is missing"
     if kind == "extra_forbidden":
         return f"{path}: is not a key of this record"
     expected = _EXPECTED.get(kind) or (context.get("expected") and f"one of {context['expected']}")

@@ -118,6 +118,15 @@ def test_a_missing_column_lists_the_columns_of_the_file(
     assert "task.columns" in str(caught.value)
 
 
+@pytest.mark.parametrize(("mark", "written"), [(",", "','"), (";", "';'"), ("\t", "'tab'")])
+def test_a_file_with_another_separator_names_the_setting(
+    tmp_path: Path, mark: str, written: str
+) -> None:
+    with pytest.raises(UsageError, match="no column 'text'") as caught:
+        csv_task(tmp_path, TWO.replace(",", mark), separator="|")
+    assert f"set task.separator to {written}" in str(caught.value.fix)
+
+
 def test_column_missing_in_validation_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no column 'label'.*validation\.csv"):
         folder_task(tmp_path, TWO, "text,lab\ngood,yes\n")

@@ -108,7 +108,12 @@ def test_all_problems_are_reported_together_with_line_and_suggestion(tmp_path: P
         ("model=builtin:minlm", "model.name", "did you mean builtin:minilm?"),
         ("calibration.basis=none.safetensors", "calibration.basis", "no such file"),
         ("scope=all", "scope", "not one of"),
-        ("seed=1.5", "seed", "should be a valid integer"),
+        ("seed=1.5", "seed", "expected a whole number, got 1.5"),
+        ("train=5", "train", "expected a mapping of keys, got 5"),
+        ("calibration=[]", "calibration", "expected a mapping of keys, got []"),
+        ("train.learning_rate=true", "train.learning_rate", "expected a number, got True"),
+        ("train.head_lr=1", "train.head_lr", "did you mean head_learning_rate?"),
+        ("train.zzz=1", "train.zzz", "warmup_steps, weight_decay, head_learning_rate and 24 more"),
         ("train.max_steps=0", "train.max_steps", "must be -1"),
         ("targets.blocks='::0'", "targets.blocks", "step cannot be zero"),
         ("match=trainable method.name=lora", "match", ""),
@@ -204,7 +209,7 @@ def test_a_value_of_the_wrong_type_names_the_expected_type(tmp_path: Path) -> No
         "targets: {blocks: 3}\n",
     )
     found = problems_of(path)
-    assert "a number such as 0.001" in found["train.learning_rate"]
+    assert "expected a number, got 'nan' such as 0.001" in found["train.learning_rate"]
     assert "a whole number" in found["train.max_steps"]
     assert "without quotes" in found["train.bf16"]
     assert "true or false" in found["train.fp16"]
@@ -214,8 +219,12 @@ def test_a_value_of_the_wrong_type_names_the_expected_type(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("method", "key", "says"),
     [
-        ("{name: full, density: 0.1}", "method.density", "it is a key of lora and meprop and"),
-        ("{name: meprop, select: rows, rank: 2}", "method.rank", "it is a key of lora and spars"),
+        ("{name: full, density: 0.1}", "method.density", "it is a key of lora, meprop, "),
+        (
+            "{name: meprop, select: rows, rank: 2}",
+            "method.rank",
+            "it is a key of lora, sparsegrad, ",
+        ),
         ("{name: meprop, unified: true}", "method.unified", "goes with method.select: rows"),
         ("{name: meprop, density: 0.1, entries: 5}", "method.density", "give one of the two"),
         ("{name: sparsegrad, form: rotated, rank: 3}", "method.rank", "rank is for form core"),

@@ -33,6 +33,21 @@ def test_paper_study_uses_tuned_values_of_each_task_and_the_papers_rank() -> Non
     assert (figure.score, figure.std) == (0.656, 0.021)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("methods: []", "methods: the list is empty"),
+        ("methods: lora", "methods: expected a list, got 'lora'"),
+        ("methods: [lora]\nsettings: {train.max_steps: 4}", "nested: train: {max_steps: ...}"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_explained(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_study(tmp_path / "s.yaml")
+    assert says in str(caught.value)
+
+
 PAPER = {
     "paper_table_3": ("steps_per_s", 4.7, "average", "lora"),
     "paper_table_4": ("score", 0.647, "glue/rte", "sparsegrad"),

@@ -148,7 +148,7 @@ class SparsegradSettings(SparseSettings):
         if self.support == "dense" and self.rank is not None:
             cause = (("method", "rank"),)
             why = "support 'dense' trains all of the core, and method.rank says how large that is"
-            fix = "leave out the one or the other"
+            fix = "give only one of them"
             default = type(self).model_fields["density"].default
             if self.entries is not None:
                 yield Idle(("method", "entries"), cause, why, fix, None)
