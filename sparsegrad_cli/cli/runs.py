@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,7 @@ from sparsegrad_cli.cli.arguments import (
 )
 from sparsegrad_cli.cli.output import report_line, rewrite_study_report, show
 from sparsegrad_cli.cli.progress import make_observer
-from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.errors import DiskError, UsageError
 from sparsegrad_cli.io.paths import is_folder
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def train(
             overwrite = not resume
         record = train_recipe(loaded, observer, resume=resume, overwrite=overwrite)
     distributed.shutdown()
-    _show_run(record, as_json=as_json)
+    _show_run(record, as_json=as_json, footer=report_line(Path(record.output_dir or "")))
 
 
 def calibrate(
@@ -90,7 +91,7 @@ def calibrate(
     with make_observer(quiet or as_json) as observer:
         record = calibrate_run(loaded, observer, overwrite=overwrite)
     distributed.shutdown()
-    _show_run(record, as_json=as_json)
+    _show_run(record, as_json=as_json, footer=report_line(Path(record.output_dir or "")))
 
 
 def report(
@@ -110,19 +111,33 @@ def report(
     folder = run if is_folder(run) else run.parent
     found = load_run_or_study(run)
     if isinstance(found, RunRecord):
-        found = with_current_status(found, folder)
-        write_run_report(folder, found)
-        _show_run(found.changed(output_dir=str(folder)), as_json=as_json)
+        record = with_current_status(found, folder)
+        footer = _written(folder, lambda: write_run_report(folder, record))
+        _show_run(record.changed(output_dir=str(folder)), as_json=as_json, footer=footer)
         return
     study = up_to_date(found, running=owner_of(folder) is not None)
-    rewrite_study_report(folder, study)
+    footer = _written(folder, lambda: rewrite_study_report(folder, study))
     content = study.to_json() | {"output_dir": str(folder)}
-    show(content, study_screen(study), as_json=as_json, footer=report_line(folder))
+    show(content, study_screen(study), as_json=as_json, footer=footer)
 
 
-def _show_run(run: RunRecord, *, as_json: bool) -> None:
+def _written(folder: Path, write: Callable[[], object]) -> str | None:
+    """Write the report files, and return the line that names them.
+
+    A folder that cannot be written, such as another user's, can still be read: then a note on
+    stderr says why there are no files, and the report is shown.
+    """
+    try:
+        write()
+    except DiskError as error:
+        with make_observer(quiet=False) as observer:
+            observer.note(f"the report is shown, but its files were not written: {error.what}")
+        return None
+    return report_line(folder)
+
+
+def _show_run(run: RunRecord, *, as_json: bool, footer: str | None) -> None:
     from sparsegrad_cli.report.run import run_screen
 
-    folder = Path(run.output_dir or "")
-    content = run.to_json() | {"output_dir": str(folder)}
-    show(content, run_screen(run), as_json=as_json, footer=report_line(folder))
+    content = run.to_json() | {"output_dir": str(Path(run.output_dir or ""))}
+    show(content, run_screen(run), as_json=as_json, footer=footer)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.errors import DiskError, UsageError
 from sparsegrad_cli.io.atomic import put_back, write_folder
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import exists, expanded, is_folder
@@ -22,6 +23,7 @@ def check_output_folder(folder: Path, needed: list[Path], *, overwrite: bool) ->
 
     Raises:
         UsageError: It is a file, contains a needed folder, or is not empty.
+        DiskError: The folder that it is made in cannot be written.
     """
     folder = expanded(folder).resolve()
     if exists(folder) and not is_folder(folder):
@@ -33,6 +35,7 @@ def check_output_folder(folder: Path, needed: list[Path], *, overwrite: bool) ->
                 where="--output-dir",
                 fix="name another folder",
             )
+    _check_writable(folder)
     put_back(folder, _stem(folder))
     _check_replaceable(folder, overwrite=overwrite)
     return folder
@@ -51,7 +54,7 @@ def write_export(folder: Path, fill: Callable[[Path], None], *, overwrite: bool)
         fill(partial)
         _check_replaceable(folder, overwrite=overwrite)
 
-    advice = "free some space, or name another --output-dir"
+    advice = "free some space or check the permissions, or name another --output-dir"
     write_folder(folder, fill_and_check, fix=advice, stem=_stem(folder))
 
 
@@ -94,6 +97,17 @@ def _check_replaceable(folder: Path, *, overwrite: bool) -> None:
             f"the folder {folder} holds something other than an export and is not replaced",
             where="--output-dir",
             fix="name another folder",
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before a model is loaded for it."""
+    place = next(parent for parent in folder.parents if exists(parent))
+    if not is_folder(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise DiskError(
+            f"{folder.name} cannot be made: {place} cannot be written",
+            where="--output-dir",
+            fix="check the permissions, or name another --output-dir",
         )
 
 

@@ -146,10 +146,15 @@ def write_folder(
         discard(before)
     except (OSError, SafetensorError) as error:
         raise DiskError(
-            f"{folder.name} could not be written: {error}", where=str(folder), fix=fix
+            f"{folder.name} could not be written: {_reason(error)}", where=str(folder), fix=fix
         ) from error
     finally:
         discard(partial)  # After the rename it is gone.
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's reason without its number and the temporary name that it quotes."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -193,7 +198,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise DiskError(
-            f"{path.name} could not be written: {error}", where=str(path), fix="free some space"
+            f"{path.name} could not be written: {_reason(error)}",
+            where=str(path),
+            fix="free some space or check the permissions",
         ) from error
 
 

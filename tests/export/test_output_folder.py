@@ -33,6 +33,28 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
+def test_folder_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"deeper cannot be made: .*file cannot be written"):
+        check_output_folder(tmp_path / "file" / "deeper", [], overwrite=True)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    for folder in (tmp_path / "new", tmp_path / "a" / "new"):
+        with pytest.raises(DiskError, match=f"new cannot be made: {tmp_path} cannot be written"):
+            check_output_folder(folder, [], overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_error_of_a_write_quotes_no_temporary_name(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "weights" / "deeper").write_text("there is no such folder")
+
+    with pytest.raises(DiskError) as caught:
+        write_export(tmp_path / "m", fill, overwrite=False)
+    assert caught.value.what == "m could not be written: No such file or directory"
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
