@@ -63,6 +63,13 @@ def load_run_or_study(path: str | Path) -> RunRecord | StudyRecord:
     found = read_object(file)
     if "cells" in found:
         return validated(StudyRecord, found, file)
+    if file.name == STUDY:
+        _check_schema(found, file)
+        raise FileFormatError(
+            f"{STUDY} is not the record of a comparison: it lists no runs under cells",
+            where=str(file),
+            fix=repair_advice(file),
+        )
     return validated(RunRecord, found, file)
 
 

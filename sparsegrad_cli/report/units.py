@@ -6,12 +6,15 @@ accepts None for a value that a record does not have, and returns ``not recorded
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from decimal import Decimal
 
 from sparsegrad_cli.records.metric_direction import SCORE, Scale
 
 NOT_RECORDED = "not recorded"
 NOTHING = "–"  # The mean, the interval or the best of an empty list.
+_LARGEST_FIXED = 1e9  # Larger scores, of a run that diverged, have an exponent.
 MINUS = "\u2212"
 MIB = 1024**2
 GIB = 1024**3
@@ -137,7 +140,10 @@ def format_score(score: float | None, scale: Scale = SCORE, *, sign: bool = Fals
     """Format a fraction times 100 with one decimal, ``61.2``, and a loss as ``1.234``."""
     if score is None:
         return NOT_RECORDED
-    shown = f"{scale.times * score:{'+' if sign else ''}.{scale.digits}f}"
+    form = f"{'+' if sign else ''}.{scale.digits}"
+    if math.isfinite(score) and abs(score) >= _LARGEST_FIXED:  # 100 times it may exceed a float.
+        return f"{scale.times * Decimal(score):{form}e}".replace("-", MINUS)
+    shown = f"{scale.times * score:{form}f}"
     if float(shown) == 0:
         return shown.lstrip("+-")
     return shown.replace("-", MINUS)

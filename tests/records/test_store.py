@@ -78,6 +78,13 @@ def test_a_newer_record_asks_for_a_newer_version(tmp_path: Path) -> None:
     assert "install" in str(refused.value.fix)
 
 
+def test_compare_json_without_runs_is_not_the_record_of_a_comparison(tmp_path: Path) -> None:
+    for content in ({"schema": 1}, RUN | {"command": "compare"}):
+        file_in(tmp_path, "compare.json", content)
+        with pytest.raises(FileFormatError, match="is not the record of a comparison"):
+            load_run_or_study(tmp_path)
+
+
 def test_a_damaged_run_in_a_comparison_is_named(tmp_path: Path) -> None:
     cells = [CELL, CELL | {"run": RUN | {"time": {"steps": "x"}}}]
     file_in(tmp_path, "compare.json", RUN | {"cells": cells})

@@ -43,6 +43,8 @@ def test_format_seconds_chooses_the_unit(seconds: float, words: str) -> None:
 def test_format_of_scores_shares_and_p_values() -> None:
     assert units.format_score(0.6123) == "61.2"
     assert units.format_score(-0.0004) == "0.0"
+    assert units.format_score(1e308) == "1.0e+310"  # 100 times it exceeds a float
+    assert units.format_score(-1e308) == "\N{MINUS SIGN}1.0e+310"
     assert units.format_score(-0.05, sign=True) == "\N{MINUS SIGN}5.0"
     assert units.format_spread(0.5, 0.012) == "50.0 ± 1.2"
     assert units.format_share(0.01) == "1.00 %"
