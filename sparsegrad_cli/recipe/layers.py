@@ -11,7 +11,7 @@ from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.paths import expanded, is_folder
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import settings_class
-from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run
+from sparsegrad_cli.recipe.shipped import find_recipe, is_of_run, restore_advice
 from sparsegrad_cli.recipe.tasks import known_task_names
 from sparsegrad_cli.recipe.yaml_source import (
     COMMAND_LINE,
@@ -92,7 +92,13 @@ def _read_with_parents(
     if len(read) > _MOST_FILES:
         what = f"adds up to more than {_MOST_FILES} files"
         raise RecipeError([Place(str(seen[0])).problem("extends", what)])
-    layer = read_yaml(path, shown_as=str(source))
+    try:
+        layer = read_yaml(path, shown_as=str(source))
+    except RecipeError as error:
+        if not is_of_run(path):
+            raise
+        fix = restore_advice(path.parent)
+        raise RecipeError([replace(p, fix=p.fix or fix) for p in error.problems]) from error
     if is_of_run(path):
         # Older versions wrote relative paths into the recipe of a run, relative to the folder where
         # the command ran. They stay as they are, so that the run can be read from that folder.

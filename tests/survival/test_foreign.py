@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.survival_runs import Workspace, flat, record, weights
 
 from sparsegrad_cli.cli.arguments import load
-from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.errors import FileFormatError, RecipeError, UsageError
 from sparsegrad_cli.recipe.load_recipe import digest, load_recipe
 from sparsegrad_cli.records.store import load_run
 from sparsegrad_cli.restore.run_files import open_run
@@ -204,6 +204,9 @@ def test_changed_or_missing_recipe_file_can_be_written_again(
     with pytest.raises(UsageError, match="is not the recipe that the run") as caught:
         check_resumable(run, load_recipe(recipe, data=False).recipe)
     assert "from a copy" in str(caught.value.fix) and content(run) == before
+    recipe.write_text("train: {learning")  # cut within a line
+    with pytest.raises(RecipeError, match="not valid YAML.*restore .*from a copy"):
+        load([str(run)], None)
     recipe.unlink()
     with pytest.raises(FileFormatError, match=r"has no recipe\.yaml") as missing:
         load([str(run)], None)
