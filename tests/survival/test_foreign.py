@@ -205,7 +205,7 @@ def test_changed_or_missing_recipe_file_can_be_written_again(
         check_resumable(run, load_recipe(recipe, data=False).recipe)
     assert "from a copy" in str(caught.value.fix) and content(run) == before
     recipe.write_text("train: {learning")  # cut within a line
-    with pytest.raises(RecipeError, match="not valid YAML.*restore .*from a copy"):
+    with pytest.raises(RecipeError, match=r"not valid YAML.*restore .*from a copy"):
         load([str(run)], None)
     recipe.unlink()
     with pytest.raises(FileFormatError, match=r"has no recipe\.yaml") as missing:
