@@ -28,7 +28,7 @@ rows = AutoTokenizer.from_pretrained(MODEL)(TEXTS, padding=True, return_tensors=
 batch = {**rows, "labels": torch.tensor(LABELS)}
 model = load(MODEL)
 basis = sg.calibrate(model, [batch], rank=16)
-config = sg.peft.SparseGradConfig(basis=basis, density=0.01, rank=16, task_type="SEQ_CLS")
+config = sg.peft.SparseGradConfig(basis=basis, support="dense", rank=16, task_type="SEQ_CLS")
 model = get_peft_model(model, config)
 optimizer = sg.peft.optimizer(model, lr=1e-2)
 model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
@@ -217,6 +218,15 @@ def _targets(model: nn.Module, modules: Sequence[str] | str | None) -> list[Targ
 
     from sparsegrad_cli.errors import UsageError
 
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise UsageError(
+                f"{modules!r} is not a regular expression: {error}",
+                where="target_modules",
+                fix="correct it, or give a list of names",
+            ) from None
     config: Any = PeftConfig()
     config.target_modules = modules if isinstance(modules, str) else set(modules)
     config.exclude_modules, config.layers_to_transform, config.layers_pattern = None, None, None

@@ -209,7 +209,7 @@ class FakeRun(_Stage):
         save_memory(self.model, targets, settings.recompute)
         shapes = TargetShapes.of(self._loaded, targets)
         self._settings, assumed = settings.settle_for_estimate(shapes)
-        self.notes += assumed
+        self.notes += [*assumed, *self._settings.notes_on(shapes)]
         self._method = self._settings.implementation()
         bases = self._bases(targets) if self._settings.calibrates else None
         return self._method.prepare(self.model, targets, scope=self.recipe.scope, bases=bases)

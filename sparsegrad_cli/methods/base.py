@@ -172,6 +172,11 @@ class MethodSettings(Section):
         return iter(())
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of these settings, whatever the model is."""
+        return []
+
+    @property
     def learning_rate_center(self) -> float:
         """Center of the learning rates that tuning tries by default."""
         return 1e-3
@@ -265,6 +270,10 @@ class MethodSettings(Section):
     def size_keys(self) -> frozenset[str]:
         """Keys that fix the size where a study's row names one: a budget then leaves it alone."""
         return self.sized_by
+
+    def notes_on(self, shapes: TargetShapes) -> list[str]:
+        """Return what a user should know of the size on these shapes, after :meth:`settle`."""
+        return []
 
     def settle(self, shapes: TargetShapes) -> Self:
         """Return the settings with what follows from the shapes filled in, such as a rank.

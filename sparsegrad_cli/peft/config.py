@@ -10,10 +10,12 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.peft.config_checks import problems
 
 NAME = "SPARSEGRAD"
 """PEFT's name for the tuner."""
-SUPPORTS = ("static", "dense", "dynamic", "refresh")
+DENSITY = 0.01
+"""Density of a configuration that gives none."""
 
 
 class CalibratedBases(Protocol):
@@ -45,9 +47,12 @@ class SparseGradConfig(PeftConfig):
             modules that the basis was computed for.
         exclude_modules: Modules to leave out, in the same form.
         modules_to_save: Further modules to train and save, such as a classifier.
-        density: Share of the parameters of each target module that trains.
+        density: Share of the parameters of each target module that trains; 0.01 by default. A
+            core that is too small for it trains whole, with a warning. With ``support="dense"``,
+            it only chooses the rank, so give one of the two.
         rank: Directions per side of the core; by default the multiple of 8 at which the
-            density fills a third of the core (all of it with ``support="dense"``).
+            density fills a third of the core (all of it with ``support="dense"``). A side with
+            fewer features has all its directions.
         support: Which parameters of S train. ``static``: chosen once; ``dense``: all;
             ``dynamic``: the largest gradients of each step; ``refresh``: chosen again every
             ``refresh_steps`` steps. The last two need :func:`sparsegrad_cli.peft.optimizer`.
@@ -56,19 +61,21 @@ class SparseGradConfig(PeftConfig):
         refresh_steps: Optimizer steps between two choices of ``refresh``.
         state_capacity: ``dynamic``: largest number of parameters with optimizer state, in
             multiples of those of one step; None keeps state for all of S.
-        layers: Module name -> [r_out, r_in, trained parameters]; filled in by the tuner.
+        layers: Module name -> [r_out, r_in, trained parameters]; filled in by the tuner. A loaded
+            adapter has these sizes, whatever ``density`` and ``rank`` say.
         shared_bases: Module name -> module under whose name the file holds its bases; filled in by
             the tuner.
 
     Raises:
-        ValueError: An argument is out of range, or has no effect with this support.
+        ValueError: An argument is of another type or out of range, or has no effect with this
+            support, or saved sizes contradict each other.
     """
 
     basis: CalibratedBases | None = field(default=None, repr=False, compare=False)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    density: float = 0.01
+    density: float | None = None
     rank: int | None = None
     support: Literal["static", "dense", "dynamic", "refresh"] = "static"
     allocation: Literal["target", "model"] = "target"
@@ -80,35 +87,15 @@ class SparseGradConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
+        for problem in problems(self):
+            raise ValueError(f"SparseGradConfig: {problem}")
         self.peft_type = PeftType(NAME)
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        for problem in self._problems():
-            raise ValueError(f"SparseGradConfig: {problem}")
-
-    def _problems(self) -> list[str]:
-        found = []
-        if self.support not in SUPPORTS:
-            found.append(f"support is {self.support!r}: expected one of {', '.join(SUPPORTS)}")
-        if not 0 < self.density <= 1:
-            found.append(f"density is {self.density}: expected a number above 0 and up to 1")
-        if self.rank is not None and self.rank < 1:
-            found.append(f"rank is {self.rank}: expected at least 1")
-        if self.allocation not in ("target", "model"):
-            found.append(f"allocation is {self.allocation!r}: expected 'target' or 'model'")
-        if self.allocation == "model" and self.support != "static":
-            found.append("allocation='model' needs support='static'")
-        if self.refresh_steps is not None and self.support != "refresh":
-            found.append("refresh_steps needs support='refresh'")
-        if self.refresh_steps is not None and self.refresh_steps < 1:
-            found.append(f"refresh_steps is {self.refresh_steps}: expected at least 1")
-        if self.state_capacity is not None and self.support != "dynamic":
-            found.append("state_capacity needs support='dynamic'")
-        if self.state_capacity is not None and self.state_capacity < 1:
-            found.append(f"state_capacity is {self.state_capacity}: expected at least 1")
-        return found
+        if self.density is None and (self.support != "dense" or self.rank is None):
+            self.density = DENSITY
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration without ``basis``, which the weights' file holds."""

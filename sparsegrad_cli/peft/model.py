@@ -7,6 +7,7 @@ to be extended; :mod:`sparsegrad_cli.peft.registration` names the versions that 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -57,6 +58,8 @@ class SparseGradModel(BaseTuner):
         """Plan the cores of all target modules together, before the first one is replaced."""
         record_dtype(model)
         layers = dict(self._targets(peft_config, model))
+        if not layers:
+            raise ValueError(_nothing_matches(peft_config))
         if peft_config.basis is None:
             self._plans = _saved_plans(peft_config, layers)
             return
@@ -147,6 +150,7 @@ class SparseGradModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Give every layer the bases that it shares, under the names that the model has."""
+        _check_tensors(config, state_dict)
         # In the memory layout of new bases: products of another layout differ in the last bits.
         whole = {
             name: by_columns(tensor) if name.endswith((_Q_OUT, _Q_IN)) else tensor
@@ -229,8 +233,15 @@ def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[s
             raise ValueError(
                 f"expected a basis for {name} of shape {shape}, got one for {of_basis}"
             )
-    counts = {name: count_for_density(config.density, *shape) for name, shape in shapes.items()}
-    rank = config.rank or rank_for_counts(counts.values(), dense=config.support == "dense")
+    dense = config.support == "dense"
+    counts = {
+        # Without a density, the rank says how large a dense core is.
+        name: 0 if config.density is None else count_for_density(config.density, *shape)
+        for name, shape in shapes.items()
+    }
+    rank = config.rank or rank_for_counts(counts.values(), dense=dense)
+    if not dense:
+        _warn_of_small_cores(config, shapes, counts, rank)
 
     for name, shape in shapes.items():
         sides = (given[name].q_out.shape[1], given[name].q_in.shape[1])
@@ -251,6 +262,38 @@ def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[s
     )
 
 
+def _nothing_matches(config: SparseGradConfig) -> str:
+    known = list(config.layers if config.basis is None else config.basis.by_target())
+    shown = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+    asked = " without ".join(
+        f"{name}={value if isinstance(value, str) else sorted(value)!r}"
+        for name in ("target_modules", "exclude_modules")
+        if (value := getattr(config, name))
+    )
+    return (
+        f"SparseGradConfig: {asked} leaves no linear layer of the model to adapt: the basis covers "
+        f"{shown}"
+    )
+
+
+def _warn_of_small_cores(
+    config: SparseGradConfig,
+    shapes: dict[str, tuple[int, int]],
+    counts: dict[str, int],
+    rank: int,
+) -> None:
+    """Warn if the cores have fewer parameters than the density asks for."""
+    rooms = {name: min(rank, out) * min(rank, into) for name, (out, into) in shapes.items()}
+    trained = sum(min(count, rooms[name]) for name, count in counts.items())
+    if trained < (asked := sum(counts.values())):
+        warnings.warn(
+            f"SparseGradConfig: density={config.density:g} asks for {asked:,} parameters in "
+            f"{len(counts)} target modules, but cores of rank {rank} train {trained:,}: raise "
+            "rank, or lower density",
+            stacklevel=2,
+        )
+
+
 def _saved_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[str, CorePlan]:
     """Return cores of the saved sizes, whose tensors are filled from the adapter's file."""
     plans, shared = {}, {}
@@ -268,6 +311,36 @@ def _saved_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict
         positions = torch.zeros(count, dtype=torch.int32) if config.support == "static" else None
         plans[name] = CorePlan(shared[first], count, positions)
     return plans
+
+
+def _check_tensors(config: SparseGradConfig, state_dict: dict[str, Tensor]) -> None:
+    """Check that the tensors of a file are those of the saved sizes and support."""
+    given = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
+    static = config.support == "static"
+    for name, (rows, columns, count) in config.layers.items():
+        values = given.get(f"{name}.sparsegrad_values")
+        if values is None:
+            continue  # PEFT reports tensors that are missing.
+        wanted = (count,) if static else (rows, columns)
+        q_out, q_in = (
+            given.get(f"{config.shared_bases.get(name, name)}.{part}") for part in (_Q_OUT, _Q_IN)
+        )
+        problem = ""
+        if tuple(values.shape) != wanted:
+            problem = f"values of the shape {tuple(values.shape)}, expected {wanted}"
+        elif static != (f"{name}.sparsegrad_support" in given):
+            problem = "no static support" if static else "a static support"
+        elif q_out is None or q_in is None:
+            problem = "no bases, and shared_bases does not say whose it shares"
+        elif (q_out.shape[1], q_in.shape[1]) != (rows, columns):
+            got = f"{q_out.shape[1]} x {q_in.shape[1]}"
+            problem = f"bases for a core of {got}, expected {rows} x {columns}"
+        if problem:
+            raise ValueError(
+                f"adapter_config.json does not fit the adapter's file: with support="
+                f"{config.support!r} and layers={[rows, columns, count]}, the file has for {name} "
+                f"{problem}: restore the saved adapter_config.json"
+            )
 
 
 def _combined(

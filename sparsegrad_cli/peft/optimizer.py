@@ -73,10 +73,15 @@ def optimizer(
         betas, eps: As in ``torch.optim.AdamW``.
 
     Raises:
-        ValueError: No parameter of the model trains, or an adapter was made from a saved
-            configuration and its weights were not loaded, or FSDP has split a core whose parameters
-            the optimizer chooses.
+        ValueError: The model has no SparseGrad adapter, or no parameter trains, or an adapter was
+            made from a saved configuration and its weights were not loaded, or FSDP has split a
+            core whose parameters the optimizer chooses.
     """
+    if not any(isinstance(module, SparseGradLayer) for module in model.modules()):
+        raise ValueError(
+            "expected a model with SparseGrad adapters, got one without: wrap it with "
+            "peft.get_peft_model(model, SparseGradConfig(basis=...)) first"
+        )
     groups = parameter_groups(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if not groups:
         raise ValueError("no parameter of the model trains: activate an adapter first")

@@ -86,12 +86,13 @@ def check_study(study: LoadedStudy) -> None:
 
 
 def notes(loaded: LoadedRecipe) -> list[str]:
-    """Return the notes on the recipe that training gives after reading the model's files."""
+    """Return the notes on the recipe that need no weights, from settings and model's files."""
+    found = [*loaded.recipe.method.notes]
     config = _config(loaded.recipe.model.name)
     if config is None:
-        return []
+        return found
     note = fitting_length(loaded.recipe.task.max_length, config)[1]
-    return [] if note is None else [note]
+    return found if note is None else [*found, note]
 
 
 def _placed(loaded: LoadedRecipe, key: str, what: str, fix: str) -> Problem:

@@ -129,6 +129,12 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
     left_out = not_adapted(model, targets, recipe.targets)
     if left_out:
         observer.note(not_adapted_note(left_out, recipe.scope))
+    shapes = TargetShapes.of(loaded, targets)
+    settings = recipe.method.settle(shapes)
+    size_notes = settings.notes_on(shapes)
+    parts.task = replace(parts.task, notes=(*parts.task.notes, *size_notes))
+    for note in size_notes:
+        observer.note(note)
     device = device_of(recipe)
     head_hash = parameters_digest(head_parameters(model))
     model = move_model(model, device)
@@ -141,7 +147,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
         head_hash=head_hash,
         precision=precision_of(model, recipe.train, device),
         device=device,
-        method_settings=recipe.method.settle(TargetShapes.of(loaded, targets)),
+        method_settings=settings,
         meter=watching_meter(model, device),
     )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
+from support.cli_runs import Cli
 from support.tiny_models import (
     INNER,
     batch,
@@ -353,3 +354,34 @@ def test_saved_bytes_are_those_of_the_written_count(bytes_of: Any) -> None:
     kept += 4 * 4 * rank * rank
     assert lora - core == pytest.approx(dropped - kept, abs=4096)
     assert methods_at(0.01, rank)["core"].calibrates
+
+
+@pytest.mark.parametrize(
+    ("more", "trained"),
+    [({"rank": 1, "density": 0.5}, 4), ({"rank": 8, "density": 0.5}, 4 * 64)],
+)
+def test_a_core_that_is_too_small_for_the_density_is_noted(more: Any, trained: int) -> None:
+    targets = targets_of(classifier())
+    asked = sum(round(0.5 * target.size) for target in targets)
+    (note,) = settings(**more).notes_on(TargetShapes(targets))
+    assert note.startswith(
+        f"cores of rank {more['rank']} train {trained:,} of the {asked:,} parameters that "
+        "method.density asks for"
+    )
+    (before,) = settings(**more).notes
+    assert f"asks for more in target modules of more than {2 * more['rank'] ** 2}" in before
+    given = settings(**{**more, "density": None, "entries": trained})
+    assert given.notes_on(TargetShapes(targets)) == given.notes == []
+
+
+def test_cores_of_a_size_that_follows_give_no_note() -> None:
+    shapes = TargetShapes(targets_of(classifier()))
+    for more in ({"rank": None}, {"support": "dense"}, {"rank": 0.9}, {"rank": 8, "density": 0.05}):
+        settled = settings(**more).settle(shapes)
+        assert settled.notes_on(shapes) == []
+
+
+def test_validate_prints_the_note(cli: Cli) -> None:
+    outcome = cli("validate", "method.rank=1", "method.density=0.5")
+    assert outcome.code == 0
+    assert "note: a core of method.rank 1 has at most 1 parameters" in outcome.flat

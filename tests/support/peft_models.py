@@ -35,11 +35,12 @@ def wrapped(architecture: str, seed: int = 0, head: bool = True, **settings: Any
     """A tiny classifier with a new adapter; with ``head``, its head trains too."""
     model = classifier(architecture)
     name = "classifier" if architecture == "bert" else "score"
+    sizes = {"rank": 8} if settings.get("support") == "dense" else {"density": 0.05, "rank": 8}
     made = sg.SparseGradConfig(
         basis=bases_of(model, seed),
         modules_to_save=[name] if head else None,
         task_type="SEQ_CLS" if head else None,
-        **{"density": 0.05, "rank": 8, **settings},
+        **(sizes | settings),
     )
     return get_peft_model(model, made)
 

@@ -103,7 +103,7 @@ class SparsegradCore(Method):
         settings = self.settings
         return SparseGradConfig(
             basis=PlannedCores(plans),
-            density=settings.density or SparseGradConfig.density,
+            density=settings.density,
             support=settings.support,
             allocation=settings.allocation,
             refresh_steps=settings.refresh_steps,

@@ -160,6 +160,20 @@ class SparsegradSettings(SparseSettings):
             key = ("calibration", "score")
             yield Idle(key, cause, f"{why}{self.support!r}", "leave it out", "spectral")
 
+    @property
+    def notes(self) -> list[str]:
+        """Say for which target modules a core of this rank is too small for the density."""
+        whole = not isinstance(self.rank, int) or self.support == "dense"
+        if whole or self.density is None:
+            return []
+        assert isinstance(self.rank, int)
+        room = self.rank**2
+        return [
+            f"a core of method.rank {self.rank} has at most {room:,} parameters: method.density "
+            f"{self.density:g} asks for more in target modules of more than "
+            f"{int(room / self.density):,}"
+        ]
+
     # --- what the method can do
 
     @property
@@ -266,6 +280,20 @@ class SparsegradSettings(SparseSettings):
     def size_keys(self) -> frozenset[str]:
         """The density or number; the rank too where it alone says how large the core is."""
         return super().size_keys | ({"rank"} if self.support == "dense" else set())
+
+    def notes_on(self, shapes: TargetShapes) -> list[str]:
+        """Say how many parameters the cores lack of those that density or ``entries`` asks for."""
+        if self.form != "core" or self.support == "dense" or not isinstance(self.rank, int):
+            return []
+        asked = sum(self.requested(shapes.targets).values())
+        trained = self.sizing(shapes).trainable
+        if trained == asked:
+            return []
+        size = "entries" if self.density is None else "density"
+        return [
+            f"cores of rank {self.rank} train {trained:,} of the {asked:,} parameters that "
+            f"method.{size} asks for: raise method.rank, or lower method.{size}"
+        ]
 
     def settle(self, shapes: TargetShapes) -> Self:
         """Return the settings of a core whose rank is a number of directions or a share of energy.
