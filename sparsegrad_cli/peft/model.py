@@ -46,7 +46,8 @@ class SparseGradModel(BaseTuner):
         if peft_config.basis is None and not peft_config.layers:
             raise ValueError(
                 "SparseGradConfig needs a basis: "
-                "SparseGradConfig(basis=sparsegrad_cli.calibrate(model, batches), ...)"
+                "SparseGradConfig(basis=sparsegrad_cli.calibrate(model, batches), ...), or "
+                "basis=sparsegrad_cli.load_basis(path)"
             )
         if peft_config.target_modules is None:
             basis = peft_config.basis
@@ -243,12 +244,13 @@ def _new_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[s
     if not dense:
         _warn_of_small_cores(config, shapes, counts, rank)
 
+    needed = min(rank, max(max(shape) for shape in shapes.values()))
     for name, shape in shapes.items():
         sides = (given[name].q_out.shape[1], given[name].q_in.shape[1])
         if any(has < min(rank, side) for has, side in zip(sides, shape, strict=True)):
             raise ValueError(
-                f"the basis of {name} holds {min(sides)} directions and the core needs {rank}: "
-                f"calibrate with rank={rank}, or with the density of the configuration"
+                f"the basis of {name} holds {min(sides)} directions and the core needs {needed}: "
+                f"calibrate with rank={needed}, or with the density of the configuration"
             )
 
     def fit(name: str, basis: Basis) -> Basis:

@@ -384,4 +384,4 @@ def test_cores_of_a_size_that_follows_give_no_note() -> None:
 def test_validate_prints_the_note(cli: Cli) -> None:
     outcome = cli("validate", "method.rank=1", "method.density=0.5")
     assert outcome.code == 0
-    assert "note: a core of method.rank 1 has at most 1 parameters" in outcome.flat
+    assert "note: cores of method.rank 1 are at most 1 x 1: method.density 0.5" in outcome.flat

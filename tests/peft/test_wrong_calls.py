@@ -102,6 +102,13 @@ def test_a_core_that_is_too_small_for_the_density_is_reported(rank: int) -> None
     assert trained == sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 
 
+def test_a_rank_above_all_sides_takes_all_directions() -> None:
+    tuned = get_peft_model(Net(), sg.peft.SparseGradConfig(basis=calibrated(rank=24), rank=9999))
+    assert tuned.peft_config["default"].layers == {"up": [24, 12, 3], "down": [3, 24, 1]}
+    with pytest.raises(ValueError, match="needs 24: calibrate with rank=24"):
+        get_peft_model(Net(), sg.peft.SparseGradConfig(basis=calibrated(rank=8), rank=9999))
+
+
 def test_a_core_that_holds_the_density_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -167,11 +167,10 @@ class SparsegradSettings(SparseSettings):
         if whole or self.density is None:
             return []
         assert isinstance(self.rank, int)
-        room = self.rank**2
+        side, largest = self.rank, int(self.rank**2 / self.density)
         return [
-            f"a core of method.rank {self.rank} has at most {room:,} parameters: method.density "
-            f"{self.density:g} asks for more in target modules of more than "
-            f"{int(room / self.density):,}"
+            f"cores of method.rank {side} are at most {side} x {side}: method.density "
+            f"{self.density:g} asks for more in target modules of more than {largest:,} parameters"
         ]
 
     # --- what the method can do
