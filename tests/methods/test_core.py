@@ -358,7 +358,7 @@ def test_saved_bytes_are_those_of_the_written_count(bytes_of: Any) -> None:
 
 @pytest.mark.parametrize(
     ("more", "trained"),
-    [({"rank": 1, "density": 0.5}, 4), ({"rank": 8, "density": 0.5}, 4 * 64)],
+    [({"rank": 1, "density": 0.5}, 6), ({"rank": 8, "density": 0.5}, 6 * 64)],
 )
 def test_a_core_that_is_too_small_for_the_density_is_noted(more: Any, trained: int) -> None:
     targets = targets_of(classifier())
