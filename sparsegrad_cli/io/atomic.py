@@ -238,7 +238,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileFormatError(
             f"cannot be read: {error}",
             where=str(path),
-            fix="restore it from a copy, or remove it: --resume then uses an earlier checkpoint",
+            fix="restore it from a copy, or move it aside: --resume then uses an older checkpoint",
         ) from error
     return tensors
 

@@ -287,7 +287,7 @@ class TrialStore:
             raise FileFormatError(
                 f"{self._path.name} cannot be read or written: {reason}",
                 where=str(self._path),
-                fix="bring it back from a copy, or start again with --overwrite",
+                fix="restore it from a copy, or name another --output-dir",
             )
 
 

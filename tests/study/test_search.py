@@ -181,8 +181,9 @@ def test_trial_store_repairs_a_journal_of_a_killed_process(tmp_path: Path) -> No
 def test_trial_store_refuses_a_file_that_is_not_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "tuning.journal"
     path.write_bytes(b"SQLite format 4, or so it says" * 100)
-    with pytest.raises(FileFormatError, match=r"tuning\.journal cannot be read"):
+    with pytest.raises(FileFormatError, match=r"tuning\.journal cannot be read") as caught:
         TrialStore(path)
+    assert caught.value.fix == "restore it from a copy, or name another --output-dir"
     assert path.read_bytes().startswith(b"SQLite format 4")
 
 

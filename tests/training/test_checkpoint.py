@@ -171,7 +171,7 @@ def test_truncated_tensors_are_refused(saved: Path, keep: int) -> None:
         with pytest.raises(FileFormatError) as caught:
             read_tensors(path)
         assert caught.value.where == str(path)
-        assert "earlier checkpoint" in str(caught.value.fix)
+        assert "move it aside: --resume then uses an older checkpoint" in str(caught.value.fix)
     with pytest.raises(FileFormatError):
         load_optimizer(saved, *training()[1:])
     with pytest.raises(FileFormatError):

@@ -98,7 +98,7 @@ def _with_settings(loaded: LoadedRecipe, settings: Mapping[str, Any]) -> LoadedR
         raise FileFormatError(
             f"its budget sets an invalid {problem.key}: {problem.what}",
             where="compare.json: budget",
-            fix="restore the file from a copy, or start again with --overwrite",
+            fix="restore the file from a copy, or name another --output-dir",
         ) from error
 
 
