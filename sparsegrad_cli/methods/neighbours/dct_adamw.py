@@ -3,8 +3,8 @@
 Modoranu et al. 2025, arXiv 2505.17967: dynamic column selection and DCT-AdamW. With Q the
 orthogonal matrix of the discrete cosine transform of the shorter side, every T steps the r columns
 with the largest norm of Q' G are chosen. They minimize the error of the projection among all
-choices (Section 4, with the l2 norm; the paper's code ranks by l1). Adam runs on Q_r' G, and its
-direction is projected back by Q_r.
+choices in the l2 norm (the paper's code ranks by l1). Adam runs on Q_r' G, and its direction is
+projected back by Q_r.
 
 Only the r indices are kept. The moments are rotated into the new columns by R = Q_old' Q_new, as
 in the paper: as the columns of Q are orthonormal, R carries over the moments of the columns that

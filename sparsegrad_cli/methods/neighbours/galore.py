@@ -1,6 +1,6 @@
 """GaLore: Adam in the leading singular directions of the gradient.
 
-Zhao et al. 2024, arXiv 2403.03507, Algorithm 2. For W (m, n) with m <= n, every T steps
+Zhao et al. 2024, arXiv 2403.03507. For W (m, n) with m <= n, every T steps
 P = U[:, :r] of the SVD of the gradient G; R = P' G; Adam's direction N of R; W <- W - lr alpha P N.
 For m > n the other side is projected. Moments are kept when P changes, as in the paper.
 

@@ -1,7 +1,7 @@
 """LoRA-GGPO: LoRA that trains under random noise on the whole weight.
 
 Chang et al. 2025, "LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided
-Perturbation Optimization", arXiv 2502.14538 (first version), equations 6 to 8. In training the
+Perturbation Optimization", arXiv 2502.14538 (first version). In training the
 layer multiplies by W + s B A + E, where the entries of row i of E are normal with variance
 
     sigma^2 / in * (|W_i + s (B A)_i|^2 + beta |G_i|^2)

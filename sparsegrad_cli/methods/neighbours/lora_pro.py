@@ -1,13 +1,13 @@
 """LoRA-Pro: LoRA whose gradients of A and B together come closest to the gradient of W.
 
 Wang et al. 2024, arXiv 2407.18242. With W + s B A and the gradients g_A = s B' G, g_B = s G A' of
-LoRA, a step along (h_A, h_B) changes W by s (B h_A + h_B A) to first order. Theorem 2.1 gives the
-minimizers of norm(s B h_A + s h_B A - G):
+LoRA, a step along (h_A, h_B) changes W by s (B h_A + h_B A) to first order. The minimizers of
+norm(s B h_A + s h_B A - G) are
 
     h_A = (B'B)^-1 g_A / s^2 + X A
     h_B = (I - B (B'B)^-1 B') g_B (A A')^-1 / s^2 - B X
 
-for any X (r, r), without knowing G. Of them, Theorem 2.3 takes the one nearest to (g_A, g_B), whose
+for any X (r, r), without knowing G. Of them, the paper takes the one nearest to (g_A, g_B), whose
 X solves the Sylvester equation B'B X + X A A' = -(B'B)^-1 g_A A' / s^2.
 
 The corrected gradients go into the optimizer of the recipe. Left out: the paper's form of AdamW,

@@ -1,10 +1,10 @@
 """LoRA-SB: W + B R A, of which R trains; B, R and A approximate the first step of full training.
 
 Ponkshe et al. 2024, "Initialization using Update Approximation is a Silver Bullet for Extremely
-Efficient Low-Rank Fine-Tuning", arXiv 2411.19557, algorithm 1: the first step of AdamW on all of W
+Efficient Low-Rank Fine-Tuning", arXiv 2411.19557: the first step of AdamW on all of W
 is close to M = -lr sign(sum of gradients); with M ~ U S V' of rank r, B = U, A = V' and R = S start
-as this step. As B and A are orthonormal, the gradient of R needs no correction (theorem 3), and the
-paper's scaling s has no effect (theorem 5): it is left out. The gradients are those of
+as this step. As B and A are orthonormal, the gradient of R needs no correction, and the
+paper's scaling s has no effect: it is left out. The gradients are those of
 ``calibration.steps`` batches, each of a mean over the batch, where the paper sums over examples.
 
 B and A have orthonormal columns and rows and stay frozen; the adapter holds them.

@@ -1,7 +1,7 @@
 """PELA: W becomes B A everywhere, is brought back close to W by distillation, and trains.
 
 Guo et al. 2024, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", arXiv
-2310.10700, section 3. Every W is replaced by its best approximation of a rank at which the factors
+2310.10700. Every W is replaced by its best approximation of a rank at which the factors
 have fewer parameters. In a stage before fine-tuning, the factors alone minimize
 
     L_base + alpha L_fd + beta L_wp

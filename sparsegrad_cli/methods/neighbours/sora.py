@@ -1,7 +1,7 @@
 """SoRA: W + s B diag(g) A, whose gate g is driven to zero rank by rank.
 
-Ding et al. 2023, "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696,
-section 3.2: the loss gets an L1 penalty on the gate, which a proximal step minimizes. After each
+Ding et al. 2023, "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696:
+the loss gets an L1 penalty on the gate, which a proximal step minimizes. After each
 gradient step, g <- T(g) with the soft threshold T(x) = sign(x) max(|x| - t, 0). A rank whose gate
 is zero adds nothing, and leaves the exported adapter.
 

@@ -75,7 +75,7 @@ def _from_identity(square: Tensor) -> Tensor:
 
 
 def kasa_penalty(model: nn.Module, beta: float, gamma: float) -> Tensor:
-    """Return KaSA's penalties over all layers (2412.06071, eq. 9 to 11).
+    """Return KaSA's penalties over all layers (arXiv 2412.06071), as PEFT writes them.
 
     With singular values s: beta ||s||^2 + gamma (||B' B - I|| + ||A A' - I||).
     """
