@@ -51,6 +51,7 @@ GROUND = {
         "registry",
         "settings",
         "base",
+        "sized_settings",
         "sparse_settings",
         "change_settings",
         "adaptive_settings",

@@ -7,7 +7,8 @@ import torch
 from support.tiny_models import batch, classifier, logits, targets_of
 
 from sparsegrad_cli.methods.lora.method import Lora
-from sparsegrad_cli.methods.lora.settings import DEFAULT_RANK, LoraSettings, solve_rank
+from sparsegrad_cli.methods.lora.settings import LoraSettings
+from sparsegrad_cli.methods.sized_settings import DEFAULT_RANK
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.sizing import count_for_density
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -26,7 +27,9 @@ def test_the_solved_rank_is_the_nearest(
     density: float, shapes: tuple[tuple[int, int], ...]
 ) -> None:
     targets = layers(*shapes)
-    rank, requested = solve_rank(targets, density)
+    settings = LoraSettings(name="lora", density=density)
+    rank, requested = settings.size_on(targets), settings.requested(targets)
+    assert requested is not None
     assert requested == sum(round(density * out * width) for out, width in shapes)
 
     def miss(r: int) -> int:
@@ -38,12 +41,12 @@ def test_the_solved_rank_is_the_nearest(
 
 def test_bert_base_at_one_percent_is_rank_six() -> None:
     """23,593 entries a layer of 3,072 x 768; a rank costs 3,840."""
-    rank, requested = solve_rank(layers((3072, 768), (768, 3072)), 0.01)
-    assert (rank, requested) == (6, 2 * 23593)
+    targets, settings = layers((3072, 768), (768, 3072)), LoraSettings(name="lora", density=0.01)
+    assert (settings.size_on(targets), settings.requested(targets)) == (6, 2 * 23593)
 
 
 def test_the_rank_is_at_least_one() -> None:
-    assert solve_rank(layers((40, 16)), 1e-4)[0] == 1
+    assert LoraSettings(name="lora", density=1e-4).size_on(layers((40, 16))) == 1
 
 
 def test_density_sets_the_rank_and_the_remainder_is_stated() -> None:

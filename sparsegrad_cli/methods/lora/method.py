@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import Adapted, Factors, Method
-from sparsegrad_cli.methods.lora.settings import LowRankSettings, solve_rank
+from sparsegrad_cli.methods.lora.settings import LowRankSettings
 from sparsegrad_cli.methods.peft_folder import check_adapted
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.quantized import dequantized, is_quantized
@@ -87,9 +87,7 @@ class Lora(Method):
         from peft import LoraConfig, inject_adapter_in_model
 
         self.targets = targets
-        rank, requested = self.settings.rank_on(targets), None
-        if self.settings.density is not None:
-            _, requested = solve_rank(targets, self.settings.density)
+        rank, requested = self.settings.size_on(targets), self.settings.requested(targets)
         config = LoraConfig(
             r=rank,
             **self.settings.lora_options(rank),

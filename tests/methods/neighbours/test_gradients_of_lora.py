@@ -269,5 +269,5 @@ def test_split_matrices_are_refused(name: str) -> None:
 def test_match_trainable_solves_the_rank(name: str) -> None:
     loaded = load_recipe(None, (f"method.name={name}", "method.density=0.1", "match=trainable"))
     tuned = Tuned(name)
-    assert loaded.recipe.method.rank_on(tuned.targets) == 1  # type: ignore[attr-defined]
+    assert loaded.recipe.method.size_on(tuned.targets) == 1  # type: ignore[attr-defined]
     assert logits(tuned.model).isfinite().all()
