@@ -1,4 +1,4 @@
-"""One thread: on tiny tensors, threads wait for each other more than they work."""
+"""One thread, and which variants of the contract are slow."""
 
 from __future__ import annotations
 
@@ -7,8 +7,26 @@ from collections.abc import Iterator
 import pytest
 from support.tiny_models import one_thread
 
+from sparsegrad_cli.methods.neighbours.adaptive_settings import ADAPTIVE
+from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
+from sparsegrad_cli.methods.neighbours.gradient_settings import GRADIENTS
+from sparsegrad_cli.methods.neighbours.low_rank_settings import LOW_RANK
+
+_NEIGHBOURS = {*CHANGES, *GRADIENTS, *ADAPTIVE, *LOW_RANK}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the second architecture of the neighbouring methods to the slow target."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        second = parameters.get("architecture") == "gpt2" and parameters.get("name") in _NEIGHBOURS
+        if second and item.path.name == "test_contract.py":
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
+    """On tiny tensors, threads wait for each other more than they work."""
     with one_thread():
         yield
