@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli"),
     ("study",),
-    ("export", "generate", "judge", "estimate", "predict"),
+    ("export", "generate", "judge", "estimate", "predict", "starter"),
     ("training",),
     ("restore",),
     ("calibration",),

@@ -17,6 +17,7 @@ from sparsegrad_cli.cli import evaluate as evaluate_command
 from sparsegrad_cli.cli import explain as explain_commands
 from sparsegrad_cli.cli import export as export_command
 from sparsegrad_cli.cli import generate as generate_command
+from sparsegrad_cli.cli import init as init_command
 from sparsegrad_cli.cli import judge as judge_command
 from sparsegrad_cli.cli import predict as predict_command
 from sparsegrad_cli.cli import recipes as recipe_commands
@@ -33,6 +34,7 @@ app = typer.Typer(
     help="Fine-tune transformers by training about 1 % of the MLP weights, and compare methods.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 out of memory, 130 interrupted.",
 )
+app.command("init")(init_command.init)
 app.command("train")(run_commands.train)
 app.command("calibrate")(run_commands.calibrate)
 app.command("compare")(compare_command.compare)

@@ -1,0 +1,1 @@
+"""Look at data files, and write a first recipe for them."""

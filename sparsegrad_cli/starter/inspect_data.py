@@ -1,0 +1,212 @@
+"""Look at a file or folder of data, and decide which task it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsegrad_cli.data.chat_rows import KINDS
+from sparsegrad_cli.data.labelled_files import load_labelled_files
+from sparsegrad_cli.data.load_task import load_chat
+from sparsegrad_cli.data.read_table import read_table
+from sparsegrad_cli.data.split_files import SUFFIXES, SUFFIXES_OF, split_files
+from sparsegrad_cli.data.tables import Table
+from sparsegrad_cli.data.text_files import uncompressed_name
+from sparsegrad_cli.errors import DataError, UsageError
+from sparsegrad_cli.io.suggest import listed
+from sparsegrad_cli.recipe.task_section import ColumnsSection, TaskSection
+from sparsegrad_cli.starter.columns import (
+    ColumnFacts,
+    describe_columns,
+    label_candidates,
+    pair_in,
+    text_candidates,
+)
+
+# Asks the user which of several columns is meant; None takes the first.
+Ask = Callable[[str, Sequence[ColumnFacts]], str] | None
+_TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+_FEW_ROWS = 10  # A note follows for a class with fewer training rows.
+_LENGTH_SAMPLE = 1000  # Rows whose tokens are counted.
+
+
+@dataclass
+class FoundData:
+    """What the data is.
+
+    Attributes:
+        path: the file or folder.
+        task: name of the task in a recipe: ``csv``, ``json``, ``parquet`` or ``chat``.
+        rows: training rows, before a validation part is split off.
+        validation_rows: rows of the files' own validation part; 0 if there is none.
+        columns: all columns.
+        text, text_pair, label: the columns that were chosen; None for conversations.
+        classes: class -> training rows, the most frequent first; empty for scores.
+        scores: (lowest, highest) of scores.
+        sample: texts of the first rows, whose tokens are counted.
+        notes: what the user should know.
+    """
+
+    path: Path
+    task: str
+    rows: int
+    validation_rows: int = 0
+    columns: list[ColumnFacts] = field(default_factory=list)
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    classes: dict[str, int] = field(default_factory=dict)
+    scores: tuple[float, float] | None = None
+    sample: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the rows are conversations."""
+        return self.task == "chat"
+
+    @property
+    def majority(self) -> float:
+        """Share of the most frequent class; 0 for scores and conversations."""
+        return max(self.classes.values()) / sum(self.classes.values()) if self.classes else 0.0
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Columns that the user has named.
+
+    Attributes:
+        text, text_pair, label: names; None leaves the choice to the data.
+    """
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+def inspect_data(path: Path, choices: Choices, ask: Ask = None) -> FoundData:
+    """Read the files of a path and decide what they are.
+
+    Args:
+        path: a file, or a folder with train and validation files.
+        choices: columns that the user has named.
+        ask: asks where several columns fit equally well.
+
+    Raises:
+        UsageError: a named column is missing, or no column fits.
+        DataError: a file cannot be read, or its rows are not usable.
+    """
+    files = split_files(path, SUFFIXES)
+    train = read_table(files.train)
+    validation = read_table(files.validation) if files.validation else None
+    notes = [*files.notes, *train.notes]
+    if _is_chat(train):
+        chat = load_chat(TaskSection(name="chat", path=str(path)))
+        rows = len(chat.validation) if validation is not None else 0
+        return FoundData(path, "chat", len(chat.train), rows, notes=list(chat.notes))
+    found = FoundData(path, _task_of(files.train[0]), len(train), notes=notes)
+    found.validation_rows = len(validation) if validation else 0
+    found.columns = describe_columns(train)
+    _choose(found, choices, ask)
+    _read_labels(found)
+    return found
+
+
+def _is_chat(table: Table) -> bool:
+    names = set(table.columns)
+    if names & {"chosen", "rejected"} == {"chosen", "rejected"}:
+        raise UsageError(
+            f"{table.source} holds preferred and rejected answers, which no task here reads",
+            where="command line",
+            fix="keep the chosen answers, as messages or as prompt and completion",
+        )
+    turns = any(
+        name in names and all(isinstance(value, list) for value in table.columns[name][:100])
+        for name in _TURNS
+    )
+    return turns or any(set(columns) <= names for columns in KINDS.values())
+
+
+def _task_of(file: Path) -> str:
+    suffix = Path(uncompressed_name(file)).suffix
+    return next(task for task, suffixes in SUFFIXES_OF.items() if suffix in suffixes)
+
+
+def _choose(found: FoundData, choices: Choices, ask: Ask) -> None:
+    """Choose the columns of texts and label."""
+    names = [column.name for column in found.columns]
+    for option, name in (
+        ("--label-column", choices.label),
+        ("--text-column", choices.text),
+        ("--text-pair-column", choices.text_pair),
+    ):
+        if name is not None and name not in names:
+            fix = f"one of {listed(names)}"
+            raise UsageError(f"the data has no column {name!r}", where=option, fix=fix)
+    free = [c for c in found.columns if c.name not in (choices.text, choices.text_pair)]
+    found.label = choices.label or _one_of(found, "label", label_candidates(free), ask)
+    free = [column for column in found.columns if column.name != found.label]
+    pair = pair_in(free)
+    if choices.text is None and choices.text_pair is None and pair is not None:
+        found.text, found.text_pair = pair
+        return
+    found.text = choices.text or _one_of(found, "text", text_candidates(free), ask)
+    found.text_pair = choices.text_pair
+
+
+def _one_of(found: FoundData, what: str, candidates: list[ColumnFacts], ask: Ask) -> str:
+    """Return the likeliest column; ask, or leave a note, where another fits as well."""
+    option = f"--{what}-column"
+    lists = [column.name for column in found.columns if column.kind == "list"]
+    if not candidates:
+        why = (
+            f"; {lists[0]!r} holds lists, and several labels a row are not supported"
+            if lists
+            else ""
+        )
+        raise UsageError(
+            f"found no column for the {what} in {found.path}{why}",
+            where="command line",
+            fix=f"name it: {option} NAME; columns: {listed([c.name for c in found.columns])}",
+        )
+    named = [c for c in candidates if (c.named_label if what == "label" else c.named_text)]
+    if len(named) == 1 or len(candidates) == 1:
+        return (named or candidates)[0].name
+    rivals = named or candidates
+    if ask is not None:
+        return ask(what, rivals)
+    others = listed([column.name for column in rivals[1:]])
+    found.notes.append(f"{rivals[0].name} is taken as the {what}; {option} chooses {others}")
+    return rivals[0].name
+
+
+def _read_labels(found: FoundData) -> None:
+    """Read texts and labels as training will, and describe them."""
+    columns = ColumnsSection(text=found.text, text_pair=found.text_pair, label=found.label)
+    task = TaskSection(name=found.task, path=str(found.path), columns=columns)
+    raw = load_labelled_files(task)
+    found.notes += [note for note in raw.notes if not note.startswith("columns that are not used")]
+    pairs = raw.train.text_pair
+    for at in range(min(len(raw.train), _LENGTH_SAMPLE)):
+        texts: tuple[Any, ...] = (raw.train.text[at],)
+        found.sample.append((*texts, pairs[at]) if pairs is not None else texts)
+    if raw.spec.label_names is None:
+        values = [float(value) for value in raw.train.label]
+        found.scores = (min(values), max(values))
+        return
+    counts = Counter(raw.train.label)
+    names = raw.spec.label_names
+    found.classes = {names[int(label)]: count for label, count in counts.most_common()}
+    rare = [name for name, count in found.classes.items() if count < _FEW_ROWS]
+    if rare:
+        found.notes.append(f"classes with fewer than {_FEW_ROWS} training rows: {listed(rare)}")
+    if len(found.classes) > len(raw.train) / 3:
+        raise DataError(
+            f"column {found.label!r} has {len(found.classes)} classes in {len(raw.train)} rows: it "
+            "does not look like a label",
+            where=str(found.path),
+            fix="--label-column NAME",
+        )
