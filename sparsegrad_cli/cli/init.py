@@ -141,7 +141,7 @@ def _show(found: FoundData, plan: Starter, target: Path) -> None:
     use = "generate" if found.is_chat else "predict"
     texts = 0 if found.is_chat else 2 if found.text_pair else 1
     more = "".join([' "a text"', ' "another text"'][:texts])
-    console.print(Text(f"  sparsegrad {use} {plan.output_dir}{more}"))
+    console.print(Text(f"  sparsegrad {use} {target.parent / plan.output_dir}{more}"))
 
 
 def _kind(found: FoundData) -> str:
