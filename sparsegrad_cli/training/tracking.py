@@ -20,7 +20,10 @@ from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.trackers import PROJECT, named, study_of
 
 # Keys of ``train:`` that are not TrainingArguments'.
-_OWN = {"early_stopping_patience", "save_strategy", "save_steps", "save_total_limit", "report_to"}
+_OWN = {
+    *("early_stopping_patience", "save_strategy", "save_steps", "save_total_limit", "report_to"),
+    *("head_learning_rate", "lora_plus_ratio"),
+}
 
 
 def make_trackers(recipe: Recipe, run_dir: Path, model: nn.Module) -> list[GeneralTracker]:

@@ -113,6 +113,11 @@ class SparsegradCore(Method):
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
         """Return that of ``train.optim``; for a changing support, AdamW on chosen entries of S."""
         chosen = selections(model)
+        for layer in self._layers.values():
+            if _ADAPTER in layer.chosen_parameters:
+                # The first choice is optimizer state from the first step on; a second reference
+                # would keep it in memory when another choice takes its place.
+                layer.chosen_parameters[_ADAPTER] = layer.chosen_parameters[_ADAPTER][0], None
         return selective_adamw(model, chosen, train) if chosen else make_optimizer(model, train)
 
     def support(self, target: Target) -> tuple[Tensor, tuple[int, int]] | None:
