@@ -67,7 +67,7 @@ def evaluate(
 
     source = expanded(str(file))
     if not is_file(source):
-        raise UsageError(f"there is no file {file}", where="command line")
+        raise UsageError(f"the file {file} does not exist", where="command line")
     options = EvaluateOptions(
         file=source,
         text_column=text_column,

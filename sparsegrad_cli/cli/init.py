@@ -74,7 +74,7 @@ def init(
     """
     source = expanded(str(data))
     if not exists(source):
-        raise UsageError(f"there is no file or folder {data}", where="command line")
+        raise UsageError(f"the file or folder {data} does not exist", where="command line")
     target = output or Path(f"{source.resolve().name.partition('.')[0] or 'recipe'}.yaml")
     if exists(target) and not overwrite:
         raise UsageError(

@@ -103,7 +103,9 @@ def predict(
         )
     if not given:
         raise UsageError(
-            "there is nothing to label", where="command line", fix="texts, a file, or -"
+            "expected texts or a file to label, got none",
+            where="command line",
+            fix="texts, a file, or -",
         )
     if output is not None:
         from sparsegrad_cli.predict.output import check_format
@@ -154,7 +156,7 @@ def _file_of(given: list[str]) -> Path | None:
     files = [text for text in given if is_file(expanded(text))]
     missing = [text for text in given if text.lower().endswith(_SUFFIXES) and text not in files]
     if missing and " " not in missing[0]:
-        raise UsageError(f"there is no file {missing[0]}", where="command line")
+        raise UsageError(f"the file {missing[0]} does not exist", where="command line")
     if files and len(given) > 1:
         raise UsageError(
             f"expected one file or texts, got {len(given)} arguments, among them {files[0]}",

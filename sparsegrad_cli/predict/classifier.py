@@ -146,7 +146,7 @@ def load_trained_classifier(
         model = load_adapter(folder)
         return _of_transformers(source, model, load_tokenizer(section), max_length)
     if "/" in source and not is_folder(folder) and source.startswith((".", "/", "~")):
-        raise UsageError(f"there is no folder {source}", where="command line")
+        raise UsageError(f"the folder {source} does not exist", where="command line")
     return _plain(source, max_length)
 
 

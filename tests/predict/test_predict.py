@@ -193,8 +193,8 @@ def test_a_bad_row_leaves_the_earlier_output(run: Path, cli: Cli, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "there is nothing to label"),
-        (("nowhere.csv",), "there is no file nowhere.csv"),
+        ((), "expected texts or a file to label, got none"),
+        (("nowhere.csv",), "the file nowhere.csv does not exist"),
         (("new.csv", "more"), "expected one file or texts, got 2 arguments"),
         (("new.csv", "-o", "out.xlsx"), "the suffix '.xlsx' does not say"),
         (("new.csv", "--text-column", "words"), "the file has no column 'words'"),

@@ -2,7 +2,7 @@
 
 Zmushko et al. 2024, arXiv 2411.07837, with the column-wise projection, Adam as the
 state-full and signSGD as the state-free rule. Every T steps a share rho of W's columns is drawn
-anew, and Adam's moments and bias corrections start again. The drawn columns take Adam's step with
+again, and Adam's moments and bias corrections start again. The drawn columns take Adam's step with
 rate lr, all others W <- W - lr c sign(G); the paper has c = 0.1 for fine-tuning.
 
 Draws follow from the run's seed, the target's number and the number of the draw, not from the

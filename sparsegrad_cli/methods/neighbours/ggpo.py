@@ -117,7 +117,7 @@ class Ggpo(ChangeMethod):
         return GgpoChange(place, scale, settings.sigma, settings.beta)
 
     def optimizer(self, model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-        """Return AdamW that computes the deviations of the noise anew after each step."""
+        """Return AdamW that computes the deviations of the noise again after each step."""
         changes = [module for module in model.modules() if isinstance(module, GgpoChange)]
         optimizer = make_optimizer(model, train)
 

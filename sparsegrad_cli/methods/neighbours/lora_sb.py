@@ -88,7 +88,7 @@ def summed_gradients(
     """Return target name -> sum over the batches of c dL/dW, (out, in), float32 or wider.
 
     c is positive: gradients in float16 would underflow, and only their signs count. W may be
-    packed: the gradients are products of what goes into a layer and what comes back.
+    packed: the gradients are products of the input of a layer and the gradient of its output.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.

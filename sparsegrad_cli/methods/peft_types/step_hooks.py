@@ -83,7 +83,8 @@ def kasa_penalty(model: nn.Module, beta: float, gamma: float) -> Tensor:
     for layer in _layers(model, "lora_diag"):
         s = layer.lora_diag[_NAME]
         a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-        apart = _from_identity(b.T @ b) + _from_identity(a @ a.T)  # (r, out) @ (out, r) and A alike
+        apart = _from_identity(b.T @ b)  # (r, out) @ (out, r)
+        apart = apart + _from_identity(a @ a.T)  # (r, in) @ (in, r)
         total = total.to(s.device) + beta * s.square().sum() + gamma * apart
     return total
 

@@ -150,7 +150,7 @@ TUNERS: dict[str, Tuner] = {
     "HRA": Tuner(_R),
     # l_ff scales the outputs of every target: which of them reads another's output is not known.
     "IA3": Tuner(few=True, defaults={"feedforward_modules": []}),
-    "LILY": Tuner(_R, merge_refusal="its router weighs the factors anew for every token"),
+    "LILY": Tuner(_R, merge_refusal="its router weighs the factors differently for every token"),
     "LN_TUNING": Tuner(beside=False, values="PEFT copies whole layers, with their values"),
     "LOHA": Tuner(_R),
     "LOKR": Tuner(_R),
