@@ -239,7 +239,7 @@ class Method:
     """PEFT's configuration of the prepared adapter; None if PEFT does not know the method."""
 
     training: TrainingData | None = None
-    """Set by :meth:`prepare`; None if there is no run, only an adapter to load or to estimate."""
+    """The run that follows, set by :meth:`prepare`; None to load or estimate an adapter."""
 
     def __init__(self, settings: MethodSettings) -> None:
         self.settings = settings

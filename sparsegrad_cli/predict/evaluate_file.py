@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,6 @@ def evaluate_file(
     classifier: Classifier,
     options: EvaluateOptions,
     model: str,
-    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> EvaluationRecord:
     """Return the record of an evaluation.
 
@@ -75,13 +74,12 @@ def evaluate_file(
         classifier: the model.
         options: what to measure.
         model: the model as the user named it.
-        on_rows: receives the number of rows so far.
 
     Raises:
         UsageError: a column is missing.
         DataError: a text or label is missing, or a label is not a class of the model.
     """
-    answers = _answers(classifier, options, on_rows)
+    answers = _answers(classifier, options)
     spec = _spec(classifier)
     outputs = answers.outputs
     predicted = outputs[:, 0] if spec.regression else outputs.argmax(axis=1)
@@ -121,9 +119,7 @@ def _spec(classifier: Classifier) -> TaskSpec:
     )
 
 
-def _answers(
-    classifier: Classifier, options: EvaluateOptions, on_rows: Callable[[int], None]
-) -> _Answers:
+def _answers(classifier: Classifier, options: EvaluateOptions) -> _Answers:
     stream = open_rows(options.file)
     columns = text_columns(stream.names, classifier, options.text_column, options.text_pair_column)
     label_column = options.label_column or "label"
@@ -151,7 +147,6 @@ def _answers(
         worst += _wrong(classifier, chunk, texts, found.probabilities, true, loss, rows)
         worst = sorted(worst, key=lambda each: (-each[0], each[1]))[: options.worst]
         rows += len(chunk)
-        on_rows(rows)
     names = classifier.label_names or ()
     note = f"{ids:,} labels are read as ids of the classes 0 to {len(names) - 1}: {listed(names)}"
     return _Answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,6 @@ def label_rows(
     batch_size: int,
     all_probabilities: bool,
     summary: Summary,
-    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
     """Yield every chunk with the columns that predictions add to its rows.
 
@@ -105,7 +104,6 @@ def label_rows(
         batch_size: rows of a batch.
         all_probabilities: whether to add the probability of every class.
         summary: counts what was predicted.
-        on_rows: receives the number of rows so far.
 
     Raises:
         DataError: a text is missing, empty or not text.
@@ -118,7 +116,6 @@ def label_rows(
             for values in found.probabilities.tolist()
         ]
         summary.add(added, len(found.cut))
-        on_rows(summary.rows)
         yield chunk, added
 
 

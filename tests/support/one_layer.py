@@ -32,7 +32,7 @@ class OneLayer:
     Args:
         settings: of the method.
         transposed: whether the layer is GPT-2's Conv1D.
-        seed: of what the method draws.
+        seed: seed of the random numbers that the method draws.
         run: whether a run follows, whose first two batches a method that asks for them reads.
         training: returns the ``TrainingData`` of that run, in place of those.
 

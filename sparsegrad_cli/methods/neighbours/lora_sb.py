@@ -71,7 +71,7 @@ class LoraSb(ChangeMethod):
         return super().adapt(model, targets, bases, scores)
 
     def make_change(self, place: Place) -> LoraSbChange:
-        """Return the approximated first step; zeros of the same shapes if there is no run."""
+        """Return the approximated first step; zeros of the same shapes without a run."""
         rank, like, dtype = place.narrow_rank, place.like, place.product_dtype
         if self.training is None:
             zeros = like.new_zeros
