@@ -1,6 +1,6 @@
 """The text of a label, the number that a text writes, and classes that look alike.
 
-docs/labels.md has the rules.
+docs/reference/labels.md has the rules.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decide once, over all files of a task, whether its labels are classes or scores.
 
-docs/labels.md has the rules. A class is the text of its label (:mod:`.label_texts`).
+docs/reference/labels.md has the rules. A class is the text of its label (:mod:`.label_texts`).
 """
 
 from __future__ import annotations

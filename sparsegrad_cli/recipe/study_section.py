@@ -143,7 +143,7 @@ class RateSpace(Section):
     centres: dict[str, Positive] = Field(
         {},
         description="centre for each row's label; by default the row's own rate in the study, "
-        "else one measured for its method (docs/compare.md)",
+        "else one measured for its method (docs/how-to/compare-methods.md)",
     )
 
 

@@ -22,7 +22,7 @@ class ColumnsSection(Section):
 
 
 class ChatSection(Section):
-    """Which conversations are trained on, and how they become rows (docs/chat_data.md)."""
+    """Which conversations are trained on, and how they become rows (docs/reference/chat-data.md)."""
 
     paths: Literal["threads", "best", "replies"] = Field(
         "threads",
@@ -105,7 +105,7 @@ class TaskSection(Section):
     type: TaskType | None = Field(
         None,
         description="csv, json, parquet: whether labels are classes or scores; by default "
-        "task.metric decides, then the labels (docs/labels.md)",
+        "task.metric decides, then the labels (docs/reference/labels.md)",
     )
     metric: str | None = Field(
         None, description="metric that selects the best model; by default the task's own"

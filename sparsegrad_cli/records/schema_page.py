@@ -39,7 +39,7 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         StudyRecord,
         "`compare` writes it into the comparison's folder after every run. `sparsegrad report` "
         "computes `rows`, `tests` and `checks` again from `cells`. The formulas are in "
-        "[compare.md](../compare.md). [Example](compare.example.json).",
+        "[Compare methods](../how-to/compare-methods.md). [Example](compare.example.json).",
     ),
     (
         "export.json",

@@ -84,7 +84,7 @@ def test_counts_of_the_documentation() -> None:
     file = shared_data() / "oasst" / "en_100_trees.jsonl"
     if not file.is_file():
         pytest.skip("en_100_trees.jsonl is not on this machine")
-    page = (REPO / "docs" / "chat_data.md").read_text(encoding="utf-8")
+    page = (REPO / "docs" / "reference" / "chat-data.md").read_text(encoding="utf-8")
     table = page[page.index("| | `threads` | `best` | `replies` |") :].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in table.splitlines()[2:]]
     for paths, column in zip(EXPECTED, zip(*rows, strict=True), strict=True):

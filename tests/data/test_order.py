@@ -254,7 +254,7 @@ def test_row_digests_continue_from_a_checkpoint_that_has_them() -> None:
 def test_processes_fill_the_end_of_an_epoch_with_its_beginning(
     rows: int, processes: int, size: int
 ) -> None:
-    """Check what docs/processes.md says about accelerate and our sampler."""
+    """Check what docs/how-to/train-on-several-gpus.md says about accelerate and our sampler."""
     from accelerate.data_loader import BatchSamplerShard
 
     made = sampler(size=rows)

@@ -1,7 +1,7 @@
 """Property tests on generated inputs: each is accepted, or refused with a SparsegradError.
 
 ``make test`` runs a few cases of every property, always the same ones. ``make test-slow`` runs
-hundreds, and prints a table of the outcomes at the end (docs/hostile.md).
+hundreds, and prints a table of the outcomes at the end (docs/explanation/security.md).
 """
 
 from __future__ import annotations

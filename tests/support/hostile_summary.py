@@ -1,4 +1,4 @@
-"""The table of outcomes of generated cases that docs/hostile.md shows."""
+"""The table of outcomes of generated cases that docs/explanation/security.md shows."""
 
 from __future__ import annotations
 

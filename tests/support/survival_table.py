@@ -1,4 +1,4 @@
-"""Compute the matrix of docs/survival.md, in some minutes.
+"""Compute the matrix of docs/how-to/resume.md, in some minutes.
 
 Run ``PYTHONPATH=tests python tests/support/survival_table.py``.
 """
@@ -77,7 +77,7 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{platform.machine()}, {os.uname().sysname}, one thread."
     )
-    page = REPO / "docs" / "survival.md"
+    page = REPO / "docs" / "how-to" / "resume.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     page.write_text("\n".join([before + BEGIN, "", *lines, "", made, "", END + after]), "utf-8")
