@@ -186,7 +186,8 @@ def check_countable(recipe: Recipe) -> None:
         raise UsageError(
             "a quantized base cannot be estimated: bitsandbytes packs real numbers only",
             where="model.quantization",
-            fix="leave it out here; docs/how-to/quantize-the-base.md says how much memory the weights then take",
+            fix="leave it out here; docs/how-to/quantize-the-base.md says how much memory "
+            "the weights then take",
         )
 
 

@@ -22,7 +22,7 @@ class ColumnsSection(Section):
 
 
 class ChatSection(Section):
-    """Which conversations are trained on, and how they become rows (docs/reference/chat-data.md)."""
+    """Which conversations are trained on, and how (docs/reference/chat-data.md)."""
 
     paths: Literal["threads", "best", "replies"] = Field(
         "threads",

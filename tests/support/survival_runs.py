@@ -65,7 +65,7 @@ METHODS = {
 }
 NEEDS_BASIS = {name for name, settings in METHODS.items() if "method.form" in settings[0]}
 
-# The rows of the matrix in docs/how-to/resume.md: kill point -> occurrence at which the run is killed.
+# The rows of the matrix in docs/how-to/resume.md: kill point -> at which occurrence the run dies.
 TRAINING_POINTS = {
     "begun": 1,
     "loaded": 1,

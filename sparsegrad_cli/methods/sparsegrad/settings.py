@@ -106,8 +106,8 @@ class SparsegradSettings(SparseSettings):
     ) -> dict[str, Any]:
         """Fill in the calibration of the core form: tokens, a warm head and thin products.
 
-        They score best and cost least there (docs/results/index.md). The other forms keep what the paper
-        does.
+        They score best and cost least there (docs/results/index.md). The other forms keep what
+        the paper does.
         """
         if method.get("form", cls.model_fields["form"].default) != "core":
             return calibration
