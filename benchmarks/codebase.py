@@ -65,7 +65,7 @@ METHODS = ("sparsegrad", "lora", "meprop", "full")
 OTHER_WORDS = {
     "export": "lora is a file format there",
     "cli/export.py": "lora is a file format there",
-    "generate/answerer.py": "full: the positions of the model are used up",
+    "tasks/answerer.py": "full: the positions of the model are used up",
     "generate/answer_questions.py": "full: the positions of the model are used up",
     "cli/chat.py": "full: the positions of the model are used up",
     "report": "lora is a file format of exports, full a reason to stop",

@@ -18,13 +18,22 @@ class Observer:
         self.close()
 
     def phase(self, name: str, detail: str = "") -> None:
-        """Begin a phase: load, calibrate, train, evaluate, report."""
+        """Begin a phase: load, calibrate, train, evaluate, report. It ends the one before."""
 
     def note(self, text: str) -> None:
         """Tell the user something, such as a default that was chosen or rows that were dropped."""
 
-    def total_steps(self, phase: str, steps: int) -> None:
-        """Announce the number of steps of the phase."""
+    def total_steps(
+        self, phase: str, steps: int | None, *, done: int = 0, unit: str = "steps"
+    ) -> None:
+        """Announce the number of steps of a phase, or of work inside the current phase.
+
+        Args:
+            phase: The phase, or the name of the work inside it, such as ``warm-up``.
+            steps: Their number; None if it is not known.
+            done: How many an earlier process has done.
+            unit: What is counted, in the plural.
+        """
 
     def step(self, phase: str, record: dict[str, Any]) -> None:
         """Finish one step of a phase; ``record`` has ``step`` and what is known about it."""

@@ -119,6 +119,7 @@ def energy_table(
     train: TrainSection | None = None,
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
     choices: Mapping[str, Choice] | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[EnergyBlock, HeatMap]:
     """Measure the share of squared entries in the top 1 % of held-out gradients, per target.
 
@@ -143,6 +144,7 @@ def energy_table(
         per_kind: bases of whole kinds (:class:`KindGrams`), if the calibrated ones are per layer.
         train: settings of gradient checkpointing and autocast; None for neither.
         meter: context in which the first two steps are measured.
+        on_step: called with the number and loss of each step.
         choices: target name -> its trained parameters. The ``compared`` block compares them with
             the same number of parameters chosen in hindsight.
 
@@ -161,7 +163,8 @@ def energy_table(
         with hooks:
             for step in range(1, steps + 1):
                 with meter() if step <= 2 else nullcontext():
-                    gradient_step(model, next(batches), step, scale=scale)
+                    loss = gradient_step(model, next(batches), step, scale=scale)
+                on_step(step, loss)
     return sums.energy(), sums.heat_map()
 
 

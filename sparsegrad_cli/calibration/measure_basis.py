@@ -44,6 +44,7 @@ def _measure_energy(calibration: RunCalibration, made: Calibration, kinds: KindG
     # Use the head that the basis was computed with. A kept head is warm already.
     warm = nullcontext() if settings.keep_head else calibration.warmed_head("energy")
     with calibration.memory_explained("energy"), warm:
+        run.observer.total_steps("energy", settings.energy_steps)
         energy, heat_map = energy_table(
             setup.model,
             setup.targets,
@@ -55,6 +56,7 @@ def _measure_energy(calibration: RunCalibration, made: Calibration, kinds: KindG
             choices=_choices(calibration, made),
             train=run.recipe.train,
             meter=lambda: setup.meter.phase("energy"),
+            on_step=lambda n, loss: run.observer.step("energy", {"step": n, "loss": loss}),
         )
     run.seconds["diagnostics_s"] = time.perf_counter() - started
     block = run.writer.record.calibration or CalibrationBlock()

@@ -91,10 +91,10 @@ class RunCalibration:
         passes = passes_of(settings)
         again = f", {passes} passes" if passes > 1 else ""
         self.run.begin_phase("calibrate", f"{settings.steps} steps, no update{again}")
-        observer.total_steps("calibrate", len(self.own_steps) * passes)
         started = time.perf_counter()
         with self.memory_explained("calibrate"), self.warmed_head():
             warmup_seconds, warmup_tokens = time.perf_counter() - started, self.tokens
+            observer.total_steps("calibrate", len(self.own_steps) * passes)
             calibration = self.calibrate(
                 self.own_steps,
                 whole=whole,
@@ -204,6 +204,9 @@ class RunCalibration:
             phase: phase of the memory report that the warm-up counts towards.
         """
         settings, seed = self.run.recipe.calibration, self.run.recipe.seed
+        observer = self.run.observer
+        if settings.warmup_steps and head_parameters(self.setup.model):
+            observer.total_steps("warm-up", settings.warmup_steps)
         with warmed_head(
             self.setup.model,
             # The warm-up uses other batches than calibration.
@@ -214,6 +217,7 @@ class RunCalibration:
             keep=settings.keep_head,
             train=self.run.recipe.train,
             meter=lambda: self.setup.meter.phase(phase),
+            on_step=lambda n, loss: observer.step("warm-up", {"step": n, "loss": loss}),
         ):
             yield
         if settings.keep_head and settings.warmup_steps:

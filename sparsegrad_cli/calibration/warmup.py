@@ -37,6 +37,7 @@ def warmed_head(
     keep: bool = False,
     train: TrainSection | None = None,
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Iterator[None]:
     """Train the head for ``steps``, and restore it when the context ends.
 
@@ -50,6 +51,7 @@ def warmed_head(
         keep: keep the trained head when the context ends.
         train: settings of gradient checkpointing and autocast; None for neither.
         meter: context in which the first two steps are measured.
+        on_step: called with the number and loss of each step.
 
     Raises:
         SparsegradError: a loss is not finite; the head is restored.
@@ -60,7 +62,7 @@ def warmed_head(
     try:
         if head:
             with as_in_training(model, train) as scale:
-                _train(model, head, batches, steps, learning_rate, seed, scale, meter)
+                _train(model, head, batches, steps, learning_rate, seed, scale, meter, on_step)
         warm = True
         yield
     finally:
@@ -79,6 +81,7 @@ def _train(
     seed: int,
     scale: float,
     meter: Callable[[], AbstractContextManager[Any]],
+    on_step: Callable[[int, float], None],
 ) -> None:
     # AdamW does not work in half precision: in float16, eps is 0 and the second moment underflows.
     masters = [p.detach().float() if p.dtype in HALF else p for p in head]
@@ -91,8 +94,9 @@ def _train(
             parameter.requires_grad_(True)
         for step in range(1, steps + 1):
             with meter() if step <= 2 else nullcontext():
-                gradient_step(model, next(batches), step, scale=scale)
+                loss = gradient_step(model, next(batches), step, scale=scale)
                 _step(optimizer, head, masters, scale)
+            on_step(step, loss)
 
 
 def _step(

@@ -11,7 +11,7 @@ from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.io.untrusted_text import printable_text
 
 if TYPE_CHECKING:
-    from sparsegrad_cli.generate.answerer import Answerer
+    from sparsegrad_cli.tasks.answerer import Answerer
 
 _HELP = "/reset starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 _COMMAND = re.compile(r"/[a-z]+")

@@ -232,27 +232,29 @@ def _run(
     overwrite: bool,
     quiet: bool,
 ) -> StudyRecord:
-    """Run a study: print a line before each run, and keep the report up to date."""
-    from rich.console import Console
-
+    """Run a study: show how far it has come, and keep the report up to date."""
+    from sparsegrad_cli.cli.compare_progress import CompareProgress
     from sparsegrad_cli.judge.verdicts import read_graded_answers
     from sparsegrad_cli.report.render import LiveReport
-    from sparsegrad_cli.report.terminal import plain_line
     from sparsegrad_cli.study.coordinator import run_study
 
-    err = Console(stderr=True, quiet=quiet)
-    for note in study.notes:
-        err.print(plain_line(f"note: {note}"))
-    return run_study(
-        study,
-        folder,
-        command=shlex.join(["sparsegrad", *sys.argv[1:]]),
-        jobs=jobs,
-        overwrite=overwrite,
-        quiet=quiet,
-        solve=solve,
-        tell=lambda line: err.print(plain_line(line, style="bold")),
-        saved=LiveReport(
-            folder.path, lambda line: err.print(plain_line(line)), read_graded_answers
-        ),
-    )
+    with CompareProgress(study, folder.path, quiet=quiet) as progress:
+        for note in study.notes:
+            progress.tell(f"note: {note}")
+        report = LiveReport(folder.path, progress.tell, read_graded_answers)
+
+        def saved(record: StudyRecord) -> None:
+            progress.update(record)
+            report(record)
+
+        return run_study(
+            study,
+            folder,
+            command=shlex.join(["sparsegrad", *sys.argv[1:]]),
+            jobs=jobs,
+            overwrite=overwrite,
+            quiet=quiet or progress.live,
+            solve=solve,
+            tell=lambda line: progress.tell(line, style="bold"),
+            saved=saved,
+        )

@@ -82,7 +82,7 @@ def evaluate(
         observer.phase("load", run)
         classifier = load_trained_classifier(run, tuple(overrides or ()), max_length=max_length)
         observer.phase("evaluate", str(source))
-        record = evaluate_file(classifier, options, run)
+        record = evaluate_file(classifier, options, run, observer)
     footer = None
     if output_dir is not None:
         from sparsegrad_cli.records.store import write

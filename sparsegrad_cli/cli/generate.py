@@ -111,7 +111,8 @@ def generate(
     [bold]sparsegrad generate runs/chat --prompts builtin:questions[/bold]
     """
     from sparsegrad_cli.generate.answer_files import is_study
-    from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
+    from sparsegrad_cli.generate.options import GenerateOptions, ModelOptions
+    from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
     settings = GenerationSettings(system, max_new_tokens, temperature, top_p, seed)
     model = ModelOptions(run, tuple(overrides or ()), device, dtype)

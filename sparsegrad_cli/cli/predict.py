@@ -130,6 +130,7 @@ def predict(
                 all_probabilities=all_probabilities,
             )
         else:
+            observer.close()  # The labels go to standard output, which may be the same terminal.
             summary = _label_texts(
                 classifier,
                 given,
@@ -194,6 +195,7 @@ def _label_file(
             f"{file} already has a column {taken[0]!r}", where=str(file), fix="rename that column"
         )
     observer.phase("predict", str(file))
+    observer.total_steps("predict", None, unit="rows")
     labelled = label_rows(
         classifier,
         stream.chunks(CHUNK),
@@ -203,14 +205,18 @@ def _label_file(
         summary=summary,
     )
     if output is None:
+        if sys.stdout.isatty():
+            observer.close()
         suffix = ".jsonl" if stream.format == ".parquet" else stream.format
         writer = text_writer(sys.stdout, suffix, stream, added)
         for rows, more in labelled:
             writer.write(rows, more)
+            observer.step("predict", {"step": summary.rows})
         return summary
     with open_output(output, stream, added) as writer:
         for rows, more in labelled:
             writer.write(rows, more)
+            observer.step("predict", {"step": summary.rows})
     return summary
 
 

@@ -16,6 +16,7 @@ from sparsegrad_cli.data.conversation import (
     split_by_hash,
 )
 from sparsegrad_cli.data.hub import hub_table, load_hub_splits
+from sparsegrad_cli.data.mixing import mix
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.data.split_files import SplitFiles, split_files
 from sparsegrad_cli.data.tables import Table
@@ -41,11 +42,62 @@ def load_chat_files(task: TaskSection) -> RawChat:
     return _conversations(_tables(files), task, files.notes)
 
 
+def load_chat_mix(task: TaskSection) -> RawChat:
+    """Read the sources of ``task.mix``, each as :func:`load_chat_files`, and mix their training.
+
+    Raises:
+        UsageError, DataError: as :func:`load_chat_files`.
+    """
+    sources = task.mix or ()
+    raws = [load_chat_files(task.model_copy(update={"path": s.path, "mix": None})) for s in sources]
+    names, sizes = [source.label for source in sources], [len(raw.train) for raw in raws]
+    for name, size in zip(names, sizes, strict=True):
+        if not size:
+            raise DataError(f"source {name!r} has no training conversation", where="task.mix")
+    mixture = mix(names, [source.weight for source in sources], sizes, task.mix_until)
+    every = [conversation for raw in raws for conversation in raw.train]
+    counts = sum((Counter(raw.counts) for raw in raws), Counter[str]())
+    return RawChat(
+        [every[position] for position in mixture.positions],
+        [conversation for raw in raws for conversation in raw.validation],
+        raws[0].unit,
+        dict(counts),
+        [f"{name}: {note}" for name, raw in zip(names, raws, strict=True) for note in raw.notes],
+        mixture=mixture,
+    )
+
+
+def load_chat_sets(task: TaskSection) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """Read the files of ``task.evaluation``.
+
+    Returns:
+        Name -> conversations, and notes on what was left out.
+
+    Raises:
+        UsageError, DataError: as :func:`load_chat_files`.
+    """
+    found: dict[str, list[Conversation]] = {}
+    notes: list[str] = []
+    for name, path in (task.evaluation or {}).items():
+        table = read_table([expanded(path)], "json")
+        dropped, masked_or_cut = DropCounts(), Counter[str]()
+        reader = _row_reader(table, task.chat or ChatSection())
+        found[name] = _read_rows(reader, dropped, masked_or_cut)
+        notes += [f"{name}: {note}" for note in table.notes]
+        notes += [f"{name}: {dropped.note(reason)}" for reason in dropped.counts]
+        notes += [f"{name}: {count} x {reason}" for reason, count in masked_or_cut.items()]
+        notes += [f"{name}: {note}" for note in _unused_key_notes([reader])]
+    return found, notes
+
+
 def check_chat_columns(task: TaskSection) -> None:
     """Check that the columns hold conversations; errors as :func:`load_chat_files`."""
-    files = split_files(expanded(str(task.path)), _SUFFIXES)
-    for table in _tables(files).values():
-        _row_reader(table, task.chat or ChatSection())
+    for path in task.train_paths:
+        files = split_files(expanded(path), _SUFFIXES)
+        for table in _tables(files).values():
+            _row_reader(table, task.chat or ChatSection())
+    for path in (task.evaluation or {}).values():
+        _row_reader(read_table([expanded(path)], "json"), task.chat or ChatSection())
 
 
 def load_hub_chat(task: TaskSection) -> RawChat:

@@ -7,7 +7,7 @@ cover the header before the turn, or a line break that the template writes after
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad_cli.data.batches import UNLABELLED, token_rows
@@ -110,11 +110,13 @@ class EncodedChats:
         data: columns ``input_ids`` and ``labels`` (lists of int32), in order.
         counts: what was encoded, cut and dropped -> how many; each begins with the split's name.
         too_long: a note on conversations that were cut or dropped; None if there are none.
+        kept: positions of the conversations that were not dropped.
     """
 
     data: Dataset
     counts: dict[str, int]
     too_long: str | None = None
+    kept: list[int] = field(default_factory=list)
 
 
 def encode_conversations(
@@ -142,6 +144,7 @@ def encode_conversations(
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     parts, labelled, total, cut, dropped = [], 0, 0, 0, 0
+    kept: list[int] = []
     for conversation in conversations:
         if total - dropped == enough:
             break
@@ -151,6 +154,7 @@ def encode_conversations(
         cut += bool(row) and was_cut
         if not row:
             continue
+        kept.append(total - 1)
         labelled += len(row_labels) - row_labels.count(UNLABELLED)
         ids.append(row)
         labels.append(row_labels)
@@ -178,7 +182,7 @@ def encode_conversations(
     if cut or dropped:
         too_long = f"{split} conversations longer than max_length {max_length}: "
         too_long += f"{cut} cut, {dropped} dropped, because no answer begins within it"
-    return EncodedChats(concatenate_datasets(parts), counts, too_long)
+    return EncodedChats(concatenate_datasets(parts), counts, too_long, kept)
 
 
 def _last_labelled(labels: Sequence[int]) -> int:

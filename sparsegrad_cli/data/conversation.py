@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from sparsegrad_cli.data.mixing import Mixture
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 
@@ -69,6 +70,8 @@ class ChatData:
         counts: what was kept and dropped -> how many: ``{"trees read": 100, ...}``.
         data_hash: sha256 (hex) over every turn that is used, in order and by split.
         notes: what the user should know beyond the counts.
+        evaluation: name of a further evaluation set -> its conversations.
+        mixture: which source each training conversation is from, with ``task.mix``.
     """
 
     train: list[Conversation]
@@ -76,6 +79,8 @@ class ChatData:
     counts: Mapping[str, int]
     data_hash: str
     notes: list[str] = field(default_factory=list)
+    evaluation: dict[str, list[Conversation]] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
 
 class DropCounts:
@@ -123,6 +128,8 @@ class RawChat:
         unit: what a group is, in the plural: ``trees``, ``prompts``, ``rows``.
         counts: what was read, dropped and kept.
         notes: what the user should know beyond the counts.
+        evaluation: name of a further evaluation set -> its conversations.
+        mixture: which source each training conversation is from, with ``task.mix``.
     """
 
     train: list[Conversation]
@@ -130,6 +137,8 @@ class RawChat:
     unit: str
     counts: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    evaluation: dict[str, list[Conversation]] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
 
 def split_position(group: str) -> float:
@@ -211,6 +220,7 @@ def finish(raw: RawChat, task: TaskSection) -> ChatData:
     for split, whole, limit in (
         ("training", raw.train, task.train_limit),
         ("validation", raw.validation, task.eval_limit),
+        *((name, whole, task.eval_limit) for name, whole in raw.evaluation.items()),
     ):
         part = [_last_only(each) if last_only else each for each in whole[:limit]]
         if not part:
@@ -224,8 +234,9 @@ def finish(raw: RawChat, task: TaskSection) -> ChatData:
         counts[f"{split} assistant turns learnt"] = learnt
         counts[f"{split} assistant turns learnt, distinct"] = distinct
         parts[split] = part
-    train, validation = parts["training"], parts["validation"]
-    return ChatData(train, validation, counts, _hash(parts.values()), notes)
+    data_hash = _hash(parts.values())
+    train, validation = parts.pop("training"), parts.pop("validation")
+    return ChatData(train, validation, counts, data_hash, notes, parts, raw.mixture)
 
 
 def _last_only(conversation: Conversation) -> Conversation:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsegrad_cli.data.mixing import Mixture
 from sparsegrad_cli.errors import DataError
 from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import POSITIVE_METRICS, TaskSpec, with_metric
+from sparsegrad_cli.records.run import MixedSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,18 +41,43 @@ class Examples:
         """Return the first ``count`` examples, or all of them for None."""
         if count is None or count >= len(self):
             return self
-        pairs = self.text_pair[:count] if self.text_pair is not None else None
-        return Examples(self.text[:count], pairs, self.label[:count])
+        return self.select(range(count))
+
+    def select(self, rows: Sequence[int]) -> Examples:
+        """Return the examples at these positions, in this order."""
+        pairs = [self.text_pair[row] for row in rows] if self.text_pair is not None else None
+        labels: Any = [self.label[row] for row in rows]
+        return Examples([self.text[row] for row in rows], pairs, labels)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """Return the examples of several parts, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    pairs = None
+    if parts[0].text_pair is not None:
+        pairs = [text for part in parts for text in part.text_pair or ()]
+    labels: Any = [label for part in parts for label in part.label]
+    return Examples([text for part in parts for text in part.text], pairs, labels)
 
 
 @dataclass(frozen=True)
 class RawTexts:
-    """Texts with labels as they were read, before limits; ``notes`` say what was left out."""
+    """Texts with labels as they were read, before limits.
+
+    Attributes:
+        spec: texts, labels and metrics of the task.
+        train: the training examples; of a mixture, in its order.
+        validation: split name -> examples; the first split selects the best model.
+        notes: what was left out.
+        mixture: which source each training example is from, with ``task.mix``.
+    """
 
     spec: TaskSpec
     train: Examples
     validation: dict[str, Examples]
     notes: list[str] = field(default_factory=list)
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,7 @@ class TextData:
         data_hash: sha256 (hex) over every text and label used, in order.
         majority: metric -> its value on the first validation split for always answering the most
             frequent training class (the mean training score for regression).
+        sources: the sources of a mixture, with the rows taken of each.
     """
 
     spec: TaskSpec
@@ -74,6 +102,7 @@ class TextData:
     notes: tuple[str, ...]
     data_hash: str
     majority: dict[str, float]
+    sources: tuple[MixedSource, ...] = ()
 
 
 def finish(raw: RawTexts, task: TaskSection) -> TextData:
@@ -102,6 +131,7 @@ def finish(raw: RawTexts, task: TaskSection) -> TextData:
         notes=tuple(notes),
         data_hash=_hash({"train": train, **validation}),
         majority=_majority(spec, train, next(iter(validation.values()))),
+        sources=tuple(raw.mixture.sources(range(len(train)))) if raw.mixture else (),
     )
 
 

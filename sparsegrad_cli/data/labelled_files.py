@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from sparsegrad_cli.data.conversation import refuse_fraction
-from sparsegrad_cli.data.examples import Examples, RawTexts
+from sparsegrad_cli.data.examples import Examples, RawTexts, joined
 from sparsegrad_cli.data.labels import read_labels
+from sparsegrad_cli.data.mixing import mix
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.data.split_files import SUFFIXES, SUFFIXES_OF, split_files
-from sparsegrad_cli.data.tables import Table, read_text_cell
+from sparsegrad_cli.data.tables import Table, concatenated, read_text_cell
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.io.suggest import listed, suggest
@@ -23,27 +24,48 @@ _SPLIT_SEED = 0
 
 
 def load_labelled_files(task: TaskSection) -> RawTexts:
-    """Read the file or folder that ``task.path`` names.
+    """Read the file or folder that ``task.path`` names, or the sources of ``task.mix``.
 
-    :mod:`sparsegrad_cli.data.labels` decides what the labels are. A file without a validation
-    part is split at random.
+    :mod:`sparsegrad_cli.data.labels` decides what the labels are, once for all files. A file
+    without a validation part is split at random.
 
     Raises:
         UsageError: a column is missing, or the labels do not fit the settings.
         DataError: a file is unreadable or empty, a text or label is empty, or validation has a
             label that training lacks.
     """
-    tables, notes = _read_tables(task)
+    files = _read_tables(task)
+    tables, notes = files.tables, list(files.notes)
     roles = _roles(tables, task.columns or ColumnsSection())
     notes += _column_notes(tables, roles, task.columns or ColumnsSection())
     labels = read_labels(tables, roles["label"], task)
-    splits = [_examples(t, roles, labels.values[i]) for i, t in enumerate(tables)]
-    if len(splits) == 1:
-        train, validation, note = _split(splits[0], task.validation_fraction, tables[0].source)
-        notes.append(note)
-    else:
+    parts = [_examples(t, roles, values) for t, values in zip(tables, labels.values, strict=True)]
+    evaluation = dict(
+        zip(files.evaluation, parts[len(parts) - len(files.evaluation) :], strict=True)
+    )
+    if all(table is not None for table in files.validation):
         refuse_fraction(task)
-        train, validation = splits
+    every, held_out = parts[0], iter(parts[1:])
+    trained: list[Examples] = []
+    validated: list[Examples] = []
+    start = 0
+    for source, table in zip(files.train, files.validation, strict=True):
+        own = every.select(range(start, start + len(source)))
+        start += len(source)
+        if table is not None:
+            trained.append(own)
+            validated.append(next(held_out))
+            continue
+        train, validation, note = _split(own, task.validation_fraction, source.source)
+        trained.append(train)
+        validated.append(validation)
+        notes.append(note if task.mix is None else f"{source.source}: {note}")
+    mixture = None
+    if task.mix is not None:
+        sizes = [len(part) for part in trained]
+        names, weights = [s.label for s in task.mix], [s.weight for s in task.mix]
+        mixture = mix(names, weights, sizes, task.mix_until)
+    train = trained[0] if mixture is None else joined(trained).select(mixture.positions)
     regression = labels.names is None
     spec = TaskSpec(
         name=task.name,
@@ -56,25 +78,55 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
         metric="pearson" if regression else "accuracy",
         metrics=SCORE_METRICS if regression else ("accuracy",),
     )
-    return RawTexts(spec, train, {"validation": validation}, [*notes, *labels.notes])
+    sets = {"validation": joined(validated), **evaluation}
+    return RawTexts(spec, train, sets, [*notes, *labels.notes], mixture)
 
 
 def check_columns(task: TaskSection) -> None:
     """Check that all files have the columns of the task; errors as :func:`load_labelled_files`."""
-    tables, _ = _read_tables(task)
-    _roles(tables, task.columns or ColumnsSection())
+    _roles(_read_tables(task).tables, task.columns or ColumnsSection())
 
 
-def _read_tables(task: TaskSection) -> tuple[list[Table], list[str]]:
-    """Return the training table and, if the files have one, the validation table, with notes."""
+@dataclass(frozen=True)
+class _Files:
+    """The tables of a task.
+
+    Attributes:
+        train: one per source.
+        validation: one per source; None if it has none.
+        evaluation: name of a further evaluation set -> its table.
+        notes: on the files.
+    """
+
+    train: list[Table]
+    validation: list[Table | None]
+    evaluation: dict[str, Table]
+    notes: list[str]
+
+    @property
+    def tables(self) -> list[Table]:
+        """The training rows of all sources as one table, then all others."""
+        held_out = [table for table in self.validation if table is not None]
+        return [concatenated(self.train), *held_out, *self.evaluation.values()]
+
+
+def _read_tables(task: TaskSection) -> _Files:
     own = SUFFIXES_OF[task.name]
-    files = split_files(
-        expanded(str(task.path)), (*own, *(suffix for suffix in SUFFIXES if suffix not in own))
-    )
+    suffixes = (*own, *(suffix for suffix in SUFFIXES if suffix not in own))
     separator = "\t" if task.separator == "tab" else task.separator
-    parts = [part for part in (files.train, files.validation) if part]
-    tables = [read_table(part, task.name, separator) for part in parts]
-    return tables, [*files.notes, *(note for table in tables for note in table.notes)]
+    found = [split_files(expanded(path), suffixes) for path in task.train_paths]
+    train = [read_table(files.train, task.name, separator) for files in found]
+    validation = [
+        read_table(files.validation, task.name, separator) if files.validation else None
+        for files in found
+    ]
+    evaluation = {
+        name: read_table([expanded(path)], task.name, separator)
+        for name, path in (task.evaluation or {}).items()
+    }
+    tables = [table for table in (*train, *validation, *evaluation.values()) if table is not None]
+    notes = [note for files in found for note in files.notes]
+    return _Files(train, validation, evaluation, notes + [n for t in tables for n in t.notes])
 
 
 def _roles(tables: Sequence[Table], columns: ColumnsSection) -> dict[str, str]:
@@ -147,10 +199,7 @@ def _split(examples: Examples, fraction: float, source: str) -> tuple[Examples, 
     chosen = set(random.Random(_SPLIT_SEED).sample(range(count), held_out))
     parts = []
     for wanted in (False, True):
-        rows = [row for row in range(count) if (row in chosen) is wanted]
-        pairs = [examples.text_pair[r] for r in rows] if examples.text_pair is not None else None
-        labels: Any = [examples.label[row] for row in rows]
-        parts.append(Examples([examples.text[row] for row in rows], pairs, labels))
+        parts.append(examples.select([row for row in range(count) if (row in chosen) is wanted]))
     note = (
         f"no validation file: {held_out} of {count} rows were split off at random (seed "
         f"{_SPLIT_SEED}); use a folder with train and validation files to choose them yourself"

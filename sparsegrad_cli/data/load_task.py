@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from sparsegrad_cli.data.chat_files import check_chat_columns, load_chat_files, load_hub_chat
+from sparsegrad_cli.data.chat_files import (
+    check_chat_columns,
+    load_chat_files,
+    load_chat_mix,
+    load_chat_sets,
+    load_hub_chat,
+)
 from sparsegrad_cli.data.conversation import ChatData, RawChat
 from sparsegrad_cli.data.conversation import finish as finish_chat
 from sparsegrad_cli.data.examples import Examples, RawTexts, TextData, finish
@@ -50,7 +57,8 @@ def read_task(task: TaskSection) -> RawTexts:
     check_settings(task)
     name, path = task.name, expanded(task.path) if task.path else None
     if name in FILE_TASKS:
-        _require_path(task, f"the {name} file, or a folder with train and validation files")
+        if task.mix is None:
+            _require_path(task, f"the {name} file, or a folder with train and validation files")
         return load_labelled_files(task)
     if task.columns is not None and any(task.columns.model_dump().values()):
         raise UsageError(
@@ -75,7 +83,11 @@ def load_chat(task: TaskSection) -> ChatData:
         DataError: files are missing or damaged, or no conversation is left.
         DownloadError: the data set is neither cached nor reachable on the hub.
     """
-    return finish_chat(_read_chat(task), task)
+    raw = _read_chat(task)
+    if task.evaluation is not None:
+        sets, notes = load_chat_sets(task)
+        raw = replace(raw, evaluation=sets, notes=[*raw.notes, *notes])
+    return finish_chat(raw, task)
 
 
 def check_file_columns(task: TaskSection) -> None:
@@ -92,15 +104,16 @@ def check_file_columns(task: TaskSection) -> None:
 
 def _read_chat(task: TaskSection) -> RawChat:
     hub = (task.chat or ChatSection()).hub
-    if task.path is not None and hub is not None:
-        raise UsageError(
-            "Expected either task.path or task.chat.hub, got both", where="task.chat.hub"
-        )
+    if task.train_paths and hub is not None:
+        key = "task.path" if task.mix is None else "task.mix"
+        raise UsageError(f"Expected either {key} or task.chat.hub, got both", where="task.chat.hub")
     if task.name == "oasst":
         return load_oasst(task)
     if task.name == "chat":
         if hub is not None:
             return load_hub_chat(task)
+        if task.mix is not None:
+            return load_chat_mix(task)
         fix = "a file, a folder with train and validation files, or task.chat.hub"
         _require_path(task, fix)
         return load_chat_files(task)

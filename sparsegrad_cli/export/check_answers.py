@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.errors import DataError, SparsegradError
-from sparsegrad_cli.generate.answerer import Answer, Answerer, ChatPrompts
-from sparsegrad_cli.generate.options import GenerationSettings
+from sparsegrad_cli.tasks.answerer import Answer, Answerer, ChatPrompts
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 PROMPTS = 3
 _TOKENS = 24

@@ -19,10 +19,10 @@ from sparsegrad_cli.export.base_model import (
     plain_model,
     put,
 )
-from sparsegrad_cli.generate.answerer import ChatPrompts, stop_tokens
 from sparsegrad_cli.models.quantized import quantized_layers
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.restore.restore import TrainedModel
+from sparsegrad_cli.tasks.answerer import ChatPrompts, stop_tokens
 
 SHARD_SIZE = "5GB"
 

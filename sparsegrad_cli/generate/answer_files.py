@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sparsegrad_cli.data.questions import questions_name
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.generate.questions import questions_name
 from sparsegrad_cli.io.paths import expanded, is_file
 from sparsegrad_cli.records.answers import AnswerLine, AnswersRecord
 from sparsegrad_cli.records.base import problems

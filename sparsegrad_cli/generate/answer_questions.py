@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.conversation import Turn
+from sparsegrad_cli.data.questions import Question, file_word, questions_name
 from sparsegrad_cli.generate.answer_files import check_line
-from sparsegrad_cli.generate.answerer import Answer, Answerer
 from sparsegrad_cli.generate.options import GenerateOptions
-from sparsegrad_cli.generate.questions import Question, file_word, questions_name
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.base import now
+from sparsegrad_cli.tasks.answerer import Answer, Answerer
 
 FORMAT = "sparsegrad-answers-1"
 Line = dict[str, Any]  # A line of the file; see sparsegrad_cli.records.answers.AnswerLine.
@@ -111,8 +111,8 @@ class _Task:
         done = len(questions) - len(todo)
         if done:
             observer.note(f"{done} of {len(questions)} questions are answered already")
-        observer.total_steps("generate", len(questions))
-        observer.step("generate", {"step": done})
+        observer.phase("generate", f"{len(questions)} questions")
+        observer.total_steps("generate", len(questions), done=done, unit="questions")
         for start in range(0, len(todo), self._batch_size):
             batch = todo[start : start + self._batch_size]
             for question, answers in zip(batch, self._converse(batch), strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sparsegrad_cli.data.questions import Question, questions_name
 from sparsegrad_cli.errors import (
     DataError,
     DownloadError,
@@ -30,10 +31,8 @@ from sparsegrad_cli.generate.answer_questions import (
     answers_to,
     default_output,
 )
-from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.load_chat_model import ChatModel, load_base, load_chat_model
 from sparsegrad_cli.generate.options import GenerateOptions
-from sparsegrad_cli.generate.questions import Question, questions_name
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.paths import expanded, file_digest, refuse_link
 from sparsegrad_cli.progress import Observer
@@ -43,6 +42,7 @@ from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.store import error_block, load_study, write
 from sparsegrad_cli.records.study import CellEntry
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
+from sparsegrad_cli.tasks.answerer import Answerer
 
 # Errors that concern one model, so that the others can still be asked.
 _ONE_MODEL = (UsageError, DataError, FileFormatError, DownloadError)

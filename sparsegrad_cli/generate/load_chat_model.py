@@ -10,8 +10,7 @@ from torch import nn
 
 from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
+from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.generate.peft_folder import base_of, load_onto, tokenizer_in
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.paths import (
@@ -35,6 +34,8 @@ from sparsegrad_cli.records.store import EXPORT
 from sparsegrad_cli.restore.exported_adapter import SETTINGS, load_adapter, read_settings
 from sparsegrad_cli.restore.restore import BaseModule, base_model_errors, check_base, restore
 from sparsegrad_cli.restore.run_files import open_run
+from sparsegrad_cli.tasks.answerer import Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

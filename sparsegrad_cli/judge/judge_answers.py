@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sparsegrad_cli.data.questions import questions_name, read_questions
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.answer_files import answer_files, is_study, study_of
-from sparsegrad_cli.generate.questions import questions_name, read_questions
 from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.jsonl import Journal
 from sparsegrad_cli.io.paths import exists, is_folder, refuse_link
@@ -210,8 +210,8 @@ def _complete(
     done = len(by_key) - len(todo)
     if done:
         observer.note(f"{done} of {len(by_key)} verdicts are known already")
-    observer.total_steps("judge", len(by_key))
-    observer.step("judge", {"step": done})
+    observer.phase("judge", f"{len(by_key)} verdicts")
+    observer.total_steps("judge", len(by_key), done=done, unit="verdicts")
     for line in judge.verdicts(todo, jobs):
         journal.append(line.to_json())
         verdicts[line.key] = line

@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from sparsegrad_cli.generate.questions import Question
+from sparsegrad_cli.data.questions import Question
 
 Messages = list[dict[str, str]]
 

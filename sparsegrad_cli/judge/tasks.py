@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsegrad_cli.data.questions import Question
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.generate.answer_files import check_line
-from sparsegrad_cli.generate.questions import Question
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.judge.prompts import Messages, choosing_prompt, grading_prompt
 

@@ -16,6 +16,7 @@ from sparsegrad_cli.io.suggest import listed, suggest
 from sparsegrad_cli.predict.classifier import Classifier
 from sparsegrad_cli.predict.predict_rows import CHUNK, cell_text, text_columns
 from sparsegrad_cli.predict.row_stream import Row, open_rows
+from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.tasks import SCORE_METRICS, TaskSpec
 from sparsegrad_cli.records.evaluation import (
     ClassScores,
@@ -67,6 +68,7 @@ def evaluate_file(
     classifier: Classifier,
     options: EvaluateOptions,
     model: str,
+    observer: Observer | None = None,
 ) -> EvaluationRecord:
     """Return the record of an evaluation.
 
@@ -74,12 +76,13 @@ def evaluate_file(
         classifier: the model.
         options: what to measure.
         model: the model as the user named it.
+        observer: receives the number of rows that are read.
 
     Raises:
         UsageError: a column is missing.
         DataError: a text or label is missing, or a label is not a class of the model.
     """
-    answers = _answers(classifier, options)
+    answers = _answers(classifier, options, observer or Observer())
     spec = _spec(classifier)
     outputs = answers.outputs
     predicted = outputs[:, 0] if spec.regression else outputs.argmax(axis=1)
@@ -119,7 +122,7 @@ def _spec(classifier: Classifier) -> TaskSpec:
     )
 
 
-def _answers(classifier: Classifier, options: EvaluateOptions) -> _Answers:
+def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observer) -> _Answers:
     stream = open_rows(options.file)
     columns = text_columns(stream.names, classifier, options.text_column, options.text_pair_column)
     label_column = options.label_column or "label"
@@ -133,6 +136,7 @@ def _answers(classifier: Classifier, options: EvaluateOptions) -> _Answers:
     outputs, labels, losses = [], [], []
     worst: list[tuple[float, int, WrongExample]] = []
     rows = cut = ids = 0
+    observer.total_steps("evaluate", None, unit="rows")
     for chunk in stream.chunks(CHUNK):
         texts = [[cell_text(row, column) for row in chunk] for column in columns]
         given = [read(row) for row in chunk]
@@ -147,6 +151,7 @@ def _answers(classifier: Classifier, options: EvaluateOptions) -> _Answers:
         worst += _wrong(classifier, chunk, texts, found.probabilities, true, loss, rows)
         worst = sorted(worst, key=lambda each: (-each[0], each[1]))[: options.worst]
         rows += len(chunk)
+        observer.step("evaluate", {"step": rows})
     names = classifier.label_names or ()
     note = f"{ids:,} labels are read as ids of the classes 0 to {len(names) - 1}: {listed(names)}"
     return _Answers(

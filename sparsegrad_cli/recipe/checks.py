@@ -32,6 +32,7 @@ from sparsegrad_cli.recipe.tasks import (
 from sparsegrad_cli.recipe.trackers import TRACKERS
 from sparsegrad_cli.recipe.yaml_source import KeyPath, Place, clip, dotted, find_place
 
+BUILTIN_QUESTIONS = "builtin:questions"
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 SMOOTHED_SCORES = "label smoothing needs classes, but the labels of this task are scores"
 _POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial schedule ends
@@ -62,6 +63,7 @@ def recipe_problems(
         *_trackers(recipe),
         *_scheduler(recipe),
         *_label_smoothing(recipe),
+        *_sample_prompts(recipe, data=data),
     ]
     return [
         find_place(places, path).problem(dotted(path), clip(what), fix) for path, what, fix in found
@@ -72,10 +74,10 @@ def _task(recipe: Recipe) -> Iterator[Finding]:
     task, names = recipe.task, known_task_names()
     if task.name not in names:
         yield ("task", "name"), f"unknown task {task.name!r}", suggest(task.name, names)
-    elif task.name in FILE_TASKS and task.path is None:
+    elif task.name in FILE_TASKS and not task.train_paths:
         fix = f"give task.path: the {task.name} file, or a folder with train and validation files"
         yield ("task", "path"), f"is missing for task {task.name}", fix
-    elif task.name == "chat" and task.path is None and not (task.chat and task.chat.hub):
+    elif task.name == "chat" and not task.train_paths and not (task.chat and task.chat.hub):
         fix = "give task.path (a file or folder) or task.chat.hub (owner/name)"
         yield ("task", "path"), "is missing for task chat", fix
     try:
@@ -88,9 +90,32 @@ def _data_files(recipe: Recipe) -> Iterator[Finding]:
     task = recipe.task
     if task.path is not None and not exists(task.path):
         yield ("task", "path"), f"no such file or folder: {from_here(task.path)}", None
+    for source in task.mix or ():
+        if not exists(source.path):
+            yield ("task", "mix"), f"no such file or folder: {from_here(source.path)}", None
+    for name, file in (task.evaluation or {}).items():
+        if not is_file(file):
+            yield ("task", "evaluation", name), f"no such file: {from_here(file)}", None
     forgetting = task.chat.forgetting if task.chat else None
     if forgetting is not None and not is_file(forgetting):
         yield ("task", "chat", "forgetting"), f"no such file: {from_here(forgetting)}", None
+
+
+def _sample_prompts(recipe: Recipe, *, data: bool) -> Iterator[Finding]:
+    """Find prompts for a model that does not answer, or a file that does not exist."""
+    prompts, key = recipe.train.sample_prompts, ("train", "sample_prompts")
+    if prompts is None:
+        return
+    if recipe.task.name not in CHAT_TASKS:
+        what = f"needs a model that answers, and {recipe.task.name} trains a classifier"
+        fix = f"leave it out; tasks with answers are {', '.join(CHAT_TASKS)}"
+        yield key, what, fix
+    elif isinstance(prompts, str) and prompts.startswith("builtin:"):
+        if prompts != BUILTIN_QUESTIONS:
+            yield key, f"unknown built-in questions {prompts!r}", BUILTIN_QUESTIONS
+    elif isinstance(prompts, str) and data and not is_file(prompts):
+        fix = "name a file, or give the prompts as a list: [Why is the sky blue?]"
+        yield key, f"no such file: {from_here(prompts)}", fix
 
 
 def _model(recipe: Recipe, places: Mapping[KeyPath, Place]) -> Iterator[Finding]:

@@ -169,6 +169,14 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
     cause = "task.name"
     if name.startswith("builtin:"):
         yield from _idle(task, at, ("path",), cause, f"{name} is generated")
+    if name not in (*FILE_TASKS, "chat"):
+        why = f"it is for {', '.join(FILE_TASKS)} and chat, not for {name}"
+        yield from _idle(task, at, ("mix",), cause, why)
+    if name not in (*FILE_TASKS, *CHAT_TASKS):
+        why = f"it is for {', '.join((*FILE_TASKS, *CHAT_TASKS))}, not for {name}"
+        yield from _idle(task, at, ("evaluation",), cause, why)
+    if task.mix is None:
+        yield from _idle(task, at, ("mix_until",), "task.mix", "there is no task.mix")
     if name in CHAT_TASKS:
         why = f"{name} has no such columns; task.chat selects the turns to train on"
         yield from _idle(task, at, ("columns",), cause, why)
@@ -294,6 +302,9 @@ def _of_train(recipe: Recipe) -> Iterator[Idle]:
         why = f"{recipe.method.name} does not train the factors A and B of LoRA"
         names = ("lora_plus_ratio",)
         yield from _idle(train, at, names, "method.name", why, common=True)
+    if train.sample_prompts is None:
+        names = ("sample_max_new_tokens", "sample_temperature")
+        yield from _idle(train, at, names, "train.sample_prompts", "there are no sample_prompts")
     if train.max_steps > 0:
         why = f"max_steps {train.max_steps} determines how long training takes"
         fix = "leave one of the two out"

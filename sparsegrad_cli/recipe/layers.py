@@ -30,11 +30,13 @@ _PATH_KEYS: tuple[KeyPath, ...] = (
     ("task", "path"),
     ("task", "chat", "forgetting"),
     ("calibration", "basis"),
+    ("train", "sample_prompts"),
     ("init_from",),
     ("output_dir",),
 )
 _MOST_FILES = 32  # limit on the files that a recipe extends, directly or indirectly
-_TRAIN_ALTERNATIVES = ("warmup_steps", "warmup_ratio")  # only one of them is used
+# Only one of them is used.
+_ALTERNATIVES = {"task": ("path", "mix"), "train": ("warmup_steps", "warmup_ratio")}
 
 
 def read_layers(source: str | Path, overrides: tuple[str, ...] = ()) -> list[Layer]:
@@ -134,13 +136,30 @@ def anchor_paths(data: dict[str, Any], folder: Path) -> None:
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
         name = str(keys[-1])
-        if isinstance(section, dict) and isinstance(section.get(name), str) and section[name]:
-            section[name] = _anchored(section[name], folder)
+        path = section.get(name) if isinstance(section, dict) else None
+        if isinstance(path, str) and path and not path.startswith("builtin:"):
+            section[name] = _anchored(path, folder)
+    _anchor_sources(data.get("task"), folder)
     model = data.get("model")
     if isinstance(model, str):
         data["model"] = _anchor_model(model, folder)
     elif isinstance(model, dict) and isinstance(model.get("name"), str):
         model["name"] = _anchor_model(model["name"], folder)
+
+
+def _anchor_sources(task: Any, folder: Path) -> None:
+    """Make the paths of a mixture and of the evaluation sets absolute, in place."""
+    if not isinstance(task, dict):
+        return
+    mix, sets = task.get("mix"), task.get("evaluation")
+    for at, source in enumerate(mix if isinstance(mix, list) else ()):
+        if isinstance(source, str) and source:
+            mix[at] = _anchored(source, folder)
+        elif isinstance(source, dict) and isinstance(source.get("path"), str) and source["path"]:
+            source["path"] = _anchored(source["path"], folder)
+    for name, path in sets.items() if isinstance(sets, dict) else ():
+        if isinstance(path, str) and path:
+            sets[name] = _anchored(path, folder)
 
 
 def _anchored(name: str, folder: Path) -> str:
@@ -201,12 +220,12 @@ def _drop_weaker_alternatives(layer: Layer) -> None:
 
     If both come from the same layer, both stay, and the schema refuses them.
     """
-    for section in ("method", "train"):
+    for section in ("task", "method", "train"):
         data = layer.data.get(section)
         if not isinstance(data, dict):
             continue
         method = settings_class(data) if section == "method" else None
-        names = _TRAIN_ALTERNATIVES if section == "train" else method.rivals if method else ()
+        names = _ALTERNATIVES.get(section) or (method.rivals if method else ())
         strengths = {
             name: layer.places[section, name].strength
             for name in names

@@ -17,7 +17,8 @@ from sparsegrad_cli.recipe.effects import Found, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
 from sparsegrad_cli.recipe.optimizers import DEFAULT_OPTIMIZER
 from sparsegrad_cli.recipe.problems import explain
-from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.schema import Recipe, TrainSection
+from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.yaml_source import (
     KeyPath,
     Layer,
@@ -31,6 +32,7 @@ from sparsegrad_cli.recipe.yaml_source import (
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 _MOST_PROBLEMS = 100  # how many are reported
+_SAMPLES = ("sample_prompts", "sample_max_new_tokens", "sample_temperature")
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,13 @@ def digest(recipe: Recipe) -> str:
         del plain["model"]["quantization"]
     if plain["method"].get("entries", 0) is None:
         del plain["method"]["entries"]
-    for key in ("separator", "type", "positive_label"):
-        if plain["task"][key] is None:
+    for key in ("separator", "type", "positive_label", "mix", "mix_until", "evaluation"):
+        if plain["task"][key] == TaskSection.model_fields[key].default:
             del plain["task"][key]
     if recipe.train.optim == DEFAULT_OPTIMIZER:
         del plain["train"]["optim"]
-    for key in ("optim_args", "head_learning_rate", "lora_plus_ratio"):
-        if plain["train"][key] is None:
+    for key in ("optim_args", "head_learning_rate", "lora_plus_ratio", *_SAMPLES):
+        if plain["train"][key] == TrainSection.model_fields[key].default:
             del plain["train"][key]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -273,6 +273,17 @@ class TrainSection(Section):
     report_to: str | tuple[str, ...] = Field(
         "none", description="trackers that receive losses and scores: none, all, or their names"
     )
+    sample_prompts: str | tuple[str, ...] | None = Field(
+        None,
+        description="chat tasks: prompts that the model answers at every evaluation, as a list or "
+        "a file (one prompt a line, or JSON lines with prompt); training is not affected",
+    )
+    sample_max_new_tokens: PositiveInt = Field(
+        64, description="largest number of tokens of an answer to a sample prompt"
+    )
+    sample_temperature: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of answers to sample prompts; 0 always takes the most likely token"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -306,6 +317,14 @@ class TrainSection(Section):
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
+
+    @field_validator("sample_prompts")
+    @classmethod
+    def _prompts_with_text(cls, value: str | tuple[str, ...] | None) -> Any:
+        prompts = (value,) if isinstance(value, str) else value
+        if prompts is not None and not (prompts and all(text.strip() for text in prompts)):
+            raise ValueError("expected prompts that are not empty, or the name of a file")
+        return value
 
     @field_validator("optim", mode="before")
     @classmethod

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, SettingError
 from sparsegrad_cli.recipe.tasks import TaskType
+
+_TAKEN_NAMES = ("train", "training", "validation")
 
 
 class ColumnsSection(Section):
@@ -83,6 +86,28 @@ class ChatSection(Section):
         return self
 
 
+class SourceSection(Section):
+    """One source of a training mixture. A path alone is short for a weight of 1."""
+
+    path: str = Field(min_length=1, description="file or folder, as task.path")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="its share of the rows, in proportion to the other weights"
+    )
+    name: str | None = Field(
+        None, min_length=1, description="for the record and the report; by default the file's name"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """Its name, or that of its file or folder without suffixes."""
+        return self.name or PurePath(self.path).name.partition(".")[0] or self.path
+
+
 class TaskSection(Section):
     """``task: NAME`` is short for ``task: {name: NAME}``."""
 
@@ -94,6 +119,22 @@ class TaskSection(Section):
     )
     path: str | None = Field(
         None, min_length=1, description="local file or folder that holds the task"
+    )
+    mix: tuple[SourceSection, ...] | None = Field(
+        None,
+        min_length=2,
+        description="csv, json, parquet, chat: several sources in place of task.path, each with "
+        "path, weight and name; an epoch takes rows in proportion to the weights",
+    )
+    mix_until: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted",
+        description="size of a mixture. first_exhausted: no row is repeated, and rows of larger "
+        "sources are left out; all_exhausted: every row is taken, and smaller sources repeat",
+    )
+    evaluation: dict[str, str] | None = Field(
+        None,
+        description="csv, json, parquet and chat tasks: further files to evaluate on, by name, "
+        "such as {ood: other.csv}; the validation part still selects the best model",
     )
     columns: ColumnsSection | None = Field(None, description="names of the columns of your files")
     separator: str | None = Field(
@@ -130,3 +171,30 @@ class TaskSection(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="share split off for validation if your files have no validation part"
     )
+
+    @model_validator(mode="after")
+    def _sources_and_sets(self) -> Self:
+        if self.mix is not None and self.path is not None:
+            raise SettingError("and path exclude each other", "mix", "path", fix="leave one out")
+        labels = [source.label for source in self.mix or ()]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            what = f"names two sources {twice!r}"
+            raise SettingError(what, "mix", fix="give each a name of its own: {path: ..., name: a}")
+        for name in self.evaluation or ():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+                what = f"expected a name of letters, digits and _, got {name!r:.60}"
+                raise SettingError(what, "evaluation", fix="ood: other.csv")
+            if name in _TAKEN_NAMES:
+                what = f"the name {name!r} is taken by the task's own data"
+                raise SettingError(what, "evaluation", fix=f"another name, such as {name}_2")
+        if self.evaluation == {}:
+            raise SettingError("names no file", "evaluation", fix="evaluation: {ood: other.csv}")
+        return self
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """The files or folders to train on: those of the mixture, or ``path``."""
+        if self.mix is not None:
+            return tuple(source.path for source in self.mix)
+        return () if self.path is None else (self.path,)

@@ -86,3 +86,8 @@ def common_metric(metrics: Sequence[str | None]) -> str | None:
         return metrics[0] or "score"
     shares = all(scale_of(name).times == SCORE.times for name in metrics)
     return "score" if metrics and shares else None
+
+
+def set_metric(name: str, metric: str) -> str:
+    """Return the name of a metric on one validation set: ``ood_accuracy``."""
+    return f"{name.replace(' ', '_')}_{metric}"

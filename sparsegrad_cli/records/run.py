@@ -117,12 +117,24 @@ class ModelBlock(Block):
     not_adapted: list[NotAdapted] = []
 
 
+class MixedSource(Block):
+    """One source of a training mixture."""
+
+    name: str
+    weight: Number = Field(description="As in the recipe.")
+    rows: Count = Field(description="Training rows, or conversations, that it has.")
+    taken: Count = Field(description="Those that are trained on; repeated ones count each time.")
+
+
 class TaskBlock(Block):
     """The task and its data."""
 
     name: str | None = Field(None, description="As in the recipe.")
     kind: TaskKind | None = None
     metric: str | None = Field(None, description="The metric that `score` is a value of.")
+    metric_set: str | None = Field(
+        None, description="The validation set that `score` is measured on."
+    )
     regression: bool = False
     label_names: list[str] | None = None
     positive_label: str | None = Field(
@@ -134,6 +146,7 @@ class TaskBlock(Block):
         [], description="Columns of the texts: one or two; none for conversations."
     )
     train_examples: Count | None = None
+    sources: list[MixedSource] = Field([], description="Of a mixture, `task.mix`.")
     validation_examples: dict[str, Count] = Field({}, description="By validation set.")
     majority_score: Number = Field(
         None, description="The score of always predicting the most frequent class."
@@ -219,6 +232,18 @@ class SparsityBlock(Block):
     map: Matrix = Field(description="Changed share of each of at most 24 x 24 blocks, 0 to 1.")
 
 
+class SampleAnswer(Block):
+    """The model's answer to one of `train.sample_prompts`."""
+
+    prompt: str
+    answer: str
+    tokens: Count = Field(description="Generated tokens, with the end-of-turn token.")
+    stopped: Literal["end", "length", "full"] = Field(
+        description="`end`: at the end of the turn; `length`: at `train.sample_max_new_tokens`; "
+        "`full`: at the model's last position."
+    )
+
+
 class Evaluation(Block):
     """One evaluation."""
 
@@ -231,6 +256,9 @@ class Evaluation(Block):
     loss: Number = Field(None, description="Nats per labelled token or example.")
     values: dict[str, dict[str, Number]] = Field(
         {}, description="All metrics by validation set: fractions, or correlations from -1 to 1."
+    )
+    samples: list[SampleAnswer] = Field(
+        [], description="Answers to `train.sample_prompts`; only in `history`."
     )
 
 

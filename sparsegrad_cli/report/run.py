@@ -41,6 +41,7 @@ from sparsegrad_cli.report.document import (
     Section,
     Table,
 )
+from sparsegrad_cli.report.evaluations import samples_table, sets_table, sources_table
 from sparsegrad_cli.report.provenance import provenance
 from sparsegrad_cli.report.units import (
     CATEGORIES,
@@ -307,7 +308,7 @@ def _calibration(run: RunRecord) -> Fact:
 # --- sections
 
 
-def _learning(run: RunRecord) -> list[Block]:
+def _learning(run: RunRecord) -> list[Block | None]:
     def learning_curve() -> str | None:
         majority = run.task.majority_score if run.task else None
         return run_charts.learning_curve(run.metrics, majority, scale_of_run(run))
@@ -315,6 +316,9 @@ def _learning(run: RunRecord) -> list[Block]:
     return [
         Figure(learning_curve, _LEARNING, "Scores: not recorded."),
         Figure(lambda: run_charts.loss_curve(run.metrics), _LOSS, "Losses: not recorded."),
+        sets_table(run),
+        sources_table(run),
+        samples_table(run),
     ]
 
 

@@ -21,6 +21,8 @@ _MOVABLE = (
     "model.name",
     "model.trust_remote_code",
     "task.path",
+    "task.mix",
+    "task.evaluation",
     "task.validation_fraction",
     "calibration.basis",
     "train.use_cpu",

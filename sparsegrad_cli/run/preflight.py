@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparsegrad_cli import distributed
+from sparsegrad_cli.data.questions import read_prompts
 from sparsegrad_cli.data.text_files import COMPRESSIONS, heads_only
 from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.errors import DataError, Problem, RecipeError, UsageError
@@ -68,8 +69,10 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
         refuse_other_weights(expanded(recipe.model.name), recipe.model.name)
     try:
         _check_files(recipe.task)
+        if recipe.train.sample_prompts is not None:
+            read_prompts(recipe.train.sample_prompts)
     except UsageError as error:
-        if error.where and error.where.startswith("task."):
+        if error.where and error.where.startswith(("task.", "train.")):
             error.where = loaded.where(error.where)
         raise
 
@@ -101,10 +104,10 @@ def _placed(loaded: LoadedRecipe, key: str, what: str, fix: str) -> Problem:
 
 
 def _check_files(section: TaskSection) -> None:
-    if section.path is None:
+    named = [*section.train_paths, *(section.evaluation or {}).values()]
+    if not section.train_paths:
         return
-    path = expanded(section.path)
-    if _is_small(path):
+    if all(_is_small(expanded(path)) for path in named):
         _read(section)
         return
     from sparsegrad_cli.data.load_task import check_file_columns

@@ -175,6 +175,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             name=task.name,
             kind=task.kind,
             metric=metric,
+            metric_set=next(iter(setup.validation)),
             regression=task.kind == "regression",
             label_names=list(task.label_names) if task.label_names else None,
             positive_label=task.positive_label,
@@ -187,6 +188,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             padding=recipe.task.padding,
             notes=list(task.notes),
             counts=dict(task.counts),
+            sources=list(task.sources),
         ),
         "precision": setup.precision,
         "hashes": HashesBlock(

@@ -29,7 +29,7 @@ from sparsegrad_cli.recipe.checks import SMOOTHED_SCORES
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.recipe.tasks import CHAT_METRICS
-from sparsegrad_cli.records.run import TaskKind
+from sparsegrad_cli.records.run import MixedSource, TaskKind
 from sparsegrad_cli.tasks.objective import Classification, LanguageModelling, Objective
 
 _CONVERSATIONS_KEPT = 32  # Validation conversations that are kept as text.
@@ -49,6 +49,7 @@ class TaskFacts:
         majority: metric -> its value if every prediction is the most frequent class.
         notes: notes on data that was left out, truncated or split off.
         counts: number of conversations read, kept and dropped; the dropped ones by reason.
+        sources: the sources of a mixture, with the rows taken of each.
     """
 
     name: str
@@ -60,6 +61,7 @@ class TaskFacts:
     majority: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    sources: tuple[MixedSource, ...] = ()
 
 
 @dataclass
@@ -141,6 +143,7 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
             positive_label=spec.positive_label,
             majority=task.majority,
             notes=tuple(note for note in notes if note),
+            sources=task.sources,
         ),
         Classification(spec, recipe.train.label_smoothing_factor),
         train_data,
@@ -176,24 +179,28 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA2  # The template is then saved with the model.
     # Validation rows are single conversations, so that metrics do not depend on packing.
-    train, held_out = (
-        encode_conversations(encoder, part, max_length=max_length, split=split, enough=enough)
-        for split, part, enough in (
+    enough = limits and limits.validation
+    train, *sets = (
+        encode_conversations(encoder, part, max_length=max_length, split=split, enough=count)
+        for split, part, count in (
             ("training", data.train, limits and limits.train),
-            ("validation", data.validation, limits and limits.validation),
+            ("validation", data.validation, enough),
+            *((name, part, enough) for name, part in data.evaluation.items()),
         )
     )
     if chat.packing == "pack":
         check_packing(model)
     head = use_lm_loss(model)
     head_note = f"all logits are made, because {head.reason}" if head.reason else None
-    validation = {"validation": held_out.data}
+    names = ("validation", *data.evaluation)
+    validation = {name: found.data for name, found in zip(names, sets, strict=True)}
     if chat.forgetting is not None:
         limit = (limits.apply(section) if limits else section).eval_limit
         validation["plain text"] = plain_text_rows(
             tokenizer, chat.forgetting, max_length=max_length, limit=limit
         )
-    notes = (*data.notes, *encoder.notes, train.too_long, held_out.too_long, cut_note, head_note)
+    too_long = (train.too_long, *(found.too_long for found in sets))
+    notes = (*data.notes, *encoder.notes, *too_long, cut_note, head_note)
     fixed_length = max_length if section.padding == "fixed" else None
     return LoadedTask(
         TaskFacts(
@@ -201,7 +208,11 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
             "chat",
             data.data_hash,
             notes=tuple(note for note in notes if note),
-            counts={**data.counts, **train.counts, **held_out.counts},
+            counts={
+                **data.counts,
+                **{k: n for found in (train, *sets) for k, n in found.counts.items()},
+            },
+            sources=tuple(data.mixture.sources(train.kept)) if data.mixture else (),
         ),
         LanguageModelling(section.metric or CHAT_METRICS[0], head),
         packed_rows(train.data, chat.packing, max_length, tokenizer.eos_token_id),

@@ -43,6 +43,7 @@ from sparsegrad_cli.training.loaders import TrainingBatches
 from sparsegrad_cli.training.memory_probe import MemoryProbe
 from sparsegrad_cli.training.optimizer_steps import OptimizerSteps
 from sparsegrad_cli.training.outcome import note_extension, optimizer_block, record_outcome
+from sparsegrad_cli.training.samples import SamplePrompts
 from sparsegrad_cli.training.schedule import StepPlan
 from sparsegrad_cli.training.step_log import StepLog
 from sparsegrad_cli.training.tracking import make_trackers
@@ -83,7 +84,12 @@ class TrainingLoop:
         self.writer.save(
             split_by=self.sharded_by, optimizer=optimizer_block(self.optimizer, self.train)
         )
-        self.evaluator = Evaluator(setup, self.train, self.plan, self.accelerator, self.log)
+        samples = None
+        if self.train.sample_prompts is not None:
+            samples = SamplePrompts(setup, self.train, sharded=self.sharded_by is not None)
+        self.evaluator = Evaluator(
+            setup, self.train, self.plan, self.accelerator, self.log, run.observer, samples
+        )
         # DeepSpeed's engine would take the probe's backward passes for its own.
         self.probe = (
             None if self.sharded_by == DEEPSPEED else MemoryProbe(setup, self.recipe, self.loss)
@@ -166,7 +172,6 @@ class TrainingLoop:
             Divergence(setup, self.plan, self.batches, self.checkpoints, self.loss, sharded),
             self.probe,
         )
-        self.open_run.observer.total_steps("train", self.plan.max_steps)
 
     def _restore(self, folder: Path, state: CheckpointState) -> None:
         """Continue where a checkpoint was written.
@@ -195,6 +200,7 @@ class TrainingLoop:
     def _train_to_the_end(self, resumed_from: Path | None) -> None:
         """Take all steps that are left, and end with the best weights if the recipe says so."""
         plan, progress = self.plan, self.progress
+        self.open_run.observer.total_steps("train", plan.max_steps, done=progress.step)
         while not progress.over:
             self._stop_if_requested()
             epoch, done = divmod(progress.step, plan.steps_per_epoch)

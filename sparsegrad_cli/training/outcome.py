@@ -98,9 +98,9 @@ def record_outcome(loop: TrainingLoop) -> None:
     hashes = writer.record.hashes or HashesBlock()
     writer.save(
         metrics=MetricsBlock(
-            initial=next((each for each in history if each.step == 0), None),
-            best=_best(history, loop) if loop.plan.keeps_best else final,
-            final=final,
+            initial=_without_samples(next((each for each in history if each.step == 0), None)),
+            best=_without_samples(_best(history, loop) if loop.plan.keeps_best else final),
+            final=_without_samples(final),
             history=history,
             train=loop.log.losses,
             notes=loop.evaluator.notes,
@@ -123,6 +123,13 @@ def _best(history: list[Evaluation], loop: TrainingLoop) -> Evaluation:
     scores = [e.score for e in trained if e.score is not None]
     chosen = scale_of(loop.setup.objective.metric).best(scores)
     return next(e for e in trained if e.score == chosen)
+
+
+def _without_samples(evaluation: Evaluation | None) -> Evaluation | None:
+    """Return an evaluation without its answers, which the history holds."""
+    if evaluation is None or not evaluation.samples:
+        return evaluation
+    return Evaluation.model_validate(evaluation.model_dump(exclude={"samples"}))
 
 
 def _save_adapter(loop: TrainingLoop) -> None:

@@ -25,8 +25,8 @@ from sparsegrad_cli.export.check_answers import (
     check_answers,
     plain_prompts,
 )
-from sparsegrad_cli.generate.answerer import Answer, Answerer
-from sparsegrad_cli.generate.options import GenerationSettings
+from sparsegrad_cli.tasks.answerer import Answer, Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 QUESTIONS = ("red", "blue", "green")

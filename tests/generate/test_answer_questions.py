@@ -10,13 +10,14 @@ import pytest
 from support.chat_models import chat_model_folder, load
 
 from sparsegrad_cli.data.conversation import Turn
+from sparsegrad_cli.data.questions import Question
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.generate.answer_questions import answer_questions, default_output
-from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
-from sparsegrad_cli.generate.questions import Question
+from sparsegrad_cli.generate.options import GenerateOptions, ModelOptions
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.tasks.answerer import Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 QUESTIONS = [
     Question(1, "math", ("2 + 2?", "Twice that?"), ("4", "8")),

@@ -17,11 +17,11 @@ from support.cli_runs import Cli, Outcome
 from support.html_pages import outline
 from support.judge_server import Response, judge_server
 
-from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.io.jsonl import read_records
 from sparsegrad_cli.io.untrusted_text import printable_text
 from sparsegrad_cli.judge.prompts import talk
+from sparsegrad_cli.tasks.answerer import Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 BRIEF = ("--max-new-tokens", "8", "--device", "cpu")
 ROWS: list[dict[str, Any]] = [

@@ -10,8 +10,8 @@ import torch
 from support.chat_models import chat_model_folder, chat_turns, load
 
 from sparsegrad_cli.data.conversation import Turn
-from sparsegrad_cli.generate.answerer import Answerer, ChatPrompts
-from sparsegrad_cli.generate.options import GenerationSettings
+from sparsegrad_cli.tasks.answerer import Answerer, ChatPrompts
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 TALKS = [
     chat_turns("What is red?"),

@@ -9,7 +9,7 @@ from support.chat_models import byte_tokenizer, chat_turns, smollm2_tokenizer
 
 from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import DataError
-from sparsegrad_cli.generate.answerer import ChatPrompts
+from sparsegrad_cli.tasks.answerer import ChatPrompts
 
 
 def expected(tokenizer: Any, turns: list[Turn]) -> list[int]:

@@ -12,10 +12,11 @@ from support.chat_models import chat_model_folder, chat_turns, load
 from support.small_runs import base_folder, data_folder, train
 
 from sparsegrad_cli.errors import DownloadError, FileFormatError, SparsegradError, UsageError
-from sparsegrad_cli.generate.answerer import Answerer
 from sparsegrad_cli.generate.load_chat_model import load_chat_model
-from sparsegrad_cli.generate.options import GenerationSettings, ModelOptions
+from sparsegrad_cli.generate.options import ModelOptions
 from sparsegrad_cli.models.digests import weights_digest
+from sparsegrad_cli.tasks.answerer import Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 
 def answer(loaded: tuple[Any, Any, dict[str, Any]]) -> str:

@@ -18,10 +18,10 @@ from support.small_runs import train
 from torch import Tensor
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
-from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.models.digests import weights_digest
 from sparsegrad_cli.models.quantized import dequantized, quantization_state, quantized_layers
+from sparsegrad_cli.tasks.answerer import Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 need_bitsandbytes()
 QUESTIONS = ("Is 12 more?", "And 7?", "Who came home?", "What was old?")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsegrad_cli.data.questions import Question, read_questions
 from sparsegrad_cli.errors import SparsegradError
-from sparsegrad_cli.generate.questions import Question, read_questions
 
 
 def test_the_built_in_questions_are_read() -> None:

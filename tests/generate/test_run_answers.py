@@ -15,8 +15,8 @@ from support.cli_runs import METHODS, Cli
 from support.small_runs import train
 
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.generate.answerer import Answerer
-from sparsegrad_cli.generate.options import GenerationSettings
+from sparsegrad_cli.tasks.answerer import Answerer
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 QUESTIONS = ("Is 12 more?", "And 7?", "Who came home?", "What was old?")
 ANSWERS = ("It is, by 5.", "No.", "The ship.")

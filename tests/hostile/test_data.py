@@ -10,7 +10,7 @@ from support.hostile_data_files import delimited, json_rows, questions
 from support.task_data import chat_task, load_task
 
 from sparsegrad_cli.data.chat_files import load_chat_files
-from sparsegrad_cli.generate.questions import read_questions
+from sparsegrad_cli.data.questions import read_questions
 from sparsegrad_cli.judge.tasks import read_answers
 
 

@@ -17,7 +17,7 @@ from support.record_samples import compare_record, run_record
 from sparsegrad_cli.cli.runs import report
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.answer_files import answer_files
-from sparsegrad_cli.generate.options import GenerateOptions, GenerationSettings, ModelOptions
+from sparsegrad_cli.generate.options import GenerateOptions, ModelOptions
 from sparsegrad_cli.io.atomic import write_json_atomic, write_text_atomic
 from sparsegrad_cli.judge.judge_answers import JudgeOptions
 from sparsegrad_cli.progress import Observer
@@ -27,6 +27,7 @@ from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.restore.run_files import open_run
 from sparsegrad_cli.run.folder import lock_folder, prepare_folder
 from sparsegrad_cli.study.folder import StudyFolder
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 RUN_NAMES = (
     *("run.json", "recipe.yaml", "steps.jsonl", "report.html", "report.md", "basis.safetensors"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sparsegrad_cli.generate.questions import Question
+from sparsegrad_cli.data.questions import Question
 from sparsegrad_cli.judge.prompts import choosing_prompt, grading_prompt, quoted
 from sparsegrad_cli.judge.tasks import Answered, pair_tasks, single_tasks
 

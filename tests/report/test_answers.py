@@ -11,7 +11,7 @@ from support.answered_study import answers_record, save_answers
 from support.html_pages import outline, without_figures
 from support.record_samples import compare_record, study_of
 
-from sparsegrad_cli.generate.questions import Question
+from sparsegrad_cli.data.questions import Question
 from sparsegrad_cli.judge.prompts import grading_prompt
 from sparsegrad_cli.judge.verdicts import Grades, read_graded_answers
 from sparsegrad_cli.report.render import write_study_report

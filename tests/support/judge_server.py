@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_cli.generate.questions import Question, read_questions
+from sparsegrad_cli.data.questions import Question, read_questions
 
 
 @dataclass(frozen=True)

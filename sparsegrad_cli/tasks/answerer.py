@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from sparsegrad_cli.data.chat_template import ChatTemplate
 from sparsegrad_cli.data.conversation import Conversation, Turn
 from sparsegrad_cli.data.template_tokenizer import TemplateTokenizer
 from sparsegrad_cli.errors import DataError
-from sparsegrad_cli.generate.options import GenerationSettings
 from sparsegrad_cli.numerics.seeding import temporary_seed
+from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 _QUESTION = (Turn("user", "Is 12 more than 7?"),)
 _CONVERSATION = (*_QUESTION, Turn("assistant", "It is, by 5."), Turn("user", "And 7?"))
@@ -119,9 +120,6 @@ class Answerer:
         pad = tokenizer.pad_token_id
         # Any token works, because padding is masked.
         self._pad = int(pad if pad is not None else (self._end or [0])[0])
-        model.generation_config = GenerationConfig(
-            eos_token_id=self._end or None, pad_token_id=self._pad
-        )
 
     @property
     def notes(self) -> list[str]:
@@ -182,7 +180,7 @@ class Answerer:
         limit = self._settings.max_new_tokens
         return limit if self._positions is None else min(limit, self._positions - len(prompt))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # Not inference_mode: a model in training may keep what it computes here.
     def _run(
         self, prompts: Sequence[Sequence[int]], name: str, streamer: Any = None
     ) -> list[list[int]]:
@@ -195,7 +193,7 @@ class Answerer:
             ids_BL[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask_BL[row, longest - len(prompt) :] = 1
         seed = hashlib.sha256(f"{self._settings.seed} {name}".encode()).digest()[:7]
-        with temporary_seed(int.from_bytes(seed)):
+        with temporary_seed(int.from_bytes(seed)), self._own_generation_config():
             out_BL: Tensor = self._model.generate(
                 input_ids=ids_BL.to(device),
                 attention_mask=mask_BL.to(device),
@@ -203,6 +201,18 @@ class Answerer:
                 streamer=streamer,
             )
         return [self._until_end(row) for row in out_BL[:, longest:].tolist()]
+
+    @contextmanager
+    def _own_generation_config(self) -> Iterator[None]:
+        """Replace the model's settings, which would fill in those that are not given."""
+        before = self._model.generation_config
+        self._model.generation_config = GenerationConfig(
+            eos_token_id=self._end or None, pad_token_id=self._pad
+        )
+        try:
+            yield
+        finally:
+            self._model.generation_config = before
 
     def _config(self, limit: int) -> GenerationConfig:
         settings = self._settings

@@ -125,6 +125,27 @@ def read_questions(source: str) -> list[Question]:
     return questions
 
 
+def read_prompts(prompts: str | tuple[str, ...]) -> list[str]:
+    """Return the prompts of a recipe: the listed ones, or those of the file that it names.
+
+    Raises:
+        UsageError, FileFormatError, DataError: The file cannot be read or holds no prompts.
+        UsageError: A question in it has several turns.
+    """
+    if not isinstance(prompts, str):
+        return list(prompts)
+    found = read_questions(prompts)
+    several = next((question for question in found if len(question.turns) > 1), None)
+    if several is not None:
+        raise UsageError(
+            f"expected one turn in each question, got {len(several.turns)} in question "
+            f"{several.id}: {prompts}",
+            where="train.sample_prompts",
+            fix="name a file with one prompt a line",
+        )
+    return [question.turns[0] for question in found]
+
+
 def questions_name(source: str) -> str:
     """Return the name for file names: ``questions`` for builtin:questions or a/questions.jsonl."""
     return file_word(Path(source.removeprefix("builtin:")).stem) or "questions"
