@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_the_screen_shows_all_runs_and_each_that_trains(
         progress.update(record)
         console.print(progress.shown())
     file: Any = console.file
-    lines = file.getvalue().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", file.getvalue()).splitlines()
     assert all(len(line) <= width for line in lines)
     assert any("1/4 runs" in line and "ETA" in line and "elapsed" in line for line in lines)
     run = next(line for line in lines if "20/40 steps" in line)

@@ -27,8 +27,17 @@ METHODS = {
     "full": ("method=full",),
     "lora": ("method=lora", "method.dropout=0"),
     "meprop": ("method=meprop", "method.density=0.05"),
-    "core": ("method.rank=8", "method.support=static", "method.density=0.02"),
+    # On a mixture, which calibration and both processes draw from.
+    "core": (
+        "method.rank=8",
+        "method.support=static",
+        "method.density=0.02",
+        "task.path=null",
+        "task.mix=[d.jsonl, {path: e.jsonl, weight: 2}]",
+    ),
 }
+# Only with two processes: the run stays that of one process without sample prompts.
+SAMPLES = {"lora": ("train.sample_prompts=[Who?]", "train.sample_max_new_tokens=5")}
 STEPS, BATCH, RATE = 2, 8, 0.5
 SETTINGS = (
     "task={name: chat, path: d.jsonl, max_length: 96, eval_limit: 2}",
@@ -69,6 +78,7 @@ def place(folder: Path) -> Path:
         for n in range(40)
     ]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-2]))
     return folder
 
 
@@ -86,7 +96,7 @@ def one_of_two(rank: int, folder: str) -> None:
     sent = counted_sums()
     for name in METHODS:
         sent.clear()
-        record = trained(name, f"two-{name}", *cut(1, BATCH // 2))
+        record = trained(name, f"two-{name}", *cut(1, BATCH // 2), *SAMPLES.get(name, ()))
         losses = [entry["loss"] for entry in record["metrics"]["train"]]
         found[name] = {
             "basis": (record.get("calibration") or {}).get("digest"),
@@ -273,6 +283,8 @@ def test_rank_zero_writes_and_both_ranks_agree(two: Path) -> None:
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
         assert [line["step"] for line in lines if "eval" in line] == [0, STEPS]
         assert (run / "report.html").is_file()
+        answers = [len(line["eval"].get("samples", ())) for line in lines if "eval" in line]
+        assert answers == ([1, 1] if name in SAMPLES else [0, 0])
 
 
 def test_step_sends_only_the_gradients_of_trained_parameters(two: Path) -> None:
