@@ -39,7 +39,7 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
     roles = _roles(tables, task.columns or ColumnsSection())
     notes += _column_notes(tables, roles, task.columns or ColumnsSection())
     labels = read_labels(tables, roles["label"], task)
-    parts = [_examples(t, roles, values) for t, values in zip(tables, labels.values, strict=True)]
+    parts = [_examples(table, roles, labels.values[at]) for at, table in enumerate(tables)]
     evaluation = dict(
         zip(files.evaluation, parts[len(parts) - len(files.evaluation) :], strict=True)
     )

@@ -303,8 +303,9 @@ def _of_train(recipe: Recipe) -> Iterator[Idle]:
         names = ("lora_plus_ratio",)
         yield from _idle(train, at, names, "method.name", why, common=True)
     if train.sample_prompts is None:
-        names = ("sample_max_new_tokens", "sample_temperature")
-        yield from _idle(train, at, names, "train.sample_prompts", "there are no sample_prompts")
+        why = "there are no sample_prompts"
+        of_samples = ("sample_max_new_tokens", "sample_temperature")
+        yield from _idle(train, at, of_samples, "train.sample_prompts", why)
     if train.max_steps > 0:
         why = f"max_steps {train.max_steps} determines how long training takes"
         fix = "leave one of the two out"

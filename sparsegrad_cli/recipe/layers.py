@@ -151,15 +151,19 @@ def _anchor_sources(task: Any, folder: Path) -> None:
     """Make the paths of a mixture and of the evaluation sets absolute, in place."""
     if not isinstance(task, dict):
         return
+    holders: list[tuple[Any, Any]] = []  # (mapping or list, key) of each path
     mix, sets = task.get("mix"), task.get("evaluation")
-    for at, source in enumerate(mix if isinstance(mix, list) else ()):
-        if isinstance(source, str) and source:
-            mix[at] = _anchored(source, folder)
-        elif isinstance(source, dict) and isinstance(source.get("path"), str) and source["path"]:
-            source["path"] = _anchored(source["path"], folder)
-    for name, path in sets.items() if isinstance(sets, dict) else ():
+    if isinstance(mix, list):
+        holders += [
+            (source, "path") if isinstance(source, dict) else (mix, at)
+            for at, source in enumerate(mix)
+        ]
+    if isinstance(sets, dict):
+        holders += [(sets, name) for name in sets]
+    for holder, key in holders:
+        path = holder.get(key) if isinstance(holder, dict) else holder[key]
         if isinstance(path, str) and path:
-            sets[name] = _anchored(path, folder)
+            holder[key] = _anchored(path, folder)
 
 
 def _anchored(name: str, folder: Path) -> str:

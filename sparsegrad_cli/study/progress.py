@@ -122,9 +122,10 @@ class StudyProgress:
         share = min(1.0, share)
         began, before = self._seen.setdefault(key, (self._clock(), share))
         elapsed = self._clock() - began
+        left: float | None
         if share - before >= _ENOUGH:
             left = elapsed / (share - before) * (1 - share)
-            seconds.setdefault(row, [elapsed + left])
+            seconds.setdefault(row, [elapsed / (share - before)])
         else:
             expected = _expected(seconds, row)
             left = None if expected is None else max(0.0, expected - elapsed)
