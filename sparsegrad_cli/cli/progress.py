@@ -166,7 +166,7 @@ class _ProgressObserver(Observer):
         value = math.nan if record["loss"] is None else record["loss"]
         loss = [] if scale is METRICS["loss"] else [f"loss {value:.4f}"]
         at = [f"step {record['step']}", f"epoch {record['epoch']:.2f}"]
-        self._evaluation([*at, score, *loss, *_other_sets(record)])
+        self._evaluation([*map(printable_line, (*at, score, *loss, *_other_sets(record)))])
         for sample in record.get("samples", ()):
             self._sample(printable_line(sample["prompt"]), printable_line(sample["answer"]))
 

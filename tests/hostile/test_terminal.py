@@ -25,7 +25,7 @@ from support.hostile_text import (
 from support.html_pages import without_figures
 from support.record_samples import compare_record, run_record, study_of
 
-from sparsegrad_cli.cli.progress import ProgressObserver
+from sparsegrad_cli.cli.progress import LineObserver, TerminalObserver
 from sparsegrad_cli.errors import (
     DataError,
     DiskError,
@@ -82,18 +82,28 @@ def test_recipe_errors(parts: list[str]) -> None:
 
 
 @property_test(
-    "any text in progress", parts=st.lists(texts(), min_size=3, max_size=3), number=st.floats()
+    "any text in progress", parts=st.lists(texts(), min_size=6, max_size=6), number=st.floats()
 )
 def test_progress(parts: list[str], number: float) -> None:
-    shown = io.StringIO()
-    with contextlib.redirect_stderr(shown), ProgressObserver() as observer:
-        observer.phase("load", parts[0])
-        observer.note(parts[1])
-        observer.total_steps("train", 3)
-        observer.step("train", {"step": 1, "loss": number, "rss_bytes": 5})
-        record = {"step": 1, "epoch": 0.5, "metric": parts[2], "score": 0.5, "loss": number}
-        observer.evaluated(record)
-    check_harmless(shown.getvalue())
+    metric = parts[2]
+    record = {
+        "step": 1,
+        "epoch": 0.5,
+        "metric": metric,
+        "score": 0.5,
+        "loss": number,
+        "values": {"validation": {metric: 0.5}, parts[3]: {metric: 0.5}},
+        "samples": [{"prompt": parts[4], "answer": parts[5]}],
+    }
+    for kind in (LineObserver, TerminalObserver):
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown), kind() as observer:
+            observer.phase("load", parts[0])
+            observer.note(parts[1])
+            observer.total_steps("train", 3)
+            observer.step("train", {"step": 1, "loss": number, "rss_bytes": 5})
+            observer.evaluated(record)
+        check_harmless(shown.getvalue())
 
 
 def rendered(document: Document) -> str:
