@@ -114,7 +114,7 @@ def _sample_prompts(recipe: Recipe, *, data: bool) -> Iterator[Finding]:
         if prompts != BUILTIN_QUESTIONS:
             yield key, f"unknown built-in questions {prompts!r}", BUILTIN_QUESTIONS
     elif isinstance(prompts, str) and data and not is_file(prompts):
-        fix = "name a file, or give the prompts as a list: [Why is the sky blue?]"
+        fix = "name a file, or give the prompts as a list: ['Why is the sky blue?']"
         yield key, f"no such file: {from_here(prompts)}", fix
 
 

@@ -82,7 +82,8 @@ def test_calibration_draws_from_the_mixture(run: tuple[Path, Any]) -> None:
     setup = make_setup(load_recipe(None, (*task, *settings)), Observer())
     batches = random_batches(setup, 72, seed=42)
     texts = [setup.tokenizer.decode(row) for row in next(batches)["input_ids"]]
-    assert sum("zz" in text for text in texts) >= 24 and len(texts) == 72
+    marked = ["zz" in text.replace(" ", "")[:2] for text in texts]
+    assert len(texts) == 72 and sum(marked) == 24
 
 
 def test_a_resumed_run_has_the_bits_of_the_whole_one(

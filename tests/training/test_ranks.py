@@ -37,7 +37,7 @@ METHODS = {
     ),
 }
 # Only with two processes: the run stays that of one process without sample prompts.
-SAMPLES = {"lora": ("train.sample_prompts=[Who?]", "train.sample_max_new_tokens=5")}
+SAMPLES = {"lora": ("train.sample_prompts=['Who?']", "train.sample_max_new_tokens=5")}
 STEPS, BATCH, RATE = 2, 8, 0.5
 SETTINGS = (
     "task={name: chat, path: d.jsonl, max_length: 96, eval_limit: 2}",

@@ -143,7 +143,7 @@ def test_a_file_of_prompts_is_relative_to_its_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("train.sample_prompts=[Who?]",), "builtin:acceptability trains a classifier"),
+        (("train.sample_prompts=['Who?']",), "builtin:acceptability trains a classifier"),
         (("task=builtin:dialogues", "train.sample_prompts=[]"), "prompts that are not empty"),
         (
             ("task=builtin:dialogues", "train.sample_max_new_tokens=5"),
