@@ -23,6 +23,7 @@ from sparsegrad_cli.recipe.trackers import PROJECT, named, study_of
 _OWN = {
     *("early_stopping_patience", "save_strategy", "save_steps", "save_total_limit", "report_to"),
     *("head_learning_rate", "lora_plus_ratio"),
+    *("sample_prompts", "sample_max_new_tokens", "sample_temperature"),
 }
 
 
