@@ -27,6 +27,7 @@ OTHER_MEANINGS = {
     ("records", "full"): "an answer that fills the model's positions",
     ("records", "lora"): "a form of export",
     ("report", "full"): "an answer that fills the model's positions",
+    ("tasks", "full"): "an answer that fills the model's positions",
     ("report", "lora"): "a form of export",
     ("run", "sparsegrad"): "this package, among the versions in a manifest",
     ("records", "sparsegrad"): "this package, among the versions in a record",

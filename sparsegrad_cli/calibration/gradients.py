@@ -70,9 +70,9 @@ def micro_batches(batch: Batch, most: int) -> list[tuple[Batch, float]]:
         most: maximum number of parts; a batch with fewer rows gives one part per row.
 
     Returns:
-        The parts, each with the factor for its loss. With one label per row, the loss is a mean
-        over rows and the factor is the part's share of the rows. With one label per token, the
-        factor is 1, and the part holds ``num_items_in_batch``, by which the model divides.
+        The parts, each with the factor for its loss. With labels of rows, the loss is a mean over
+        rows and the factor is the part's share of the rows. With one (integer) label per token,
+        the factor is 1, and the part holds ``num_items_in_batch``, by which the model divides.
     """
     labels = batch.get("labels")
     whole: list[tuple[Batch, float]] = [(batch, 1.0)]
@@ -83,7 +83,7 @@ def micro_batches(batch: Batch, most: int) -> list[tuple[Batch, float]]:
     if not alike or min(most, rows) < 2:
         return whole
     more: dict[str, Tensor] = {}
-    if labels.dim() > 1:
+    if labels.dim() > 1 and not labels.is_floating_point():
         more["num_items_in_batch"] = (labels[:, 1:] != IGNORED).sum()
     size = -(-rows // most)
     parts: list[tuple[Batch, float]] = []

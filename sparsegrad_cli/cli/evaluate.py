@@ -29,7 +29,15 @@ OutputDir = Annotated[
     ),
 ]
 LabelColumn = Annotated[
-    str | None, typer.Option("--label-column", help="Column of the label (default: label).")
+    str | None,
+    typer.Option("--label-column", help="Column of the label (default: as in training)."),
+]
+LabelSeparator = Annotated[
+    str | None,
+    typer.Option(
+        "--label-separator",
+        help="Text between several labels in a cell (default: as in training, else a list).",
+    ),
 ]
 Worst = Annotated[int, typer.Option("--worst", min=0, help="Number of wrong examples to keep.")]
 Resamples = Annotated[
@@ -46,6 +54,7 @@ def evaluate(
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
+    label_separator: LabelSeparator = None,
     worst: Worst = 20,
     resamples: Resamples = 1000,
     seed: Seed = 0,
@@ -57,7 +66,8 @@ def evaluate(
 ) -> None:
     """Measure a trained classifier on a file of texts with labels.
 
-    Shows all metrics with bootstrap intervals, the confusion matrix, and the most wrong examples.
+    Shows all metrics with bootstrap intervals, the confusion matrix (of several labels a row, a
+    table of the labels), and the most wrong examples.
 
     [bold]sparsegrad evaluate runs/reviews test.csv -o reports/test[/bold]
     """
@@ -73,6 +83,7 @@ def evaluate(
         text_column=text_column,
         text_pair_column=text_pair_column,
         label_column=label_column,
+        label_separator=label_separator,
         batch_size=batch_size,
         resamples=resamples,
         seed=seed,

@@ -118,6 +118,8 @@ def _summary(found: FoundData) -> dict[str, object]:
         "text": found.text,
         "text_pair": found.text_pair,
         "label": found.label,
+        "labels": found.labels,
+        "multilabel": found.multilabel,
         "classes": found.classes,
         "scores": found.scores,
         "notes": found.notes,
@@ -147,11 +149,14 @@ def _show(found: FoundData, plan: Starter, target: Path) -> None:
 def _kind(found: FoundData) -> str:
     if found.is_chat:
         return "conversations"
+    if found.multilabel:
+        return "texts with several labels each"
     return "texts with scores" if found.scores else "texts with classes"
 
 
 def _column_table(found: FoundData) -> Table:
     roles = {found.text: "text", found.text_pair: "second text", found.label: "label"}
+    roles |= dict.fromkeys(found.labels, "label")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("column", "holds", "for example", "used as"):
         table.add_column(name)
@@ -167,7 +172,7 @@ def _facts(found: FoundData, plan: Starter) -> list[tuple[str, str]]:
     facts = []
     if found.classes:
         counts = [f"{name} {count:,}" for name, count in found.classes.items()]
-        facts.append(("classes", listed(counts, 10)))
+        facts.append(("labels" if found.multilabel else "classes", listed(counts, 10)))
     if found.scores:
         facts.append(("scores", f"from {found.scores[0]:g} to {found.scores[1]:g}"))
     if plan.longest is not None:

@@ -27,12 +27,12 @@ class Examples:
     Attributes:
         text: the first text of every example, in file order.
         text_pair: the second text of every example; None for a task with one text.
-        label: class ids or scores.
+        label: class ids, scores, or for several labels a row a 1 or 0 for each of them.
     """
 
     text: list[str]
     text_pair: list[str] | None
-    label: list[int] | list[float]
+    label: list[Any]
 
     def __len__(self) -> int:
         return len(self.text)
@@ -87,12 +87,14 @@ class TextData:
     Attributes:
         spec: texts, labels and metrics of the task.
         train: columns ``text`` (str), ``text_pair`` (str, only if examples have two texts) and
-            ``label`` (int64 class ids, or float32 scores).
+            ``label`` (int64 class ids, float32 scores, or for several labels a row a list of
+            float32 with a 1 or 0 for each of them).
         validation: split name -> the same columns; the first split selects the best model.
         notes: what was left out or split off.
         data_hash: sha256 (hex) over every text and label used, in order.
         majority: metric -> its value on the first validation split for always answering the most
-            frequent training class (the mean training score for regression).
+            frequent training class (the mean training score for regression, the most frequent
+            labels for several labels a row).
         sources: the sources of a mixture, with the rows taken of each.
     """
 
@@ -139,7 +141,7 @@ def _limit_notes(raw: RawTexts, train: Examples, validation: Mapping[str, Exampl
     notes = []
     if len(train) < len(raw.train):
         notes.append(f"training uses the first {len(train)} of {len(raw.train)} rows")
-        if not raw.spec.regression and len(set(train.label)) == 1:
+        if raw.spec.kind == "classification" and len(set(train.label)) == 1:
             notes.append("all of these rows have one label: the file seems to be sorted by label")
     for split, part in validation.items():
         if len(part) < len(raw.validation[split]):
@@ -150,15 +152,24 @@ def _limit_notes(raw: RawTexts, train: Examples, validation: Mapping[str, Exampl
 def _missing_class_notes(
     spec: TaskSpec, train: Examples, validation: Mapping[str, Examples]
 ) -> list[str]:
-    """Return a note on classes without a training row: they cannot be learnt."""
+    """Return a note on classes or labels without a training row: they cannot be learnt."""
     names = spec.label_names or ()
-    missing = set(range(len(names))) - set(train.label)
+    missing = set(range(len(names))) - {label for row in train.label for label in _ids(spec, row)}
     if not missing:
         return []
     shown = listed([names[label] for label in sorted(missing)], 10)
-    word = "class" if len(missing) == 1 else "classes"
-    rows = sum(label in missing for part in validation.values() for label in part.label)
+    one, more = ("label", "labels") if spec.multilabel else ("class", "classes")
+    labels = (_ids(spec, label) for part in validation.values() for label in part.label)
+    rows = sum(not missing.isdisjoint(ids) for ids in labels)
+    word = one if len(missing) == 1 else more
     return [f"no training row has the {word} {shown} (validation rows: {rows})"]
+
+
+def _ids(spec: TaskSpec, label: Any) -> list[int]:
+    """Return the ids of the classes of a row; none for a score."""
+    if spec.multilabel:
+        return [number for number, value in enumerate(label) if value]
+    return [] if spec.regression else [label]
 
 
 def _metric_notes(
@@ -184,15 +195,16 @@ def _metric_notes(
 
 
 def _dataset(spec: TaskSpec, examples: Examples) -> Dataset:
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
 
     # An Arrow string column holds at most 2 GiB; a large_string column has no such limit.
-    features = {"text": Value("large_string")}
+    features: dict[str, Any] = {"text": Value("large_string")}
     columns: dict[str, Any] = {"text": examples.text}
     if examples.text_pair is not None:
         features["text_pair"] = Value("large_string")
         columns["text_pair"] = examples.text_pair
-    features["label"] = Value("float32" if spec.regression else "int64")
+    kinds = {"classification": Value("int64"), "regression": Value("float32")}
+    features["label"] = kinds.get(spec.kind, List(Value("float32")))
     columns["label"] = examples.label
     return Dataset.from_dict(columns, features=Features(features))
 
@@ -212,7 +224,9 @@ def _hash(parts: Mapping[str, Examples]) -> str:
             add(part.text[row])
             if part.text_pair is not None:
                 add(part.text_pair[row])
-            sha.update(struct.pack("<d", part.label[row]))
+            label = part.label[row]
+            values = label if isinstance(label, list) else [label]
+            sha.update(struct.pack(f"<{len(values)}d", *values))
     return sha.hexdigest()
 
 
@@ -222,6 +236,8 @@ def _majority(spec: TaskSpec, train: Examples, validation: Examples) -> dict[str
     from sparsegrad_cli.data.metrics import metric_values
 
     answer: float
+    if spec.multilabel:
+        return _usual_labels(spec, np.asarray(train.label), np.asarray(validation.label))
     if spec.regression:
         answer = float(np.mean(train.label))
     else:
@@ -229,3 +245,16 @@ def _majority(spec: TaskSpec, train: Examples, validation: Examples) -> dict[str
         answer = min(counts, key=lambda label: (-counts[label], label))
     predictions = np.full(len(validation), answer)
     return metric_values(spec, predictions, np.asarray(validation.label)).values
+
+
+def _usual_labels(spec: TaskSpec, train_NL: Any, validation_NL: Any) -> dict[str, float]:
+    """Return the metrics of giving every row the same labels: those that are frequent enough."""
+    import numpy as np
+
+    from sparsegrad_cli.data.multilabel_metrics import choose_threshold, multilabel_values
+
+    shares_L = train_NL.mean(axis=0)
+    threshold = choose_threshold(np.broadcast_to(shares_L, train_NL.shape), train_NL)
+    shares_NL = np.broadcast_to(shares_L, validation_NL.shape)
+    values, _ = multilabel_values(spec, shares_NL, shares_NL >= threshold, validation_NL)
+    return values

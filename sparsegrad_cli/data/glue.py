@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sparsegrad_cli.data.text_files import read_text
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.recipe.tasks import GLUE_TASKS, TaskSpec
 
-_HUB_ID = "nyu-mll/glue"
+HUB_ID = "nyu-mll/glue"
 _FOLDERS = {
     "cola": ("CoLA",),
     "sst2": ("SST-2", "SST2"),
@@ -39,13 +39,13 @@ _FOLDERS = {
     "wnli": ("WNLI",),
 }
 # Column names of the original files that differ from the hub's.
-_ORIGINAL_NAMES = {
+ORIGINAL_NAMES = {
     "mrpc": {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
     "stsb": {"label": "score"},
     "qqp": {"label": "is_duplicate"},
     "mnli": {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
 }
-_SUFFIXES = (".tsv", ".parquet", ".csv", ".jsonl", ".ndjson", ".json")  # the original files first
+SUFFIXES = (".tsv", ".parquet", ".csv", ".jsonl", ".ndjson", ".json")  # the original files first
 _COLA_HEADER = ["source", "label", "mark", "sentence"]
 _MRPC_TRAIN = "msr_paraphrase_train.txt"
 _MRPC_TEST = "msr_paraphrase_test.txt"
@@ -68,7 +68,7 @@ def load_local_glue(task: str, path: Path) -> RawTexts:
         DataError: a file is missing or damaged, or a row does not fit.
     """
     spec = GLUE_TASKS[task]
-    folder = _task_folder(task, path)
+    folder = task_folder(task, path)
     notes: list[str] = []
     corpus = _mrpc_corpus(folder) if task == "mrpc" else None
     if corpus is not None:
@@ -78,16 +78,16 @@ def load_local_glue(task: str, path: Path) -> RawTexts:
     tables, files = {}, []
     for split in ("train", *spec.eval_splits):
         stems = (split.replace("validation", "dev"), split)
-        found = find_split(folder, stems, _SUFFIXES)
+        found = find_split(folder, stems, SUFFIXES)
         if not found:
             part = "training" if split == "train" else split.replace("_", " ")
             raise DataError(
                 f"glue/{task} has no {part} file in {folder}",
                 where="task.path",
-                fix=f"tried: {tried_names(stems, _SUFFIXES)}",
+                fix=f"tried: {tried_names(stems, SUFFIXES)}",
             )
         files += found
-        tables[split] = _read_split(task, found, split)
+        tables[split] = read_split(task, found, split)
     parts = {}
     for split, table in tables.items():
         notes += table.notes
@@ -111,15 +111,21 @@ def load_hub_glue(task: str) -> RawTexts:
         "files, or Parquet, CSV or JSON lines), or connect once to fill the cache"
     )
     splits = ("train", *spec.eval_splits)
-    loaded, notes = load_hub_splits(_HUB_ID, splits, config=task, called=spec.name, fix=fix)
+    loaded, notes = load_hub_splits(HUB_ID, splits, config=task, called=spec.name, fix=fix)
     parts = {}
     for split, data in loaded.items():
-        table = hub_table(data, f"{_HUB_ID} {task} {split}")
+        table = hub_table(data, f"{HUB_ID} {task} {split}")
         parts[split] = _examples(spec, table, split, notes)
     return RawTexts(spec, parts.pop("train"), parts, notes)
 
 
-def _task_folder(task: str, path: Path) -> Path:
+def task_folder(task: str, path: Path) -> Path:
+    """Return the folder of a task: a folder of its name in ``path``, or ``path`` itself.
+
+    Raises:
+        UsageError: the folder is that of another task.
+        DataError: there is no such folder.
+    """
     if not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise DataError(
@@ -141,7 +147,8 @@ def _task_folder(task: str, path: Path) -> Path:
     return path
 
 
-def _read_split(task: str, files: Sequence[Path], split: str) -> Table:
+def read_split(task: str, files: Sequence[Path], split: str) -> Table:
+    """Read the files of one split, of the original layout or of another format."""
     if file_format(files[0], "csv") == ".tsv":
         return concatenated([_read_original(task, file, split) for file in files])
     return read_table(files)
@@ -152,9 +159,9 @@ def _examples(spec: TaskSpec, table: Table, split: str, notes: list[str]) -> Exa
 
     ``notes`` gets the numbers of rows that are left out.
     """
-    originals = _ORIGINAL_NAMES.get(spec.name.removeprefix("glue/"), {})
-    texts = [_column(table, name, originals) for name in spec.text_columns]
-    label_column = _column(table, spec.label_column, originals)
+    originals = ORIGINAL_NAMES.get(spec.name.removeprefix("glue/"), {})
+    texts = [original_column(table, name, originals) for name in spec.text_columns]
+    label_column = original_column(table, spec.label_column, originals)
     class_names = table.class_names.get(label_column, ())
     dropped: Counter[str] = Counter()
     rows: list[int] = []
@@ -183,7 +190,12 @@ def _examples(spec: TaskSpec, table: Table, split: str, notes: list[str]) -> Exa
     return Examples(columns[0], columns[1] if len(columns) == 2 else None, labels)
 
 
-def _column(table: Table, name: str, originals: dict[str, str]) -> str:
+def original_column(table: Table, name: str, originals: Mapping[str, str]) -> str:
+    """Return the name of a column in a table, which may have the original layout.
+
+    Raises:
+        DataError: there is no such column.
+    """
     # The original name first: MNLI's own files have a gold_label and other labels.
     for candidate in (originals.get(name, name), name):
         if candidate in table.columns:

@@ -63,7 +63,8 @@ def label_text(value: Any, class_names: Sequence[str] | None) -> str:
         if not (math.isfinite(value) if isinstance(value, float) else value.is_finite()):
             raise LabelValueError(str(value))
         return str(value)
-    raise LabelValueError(f"a {type(value).__name__}: expected a word or a number")
+    more = "; task.type: multilabel reads lists of labels" if isinstance(value, list) else ""
+    raise LabelValueError(f"a {type(value).__name__}: expected a word or a number{more}")
 
 
 def value_kind(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparsegrad_cli.data.conversation import refuse_fraction
 from sparsegrad_cli.data.examples import Examples, RawTexts, joined
-from sparsegrad_cli.data.labels import read_labels
+from sparsegrad_cli.data.labels import Labels, read_labels
 from sparsegrad_cli.data.mixing import mix
+from sparsegrad_cli.data.multilabel import read_label_columns, read_label_lists
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.data.split_files import SUFFIXES, SUFFIXES_OF, split_files
 from sparsegrad_cli.data.tables import Table, concatenated, read_text_cell
@@ -17,7 +19,7 @@ from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.io.suggest import listed, suggest
 from sparsegrad_cli.recipe.task_section import ColumnsSection, TaskSection
-from sparsegrad_cli.recipe.tasks import SCORE_METRICS, TaskSpec
+from sparsegrad_cli.recipe.tasks import MULTILABEL_METRICS, SCORE_METRICS, TaskSpec
 
 # A fixed seed, not the run's: the seeds of a comparison must share their validation rows.
 _SPLIT_SEED = 0
@@ -38,7 +40,7 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
     tables, notes = files.tables, list(files.notes)
     roles = _roles(tables, task.columns or ColumnsSection())
     notes += _column_notes(tables, roles, task.columns or ColumnsSection())
-    labels = read_labels(tables, roles["label"], task)
+    labels = _read_labels(tables, roles, task)
     parts = [_examples(table, roles, labels.values[at]) for at, table in enumerate(tables)]
     evaluation = dict(
         zip(files.evaluation, parts[len(parts) - len(files.evaluation) :], strict=True)
@@ -66,20 +68,30 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
         names, weights = [s.label for s in task.mix], [s.weight for s in task.mix]
         mixture = mix(names, weights, sizes, task.mix_until)
     train = trained[0] if mixture is None else joined(trained).select(mixture.positions)
-    regression = labels.names is None
+    regression, multilabel = labels.names is None, task.type == "multilabel"
+    metrics = MULTILABEL_METRICS if multilabel else SCORE_METRICS if regression else ("accuracy",)
     spec = TaskSpec(
         name=task.name,
         text_columns=(roles["text"], roles["text_pair"])
         if "text_pair" in roles
         else (roles["text"],),
-        label_column=roles["label"],
+        label_column=roles.get("label", "label"),
         label_names=labels.names,
         regression=regression,
-        metric="pearson" if regression else "accuracy",
-        metrics=SCORE_METRICS if regression else ("accuracy",),
+        metric=metrics[0],
+        metrics=metrics,
+        multilabel=multilabel,
     )
     sets = {"validation": joined(validated), **evaluation}
     return RawTexts(spec, train, sets, [*notes, *labels.notes], mixture)
+
+
+def _read_labels(tables: Sequence[Table], roles: Mapping[str, str], task: TaskSection) -> Labels:
+    if task.type != "multilabel":
+        return read_labels(tables, roles["label"], task)
+    if task.columns is not None and task.columns.labels is not None:
+        return read_label_columns(tables, task.columns.labels)
+    return read_label_lists(tables, roles["label"], task.label_separator)
 
 
 def check_columns(task: TaskSection) -> None:
@@ -130,26 +142,34 @@ def _read_tables(task: TaskSection) -> _Files:
 
 
 def _roles(tables: Sequence[Table], columns: ColumnsSection) -> dict[str, str]:
-    """Return role -> column name; ``text_pair`` only if the task has a second text."""
+    """Return role -> column name; ``text_pair`` only if the task has a second text.
+
+    Of several label columns, each is a role of its own.
+    """
     roles = {"text": columns.text or "text"}
     if columns.text_pair or "text_pair" in tables[0].columns:
         roles["text_pair"] = columns.text_pair or "text_pair"
-    roles["label"] = columns.label or "label"
+    if columns.labels is None:
+        roles["label"] = columns.label or "label"
+    else:
+        roles |= {f"labels.{number}": name for number, name in enumerate(columns.labels)}
     for table in tables:
         for role, column in roles.items():
             if column not in table.columns:
+                shown = role.partition(".")[0]
                 raise UsageError(
-                    f"there is no column {column!r} for the {role.replace('_', ' ')} in "
+                    f"there is no column {column!r} for the {shown.replace('_', ' ')} in "
                     f"{table.source}",
-                    where=f"task.columns.{role}",
+                    where=f"task.columns.{shown}",
                     fix=_other_separator(table) or suggest(column, tuple(table.columns)),
                 )
-    for role, column in roles.items():
+    for column in roles.values():
         same = [other for other in roles if roles[other] == column]
         if len(same) > 1:
+            keys = [other.partition(".")[0] for other in same]
             raise UsageError(
-                f"Expected a column for each of {' and '.join(same)}, got {column!r} for both",
-                where=f"task.columns.{role}",
+                f"Expected a column for each of {' and '.join(keys)}, got {column!r} for both",
+                where=f"task.columns.{keys[0]}",
                 fix=f"columns found: {', '.join(tables[0].columns)}",
             )
     return roles
@@ -181,7 +201,7 @@ def _column_notes(
     return notes
 
 
-def _examples(table: Table, roles: Mapping[str, str], labels: list[int] | list[float]) -> Examples:
+def _examples(table: Table, roles: Mapping[str, str], labels: Any) -> Examples:
     rows = range(len(table))
     texts = [read_text_cell(table, roles["text"], row, blank=False) for row in rows]
     pairs = None

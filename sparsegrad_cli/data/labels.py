@@ -42,12 +42,13 @@ class Labels:
 
     Attributes:
         names: class names by id; None for scores.
-        values: class ids or scores, by table.
+        values: by table, the class ids, the scores, or for several labels a row (see
+            :mod:`.multilabel`) a 1 or 0 for each name.
         notes: what the user should know of them.
     """
 
     names: tuple[str, ...] | None
-    values: list[list[int]] | list[list[float]]
+    values: list[list[int]] | list[list[float]] | list[list[list[float]]]
     notes: list[str]
 
 
@@ -81,7 +82,7 @@ class _LabelColumn:
 
     def __init__(self, tables: Sequence[Table], column: str) -> None:
         self.tables, self.column = tables, column
-        self.declared = _declared_names(tables, column)
+        self.declared = declared_names(tables, column)
         self.notes: list[str] = []
         self.parts: list[list[str]] = []
         self._kinds: dict[str, set[str]] = {}  # text -> how the files hold it
@@ -278,7 +279,7 @@ class _LabelColumn:
         raise UsageError(what, where=self._place(text), fix=fix)
 
 
-def _declared_names(tables: Sequence[Table], column: str) -> tuple[str, ...] | None:
+def declared_names(tables: Sequence[Table], column: str) -> tuple[str, ...] | None:
     """Return the names of a ClassLabel column, which must be the same in all files."""
     found = {names: t.source for t in tables if (names := t.class_names.get(column)) is not None}
     if len(found) > 1 or any(len(set(names)) < len(names) for names in found):

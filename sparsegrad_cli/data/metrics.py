@@ -19,7 +19,7 @@ NaN or infinite logits anywhere     the lowest: 0, or -1  the model is broken, s
 ``task.positive_label``, by default the class with id 1. With ``_macro`` they are the plain mean,
 and with ``_weighted`` the mean weighted by rows, over the classes that are true or predicted
 (scikit-learn's default). Accuracy and the Matthews correlation do not depend on the positive
-class.
+class. Several labels a row have metrics of their own (:mod:`.multilabel_metrics`).
 
 ``evaluate`` takes seconds to import, so it is imported when the first score is computed.
 """
@@ -35,11 +35,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsegrad_cli.data.multilabel_metrics import (
+    choose_threshold,
+    cross_fitted,
+    multilabel_values,
+)
 from sparsegrad_cli.errors import DataError
-from sparsegrad_cli.recipe.tasks import CLASS_METRICS, SCORE_METRICS, TaskSpec
+from sparsegrad_cli.recipe.tasks import (
+    CLASS_METRICS,
+    MULTILABEL_METRICS,
+    SCORE_METRICS,
+    TaskSpec,
+)
 
 LOWEST = {
-    **dict.fromkeys(CLASS_METRICS, 0.0),
+    **dict.fromkeys((*CLASS_METRICS, *MULTILABEL_METRICS), 0.0),
     "matthews_correlation": -1.0,
     "pearson": -1.0,
     "spearmanr": -1.0,
@@ -50,10 +60,18 @@ _CONSTANT = 1e-13
 
 @dataclass(frozen=True)
 class Scores:
-    """Metric name -> value (a fraction), and a note for each value that holds by definition."""
+    """The metrics of one set of rows.
+
+    Attributes:
+        values: metric name -> value (a fraction).
+        notes: one for each value that holds by definition.
+        threshold: for several labels a row, the best one for these rows
+            (:func:`~.multilabel_metrics.choose_threshold`). The values are cross-fitted.
+    """
 
     values: dict[str, float]
     notes: tuple[str, ...]
+    threshold: float | None = None
 
 
 def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> Scores:
@@ -61,8 +79,9 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
 
     Args:
         spec: task, which names the metrics.
-        logits: (N, C) class logits, whose largest is the answer; or (N,) or (N, 1) scores.
-        references: (N,) class ids or scores.
+        logits: (N, C) class logits, whose largest is the answer; (N, L) logits of labels; or (N,)
+            or (N, 1) scores.
+        references: (N,) class ids or scores, or (N, L) with 1 for each label that a row has.
 
     Raises:
         DataError: N is 0.
@@ -72,7 +91,8 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
     true = np.asarray(references)
     if spec.regression and outputs.ndim == 2 and outputs.shape[1] == 1:
         outputs = outputs[:, 0]
-    if outputs.ndim != (1 if spec.regression else 2) or true.shape != outputs.shape[:1]:
+    rows = outputs.shape if spec.multilabel else outputs.shape[:1]
+    if outputs.ndim != (1 if spec.regression else 2) or true.shape != rows:
         raise ValueError(f"{spec.name}: logits {outputs.shape} do not fit labels {true.shape}")
     if len(true) == 0:
         raise DataError("there are no examples to score", where=spec.name)
@@ -83,24 +103,42 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
             "every metric is given its lowest value"
         )
         return Scores({name: LOWEST[name] for name in spec.metrics}, (note,))
+    if spec.multilabel:
+        return _multilabel(spec, outputs, true)
     predictions = outputs if spec.regression else outputs.argmax(axis=1)
     metric = task_metric()(spec)
     values = metric.compute(predictions=predictions, references=true)
     return Scores(values, metric.notes)
 
 
+def _multilabel(spec: TaskSpec, logits_NL: npt.NDArray[Any], true_NL: npt.NDArray[Any]) -> Scores:
+    from scipy.special import expit
+
+    probabilities_NL = expit(logits_NL)
+    answers_NL = cross_fitted(probabilities_NL, true_NL)
+    values, notes = multilabel_values(spec, probabilities_NL, answers_NL, true_NL)
+    return Scores(values, tuple(notes), choose_threshold(probabilities_NL, true_NL))
+
+
 def mean_loss(
-    spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike, *, smoothing: float = 0.0
+    spec: TaskSpec,
+    logits: npt.ArrayLike,
+    references: npt.ArrayLike,
+    *,
+    smoothing: float = 0.0,
+    weights: npt.ArrayLike | None = None,
 ) -> float:
     """Compute the mean training loss per example: cross-entropy (nats), or the squared error.
 
-    It is computed in float64 from all logits, so it does not depend on batches or processes.
+    For several labels a row, it is the mean of the binary cross-entropy over rows and labels. It is
+    computed in float64 from all logits, so it does not depend on batches or processes.
 
     Args:
         spec: the task.
         logits: as in :func:`score`.
         references: as in :func:`score`.
         smoothing: share of a label that is spread over all classes, as in transformers.
+        weights: (C,) weights of the classes, as in training (models/label_loss.py).
 
     Returns:
         The loss; NaN if a logit is NaN or infinite.
@@ -111,9 +149,13 @@ def mean_loss(
         return float("nan")
     if spec.regression:
         return float(np.mean((outputs.reshape(len(true)) - true) ** 2))
-    from scipy.special import log_softmax
+    from scipy.special import log_expit, log_softmax
 
-    logs_NC = log_softmax(outputs, axis=1)
+    weights_C = np.ones(outputs.shape[1]) if weights is None else np.asarray(weights, np.float64)
+    if spec.multilabel:
+        losses_NL = weights_C * true * log_expit(outputs) + (1 - true) * log_expit(-outputs)
+        return float(-np.mean(losses_NL))
+    logs_NC = weights_C * log_softmax(outputs, axis=1)
     own_N = logs_NC[np.arange(len(true)), true]
     return float(-np.mean((1 - smoothing) * own_N + smoothing * logs_NC.mean(axis=1)))
 

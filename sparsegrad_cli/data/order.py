@@ -106,7 +106,8 @@ class OrderHash:
     def _with_row(self, row: Mapping[str, Any]) -> bytes:
         assert self._rows is not None
         ids, labels = row["input_ids"], row.get("labels")
-        each = labels is not None and labels.ndim == 1  # one label per token, as in conversations
+        # One integer label per token, as in conversations; several labels of a row are floats.
+        each = labels is not None and labels.ndim == 1 and labels.dtype.kind == "i"
         there = np.ones(len(ids), dtype=bool)
         if "attention_mask" in row:
             there = row["attention_mask"] > 0

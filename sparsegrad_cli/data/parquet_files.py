@@ -105,12 +105,18 @@ def _without_point(value: Decimal) -> int | Decimal:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return the names of ClassLabel columns from the metadata that ``datasets`` writes."""
+    """Return the names of ClassLabel columns, and of lists of them, that ``datasets`` writes."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        # The feature of a list's items is one level deeper.
+        items = {
+            column: feature.get("feature", feature)
+            for column, feature in features.items()
+            if isinstance(feature, dict)
+        }
         return {
             column: tuple(str(name) for name in feature["names"])
-            for column, feature in features.items()
+            for column, feature in items.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):

@@ -260,4 +260,6 @@ def left_out(recipe: Recipe) -> list[str]:
         notes.append("train.torch_compile is left out: what a compiler fuses is unknown here")
     if recipe.train.label_smoothing_factor:
         notes.append("train.label_smoothing_factor is left out")
+    if recipe.train.class_weights is not None:
+        notes.append("train.class_weights is left out")
     return notes

@@ -41,11 +41,24 @@ def name_task(recipe: Recipe, config: Any, known: TaskSpec | None = None) -> lis
         return ["every token is labelled, which no conversation does: the upper limit"]
     spec = known or BUILTIN_TASKS.get(name) or GLUE_TASKS.get(name.removeprefix("glue/"))
     notes = []
-    if spec is None and type_by_settings(recipe.task.type, recipe.task.metric) == "regression":
+    kind = type_by_settings(recipe.task.type, recipe.task.metric)
+    columns = recipe.task.columns
+    if spec is None and kind == "regression":
         spec = TaskSpec(name, ("text",), "label", None, True, "pearson", ("pearson",))
     elif spec is None:
-        notes = ["two classes assumed: the task's files are not read"]
-        spec = TaskSpec(name, ("text",), "label", ("0", "1"), False, "accuracy", ("accuracy",))
+        known_names = columns.labels if columns is not None else None
+        if known_names is None:
+            notes = ["two classes assumed: the task's files are not read"]
+        spec = TaskSpec(
+            name,
+            ("text",),
+            "label",
+            known_names or ("0", "1"),
+            False,
+            "accuracy",
+            ("accuracy",),
+            multilabel=kind == "multilabel",
+        )
     name_labels(config, spec)
     if getattr(config, "pad_token_id", None) is None:
         # Classifiers on decoders need one; training would use the tokenizer's end token.
@@ -110,8 +123,10 @@ def bare_batch(recipe: Recipe, config: Any, size: int, length: int, mask: Mask) 
         return {**batch, "position_ids": torch.zeros_like(ids), "labels": torch.zeros_like(ids)}
     if getattr(config, "type_vocab_size", 0) > 1:
         batch["token_type_ids"] = torch.zeros_like(ids)
-    regression = getattr(config, "problem_type", None) == "regression"
-    kind = torch.float32 if regression else torch.int64
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return {**batch, "labels": torch.zeros(size, config.num_labels)}
+    kind = torch.float32 if problem == "regression" else torch.int64
     return {**batch, "labels": torch.zeros(size, dtype=kind)}
 
 

@@ -27,7 +27,7 @@ from sparsegrad_cli.restore.exported_adapter import (
     AdapterSettings,
     AdapterTarget,
 )
-from sparsegrad_cli.restore.restore import TrainedModel, widest
+from sparsegrad_cli.restore.restore import THRESHOLD, TrainedModel, widest
 
 
 def write_adapter(trained: TrainedModel, plain: nn.Module, folder: Path) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def _settings(trained: TrainedModel, plain: nn.Module, digest: str) -> AdapterSe
         id2label={str(number): name for number, name in task["id2label"].items()},
         problem_type=task["problem_type"],
         pad_token_id=task["pad_token_id"],
+        label_threshold=task[THRESHOLD],
     )
     return AdapterSettings(
         format=FORMAT,

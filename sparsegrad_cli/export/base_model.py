@@ -26,6 +26,7 @@ from sparsegrad_cli.models.quantized import (
     quantized_layers,
 )
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.restore.restore import THRESHOLD
 
 if TYPE_CHECKING:
     from sparsegrad_cli.restore.restore import TrainedModel
@@ -67,6 +68,7 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
         "label2id": dict(config.label2id),
         "problem_type": getattr(config, "problem_type", None),
         "pad_token_id": getattr(config, "pad_token_id", None),
+        THRESHOLD: getattr(config, THRESHOLD, None),
     }
 
 
@@ -200,9 +202,9 @@ def _label_arguments(section: ModelSection, model: nn.Module) -> dict[str, Any]:
     names = ("id2label", "label2id")
     if any(task[name] != getattr(stored, name) for name in names):
         arguments |= {name: task[name] for name in names}  # These imply the number of labels.
-    # A pipeline tells a score from a probability by the problem type.
-    kind = getattr(stored, "problem_type", None)
-    if task["problem_type"] != kind and (kind or task["problem_type"] == "regression"):
+    # A pipeline tells scores, probabilities and those of several labels by the problem type.
+    kind, plain = getattr(stored, "problem_type", None), "single_label_classification"
+    if task["problem_type"] != kind and (kind or task["problem_type"] not in (plain, None)):
         arguments["problem_type"] = task["problem_type"]
     # Without a padding token, GPT-2 and similar models do not accept a batch of several texts.
     if task["pad_token_id"] != getattr(stored, "pad_token_id", None):

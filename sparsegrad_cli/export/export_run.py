@@ -52,7 +52,7 @@ from sparsegrad_cli.records.export import (
     OnPlainBase,
 )
 from sparsegrad_cli.records.store import EXPORT, write
-from sparsegrad_cli.restore.restore import TrainedModel, load_trained
+from sparsegrad_cli.restore.restore import THRESHOLD, TrainedModel, load_trained
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
 
@@ -258,8 +258,21 @@ def _origin(trained: TrainedModel, files: RunFiles) -> dict[str, Any]:
         ),
         "method": ExportedMethod.model_validate(method),
         "scope": trained.recipe.scope,
+        **_label_entries(model),
         "versions": package_versions(packages),
     }
+
+
+def _label_entries(model: Any) -> dict[str, Any]:
+    """Return the entries of export.json about labels, which a PEFT folder itself does not hold."""
+    labels, config = _labels(model), model.config
+    if not labels:
+        return {}
+    found = {"labels": [labels[number] for number in sorted(labels)]}
+    found["problem_type"] = config.problem_type
+    if (threshold := getattr(config, THRESHOLD, None)) is not None:
+        found["label_threshold"] = threshold
+    return found
 
 
 def _load_back(load: Callable[[], nn.Module]) -> nn.Module:

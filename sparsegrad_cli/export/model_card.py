@@ -127,6 +127,11 @@ def _facts(
     ]
     if labels:
         facts.append(("Labels", ", ".join(f"{n}: {label}" for n, label in labels.items())))
+    if record.label_threshold is not None:
+        value = format_number(record.label_threshold, 4)
+        facts.append(
+            ("Label threshold", f"a text has the labels with a probability from {value} on")
+        )
     facts += [("Method", _method(record, run)), ("Score", _score(record, run))]
     if FORMS[record.to].has_rank:
         truncated = ", truncated" if record.truncated else ""

@@ -33,6 +33,12 @@ from sparsegrad_cli.recipe.schema import ModelSection, Recipe
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
 _CPU = torch.device("cpu")
+# The words of transformers.
+_PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multilabel": "multi_label_classification",
+}
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -43,12 +49,12 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def name_labels(config: Any, spec: TaskSpec) -> None:
-    """Set a task's classes in a model's configuration, or that the task is a regression."""
+    """Set a task's classes in a model's configuration, and what kind of problem it is."""
     names = spec.label_names or ("score",)
     config.num_labels = 1 if spec.regression else len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
-    config.problem_type = "regression" if spec.regression else "single_label_classification"
+    config.problem_type = _PROBLEM_TYPES[spec.kind]
 
 
 class Classifier(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,32 @@ import torch
 from torch import nn
 
 from sparsegrad_cli.data.batches import TextCollator
+from sparsegrad_cli.data.multilabel_metrics import DEFAULT_THRESHOLD
 from sparsegrad_cli.data.text_tokens import TextEncoder, ensure_pad_token, fitting_length
 from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.generate.peft_folder import base_of, load_onto, tokenizer_in
 from sparsegrad_cli.io.paths import expanded, is_file, is_folder
+from sparsegrad_cli.methods.peft_folder import CONFIG
 from sparsegrad_cli.models.digests import fingerprint
 from sparsegrad_cli.models.load_model import device_of, load_by_auto_class, load_classifier
 from sparsegrad_cli.models.pretrained import load_configuration, load_tokenizer
 from sparsegrad_cli.models.quantized import move_model
 from sparsegrad_cli.models.targets import find_targets
+from sparsegrad_cli.predict.peft_labels import labels_of_peft
+from sparsegrad_cli.predict.source import find_source
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import ModelSection
+from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, GLUE_TASKS, TaskSpec
-from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.run import RunRecord, TaskBlock
-from sparsegrad_cli.records.store import load_run_or_study
-from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.restore.exported_adapter import SETTINGS, load_adapter, read_settings
-from sparsegrad_cli.restore.restore import BaseModule, base_model_errors, check_base, restore
+from sparsegrad_cli.restore.restore import (
+    THRESHOLD,
+    BaseModule,
+    base_model_errors,
+    check_base,
+    restore,
+)
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
 DEFAULT_LENGTH = 128
@@ -41,7 +50,8 @@ class Predictions:
     """What a classifier says of some texts.
 
     Attributes:
-        probabilities: (N, classes) float64 whose rows sum to 1; (N, 1) scores for a regressor.
+        probabilities: (N, classes) float64 whose rows sum to 1; of a model that gives several
+            labels, (N, labels) from 0 to 1 each; of a regressor, (N, 1) scores.
         cut: positions of the texts that were longer than the model reads.
     """
 
@@ -62,6 +72,8 @@ class Classifier:
         pair: whether it reads two texts of every row.
         about: what was loaded, for a note.
         autocast: dtype of autocast, if it was trained under it in half precision.
+        threshold: of a model that gives several labels: the probability from which it gives one.
+        task: the task that it was trained on; None if it is unknown, as of an export.
     """
 
     model: nn.Module
@@ -72,6 +84,13 @@ class Classifier:
     pair: bool
     about: str
     autocast: torch.dtype | None = None
+    threshold: float | None = None
+    task: TaskSection | None = None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether it may give a text several labels, or none."""
+        return self.threshold is not None
 
     def predict(self, texts: Sequence[list[str]], batch_size: int) -> Predictions:
         """Label texts. Rows of similar length share a batch; the result is in the given order.
@@ -91,6 +110,8 @@ class Classifier:
                 found = np.empty((len(order), values.shape[1]))
             found[rows] = values
         assert found is not None
+        if self.multilabel:
+            return Predictions(_sigmoid(found), cut)
         return Predictions(found if self.label_names is None else _softmax(found), cut)
 
     def _logits(self, rows: list[dict[str, list[int]]]) -> np.ndarray:
@@ -106,6 +127,13 @@ class Classifier:
         return values
 
 
+def _sigmoid(logits_NL: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    result: np.ndarray = expit(logits_NL)
+    return result
+
+
 def _softmax(logits_NC: np.ndarray) -> np.ndarray:
     shifted = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
     result: np.ndarray = shifted / shifted.sum(axis=1, keepdims=True)
@@ -118,8 +146,8 @@ def load_trained_classifier(
     """Load the classifier that ``source`` names, with the base model if it needs one.
 
     Args:
-        source: a run's folder, a comparison's (its best run), an export (``merged`` or
-            ``adapter``), or a folder or hub id of any classifier of transformers.
+        source: a run's folder, a comparison's (its best run), an export (``merged``, ``lora`` or
+            ``adapter``), a PEFT folder, or a folder or hub id of any classifier of transformers.
         overrides: ``key.path=value`` for files of a run that have moved since.
         max_length: tokens of an example; by default as in training.
 
@@ -127,19 +155,16 @@ def load_trained_classifier(
         UsageError: there is no such folder, or it does not hold a classifier.
         FileFormatError, DownloadError: a file is missing or damaged, or cannot be downloaded.
     """
+    source, note, _ = find_source(source)
     folder = expanded(source)
-    if is_file(folder / "run.json") or is_file(folder / "compare.json"):
-        return _of_run(folder, overrides, max_length)
+    if is_file(folder / "run.json"):
+        return _of_run(folder, note, overrides, max_length)
     if overrides:
         raise UsageError(
             f"{overrides[0]} applies to runs, and {source} is not a run", where="command line"
         )
-    if is_file(folder / "adapter_config.json"):
-        raise UsageError(
-            f"{source} holds a PEFT adapter without its model",
-            where="command line",
-            fix="give the run itself, or export it with --to merged",
-        )
+    if is_file(folder / CONFIG):
+        return _of_peft(source, folder, max_length)
     if is_file(folder / SETTINGS):
         base = read_settings(folder).model
         section = ModelSection(name=base.name, revision=base.revision, dtype=base.dtype)
@@ -150,10 +175,9 @@ def load_trained_classifier(
     return _plain(source, max_length)
 
 
-def _of_run(folder: Path, overrides: tuple[str, ...], max_length: int | None) -> Classifier:
-    found, note = load_run_or_study(folder), ""
-    if isinstance(found, StudyRecord):
-        folder, note = _best_run(folder, found)
+def _of_run(
+    folder: Path, note: str, overrides: tuple[str, ...], max_length: int | None
+) -> Classifier:
     files = open_run(folder, overrides, data=False)
     recipe, spec = files.loaded.recipe, _spec_of(files)
     with base_model_errors(files.loaded):
@@ -165,7 +189,9 @@ def _of_run(folder: Path, overrides: tuple[str, ...], max_length: int | None) ->
     base = BaseModule(model, targets, fingerprint(model, targets))
     check_base(files, base)
     restore(files, base)
-    about = "; ".join(part for part in (note or str(folder), *files.notes) if part)
+    threshold, threshold_note = _threshold_of(files)
+    notes = (note or str(folder), *files.notes, threshold_note)
+    about = "; ".join(part for part in notes if part)
     return _ready(
         model,
         tokenizer,
@@ -175,7 +201,19 @@ def _of_run(folder: Path, overrides: tuple[str, ...], max_length: int | None) ->
         padding=recipe.task.padding,
         about=about,
         autocast=_autocast(files.loaded),
+        threshold=threshold,
+        task=recipe.task,
     )
+
+
+def _threshold_of(files: RunFiles) -> tuple[float | None, str | None]:
+    """Return the threshold of a run with several labels a row, and a note if it has none yet."""
+    task = files.record.task
+    if task is None or task.kind != "multilabel":
+        return None, None
+    if files.threshold is not None:
+        return files.threshold, None
+    return DEFAULT_THRESHOLD, f"no threshold is chosen yet: {DEFAULT_THRESHOLD} is used"
 
 
 def _autocast(loaded: LoadedRecipe) -> torch.dtype | None:
@@ -183,29 +221,6 @@ def _autocast(loaded: LoadedRecipe) -> torch.dtype | None:
     if loaded.recipe.model.dtype == "float32":
         return None
     return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
-
-
-def _best_run(folder: Path, study: StudyRecord) -> tuple[Path, str]:
-    """Return the finished run of a comparison with the best score, and a note that names it."""
-    tasks = {cell.task for cell in study.cells}
-    if len(tasks) > 1:
-        raise UsageError(
-            f"the comparison in {folder} has several tasks: {', '.join(sorted(tasks))}",
-            where="command line",
-            fix="name one of its runs",
-        )
-    scored = []
-    for cell in study.cells:
-        metrics = cell.run.metrics if cell.run and cell.run_dir and cell.status == "done" else None
-        if metrics is not None and metrics.best is not None and metrics.best.score is not None:
-            scored.append((metrics.best.score, cell, metrics.best.metric))
-    if not scored:
-        raise UsageError(f"the comparison in {folder} has no finished run", where="command line")
-    metric = scored[0][2]
-    sign = -1 if scale_of(metric).lower_is_better else 1
-    score, cell, _ = max(scored, key=lambda found: sign * found[0])
-    note = f"the best of {len(scored)} runs: {cell.method}, seed {cell.seed} ({metric} {score:.4g})"
-    return folder / str(cell.run_dir), note
 
 
 def _spec_of(files: RunFiles) -> TaskSpec:
@@ -233,6 +248,7 @@ def _spec_of(files: RunFiles) -> TaskSpec:
         regression=task.regression,
         metric=task.metric or "",
         metrics=(task.metric or "",),
+        multilabel=task.kind == "multilabel",
     )
 
 
@@ -265,11 +281,38 @@ def _plain(source: str, max_length: int | None) -> Classifier:
     return _of_transformers(source, model, tokenizer, max_length)
 
 
+def _of_peft(source: str, folder: Path, max_length: int | None) -> Classifier:
+    """Load the base model of a PEFT folder with as many labels as its head has, and the adapter."""
+    base, revision = base_of(folder)
+    section = ModelSection(name=base, revision=revision)
+    labels = labels_of_peft(folder)
+    settings = {
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: number for number, name in enumerate(labels.names)},
+        "problem_type": labels.problem_type,
+    }
+    if labels.threshold is not None:
+        settings[THRESHOLD] = labels.threshold
+    model = load_by_auto_class(_AUTO, section, settings)
+    model = load_onto(model, folder)
+    tokenizer = tokenizer_in(folder) or load_tokenizer(section)
+    found = _of_transformers(source, model, tokenizer, max_length)
+    return replace(found, about=f"{source}; {labels.note}") if labels.note else found
+
+
 def _of_transformers(
     source: str, model: nn.Module, tokenizer: Any, max_length: int | None
 ) -> Classifier:
     config: Any = model.config
-    regression = config.problem_type == "regression" or config.num_labels == 1
+    threshold, note = None, None
+    if config.problem_type == "multi_label_classification":
+        threshold = getattr(config, THRESHOLD, None)
+        if not isinstance(threshold, float) or not 0 <= threshold <= 1:
+            note = f"{source} names no threshold: {DEFAULT_THRESHOLD} is used"
+            threshold = DEFAULT_THRESHOLD
+    regression = config.problem_type == "regression" or (
+        config.num_labels == 1 and threshold is None
+    )
     names = None if regression else tuple(config.id2label[at] for at in range(config.num_labels))
     return _ready(
         model,
@@ -278,7 +321,8 @@ def _of_transformers(
         text_columns=(),
         length=max_length or DEFAULT_LENGTH,
         padding="dynamic",
-        about=source,
+        about=note or source,
+        threshold=threshold,
     )
 
 
@@ -292,6 +336,8 @@ def _ready(
     padding: Any,
     about: str,
     autocast: torch.dtype | None = None,
+    threshold: float | None = None,
+    task: TaskSection | None = None,
 ) -> Classifier:
     config: Any = model.config
     ensure_pad_token(tokenizer, config)
@@ -306,4 +352,6 @@ def _ready(
         pair,
         about,
         autocast,
+        threshold,
+        task,
     )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sparsegrad_cli.data.label_texts import LabelValueError, label_text
-from sparsegrad_cli.data.metrics import metric_values
-from sparsegrad_cli.errors import DataError, UsageError
-from sparsegrad_cli.io.suggest import listed, suggest
+from sparsegrad_cli.data.metrics import Scores, metric_values
+from sparsegrad_cli.data.multilabel_metrics import label_average_precision, multilabel_values
+from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.predict.classifier import Classifier
+from sparsegrad_cli.predict.label_reader import label_reader
 from sparsegrad_cli.predict.predict_rows import CHUNK, cell_text, text_columns
 from sparsegrad_cli.predict.row_stream import Row, open_rows
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.recipe.tasks import SCORE_METRICS, TaskSpec
+from sparsegrad_cli.recipe.tasks import MULTILABEL_METRICS, SCORE_METRICS, TaskSpec
 from sparsegrad_cli.records.evaluation import (
     ClassScores,
     EvaluationRecord,
@@ -36,6 +35,7 @@ class EvaluateOptions:
     Attributes:
         file: the labelled rows.
         text_column, text_pair_column, label_column: columns; by default those of training.
+        label_separator: text between several labels in a cell; by default that of training.
         batch_size: rows of a batch.
         resamples: of the bootstrap; 0 for no intervals.
         seed: of the bootstrap.
@@ -46,6 +46,7 @@ class EvaluateOptions:
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    label_separator: str | None = None
     batch_size: int = 64
     resamples: int = 1000
     seed: int = 0
@@ -85,9 +86,10 @@ def evaluate_file(
     answers = _answers(classifier, options, observer or Observer())
     spec = _spec(classifier)
     outputs = answers.outputs
-    predicted = outputs[:, 0] if spec.regression else outputs.argmax(axis=1)
-    found = metric_values(spec, predicted, answers.labels)
-    intervals = _bootstrap(spec, predicted, answers.labels, options)
+    predicted = _predicted(classifier, outputs)
+    found = _values(spec, outputs, predicted, answers.labels)
+    intervals = _bootstrap(spec, outputs, predicted, answers.labels, options)
+    single = spec.kind == "classification"
     return EvaluationRecord(
         model=model,
         about=classifier.about,
@@ -101,8 +103,9 @@ def evaluate_file(
         },
         resamples=options.resamples,
         seed=options.seed,
-        classes=[] if spec.regression else _classes(spec, predicted, answers.labels),
-        confusion=[] if spec.regression else _confusion(spec, predicted, answers.labels),
+        threshold=classifier.threshold,
+        classes=[] if spec.regression else _classes(spec, outputs, predicted, answers.labels),
+        confusion=_confusion(spec, predicted, answers.labels) if single else [],
         worst=answers.worst,
         notes=[*answers.notes, *found.notes],
     )
@@ -110,7 +113,9 @@ def evaluate_file(
 
 def _spec(classifier: Classifier) -> TaskSpec:
     regression = classifier.label_names is None
-    metrics = SCORE_METRICS if regression else _CLASS_METRICS
+    metrics: tuple[str, ...] = SCORE_METRICS if regression else _CLASS_METRICS
+    if classifier.multilabel:
+        metrics = MULTILABEL_METRICS
     return TaskSpec(
         name="the file",
         text_columns=("text",),
@@ -119,20 +124,33 @@ def _spec(classifier: Classifier) -> TaskSpec:
         regression=regression,
         metric=metrics[0],
         metrics=metrics,
+        multilabel=classifier.multilabel,
     )
+
+
+def _predicted(classifier: Classifier, outputs: np.ndarray) -> np.ndarray:
+    """Return scores, class ids, or (rows, labels) of 1 and 0."""
+    if classifier.label_names is None:
+        return outputs[:, 0]
+    if classifier.threshold is not None:
+        return (outputs >= classifier.threshold).astype(np.int64)
+    ids: np.ndarray = outputs.argmax(axis=1)
+    return ids
+
+
+def _values(
+    spec: TaskSpec, outputs: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+) -> Scores:
+    if not spec.multilabel:
+        return metric_values(spec, predicted, labels)
+    values, notes = multilabel_values(spec, outputs, predicted, labels)
+    return Scores(values, tuple(notes))
 
 
 def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observer) -> _Answers:
     stream = open_rows(options.file)
     columns = text_columns(stream.names, classifier, options.text_column, options.text_pair_column)
-    label_column = options.label_column or "label"
-    if label_column not in stream.names:
-        raise UsageError(
-            f"the file has no column {label_column!r} for the labels",
-            where="--label-column",
-            fix=f"--label-column NAME; {suggest(label_column, stream.names)}",
-        )
-    read = functools.partial(_read_label, classifier.label_names, label_column)
+    read = label_reader(stream.names, classifier, options.label_column, options.label_separator)
     outputs, labels, losses = [], [], []
     worst: list[tuple[float, int, WrongExample]] = []
     rows = cut = ids = 0
@@ -164,38 +182,14 @@ def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observe
     )
 
 
-def _read_label(names: tuple[str, ...] | None, column: str, row: Row) -> tuple[float | int, bool]:
-    """Return the class id or score of a row, and whether the file holds the id itself."""
-    fix = "correct the label or remove the row"
-    try:
-        text = label_text(row.values.get(column), None)
-    except LabelValueError as error:
-        what = f"the label in column {column!r} is {error}"
-        raise DataError(what, where=row.place, fix=fix) from None
-    if names is None:
-        try:
-            score = float(text)
-        except ValueError:
-            score = float("nan")
-        if not np.isfinite(score):
-            what = f"expected a number in column {column!r}, got {text!r:.60}"
-            raise DataError(what, where=row.place, fix=fix)
-        return score, False
-    if text in names:
-        return names.index(text), False
-    if text.isascii() and text.isdigit() and int(text) < len(names):
-        return int(text), True
-    raise DataError(
-        f"the label {text!r:.60} is not a class of the model, which knows {listed(names)}",
-        where=row.place,
-        fix=fix,
-    )
-
-
 def _loss(classifier: Classifier, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if classifier.label_names is None:
         squared: np.ndarray = (outputs[:, 0] - labels) ** 2
         return squared
+    if classifier.multilabel:
+        right = np.where(labels > 0, outputs, 1 - outputs)
+        mean: np.ndarray = -np.log(np.maximum(right, np.finfo(np.float64).tiny)).mean(axis=1)
+        return mean
     own = outputs[np.arange(len(labels)), labels]
     nats: np.ndarray = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
     return nats
@@ -211,15 +205,17 @@ def _wrong(
     before: int,
 ) -> list[tuple[float, int, WrongExample]]:
     """Return (loss, number of the row, example) of the rows whose prediction is not the label."""
-    names = classifier.label_names
+    names, predicted = classifier.label_names, _predicted(classifier, outputs)
     found = []
     for at, row in enumerate(chunk):
         if names is None:
             label, prediction = f"{labels[at]:.6g}", f"{outputs[at, 0]:.6g}"
+        elif classifier.multilabel:
+            label, prediction = (_listed_labels(names, each[at]) for each in (labels, predicted))
         else:
-            label, prediction = names[labels[at]], names[int(outputs[at].argmax())]
-            if label == prediction:
-                continue
+            label, prediction = names[labels[at]], names[int(predicted[at])]
+        if names is not None and label == prediction:
+            continue
         example = WrongExample(
             place=row.place,
             texts=[part[at][:_SHOWN] for part in texts],
@@ -231,8 +227,16 @@ def _wrong(
     return found
 
 
+def _listed_labels(names: Sequence[str], flags: np.ndarray) -> str:
+    return ", ".join(name for name, flag in zip(names, flags, strict=True) if flag) or "-"
+
+
 def _bootstrap(
-    spec: TaskSpec, predicted: np.ndarray, labels: np.ndarray, options: EvaluateOptions
+    spec: TaskSpec,
+    outputs: np.ndarray,
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    options: EvaluateOptions,
 ) -> dict[str, list[float]]:
     """Return metric -> 95 % percentile interval over resampled rows (Efron 1979).
 
@@ -244,7 +248,8 @@ def _bootstrap(
     values: dict[str, list[float]] = {name: [] for name in spec.metrics}
     for _ in range(options.resamples):
         rows = draw.integers(len(labels), size=len(labels))
-        for name, value in metric_values(spec, predicted[rows], labels[rows]).values.items():
+        found = _values(spec, outputs[rows], predicted[rows], labels[rows])
+        for name, value in found.values.items():
             values[name].append(value)
     return {
         name: [float(end) for end in np.quantile(drawn, (0.025, 0.975))]
@@ -259,11 +264,19 @@ def _confusion(spec: TaskSpec, predicted: np.ndarray, labels: np.ndarray) -> lis
     return table
 
 
-def _classes(spec: TaskSpec, predicted: np.ndarray, labels: np.ndarray) -> list[ClassScores]:
+def _classes(
+    spec: TaskSpec, outputs: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+) -> list[ClassScores]:
     found = []
     for number, name in enumerate(spec.label_names or ()):
-        hits = int(((labels == number) & (predicted == number)).sum())
-        rows, answers = int((labels == number).sum()), int((predicted == number).sum())
+        if spec.multilabel:
+            true_N, given_N = labels[:, number] > 0, predicted[:, number] > 0
+        else:
+            true_N, given_N = labels == number, predicted == number
+        hits, rows, answers = (int(each.sum()) for each in (true_N & given_N, true_N, given_N))
+        more = {}
+        if spec.multilabel and rows:
+            more = {"average_precision": label_average_precision(outputs[:, number], true_N)}
         found.append(
             ClassScores(
                 name=name,
@@ -272,6 +285,7 @@ def _classes(spec: TaskSpec, predicted: np.ndarray, labels: np.ndarray) -> list[
                 precision=hits / answers if answers else None,
                 recall=hits / rows if rows else None,
                 f1=2 * hits / (rows + answers) if rows + answers else None,
+                **more,
             )
         )
     return found

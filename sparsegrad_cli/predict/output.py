@@ -14,6 +14,8 @@ from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.atomic import replaced_file
 from sparsegrad_cli.predict.row_stream import Row, RowStream
 
+# Names of the columns that are added; the last one says why an answer ended.
+PREDICTION, PROBABILITY, STOPPED = "prediction", "probability", "stopped"
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -144,7 +146,7 @@ class _Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        new = pa.Table.from_pylist(list(added))
+        new = pa.Table.from_pylist(list(added), schema=_added_schema(added[0]))
         old = [row.values for row in rows]
         schema = self._source.schema
         if schema is None and self._writer is not None:
@@ -168,3 +170,18 @@ class _Parquet:
         """Write the end of the file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _added_schema(row: dict[str, Any]) -> Any:
+    """Return the Arrow schema of added columns. An empty list does not tell the type of its items.
+
+    Args:
+        row: one row of added columns; lists are those of labels and of their probabilities.
+    """
+    import pyarrow as pa
+
+    types = {str: pa.string(), float: pa.float64()}
+    lists = {PREDICTION: pa.list_(pa.string()), PROBABILITY: pa.list_(pa.float64())}
+    return pa.schema(
+        [(name, lists[name] if isinstance(v, list) else types[type(v)]) for name, v in row.items()]
+    )

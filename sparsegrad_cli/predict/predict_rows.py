@@ -11,9 +11,9 @@ from sparsegrad_cli.data.text_files import is_unicode
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.predict.classifier import Classifier
+from sparsegrad_cli.predict.output import PREDICTION, PROBABILITY
 from sparsegrad_cli.predict.row_stream import Row
 
-PREDICTION, PROBABILITY = "prediction", "probability"
 CHUNK = 2048  # Rows in memory at a time.
 
 
@@ -25,12 +25,14 @@ class Summary:
         rows: number of rows.
         cut: number of rows that were longer than the model reads.
         labels: class -> number of rows; empty for a regressor.
+        unlabelled: number of rows to which a model of several labels gave none.
         lowest, highest: range of the scores of a regressor.
     """
 
     rows: int = 0
     cut: int = 0
     labels: Counter[str] = field(default_factory=Counter)
+    unlabelled: int = 0
     lowest: float = float("inf")
     highest: float = float("-inf")
 
@@ -39,11 +41,13 @@ class Summary:
         self.rows += len(added)
         self.cut += cut
         for row in added:
-            if isinstance(row[PREDICTION], str):
-                self.labels[row[PREDICTION]] += 1
+            found = row[PREDICTION]
+            if isinstance(found, float):
+                self.lowest = min(self.lowest, found)
+                self.highest = max(self.highest, found)
             else:
-                self.lowest = min(self.lowest, row[PREDICTION])
-                self.highest = max(self.highest, row[PREDICTION])
+                self.labels.update(found if isinstance(found, list) else [found])
+                self.unlabelled += found == []
 
 
 def added_columns(classifier: Classifier, *, all_probabilities: bool) -> list[str]:
@@ -144,8 +148,16 @@ def _columns(
     names = classifier.label_names
     if names is None:
         return {PREDICTION: float(f"{values[0]:.6g}")}
-    best = max(range(len(values)), key=values.__getitem__)
-    added: dict[str, Any] = {PREDICTION: names[best], PROBABILITY: round(values[best], 5)}
+    added: dict[str, Any]
+    if classifier.threshold is not None:
+        given = [at for at, value in enumerate(values) if value >= classifier.threshold]
+        added = {
+            PREDICTION: [names[at] for at in given],
+            PROBABILITY: [round(values[at], 5) for at in given],
+        }
+    else:
+        best = max(range(len(values)), key=values.__getitem__)
+        added = {PREDICTION: names[best], PROBABILITY: round(values[best], 5)}
     if all_probabilities:
         added |= {f"{PROBABILITY}_{n}": round(v, 5) for n, v in zip(names, values, strict=True)}
     return added

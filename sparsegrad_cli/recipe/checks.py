@@ -21,6 +21,7 @@ from sparsegrad_cli.io.paths import (
 )
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import (
     CHAT_TASKS,
     FILE_TASKS,
@@ -35,6 +36,8 @@ from sparsegrad_cli.recipe.yaml_source import KeyPath, Place, clip, dotted, find
 BUILTIN_QUESTIONS = "builtin:questions"
 BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
 SMOOTHED_SCORES = "label smoothing needs classes, but the labels of this task are scores"
+SMOOTHED_LABELS = "label smoothing needs one class a row, and task.type is multilabel"
+WEIGHTED_SCORES = "class weights need classes, but the labels of this task are scores"
 _POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial schedule ends
 
 Finding = tuple[KeyPath, str, str | None]  # key, what is wrong, what to do
@@ -64,6 +67,7 @@ def recipe_problems(
         *_scheduler(recipe),
         *_label_smoothing(recipe),
         *_sample_prompts(recipe, data=data),
+        *_class_weights(recipe),
     ]
     return [
         find_place(places, path).problem(dotted(path), clip(what), fix) for path, what, fix in found
@@ -288,13 +292,27 @@ def _label_smoothing(recipe: Recipe) -> Iterator[Finding]:
     task, key = recipe.task, ("train", "label_smoothing_factor")
     if not recipe.train.label_smoothing_factor:
         return
-    glue = GLUE_TASKS.get(task.name.removeprefix("glue/"))
     if task.name in CHAT_TASKS:
         what = f"label smoothing needs all logits, which are never computed for {task.name}"
         yield key, what, "leave it out"
-    elif (
-        task.type == "regression"
-        or task.metric in SCORE_METRICS
-        or (glue is not None and glue.regression)
-    ):
+    elif task.type == "multilabel":
+        yield key, SMOOTHED_LABELS, "leave it out"
+    elif _has_scores(task):
         yield key, SMOOTHED_SCORES, "leave it out"
+
+
+def _class_weights(recipe: Recipe) -> Iterator[Finding]:
+    task, key = recipe.task, ("train", "class_weights")
+    if recipe.train.class_weights is None:
+        return
+    if task.name in CHAT_TASKS:
+        yield key, f"class weights need classes, and {task.name} has none", "leave it out"
+    elif _has_scores(task):
+        yield key, WEIGHTED_SCORES, "leave it out"
+
+
+def _has_scores(task: TaskSection) -> bool:
+    """Return whether a task is known to be a regression before its data is read."""
+    glue = GLUE_TASKS.get(task.name.removeprefix("glue/"))
+    by_name = glue is not None and glue.regression
+    return by_name or task.type == "regression" or task.metric in SCORE_METRICS

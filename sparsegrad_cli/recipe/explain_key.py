@@ -150,7 +150,7 @@ def _type_words(annotation: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _type_words(inner[0], [*metadata, *_constraints(inner[1:])])
     if origin is Literal:
-        return "one of " + ", ".join(map(_yaml, inner))
+        return ("one of " if len(inner) > 1 else "") + ", ".join(map(_yaml, inner))
     if _is_union(annotation):
         parts = dict.fromkeys(_type_words(part, metadata) for part in inner if part is not NoneType)
         return " or ".join(parts)

@@ -32,7 +32,15 @@ from sparsegrad_cli.recipe.yaml_source import (
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 _MOST_PROBLEMS = 100  # how many are reported
-_SAMPLES = ("sample_prompts", "sample_max_new_tokens", "sample_temperature")
+# Keys of later versions, which count in a digest only if they are set.
+_TASK_KEYS = (
+    *("separator", "type", "positive_label", "label_separator"),
+    *("mix", "mix_until", "evaluation"),
+)
+_TRAIN_KEYS = (
+    *("optim_args", "head_learning_rate", "lora_plus_ratio", "class_weights"),
+    *("sample_prompts", "sample_max_new_tokens", "sample_temperature"),
+)
 
 
 @dataclass(frozen=True)
@@ -186,12 +194,14 @@ def digest(recipe: Recipe) -> str:
         del plain["model"]["quantization"]
     if plain["method"].get("entries", 0) is None:
         del plain["method"]["entries"]
-    for key in ("separator", "type", "positive_label", "mix", "mix_until", "evaluation"):
+    for key in _TASK_KEYS:
         if plain["task"][key] == TaskSection.model_fields[key].default:
             del plain["task"][key]
+    if plain["task"]["columns"] and plain["task"]["columns"]["labels"] is None:
+        del plain["task"]["columns"]["labels"]
     if recipe.train.optim == DEFAULT_OPTIMIZER:
         del plain["train"]["optim"]
-    for key in ("optim_args", "head_learning_rate", "lora_plus_ratio", *_SAMPLES):
+    for key in _TRAIN_KEYS:
         if plain["train"][key] == TrainSection.model_fields[key].default:
             del plain["train"][key]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))

@@ -6,6 +6,8 @@ Keys under ``train`` have the names of ``transformers.TrainingArguments``.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -230,6 +232,12 @@ class TrainSection(Section):
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each label that is spread evenly over all classes"
     )
+    class_weights: Literal["balanced"] | dict[str, float] | tuple[float, ...] | None = Field(
+        None,
+        description="weight of each class in the loss: balanced (rare classes count more, by the "
+        "training rows), a mapping of class names to weights (1 for the others), or a list in the "
+        "order of the classes; for several labels a row, weights of the rows that have the label",
+    )
     eval_strategy: Literal["steps", "epoch", "no"] = Field(
         "epoch", description="when the model is evaluated: every eval_steps, every epoch, never"
     )
@@ -324,6 +332,23 @@ class TrainSection(Section):
         prompts = (value,) if isinstance(value, str) else value
         if prompts is not None and not (prompts and all(text.strip() for text in prompts)):
             raise ValueError("expected prompts that are not empty, or the name of a file")
+        return value
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_are_positive(cls, value: Any) -> Any:
+        if value is None or value == "balanced":
+            return value
+        weights = value.values() if isinstance(value, dict) else value
+        if isinstance(weights, str) or not isinstance(weights, Iterable) or not value:
+            raise ValueError(
+                "expected balanced, a mapping of class names to weights or a list of weights, got "
+                f"{value!r:.60}"
+            )
+        for weight in weights:
+            plain = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not plain or not 0 < weight < math.inf:
+                raise ValueError(f"expected weights above 0, got {weight!r:.60}")
         return value
 
     @field_validator("optim", mode="before")

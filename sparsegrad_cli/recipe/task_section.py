@@ -22,6 +22,11 @@ class ColumnsSection(Section):
         None, description="column of a second text; text_pair by default, if there is one"
     )
     label: str | None = Field(None, description="column of the label or score; label by default")
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="type multilabel: columns that hold 1 where a row has the label of the "
+        "column's name, and 0 elsewhere, in place of one column of lists",
+    )
 
 
 class ChatSection(Section):
@@ -145,8 +150,15 @@ class TaskSection(Section):
     chat: ChatSection | None = Field(None, description="settings of oasst, dialogues and chat")
     type: TaskType | None = Field(
         None,
-        description="csv, json, parquet: whether labels are classes or scores; by default "
-        "task.metric decides, then the labels (docs/reference/labels.md)",
+        description="csv, json, parquet: whether labels are classes, scores (regression), or "
+        "several labels a row (multilabel); by default task.metric decides, then the labels, "
+        "between the first two (docs/reference/labels.md)",
+    )
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="type multilabel: text between the labels in a cell, such as ';'; by default "
+        "a cell holds a list, in CSV written as JSON",
     )
     metric: str | None = Field(
         None, description="metric that selects the best model; by default the task's own"

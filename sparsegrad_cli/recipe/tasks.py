@@ -11,7 +11,7 @@ from sparsegrad_cli.io.suggest import suggest
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.task_section import TaskSection
 
-TaskType = Literal["classification", "regression"]
+TaskType = Literal["classification", "regression", "multilabel"]
 POSITIVE_METRICS = ("f1", "precision", "recall")  # for two classes: of the positive class
 CLASS_METRICS = (
     "accuracy",
@@ -19,6 +19,7 @@ CLASS_METRICS = (
     "matthews_correlation",
 )
 SCORE_METRICS = ("pearson", "spearmanr")
+MULTILABEL_METRICS = ("f1_micro", "f1_macro", "exact_match", "average_precision")
 FILE_TASKS = ("csv", "json", "parquet")
 CHAT_TASKS = ("oasst", "chat", "builtin:dialogues")
 CHAT_METRICS = ("loss", "perplexity", "token_accuracy")
@@ -34,6 +35,7 @@ class TaskSpec:
         label_column: the column with the label or score.
         label_names: class names by id; None for a regression task.
         regression: whether labels are scores.
+        multilabel: whether a row may have several labels, or none.
         metric: the metric that selects the best model.
         metrics: all official metrics of the task, including ``metric``.
         eval_splits: names of the validation sets; the first one selects the best model.
@@ -49,6 +51,7 @@ class TaskSpec:
     metrics: tuple[str, ...]
     eval_splits: tuple[str, ...] = ("validation",)
     chosen_positive: str | None = None
+    multilabel: bool = False
 
     @property
     def has_pair(self) -> bool:
@@ -67,6 +70,13 @@ class TaskSpec:
         if len(self.label_names or ()) != 2 or not set(self.metrics) & set(POSITIVE_METRICS):
             return None
         return (self.label_names or ())[self.positive_id]
+
+    @property
+    def kind(self) -> TaskType:
+        """What its labels are."""
+        if self.multilabel:
+            return "multilabel"
+        return "regression" if self.regression else "classification"
 
 
 def _glue(
@@ -126,6 +136,17 @@ BUILTIN_TASKS: dict[str, TaskSpec] = {
     )
 }
 
+_METRICS: dict[TaskType, tuple[str, ...]] = {
+    "classification": CLASS_METRICS,
+    "regression": SCORE_METRICS,
+    "multilabel": MULTILABEL_METRICS,
+}
+_LABELS: dict[TaskType, str] = {
+    "classification": "classes",
+    "regression": "scores (regression)",
+    "multilabel": "several labels a row",
+}
+
 
 def known_task_names() -> list[str]:
     """Return every name that ``task.name`` accepts."""
@@ -146,11 +167,10 @@ def with_metric(spec: TaskSpec, metric: str | None, positive_label: str | None =
             a class of the task or has no effect on its metrics.
     """
     if metric is not None:
-        choices = SCORE_METRICS if spec.regression else CLASS_METRICS
+        choices = _METRICS[spec.kind]
         if metric not in choices:
-            kind = "scores (regression)" if spec.regression else "classes"
             raise UsageError(
-                f"{metric!r} is not a metric for a task with {kind}",
+                f"{metric!r} is not a metric for a task with {_LABELS[spec.kind]}",
                 where="task.metric",
                 fix=suggest(metric, choices),
             )
@@ -207,6 +227,7 @@ def check_settings(task: TaskSection) -> None:
         with_metric(spec, metric, positive_label)
     elif name in FILE_TASKS:
         type_by_settings(task.type, metric)
+        _check_multilabel(task)
         if positive_label is not None and metric not in POSITIVE_METRICS:
             raise _positive_without_effect(metric or "the default metric")
 
@@ -219,21 +240,60 @@ def type_by_settings(task_type: TaskType | None, metric: str | None) -> TaskType
     """
     if metric is None:
         return task_type
-    if metric not in (*CLASS_METRICS, *SCORE_METRICS):
+    kinds = [kind for kind, metrics in _METRICS.items() if metric in metrics]
+    if not kinds:
         raise UsageError(
-            f"{metric!r} is not a metric of classes or scores",
+            f"{metric!r} is not a metric of classes, scores or several labels a row",
             where="task.metric",
-            fix=suggest(metric, (*CLASS_METRICS, *SCORE_METRICS)),
+            fix=suggest(metric, [name for metrics in _METRICS.values() for name in metrics]),
         )
-    by_metric: TaskType = "regression" if metric in SCORE_METRICS else "classification"
-    if task_type is not None and task_type != by_metric:
-        choices = SCORE_METRICS if task_type == "regression" else CLASS_METRICS
+    if task_type in kinds:
+        return task_type
+    if task_type is not None:
         raise UsageError(
-            f"{metric} is a metric of {by_metric}, and task.type is {task_type}",
+            f"{metric} is a metric of {kinds[0]}, and task.type is {task_type}",
             where="task.metric",
-            fix=f"choose one of {', '.join(choices)}; or leave task.type out",
+            fix=f"choose one of {', '.join(_METRICS[task_type])}; or set task.type: {kinds[0]}",
         )
-    return by_metric
+    if kinds == ["multilabel"]:
+        raise UsageError(
+            f"{metric} is a metric of rows with several labels",
+            where="task.metric",
+            fix="set task.type: multilabel, or choose another metric",
+        )
+    return kinds[0]
+
+
+def _check_multilabel(task: TaskSection) -> None:
+    """Check the settings of several labels a row against each other."""
+    columns, separator = task.columns, task.label_separator
+    several = columns.labels if columns is not None else None
+    given = {"task.columns.labels": several, "task.label_separator": separator}
+    for key, value in given.items():
+        if value is not None and task.type != "multilabel":
+            raise UsageError(
+                f"{key} is for rows with several labels",
+                where=key,
+                fix="set task.type: multilabel, or leave it out",
+            )
+    if several is None or columns is None:
+        return
+    if separator is not None or columns.label is not None:
+        key = "task.columns.label" if separator is None else "task.label_separator"
+        raise UsageError(
+            f"{key} has no effect: task.columns.labels names a column of 0 and 1 for each label",
+            where=key,
+            fix="leave one of the two out",
+        )
+    twice = [name for name in several if several.count(name) > 1]
+    if twice or len(several) < 2:
+        what = f"got {twice[0]!r} twice" if twice else f"got {len(several)}"
+        raise UsageError(
+            f"expected two different columns or more, {what}",
+            where="task.columns.labels",
+            fix="name the column of each label once; a single column of 0 and 1 is task.type: "
+            "classification",
+        )
 
 
 def _positive_without_effect(metrics: str) -> UsageError:

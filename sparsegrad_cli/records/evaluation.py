@@ -17,7 +17,7 @@ class MetricValue(Block):
 
 
 class ClassScores(Block):
-    """How well one class was found."""
+    """How well one class, or one of several labels, was found."""
 
     name: str
     rows: Count = Field(description="Rows with this label.")
@@ -25,6 +25,9 @@ class ClassScores(Block):
     precision: Fraction = None
     recall: Fraction = None
     f1: Fraction = None
+    average_precision: Fraction = Field(
+        None, description="Of one of several labels, whatever the threshold."
+    )
 
 
 class WrongExample(Block):
@@ -32,9 +35,11 @@ class WrongExample(Block):
 
     place: str = Field(description="File and line, or row.")
     texts: list[str]
-    label: str
+    label: str = Field(description="Several labels are separated by commas.")
     prediction: str
-    loss: Number = Field(description="Cross-entropy in nats, or squared error.")
+    loss: Number = Field(
+        description="Cross-entropy in nats (of several labels, their mean), or squared error."
+    )
 
 
 class EvaluationRecord(Record):
@@ -49,9 +54,14 @@ class EvaluationRecord(Record):
     metrics: dict[str, MetricValue]
     resamples: Count = Field(description="Of the bootstrap; 0 for none.")
     seed: Count = 0
+    threshold: Fraction = Field(
+        None, description="The probability from which the model gives one of several labels."
+    )
     classes: list[ClassScores] = []
     confusion: list[list[Count]] = Field(
-        [], description="Rows by label (rows) and prediction (columns), in the order of `classes`."
+        [],
+        description="Rows by label (rows) and prediction (columns), in the order of `classes`; "
+        "empty for several labels a row.",
     )
     worst: list[WrongExample] = Field([], description="The rows with the highest loss, first.")
     notes: list[str] = []

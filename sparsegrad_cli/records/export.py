@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sparsegrad_cli.records.base import Block, Bytes, Count, Number, Record
+from sparsegrad_cli.records.base import Block, Bytes, Count, Fraction, Number, Record
 
 
 class ExportedModel(Block):
@@ -97,6 +97,11 @@ class ExportRecord(Record):
     modules: list[str] = Field([], description="Modules that are saved whole.")
     fresh: list[str] = Field([], description="Parameters initialized from the seed (`adapter`).")
     bases_bytes: Bytes | None = None
+    labels: list[str] = Field([], description="Labels of a classifier by number.")
+    problem_type: str | None = Field(None, description="Of a classifier, in transformers' words.")
+    label_threshold: Fraction = Field(
+        None, description="The probability from which one of several labels is given."
+    )
     check: ExportCheck | None = None
     files: dict[str, Bytes] = {}
     bytes: Bytes | None = Field(None, description="Size of all files.")

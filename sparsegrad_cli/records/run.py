@@ -25,7 +25,7 @@ from sparsegrad_cli.records.base import (
 Status = Literal["running", "done", "failed", "out_of_memory", "interrupted", "pruned"]
 Side = Literal["out", "in"]
 Start = Literal["kept", "aligned", "fresh"]
-TaskKind = Literal["classification", "regression", "chat"]
+TaskKind = Literal["classification", "regression", "multilabel", "chat"]
 
 
 class LiveTensor(Block):
@@ -142,6 +142,9 @@ class TaskBlock(Block):
         description="The class that f1, precision and recall refer to, in a task with two classes; "
         "null if none of them is measured.",
     )
+    class_weights: dict[str, Number] | None = Field(
+        None, description="Weight of each class in the loss, counted on the training rows."
+    )
     text_columns: list[str] = Field(
         [], description="Columns of the texts: one or two; none for conversations."
     )
@@ -254,6 +257,12 @@ class Evaluation(Block):
         None, description="The value of `metric`. Lower is better for loss and perplexity."
     )
     loss: Number = Field(None, description="Nats per labelled token or example.")
+    threshold: Fraction = Field(
+        None,
+        description="With several labels a row: the probability from which a label is given. It "
+        "has the highest micro F1 on all rows of the first validation set. `score` and `values` "
+        "are cross-fitted: each half of the rows at the threshold of the other half.",
+    )
     values: dict[str, dict[str, Number]] = Field(
         {}, description="All metrics by validation set: fractions, or correlations from -1 to 1."
     )

@@ -40,7 +40,8 @@ def evaluation_document(record: EvaluationRecord) -> Document:
 def _document(record: EvaluationRecord, examples: int, length: int) -> Document:
     sections = []
     if record.classes:
-        sections.append(Section("By class", [_class_table(record), _confusion(record)]))
+        tables = [_class_table(record), *([_confusion(record)] if record.confusion else [])]
+        sections.append(Section("By class" if record.confusion else "By label", tables))
     sections.append(Section("Most wrong", [_worst(record, examples, length)]))
     return Document(
         title=record.model,
@@ -62,6 +63,8 @@ def _facts(record: EvaluationRecord) -> list[Fact]:
         detail = f"95 % interval {interval}" if interval else ""
         facts.append(Fact(scale.label, format_score(metric.value, scale), detail))
     facts.append(Fact("loss", format_number(record.loss)))
+    if record.threshold is not None:
+        facts.append(Fact("threshold", format_number(record.threshold)))
     cut = f"{counted(record.cut, 'row')} cut to the model's length" if record.cut else ""
     facts.append(Fact("rows", format_count(record.rows), cut))
     return facts
@@ -69,14 +72,19 @@ def _facts(record: EvaluationRecord) -> list[Fact]:
 
 def _class_table(record: EvaluationRecord) -> Table:
     columns: list[Column[ClassScores]] = [
-        Column("class", lambda c: c.name, words=True),
+        Column("class" if record.confusion else "label", lambda c: c.name, words=True),
         Column("rows", lambda c: format_count(c.rows)),
         Column("predicted", lambda c: format_count(c.predicted)),
         Column("precision", lambda c: format_percent(c.precision)),
         Column("recall", lambda c: format_percent(c.recall)),
         Column("F1", lambda c: format_percent(c.f1)),
     ]
-    return Table.of(record.classes, columns, "How well each class is found")
+    if not record.confusion:
+        columns.append(
+            Column("average precision", lambda c: format_percent(c.average_precision)),
+        )
+    kind = "class" if record.confusion else "label"
+    return Table.of(record.classes, columns, f"How well each {kind} is found")
 
 
 def _confusion(record: EvaluationRecord) -> Table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -31,7 +31,7 @@ from sparsegrad_cli.numerics.hosvd import Basis, by_columns
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, Seed
-from sparsegrad_cli.restore.restore import load_checked
+from sparsegrad_cli.restore.restore import THRESHOLD, load_checked
 
 FORMAT: Literal["sparsegrad-adapter-1"] = "sparsegrad-adapter-1"
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
@@ -69,6 +69,7 @@ class AdapterBase(Section):
     id2label: dict[str, str]
     problem_type: str | None
     pad_token_id: NonNegativeInt | None
+    label_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class AdapterSettings(Section):
@@ -149,13 +150,15 @@ def _load_base(base: AdapterBase, device: torch.device, *, trust: bool) -> nn.Mo
         trust_remote_code=trust,
     )
     names = {int(number): name for number, name in base.id2label.items()}
-    config = {
+    config: dict[str, Any] = {
         "num_labels": base.num_labels,
         "id2label": names,
         "label2id": {name: number for number, name in names.items()},
         "problem_type": base.problem_type,
         "pad_token_id": base.pad_token_id,
     }
+    if base.label_threshold is not None:
+        config[THRESHOLD] = base.label_threshold
     with temporary_seed(0):
         return move_model(load_by_auto_class(base.auto_class, section, config, device), device)
 

@@ -28,6 +28,8 @@ from sparsegrad_cli.restore.run_files import RunFiles
 from sparsegrad_cli.tasks.setup import Setup, make_setup
 from sparsegrad_cli.tasks.task import RowLimits
 
+# Key of a model's configuration: the probability from which one of several labels is given.
+THRESHOLD = "label_threshold"
 # Number of rows of the training data to load. The labels of a task come from the whole file.
 _TRAIN_ROWS = 32
 
@@ -100,6 +102,8 @@ def load_trained(files: RunFiles, examples: int) -> TrainedModel:
     _check_labels(files, setup)
     method, settings, tensors, basis = restore(files, base)
     recipe = files.loaded.recipe
+    if files.threshold is not None:
+        setattr(base.model.config, THRESHOLD, files.threshold)  # Exports keep it.
     trained = TrainedModel(recipe, setup, method, settings, files.from_adapter, tensors)
     if basis is not None:
         trained.bases, trained.keys = _bases_in_use(basis, trained), dict(basis.metadata.targets)

@@ -76,6 +76,12 @@ class RunFiles:
         return self._recorded(calibration.digest, "calibration.digest")
 
     @property
+    def threshold(self) -> float | None:
+        """The threshold of a finished run with several labels a row, else None."""
+        metrics = self.record.metrics if self.from_adapter else None
+        return metrics.best.threshold if metrics is not None and metrics.best else None
+
+    @property
     def target_names(self) -> list[str]:
         """The names of the target modules that were trained."""
         targets = self.record.counts.targets if self.record.counts else []

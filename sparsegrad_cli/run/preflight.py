@@ -21,8 +21,8 @@ from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.models.pretrained import refuse_other_weights
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.optimizers import INSTALL_BITSANDBYTES, OPTIMIZERS
+from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import LoadedStudy
-from sparsegrad_cli.recipe.task_section import TaskSection
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, with_metric
 from sparsegrad_cli.recipe.trackers import missing_package, named
 from sparsegrad_cli.recipe.yaml_source import find_place
@@ -68,7 +68,7 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
     if is_folder(recipe.model.name):
         refuse_other_weights(expanded(recipe.model.name), recipe.model.name)
     try:
-        _check_files(recipe.task)
+        _check_files(recipe)
         if recipe.train.sample_prompts is not None:
             read_prompts(recipe.train.sample_prompts)
     except UsageError as error:
@@ -82,7 +82,8 @@ def check_study(study: LoadedStudy) -> None:
     seen = set()
     for cell in study.cells:
         recipe = cell.loaded.recipe
-        looked_at = (recipe.task, recipe.train.report_to, recipe.model.quantization)
+        train = recipe.train
+        looked_at = (recipe.task, train.report_to, train.class_weights, recipe.model.quantization)
         if str(looked_at) not in seen:
             seen.add(str(looked_at))
             check(cell.loaded, trains=True)
@@ -103,12 +104,13 @@ def _placed(loaded: LoadedRecipe, key: str, what: str, fix: str) -> Problem:
     return Problem(key, what, place.file, place.line, fix)
 
 
-def _check_files(section: TaskSection) -> None:
+def _check_files(recipe: Recipe) -> None:
+    section = recipe.task
     named = [*section.train_paths, *(section.evaluation or {}).values()]
     if not section.train_paths:
         return
     if all(_is_small(expanded(path)) for path in named):
-        _read(section)
+        _read(recipe)
         return
     from sparsegrad_cli.data.load_task import check_file_columns
 
@@ -128,14 +130,18 @@ def _is_small(path: Path) -> bool:
     return sum(sizes) <= _WHOLE_BYTES
 
 
-def _read(task: TaskSection) -> None:
+def _read(recipe: Recipe) -> None:
     """Read small files as training does, to find errors; the data is dropped."""
+    from sparsegrad_cli.data.class_weights import class_weights
     from sparsegrad_cli.data.load_task import load_chat, read_task
 
+    task = recipe.task
     if task.name in CHAT_TASKS:
         load_chat(task)
-    else:
-        with_metric(read_task(task).spec, task.metric, task.positive_label)
+        return
+    raw = read_task(task)
+    spec = with_metric(raw.spec, task.metric, task.positive_label)
+    class_weights(recipe.train.class_weights, spec, raw.train.first(task.train_limit).label)
 
 
 def _config(model: str) -> Any:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
+from sparsegrad_cli.data.label_lists import has_label, label_list
 from sparsegrad_cli.data.label_texts import LabelValueError, is_number, label_text
 from sparsegrad_cli.data.tables import Table
 
@@ -42,10 +43,12 @@ class ColumnFacts:
 
     Attributes:
         name: its name.
-        kind: ``text``, ``label``, ``number``, ``id``, ``date``, ``list``, ``words`` (short texts of
-            many values), ``mixed`` or ``empty``.
-        distinct: number of its values.
+        kind: ``text``, ``label``, ``labels`` (a list of labels in every row), ``number``, ``id``,
+            ``date``, ``list`` (of anything else), ``words`` (short texts of many values),
+            ``mixed`` or ``empty``.
+        distinct: number of its values, or of its labels.
         words: mean number of words of its texts.
+        flags: whether it holds nothing but 0 and 1, or true and false.
         example: one of its values, for the user.
     """
 
@@ -54,6 +57,7 @@ class ColumnFacts:
     distinct: int
     words: float
     example: str
+    flags: bool = False
 
     @property
     def named_text(self) -> bool:
@@ -69,10 +73,11 @@ class ColumnFacts:
         """Return what it holds, for a table on the screen."""
         return {
             "text": f"text, {self.words:.0f} words on average",
-            "label": f"{self.distinct} values",
+            "label": "0 and 1" if self.flags else f"{self.distinct} values",
             "number": f"numbers, {self.distinct:,} values",
             "id": "a different value in every row",
             "date": "dates",
+            "labels": f"lists of {self.distinct} labels",
             "list": "lists",
             "words": f"short texts, {self.distinct:,} values",
             "mixed": "values of several types",
@@ -90,15 +95,41 @@ def _describe(name: str, values: Sequence[Any]) -> ColumnFacts:
     if not given:
         return ColumnFacts(name, "empty", 0, 0.0, "")
     example = str(given[0])
-    if all(isinstance(value, list | dict) for value in given):
-        return ColumnFacts(name, "list", len(given), 0.0, example)
+    if all(isinstance(value, list | dict) or _in_brackets(value) for value in given):
+        labels = _labels_in(given)
+        kind, distinct = ("labels", len(labels)) if labels else ("list", len(given))
+        return ColumnFacts(name, kind, distinct, 0.0, example)
     try:
         texts = [label_text(value, None) for value in given]
     except LabelValueError:
         return ColumnFacts(name, "mixed", len(given), 0.0, example)
     distinct = len(set(texts))
     words = mean(len(text.split()) for text in texts)
-    return ColumnFacts(name, _kind(name, given, texts, distinct, words), distinct, words, example)
+    kind = _kind(name, given, texts, distinct, words)
+    flags = len(given) == len(values) and all(map(_is_flag, given))
+    return ColumnFacts(name, kind, distinct, words, example, flags)
+
+
+def _in_brackets(value: Any) -> bool:
+    text = str(value).strip()
+    return text.startswith("[") and text.endswith("]")
+
+
+def _labels_in(values: Sequence[Any]) -> set[str]:
+    """Return the labels in a column of lists; none if they are lists of something else."""
+    try:
+        found = {label for value in values for label in label_list(value, None)}
+    except LabelValueError:
+        return set()
+    return found if len(found) <= max(_MOST_CLASSES, len(values) // 3) else set()
+
+
+def _is_flag(value: Any) -> bool:
+    try:
+        has_label(value)
+    except LabelValueError:
+        return False
+    return True
 
 
 def _kind(
@@ -115,8 +146,6 @@ def _kind(
         return "id"
     if numeric and unique and _counts_up(texts):
         return "id"
-    if all(text.startswith("[") and text.endswith("]") for text in texts):
-        return "list"
     if numeric:
         return "label" if distinct <= _few(len(texts)) else "number"
     if words >= _WORDS and distinct > _few(len(texts)):
@@ -156,9 +185,21 @@ def text_candidates(columns: Sequence[ColumnFacts]) -> list[ColumnFacts]:
 
 def label_candidates(columns: Sequence[ColumnFacts]) -> list[ColumnFacts]:
     """Return the columns that may be the label, the likeliest first."""
-    found = [column for column in columns if column.kind in ("label", "number")]
-    order = {"label": 0, "number": 1}
+    order = {"label": 0, "labels": 1, "number": 2}
+    found = [column for column in columns if column.kind in order]
     return sorted(
         (column for column in found if column.distinct > 1),
         key=lambda column: (not column.named_label, order[column.kind], column.distinct),
     )
+
+
+def flag_columns(columns: Sequence[ColumnFacts]) -> list[ColumnFacts]:
+    """Return columns of 0 and 1 that may each be one of several labels of a row.
+
+    Empty if there are fewer than two, or if another column may be the label.
+    """
+    flags = [column for column in columns if column.kind == "label" and column.flags]
+    others = [column for column in label_candidates(columns) if column not in flags]
+    named = any(column.named_label for column in (*flags, *others))
+    usual = any(column.kind != "number" for column in others)
+    return [] if len(flags) < 2 or named or usual else flags

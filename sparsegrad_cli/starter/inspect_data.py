@@ -21,6 +21,7 @@ from sparsegrad_cli.recipe.task_section import ColumnsSection, TaskSection
 from sparsegrad_cli.starter.columns import (
     ColumnFacts,
     describe_columns,
+    flag_columns,
     label_candidates,
     pair_in,
     text_candidates,
@@ -29,6 +30,7 @@ from sparsegrad_cli.starter.columns import (
 # Asks the user which of several columns is meant; None takes the first.
 Ask = Callable[[str, Sequence[ColumnFacts]], str] | None
 _TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+_UNBALANCED = 4  # Times as many rows in the most frequent class as in the rarest.
 _FEW_ROWS = 10  # A note follows for a class with fewer training rows.
 _LENGTH_SAMPLE = 1000  # Rows whose tokens are counted.
 
@@ -44,6 +46,8 @@ class FoundData:
         validation_rows: rows of the files' own validation part; 0 if there is none.
         columns: all columns.
         text, text_pair, label: the columns that were chosen; None for conversations.
+        labels: columns of 0 and 1, one for each of several labels a row, in place of ``label``.
+        multilabel: whether a row may have several labels.
         classes: class -> training rows, the most frequent first; empty for scores.
         scores: (lowest, highest) of scores.
         sample: texts of the first rows, whose tokens are counted.
@@ -58,6 +62,8 @@ class FoundData:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    labels: list[str] = field(default_factory=list)
+    multilabel: bool = False
     classes: dict[str, int] = field(default_factory=dict)
     scores: tuple[float, float] | None = None
     sample: list[tuple[str, ...]] = field(default_factory=list)
@@ -70,8 +76,16 @@ class FoundData:
 
     @property
     def majority(self) -> float:
-        """Share of the most frequent class; 0 for scores and conversations."""
-        return max(self.classes.values()) / sum(self.classes.values()) if self.classes else 0.0
+        """Share of the most frequent class; 0 for scores, several labels and conversations."""
+        if not self.classes or self.multilabel:
+            return 0.0
+        return max(self.classes.values()) / sum(self.classes.values())
+
+    @property
+    def unbalanced(self) -> bool:
+        """Whether the rarest class or label has far fewer rows than the most frequent one."""
+        counts = self.classes.values()
+        return bool(counts) and max(counts) > _UNBALANCED * min(counts)
 
 
 @dataclass(frozen=True)
@@ -147,8 +161,16 @@ def _choose(found: FoundData, choices: Choices, ask: Ask) -> None:
             fix = f"one of {listed(names)}"
             raise UsageError(f"the data has no column {name!r}", where=option, fix=fix)
     free = [c for c in found.columns if c.name not in (choices.text, choices.text_pair)]
-    found.label = choices.label or _one_of(found, "label", label_candidates(free), ask)
-    free = [column for column in found.columns if column.name != found.label]
+    flags = [] if choices.label else flag_columns(free)
+    if flags:
+        found.labels = [column.name for column in flags]
+        found.notes.append(
+            f"columns of 0 and 1 are taken as labels, of which a row may have several: "
+            f"{listed(found.labels, 10)}; --label-column NAME takes one column alone"
+        )
+    else:
+        found.label = choices.label or _one_of(found, "label", label_candidates(free), ask)
+    free = [c for c in found.columns if c.name not in (found.label, *found.labels)]
     pair = pair_in(free)
     if choices.text is None and choices.text_pair is None and pair is not None:
         found.text, found.text_pair = pair
@@ -160,15 +182,9 @@ def _choose(found: FoundData, choices: Choices, ask: Ask) -> None:
 def _one_of(found: FoundData, what: str, candidates: list[ColumnFacts], ask: Ask) -> str:
     """Return the likeliest column; ask, or leave a note, where another fits as well."""
     option = f"--{what}-column"
-    lists = [column.name for column in found.columns if column.kind == "list"]
     if not candidates:
-        why = (
-            f"; {lists[0]!r} holds lists, and several labels a row are not supported"
-            if lists
-            else ""
-        )
         raise UsageError(
-            f"found no column for the {what} in {found.path}{why}",
+            f"found no column for the {what} in {found.path}",
             where="command line",
             fix=f"name it: {option} NAME; columns: {listed([c.name for c in found.columns])}",
         )
@@ -185,8 +201,20 @@ def _one_of(found: FoundData, what: str, candidates: list[ColumnFacts], ask: Ask
 
 def _read_labels(found: FoundData) -> None:
     """Read texts and labels as training will, and describe them."""
-    columns = ColumnsSection(text=found.text, text_pair=found.text_pair, label=found.label)
-    task = TaskSection(name=found.task, path=str(found.path), columns=columns)
+    kinds = {column.name: column.kind for column in found.columns}
+    found.multilabel = bool(found.labels) or kinds.get(str(found.label)) == "labels"
+    columns = ColumnsSection(
+        text=found.text,
+        text_pair=found.text_pair,
+        label=found.label,
+        labels=tuple(found.labels) or None,
+    )
+    task = TaskSection(
+        name=found.task,
+        path=str(found.path),
+        columns=columns,
+        type="multilabel" if found.multilabel else None,
+    )
     raw = load_labelled_files(task)
     found.notes += [note for note in raw.notes if not note.startswith("columns that are not used")]
     pairs = raw.train.text_pair
@@ -197,13 +225,18 @@ def _read_labels(found: FoundData) -> None:
         values = [float(value) for value in raw.train.label]
         found.scores = (min(values), max(values))
         return
-    counts = Counter(raw.train.label)
     names = raw.spec.label_names
+    if found.multilabel:
+        sums = [int(sum(column)) for column in zip(*raw.train.label, strict=True)]
+        counts = Counter(dict(enumerate(sums)))
+    else:
+        counts = Counter(raw.train.label)
     found.classes = {names[int(label)]: count for label, count in counts.most_common()}
     rare = [name for name, count in found.classes.items() if count < _FEW_ROWS]
     if rare:
-        found.notes.append(f"classes with fewer than {_FEW_ROWS} training rows: {listed(rare)}")
-    if len(found.classes) > len(raw.train) / 3:
+        what = "labels" if found.multilabel else "classes"
+        found.notes.append(f"{what} with fewer than {_FEW_ROWS} training rows: {listed(rare)}")
+    if not found.multilabel and len(found.classes) > len(raw.train) / 3:
         raise DataError(
             f"column {found.label!r} has {len(found.classes)} classes in {len(raw.train)} rows: it "
             "does not look like a label",

@@ -98,6 +98,7 @@ def recipe_text(found: FoundData, plan: Starter, relative_to: Path) -> str:
         f"  name: {found.task}",
         f"  path: {_quoted(_relative(found.path, relative_to))}",
         *_column_lines(found),
+        *(["  type: multilabel  # a row may have several labels, or none"] * found.multilabel),
         f"  max_length: {plan.max_length}  # {_length_words(plan)}",
         *([f"  metric: {plan.metric}  # {_metric_words(found)}"] if plan.metric else []),
         *([] if found.validation_rows else _validation_lines()),
@@ -109,6 +110,7 @@ def recipe_text(found: FoundData, plan: Starter, relative_to: Path) -> str:
         f"  num_train_epochs: {plan.epochs}  # {_epoch_words(found, plan)}",
         "  lr_scheduler_type: linear",
         "  warmup_steps: 0.06  # a share of all steps",
+        *(_weight_lines(found) if found.unbalanced else []),
         "seed: 42",
         f"output_dir: {_quoted(plan.output_dir)}",
     ]
@@ -120,7 +122,15 @@ def _column_lines(found: FoundData) -> list[str]:
         return []
     roles = {"text": found.text, "text_pair": found.text_pair, "label": found.label}
     named = ", ".join(f"{role}: {_quoted(name)}" for role, name in roles.items() if name)
+    if found.labels:
+        named += f", labels: [{', '.join(map(_quoted, found.labels))}]"
     return [f"  columns: {{{named}}}"]
+
+
+def _weight_lines(found: FoundData) -> list[str]:
+    (most, rows), (least, few) = (list(found.classes.items())[at] for at in (0, -1))
+    words = f"{few:,} rows are {_quoted(least)}, {rows:,} {_quoted(most)}"
+    return [f"  # class_weights: balanced  # {words}: makes rare ones count as much"]
 
 
 def _validation_lines() -> list[str]:

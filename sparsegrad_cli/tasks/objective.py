@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsegrad_cli import distributed
 from sparsegrad_cli.data.batches import UNLABELLED
 from sparsegrad_cli.data.metrics import mean_loss, score
+from sparsegrad_cli.models.label_loss import LabelLoss
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
 from sparsegrad_cli.models.sharded_tensors import call_as_forward
@@ -27,12 +28,14 @@ _WORST = 1e9  # Replaces NaN and infinities, which JSON cannot hold.
 class Judgement:
     """The evaluation of one split: metric values, mean loss, and notes.
 
-    A note names a value that is set by definition, not measured.
+    A note names a value that is set by definition, not measured. With several labels a row, the
+    threshold is the best one for the rows of the split.
     """
 
     values: dict[str, float]
     loss: float
     notes: tuple[str, ...] = ()
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,14 @@ class Classification:
 
     Args:
         spec: The task.
-        label_smoothing: Share of each label that is spread evenly over all classes.
+        loss: The loss that the model computes (:func:`~.label_loss.use_label_loss`).
     """
 
     by_token = False
 
-    def __init__(self, spec: TaskSpec, label_smoothing: float = 0.0) -> None:
+    def __init__(self, spec: TaskSpec, loss: LabelLoss | None = None) -> None:
         self.spec, self.metric = spec, spec.metric
-        self._label_smoothing = label_smoothing
+        self._loss = loss or LabelLoss()
 
     def items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the rows."""
@@ -107,14 +110,8 @@ class Classification:
         self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
     ) -> Tensor:
         """Return the mean loss over the batch's rows; see :class:`Objective`."""
-        if not self._label_smoothing:
-            loss: Tensor = model(**batch).loss
-            return loss
-        labels_N = batch["labels"]
-        logits_NC = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        return nn.functional.cross_entropy(
-            logits_NC.float(), labels_N, label_smoothing=self._label_smoothing
-        )
+        loss: Tensor = model(**batch).loss
+        return loss
 
     def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
         """Return all metrics of the task; see :class:`Objective`."""
@@ -136,8 +133,14 @@ class Classification:
         found = score(self.spec, predictions_NC, labels_N)
         # Computed from the logits of all rows, because a mean of batch means would weight rows
         # unequally.
-        loss = mean_loss(self.spec, predictions_NC, labels_N, smoothing=self._label_smoothing)
-        return Judgement(dict(found.values), loss, found.notes)
+        loss = mean_loss(
+            self.spec,
+            predictions_NC,
+            labels_N,
+            smoothing=self._loss.smoothing,
+            weights=self._loss.weights,
+        )
+        return Judgement(dict(found.values), loss, found.notes, found.threshold)
 
 
 class LanguageModelling:

@@ -43,7 +43,13 @@ from sparsegrad_cli.records.run import (
 from sparsegrad_cli.records.run import NotAdapted as NotAdaptedBlock
 from sparsegrad_cli.run.open_run import Run
 from sparsegrad_cli.tasks.precision import check_precision, precision_of
-from sparsegrad_cli.tasks.task import LoadedTask, RowLimits, load_chat_task, load_classification
+from sparsegrad_cli.tasks.task import (
+    LoadedTask,
+    RowLimits,
+    TaskFacts,
+    load_chat_task,
+    load_classification,
+)
 
 
 @dataclass(kw_only=True)
@@ -179,6 +185,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             regression=task.kind == "regression",
             label_names=list(task.label_names) if task.label_names else None,
             positive_label=task.positive_label,
+            class_weights=_named_weights(task),
             text_columns=list(task.text_columns),
             train_examples=len(setup.train_data),
             validation_examples={k: len(v) for k, v in setup.validation.items()},
@@ -197,6 +204,13 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             precision=hash_block(setup.precision),
         ),
     }
+
+
+def _named_weights(task: TaskFacts) -> dict[str, float | None] | None:
+    """Return class name -> weight in the loss."""
+    if task.class_weights is None:
+        return None
+    return dict(zip(task.label_names or (), task.class_weights, strict=True))
 
 
 def hash_block(block: Block) -> str:

@@ -11,11 +11,14 @@ from torch import nn
 from sparsegrad_cli.data.batches import ChatCollator, TextCollator, packed_rows, plain_text_rows
 from sparsegrad_cli.data.chat_template import LLAMA2
 from sparsegrad_cli.data.chat_tokens import ChatEncoder, encode_conversations
+from sparsegrad_cli.data.class_weights import class_weights
 from sparsegrad_cli.data.conversation import Conversation
+from sparsegrad_cli.data.examples import TextData
 from sparsegrad_cli.data.load_task import load_chat, load_task
 from sparsegrad_cli.data.text_tokens import ensure_pad_token, fitting_length, tokenize
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.classification_head import HeadStart
+from sparsegrad_cli.models.label_loss import LabelLoss, use_label_loss
 from sparsegrad_cli.models.lm_head import check_packing
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import (
@@ -41,11 +44,12 @@ class TaskFacts:
 
     Attributes:
         name: name in the recipe.
-        kind: ``classification``, ``regression`` or ``chat``.
+        kind: ``classification``, ``regression``, ``multilabel`` or ``chat``.
         data_hash: sha256 (hex) of all the data used, in order.
         text_columns: names of the columns with the texts, one or two.
         label_names: class names of a classification.
         positive_label: the class that f1, precision and recall refer to, if they are measured.
+        class_weights: weight of each class in the loss; None without weights.
         majority: metric -> its value if every prediction is the most frequent class.
         notes: notes on data that was left out, truncated or split off.
         counts: number of conversations read, kept and dropped; the dropped ones by reason.
@@ -58,6 +62,7 @@ class TaskFacts:
     text_columns: tuple[str, ...] = ()
     label_names: tuple[str, ...] | None = None
     positive_label: str | None = None
+    class_weights: tuple[float, ...] | None = None
     majority: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -114,18 +119,18 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
         limits: number of rows to load; all by default.
 
     Raises:
-        UsageError: the recipe smooths labels, but the data holds scores.
+        UsageError: the recipe smooths or weights labels, but the data holds scores; or its class
+            weights do not fit the classes.
         SparsegradError: the data, tokenizer or model cannot be used; see their loaders.
     """
     recipe = loaded.recipe
     section = limits.apply(recipe.task) if limits else recipe.task
     task = load_task(section)
     spec = task.spec
-    if spec.regression and recipe.train.label_smoothing_factor:
-        where = loaded.where("train.label_smoothing_factor")
-        raise UsageError(SMOOTHED_SCORES, where=where, fix="leave it out")
+    loss = _label_loss(loaded, task)
     tokenizer = load_tokenizer(recipe.model)
     model, head = load_classifier(recipe.model, spec, recipe.seed, device_of(recipe))
+    use_label_loss(model, loss)
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut_note = fitting_length(section.max_length, model.config)
     pad_note = ensure_pad_token(tokenizer, model.config)
@@ -136,16 +141,17 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
     return LoadedTask(
         TaskFacts(
             spec.name,
-            "regression" if spec.regression else "classification",
+            spec.kind,
             task.data_hash,
             text_columns=spec.text_columns,
             label_names=spec.label_names,
             positive_label=spec.positive_label,
+            class_weights=loss.weights,
             majority=task.majority,
             notes=tuple(note for note in notes if note),
             sources=task.sources,
         ),
-        Classification(spec, recipe.train.label_smoothing_factor),
+        Classification(spec, loss),
         train_data,
         validation,
         tokenizer,
@@ -153,6 +159,17 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
         model,
         head,
     )
+
+
+def _label_loss(loaded: LoadedRecipe, task: TextData) -> LabelLoss:
+    """Return the loss of a recipe; see :func:`load_classification` for its errors."""
+    spec, train = task.spec, loaded.recipe.train
+    if spec.regression and train.label_smoothing_factor:
+        where = loaded.where("train.label_smoothing_factor")
+        raise UsageError(SMOOTHED_SCORES, where=where, fix="leave it out")
+    where = loaded.where("train.class_weights")
+    weights = class_weights(train.class_weights, spec, task.train["label"], where)
+    return LabelLoss(spec.multilabel, train.label_smoothing_factor, weights)
 
 
 def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> LoadedTask:

@@ -63,6 +63,8 @@ class Evaluator:
             loss=first.loss,
             values={name: dict(judged.values) for name, judged in judgements.items()},
         )
+        if first.threshold is not None:
+            evaluation = evaluation.changed(threshold=first.threshold)
         if self._samples is not None:
             evaluation = evaluation.changed(samples=self._answers(self._samples))
         for note in dict.fromkeys(note for each in judgements.values() for note in each.notes):

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.cli_runs import Cli
 from support.small_runs import (
     ROWS,
@@ -113,7 +114,7 @@ def test_texts_and_standard_input(
     check([json.loads(line) for line in ended.out.splitlines()], expected)
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
+@pytest.mark.parametrize("form", ["merged", "adapter", "lora"])
 def test_exports_answer_like_the_run(
     form: str, run: Path, expected: torch.Tensor, cli: Cli, tmp_path: Path
 ) -> None:
@@ -221,9 +222,26 @@ def test_bad_arguments_are_refused(
 def test_sources_that_are_no_classifiers_are_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
     body = cli("predict", str(run.parent / "base"), "a text")
     assert (body.code, "expected a classifier, got BertForMaskedLM" in body.flat) == (2, True)
-    folder = tmp_path / "lora"
-    assert cli("export", str(run), "--to", "lora", "-o", str(folder), "-q").code == 0
-    peft = cli("predict", str(folder), "a text")
-    assert (peft.code, "export it with --to merged" in peft.flat) == (2, True)
     missing = cli("predict", "./nowhere", "a text")
     assert missing.code == 2
+
+
+def test_peft_folders_of_other_tools(
+    run: Path, expected: torch.Tensor, cli: Cli, tmp_path: Path
+) -> None:
+    """The folder itself does not name its labels; without a head it is refused."""
+    folder = tmp_path / "lora"
+    assert cli("export", str(run), "--to", "lora", "-o", str(folder), "-q").code == 0
+    (folder / "export.json").unlink()
+    ended = cli("predict", str(folder), *TEXTS, "--max-length", "16")
+    assert "it does not name its labels: they are LABEL_0, LABEL_1" in ended.flat
+    found = [line.split("\t")[0] for line in ended.out.strip().split("\n")]
+    assert found == [f"LABEL_{int(b > a)}" for a, b in expected.tolist()]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    body = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
+    save_file(body, folder / "adapter_model.safetensors")
+    headless = cli("predict", str(folder), "a text")
+    assert (headless.code, "an adapter without the head of a classifier" in headless.flat) == (
+        2,
+        True,
+    )

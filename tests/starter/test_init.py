@@ -91,6 +91,16 @@ def completions(d: random.Random, p: Path) -> None:
     lines(p, [{"prompt": text(d), "completion": "yes"} for _ in range(40)])
 
 
+def lists(d: random.Random, p: Path) -> None:
+    some = [d.sample(["red", "green", "blue"], d.randint(0, 2)) for _ in range(60)]
+    write(p, ["n", "text", "tags"], [(i, text(d), json.dumps(s)) for i, s in enumerate(some)])
+
+
+def flags(d: random.Random, p: Path) -> None:
+    rows = [(text(d), int(i % 2 == 0), int(i % 3 == 0), int(i % 12 == 0)) for i in range(90)]
+    write(p, ["comment", "rude", "spam", "threat"], rows)
+
+
 # name of the file -> (what writes it, expected task section)
 DATA: dict[str, tuple[Callable[[random.Random, Path], None], dict[str, Any]]] = {
     "ids.csv": (ids, {"columns": {"text": "review", "label": "sentiment"}}),
@@ -104,6 +114,14 @@ DATA: dict[str, tuple[Callable[[random.Random, Path], None], dict[str, Any]]] = 
         {"columns": {"text": "premise", "text_pair": "hypothesis", "label": "gold_label"}},
     ),
     "folder": (folder, {"name": "json", "columns": {"text": "q", "label": "is_duplicate"}}),
+    "lists.csv": (lists, {"type": "multilabel", "columns": {"text": "text", "label": "tags"}}),
+    "flags.csv": (
+        flags,
+        {
+            "type": "multilabel",
+            "columns": {"text": "comment", "labels": ["rude", "spam", "threat"]},
+        },
+    ),
     "messages.jsonl": (messages, {"name": "chat"}),
     "alpaca.json": (alpaca, {"name": "chat"}),
     "completions.jsonl": (completions, {"name": "chat"}),
@@ -122,6 +140,7 @@ def test_recipe_fits_the_data(name: str, cli: Cli, tmp_path: Path) -> None:
     assert ("validation_fraction" in task) == (name != "folder")
     recipe = load_recipe(path).recipe  # It is valid, and every key has an effect.
     assert f"sparsegrad train {path.name}" in ended.out
+    assert ("# class_weights: balanced" in path.read_text()) == (name in ("rare.csv", "flags.csv"))
     # All rows are read whole; a longer limit would only cost nothing on short texts.
     assert recipe.task.max_length in (16, 24, 32, 48, 512)
     assert cli("validate", path.name).code == 0
@@ -166,7 +185,7 @@ def test_it_asks_where_several_columns_fit(
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"text": "a b c", "labels": ["x", "y"]}] * 9, "'labels' holds lists, and several labels"),
+        ([{"text": "a b c", "n": [{"x": 1}]}] * 9, "found no column for the label"),
         ([{"prompt": "p", "chosen": "c", "rejected": "r"}] * 9, "preferred and rejected answers"),
         ([{"a": n, "b": n % 2} for n in range(40)], "found no column for the text"),
         ([{"text": "only one label", "label": "x"}] * 9, "found no column for the label"),
