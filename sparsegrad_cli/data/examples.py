@@ -189,6 +189,11 @@ def _metric_notes(
                 f"{split} has no row of class {spec.positive_label!r}: f1, precision and recall "
                 "are 0 there whatever the model answers"
             )
+    if spec.multilabel:
+        notes.append(
+            "a label is given from one probability on, the one with the highest micro F1 on all "
+            f"rows of {next(iter(validation))}; scores are cross-fitted in two halves of the rows"
+        )
     if task.metric is not None and task.metric != spec.metric:
         notes.append(f"{task.metric} of {len(names)} classes is their plain mean: {spec.metric}")
     return notes

@@ -71,6 +71,7 @@ def test_every_way_of_holding_labels_gives_the_same_rows(form: str, tmp_path: Pa
     data = finish(raw, section)
     assert data.train["label"][0] == raw.train.label[0]
     assert set(data.majority) == set(MULTILABEL_METRICS)
+    assert "the highest micro F1 on all rows of validation; scores are cross-f" in data.notes[-1]
 
 
 def test_lists_of_class_ids_are_read_by_name(tmp_path: Path) -> None:
