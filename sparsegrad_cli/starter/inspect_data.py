@@ -30,6 +30,7 @@ from sparsegrad_cli.starter.columns import (
 # Asks the user which of several columns is meant; None takes the first.
 Ask = Callable[[str, Sequence[ColumnFacts]], str] | None
 _TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+_SEPARATORS = (";", "|", ",")  # Of several labels in a cell.
 _UNBALANCED = 4  # Times as many rows in the most frequent class as in the rarest.
 _FEW_ROWS = 10  # A note follows for a class with fewer training rows.
 _LENGTH_SAMPLE = 1000  # Rows whose tokens are counted.
@@ -199,6 +200,15 @@ def _one_of(found: FoundData, what: str, candidates: list[ColumnFacts], ask: Ask
     return rivals[0].name
 
 
+def _separator_in(names: Sequence[str]) -> str | None:
+    """Return a separator that divides the names of classes into fewer different parts, or None."""
+    for separator in _SEPARATORS:
+        parts = {part.strip() for name in names for part in name.split(separator)}
+        if 1 < len(parts) < len(names) and any(separator in name for name in names):
+            return separator
+    return None
+
+
 def _read_labels(found: FoundData) -> None:
     """Read texts and labels as training will, and describe them."""
     kinds = {column.name: column.kind for column in found.columns}
@@ -232,6 +242,13 @@ def _read_labels(found: FoundData) -> None:
     else:
         counts = Counter(raw.train.label)
     found.classes = {names[int(label)]: count for label, count in counts.most_common()}
+    separator = None if found.multilabel else _separator_in(names)
+    if separator is not None:
+        example = next(name for name in names if separator in name)
+        found.notes.append(
+            f"labels such as {example!r:.60} may be several: task.type: multilabel with "
+            f"task.label_separator: {separator!r} learns them one by one"
+        )
     rare = [name for name, count in found.classes.items() if count < _FEW_ROWS]
     if rare:
         what = "labels" if found.multilabel else "classes"

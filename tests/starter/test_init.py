@@ -199,3 +199,15 @@ def test_data_without_a_task_is_refused(
     assert (ended.code, expected in ended.flat) == (2, True), ended.err
     assert not (tmp_path / "data.yaml").exists()
     assert cli("init", "nowhere.csv").code == 2
+
+
+def test_labels_with_a_separator_are_noted(cli: Cli, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    for name, some in (("several", ["a", "b", "a;b"]), ("one", ["a;x", "b;y"])):
+        rows = [(text(draw), draw.choice(some)) for _ in range(60)]
+        write(tmp_path / f"{name}.csv", ["text", "label"], rows)
+    found = json.loads(cli("init", "several.csv", "--json").out)
+    note = "labels such as 'a;b' may be several: task.type: multilabel with task.label_separator"
+    assert any(each.startswith(note) for each in found["notes"])
+    other = json.loads(cli("init", "one.csv", "--json").out)
+    assert not any("may be several" in each for each in other["notes"])
