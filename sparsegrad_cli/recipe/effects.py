@@ -188,6 +188,9 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
             yield from _idle(task, at, ("columns",), cause, why)
             why = f"{name} has a validation split of its own"
             yield from _idle(task, at, ("validation_fraction",), cause, why)
+    if name not in FILE_TASKS:
+        why = f"only {', '.join(FILE_TASKS)} may have several labels a row, and the task is {name}"
+        yield from _idle(task, at, ("label_separator",), cause, why)
     if name != "csv":
         why = f"only CSV and TSV files have a separator, and the task is {name}"
         yield from _idle(task, at, ("separator",), cause, why)

@@ -115,7 +115,7 @@ def test_texts_show_labels_with_their_probabilities(run: Path, cli: Cli) -> None
         assert shown == (", ".join(f"{p:.3f}" for p in row["probability"]) or "-")
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
+@pytest.mark.parametrize("form", ["merged", "adapter", "lora"])
 def test_exports_keep_labels_and_threshold(form: str, run: Path, cli: Cli, tmp_path: Path) -> None:
     source, folder = write(tmp_path / "new.csv", 5, 30), tmp_path / form
     made = cli("export", str(run), "--to", form, "--output-dir", str(folder), "--quiet")

@@ -45,6 +45,8 @@ IDLE = [
     ("task: {name: glue/rte, chat: {packing: pack}}\n", "task.chat"),
     ("task: {name: csv, path: d.csv, chat: {}}\n", "task.chat"),
     ("task: {name: json, path: d.csv, separator: ';'}\n", "task.separator"),
+    ("task: {name: glue/rte, label_separator: ';'}\n", "task.label_separator"),
+    ("task: {name: builtin:dialogues, label_separator: ';'}\n", "task.label_separator"),
     (CHAT.replace("jsonl}", "jsonl, columns: {text: a}}"), "task.columns"),
     (CHAT.replace("jsonl}", "jsonl, chat: {paths: best}}"), "task.chat.paths"),
     (CHAT.replace("jsonl}", "jsonl, chat: {max_rank: 0}}"), "task.chat.max_rank"),
