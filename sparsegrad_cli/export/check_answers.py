@@ -116,7 +116,6 @@ def answers_of(
         prompts: Turns that end with the user's.
         autocast: The dtype to compute in, as in training.
     """
-    before = model.generation_config
     answerer = Answerer(model, tokenizer, GenerationSettings(max_new_tokens=_TOKENS))
     encoder = ChatPrompts(tokenizer)
     device = next(model.parameters()).device
@@ -130,7 +129,6 @@ def answers_of(
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
                 rows_NV = logits[0, len(prompt) - 1 : -1].float().cpu()
                 found.append(RunAnswer(turns, prompt, answer, rows_NV))
-    model.generation_config = before
     return found
 
 
