@@ -118,7 +118,9 @@ def work_line(work: Work, width: int, *, ended: bool = False) -> RenderableType:
         first = grid
     if not below:
         return first
-    return Group(first, Text(f"  {below}"[:width], style="dim", no_wrap=True, overflow="crop"))
+    indent = len(name) - len(name.lstrip()) + 2
+    below = f"{' ' * indent}{below}"[:width]
+    return Group(first, Text(below, style="dim", no_wrap=True, overflow="crop"))
 
 
 class _ProgressObserver(Observer):
