@@ -2,6 +2,7 @@
 # make demo      install, then calibrate and train on the embedded default
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types, of the tests too
+# make browser-check  the reports in a browser; needs Chromium
 # make schema    docs/reference/records.md, from the models of the records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
@@ -21,7 +22,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow check format schema clean
+.PHONY: install demo test test-slow browser-check check format schema clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -43,7 +44,12 @@ test: $(STAMP)
 	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "not browser"
+
+browser-check: $(STAMP)
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+		echo "No browser is installed: install Chromium, for example with apt-get install chromium." >&2; exit 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
 
 check: $(STAMP)
 	$(BIN)/ruff check .

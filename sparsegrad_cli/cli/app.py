@@ -21,6 +21,7 @@ from sparsegrad_cli.cli import init as init_command
 from sparsegrad_cli.cli import judge as judge_command
 from sparsegrad_cli.cli import predict as predict_command
 from sparsegrad_cli.cli import recipes as recipe_commands
+from sparsegrad_cli.cli import report as report_command
 from sparsegrad_cli.cli import runs as run_commands
 from sparsegrad_cli.cli.output import run_guarded
 from sparsegrad_cli.errors import UsageError
@@ -40,7 +41,7 @@ app.command("calibrate")(run_commands.calibrate)
 app.command("compare")(compare_command.compare)
 app.command("estimate")(estimate_command.estimate)
 app.command("validate")(recipe_commands.validate)
-app.command("report")(run_commands.report)
+app.command("report")(report_command.report)
 app.command("predict")(predict_command.predict)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("export")(export_command.export)

@@ -14,8 +14,6 @@ from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import expanded, is_file
 
-RECORD = "evaluation.json"
-
 File = Annotated[
     Path,
     typer.Argument(
@@ -96,13 +94,13 @@ def evaluate(
         record = evaluate_file(classifier, options, run, observer)
     footer = None
     if output_dir is not None:
-        from sparsegrad_cli.records.store import write
+        from sparsegrad_cli.records.store import EVALUATION, write
         from sparsegrad_cli.report.evaluation import evaluation_document
         from sparsegrad_cli.report.render import write_reports
 
         record = record.changed(output_dir=str(output_dir))
         output_dir.mkdir(parents=True, exist_ok=True)
-        write(record, output_dir / RECORD)
+        write(record, output_dir / EVALUATION)
         write_reports(output_dir, evaluation_document(record))
         footer = f"Report: {output_dir / 'report.html'}"
     show(record.to_json(), evaluation_screen(record), as_json=as_json, footer=footer)

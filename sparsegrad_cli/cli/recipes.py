@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,12 +28,18 @@ from sparsegrad_cli.run import preflight
 if TYPE_CHECKING:
     from sparsegrad_cli.recipe.study import LoadedStudy
 
-# The shipped folders, and the commands that read their files.
+# The shipped folders, their headings, and the commands that read their files.
 _KINDS = {
-    "configs": "train, calibrate, compare",
-    "recipes": "compare",
-    LAUNCHERS: "accelerate launch --config_file",
+    "configs": ("Recipes", "sparsegrad train, calibrate, compare"),
+    "recipes": ("Comparisons", "sparsegrad compare"),
+    LAUNCHERS: ("Several processes", "accelerate launch --config_file"),
 }
+# What needs no download and ends within minutes on a laptop.
+_STARTERS = (
+    "configs/quickstart.yaml",
+    "configs/smollm2_dialogues.yaml",
+    "recipes/quickstart.yaml",
+)
 
 configs_app = typer.Typer(
     help="List or copy the recipes that come with sparsegrad.", invoke_without_command=True
@@ -101,11 +108,28 @@ def _before_the_runs(study: LoadedStudy) -> str:
 @configs_app.callback()
 def configs(context: typer.Context) -> None:
     """List recipes (train, calibrate), studies (compare) and settings for accelerate launch."""
-    if context.invoked_subcommand is not None:
-        return
-    for kind, use in _KINDS.items():
-        for path in shipped_files(kind):
-            typer.echo(f"{f'{kind}/{path.name}':<40} {_first_comment(path)} [{use}]")
+    if context.invoked_subcommand is None:
+        list_configs()
+
+
+@configs_app.command("list")
+def list_configs() -> None:
+    """List the shipped files, the ones to start with first."""
+    kinds = {kind: {f"{kind}/{path.name}": path for path in shipped_files(kind)} for kind in _KINDS}
+    everything = {name: path for files in kinds.values() for name, path in files.items()}
+    starters = {name: everything[name] for name in _STARTERS}
+    _print_files("Start here: no download, minutes on two CPU cores", starters)
+    for kind, (heading, use) in _KINDS.items():
+        others = {n: path for n, path in kinds[kind].items() if n not in _STARTERS}
+        _print_files(f"{heading} ({use})", others)
+
+
+def _print_files(heading: str, files: Mapping[str, Path]) -> None:
+    """Print files under a heading, each with the first line of its comment."""
+    typer.echo(heading)
+    for name, path in files.items():
+        typer.echo(f"  {name:<40} {_first_comment(path)}")
+    typer.echo("")
 
 
 @configs_app.command("copy")

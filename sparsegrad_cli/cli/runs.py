@@ -1,8 +1,7 @@
-"""``sparsegrad train``, ``calibrate`` and ``report``."""
+"""``sparsegrad train`` and ``calibrate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +18,9 @@ from sparsegrad_cli.cli.arguments import (
     RecipeAndOverrides,
     load,
 )
-from sparsegrad_cli.cli.output import report_line, rewrite_study_report, show
+from sparsegrad_cli.cli.output import report_line, show
 from sparsegrad_cli.cli.progress import make_observer
-from sparsegrad_cli.errors import DiskError, UsageError
-from sparsegrad_cli.io.paths import is_folder
+from sparsegrad_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from sparsegrad_cli.records.run import RunRecord
@@ -92,48 +90,6 @@ def calibrate(
         record = calibrate_run(loaded, observer, overwrite=overwrite)
     distributed.shutdown()
     _show_run(record, as_json=as_json, footer=report_line(Path(record.output_dir or "")))
-
-
-def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run or a comparison.")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show a run or a comparison, and write its reports (HTML, Markdown and LaTeX) again."""
-    from sparsegrad_cli.io.locks import owner_of
-    from sparsegrad_cli.records.run import RunRecord
-    from sparsegrad_cli.records.store import load_run_or_study
-    from sparsegrad_cli.report.render import write_run_report
-    from sparsegrad_cli.report.study import study_screen
-    from sparsegrad_cli.run.folder import with_current_status
-    from sparsegrad_cli.study.evidence import up_to_date
-
-    folder = run if is_folder(run) else run.parent
-    found = load_run_or_study(run)
-    if isinstance(found, RunRecord):
-        record = with_current_status(found, folder)
-        footer = _written(folder, lambda: write_run_report(folder, record))
-        _show_run(record.changed(output_dir=str(folder)), as_json=as_json, footer=footer)
-        return
-    study = up_to_date(found, running=owner_of(folder) is not None)
-    footer = _written(folder, lambda: rewrite_study_report(folder, study))
-    content = study.to_json() | {"output_dir": str(folder)}
-    show(content, study_screen(study), as_json=as_json, footer=footer)
-
-
-def _written(folder: Path, write: Callable[[], object]) -> str | None:
-    """Write the report files, and return the line that names them.
-
-    A folder that cannot be written, such as another user's, can still be read: then a note on
-    stderr says why there are no files, and the report is shown.
-    """
-    try:
-        write()
-    except DiskError as error:
-        with make_observer(quiet=False) as observer:
-            observer.note(f"the report is shown, but its files were not written: {error.what}")
-        return None
-    return report_line(folder)
 
 
 def _show_run(run: RunRecord, *, as_json: bool, footer: str | None) -> None:

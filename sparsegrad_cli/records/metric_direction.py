@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,15 @@ class Scale:
         times: the factor of printed values; fractions are shown times 100.
         digits: the number of decimals.
         lower_is_better: true for losses and perplexities.
+        low, high: the smallest and the largest value that the metric can have.
     """
 
     words: str
     times: int = 100
     digits: int = 1
     lower_is_better: bool = False
+    low: float = -math.inf
+    high: float = math.inf
 
     @property
     def label(self) -> str:
@@ -36,28 +40,50 @@ class Scale:
         """Return the best of at least one value."""
         return min(values) if self.lower_is_better else max(values)
 
+    def clip(self, interval: Sequence[float] | None) -> list[float] | None:
+        """Cut an interval of scores at the ends of the metric's range."""
+        return _cut(interval, self.low, self.high)
+
+    def clip_difference(self, interval: Sequence[float] | None) -> list[float] | None:
+        """Cut an interval of differences of two scores at the largest possible difference."""
+        return _cut(interval, self.low - self.high, self.high - self.low)
+
+
+def _cut(interval: Sequence[float] | None, low: float, high: float) -> list[float] | None:
+    return None if interval is None else [min(max(end, low), high) for end in interval]
+
+
+def _share(words: str) -> Scale:
+    """Return the scale of a metric from 0 to 1."""
+    return Scale(words, low=0.0, high=1.0)
+
+
+def _correlation(words: str) -> Scale:
+    """Return the scale of a metric from -1 to 1."""
+    return Scale(words, low=-1.0, high=1.0)
+
 
 METRICS = {
-    "matthews_correlation": Scale("Matthews correlation"),
-    "pearson": Scale("Pearson correlation"),
-    "spearmanr": Scale("Spearman correlation"),
-    "pearson_spearman": Scale("mean of Pearson and Spearman correlation"),
-    "f1": Scale("F1"),
-    "f1_micro": Scale("micro F1"),
-    "exact_match": Scale("exact match"),
-    "average_precision": Scale("average precision"),
-    "f1_macro": Scale("F1, mean over classes"),
-    "f1_weighted": Scale("F1, mean over classes weighted by rows"),
-    "precision": Scale("precision"),
-    "precision_macro": Scale("precision, mean over classes"),
-    "precision_weighted": Scale("precision, mean over classes weighted by rows"),
-    "recall": Scale("recall"),
-    "recall_macro": Scale("recall, mean over classes"),
-    "recall_weighted": Scale("recall, mean over classes weighted by rows"),
-    "accuracy": Scale("accuracy"),
-    "loss": Scale("validation loss", times=1, digits=3, lower_is_better=True),
-    "perplexity": Scale("perplexity", times=1, digits=2, lower_is_better=True),
-    "token_accuracy": Scale("next-token accuracy"),
+    "matthews_correlation": _correlation("Matthews correlation"),
+    "pearson": _correlation("Pearson correlation"),
+    "spearmanr": _correlation("Spearman correlation"),
+    "pearson_spearman": _correlation("mean of Pearson and Spearman correlation"),
+    "f1": _share("F1"),
+    "f1_micro": _share("micro F1"),
+    "exact_match": _share("exact match"),
+    "average_precision": _share("average precision"),
+    "f1_macro": _share("F1, mean over classes"),
+    "f1_weighted": _share("F1, mean over classes weighted by rows"),
+    "precision": _share("precision"),
+    "precision_macro": _share("precision, mean over classes"),
+    "precision_weighted": _share("precision, mean over classes weighted by rows"),
+    "recall": _share("recall"),
+    "recall_macro": _share("recall, mean over classes"),
+    "recall_weighted": _share("recall, mean over classes weighted by rows"),
+    "accuracy": _share("accuracy"),
+    "loss": Scale("validation loss", times=1, digits=3, lower_is_better=True, low=0.0),
+    "perplexity": Scale("perplexity", times=1, digits=2, lower_is_better=True, low=1.0),
+    "token_accuracy": _share("next-token accuracy"),
 }
 SCORE = Scale("score")
 _OF_ONE_CLASS = ("f1", "precision", "recall")

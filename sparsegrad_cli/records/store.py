@@ -18,6 +18,7 @@ from sparsegrad_cli.records.run import ErrorBlock, RunRecord
 from sparsegrad_cli.records.study import StudyRecord
 
 RUN, STUDY, EXPORT = "run.json", "compare.json", "export.json"
+EVALUATION = "evaluation.json"
 FILES = (RUN, STUDY)
 REPORTS = ("report.html", "report.md", "report.tex")
 _RESULTS = ("metrics", "memory", "time", "sizes", "sparsity")

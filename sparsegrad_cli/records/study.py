@@ -112,6 +112,12 @@ class PairTest(Block):
     p_t: Fraction = Field(None, description="p-value of the t-test.")
     p_t_holm: Fraction = None
     smallest_p: Fraction = Field(None, description="The smallest p that so many pairs can give.")
+    seeds_needed: Count | None = Field(
+        None,
+        description="Number of seeds that would show the difference with a probability of 80 %, if "
+        "further seeds have the same mean and spread; at most 10,000. Null if the difference is "
+        "shown already, or if it is zero.",
+    )
     better: str | None = Field(None, description="The better method; null if none is shown.")
 
 

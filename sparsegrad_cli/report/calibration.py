@@ -10,6 +10,7 @@ from sparsegrad_cli.records.run import (
     ComparedBlock,
     EnergyBlock,
     EnergyShares,
+    HeatMap,
     RunRecord,
     Spectrum,
     SupportShares,
@@ -70,16 +71,68 @@ def calibration_blocks(run: RunRecord, *, with_facts: bool) -> list[Block | None
     if found is None:
         return [] if with_facts else [Paragraph("Calibration: not recorded.", dim=True)]
     target = f" Target: {found.heat_map.target}." if found.heat_map else ""
+    shares = _shown_shares(run)
     return [
         Facts("Cost", calibration_facts(run)) if with_facts else None,
         support_energy(run),
-        Figure(lambda: run_charts.energy_bars(_shown_shares(run)), _ENERGY),
+        Figure(
+            "Energy of held-out gradients",
+            lambda: run_charts.energy_bars(shares),
+            _ENERGY,
+            _energy_alt(shares),
+        ),
         energy_by_kind(run),
         energy_by_target(run),
-        Figure(lambda: run_charts.gradient_maps(found.heat_map), _HEAT + target),
-        Figure(lambda: run_charts.spectra_lines(found.spectra), _SPECTRA),
+        Figure(
+            "One gradient without and in the basis",
+            lambda: run_charts.gradient_maps(found.heat_map),
+            _HEAT + target,
+            _maps_alt(found.heat_map),
+        ),
+        Figure(
+            "Singular values of the calibration gradients",
+            lambda: run_charts.spectra_lines(found.spectra),
+            _SPECTRA,
+            _spectra_alt(found.spectra),
+        ),
         spectra_table(run, folded="Directions that matter, by basis"),
     ]
+
+
+def _energy_alt(shares: Mapping[str, Mapping[str, float]]) -> str:
+    parts = [
+        f"{kind}: " + ", ".join(f"{label} {format_share(each)}" for label, each in found.items())
+        for kind, found in shares.items()
+    ]
+    return f"Energy of held-out gradients. {'; '.join(parts)}." if parts else ""
+
+
+def _maps_alt(found: HeatMap | None) -> str:
+    """Return how much of each map's sum lies in its top left quarter."""
+    if found is None:
+        return ""
+    parts = []
+    for name, matrix in (("original basis", found.original), ("core", found.basis)):
+        rows = [[abs(value or 0.0) for value in row] for row in matrix]
+        total = sum(map(sum, rows))
+        corner = sum(sum(row[: (len(row) + 1) // 2]) for row in rows[: (len(rows) + 1) // 2])
+        if total:
+            parts.append(f"{format_share(corner / total)} in the {name}")
+    return f"Share of the entries' sum in the top left quarter: {', '.join(parts)}."
+
+
+def _spectra_alt(spectra: Sequence[Spectrum]) -> str:
+    counts = [
+        sum(value >= 0.1 * values[0] for value in values)
+        for one in spectra
+        if (values := _values(one))
+    ]
+    if not counts:
+        return ""
+    return (
+        f"{min(counts)} to {max(counts)} directions of a basis have singular values of at least "
+        "10 % of the first."
+    )
 
 
 def calibration_facts(run: RunRecord) -> list[Fact]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from sparsegrad_cli.records.metric_direction import scale_of
@@ -20,10 +19,16 @@ from sparsegrad_cli.report.units import (
     format_interval,
     format_p,
     format_score,
+    listed,
     words,
 )
 
 _MAX_PAIRS = 45  # Ten methods. With more, only the pairs with the smallest p are shown.
+_NEEDED = (
+    "Seeds needed: the number of seeds that would show the difference with a probability of 80 %, "
+    "if further seeds have the same mean and spread (paired t-test at the level divided by the "
+    "number of pairs), and that lets the permutation test reach that level at all."
+)
 _SAME = {
     "same_model": "model",
     "same_head_init": "head",
@@ -58,7 +63,6 @@ def verdict_lines(study: StudyRecord) -> list[str]:
             f"No difference shown in {where} of methods, which does not mean that there is none "
             f"(level {level:g} over all pairs together)."
         )
-        lines += _too_few_runs(tests.pairs, level)
     return lines
 
 
@@ -87,29 +91,11 @@ def _better(pair: PairTest) -> str:
             f"{lead if pair.mean else 'is even'}."
         )
     if pair.interval is not None:
-        low, high = pair.interval
+        low, high = scale.clip_difference(pair.interval) or pair.interval
         interval = (low, high) if sign > 0 else (-high, -low)
         evidence.insert(0, f"95 % interval {format_interval(interval, scale)}")
     by = format_score(abs(pair.mean), scale)
     return f"{pair.better} is better than {worse} by {by} ({'; '.join(evidence)})."
-
-
-def _too_few_runs(pairs: Sequence[PairTest], level: float) -> list[str]:
-    """Return a sentence if there are too few runs for any difference, with the seeds needed."""
-    least = min((pair.smallest_p for pair in pairs if pair.smallest_p), default=0.0)
-    corrected = min(1.0, least * len(pairs))
-    if corrected <= level or level <= 0:
-        return []
-    tasks = max(max(pair.tasks for pair in pairs), 1)
-    needed = math.ceil((1 + math.log2(len(pairs) / level)) / tasks)
-    most = counted(max(pair.n for pair in pairs), "pair")
-    after = ""
-    if len(pairs) > 1:
-        after = f", or {corrected:.2g} after correcting for {len(pairs)} pairs of methods"
-    return [
-        f"This many runs could not have shown any: {most} of runs give no p below "
-        f"{least:.2g}{after}. {needed:.0f} seeds could."
-    ]
 
 
 def pairs_table(study: StudyRecord) -> Table | None:
@@ -122,6 +108,7 @@ def pairs_table(study: StudyRecord) -> Table | None:
     notes = [
         f"p: {tests.test}. Corrected: {tests.correction}.",
         f"t: {tests.check}. The interval is from this test, uncorrected.",
+        _NEEDED,
     ]
     if len(listed) < len(tests.pairs):
         notes.append(f"the {len(listed)} of {len(tests.pairs)} pairs with the smallest p")
@@ -130,19 +117,29 @@ def pairs_table(study: StudyRecord) -> Table | None:
         Column("runs", lambda pair: str(pair.n)),
         Column("won\u00a0:\u00a0lost", lambda pair: f"{pair.wins} : {pair.losses}"),
         Column("difference", _difference),
-        Column("95 % interval", lambda p: format_interval(p.interval, scale_of(p.metric))),
+        Column("95 % interval", _interval),
         Column("p", lambda pair: format_p(pair.p)),
         Column("p, Holm", lambda pair: format_p(pair.p_holm)),
         Column("t, Holm", lambda pair: format_p(pair.p_t_holm)),
         Column("shown", _shown, words=True),
+        Column("seeds needed", _seeds_needed),
     ]
     return Table.of(listed, columns, "Pairs of methods over all seeds and tasks", notes)
+
+
+def _interval(pair: PairTest) -> str:
+    scale = scale_of(pair.metric)
+    return format_interval(scale.clip_difference(pair.interval), scale)
 
 
 def _difference(pair: PairTest) -> str:
     if pair.mean is None:
         return NOTHING
     return format_score(pair.mean, scale_of(pair.metric), sign=True)
+
+
+def _seeds_needed(pair: PairTest) -> str:
+    return NOTHING if pair.seeds_needed is None else format_count(pair.seeds_needed)
 
 
 def _shown(pair: PairTest) -> str:
@@ -168,7 +165,7 @@ def _hash_checks(study: StudyRecord) -> list[Check]:
         wrong = [word for key, word in _SAME.items() if getattr(check, key) is False]
         if wrong:
             where = f"{check.task}, seed {check.seed}"
-            lines.append(Check(False, f"{where}: methods did NOT have the same {_and(wrong)}."))
+            lines.append(Check(False, f"{where}: methods did NOT have the same {listed(wrong)}."))
         else:
             known = tuple(word for key, word in _SAME.items() if getattr(check, key))
             groups.setdefault(known, []).append(check)
@@ -187,15 +184,11 @@ def _group_checks(known: Sequence[str], group: Sequence[RunCheck], share: str) -
         return [Check(None, f"{pairs}: fewer than two methods to compare.")]
     steps = [check.steps_compared for check in group if check.steps_compared]
     over = f" (order over at least {format_count(min(steps))} steps)" if steps else ""
-    lines = [Check(True, f"{pairs}: all methods had the same {_and(known)}{over}.")]
+    lines = [Check(True, f"{pairs}: all methods had the same {listed(known)}{over}.")]
     missing = [word for word in _SAME.values() if word not in known]
     if missing:
-        lines.append(Check(None, f"{pairs}: same {_and(missing)}: not recorded."))
+        lines.append(Check(None, f"{pairs}: same {listed(missing)}: not recorded."))
     return lines
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _recipe_checks(study: StudyRecord) -> list[Check]:

@@ -6,8 +6,8 @@ Markdown and LaTeX, and terminal.py prints them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
 
 from sparsegrad_cli.report.units import NOT_RECORDED
@@ -61,6 +61,7 @@ class Table:
         strong: (row, column) of the bold cells.
         notes: lines below the table.
         folded: the summary line of a folded table. LaTeX leaves out folded tables.
+        links: (row, column) of a cell -> address that it links to, relative to the page.
     """
 
     caption: str
@@ -70,6 +71,7 @@ class Table:
     strong: frozenset[tuple[int, int]] = frozenset()
     notes: Sequence[str] = ()
     folded: str = ""
+    links: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -106,6 +108,7 @@ class Table:
             rows=[tuple(row[c] for c in kept) for row in self.rows],
             words=tuple(self.words[c] for c in kept),
             strong=frozenset((row, place[c]) for row, c in self.strong if c in place),
+            links={(row, place[c]): to for (row, c), to in self.links.items() if c in place},
         )
 
     def without(self, *names: str) -> Table:
@@ -122,17 +125,37 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Key:
+    """One entry of a legend: its label, and a small SVG that shows how the series is drawn."""
+
+    label: str
+    swatch: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as an SVG element, with its legend."""
+
+    svg: str
+    legend: Sequence[Key] = ()
+
+
+@dataclass(frozen=True)
 class Figure:
     """A drawing, made when a page is rendered.
 
     Attributes:
-        draw: returns SVG, or None if the record has nothing to draw.
-        caption: a description of the figure and how to read it.
+        title: what the figure shows.
+        draw: returns the drawing, or None if the record has nothing to draw.
+        caption: what the data in the figure say, and how to read it.
+        alt: the result in words, for readers who do not see the figure.
         missing: a line that replaces a figure with nothing to draw.
     """
 
-    draw: Callable[[], str | None]
+    title: str
+    draw: Callable[[], Drawing | None]
     caption: str
+    alt: str
     missing: str = ""
 
 
@@ -162,9 +185,29 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The conclusions of a study."""
+    """The result in one sentence, and what supports it.
 
-    lines: Sequence[str]
+    Attributes:
+        headline: the sentence; empty if there is no result.
+        lines: more sentences.
+    """
+
+    headline: str
+    lines: Sequence[str] = ()
+
+
+class Command(NamedTuple):
+    """A command line, and what it does."""
+
+    line: str
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Commands to copy."""
+
+    commands: Sequence[Command]
 
 
 class Check(NamedTuple):
@@ -244,7 +287,18 @@ class SideBySide:
     notes: Sequence[str] = ()
 
 
-Block = Facts | Table | Figure | Paragraph | Labelled | Bullets | Verdict | Checks | SideBySide
+Block = (
+    Facts
+    | Table
+    | Figure
+    | Paragraph
+    | Labelled
+    | Bullets
+    | Verdict
+    | Commands
+    | Checks
+    | SideBySide
+)
 
 
 @dataclass(frozen=True)

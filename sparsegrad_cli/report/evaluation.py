@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from sparsegrad_cli.records.evaluation import ClassScores, EvaluationRecord, WrongExample
+from dataclasses import replace
+
+from sparsegrad_cli.records.evaluation import (
+    ClassScores,
+    EvaluationRecord,
+    MetricValue,
+    WrongExample,
+)
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.report.document import (
     Bullets,
     Column,
     Document,
-    Fact,
-    Facts,
     Paragraph,
     Section,
     Table,
+    Verdict,
 )
+from sparsegrad_cli.report.headline import evaluation_headline
+from sparsegrad_cli.report.next_steps import evaluation_next
 from sparsegrad_cli.report.units import (
     counted,
     format_count,
@@ -34,7 +42,8 @@ def evaluation_screen(record: EvaluationRecord) -> Document:
 
 def evaluation_document(record: EvaluationRecord) -> Document:
     """Return the report of an evaluation."""
-    return _document(record, len(record.worst), _PAGE_TEXT)
+    document = _document(record, len(record.worst), _PAGE_TEXT)
+    return replace(document, sections=[*document.sections, evaluation_next(record)])
 
 
 def _document(record: EvaluationRecord, examples: int, length: int) -> Document:
@@ -48,26 +57,34 @@ def _document(record: EvaluationRecord, examples: int, length: int) -> Document:
         status="done",
         subtitle=f"{record.about} on {record.file}",
         lead=[
-            Facts("Scores", _facts(record)),
+            Verdict(evaluation_headline(record)),
+            _scores(record),
             Bullets(record.notes) if record.notes else None,
         ],
         sections=sections,
     )
 
 
-def _facts(record: EvaluationRecord) -> list[Fact]:
-    facts = []
-    for name, metric in record.metrics.items():
+def _scores(record: EvaluationRecord) -> Table:
+    """Return one row per metric with its interval, then the loss and the number of rows."""
+
+    def interval(name: str, value: MetricValue) -> str:
         scale = scale_of(name)
-        interval = format_interval(metric.interval, scale) if metric.interval else ""
-        detail = f"95 % interval {interval}" if interval else ""
-        facts.append(Fact(scale.label, format_score(metric.value, scale), detail))
-    facts.append(Fact("loss", format_number(record.loss)))
+        return format_interval(scale.clip(value.interval), scale)
+
+    columns: list[Column[tuple[str, MetricValue]]] = [
+        Column("metric", lambda row: scale_of(row[0]).label, words=True),
+        Column("value", lambda row: format_score(row[1].value, scale_of(row[0]))),
+        Column("95 % interval", lambda row: interval(*row)),
+    ]
+    rows = counted(record.rows, "row")
+    notes = [rows if record.loss is None else f"mean loss {format_number(record.loss)} on {rows}"]
     if record.threshold is not None:
-        facts.append(Fact("threshold", format_number(record.threshold)))
-    cut = f"{counted(record.cut, 'row')} cut to the model's length" if record.cut else ""
-    facts.append(Fact("rows", format_count(record.rows), cut))
-    return facts
+        notes.append(f"a label is predicted above the threshold {format_number(record.threshold)}")
+    notes += [f"{counted(record.cut, 'row')} cut to the model's length"] if record.cut else []
+    if record.resamples:
+        notes.append(f"intervals: bootstrap over rows, {format_count(record.resamples)} resamples")
+    return Table.of(list(record.metrics.items()), columns, "Scores", notes)
 
 
 def _class_table(record: EvaluationRecord) -> Table:

@@ -1,9 +1,23 @@
-"""Show an export in a terminal: its check, its losses, its size, and how to load it."""
+"""Show an export: its comparison with the run, its losses, its size, and how to load it."""
 
 from __future__ import annotations
 
-from sparsegrad_cli.records.export import ExportCheck, ExportRecord
-from sparsegrad_cli.report.document import Document, Fact, Facts, Labelled
+from dataclasses import replace
+
+from sparsegrad_cli.records.export import ExportCheck, ExportedTarget, ExportRecord
+from sparsegrad_cli.report.document import (
+    Bullets,
+    Column,
+    Document,
+    Fact,
+    Facts,
+    Labelled,
+    Section,
+    Table,
+    Verdict,
+)
+from sparsegrad_cli.report.headline import export_headline
+from sparsegrad_cli.report.next_steps import export_next
 from sparsegrad_cli.report.run import short_notes
 from sparsegrad_cli.report.units import (
     counted,
@@ -28,11 +42,48 @@ def export_screen(record: ExportRecord) -> Document:
         status="checked",
         subtitle=" · ".join(part for part in parts if part),
         lead=[
+            Verdict(export_headline(record)),
             Facts("Export", facts),
             Labelled("load", words(record.load)),
             *short_notes(record.notes),
         ],
     )
+
+
+def export_document(record: ExportRecord) -> Document:
+    """Return the report of an export: the facts, and every target module's error."""
+    screen = export_screen(record)
+    return replace(
+        screen,
+        lead=screen.lead[:2],
+        sections=[
+            Section("Target modules", [_target_table(record)]),
+            export_next(record),
+            Section("Files", [_file_table(record)]),
+            Section("Notes", [Bullets(record.notes)]),
+        ],
+    )
+
+
+def _target_table(record: ExportRecord) -> Table | None:
+    columns: list[Column[ExportedTarget]] = [
+        Column("target", lambda t: t.name, words=True),
+        Column("rank", lambda t: format_count(t.rank)),
+        Column("error, share of the change", lambda t: format_number(t.error)),
+        Column("rounding, share of the change", lambda t: format_number(t.rounding)),
+        Column("largest rounding of a weight", lambda t: format_number(t.rounding_max)),
+    ]
+    if not record.targets:
+        return None
+    return Table.of(record.targets, columns, "What was lost in each target module").without_empty()
+
+
+def _file_table(record: ExportRecord) -> Table | None:
+    columns: list[Column[tuple[str, int]]] = [
+        Column("file", lambda row: row[0], words=True),
+        Column("size", lambda row: format_bytes(row[1])),
+    ]
+    return Table.of(sorted(record.files.items()), columns, "Files") if record.files else None
 
 
 def _check(check: ExportCheck) -> list[Fact]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from sparsegrad_cli.records.run import EnvironmentBlock, GitBlock, RunRecord
+from sparsegrad_cli.records.run import EnvironmentBlock, GitBlock, HashesBlock, RunRecord
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report.document import Table
 from sparsegrad_cli.report.units import words
@@ -36,7 +36,7 @@ def provenance(record: RunRecord | StudyRecord) -> Table:
         rows.append(("uncommitted changes", "yes: the commit does not describe the code fully"))
     rows += [(key.replace("_", " "), _text(getattr(environment, key))) for key in _ENVIRONMENT]
     rows += environment.packages.items()
-    rows += _hashes(record) if isinstance(record, RunRecord) else _runs(record)
+    rows += _precision(record) if isinstance(record, RunRecord) else _runs(record)
     shown = [(label, value) for label, value in rows if value]
     return Table("Provenance", ("what", "value"), shown, (True, True))
 
@@ -64,28 +64,32 @@ def _runs(study: StudyRecord) -> Rows:
 
 
 def _recipe(run: RunRecord) -> Rows:
-    return [
-        ("recipe digest", run.recipe_digest),
-        ("model fingerprint", run.model.fingerprint if run.model else None),
-        ("output_dir", run.output_dir),
+    return [("output_dir", run.output_dir)]
+
+
+def _precision(run: RunRecord) -> Rows:
+    if not run.precision:
+        return []
+    dtypes = " and ".join(run.precision.weights)
+    autocast, matmul = run.precision.autocast or "no", words(run.precision.matmul)
+    return [("precision", f"{dtypes} weights, {autocast} autocast, {matmul} matmul")]
+
+
+def hashes_table(run: RunRecord) -> Table | None:
+    """Return the digests of a run's inputs, folded; two runs with equal ones had equal inputs."""
+    hashes = run.hashes or HashesBlock()
+    last = max(hashes.order, default=0)
+    rows: Rows = [
+        ("recipe", run.recipe_digest),
+        ("target modules", run.model.fingerprint if run.model else None),
+        ("data", hashes.data),
+        ("head initialization", hashes.head_init),
+        ("precision", hashes.precision),
+        (f"order of {last:,} steps", hashes.order.get(last)),
+        ("basis", run.calibration.digest if run.calibration else None),
     ]
-
-
-def _hashes(run: RunRecord) -> Rows:
-    rows: Rows = []
-    if run.precision:
-        dtypes = " and ".join(run.precision.weights)
-        autocast, matmul = run.precision.autocast or "no", words(run.precision.matmul)
-        rows.append(("precision", f"{dtypes} weights, {autocast} autocast, {matmul} matmul"))
-    if run.hashes:
-        rows += [
-            ("hash of data", run.hashes.data),
-            ("hash of head initialization", run.hashes.head_init),
-            ("hash of precision", run.hashes.precision),
-        ]
-        if run.hashes.order:
-            last = max(run.hashes.order)
-            rows.append((f"hash of order, {last:,} steps", run.hashes.order[last]))
-    if run.calibration:
-        rows.append(("hash of basis", run.calibration.digest))
-    return rows
+    shown = [(label, value) for label, value in rows if value]
+    if not shown:
+        return None
+    header = ("digest of", "sha256")
+    return Table("Hashes", header, shown, (True, True), folded="Hashes of the inputs")

@@ -6,6 +6,7 @@ therefore never becomes markup, a formula or a command.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 import textwrap
@@ -20,7 +21,7 @@ from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.untrusted_text import printable_text
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import StudyRecord
-from sparsegrad_cli.report.document import Block, Document, SideBySide
+from sparsegrad_cli.report.document import Block, Document, Drawing, SideBySide
 from sparsegrad_cli.report.run import run_document
 from sparsegrad_cli.report.study import ChartCache, study_document
 from sparsegrad_cli.report.units import NOT_RECORDED, status_words
@@ -122,6 +123,17 @@ def _markdown_lines(raw: str) -> Markup:
     )
 
 
+def _labelled(drawing: Drawing, title: str, alt: str) -> Markup:
+    """Return a drawing as an image with an alternative text.
+
+    Its ids get a suffix, because drawings of one page share markers and would repeat their ids.
+    """
+    suffix = hashlib.sha256(f"{title}\n{drawing.svg}".encode()).hexdigest()[:8]
+    svg = re.sub(r'(\bid="|url\(#|href="#)([\w.-]+)', rf"\g<1>\g<2>-{suffix}", drawing.svg)
+    label = f'<svg role="img" aria-label="{escape_html(alt)}"'
+    return Markup(svg.replace("<svg", label, 1))
+
+
 def _guarded(line: str) -> Markup:
     r"""Protect the start of a line: TeX reads ``[`` and ``*`` after ``\\`` as its arguments."""
     return Markup("{}" + line if line[:1] in ("[", "*") else line)
@@ -156,7 +168,12 @@ def _environment(escape: Callable[[str], str], **syntax: Any) -> Environment:
         unfolded_questions=_UNFOLDED_QUESTIONS,
         wide_columns=_WIDE_COLUMNS,
     )
-    environment.filters.update(lines=_markdown_lines, guarded=_guarded, stacked=_stacked)
+    environment.filters.update(
+        lines=_markdown_lines,
+        labelled=_labelled,
+        guarded=_guarded,
+        stacked=_stacked,
+    )
     return environment
 
 

@@ -20,7 +20,7 @@ from sparsegrad_cli.records.run import (
     TaskBlock,
     TimeBlock,
 )
-from sparsegrad_cli.report import run_charts
+from sparsegrad_cli.report import captions, run_charts
 from sparsegrad_cli.report.calibration import (
     calibration_blocks,
     calibration_facts,
@@ -33,6 +33,7 @@ from sparsegrad_cli.report.document import (
     Bullets,
     Column,
     Document,
+    Drawing,
     Fact,
     Facts,
     Figure,
@@ -40,9 +41,12 @@ from sparsegrad_cli.report.document import (
     Paragraph,
     Section,
     Table,
+    Verdict,
 )
 from sparsegrad_cli.report.evaluations import samples_table, sets_table, sources_table
-from sparsegrad_cli.report.provenance import provenance
+from sparsegrad_cli.report.headline import best_so_far, calibration_headline, run_headline
+from sparsegrad_cli.report.next_steps import calibration_next, run_next
+from sparsegrad_cli.report.provenance import hashes_table, provenance
 from sparsegrad_cli.report.units import (
     CATEGORIES,
     NOT_RECORDED,
@@ -66,15 +70,6 @@ _TIMES = {
     "evaluate_s": "evaluate",
 }
 
-_LEARNING = (
-    "Score on the validation set at every evaluation, starting before the first step. The dotted "
-    "line is the score of always predicting the most frequent class: a method that stays on it "
-    "has learned nothing. The ring marks the model that was kept."
-)
-_LOSS = (
-    "Cross-entropy (mean squared error for regression). If the validation loss rises while the "
-    "training loss falls, the model overfits."
-)
 _MEMORY = (
     "What was in memory when each phase peaked. Forward, backward and optimizer make up a training "
     "step; the highest of the three decides whether it fits. RSS, in the table, is the memory of "
@@ -92,17 +87,21 @@ _MAX_NOTES = 6  # Notes on a terminal.
 def run_document(run: RunRecord) -> Document:
     """Return the whole report of a run."""
     trained = run.command != "calibrate"
+    scale = scale_of_run(run)
+    verdict = run_headline(run, scale) if trained else calibration_headline(run)
+    figures = Facts("Figures", facts(run)) if trained else Facts("Cost", calibration_facts(run))
     return heading(
         run,
-        lead=[Facts("Figures", facts(run)) if trained else Facts("Cost", calibration_facts(run))],
+        lead=[Verdict(verdict), figures],
         sections=[
             Section("Learning", _learning(run) if trained else []),
             Section("Calibration", calibration_blocks(run, with_facts=trained)),
             Section("Memory", _memory(run)),
             Section("Time", _time(run)),
             Section("Trainable parameters", _parameters(run)),
+            run_next(run, scale) if trained else calibration_next(run),
             Section("Notes", [Bullets(notes_of(run))]),
-            Section("Provenance", [provenance(run)]),
+            Section("Provenance", [provenance(run), hashes_table(run)]),
         ],
     )
 
@@ -111,7 +110,8 @@ def run_screen(run: RunRecord) -> Document:
     """Return a run for the terminal: headline figures, memory, time and notes."""
     if run.command == "calibrate":
         return _calibration_screen(run)
-    lead: list[Block | None] = [Facts("Figures", facts(run))]
+    lead: list[Block | None] = [Verdict(run_headline(run, scale_of_run(run)))]
+    lead.append(Facts("Figures", facts(run)))
     lead.append(memory_table(run) or Paragraph("Memory: not recorded", dim=True))
     lead.append(Labelled("Time", time_line(run)))
     lead.append(support_energy(run) or energy_by_kind(run))
@@ -121,6 +121,7 @@ def run_screen(run: RunRecord) -> Document:
 def _calibration_screen(run: RunRecord) -> Document:
     found = calibration_facts(run)
     lead: list[Block | None] = [
+        Verdict(calibration_headline(run)),
         Facts("Cost", found) if found else Paragraph("Calibration: not recorded", dim=True),
         support_energy(run) or energy_by_kind(run) or Paragraph("Energy: not recorded", dim=True),
         spectra_table(run, most=_MAX_SPECTRA),
@@ -199,7 +200,7 @@ def scale_of_run(run: RunRecord) -> Scale:
 
 def _score(run: RunRecord) -> Fact:
     task, metrics = run.task or TaskBlock(), run.metrics or MetricsBlock()
-    scale, best = scale_of_run(run), metrics.best
+    scale, best = scale_of_run(run), best_so_far(metrics)
     parts = [scale.label]
     for label, value in (
         (_baseline_words(task), task.majority_score),
@@ -226,8 +227,8 @@ def _loss(run: RunRecord) -> Fact:
         return _perplexity(metrics)
     last = metrics.final.loss if metrics.final else None
     detail = f"last {format_number(last)}" if last is not None else ""
-    best = metrics.best.loss if metrics.best else None
-    return Fact("Validation loss", format_number(best), detail)
+    best = best_so_far(metrics)
+    return Fact("Validation loss", format_number(best.loss if best else None), detail)
 
 
 def _perplexity(metrics: MetricsBlock) -> Fact:
@@ -238,15 +239,16 @@ def _perplexity(metrics: MetricsBlock) -> Fact:
             parts.append(f"{label} {format_number(value)}")
     before, best = (
         evaluation.values.get("plain text", {}).get("loss") if evaluation else None
-        for evaluation in (metrics.initial, metrics.best)
+        for evaluation in (metrics.initial, best_so_far(metrics))
     )
     if before is not None and best is not None:
         parts.append(f"loss on plain text {format_number(best)}, {best - before:+.3f} by training")
-    accuracy = _first_set(metrics.best, "token_accuracy")
+    best_evaluation = best_so_far(metrics)
+    accuracy = _first_set(best_evaluation, "token_accuracy")
     if accuracy is not None:
         parts.append(f"next token predicted {format_share(accuracy)}")
     return Fact(
-        "Perplexity", format_number(_first_set(metrics.best, "perplexity")), "; ".join(parts)
+        "Perplexity", format_number(_first_set(best_evaluation, "perplexity")), "; ".join(parts)
     )
 
 
@@ -318,13 +320,27 @@ def _calibration(run: RunRecord) -> Fact:
 
 
 def _learning(run: RunRecord) -> list[Block | None]:
-    def learning_curve() -> str | None:
+    scale = scale_of_run(run)
+
+    def learning_curve() -> Drawing | None:
         majority = run.task.majority_score if run.task else None
-        return run_charts.learning_curve(run.metrics, majority, scale_of_run(run))
+        return run_charts.learning_curve(run.metrics, majority, scale)
 
     return [
-        Figure(learning_curve, _LEARNING, "Scores: not recorded."),
-        Figure(lambda: run_charts.loss_curve(run.metrics), _LOSS, "Losses: not recorded."),
+        Figure(
+            "Validation score",
+            learning_curve,
+            captions.learning_caption(run, scale),
+            captions.learning_alt(run, scale),
+            "Scores: not recorded.",
+        ),
+        Figure(
+            "Loss",
+            lambda: run_charts.loss_curve(run.metrics),
+            captions.loss_caption(run.metrics),
+            captions.loss_alt(run.metrics),
+            "Losses: not recorded.",
+        ),
         sets_table(run),
         sources_table(run),
         samples_table(run),
@@ -334,7 +350,13 @@ def _learning(run: RunRecord) -> list[Block | None]:
 def _memory(run: RunRecord) -> list[Block]:
     bars = [(name, phase.categories) for name, phase in memory_phases(run)]
     table = memory_table(run) or Paragraph("Memory: not recorded.", dim=True)
-    return [Figure(lambda: run_charts.memory_bars(bars), _MEMORY), table]
+    alt = captions.memory_alt([(name, found) for name, found in bars])
+    return [
+        Figure(
+            "Memory at the peak of each phase", lambda: run_charts.memory_bars(bars), _MEMORY, alt
+        ),
+        table,
+    ]
 
 
 def memory_table(run: RunRecord) -> Table | None:
@@ -371,7 +393,7 @@ def memory_phases(run: RunRecord) -> list[tuple[str, MemoryPhase]]:
 
 def _time(run: RunRecord) -> list[Block]:
     return [
-        Figure(lambda: run_charts.time_bar(times(run)), _TIME),
+        Figure("Time", lambda: run_charts.time_bar(times(run)), _TIME, time_line(run)),
         Paragraph(time_line(run), dim=True),
     ]
 
@@ -398,7 +420,12 @@ def time_line(run: RunRecord) -> str:
 def _parameters(run: RunRecord) -> list[Block | None]:
     target = f" Target: {run.sparsity.target}." if run.sparsity else ""
     return [
-        Figure(lambda: run_charts.sparsity_map(run.sparsity), _TOUCHED + target),
+        Figure(
+            "Parameters that changed",
+            lambda: run_charts.sparsity_map(run.sparsity),
+            _TOUCHED + target,
+            captions.changed_alt([("", run.sparsity)] if run.sparsity else []),
+        ),
         optimizer_table(run),
         targets_table(run),
     ]

@@ -1,4 +1,4 @@
-"""Draw the figures of one run. Each function returns SVG, or None without data."""
+"""Draw the figures of one run. Each function returns a drawing, or None without data."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from sparsegrad_cli.records.run import (
     SparsityBlock,
     Spectrum,
 )
+from sparsegrad_cli.report.document import Drawing
 from sparsegrad_cli.report.svg import (
     INK,
     chart,
     colour,
+    few_ticks,
     grid,
     heat_maps,
-    legend,
+    log_ticks,
+    name_rows,
     plain,
+    point_tips,
+    short,
     stacked,
     subplots,
+    tip,
     whole_steps,
 )
-from sparsegrad_cli.report.units import CATEGORIES, MIB
+from sparsegrad_cli.report.units import CATEGORIES, MIB, format_number, format_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,10 +66,12 @@ def learning_curve(
     points = score_points(metrics)
     if metrics is None or not points:
         return None
-    figure, (axes,) = subplots(3.0)
+    figure, (axes,) = subplots(2.6)
     steps = [step for step, _ in points]
     scores = [scale.times * score for _, score in points]
     axes.plot(steps, scores, marker="o", ms=4, color=colour(0), label="score")
+    texts = [f"step {step:,}: {format_score(score, scale)}" for step, score in points]
+    point_tips(axes, list(zip(steps, scores, strict=True)), texts)
     best = metrics.best
     if best and best.score is not None:
         kept = [scale.times * best.score]
@@ -72,8 +80,8 @@ def learning_curve(
         axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
     axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
     whole_steps(axes)
+    few_ticks(axes.yaxis)
     grid(axes)
-    legend(axes)
     return figure
 
 
@@ -87,16 +95,21 @@ def loss_curve(metrics: MetricsBlock | None) -> Figure | None:
     )
     if not training and not validation:
         return None
-    figure, (axes,) = subplots(2.7)
+    figure, (axes,) = subplots(2.6)
     if training:
-        axes.plot(*zip(*training, strict=True), lw=1, color=colour(0), label="training")
+        dots = "o" if len(training) == 1 else ""  # A line of one point is not visible.
+        line = zip(*training, strict=True)
+        axes.plot(*line, marker=dots, ms=3, lw=1, color=colour(0), label="training")
     if validation:
         line = zip(*validation, strict=True)
         axes.plot(*line, marker="o", ms=4, color=colour(1), label="validation")
+    for name, points in (("training", training), ("validation", validation)):
+        texts = [f"step {step:,}: {name} loss {format_number(loss)}" for step, loss in points]
+        point_tips(axes, points, texts)
     axes.set(xlabel="optimizer step", ylabel="loss")
     whole_steps(axes)
+    few_ticks(axes.yaxis)
     grid(axes)
-    legend(axes)
     return figure
 
 
@@ -116,10 +129,9 @@ def memory_bars(
         (label, [getattr(categories, key) / MIB for _, categories in bars])
         for key, label in CATEGORIES.items()
     ]
-    figure, (axes,) = subplots(0.9 + thickness * len(bars))
-    stacked(axes, [label for label, _ in bars], layers)
+    figure, (axes,) = subplots(0.6 + thickness * len(bars))
+    stacked(axes, [label for label, _ in bars], layers, "MiB")
     axes.set_xlabel("MiB")
-    legend(axes)
     return figure
 
 
@@ -128,10 +140,9 @@ def time_bar(times: Sequence[tuple[str, float]]) -> Figure | None:
     """Draw (phase, seconds) as one bar."""
     if not times:
         return None
-    figure, (axes,) = subplots(1.35)
-    stacked(axes, ["time"], [(label, [seconds]) for label, seconds in times])
+    figure, (axes,) = subplots(1.0)
+    stacked(axes, ["time"], [(label, [seconds]) for label, seconds in times], "s")
     axes.set(xlabel="seconds", yticks=[])
-    legend(axes, columns=2 if len(times) > 3 else 1)
     return figure
 
 
@@ -146,16 +157,19 @@ def energy_bars(shares: Mapping[str, Mapping[str, float]]) -> Figure | None:
     if not labels:
         return None
     places = np.arange(len(shares))
-    width = 0.8 / len(labels)
-    figure, (axes,) = subplots(2.8)
+    thickness = 0.8 / len(labels)
+    figure, (axes,) = subplots(0.7 + 0.24 * len(labels) * len(shares))
     for at, label in enumerate(labels):
-        heights = [100 * found.get(label, 0.0) for found in shares.values()]
-        bars = axes.bar(places + width * at, heights, width * 0.92, color=colour(at), label=label)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
-    axes.set_xticks(places + 0.4 - width / 2, [plain(kind) for kind in shares])
-    axes.set(ylabel="% of squared gradient", ylim=(0, 108))
-    grid(axes)
-    legend(axes)
+        lengths = [100 * found.get(label, 0.0) for found in shares.values()]
+        rows = places - 0.4 + thickness * (at + 0.5)
+        bars = axes.barh(rows, lengths, thickness * 0.9, color=colour(at), label=label)
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+        for bar, kind, value in zip(bars, shares, lengths, strict=True):
+            tip(bar, f"{kind}, {label}: {value:.1f} %")
+    name_rows(axes, list(shares))
+    axes.set(xlabel="% of squared gradient", xlim=(0, 108))
+    few_ticks(axes.xaxis)
+    grid(axes, "x")
     return figure
 
 
@@ -168,7 +182,7 @@ def spectra_lines(spectra: Sequence[Spectrum]) -> Figure | None:
         return None
     keys = list(dict.fromkeys(one.key for one, _ in found))[:_MAX_SPECTRA]
     sides = list(dict.fromkeys(one.side for one, _ in found))
-    figure, every = subplots(3.0, columns=len(sides))
+    figure, every = subplots(2.6, columns=len(sides))
     for axes, side in zip(every, sides, strict=True):
         for one, values in found:
             if one.side == side and one.key in keys:
@@ -176,9 +190,10 @@ def spectra_lines(spectra: Sequence[Spectrum]) -> Figure | None:
                 directions = range(1, len(values) + 1)
                 axes.plot(directions, values, lw=1.2, color=tint, label=plain(one.key))
         axes.set(title=f"{side} side", xlabel="direction", xscale="log", yscale="log")
+        log_ticks(axes.xaxis)
+        log_ticks(axes.yaxis)
         grid(axes, "both")
     every[0].set_ylabel("singular value / first")
-    legend(every[-1])
     return figure
 
 
@@ -191,20 +206,22 @@ def gradient_maps(found: HeatMap | None) -> Figure | None:
     highest = float(max(original.max(), core.max()))
     if highest <= 0:
         return None
-    figure, every = subplots(3.4, columns=2)
+    figure, every = subplots(2.5, columns=2)
     floored = [np.maximum(matrix, 1e-9 * highest) for matrix in (original, core)]
     limits = (_DARKEST * highest, highest)
     heat_maps(figure, floored, "mean |entry|", limits, logarithmic=True)
-    titles = ("gradient, original basis", "core gradient, calibrated basis")
-    for axes, title in zip(every, titles, strict=True):
-        axes.set(title=title, xlabel="input direction")
-    every[0].set_ylabel("output direction")
+    axes_of = (
+        ("original basis", "input feature", "output feature"),
+        ("calibrated basis", "input direction", "output direction"),
+    )
+    for axes, (title, across, down) in zip(every, axes_of, strict=True):
+        axes.set(title=title, xlabel=across, ylabel=down)
     return figure
 
 
-def sparsity_map(found: SparsityBlock | None) -> str | None:
+def sparsity_map(found: SparsityBlock | None) -> Drawing | None:
     """Draw the share of changed parameters in each block of the middle target module's matrix."""
-    return sparsity_maps([("", found)] if found else [], height=3.2)
+    return sparsity_maps([("", found)] if found else [], height=2.6)
 
 
 @chart
@@ -220,7 +237,8 @@ def sparsity_maps(
     highest = max(float(each.max()) for each in maps) or 1.0
     heat_maps(figure, maps, "% of the block changed", (0.0, highest), logarithmic=False)
     for axes, (title, block) in zip(every, found, strict=False):
-        axes.set(title=plain(title), xlabel=f"{block.rows:,} × {block.columns:,}")
+        axes.set(title=plain(short(title)))
+        axes.set(xlabel=f"column (of {block.columns:,})", ylabel=f"row (of {block.rows:,})")
     return figure
 
 

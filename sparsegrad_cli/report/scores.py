@@ -108,7 +108,7 @@ def difference_words(row: ResultRow) -> str:
     if found is None or found.mean is None:
         return ""
     scale = scale_of(row.metric)
-    interval = format_interval(found.interval, scale)
+    interval = format_interval(scale.clip_difference(found.interval), scale)
     if found.interval is None:
         interval = "one seed" if found.n == 1 else "no interval"
     return f"{format_score(found.mean, scale, sign=True)} ({interval})"
@@ -149,6 +149,8 @@ def score_table(study: StudyRecord, task: str) -> Table | None:
     notes = [few_seeds(rows)]
     if best_rows(rows):
         notes.append("bold: the best mean; Differences says whether it is better than another")
+    if any(scale.clip(row.score_interval) != row.score_interval for row in rows):
+        notes.append("intervals end where the metric does; with few seeds they are very wide")
     notes += [f"{row.method}: {note}" for row in rows if (note := note_words(row))]
     return Table.of(rows, columns, _caption(rows, task), [note for note in notes if note])
 
@@ -156,7 +158,8 @@ def score_table(study: StudyRecord, task: str) -> Table | None:
 def _interval(row: ResultRow) -> str:
     if row.score_mean is None:
         return ""
-    return format_interval(row.score_interval, scale_of(row.metric))
+    scale = scale_of(row.metric)
+    return format_interval(scale.clip(row.score_interval), scale)
 
 
 def _published(study: StudyRecord, row: ResultRow) -> str:

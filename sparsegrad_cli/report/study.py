@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from urllib.parse import quote
 
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.study import CellEntry, ResultRow, StudyRecord
-from sparsegrad_cli.report import study_charts
+from sparsegrad_cli.report import captions, study_charts
 from sparsegrad_cli.report.budget import budget_flags, budget_table
 from sparsegrad_cli.report.conclusions import check_lines, pairs_table, parity_table, verdict_lines
 from sparsegrad_cli.report.document import (
@@ -16,6 +17,7 @@ from sparsegrad_cli.report.document import (
     Checks,
     Column,
     Document,
+    Drawing,
     Figure,
     Labelled,
     Paragraph,
@@ -24,6 +26,8 @@ from sparsegrad_cli.report.document import (
     Table,
     Verdict,
 )
+from sparsegrad_cli.report.headline import study_headline
+from sparsegrad_cli.report.next_steps import study_next
 from sparsegrad_cli.report.provenance import provenance
 from sparsegrad_cli.report.scores import (
     METHOD,
@@ -51,7 +55,8 @@ from sparsegrad_cli.report.units import (
     words,
 )
 
-Chart = Callable[[StudyRecord, str], str | None]
+Chart = Callable[[StudyRecord, str], Drawing | None]
+Words = Callable[[StudyRecord, str], str]
 
 REFRESH_S = 30
 
@@ -70,53 +75,88 @@ _FAIR = (
     "inputs of every run are hashed: the model, the initial head, the data, the batches in their "
     "order, and the precision."
 )
-CHARTS: tuple[tuple[Chart, str], ...] = (
-    (
+
+
+@dataclass(frozen=True)
+class ChartPlan:
+    """One figure of a task: its title, how it is drawn, its caption, and its result in words."""
+
+    title: str
+    chart: Chart
+    caption: str | Words
+    alt: Words
+
+
+SCORES = (
+    ChartPlan(
+        "Score of every seed",
         study_charts.score_dots,
-        "One dot per seed; the bar is the mean with its standard deviation. Diamonds are published "
-        "results. A difference smaller than the spread may be chance.",
+        "One dot per seed; the bar is the mean with its standard deviation. A difference smaller "
+        "than the spread may be chance.",
+        captions.scores_alt,
     ),
-    (
+)
+CURVES = (
+    ChartPlan(
+        "Validation score over training",
         study_charts.learning_curves,
-        "Mean over seeds, with single seeds behind it. A curve that is flat at the end would not "
-        "gain from longer training.",
+        captions.curves_caption,
+        captions.curves_alt,
     ),
-    (
-        study_charts.score_under_budget,
-        "The best mean score that fits a memory budget, by method: a curve starts at the smallest "
-        "budget that fits and steps up where a larger one allows a better score. The budget has "
-        "to hold calibration, too. Dashed: a single seed, too few for a ranking.",
-    ),
-    (
+)
+MEMORY = (
+    ChartPlan(
+        "Score against memory",
         study_charts.score_against_memory,
         "Further left is better, and so is higher (lower for losses and perplexities): a better "
         "score with fewer bytes beyond the weights. Bars are 95 % confidence intervals of the mean "
         "over seeds; with few seeds they are wide and leave the figure. One seed has none.",
+        captions.memory_score_alt,
     ),
-    (
+    ChartPlan(
+        "Best score that fits a memory budget",
+        study_charts.score_under_budget,
+        "A curve starts at the smallest budget that fits and steps up where a larger one allows a "
+        "better score. The budget has to hold calibration, too. Dashed: a single seed, too few for "
+        "a ranking.",
+        captions.budget_alt,
+    ),
+    ChartPlan(
+        "Peak of the training step",
         study_charts.memory_by_method,
-        "The peak of the training step by category, on the longest examples of the task.",
+        "By category, on the longest examples of the task.",
+        captions.method_memory_alt,
     ),
-    (
+    ChartPlan(
+        "Peak of every phase",
         study_charts.memory_by_phase,
-        "The peak of every phase by category, including calibration. First seed.",
+        "By category, including calibration. First seed.",
+        captions.phase_memory_alt,
     ),
-    (
+    ChartPlan(
+        "Speed",
         study_charts.speed_bars,
         "Optimizer steps per second, everything in a step included; the bar is the range over "
         "seeds. Speeds compare only if nothing else ran on the machine and runs did not run side "
         "by side.",
+        captions.speed_alt,
     ),
-    (
+)
+CHANGED = (
+    ChartPlan(
+        "Where parameters changed",
         study_charts.changed_maps,
         "Where the parameters of the middle target lie that changed in any step: the share of "
         "each block of the matrix that the method selects from, either a core sorted by singular "
         "value or the weight itself. Methods that change every parameter have no map. First seed.",
+        captions.changed_maps_alt,
     ),
-    (
+    ChartPlan(
+        "Changed share of every target module",
         study_charts.changed_by_target,
         "Parameters that changed in any step, as a share of each target's weights; for LoRA, the "
         "parameters of A and B. Logarithmic colors. First seed.",
+        captions.changed_targets_alt,
     ),
 )
 
@@ -125,10 +165,10 @@ class ChartCache:
     """A cache of the previous page's charts, reused for tasks without newly finished runs."""
 
     def __init__(self) -> None:
-        self._kept: dict[object, str | None] = {}
-        self._used: dict[object, str | None] = {}
+        self._kept: dict[object, Drawing | None] = {}
+        self._used: dict[object, Drawing | None] = {}
 
-    def draw(self, chart: Chart, study: StudyRecord, task: str) -> str | None:
+    def draw(self, chart: Chart, study: StudyRecord, task: str) -> Drawing | None:
         """Return the chart of a task."""
         runs = [cell for cell in study.cells if cell.task == task and cell.status == "done"]
         state = tuple((c.method, c.seed, c.run.finished if c.run else None) for c in runs)
@@ -154,33 +194,76 @@ def study_document(
         charts: the charts of the previous page.
     """
     charts = charts or ChartCache()
+    tasks = tasks_of(study)
     pairs, tuned = pairs_table(study), tuning_table(study)
     alone = len(answers) == 1
+
+    def figures(plans: Sequence[ChartPlan]) -> list[Block | None]:
+        return [_figure(plan, study, task, charts) for plan in plans for task in tasks]
+
     return Document(
         title=study.name or "unnamed",
         status=study.status,
+        subtitle=_progress(study),
         finished=study.finished or "",
         refresh_s=REFRESH_S if study.status == "running" else 0,
         lead=[
-            Paragraph(_progress(study), dim=True),
-            Verdict(verdict_lines(study)),
-            overview_table(study),
+            Verdict(study_headline(study), verdict_lines(study)),
+            overview_table(study) if len(tasks) > 1 else _scores(study, tasks),
         ],
         sections=[
-            Section("Differences", [Paragraph(_TESTS), pairs] if pairs else []),
-            Section("Budget", [budget_table(study.budget)]),
-            *(Section(task, _task(study, task, charts)) for task in tasks_of(study)),
-            *(Section("Answers" if alone else f"Answers: {each.task}", [each]) for each in answers),
-            Section("Tuning", [Paragraph(_TUNING), tuned, trials_table(study)] if tuned else []),
-            Section("Published results", [published_table(study)]),
+            Section(
+                "Scores and learning curves",
+                [
+                    *(map(_table_of(study), tasks) if len(tasks) > 1 else ()),
+                    *figures((*SCORES, *CURVES)),
+                ],
+            ),
             Section("Unfinished runs", [unfinished_table(study)], in_paper=False),
+            Section(
+                "Memory and speed",
+                [
+                    *(cost_table(study, task) for task in tasks),
+                    *figures(MEMORY),
+                    *(calibration_costs(study, task) for task in tasks),
+                ],
+            ),
+            Section("Budget", [budget_table(study.budget)]),
+            Section("Differences", [Paragraph(_TESTS), pairs] if pairs else []),
             Section(
                 "Is the comparison fair?",
                 [Paragraph(_FAIR), Checks(check_lines(study)), parity_table(study)],
             ),
+            study_next(study),
+            *(Section("Answers" if alone else f"Answers: {each.task}", [each]) for each in answers),
+            Section("Tuning", [Paragraph(_TUNING), tuned, trials_table(study)] if tuned else []),
+            Section("Published results", [published_table(study)]),
+            Section("Changed parameters", figures(CHANGED), in_paper=False),
             Section("All runs", [runs_table(study)], in_paper=False),
             Section("Provenance", [provenance(study)], in_paper=False),
         ],
+    )
+
+
+def _scores(study: StudyRecord, tasks: Sequence[str]) -> Block | None:
+    return _table_of(study)(tasks[0]) if tasks else None
+
+
+def _table_of(study: StudyRecord) -> Callable[[str], Block]:
+    """Return a function from a task to its scores."""
+    return lambda task: (
+        score_table(study, task) or Paragraph(f"{task}: no results recorded.", dim=True)
+    )
+
+
+def _figure(plan: ChartPlan, study: StudyRecord, task: str, charts: ChartCache) -> Figure:
+    several = len(tasks_of(study)) > 1
+    caption = plan.caption if isinstance(plan.caption, str) else plan.caption(study, task)
+    return Figure(
+        f"{plan.title}: {task}" if several else plan.title,
+        partial(charts.draw, plan.chart, study, task),
+        caption,
+        plan.alt(study, task),
     )
 
 
@@ -193,7 +276,7 @@ def study_screen(study: StudyRecord) -> Document:
     lead += [overview_table(study), published_table(study)]
     lead.append(replace(budget, notes=budget_flags(study.budget)) if budget else None)
     lead.append(replace(tuned, notes=tuning_lines(study)).without("space") if tuned else None)
-    lead += [Verdict(verdict_lines(study)), Checks(check_lines(study))]
+    lead += [Verdict(study_headline(study), verdict_lines(study)), Checks(check_lines(study))]
     return Document(title=study.name or "unnamed", status=study.status, lead=lead)
 
 
@@ -209,15 +292,6 @@ def _progress(study: StudyRecord) -> str:
     first = f"{trials}, " if trials else ""
     now = f"; running: {', '.join(running)}" if running else ""
     return f"{first}{done} of {len(study.cells)} runs done{now}. Scores are multiplied by 100."
-
-
-def _task(study: StudyRecord, task: str, charts: ChartCache) -> list[Block | None]:
-    return [
-        score_table(study, task) or Paragraph("No results recorded.", dim=True),
-        cost_table(study, task),
-        calibration_costs(study, task),
-        *(Figure(partial(charts.draw, chart, study, task), caption) for chart, caption in CHARTS),
-    ]
 
 
 def _task_on_screen(study: StudyRecord, task: str) -> list[Block]:
@@ -331,7 +405,7 @@ def unfinished_table(study: StudyRecord) -> Table | None:
 
 
 def runs_table(study: StudyRecord) -> Table | None:
-    """Return every run: its score, its speed, its folder."""
+    """Return every run: its score, its speed, its folder with a link to its report."""
 
     def score(cell: CellEntry) -> str:
         run = cell.run
@@ -348,4 +422,16 @@ def runs_table(study: StudyRecord) -> Table | None:
         Column("score", score),
         Column("steps/s", speed),
     ]
-    return Table.of(study.cells, columns, "Runs", folded="Every run") if study.cells else None
+    if not study.cells:
+        return None
+    table = Table.of(study.cells, columns, "Runs", folded="Every run, with its report")
+    return replace(table, links=_report_links(study.cells, column=len(_RUN)))
+
+
+def _report_links(cells: Sequence[CellEntry], column: int) -> dict[tuple[int, int], str]:
+    """Return the links to the reports of finished runs, relative to the study's folder."""
+    return {
+        (row, column): f"./{quote(cell.run_dir)}/report.html"
+        for row, cell in enumerate(cells)
+        if cell.run_dir and cell.status == "done"
+    }

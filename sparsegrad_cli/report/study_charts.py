@@ -1,4 +1,4 @@
-"""Draw the figures of a study for one task. Each function returns SVG, or None without data."""
+"""Draw the figures of a study for one task. Each returns a drawing, or None without data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparsegrad_cli.records.metric_direction import Scale
-from sparsegrad_cli.records.run import RunRecord
+from sparsegrad_cli.records.run import MemoryCategories, RunRecord, SparsityBlock
 from sparsegrad_cli.records.study import ResultRow, StudyRecord
-from sparsegrad_cli.report.run_charts import memory_bars, score_points, sparsity_maps
+from sparsegrad_cli.report.document import Drawing
+from sparsegrad_cli.report.run_charts import (
+    Points,
+    memory_bars,
+    score_points,
+    sparsity_maps,
+)
 from sparsegrad_cli.report.scores import (
     cells_of,
     methods_of,
@@ -23,52 +29,64 @@ from sparsegrad_cli.report.svg import (
     INK,
     chart,
     colour,
+    few_ticks,
     grid,
     heat_maps,
-    height_for,
-    legend,
+    log_ticks,
     marker,
-    name_ticks,
+    name_rows,
     plain,
+    point_tips,
     subplots,
+    tip,
     whole_steps,
 )
-from sparsegrad_cli.report.units import MIB
+from sparsegrad_cli.report.units import MIB, format_mib, format_number, format_score
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PHASES = ("calibrate", "forward", "backward", "optimizer", "evaluate")
 _MAX_MAPS = 8
-_MAPS_ACROSS = 4
+_MAPS_ACROSS = 2
 
 
 @chart
 def score_dots(study: StudyRecord, task: str) -> Figure | None:
-    """Draw a dot per seed, the mean with its standard deviation, and published scores."""
+    """Draw a dot per seed, the mean with its standard deviation, and published scores.
+
+    The score of the majority class is drawn if it lies between the others; elsewhere it would press
+    them together.
+    """
     rows = _scored(study, task)
     if not rows:
         return None
     scale = scale_of_rows(rows)
-    figure, (axes,) = subplots(3.0)
+    figure, (axes,) = subplots(0.6 + 0.4 * len(rows))
     for at, row in enumerate(rows):
         place = _place(study, row)
         scores = [scale.times * score for score in row.scores if score is not None]
         if len(scores) > 1:
             mean, spread = scale.times * _mean(row), scale.times * (row.score_std or 0.0)
-            bar = ([at + 0.12], [mean], [spread])
-            axes.errorbar(*bar, fmt="_", ms=16, capsize=4, color=colour(place))
-        dots = ([at - 0.08] * len(scores), scores)
+            bar = ([mean], [at + 0.14], None, [spread])
+            axes.errorbar(*bar, fmt="|", ms=13, capsize=4, color=colour(place))
+        dots = (scores, [at - 0.1] * len(scores))
         axes.plot(*dots, marker(place), ms=6, alpha=0.8, color=colour(place))
+        texts = [f"{row.method}: {format_score(s, scale)}" for s in row.scores if s is not None]
+        point_tips(axes, list(zip(*dots, strict=True)), texts)
         for published in published_for(study, task, row.method):
-            diamond = [scale.times * (published.score or 0.0)]
-            axes.plot([at + 0.28], diamond, "D", ms=5, mfc="none", mec=INK)
-    _majority_line(axes, study, task, scale)
-    name_ticks(axes, [row.method for row in rows])
-    axes.set(xlim=(-0.6, len(rows) - 0.4), ylabel=plain(scale.label))
-    grid(axes)
-    legend(axes)
+            diamond = axes.plot(
+                [scale.times * (published.score or 0.0)], [at + 0.3], "D", ms=5, mfc="none", mec=INK
+            )
+            diamond[0].set_label("published")
+            tip(diamond[0], f"{published.source}: {format_score(published.score, scale)}")
+    level, (low, high) = _majority(study, task), axes.get_xlim()
+    if level is not None and low <= scale.times * level <= high:
+        axes.axvline(scale.times * level, color=INK, lw=1, ls=":", label="majority class")
+    name_rows(axes, [row.method for row in rows])
+    axes.set_xlabel(plain(scale.label))
+    few_ticks(axes.xaxis)
+    grid(axes, "x")
     return figure
 
 
@@ -78,28 +96,46 @@ def learning_curves(study: StudyRecord, task: str) -> Figure | None:
     scale = scale_of_rows(rows_of(study, task))
     drawn = []
     for at, method in enumerate(methods_of(study)):
-        found = [dict(score_points(run.metrics)) for run in _runs(study, task, method)]
         curves = [
-            {step: scale.times * score for step, score in curve.items()} for curve in found if curve
+            [(step, scale.times * score) for step, score in curve]
+            for curve in seed_curves(study, task, method)
         ]
         if curves:
             drawn.append((at, method, curves))
     if not drawn:
         return None
-    figure, (axes,) = subplots(height_for(3.2, len(drawn) + 1))
+    figure, (axes,) = subplots(2.8)
     for at, method, curves in drawn:
-        for curve in curves:
-            axes.plot(list(curve), list(curve.values()), lw=0.7, alpha=0.5, color=colour(at))
-        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-        means = [fmean(curve[step] for curve in curves) for step in shared]
-        line = axes.plot(shared, means, marker=marker(at), ms=3.5, color=colour(at))
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(*zip(*curve, strict=True), lw=0.7, alpha=0.5, color=colour(at))
+        means = mean_curve(curves)
+        if not means:
+            continue
+        line = axes.plot(*zip(*means, strict=True), marker=marker(at), ms=3.5, color=colour(at))
         line[0].set_label(plain(method))
-    _majority_line(axes, study, task, scale)
+        texts = [f"{method}, step {step:,}: {score:.{scale.digits}f}" for step, score in means]
+        point_tips(axes, means, texts)
+    level = _majority(study, task)
+    if level is not None:
+        axes.axhline(scale.times * level, color=INK, lw=1, ls=":", label="majority class")
     axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
     whole_steps(axes)
+    few_ticks(axes.yaxis)
     grid(axes)
-    legend(axes)
     return figure
+
+
+def seed_curves(study: StudyRecord, task: str, method: str) -> list[Points]:
+    """Return the (step, score) of each seed's evaluations; seeds without any are left out."""
+    found = [score_points(run.metrics) for run in _runs(study, task, method)]
+    return [curve for curve in found if curve]
+
+
+def mean_curve(curves: Sequence[Points]) -> Points:
+    """Return the mean over seeds at the steps that all seeds have evaluated."""
+    by_step = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(curve) for curve in by_step))) if by_step else []
+    return [(step, fmean(curve[step] for curve in by_step)) for step in shared]
 
 
 @chart
@@ -108,8 +144,8 @@ def speed_bars(study: StudyRecord, task: str) -> Figure | None:
     rows = [row for row in rows_of(study, task) if row.steps_per_s is not None]
     if not rows:
         return None
-    figure, (axes,) = subplots(0.9 + 0.36 * len(rows))
-    axes.barh(
+    figure, (axes,) = subplots(0.6 + 0.34 * len(rows))
+    bars = axes.barh(
         range(len(rows)),
         [row.steps_per_s or 0.0 for row in rows],
         0.62,
@@ -118,9 +154,11 @@ def speed_bars(study: StudyRecord, task: str) -> Figure | None:
         ecolor=INK,
         capsize=3,
     )
-    axes.set_yticks(range(len(rows)), [plain(row.method) for row in rows])
-    axes.invert_yaxis()
+    for bar, row in zip(bars, rows, strict=True):
+        tip(bar, f"{row.method}: {format_number(row.steps_per_s)} steps/s")
+    name_rows(axes, [row.method for row in rows])
     axes.set_xlabel("optimizer steps/s")
+    few_ticks(axes.xaxis)
     grid(axes, "x")
     return figure
 
@@ -128,26 +166,30 @@ def speed_bars(study: StudyRecord, task: str) -> Figure | None:
 # --- memory
 
 
-def memory_by_method(study: StudyRecord, task: str) -> str | None:
+def memory_by_method(study: StudyRecord, task: str) -> Drawing | None:
     """Draw the training step's peak by category in MiB, one bar per method."""
     rows = rows_of(study, task)
     return memory_bars([(r.method, r.memory_categories) for r in rows if r.memory_categories])
 
 
-def memory_by_phase(study: StudyRecord, task: str) -> str | None:
+def memory_by_phase(study: StudyRecord, task: str) -> Drawing | None:
     """Draw the peak of every phase by category in MiB, with the methods grouped by phase."""
+    return memory_bars(phase_bars(study, task), thickness=0.22)
+
+
+def phase_bars(study: StudyRecord, task: str) -> list[tuple[str, MemoryCategories]]:
+    """Return (phase and method, bytes by category) of each method's first run, by phase."""
     measured = []
     for row in rows_of(study, task):
         runs = (run.memory for run in _runs(study, task, row.method) if run.memory)
         found = next((memory.phases for memory in runs if memory.phases), {})
         measured.append((row.method, found))
-    bars = [
+    return [
         (f"{phase} · {method}", phases[phase].categories)
         for phase in _PHASES
         for method, phases in measured
         if phase in phases
     ]
-    return memory_bars(bars, thickness=0.22)
 
 
 @chart
@@ -157,22 +199,25 @@ def score_against_memory(study: StudyRecord, task: str) -> Figure | None:
     if len(rows) < 2:
         return None
     scale = scale_of_rows(rows)
-    figure, (axes,) = subplots(height_for(3.0, len(rows)))
+    figure, (axes,) = subplots(2.8)
     for row in rows:
         at, memory = _place(study, row), (row.beyond_weights_bytes or 0) / MIB
         mean = scale.times * _mean(row)
         if row.score_interval and row.seeds_done != 1:
-            low, high = (scale.times * end for end in row.score_interval)
+            low, high = (scale.times * end for end in scale.clip(row.score_interval) or [])
             bars = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
             axes.errorbar([memory], [mean], bars, lw=1, capsize=3, color=colour(at))
         dot = axes.plot([memory], [mean], marker(at), ms=7, color=colour(at))
         dot[0].set_label(plain(row.method))
+        score = format_score(row.score_mean, scale)
+        tip(dot[0], f"{row.method}: {score} at {format_mib(row.beyond_weights_bytes)} MiB")
     widest = max(row.beyond_weights_bytes or 0 for row in rows)
     axes.set_xlim(left=0, right=1.1 * widest / MIB)
     axes.set_ylim(*_window(rows, scale))
     axes.set(xlabel="peak beyond the weights, MiB", ylabel=plain(scale.label))
+    few_ticks(axes.xaxis)
+    few_ticks(axes.yaxis)
     grid(axes, "both")
-    legend(axes)
     return figure
 
 
@@ -206,17 +251,21 @@ def score_under_budget(study: StudyRecord, task: str) -> Figure | None:
     scale = scale_of_rows(every)
     peaks = [(row.peak_charged_bytes or 0) / MIB for row in every]
     right = max(peaks) + 0.15 * (max(peaks) - min(peaks) or max(peaks))
-    figure, (axes,) = subplots(height_for(3.0, len(families)))
+    figure, (axes,) = subplots(2.8)
     for at, (name, rows) in enumerate(families.items()):
         budgets, scores = _staircase(rows, scale)
         line = ([*budgets, right], [*scores, scores[-1]])
         style = "--" if any(row.seeds_done == 1 for row in rows) else "-"
         axes.step(*line, where="post", ls=style, color=colour(at), label=plain(name))
         axes.plot(budgets, scores, marker(at), ms=5, color=colour(at))
+        points = list(zip(budgets, scores, strict=True))
+        texts = [f"{name}: {s:.{scale.digits}f} from {b:,.1f} MiB" for b, s in points]
+        point_tips(axes, points, texts)
     axes.set_xlim(right=right)
     axes.set(xlabel="budget: peak with calibration, MiB", ylabel=plain(f"best {scale.label}"))
+    few_ticks(axes.xaxis)
+    few_ticks(axes.yaxis)
     grid(axes, "both")
-    legend(axes)
     return figure
 
 
@@ -247,24 +296,29 @@ def _family(study: StudyRecord, row: ResultRow) -> str:
 # --- which parameters changed
 
 
-def changed_maps(study: StudyRecord, task: str) -> str | None:
+def changed_maps(study: StudyRecord, task: str) -> Drawing | None:
     """Draw the changed share of each block of the middle target module, one map per method."""
-    found = []
-    for row in rows_of(study, task):
-        blocks = [run.sparsity for run in _runs(study, task, row.method) if run.sparsity]
-        found += [(row.method, blocks[0])] if blocks else []
-    found = found[:_MAX_MAPS]
+    found = first_maps(study, task)
     if not found:
         return None
     across = min(_MAPS_ACROSS, len(found))
     down = -(-len(found) // across)
-    return sparsity_maps(found, height=2.1 * down + 0.3, columns=across, rows=down)
+    return sparsity_maps(found, height=2.2 * down, columns=across, rows=down)
+
+
+def first_maps(study: StudyRecord, task: str) -> list[tuple[str, SparsityBlock]]:
+    """Return (method, map) of the first run of each method that leaves parameters out."""
+    found = []
+    for row in rows_of(study, task):
+        blocks = [run.sparsity for run in _runs(study, task, row.method) if run.sparsity]
+        found += [(row.method, blocks[0])] if blocks else []
+    return found[:_MAX_MAPS]
 
 
 @chart
 def changed_by_target(study: StudyRecord, task: str) -> Figure | None:
     """Draw changed parameters as a share of the weights, by method and target module."""
-    shares = {row.method: _changed_shares(study, row) for row in rows_of(study, task)}
+    shares = {row.method: changed_shares(study, row) for row in rows_of(study, task)}
     shares = {method: found for method, found in shares.items() if found}
     targets = list(dict.fromkeys(name for found in shares.values() for name in found))
     if not shares or len(targets) < 2:
@@ -275,18 +329,16 @@ def changed_by_target(study: StudyRecord, task: str) -> Figure | None:
     positive = matrix[np.isfinite(matrix) & (matrix > 0)]
     if not positive.size:
         return None
-    figure, (axes,) = subplots(1.2 + 0.28 * len(shares))
+    figure, (axes,) = subplots(0.9 + 0.28 * len(shares))
     limits = (0.9 * float(positive.min()), 1.1 * float(positive.max()))
     bar = heat_maps(figure, [matrix], "% changed", limits, logarithmic=True)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.set_yticks(range(len(shares)), [plain(method) for method in shares])
-    axes.tick_params(length=0)
-    axes.set(xlabel=f"{len(targets)} targets, in the order of the model")
+    log_ticks(bar.ax.yaxis)
+    name_rows(axes, list(shares))
+    axes.set(xlabel=f"target module 1 to {len(targets)}, in the order of the model")
     return figure
 
 
-def _changed_shares(study: StudyRecord, row: ResultRow) -> dict[str, float]:
+def changed_shares(study: StudyRecord, row: ResultRow) -> dict[str, float]:
     """Return target module -> changed share, from the first seed that recorded it."""
     for run in _runs(study, row.task, row.method):
         found = {
@@ -319,11 +371,10 @@ def _place(study: StudyRecord, row: ResultRow) -> int:
     return methods_of(study).index(row.method)
 
 
-def _majority_line(axes: Axes, study: StudyRecord, task: str, scale: Scale) -> None:
-    """Draw the score of always predicting the most frequent class, as the first run recorded it."""
+def _majority(study: StudyRecord, task: str) -> float | None:
+    """Return the score of always predicting the most frequent class, from the first run with it."""
     for method in methods_of(study):
         for run in _runs(study, task, method):
             if run.task and run.task.majority_score is not None:
-                level = scale.times * run.task.majority_score
-                axes.axhline(level, color=INK, lw=1, ls=":", label="majority class")
-                return
+                return run.task.majority_score
+    return None

@@ -1,7 +1,8 @@
 """Draw figures as inline SVG, in which text and grid take the colours of the page.
 
 Matplotlib draws into ``Figure`` objects, without pyplot, a window system or global state. Equal
-figures give equal bytes. Matplotlib is imported when the first figure is drawn.
+figures give equal bytes. Matplotlib is imported when the first figure is drawn. The page shows
+titles and legends itself, because only HTML wraps them on a narrow screen.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
 from sparsegrad_cli.io.untrusted_text import printable_line
+from sparsegrad_cli.report.document import Drawing, Key
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
@@ -39,24 +43,28 @@ _SETTINGS = {
     "axes.linewidth": 0.6,
     "xtick.color": INK,
     "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
 }
-_WIDTH = 7.2  # Inches.
+_WIDTH = 5.6  # Inches. Drawings are 403 units wide, so text is legible on a phone.
+_TIP = "tip:"  # Marks the id of an artist as the text of its tooltip.
+_MAX_TIPS = 40  # Points of a line with a tooltip.
+_LONGEST_NAME = 26  # Characters of a name beside an axis.
 P = ParamSpec("P")
 
 
-def chart(draw: Callable[P, Figure | None]) -> Callable[P, str | None]:
-    """Make a function that builds a figure return it as SVG, in the style of the reports."""
+def chart(draw: Callable[P, Figure | None]) -> Callable[P, Drawing | None]:
+    """Make a function that builds a figure return it as a drawing, in the style of the reports.
+
+    The labels of the series become the legend.
+    """
 
     @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> str | None:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Drawing | None:
         import matplotlib
 
         with matplotlib.rc_context(_SETTINGS):
             figure = draw(*args, **kwargs)
-            return None if figure is None else to_svg(figure)
+            return None if figure is None else Drawing(to_svg(figure), legend(figure))
 
     return drawn
 
@@ -100,6 +108,7 @@ def heat_maps(
     for axes, matrix in zip(every, matrices, strict=False):
         image = axes.imshow(matrix, norm=norm, cmap="viridis", aspect="auto")
         axes.set(xticks=[], yticks=[])
+        tip(image, f"{label}: {np.nanmin(matrix):.3g} to {np.nanmax(matrix):.3g}")
     for axes in every[len(matrices) :]:
         axes.set_visible(False)
     bar = figure.colorbar(image, ax=every, shrink=0.9)
@@ -117,31 +126,111 @@ def whole_steps(axes: Axes) -> None:
     """Set the ticks of an axis of steps: whole numbers with separators."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def height_for(least: float, labels: int) -> float:
-    """Return the height in inches that fits a legend of ``labels`` lines next to the data."""
-    return max(least, 0.5 + 0.185 * labels)
+def legend(figure: Figure) -> tuple[Key, ...]:
+    """Return one key per label of the figure's series, in the order in which they were drawn."""
+    keys: dict[str, Key] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            name = label.strip().replace(r"\$", "$")
+            keys.setdefault(name, Key(name, _swatch(handle)))
+    return tuple(keys.values())
 
 
-def legend(axes: Axes, columns: int = 1) -> None:
-    """Draw a legend next to the data, if any series has a label."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
+def _swatch(handle: Any) -> str:
+    """Return a small SVG that shows a line, a marker or a filled box as the figure draws it."""
+    from matplotlib.colors import to_hex
+    from matplotlib.lines import Line2D
+
+    if not isinstance(handle, Line2D):  # A container of bars.
+        parts = f'<rect x="3" y="1" width="12" height="10" fill="{to_hex(handle[0].get_fc())}"/>'
+        return _in_svg(parts)
+    tint, parts = to_hex(handle.get_color()), ""
+    if handle.get_linestyle() != "None":
+        dashes = {":": "2 2", "--": "5 3"}.get(str(handle.get_linestyle()))
+        dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+        parts += f'<path d="M0 6H18" stroke="{tint}" stroke-width="2"{dashed}/>'
+    shape = _marker_path(handle.get_marker())
+    if shape:
+        hollow = handle.get_markerfacecolor() == "none"
+        edge = to_hex(handle.get_markeredgecolor())
+        fill = "none" if hollow else to_hex(handle.get_markerfacecolor())
+        parts += f'<path d="{shape}" fill="{fill}" stroke="{edge}" stroke-width="1.4"/>'
+    return _in_svg(parts)
 
 
-def name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Write names below an axis, tilted if they would overlap."""
-    shown = [plain(name) for name in names]
-    tilted = sum(map(len, shown)) > 60
-    axes.set_xticks(range(len(names)), shown)
-    if tilted:
-        axes.tick_params(axis="x", labelrotation=30)
-        for label in axes.get_xticklabels():
-            label.set_horizontalalignment("right")
+def _in_svg(parts: str) -> str:
+    for placeholder, page in _PAGE.items():
+        parts = parts.replace(placeholder, page)
+    return f'<svg viewBox="0 0 18 12" width="18" height="12" aria-hidden="true">{parts}</svg>'
+
+
+def _marker_path(name: object) -> str:
+    """Return a marker as the path of its outline, 8 units wide around (9, 6); empty for none."""
+    from matplotlib.markers import MarkerStyle
+
+    if name in ("None", None, ""):
+        return ""
+    style = MarkerStyle(str(name))
+    outline = style.get_path().transformed(style.get_transform())
+    polygons = [np.asarray(each, float) for each in outline.to_polygons(closed_only=False)]
+    return " ".join(
+        "M" + "L".join(f"{9 + 8 * x:.1f} {6 - 8 * y:.1f}" for x, y in points.tolist())
+        for points in polygons
+    )
+
+
+def tip(artist: Artist, text: str) -> None:
+    """Show text when the pointer is over an artist, such as a bar."""
+    artist.set_gid(_TIP + " ".join(printable_line(text).split()))
+
+
+def point_tips(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+    """Show text when the pointer is near a point of a line.
+
+    Args:
+        axes: the axes of the line.
+        points: (x, y) in data coordinates; of many points, some evenly spaced ones are used.
+        texts: one text per point.
+    """
+    every = max(1, -(-len(points) // _MAX_TIPS))
+    for (x, y), text in list(zip(points, texts, strict=True))[::every]:
+        (dot,) = axes.plot([x], [y], "o", ms=11, alpha=0, color=INK)
+        tip(dot, text)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Write one name per row beside the axes, the first at the top. Names never overlap there."""
+    axes.set_yticks(range(len(names)), [plain(short(name)) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def short(name: str) -> str:
+    """Return a name cut to the room beside an axis; tables and tooltips have it in full."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def few_ticks(axis: Axis, count: int = 6) -> None:
+    """Place at most ``count`` ticks at round values."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=count))
+
+
+def log_ticks(axis: Axis) -> None:
+    """Place few ticks on a logarithmic axis, also if it covers less than one decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    narrow = low > 0 and high / low < 30
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=6))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def plain(label: str) -> str:
@@ -161,26 +250,28 @@ def marker(number: int) -> str:
 
 
 def stacked(
-    axes: Axes, names: Sequence[str], layers: Sequence[tuple[str, Sequence[float]]]
+    axes: Axes, names: Sequence[str], layers: Sequence[tuple[str, Sequence[float]]], unit: str
 ) -> None:
-    """Draw horizontal stacked bars with a legend.
+    """Draw horizontal stacked bars.
 
     Args:
         axes: the axes to draw on.
         names: one name per bar, from the top.
         layers: (label, one value per bar); layers of zeros are left out.
+        unit: the unit of the values in tooltips.
     """
     places = range(len(names))
     left = [0.0] * len(names)
     for number, (label, values) in enumerate(layers):
         if any(values):
-            axes.barh(
+            bars = axes.barh(
                 places, values, left=left, height=0.62, color=colour(number), label=plain(label)
             )
+            for bar, name, value in zip(bars, names, values, strict=True):
+                tip(bar, f"{name}, {label}: {value:,.1f} {unit}")
         left = [start + value for start, value in zip(left, values, strict=True)]
-    axes.set_yticks(list(places), [plain(name) for name in names])
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0)
+    name_rows(axes, names)
+    few_ticks(axes.xaxis)
     grid(axes, "x")
 
 
@@ -194,8 +285,17 @@ def to_svg(figure: Figure) -> str:
     for placeholder, page in _PAGE.items():
         raw = raw.replace(placeholder, page)
     raw = re.sub(r"\s*<metadata>.*?</metadata>", "", raw, flags=re.DOTALL)
+    raw = re.sub(rf'<(g|image) id="{_TIP}([^"]*)"([^>]*?)(/?)>', _with_title, raw)
     # Several figures share a page, so unused ids would be duplicates.
     used = set(re.findall(r"#([A-Za-z][\w.-]*)", raw))
     raw = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", raw)
     # The page sets the width; the drawing keeps its proportions.
     return re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", raw, count=1).strip()
+
+
+def _with_title(found: re.Match[str]) -> str:
+    """Turn an id that holds the text of a tooltip into a title; matplotlib has escaped it."""
+    tag, text, attributes, closed = found.groups()
+    if closed:
+        return f"<{tag}{attributes}><title>{text}</title></{tag}>"
+    return f"<{tag}{attributes}><title>{text}</title>"

@@ -18,6 +18,7 @@ from sparsegrad_cli.report.document import (
     Block,
     Bullets,
     Checks,
+    Commands,
     Document,
     Facts,
     Labelled,
@@ -73,7 +74,11 @@ def _drawn(block: Block) -> RenderableType:
         case Bullets():
             return Group(*(_line(f"- {line}", "dim") for line in block.lines))
         case Verdict():
-            return Group(Text(), *(_line(line) for line in block.lines), Text())
+            headline = [_line(block.headline, "bold")] if block.headline else []
+            return Group(Text(), *headline, *(_line(line) for line in block.lines), Text())
+        case Commands():
+            lines = (_labelled(each.purpose, each.line) for each in block.commands)
+            return Group(*lines)
         case Checks():
             marks = ((*_CHECKS[check.held], check.sentence) for check in block.checks)
             return Group(*(_line(f"{mark} {sentence}", style) for mark, style, sentence in marks))

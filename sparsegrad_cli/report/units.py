@@ -197,3 +197,8 @@ def format_signed_share(share: float) -> str:
 def counted(count: float, thing: str) -> str:
     """Format a count with its noun: ``1 task``, ``3 tasks``."""
     return f"{format_count(count)} {thing}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as ``a``, ``a and b`` or ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)

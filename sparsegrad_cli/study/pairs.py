@@ -26,6 +26,7 @@ from sparsegrad_cli.study.statistics import (
     Student,
     holm,
     mean,
+    seeds_needed,
     sign_flip_p,
     smallest_p,
     student,
@@ -66,7 +67,7 @@ def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
         level=LEVEL,
         untested=len(found) - len(pairs),
         pairs=[
-            pair.block(p_holm, next(adjusted_t) if pair.t is not None else None)
+            pair.block(p_holm, next(adjusted_t) if pair.t is not None else None, len(pairs))
             for pair, p_holm in zip(pairs, adjusted, strict=True)
         ],
     )
@@ -81,7 +82,7 @@ class _Pair:
         by_task: differences a - b of each task.
         seeds: number of distinct seeds that they share.
         metric: the metric of all tasks; None if their scores are of different kinds.
-        standardised: all differences, divided by their task's root mean square; higher is better.
+        standardised: by task, the differences divided by their root mean square; higher is better.
     """
 
     a: str
@@ -89,39 +90,52 @@ class _Pair:
     by_task: Mapping[str, Sequence[float]]
     seeds: int
     metric: str | None
-    standardised: Sequence[float]
+    standardised: Sequence[Sequence[float]]
+
+    @cached_property
+    def values(self) -> list[float]:
+        """All standardised differences."""
+        return [value for differences in self.standardised for value in differences]
 
     @cached_property
     def p(self) -> float:
         """The p-value of the primary test."""
-        return sign_flip_p(self.standardised)
+        return sign_flip_p(self.values)
 
     @cached_property
     def t(self) -> Student | None:
         """The paired t-test; None if the tasks' scores are of different kinds."""
         return student(list(self.by_task.values())) if self.metric else None
 
-    def block(self, p_holm: float, p_t_holm: float | None) -> PairTest:
-        """Return the pair's block of compare.json, given its corrected p-values."""
-        total = math.fsum(self.standardised)
+    def block(self, p_holm: float, p_t_holm: float | None, tests: int) -> PairTest:
+        """Return the pair's block of compare.json.
+
+        Args:
+            p_holm, p_t_holm: its corrected p-values.
+            tests: number of pairs that are tested together.
+        """
+        total = math.fsum(self.values)
+        shown = p_holm <= LEVEL
+        needed = None if shown else seeds_needed(self.standardised, tests)
         means = [mean(differences) or 0.0 for differences in self.by_task.values()]
         return PairTest(
             a=self.a,
             b=self.b,
-            n=len(self.standardised),
+            n=len(self.values),
             tasks=len(self.by_task),
             seeds=self.seeds,
             metric=self.metric,
-            wins=sum(value > 0 for value in self.standardised),
-            losses=sum(value < 0 for value in self.standardised),
+            wins=sum(value > 0 for value in self.values),
+            losses=sum(value < 0 for value in self.values),
             mean=mean(means) if self.metric else None,
             interval=[self.t.low, self.t.high] if self.t else None,
             p=self.p,
             p_holm=p_holm,
             p_t=self.t.p if self.t else None,
             p_t_holm=p_t_holm,
-            smallest_p=smallest_p(self.standardised),
-            better=(self.a if total > 0 else self.b) if p_holm <= LEVEL else None,
+            smallest_p=smallest_p(self.values),
+            seeds_needed=None if needed is None else max(needed, self.seeds + 1),
+            better=(self.a if total > 0 else self.b) if shown else None,
         )
 
 
@@ -138,9 +152,8 @@ def _pair(
         return None
     by_task = {t: [ours[t, s] - theirs[t, s] for s in common] for t, common in seeds.items()}
     standardised = [
-        value
+        _standardised(differences, scale_of(metrics[task]).lower_is_better)
         for task, differences in by_task.items()
-        for value in _standardised(differences, scale_of(metrics[task]).lower_is_better)
     ]
     metric = common_metric([metrics[task] for task in by_task])
     return _Pair(a, b, by_task, len(set().union(*seeds.values())), metric, standardised)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 LEVEL = 0.05  # significance level of every test; intervals cover 1 - LEVEL
 EXACT = 32  # up to this number of differences, every choice of signs is counted
 DRAWS = 99_999  # number of random choices of signs beyond that
+POWER = 0.8  # probability with which `seeds_needed` seeds show a difference
+MOST_SEEDS = 10_000  # `seeds_needed` searches no further
 ROUNDING = 1e-12  # above the rounding of float64 scores near 1, below any real difference
 
 
@@ -115,6 +117,58 @@ def _all_sums(values: Any) -> Any:
 def smallest_p(values: Sequence[float]) -> float:
     """Return the smallest :func:`sign_flip_p` for values of these sizes: all have one sign."""
     return sign_flip_p([abs(value) for value in values])
+
+
+def seeds_needed(groups: Sequence[Sequence[float]], tests: int) -> int | None:
+    """Return the number of seeds that would show a difference like the observed one.
+
+    It is the smallest N that meets two conditions, both at the level ``LEVEL / tests``, which is
+    the strictest step of Holm's correction:
+
+    - N seeds on each of G tasks can give a small enough p at all: 2^(1 - N G) for the sign-flip
+      test.
+    - :func:`student` finds the difference with probability ``POWER`` (noncentral t), if further
+      seeds have the mean and the standard deviation of the observed ones.
+
+    Args:
+        groups: the observed differences of each task, at least two in each.
+        tests: number of pairs of methods that are tested together.
+
+    Returns:
+        N, at most ``MOST_SEEDS``; None if the mean difference is zero, which no number of seeds
+        would show.
+    """
+    count = len(groups)
+    centre = math.fsum(math.fsum(group) / len(group) for group in groups) / count
+    largest = max(abs(value) for group in groups for value in group)
+    if abs(centre) <= ROUNDING * max(1.0, largest):
+        return None
+    level = LEVEL / tests
+    variances = [(std(group) or 0.0) ** 2 for group in groups]
+    low, high = max(2, math.ceil((1 - math.log2(level)) / count)), MOST_SEEDS
+    while low < high:
+        middle = (low + high) // 2
+        if _power(abs(centre), variances, middle, level) >= POWER:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _power(centre: float, variances: Sequence[float], seeds: int, level: float) -> float:
+    """Return the probability that Student's t with ``seeds`` values per group is significant."""
+    from scipy import stats
+
+    parts = [variance / seeds / len(variances) ** 2 for variance in variances]
+    error = math.sqrt(math.fsum(parts))
+    if error <= ROUNDING * centre:
+        return 1.0
+    freedom = math.fsum(parts) ** 2 / math.fsum(part**2 / (seeds - 1) for part in parts)
+    critical = float(stats.t.isf(level / 2, freedom))
+    effect = centre / error
+    if effect > critical + 10:  # scipy's noncentral t overflows for large effects
+        return 1.0
+    return float(stats.nct.sf(critical, freedom, effect))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

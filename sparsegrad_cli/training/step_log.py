@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from sparsegrad_cli import distributed
 from sparsegrad_cli.io.atomic import write_text_atomic
-from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.io.jsonl import append_record
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.environment import rss_bytes
 from sparsegrad_cli.records.run import Evaluation, TrainingLoss
+from sparsegrad_cli.run.step_lines import parse_line
 
 
 class StepTimer:
@@ -113,7 +112,7 @@ class StepLog:
             return
         kept: list[str] = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            entry = _parsed(line)
+            entry = parse_line(line)
             if entry is None or entry.step > step:
                 continue
             if isinstance(entry, Evaluation):
@@ -154,17 +153,3 @@ class StepLog:
             return
         # On disk when this returns: a checkpoint must not outlive the lines before it.
         append_record(self._path, line, fix="free some space, then continue with --resume")
-
-
-def _parsed(line: str) -> Evaluation | TrainingLoss | None:
-    """Parse a line; None for the half of one that a kill leaves, and for anything else."""
-    try:
-        content = plain_json(line)
-        if "eval" in content:
-            evaluation = Evaluation.model_validate(content["eval"])
-            return None if evaluation.score is None else evaluation
-        names = TrainingLoss.model_fields
-        loss = TrainingLoss.model_validate({k: v for k, v in content.items() if k in names})
-        return None if None in (loss.loss, loss.learning_rate) else loss
-    except (ValueError, TypeError, AttributeError, ValidationError):
-        return None

@@ -37,6 +37,11 @@ def test_validate_prints_the_resolved_recipe(cli: Cli) -> None:
 
 def test_configs_are_listed_and_copied(cli: Cli, tmp_path: Path) -> None:
     listed = cli("configs").out
+    assert listed == cli("configs", "list").out
+    names = [line.split()[0] for line in listed.splitlines() if line.startswith("  ")]
+    starters = ["configs/quickstart.yaml", "configs/smollm2_dialogues.yaml"]
+    assert names[:3] == [*starters, "recipes/quickstart.yaml"]
+    assert len(names) == len(set(names))
     for name in ("quickstart", "bert_glue", "roberta_glue", "roberta_large_glue"):
         assert f"configs/{name}.yaml" in listed
     assert cli("configs", "copy", "roberta_glue").code == 0

@@ -14,7 +14,7 @@ from support.hostile_folders import fill_folder, folder_entries
 from support.html_pages import without_figures
 from support.record_samples import compare_record, run_record
 
-from sparsegrad_cli.cli.runs import report
+from sparsegrad_cli.cli.report import report
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.generate.answer_files import answer_files
 from sparsegrad_cli.generate.options import GenerateOptions, ModelOptions
@@ -93,7 +93,7 @@ def test_report_of_a_run_keeps_linked_files(found: dict[str, str]) -> None:
         write_json_atomic(run / "run.json", run_record() | {"output_dir": "../outside"})
         try:
             with contextlib.redirect_stdout(io.StringIO()), without_figures(drawing=False):
-                report(run)
+                report([run])
             assert not (run / "report.md").is_symlink() and not (run / "report.html").is_symlink()
         finally:
             assert folder_content(folder / "outside") == before

@@ -14,7 +14,7 @@ from support.hostile_text import check_markdown, check_page, damaged_records
 from support.html_pages import without_figures
 from support.record_samples import compare_record, run_record, study_record
 
-from sparsegrad_cli.cli.runs import report
+from sparsegrad_cli.cli.report import report
 
 
 def calibration() -> dict[str, Any]:
@@ -26,7 +26,7 @@ def reported(folder: Path, name: str, record: Any) -> str:
     (folder / name).write_text(json.dumps(record))
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        report(folder)
+        report([folder])
     check_harmless(shown.getvalue())
     check_page((folder / "report.html").read_text(encoding="utf-8"))
     check_markdown((folder / "report.md").read_text(encoding="utf-8"))

@@ -147,5 +147,5 @@ def test_maps_show_which_parameters_changed(figures: list[Figure]) -> None:
 def test_a_chart_names_its_units() -> None:
     drawn = score_under_budget(study_of(compare_record()), "builtin:acceptability")
     assert drawn is not None
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn.svg)
     assert "budget: peak with calibration, MiB" in texts

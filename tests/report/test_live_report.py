@@ -16,7 +16,7 @@ from support.study_cells import evidence_of
 
 from sparsegrad_cli.records.study import StudyRecord
 from sparsegrad_cli.report import study as study_report
-from sparsegrad_cli.report.document import SideBySide
+from sparsegrad_cli.report.document import Drawing, SideBySide
 from sparsegrad_cli.report.render import (
     LiveReport,
     escape_latex,
@@ -62,16 +62,24 @@ def test_the_page_of_a_finished_study_does_not_reload(status: str) -> None:
     assert "http-equiv" not in render(study_document(study), "html")
 
 
+def only_chart(monkeypatch: pytest.MonkeyPatch, chart: study_report.Chart) -> None:
+    """Let the pages of studies have this chart and no other."""
+    plan = study_report.ChartPlan("a title", chart, "a caption", lambda study, task: "alt")
+    monkeypatch.setattr(study_report, "SCORES", (plan,))
+    for name in ("CURVES", "MEMORY", "CHANGED"):
+        monkeypatch.setattr(study_report, name, ())
+
+
 def test_only_tasks_with_newly_finished_runs_are_drawn_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[str] = []
 
-    def chart(study: StudyRecord, task: str) -> str:
+    def chart(study: StudyRecord, task: str) -> Drawing:
         drawn.append(task)
-        return f"<svg>{task}</svg>"
+        return Drawing(f"<svg>{task}</svg>")
 
-    monkeypatch.setattr(study_report, "CHARTS", ((chart, "a chart"),))
+    only_chart(monkeypatch, chart)
     charts, record = ChartCache(), study_record()
 
     def page(study: StudyRecord) -> str:
@@ -86,16 +94,16 @@ def test_only_tasks_with_newly_finished_runs_are_drawn_again(
     assert drawn == ["glue/rte", "glue/cola"]
     last = page(study_of(record))  # two runs of cola have finished
     assert drawn == ["glue/rte", "glue/cola", "glue/cola"]
-    assert last.count("<svg>") == 2
+    assert last.count('<svg role="img"') == 2
 
 
 def test_an_error_of_the_live_page_is_reported_once_and_does_not_stop_the_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(study: StudyRecord, task: str) -> str:
+    def broken(study: StudyRecord, task: str) -> Drawing:
         raise ZeroDivisionError("no room")
 
-    monkeypatch.setattr(study_report, "CHARTS", ((broken, "a chart"),))
+    only_chart(monkeypatch, broken)
     lines: list[str] = []
     live, record = LiveReport(tmp_path, lines.append, no_answers), study_record()
     live(running(record, 2))

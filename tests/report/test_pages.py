@@ -30,7 +30,9 @@ def pages() -> dict[str, str]:
 @pytest.mark.parametrize("name", ["run", "study"])
 def test_a_page_is_well_formed_and_loads_no_other_file(pages: dict[str, str], name: str) -> None:
     found = outline(pages[name])
-    assert all(ref.startswith(("#", "data:image/png;base64,")) for ref in found.refers)
+    assert all(
+        ref.startswith(("#", "data:image/png;base64,", "./cells/")) for ref in found.refers
+    ), found.refers
     assert not {"script", "link", "iframe"} & found.tags
     targets = {ref[1:] for ref in found.refers if ref.startswith("#")}
     assert targets <= set(found.ids)

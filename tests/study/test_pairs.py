@@ -112,7 +112,9 @@ def test_report_states_whether_methods_differ() -> None:
     assert len(lines) == 3
     table = pairs_table(study_of(compare))
     assert table is not None
-    assert [row[-1] for row in table.rows] == ["a better", "a better", "no difference shown"]
+    shown = [row[-2:] for row in table.rows]
+    assert shown[:2] == [("a better", "–")] * 2 and shown[2][0] == "no difference shown"
+    assert int(shown[2][1]) > 9  # seeds needed
 
 
 def test_report_states_a_mean_that_contradicts_the_test() -> None:
@@ -131,16 +133,14 @@ def test_report_states_a_mean_that_contradicts_the_test() -> None:
     assert lines[0].startswith("a is better than b by 0.135 (95 % interval 0.1")
 
 
-def test_report_states_how_many_runs_a_test_would_need() -> None:
-    scores = {task: {m: [0.5, 0.61] for m in "ab"} for task in "xyz"}
-    for at, task in enumerate("xyz"):
-        scores[task]["a"] = [0.6 + at / 100, 0.7]
-    compare = evidence_of(study_cells(scores))
-    assert compare["tests"]["pairs"][0]["smallest_p"] == 2.0**-5  # 0.031: one pair could
-    assert not any("could not" in line for line in verdict_lines(study_of(compare)))
-    four = {t: {m: [0.5 + 0.1 * (m in "ac"), 0.6 + ord(m) / 999] for m in "abcd"} for t in "xyz"}
-    lines = verdict_lines(study_of(evidence_of(study_cells(four))))
-    assert lines[-1].endswith("or 0.19 after correcting for 6 pairs of methods. 3 seeds could.")
+def test_seeds_needed_are_recorded_for_differences_that_are_not_shown() -> None:
+    found = only(pair_tests_of(study_cells({"t": {"a": [0.6, 0.62], "b": [0.5, 0.53]}})))
+    assert found["better"] is None and found["seeds_needed"] == 6  # 2^(1 - 5) is above 0.05
+    equal = only(pair_tests_of(study_cells({"t": {"a": [0.6, 0.5], "b": [0.5, 0.6]}})))
+    assert equal["seeds_needed"] is None and equal["p"] == 1.0  # the mean difference is zero
+    clear = {"t": {"a": [0.6 + s / 100 for s in range(8)], "b": [0.5] * 8}}
+    shown = only(pair_tests_of(study_cells(clear)))
+    assert shown["better"] == "a" and shown["seeds_needed"] is None
 
 
 def test_up_to_date_recomputes_evidence_and_marks_a_killed_study_interrupted() -> None:

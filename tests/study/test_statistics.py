@@ -13,8 +13,11 @@ from support.study_cells import pair_tests_of, study_cells
 from sparsegrad_cli.study.statistics import (
     DRAWS,
     EXACT,
+    MOST_SEEDS,
+    POWER,
     holm,
     mean,
+    seeds_needed,
     sign_flip_p,
     smallest_p,
     std,
@@ -107,6 +110,45 @@ def test_sign_flip_p_and_smallest_p_of_edge_cases() -> None:
         assert smallest_p([0.1, -0.2, 0.3] * 4)  # any signs
         assert smallest_p([float(-1 - i) for i in range(count)]) == 2.0 ** (1 - count)
     assert smallest_p([1.0] * 60) == 1 / (1 + DRAWS)
+
+
+@pytest.mark.parametrize(
+    ("groups", "tests"),
+    [
+        ([[0.1, 0.3, 0.2]], 1),
+        ([[0.1, 0.3, -0.2, 0.4]], 3),
+        ([[0.1, 0.3], [0.5, 0.2, 0.3]], 6),
+        ([[-0.2, -0.25]], 1),
+    ],
+)
+def test_seeds_needed_is_the_first_number_with_enough_power(
+    groups: list[list[float]], tests: int
+) -> None:
+    """The power is that of the noncentral t distribution, by numerical integration over chi."""
+    level, tasks = 0.05 / tests, len(groups)
+
+    def power(seeds: int) -> float:
+        parts = [np.var(group, ddof=1) / seeds / tasks**2 for group in groups]
+        freedom = sum(parts) ** 2 / sum(part**2 / (seeds - 1) for part in parts)
+        effect = abs(np.mean([np.mean(group) for group in groups])) / math.sqrt(sum(parts))
+        critical = stats.t.ppf(1 - level / 2, freedom)
+        chi = stats.chi(freedom)
+        at = np.linspace(float(chi.ppf(1e-12)), float(chi.ppf(1 - 1e-12)), 20_001)
+        inside = stats.norm.cdf(effect - critical * at / math.sqrt(freedom)) * chi.pdf(at)
+        return float(np.trapezoid(inside, at))
+
+    needed = seeds_needed(groups, tests)
+    assert needed is not None
+    possible = [n for n in range(2, 3000) if 2.0 ** (1 - n * tasks) <= level]
+    assert needed == next(n for n in possible if power(n) >= POWER)
+
+
+def test_seeds_needed_of_zero_equal_and_tiny_differences() -> None:
+    assert seeds_needed([[0.1, -0.1]], 1) is None
+    assert seeds_needed([[0.0, 0.0]], 1) is None
+    assert seeds_needed([[0.2, 0.2]], 1) == 6  # no spread: only the permutation test limits
+    assert seeds_needed([[0.2, 0.2]], 3) == 7
+    assert seeds_needed([[1.0, -0.999]], 1) == MOST_SEEDS
 
 
 def test_holm_equals_a_worked_example() -> None:
