@@ -108,7 +108,7 @@ def _certainty(study: StudyRecord, ranking: _Ranking) -> str:
         said.append(f"{first} and {second} not tested, they have fewer than two seeds in common")
     elif not leading.better:
         which = f" between {first} and {second}" if len(ranking.methods) > 2 else ""
-        said.append(f"inconclusive{which}, {_needed(leading)}")
+        said.append(f"inconclusive{which}{_needed(leading)}")
     return f"{seeds}: {', '.join(said)}"
 
 
@@ -123,10 +123,11 @@ def _fewest(tests: PairTestsBlock, pairs: int, tasks: int) -> str:
 def _needed(pair: PairTest) -> str:
     needed = pair.seeds_needed
     if needed is None:
-        return "and no number of seeds would decide: the mean difference is zero"
+        zero = pair.p == 1.0  # Records of earlier versions have no number, whatever the difference.
+        return ", and no number of seeds would decide: the mean difference is zero" if zero else ""
     if needed >= MOST_SEEDS:
-        return f"{format_count(MOST_SEEDS)} or more would be needed"
-    return f"{format_count(needed)} would decide"
+        return f", {format_count(MOST_SEEDS)} or more would be needed"
+    return f", {format_count(needed)} would decide"
 
 
 # --- runs
