@@ -46,7 +46,7 @@ def read_label_columns(tables: Sequence[Table], columns: Sequence[str]) -> Label
     """Read columns of 0 and 1 from all files, training first; the labels are their names.
 
     Raises:
-        DataError: a cell is neither 0 nor 1, or a label never occurs in any row.
+        DataError: a cell is neither 0 nor 1, or no training row has a label.
     """
     parts = []
     for table in tables:
