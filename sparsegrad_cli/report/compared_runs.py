@@ -172,13 +172,13 @@ def _scores(runs: Sequence[NamedRun]) -> Table:
 
     columns: list[Column[NamedRun]] = [
         _NAME,
-        Column("method", lambda each: each.run.method.name if each.run.method else "", words=True),
-        Column("metric", lambda each: scale_of_run(each.run).label, words=True),
         Column("best", partial(score, "best")),
         Column("at step", at),
         Column("last", partial(score, "final")),
         Column("before training", partial(score, "initial")),
         Column("majority class", majority),
+        Column("method", lambda each: each.run.method.name if each.run.method else "", words=True),
+        Column("metric", lambda each: scale_of_run(each.run).label, words=True),
         Column("seed", lambda each: words(each.run.seed)),
         Column("status", lambda each: status_words(each.run.status), words=True),
     ]
