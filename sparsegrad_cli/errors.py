@@ -69,6 +69,12 @@ class DownloadError(SparsegradError):
     title = "Cannot download"
 
 
+class UploadError(SparsegradError):
+    """An upload to the hub was refused or failed; files on this machine are intact."""
+
+    title = "Cannot upload"
+
+
 class DiskError(SparsegradError):
     """A file could not be written; existing files are intact."""
 

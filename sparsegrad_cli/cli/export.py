@@ -11,6 +11,7 @@ import typer
 from sparsegrad_cli.cli.arguments import Debug, Json, MovedPaths, Quiet
 from sparsegrad_cli.cli.output import show
 from sparsegrad_cli.cli.progress import make_observer
+from sparsegrad_cli.errors import UsageError
 
 
 class Form(StrEnum):
@@ -62,7 +63,24 @@ Tolerance = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier export in the output folder.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier export in the output folder, and in the repository on the hub.",
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Upload the export to a private repository on the Hugging Face Hub. The files are "
+        "listed first; data and paths of this machine are not uploaded.",
+        show_default=False,
+    ),
+]
+Public = Annotated[
+    bool, typer.Option("--public", help="With --push-to-hub: everyone may see the repository.")
 ]
 
 
@@ -76,6 +94,8 @@ def export(
     check_examples: CheckExamples = 32,
     tolerance: Tolerance = None,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -88,11 +108,18 @@ def export(
     [bold]sparsegrad export runs/reviews --to merged[/bold]
     [bold]sparsegrad export runs/reviews --to lora --rank 16[/bold]
     [bold]sparsegrad export runs/chat --to lora --server-rank[/bold]
+    [bold]sparsegrad export runs/reviews --to merged --push-to-hub me/reviews[/bold]
     """
     from sparsegrad_cli.export.export_run import export_run
     from sparsegrad_cli.export.forms import ExportOptions
+    from sparsegrad_cli.export.hub_upload import HubTarget
     from sparsegrad_cli.report.export import export_screen
 
+    if public and push_to_hub is None:
+        raise UsageError(
+            "--public needs --push-to-hub", where="command line", fix="--push-to-hub OWNER/NAME"
+        )
+    hub = None if push_to_hub is None else HubTarget(push_to_hub, public, overwrite)
     options = ExportOptions(
         to=to.value,
         output_dir=output_dir,
@@ -101,6 +128,7 @@ def export(
         tolerance=tolerance,
         overwrite=overwrite,
         server_rank=server_rank,
+        hub=hub,
     )
     with make_observer(quiet or as_json) as observer:
         record = export_run(run, options, observer, overrides=tuple(overrides or ()))

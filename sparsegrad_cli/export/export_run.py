@@ -30,18 +30,26 @@ from sparsegrad_cli.export.check_logits import (
     tolerance_for,
 )
 from sparsegrad_cli.export.forms import FORMS, ExportJob, ExportOptions, Written
-from sparsegrad_cli.export.model_card import CARD, model_card
+from sparsegrad_cli.export.hub_upload import (
+    Destination,
+    check_target,
+    public_files,
+    refuse_local_paths,
+    sizes,
+)
+from sparsegrad_cli.export.model_card import CARD, CardContent, base_title, model_card
 from sparsegrad_cli.export.output_folder import (
     check_output_folder,
     file_sizes,
     make_readable,
     write_export,
 )
-from sparsegrad_cli.io.paths import is_folder, refuse_link
+from sparsegrad_cli.io.paths import expanded, is_folder, refuse_link
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.records.base import now
 from sparsegrad_cli.records.environment import package_versions
+from sparsegrad_cli.records.evaluation import EvaluationRecord
 from sparsegrad_cli.records.export import (
     AnswersAlone,
     ExportCheck,
@@ -51,7 +59,8 @@ from sparsegrad_cli.records.export import (
     Judged,
     OnPlainBase,
 )
-from sparsegrad_cli.records.store import EXPORT, write
+from sparsegrad_cli.records.store import EVALUATION, EXPORT, load, write
+from sparsegrad_cli.report.units import counted, format_bytes
 from sparsegrad_cli.restore.restore import THRESHOLD, TrainedModel, load_trained
 from sparsegrad_cli.restore.run_files import RunFiles, open_run
 
@@ -80,6 +89,8 @@ def export_run(
 
     Raises:
         UsageError: The run or the output folder is refused, or the form cannot hold the change.
+        UploadError: The hub refuses the upload or cannot be reached. It is asked before the export,
+            so that most refusals come early. A complete export is kept.
         SparsegradError: The check failed, or a file is missing, damaged or cannot be written.
             The temporary files are removed, and the output folder is unchanged.
     """
@@ -93,10 +104,12 @@ def export_run(
     base = Path(locate(files.loaded.recipe.model.name))
     needed = [files.folder, *([base] if is_folder(base) else [])]
     folder = check_output_folder(wanted, needed, overwrite=options.overwrite)
+    destination = check_target(options.hub) if options.hub else None
     export = _Export(files, folder, options, observer or Observer())
     write_export(folder, export.fill, overwrite=options.overwrite)
     assert export.record is not None
-    return export.record.changed(output_dir=str(folder))
+    record = export.record.changed(output_dir=str(folder))
+    return record if destination is None else export.push(record, destination)
 
 
 class _Export:
@@ -112,6 +125,8 @@ class _Export:
         self.files, self.folder, self.options, self.observer = files, folder, options, observer
         self.form = FORMS[options.to]
         self.record: ExportRecord | None = None
+        self.content: CardContent | None = None
+        self.evaluations = _evaluations(files)
         for note in files.notes:
             observer.note(note)
         observer.phase("load", f"{files.loaded.recipe.model.name}, {files.source}")
@@ -153,17 +168,38 @@ class _Export:
                 "check": check,
             }
         )
-        card = model_card(record, self.files.record, self.base, self.labels)
-        (partial / CARD).write_text(card, encoding="utf-8")
+        self.content = CardContent(
+            record, self.files.record, self.base, self.labels, self.evaluations
+        )
+        (partial / CARD).write_text(model_card(self.content), encoding="utf-8")
         sizes = file_sizes(partial)
         self.record = record.changed(
             files=sizes,
             bytes=sum(sizes.values()),
             load=written.snippet,
+            pipeline=self.content.pipeline_line(str(self.folder)),
             notes=[*self.files.notes, *written.notes],
         )
         write(self.record, partial / EXPORT)
         make_readable(partial)
+
+    def push(self, record: ExportRecord, destination: Destination) -> ExportRecord:
+        """List the files that go to the hub, and upload them; return the record with ``hub``."""
+        assert self.content is not None
+        recipe, target = self.files.loaded.recipe, destination.target
+        name = recipe.model.name
+        card = model_card(self.content, target.repository)
+        files = public_files(self.folder, record, card, base_title(name))
+        local = [self.files.folder, self.folder, Path.cwd()]
+        local += [Path(locate(name))] if is_folder(name) else []
+        local += [expanded(recipe.task.path)] if recipe.task.path else []
+        refuse_local_paths(files, local)
+        size = sizes(files)
+        total = f"{counted(len(size), 'file')}, {format_bytes(sum(size.values()))}"
+        self.observer.phase("upload", f"{total}, to {target.repository} ({target.visibility})")
+        for path, count in size.items():
+            self.observer.note(f"{path}, {format_bytes(count)}")
+        return record.changed(hub=destination.upload(files, self.folder))
 
     def _check(self, written: Written) -> ExportCheck:
         """Compare labels, logits and answers of the written files with those of the run."""
@@ -228,6 +264,14 @@ class _Export:
         pad = self.tokenizer.pad_token_id
         found = check_answers(self.answers, loading, self.device, pad, tolerance)
         return AnswersAlone.model_validate(found)
+
+
+def _evaluations(files: RunFiles) -> list[EvaluationRecord]:
+    """Return what `evaluate` has written into the run's folder since the model was trained."""
+    trained = files.tensors.stat().st_mtime
+    places = sorted({*files.folder.glob(EVALUATION), *files.folder.glob(f"*/{EVALUATION}")})
+    found = [load(EvaluationRecord, p) for p in places if p.stat().st_mtime >= trained]
+    return [each for each in found if Path(each.model).name == files.folder.name]
 
 
 def _labels(model: Any) -> dict[int, str]:

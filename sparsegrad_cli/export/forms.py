@@ -14,6 +14,7 @@ from sparsegrad_cli.export.adapter import write_adapter
 from sparsegrad_cli.export.base_model import LANGUAGE_MODEL, BaseModel, auto_class, plain_model
 from sparsegrad_cli.export.check_answers import Loading
 from sparsegrad_cli.export.check_logits import logits_of
+from sparsegrad_cli.export.hub_upload import HubTarget
 from sparsegrad_cli.export.lora import (
     SERVER_RANKS,
     LoraParts,
@@ -44,6 +45,7 @@ class ExportOptions:
         tolerance: Largest absolute difference of logits; the default allows for rounding.
         overwrite: Replace an earlier export in ``output_dir``.
         server_rank: lora: pad with zeros to one of ``SERVER_RANKS``; truncate to the highest.
+        hub: The repository on the Hugging Face Hub that it is pushed to.
     """
 
     to: str
@@ -53,6 +55,7 @@ class ExportOptions:
     tolerance: float | None = None
     overwrite: bool = False
     server_rank: bool = False
+    hub: HubTarget | None = None
 
 
 @dataclass(frozen=True)

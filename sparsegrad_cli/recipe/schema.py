@@ -292,6 +292,18 @@ class TrainSection(Section):
     sample_temperature: Annotated[float, Field(ge=0)] = Field(
         0.0, description="of answers to sample prompts; 0 always takes the most likely token"
     )
+    project: str | None = Field(
+        None,
+        min_length=1,
+        description="project that trackers list the run under; the comparison's name by default, "
+        "or sparsegrad",
+    )
+    run_name: str | None = Field(
+        None,
+        min_length=1,
+        description="the run's name in trackers; its folder's name by default, which a comparison "
+        "adds to the name",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -76,6 +76,16 @@ class ExportCheck(Block):
     on_plain_base: OnPlainBase | None = None
 
 
+class HubUpload(Block):
+    """A commit on the Hugging Face Hub."""
+
+    repository: str = Field(description="OWNER/NAME.")
+    url: str
+    public: bool
+    commit: str | None = Field(None, description="Its git hash.")
+    files: dict[str, Bytes] = Field({}, description="What was uploaded, with sizes.")
+
+
 class ExportRecord(Record):
     """The record of `export`, beside the exported files."""
 
@@ -107,4 +117,10 @@ class ExportRecord(Record):
     bytes: Bytes | None = Field(None, description="Size of all files.")
     load: str | None = Field(None, description="The Python expression that loads it.")
     notes: list[str] = []
+    pipeline: str | None = Field(
+        None, description="The line of Python that makes a pipeline of transformers."
+    )
     output_dir: str | None = Field(None, description="Only in the output of the command.")
+    hub: HubUpload | None = Field(
+        None, description="What was pushed. Only in the output of the command."
+    )

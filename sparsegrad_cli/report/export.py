@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sparsegrad_cli.records.export import ExportCheck, ExportedTarget, ExportRecord
+from sparsegrad_cli.records.export import ExportCheck, ExportedTarget, ExportRecord, HubUpload
 from sparsegrad_cli.report.document import (
     Bullets,
     Column,
@@ -45,6 +45,8 @@ def export_screen(record: ExportRecord) -> Document:
             Verdict(export_headline(record)),
             Facts("Export", facts),
             Labelled("load", words(record.load)),
+            *([Labelled("pipeline", record.pipeline)] if record.pipeline else []),
+            *([_pushed(record.hub)] if record.hub else []),
             *short_notes(record.notes),
         ],
     )
@@ -84,6 +86,11 @@ def _file_table(record: ExportRecord) -> Table | None:
         Column("size", lambda row: format_bytes(row[1])),
     ]
     return Table.of(sorted(record.files.items()), columns, "Files") if record.files else None
+
+
+def _pushed(hub: HubUpload) -> Labelled:
+    visible = "public" if hub.public else "private"
+    return Labelled("pushed", f"{hub.url} ({visible}, {counted(len(hub.files), 'file')})")
 
 
 def _check(check: ExportCheck) -> list[Fact]:

@@ -47,6 +47,7 @@ _FILES = (
     "report.html",
     "report.md",
     "basis.safetensors",
+    trackers.IDS,
 )
 
 

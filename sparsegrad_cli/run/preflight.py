@@ -54,7 +54,7 @@ def check(loaded: LoadedRecipe, *, trains: bool) -> None:
             problems.append(("train.report_to", what, fix))
     if trains and recipe.train.report_to == "all" and not named("all"):
         what = "'all' stands for the trackers that are installed, and none is"
-        problems.append(("train.report_to", what, "pip install tensorboard, or none"))
+        problems.append(("train.report_to", what, "pip install 'sparsegrad[tensorboard]', or none"))
     if importlib.util.find_spec("bitsandbytes") is None:
         what = "expected bitsandbytes, which {}; it is not installed"
         if recipe.model.quantization:

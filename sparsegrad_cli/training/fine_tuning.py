@@ -35,7 +35,7 @@ def fine_tune(run: Run) -> None:
     recipe = run.recipe
     initial = Initial(run.loaded) if recipe.init_from is not None else None
     check_autocast(run.loaded)
-    with tracker_environment(run.path, recipe.train.report_to):
+    with tracker_environment(run.path, recipe.train):
         setup = load(run)
         with deferred_interrupt():
             method = setup.method_settings.implementation()

@@ -46,7 +46,7 @@ from sparsegrad_cli.training.outcome import note_extension, optimizer_block, rec
 from sparsegrad_cli.training.samples import SamplePrompts
 from sparsegrad_cli.training.schedule import StepPlan
 from sparsegrad_cli.training.step_log import StepLog
-from sparsegrad_cli.training.tracking import make_trackers
+from sparsegrad_cli.training.tracking import make_trackers, tracked
 
 if TYPE_CHECKING:
     from sparsegrad_cli.run.open_run import Run
@@ -77,7 +77,7 @@ class TrainingLoop:
         self._before = Measured()  # Of the run until the checkpoint that it resumes from.
 
         setup.model.config.use_cache = False  # type: ignore[union-attr]
-        trackers = make_trackers(self.recipe, run.path, setup.model)
+        trackers = make_trackers(self.recipe, run.path, setup.model, run.observer.note)
         self.accelerator = make_accelerator(self.train, setup, trackers, run.observer.note)
         self.sharded_by = sharded_by(self.accelerator)
         self.optimizer = method.optimizer(setup.model, self.train)
@@ -124,7 +124,13 @@ class TrainingLoop:
         self.log.rewind(step, evaluated=state is None or not state.progress.evaluation_due)
         self.writer.forget_results()
         self.writer.save(resumed_from=(step or 0) if run.resume else None)
-        self.accelerator.init_trackers(run.path.name)
+        with tracked(self.accelerator, run.path, step):
+            self._run_from(last, state)
+        self.accelerator.free_memory()
+
+    def _run_from(self, last: Path | None, state: CheckpointState | None) -> None:
+        """Train from a checkpoint, or from the start without one; record the outcome."""
+        run, step = self.open_run, state.progress.step if state else None
         if state is None:
             run.begin_phase("evaluate", "before the first step")
             self.evaluator.evaluate(0)
@@ -143,9 +149,6 @@ class TrainingLoop:
         record_outcome(self)
         if distributed.is_rank_zero():
             self.checkpoints.finish(self.best_checkpoint)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.free_memory()
 
     # --- before the first step
 

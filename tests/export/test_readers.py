@@ -137,12 +137,16 @@ def test_load_line_and_model_card_load_the_labels(
         for code in blocks:
             scope: dict[str, Any] = {}
             exec(code.replace("PATH/TO/tiny gpt", source), scope)
-            assert scope["model"].config.id2label == labels
-            assert scope["model"].config.label2id == numbers
-            torch.testing.assert_close(answers(scope["model"], tokenizer)[0], expected)
+            if "model" in scope:
+                assert scope["model"].config.id2label == labels
+                assert scope["model"].config.label2id == numbers
+                torch.testing.assert_close(answers(scope["model"], tokenizer)[0], expected)
             if "pipe" in scope:
                 assert [found["label"] for found in scope["pipe"](texts)] == want
         assert any("pipe" in code for code in blocks)
+        assert any("model =" in code for code in blocks)
+    pipe = eval(said["pipeline"], names)
+    assert [found["label"] for found in pipe(texts)] == want
 
 
 @torch.no_grad()
@@ -165,10 +169,17 @@ def test_model_card_names_the_form_and_no_local_path(
     assert about["license"] == "apache-2.0" and "base_model" not in about
     assert about["library_name"] in ("transformers", "peft", "sparsegrad")
     assert about["pipeline_tag"] == "text-classification" and "lora" in about["tags"]
-    best = record(labelled)["metrics"]["best"]
-    shown = re.search(r"accuracy ([\d.]+) on validation \(step 6\)", card)
+    run = record(labelled)
+    best, counts = run["metrics"]["best"], run["counts"]
+    (result,) = about["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == best["score"] and result["dataset"]["type"] == "csv"
+    assert result["dataset"]["split"] == "validation" and about["metrics"] == ["accuracy"]
+    shown = re.search(rf"\| own data \(csv\), validation \| {ROWS} \| accuracy \| ([\d.]+) ", card)
     assert shown and float(shown[1]) == pytest.approx(best["score"], abs=1e-3)
-    for words in ("tiny gpt", "0: high, 1: low", f"{ROWS} of validation", "Licence", "sparsegrad"):
+    assert f"{counts['trainable']:,} of {counts['model_parameters']:,} per step" in card
+    assert "tiny gpt, fine-tuned on own data (csv)" in card and "rank 8" in card
+    assert "learning rate 0.03" in card and "seed 42" in card and "Step 6, the last" in card
+    for words in ("0: high, 1: low", f"{ROWS} of validation", "Licence", "at most 16 tokens"):
         assert words in card
 
 
@@ -177,8 +188,27 @@ def test_model_card_of_a_base_without_a_licence_and_an_unfinished_run(
 ) -> None:
     folder, _ = exported(runs("method=lora", stop=True), "merged")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "license: unknown" in card and "put them into the field `license`" in card
-    assert "none: checkpoint-6 of a run that has not finished" in card
+    assert "license:" not in card and "add the field `license`" in card
+    assert "model-index" not in card
+    assert "None: checkpoint-6 of a run that has not finished" in card
+
+
+def test_model_card_has_the_intervals_of_evaluate(
+    runs: Callable[..., Path], copy: Callable[[Path], Path], exported: Exported, cli: Cli
+) -> None:
+    run = copy(runs("method=lora"))
+    data = Path(load_recipe(run / "recipe.yaml").recipe.task.path or "") / "validation.csv"
+    told = cli("evaluate", str(run), str(data), "-o", str(run / "test"), "--resamples", "50")
+    assert told.code == 0, told.err
+    metrics = json.loads((run / "test" / "evaluation.json").read_text())["metrics"]
+    folder, _ = exported(run, "lora")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    low, high = (f"{end:.4g}" for end in metrics["accuracy"]["interval"])
+    shown = re.search(
+        r"\| validation.csv \| 24 \| accuracy \| \S+ \| ([\d.]+) to ([\d.]+) \|", card
+    )
+    assert shown and shown.groups() == (low, high)
+    assert str(data) not in card and "bootstrap" in card
 
 
 def test_pipeline_gives_the_score_of_a_regression(

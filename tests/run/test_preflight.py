@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.paths import REPO
 from sparsegrad_cli.errors import RecipeError
 from sparsegrad_cli.recipe import trackers
 from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.run import preflight
 
 COMMANDS = ("validate", "train", "calibrate")
@@ -67,7 +69,8 @@ def test_missing_tracker_is_refused_with_its_package(cli: Cli, without: Any, com
     told = cli(command, "train.report_to=[tensorboard, wandb, comet_ml]")
     assert told.code == 2
     assert "the tracker wandb, whose package is not installed" in told.flat
-    assert "pip install comet-ml" in told.flat and "pip install tensorboard" in told.flat
+    assert "pip install comet-ml" in told.flat
+    assert "pip install 'sparsegrad[tensorboard]'" in told.flat
 
 
 def test_calibrate_needs_no_tracker(without: Any) -> None:
@@ -175,7 +178,7 @@ def test_study_is_refused_before_any_run_starts(cli: Cli, tmp_path: Path, withou
     (tmp_path / "recipe.yaml").write_text("train: {report_to: wandb}\n")
     for command in (("validate", str(study)), ("compare", str(study), "-o", "out")):
         told = cli(*command)
-        assert told.code == 2 and "pip install wandb" in told.flat, told.err
+        assert told.code == 2 and "pip install 'sparsegrad[wandb]'" in told.flat, told.err
     assert not (tmp_path / "out").exists()
 
 
@@ -206,35 +209,38 @@ def test_validate_imports_no_torch(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_every_extra_of_a_tracker_is_declared() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name in trackers.EXTRAS:
+        assert any(each.startswith(name) for each in project["optional-dependencies"][name])
+
+
 def test_tracker_files_are_in_the_run_folder_and_a_comparison_is_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_GROUP", "TENSORBOARD_LOGGING_DIR"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    run = tmp_path / "study" / "cells" / "task-lora-s1"
+    for key in [key for key in os.environ if key.startswith(("WANDB", "TENSORBOARD", "MLFLOW"))]:
+        monkeypatch.delenv(key)
+    run, names = tmp_path / "study" / "cells" / "task-lora-s1", ("wandb", "tensorboard", "mlflow")
     run.mkdir(parents=True)
-    asked = ("wandb", "tensorboard", "mlflow")
-    with trackers.tracker_environment(run, asked):
+    train = TrainSection(report_to=names)
+    with trackers.tracker_environment(run, train):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(run / "tensorboard")
         assert os.environ["WANDB_DIR"] == str(run)
-        assert "WANDB_RUN_GROUP" not in os.environ
-        assert os.environ["MLFLOW_TRACKING_URI"] == (run / "mlflow").as_uri()
-    (tmp_path / "study" / "compare.json").write_text("{}")
-    with trackers.tracker_environment(run, asked):
-        assert os.environ["WANDB_RUN_GROUP"] == "study"
-        assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "study" / "mlflow").as_uri()
-        assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "mine"
+        assert os.environ["WANDB_PROJECT"] == os.environ["MLFLOW_EXPERIMENT_NAME"] == "sparsegrad"
+        assert os.environ["WANDB_MODE"] == "offline"
+        assert "WANDB_RUN_GROUP" not in os.environ and "MLFLOW_RUN_ID" not in os.environ
+        assert os.environ["MLFLOW_TRACKING_URI"].startswith(f"sqlite:///{run / 'mlflow'}")
     assert "WANDB_DIR" not in os.environ
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
-)
-def test_tensorboard_writes_into_the_run_folder(cli: Cli, tmp_path: Path) -> None:
-    from support.cli_runs import SMALL
-
-    told = cli("train", "method=lora", *SMALL, "train.report_to=tensorboard", "-o", "run")
-    assert told.code == 0, told.err
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    (tmp_path / "study" / "compare.json").write_text("{}")
+    trackers.write_ids(run, {"mlflow": "abc", "wandb": "def"})
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    with trackers.tracker_environment(run, train):
+        assert os.environ["WANDB_RUN_GROUP"] == os.environ["WANDB_PROJECT"] == "study"
+        assert os.environ["MLFLOW_TRACKING_URI"].startswith(f"sqlite:///{tmp_path / 'study'}")
+        assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "mine"
+        assert os.environ["WANDB_RUN_ID"] == "def" and os.environ["MLFLOW_RUN_ID"] == "abc"
+    assert trackers.run_name_of(run, train) == "task-lora-s1"
+    named = TrainSection(project="p", run_name="night")
+    assert trackers.run_name_of(run, named) == "night-task-lora-s1"
+    assert trackers.run_name_of(tmp_path / "one", named) == "night"
+    assert trackers.project_of(run, named) == "p"

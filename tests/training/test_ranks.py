@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -39,6 +40,8 @@ METHODS = {
 # Only with two processes: the run stays that of one process without sample prompts.
 SAMPLES = {"lora": ("train.sample_prompts=['Who?']", "train.sample_max_new_tokens=5")}
 STEPS, BATCH, RATE = 2, 8, 0.5
+HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+TRACKED = {"lora": ("train.report_to=tensorboard",)} if HAS_TENSORBOARD else {}
 SETTINGS = (
     "task={name: chat, path: d.jsonl, max_length: 96, eval_limit: 2}",
     "model=base",
@@ -96,7 +99,8 @@ def one_of_two(rank: int, folder: str) -> None:
     sent = counted_sums()
     for name in METHODS:
         sent.clear()
-        record = trained(name, f"two-{name}", *cut(1, BATCH // 2), *SAMPLES.get(name, ()))
+        more = (*SAMPLES.get(name, ()), *TRACKED.get(name, ()))
+        record = trained(name, f"two-{name}", *cut(1, BATCH // 2), *more)
         losses = [entry["loss"] for entry in record["metrics"]["train"]]
         found[name] = {
             "basis": (record.get("calibration") or {}).get("digest"),
@@ -300,3 +304,15 @@ def test_step_sends_only_the_gradients_of_trained_parameters(two: Path) -> None:
     core = load_file(adapter_path(two / "two-core"))
     values = sum(tensor.nbytes for key, tensor in core.items() if key.endswith(".values"))
     assert 0 < sent["core"] == values < 0.03 * sent["full"]
+
+
+@pytest.mark.skipif(not HAS_TENSORBOARD, reason="tensorboard is not installed")
+def test_two_processes_are_one_run_in_a_tracker(two: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (two / "two-lora" / "tensorboard").iterdir()
+    events = EventAccumulator(str(file))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    losses = json.loads((two / "rank0.json").read_text())["lora"]["losses"]
+    assert logged == [(step, pytest.approx(loss)) for step, loss in enumerate(losses, 1)]
