@@ -7,6 +7,7 @@ are those of a Trainer run. recipe/trackers.py says in the environment where the
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,11 +29,9 @@ from sparsegrad_cli import distributed
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.trackers import named, project_of, run_name_of, write_ids
 
-# Keys of ``train:`` that are not TrainingArguments', or are given apart.
-_OWN = {
-    *("early_stopping_patience", "save_strategy", "save_steps", "save_total_limit", "report_to"),
-    *("head_learning_rate", "lora_plus_ratio", "project", "run_name"),
-    *("sample_prompts", "sample_max_new_tokens", "sample_temperature"),
+# The keys of ``train:`` that trackers record: those of TrainingArguments that are not given apart.
+_RECORDED = {field.name for field in dataclasses.fields(TrainingArguments)} - {
+    *("save_strategy", "save_steps", "save_total_limit", "report_to", "project", "run_name"),
 }
 
 
@@ -91,7 +90,7 @@ def tracked(accelerator: Accelerator, run_dir: Path, step: int | None) -> Iterat
 
 def _arguments(recipe: Recipe, run_dir: Path, names: tuple[str, ...]) -> TrainingArguments:
     """Return the settings of a run as its trackers record them."""
-    settings = recipe.train.model_dump(exclude=_OWN)
+    settings = recipe.train.model_dump(include=_RECORDED)
     if not recipe.train.gradient_checkpointing:
         settings.pop("gradient_checkpointing")
     return TrainingArguments(

@@ -65,7 +65,7 @@ def test_pushed_files_are_private_and_hold_neither_paths_nor_data(
         assert f"note: {name}, " in told.err or name == ".gitattributes"
         for text in local_texts(run):
             assert text.encode() not in content, (name, text)
-    assert told.err.index("upload ") < told.err.index("note: README.md")
+    assert told.err.index("upload: ") < told.err.index("note: README.md")
     assert f"{hub.url}/me/tiny" in told.out and "private" in told.out
     for name in pushed.files:
         if name.endswith(".safetensors"):
