@@ -3,7 +3,7 @@
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types, of the tests too
 # make browser-check  the reports in a browser; needs Chromium
-# make schema    docs/reference/records.md, from the models of the records
+# make reference      the generated pages of docs/reference: recipe keys, commands, records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
 # TORCH=torch==2.13.0          which torch
@@ -22,7 +22,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow browser-check check format schema clean
+.PHONY: install demo test test-slow browser-check check format reference clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -60,8 +60,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: $(STAMP)
-	$(BIN)/python -m sparsegrad_cli.records.schema_page > docs/reference/records.md
+reference: $(STAMP)
+	$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

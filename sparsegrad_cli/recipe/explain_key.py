@@ -18,7 +18,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.suggest import nearest
 from sparsegrad_cli.methods.registry import ALL_NAMES, METHODS, spelled_out
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study_section import Study
+from sparsegrad_cli.recipe.study_section import Range, Study
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def explain_key(asked: str) -> list[Key]:
         return [_method(asked)]
     if asked.lower() in ALL_NAMES:
         return [_short_name(asked.lower())]
-    keys = _keys()
+    keys = all_keys()
     found = [key for key in keys if key.path == asked]
     found = found or [key for key in keys if key.path.endswith(f".{asked}")]
     if found:
@@ -70,7 +70,7 @@ def explain_key(asked: str) -> list[Key]:
 
 def sections() -> list[Key]:
     """Return the keys of the first level of a recipe, in its order."""
-    return [key for key in _keys() if "." not in key.path and key.owner != "study"]
+    return [key for key in all_keys() if "." not in key.path and key.owner != "study"]
 
 
 def methods() -> list[Key]:
@@ -92,7 +92,8 @@ def _short_name(name: str) -> Key:
 
 
 @cache
-def _keys() -> tuple[Key, ...]:
+def all_keys() -> tuple[Key, ...]:
+    """Return every key of a recipe, of every method and of a study, sections before their keys."""
     found = [*_of_model(Recipe, "")]
     merged: dict[tuple[str, str, str, str], list[str]] = {}
     for name, settings in METHODS.items():
@@ -116,10 +117,23 @@ def _of_model(model: type[BaseModel], prefix: str) -> Iterator[Key]:
         section = _section_in(info.annotation)
         if section is None:
             yield Key(path, *_about(info))
+            if entry := _entry_in(info.annotation):
+                yield Key(f"{path}[]", "", "", _first_paragraph(entry), inner=_fields(entry))
+                yield from _of_model(entry, f"{path}[].")
         else:
             meaning = info.description or _first_paragraph(section)
-            yield Key(path, "", "", meaning, inner=tuple(section.model_fields))
+            yield Key(path, "", "", meaning, inner=_fields(section))
             yield from _of_model(section, f"{path}.")
+
+
+def _fields(model: type[BaseModel]) -> tuple[str, ...]:
+    return tuple(model.model_fields)
+
+
+def _entry_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section of which a field holds a list."""
+    is_list = typing.get_origin(annotation) in (tuple, list)
+    return _section_in(typing.get_args(annotation)[0]) if is_list else None
 
 
 def _method_keys() -> list[str]:
@@ -160,6 +174,7 @@ def _type_words(annotation: Any, metadata: list[Any]) -> str:
         return "a mapping"
     plain = {
         bool: "true or false",
+        Range: "a range",
         int: "a whole number",
         float: "a number",
         str: "text",
@@ -179,7 +194,7 @@ def _bounds(metadata: list[Any]) -> str:
             (getattr(m, name) for m in metadata if getattr(m, name, None) is not None), None
         )
         if limit is not None and limit != 2**31 - 1:
-            words.append(f"{text} {limit:g}")
+            words.append(f"{text} {limit if isinstance(limit, int) else format(limit, 'g')}")
     return f", {' and '.join(words)}" if words else ""
 
 

@@ -31,10 +31,15 @@ class MethodEntry(Section):
     ``learning_rates: [1e-3, 2e-3]`` is short for two rows, ``lora-1e-3`` and ``lora-2e-3``.
     """
 
-    label: str = Field(min_length=1, max_length=80, pattern=r"^[\w.+-]+$")
-    method: dict[str, Any]
-    train: dict[str, Any] = {}
-    calibration: dict[str, Any] = {}
+    label: str = Field(
+        min_length=1,
+        max_length=80,
+        pattern=r"^[\w.+-]+$",
+        description="name of the row; the method's name by default",
+    )
+    method: dict[str, Any] = Field(description="as in a recipe")
+    train: dict[str, Any] = Field({}, description="keys of train for this row")
+    calibration: dict[str, Any] = Field({}, description="keys of calibration for this row")
     targets: dict[str, Any] = Field(
         {}, description="other target modules than the recipe's; name the keys under differ"
     )
@@ -50,21 +55,23 @@ class TaskEntry(Section):
     learning rate that was tuned there.
     """
 
-    name: str
-    task: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]] = {}
+    name: str = Field(description="as task.name in a recipe")
+    task: dict[str, Any] = Field({}, description="keys of task for this task")
+    train: dict[str, Any] = Field({}, description="keys of train for this task")
+    methods: dict[str, dict[str, Any]] = Field(
+        {}, description="keys of train for a row on this task, by the row's label"
+    )
 
 
 class Figure(Section):
     """Published results of a method on a task, which the report shows next to ours."""
 
-    source: str
+    source: str = Field(description="where the results were published")
     task: str = Field(description="a task of the study, or `average` over all of them")
-    method: str
+    method: str = Field(description="label of a row of the study")
     score: float | None = Field(None, description="a fraction: 0.688 for 68.8; a loss as it is")
-    std: float | None = None
-    steps_per_s: Positive | None = None
+    std: float | None = Field(None, description="standard deviation of the score over seeds")
+    steps_per_s: Positive | None = Field(None, description="optimizer steps per second")
     peak_mb: Positive | None = Field(None, description="megabytes of 1,000,000 bytes")
     learning_rate: Positive | None = Field(None, description="found by tuning")
 
@@ -80,16 +87,16 @@ class Figure(Section):
 class SlurmSettings(Section):
     """How runs are submitted to Slurm. The names are those of submitit."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: str | None = Field(None, description="partition of the cluster")
+    account: str | None = Field(None, description="account that pays for the jobs")
+    qos: str | None = Field(None, description="quality of service")
+    constraint: str | None = Field(None, description="features that a node must have")
     timeout_min: PositiveInt = Field(
         240, description="time limit of a job; a run that reaches it saves and is queued again"
     )
-    gpus_per_node: NonNegativeInt | None = None
-    cpus_per_task: PositiveInt | None = None
-    mem_gb: Positive | None = None
+    gpus_per_node: NonNegativeInt | None = Field(None, description="GPUs of a job")
+    cpus_per_task: PositiveInt | None = Field(None, description="CPUs of a job")
+    mem_gb: Positive | None = Field(None, description="memory of a job, in gigabytes")
     setup: tuple[str, ...] = Field(
         (), description="shell commands before a run, `module load cuda`"
     )
@@ -125,12 +132,14 @@ class RaySettings(Section):
 class EngineSection(Section):
     """Where the runs of a study train."""
 
-    name: Literal["local", "slurm", "ray"] = "local"
+    name: Literal["local", "slurm", "ray"] = Field(
+        "local", description="a run is a process here, a Slurm job, or a Ray task"
+    )
     jobs: PositiveInt | None = Field(
         None, description="runs at once; by default 1 for local and 32 for a cluster"
     )
-    slurm: SlurmSettings = SlurmSettings()
-    ray: RaySettings = RaySettings()
+    slurm: SlurmSettings = Field(SlurmSettings(), description="settings of engine slurm")
+    ray: RaySettings = Field(RaySettings(), description="settings of engine ray")
 
 
 # --- tuning
@@ -139,7 +148,9 @@ class EngineSection(Section):
 class RateSpace(Section):
     """Learning rates: log-uniform, the same number of decades about each method's centre."""
 
-    decades: Annotated[float, Field(gt=0, le=6)] = 2.0
+    decades: Annotated[float, Field(gt=0, le=6)] = Field(
+        2.0, description="width of the space, in powers of ten"
+    )
     centres: dict[str, Positive] = Field(
         {},
         description="centre for each row's label; by default the row's own rate in the study, "
@@ -150,9 +161,9 @@ class RateSpace(Section):
 class Range(Section):
     """Numbers from ``low`` to ``high``, uniform or log-uniform."""
 
-    low: float
-    high: float
-    log: bool = False
+    low: float = Field(description="lowest value")
+    high: float = Field(description="highest value")
+    log: bool = Field(False, description="log-uniform instead of uniform")
 
     @model_validator(mode="after")
     def _is_one(self) -> Range:
@@ -176,20 +187,25 @@ Numbers = Annotated[
 ]
 
 
+_TRIED = "values that are tried: a list, or a range {low, high, log}; not tuned by default"
+
+
 class Space(Section):
     """The keys that are tuned: the learning rate and other keys of ``train``, for all methods.
 
     Keys that change the data, its order or the number of steps cannot be tuned.
     """
 
-    learning_rate: RateSpace = RateSpace()
-    lr_scheduler_type: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
-    warmup_steps: Numbers | None = None
-    weight_decay: Numbers | None = None
-    adam_beta1: Numbers | None = None
-    adam_beta2: Numbers | None = None
-    adam_epsilon: Numbers | None = None
-    max_grad_norm: Numbers | None = None
+    learning_rate: RateSpace = Field(RateSpace(), description="learning rates that are tried")
+    lr_scheduler_type: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+        None, description="schedulers that are tried"
+    )
+    warmup_steps: Numbers | None = Field(None, description=_TRIED)
+    weight_decay: Numbers | None = Field(None, description=_TRIED)
+    adam_beta1: Numbers | None = Field(None, description=_TRIED)
+    adam_beta2: Numbers | None = Field(None, description=_TRIED)
+    adam_epsilon: Numbers | None = Field(None, description=_TRIED)
+    max_grad_norm: Numbers | None = Field(None, description=_TRIED)
 
     def named(self) -> dict[str, Range | tuple[Any, ...]]:
         """Return the tuned keys other than the learning rate, without ``train.``."""
@@ -225,13 +241,15 @@ class Space(Section):
 class Tune(Section):
     """Every method gets the same number of trials on every task before the first run."""
 
-    trials: Annotated[int, Field(ge=2, le=1000)] = 8
+    trials: Annotated[int, Field(ge=2, le=1000)] = Field(
+        8, description="trials of each method on each task; more find better settings"
+    )
     seeds: tuple[NonNegativeInt, ...] = Field(
         (TUNING_SEED,),
         min_length=1,
         description="seeds of every trial; reported runs must use other ones",
     )
-    space: Space = Space()
+    space: Space = Field(Space(), description="the keys that are tuned, for all methods")
 
     def keys(self) -> list[str]:
         """Return the recipe keys that are tuned."""
@@ -244,11 +262,24 @@ class Tune(Section):
 class Study(Section):
     """The keys of a study file."""
 
-    name: str = Field("comparison", max_length=80, pattern=r"^[\w.+-]+$")
-    recipe: str = "configs/quickstart.yaml"
-    methods: tuple[MethodEntry, ...] = Field(min_length=1)
-    tasks: tuple[TaskEntry, ...] = ()
-    seeds: tuple[Seed, ...] = Field(SEEDS[:2], min_length=1)
+    name: str = Field(
+        "comparison",
+        max_length=80,
+        pattern=r"^[\w.+-]+$",
+        description="of the report and of the default folder",
+    )
+    recipe: str = Field(
+        "configs/quickstart.yaml", description="what all runs share: a file or a shipped recipe"
+    )
+    methods: tuple[MethodEntry, ...] = Field(
+        min_length=1, description="the rows of the comparison: names, or mappings"
+    )
+    tasks: tuple[TaskEntry, ...] = Field(
+        (), description="names, or mappings; the recipe's own task by default"
+    )
+    seeds: tuple[Seed, ...] = Field(
+        SEEDS[:2], min_length=1, description="every method trains once with each on each task"
+    )
     match: str | None = Field(
         "trainable",
         description="trainable: as many parameters as the recipe's density selects; a budget that "
@@ -262,8 +293,10 @@ class Study(Section):
     )
     tune: Tune | None = Field(None, description="tune every method before its runs")
     engine: EngineSection = Field(EngineSection(), description="where the runs train")
-    output_dir: str | None = None
-    figures: tuple[Figure, ...] = ()
+    output_dir: str | None = Field(None, description="runs/<name> by default")
+    figures: tuple[Figure, ...] = Field(
+        (), description="published results that the report shows beside ours"
+    )
 
     @field_validator("match", mode="before")
     @classmethod

@@ -1,23 +1,25 @@
-"""The generated reference page of the records, and its examples."""
+"""The generated pages of the reference are current, and the examples of records are valid."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from support.paths import REPO
 
+from docs.generate.pages import PAGES
 from sparsegrad_cli.records.answers import AnswersRecord
 from sparsegrad_cli.records.base import Record
 from sparsegrad_cli.records.run import RunRecord
-from sparsegrad_cli.records.schema_page import page
 from sparsegrad_cli.records.study import StudyRecord
 
 REFERENCE = REPO / "docs" / "reference"
 
 
-def test_the_page_on_disk_is_up_to_date() -> None:
-    assert (REFERENCE / "records.md").read_text(encoding="utf-8") == page(), "run `make schema`"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_generated_page_is_current(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == PAGES[path](), "run `make reference`"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Write docs/reference/records.md from the models of the records.
-
-``python -m sparsegrad_cli.records.schema_page > docs/reference/records.md``
-"""
+"""Write the reference of the records from their models."""
 
 from __future__ import annotations
 
@@ -88,7 +85,7 @@ _INTRODUCTION = f"""# Records
 
 Every command writes a record: a JSON file, from which reports are made. This page lists the keys of
 each file. It is generated from `sparsegrad_cli/records/`; do not edit it
-(`make schema` writes it again).
+(`make reference` writes it again).
 
 - Sizes are in bytes and times in seconds. Scores are fractions, correlations lie between -1 and 1,
   losses are in nats.
@@ -185,6 +182,3 @@ _PLAIN = {
     bool: "true or false",
     Any: "any JSON value",
 }
-
-if __name__ == "__main__":
-    print(page(), end="")
