@@ -3,6 +3,7 @@
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types, of the tests too
 # make browser-check  the reports in a browser; needs Chromium
+# make docs      the documentation as web pages, in build/site; every warning is an error
 # make reference      the generated pages of docs/reference: recipe keys, commands, records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
@@ -22,7 +23,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow browser-check check format reference clean
+.PHONY: install demo test test-slow browser-check check format docs reference clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -60,8 +61,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) $(STAMP).docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+$(STAMP).docs: $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 reference: $(STAMP)
 	$(BIN)/python -m docs.generate
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -27,4 +27,5 @@ def page() -> str:
 
 def _example(found: re.Match[str]) -> str:
     commands = re.sub(r"</?span[^>]*>", "", found[0]).rstrip()
+    commands = re.sub(r"\n(?!sparsegrad)", r" \\\n    ", commands)  # a command of several lines
     return f"```console\n{commands}\n```\n"

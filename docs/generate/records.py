@@ -36,7 +36,8 @@ _FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         StudyRecord,
         "`compare` writes it into the comparison's folder after every run. `sparsegrad report` "
         "computes `rows`, `tests` and `checks` again from `cells`. The formulas are in "
-        "[Compare methods](../how-to/compare-methods.md). [Example](compare.example.json).",
+        "[Statistics of a comparison](../explanation/statistics.md). "
+        "[Example](compare.example.json).",
     ),
     (
         "export.json",

@@ -69,8 +69,11 @@ def optimizer(
 
     Args:
         model: A PEFT model; adapters that do not train are left out.
-        lr, head_lr, weight_decay: See :func:`parameter_groups`.
-        betas, eps: As in ``torch.optim.AdamW``.
+        lr: See :func:`parameter_groups`, as for ``head_lr`` and ``weight_decay``.
+        head_lr: Learning rate of the head.
+        weight_decay: Of matrices that are not cores.
+        betas: As in ``torch.optim.AdamW``.
+        eps: As in ``torch.optim.AdamW``.
 
     Raises:
         ValueError: The model has no SparseGrad adapter, or no parameter trains, or an adapter was

@@ -1,6 +1,6 @@
 """Compute means, deviations, confidence intervals, a permutation test and Holm's correction.
 
-docs/how-to/compare-methods.md explains the formulas. scipy is used only for Student's distribution.
+docs/explanation/statistics.md explains the formulas. scipy is used only for Student's distribution.
 """
 
 from __future__ import annotations
