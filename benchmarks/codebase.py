@@ -55,7 +55,7 @@ GROUND = {
         "sparse_settings",
         "change_settings",
         "adaptive_settings",
-        "low_rank_settings",
+        "factor_settings",
         "gradient_settings",
         "tuner_facts",
     )

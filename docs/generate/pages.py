@@ -1,11 +1,11 @@
-"""The pages of the reference that are generated, and what writes each."""
+"""The pages that are generated, or in part, and what writes each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.generate import commands, recipe, records
+from docs.generate import commands, readme, recipe, records
 
 _REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 
@@ -13,4 +13,5 @@ PAGES: dict[Path, Callable[[], str]] = {
     _REFERENCE / "recipe.md": recipe.page,
     _REFERENCE / "commands.md": commands.page,
     _REFERENCE / "records.md": records.page,
+    readme.README: readme.page,
 }

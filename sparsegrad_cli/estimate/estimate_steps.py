@@ -18,7 +18,7 @@ from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fake_model import mask_of, name_task
 from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
-from sparsegrad_cli.estimate.search import MOST, largest_batch
+from sparsegrad_cli.estimate.largest_size import MOST, largest_batch
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.models.architectures import configuration_of

@@ -15,8 +15,8 @@ from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.neighbours.adaptive_settings import ADAPTIVE
 from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
+from sparsegrad_cli.methods.neighbours.factor_settings import FACTORS
 from sparsegrad_cli.methods.neighbours.gradient_settings import GRADIENTS
-from sparsegrad_cli.methods.neighbours.low_rank_settings import LOW_RANK
 from sparsegrad_cli.methods.peft_types.settings import PeftSettings
 from sparsegrad_cli.methods.peft_types.tuner_facts import ALIASES
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
@@ -30,7 +30,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     **CHANGES,
     **GRADIENTS,
     **ADAPTIVE,
-    **LOW_RANK,
+    **FACTORS,
 }
 METHOD_NAMES = tuple(METHODS)
 ALL_NAMES = (*METHOD_NAMES, *(name for name in ALIASES if name not in METHODS))

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw as torch_adamw
 
 from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.partial_adamw import PartialAdamW
 from sparsegrad_cli.numerics.rotation import from_sparse_core, to_core
 from sparsegrad_cli.numerics.selective_adamw import (
     AdamW,
@@ -57,7 +57,7 @@ class Selection:
 _BOUNDED = ("positions", "exp_avg", "exp_avg_sq", "age", "last", "clock")
 
 
-class SelectiveAdamW(torch.optim.Optimizer):
+class SelectiveAdamW(PartialAdamW):
     """AdamW on chosen entries of some parameters, plain AdamW on the others.
 
     Args:
@@ -78,10 +78,8 @@ class SelectiveAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self._selections = dict(selections)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make one step on the accumulated gradients.
 
@@ -89,22 +87,14 @@ class SelectiveAdamW(torch.optim.Optimizer):
             RuntimeError: The parameters were replaced after the optimizer was made.
         """
         self._check_parameters()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            adamw = AdamW(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                selection = self._selections.get(parameter)
-                if selection is None:
-                    step_whole(parameter, self.state[parameter], adamw)
-                else:
-                    self._step_chosen(parameter, selection, adamw)
-        return loss
+        return super().step(closure)
+
+    def step_partly(self, parameter: nn.Parameter, adamw: AdamW) -> bool:
+        """Step the chosen entries of a parameter that has a selection."""
+        selection = self._selections.get(parameter)
+        if selection is not None:
+            self._step_chosen(parameter, selection, adamw)
+        return selection is not None
 
     def _check_parameters(self) -> None:
         """Check that the chosen parameters are those of the groups.
@@ -220,20 +210,6 @@ class SelectiveAdamW(torch.optim.Optimizer):
         )
         state.update(zip(_BOUNDED, kept, strict=True))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state without torch's cast of every tensor to the parameter's dtype.
-
-        Ages stay int32 and moments float32, whatever the parameter's dtype.
-        """
-        super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            saved = state_dict["state"].get(number, {})
-            if "age" in saved:
-                moved = {key: value.to(parameter.device) for key, value in saved.items()}
-                self.state[parameter].update(moved)
-
     def selects(self, parameter: nn.Parameter) -> bool:
         """Return whether only some entries of a parameter are stepped."""
         return parameter in self._selections
@@ -252,34 +228,3 @@ class SelectiveAdamW(torch.optim.Optimizer):
         if moved is None:
             return torch.empty(0, dtype=torch.int64)
         return torch.nonzero(moved.reshape(-1)).squeeze(1)
-
-
-def step_whole(parameter: nn.Parameter, state: dict[str, Any], adamw: AdamW) -> None:
-    """Make a plain AdamW step on a parameter with the arithmetic of ``torch.optim.AdamW``.
-
-    Args:
-        parameter: has a gradient.
-        state: of this parameter; filled if it is empty.
-        adamw: hyperparameters.
-    """
-    assert parameter.grad is not None
-    if not state:
-        state["step"] = torch.tensor(0.0)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
-    torch_adamw(
-        [parameter],
-        [parameter.grad],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [state["step"]],
-        foreach=False,
-        amsgrad=False,
-        beta1=adamw.beta1,
-        beta2=adamw.beta2,
-        lr=adamw.lr,
-        weight_decay=adamw.weight_decay,
-        eps=adamw.eps,
-        maximize=False,
-    )

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from sparsegrad_cli.io.plain_types import PLAIN_TYPES
 from sparsegrad_cli.io.suggest import did_you_mean, listed, suggest
 from sparsegrad_cli.methods.registry import ALL_NAMES, METHOD_NAMES, METHODS
+from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.yaml_source import KeyPath, shorten
 
 # Keys of other tools, and their keys here.
@@ -23,6 +24,7 @@ _ELSEWHERE = {
     "learning_rate": "train.learning_rate",
     "num_train_epochs": "train.num_train_epochs",
     "max_length": "task.max_length",
+    "max_steps": "train.max_steps",
     "rank": "method.rank",
     "r": "method.rank",
     "lora_r": "method.rank",
@@ -152,8 +154,11 @@ def _suggest_key(path: KeyPath, sections: list[type[BaseModel]]) -> str | None:
     takers = [name for name, method in METHODS.items() if key in method.model_fields]
     if path[0] == "method" and takers:
         return f"it is a key of {listed(takers, _MOST_METHODS)}"
+    in_study = "settings" in known
+    if in_study and key in Recipe.model_fields:
+        return f"for all runs it is written settings: {{{key}: ...}}"
     if key in _ELSEWHERE:
-        return f"it is written {_ELSEWHERE[key]}"
+        return f"it is written {_ELSEWHERE[key]}{', under settings' if in_study else ''}"
     first, dot, rest = key.partition(".")
     if dot and first in known:
         return f"write it nested: {first}: {{{rest}: ...}}"

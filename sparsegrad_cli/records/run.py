@@ -423,7 +423,7 @@ class CalibrationSettings(Block):
     warmup_steps: Count | None = Field(None, description="Steps of the head before calibration.")
     batch_size: Count | None = None
     passes: Count | None = Field(None, description="Passes over the calibration batches.")
-    seed: int | None = None
+    seed: Count | None = None
     data: str | None = Field(None, description="sha256 (hex) of the data.")
     seconds: Seconds = None
     peak_bytes: Bytes | None = None
@@ -510,7 +510,7 @@ class RunRecord(Record):
     recipe_digest: str | None = Field(
         None, description="sha256 (hex) of the resolved recipe without output_dir."
     )
-    seed: int | None = None
+    seed: Count | None = None
     output_dir: str | None = None
     processes: Count | None = Field(None, description="Number of processes that trained together.")
     split_by: str | None = Field(

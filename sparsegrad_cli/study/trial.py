@@ -21,8 +21,8 @@ from sparsegrad_cli.records.run import ErrorBlock, Evaluation, RunRecord
 from sparsegrad_cli.records.store import RUN, write
 from sparsegrad_cli.records.study import CellStatus, Trial, TrialRun
 from sparsegrad_cli.study.folder import StudyFolder
+from sparsegrad_cli.study.optuna_trials import NEXT_SEED, Pruner, TrialStore, goodness
 from sparsegrad_cli.study.runs import Runs, can_resume, find_run, is_done
-from sparsegrad_cli.study.search import NEXT_SEED, Pruner, TrialStore, goodness
 from sparsegrad_cli.study.search_space import Series, with_settings
 from sparsegrad_cli.study.statistics import mean
 

@@ -22,8 +22,7 @@ from sparsegrad_cli.records.study import (
 )
 from sparsegrad_cli.report.tuning import outcome_words, settings_words
 from sparsegrad_cli.study.folder import TRIALS, TUNING, TUNING_BEFORE, StudyFolder
-from sparsegrad_cli.study.runs import Runs
-from sparsegrad_cli.study.search import (
+from sparsegrad_cli.study.optuna_trials import (
     PRUNER,
     SAMPLER,
     Pruner,
@@ -35,6 +34,7 @@ from sparsegrad_cli.study.search import (
     propose,
     record_of,
 )
+from sparsegrad_cli.study.runs import Runs
 from sparsegrad_cli.study.search_space import Series, series_of, with_settings
 from sparsegrad_cli.study.trial import TrialRunner
 

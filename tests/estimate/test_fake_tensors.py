@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsegrad_cli.estimate.fake_tensors import DEVICE, NeedsValues, ShapesOnly, cuda_kernels
-from sparsegrad_cli.estimate.search import MOST, largest_batch
+from sparsegrad_cli.estimate.largest_size import MOST, largest_batch
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.numerics.supports import _largest_unsorted, largest_entries
 

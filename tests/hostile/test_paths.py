@@ -94,7 +94,10 @@ def test_report_of_a_run_keeps_linked_files(found: dict[str, str]) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()), without_figures(drawing=False):
                 report([run])
-            assert not (run / "report.md").is_symlink() and not (run / "report.html").is_symlink()
+            pages = [run / "report.md", run / "report.html"]
+            # Where a page cannot replace what has its name, a note says so, and none is written.
+            if not any(page.is_dir() and not page.is_symlink() for page in pages):
+                assert not any(page.is_symlink() for page in pages)
         finally:
             assert folder_content(folder / "outside") == before
 

@@ -9,10 +9,10 @@ from support.tiny_models import one_thread
 
 from sparsegrad_cli.methods.neighbours.adaptive_settings import ADAPTIVE
 from sparsegrad_cli.methods.neighbours.change_settings import CHANGES
+from sparsegrad_cli.methods.neighbours.factor_settings import FACTORS
 from sparsegrad_cli.methods.neighbours.gradient_settings import GRADIENTS
-from sparsegrad_cli.methods.neighbours.low_rank_settings import LOW_RANK
 
-_NEIGHBOURS = {*CHANGES, *GRADIENTS, *ADAPTIVE, *LOW_RANK}
+_NEIGHBOURS = {*CHANGES, *GRADIENTS, *ADAPTIVE, *FACTORS}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,6 +34,20 @@ def test_paper_study_uses_tuned_values_of_each_task_and_the_papers_rank() -> Non
 
 
 @pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("methods: [lora]\ntrain: {max_steps: 5}", "for all runs it is written settings: {train"),
+        ("methods: [lora]\nmax_steps: 5", "it is written train.max_steps, under settings"),
+    ],
+)
+def test_key_of_a_recipe_in_a_study_is_told_its_place(tmp_path: Path, text: str, fix: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_study(tmp_path / "s.yaml")
+    assert fix in (caught.value.problems[0].fix or "")
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("methods: []", "methods: the list is empty"),

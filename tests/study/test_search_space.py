@@ -15,8 +15,8 @@ from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
 from sparsegrad_cli.records.study import Edge, Trial
 from sparsegrad_cli.study.folder import study_digest
+from sparsegrad_cli.study.optuna_trials import best_trial, edges
 from sparsegrad_cli.study.parity import check_parity
-from sparsegrad_cli.study.search import best_trial, edges
 from sparsegrad_cli.study.search_space import (
     RATE,
     Dimension,

@@ -22,6 +22,7 @@ from sparsegrad_cli.methods.lora.settings import LoraSettings
 from sparsegrad_cli.methods.meprop.settings import MepropSettings
 from sparsegrad_cli.methods.neighbours.adaptive_settings import SaraSettings
 from sparsegrad_cli.methods.neighbours.change import ChangedLinear
+from sparsegrad_cli.methods.neighbours.factor_settings import PelaSettings, WeloreSettings
 from sparsegrad_cli.methods.neighbours.gradient_settings import (
     DctAdamwSettings,
     FiraSettings,
@@ -29,7 +30,6 @@ from sparsegrad_cli.methods.neighbours.gradient_settings import (
     GaloreSettings,
     GradnormlorpSettings,
 )
-from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings, WeloreSettings
 from sparsegrad_cli.methods.peft_types.settings import PeftSettings
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.implementation import Adapted, TrainingData
+from sparsegrad_cli.methods.neighbours.factor_settings import PelaSettings
 from sparsegrad_cli.methods.neighbours.low_rank import FactoredLinear, LowRankMethod, wide_OI
-from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings
 from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.models.targets import Target

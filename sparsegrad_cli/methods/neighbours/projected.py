@@ -8,7 +8,7 @@ for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from sparsegrad_cli.methods.optimizer import adamw_settings, parameter_groups
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis
+from sparsegrad_cli.numerics.partial_adamw import PartialAdamW
 from sparsegrad_cli.numerics.selective_adamw import AdamW
-from sparsegrad_cli.numerics.selective_optimizer import step_whole
 from sparsegrad_cli.recipe.schema import TrainSection
 
 State = dict[str, Tensor]
@@ -138,7 +138,7 @@ class SubspaceView(View):
         return step_SL.T if tall else step_SL
 
 
-class ProjectedAdamW(torch.optim.Optimizer):
+class ProjectedAdamW(PartialAdamW):
     """AdamW on views of some parameters' gradients, plain AdamW on the other parameters.
 
     Args:
@@ -160,28 +160,14 @@ class ProjectedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self._views, self._transposed = dict(views), set(transposed)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one step on the accumulated gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            adamw = AdamW(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                view = self._views.get(parameter)
-                if view is None:
-                    step_whole(parameter, self.state[parameter], adamw)
-                else:
-                    self._step_view(parameter, view, adamw)
-        return loss
+    def step_partly(self, parameter: nn.Parameter, adamw: AdamW) -> bool:
+        """Step a parameter that has a view."""
+        view = self._views.get(parameter)
+        if view is not None:
+            self._step_view(parameter, view, adamw)
+        return view is not None
 
     def _step_view(self, parameter: nn.Parameter, view: View, adamw: AdamW) -> None:
         assert parameter.grad is not None
@@ -195,22 +181,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if adamw.weight_decay:
             parameter.mul_(1 - adamw.lr * adamw.weight_decay)
         parameter.sub_(step_OI.T if turned else step_OI, alpha=adamw.lr)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state without torch's cast of every tensor to the parameter's dtype.
-
-        Indices would become floating-point numbers.
-        """
-        super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            if parameter in self._views:
-                saved = dict(state_dict["state"].get(number, {}))
-                step = saved.pop("step", None)  # stays on the CPU, where it is read in every step
-                self.state[parameter].update({k: v.to(parameter.device) for k, v in saved.items()})
-                if step is not None:
-                    self.state[parameter]["step"] = step
 
 
 def projected_adamw(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.methods.neighbours.factor_settings import WeloreSettings
 from sparsegrad_cli.methods.neighbours.low_rank import LowRankMethod, wide_OI
-from sparsegrad_cli.methods.neighbours.low_rank_settings import WeloreSettings
 from sparsegrad_cli.models.targets import Target
 
 _STEPS = 200  # of the search for the threshold, from 0 to 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsegrad_cli.estimate.estimate_steps import changed
-from sparsegrad_cli.estimate.search import largest, largest_in_levels
+from sparsegrad_cli.estimate.largest_size import largest, largest_in_levels
 from sparsegrad_cli.methods.base import SizeRange, Sizing
 from sparsegrad_cli.methods.registry import SIZE_KEYS
 from sparsegrad_cli.recipe.budget import Budget

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.methods.implementation import TrainingData
+from sparsegrad_cli.methods.neighbours.factor_settings import PelaSettings
 from sparsegrad_cli.methods.neighbours.low_rank import FactoredLinear, best_factors
-from sparsegrad_cli.methods.neighbours.low_rank_settings import PelaSettings
 from sparsegrad_cli.recipe.schema import TrainSection
 
 RATE, ALPHA, BETA, STAGE = 0.02, 3.0, 0.7, 3

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.methods.base import TargetShapes
+from sparsegrad_cli.methods.neighbours.factor_settings import WeloreSettings
 from sparsegrad_cli.methods.neighbours.low_rank import FactoredLinear
-from sparsegrad_cli.methods.neighbours.low_rank_settings import WeloreSettings
 from sparsegrad_cli.methods.neighbours.welore import ranks_by_threshold
 from sparsegrad_cli.recipe.schema import TrainSection
 

@@ -23,9 +23,9 @@ from sparsegrad_cli.study.budget.solve_study import solve_study
 from sparsegrad_cli.study.coordinator import plan_of
 from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
+from sparsegrad_cli.study.optuna_trials import Pruner, ended_trial, propose
 from sparsegrad_cli.study.parity import check_parity
 from sparsegrad_cli.study.runs import Runs
-from sparsegrad_cli.study.search import Pruner, ended_trial, propose
 from sparsegrad_cli.study.search_space import RATE, first_point, series_of
 from sparsegrad_cli.study.trial import TrialRunner
 from sparsegrad_cli.study.tuning import Tuning

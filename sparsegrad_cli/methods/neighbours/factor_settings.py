@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PARTS = "sparsegrad_cli.methods.neighbours"
 
 
-class LowRankSettings(MethodSettings):
+class FactorSettings(MethodSettings):
     """Settings that the methods share which replace W by B A, so that W has fewer parameters."""
 
     def check(self, recipe: Recipe) -> None:
@@ -37,7 +37,7 @@ class LowRankSettings(MethodSettings):
         return "the factors of W are an approximation at the start"
 
 
-class WeloreSettings(LowRankSettings):
+class WeloreSettings(FactorSettings):
     """WeLoRe (Jaiswal et al. 2024): W becomes B A where its singular values fall fast."""
 
     name: Literal["welore"]
@@ -88,7 +88,7 @@ class WeloreSettings(LowRankSettings):
         return f"{_PARTS}.welore:Welore"
 
 
-class PelaSettings(LowRankSettings):
+class PelaSettings(FactorSettings):
     """PELA (Guo et al. 2024): W becomes B A, distilled from the model with W before training."""
 
     name: Literal["pela"]
@@ -134,7 +134,7 @@ class PelaSettings(LowRankSettings):
         return f"{_PARTS}.pela:Pela"
 
 
-LOW_RANK: dict[str, type[MethodSettings]] = {
+FACTORS: dict[str, type[MethodSettings]] = {
     "welore": WeloreSettings,
     "pela": PelaSettings,
 }

@@ -15,7 +15,7 @@ from support.paths import REPO
 
 from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.records.study import CellStatus, Trial
-from sparsegrad_cli.study.search import (
+from sparsegrad_cli.study.optuna_trials import (
     FIRST,
     NEXT_SEED,
     Pruner,

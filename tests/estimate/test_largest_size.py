@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sparsegrad_cli.estimate.search import largest, largest_in_levels
+from sparsegrad_cli.estimate.largest_size import largest, largest_in_levels
 
 
 class Looked:
