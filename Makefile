@@ -2,9 +2,10 @@
 # make demo      install, then calibrate and train on the embedded default
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types, of the tests too
-# make browser-check  the reports in a browser; needs Chromium
+# make browser-check   the reports in a browser; needs Chromium
 # make docs      the documentation as web pages, in build/site; every warning is an error
-# make reference      the generated pages of docs/reference: recipe keys, commands, records
+# make dist      a wheel, in dist
+# make reference   the generated pages of docs/reference: recipe keys, commands, records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
 # TORCH=torch==2.13.0          which torch
@@ -23,7 +24,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow browser-check check format docs reference clean
+.PHONY: install demo test test-slow browser-check check format docs dist reference clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -68,6 +69,10 @@ docs: $(STAMP) $(STAMP).docs
 $(STAMP).docs: $(STAMP)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
+
+dist: $(STAMP)
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 reference: $(STAMP)
 	$(BIN)/python -m docs.generate

@@ -53,7 +53,7 @@ def _penalty(model: nn.Module, config: Any) -> Callable[[], Tensor] | None:
     if kasa is not None and (kasa.beta or kasa.gamma):
         return lambda: kasa_penalty(model, kasa.beta, kasa.gamma)
     if getattr(config, "monteclora_config", None) is not None:
-        return lambda: _monteclora_penalty(model)
+        return lambda: monteclora_penalty(model)
     return None
 
 
@@ -89,7 +89,7 @@ def kasa_penalty(model: nn.Module, beta: float, gamma: float) -> Tensor:
     return total
 
 
-def _monteclora_penalty(model: nn.Module) -> Tensor:
+def monteclora_penalty(model: nn.Module) -> Tensor:
     """Return the mean over layers of MonteCLoRA's divergences and entropy (2411.04358).
 
     They are computed again from the last sample: the backward pass has freed the graph of the
