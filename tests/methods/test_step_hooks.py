@@ -51,7 +51,8 @@ def test_gradient_of_a_penalty_is_added_to_that_of_the_loss() -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
 
     def total() -> Tensor:
-        return model(x).square().sum() + kasa_penalty(model, 0.3, 0.7)
+        loss: Tensor = model(x).square().sum() + kasa_penalty(model, 0.3, 0.7)
+        return loss
 
     model(x).square().sum().backward()
     add_gradient(model, lambda: kasa_penalty(model, 0.3, 0.7))
@@ -73,11 +74,8 @@ def test_monteclora_penalty_has_the_value_and_gradient_of_the_forward_pass() -> 
     model = adapted(monteclora_config=MontecloraConfig())
     draw_in_every_step(model)
     model(torch.randn(4, 6))
-    samplers = [
-        m.lora_monteclora_sampler["default"]
-        for m in model.modules()
-        if hasattr(m, "lora_monteclora_sampler")
-    ]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "lora_monteclora_sampler")]
+    samplers = [layer.lora_monteclora_sampler["default"] for layer in layers]
     assert len(samplers) == 2
     own = torch.stack([sum(s.get_variational_loss()) for s in samplers]).mean()
     trained = [p for p in model.parameters() if p.requires_grad]
