@@ -18,6 +18,7 @@ from support.tiny_models import (
     snapshot,
     targets_of,
 )
+from support.warm_python import run_two_ranks
 from torch import Tensor
 
 from sparsegrad_cli.calibration.calibrate import passes_of
@@ -182,12 +183,12 @@ def half_of_the_stream(rank: int, folder: str, section: dict[str, Any]) -> None:
     ],
     ids=["exact", "randomized"],
 )
-def test_two_processes_find_what_one_does(tmp_path: Path, section: dict[str, Any]) -> None:
+def test_two_processes_find_what_one_does(
+    tmp_path: Path, warm_client: str, section: dict[str, Any]
+) -> None:
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     alone = calibrated(model, targets_of(model), steps=4, rank=RANK, **section)
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        half_of_the_stream, args=(str(tmp_path), section), nprocs=2
-    )
+    run_two_ranks(warm_client, half_of_the_stream, tmp_path, section)
     for rank in (0, 1):
         projections = torch.load(tmp_path / f"q{rank}", weights_only=True)
         for key, basis in alone.bases.items():

@@ -133,21 +133,24 @@ def test_a_nonempty_output_dir_is_refused_and_unchanged(cli: Cli, tmp_path: Path
     assert "holds no run" in cli("train", *SMALL, "-o", "r", "--resume").flat
 
 
-def test_a_basis_of_other_targets_or_a_damaged_one_is_refused(cli: Cli, tmp_path: Path) -> None:
-    made = cli("calibrate", *SMALL, "-o", "basis", "targets.blocks=[0, 1]")
+def test_a_basis_of_other_targets_or_a_damaged_one_is_refused(
+    cli: Cli, tmp_path: Path, small_bert: str
+) -> None:
+    small = (f"model={small_bert}", *SMALL)
+    made = cli("calibrate", *small, "-o", "basis", "targets.blocks=[0]")
     assert made.code == 0, made.err
     basis = tmp_path / "basis" / "basis.safetensors"
-    other = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "r1")
+    other = cli("train", *small, f"calibration.basis={basis}", "-o", "r1")
     assert other.code == 2
     assert "another target set" in other.flat and "calibration.basis" in other.flat
     content = basis.read_bytes()
     basis.write_bytes(content[: len(content) // 2])
-    cut = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "r2", "targets.blocks=[0, 1]")
+    cut = cli("train", *small, f"calibration.basis={basis}", "-o", "r2", "targets.blocks=[0]")
     assert cut.code == 1 and "basis" in cut.flat
     flipped = bytearray(content)
     flipped[-3] ^= 0xFF
     basis.write_bytes(bytes(flipped))
-    bad = cli("train", *SMALL, f"calibration.basis={basis}", "-o", "r3", "targets.blocks=[0, 1]")
+    bad = cli("train", *small, f"calibration.basis={basis}", "-o", "r3", "targets.blocks=[0]")
     assert bad.code == 1 and "digest" in bad.flat
 
 

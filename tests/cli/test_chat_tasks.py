@@ -177,6 +177,7 @@ def test_the_best_evaluation_has_a_checkpoint(cli: Cli, settings: tuple[str, ...
     assert Path("run/checkpoint-4").is_dir()
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_methods_are_compared_by_loss(cli: Cli, settings: tuple[str, ...]) -> None:
     outcome = cli("compare", "--methods", "full,lora", "--seeds", "2", "-o", "c", "-q", *settings)
     assert outcome.code == 0, outcome.err

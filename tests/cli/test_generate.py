@@ -82,6 +82,7 @@ def start(folder: Path, *arguments: str, **more: Any) -> subprocess.Popen[bytes]
     )
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_killed_command_continues_where_it_stopped(cli: Cli, model: str, tmp_path: Path) -> None:
     asked = ("--prompts", "builtin:questions", "--max-new-tokens", "40", "-o", "a.jsonl", "-q")
     arguments = (model, *asked, "--device", "cpu", "--batch-size", "1")
@@ -109,6 +110,7 @@ def read_until(process: subprocess.Popen[bytes], seconds: float = 60.0) -> bytes
     return os.read(process.stdout.fileno(), 65536)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_conversation_works_through_a_pipe(tmp_path: Path) -> None:
     """Ctrl-C stops an answer, /reset starts again, and the end of input ends the command."""
     endless = str(chat_model_folder(tmp_path / "m", positions=100_000, endless=True))

@@ -27,6 +27,7 @@ from sparsegrad_cli.tasks.setup import first_validation_batches, make_setup
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
 
+pytestmark = pytest.mark.usefixtures("warm_python")
 QUESTIONS = ("Is 12 more than 7?", "And 7?", "Who came home?", "What was old?", "Nobody?")
 ANSWERS = ("It is, by 5.", "No: they are equal.", "The children were asleep.", "The ship.")
 CASES = {

@@ -117,6 +117,7 @@ def test_lora_folder_holds_template_and_stop_token(
     assert plainly(folder, model) == ours(run) == ours(folder)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_model_without_a_template_is_exported_with_that_of_training(
     talks: Callable[..., Path], exported: Exported
 ) -> None:
@@ -130,6 +131,7 @@ def test_model_without_a_template_is_exported_with_that_of_training(
     assert found == ours(run) == ours(folder) == [("ok", True)] * 3
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_export_without_its_stop_token_is_refused(
     talks: Callable[..., Path],
     refused: Callable[..., Outcome],

@@ -24,6 +24,7 @@ from sparsegrad_cli.tasks.answerer import Answerer
 from sparsegrad_cli.tasks.generation_settings import GenerationSettings
 
 need_bitsandbytes()
+pytestmark = pytest.mark.usefixtures("warm_python")
 QUESTIONS = ("Is 12 more?", "And 7?", "Who came home?", "What was old?")
 ANSWERS = ("It is, by 5.", "No.", "The ship.")
 METHODS = {

@@ -109,9 +109,10 @@ def test_the_last_block_gets_what_its_gradients_deserve(basis_per: str) -> None:
 
 
 def test_a_basis_of_an_older_version_is_refused_where_it_cannot_tell(
-    cli: Cli, tmp_path: Path
+    cli: Cli, tmp_path: Path, small_bert: str
 ) -> None:
-    made = cli("calibrate", "method.rank=32", *SMALL, "calibration.energy_steps=0", "-o", "basis")
+    small = (f"model={small_bert}", "method.rank=32", *SMALL)
+    made = cli("calibrate", *small, "calibration.energy_steps=0", "-o", "basis")
     assert made.code == 0, made.err
     path = tmp_path / "basis" / "basis.safetensors"
     basis = read_basis(path)
@@ -123,7 +124,7 @@ def test_a_basis_of_an_older_version_is_refused_where_it_cannot_tell(
     assert read_basis(path).metadata.digest == digest
     with pytest.raises(UsageError):
         check_tokens(read_basis(path))
-    recipe = ("method.rank=32", *SMALL, f"calibration.basis={path}")
+    recipe = (*small, f"calibration.basis={path}")
     refused = cli("train", *recipe, "method.allocation=model", "-o", "one")
     assert refused.code == 2
     assert "expected a basis that says how many tokens each target saw" in refused.flat

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.peft_models import wrapped
 from support.tiny_models import batch
+from support.warm_python import run_two_ranks
 from torch import Tensor, nn
 
 import sparsegrad_cli.peft as sg
@@ -78,10 +79,10 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, warm_client: str) -> Path:
     """Run both processes."""
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)  # type: ignore[attr-defined]
+    run_two_ranks(warm_client, work, folder)
     return folder
 
 

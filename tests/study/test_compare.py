@@ -13,10 +13,18 @@ from pathlib import Path
 import pytest
 from support.cli_runs import SMALL, Cli
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 
 @pytest.fixture
-def quick() -> tuple[str, ...]:
-    return (*SMALL, "train.max_steps=3", "train.eval_steps=3", "train.logging_steps=1")
+def quick(small_bert: str) -> tuple[str, ...]:
+    return (
+        f"model={small_bert}",
+        *SMALL,
+        "train.max_steps=3",
+        "train.eval_steps=3",
+        "train.logging_steps=1",
+    )
 
 
 @contextmanager

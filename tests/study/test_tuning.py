@@ -66,11 +66,12 @@ def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
             store.add(series.name, ended_trial(series.space, trial, seen))
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_trial_below_the_median_is_pruned_and_runs_use_the_best_settings(
-    cli: Cli, tmp_path: Path
+    cli: Cli, tmp_path: Path, small_bert: str
 ) -> None:
     """The fourth trial is a real one, which cannot score 2 and is pruned. The third is the best."""
-    over = (*TINY, f"train.max_steps={STEPS}")
+    over = (*TINY, f"model={small_bert}", f"train.max_steps={STEPS}")
     study = make_study(None, ("full",), 1, over, trials=4)
     prepared(tmp_path / "c", study, [2.0, 2.1, 2.5])
     command = ("--methods", "full", "--seeds", "1", "--tune", "4", "-o", "c", "-q")

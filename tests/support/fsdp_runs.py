@@ -96,13 +96,6 @@ def train_run(
     return train_recipe(load_recipe(None, settings), observer, resume=resume).to_json()
 
 
-def skip_figures() -> None:
-    """Replace figures, which take most of the time, by empty ones."""
-    from sparsegrad_cli.report import svg
-
-    svg.to_svg = lambda figure: "<svg></svg>"
-
-
 @contextmanager
 def joined_process_group(rank: int, folder: str) -> Iterator[None]:
     """Join the group as `torchrun --nproc-per-node 2` does, and exit the process at the end."""
@@ -113,7 +106,6 @@ def joined_process_group(rank: int, folder: str) -> Iterator[None]:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    skip_figures()
     yield
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

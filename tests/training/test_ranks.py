@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support.adapter_paths import adapter_path
 from support.chat_models import chat_model_folder
 from support.tiny_models import one_thread
+from support.warm_python import run_two_ranks
 from torch import Tensor
 
 from sparsegrad_cli.data.order import EpochSampler
@@ -94,7 +95,6 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    undraw()
     found: dict[str, Any] = {}
     sent = counted_sums()
     for name in METHODS:
@@ -145,20 +145,11 @@ def counted_sums() -> list[int]:
     return sent
 
 
-def undraw() -> None:
-    """Skip the figures of the report, which take most of the time."""
-    from sparsegrad_cli.report import svg
-
-    svg.to_svg = lambda figure: "<svg></svg>"
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, warm_client: str) -> Path:
     """Return a folder in which two processes have trained each method, in ``two-<method>``."""
     folder = place(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        one_of_two, args=(str(folder),), nprocs=2
-    )
+    run_two_ranks(warm_client, one_of_two, folder)
     return folder
 
 
@@ -167,7 +158,6 @@ def alone(two: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str,
     """``alone("lora", "run")``: by this process, in the same folder."""
     monkeypatch.chdir(two)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", lambda figure: "<svg></svg>")
 
     def run(name: str, folder: str, *more: str) -> dict[str, Any]:
         with one_thread():

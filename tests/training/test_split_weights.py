@@ -19,6 +19,7 @@ from support.checkpoint_files import save
 from support.fsdp_runs import BATCH, METHODS, STEPS, batch_settings, make_inputs, train_run
 from support.fsdp_worker import CELLS, COMPARED, FILES, one_of_two
 from support.tiny_models import one_thread, targets_of
+from support.warm_python import run_two_ranks
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
@@ -26,12 +27,10 @@ from sparsegrad_cli.training.checkpoint import load_optimizer
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, warm_client: str) -> Path:
     """Return a folder in which two processes have done all of the above."""
     folder = make_inputs(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        one_of_two, args=(str(folder),), nprocs=2
-    )
+    run_two_ranks(warm_client, one_of_two, folder)
     return folder
 
 
@@ -40,7 +39,6 @@ def here(two: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The same, as the working folder of this process, which is alone."""
     monkeypatch.chdir(two)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sparsegrad_cli.report.svg.to_svg", lambda figure: "<svg></svg>")
     with one_thread():
         yield two
 

@@ -20,7 +20,7 @@ COMMAND = """
 import multiprocessing, sys
 from sparsegrad_cli.cli.app import main
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv.pop(1))
+    multiprocessing.set_start_method(sys.argv.pop(1), force=True)
     sys.argv[0] = "sparsegrad"
     main()
 """
@@ -51,7 +51,16 @@ def arguments(folder: Path, task: str) -> tuple[str, ...]:
 def train_with_workers(folder: Path, method: str, settings: tuple[str, ...]) -> Path:
     """Train by the command line in another process, with one data loader worker."""
     (folder / "command.py").write_text(COMMAND, encoding="utf-8")
-    command = [sys.executable, "command.py", method, "train", *settings, "-q", "-o", "shared"]
+    command = [
+        sys.executable,
+        str(folder / "command.py"),
+        method,
+        "train",
+        *settings,
+        "-q",
+        "-o",
+        "shared",
+    ]
     ended = subprocess.run(
         [*command, "train.dataloader_num_workers=1"],
         cwd=folder,
@@ -63,6 +72,7 @@ def train_with_workers(folder: Path, method: str, settings: tuple[str, ...]) -> 
     return folder / "shared"
 
 
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("task, method", [("csv", "spawn"), ("chat", "forkserver")])
 def test_data_loader_workers_do_not_change_the_run(
     cli: Cli, tmp_path: Path, task: str, method: str
