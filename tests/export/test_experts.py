@@ -12,6 +12,7 @@ from support.architectures import TABLE, causal_or_body
 from support.cli_runs import Cli
 from support.small_runs import byte_tokenizer, record
 
+pytestmark = pytest.mark.usefixtures("warm_python")
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -48,8 +49,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "method",
     [
         "method={name: lora, rank: 4, dropout: 0.1}",
-        "method={name: full}",
-        "method={name: meprop, density: 0.05}",
+        pytest.param("method={name: full}", marks=pytest.mark.slow),
+        pytest.param("method={name: meprop, density: 0.05}", marks=pytest.mark.slow),
         "method={name: sparsegrad, density: 0.05}",
     ],
 )

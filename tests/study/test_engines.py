@@ -111,11 +111,11 @@ def compare(cli: Cli, *arguments: str) -> dict[str, Any]:
 
 
 def test_slurm_engine_trains_with_submitits_local_executor(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tmp_path: Path, small_bert: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
-    record = compare(cli, "--engine", "slurm", "engine.slurm.cluster=local")
+    record = compare(cli, "--engine", "slurm", "engine.slurm.cluster=local", f"model={small_bert}")
     assert (record["status"], record["engine"]) == ("done", "slurm")
     assert len(list((tmp_path / "c" / "slurm" / "1").glob("*_0_result.pkl"))) == 2
 

@@ -17,15 +17,16 @@ from support.paths import REPO
 from sparsegrad_cli.io.locks import owner_of
 from sparsegrad_cli.study.runs import find_run
 
+STEPS = 200  # many, so that the kill comes before the end
 TINY = (
     "task.train_limit=16",
     "task.eval_limit=8",
     "task.max_length=16",
     "train.per_device_train_batch_size=8",
-    "train.max_steps=40",
+    f"train.max_steps={STEPS}",
     "train.logging_steps=1",
     "train.eval_strategy=steps",
-    "train.eval_steps=10",
+    "train.eval_steps=50",
 )
 
 
@@ -58,14 +59,22 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "engine", [(), pytest.param(("--engine=slurm", "engine.slurm.cluster=local"), id="slurm")]
+    "engine",
+    [
+        (),
+        pytest.param(
+            ("--engine=slurm", "engine.slurm.cluster=local"), id="slurm", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_killed_coordinator_leaves_no_orphan_and_continues(
-    tmp_path: Path, engine: tuple[str, ...]
+    request: pytest.FixtureRequest, tmp_path: Path, small_bert: str, engine: tuple[str, ...]
 ) -> None:
-    folder = tmp_path / "c"
+    if not engine:  # submitit finds its jobs by the IDs of real processes
+        request.getfixturevalue("warm_python")
+    folder, settings = tmp_path / "c", (f"model={small_bert}", *engine)
     lora, full = (folder / "cells" / f"builtin-acceptability-{m}-s42" for m in ("lora", "full"))
-    first = compare(folder, "--jobs=1", *engine)
+    first = compare(folder, "--jobs=1", *settings)
     wait_until(lambda: (run := find_run(lora)) is not None and run.status == "done", first)
     before = (lora / "run.json").read_bytes()
     wait_until(lambda: len(steps(full)) > 1, first)
@@ -76,13 +85,12 @@ def test_a_killed_coordinator_leaves_no_orphan_and_continues(
             time.sleep(0.05)
         left = find_run(full)
         assert left is not None and left.status == "interrupted"
-    second = compare(folder, *engine)
+    second = compare(folder, *settings)
     told = second.communicate(timeout=900)[1]
     assert second.returncode == 0, told
     assert "[1/2] builtin:acceptability  lora  seed 42: done before" in told
     assert (lora / "run.json").read_bytes() == before
-    assert steps(full) == list(
-        range(1, 41)
-    )  # continued from the checkpoint without repeating a step
+    # It continued from the checkpoint without repeating a step.
+    assert steps(full) == list(range(1, STEPS + 1))
     record = json.loads((folder / "compare.json").read_text())
     assert [cell["status"] for cell in record["cells"]] == ["done", "done"]
