@@ -46,18 +46,21 @@ def test_plain_loop(classifier: Path, tmp_path: Path) -> None:
     assert "the loaded adapter gives the same logits: True" in printed
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_trainer_resumes_exactly(classifier: Path, tmp_path: Path) -> None:
     printed = run(tmp_path, sys.executable, example("trainer_resume.py"), str(classifier))
     assert "static: the resumed run ends with the same weights: True" in printed
     assert "refresh: the resumed run ends with the same weights: True" in printed
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_plain_torch_model_merges_and_converts(tmp_path: Path) -> None:
     printed = run(tmp_path, sys.executable, example("plain_torch.py"))
     differences = [float(line.split()[-1]) for line in printed.splitlines() if "differs" in line]
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_merged_and_as_lora_it_loads_without_this_package(classifier: Path, tmp_path: Path) -> None:
     printed = run(tmp_path, sys.executable, example("merge_and_lora.py"), str(classifier))
     differences = [float(line.split()[-1]) for line in printed.splitlines() if "differs" in line]
@@ -67,6 +70,7 @@ def test_merged_and_as_lora_it_loads_without_this_package(classifier: Path, tmp_
         assert files and not any("sparsegrad" in path.read_text().lower() for path in files)
 
 
+@pytest.mark.slow
 def test_two_processes(classifier: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     printed = run(tmp_path, *launch, example("two_processes.py"), str(classifier))
@@ -74,12 +78,16 @@ def test_two_processes(classifier: Path, tmp_path: Path) -> None:
     assert (tmp_path / "two-processes" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_sft_trainer(chat_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     printed = run(tmp_path, sys.executable, example("sft_trainer.py"), str(chat_model))
     assert "the adapter that TRL saved gives the same logits: True" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_dpo_trainer(chat_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     printed = run(tmp_path, sys.executable, example("dpo_trainer.py"), str(chat_model))
