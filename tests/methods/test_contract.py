@@ -10,6 +10,7 @@ import torch
 from support.checkpoint_files import save
 from support.tiny_models import (
     BLOCKS,
+    CALIBRATED,
     HIDDEN,
     INNER,
     METHODS,
@@ -188,6 +189,7 @@ def test_same_seed_twice_is_bitwise_the_same(name: str) -> None:
     runs = []
     for _ in range(2):
         torch.rand(3)  # whatever was drawn before does not matter
+        CALIBRATED.clear()
         tuned = Tuned(name, scope="rest")
         runs.append((tuned.steps(4), snapshot(tuned.model)))
     (losses, weights), (again, weights_again) = runs

@@ -337,6 +337,10 @@ METHODS |= {
 }
 
 
+# Bases that :class:`Tuned` has calibrated, by architecture, seed, basis_per and overrides.
+CALIBRATED: dict[tuple[Any, ...], dict[str, Basis]] = {}
+
+
 class Tuned:
     """A tiny model made ready by a method, with its optimizer.
 
@@ -366,9 +370,12 @@ class Tuned:
         save_memory(self.model, self.targets, settings.recompute)
         bases = None
         if basis_per is not None:
-            bases = calibrated(
-                self.model, self.targets, steps=3, basis_per=basis_per, seed=seed
-            ).by_target()
+            key = (architecture, seed, basis_per, *sorted(overrides.items()))
+            if key not in CALIBRATED:
+                CALIBRATED[key] = calibrated(
+                    self.model, self.targets, steps=3, basis_per=basis_per, seed=seed
+                ).by_target()
+            bases = copy.deepcopy(CALIBRATED[key])
         self.method: Any = settings.implementation()
         with temporary_seed(seed):
             self.prepared: Prepared = self.method.prepare(
