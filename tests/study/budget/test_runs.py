@@ -192,7 +192,7 @@ def test_a_continued_study_keeps_its_solved_sizes(cli: Cli, place: Path, tmp_pat
     planned = json.loads(plan.out)
     assert not (tmp_path / "c").exists()
     outcome = cli("compare", path, *option)
-    assert outcome.code == 0 and outcome.flat.count("solve trainable=230") == 1, outcome.err
+    assert outcome.code == 0 and outcome.flat.count("solve: trainable=230") == 1, outcome.err
     found = compared(tmp_path)
     assert found["match"] == "trainable=230" and found["budget"]["request"] == 230
     (row,), (cell,) = found["budget"]["rows"], found["cells"]
@@ -206,7 +206,7 @@ def test_a_continued_study_keeps_its_solved_sizes(cli: Cli, place: Path, tmp_pat
     # The same command finds all runs done; another budget is another comparison.
     again = cli("compare", path, *option)
     assert again.code == 0 and "done before" in again.flat, again.err
-    assert "solve trainable" not in again.flat
+    assert "solve: trainable" not in again.flat
     assert "Budget trainable=230" in " ".join(again.out.split())
     assert compared(tmp_path)["digest"] == found["digest"]
     assert compared(tmp_path)["budget"] == found["budget"]
@@ -220,7 +220,7 @@ def test_a_continued_study_keeps_its_solved_sizes(cli: Cli, place: Path, tmp_pat
 def test_a_tuned_study_has_one_size_per_row(cli: Cli, place: Path, tmp_path: Path) -> None:
     study(place, "trainable=230", ("lora", "static"))
     outcome = cli("compare", str(place / "study.yaml"), "--tune", "2", "-o", "c")
-    assert outcome.flat.count("solve trainable=230") == 2, outcome.err  # once for each row
+    assert outcome.flat.count("solve: trainable=230") == 2, outcome.err  # once for each row
     found = compared(tmp_path)
     sizes = {row["method"]: row["set"] for row in found["budget"]["rows"]}
     runs = [("lora", "*-lora-*"), ("static", "*-static-*")]
