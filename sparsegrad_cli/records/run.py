@@ -162,6 +162,14 @@ class TaskBlock(Block):
         {}, description="Number of conversations that were read and kept, and dropped by reason."
     )
 
+    @property
+    def baseline(self) -> tuple[str, float] | None:
+        """What the same answer for every row scores: the answer's name, and the score."""
+        if self.majority_score is None:
+            return None
+        names = {"regression": "mean score", "multilabel": "most frequent labels"}
+        return names.get(self.kind or "", "majority class"), self.majority_score
+
 
 class MethodBlock(Block):
     """The method, with the settings of its recipe. `counts` has the size that follows from them."""

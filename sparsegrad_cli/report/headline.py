@@ -162,13 +162,13 @@ def run_headline(run: RunRecord, scale: Scale) -> str:
     before = run.metrics.initial if run.metrics else None
     if before and before.score is not None and before.step != best.step:
         parts.append(f"before training {format_score(before.score, scale)}")
-    majority = run.task.majority_score if run.task else None
-    if majority is not None:
-        parts.append(f"majority class {format_score(majority, scale)}")
+    baseline = run.task.baseline if run.task else None
+    if baseline is not None:
+        parts.append(f"{baseline[0]} {format_score(baseline[1], scale)}")
     total = f" of {run.time.steps:,}" if run.time and run.time.steps else ""
     found = f"{', '.join(parts)}; {scale.label} at step {best.step:,}{total}"
-    if majority is not None and best.step and not _beats(best.score, majority, scale):
-        found += ": no better than always predicting the most frequent class"
+    if baseline is not None and best.step and not _beats(best.score, baseline[1], scale):
+        found += ": no better than the same answer for every row"
     return f"{end}; best so far: {found}" if end else found
 
 

@@ -203,7 +203,7 @@ def _score(run: RunRecord) -> Fact:
     scale, best = scale_of_run(run), best_so_far(metrics)
     parts = [scale.label]
     for label, value in (
-        (_baseline_words(task), task.majority_score),
+        *([task.baseline] if task.baseline else []),
         ("before training", metrics.initial.score if metrics.initial else None),
         ("last", metrics.final.score if metrics.final else None),
     ):
@@ -214,11 +214,6 @@ def _score(run: RunRecord) -> Fact:
         parts.append(f"at step {best.step:,}" + (f" of {steps:,}" if steps is not None else ""))
     score = format_score(best.score if best else None, scale)
     return Fact("Best validation score", score, "; ".join(parts))
-
-
-def _baseline_words(task: TaskBlock) -> str:
-    words = {"regression": "mean score", "multilabel": "most frequent labels"}
-    return words.get(task.kind or "", "majority class")
 
 
 def _loss(run: RunRecord) -> Fact:
@@ -323,8 +318,8 @@ def _learning(run: RunRecord) -> list[Block | None]:
     scale = scale_of_run(run)
 
     def learning_curve() -> Drawing | None:
-        majority = run.task.majority_score if run.task else None
-        return run_charts.learning_curve(run.metrics, majority, scale)
+        baseline = run.task.baseline if run.task else None
+        return run_charts.learning_curve(run.metrics, baseline, scale)
 
     return [
         Figure(

@@ -54,13 +54,13 @@ def score_points(metrics: MetricsBlock | None) -> Points:
 
 @chart
 def learning_curve(
-    metrics: MetricsBlock | None, majority: float | None, scale: Scale
+    metrics: MetricsBlock | None, baseline: tuple[str, float] | None, scale: Scale
 ) -> Figure | None:
     """Draw the validation score over steps.
 
     Args:
         metrics: the run's metrics; the figure marks the model that was kept.
-        majority: the score of always predicting the most frequent class, drawn as a line.
+        baseline: the score of always giving the same answer, drawn as a line: name and score.
         scale: the scale of the scores.
     """
     points = score_points(metrics)
@@ -76,8 +76,8 @@ def learning_curve(
     if best and best.score is not None:
         kept = [scale.times * best.score]
         axes.plot([best.step], kept, "o", ms=10, mfc="none", mec=colour(1), label="best, kept")
-    if majority is not None:
-        axes.axhline(scale.times * majority, color=INK, lw=1, ls=":", label="majority class")
+    if baseline is not None:
+        axes.axhline(scale.times * baseline[1], color=INK, lw=1, ls=":", label=baseline[0])
     axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
     whole_steps(axes)
     few_ticks(axes.yaxis)

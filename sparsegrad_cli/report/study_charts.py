@@ -80,9 +80,9 @@ def score_dots(study: StudyRecord, task: str) -> Figure | None:
             )
             diamond[0].set_label("published")
             tip(diamond[0], f"{published.source}: {format_score(published.score, scale)}")
-    level, (low, high) = _majority(study, task), axes.get_xlim()
-    if level is not None and low <= scale.times * level <= high:
-        axes.axvline(scale.times * level, color=INK, lw=1, ls=":", label="majority class")
+    baseline, (low, high) = _baseline(study, task), axes.get_xlim()
+    if baseline is not None and low <= scale.times * baseline[1] <= high:
+        axes.axvline(scale.times * baseline[1], color=INK, lw=1, ls=":", label=baseline[0])
     name_rows(axes, [row.method for row in rows])
     axes.set_xlabel(plain(scale.label))
     few_ticks(axes.xaxis)
@@ -115,9 +115,9 @@ def learning_curves(study: StudyRecord, task: str) -> Figure | None:
         line[0].set_label(plain(method))
         texts = [f"{method}, step {step:,}: {score:.{scale.digits}f}" for step, score in means]
         point_tips(axes, means, texts)
-    level = _majority(study, task)
-    if level is not None:
-        axes.axhline(scale.times * level, color=INK, lw=1, ls=":", label="majority class")
+    baseline = _baseline(study, task)
+    if baseline is not None:
+        axes.axhline(scale.times * baseline[1], color=INK, lw=1, ls=":", label=baseline[0])
     axes.set(xlabel="optimizer step", ylabel=plain(scale.label))
     whole_steps(axes)
     few_ticks(axes.yaxis)
@@ -371,10 +371,7 @@ def _place(study: StudyRecord, row: ResultRow) -> int:
     return methods_of(study).index(row.method)
 
 
-def _majority(study: StudyRecord, task: str) -> float | None:
-    """Return the score of always predicting the most frequent class, from the first run with it."""
-    for method in methods_of(study):
-        for run in _runs(study, task, method):
-            if run.task and run.task.majority_score is not None:
-                return run.task.majority_score
-    return None
+def _baseline(study: StudyRecord, task: str) -> tuple[str, float] | None:
+    """Return what always giving the same answer scores, from the first run that recorded it."""
+    runs = (run for method in methods_of(study) for run in _runs(study, task, method))
+    return next((run.task.baseline for run in runs if run.task and run.task.baseline), None)

@@ -95,7 +95,7 @@ def test_a_run_says_its_score_and_what_it_compares_with() -> None:
     )
     poor = run_record()
     poor["metrics"]["best"]["score"] = 0.0
-    assert "no better than always predicting the most frequent class" in run_words(poor)
+    assert "no better than the same answer for every row" in run_words(poor)
 
 
 def test_a_run_that_was_killed_still_shows_its_best_score() -> None:
