@@ -49,7 +49,7 @@ def answer_rows(
 
     Args:
         answerer: the model.
-        batches: rows with the column ``column``, as many as are answered at a time.
+        batches: rows with the column ``column``; a batch is answered at a time.
         column: name of the column of the question.
         summary: counts the rows, and those whose answer was cut.
 

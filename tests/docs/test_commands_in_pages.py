@@ -38,4 +38,4 @@ def test_commands_parse(page: Path) -> None:
         command = program.commands[name]  # type: ignore[attr-defined]
         if name == "configs" and arguments:
             command = command.commands[arguments.pop(0)]
-        command.make_context(f"sparsegrad {name}", arguments)
+        assert command.make_context(f"sparsegrad {name}", arguments).command is command

@@ -172,7 +172,7 @@ def test_a_path_in_any_file_is_refused(tmp_path: Path) -> None:
     home = f"{Path.home()}/x".encode()
     with pytest.raises(UploadError, match=r"a\.txt holds"):
         refuse_local_paths({"a.txt": home}, [])
-    refuse_local_paths({"tokenizer.json": home, "b.json": b"/tmp/other"}, [folder])
+    refuse_local_paths({"tokenizer.json": home, "b.json": b"/elsewhere/x"}, [folder])
 
 
 @pytest.mark.slow
