@@ -43,11 +43,12 @@ def main() -> None:
     _chart()
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tests = json.loads((_ROOT / "docs/results/tests.json").read_text(encoding="utf-8"))
+    failed = f", {tests['failed']} failed" if tests["failed"] else ""
     badges = {
         "python": ("python", project["requires-python"].removeprefix(">=") + "+"),
         "license": ("license", project["license"]),
         "paper": ("paper", "EMNLP 2024"),
-        "tests": ("tests", f"{tests['passed']:,} passed"),
+        "tests": ("tests", f"{tests['passed']:,} passed{failed}"),
     }
     for name, (left, right) in badges.items():
         (_PICTURES / f"{name}.svg").write_text(_badge(left, right), encoding="utf-8")

@@ -108,10 +108,11 @@ def predict(
     overrides = tuple(text for text in given if _is_override(text, glue=glue))
     given = [text for text in given if text not in overrides]
     columns = (text_column, text_pair_column)
+    file = None
     if glue:
         _check_glue(given, columns, all_probabilities, as_json)
-    file = None if glue else _file_of(given)
-    if not glue:
+    else:
+        file = _file_of(given)
         _check_inputs(given, file, output, text_column or text_pair_column, as_json)
     from sparsegrad_cli.predict.source import find_source
 

@@ -166,7 +166,7 @@ def _scores(runs: Sequence[NamedRun]) -> Table:
         best = best_so_far(each.run.metrics)
         return format_count(best.step if best else None)
 
-    def majority(each: NamedRun) -> str:
+    def baseline(each: NamedRun) -> str:
         task = each.run.task
         return format_score(task.majority_score if task else None, scale_of_run(each.run))
 
@@ -176,7 +176,7 @@ def _scores(runs: Sequence[NamedRun]) -> Table:
         Column("at step", at),
         Column("last", partial(score, "final")),
         Column("before training", partial(score, "initial")),
-        Column("majority class", majority),
+        Column("same answer always", baseline),
         Column("method", lambda each: each.run.method.name if each.run.method else "", words=True),
         Column("metric", lambda each: scale_of_run(each.run).label, words=True),
         Column("seed", lambda each: words(each.run.seed)),

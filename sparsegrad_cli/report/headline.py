@@ -167,13 +167,17 @@ def run_headline(run: RunRecord, scale: Scale) -> str:
         parts.append(f"{baseline[0]} {format_score(baseline[1], scale)}")
     total = f" of {run.time.steps:,}" if run.time and run.time.steps else ""
     found = f"{', '.join(parts)}; {scale.label} at step {best.step:,}{total}"
-    if baseline is not None and best.step and not _beats(best.score, baseline[1], scale):
+    if best.step and misses_baseline(run, scale):
         found += ": no better than the same answer for every row"
     return f"{end}; best so far: {found}" if end else found
 
 
-def _beats(score: float, other: float, scale: Scale) -> bool:
-    return score < other if scale.lower_is_better else score > other
+def misses_baseline(run: RunRecord, scale: Scale) -> bool:
+    """Return whether the best score is no better than that of the same answer for every row."""
+    best, baseline = best_so_far(run.metrics), run.task.baseline if run.task else None
+    if best is None or best.score is None or baseline is None:
+        return False
+    return best.score >= baseline[1] if scale.lower_is_better else best.score <= baseline[1]
 
 
 def _end_words(run: RunRecord) -> str:

@@ -13,7 +13,7 @@ from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import CellEntry, StudyRecord
 from sparsegrad_cli.report.captions import loss_points, method_trends
 from sparsegrad_cli.report.document import Bullets, Command, Commands, Section
-from sparsegrad_cli.report.headline import MOST_SEEDS, energy_verdict
+from sparsegrad_cli.report.headline import MOST_SEEDS, energy_verdict, misses_baseline
 from sparsegrad_cli.report.run_charts import score_points
 from sparsegrad_cli.report.scores import scale_of_rows, tasks_of
 from sparsegrad_cli.report.trends import trend_of
@@ -52,11 +52,9 @@ def _run_advice(run: RunRecord, scale: Scale) -> list[str]:
             "The validation loss rises at the end: train fewer steps, or set "
             "train.early_stopping_patience."
         )
-    best = run.metrics.best if run.metrics else None
-    majority = run.task.majority_score if run.task else None
-    if best and best.score is not None and majority is not None and best.score <= majority:
+    if misses_baseline(run, scale):
         advice.append(
-            "The score is not above that of the most frequent class: try a higher "
+            "The score is no better than that of the same answer for every row: try a higher "
             "train.learning_rate, more steps, or check the labels."
         )
     if not advice:

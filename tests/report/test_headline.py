@@ -10,13 +10,17 @@ from support.study_cells import evidence_of, study_cells
 
 from sparsegrad_cli.records.evaluation import EvaluationRecord
 from sparsegrad_cli.records.export import ExportRecord
+from sparsegrad_cli.records.metric_direction import Scale
+from sparsegrad_cli.records.run import Evaluation, MetricsBlock, RunRecord, TaskBlock
 from sparsegrad_cli.report.headline import (
     calibration_headline,
     evaluation_headline,
     export_headline,
+    misses_baseline,
     run_headline,
     study_headline,
 )
+from sparsegrad_cli.report.next_steps import run_next
 from sparsegrad_cli.report.run import scale_of_run
 
 
@@ -151,3 +155,13 @@ def test_an_export_says_whether_it_agrees_with_the_run(difference: float, words:
         {"to": "merged", "model": {"name": "m"}, "check": check | {"judged": judged}}
     )
     assert export_headline(record).endswith(f"8 validation rows compared: the export {words}")
+
+
+@pytest.mark.parametrize(("score", "misses"), [(0.4, False), (0.5, True), (0.6, True)])
+def test_lower_score_than_the_baseline_is_better_for_an_error(score: float, misses: bool) -> None:
+    best = MetricsBlock(best=Evaluation(step=1, score=score))
+    run = RunRecord(status="done", task=TaskBlock(majority_score=0.5), metrics=best, name="r")
+    error = Scale("error", times=1, lower_is_better=True)
+    assert misses_baseline(run, error) is misses
+    advice = "no better than that of the same answer"
+    assert (advice in str(run_next(run, error))) is misses
