@@ -4,7 +4,7 @@
 # make check     lint and types, of the tests too
 # make browser-check   the reports in a browser; needs Chromium
 # make docs      the documentation as web pages, in build/site; every warning is an error
-# make dist      a wheel, in dist
+# make dist      a wheel, in dist          (make wheel-check: it works without the repository)
 # make reference   the generated pages of docs/reference: recipe keys, commands, records
 #
 # PYTHON=python3.12            which Python makes the environment (3.11 or newer)
@@ -24,7 +24,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow browser-check check format docs dist reference clean
+.PHONY: install demo test test-slow browser-check wheel-check check format docs dist reference clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -73,6 +73,9 @@ $(STAMP).docs: $(STAMP)
 dist: $(STAMP)
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+wheel-check: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 reference: $(STAMP)
 	$(BIN)/python -m docs.generate
