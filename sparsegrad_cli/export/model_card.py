@@ -291,9 +291,9 @@ def _score_note(content: CardContent) -> str:
     text = f"Step {format_count(best.step)}. The validation data has also chosen the step."
     if metrics.final is not None and metrics.final.step == best.step:
         text = f"Step {format_count(best.step)}, the last."
-    if content.task.majority_score is not None:
-        majority = _four(content.task.majority_score)
-        text += f" Always giving the most frequent class scores {majority} ({content.task.metric})."
+    if content.task.baseline is not None:
+        answer, score = content.task.baseline
+        text += f" Always giving the {answer} scores {_four(score)} ({content.task.metric})."
     if content.evaluations:
         text += " Intervals are percentiles of a bootstrap over rows."
     return text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from sparsegrad_cli.methods.registry import BASELINE, DEFAULT_METHOD
 from sparsegrad_cli.records.evaluation import EvaluationRecord
 from sparsegrad_cli.records.export import ExportRecord
 from sparsegrad_cli.records.metric_direction import Scale
@@ -79,17 +81,10 @@ def _run_commands(run: RunRecord, folder: str, scale: Scale) -> list[Command]:
     if curve_improves(run, scale) and run.time and run.time.steps:
         steps = f"train.max_steps={2 * run.time.steps}"
         longer.append(Command(command("train", folder, "--resume", steps), "train it longer"))
-    chat = run.task is not None and run.task.kind == "chat"
-    use = (
-        Command(command("generate", folder), "talk to the model")
-        if chat
-        else Command(command("predict", folder, "a text"), "label a text or a file")
-    )
     return [
         *longer,
         Command(command("train", folder, f"output_dir={again}"), "reproduce the run"),
-        use,
-        Command(command("export", folder, "--to", "merged"), "export a Hugging Face model"),
+        *use_commands(run, folder),
         Command(
             command("compare", folder, "--methods", _rivals(run), "--seeds", "5"),
             "compare with other methods",
@@ -97,9 +92,31 @@ def _run_commands(run: RunRecord, folder: str, scale: Scale) -> list[Command]:
     ]
 
 
+def use_commands(run: RunRecord, folder: str) -> list[Command]:
+    """Return how to use a finished training run: here, and through transformers alone.
+
+    Args:
+        run: The record of the run.
+        folder: The folder of the run.
+    """
+    chat = run.task is not None and run.task.kind == "chat"
+    use = (
+        Command(command("generate", folder), "talk to the model")
+        if chat
+        else Command(command("predict", folder, "a text"), "label a text or a file")
+    )
+    kind = "text-generation" if chat else "text-classification"
+    merged = json.dumps(str(PurePosixPath(folder, "export-merged")), ensure_ascii=False)
+    return [
+        use,
+        Command(command("export", folder, "--to", "merged"), "export a Hugging Face model"),
+        Command(f'pipeline("{kind}", model={merged})', "load the export, in Python"),
+    ]
+
+
 def _rivals(run: RunRecord) -> str:
-    name = run.method.name if run.method else "sparsegrad"
-    return ",".join(dict.fromkeys((name, "lora", "sparsegrad")))
+    name = run.method.name if run.method else DEFAULT_METHOD.name
+    return ",".join(dict.fromkeys((name, BASELINE, DEFAULT_METHOD.name)))
 
 
 # --- a calibration
@@ -262,6 +279,8 @@ def export_next(record: ExportRecord) -> Section:
     commands = []
     if record.load:
         commands.append(Command(record.load, "load it in Python"))
+    if record.pipeline:
+        commands.append(Command(record.pipeline, "make a pipeline of transformers"))
     if record.run:
         commands.append(Command(command("export", record.run, "--to", record.to), "export again"))
     return Section("What next", [Commands(commands)], in_paper=False)

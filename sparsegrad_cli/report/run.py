@@ -32,6 +32,7 @@ from sparsegrad_cli.report.document import (
     Block,
     Bullets,
     Column,
+    Commands,
     Document,
     Drawing,
     Fact,
@@ -45,7 +46,7 @@ from sparsegrad_cli.report.document import (
 )
 from sparsegrad_cli.report.evaluations import samples_table, sets_table, sources_table
 from sparsegrad_cli.report.headline import best_so_far, calibration_headline, run_headline
-from sparsegrad_cli.report.next_steps import calibration_next, run_next
+from sparsegrad_cli.report.next_steps import calibration_next, run_next, use_commands
 from sparsegrad_cli.report.provenance import hashes_table, provenance
 from sparsegrad_cli.report.units import (
     CATEGORIES,
@@ -107,7 +108,7 @@ def run_document(run: RunRecord) -> Document:
 
 
 def run_screen(run: RunRecord) -> Document:
-    """Return a run for the terminal: headline figures, memory, time and notes."""
+    """Return a run for the terminal: headline figures, memory, time, notes and how to use it."""
     if run.command == "calibrate":
         return _calibration_screen(run)
     lead: list[Block | None] = [Verdict(run_headline(run, scale_of_run(run)))]
@@ -115,7 +116,10 @@ def run_screen(run: RunRecord) -> Document:
     lead.append(memory_table(run) or Paragraph("Memory: not recorded", dim=True))
     lead.append(Labelled("Time", time_line(run)))
     lead.append(support_energy(run) or energy_by_kind(run))
-    return heading(run, lead=[*lead, *short_notes(notes_of(run))])
+    lead += short_notes(notes_of(run))
+    if run.status == "done" and run.output_dir:
+        lead.append(Commands(use_commands(run, run.output_dir)))
+    return heading(run, lead=lead)
 
 
 def _calibration_screen(run: RunRecord) -> Document:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from support.small_runs import ROWS, answers, base_folder, data_folder, record, 
 from sparsegrad_cli.export.forms import FORMS
 from sparsegrad_cli.models.pretrained import locate
 from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.records.store import load_run
+from sparsegrad_cli.report.next_steps import use_commands
 from sparsegrad_cli.restore.init_from import Initial
 
 Exported = Callable[..., tuple[Path, dict[str, Any]]]
@@ -147,6 +150,17 @@ def test_load_line_and_model_card_load_the_labels(
         assert any("model =" in code for code in blocks)
     pipe = eval(said["pipeline"], names)
     assert [found["label"] for found in pipe(texts)] == want
+
+
+def test_the_lines_after_a_run_lead_to_a_pipeline(labelled: Path, cli: Cli, tmp_path: Path) -> None:
+    import transformers
+
+    run = shutil.copytree(labelled, tmp_path / "it\u2019s a run")
+    predict, export, pipeline = use_commands(load_run(run), str(run))
+    for command in (predict, export):
+        assert cli(*shlex.split(command.line)[1:]).code == 0
+    pipe = eval(pipeline.line, vars(transformers))
+    assert pipe("abc")[0]["label"] in ("high", "low")
 
 
 @torch.no_grad()

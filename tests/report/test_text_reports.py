@@ -38,6 +38,25 @@ def test_a_run_fits_a_terminal() -> None:
         assert figure in text
 
 
+def test_a_finished_run_says_how_to_use_it() -> None:
+    classifier = run_record() | {"output_dir": "runs/my film"}
+    chat = classifier | {"task": {"name": "chat", "kind": "chat"}}
+    stopped = classifier | {"status": "interrupted"}
+    lines = shown(run_screen(run_of(classifier)), 200).splitlines()
+    assert [line.split("  ")[1] for line in lines[-3:]] == [
+        "sparsegrad predict 'runs/my film' 'a text'",
+        "sparsegrad export 'runs/my film' --to merged",
+        'pipeline("text-classification", model="runs/my film/export-merged")',
+    ]
+    text = shown(run_screen(run_of(chat)), 200)
+    assert "sparsegrad generate 'runs/my film'" in text
+    assert 'pipeline("text-generation", model="runs/my film/export-merged")' in text
+    assert "pipeline(" not in shown(run_screen(run_of(stopped)), 200)
+    for run in (classifier, chat):
+        page = render(run_document(run_of(run)), "md")
+        assert page.count("export-merged") == 1 and "pipeline(" in page
+
+
 def test_a_calibration_shows_its_cost_and_energy() -> None:
     text = shown(run_screen(run_of(run_record() | {"command": "calibrate"})))
     for figure in ("5.0 s", "original", "38.0", "80.0", "intermediate.dense"):
