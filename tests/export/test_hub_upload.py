@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def local_texts(run: Path) -> list[str]:
         for name in ("train", "validation")
         for row in csv.DictReader((data / f"{name}.csv").open(encoding="utf-8"))
     ]
-    paths = [run, run.parent, Path.home(), Path(base_of(run)), data]
+    paths = [run, run.parent, Path.cwd(), Path.home(), Path(base_of(run)), data]
     return [*map(str, paths), *(text for text in rows if len(text) > 4)]
 
 
@@ -54,9 +55,11 @@ def local_texts(run: Path) -> list[str]:
 def test_pushed_files_are_private_and_hold_neither_paths_nor_data(
     form: str, runs: Runs, cli: Cli, hub: Hub, tmp_path: Path
 ) -> None:
-    run = runs("method=lora")
-    folder = tmp_path / "out"
-    told = cli("export", str(run), "--to", form, "-o", str(folder), "--push-to-hub", "me/tiny")
+    run = shutil.copytree(runs("method=lora"), tmp_path / "secret run")
+    for report in ("report.html", "report.md"):  # They name the folder of the run.
+        (run / report).write_text(str(run))
+    folder = run / f"export-{form}"
+    told = cli("export", str(run), "--to", form, "--push-to-hub", "me/tiny")
     assert told.code == 0, told.err
     pushed = hub.repositories["me/tiny"]
     assert pushed.private and pushed.commits == 1
