@@ -122,7 +122,9 @@ def _submit(classifier: Classifier, job: Job) -> None:
 
     job.observer.phase("predict", "GLUE's test split")
     folder = job.output or _SUBMISSION
-    written, notes = write_submission(classifier, folder, batch_size=job.batch_size)
+    written, notes = write_submission(
+        classifier, folder, batch_size=job.batch_size, observer=job.observer
+    )
     for note in notes:
         job.observer.note(note)
     for path, rows in written.items():
@@ -150,6 +152,7 @@ def _label_file(classifier: Classifier, job: Job) -> Summary:
         batch_size=job.batch_size,
         all_probabilities=job.all_probabilities,
         summary=summary,
+        observer=job.observer,
     )
     _write(job, stream, labelled, added, summary)
     return summary
@@ -164,6 +167,7 @@ def _write(
 ) -> None:
     """Write rows with the columns that were added to them, and show how many are done."""
     from sparsegrad_cli.predict.output import open_output, text_writer
+    from sparsegrad_cli.predict.row_stream import count_rows
 
     taken = [name for name in added if name in stream.names]
     if taken:
@@ -173,7 +177,7 @@ def _write(
             fix="rename that column",
         )
     job.observer.phase("predict", str(job.file))
-    job.observer.total_steps("predict", None, unit="rows")
+    job.observer.total_steps("predict", count_rows(stream.path), unit="rows")
     if job.output is None:
         if sys.stdout.isatty():
             job.observer.close()  # The rows go to the same terminal.
@@ -201,6 +205,7 @@ def _label_texts(classifier: Classifier, job: Job) -> Summary:
         batch_size=job.batch_size,
         all_probabilities=job.all_probabilities or job.as_json,
         summary=summary,
+        observer=job.observer,
     ):
         for row, added in zip(rows, more, strict=True):
             values = {**row.values, **added}

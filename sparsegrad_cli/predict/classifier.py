@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,12 +92,18 @@ class Classifier:
         """Whether it may give a text several labels, or none."""
         return self.threshold is not None
 
-    def predict(self, texts: Sequence[list[str]], batch_size: int) -> Predictions:
+    def predict(
+        self,
+        texts: Sequence[list[str]],
+        batch_size: int,
+        done: Callable[[int], None] = lambda rows: None,
+    ) -> Predictions:
         """Label texts. Rows of similar length share a batch; the result is in the given order.
 
         Args:
             texts: the first texts, and the second ones if the classifier reads two; one length.
             batch_size: rows of a batch. It changes results by rounding alone.
+            done: is called after each batch with the number of rows that are labelled.
         """
         columns, cut = self.encoder.encode(*texts)
         lengths = [sum(mask) for mask in columns["attention_mask"]]
@@ -109,6 +115,7 @@ class Classifier:
             if found is None:
                 found = np.empty((len(order), values.shape[1]))
             found[rows] = values
+            done(start + len(rows))
         assert found is not None
         if self.multilabel:
             return Predictions(_sigmoid(found), cut)

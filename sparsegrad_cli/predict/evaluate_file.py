@@ -14,7 +14,7 @@ from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.predict.classifier import Classifier
 from sparsegrad_cli.predict.label_reader import label_reader
 from sparsegrad_cli.predict.predict_rows import CHUNK, cell_text, text_columns
-from sparsegrad_cli.predict.row_stream import Row, open_rows
+from sparsegrad_cli.predict.row_stream import Row, count_rows, open_rows
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.tasks import MULTILABEL_METRICS, SCORE_METRICS, TaskSpec
 from sparsegrad_cli.records.evaluation import (
@@ -154,12 +154,16 @@ def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observe
     outputs, labels, losses = [], [], []
     worst: list[tuple[float, int, WrongExample]] = []
     rows = cut = ids = 0
-    observer.total_steps("evaluate", None, unit="rows")
+    observer.total_steps("evaluate", count_rows(options.file), unit="rows")
+
+    def done(labelled: int) -> None:
+        observer.step("evaluate", {"step": rows + labelled})
+
     for chunk in stream.chunks(CHUNK):
         texts = [[cell_text(row, column) for row in chunk] for column in columns]
         given = [read(row) for row in chunk]
         ids += sum(by_id for _, by_id in given)
-        found = classifier.predict(texts, options.batch_size)
+        found = classifier.predict(texts, options.batch_size, done)
         true = np.asarray([label for label, _ in given])
         loss = _loss(classifier, found.probabilities, true)
         outputs.append(found.probabilities)
@@ -169,7 +173,6 @@ def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observe
         worst += _wrong(classifier, chunk, texts, found.probabilities, true, loss, rows)
         worst = sorted(worst, key=lambda each: (-each[0], each[1]))[: options.worst]
         rows += len(chunk)
-        observer.step("evaluate", {"step": rows})
     names = classifier.label_names or ()
     note = f"{ids:,} labels are read as ids of the classes 0 to {len(names) - 1}: {listed(names)}"
     return _Answers(

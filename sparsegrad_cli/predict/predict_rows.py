@@ -13,6 +13,7 @@ from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.predict.classifier import Classifier
 from sparsegrad_cli.predict.output import PREDICTION, PROBABILITY
 from sparsegrad_cli.predict.row_stream import Row
+from sparsegrad_cli.progress import Observer
 
 CHUNK = 2048  # Rows in memory at a time.
 
@@ -98,6 +99,7 @@ def label_rows(
     batch_size: int,
     all_probabilities: bool,
     summary: Summary,
+    observer: Observer,
 ) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
     """Yield every chunk with the columns that predictions add to its rows.
 
@@ -108,13 +110,18 @@ def label_rows(
         batch_size: rows of a batch.
         all_probabilities: whether to add the probability of every class.
         summary: counts what was predicted.
+        observer: receives the number of rows after each batch.
 
     Raises:
         DataError: a text is missing, empty or not text.
     """
+
+    def done(rows: int) -> None:
+        observer.step("predict", {"step": summary.rows + rows})
+
     for chunk in chunks:
         texts = [[cell_text(row, column) for row in chunk] for column in columns]
-        found = classifier.predict(texts, batch_size)
+        found = classifier.predict(texts, batch_size, done)
         added = [
             _columns(classifier, values, all_probabilities=all_probabilities)
             for values in found.probabilities.tolist()

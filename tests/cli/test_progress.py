@@ -11,6 +11,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sparsegrad_cli.cli.progress import (
     clock,
     work_line,
 )
+from sparsegrad_cli.predict.classifier import Classifier
 
 WIDTHS = (80, 60)
 
@@ -226,7 +228,30 @@ def test_predictions_go_to_standard_output_beside_a_terminal(
     rows = str(folder / "data/validation.csv")
     text, out = on_terminal(80, "predict", str(folder / "run-80"), rows)
     assert len(out.splitlines()) == 25 and out.splitlines()[0].endswith("prediction,probability")
-    assert "24 rows" in text and "prediction,probability" not in text
+    assert "24/24 rows" in text and "prediction,probability" not in text
+
+
+@pytest.mark.parametrize(("command", "more"), [("predict", ()), ("evaluate", ("--resamples", "0"))])
+def test_a_file_shows_an_eta_after_its_first_batch(
+    inputs: tuple[Path, list[str]],
+    on_terminal: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    more: tuple[str, ...],
+) -> None:
+    folder, _ = inputs
+    whole = Classifier._logits
+
+    def slow(self: Classifier, rows: list[dict[str, list[int]]]) -> Any:
+        time.sleep(0.3)  # More than the terminal takes to draw again.
+        return whole(self, rows)
+
+    monkeypatch.setattr(Classifier, "_logits", slow)
+    options = (str(folder / "run-80"), str(folder / "data/validation.csv"), "--batch-size", "6")
+    text, _ = on_terminal(80, command, *options, *more)
+    for rows in (6, 12):
+        assert re.search(rf"{command} .*{rows}/24 rows  elapsed 0:0\d  ETA 0:0\d", text)
+    assert all(len(line) <= 80 for line in lines_of(text))
 
 
 def test_train_writes_plain_lines_into_a_pipe(

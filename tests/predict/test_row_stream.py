@@ -13,7 +13,7 @@ import pytest
 
 from sparsegrad_cli.data.read_table import read_table
 from sparsegrad_cli.errors import DataError
-from sparsegrad_cli.predict.row_stream import open_rows
+from sparsegrad_cli.predict.row_stream import count_rows, open_rows
 
 DELIMITED = {
     "plain.csv": "id,text\n1,a b\n2,c\n",
@@ -42,6 +42,7 @@ def test_csv_and_tsv_are_read_as_for_training(name: str, tmp_path: Path) -> None
         [table.columns[n][at] for n in names] for at in range(len(table))
     ]
     assert [row.place for row in rows] == [table.place(at) for at in range(len(table))]
+    assert count_rows(path) == len(table)
 
 
 def test_compressed_json_and_parquet(tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ def test_compressed_json_and_parquet(tmp_path: Path) -> None:
         stream = open_rows(path)
         assert stream.names == ["text", "n"]
         assert [(r.values["text"], r.values["n"]) for r in stream.rows] == [("a", 1), ("b", 2)]
+        assert count_rows(path) == 2
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
