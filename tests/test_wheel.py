@@ -89,5 +89,5 @@ def test_from_a_csv_file_to_predictions(installed: Path, tmp_path: Path) -> None
     printed = succeed(program, "predict", "runs/reviews", "a fine film", folder=tmp_path)
     prediction, probability, text = printed.strip().split("\t")
     assert prediction in ("0", "1") and 0.5 <= float(probability) <= 1 and text == "a fine film"
-    for file in ("basis/basis.safetensors", "basis/report.html", "reviews/report.html"):
-        assert (tmp_path / "runs" / file).is_file()
+    for made in ("basis/basis.safetensors", "basis/report.html", "reviews/report.html"):
+        assert (tmp_path / "runs" / made).is_file()
