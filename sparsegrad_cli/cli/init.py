@@ -172,10 +172,12 @@ def _facts(found: FoundData, plan: Starter) -> list[tuple[str, str]]:
     facts = []
     if found.classes:
         counts = [f"{name} {count:,}" for name, count in found.classes.items()]
-        facts.append(("labels" if found.multilabel else "classes", listed(counts, 10)))
+        name = "labels" if found.multilabel else "classes"
+        facts.append((name, f"{listed(counts, 10)} in the rows to train on"))
     if found.scores:
         facts.append(("scores", f"from {found.scores[0]:g} to {found.scores[1]:g}"))
     if plan.longest is not None:
-        facts.append(("tokens", f"at most {plan.longest}; {plan.max_length} are kept of a row"))
+        kept = f"at most {plan.longest} in a row; the first {plan.max_length} of a row are read"
+        facts.append(("tokens", kept))
     facts.append(("model", plan.model))
     return facts
