@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ def write(path: Path, seed: int, count: int, *, short: bool) -> Path:
 def place(folder: Path) -> Path:
     """Make a model and two sources; only the second one has the label short."""
     # Each process draws dropout masks of its own.
-    dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    base_folder(folder / "base", **dict.fromkeys(dropout, 0.0))
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    base_folder(folder / "base", **still)
     write(folder / "one" / "train.csv", 1, 40, short=False)
     # An odd number of rows, which two processes cannot halve.
     write(folder / "one" / "validation.csv", 2, 23, short=False)
