@@ -4,6 +4,10 @@
 Plain autograd saves the gate (for the activation function), its activation and up (for the
 product); here the activation is computed again from the gate.
 
+:func:`after_activation`, the layer(act(x)) of an MLP, lets the layer save nothing of act(x), whose
+x is saved for the activation's own gradient. A layer that trains would save act(x) for its weight's
+gradient, which here is computed again.
+
 :class:`ByteDropout` saves its mask as bool, one byte per value. On the CPU, torch saves the scaled
 mask in the input's dtype. Output, gradient and the random numbers drawn are torch's, bit for bit.
 """
@@ -65,6 +69,36 @@ def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> T
         )
     out: Tensor = _Gated.apply(gate, up, activation)
     return out
+
+
+def after_activation(
+    layer: Callable[[Tensor], Tensor], activation: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """Return layer(activation(x)), for an activation without parameters and randomness.
+
+    Values and gradients are those of plain autograd. Whatever the layer saves of the activation
+    itself is computed again from x in the backward pass; other tensors are saved as usual.
+    """
+    if not x.requires_grad or getattr(activation, "inplace", False):
+        return layer(activation(x))
+    active = activation(x)
+    where, count, dtype = active.data_ptr(), active.numel(), active.dtype
+    kept = x.detach()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        same = saved.data_ptr() == where and saved.numel() == count and saved.dtype == dtype
+        if same and saved.is_contiguous() and where:
+            return saved.shape
+        return saved.detach()  # A hook that returns its argument makes a circle of references.
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return activation(kept).to(dtype).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(active)
 
 
 class _ByteDropout(torch.autograd.Function):

@@ -1,0 +1,545 @@
+"""Compute an encoder's hidden states for the real tokens of a batch only.
+
+A batch of texts is padded to its longest row, and half of what a model then computes is for padding
+that nothing reads. After :func:`use_unpadding` the hidden states of the blocks have the shape
+(1, real tokens, hidden), from the embeddings on; rows exist in attention alone
+(numerics/row_attention.py). If the task's head reads the first token of each row and nothing else,
+the last block is computed for those tokens: the others only give it keys and values.
+
+The logits, the loss and the gradients are those of the padded model up to rounding. With dropout,
+they agree in distribution: masks are drawn for real tokens only.
+
+How a family of models names the parts of a block is in a table, written for transformers 5. A model
+is changed only if a small batch then gives the logits that it gave before, so a model of another
+structure is computed with padding, and the reason is said.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.numerics.dropout import CheapDropout, dropout_add_norm
+from sparsegrad_cli.numerics.row_attention import (
+    RowGroup,
+    on_cpu,
+    padded_attention,
+    row_attention,
+    row_groups,
+)
+from sparsegrad_cli.numerics.saved_activations import after_activation
+
+# Arguments of an encoder that may be given; others change what it computes.
+_ARGUMENTS = {"token_type_ids", "return_dict", "num_items_in_batch"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a batch lie without padding: row after row, the longest row first.
+
+    Attributes:
+        shape: (B, L), rows and tokens of the padded batch.
+        places: (T,) place of each real token in the padded batch, counted over its rows.
+        starts: (B,) place among the T of the first token of each sorted row.
+        ranks: (B,) place of each row of the batch among the sorted rows.
+        groups: the sorted rows in groups of like length.
+    """
+
+    shape: tuple[int, int]
+    places: Tensor
+    starts: Tensor
+    ranks: Tensor
+    groups: list[RowGroup]
+
+
+def rows_of(mask_BL: Tensor) -> Rows | None:
+    """Return where the real tokens lie; None if some row is empty or is not one run of tokens.
+
+    Args:
+        mask_BL: attention mask, not 0 at real tokens.
+    """
+    real_BL = mask_BL != 0
+    lengths = real_BL.sum(1).tolist()
+    if not all(lengths):
+        return None
+    starts = real_BL.to(torch.int8).argmax(1).tolist()  # The first real token of each row.
+    rows = _sorted_rows(starts, lengths, mask_BL.shape[1], mask_BL.device)
+    return rows if bool(real_BL.flatten()[rows.places].all()) else None
+
+
+def _sorted_rows(
+    starts: Sequence[int], lengths: Sequence[int], width: int, device: torch.device
+) -> Rows:
+    """Return the rows of a batch; row b has ``lengths[b]`` tokens from column ``starts[b]`` on."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    places, row_starts, ranks, token = [], [], [0] * len(order), 0
+    for rank, row in enumerate(order):
+        start = row * width + starts[row]
+        places.append(torch.arange(start, start + lengths[row]))
+        row_starts.append(token)
+        ranks[row] = rank
+        token += lengths[row]
+    return Rows(
+        (len(order), width),
+        torch.cat(places).to(device),
+        torch.tensor(row_starts, device=device),
+        torch.tensor(ranks, device=device),
+        row_groups([lengths[row] for row in order], device),
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of encoders names its parts: paths of attributes.
+
+    A block is y = norm1(x + drop1(o(attention(q(x), k(x), v(x))))), and then
+    norm2(y + drop2(down(act(up(y))))).
+
+    Attributes:
+        layers: of the encoder, to its blocks.
+        q, k, v, o, attention_dropout, norm1, drop1, up, act, down, norm2, drop2: of a block. None
+            for a dropout that the family does not have.
+        heads: of the configuration, to the number of heads.
+        relative: whether scores have a bias by relative position, as in MPNet.
+    """
+
+    layers: str
+    q: str
+    k: str
+    v: str
+    o: str
+    attention_dropout: str
+    norm1: str
+    drop1: str | None
+    up: str
+    act: str
+    down: str
+    norm2: str
+    drop2: str
+    heads: str = "num_attention_heads"
+    relative: bool = False
+
+
+_BERT = Family(
+    layers="encoder.layer",
+    q="attention.self.query",
+    k="attention.self.key",
+    v="attention.self.value",
+    o="attention.output.dense",
+    attention_dropout="attention.self.dropout",
+    norm1="attention.output.LayerNorm",
+    drop1="attention.output.dropout",
+    up="intermediate.dense",
+    act="intermediate.intermediate_act_fn",
+    down="output.dense",
+    norm2="output.LayerNorm",
+    drop2="output.dropout",
+)
+_MPNET = Family(
+    layers="encoder.layer",
+    q="attention.attn.q",
+    k="attention.attn.k",
+    v="attention.attn.v",
+    o="attention.attn.o",
+    attention_dropout="attention.attn.dropout",
+    norm1="attention.LayerNorm",
+    drop1="attention.dropout",
+    up="intermediate.dense",
+    act="intermediate.intermediate_act_fn",
+    down="output.dense",
+    norm2="output.LayerNorm",
+    drop2="output.dropout",
+    relative=True,
+)
+_DISTILBERT = Family(
+    layers="transformer.layer",
+    q="attention.q_lin",
+    k="attention.k_lin",
+    v="attention.v_lin",
+    o="attention.out_lin",
+    attention_dropout="attention.dropout",
+    norm1="sa_layer_norm",
+    drop1=None,
+    up="ffn.lin1",
+    act="ffn.activation",
+    down="ffn.lin2",
+    norm2="output_layer_norm",
+    drop2="ffn.dropout",
+    heads="n_heads",
+)
+_FAMILIES = (_BERT, _MPNET, _DISTILBERT)
+
+
+class _Parts:
+    """The parts of a block, looked up at every pass because methods replace them."""
+
+    def __init__(self, family: Family, config: Any) -> None:
+        names = ("q", "k", "v", "o", "norm1", "up", "act", "down", "norm2", "attention_dropout")
+        self._get: dict[str, Callable[[Any], Any]] = {
+            name: attrgetter(getattr(family, name)) for name in names
+        }
+        for name in ("drop1", "drop2"):
+            path = getattr(family, name)
+            self._get[name] = attrgetter(path) if path else lambda block: None
+        self.heads = int(getattr(config, family.heads))
+
+    def of(self, block: nn.Module) -> SimpleNamespace:
+        """Return the parts of a block by their names in :class:`Family`.
+
+        Raises:
+            AttributeError: the block has another structure.
+        """
+        return SimpleNamespace(**{name: get(block) for name, get in self._get.items()})
+
+
+@dataclass
+class TokenCounts:
+    """Tokens of the batches that an encoder has seen.
+
+    Attributes:
+        real: tokens of the texts, in all batches.
+        padded: tokens of the batches with their padding.
+        computed: tokens whose hidden states the blocks computed, summed over blocks.
+        whole: the same for a model that computes padding too.
+        batches, padded_batches: number of batches, and of those computed with their padding.
+    """
+
+    real: int = 0
+    padded: int = 0
+    computed: int = 0
+    whole: int = 0
+    batches: int = 0
+    padded_batches: int = 0
+
+
+class Unpadding:
+    """How an encoder computes real tokens only. See :func:`use_unpadding`.
+
+    Attributes:
+        encoder: the encoder, which was changed.
+        first_only: whether the last block is computed for the first token of each row only.
+        active: whether batches are computed without padding.
+        training, evaluation: counts of tokens in the two modes.
+        lengths: tokens of the rows of the next batches, in place of those in their masks, which a
+            batch without values cannot say; None to read the masks.
+    """
+
+    def __init__(self, encoder: Any, family: Family) -> None:
+        self.encoder, self.family = encoder, family
+        self.first_only, self.active = False, True
+        self.training, self.evaluation = TokenCounts(), TokenCounts()
+        self.lengths: Sequence[int] | None = None
+        self.parts = _Parts(family, encoder.config)
+        self.plain = encoder.forward
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """The encoder's blocks."""
+        found: Sequence[Any] = attrgetter(self.family.layers)(self.encoder)
+        return found
+
+    @contextmanager
+    def turned_off(self) -> Iterator[None]:
+        """Compute padding too while the context lasts."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
+    ) -> Any:
+        """Run the encoder on the real tokens of a batch, or as it was where that is impossible."""
+        given = {name for name, value in more.items() if value is not None and value is not False}
+        usual = given <= _ARGUMENTS and more.get("return_dict") is not False
+        rows = None
+        if self.active and usual and input_ids is not None:
+            rows = self._rows(input_ids, attention_mask)
+        if input_ids is not None:
+            self._count(input_ids, attention_mask, rows)
+        if rows is None or input_ids is None:
+            return self.plain(input_ids, attention_mask=attention_mask, **more)
+        return self._on_real_tokens(input_ids, more.get("token_type_ids"), rows)
+
+    def _rows(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Rows | None:
+        """Return where the real tokens of a batch lie; None if it needs its padding."""
+        if self.lengths is not None:
+            zeros = [0] * len(self.lengths)
+            return _sorted_rows(zeros, self.lengths, ids_BL.shape[1], ids_BL.device)
+        if mask_BL is None:
+            mask_BL = torch.ones_like(ids_BL)
+        if mask_BL.shape != ids_BL.shape:
+            return None
+        # A head that reads the first column reads padding where a row begins with it.
+        if self.first_only and not bool(mask_BL[:, 0].all()):
+            return None
+        return rows_of(mask_BL)
+
+    def _count(self, ids_BL: Tensor, mask_BL: Tensor | None, rows: Rows | None) -> None:
+        counts = self.training if self.encoder.training else self.evaluation
+        blocks = len(self.blocks)
+        counts.batches += 1
+        counts.padded += ids_BL.numel()
+        counts.whole += ids_BL.numel() * blocks
+        if rows is None:
+            real = ids_BL.numel() if mask_BL is None else int((mask_BL != 0).sum())
+            counts.padded_batches += 1
+            counts.computed += ids_BL.numel() * blocks
+        else:
+            real = len(rows.places)
+        counts.real += real
+
+    def _on_real_tokens(self, ids_BL: Tensor, types_BL: Tensor | None, rows: Rows) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        encoder = self.encoder
+        counts = self.training if encoder.training else self.evaluation
+        inputs = {
+            "input_ids": ids_BL.flatten()[rows.places][None],
+            "position_ids": _positions(encoder.embeddings, ids_BL, rows),
+        }
+        if types_BL is not None:
+            inputs["token_type_ids"] = types_BL.flatten()[rows.places][None]
+        hidden_1TI = encoder.embeddings(**inputs)
+        if hasattr(encoder, "embeddings_project"):
+            hidden_1TI = encoder.embeddings_project(hidden_1TI)
+        bias_HLL = None
+        if self.family.relative:
+            longest = hidden_1TI.new_empty(1, rows.groups[0].length, 0)
+            bias_HLL = encoder.encoder.compute_position_bias(longest)[0]
+        blocks = self.blocks
+        for number, block in enumerate(blocks, start=1):
+            first = self.first_only and number == len(blocks)
+            hidden_1TI = block(hidden_1TI, rows=rows, bias_HLL=bias_HLL, first_only=first)
+            counts.computed += hidden_1TI.shape[1]
+        hidden = _by_row(hidden_1TI, rows, self.first_only)
+        pooler = getattr(encoder, "pooler", None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)
+        )
+
+
+def _positions(embeddings: Any, ids_BL: Tensor, rows: Rows) -> Tensor:
+    """Return the position ids of the real tokens, (1, T), as the model counts them."""
+    padding = getattr(embeddings, "padding_idx", None)
+    if padding is None:
+        return (rows.places % rows.shape[1])[None]
+    # RoBERTa and its kin count the tokens that are not padding, from the padding's id on.
+    real_BL = (ids_BL != padding).to(torch.int64)
+    return (torch.cumsum(real_BL, 1) * real_BL + padding).flatten()[rows.places][None]
+
+
+def _by_row(hidden_1TI: Tensor, rows: Rows, first_only: bool) -> Tensor:
+    """Return the hidden states by row: (B, 1, hidden) of the first tokens, or (B, L, hidden)."""
+    if first_only:
+        return hidden_1TI[0].index_select(0, rows.ranks)[:, None]
+    flat = hidden_1TI.new_zeros(rows.shape[0] * rows.shape[1], hidden_1TI.shape[-1])
+    return flat.index_copy(0, rows.places, hidden_1TI[0]).view(*rows.shape, -1)
+
+
+def _block_forward(
+    block: nn.Module,
+    parts: _Parts,
+    plain: Callable[..., Any],
+    hidden: Tensor,
+    *positional: Any,
+    rows: Rows | None = None,
+    bias_HLL: Tensor | None = None,
+    first_only: bool = False,
+    **more: Any,
+) -> Any:
+    """Run a block on the real tokens: (1, T, hidden) -> (1, T, hidden).
+
+    With ``first_only`` the result is (1, B, hidden), the first tokens of the sorted rows.
+    """
+    if rows is None:
+        return plain(hidden, *positional, **more)
+    p = parts.of(block)
+    asking = hidden.index_select(1, rows.starts) if first_only else hidden
+    q, k, v = (x.view(x.shape[1], parts.heads, -1) for x in (p.q(asking), p.k(hidden), p.v(hidden)))
+    dropout = p.attention_dropout.p if p.attention_dropout.training else 0.0
+    attend = row_attention if on_cpu(q) else padded_attention
+    attended = attend(
+        q,
+        k.to(q.dtype),
+        v.to(q.dtype),
+        rows.groups,
+        scale=q.shape[-1] ** -0.5,
+        dropout=dropout,
+        bias_HLL=bias_HLL,
+        first_only=first_only,
+    )
+    middle = _add_norm(p.norm1, p.drop1, p.o(attended.flatten(1)[None]), asking)
+    return _add_norm(p.norm2, p.drop2, after_activation(p.down, p.act, p.up(middle)), middle)
+
+
+def _add_norm(norm: nn.Module, drop: nn.Module | None, x: Tensor, residual: Tensor) -> Tensor:
+    """Return norm(drop(x) + residual)."""
+    if type(norm) is nn.LayerNorm and norm.weight is not None and on_cpu(x):
+        dropout = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        return dropout_add_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout)
+    out: Tensor = norm((x if drop is None else drop(x)) + residual)
+    return out
+
+
+# --- switch on
+
+
+def use_unpadding(model: nn.Module) -> Unpadding:
+    """Let a model's encoder compute the real tokens of its batches only.
+
+    The model may be a transformers model or one that PEFT has wrapped, before or after adapters are
+    added. Its parameters and their names stay. It is run on a batch of three short texts to see
+    that it gives the logits that it gave before, and what its head reads. A batch that needs its
+    padding, such as one padded on the left for a head that reads the first column, is computed
+    with it, and counted.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The counts of tokens, and the way to turn it off.
+
+    Raises:
+        UsageError: the model has no encoder that can be computed without padding.
+    """
+    found = _find_encoder(model)
+    if isinstance(found, Unpadding):
+        return found
+    unpadding = Unpadding(*found)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            same = _gives_same_outputs(model, unpadding)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        same = False  # It needs other inputs, or has more parts than the family.
+    unpadding.evaluation = TokenCounts()
+    if not same:
+        _uninstall(unpadding)
+        raise UsageError(
+            f"{type(unpadding.encoder).__name__} cannot be computed without padding, so its "
+            "batches are computed with it"
+        )
+    return unpadding
+
+
+def _gives_same_outputs(model: nn.Module, unpadding: Unpadding) -> bool:
+    """Install it, and return whether the model gives the outputs that it gave before."""
+    inputs = _short_batch(unpadding.encoder)
+    before = _outputs(model, inputs)
+    first_only = _reads_first_only(model, unpadding, inputs)
+    _install(unpadding)
+    unpadding.first_only = first_only
+    return _close(before, _outputs(model, inputs), inputs["attention_mask"])
+
+
+def _find_encoder(model: nn.Module) -> tuple[Any, Family] | Unpadding:
+    """Return the encoder and its family, or what was installed before."""
+    for module in model.modules():
+        owner = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(owner, Unpadding):
+            return owner
+        config: Any = getattr(module, "config", None)
+        if not hasattr(module, "embeddings") or getattr(config, "is_decoder", False):
+            continue
+        for family in _FAMILIES:
+            try:
+                parts = _Parts(family, config)
+                for block in attrgetter(family.layers)(module):
+                    parts.of(block)
+            except AttributeError:
+                continue
+            if not hasattr(module, "_hf_hook"):
+                return module, family
+    raise UsageError(
+        f"{type(model).__name__} has no encoder whose structure is known, so its batches are "
+        "computed with their padding"
+    )
+
+
+def _install(unpadding: Unpadding) -> None:
+    # Set on the instances: a change on the classes would reach other models.
+    for block in unpadding.blocks:
+        block.forward = functools.partial(_block_forward, block, unpadding.parts, block.forward)
+    unpadding.encoder.forward = unpadding.forward
+    embeddings = unpadding.encoder.embeddings
+    for name, module in embeddings.named_modules():
+        if isinstance(module, nn.Dropout) and type(module) is not CheapDropout:
+            cheap = CheapDropout(module.p)
+            cheap.training = module.training
+            embeddings.set_submodule(name, cheap)
+
+
+def _uninstall(unpadding: Unpadding) -> None:
+    for block in unpadding.blocks:
+        if getattr(block.forward, "func", None) is _block_forward:
+            block.forward = block.forward.args[2]
+    unpadding.encoder.forward = unpadding.plain
+
+
+def _short_batch(encoder: Any) -> dict[str, Tensor]:
+    """Return three rows of 7, 4 and 5 tokens, padded on the right."""
+    table = encoder.get_input_embeddings()
+    ids_BL = torch.arange(21).view(3, 7) * 7 % table.num_embeddings
+    padding = getattr(encoder.config, "pad_token_id", None)
+    ids_BL[ids_BL == (padding or 0)] += 1
+    mask_BL = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
+    ids_BL = ids_BL.masked_fill(~mask_BL, padding or 0)
+    device = table.weight.device
+    return {"input_ids": ids_BL.to(device), "attention_mask": mask_BL.long().to(device)}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of a model, or the hidden states of an encoder alone."""
+    output = model(**inputs)
+    found: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return found
+
+
+def _reads_first_only(model: nn.Module, unpadding: Unpadding, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether the outputs depend on the first token of each row of the last block alone.
+
+    The others become NaN, which would reach the outputs.
+    """
+
+    def spoil(block: nn.Module, args: Any, output: Any) -> Any:
+        hidden = (output if isinstance(output, Tensor) else output[0]).clone()
+        hidden[:, 1:] = float("nan")
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    hook = unpadding.blocks[-1].register_forward_hook(spoil)
+    try:
+        return bool(torch.isfinite(_outputs(model, inputs)).all())
+    finally:
+        hook.remove()
+
+
+def _close(before: Tensor, after: Tensor, mask_BL: Tensor) -> bool:
+    """Return whether outputs agree up to rounding, at the real tokens if they are by token."""
+    if before.shape != after.shape:
+        return False
+    difference = (before.float() - after.float()).abs()
+    if before.shape[:2] == mask_BL.shape and before.ndim == 3:
+        difference = difference * mask_BL[..., None]
+    limit = 1e-4 if before.dtype == torch.float32 else 0.05
+    return bool(difference.max() <= limit * max(1.0, float(before.abs().max())))
