@@ -35,14 +35,21 @@ def longest_batch(dataset: Dataset, size: int) -> list[dict[str, Any]]:
 
     The result is shorter if the data set is smaller. Rows of equal length keep their order.
     """
-    import pyarrow.compute as pc
-
     if size < 1:
         raise ValueError(f"Expected a size of at least 1, got {size}")
+    return [dataset[row] for row in longest_first(dataset)[:size]]
+
+
+def longest_first(dataset: Dataset) -> list[int]:
+    """Return the numbers of all rows, by their tokens; rows of equal length keep their order.
+
+    Padding in a row, of ``task.padding: fixed``, counts as tokens.
+    """
+    import pyarrow.compute as pc
+
     table = dataset.select_columns(["input_ids"]).with_format("arrow")[:]
     lengths = pc.list_value_length(table["input_ids"]).to_pylist()
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [dataset[row] for row in order[:size]]
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 class TextCollator:

@@ -43,6 +43,7 @@ _TRAIN = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "unpadded",
     "bf16",
     "fp16",
 )

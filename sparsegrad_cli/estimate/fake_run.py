@@ -8,7 +8,7 @@ memory (:mod:`sparsegrad_cli.estimate.fake_tensors`). The meter counts what a re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,9 +39,11 @@ from sparsegrad_cli.models.targets import (
     not_adapted,
     not_adapted_note,
 )
+from sparsegrad_cli.models.unpadding import Unpadding
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
+from sparsegrad_cli.tasks.setup import without_padding
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -74,6 +76,7 @@ class _Stage:
         self._loaded = loaded
         self._config = config
         self._shapes = ShapesOnly()
+        self._unpadding: Unpadding | None = None
 
     def _mask(self, evaluating: bool) -> Mask:
         return mask_of(self.recipe, padded=self.conditions.padded, evaluating=evaluating)
@@ -95,7 +98,29 @@ class _Stage:
                     fix="count a real one: `sparsegrad train` with train.max_steps=2",
                 ) from error
 
-    def _batch(self, size: int, length: int, *, evaluating: bool = False) -> Batch:
+    def _model(self) -> tuple[nn.Module, list[Target]]:
+        """Return the model and its targets, as training has them before the method."""
+        model = bare_model(self._loaded, self._config)
+        targets = self._targets(model)
+        save_memory(model, targets, self.recipe.method.recompute)
+        self._unpadding, _ = without_padding(model, self.recipe)
+        return model, targets
+
+    def _batch(
+        self,
+        size: int,
+        length: int,
+        *,
+        evaluating: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> Batch:
+        """Return a batch, which has to be used before another one is made.
+
+        Args:
+            lengths: tokens of each row; ``length`` each by default.
+        """
+        if self._unpadding is not None:
+            self._unpadding.lengths = lengths or [length] * size
         return bare_batch(self.recipe, self._config, size, length, self._mask(evaluating))
 
     def _targets(self, model: nn.Module) -> list[Target]:
@@ -120,9 +145,7 @@ class FakeCalibration(_Stage):
         super().__init__(loaded, config, conditions)
         self._rank = rank
         with self._inside():
-            self.model = bare_model(loaded, config)
-            self.targets = self._targets(self.model)
-            save_memory(self.model, self.targets, self.recipe.method.recompute)
+            self.model, self.targets = self._model()
 
     def peak(self, size: int) -> PhasePeak | None:
         """Return the peak on batches of ``size`` examples of the task's length.
@@ -190,23 +213,21 @@ class FakeRun(_Stage):
         self._calibrating: FakeCalibration | None = None
         meter = MemoryMeter(DEVICE)
         with self._inside():
-            self.model = bare_model(loaded, config)
+            self.model, targets = self._model()
             meter.watch(self.model)
             self.weights_bytes = meter.live()["weights"]
             self.parameters = sum(p.numel() for p in self.model.parameters())
-            self.prepared = self._prepared()
+            self.prepared = self._prepared(targets)
             self._enable()
             self._fill_state()
 
     # --- before the first step
 
-    def _prepared(self) -> Prepared:
-        targets = self._targets(self.model)
+    def _prepared(self, targets: list[Target]) -> Prepared:
         left_out = not_adapted(self.model, targets, self.recipe.targets)
         if left_out:
             self.notes.append(not_adapted_note(left_out, self.recipe.scope))
         settings = self.recipe.method
-        save_memory(self.model, targets, settings.recompute)
         shapes = TargetShapes.of(self._loaded, targets)
         self._settings, assumed = settings.settle_for_estimate(shapes)
         self.notes += [*assumed, *self._settings.notes_on(shapes)]
@@ -275,20 +296,23 @@ class FakeRun(_Stage):
         loss: Tensor = self.model(**batch).loss
         return loss
 
-    def step(self, size: int, length: int) -> MemoryMeter:
+    def step(self, size: int, length: int, lengths: Sequence[int] | None = None) -> MemoryMeter:
         """Measure forward, backward and optimizer on one batch of shape (size, length).
+
+        Args:
+            lengths: tokens of each row without padding; ``length`` each by default.
 
         Afterwards only gradients stay in memory, and only if the recipe accumulates them.
         """
         meter = MemoryMeter(DEVICE)
         with self._inside():
-            batch = self._batch(size, length)
             self.model.train()
             meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
             if self._accumulates and not self._have_gradients():
                 self._loss(
                     self._batch(1, 8)
                 ).backward()  # they exist from the second micro-batch on
+            batch = self._batch(size, length, lengths=lengths)
             with meter.phase("forward"):
                 loss = self._loss(batch)
             with meter.phase("backward"):

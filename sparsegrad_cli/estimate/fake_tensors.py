@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsegrad_cli.numerics import linear_cross_entropy
+from sparsegrad_cli.numerics import linear_cross_entropy, row_attention
 
 # Raised if a program reads values in other ways, or uses an operator without known shapes.
 NeedsValues = (
@@ -147,6 +147,7 @@ def cuda_kernels() -> Iterator[None]:
         (F, "dropout", _dropout),
         (F, "scaled_dot_product_attention", _attention),
         (linear_cross_entropy, "block_rows", _rows),
+        (row_attention, "on_cpu", lambda x: False),
     )
     theirs = [(module, name, getattr(module, name)) for module, name, _ in ours]
     try:

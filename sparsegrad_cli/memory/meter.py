@@ -42,6 +42,7 @@ from sparsegrad_cli.memory.storage_tracker import (
 )
 from sparsegrad_cli.models.module_trace import tensors_in
 from sparsegrad_cli.models.sharded_tensors import split_modules
+from sparsegrad_cli.numerics import saved_activations
 from sparsegrad_cli.records.environment import rss_bytes
 from sparsegrad_cli.records.run import LiveTensor, MemoryBlock
 
@@ -157,6 +158,7 @@ class MemoryMeter:
                     stack.callback(self._label_gradients(parameter))
             stack.enter_context(_gathers_as_weights(self._known_models(), self._tracker))
             stack.enter_context(saved_tensors_hooks(self._pack, _unpack))
+            stack.enter_context(saved_activations.kept_by(self._pack))
             stack.enter_context(_Counter(self._tracker))
             yield
 

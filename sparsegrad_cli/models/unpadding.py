@@ -26,20 +26,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.numerics import row_attention as attention
 from sparsegrad_cli.numerics.dropout import CheapDropout, dropout_add_norm
-from sparsegrad_cli.numerics.row_attention import (
-    RowGroup,
-    on_cpu,
-    padded_attention,
-    row_attention,
-    row_groups,
-)
+from sparsegrad_cli.numerics.row_attention import RowGroup, row_groups
 from sparsegrad_cli.numerics.saved_activations import after_activation
 
 # Arguments of an encoder that may be given; others change what it computes.
 _ARGUMENTS = {"token_type_ids", "return_dict", "num_items_in_batch"}
+_SHORT = (7, 4, 5)  # Tokens of the rows that a model is tried on.
 
 
 @dataclass(frozen=True)
@@ -229,8 +226,8 @@ class Unpadding:
         first_only: whether the last block is computed for the first token of each row only.
         active: whether batches are computed without padding.
         training, evaluation: counts of tokens in the two modes.
-        lengths: tokens of the rows of the next batches, in place of those in their masks, which a
-            batch without values cannot say; None to read the masks.
+        lengths: tokens of the rows of the next batches, which a batch without values cannot say;
+            one with fewer rows takes the first. None to read the masks.
     """
 
     def __init__(self, encoder: Any, family: Family) -> None:
@@ -274,8 +271,8 @@ class Unpadding:
     def _rows(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Rows | None:
         """Return where the real tokens of a batch lie; None if it needs its padding."""
         if self.lengths is not None:
-            zeros = [0] * len(self.lengths)
-            return _sorted_rows(zeros, self.lengths, ids_BL.shape[1], ids_BL.device)
+            lengths = self.lengths[: len(ids_BL)]
+            return _sorted_rows([0] * len(lengths), lengths, ids_BL.shape[1], ids_BL.device)
         if mask_BL is None:
             mask_BL = torch.ones_like(ids_BL)
         if mask_BL.shape != ids_BL.shape:
@@ -364,11 +361,30 @@ def _block_forward(
     """
     if rows is None:
         return plain(hidden, *positional, **more)
+    compute = functools.partial(
+        _on_rows, block, parts, rows=rows, bias_HLL=bias_HLL, first_only=first_only
+    )
+    # transformers recomputes a block by its class's forward, which stands aside here.
+    if getattr(block, "gradient_checkpointing", False) and block.training:
+        return checkpoint(compute, hidden, use_reentrant=False)
+    return compute(hidden)
+
+
+def _on_rows(
+    block: nn.Module,
+    parts: _Parts,
+    hidden: Tensor,
+    *,
+    rows: Rows,
+    bias_HLL: Tensor | None,
+    first_only: bool,
+) -> Tensor:
+    """Compute a block on (1, T, hidden); see :func:`_block_forward`."""
     p = parts.of(block)
     asking = hidden.index_select(1, rows.starts) if first_only else hidden
     q, k, v = (x.view(x.shape[1], parts.heads, -1) for x in (p.q(asking), p.k(hidden), p.v(hidden)))
     dropout = p.attention_dropout.p if p.attention_dropout.training else 0.0
-    attend = row_attention if on_cpu(q) else padded_attention
+    attend = attention.row_attention if attention.on_cpu(q) else attention.padded_attention
     attended = attend(
         q,
         k.to(q.dtype),
@@ -385,7 +401,7 @@ def _block_forward(
 
 def _add_norm(norm: nn.Module, drop: nn.Module | None, x: Tensor, residual: Tensor) -> Tensor:
     """Return norm(drop(x) + residual)."""
-    if type(norm) is nn.LayerNorm and norm.weight is not None and on_cpu(x):
+    if type(norm) is nn.LayerNorm and norm.weight is not None and attention.on_cpu(x):
         dropout = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
         return dropout_add_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout)
     out: Tensor = norm((x if drop is None else drop(x)) + residual)
@@ -417,6 +433,8 @@ def use_unpadding(model: nn.Module) -> Unpadding:
     if isinstance(found, Unpadding):
         return found
     unpadding = Unpadding(*found)
+    changed = (unpadding.encoder, *unpadding.blocks)
+    own = {module: vars(module)["forward"] for module in changed if "forward" in vars(module)}
     try:
         with torch.no_grad(), _evaluating(model):
             same = _gives_same_outputs(model, unpadding)
@@ -424,11 +442,12 @@ def use_unpadding(model: nn.Module) -> Unpadding:
         same = False  # It needs other inputs, or has more parts than the family.
     unpadding.evaluation = TokenCounts()
     if not same:
-        _uninstall(unpadding)
+        _uninstall(unpadding, own)
         raise UsageError(
             f"{type(unpadding.encoder).__name__} cannot be computed without padding, so its "
             "batches are computed with it"
         )
+    _use_cheap_dropout(unpadding.encoder.embeddings)
     return unpadding
 
 
@@ -438,8 +457,10 @@ def _gives_same_outputs(model: nn.Module, unpadding: Unpadding) -> bool:
     before = _outputs(model, inputs)
     first_only = _reads_first_only(model, unpadding, inputs)
     _install(unpadding)
-    unpadding.first_only = first_only
-    return _close(before, _outputs(model, inputs), inputs["attention_mask"])
+    unpadding.first_only, unpadding.lengths = first_only, _SHORT
+    after = _outputs(model, inputs)
+    unpadding.lengths = None
+    return _close(before, after, inputs["attention_mask"])
 
 
 def _find_encoder(model: nn.Module) -> tuple[Any, Family] | Unpadding:
@@ -471,28 +492,32 @@ def _install(unpadding: Unpadding) -> None:
     for block in unpadding.blocks:
         block.forward = functools.partial(_block_forward, block, unpadding.parts, block.forward)
     unpadding.encoder.forward = unpadding.forward
-    embeddings = unpadding.encoder.embeddings
-    for name, module in embeddings.named_modules():
-        if isinstance(module, nn.Dropout) and type(module) is not CheapDropout:
+
+
+def _uninstall(unpadding: Unpadding, own: Mapping[nn.Module, Any]) -> None:
+    """Give modules their own forward again, or that of their class if they had none."""
+    for module in (unpadding.encoder, *unpadding.blocks):
+        vars(module).pop("forward", None)
+        if module in own:
+            module.forward = own[module]
+
+
+def _use_cheap_dropout(embeddings: nn.Module) -> None:
+    for name, module in list(embeddings.named_modules()):
+        if isinstance(module, nn.Dropout):
             cheap = CheapDropout(module.p)
             cheap.training = module.training
             embeddings.set_submodule(name, cheap)
 
 
-def _uninstall(unpadding: Unpadding) -> None:
-    for block in unpadding.blocks:
-        if getattr(block.forward, "func", None) is _block_forward:
-            block.forward = block.forward.args[2]
-    unpadding.encoder.forward = unpadding.plain
-
-
 def _short_batch(encoder: Any) -> dict[str, Tensor]:
-    """Return three rows of 7, 4 and 5 tokens, padded on the right."""
+    """Return rows of ``_SHORT`` tokens, padded on the right."""
     table = encoder.get_input_embeddings()
-    ids_BL = torch.arange(21).view(3, 7) * 7 % table.num_embeddings
+    size, width = len(_SHORT), max(_SHORT)
+    ids_BL = torch.arange(size * width).view(size, width) * 7 % table.num_embeddings
     padding = getattr(encoder.config, "pad_token_id", None)
     ids_BL[ids_BL == (padding or 0)] += 1
-    mask_BL = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
+    mask_BL = torch.arange(width) < torch.tensor(_SHORT)[:, None]
     ids_BL = ids_BL.masked_fill(~mask_BL, padding or 0)
     device = table.weight.device
     return {"input_ids": ids_BL.to(device), "attention_mask": mask_BL.long().to(device)}

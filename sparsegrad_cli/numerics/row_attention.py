@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sparsegrad_cli.numerics.dropout import keep_mask
 
@@ -31,6 +32,8 @@ from sparsegrad_cli.numerics.dropout import keep_mask
 # a token of padding in a group, which grows with the length of its rows.
 _GROUP_COST = 400.0
 _TOKEN_COST, _TOKEN_COST_BY_LENGTH = 2.0, 0.35
+# Of a head in a group, which bounds what is in memory at a time; one row may have more.
+_MOST_SCORES = 2**16
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,13 @@ def row_groups(lengths: Sequence[int], device: torch.device | None = None) -> li
     """
     groups, row, token = [], 0, 0
     while row < len(lengths):
-        longest, end, cost = lengths[row], row, 0.0
-        while end < len(lengths) and cost <= _GROUP_COST:
+        longest = lengths[row]
+        per_token = _TOKEN_COST + _TOKEN_COST_BY_LENGTH * longest
+        last = min(len(lengths), row + max(1, _MOST_SCORES // longest**2))
+        end, padding = row, 0
+        while end < last and padding * per_token <= _GROUP_COST:
             end += 1
-            if end < len(lengths):
-                per_token = _TOKEN_COST + _TOKEN_COST_BY_LENGTH * longest
-                # Of all rows of the next length: to join some of them would save no group.
-                same = lengths[end:].count(lengths[end]) if lengths[end] != lengths[end - 1] else 0
-                cost = max(cost, same * (longest - lengths[end]) * per_token)
+            padding += longest - lengths[min(end, len(lengths) - 1)]
         groups.append(_group(lengths[row:end], row, token, device))
         token += sum(lengths[row:end])
         row = end
@@ -90,7 +92,10 @@ def _group(lengths: Sequence[int], row: int, token: int, device: torch.device | 
     start_N1 = token + length_N1.cumsum(0) - length_N1
     # Each row's last token stands for what is after it.
     gathered = start_N1 + torch.minimum(torch.arange(longest), length_N1 - 1)
-    real = there_NL.flatten().nonzero().flatten()
+    # Not searched for in there_NL: values may be unknown, as in an estimate.
+    real = torch.cat(
+        [torch.arange(row * longest, row * longest + n) for row, n in enumerate(lengths)]
+    )
     return RowGroup(
         tokens,
         rows,
@@ -156,6 +161,27 @@ def _probabilities(
     return torch.softmax(scores, -1)
 
 
+def _mask(bias_HLL: Tensor | None, asking: int, group: RowGroup) -> Tensor | None:
+    """Return the mask of torch's attention: a bias, or true where there is a token; or None."""
+    there = None if group.there is None else group.there[:, None, None]  # (n, 1, 1, L)
+    if bias_HLL is None:
+        return there
+    bias = bias_HLL[:, :asking, : group.length]
+    return bias if there is None else torch.where(there, bias, float("-inf"))
+
+
+def _without_dropout(
+    q: Tensor, k: Tensor, v: Tensor, bias_HLL: Tensor | None, scale: float, group: RowGroup
+) -> Tensor:
+    """Return P V of a group, (n H, q, D), by torch's attention, which does not keep P."""
+    by_row = [x.view(group.size, -1, *x.shape[1:]) for x in (q, k, v)]
+    mask = _mask(bias_HLL, q.shape[1], group)
+    out = F.scaled_dot_product_attention(
+        by_row[0], by_row[1], by_row[2], attn_mask=mask, scale=scale
+    )
+    return out.reshape(q.shape)
+
+
 class _RowAttention(torch.autograd.Function):
     """See :func:`row_attention`."""
 
@@ -177,12 +203,14 @@ class _RowAttention(torch.autograd.Function):
         masks = []
         for group in groups:
             q, k = asking.take(q_QHD, group), _ALL.take(k_THD, group)
-            weights = _probabilities(q, k, bias_HLL, scale, group)
-            if dropout:
-                kept, ctx.factor = keep_mask(weights.shape, dropout)
-                masks.append(kept)
-                weights.mul_(kept.to(weights.dtype).mul_(ctx.factor))
             v = _ALL.take(v_THD, group)
+            if not dropout:
+                asking.put(out_QHD, group, _without_dropout(q, k, v, bias_HLL, scale, group))
+                continue
+            weights = _probabilities(q, k, bias_HLL, scale, group)
+            kept, ctx.factor = keep_mask(weights.shape, dropout)
+            masks.append(kept)
+            weights.mul_(kept.to(weights.dtype).mul_(ctx.factor))
             asking.put(out_QHD, group, torch.bmm(weights.to(v.dtype), v))  # (nH, q, L) @ (nH, L, D)
         ctx.save_for_backward(q_QHD, k_THD, v_THD, bias_HLL, *masks)
         return out_QHD
@@ -280,11 +308,8 @@ def padded_attention(
             side.take(x, group).view(group.size, x.shape[1], -1, x.shape[2])
             for side, x in ((asking, q_QHD), (_ALL, k_THD), (_ALL, v_THD))
         )
-        mask = None if group.there is None else group.there[:, None, None]
-        if bias_HLL is not None:
-            bias = bias_HLL[:, : q.shape[2], : group.length].to(q.dtype)
-            mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-        out = torch.nn.functional.scaled_dot_product_attention(
+        mask = _mask(bias_HLL, q.shape[2], group)
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
         )
         flat = out.transpose(1, 2).flatten(0, 1)  # (n q, H, D)

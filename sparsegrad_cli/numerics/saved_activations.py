@@ -14,7 +14,8 @@ mask in the input's dtype. Output, gradient and the random numbers drawn are tor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,23 +83,55 @@ def after_activation(
     if not x.requires_grad or getattr(activation, "inplace", False):
         return layer(activation(x))
     active = activation(x)
-    where, count, dtype = active.data_ptr(), active.numel(), active.dtype
-    kept = x.detach()
+    # Emptied below: hooks may live as long as what they saved.
+    storages = [active.untyped_storage()]
+    count, dtype, kept = active.numel(), active.dtype, x.detach()
 
-    def pack(saved: Tensor) -> Tensor | torch.Size:
-        same = saved.data_ptr() == where and saved.numel() == count and saved.dtype == dtype
-        if same and saved.is_contiguous() and where:
+    def pack(saved: Tensor) -> Any:
+        same = saved.numel() == count and saved.dtype == dtype and saved.is_contiguous()
+        if same and saved.untyped_storage() is storages[0]:
             return saved.shape
-        return saved.detach()  # A hook that returns its argument makes a circle of references.
+        return _keep(saved)
 
-    def unpack(packed: Tensor | torch.Size) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(packed: Any) -> Tensor:
+        if not isinstance(packed, torch.Size):
+            tensor: Tensor = packed.tensor
+            return tensor
         with torch.no_grad():
             return activation(kept).to(dtype).view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return layer(active)
+        out = layer(active)
+    storages.clear()
+    return out
+
+
+class _Kept:
+    """A saved tensor, detached: a hook that returns its argument makes a circle of references."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+_keep: Callable[[Tensor], Any] = _Kept
+
+
+@contextmanager
+def kept_by(keep: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let ``keep`` make the objects that hold what :func:`after_activation` saves as usual.
+
+    Of several hooks on saved tensors, autograd calls the innermost only. A memory meter that has
+    hooks of its own would otherwise miss these tensors.
+
+    Args:
+        keep: returns an object that holds the tensor, detached, as its attribute ``tensor``.
+    """
+    global _keep
+    before, _keep = _keep, keep
+    try:
+        yield
+    finally:
+        _keep = before
 
 
 class _ByteDropout(torch.autograd.Function):

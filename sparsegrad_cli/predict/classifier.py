@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sparsegrad_cli.models.load_model import device_of, load_by_auto_class, load
 from sparsegrad_cli.models.pretrained import load_configuration, load_tokenizer
 from sparsegrad_cli.models.quantized import move_model
 from sparsegrad_cli.models.targets import find_targets
+from sparsegrad_cli.models.unpadding import use_unpadding
 from sparsegrad_cli.predict.peft_labels import labels_of_peft
 from sparsegrad_cli.predict.source import find_source
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
@@ -349,6 +350,8 @@ def _ready(
     config: Any = model.config
     ensure_pad_token(tokenizer, config)
     length, _ = fitting_length(length, config)
+    with suppress(UsageError):  # Another model gives the same answers with padding, later.
+        use_unpadding(model)
     pair = len(text_columns) == 2
     return Classifier(
         model.eval(),

@@ -39,7 +39,7 @@ _TASK_KEYS = (
 )
 _TRAIN_KEYS = (
     *("optim_args", "head_learning_rate", "lora_plus_ratio", "class_weights"),
-    *("project", "run_name"),
+    *("project", "run_name", "unpadded"),
     *("sample_prompts", "sample_max_new_tokens", "sample_temperature"),
 )
 

@@ -274,6 +274,11 @@ class TrainSection(Section):
     dataloader_num_workers: NonNegativeInt = Field(
         0, description="processes that prepare batches; 0 prepares them in the training process"
     )
+    unpadded: bool = Field(
+        True,
+        description="compute encoders on real tokens only, with the same results; false computes "
+        "padding too",
+    )
     use_cpu: bool = Field(False, description="train on the CPU although there is a GPU")
     torch_compile: bool = Field(
         False, description="compile the model: minutes at the start, then faster steps on a GPU"

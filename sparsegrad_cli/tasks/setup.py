@@ -29,6 +29,7 @@ from sparsegrad_cli.models.targets import (
     not_adapted,
     not_adapted_note,
 )
+from sparsegrad_cli.models.unpadding import Unpadding, use_unpadding
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
@@ -65,6 +66,7 @@ class Setup(LoadedTask):
         device: the device of the model.
         method_settings: the recipe's ``method`` section, with the rank filled in.
         meter: a memory meter that watches the model.
+        unpadding: how the model computes real tokens only; None if it computes padding too.
     """
 
     targets: list[Target]
@@ -75,6 +77,7 @@ class Setup(LoadedTask):
     device: torch.device
     method_settings: MethodSettings
     meter: MemoryMeter
+    unpadding: Unpadding | None = None
 
     def new_meter(self) -> MemoryMeter:
         """Return another meter that watches the model, for a trial."""
@@ -145,6 +148,10 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
     head_hash = parameters_digest(head_parameters(model))
     model = move_model(model, device)
     save_memory(model, targets, recipe.method.recompute)
+    unpadding, note = without_padding(model, recipe)
+    if note is not None:
+        parts.task = replace(parts.task, notes=(*parts.task.notes, note))
+        observer.note(note)
     return Setup(
         **vars(parts) | {"model": model},
         targets=targets,
@@ -155,7 +162,22 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
         device=device,
         method_settings=settings,
         meter=watching_meter(model, device),
+        unpadding=unpadding,
     )
+
+
+def without_padding(model: nn.Module, recipe: Recipe) -> tuple[Unpadding | None, str | None]:
+    """Let a classifier compute real tokens only, if the recipe allows it and its encoder can.
+
+    Returns:
+        How it does; None if it computes padding too, with a note if that is not the recipe's wish.
+    """
+    if recipe.task.name in CHAT_TASKS or not recipe.train.unpadded or recipe.train.torch_compile:
+        return None, None
+    try:
+        return use_unpadding(model), None
+    except UsageError as error:
+        return None, error.what
 
 
 def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:

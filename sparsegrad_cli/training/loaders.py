@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsegrad_cli import distributed
+from sparsegrad_cli.data.batches import longest_first
 from sparsegrad_cli.data.order import EpochSampler
 from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.recipe.schema import Recipe
@@ -78,8 +79,9 @@ def validation_batches(
     device: torch.device,
     workers: int = 0,
 ) -> Iterator[ValidationBatch]:
-    """Yield this process's share of a split: every n-th row, in batches.
+    """Yield this process's share of a split: every n-th row by length, in batches.
 
+    The longest rows come first, so that a batch pads little and memory runs out early if it does.
     All processes yield equally many batches. One that has no rows left yields the first row of
     the split, marked as not its own, because sharded weights need every process in a forward pass.
     No random number of the run is drawn.
@@ -88,7 +90,7 @@ def validation_batches(
         InterruptedRunError: The user asked to stop.
     """
     world_size = distributed.world_size()
-    rows = range(distributed.rank(), len(data), world_size)
+    rows = longest_first(data)[distributed.rank() :: world_size]
     longest_share = -(-len(data) // world_size)
     own = [rows[start : start + batch_size] for start in range(0, longest_share, batch_size)]
     loader = iter(

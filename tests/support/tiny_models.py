@@ -65,6 +65,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "electra": ("electra", {**_ENCODER, "embedding_size": 8}),
+    "mpnet": ("mpnet", {**_ENCODER, "pad_token_id": 1}),
     "deberta-v3": (
         "deberta-v2",
         {

@@ -68,7 +68,8 @@ class Counting:
         padded = longest.padded(loaded.recipe.train.per_device_train_batch_size)
 
         def count() -> int:
-            meter = self._fake_run(_plain_basis(loaded), padded).step(size, longest.width)
+            fake = self._fake_run(_plain_basis(loaded), padded)
+            meter = fake.step(size, longest.width, longest.lengths[:size])
             return max(peak.peak_bytes for name in STEP if (peak := meter.peak(name)) is not None)
 
         return self._figure(f"step {size} {padded}", loaded, count)
