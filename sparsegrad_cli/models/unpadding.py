@@ -187,10 +187,11 @@ class _Parts:
         for name in ("drop1", "drop2"):
             path = getattr(family, name)
             self._get[name] = attrgetter(path) if path else lambda block: None
+        self._get["mlp"] = attrgetter(family.up.rpartition(".")[0])
         self.heads = int(getattr(config, family.heads))
 
     def of(self, block: nn.Module) -> SimpleNamespace:
-        """Return the parts of a block by their names in :class:`Family`.
+        """Return the parts of a block by their names in :class:`Family`, and ``mlp`` around up.
 
         Raises:
             AttributeError: the block has another structure.
@@ -270,13 +271,14 @@ class Unpadding:
 
     def _rows(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Rows | None:
         """Return where the real tokens of a batch lie; None if it needs its padding."""
-        if self.lengths is not None:
-            lengths = self.lengths[: len(ids_BL)]
-            return _sorted_rows([0] * len(lengths), lengths, ids_BL.shape[1], ids_BL.device)
         if mask_BL is None:
             mask_BL = torch.ones_like(ids_BL)
         if mask_BL.shape != ids_BL.shape:
             return None
+        if self.lengths is not None:
+            mask_BL.count_nonzero()  # An estimate counts the batch's tensors as they are read.
+            lengths = self.lengths[: len(ids_BL)]
+            return _sorted_rows([0] * len(lengths), lengths, ids_BL.shape[1], ids_BL.device)
         # A head that reads the first column reads padding where a row begins with it.
         if self.first_only and not bool(mask_BL[:, 0].all()):
             return None
@@ -396,7 +398,28 @@ def _on_rows(
         first_only=first_only,
     )
     middle = _add_norm(p.norm1, p.drop1, p.o(attended.flatten(1)[None]), asking)
-    return _add_norm(p.norm2, p.drop2, after_activation(p.down, p.act, p.up(middle)), middle)
+    return _add_norm(p.norm2, p.drop2, _mlp(block, p, middle), middle)
+
+
+def _mlp(block: nn.Module, p: SimpleNamespace, x: Tensor) -> Tensor:
+    """Return down(act(up(x))), recomputed as the recipe says."""
+
+    def widened(x: Tensor) -> Tensor:
+        wide: Tensor = p.act(p.up(x))
+        return wide
+
+    out: Tensor
+    # The module around the layers, whose forward does not run here, says what is recomputed.
+    if getattr(vars(p.mlp).get("forward"), "func", None) is checkpoint:
+        if any(module is p.down for module in p.mlp.children()):
+            out = checkpoint(lambda x: p.down(widened(x)), x, use_reentrant=False)
+        else:
+            out = p.down(checkpoint(widened, x, use_reentrant=False))
+    elif getattr(block, "gradient_checkpointing", False):
+        out = p.down(widened(x))  # Nothing is saved, and hooks would keep what they see.
+    else:
+        out = after_activation(p.down, p.act, p.up(x))
+    return out
 
 
 def _add_norm(norm: nn.Module, drop: nn.Module | None, x: Tensor, residual: Tensor) -> Tensor:

@@ -266,7 +266,9 @@ class TrainSection(Section):
         "random",
         description="order of the examples; group_by_length pads less and mixes less",
     )
-    bf16: bool = Field(False, description="autocast to bfloat16, which needs hardware for it")
+    bf16: bool = Field(
+        False, description="autocast to bfloat16: faster and smaller on GPUs and CPUs that have it"
+    )
     fp16: bool = Field(False, description="autocast to float16 with a scaled loss, on a GPU")
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, more time"

@@ -335,6 +335,18 @@ class MemoryBlock(Block):
     )
 
 
+class TokensBlock(Block):
+    """Tokens of the training batches of rank zero, over the whole run."""
+
+    real: Count = Field(0, description="Tokens of the texts.")
+    padded: Count = Field(0, description="Tokens of the batches with their padding.")
+    computed: Number = Field(
+        0.0,
+        description="Tokens whose hidden states were computed, as a mean over the blocks: an "
+        "encoder computes real tokens only, and its last block may compute one of each row.",
+    )
+
+
 class TimeBlock(Block):
     """Wall time. For a resumed run, all but load_s, evaluate_s and total_s cover the whole run."""
 
@@ -541,6 +553,7 @@ class RunRecord(Record):
     sparsity: SparsityBlock | None = None
     metrics: MetricsBlock | None = None
     memory: MemoryBlock | None = None
+    tokens: TokensBlock | None = None
     time: TimeBlock | None = None
     calibration: CalibrationBlock | None = None
     precision: PrecisionBlock | None = None

@@ -298,6 +298,11 @@ def _speed(run: RunRecord) -> Fact:
     if time.step_median_s is not None:
         iqr = f", IQR {format_seconds(time.step_iqr_s)}" if time.step_iqr_s is not None else ""
         parts.append(f"median step {format_seconds(time.step_median_s)}{iqr}")
+    tokens = run.tokens
+    if tokens is not None and tokens.padded and tokens.computed is not None:
+        computed = format_share(tokens.computed / tokens.padded)
+        real = format_share(tokens.real / tokens.padded)
+        parts.append(f"{computed} of the batches' tokens computed, {real} real")
     rate = time.steps_per_s
     value = NOT_RECORDED if rate is None else f"{format_number(rate)} steps/s"
     return Fact("Speed", value, "; ".join(parts))

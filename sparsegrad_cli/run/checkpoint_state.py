@@ -16,7 +16,7 @@ from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.bounded_json import plain_json
 from sparsegrad_cli.records.base import Block, Count, problems
 from sparsegrad_cli.records.metric_direction import scale_of
-from sparsegrad_cli.records.run import MemoryBlock
+from sparsegrad_cli.records.run import MemoryBlock, TokensBlock
 
 STATE = "state.json"
 FORMAT = 2
@@ -81,6 +81,7 @@ class Measured(Block):
     train_s: Duration = 0.0
     steps_s: list[Duration] = Field([], description="Seconds of each step, the last ones.")
     memory: MemoryBlock | None = None
+    tokens: TokensBlock | None = None
 
 
 class LoopState(Block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import torch
@@ -44,9 +45,10 @@ def check_autocast(loaded: LoadedRecipe) -> None:
     from transformers.utils import is_torch_bf16_gpu_available
 
     train = loaded.recipe.train
-    if train.bf16 and not train.use_cpu and not is_torch_bf16_gpu_available():
+    on_gpu = torch.cuda.is_available() and not train.use_cpu
+    if train.bf16 and on_gpu and not is_torch_bf16_gpu_available():
         raise UsageError(
-            "there is no GPU here that supports bfloat16",
+            "the GPU here does not support bfloat16",
             where=loaded.where("train.bf16"),
             fix="train.use_cpu: true trains in bfloat16 on the CPU; or leave it out",
         )
@@ -54,8 +56,32 @@ def check_autocast(loaded: LoadedRecipe) -> None:
         raise UsageError(
             "float16 needs a GPU, and the recipe trains on the CPU",
             where=loaded.where("train.fp16"),
-            fix="train.bf16: true with train.use_cpu: true, or leave it out",
+            fix="train.bf16: true, which CPUs have too, or leave it out",
         )
+
+
+def slow_bfloat16(train: TrainSection, device: torch.device) -> str | None:
+    """Return a note if this CPU is slower in bfloat16 than in float32; it is timed."""
+    if not train.bf16 or device.type != "cpu":
+        return None
+    ratio = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+    if ratio <= 1:
+        return None
+    return (
+        f"train.bf16: a product in bfloat16 takes {ratio:.1f} times as long as in float32 on this "
+        "CPU, which has no instructions for it; leave it out"
+    )
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Return the shortest time of a few products, (256, 512) @ (512, 512)."""
+    x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(x, weight)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def precision_of(model: nn.Module, train: TrainSection, device: torch.device) -> PrecisionBlock:

@@ -43,7 +43,7 @@ from sparsegrad_cli.records.run import (
 )
 from sparsegrad_cli.records.run import NotAdapted as NotAdaptedBlock
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.precision import check_precision, precision_of
+from sparsegrad_cli.tasks.precision import check_precision, precision_of, slow_bfloat16
 from sparsegrad_cli.tasks.task import (
     LoadedTask,
     RowLimits,
@@ -148,9 +148,10 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
     head_hash = parameters_digest(head_parameters(model))
     model = move_model(model, device)
     save_memory(model, targets, recipe.method.recompute)
-    unpadding, note = without_padding(model, recipe)
-    if note is not None:
-        parts.task = replace(parts.task, notes=(*parts.task.notes, note))
+    unpadding, padded = without_padding(model, recipe)
+    late_notes = [n for n in (padded, slow_bfloat16(recipe.train, device)) if n is not None]
+    parts.task = replace(parts.task, notes=(*parts.task.notes, *late_notes))
+    for note in late_notes:
         observer.note(note)
     return Setup(
         **vars(parts) | {"model": model},

@@ -46,6 +46,7 @@ from sparsegrad_cli.training.outcome import note_extension, optimizer_block, rec
 from sparsegrad_cli.training.samples import SamplePrompts
 from sparsegrad_cli.training.schedule import StepPlan
 from sparsegrad_cli.training.step_log import StepLog
+from sparsegrad_cli.training.token_counter import TokenCounter
 from sparsegrad_cli.training.tracking import make_trackers, tracked
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class TrainingLoop:
         self.log = StepLog(run.path, run.observer, str(setup.device))
         self._began = time.perf_counter()
         self._before = Measured()  # Of the run until the checkpoint that it resumes from.
+        self.tokens = TokenCounter(setup.unpadding, None)
 
         setup.model.config.use_cache = False  # type: ignore[union-attr]
         trackers = make_trackers(self.recipe, run.path, setup.model, run.observer.note)
@@ -193,6 +195,7 @@ class TrainingLoop:
         self.progress = state.progress.model_copy(update={"max_steps": self.plan.max_steps})
         self.steps.loss_sum += state.progress.loss_sums[distributed.rank()]
         self._before = state.measured
+        self.tokens = TokenCounter(self.setup.unpadding, state.measured.tokens)
         self.log.timer.durations[:0] = state.measured.steps_s
         if state.progress.evaluation_due:
             files.load_random(folder)  # Into the checkpoint that this evaluation may leave.
@@ -229,7 +232,8 @@ class TrainingLoop:
         step, plan = self.progress.step + 1, self.plan
         last = step == plan.max_steps
         self.log.timer.start()
-        self.steps.take(step, batches)
+        with self.tokens.counted(batches):
+            self.steps.take(step, batches)
         self.progress.step = step
         self.log.timer.stop()
         self.order.mark(step, last=last)
@@ -371,4 +375,5 @@ class TrainingLoop:
             train_s=self._before.train_s + here,
             steps_s=self.log.timer.durations[-_DURATIONS_KEPT:],
             memory=memory,
+            tokens=self.tokens.total,
         )

@@ -106,6 +106,7 @@ def record_outcome(loop: TrainingLoop) -> None:
             notes=loop.evaluator.notes,
         ),
         memory=loop.measured().memory,
+        tokens=loop.tokens.total,
         time=TimeBlock(
             steps=loop.progress.step,
             examples_per_s=timing["steps_per_s"] * examples * distributed.world_size(),

@@ -29,8 +29,10 @@ from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.tasks import BUILTIN_TASKS
+from sparsegrad_cli.tasks.setup import without_padding
 
 SIZE, LENGTH = 2, 32
+LENGTHS = (LENGTH, LENGTH // 2)  # Tokens of the rows, where some are padded.
 # SmolLM2-135M's shapes with fewer layers.
 SMOLLM2 = {
     "model_type": "llama",
@@ -119,7 +121,7 @@ def sentences(*, types: bool = True) -> dict[str, Tensor]:
     """Return a real batch whose last row is half padding."""
     ids = numbers()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch["attention_mask"][-1, LENGTH // 2 :] = 0
+    batch["attention_mask"][-1, LENGTHS[-1] :] = 0
     if types:
         batch["token_type_ids"] = torch.zeros_like(ids)
     return {**batch, "labels": ids[:, 0] % 2}
@@ -164,6 +166,7 @@ def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) ->
     targets = find_targets(model, recipe.targets)
     settings = recipe.method
     save_memory(model, targets, settings.recompute)
+    without_padding(model, recipe)
     bases = None
     if settings.calibrates:
         section = recipe.calibration
@@ -219,7 +222,7 @@ def alike(estimated: MemoryMeter, real: MemoryMeter) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_minilm_is_estimated_to_the_byte(name: str) -> None:
     loaded = recipe(*METHODS[name])
-    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, minilm(loaded), sentences()))
+    same(faked(loaded).step(SIZE, LENGTH, LENGTHS), counted(loaded, minilm(loaded), sentences()))
 
 
 @pytest.mark.parametrize("name", ["full", "core"])
@@ -227,7 +230,7 @@ def test_a_step_of_a_language_model_is_estimated(smollm2: Path, name: str) -> No
     """test_runs.py has the other methods."""
     loaded = recipe(f"model={smollm2}", CHAT, *METHODS[name])
     real = counted(loaded, language_model(smollm2), conversations(short=1))
-    alike(faked(loaded).step(SIZE, LENGTH), real)
+    alike(faked(loaded).step(SIZE, LENGTH, LENGTHS), real)
 
 
 @pytest.mark.parametrize("packing", ["pack", "concatenate"])
@@ -236,7 +239,7 @@ def test_packed_rows_have_their_mask(smollm2: Path, packing: str) -> None:
     loaded = recipe(f"model={smollm2}", CHAT, f"task.chat.packing={packing}", "method=lora")
     batch = conversations(packed=packing == "pack")
     real = counted(loaded, language_model(smollm2), batch)
-    estimated = faked(loaded).step(SIZE, LENGTH)
+    estimated = faked(loaded).step(SIZE, LENGTH, LENGTHS)
     alike(estimated, real)
     expected, found = real.peak("forward"), estimated.peak("forward")
     assert expected is not None and found is not None
@@ -268,14 +271,14 @@ def test_packed_rows_have_their_mask(smollm2: Path, packing: str) -> None:
 )
 def test_recipe_settings_are_estimated_to_the_byte(tiny: str, overrides: tuple[str, ...]) -> None:
     loaded = recipe(tiny, *overrides)
-    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+    same(faked(loaded).step(SIZE, LENGTH, LENGTHS), counted(loaded, bert(loaded), sentences()))
 
 
 # DiffoRA's second step, which is measured here, trains the gates; the first is estimated.
 @pytest.mark.parametrize("name", [name for name in CHANGES | ADAPTIVE if name != "diffora"])
 def test_neighbours_are_estimated_to_the_byte(tiny: str, name: str) -> None:
     loaded = recipe(tiny, f"method={name}")
-    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+    same(faked(loaded).step(SIZE, LENGTH, LENGTHS), counted(loaded, bert(loaded), sentences()))
 
 
 @pytest.mark.parametrize("method", [("pela",), ("welore", "method.allocation=uniform")])
@@ -284,7 +287,7 @@ def test_factors_in_place_of_weights_are_estimated_to_the_byte(
 ) -> None:
     name, *more = method
     loaded = recipe(tiny, f"method.name={name}", *more)
-    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), sentences()))
+    same(faked(loaded).step(SIZE, LENGTH, LENGTHS), counted(loaded, bert(loaded), sentences()))
 
 
 @pytest.mark.parametrize("name", ["deberta-v3", "gpt2", "opt"])
@@ -296,16 +299,19 @@ def test_other_architectures_are_estimated_to_the_byte(name: str) -> None:
     batch["input_ids"] = batch["input_ids"] % 60
     real = counted(loaded, classifier(name, max_position_embeddings=LENGTH), batch)
     # DeBERTa saves roots of its sides, eight bytes each, which fake tensors hold as numbers.
-    estimated = FakeRun(loaded, settings, Conditions()).step(SIZE, LENGTH)
+    estimated = FakeRun(loaded, settings, Conditions()).step(SIZE, LENGTH, LENGTHS)
     same(estimated, real, saved=name != "deberta-v3")
 
 
 def test_without_padding_attention_has_no_mask(tiny: str) -> None:
     """transformers makes no mask for a batch without padding."""
-    loaded = recipe(tiny, "method=lora")
+    loaded = recipe(tiny, "method=lora", "train.unpadded=false")
     batch = sentences()
     batch["attention_mask"].fill_(1)
     same(faked(loaded, padded=False).step(SIZE, LENGTH), counted(loaded, bert(loaded), batch))
+    # With a mask, and computed all the same.
+    batch = sentences()
+    same(faked(loaded).step(SIZE, LENGTH), counted(loaded, bert(loaded), batch))
 
 
 # --- steps
@@ -313,10 +319,10 @@ def test_without_padding_attention_has_no_mask(tiny: str) -> None:
 
 def test_fake_run_takes_batches_of_any_size_and_keeps_no_memory(tiny: str) -> None:
     fake = faked(recipe(tiny, *CORE))
-    first = fake.step(SIZE, LENGTH).report().to_json()
+    first = fake.step(SIZE, LENGTH, LENGTHS).report().to_json()
     larger = fake.step(2 * SIZE, LENGTH).report().to_json()
     fake.evaluation(64, LENGTH)
-    again = fake.step(SIZE, LENGTH).report().to_json()
+    again = fake.step(SIZE, LENGTH, LENGTHS).report().to_json()
     assert larger["peak_bytes"] > 1.3 * first["peak_bytes"]
     for report in (first, again):
         for phase in report["phases"].values():
@@ -327,10 +333,10 @@ def test_fake_run_takes_batches_of_any_size_and_keeps_no_memory(tiny: str) -> No
 def test_accumulated_gradients_count_in_forward_but_not_in_evaluation(tiny: str) -> None:
     plain = faked(recipe(tiny, "method=full"))
     lying = faked(recipe(tiny, "method=full", "train.gradient_accumulation_steps=2"))
-    without = plain.step(SIZE, LENGTH).peak("forward")
+    without = plain.step(SIZE, LENGTH, LENGTHS).peak("forward")
     gradients = sum(4 * p.numel() for p in lying.model.parameters() if p.requires_grad)
     for _ in range(2):  # evaluation clears them, the next step finds them again
-        found = lying.step(SIZE, LENGTH).peak("forward")
+        found = lying.step(SIZE, LENGTH, LENGTHS).peak("forward")
         assert without is not None and found is not None
         assert found.categories["gradients"] == gradients
         assert found.peak_bytes == without.peak_bytes + gradients
@@ -345,7 +351,7 @@ def test_recomputed_blocks_keep_only_their_inputs(tiny: str, kernels: str) -> No
         loaded = recipe(
             tiny, "method=full", "scope=rest", f"train.gradient_checkpointing={recompute}"
         )
-        peak = faked(loaded, kernels=kernels).step(SIZE, LENGTH).peak("forward")
+        peak = faked(loaded, kernels=kernels).step(SIZE, LENGTH, LENGTHS).peak("forward")
         assert peak is not None
         return peak
 
@@ -359,7 +365,7 @@ def test_bounded_optimizer_state_is_estimated_at_its_largest() -> None:
     """State: 20 bytes a row (position, two means, age, last step), a clock, one bit a parameter."""
     loaded = recipe(*CORE, "method.support=dynamic", "method.state_capacity=3")
     fake = faked(loaded)
-    peak = fake.step(SIZE, LENGTH).peak("forward")
+    peak = fake.step(SIZE, LENGTH, LENGTHS).peak("forward")
     assert peak is not None
     entries = [count.entries for count in fake.prepared.counts.targets]
     state = sum(20 * min(3 * k, 96 * 96) + 4 + 96 * 96 for k in entries)
@@ -373,7 +379,7 @@ def test_memory_that_depends_on_values_is_estimated_at_its_largest(method: str) 
     name = ("method.name=meprop",) if "rows" in method else CORE
     loaded = recipe(*name, method)
     real = counted(loaded, minilm(loaded), sentences())
-    estimated = faked(loaded).step(SIZE, LENGTH)
+    estimated = faked(loaded).step(SIZE, LENGTH, LENGTHS)
     for phase in ("forward", "backward"):
         expected, found = real.peak(phase), estimated.peak(phase)
         assert expected is not None and found is not None

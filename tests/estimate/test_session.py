@@ -121,7 +121,7 @@ def test_calibration_recomputes_blocks_and_autocasts_as_the_step_does(tmp_path: 
         for more in ((), ("train.gradient_checkpointing=true",), ("train.bf16=true",))
     )
     assert recomputed < 0.6 * plain
-    assert half < 0.9 * plain
+    assert half < 0.8 * plain
 
 
 def test_no_batch_fits_if_one_example_does_not(tiny: str) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import ARCHITECTURES, METHODS, VOCABULARY, classifier, run_data, targets_of
+from support.tiny_models import (
+    ARCHITECTURES,
+    INNER,
+    METHODS,
+    VOCABULARY,
+    classifier,
+    run_data,
+    targets_of,
+)
 from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
@@ -266,6 +275,46 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
     assert unpadding.training.padded_batches == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_wide_activations_are_recomputed_where_the_recipe_asks_for_it(name: str) -> None:
+    kept, passes = [], []
+    for recompute in ("none", "activation"):
+        model = model_of(name).train()
+        targets = targets_of(model)
+        save_memory(model, targets, recompute)
+        unpadding = use_unpadding(model)
+        runs: list[int] = []
+        up = model.get_submodule(targets[0].name)
+        up.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel() if tensor.shape[-1:] == (INNER,) else 0)
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(**batch())
+        kept.append(sum(sizes))
+        output.loss.backward()
+        passes.append(len(runs))
+        assert_same(model, unpadding, batch())
+    assert kept[1] < kept[0] and passes == [1, 2]
+
+
+def test_a_recomputed_block_keeps_nothing_wide() -> None:
+    model = model_of("bert").train()
+    use_unpadding(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    wide: list[weakref.ref[Tensor]] = []
+    for block in model.get_submodule("bert.encoder").layer:  # type: ignore[union-attr]
+        block.intermediate.dense.register_forward_hook(
+            lambda layer, args, out: wide.append(weakref.ref(out))
+        )
+    output = model(**batch())
+    assert len(wide) == 3 and [known() for known in wide] == [None] * 3
+    output.loss.backward()
 
 
 def test_dropout_is_the_same_when_blocks_are_recomputed() -> None:
