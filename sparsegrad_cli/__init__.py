@@ -4,6 +4,7 @@ The command is ``sparsegrad`` (:mod:`sparsegrad_cli.cli`). From Python:
 
 - :func:`calibrate` computes bases from a model and batches; :func:`load_basis` reads a saved file.
 - :mod:`sparsegrad_cli.peft` puts SparseGrad into any model as an adapter of PEFT.
+- :func:`use_unpadding` lets an encoder compute the real tokens of its batches only.
 - :func:`load_adapter` loads an adapter that ``sparsegrad export --to adapter`` wrote.
 
 Importing this package imports neither torch nor transformers.
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from sparsegrad_cli import peft
     from sparsegrad_cli.calibration.basis_file import BasisFile
     from sparsegrad_cli.calibration.calibrate_model import calibrate
+    from sparsegrad_cli.models.unpadding import use_unpadding
 
-__all__ = ["calibrate", "load_adapter", "load_basis", "peft"]
+__all__ = ["calibrate", "load_adapter", "load_basis", "peft", "use_unpadding"]
 __version__ = "0.1.0"
 
 
@@ -30,6 +32,8 @@ def __getattr__(name: str) -> Any:
     """Import on first use what needs torch."""
     if name == "calibrate":
         return import_module("sparsegrad_cli.calibration.calibrate_model").calibrate
+    if name == "use_unpadding":
+        return import_module("sparsegrad_cli.models.unpadding").use_unpadding
     if name == "peft":
         return import_module("sparsegrad_cli.peft")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -361,3 +361,55 @@ def test_every_method_has_the_gradients_of_the_padded_model(method: str) -> None
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     assert_same(model, unpadding, batch(), at=2e-5)
+
+
+@pytest.mark.parametrize("first", ["unpadding", "adapter"])
+def test_a_model_of_peft_has_the_gradients_of_the_padded_one(first: str) -> None:
+    """LoRA on every linear layer of a block, also those of attention."""
+    import peft
+
+    model = model_of("bert")
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", lora_alpha=8)
+    config.init_lora_weights = False
+    if first == "unpadding":
+        use_unpadding(model)
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, config).train()
+    unpadding = use_unpadding(wrapped)
+    assert_same(wrapped, unpadding, batch())
+    with wrapped.disable_adapter():
+        plain = wrapped(**batch()).logits
+    adapted = wrapped(**batch()).logits
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(wrapped(**batch()).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert unpadding.training.padded_batches == 1  # The one that was turned off.
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_encoder_gives_what_it_gives_with_padding(bits: int) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = model_of("bert")
+    for block in model.get_submodule("bert.encoder").layer:  # type: ignore[union-attr]
+        for owner in (block.intermediate, block.output, block.attention.output):
+            owner.dense = quantized(bitsandbytes, owner.dense, bits)
+    model.train()
+    inputs = batch()
+    unpadding = use_unpadding(model)
+    assert_same(model, unpadding, inputs, at=1e-4 if bits == 4 else 0.05)
+    assert unpadding.training.padded_batches == 1
+
+
+def quantized(bitsandbytes: Any, layer: nn.Linear, bits: int) -> nn.Module:
+    sizes = (layer.in_features, layer.out_features)
+    if bits == 4:
+        packed = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32)
+        packed.weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False)
+    else:
+        packed = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        packed.weight = bitsandbytes.nn.Int8Params(
+            layer.weight.detach(), requires_grad=False, has_fp16_weights=False
+        )
+    packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    moved: nn.Module = packed.to("cpu")
+    return moved

@@ -53,8 +53,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.class_weights=balanced",
         "calibration.warmup_steps=2",
         "train.load_best_model_at_end=true",
-        "train.max_steps=12",  # After fewer, it may give every row the same labels.
-        "train.eval_steps=6",
+        # After fewer or larger steps, it may give every row the same labels.
+        "train.max_steps=30",
+        "train.learning_rate=1e-2",
+        "train.eval_steps=10",
     )
 
 
