@@ -335,7 +335,8 @@ def _positions(embeddings: Any, ids_BL: Tensor, rows: Rows) -> Tensor:
         return (rows.places % rows.shape[1])[None]
     # RoBERTa and its kin count the tokens that are not padding, from the padding's id on.
     real_BL = (ids_BL != padding).to(torch.int64)
-    return (torch.cumsum(real_BL, 1) * real_BL + padding).flatten()[rows.places][None]
+    positions_BL: Tensor = torch.cumsum(real_BL, 1) * real_BL + padding
+    return positions_BL.flatten()[rows.places][None]
 
 
 def _by_row(hidden_1TI: Tensor, rows: Rows, first_only: bool) -> Tensor:

@@ -235,7 +235,8 @@ def test_another_architecture_is_refused_in_a_sentence_and_left_alone(name: str)
 def test_a_model_that_needs_more_than_its_structure_says_is_left_as_it_was() -> None:
     model = model_of("bert")
     # The norm before attention: the names of BERT, another function.
-    for block in model.get_submodule("bert.encoder").layer:  # type: ignore[union-attr]
+    encoder: Any = model.get_submodule("bert.encoder")
+    for block in encoder.layer:
         plain = block.attention.forward
         block.attention.forward = lambda x, *a, plain=plain, **k: plain(x * 2, *a, **k)
     forwards = [vars(module).get("forward") for module in model.modules()]
@@ -251,9 +252,9 @@ def test_it_is_installed_once_and_copies_are_independent() -> None:
     names = set(model.state_dict())
     other = copy.deepcopy(model)
     assert set(other.state_dict()) == names
-    mine = other.get_submodule("bert.encoder.layer.0.output.dense")
+    mine: Any = other.get_submodule("bert.encoder.layer.0.output.dense")
     with torch.no_grad():
-        mine.weight.zero_()  # type: ignore[union-attr]
+        mine.weight.zero_()
     inputs = batch()
     with use_unpadding(other).turned_off():
         expected = other(**inputs).logits
@@ -308,7 +309,8 @@ def test_a_recomputed_block_keeps_nothing_wide() -> None:
     use_unpadding(model)
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     wide: list[weakref.ref[Tensor]] = []
-    for block in model.get_submodule("bert.encoder").layer:  # type: ignore[union-attr]
+    encoder: Any = model.get_submodule("bert.encoder")
+    for block in encoder.layer:
         block.intermediate.dense.register_forward_hook(
             lambda layer, args, out: wide.append(weakref.ref(out))
         )
@@ -390,7 +392,8 @@ def test_a_model_of_peft_has_the_gradients_of_the_padded_one(first: str) -> None
 def test_a_quantized_encoder_gives_what_it_gives_with_padding(bits: int) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = model_of("bert")
-    for block in model.get_submodule("bert.encoder").layer:  # type: ignore[union-attr]
+    encoder: Any = model.get_submodule("bert.encoder")
+    for block in encoder.layer:
         for owner in (block.intermediate, block.output, block.attention.output):
             owner.dense = quantized(bitsandbytes, owner.dense, bits)
     model.train()

@@ -75,9 +75,9 @@ def test_the_norm_of_a_residual_sum_is_the_formula_without_dropout() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_of_the_norm_are_those_of_finite_differences(dropout: float) -> None:
-    def function(*tensors: Tensor) -> Tensor:
+    def function(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         torch.manual_seed(2)
-        return dropout_add_norm(*tensors, 1e-5, dropout)
+        return dropout_add_norm(x, residual, weight, bias, 1e-5, dropout)
 
     assert torch.autograd.gradcheck(function, norm_inputs())
 

@@ -20,7 +20,7 @@ HEADS, SIZE = 3, 4
 LENGTHS = [7, 7, 6, 3, 3, 3, 1]
 
 
-def tokens(count: int, seed: int, **options: torch.dtype) -> Tensor:
+def tokens(count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, HEADS, SIZE, generator=generator, dtype=torch.float64)
 
@@ -74,7 +74,8 @@ def test_values_and_gradients_are_those_of_the_formula(
         bias_HLL=our_bias if biased else None,
         first_only=first,
     )
-    expected = formula(*theirs, 0.7, their_bias if biased else None, first)
+    q, k, v = theirs
+    expected = formula(q, k, v, 0.7, their_bias if biased else None, first)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     weights = tokens(len(out), 5)
     (out * weights).sum().backward()
@@ -162,7 +163,7 @@ def test_rows_of_like_length_share_a_group_and_long_rows_do_not() -> None:
 def test_half_precision_products_have_a_softmax_in_single_precision() -> None:
     q, k, v = (x.detach().to(torch.bfloat16) for x in inputs())
     out = row_attention(q, k, v, row_groups(LENGTHS), scale=1 / math.sqrt(SIZE))
-    expected = formula(*(x.double() for x in (q, k, v)), 1 / math.sqrt(SIZE))
+    expected = formula(q.double(), k.double(), v.double(), 1 / math.sqrt(SIZE))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
 
