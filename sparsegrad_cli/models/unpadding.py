@@ -36,6 +36,7 @@ from sparsegrad_cli.numerics.saved_activations import after_activation
 
 # Arguments of an encoder that may be given; others change what it computes.
 _ARGUMENTS = {"token_type_ids", "return_dict", "num_items_in_batch"}
+_MORE_OUTPUTS = ("output_hidden_states", "output_attentions")  # Settings of a configuration.
 _SHORT = (7, 4, 5)  # Tokens of the rows that a model is tried on.
 
 
@@ -66,7 +67,7 @@ def rows_of(mask_BL: Tensor) -> Rows | None:
     """
     real_BL = mask_BL != 0
     lengths = real_BL.sum(1).tolist()
-    if not all(lengths):
+    if not lengths or not all(lengths):
         return None
     starts = real_BL.to(torch.int8).argmax(1).tolist()  # The first real token of each row.
     rows = _sorted_rows(starts, lengths, mask_BL.shape[1], mask_BL.device)
@@ -255,18 +256,24 @@ class Unpadding:
             self.active = before
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *others: Any,
+        **more: Any,
     ) -> Any:
         """Run the encoder on the real tokens of a batch, or as it was where that is impossible."""
         given = {name for name, value in more.items() if value is not None and value is not False}
-        usual = given <= _ARGUMENTS and more.get("return_dict") is not False
+        usual = not others and given <= _ARGUMENTS and more.get("return_dict") is not False
+        wanted = (getattr(self.encoder.config, name, False) for name in _MORE_OUTPUTS)
+        usual = usual and not any(wanted)
         rows = None
         if self.active and usual and input_ids is not None:
             rows = self._rows(input_ids, attention_mask)
         if input_ids is not None:
             self._count(input_ids, attention_mask, rows)
         if rows is None or input_ids is None:
-            return self.plain(input_ids, attention_mask=attention_mask, **more)
+            return self.plain(input_ids, attention_mask, *others, **more)
         return self._on_real_tokens(input_ids, more.get("token_type_ids"), rows)
 
     def _rows(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Rows | None:

@@ -213,7 +213,22 @@ def test_a_batch_that_asks_for_more_is_computed_with_padding(change: dict[str, A
     assert unpadding.evaluation.padded_batches == 2
 
 
+def test_an_encoder_takes_its_arguments_by_place_and_its_configuration_asks_for_more() -> None:
+    encoder: Any = model_of("bert", attn_implementation="eager").get_submodule("bert")
+    unpadding = use_unpadding(encoder)
+    inputs = batch()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    types = ids % 2
+    by_name = encoder(ids, attention_mask=mask, token_type_ids=types).pooler_output
+    by_place = encoder(ids, mask, types).pooler_output
+    torch.testing.assert_close(by_place, by_name, rtol=1e-5, atol=1e-5)
+    assert unpadding.evaluation.padded_batches == 1
+    encoder.config.output_hidden_states = True
+    assert len(encoder(ids, attention_mask=mask).hidden_states) == 4
+
+
 def test_rows_with_holes_and_empty_rows_have_no_place() -> None:
+    assert rows_of(torch.ones(0, 3)) is None
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     assert rows_of(mask) is None
     assert rows_of(torch.tensor([[1, 1, 0], [0, 0, 0]])) is None
