@@ -12,6 +12,7 @@ HEADS = {
     "bert": {"classifier.weight", "classifier.bias"},
     "roberta": {f"classifier.{p}.{w}" for p in ("dense", "out_proj") for w in ("weight", "bias")},
     "electra": {f"classifier.{p}.{w}" for p in ("dense", "out_proj") for w in ("weight", "bias")},
+    "mpnet": {f"classifier.{p}.{w}" for p in ("dense", "out_proj") for w in ("weight", "bias")},
     "distilbert": {
         f"{p}.{w}" for p in ("pre_classifier", "classifier") for w in ("weight", "bias")
     },

@@ -34,6 +34,7 @@ EXPECTED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
     "bert": (f"bert.{_BERT[0]}", _BERT[1]),
     "roberta": (f"roberta.{_BERT[0]}", _BERT[1]),
     "electra": (f"electra.{_BERT[0]}", _BERT[1]),
+    "mpnet": (f"mpnet.{_BERT[0]}", _BERT[1]),
     "deberta-v3": (f"deberta.{_BERT[0]}", _BERT[1]),
     "distilbert": ("distilbert.transformer.layer", {"ffn.lin1": UP, "ffn.lin2": DOWN}),
     "gpt2": ("transformer.h", {"mlp.c_fc": UP, "mlp.c_proj": DOWN}),
