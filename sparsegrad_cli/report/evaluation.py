@@ -92,7 +92,10 @@ def _class_table(record: EvaluationRecord) -> Table:
         Column("class" if record.confusion else "label", lambda c: c.name, words=True),
         Column("rows", lambda c: format_count(c.rows)),
         Column("predicted", lambda c: format_count(c.predicted)),
-        Column("precision", lambda c: format_percent(c.precision)),
+        Column(
+            "precision",
+            lambda c: format_percent(c.precision) if c.predicted else "never predicted",
+        ),
         Column("recall", lambda c: format_percent(c.recall)),
         Column("F1", lambda c: format_percent(c.f1)),
     ]

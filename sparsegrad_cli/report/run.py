@@ -405,7 +405,8 @@ def _time(run: RunRecord) -> list[Block]:
 def times(run: RunRecord) -> list[tuple[str, float]]:
     """Return (phase, seconds) of a run, with the remaining time last."""
     clock = run.time or TimeBlock()
-    found = [(label, seconds) for key, label in _TIMES.items() if (seconds := getattr(clock, key))]
+    spent = [key for key in _TIMES if key != "calibrate_s" or not _basis_reused(run)]
+    found = [(_TIMES[key], seconds) for key in spent if (seconds := getattr(clock, key))]
     if found and clock.total_s is not None:
         rest = clock.total_s - sum(seconds for _, seconds in found)
         if rest > 0.01 * clock.total_s:
@@ -413,11 +414,18 @@ def times(run: RunRecord) -> list[tuple[str, float]]:
     return found
 
 
+def _basis_reused(run: RunRecord) -> bool:
+    """Return whether the time of calibration was spent by an earlier run."""
+    return run.calibration is not None and bool(run.calibration.reused)
+
+
 def time_line(run: RunRecord) -> str:
     """Return all of :func:`times` in one line, with the total."""
     parts = [f"{label} {format_seconds(seconds)}" for label, seconds in times(run)]
     if run.time and run.time.total_s is not None:
         parts.append(f"total {format_seconds(run.time.total_s)}")
+    if _basis_reused(run) and run.time and run.time.calibrate_s:
+        parts.append(f"its basis took {format_seconds(run.time.calibrate_s)} when it was made")
     return " · ".join(parts) or NOT_RECORDED
 
 

@@ -272,7 +272,7 @@ class TrainingLoop:
         folder = self._save_now()
         raise InterruptedRunError(
             f"stopped after step {progress.step} of {progress.max_steps}; {folder.name} is saved",
-            fix="continue with --resume",
+            fix=f"continue with: sparsegrad train {self.open_run.path} --resume",
         )
 
     # --- evaluation and checkpoints
