@@ -9,8 +9,8 @@ the last block is computed for those tokens: the others only give it keys and va
 The logits, the loss and the gradients are those of the padded model up to rounding. With dropout,
 they agree in distribution: masks are drawn for real tokens only.
 
-How a family of models names the parts of a block is in a table, written for transformers 5. A model
-is changed only if a small batch then gives the logits that it gave before, so a model of another
+A table names the parts of each family of models (models/encoder_families.py). A model is changed
+only if a small batch then gives the logits that it gave before, so a model of another
 structure is computed with padding, and the reason is said.
 """
 
@@ -29,175 +29,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.models.encoder_families import FAMILIES, Family, Parts
+from sparsegrad_cli.models.token_rows import Rows, rows_of, sorted_rows
 from sparsegrad_cli.numerics import row_attention as attention
 from sparsegrad_cli.numerics.dropout import CheapDropout, dropout_add_norm
-from sparsegrad_cli.numerics.row_attention import RowGroup, row_groups
 from sparsegrad_cli.numerics.saved_activations import after_activation
 
 # Arguments of an encoder that may be given; others change what it computes.
 _ARGUMENTS = {"token_type_ids", "return_dict", "num_items_in_batch"}
 _MORE_OUTPUTS = ("output_hidden_states", "output_attentions")  # Settings of a configuration.
 _SHORT = (7, 4, 5)  # Tokens of the rows that a model is tried on.
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the tokens of a batch lie without padding: row after row, the longest row first.
-
-    Attributes:
-        shape: (B, L), rows and tokens of the padded batch.
-        places: (T,) place of each real token in the padded batch, counted over its rows.
-        starts: (B,) place among the T of the first token of each sorted row.
-        ranks: (B,) place of each row of the batch among the sorted rows.
-        groups: the sorted rows in groups of like length.
-    """
-
-    shape: tuple[int, int]
-    places: Tensor
-    starts: Tensor
-    ranks: Tensor
-    groups: list[RowGroup]
-
-
-def rows_of(mask_BL: Tensor) -> Rows | None:
-    """Return where the real tokens lie; None if some row is empty or is not one run of tokens.
-
-    Args:
-        mask_BL: attention mask, not 0 at real tokens.
-    """
-    real_BL = mask_BL != 0
-    lengths = real_BL.sum(1).tolist()
-    if not lengths or not all(lengths):
-        return None
-    starts = real_BL.to(torch.int8).argmax(1).tolist()  # The first real token of each row.
-    rows = _sorted_rows(starts, lengths, mask_BL.shape[1], mask_BL.device)
-    return rows if bool(real_BL.flatten()[rows.places].all()) else None
-
-
-def _sorted_rows(
-    starts: Sequence[int], lengths: Sequence[int], width: int, device: torch.device
-) -> Rows:
-    """Return the rows of a batch; row b has ``lengths[b]`` tokens from column ``starts[b]`` on."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    places, row_starts, ranks, token = [], [], [0] * len(order), 0
-    for rank, row in enumerate(order):
-        start = row * width + starts[row]
-        places.append(torch.arange(start, start + lengths[row]))
-        row_starts.append(token)
-        ranks[row] = rank
-        token += lengths[row]
-    return Rows(
-        (len(order), width),
-        torch.cat(places).to(device),
-        torch.tensor(row_starts, device=device),
-        torch.tensor(ranks, device=device),
-        row_groups([lengths[row] for row in order], device),
-    )
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of encoders names its parts: paths of attributes.
-
-    A block is y = norm1(x + drop1(o(attention(q(x), k(x), v(x))))), and then
-    norm2(y + drop2(down(act(up(y))))).
-
-    Attributes:
-        layers: of the encoder, to its blocks.
-        q, k, v, o, attention_dropout, norm1, drop1, up, act, down, norm2, drop2: of a block. None
-            for a dropout that the family does not have.
-        heads: of the configuration, to the number of heads.
-        relative: whether scores have a bias by relative position, as in MPNet.
-    """
-
-    layers: str
-    q: str
-    k: str
-    v: str
-    o: str
-    attention_dropout: str
-    norm1: str
-    drop1: str | None
-    up: str
-    act: str
-    down: str
-    norm2: str
-    drop2: str
-    heads: str = "num_attention_heads"
-    relative: bool = False
-
-
-_BERT = Family(
-    layers="encoder.layer",
-    q="attention.self.query",
-    k="attention.self.key",
-    v="attention.self.value",
-    o="attention.output.dense",
-    attention_dropout="attention.self.dropout",
-    norm1="attention.output.LayerNorm",
-    drop1="attention.output.dropout",
-    up="intermediate.dense",
-    act="intermediate.intermediate_act_fn",
-    down="output.dense",
-    norm2="output.LayerNorm",
-    drop2="output.dropout",
-)
-_MPNET = Family(
-    layers="encoder.layer",
-    q="attention.attn.q",
-    k="attention.attn.k",
-    v="attention.attn.v",
-    o="attention.attn.o",
-    attention_dropout="attention.attn.dropout",
-    norm1="attention.LayerNorm",
-    drop1="attention.dropout",
-    up="intermediate.dense",
-    act="intermediate.intermediate_act_fn",
-    down="output.dense",
-    norm2="output.LayerNorm",
-    drop2="output.dropout",
-    relative=True,
-)
-_DISTILBERT = Family(
-    layers="transformer.layer",
-    q="attention.q_lin",
-    k="attention.k_lin",
-    v="attention.v_lin",
-    o="attention.out_lin",
-    attention_dropout="attention.dropout",
-    norm1="sa_layer_norm",
-    drop1=None,
-    up="ffn.lin1",
-    act="ffn.activation",
-    down="ffn.lin2",
-    norm2="output_layer_norm",
-    drop2="ffn.dropout",
-    heads="n_heads",
-)
-_FAMILIES = (_BERT, _MPNET, _DISTILBERT)
-
-
-class _Parts:
-    """The parts of a block, looked up at every pass because methods replace them."""
-
-    def __init__(self, family: Family, config: Any) -> None:
-        names = ("q", "k", "v", "o", "norm1", "up", "act", "down", "norm2", "attention_dropout")
-        self._get: dict[str, Callable[[Any], Any]] = {
-            name: attrgetter(getattr(family, name)) for name in names
-        }
-        for name in ("drop1", "drop2"):
-            path = getattr(family, name)
-            self._get[name] = attrgetter(path) if path else lambda block: None
-        self._get["mlp"] = attrgetter(family.up.rpartition(".")[0])
-        self.heads = int(getattr(config, family.heads))
-
-    def of(self, block: nn.Module) -> SimpleNamespace:
-        """Return the parts of a block by their names in :class:`Family`, and ``mlp`` around up.
-
-        Raises:
-            AttributeError: the block has another structure.
-        """
-        return SimpleNamespace(**{name: get(block) for name, get in self._get.items()})
 
 
 @dataclass
@@ -237,7 +78,7 @@ class Unpadding:
         self.first_only, self.active = False, True
         self.training, self.evaluation = TokenCounts(), TokenCounts()
         self.lengths: Sequence[int] | None = None
-        self.parts = _Parts(family, encoder.config)
+        self.parts = Parts(family, encoder.config)
         self.plain = encoder.forward
 
     @property
@@ -285,7 +126,7 @@ class Unpadding:
         if self.lengths is not None:
             mask_BL.count_nonzero()  # An estimate counts the batch's tensors as they are read.
             lengths = self.lengths[: len(ids_BL)]
-            return _sorted_rows([0] * len(lengths), lengths, ids_BL.shape[1], ids_BL.device)
+            return sorted_rows([0] * len(lengths), lengths, ids_BL.shape[1], ids_BL.device)
         # A head that reads the first column reads padding where a row begins with it.
         if self.first_only and not bool(mask_BL[:, 0].all()):
             return None
@@ -356,7 +197,7 @@ def _by_row(hidden_1TI: Tensor, rows: Rows, first_only: bool) -> Tensor:
 
 def _block_forward(
     block: nn.Module,
-    parts: _Parts,
+    parts: Parts,
     plain: Callable[..., Any],
     hidden: Tensor,
     *positional: Any,
@@ -382,7 +223,7 @@ def _block_forward(
 
 def _on_rows(
     block: nn.Module,
-    parts: _Parts,
+    parts: Parts,
     hidden: Tensor,
     *,
     rows: Rows,
@@ -391,8 +232,10 @@ def _on_rows(
 ) -> Tensor:
     """Compute a block on (1, T, hidden); see :func:`_block_forward`."""
     p = parts.of(block)
-    asking = hidden.index_select(1, rows.starts) if first_only else hidden
-    q, k, v = (x.view(x.shape[1], parts.heads, -1) for x in (p.q(asking), p.k(hidden), p.v(hidden)))
+    query_states = hidden.index_select(1, rows.starts) if first_only else hidden
+    q, k, v = (
+        x.view(x.shape[1], parts.heads, -1) for x in (p.q(query_states), p.k(hidden), p.v(hidden))
+    )
     dropout = p.attention_dropout.p if p.attention_dropout.training else 0.0
     attend = attention.row_attention if attention.on_cpu(q) else attention.padded_attention
     attended = attend(
@@ -405,7 +248,7 @@ def _on_rows(
         bias_HLL=bias_HLL,
         first_only=first_only,
     )
-    middle = _add_norm(p.norm1, p.drop1, p.o(attended.flatten(1)[None]), asking)
+    middle = _add_norm(p.norm1, p.drop1, p.o(attended.flatten(1)[None]), query_states)
     return _add_norm(p.norm2, p.drop2, _mlp(block, p, middle), middle)
 
 
@@ -503,9 +346,9 @@ def _find_encoder(model: nn.Module) -> tuple[Any, Family] | Unpadding:
         config: Any = getattr(module, "config", None)
         if not hasattr(module, "embeddings") or getattr(config, "is_decoder", False):
             continue
-        for family in _FAMILIES:
+        for family in FAMILIES:
             try:
-                parts = _Parts(family, config)
+                parts = Parts(family, config)
                 for block in attrgetter(family.layers)(module):
                     parts.of(block)
             except AttributeError:

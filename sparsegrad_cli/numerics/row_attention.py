@@ -3,7 +3,7 @@
 A batch of B rows is one matrix of T tokens, row after row, the longest row first. Rows of like
 length form a group of n rows of at most L tokens. For a group, with H heads of size D:
 
-    P = softmax(scale Q K' + bias)      (n H, q, L), where q is L, or 1 if only one token asks
+    P = softmax(scale Q K' + bias)      (n H, q, L), where q is L, or 1 for first tokens alone
     O = drop(P) V                       (n H, q, D)
 
 and, with g = dO and D the dropout's factors (0 or 1 / (1 - p)),
@@ -161,12 +161,12 @@ def _probabilities(
     return torch.softmax(scores, -1)
 
 
-def _mask(bias_HLL: Tensor | None, asking: int, group: RowGroup) -> Tensor | None:
+def _mask(bias_HLL: Tensor | None, queries: int, group: RowGroup) -> Tensor | None:
     """Return the mask of torch's attention: a bias, or true where there is a token; or None."""
     there = None if group.there is None else group.there[:, None, None]  # (n, 1, 1, L)
     if bias_HLL is None:
         return there
-    bias = bias_HLL[:, :asking, : group.length]
+    bias = bias_HLL[:, :queries, : group.length]
     return bias if there is None else torch.where(there, bias, float("-inf"))
 
 
@@ -198,20 +198,22 @@ class _RowAttention(torch.autograd.Function):
         first_only: bool,
     ) -> Tensor:
         ctx.groups, ctx.scale, ctx.factor = groups, scale, 1.0
-        ctx.asking = asking = _FIRST if first_only else _ALL
+        ctx.queries = queries = _FIRST if first_only else _ALL
         out_QHD = torch.empty_like(q_QHD)
         masks = []
         for group in groups:
-            q, k = asking.take(q_QHD, group), _ALL.take(k_THD, group)
+            q, k = queries.take(q_QHD, group), _ALL.take(k_THD, group)
             v = _ALL.take(v_THD, group)
             if not dropout:
-                asking.put(out_QHD, group, _without_dropout(q, k, v, bias_HLL, scale, group))
+                queries.put(out_QHD, group, _without_dropout(q, k, v, bias_HLL, scale, group))
                 continue
             weights = _probabilities(q, k, bias_HLL, scale, group)
             kept, ctx.factor = keep_mask(weights.shape, dropout)
             masks.append(kept)
             weights.mul_(kept.to(weights.dtype).mul_(ctx.factor))
-            asking.put(out_QHD, group, torch.bmm(weights.to(v.dtype), v))  # (nH, q, L) @ (nH, L, D)
+            queries.put(
+                out_QHD, group, torch.bmm(weights.to(v.dtype), v)
+            )  # (nH, q, L) @ (nH, L, D)
         ctx.save_for_backward(q_QHD, k_THD, v_THD, bias_HLL, *masks)
         return out_QHD
 
@@ -220,12 +222,12 @@ class _RowAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g_QHD,) = grads
         q_QHD, k_THD, v_THD, bias_HLL, *masks = ctx.saved_tensors
-        asking: _Side = ctx.asking
+        queries: _Side = ctx.queries
         dq_QHD, dk_THD, dv_THD = (torch.empty_like(x) for x in (q_QHD, k_THD, v_THD))
         dbias_HLL = torch.zeros_like(bias_HLL) if ctx.needs_input_grad[3] else None
         g_QHD = g_QHD.to(q_QHD.dtype)
         for number, group in enumerate(ctx.groups):
-            q, g = asking.take(q_QHD, group), asking.take_gradient(g_QHD, group)
+            q, g = queries.take(q_QHD, group), queries.take_gradient(g_QHD, group)
             k, v = _ALL.take(k_THD, group), _ALL.take(v_THD, group)
             weights = _probabilities(q, k, bias_HLL, ctx.scale, group)
             dweights = torch.bmm(g, v.transpose(1, 2)).to(weights.dtype)  # (nH, q, D) @ (nH, D, L)
@@ -243,7 +245,7 @@ class _RowAttention(torch.autograd.Function):
                 part += dscores.view(group.size, *part.shape).sum(0)
             dscores = dscores.mul_(ctx.scale).to(q.dtype)
             # (n H, q, L) @ (n H, L, D), and (n H, L, q) @ (n H, q, D)
-            asking.put(dq_QHD, group, torch.bmm(dscores, k))
+            queries.put(dq_QHD, group, torch.bmm(dscores, k))
             _ALL.put(dk_THD, group, torch.bmm(dscores.transpose(1, 2), q))
         return dq_QHD, dk_THD, dv_THD, dbias_HLL, None, None, None, None
 
@@ -268,7 +270,7 @@ def row_attention(
         scale: factor of the scores.
         dropout: probability with which a weight is dropped.
         bias_HLL: added to the scores of every row, whose length is at most L; None for none.
-        first_only: whether only the first token of every row asks.
+        first_only: whether only the first token of every row has a query.
 
     Returns:
         The shape of ``q_QHD``. The products are made in its dtype, the softmax in at least
@@ -301,12 +303,12 @@ def padded_attention(
 
     Padding exists in here only. It works on any device.
     """
-    asking = _FIRST if first_only else _ALL
+    queries = _FIRST if first_only else _ALL
     pieces = []
     for group in groups:
         q, k, v = (
             side.take(x, group).view(group.size, x.shape[1], -1, x.shape[2])
-            for side, x in ((asking, q_QHD), (_ALL, k_THD), (_ALL, v_THD))
+            for side, x in ((queries, q_QHD), (_ALL, k_THD), (_ALL, v_THD))
         )
         mask = _mask(bias_HLL, q.shape[2], group)
         out = F.scaled_dot_product_attention(

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.memory_savers import save_memory
-from sparsegrad_cli.models.unpadding import rows_of, use_unpadding
+from sparsegrad_cli.models.token_rows import rows_of
+from sparsegrad_cli.models.unpadding import use_unpadding
 from sparsegrad_cli.recipe.schema import TrainSection
 
 LENGTHS = [9, 3, 6, 6, 1, 5]
