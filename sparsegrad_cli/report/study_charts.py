@@ -287,7 +287,8 @@ def _staircase(rows: Sequence[ResultRow], scale: Scale) -> tuple[list[float], li
 def _family(study: StudyRecord, row: ResultRow) -> str:
     """Return the common name of a method's rows: ``sparsegrad core, static``."""
     methods = [run.method for run in _runs(study, row.task, row.method) if run.method]
-    if not methods:
+    # One name stands for all tuners of PEFT; their type tells them apart.
+    if not methods or "type" in methods[0].settings:
         return row.method
     first = " ".join(part for part in (methods[0].name, methods[0].form) if part)
     return f"{first}, {methods[0].support}" if methods[0].support else first

@@ -92,6 +92,14 @@ def test_a_budget_shows_the_best_row_that_fits(
     )
 
 
+def test_tuners_of_peft_have_curves_of_their_own(figures: list[Figure]) -> None:
+    cells = [sized("dora-a", 0, 0.5, 100), sized("shira-a", 0, 0.4, 50)]
+    for made, kind in zip(cells, ("LORA", "SHIRA"), strict=True):
+        made["run"]["method"] = {"name": "peft", "settings": {"type": kind}}
+    score_under_budget(study_with(cells), "t")
+    assert set(staircases(figures[0])) == {"dora-a", "shira-a"}
+
+
 def test_single_seeds_are_dashed_and_have_no_interval(figures: list[Figure]) -> None:
     cells = [sized("lora", 0, 0.5, 100), sized("full", 0, 0.6, 200)]
     score_under_budget(study_with(cells), "t")
