@@ -132,6 +132,8 @@ class _Export:
         observer.phase("load", f"{files.loaded.recipe.model.name}, {files.source}")
         trained = load_trained(files, options.examples)
         model, setup = trained.setup.model, trained.setup
+        if setup.unpadding is not None:
+            setup.unpadding.active = False  # Other libraries read the files with padding.
         self.trained: TrainedModel | None = trained
         self.tokenizer, self.device, self.autocast = setup.tokenizer, setup.device, trained.autocast
         self.dtype: torch.dtype = getattr(torch, trained.recipe.model.dtype)

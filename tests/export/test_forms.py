@@ -58,12 +58,12 @@ MATRIX: dict[str, tuple[tuple[str, ...], str]] = {
         "gpt2",
     ),
     "core-dense-energy": (
-        # Gradients of batches: the two kinds then need different ranks for that share.
+        # Gradients of batches: layers then need different ranks for that share.
         (
             "method=sparsegrad",
             "method.support=dense",
             "method.rank=0.9",
-            "calibration.basis_per=kind",
+            "calibration.basis_per=layer",
             "calibration.source=batch",
             "calibration.warmup_steps=0",
         ),

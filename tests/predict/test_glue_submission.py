@@ -71,7 +71,7 @@ class Fixed:
         self.task = TaskSection(name=f"glue/{task}", path=str(path) if path else None)
         self.label_names, self.columns = spec.label_names, len(spec.text_columns)
 
-    def predict(self, texts: list[list[str]], batch_size: int) -> Predictions:
+    def predict(self, texts: list[list[str]], batch_size: int, done: Any = None) -> Predictions:
         assert texts == [[f"{letter}{n}" for n in range(ROWS)] for letter in "ab"[: self.columns]]
         if self.label_names is None:
             return Predictions(np.array([[-0.2], [1.2342], [4.5], [5.1]]), [])
@@ -96,7 +96,7 @@ def test_long_splits_are_answered_in_chunks(tmp_path: Path, monkeypatch: Any) ->
     sizes: list[int] = []
 
     class Zeros(Fixed):
-        def predict(self, texts: list[list[str]], batch_size: int) -> Predictions:
+        def predict(self, texts: list[list[str]], batch_size: int, done: Any = None) -> Predictions:
             sizes.append(len(texts[0]))
             return Predictions(np.eye(2)[[0] * len(texts[0])], [])
 
