@@ -58,12 +58,12 @@ MATRIX: dict[str, tuple[tuple[str, ...], str]] = {
         "gpt2",
     ),
     "core-dense-energy": (
-        # Gradients of batches: layers then need different ranks for that share.
+        # Gradients of batches: the two kinds may then need different ranks for that share.
         (
             "method=sparsegrad",
             "method.support=dense",
             "method.rank=0.9",
-            "calibration.basis_per=layer",
+            "calibration.basis_per=kind",
             "calibration.source=batch",
             "calibration.warmup_steps=0",
         ),
@@ -223,7 +223,8 @@ def test_core_is_exported_as_lora_of_its_rank(
 def test_factors_of_lower_rank_are_padded_with_zeros(
     runs: Callable[..., Path], exported: Exported
 ) -> None:
-    run = runs(*MATRIX["core-dense-energy"][0])
+    overrides, _ = MATRIX["core-dense-energy"]
+    run = runs(*overrides, "calibration.basis_per=layer")
     folder, said = exported(run, "lora")
     ranks = {row["name"]: row["rank"] for row in said["targets"]}
     config = json.loads((folder / "adapter_config.json").read_text())
