@@ -26,8 +26,7 @@ def keep_mask(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
         p: probability of 0, from 0 to 1.
 
     Returns:
-        The mask (int8, 1 where kept) and the factor of what is kept, 1 / (1 - p) for the rounded
-        p.
+        The mask (int8, 1 where kept) and the factor of kept values, 1 / (1 - p) for the rounded p.
     """
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64)
