@@ -1,8 +1,8 @@
 """Compute an encoder's hidden states for the real tokens of a batch only.
 
 A batch of texts is padded to its longest row. Often half of its tokens are padding, which the model
-computes although nothing reads it. After :func:`use_unpadding` the hidden states of the blocks have the shape
-(1, real tokens, hidden), from the embeddings on; rows exist in attention alone
+computes although nothing reads it. After :func:`use_unpadding` the hidden states of the blocks have
+the shape (1, real tokens, hidden), from the embeddings on; rows exist in attention alone
 (numerics/row_attention.py). If the task's head reads the first token of each row and nothing else,
 the last block is computed for those tokens: the others only give it keys and values.
 
