@@ -299,10 +299,10 @@ class FakeRun(_Stage):
     def step(self, size: int, length: int, lengths: Sequence[int] | None = None) -> MemoryMeter:
         """Measure forward, backward and optimizer on one batch of shape (size, length).
 
+        Afterwards only gradients stay in memory, and only if the recipe accumulates them.
+
         Args:
             lengths: tokens of each row without padding; ``length`` each by default.
-
-        Afterwards only gradients stay in memory, and only if the recipe accumulates them.
         """
         meter = MemoryMeter(DEVICE)
         with self._inside():

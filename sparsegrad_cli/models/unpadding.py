@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.encoder_families import FAMILIES, Family, Parts
+from sparsegrad_cli.models.module_trace import evaluating
 from sparsegrad_cli.models.token_rows import Rows, rows_of, sorted_rows
 from sparsegrad_cli.numerics import row_attention as attention
 from sparsegrad_cli.numerics.dropout import CheapDropout, dropout_add_norm
@@ -49,14 +50,12 @@ class TokenCounts:
         real: tokens of the texts, in all batches.
         padded: tokens of the batches with their padding.
         computed: tokens whose hidden states the blocks computed, summed over blocks.
-        whole: the same for a model that computes padding too.
         batches, padded_batches: number of batches, and of those computed with their padding.
     """
 
     real: int = 0
     padded: int = 0
     computed: int = 0
-    whole: int = 0
     batches: int = 0
     padded_batches: int = 0
 
@@ -134,14 +133,12 @@ class Unpadding:
 
     def _count(self, ids_BL: Tensor, mask_BL: Tensor | None, rows: Rows | None) -> None:
         counts = self.training if self.encoder.training else self.evaluation
-        blocks = len(self.blocks)
         counts.batches += 1
         counts.padded += ids_BL.numel()
-        counts.whole += ids_BL.numel() * blocks
         if rows is None:
             real = ids_BL.numel() if mask_BL is None else int((mask_BL != 0).sum())
             counts.padded_batches += 1
-            counts.computed += ids_BL.numel() * blocks
+            counts.computed += ids_BL.numel() * len(self.blocks)
         else:
             real = len(rows.places)
         counts.real += real
@@ -310,7 +307,7 @@ def use_unpadding(model: nn.Module) -> Unpadding:
     changed = (unpadding.encoder, *unpadding.blocks)
     own = {module: vars(module)["forward"] for module in changed if "forward" in vars(module)}
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             same = _gives_same_outputs(model, unpadding)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         same = False  # It needs other inputs, or has more parts than the family.
@@ -395,17 +392,6 @@ def _short_batch(encoder: Any) -> dict[str, Tensor]:
     ids_BL = ids_BL.masked_fill(~mask_BL, padding or 0)
     device = table.weight.device
     return {"input_ids": ids_BL.to(device), "attention_mask": mask_BL.long().to(device)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Dropout with cheap random masks, alone and before a residual sum and a LayerNorm.
 
-Torch's dropout on the CPU draws a number of 64 bits per value. Here 16 bits decide on a value,
-which takes a fifth of the time; the masks are therefore other masks than torch's.
+Torch's dropout on the CPU draws a number of 64 bits per value. Here 16 bits decide on a value, a
+quarter of the random bits; the masks are therefore other masks than torch's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 def keep_mask(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
     """Draw which values dropout keeps, on the CPU.
 
-    16 random bits decide on a value, so p is rounded to a multiple of 2**-16. This takes a fifth
-    of the time of ``bernoulli_``, which draws a number of 64 bits per value.
+    16 random bits decide on a value, so p is rounded to a multiple of 2**-16.
 
     Args:
         shape: of the mask.

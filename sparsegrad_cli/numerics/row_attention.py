@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from sparsegrad_cli.numerics.dropout import keep_mask
 
-# Microseconds, measured on two CPUs for 12 heads of 32: of one more group in both passes, and of
-# a token of padding in a group, which grows with the length of its rows.
+# Microseconds, estimated from a profile on two CPUs with 12 heads of 32: of one more group in both
+# passes, and of a token of padding in a group, which grows with the length of its rows.
 _GROUP_COST = 400.0
 _TOKEN_COST, _TOKEN_COST_BY_LENGTH = 2.0, 0.35
 # Of a head in a group, which bounds what is in memory at a time; one row may have more.
@@ -170,16 +170,19 @@ def _mask(bias_HLL: Tensor | None, queries: int, group: RowGroup) -> Tensor | No
     return bias if there is None else torch.where(there, bias, float("-inf"))
 
 
-def _without_dropout(
-    q: Tensor, k: Tensor, v: Tensor, bias_HLL: Tensor | None, scale: float, group: RowGroup
+def _by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_HLL: Tensor | None,
+    scale: float,
+    group: RowGroup,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Return P V of a group, (n H, q, D), by torch's attention, which does not keep P."""
-    by_row = [x.view(group.size, -1, *x.shape[1:]) for x in (q, k, v)]
-    mask = _mask(bias_HLL, q.shape[1], group)
-    out = F.scaled_dot_product_attention(
-        by_row[0], by_row[1], by_row[2], attn_mask=mask, scale=scale
-    )
-    return out.reshape(q.shape)
+    """Return drop(P) V of a group, (n, H, q, D), by torch's attention."""
+    q, k, v = (x.view(group.size, -1, *x.shape[1:]) for x in (q, k, v))
+    mask = _mask(bias_HLL, q.shape[2], group)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
 class _RowAttention(torch.autograd.Function):
@@ -205,15 +208,15 @@ class _RowAttention(torch.autograd.Function):
             q, k = queries.take(q_QHD, group), _ALL.take(k_THD, group)
             v = _ALL.take(v_THD, group)
             if not dropout:
-                queries.put(out_QHD, group, _without_dropout(q, k, v, bias_HLL, scale, group))
+                out = _by_torch(q, k, v, bias_HLL, scale, group)
+                queries.put(out_QHD, group, out.reshape(q.shape))
                 continue
             weights = _probabilities(q, k, bias_HLL, scale, group)
             kept, ctx.factor = keep_mask(weights.shape, dropout)
             masks.append(kept)
             weights.mul_(kept.to(weights.dtype).mul_(ctx.factor))
-            queries.put(
-                out_QHD, group, torch.bmm(weights.to(v.dtype), v)
-            )  # (nH, q, L) @ (nH, L, D)
+            # (n H, q, L) @ (n H, L, D)
+            queries.put(out_QHD, group, torch.bmm(weights.to(v.dtype), v))
         ctx.save_for_backward(q_QHD, k_THD, v_THD, bias_HLL, *masks)
         return out_QHD
 
@@ -306,14 +309,8 @@ def padded_attention(
     queries = _FIRST if first_only else _ALL
     pieces = []
     for group in groups:
-        q, k, v = (
-            side.take(x, group).view(group.size, x.shape[1], -1, x.shape[2])
-            for side, x in ((queries, q_QHD), (_ALL, k_THD), (_ALL, v_THD))
-        )
-        mask = _mask(bias_HLL, q.shape[2], group)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
-        )
+        q, k = queries.take(q_QHD, group), _ALL.take(k_THD, group)
+        out = _by_torch(q, k, _ALL.take(v_THD, group), bias_HLL, scale, group, dropout)
         flat = out.transpose(1, 2).flatten(0, 1)  # (n q, H, D)
         pieces.append(flat if first_only or group.real is None else flat[group.real])
     return torch.cat(pieces)

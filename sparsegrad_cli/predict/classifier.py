@@ -211,6 +211,7 @@ def _of_run(
         autocast=_autocast(files.loaded),
         threshold=threshold,
         task=recipe.task,
+        unpadded=recipe.train.unpadded,
     )
 
 
@@ -346,12 +347,14 @@ def _ready(
     autocast: torch.dtype | None = None,
     threshold: float | None = None,
     task: TaskSection | None = None,
+    unpadded: bool = True,
 ) -> Classifier:
     config: Any = model.config
     ensure_pad_token(tokenizer, config)
     length, _ = fitting_length(length, config)
-    with suppress(UsageError):  # Another model gives the same answers with padding, later.
-        use_unpadding(model)
+    if unpadded:
+        with suppress(UsageError):  # It then computes padding too, and answers the same.
+            use_unpadding(model)
     pair = len(text_columns) == 2
     return Classifier(
         model.eval(),

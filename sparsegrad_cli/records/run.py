@@ -336,7 +336,7 @@ class MemoryBlock(Block):
 
 
 class TokensBlock(Block):
-    """Tokens of the training batches of rank zero, over the whole run."""
+    """Tokens of rank zero's training batches. Older versions did not count them before a resume."""
 
     real: Count = Field(0, description="Tokens of the texts.")
     padded: Count = Field(0, description="Tokens of the batches with their padding.")

@@ -28,6 +28,7 @@ from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.implementation import Adapted, TrainingData
 from sparsegrad_cli.methods.neighbours.factor_settings import PelaSettings
 from sparsegrad_cli.methods.neighbours.low_rank import FactoredLinear, LowRankMethod, wide_OI
+from sparsegrad_cli.models.module_trace import evaluating
 from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.models.targets import Target
@@ -78,7 +79,7 @@ class Pela(LowRankMethod):
         # What trains is float32 among half-precision weights: autocast joins the two.
         joined = torch.autocast(parameters[0].device.type, half, enabled=half is not None)
         steps = 0
-        with _evaluating(model):
+        with evaluating(model):
             for batch in training.batches():
                 with _layers(model, plain, factored), torch.no_grad(), _outputs(model, plain) as of:
                     with joined:
@@ -122,18 +123,6 @@ def _check_finite(loss: Tensor, number: int) -> None:
             where="calibration",
             fix="use a smaller method.distill_learning_rate, or look at the data of this batch",
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off: both models must see the same features."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
