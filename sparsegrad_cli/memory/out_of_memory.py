@@ -1,8 +1,9 @@
 """Explain a failed allocation: where it happened, the largest tensors, and a batch that fits.
 
 The failed step is run again on the longest rows, with every module traced and every tensor counted.
-Then it is run with half the rows, a quarter and so on, until a batch fits. The run has already
-ended: weights and optimizer state are not restored, and its files do not change.
+Then it is run with half the rows, a quarter and so on, until a batch fits with an eighth of its
+peak to spare. The run has already ended: weights and optimizer state are not restored, and its
+files do not change.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ TRAIN_KEY = "train.per_device_train_batch_size"
 EVAL_KEY = "train.per_device_eval_batch_size"
 CALIBRATION_KEY = "calibration.batch_size"
 _TENSORS_SHOWN = 5
+_SPARE = 8  # Another process may need more: libraries differ by a few percent from run to run.
 _UNITS = {"bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _PHASES = {
     "load": "loading",
@@ -183,7 +185,7 @@ def _explained(
     # In a distributed run, the other processes would wait for the one that runs a trial.
     if trial is not None and distributed.world_size() == 1:
         try:
-            failed, fits = _search(trial)
+            failed, fits = _search(trial, model)
         except Exception as another:
             # The user must learn of the first error, so this one is only a line of its message.
             said = "".join(traceback.format_exception_only(another)).splitlines()[0]
@@ -273,16 +275,35 @@ def _requested_bytes(text: str) -> int | None:
     return int(float(said[1]) * _UNITS[said[2]]) if said else None
 
 
-def _search(trial: Trial) -> tuple[Attempt, tuple[int, Attempt] | None]:
+def _search(trial: Trial, model: nn.Module | None) -> tuple[Attempt, tuple[int, Attempt] | None]:
     """Repeat the failed attempt, then halve the batch until it fits; return both attempts."""
     size = trial.size
     failed = trial.attempt(size)
     while size > 1:
         size //= 2
         found = trial.attempt(size)
-        if found.fits:
+        if found.fits and _fits_with_less(trial, size, found.peak_bytes, model):
             return failed, (size, found)
     return failed, None
+
+
+def _fits_with_less(trial: Trial, size: int, peak_bytes: int, model: nn.Module | None) -> bool:
+    """Return whether a batch still fits when an eighth of its peak is taken away."""
+    weight = next(model.parameters(), None) if model is not None else None
+    try:
+        taken = torch.empty(
+            peak_bytes // _SPARE,
+            dtype=torch.uint8,
+            device=weight.device if weight is not None else None,
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        release(error)
+        return False
+    fits = trial.attempt(size).fits
+    del taken
+    return fits
 
 
 def _largest(tensors: Sequence[LiveTensor]) -> list[str]:
