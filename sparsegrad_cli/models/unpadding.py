@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from types import SimpleNamespace
@@ -332,6 +332,15 @@ def _gives_same_outputs(model: nn.Module, unpadding: Unpadding) -> bool:
     after = _outputs(model, inputs)
     unpadding.lengths = None
     return _close(before, after, inputs["attention_mask"])
+
+
+@contextmanager
+def with_padding(model: nn.Module) -> Iterator[None]:
+    """Compute padding too while the context lasts: for code that reads hidden states by row."""
+    owners = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
+    installed = next((owner for owner in owners if isinstance(owner, Unpadding)), None)
+    with nullcontext() if installed is None else installed.turned_off():
+        yield
 
 
 def _find_encoder(model: nn.Module) -> tuple[Any, Family] | Unpadding:

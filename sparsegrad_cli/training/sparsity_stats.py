@@ -68,12 +68,15 @@ def sparsity_map(
     """Return where the touched parameters of the middle target lie; None for a dense method."""
     target = targets[len(targets) // 2]
     parameter = _selected(target, model, optimizer)
-    if parameter is not None:
+    if (support := method.support(target)) is not None:
+        positions, (rows, columns) = support
+        if parameter is not None:  # A vector of the support's values, of which some are stepped.
+            assert isinstance(optimizer, SelectiveAdamW)
+            positions = positions[optimizer.touched(parameter)]
+    elif parameter is not None:
         assert isinstance(optimizer, SelectiveAdamW)
         positions = optimizer.touched(parameter)
         rows, columns = optimizer.shape_of(parameter)
-    elif (support := method.support(target)) is not None:
-        positions, (rows, columns) = support
     else:
         return None
     return SparsityBlock(

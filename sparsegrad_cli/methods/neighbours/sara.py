@@ -179,6 +179,10 @@ class Sara(ChangeMethod):
 
     settings: SaraSettings  # type: ignore[assignment]
 
+    def __init__(self, settings: SaraSettings) -> None:
+        super().__init__(settings)
+        self._changes: dict[str, SaraChange] = {}
+
     def adapt(
         self,
         model: nn.Module,
@@ -193,6 +197,7 @@ class Sara(ChangeMethod):
             change = SaraChange(place_of(model, target, number, size=0), entries[target.name])
             model.set_submodule(target.name, ChangedLinear(layer, change))
             frozen.append(change.positions)
+            self._changes[target.name] = change
         at = self._reselect_at()
         note = "" if at is None else f"after step {at}, only weights that are still small train"
         return Adapted(entries, sum(entries.values()), note, frozen=frozen)
@@ -213,6 +218,11 @@ class Sara(ChangeMethod):
         )
         selections = {change.values: Selection(None) for change in changes.values()}
         return selective_adamw(model, selections, train, make)
+
+    def support(self, target: Target) -> tuple[Tensor, tuple[int, int]] | None:
+        """Return the positions of the chosen weights and the shape of the matrix."""
+        change = self._changes[target.name]
+        return change.positions, change.shape
 
     def load_adapter(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Load by name, positions too: the adapter does not depend on how they were chosen."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.methods.implementation import TrainingData
+from sparsegrad_cli.models.unpadding import with_padding
 
 
 def initialize_before(model: nn.Module, config: Any, training: TrainingData | None) -> None:
@@ -37,13 +38,14 @@ def initialize_after(wrapped: Any, config: Any, training: TrainingData | None) -
 
     batches = list(training.batches())
     was_training = wrapped.training
-    initialize_lora_eva_weights(
-        wrapped,
-        dataloader=batches,
-        prepare_model_inputs_fn=_positions,
-        gather_distributed_inputs=False,  # every process reads the same batches
-        show_progress_bar=False,
-    )
+    with with_padding(wrapped):  # EVA picks the real tokens itself, by row and position.
+        initialize_lora_eva_weights(
+            wrapped,
+            dataloader=batches,
+            prepare_model_inputs_fn=_positions,
+            gather_distributed_inputs=False,  # every process reads the same batches
+            show_progress_bar=False,
+        )
     wrapped.train(was_training)
 
 
