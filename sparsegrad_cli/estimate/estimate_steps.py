@@ -44,6 +44,13 @@ _TRAIN = (
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "unpadded",
+    "loss",
+    "loss_buckets",
+    "loss_bucket_positions",
+    "loss_bucket_classes",
+    "loss_mix",
+    "loss_neighbours",
+    "loss_rounds",
     "bf16",
     "fp16",
 )

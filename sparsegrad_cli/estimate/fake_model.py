@@ -14,6 +14,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import name_labels
 from sparsegrad_cli.models.pretrained import require_task
+from sparsegrad_cli.models.sampled_loss import SampledLoss
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.tasks import (
@@ -95,7 +96,7 @@ def bare_model(loaded: LoadedRecipe, config: Any) -> nn.Module:
             where=loaded.where("model.name"),
         ) from error
     if chat:
-        use_lm_loss(model)
+        use_lm_loss(model, SampledLoss.of(loaded.recipe))
     return model
 
 

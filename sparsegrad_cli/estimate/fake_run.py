@@ -293,7 +293,8 @@ class FakeRun(_Stage):
     # --- steps
 
     def _loss(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.model(**batch).loss
+        sampled = self.model.training and self.recipe.train.loss != "full"
+        loss: Tensor = self.model(**batch, **({"loss_draw": (1, 1)} if sampled else {})).loss
         return loss
 
     def step(self, size: int, length: int, lengths: Sequence[int] | None = None) -> MemoryMeter:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.data.batches import UNLABELLED
-from sparsegrad_cli.errors import DataError
+from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.models.lm_head import LmHead, find_lm_head, logits_of, states_of
+from sparsegrad_cli.models.sampled_loss import Draw, SampledLoss
 from sparsegrad_cli.models.sharded_tensors import call_as_forward
 from sparsegrad_cli.numerics.core_linear import product_dtype
 from sparsegrad_cli.numerics.linear_cross_entropy import (
@@ -55,6 +56,7 @@ def lm_loss(
     normalizer: float | Tensor,
     *,
     head: LmHead | None = None,
+    cross_entropy: Callable[..., Tensor] = linear_cross_entropy,
 ) -> Tensor:
     """Return the sum of -log p over a batch's labelled tokens, divided by the normalizer.
 
@@ -67,6 +69,7 @@ def lm_loss(
         batch: See the module's docstring; other tensors are passed on to the model.
         normalizer: The divisor, a number or a scalar tensor.
         head: The result of :func:`find_lm_head`; found by a forward pass of eight tokens if None.
+        cross_entropy: Computes the sum from hidden states and head, if ``head`` allows it.
 
     Returns:
         A scalar in float32 (float64 for a float64 model).
@@ -76,7 +79,7 @@ def lm_loss(
     """
     head = head or find_lm_head(model)
     states_MI, target_M = _labelled(model, batch, head)
-    return _cross_entropy(model, states_MI, target_M, head) / normalizer
+    return _cross_entropy(model, states_MI, target_M, head, cross_entropy) / normalizer
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def lm_sums(model: nn.Module, batch: Mapping[str, Tensor], *, head: LmHead | Non
     return LmSums(float(loss), len(target_M), int(correct))
 
 
-def use_lm_loss(model: nn.Module) -> LmHead:
+def use_lm_loss(model: nn.Module, sampled: SampledLoss | None = None) -> LmHead:
     """Let the model's own forward compute this loss if it is given labels.
 
     ``model(**batch)`` then returns the loss but no logits. The normalizer is the argument
@@ -103,12 +106,27 @@ def use_lm_loss(model: nn.Module) -> LmHead:
     tokens. The loss is thereby computed inside DistributedDataParallel, which synchronizes
     gradients only for what its forward computes.
 
+    Args:
+        model: A transformers model.
+        sampled: The loss where the argument ``loss_draw`` names a place in training; without that
+            argument, as in calibration, the full loss is computed.
+
     Returns:
         How the logits are computed; its ``reason`` says why all logits must be computed, if so.
+
+    Raises:
+        UsageError: A sampled loss is wanted, but all logits must be computed.
     """
     head = find_lm_head(model)
+    if sampled is not None and head.reason is not None:
+        raise UsageError(
+            f"{sampled.name} needs the hidden states before a linear head, and "
+            f"{type(model).__name__} computes all logits: {head.reason}",
+            where="train.loss",
+            fix="use train.loss: full",
+        )
     # Set on the instance: a change on the class would reach other models.
-    model.forward = functools.partial(_forward, model, model.forward, head)
+    model.forward = functools.partial(_forward, model, model.forward, head, sampled)
     return head
 
 
@@ -116,9 +134,11 @@ def _forward(
     model: nn.Module,
     plain: Callable[..., Any],
     head: LmHead,
+    sampled: SampledLoss | None,
     *positional: Any,
     labels: Tensor | None = None,
     num_items_in_batch: float | Tensor | None = None,
+    loss_draw: Draw | None = None,
     **inputs: Any,
 ) -> Any:
     """Run the forward of a model after :func:`use_lm_loss`."""
@@ -131,7 +151,11 @@ def _forward(
     normalizer = num_items_in_batch
     if normalizer is None:
         normalizer = (labels[:, 1:] != UNLABELLED).sum()
-    return CausalLMOutputWithPast(loss=lm_loss(model, batch, normalizer, head=head))
+    compute: Callable[..., Tensor] = linear_cross_entropy
+    if sampled is not None and loss_draw is not None:
+        compute = functools.partial(sampled, draw=loss_draw)
+    loss = lm_loss(model, batch, normalizer, head=head, cross_entropy=compute)
+    return CausalLMOutputWithPast(loss=loss)
 
 
 def _labelled(model: nn.Module, batch: Mapping[str, Tensor], head: LmHead) -> tuple[Tensor, Tensor]:
@@ -151,12 +175,18 @@ def _labelled(model: nn.Module, batch: Mapping[str, Tensor], head: LmHead) -> tu
     return states_MI, next_BL.reshape(-1).index_select(0, places_M)
 
 
-def _cross_entropy(model: nn.Module, states_MI: Tensor, target_M: Tensor, head: LmHead) -> Tensor:
+def _cross_entropy(
+    model: nn.Module,
+    states_MI: Tensor,
+    target_M: Tensor,
+    head: LmHead,
+    compute: Callable[..., Tensor] = linear_cross_entropy,
+) -> Tensor:
     """Return the summed cross-entropy of hidden states or logits, a scalar."""
     if head.reason is not None:
         wide = torch.promote_types(states_MI.dtype, torch.float32)
         return nn.functional.cross_entropy(states_MI.to(wide), target_M, reduction="sum")
-    return _at_head(model, states_MI, linear_cross_entropy, target_M, head)
+    return _at_head(model, states_MI, compute, target_M, head)
 
 
 def _at_head(

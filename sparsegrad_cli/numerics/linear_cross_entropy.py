@@ -138,10 +138,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(_scaled(d, grads[0]) for d in ctx.saved_tensors), None, None, None, None)
+        return (*(scaled_gradient(d, grads[0]) for d in ctx.saved_tensors), None, None, None, None)
 
 
-def _scaled(gradient: Tensor | None, g: Tensor) -> Tensor | None:
+def scaled_gradient(gradient: Tensor | None, g: Tensor) -> Tensor | None:
     """Return gradient times the scalar g."""
     if gradient is None:
         return None

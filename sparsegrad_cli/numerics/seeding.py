@@ -10,6 +10,15 @@ import numpy as np
 import torch
 
 
+def generator_of(*numbers: int) -> torch.Generator:
+    """Return a generator of the CPU that is seeded by several numbers, each at least 0.
+
+    Other numbers, or the same ones in another order, give an unrelated generator.
+    """
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed) >> 1)  # manual_seed takes 63 bits.
+
+
 @contextmanager
 def temporary_seed(seed: int) -> Iterator[None]:
     """Seed torch, numpy and Python inside the context, and restore their states afterwards."""

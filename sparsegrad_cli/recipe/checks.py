@@ -66,6 +66,7 @@ def recipe_problems(
         *_trackers(recipe),
         *_scheduler(recipe),
         *_label_smoothing(recipe),
+        *_sampled_loss(recipe),
         *_sample_prompts(recipe, data=data),
         *_class_weights(recipe),
     ]
@@ -299,6 +300,20 @@ def _label_smoothing(recipe: Recipe) -> Iterator[Finding]:
         yield key, SMOOTHED_LABELS, "leave it out"
     elif _has_scores(task):
         yield key, SMOOTHED_SCORES, "leave it out"
+
+
+def _sampled_loss(recipe: Recipe) -> Iterator[Finding]:
+    """Find a loss over a sample of the vocabulary where there is none, or where it cannot run."""
+    loss, key = recipe.train.loss, ("train", "loss")
+    if loss == "full":
+        return
+    if recipe.task.name not in CHAT_TASKS:
+        what = f"{loss} samples a vocabulary, and {recipe.task.name} trains a classifier"
+        fix = f"leave it out; tasks with a vocabulary are {', '.join(CHAT_TASKS)}"
+        yield key, what, fix
+    elif recipe.train.torch_compile:
+        what = f"{loss} draws other classes in every step, which torch_compile cannot follow"
+        yield key, what, "use loss: full, or leave torch_compile out"
 
 
 def _class_weights(recipe: Recipe) -> Iterator[Finding]:

@@ -19,7 +19,12 @@ from pydantic import BaseModel
 from sparsegrad_cli.errors import Problem
 from sparsegrad_cli.io.paths import is_folder
 from sparsegrad_cli.recipe.optimizers import OPTIMIZERS
-from sparsegrad_cli.recipe.schema import CalibrationSection, Recipe, calibration_of_the_method
+from sparsegrad_cli.recipe.schema import (
+    CalibrationSection,
+    Recipe,
+    TrainSection,
+    calibration_of_the_method,
+)
 from sparsegrad_cli.recipe.section import Idle
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS, FILE_TASKS
 from sparsegrad_cli.recipe.yaml_source import (
@@ -38,6 +43,12 @@ _CHAT_TASKS_OF = {
     **dict.fromkeys(("paths", "languages", "max_rank", "min_quality", "tree_states"), _TREES),
     "hub": ("oasst", "chat"),
     **dict.fromkeys(("config", "train_split", "validation_split", "kind", "column"), ("chat",)),
+}
+# Keys of train that only some losses use, and these losses.
+_LOSSES_OF = {
+    "loss_buckets": ("sce", "rece"),
+    **dict.fromkeys(("loss_bucket_positions", "loss_bucket_classes", "loss_mix"), ("sce",)),
+    **dict.fromkeys(("loss_neighbours", "loss_rounds"), ("rece",)),
 }
 _WARMUP_KEYS = ("warmup_steps", "warmup_learning_rate", "keep_head")
 
@@ -309,7 +320,16 @@ def _of_train(recipe: Recipe) -> Iterator[Idle]:
         why = "there are no sample_prompts"
         of_samples = ("sample_max_new_tokens", "sample_temperature")
         yield from _idle(train, at, of_samples, "train.sample_prompts", why)
+    yield from _of_sampled_loss(train)
     if train.max_steps > 0:
         why = f"max_steps {train.max_steps} determines how long training takes"
         fix = "leave one of the two out"
         yield from _idle(train, at, ("num_train_epochs",), "train.max_steps", why, fix)
+
+
+def _of_sampled_loss(train: TrainSection) -> Iterator[Idle]:
+    for name, losses in _LOSSES_OF.items():
+        usual = TrainSection.model_fields[name].default
+        if train.loss not in losses and getattr(train, name) != usual:
+            why = f"it applies to train.loss {' and '.join(losses)}, not to {train.loss}"
+            yield Idle(("train", name), _paths("train.loss"), why, "leave it out", usual)

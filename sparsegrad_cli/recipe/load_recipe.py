@@ -40,6 +40,8 @@ _TASK_KEYS = (
 _TRAIN_KEYS = (
     *("optim_args", "head_learning_rate", "lora_plus_ratio", "class_weights"),
     *("project", "run_name", "unpadded"),
+    *("loss", "loss_buckets", "loss_bucket_positions", "loss_bucket_classes", "loss_mix"),
+    *("loss_neighbours", "loss_rounds"),
     *("sample_prompts", "sample_max_new_tokens", "sample_temperature"),
 )
 

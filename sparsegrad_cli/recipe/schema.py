@@ -229,6 +229,37 @@ class TrainSection(Section):
         1e-8, description="added to the denominator of Adam's step"
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="0 disables clipping")
+    loss: Literal["full", "sce", "rece"] = Field(
+        "full",
+        description="chat tasks: the loss of a training step. full: over the whole vocabulary; "
+        "sce: Scalable Cross-Entropy (Mezentsev et al. 2024) and rece: RECE (Gusak et al. 2024), "
+        "over classes that random vectors choose. Evaluations always use the full loss",
+    )
+    loss_buckets: PositiveInt | None = Field(
+        None,
+        description="sce: random vectors, each with a bucket; 2 sqrt(N) for N labelled tokens in "
+        "the batch by default. rece: random vectors and chunks, at most N; "
+        "sqrt(4 (1 + 2 loss_neighbours) N) by default",
+    )
+    loss_bucket_positions: PositiveInt | None = Field(
+        None,
+        description="sce: labelled tokens in a bucket, at most N; 2 sqrt(N) by default. Tokens in "
+        "no bucket are left out of the step",
+    )
+    loss_bucket_classes: PositiveInt = Field(
+        256, description="sce: classes in a bucket, at most the vocabulary"
+    )
+    loss_mix: bool = Field(
+        True,
+        description="sce: whether a random vector is a random mixture of the hidden states, not a "
+        "normal vector of its own",
+    )
+    loss_neighbours: NonNegativeInt = Field(
+        1, description="rece: chunks of classes on either side that a chunk is compared with"
+    )
+    loss_rounds: PositiveInt = Field(
+        1, description="rece: independent draws, whose classes are joined"
+    )
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each label that is spread evenly over all classes"
     )

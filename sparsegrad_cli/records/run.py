@@ -25,6 +25,7 @@ from sparsegrad_cli.records.base import (
 Status = Literal["running", "done", "failed", "out_of_memory", "interrupted", "pruned"]
 Side = Literal["out", "in"]
 Start = Literal["kept", "aligned", "fresh"]
+LossName = Literal["full", "sce", "rece"]
 TaskKind = Literal["classification", "regression", "multilabel", "chat"]
 
 
@@ -144,6 +145,11 @@ class TaskBlock(Block):
     )
     class_weights: dict[str, Number] | None = Field(
         None, description="Weight of each class in the loss, counted on the training rows."
+    )
+    training_loss: LossName = Field(
+        "full",
+        description="The loss of a training step: `full`, or over a sample of the vocabulary. "
+        "`metrics.train` are values of it; evaluations always use the full loss.",
     )
     text_columns: list[str] = Field(
         [], description="Columns of the texts: one or two; none for conversations."

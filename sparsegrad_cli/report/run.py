@@ -189,6 +189,10 @@ def facts(run: RunRecord) -> list[Fact]:
     if best is not None and best.threshold is not None:
         how = "highest micro F1 on all validation rows; scores are cross-fitted in two halves"
         found.insert(2, Fact("Label threshold", format_number(best.threshold), how))
+    loss = (run.task or TaskBlock()).training_loss
+    if loss != "full":
+        how = "over a sample of the vocabulary; validation uses the full loss"
+        found.insert(2, Fact("Loss of training steps", loss, how))
     found.append(Fact("Adapter on disk", format_bytes(sizes.adapter_bytes)))
     if sizes.gradient_bytes_per_step is not None:
         sent = format_bytes(sizes.gradient_bytes_per_step)

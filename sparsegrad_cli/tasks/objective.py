@@ -18,6 +18,7 @@ from sparsegrad_cli.data.metrics import mean_loss, score
 from sparsegrad_cli.models.label_loss import LabelLoss
 from sparsegrad_cli.models.lm_head import LmHead
 from sparsegrad_cli.models.lm_loss import LmSums, lm_sums
+from sparsegrad_cli.models.sampled_loss import Draw, SampledLoss
 from sparsegrad_cli.models.sharded_tensors import call_as_forward
 from sparsegrad_cli.recipe.tasks import TaskSpec
 
@@ -66,7 +67,11 @@ class Objective(Protocol):
         ...
 
     def loss(
-        self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        items: Tensor | None = None,
+        draw: Draw | None = None,
     ) -> Tensor:
         """Return the loss of a batch, a 0-d tensor with a gradient.
 
@@ -75,6 +80,8 @@ class Objective(Protocol):
             batch: Inputs and labels, on the model's device.
             items: With ``by_token``, the divisor of the sum over the tokens; by default the number
                 of labelled tokens in the batch.
+            draw: For the loss of a training step, its place in training, which a loss over a
+                sample of the classes draws from; None for the full loss.
         """
         ...
 
@@ -107,7 +114,11 @@ class Classification:
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def loss(
-        self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        items: Tensor | None = None,
+        draw: Draw | None = None,
     ) -> Tensor:
         """Return the mean loss over the batch's rows; see :class:`Objective`."""
         loss: Tensor = model(**batch).loss
@@ -147,22 +158,33 @@ class LanguageModelling:
     """Language modelling: loss, perplexity and next-token accuracy over labelled tokens.
 
     Sums are kept instead of logits. Every conversation counts once for any number of processes.
+    Evaluations use the full loss, whatever training steps use.
+
+    Args:
+        metric: The metric that selects the best model.
+        head: How the model computes logits (:func:`~.lm_loss.use_lm_loss`).
+        sampled: The loss of training steps; None for the full loss.
     """
 
     by_token = True
 
-    def __init__(self, metric: str, head: LmHead) -> None:
-        self.metric, self._head = metric, head
+    def __init__(self, metric: str, head: LmHead, sampled: SampledLoss | None = None) -> None:
+        self.metric, self._head, self._sampled = metric, head, sampled
 
     def items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the labelled tokens. The label at position 0 has no token that predicts it."""
         return (batch["labels"][..., 1:] != UNLABELLED).sum()
 
     def loss(
-        self, model: nn.Module, batch: Mapping[str, Tensor], items: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        items: Tensor | None = None,
+        draw: Draw | None = None,
     ) -> Tensor:
         """Return the summed loss over labelled tokens divided by ``items``; see `Objective`."""
-        loss: Tensor = model(**batch, num_items_in_batch=items).loss
+        place = {} if self._sampled is None else {"loss_draw": draw}
+        loss: Tensor = model(**batch, num_items_in_batch=items, **place).loss
         return loss
 
     def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:

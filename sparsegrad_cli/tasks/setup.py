@@ -209,6 +209,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             label_names=list(task.label_names) if task.label_names else None,
             positive_label=task.positive_label,
             class_weights=_named_weights(task),
+            training_loss=task.training_loss,
             text_columns=list(task.text_columns),
             train_examples=len(setup.train_data),
             validation_examples={k: len(v) for k, v in setup.validation.items()},

@@ -28,11 +28,12 @@ from sparsegrad_cli.models.load_model import (
     load_classifier,
 )
 from sparsegrad_cli.models.pretrained import load_tokenizer
+from sparsegrad_cli.models.sampled_loss import SampledLoss
 from sparsegrad_cli.recipe.checks import SMOOTHED_SCORES
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.task_section import ChatSection, TaskSection
 from sparsegrad_cli.recipe.tasks import CHAT_METRICS
-from sparsegrad_cli.records.run import MixedSource, TaskKind
+from sparsegrad_cli.records.run import LossName, MixedSource, TaskKind
 from sparsegrad_cli.tasks.objective import Classification, LanguageModelling, Objective
 
 _CONVERSATIONS_KEPT = 32  # Validation conversations that are kept as text.
@@ -50,6 +51,7 @@ class TaskFacts:
         label_names: class names of a classification.
         positive_label: the class that f1, precision and recall refer to, if they are measured.
         class_weights: weight of each class in the loss; None without weights.
+        training_loss: full, or how a training step samples the vocabulary.
         majority: metric -> its value if every prediction is the most frequent class.
         notes: notes on data that was left out, truncated or split off.
         counts: number of conversations read, kept and dropped; the dropped ones by reason.
@@ -63,6 +65,7 @@ class TaskFacts:
     label_names: tuple[str, ...] | None = None
     positive_label: str | None = None
     class_weights: tuple[float, ...] | None = None
+    training_loss: LossName = "full"
     majority: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -207,7 +210,8 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
     )
     if chat.packing == "pack":
         check_packing(model)
-    head = use_lm_loss(model)
+    sampled = SampledLoss.of(recipe)
+    head = use_lm_loss(model, sampled)
     head_note = f"all logits are made, because {head.reason}" if head.reason else None
     names = ("validation", *data.evaluation)
     validation = {name: found.data for name, found in zip(names, sets, strict=True)}
@@ -225,13 +229,14 @@ def load_chat_task(loaded: LoadedRecipe, limits: RowLimits | None = None) -> Loa
             "chat",
             data.data_hash,
             notes=tuple(note for note in notes if note),
+            training_loss=sampled.name if sampled else "full",
             counts={
                 **data.counts,
                 **{k: n for found in (train, *sets) for k, n in found.counts.items()},
             },
             sources=tuple(data.mixture.sources(train.kept)) if data.mixture else (),
         ),
-        LanguageModelling(section.metric or CHAT_METRICS[0], head),
+        LanguageModelling(section.metric or CHAT_METRICS[0], head, sampled),
         packed_rows(train.data, chat.packing, max_length, tokenizer.eos_token_id),
         validation,
         tokenizer,

@@ -108,9 +108,13 @@ class TrainingLoop:
         self._origins = files.origins(setup, so_far)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Compute the loss of a batch by itself, outside of a step."""
+        """Compute the loss of a batch by itself, outside of a step.
+
+        It is that of a step if the model is in training mode, and else that of an evaluation.
+        """
+        model = self.setup.model
         with self.accelerator.autocast():
-            return self.setup.objective.loss(self.setup.model, batch)
+            return self.setup.objective.loss(model, batch, draw=(1, 1) if model.training else None)
 
     def run(self) -> None:
         """Train, or continue to train, to the end; record the outcome and save the adapter."""

@@ -110,7 +110,8 @@ class OptimizerSteps:
         self._order.add(inputs)
         with self._accelerator.autocast():
             if objective.by_token:
-                loss = objective.loss(self._model, inputs, items) * world_size
+                draw = (batch.step, batch.number)
+                loss = objective.loss(self._model, inputs, items, draw) * world_size
             else:
                 share = int(objective.items(inputs)) * batch.count * world_size / int(items)
                 loss = objective.loss(self._model, inputs)
