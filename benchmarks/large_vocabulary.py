@@ -37,7 +37,6 @@ from sparsegrad_cli.numerics.sampled_cross_entropy import (
 )
 from sparsegrad_cli.numerics.seeding import generator_of
 from sparsegrad_cli.recipe.load_recipe import load_recipe
-from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.tasks.task import LoadedTask, RowLimits, load_chat_task
 from sparsegrad_cli.training.train import train
 
@@ -175,21 +174,25 @@ def catalogue(positions: int) -> tuple[Tensor, Tensor, Tensor]:
     return 0.375 * (weight[target] + noise), target, weight
 
 
-def step_table(recipe: Recipe, task: LoadedTask, rows: int, rounds: int) -> dict[str, Any]:
-    """Return the seconds of forward and backward of the whole frozen model with each loss.
+def step_table(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the seconds of forward and backward of the whole frozen SmolLM2 with each loss.
 
-    The backward pass computes input gradients down to the first block, as for an adapter there.
+    The backward pass computes input gradients down to the embeddings, as for an adapter in the
+    first block.
     """
-    batch = dict(task.collator([task.train_data[i] for i in range(rows)]))
-    model = task.model.requires_grad_(False).train()
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    embeddings.register_forward_hook(lambda *of: of[2].requires_grad_())
 
-    def side(draw: tuple[int, int] | None) -> None:
-        model(**batch, loss_draw=draw).loss.backward()
+    def side(name: str) -> Callable[[], None]:
+        loaded = conversations(options.trees, *keys_of(name))
+        task = load_chat_task(loaded, RowLimits(4 * options.rows, 1))
+        batch = dict(task.collator([task.train_data[i] for i in range(options.rows)]))
+        model = task.model.requires_grad_(False).train()
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(lambda *of: of[2].requires_grad_())
+        return lambda: model(**batch, loss_draw=(1, 1)).loss.backward()
 
-    sides = {FULL: lambda: side(None), recipe.train.loss: lambda: side((1, 1))}
-    return ratios(interleave(sides, rounds, time.process_time), FULL)
+    return ratios(
+        interleave({name: side(name) for name in TRAINED}, options.rounds, time.process_time), FULL
+    )
 
 
 def conversations(trees: Path, *more: str) -> Any:
@@ -204,14 +207,6 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the head alone at both sizes, and the whole SmolLM2."""
     found: dict[str, Any] = {}
     limits = RowLimits(options.positions // 64, 1)
-    steps: dict[str, Any] = {}
-    for name in ("sce", "rece"):
-        loaded = conversations(options.trees, f"train.loss={name}")
-        steps[name] = step_table(
-            loaded.recipe, load_chat_task(loaded, limits), options.rows, options.rounds
-        )[name]
-        print("whole step", name, steps[name], flush=True)
-    found["step"] = steps
     hidden, target, weight = labelled(
         load_chat_task(conversations(options.trees), limits), options.positions
     )
@@ -229,6 +224,7 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
         "positions": len(target),
         "rows": head_table(hidden, weight, target, trains=True, **shared),
     }
+    found["step"] = step_table(options)
     return found
 
 
@@ -244,7 +240,9 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 loaded = conversations(
                     options.trees,
-                    "task.eval_limit=10",
+                    f"task.eval_limit={options.eval_limit}",
+                    "targets.blocks='20:'",  # The backward pass ends there.
+                    "train.bf16=true",
                     f"train.per_device_train_batch_size={options.batch}",
                     f"train.max_steps={options.steps}",
                     "train.learning_rate=2e-3",
@@ -305,6 +303,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=list(TRAINED), choices=(FULL, *SAMPLES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 3705, 7])
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--eval-limit", type=int, default=24, help="validation conversations")
     parser.add_argument("--batch", type=int, default=2, help="rows of 256 tokens in a step")
     options = parser.parse_args()
     if options.part == "training":

@@ -26,6 +26,7 @@ from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.models.lm_loss import use_lm_loss
 from sparsegrad_cli.models.load_model import load_classifier
 from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.sampled_loss import SampledLoss
 from sparsegrad_cli.models.targets import find_targets
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.recipe.tasks import BUILTIN_TASKS
@@ -150,13 +151,13 @@ def minilm(loaded: LoadedRecipe) -> nn.Module:
     ).model
 
 
-def language_model(folder: Path) -> nn.Module:
+def language_model(folder: Path, sampled: SampledLoss | None = None) -> nn.Module:
     """Return the model with the loss that training gives it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    use_lm_loss(model)
+    use_lm_loss(model, sampled)
     return model
 
 
@@ -181,13 +182,14 @@ def counted(loaded: LoadedRecipe, model: nn.Module, batch: dict[str, Tensor]) ->
         model.activation_checkpointing_enable()  # type: ignore[operator]
     optimizer = method.optimizer(model, recipe.train)
     model.train()
-    model(**batch).loss.backward()
+    draw = {"loss_draw": (1, 1)} if recipe.train.loss != "full" else {}
+    model(**batch, **draw).loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     meter = MemoryMeter()
     meter.watch(model, bases=prepared.bases, optimizer=optimizer)
     with meter.phase("forward"):
-        loss = model(**batch).loss
+        loss = model(**batch, **draw).loss
     with meter.phase("backward"):
         loss.backward()
     del loss
@@ -230,6 +232,16 @@ def test_a_step_of_a_language_model_is_estimated(smollm2: Path, name: str) -> No
     """test_runs.py has the other methods."""
     loaded = recipe(f"model={smollm2}", CHAT, *METHODS[name])
     real = counted(loaded, language_model(smollm2), conversations(short=1))
+    alike(faked(loaded).step(SIZE, LENGTH, LENGTHS), real)
+
+
+@pytest.mark.parametrize("loss", ["sce", "rece"])
+@pytest.mark.parametrize("name", ["full", "core"])
+def test_a_step_with_a_sampled_loss_is_estimated(smollm2: Path, name: str, loss: str) -> None:
+    """Sets of fake tensors have the sizes of real ones, which follow from the recipe alone."""
+    loaded = recipe(f"model={smollm2}", CHAT, *METHODS[name], f"train.loss={loss}")
+    sampled = SampledLoss.of(loaded.recipe)
+    real = counted(loaded, language_model(smollm2, sampled), conversations(short=1))
     alike(faked(loaded).step(SIZE, LENGTH, LENGTHS), real)
 
 

@@ -14,6 +14,7 @@ from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.models.lm_head import LmHead, find_lm_head
 from sparsegrad_cli.models.lm_loss import LmSums, lm_loss, lm_sums, use_lm_loss
+from sparsegrad_cli.models.sampled_loss import SampledLoss
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt")
 SMALL = {
@@ -417,3 +418,76 @@ def test_transformers_trainer_weighs_tokens_with_it(tmp_path: Any) -> None:
     collate = lambda chosen: {n: torch.stack([row[n] for row in chosen]) for n in chosen[0]}
     Watched(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
     same(seen, expected, 1e-4)
+
+
+# --- over a sample of the vocabulary
+
+SAMPLED = {
+    "sce": SampledLoss("sce", 42, {"buckets": 3, "positions": 6, "classes": 5}),
+    "rece": SampledLoss("rece", 42, {"chunks": 6, "neighbours": 1, "rounds": 2}),
+}
+EVERYTHING = {
+    "sce": SampledLoss("sce", 42, {"buckets": 2, "positions": 99, "classes": VOCABULARY}),
+    "rece": SampledLoss("rece", 42, {"chunks": 3, "neighbours": 2, "rounds": 2}),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_sample_of_everything_is_the_whole_loss(architecture: str, name: str) -> None:
+    model, inputs = causal(architecture), batch()
+    expected = whole_loss(model, inputs)
+    whole = gradients(model, expected / count(inputs))
+    use_lm_loss(model, EVERYTHING[name])
+    loss = model(**inputs, loss_draw=(1, 1)).loss
+    torch.testing.assert_close(loss * count(inputs), expected)
+    same(gradients(model, loss), whole, 1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_sampled_loss_follows_its_draw_and_is_for_training_steps_alone(name: str) -> None:
+    model, inputs = causal("llama"), batch()
+    expected = whole_loss(model, inputs)
+    use_lm_loss(model, SAMPLED[name])
+    torch.testing.assert_close(model(**inputs).loss * count(inputs), expected)
+    assert lm_sums(model, inputs).loss == pytest.approx(expected.item())
+    draws = [(1, 1), (1, 1), (2, 1), (1, 2)]
+    first, again, *others = [model(**inputs, loss_draw=draw).loss.item() for draw in draws]
+    assert first == again
+    assert len({first, *others, expected.item() / count(inputs)}) == 4
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_tied_embeddings_get_a_gradient_from_a_sampled_loss_only_if_they_train(
+    name: str, frozen: bool
+) -> None:
+    model, inputs = causal("llama", frozen=frozen, tie_word_embeddings=True), batch()
+    head = model.get_output_embeddings().weight
+    assert head is model.get_input_embeddings().weight
+    whole = gradients(model, whole_loss(model, inputs))
+    model.zero_grad()
+    use_lm_loss(model, EVERYTHING[name])
+    model(**inputs, num_items_in_batch=1, loss_draw=(1, 1)).loss.backward()
+    assert (head.grad is None) == frozen
+    same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, whole, 1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_sampled_loss_under_autocast(name: str) -> None:
+    """The hidden states are close to those in float32, so few of the sets change."""
+    model, inputs = causal("llama", torch.float32), batch()
+    use_lm_loss(model, EVERYTHING[name])
+    expected = model(**inputs, loss_draw=(1, 1)).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, loss_draw=(1, 1)).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+def test_a_sampled_loss_needs_a_linear_head() -> None:
+    model, _ = own_loss_of(cap_unsaid)
+    with pytest.raises(UsageError, match="computes all logits: it changes its head") as found:
+        use_lm_loss(model, SAMPLED["sce"])
+    assert found.value.where == "train.loss"

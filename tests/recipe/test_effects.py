@@ -86,6 +86,12 @@ IDLE = [
     ("train: {save_strategy: no, load_best_model_at_end: true}\n", "train.load_best_model_at_end"),
     ("train: {eval_strategy: no, early_stopping_patience: 2}\n", "train.early_stopping_patience"),
     ("train: {max_steps: 5, num_train_epochs: 2}\n", "train.num_train_epochs"),
+    (CHAT + "train: {loss_buckets: 9}\n", "train.loss_buckets"),
+    (CHAT + "train: {loss: full, loss_mix: false}\n", "train.loss_mix"),
+    (CHAT + "train: {loss: rece, loss_bucket_positions: 9}\n", "train.loss_bucket_positions"),
+    (CHAT + "train: {loss: rece, loss_bucket_classes: 9}\n", "train.loss_bucket_classes"),
+    (CHAT + "train: {loss: sce, loss_neighbours: 0}\n", "train.loss_neighbours"),
+    (CHAT + "train: {loss: sce, loss_rounds: 2}\n", "train.loss_rounds"),
 ]
 
 
