@@ -1,14 +1,15 @@
 """Losses over a sample of a large vocabulary (train.loss: sce, rece) against the full loss.
 
-python -m benchmarks.large_vocabulary losses --out docs/results/large_vocabulary.json
-python -m benchmarks.large_vocabulary training --trees FILE --out docs/results/sampled_training.json
+python -m benchmarks.large_vocabulary losses --trees FILE --out docs/results/large_vocabulary.json
+python -m benchmarks.large_vocabulary step --trees FILE
+python -m benchmarks.large_vocabulary training --trees FILE
 
 ``losses`` measures, at the head alone, the agreement of the gradients with those of the chunked
 full loss, CPU seconds and counted peak bytes: with SmolLM2's head (49,152 classes) and its hidden
 states of real conversations, and with a catalogue of a million classes and random states of 64
-numbers (a state is half of its target's weights, the other half noise). Then it measures the
-forward and backward pass of the whole SmolLM2 with each loss. ``training`` trains SmolLM2 with LoRA
-for equal steps by each loss and compares the full validation loss.
+numbers (a state is half of its target's weights, the other half noise). ``step`` measures the
+forward and backward pass of the whole SmolLM2 with each loss. ``training`` trains the last ten
+blocks of SmolLM2 with LoRA for equal steps by each loss, and compares the full validation loss.
 """
 
 from __future__ import annotations
@@ -120,30 +121,35 @@ def peak_bytes(call: Callable[[], object], *inputs: Tensor) -> int:
 
 
 def head_table(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, trains: bool, rounds: int, draws: int
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    options: argparse.Namespace,
+    *,
+    trains: bool,
 ) -> dict[str, dict[str, float]]:
     """Return a row for each loss.
 
     Args:
         hidden, weight, target: of the head.
+        options: names of the rows, rounds of the timing, draws of the agreement.
         trains: whether the head's gradient is part of the seconds and bytes.
-        rounds: of the timing.
-        draws: of the agreement.
     """
+    names = [name for name in options.names if name != FULL]
 
     def side(name: str) -> None:
         leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(trains)]
         loss_of(name, *leaves, target, 0).backward()
 
-    sides = {name: functools.partial(side, name) for name in (FULL, *SAMPLES)}
+    sides = {name: functools.partial(side, name) for name in (FULL, *names)}
     loss, dhidden, dweight = with_gradients(FULL, hidden, weight, target, 0)
     exact = {"hidden": dhidden, "head": dweight}
     rows: dict[str, dict[str, float]] = {FULL: {"loss": float(loss) / len(target)}}
-    rows |= {name: agreement(name, hidden, weight, target, exact, draws) for name in SAMPLES}
+    rows |= {name: agreement(name, hidden, weight, target, exact, options.draws) for name in names}
     del exact, dhidden, dweight
     for name, call in sides.items():
         rows[name]["peak_bytes"] = peak_bytes(call, hidden, weight, target)
-    for name, timed in ratios(interleave(sides, rounds, time.process_time), FULL).items():
+    for name, timed in ratios(interleave(sides, options.rounds, time.process_time), FULL).items():
         rows[name] |= timed
         print(name, {key: round(value, 4) for key, value in rows[name].items()}, flush=True)
     return rows
@@ -191,7 +197,8 @@ def step_table(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         return lambda: model(**batch, loss_draw=(1, 1)).loss.backward()
 
     return ratios(
-        interleave({name: side(name) for name in TRAINED}, options.rounds, time.process_time), FULL
+        interleave({name: side(name) for name in options.names}, options.rounds, time.process_time),
+        FULL,
     )
 
 
@@ -210,21 +217,19 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
     hidden, target, weight = labelled(
         load_chat_task(conversations(options.trees), limits), options.positions
     )
-    shared = {"rounds": options.rounds, "draws": options.draws}
     found["smollm2"] = {
         "classes": len(weight),
         "hidden": weight.shape[1],
         "positions": len(target),
-        "rows": head_table(hidden, weight, target, trains=False, **shared),
+        "rows": head_table(hidden, weight, target, options, trains=False),
     }
     hidden, target, weight = catalogue(options.catalogue_positions)
     found["catalogue"] = {
         "classes": len(weight),
         "hidden": weight.shape[1],
         "positions": len(target),
-        "rows": head_table(hidden, weight, target, trains=True, **shared),
+        "rows": head_table(hidden, weight, target, options, trains=True),
     }
-    found["step"] = step_table(options)
     return found
 
 
@@ -242,7 +247,6 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
                     options.trees,
                     f"task.eval_limit={options.eval_limit}",
                     "targets.blocks='20:'",  # The backward pass ends there.
-                    "train.bf16=true",
                     f"train.per_device_train_batch_size={options.batch}",
                     f"train.max_steps={options.steps}",
                     "train.learning_rate=2e-3",
@@ -267,7 +271,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
             )
             print(name, rows[name][-1], flush=True)
             result = {"rows": rows, "differences": differences(rows)}
-            save(options.out, "sampled_training", {"settings": told(options), **result})
+            save(options.out, "large_vocabulary_training", {"settings": told(options), **result})
     return result
 
 
@@ -292,7 +296,7 @@ def told(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Parse the arguments, measure one part and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("losses", "training"))
+    parser.add_argument("part", choices=("losses", "step", "training"))
     parser.add_argument("--trees", type=Path, required=True, help="export of OASST's trees")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
@@ -300,16 +304,18 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=2048, help="of SmolLM2's head")
     parser.add_argument("--catalogue-positions", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="of 256 tokens, in the whole step")
-    parser.add_argument("--names", nargs="+", default=list(TRAINED), choices=(FULL, *SAMPLES))
+    parser.add_argument("--names", nargs="+", choices=(FULL, *SAMPLES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 3705, 7])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--eval-limit", type=int, default=24, help="validation conversations")
     parser.add_argument("--batch", type=int, default=2, help="rows of 256 tokens in a step")
     options = parser.parse_args()
+    options.names = options.names or (FULL, *(SAMPLES if options.part == "losses" else TRAINED[1:]))
     if options.part == "training":
         training(options)
         return
-    save(options.out, "large_vocabulary", {"settings": told(options), **losses(options)})
+    found = losses(options) if options.part == "losses" else {"rows": step_table(options)}
+    save(options.out, f"large_vocabulary_{options.part}", {"settings": told(options), **found})
 
 
 if __name__ == "__main__":
