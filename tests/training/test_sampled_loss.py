@@ -81,7 +81,7 @@ def test_a_run_uses_it_in_training_steps_records_it_and_resumes_bit_for_bit(
     [
         (("train.loss=sce",), "sce samples a vocabulary, and builtin:acceptability trains"),
         ((*CHAT, "train.loss=rece", "train.torch_compile=true"), "torch_compile cannot follow"),
-        ((*CHAT, "train.loss=ce"), "full, sce, rece"),
+        ((*CHAT, "train.loss=ce"), "'ce' is not one of 'full', 'sce' or 'rece'"),
         ((*CHAT, "train.loss=sce", "train.loss_rounds=2"), "applies to train.loss rece, not to"),
         ((*CHAT, "train.loss_buckets=2"), "train.loss sce and rece, not to full"),
         ((*CHAT, "train.loss=sce", "train.label_smoothing_factor=0.1"), "label smoothing"),
