@@ -248,15 +248,11 @@ class _Head:
             dz = dz * (1 - (z / self.cap).square_())
         return dz * self.scale if self.scale != 1 else dz
 
-    def wrong(self, rows_B: Tensor, classes_C: Tensor) -> Tensor:
-        """Return which classes of the positions are wrong ones, (B, C) bool."""
-        return classes_C != self.target[rows_B][:, None]
-
     def weighed(self, z_BC: Tensor, rows_B: Tensor, classes_C: Tensor) -> Tensor:
         """Return z - log k, and -inf for targets: the logits that s is the logsumexp of."""
         log_counts = self.sets.log_counts(rows_B, classes_C, z_BC.dtype)
         found = z_BC if log_counts is None else z_BC - log_counts
-        return found.masked_fill(~self.wrong(rows_B, classes_C), -math.inf)
+        return found.masked_fill(classes_C == self.target[rows_B][:, None], -math.inf)
 
     def normalizers(self) -> tuple[Tensor, Tensor]:
         """Return s (N,), and the group of each position that counts (N,); -1 for no group."""
