@@ -102,9 +102,9 @@ def with_gradients(
     name: str, hidden: Tensor, weight: Tensor, target: Tensor, draw: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a loss, and its gradients for hidden states and head."""
-    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-    loss = loss_of(name, *leaves, target, draw)
-    dhidden, dweight = torch.autograd.grad(loss, leaves)
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = loss_of(name, hidden, weight, target, draw)
+    dhidden, dweight = torch.autograd.grad(loss, [hidden, weight])
     return loss.detach(), dhidden, dweight
 
 
@@ -138,8 +138,8 @@ def head_table(
     names = [name for name in options.names if name != FULL]
 
     def side(name: str) -> None:
-        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(trains)]
-        loss_of(name, *leaves, target, 0).backward()
+        states, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trains)
+        loss_of(name, states, head, target, 0).backward()
 
     sides = {name: functools.partial(side, name) for name in (FULL, *names)}
     loss, dhidden, dweight = with_gradients(FULL, hidden, weight, target, 0)

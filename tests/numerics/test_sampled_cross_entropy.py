@@ -96,7 +96,8 @@ def test_value_and_gradients(
 ) -> None:
     hidden, weight, bias, target = operands(dtype)
     sets = sets_of(name, hidden, weight)
-    found, expected = [], []
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
     for into, wide in ((found, dtype), (expected, torch.float64)):
         leaves = [t.detach().to(wide).requires_grad_() for t in (hidden, weight, bias)]
         h, w, b = leaves
@@ -217,8 +218,8 @@ def test_the_same_sets_give_the_same_bits(name: str) -> None:
     hidden, weight, _, target = operands(torch.float32)
     results = []
     for _ in range(2):
-        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
-        loss = sampled_cross_entropy(*leaves, target, sets_of(name, hidden, weight))
+        leaves = h, w = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss = sampled_cross_entropy(h, w, target, sets_of(name, hidden, weight))
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -231,8 +232,8 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     sets = sets_of(name, hidden, weight)
     results = []
     for wide in (dtype, torch.float64):
-        leaves = [t.to(wide).requires_grad_() for t in (hidden, weight)]
-        loss = sampled_cross_entropy(*leaves, target, sets)
+        leaves = h, w = [t.to(wide).requires_grad_() for t in (hidden, weight)]
+        loss = sampled_cross_entropy(h, w, target, sets)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert [t.dtype for t in results[0]] == [torch.float32, dtype, dtype]
     for a, b in zip(*results, strict=True):
