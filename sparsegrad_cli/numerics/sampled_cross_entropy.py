@@ -193,9 +193,11 @@ def sampled_cross_entropy(
     Returns:
         A scalar in float32, in float64 for float64 inputs.
     """
-    loss: Tensor = _SampledCrossEntropy.apply(
-        hidden_NI, weight_VI, bias_V, target_N, sets, scale, cap
-    )
+    # The gradients' sums are wide, and autocast would narrow the products that are added to them.
+    with torch.autocast(hidden_NI.device.type, enabled=False):
+        loss: Tensor = _SampledCrossEntropy.apply(
+            hidden_NI, weight_VI, bias_V, target_N, sets, scale, cap
+        )
     return loss
 
 

@@ -113,7 +113,7 @@ def test_all_problems_are_reported_together_with_line_and_suggestion(tmp_path: P
         ("calibration=[]", "calibration", "expected a mapping of keys, got []"),
         ("train.learning_rate=true", "train.learning_rate", "expected a number, got True"),
         ("train.head_lr=1", "train.head_lr", "did you mean head_learning_rate?"),
-        ("train.zzz=1", "train.zzz", "warmup_steps, weight_decay, head_learning_rate and 31 more"),
+        ("train.zzz=1", "train.zzz", "warmup_steps, weight_decay, head_learning_rate and 38 more"),
         ("train.max_steps=0", "train.max_steps", "must be -1"),
         ("targets.blocks='::0'", "targets.blocks", "step cannot be zero"),
         ("match=trainable method.name=lora", "match", ""),
