@@ -4,8 +4,8 @@ A key is a target's name, or a layer kind if targets share a basis. The file hol
 
 - ``q_out/<key>`` (out, r) and ``q_in/<key>`` (in, r): the directions of each side.
 - ``singular_out/<key>`` and ``singular_in/<key>``: at least r singular values each.
-- ``tokens/<key>`` (): the number of live tokens that were summed, if the basis was computed from
-  tokens. Files of older versions lack it.
+- ``tokens/<key>`` (): the weight of the live tokens (:class:`Basis`), if the basis was computed
+  from tokens. Files of older versions lack it.
 - ``score/<target>`` (r_out, r_in): scores of the core's parameters, if a second pass computed them.
 
 The metadata is a :class:`sparsegrad_cli.records.basis.BasisMetadata`.
@@ -224,7 +224,7 @@ def check_tokens(basis: BasisFile, where: str | None = None) -> None:
         UsageError: the basis has neither scores nor the number of tokens behind its singular
             values.
     """
-    unknown = [key for key, one in basis.bases.items() if one.tokens is None]
+    unknown = [key for key, one in basis.bases.items() if one.token_weight is None]
     if unknown and not basis.scores:
         raise UsageError(
             "expected a basis that says how many tokens each target saw, without which targets "
@@ -241,5 +241,7 @@ def basis_digest(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> st
 
 def _tensors(bases: Mapping[str, Basis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {f"{part}/{key}": getattr(b, part) for key, b in bases.items() for part in _PARTS}
-    parts |= {_TOKENS + key: b.tokens for key, b in bases.items() if b.tokens is not None}
+    parts |= {
+        _TOKENS + key: b.token_weight for key, b in bases.items() if b.token_weight is not None
+    }
     return parts | {_SCORE + name: score for name, score in scores.items()}

@@ -38,12 +38,13 @@ from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.numerics.sketch import SketchStream
 from sparsegrad_cli.numerics.supports import ScoreStream
 from sparsegrad_cli.recipe.schema import CalibrationSection, TrainSection
+from sparsegrad_cli.recipe.section import FROM_GRADIENTS, OVER_TOKENS
 
 Batches = Callable[[], Iterator[Batch]]
 Meter = Callable[[], AbstractContextManager[Any]]
 OnStep = Callable[[int, float], None]
 OnStream = Callable[[str, Stream], None]
-# With source token, the inputs of all targets are kept until their gradients arrive, which a
+# Over tokens, the inputs of all targets are kept until their gradients arrive, which a
 # training step need not do. Each batch is therefore split in two, so that calibration needs less
 # memory than training. The sums run over the same tokens.
 _PARTS = 2
@@ -114,7 +115,7 @@ class _Passes:
 def passes_of(settings: CalibrationSection) -> int:
     """Return the number of passes over the batches."""
     count = int(settings.score != "spectral")
-    if settings.source in ("batch", "token"):
+    if settings.source in FROM_GRADIENTS:
         count += {"exact": 1, "sequential": 2, "randomized": 1 + settings.power_steps}[
             settings.decomposition
         ]
@@ -163,7 +164,7 @@ def calibrate(
     seeded = {key: (*side, seed + number) for number, (key, side) in enumerate(sides.items())}
     with as_in_training(model, train) as scale:
         passes = _Passes(model, batches, settings.steps, seed, meter, on_step, scale)
-        if settings.source in ("batch", "token"):
+        if settings.source in FROM_GRADIENTS:
             streams = {key: _stream(settings, *args, rank, device) for key, args in seeded.items()}
             _fill(passes, targets, keys, streams, settings.source)
             held = sum(stream.nbytes() for stream in streams.values())
@@ -232,7 +233,8 @@ def _fill(
         streams[keys[target.name]].add(grad_OI)
 
     def collect_tokens(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
-        streams[keys[target.name]].add_tokens(g_NO, x_NI)
+        weighted = source == "token_gradient"
+        streams[keys[target.name]].add_tokens(g_NO, x_NI, weighted=weighted)
 
     for number in range(next(iter(streams.values())).passes):
         if number:
@@ -263,7 +265,7 @@ def _scores(
     bases = {key: truncated(basis, rank) for key, basis in bases.items()}
     streams = {t.name: ScoreStream(bases[keys[t.name]], settings.score) for t in targets}
     # As many parts as in the other passes, so that the dropout is the same.
-    parts = _PARTS if settings.source == "token" else 1
+    parts = _PARTS if settings.source in OVER_TOKENS else 1
 
     def collect(target: Target, g_NO: Tensor, x_NI: Tensor) -> None:
         streams[target.name].add_tokens(g_NO, x_NI)

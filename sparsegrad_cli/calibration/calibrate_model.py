@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsegrad_cli.calibration.basis_file import BasisFile, basis_digest
 from sparsegrad_cli.calibration.calibrate import calibrate as calibrate_targets
 from sparsegrad_cli.calibration.calibrate import passes_of
-from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.calibration.warmup import WARMUP_BATCHES, warmed_head
 from sparsegrad_cli.models.digests import fingerprint
 from sparsegrad_cli.models.quantized import record_dtype
 from sparsegrad_cli.models.targets import Target, find_targets, is_linear, linear_shape
@@ -54,11 +54,11 @@ def calibrate(
     *,
     loss: Loss | None = None,
     target_modules: Sequence[str] | str | None = None,
-    steps: int = 32,
+    steps: int = 12,
     rank: int | None = None,
     density: float = 0.01,
     basis_per: Literal["layer", "kind"] = "layer",
-    source: Literal["batch", "token"] = "token",
+    source: Literal["batch", "token", "token_gradient"] = "token_gradient",
     score: Literal["spectral", "gradient", "square", "token_square"] = "spectral",
     warmup_steps: int = 50,
     seed: int = 0,
@@ -84,8 +84,8 @@ def calibrate(
         density: Share of the parameters that will train.
         basis_per: ``layer``: one basis per module; ``kind``: modules at the same place of their
             blocks share one, which saves memory.
-        source: ``token``: from the gradients of single tokens; ``batch``: from the gradients of
-            batches, as the paper does.
+        source: ``token_gradient``: from the gradients of single tokens; ``token``: from g and x of
+            every token; ``batch``: from the gradients of batches, as the paper does.
         score: How the parameters of a static support are scored; ``spectral`` needs no second pass.
         warmup_steps: Steps that train the new head of a transformers classifier before the bases
             are computed, undone afterwards. A random head gives random gradients.
@@ -181,8 +181,10 @@ def _calibrate(
     inner = [replace(t, name=f"model.{t.name}") for t in targets] if plain else targets
     training = model.training
     rate = settings.warmup_learning_rate
-    head = cycle(named)
-    with warmed_head(whole, head, steps=settings.warmup_steps, learning_rate=rate, seed=seed):
+    head = named[:WARMUP_BATCHES]
+    with warmed_head(
+        whole, lambda: head, steps=settings.warmup_steps, learning_rate=rate, seed=seed
+    ):
         found = calibrate_targets(whole, inner, lambda: iter(named), settings, seed=seed, rank=rank)
     model.train(training)
     bases = {_outer(key, plain): basis for key, basis in found.bases.items()}

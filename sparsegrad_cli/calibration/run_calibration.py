@@ -25,7 +25,7 @@ from sparsegrad_cli.calibration.basis_file import (
 )
 from sparsegrad_cli.calibration.calibrate import Calibration, OnStream, calibrate, passes_of
 from sparsegrad_cli.calibration.diagnostics import spectra
-from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.calibration.warmup import WARMUP_BATCHES, warmed_head
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.paths import expanded
 from sparsegrad_cli.memory.out_of_memory import (
@@ -205,12 +205,17 @@ class RunCalibration:
         """
         settings, seed = self.run.recipe.calibration, self.run.recipe.seed
         observer = self.run.observer
+
+        def batches() -> list[dict[str, Tensor]]:
+            count = min(WARMUP_BATCHES, settings.steps, settings.warmup_steps)
+            first = islice(self.random_batches(seed), count)
+            return list(self.counted(first, together=count))
+
         if settings.warmup_steps and head_parameters(self.setup.model):
             observer.total_steps("warm-up", settings.warmup_steps)
         with warmed_head(
             self.setup.model,
-            # The warm-up uses other batches than calibration.
-            self.counted(self.random_batches(seed + 2), together=settings.warmup_steps),
+            batches,
             steps=settings.warmup_steps,
             learning_rate=settings.warmup_learning_rate,
             seed=seed,

@@ -1,13 +1,13 @@
 """Train the head alone for a few steps before calibration.
 
 The gradients that a new head sends back into the model are only that head's noise. During the
-warm-up only the head learns. The body runs only forward and without dropout, so that a step costs a
-quarter of a training step.
+warm-up only the head learns. The body runs forward once per batch, without dropout; its outputs are
+kept, and the steps go round them. A step then costs what the head costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -25,11 +25,14 @@ from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.schema import TrainSection
 
+WARMUP_BATCHES = 6
+"""Batches of calibration that the steps go round, at most: their outputs are kept."""
+
 
 @contextmanager
 def warmed_head(
     model: nn.Module,
-    batches: Iterator[Batch],
+    batches: Callable[[], Sequence[Batch]],
     *,
     steps: int,
     learning_rate: float,
@@ -43,14 +46,14 @@ def warmed_head(
 
     Args:
         model: any model whose output has ``loss``.
-        batches: yields at least ``steps`` batches on the model's device.
-        steps: number of steps; 0 trains nothing.
+        batches: returns the batches, on the model's device; called if there is a head to train.
+        steps: number of steps, which go round the batches; 0 trains nothing.
         learning_rate: constant learning rate of AdamW.
         seed: seed for models that draw random numbers even without dropout; the global random state
             is restored.
         keep: keep the trained head when the context ends.
         train: settings of gradient checkpointing and autocast; None for neither.
-        meter: context in which the first two steps are measured.
+        meter: context in which the first two steps and the last forward pass are measured.
         on_step: called with the number and loss of each step.
 
     Raises:
@@ -62,7 +65,7 @@ def warmed_head(
     try:
         if head:
             with as_in_training(model, train) as scale:
-                _train(model, head, batches, steps, learning_rate, seed, scale, meter, on_step)
+                _train(model, head, batches(), steps, learning_rate, seed, scale, meter, on_step)
         warm = True
         yield
     finally:
@@ -75,7 +78,7 @@ def warmed_head(
 def _train(
     model: nn.Module,
     head: list[nn.Parameter],
-    batches: Iterator[Batch],
+    batches: Sequence[Batch],
     steps: int,
     learning_rate: float,
     seed: int,
@@ -87,16 +90,19 @@ def _train(
     masters = [p.detach().float() if p.dtype in HALF else p for p in head]
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
     with frozen_for_a_while(model), temporary_seed(seed):
-        # Dropout in a frozen body adds noise and takes a third of MiniLM's forward pass on a CPU.
-        # Fifty steps are too few to overfit.
+        # Dropout in a frozen body would only add noise. Fifty steps are too few to overfit.
         model.eval()
         for parameter in head:
             parameter.requires_grad_(True)
-        for step in range(1, steps + 1):
-            with meter() if step <= 2 else nullcontext():
-                loss = gradient_step(model, next(batches), step, scale=scale)
-                _step(optimizer, head, masters, scale)
-            on_step(step, loss)
+        with _KeptOutputs(model) as outputs:
+            for step in range(1, steps + 1):
+                number = (step - 1) % len(batches)
+                outputs.begin(number)
+                # In the last forward pass, the outputs of all other batches are kept.
+                with meter() if step <= 2 or step == len(batches) else nullcontext():
+                    loss = gradient_step(model, batches[number], step, scale=scale)
+                    _step(optimizer, head, masters, scale)
+                on_step(step, loss)
 
 
 def _step(
@@ -117,3 +123,38 @@ def _step(
             if master is not parameter:
                 parameter.copy_(master)
     optimizer.zero_grad(set_to_none=True)
+
+
+class _KeptOutputs:
+    """Replace the forward of a model's body: it runs once per batch, and its outputs are kept.
+
+    The body is frozen and in evaluation mode, so it would give the same outputs again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._body: Any = getattr(model, str(model.base_model_prefix))
+        self._own = vars(self._body).get("forward")
+        self._forward = self._body.forward
+        self._kept: dict[int, list[Any]] = {}
+        self._of_batch: list[Any] = []
+        self._used = 0
+
+    def __enter__(self) -> _KeptOutputs:
+        self._body.forward = self._run
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._body.forward
+        if self._own is not None:
+            self._body.forward = self._own
+
+    def begin(self, batch_number: int) -> None:
+        """Use the outputs of this batch from now on, or compute them."""
+        self._of_batch, self._used = self._kept.setdefault(batch_number, []), 0
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        if self._used == len(self._of_batch):
+            with torch.no_grad():
+                self._of_batch.append(self._forward(*inputs, **named))
+        self._used += 1
+        return self._of_batch[self._used - 1]

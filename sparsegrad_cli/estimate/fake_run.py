@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.calibrate import calibrate
-from sparsegrad_cli.calibration.warmup import warmed_head
+from sparsegrad_cli.calibration.warmup import WARMUP_BATCHES, warmed_head
 from sparsegrad_cli.errors import SparsegradError
 from sparsegrad_cli.estimate.fake_model import (
     Batch,
@@ -163,11 +163,12 @@ class FakeCalibration(_Stage):
 
         with self._inside():
             meter.watch(self.model)
-            warming = min(2, section.warmup_steps)  # in the second, optimizer state exists
+            # In the second step optimizer state exists; the outputs of every batch are kept.
+            warming = min(WARMUP_BATCHES, section.steps, section.warmup_steps)
             with warmed_head(
                 self.model,
-                batches(warming),
-                steps=warming,
+                lambda: list(batches(warming)),
+                steps=max(warming, min(2, section.warmup_steps)),
                 learning_rate=section.warmup_learning_rate,
                 seed=self.recipe.seed,
                 train=train,

@@ -30,15 +30,16 @@ class Basis:
         singular_out: (r_out,) singular values of the stack unfolded along out, descending. A basis
             from a file may have more: those of the directions that were left out.
         singular_in: (r_in,) the same along in.
-        tokens: () float64, number of live tokens summed, over all targets that share the basis;
-            None for a basis from gradients of batches, or from a file without it.
+        token_weight: () float64, sum over the live tokens of all targets that share the basis:
+            of 1, or of |g|^2 |x|^2 for Grams of single tokens' gradients. None for a basis from
+            gradients of batches, or from a file without it.
     """
 
     q_out: Tensor
     q_in: Tensor
     singular_out: Tensor
     singular_in: Tensor
-    tokens: Tensor | None = None
+    token_weight: Tensor | None = None
 
     def nbytes(self) -> int:
         """Return the bytes of the two bases."""
@@ -47,7 +48,7 @@ class Basis:
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Basis:
         """Return the bases in this dtype and on this device; singular values stay as they are."""
         q_out, q_in = (q.to(device=device, dtype=dtype) for q in (self.q_out, self.q_in))
-        return Basis(q_out, q_in, self.singular_out, self.singular_in, self.tokens)
+        return Basis(q_out, q_in, self.singular_out, self.singular_in, self.token_weight)
 
 
 def map_bases(
@@ -74,7 +75,7 @@ class Stream(Protocol):
         """Add one gradient, (out, in)."""
         ...
 
-    def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
+    def add_tokens(self, g_NO: Tensor, x_NI: Tensor, *, weighted: bool = False) -> None:
         """Add the tokens of a batch: dL/dy (N, out) and x (N, in)."""
         ...
 
@@ -115,7 +116,7 @@ class GramStream:
     ) -> None:
         self.gram_out = torch.zeros(out_features, out_features, device=device, dtype=dtype)
         self.gram_in = torch.zeros(in_features, in_features, device=device, dtype=dtype)
-        self.tokens = torch.zeros((), device=device, dtype=torch.float64)
+        self.token_weight = torch.zeros((), device=device, dtype=torch.float64)
         self.of_tokens = False
         self.count = 0
 
@@ -126,21 +127,25 @@ class GramStream:
         self.gram_in.addmm_(grad_OI.T, grad_OI)  # (in, out) @ (out, in)
         self.count += 1
 
-    def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
-        """Add the tokens of a batch: sum g'g and sum x'x in place of the batch gradient's Grams.
+    def add_tokens(self, g_NO: Tensor, x_NI: Tensor, *, weighted: bool = False) -> None:
+        """Add the tokens of a batch in place of the batch gradient's Grams.
 
-        G = g' x summed over tokens lets tokens cancel; here none does. The eigenvectors are those
-        of a Kronecker-factored second moment of the per-token gradients. Tokens that the loss does
-        not depend on (padding) have g = 0 and are left out.
+        G = g' x summed over tokens lets tokens cancel; here none does. The sums are
+
+            sum g'g          and  sum x'x            a Kronecker-factored second moment
+            sum |x|^2 g'g    and  sum |g|^2 x'x      weighted: the Grams of the gradients g_n' x_n
+
+        Tokens that the loss does not depend on (padding) have g = 0 and are left out.
 
         Args:
             g_NO: (N, out) dL/dy.
             x_NI: (N, in) input of the layer.
+            weighted: whether each token counts by the size of its gradient.
         """
-        g_NO, x_NI = live_tokens(g_NO, x_NI, self.gram_out.dtype)
+        g_NO, x_NI, weight = live_tokens(g_NO, x_NI, self.gram_out.dtype, weighted=weighted)
         self.gram_out.addmm_(g_NO.T, g_NO)  # (out, N) @ (N, out)
         self.gram_in.addmm_(x_NI.T, x_NI)  # (in, N) @ (N, in)
-        self.tokens += len(g_NO)
+        self.token_weight += weight
         self.of_tokens = True
         self.count += 1
 
@@ -148,7 +153,7 @@ class GramStream:
         """Add the sums of another stream of the same shape: Grams of unions are sums."""
         self.gram_out += other.gram_out
         self.gram_in += other.gram_in
-        self.tokens += other.tokens
+        self.token_weight += other.token_weight
         self.of_tokens = self.of_tokens or other.of_tokens
         self.count += other.count
 
@@ -162,8 +167,8 @@ class GramStream:
             raise ValueError("no gradient was added")
         q_out, singular_out = principal_directions(self.gram_out)
         q_in, singular_in = principal_directions(self.gram_in)
-        tokens = self.tokens.clone() if self.of_tokens else None
-        return Basis(q_out, q_in, singular_out, singular_in, tokens)
+        weight = self.token_weight.clone() if self.of_tokens else None
+        return Basis(q_out, q_in, singular_out, singular_in, weight)
 
     def next_pass(self) -> None:
         """Raise: there is only one pass."""
@@ -171,7 +176,7 @@ class GramStream:
 
     def sums(self) -> list[Tensor]:
         """Return the sums over the stream, which are added up over processes."""
-        return [self.gram_out, self.gram_in, self.tokens]
+        return [self.gram_out, self.gram_in, self.token_weight]
 
     def nbytes(self) -> int:
         """Return the bytes of the two sums."""
@@ -219,7 +224,7 @@ class SequentialStream:
             self.gram.addmm_(projected_RB.T, projected_RB)  # (wide, r) @ (r, wide)
         self.count += 1
 
-    def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
+    def add_tokens(self, g_NO: Tensor, x_NI: Tensor, *, weighted: bool = False) -> None:
         """Raise: the two Grams of tokens have no common side to project.
 
         Raises:
@@ -261,10 +266,22 @@ class SequentialStream:
         return self.gram.numel() * self.gram.element_size()
 
 
-def live_tokens(g_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the rows on which the loss depends (g is not all zero), in ``dtype``."""
+def live_tokens(
+    g_NO: Tensor, x_NI: Tensor, dtype: torch.dtype, *, weighted: bool
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Return the rows on which the loss depends (g is not all zero), in ``dtype``.
+
+    Returns:
+        g and x of the live tokens, and their number. Weighted: |x_n| g_n and |g_n| x_n, and the sum
+        of |g_n|^2 |x_n|^2, () float64.
+    """
     live = (g_NO != 0).any(1)
-    return g_NO[live].to(dtype), x_NI[live].to(dtype)
+    g_NO, x_NI = g_NO[live].to(dtype), x_NI[live].to(dtype)
+    if not weighted:
+        return g_NO, x_NI, len(g_NO)
+    size_g_N1, size_x_N1 = g_NO.norm(dim=1, keepdim=True), x_NI.norm(dim=1, keepdim=True)
+    weight = (size_g_N1.double() * size_x_N1.double()).square().sum()
+    return g_NO.mul_(size_x_N1), x_NI.mul_(size_g_N1), weight
 
 
 def principal_directions(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +331,7 @@ def truncated(basis: Basis, rank: int | float | None) -> Basis:
         by_columns(basis.q_in)[:, :r_in].clone(),
         basis.singular_out[:r_out].clone(),
         basis.singular_in[:r_in].clone(),
-        basis.tokens,
+        basis.token_weight,
     )
 
 
@@ -330,7 +347,7 @@ def leading(basis: Basis, rank: int | float | None) -> Basis:
     the same share again would drop more.
     """
     cut = truncated(basis, rank)
-    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in, basis.tokens)
+    return Basis(cut.q_out, cut.q_in, basis.singular_out, basis.singular_in, basis.token_weight)
 
 
 def kept_columns(singular: Tensor, columns: int, rank: int | float | None) -> int:

@@ -16,20 +16,85 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsegrad_cli.numerics.hosvd import Basis, by_columns, live_tokens, signed
+from sparsegrad_cli.numerics.hosvd import (
+    Basis,
+    by_columns,
+    live_tokens,
+    principal_directions,
+    signed,
+)
 
-OVERSAMPLING = 32
+SPARE_COLUMNS = 32  # that a test matrix has beyond the directions, at least
+
+
+class Side:
+    """The Gram matrix A = sum R'R of one side of a stream, or its product with a test matrix.
+
+    Args:
+        features: d, columns of every R.
+        width: columns of the test matrix; a narrow side has none.
+        generator: draws the test matrix.
+        device, dtype: of the sum.
+
+    Attributes:
+        omega: the test matrix (d, l), columns orthonormal; None if A itself is summed.
+        sum: A Omega (d, l), or A (d, d).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        generator: torch.Generator,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.omega: Tensor | None = None
+        # Then A takes no more memory than test matrix and product, and no more time.
+        if features > 2 * width:
+            # Made on the CPU in float64: the same test matrices on every device.
+            drawn = torch.randn(features, width, generator=generator, dtype=torch.float64)
+            self.omega = torch.linalg.qr(drawn).Q.to(device=device, dtype=dtype)
+        columns = features if self.omega is None else width
+        self.sum = torch.zeros(features, columns, device=device, dtype=dtype)
+
+    def add(self, rows_ND: Tensor) -> None:
+        """Add R'R, (d, N) @ (N, d), or R'(R Omega), (d, N) @ ((N, d) @ (d, l))."""
+        self.sum.addmm_(rows_ND.T, rows_ND if self.omega is None else rows_ND @ self.omega)
+
+    def next_pass(self) -> None:
+        """Start a power step from the directions found so far."""
+        if self.omega is not None:
+            self.omega = torch.linalg.qr(self.sum.double()).Q.to(self.sum.dtype)
+        self.sum = torch.zeros_like(self.sum)
+
+    def directions(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the leading eigenvectors (d, rank) of A and the roots of their eigenvalues."""
+        if self.omega is not None:
+            return nystroem(self.omega, self.sum, rank)
+        q, singular = principal_directions(self.sum)
+        return by_columns(q[:, :rank]), singular[:rank]
+
+    def nbytes(self) -> int:
+        """Return the bytes of the test matrix and the sum."""
+        held = (self.sum,) if self.omega is None else (self.omega, self.sum)
+        return sum(t.numel() * t.element_size() for t in held)
 
 
 class SketchStream:
     """Thin products with both Gram matrices of a stream; see :class:`GramStream` for the contract.
 
+    A side with at most twice as many features as the test matrix has columns is summed exactly.
+
     Args:
         out_features, in_features: shape of every gradient.
-        rank: directions wanted per side; sides with at most rank + 32 are exact.
+        rank: directions wanted per side.
         power_steps: passes over the data beyond the first.
         seed: of the test matrices; streams that are added up need the same one.
         device, dtype: where and in what the products are kept; float32 by default.
+
+    Attributes:
+        of_out, of_in: the sums of the two sides.
     """
 
     def __init__(
@@ -43,44 +108,35 @@ class SketchStream:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.rank, self.passes, self.count = rank, 1 + power_steps, 0
         generator = torch.Generator().manual_seed(seed)
-        width_out = min(out_features, rank + OVERSAMPLING)
-        width_in = min(in_features, rank + OVERSAMPLING)
-        omega_out = torch.randn(out_features, width_out, generator=generator, dtype=torch.float64)
-        omega_in = torch.randn(in_features, width_in, generator=generator, dtype=torch.float64)
-        # Made on the CPU in float64: the same test matrices on every device.
-        self.omega_out = torch.linalg.qr(omega_out).Q.to(device=device, dtype=dtype)
-        self.omega_in = torch.linalg.qr(omega_in).Q.to(device=device, dtype=dtype)
-        self.y_out, self.y_in = torch.zeros_like(self.omega_out), torch.zeros_like(self.omega_in)
-        self.tokens = torch.zeros((), device=device, dtype=torch.float64)
+        width = rank + max(SPARE_COLUMNS, rank)
+        self.of_out = Side(out_features, width, generator, device, dtype)
+        self.of_in = Side(in_features, width, generator, device, dtype)
+        self.rank, self.passes, self.count = rank, 1 + power_steps, 0
+        self.token_weight = torch.zeros((), device=device, dtype=torch.float64)
         self.of_tokens = False
 
     def add(self, grad_OI: Tensor) -> None:
         """Add one gradient, (out, in), any floating dtype."""
-        grad_OI = grad_OI.to(self.y_out.dtype)
-        # (out, in) @ ((in, out) @ (out, l)) and (in, out) @ ((out, in) @ (in, l))
-        self.y_out.addmm_(grad_OI, grad_OI.T @ self.omega_out)
-        self.y_in.addmm_(grad_OI.T, grad_OI @ self.omega_in)
+        grad_OI = grad_OI.to(self.of_out.sum.dtype)
+        self.of_out.add(grad_OI.T)
+        self.of_in.add(grad_OI)
         self.count += 1
 
-    def add_tokens(self, g_NO: Tensor, x_NI: Tensor) -> None:
+    def add_tokens(self, g_NO: Tensor, x_NI: Tensor, *, weighted: bool = False) -> None:
         """Add the tokens of a batch; see :meth:`GramStream.add_tokens`."""
-        g_NO, x_NI = live_tokens(g_NO, x_NI, self.y_out.dtype)
-        # (out, N) @ ((N, out) @ (out, l)) and (in, N) @ ((N, in) @ (in, l))
-        self.y_out.addmm_(g_NO.T, g_NO @ self.omega_out)
-        self.y_in.addmm_(x_NI.T, x_NI @ self.omega_in)
-        self.tokens += len(g_NO)
+        g_NO, x_NI, weight = live_tokens(g_NO, x_NI, self.of_out.sum.dtype, weighted=weighted)
+        self.of_out.add(g_NO)
+        self.of_in.add(x_NI)
+        self.token_weight += weight
         self.of_tokens = True
         self.count += 1
 
     def next_pass(self) -> None:
         """Start a power step from the directions found so far."""
-        self.omega_out, self.omega_in = (
-            torch.linalg.qr(y.double()).Q.to(y.dtype) for y in (self.y_out, self.y_in)
-        )
-        self.y_out, self.y_in = torch.zeros_like(self.y_out), torch.zeros_like(self.y_in)
-        self.tokens.zero_()
+        self.of_out.next_pass()
+        self.of_in.next_pass()
+        self.token_weight.zero_()
         self.count = 0
 
     def basis(self) -> Basis:
@@ -91,19 +147,18 @@ class SketchStream:
         """
         if self.count == 0:
             raise ValueError("no gradient was added")
-        q_out, singular_out = nystroem(self.omega_out, self.y_out, self.rank)
-        q_in, singular_in = nystroem(self.omega_in, self.y_in, self.rank)
-        tokens = self.tokens.clone() if self.of_tokens else None
-        return Basis(q_out, q_in, singular_out, singular_in, tokens)
+        q_out, singular_out = self.of_out.directions(self.rank)
+        q_in, singular_in = self.of_in.directions(self.rank)
+        weight = self.token_weight.clone() if self.of_tokens else None
+        return Basis(q_out, q_in, singular_out, singular_in, weight)
 
     def sums(self) -> list[Tensor]:
         """Return the sums over the stream, which are added up over processes."""
-        return [self.y_out, self.y_in, self.tokens]
+        return [self.of_out.sum, self.of_in.sum, self.token_weight]
 
     def nbytes(self) -> int:
-        """Return the bytes of test matrices and products."""
-        tensors = (self.omega_out, self.omega_in, self.y_out, self.y_in)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Return the bytes of test matrices and sums."""
+        return self.of_out.nbytes() + self.of_in.nbytes()
 
 
 def nystroem(omega_DL: Tensor, y_DL: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -138,24 +138,26 @@ def spectral_scores(basis: Basis) -> Tensor:
     return torch.outer(basis.singular_out, basis.singular_in)
 
 
-def comparable_scores(score: Tensor, tokens: Tensor | None, sharing: int = 1) -> Tensor:
+def comparable_scores(score: Tensor, weight: Tensor | None, sharing: int = 1) -> Tensor:
     """Scale the spectral scores of a target so that they compare with those of other targets.
 
     With n tokens, h = g Q_out and u = x Q_in, the summed square of an entry of the core is
 
         sum_n h_ni^2 u_nj^2  =  (sum_n h_ni^2) (sum_n u_nj^2) / n  =  (s_i s_j)^2 / n
 
-    for independent h and u. Without the division by sqrt(n), targets that few live tokens reach
-    (the last block, where only one position matters to a classifier) get too few entries.
+    for independent h and u; with token gradients, where the sums are weighted by |x|^2 and |g|^2,
+    n becomes the sum of |g|^2 |x|^2. Without the division by sqrt(n), targets that few live tokens
+    reach (the last block, where only one position matters to a classifier) get too few entries.
 
     Args:
         score: s_i s_j (:func:`spectral_scores`).
-        tokens: n, the live tokens behind s; None leaves the scores as they are.
+        weight: n, the weight of the tokens behind s (:class:`Basis`); None leaves the scores as
+            they are.
         sharing: number of targets whose sums are in s together; each has its share of them.
     """
-    if tokens is None:
+    if weight is None:
         return score
-    return score / (tokens * sharing).sqrt().to(score)
+    return score / (weight * sharing).sqrt().to(score)
 
 
 def allocate(scores: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -92,8 +92,8 @@ def _supports(
     if allocation == "model":
         sharing = Counter(id(basis) for basis in bases.values())
         for name in worth.keys() - scores.keys():
-            tokens, number = bases[name].tokens, sharing[id(bases[name])]
-            worth[name] = comparable_scores(worth[name], tokens, number)
+            weight, number = bases[name].token_weight, sharing[id(bases[name])]
+            worth[name] = comparable_scores(worth[name], weight, number)
         chosen = allocate(list(worth.values()), sum(counts.values()))
         return dict(zip(worth, chosen, strict=True))
     return {name: largest_entries(score, counts[name]) for name, score in worth.items()}

@@ -25,6 +25,7 @@ from sparsegrad_cli.recipe.optimizers import (
 )
 from sparsegrad_cli.recipe.section import (
     LARGEST,
+    OVER_TOKENS,
     NonNegativeInt,
     PositiveInt,
     Section,
@@ -108,23 +109,25 @@ class CalibrationSection(Section):
 
     steps: PositiveInt = Field(
         32,
-        description="batches whose gradients are read; more give steadier bases and take longer",
+        description="batches whose gradients are read; more give steadier bases and take longer; "
+        "12 by default with the core form",
     )
     batch_size: PositiveInt | None = Field(None, description="the training batch size by default")
     basis_per: Literal["layer", "kind"] = Field(
         "layer",
         description="one basis for each target module, or for each layer kind (the paper)",
     )
-    source: Literal["batch", "token", "random", "original"] = Field(
+    source: Literal["batch", "token", "token_gradient", "random", "original"] = Field(
         "batch",
-        description="batch: gradients of batches (the paper); token: g and x of every token (with "
-        "the core form by default); "
+        description="batch: gradients of batches (the paper); token: g and x of every token; "
+        "token_gradient: the gradients of single tokens (with the core form by default); "
         "random, original: bases that do not depend on the data, for comparison",
     )
     decomposition: Literal["exact", "sequential", "randomized"] = Field(
         "exact",
         description="exact: Gram matrices; sequential: the narrow side first, then the wide one "
-        "projected; randomized: thin products only, no Gram matrix (with the core form by default)",
+        "projected; randomized: thin products, no Gram matrix of a wide side (with the core form "
+        "by default)",
     )
     power_steps: NonNegativeInt = Field(0, description="randomized: passes beyond the first")
     score: Literal["spectral", "gradient", "square", "token_square"] = Field(
@@ -134,8 +137,8 @@ class CalibrationSection(Section):
     )
     warmup_steps: NonNegativeInt = Field(
         0,
-        description="steps that train only the head before calibration, undone afterwards; 50 by "
-        "default with the core form",
+        description="steps that train only the head before calibration, on its first batches, "
+        "undone afterwards; 50 by default with the core form",
     )
     warmup_learning_rate: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="of the head in these steps"
@@ -150,7 +153,7 @@ class CalibrationSection(Section):
 
     @model_validator(mode="after")
     def _ways_that_exist(self) -> CalibrationSection:
-        if self.source == "token" and self.decomposition == "sequential":
+        if self.source in OVER_TOKENS and self.decomposition == "sequential":
             raise SettingError("'sequential' needs source 'batch'", "decomposition", "source")
         return self
 

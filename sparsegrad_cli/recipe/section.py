@@ -18,6 +18,9 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of numpy's seeds
 _SIZE = r"[0-9]{1,12}(\.[0-9]{1,9})? ?[KMG]iB"
 Bytes = Annotated[str, Field(pattern=f"^{_SIZE}$")]
+# Values of calibration.source: those that sum over tokens, and those that read data at all.
+OVER_TOKENS = ("token", "token_gradient")
+FROM_GRADIENTS = ("batch", *OVER_TOKENS)
 
 
 def parse_bytes(text: str) -> int:

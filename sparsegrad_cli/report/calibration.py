@@ -58,6 +58,13 @@ _HEAT = (
     "Mean absolute entries of one weight gradient; darker is smaller. In the original basis they "
     "are spread out; in the core, sorted by singular value, they gather in the top left corner."
 )
+_SOURCES = {
+    "batch": "gradients of batches",
+    "token": "g and x of tokens",
+    "token_gradient": "gradients of tokens",
+    "random": "random numbers",
+    "original": "the identity",
+}
 
 
 def calibration_blocks(run: RunRecord, *, with_facts: bool) -> list[Block | None]:
@@ -143,7 +150,7 @@ def calibration_facts(run: RunRecord) -> list[Fact]:
     batches = f"batches of {format_count(found.batch_size)}" if found.batch_size is not None else ""
     if found.passes is not None and found.passes > 1:
         batches += f", {format_count(found.passes)} passes"
-    made = f"from {found.source or '?'} gradients"
+    made = f"from {_SOURCES.get(found.source or '', '?')}"
     made += f", {found.decomposition}" if found.decomposition else ""
     facts = [
         Fact("Time", format_seconds(found.seconds)),

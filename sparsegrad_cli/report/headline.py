@@ -25,6 +25,7 @@ from sparsegrad_cli.report.units import (
 )
 
 MOST_SEEDS = 10_000  # The record's `seeds_needed` goes no further.
+_MOST_NAMED = 8  # methods in a sentence; the table has them all
 
 
 # --- comparisons
@@ -79,7 +80,9 @@ def _means(study: StudyRecord, task: str) -> dict[str, float]:
 
 def _ranked(means: dict[str, float], scale: Scale, lead: str) -> _Ranking:
     order = sorted(means, key=lambda method: means[method], reverse=not scale.lower_is_better)
-    words = ", ".join(f"{method} {format_score(means[method], scale)}" for method in order)
+    shown = order if len(order) <= _MOST_NAMED else order[: _MOST_NAMED - 1]
+    words = ", ".join(f"{method} {format_score(means[method], scale)}" for method in shown)
+    words += f" and {len(order) - len(shown)} more" if len(shown) < len(order) else ""
     kind = f" ({scale.words}, lower is better)" if scale.lower_is_better else ""
     return _Ranking(order, f"{lead}{words}{kind}")
 

@@ -22,6 +22,7 @@ from support.tiny_models import (
     one_thread,
     snapshot,
     targets_of,
+    three_batches,
 )
 from torch import Tensor, nn
 
@@ -185,11 +186,11 @@ def test_the_heads_warm_up_autocasts_and_is_measured() -> None:
     for train in (None, BF16, FP16):
         model = classifier()
         warm = warmed_head(
-            model, batches(), steps=3, learning_rate=1e-2, seed=0, train=train, meter=meter
+            model, three_batches, steps=3, learning_rate=1e-2, seed=0, train=train, meter=meter
         )
         with warm:
             heads.append(torch.cat([p.detach().flatten() for p in head_parameters(model).values()]))
-    assert len(entered) == 2 * 3
+    assert len(entered) == 3 * 3  # The third step has the last forward pass.
     for half in heads[1:]:
         assert not torch.equal(heads[0], half)
         torch.testing.assert_close(half, heads[0], rtol=0, atol=2e-2)

@@ -16,12 +16,14 @@ from support.tiny_models import (
     one_thread,
     snapshot,
     targets_of,
+    three_batches,
 )
 from torch import Tensor, nn
 
 from sparsegrad_cli.calibration.gradients import tokens_only
 from sparsegrad_cli.calibration.warmup import warmed_head
 from sparsegrad_cli.models.targets import head_parameters
+from sparsegrad_cli.models.unpadding import use_unpadding
 from sparsegrad_cli.numerics.hosvd import GramStream
 from sparsegrad_cli.numerics.seeding import temporary_seed
 
@@ -141,8 +143,8 @@ def test_the_head_is_warm_inside_and_as_the_recipe_says_outside(keep: bool) -> N
     heads = set(head_parameters(model))
     with torch.no_grad():
         cold = float(model(**batch(seed=3)).loss.detach())
-    same = iter(lambda: batch(seed=3), None)
-    with warmed_head(model, same, steps=20, learning_rate=1e-2, seed=0, keep=keep):
+    same = [batch(seed=3)]
+    with warmed_head(model, lambda: same, steps=20, learning_rate=1e-2, seed=0, keep=keep):
         inside = snapshot(model)
         with torch.no_grad():
             assert float(model(**batch(seed=3)).loss.detach()) < cold
@@ -158,11 +160,10 @@ def test_the_head_is_warm_inside_and_as_the_recipe_says_outside(keep: bool) -> N
 def test_a_head_of_half_precision_warms_in_float32(dtype: torch.dtype) -> None:
     """In float16 AdamW's eps is zero and small squares are: the head was nan after one step."""
     model, twin = classifier(**DROPLESS).to(dtype), classifier(**DROPLESS).to(dtype).float()
-    same = iter(lambda: batch(seed=3), None)
     cold = float(model(**batch(seed=3)).loss.detach())
     with (
-        warmed_head(model, same, steps=20, learning_rate=1e-3, seed=0),
-        warmed_head(twin, same, steps=20, learning_rate=1e-3, seed=0),
+        warmed_head(model, lambda: [batch(seed=3)], steps=20, learning_rate=1e-3, seed=0),
+        warmed_head(twin, lambda: [batch(seed=3)], steps=20, learning_rate=1e-3, seed=0),
     ):
         warm = head_parameters(twin)
         for name, parameter in head_parameters(model).items():
@@ -175,9 +176,31 @@ def test_the_frozen_body_draws_no_dropout() -> None:
     heads = []
     for seed in (0, 1):
         model = classifier()
-        with warmed_head(model, batches(), steps=3, learning_rate=1e-2, seed=seed):
+        with warmed_head(model, three_batches, steps=3, learning_rate=1e-2, seed=seed):
             heads.append({n: p.detach().clone() for n, p in head_parameters(model).items()})
     assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+
+
+def test_the_body_runs_once_for_each_batch_of_the_warm_up() -> None:
+    """Steps on kept outputs give the head that steps on the whole model give."""
+    model, twin = classifier(**DROPLESS), classifier(**DROPLESS)
+    body: Any = model.bert
+    ran: list[int] = []
+    use_unpadding(model)  # It has replaced the body's forward, and must be left there.
+    before = body.forward
+    body.embeddings.register_forward_hook(lambda *_: ran.append(1))
+    given = three_batches()
+    with warmed_head(model, lambda: given, steps=7, learning_rate=1e-2, seed=0):
+        assert len(ran) == 3 and body.forward == before
+        found = {n: p.detach().clone() for n, p in head_parameters(model).items()}
+    head = head_parameters(twin)
+    optimizer = torch.optim.AdamW(head.values(), lr=1e-2, weight_decay=0.0)
+    for step in range(7):
+        twin.eval()(**given[step % 3]).loss.backward()
+        optimizer.step()
+        twin.zero_grad()
+    for name, parameter in head.items():
+        torch.testing.assert_close(found[name], parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_a_failing_calibration_restores_the_head() -> None:
@@ -185,7 +208,7 @@ def test_a_failing_calibration_restores_the_head() -> None:
     before = snapshot(model)
     with (
         pytest.raises(RuntimeError, match="stop"),
-        warmed_head(model, batches(), steps=2, learning_rate=1e-2, seed=0),
+        warmed_head(model, three_batches, steps=2, learning_rate=1e-2, seed=0),
     ):
         raise RuntimeError("stop")
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
@@ -194,5 +217,5 @@ def test_a_failing_calibration_restores_the_head() -> None:
 def test_no_steps_no_warmth() -> None:
     model = classifier()
     before = snapshot(model)
-    with warmed_head(model, iter(()), steps=0, learning_rate=1e-2, seed=0, keep=True):
+    with warmed_head(model, list, steps=0, learning_rate=1e-2, seed=0, keep=True):
         assert all(torch.equal(before[n], p) for n, p in model.named_parameters())

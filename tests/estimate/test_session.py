@@ -72,7 +72,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(tiny: str, accumulated: in
     assert found["peak_bytes"] == at(loaded, SIZE) == sum(found["categories"].values())
 
 
-CORE = ("method.rank=8", "calibration.warmup_steps=2")
+CORE = ("method.rank=8", "calibration.warmup_steps=1")
 
 
 @pytest.mark.parametrize("limit", ["step", "calibration"])

@@ -41,14 +41,15 @@ def test_the_square_of_a_comparable_score_is_the_sum_of_squares_over_tokens(toke
     stream = GramStream(3, 3, dtype=torch.float64)
     stream.add_tokens(torch.cat((g_NO, torch.zeros(9, 3))), torch.cat((x_NI, torch.ones(9, 3))))
     basis = stream.basis()
-    assert basis.tokens is not None and float(basis.tokens) == tokens, "padding does not count"
+    assert basis.token_weight is not None
+    assert float(basis.token_weight) == tokens, "padding does not count"
     exact = ScoreStream(basis, "token_square")
     exact.add_tokens(g_NO, x_NI)
     exact.end_step()
-    found = comparable_scores(spectral_scores(basis), basis.tokens).square()
+    found = comparable_scores(spectral_scores(basis), basis.token_weight).square()
     ratio = found / exact.mean()
     assert float((ratio - 1).abs().max()) < 8 / tokens**0.5
-    shared = comparable_scores(spectral_scores(basis), basis.tokens, sharing=4)
+    shared = comparable_scores(spectral_scores(basis), basis.token_weight, sharing=4)
     torch.testing.assert_close(shared.square() * 4, found)
 
 
@@ -69,12 +70,12 @@ def test_live_tokens_are_counted_by_target() -> None:
             decomposition=decomposition,
             source="token",
         )
-        tokens = {t.name: found.by_target()[t.name].tokens for t in targets}
+        tokens = {t.name: found.by_target()[t.name].token_weight for t in targets}
         alone = [3 * 22, 3 * 22, 3 * 22, 3 * 22, 3 * 4, 3 * 4]
         expected = alone if basis_per == "layer" else [3 * (22 + 22 + 4)] * 6
         assert [int(n) for n in tokens.values() if n is not None] == expected
     batches = calibrated(model, targets, lambda: iter([inputs] * 3), steps=3, source="batch")
-    assert all(basis.tokens is None for basis in batches.bases.values())
+    assert all(basis.token_weight is None for basis in batches.bases.values())
 
 
 @pytest.mark.parametrize("basis_per", ["layer", "kind"])
@@ -89,7 +90,7 @@ def test_the_last_block_gets_what_its_gradients_deserve(basis_per: str) -> None:
         found = calibrated(model, targets, **words, **more)
         bases = {key: truncated(basis, 8) for key, basis in found.bases.items()}
         if unknown:
-            bases = {key: replace(basis, tokens=None) for key, basis in bases.items()}
+            bases = {key: replace(basis, token_weight=None) for key, basis in bases.items()}
         by_target = {t.name: bases[found.keys[t.name]] for t in targets}
         plans = SparsegradCore(method).planned(targets, by_target, found.scores)
         return [plan.count for plan in plans.values()]
@@ -116,9 +117,9 @@ def test_a_basis_of_an_older_version_is_refused_where_it_cannot_tell(
     assert made.code == 0, made.err
     path = tmp_path / "basis" / "basis.safetensors"
     basis = read_basis(path)
-    assert all(one.tokens is not None for one in basis.bases.values())
+    assert all(one.token_weight is not None for one in basis.bases.values())
     check_tokens(basis)
-    older = {key: replace(one, tokens=None) for key, one in basis.bases.items()}
+    older = {key: replace(one, token_weight=None) for key, one in basis.bases.items()}
     digest = basis_digest(older, basis.scores)
     write_basis(path, replace(basis, bases=older, metadata=basis.metadata.changed(digest=digest)))
     assert read_basis(path).metadata.digest == digest

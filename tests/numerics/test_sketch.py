@@ -13,7 +13,7 @@ from sparsegrad_cli.numerics.hosvd import (
     truncated,
 )
 from sparsegrad_cli.numerics.rotation import to_core
-from sparsegrad_cli.numerics.sketch import OVERSAMPLING, SketchStream, nystroem
+from sparsegrad_cli.numerics.sketch import SPARE_COLUMNS, SketchStream, nystroem
 
 OUT, IN, RANK = 90, 130, 12
 
@@ -75,15 +75,15 @@ def test_sketch_captures_as_much_as_exact_directions(dtype: torch.dtype) -> None
     )
 
 
-def test_full_width_sketch_is_exact() -> None:
-    """A sketch of full width gives the same directions, including signs."""
+def test_narrow_sides_are_exact() -> None:
+    """A side too narrow for two thin matrices gives the same directions, including signs."""
     grads = gradients(decay=0.9)
     found = sketched(grads, rank=IN)
     best = exact(grads).basis()
     leading = slice(0, 20)
     torch.testing.assert_close(found.basis().q_out[:, leading], best.q_out[:, leading])
     torch.testing.assert_close(found.basis().q_in[:, leading], best.q_in[:, leading])
-    assert found.omega_in.shape == (IN, IN)
+    assert found.of_in.omega is None and found.of_out.omega is None
 
 
 def test_power_step_helps_with_a_flat_spectrum() -> None:
@@ -106,14 +106,37 @@ def test_token_counts_equal_the_grams() -> None:
     full.add_tokens(g, x)
     thin = SketchStream(OUT, IN, rank=RANK, dtype=torch.float64)
     thin.add_tokens(g, x)
-    torch.testing.assert_close(thin.y_in, full.gram_in @ thin.omega_in)
-    torch.testing.assert_close(thin.y_out, full.gram_out @ thin.omega_out)
+    assert thin.of_in.omega is not None and thin.of_out.omega is not None
+    torch.testing.assert_close(thin.of_in.sum, full.gram_in @ thin.of_in.omega)
+    torch.testing.assert_close(thin.of_out.sum, full.gram_out @ thin.of_out.omega)
+    assert float(thin.token_weight) == float(full.token_weight) == 46
+
+
+def test_weighted_grams_are_those_of_the_gradients_of_single_tokens() -> None:
+    """They equal the Grams of g_n' x_n one by one, whatever their sum cancels."""
+    generator = torch.Generator().manual_seed(2)
+    g = torch.randn(30, OUT, generator=generator, dtype=torch.float64)
+    x = torch.randn(30, IN, generator=generator, dtype=torch.float64).exp()
+    g[3] = 0
+    one_by_one = GramStream(OUT, IN, dtype=torch.float64)
+    for g_O, x_I in zip(g, x, strict=True):
+        one_by_one.add(torch.outer(g_O, x_I))
+    full, before = GramStream(OUT, IN, dtype=torch.float64), (g.clone(), x.clone())
+    full.add_tokens(g, x, weighted=True)
+    assert torch.equal(g, before[0]) and torch.equal(x, before[1])
+    torch.testing.assert_close(full.gram_out, one_by_one.gram_out)
+    torch.testing.assert_close(full.gram_in, one_by_one.gram_in)
+    torch.testing.assert_close(full.token_weight, one_by_one.gram_out.trace())
+    thin = SketchStream(OUT, IN, rank=RANK, dtype=torch.float64)
+    thin.add_tokens(g, x, weighted=True)
+    assert thin.of_in.omega is not None
+    torch.testing.assert_close(thin.of_in.sum, one_by_one.gram_in @ thin.of_in.omega)
 
 
 def test_sketch_bytes_are_small_and_merge_adds() -> None:
     grads = gradients(4)
     whole, left, right = sketched(grads), sketched(grads[:1]), sketched(grads[1:])
-    assert whole.nbytes() == 2 * 8 * (OUT + IN) * (RANK + OVERSAMPLING)
+    assert whole.nbytes() == 2 * 8 * (OUT + IN) * (RANK + SPARE_COLUMNS)
     for total, a, b in zip(whole.sums(), left.sums(), right.sums(), strict=True):
         torch.testing.assert_close(total, a + b)
 

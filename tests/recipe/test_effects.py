@@ -393,7 +393,7 @@ def test_validate_notes_overruled_settings(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("validate", "train.max_steps=5")
     assert outcome.code == 0
     assert (
-        "# note: train.num_train_epochs (configs/quickstart.yaml:11) has no effect" in outcome.out
+        "# note: train.num_train_epochs (configs/quickstart.yaml:10) has no effect" in outcome.out
     )
     write(tmp_path, "methods: [full, lora]\n", "s.yaml")
     outcome = cli("validate", "s.yaml", "--json")

@@ -54,6 +54,12 @@ def test_a_study_says_its_scores_and_how_certain_they_are(
     assert headline_of({"t": by_method}) == words
 
 
+def test_of_many_methods_the_best_seven_are_named() -> None:
+    words = headline_of({"t": {f"m{n}": [0.9 - n / 100] for n in range(25)}})
+    assert words.startswith("m0 90.0, m1 89.0, m2 88.0, m3 87.0, m4 86.0, m5 85.0, m6 84.0 and 18 ")
+    assert "and 18 more; 1 seed: not tested" in words
+
+
 def test_a_shown_difference_is_named_beside_one_that_is_not() -> None:
     scores = {
         "a": [0.80 + s / 500 for s in range(9)],

@@ -172,6 +172,11 @@ def batches(size: int = 8, seed: int = 100) -> Iterator[dict[str, Tensor]]:
         seed += 1
 
 
+def three_batches() -> list[dict[str, Tensor]]:
+    """The first three of them."""
+    return list(islice(batches(), 3))
+
+
 def targets_of(model: nn.Module, **section: Any) -> list[Target]:
     """The targets that the recipe section finds."""
     return find_targets(model, TargetsSection(**section))

@@ -12,7 +12,15 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import SizeRange, Sizing, TargetShapes
 from sparsegrad_cli.methods.sparse_settings import ALL_TRAIN, SparseSettings, count_text
 from sparsegrad_cli.numerics.sizing import RANK_STEP, rank_for_counts
-from sparsegrad_cli.recipe.section import Bytes, Idle, PositiveInt, SettingError, parse_bytes
+from sparsegrad_cli.recipe.section import (
+    FROM_GRADIENTS,
+    OVER_TOKENS,
+    Bytes,
+    Idle,
+    PositiveInt,
+    SettingError,
+    parse_bytes,
+)
 
 if TYPE_CHECKING:
     from sparsegrad_cli.models.targets import Target
@@ -111,11 +119,11 @@ class SparsegradSettings(SparseSettings):
         """
         if method.get("form", cls.model_fields["form"].default) != "core":
             return calibration
-        filled = {"warmup_steps": 50, **calibration}
+        filled = {"steps": 12, "warmup_steps": 50, **calibration}
         if filled.get("decomposition") != "sequential":
-            filled.setdefault("source", "token")
+            filled.setdefault("source", "token_gradient")
         # A share of the energy can only be told from all of it.
-        if not isinstance(method.get("rank"), float) and filled.get("source") in ("batch", "token"):
+        if not isinstance(method.get("rank"), float) and filled.get("source") in FROM_GRADIENTS:
             filled.setdefault("decomposition", "randomized")
         return filled
 
@@ -133,11 +141,11 @@ class SparsegradSettings(SparseSettings):
         if calibration.decomposition == "sequential" and self.form != "core":
             what = "'sequential' truncates: it needs method.form 'core'"
             raise SettingError(what, "calibration.decomposition", "method.form")
-        comparable = calibration.score != "spectral" or calibration.source == "token"
+        comparable = calibration.score != "spectral" or calibration.source in OVER_TOKENS
         if self.compares_targets and not comparable:
             raise SettingError(
                 "'model' compares targets: it needs a calibration.score from gradients, or "
-                "calibration.source 'token'",
+                "calibration.source 'token_gradient'",
                 "method.allocation",
                 "calibration.score",
                 "calibration.source",
