@@ -3,6 +3,7 @@
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types, of the tests too
 # make browser-check   the reports in a browser; needs Chromium
+# make gpu-check   on a machine with CUDA: what only CPUs have run so far, in ten minutes
 # make docs      the documentation as web pages, in build/site; every warning is an error
 # make dist      a wheel, in dist          (make wheel-check: it works without the repository)
 # make reference   the generated pages of docs/reference: recipe keys, commands, records
@@ -24,7 +25,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow browser-check wheel-check check format docs dist reference clean
+.PHONY: install demo test test-slow browser-check wheel-check gpu-check check format docs dist reference clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -52,6 +53,10 @@ browser-check: $(STAMP)
 	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
 		echo "No browser is installed: install Chromium, for example with apt-get install chromium." >&2; exit 1
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
+
+GPU_CHECK_OUT ?= build/gpu_check.json
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check --out $(GPU_CHECK_OUT)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
     from sparsegrad_cli.estimate.fake_run import Kernels
     from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
     from sparsegrad_cli.recipe.study import LoadedStudy
+
+
+class Sharding(StrEnum):
+    """How several processes share a model."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+
 
 Methods = Annotated[
     list[str] | None,
@@ -75,6 +85,23 @@ NoPadding = Annotated[
         "--no-padding", help="All examples have the same length, so attention needs no mask."
     ),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=2,
+        help="Number of processes (GPUs), simulated: count the memory of one of them and what it "
+        "sends in a step.",
+    ),
+]
+ShardBy = Annotated[
+    Sharding | None,
+    typer.Option(
+        "--shard",
+        help="With --processes: ddp, each has all weights (default); fsdp2, they share them.",
+        show_default=False,
+    ),
+]
 
 
 def estimate(
@@ -86,6 +113,8 @@ def estimate(
     overhead: Overhead = None,
     device: KernelDevice = None,
     no_padding: NoPadding = False,
+    processes: Processes = None,
+    shard: ShardBy = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -98,17 +127,24 @@ def estimate(
 
     [bold]sparsegrad estimate my_task.yaml --method full,lora,meprop,sparsegrad --gpu 24GiB[/bold]
     [bold]sparsegrad estimate recipes/paper_table_6.yaml --gpu 48GiB[/bold]
+    [bold]sparsegrad estimate my_task.yaml -m lora,sparsegrad --processes 8 --shard fsdp2[/bold]
     """
     from sparsegrad_cli.estimate.estimate_steps import estimate_steps
     from sparsegrad_cli.estimate.fake_run import Conditions
     from sparsegrad_cli.report.estimate import estimate_screen
 
+    if shard is not None and processes is None:
+        why = "it says what several processes share"
+        refuse_without_effect("--shard", why, "--processes 8, or leave it out")
     room = _room(gpu, overhead)
     arguments = _with_sizes(recipe or [], batch, length)
     rows = _rows(arguments, split_names(methods or []), device)
     kernels = _kernels(device, gpu is not None, rows[0][1])
     with make_observer(quiet or as_json) as observer:
         conditions = Conditions(kernels=kernels, padded=not no_padding)
+        if processes is not None:
+            how = (shard or Sharding.ddp).value
+            conditions = replace(conditions, processes=processes, shard=how)
         record = estimate_steps(rows, conditions, room, observer)
     show(record.to_json(), estimate_screen(record), as_json=as_json)
 

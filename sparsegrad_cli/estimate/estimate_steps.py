@@ -10,6 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from sparsegrad_cli.data.text_tokens import fitting_length
 from sparsegrad_cli.error_mapping import mapped_errors
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.estimate.fake_model import mask_of, name_task
+from sparsegrad_cli.estimate.fake_processes import fake_processes
 from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
 from sparsegrad_cli.estimate.largest_size import MOST, largest_batch
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
@@ -26,6 +28,7 @@ from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.estimate import (
+    Collective,
     DeviceRoom,
     EstimateConditions,
     EstimatedCounts,
@@ -33,8 +36,10 @@ from sparsegrad_cli.records.estimate import (
     EstimateRecord,
     EstimateRow,
     LargestBatch,
+    ProcessShare,
 )
 from sparsegrad_cli.records.run import MemoryCategories
+from sparsegrad_cli.run.launcher import FSDP, check_recipe_sharding
 from sparsegrad_cli.tasks.precision import check_precision
 
 # Keys of a recipe's train section that affect memory.
@@ -94,20 +99,28 @@ def estimate_steps(
 
     Raises:
         UsageError, DownloadError, FileFormatError: a step of a recipe cannot be run.
+        SparsegradError: there are several processes, which this version of torch cannot simulate.
     """
     observer = observer or Observer()
     started = time.perf_counter()
     known: dict[str, EstimateRow] = {}
     rows = []
-    for label, loaded in cells:
-        key = what_memory_depends_on(loaded.recipe)
-        if key not in known:
-            observer.phase("estimate", label)
-            known[key] = _row(label, loaded, conditions, room)
-        rows.append(known[key].changed(label=label, task=loaded.recipe.task.name))
+    several = conditions.shard is not None
+    with fake_processes(conditions.processes) if several else nullcontext():
+        for label, loaded in cells:
+            key = what_memory_depends_on(loaded.recipe)
+            if key not in known:
+                observer.phase("estimate", label)
+                known[key] = _row(label, loaded, conditions, room)
+            rows.append(known[key].changed(label=label, task=loaded.recipe.task.name))
     return EstimateRecord(
         command="estimate",
-        conditions=EstimateConditions(kernels=conditions.kernels, padded=conditions.padded),
+        conditions=EstimateConditions(
+            kernels=conditions.kernels,
+            padded=conditions.padded,
+            processes=conditions.processes,
+            shard=conditions.shard,
+        ),
         room=None if room is None else DeviceRoom(**vars(room), most_examples=MOST),
         rows=rows,
         seconds=time.perf_counter() - started,
@@ -126,6 +139,8 @@ def _row(
     label: str, loaded: LoadedRecipe, conditions: Conditions, room: Room | None
 ) -> EstimateRow:
     started = time.perf_counter()
+    if conditions.shard == "fsdp2":
+        check_recipe_sharding(loaded, FSDP)
     check_countable(loaded.recipe)
     config, source = configuration_of(loaded.recipe.model)
     notes = name_task(loaded.recipe, config)
@@ -144,6 +159,7 @@ def _row(
         peaks = {name: peak for name in STEP if (peak := meter.peak(name)) is not None}
         highest = max(peaks, key=lambda name: peaks[name].peak_bytes)
         most = peaks[highest].peak_bytes
+        share = None if conditions.shard is None else _share(fake, conditions, peaks[highest])
         fit = None if room is None else _fit(fake, length, room, {size: most})
         own = recipe.calibration.batch_size or size
         calibration = fake.calibration(own)
@@ -172,13 +188,14 @@ def _row(
         peak_bytes=most,
         peak_phase=highest,
         beyond_weights_bytes=most - fake.weights_bytes,
-        categories=_categories(peaks[highest], fake.weights_bytes),
+        categories=_categories(peaks[highest], fake),
         phases={name: peak.peak_bytes for name, peak in peaks.items()},
         calibrate_peak_bytes=_bytes(calibration),
         calibrate_batch=None if calibration is None else own,
         evaluate_peak_bytes=_bytes(evaluation.peak("evaluate")),
         evaluate_batch=train.per_device_eval_batch_size,
         fit=fit,
+        share=share,
         notes=[*notes, *fake.notes],
         seconds=time.perf_counter() - started,
     )
@@ -203,13 +220,36 @@ def _bytes(peak: PhasePeak | None) -> int | None:
     return None if peak is None else peak.peak_bytes
 
 
-def _categories(peak: PhasePeak, weights_bytes: int) -> MemoryCategories:
+def _categories(peak: PhasePeak, fake: FakeRun) -> MemoryCategories:
     """Return the categories of a peak, with what the method added to the weights as ``adapter``.
 
-    The method adds the values of an adapter, or the positions of a support.
+    The method adds the values of an adapter, or the positions of a support. Of several processes,
+    each holds its part of them, and the weights are those that it holds and those gathered.
     """
-    added = peak.categories["weights"] - weights_bytes
-    return MemoryCategories(**{**peak.categories, "weights": weights_bytes, "adapter": added})
+    added = fake.held_bytes - fake.weights_bytes
+    weights = peak.categories["weights"] - added
+    return MemoryCategories(**{**peak.categories, "weights": weights, "adapter": added})
+
+
+def _share(fake: FakeRun, conditions: Conditions, peak: PhasePeak) -> ProcessShare:
+    """Return what one process holds and sends, from the last step of a fake run."""
+    n = conditions.processes
+    collectives = [
+        Collective(
+            kind=kind,
+            calls=sent.calls,
+            payload_bytes=sent.payload_bytes,
+            sent_bytes=sent.sent_bytes(kind, n),
+        )
+        for kind, sent in fake.sent.items()
+        if sent.calls
+    ]
+    return ProcessShare(
+        whole_weights_bytes=fake.whole_weights_bytes,
+        gathered_bytes=max(0, peak.categories["weights"] - fake.held_bytes),
+        collectives=collectives,
+        sent_bytes=sum(collective.sent_bytes for collective in collectives),
+    )
 
 
 def _fit(fake: FakeRun, length: int, room: Room, known: Mapping[int, int]) -> LargestBatch:

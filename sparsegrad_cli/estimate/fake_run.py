@@ -4,6 +4,8 @@ There is no formula for memory here. The model is built from its configuration, 
 makes the bases, the method prepares the model and makes the optimizer, and forward, backward and
 optimizer step run under :class:`~sparsegrad_cli.memory.meter.MemoryMeter`, all on tensors without
 memory (:mod:`sparsegrad_cli.estimate.fake_tensors`). The meter counts what a real step would need.
+With several processes the model is shared over a fake process group, and this process counts what
+it holds and what it would send.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from sparsegrad_cli.estimate.fake_model import (
     mask_of,
     transformers_sees,
 )
+from sparsegrad_cli.estimate.fake_shards import (
+    Shard,
+    process_mesh,
+    shard_bytes,
+    share,
+    without_sync,
+)
 from sparsegrad_cli.estimate.fake_tensors import DEVICE, NeedsValues, ShapesOnly, cuda_kernels
+from sparsegrad_cli.memory.collectives import CollectiveCounter, Sent
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import TargetShapes
@@ -62,10 +72,15 @@ class Conditions:
     Attributes:
         kernels: the device whose kernels save tensors for the backward pass.
         padded: whether rows have different lengths, so that attention needs a mask for padding.
+        processes: number of processes; more than one need an open group of
+            :func:`~sparsegrad_cli.estimate.fake_processes.fake_processes`.
+        shard: how they share the model; None for a single process.
     """
 
     kernels: Kernels = "cpu"
     padded: bool = True
+    processes: int = 1
+    shard: Shard | None = None
 
 
 class _Stage:
@@ -198,9 +213,14 @@ class FakeRun(_Stage):
     Attributes:
         model, optimizer: ready for a step, on fake tensors.
         prepared: what the method trains.
-        weights_bytes: bytes of parameters and buffers before the method changed the model.
+        whole_weights_bytes: bytes of parameters and buffers before the method changed the model.
+        weights_bytes: the part of them that this process holds between steps.
+        held_bytes: the same with what the method has added to the weights.
         parameters: number of parameters before the method changed the model.
         state_bytes: bytes of the optimizer's full state.
+        sent: kind of collective -> what was sent in the last call of :meth:`step`, with all
+            micro-batches of an optimizer step. Sums of single numbers, such as the loss, are not
+            counted.
         notes: what was assumed for this recipe.
 
     Raises:
@@ -212,15 +232,23 @@ class FakeRun(_Stage):
         super().__init__(loaded, config, conditions)
         self.notes: list[str] = []
         self._calibrating: FakeCalibration | None = None
-        meter = MemoryMeter(DEVICE)
+        self.sent: dict[str, Sent] = {}
+        self._mesh = process_mesh() if conditions.shard == "fsdp2" else None
         with self._inside():
             self.model, targets = self._model()
-            meter.watch(self.model)
-            self.weights_bytes = meter.live()["weights"]
+            self.whole_weights_bytes = self.weights_bytes = self._live_weights()
+            if conditions.shard == "fsdp2":
+                self.weights_bytes = shard_bytes(self.model, conditions.processes)
             self.parameters = sum(p.numel() for p in self.model.parameters())
             self.prepared = self._prepared(targets)
-            self._enable()
+            self._enable(targets)
+            self.held_bytes = self._live_weights()
             self._fill_state()
+
+    def _live_weights(self) -> int:
+        meter = MemoryMeter(DEVICE)
+        meter.watch(self.model)
+        return meter.live()["weights"]
 
     # --- before the first step
 
@@ -261,8 +289,8 @@ class FakeRun(_Stage):
             )
         return self._calibrating.peak(size)
 
-    def _enable(self) -> None:
-        """Set up what the trainer would: recomputation, mixed precision, the optimizer."""
+    def _enable(self, targets: list[Target]) -> None:
+        """Set up what the trainer would: recomputation, mixed precision, processes, optimizer."""
         train = self.recipe.train
         if train.gradient_checkpointing:
             self.model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -271,7 +299,12 @@ class FakeRun(_Stage):
 
             half = torch.bfloat16 if train.bf16 else torch.float16
             mixed = torch.autocast("cpu", half)(self.model.forward)
-            self.model.forward = convert_outputs_to_fp32(mixed)
+            # accelerate does not convert the outputs of a model that FSDP2 shards.
+            sharded = self.conditions.shard == "fsdp2"
+            self.model.forward = mixed if sharded else convert_outputs_to_fp32(mixed)
+        self._shared = self.model
+        if self.conditions.shard is not None:
+            self._shared = share(self.model, targets, train, self._mesh)
         self.optimizer = self._method.optimizer(self.model, train)
         if self.conditions.kernels == "cuda" and isinstance(self.optimizer, torch.optim.AdamW):
             for group in self.optimizer.param_groups:
@@ -295,7 +328,7 @@ class FakeRun(_Stage):
 
     def _loss(self, batch: Batch) -> Tensor:
         sampled = self.model.training and self.recipe.train.loss != "full"
-        loss: Tensor = self.model(**batch, **({"loss_draw": (1, 1)} if sampled else {})).loss
+        loss: Tensor = self._shared(**batch, **({"loss_draw": (1, 1)} if sampled else {})).loss
         return loss
 
     def step(self, size: int, length: int, lengths: Sequence[int] | None = None) -> MemoryMeter:
@@ -310,21 +343,37 @@ class FakeRun(_Stage):
         with self._inside():
             self.model.train()
             meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
-            if self._accumulates and not self._have_gradients():
-                self._loss(
-                    self._batch(1, 8)
-                ).backward()  # they exist from the second micro-batch on
+            earlier = self._earlier_micro_batch() if self._accumulates else {}
             batch = self._batch(size, length, lengths=lengths)
-            with meter.phase("forward"):
-                loss = self._loss(batch)
-            with meter.phase("backward"):
-                loss.backward()
-            del loss  # as the trainer does: the loss keeps the inputs of recomputed blocks alive
-            with meter.phase("optimizer"):
-                self.optimizer.step()
+            with CollectiveCounter() as last:
+                with meter.phase("forward"):
+                    loss = self._loss(batch)
+                with meter.phase("backward"):
+                    loss.backward()
+                del loss  # as the trainer does: it keeps the inputs of recomputed blocks alive
+                with meter.phase("optimizer"):
+                    self.optimizer.step()
             if not self._accumulates:
                 self.model.zero_grad(set_to_none=True)
+        times = self.recipe.train.gradient_accumulation_steps - 1
+        self.sent = {kind: sent.after(times, earlier.get(kind)) for kind, sent in last.sent.items()}
         return meter
+
+    def _earlier_micro_batch(self) -> dict[str, Sent]:
+        """Make the gradients that exist from the second micro-batch on, unless they exist.
+
+        Returns:
+            What an earlier micro-batch sends. The gradients of several processes are made again
+            each time, because those of the last micro-batch have been reduced.
+        """
+        if self.conditions.shard is None:
+            if not self._have_gradients():
+                self._loss(self._batch(1, 8)).backward()
+            return {}
+        self.model.zero_grad(set_to_none=True)
+        with without_sync(self._shared), CollectiveCounter() as counter:
+            self._loss(self._batch(1, 8)).backward()
+        return counter.sent
 
     @property
     def _accumulates(self) -> bool:

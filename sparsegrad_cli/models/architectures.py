@@ -77,6 +77,17 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 13824,
         },
     ),
+    "meta-llama/Llama-2-70b-hf": (
+        "llama",
+        {
+            **_LLAMA,
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "intermediate_size": 28672,
+        },
+    ),
     "mistralai/Mistral-7B-v0.1": (
         "mistral",
         {

@@ -15,6 +15,12 @@ class EstimateConditions(Block):
 
     kernels: str = Field(description="Kernels whose memory is counted: cpu or cuda.")
     padded: bool = Field(description="Whether batches have padding, and attention a mask.")
+    processes: Count = Field(1, description="Memory and batches are those of one of them.")
+    shard: Literal["ddp", "fsdp2"] | None = Field(
+        None,
+        description="What the processes share: the batch (ddp), or the weights, too (fsdp2); null "
+        "for a single process.",
+    )
 
 
 class DeviceRoom(Block):
@@ -54,6 +60,35 @@ class LargestBatch(Block):
     )
 
 
+class Collective(Block):
+    """The collectives of one kind in an optimizer step."""
+
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    calls: Count
+    payload_bytes: Bytes = Field(
+        description="Whole tensors that are gathered, or that each process adds to the sum."
+    )
+    sent_bytes: Bytes = Field(
+        description="Sent by one process in a ring of n: (n - 1) / n of the payload; twice that in "
+        "an all-reduce."
+    )
+
+
+class ProcessShare(Block):
+    """What one of several processes holds and sends."""
+
+    whole_weights_bytes: Bytes = Field(
+        description="The base model's weights. Each process holds them all before training."
+    )
+    gathered_bytes: Bytes = Field(
+        description="Weights of other processes at the peak, gathered for a layer."
+    )
+    collectives: list[Collective]
+    sent_bytes: Bytes = Field(
+        description="Sent by one process in an optimizer step, with all its micro-batches."
+    )
+
+
 class EstimateRow(Block):
     """The memory of one recipe."""
 
@@ -70,7 +105,9 @@ class EstimateRow(Block):
     gradient_checkpointing: bool = False
     peak_bytes: Bytes
     peak_phase: str
-    beyond_weights_bytes: int
+    beyond_weights_bytes: int = Field(
+        description="The peak beyond the base model's weights that the process holds."
+    )
     categories: MemoryCategories = Field(description="At the peak.")
     phases: dict[str, Bytes] = Field(description="Peak of each phase.")
     calibrate_peak_bytes: Bytes | None = None
@@ -78,6 +115,7 @@ class EstimateRow(Block):
     evaluate_peak_bytes: Bytes | None = None
     evaluate_batch: Count | None = None
     fit: LargestBatch | None = None
+    share: ProcessShare | None = Field(None, description="With several processes.")
     notes: list[str] = []
     seconds: Seconds = None
 

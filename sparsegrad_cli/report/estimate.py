@@ -58,6 +58,7 @@ def estimate_screen(record: EstimateRecord) -> Document:
         _step_table(record.rows, unit, show),
         _phase_table(record.rows, unit, show),
         _size_table(record.rows, unit, show, record.room),
+        *([_share_table(record.rows)] if record.conditions.shard else []),
     ]
     return Document(
         title="",
@@ -196,15 +197,60 @@ def _room_notes(rows: Sequence[EstimateRow], room: DeviceRoom) -> list[str]:
         )
         if (peak or 0) + room.overhead_bytes > room.total_bytes
     ]
+    whole = [
+        row.label
+        for row in rows
+        if row.share and row.share.whole_weights_bytes + room.overhead_bytes > room.total_bytes
+    ]
+    if whole:
+        notes.append(
+            "the whole weights, which each process holds before training, do not fit: "
+            + ", ".join(whole)
+        )
     if larger:
         notes.append(f"does not fit with the batch size of the recipe: {', '.join(larger)}")
     return notes
 
 
+def _share_table(rows: Sequence[EstimateRow]) -> Table:
+    """Return what one of several processes gathers and sends in an optimizer step."""
+
+    def sent(kind: str) -> RowColumn:
+        def of(row: EstimateRow) -> str:
+            collectives = row.share.collectives if row.share else []
+            return format_bytes(sum(c.sent_bytes for c in collectives if c.kind == kind))
+
+        return Column(kind.replace("_", "-"), of)
+
+    columns = [
+        *_label_columns(rows),
+        RowColumn(
+            "whole weights",
+            lambda row: format_bytes(row.share.whole_weights_bytes if row.share else None),
+        ),
+        RowColumn(
+            "gathered", lambda row: format_bytes(row.share.gathered_bytes if row.share else None)
+        ),
+        *(sent(kind) for kind in ("all_gather", "reduce_scatter", "all_reduce")),
+        RowColumn("sent", lambda row: format_bytes(row.share.sent_bytes if row.share else None)),
+    ]
+    notes = [
+        "whole weights: each process holds them while it loads and calibrates; gathered: weights "
+        "of other processes at the peak",
+        "all-gather, reduce-scatter, all-reduce: bytes that one process sends in an optimizer "
+        "step, with all its micro-batches, in a ring; sent: their sum",
+    ]
+    return Table.of(rows, columns, "Traffic of one process in an optimizer step", notes)
+
+
 def _assumptions(record: EstimateRecord) -> list[str]:
     """Return the assumptions: those of all rows, then those of each row."""
     masks = dict.fromkeys(row.mask or "" for row in record.rows)
-    lines = [_KERNELS.get(record.conditions.kernels, ""), *(_MASKS.get(m, "") for m in masks)]
+    lines = [
+        _processes(record),
+        _KERNELS.get(record.conditions.kernels, ""),
+        *(_MASKS.get(m, "") for m in masks),
+    ]
     labels: dict[str, list[str]] = {}
     for row in record.rows:
         for note in row.notes:
@@ -212,3 +258,14 @@ def _assumptions(record: EstimateRecord) -> list[str]:
     for note, whose in labels.items():
         lines.append(note if len(whose) == len(record.rows) else f"{', '.join(whose)}: {note}")
     return [line for line in lines if line]
+
+
+def _processes(record: EstimateRecord) -> str:
+    conditions = record.conditions
+    if conditions.shard is None:
+        return ""
+    shared = "shares of the weights (FSDP2)" if conditions.shard == "fsdp2" else "all weights (DDP)"
+    return (
+        f"{conditions.processes} processes with {shared}, simulated; all figures are those of one; "
+        "not known: the overlap of traffic and computation, latency, and the network"
+    )

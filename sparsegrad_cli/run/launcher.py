@@ -79,11 +79,29 @@ def check_sharding(loaded: LoadedRecipe, command: str, *, resume: bool) -> None:
         found = _recipe_refusal(recipe, how)
         if found is None and how == DEEPSPEED:
             found = _engine_refusal(recipe, resume=resume)
-    if found is None:
-        return
+    if found is not None:
+        raise _error(loaded, found)
+
+
+def check_recipe_sharding(loaded: LoadedRecipe, how: str) -> None:
+    """Refuse a recipe that cannot train on weights that ``how`` shards, whatever launches it.
+
+    Args:
+        loaded: The recipe.
+        how: ``FSDP`` or ``DEEPSPEED``.
+
+    Raises:
+        UsageError: Names the setting and an alternative.
+    """
+    found = _recipe_refusal(loaded.recipe, how)
+    if found is not None:
+        raise _error(loaded, found)
+
+
+def _error(loaded: LoadedRecipe, found: _Refusal) -> UsageError:
     in_recipe = found.key not in (_CONFIG, "--resume")
     where = loaded.where(found.key) if in_recipe else found.key
-    raise UsageError(found.what, where=where, fix=found.fix)
+    return UsageError(found.what, where=where, fix=found.fix)
 
 
 def _is_on(name: str) -> bool:

@@ -44,18 +44,11 @@ def make_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if train.torch_compile else None,
         log_with=list(trackers) or None,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                # Recomputed blocks must not be searched for unused parameters.
-                find_unused_parameters=not train.gradient_checkpointing,
-                # No buffer changes in training; bases are buffers, and would be sent every step.
-                broadcast_buffers=False,
-            )
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(**ddp_options(train))],
     )
     how = sharded_by(accelerator)
     if how == FSDP:
-        _configure_fsdp(accelerator.state.fsdp_plugin, setup.model, setup.targets)
+        configure_fsdp(accelerator.state.fsdp_plugin, setup.model, setup.targets)
     elif how == DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_accumulation_steps"] = train.gradient_accumulation_steps
@@ -82,7 +75,17 @@ def sharded_by(accelerator: Accelerator) -> str | None:
     return FSDP if accelerator.is_fsdp2 else None
 
 
-def _configure_fsdp(plugin: Any, model: nn.Module, targets: Sequence[Target]) -> None:
+def ddp_options(train: TrainSection) -> dict[str, bool]:
+    """Return the options of DistributedDataParallel."""
+    return {
+        # Recomputed blocks must not be searched for unused parameters.
+        "find_unused_parameters": not train.gradient_checkpointing,
+        # No buffer changes in training; bases are buffers, and would be sent every step.
+        "broadcast_buffers": False,
+    }
+
+
+def configure_fsdp(plugin: Any, model: nn.Module, targets: Sequence[Target]) -> None:
     """Choose FSDP2's units and turn off its own mixed precision.
 
     - The units are the blocks that hold target modules. By default accelerate 1.15 takes

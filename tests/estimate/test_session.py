@@ -165,6 +165,7 @@ PUBLISHED = {
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mirror/Mistral-7B-v0.1": 7_241_732_096,
 }

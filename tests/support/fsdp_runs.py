@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsegrad_cli.progress import Observer
-from sparsegrad_cli.recipe.load_recipe import load_recipe
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, load_recipe
 from sparsegrad_cli.training.train import train as train_recipe
 from support.chat_models import byte_tokenizer, chat_model_folder
 from support.small_runs import base_folder, data_folder
@@ -92,8 +92,14 @@ def train_run(
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Train in the working folder as the command does, and return run.json."""
-    settings = (*TASKS[model], *_SETTINGS, *METHODS[method], *more, f"output_dir={run}")
-    return train_recipe(load_recipe(None, settings), observer, resume=resume).to_json()
+    return train_recipe(
+        recipe_of(model, *METHODS[method], *more, f"output_dir={run}"), observer, resume=resume
+    ).to_json()
+
+
+def recipe_of(model: str, *settings: str) -> LoadedRecipe:
+    """Return a recipe for one of the models, which is read in the working folder."""
+    return load_recipe(None, (*TASKS[model], *_SETTINGS, *settings))
 
 
 @contextmanager
