@@ -1,7 +1,7 @@
 """Memory of one GPU and bytes that it sends, for LLaMA-2 of 7B to 70B on 8 to 512 GPUs, simulated.
 
-Nothing is downloaded and no weights are allocated. Each row is a fake run
-(``sparsegrad estimate --processes N --shard fsdp2``) on fake processes. With ``--page`` the tables
+Nothing is downloaded and no weights are allocated. Each row is a fake run on fake processes, as
+``sparsegrad estimate --processes N --shard fsdp2`` makes it. With ``--page`` the tables
 of docs/explanation/scaling.md are written anew from the saved rows.
 
 python -m benchmarks.scaling --out docs/results/scaling.json
@@ -14,13 +14,18 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import save
-from sparsegrad_cli.estimate.estimate_steps import estimate_steps
-from sparsegrad_cli.estimate.fake_run import Conditions
+from sparsegrad_cli.estimate.fake_model import name_task
+from sparsegrad_cli.estimate.fake_processes import fake_processes
+from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
+from sparsegrad_cli.memory.collectives import RING, Sent
+from sparsegrad_cli.models.architectures import configuration_of
+from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import make_study
 from sparsegrad_cli.report.units import GIB, MIB
 
@@ -44,26 +49,79 @@ SETTINGS = (
     "train.gradient_checkpointing=true",
     "calibration.batch_size=1",
 )
+DEPTHS = (3, 4)  # blocks; in more of them every figure grows by the same bytes a block
 Row = dict[str, Any]
 
 
-def measure(model: str, shard: Any, processes: int) -> list[Row]:
-    """Return a row for each method."""
-    settings = (f"model.name={MODELS[model]}", *SETTINGS)
-    study = make_study(None, METHODS[shard], 1, settings, option="--method")
-    cells = [(cell.label, cell.loaded) for cell in study.cells]
-    conditions = Conditions(kernels="cuda", padded=False, processes=processes, shard=shard)
+def measure(model: str, shard: Any, processes: int, depths: Sequence[int]) -> list[Row]:
+    """Return a row for each method.
+
+    A whole model takes a minute of CPU time for each row, so two shallow ones are simulated, and
+    their difference is a block's. With a single depth, that depth is simulated alone.
+    """
     rows = []
-    for row in estimate_steps(cells, conditions).rows:
-        found = row.to_json()
-        kept = ("label", "counts", "peak_bytes", "peak_phase", "categories", "share", "seconds")
-        kept = (*kept, "calibrate_peak_bytes", "beyond_weights_bytes", "notes")
-        rows.append(
-            {"model": model, "shard": shard, "processes": processes}
-            | {key: found[key] for key in kept if key in found}
-        )
-        print(model, shard, processes, row.label, round(row.seconds or 0, 1), file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, _ = configuration_of(ModelSection(name=MODELS[model]))
+        found = []
+        for blocks in depths:
+            config = {**whole.to_dict(), "num_hidden_layers": blocks}
+            place = Path(folder) / str(blocks)
+            place.mkdir()
+            (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            found.append(simulate(place, shard, processes))
+        for method in METHODS[shard]:
+            first, last = found[0][method], found[-1][method]
+            rise = {key: last[key] - first[key] for key in first}
+            more = (whole.num_hidden_layers - depths[0]) / max(1, depths[-1] - depths[0])
+            figures = {key: round(first[key] + more * rise[key]) for key in first}
+            row = {"model": model, "shard": shard, "processes": processes, "method": method}
+            rows.append(row | {"simulated_blocks": list(depths), "bytes": figures})
+            print(model, shard, processes, method, file=sys.stderr)
     return rows
+
+
+def simulate(model: Path, shard: Any, processes: int) -> dict[str, dict[str, int]]:
+    """Return method -> figures of one process of a fake run, in bytes.
+
+    ``<phase>.<category>`` is a category at a phase's peak, ``payload.<kind>`` a kind of collective.
+    """
+    study = make_study(None, METHODS[shard], 1, (f"model={model}", *SETTINGS), option="--method")
+    conditions = Conditions(kernels="cuda", padded=False, processes=processes, shard=shard)
+    found = {}
+    for cell in study.cells:
+        config, _ = configuration_of(cell.loaded.recipe.model)
+        name_task(cell.loaded.recipe, config)
+        with fake_processes(processes):
+            fake = FakeRun(cell.loaded, config, conditions)
+            meter = fake.step(1, cell.loaded.recipe.task.max_length)
+        counts = fake.prepared.counts
+        figures = {
+            "whole_weights": fake.whole_weights_bytes,
+            "own_weights": fake.weights_bytes,
+            "held": fake.held_bytes,
+            "trainable": counts.trainable_targets + counts.trainable_head,
+        }
+        for phase in STEP:
+            peak = meter.peak(phase)
+            assert peak is not None
+            figures |= {f"{phase}.{name}": size for name, size in peak.categories.items()}
+        figures |= {f"payload.{kind}": sent.payload_bytes for kind, sent in fake.sent.items()}
+        found[cell.label] = figures
+    return found
+
+
+def sent_bytes(row: Row, kind: str, processes: int) -> int:
+    """Return the bytes of a kind of collective that one process sends in a ring."""
+    return Sent(1, row["bytes"][f"payload.{kind}"]).sent_bytes(kind, processes)
+
+
+def at_peak(row: Row) -> dict[str, int]:
+    """Return the categories at the highest peak of a step."""
+    phases = {
+        phase: {key.split(".")[1]: v for key, v in row["bytes"].items() if key.startswith(phase)}
+        for phase in STEP
+    }
+    return max(phases.values(), key=lambda categories: sum(categories.values()))
 
 
 # --- the page
@@ -82,52 +140,45 @@ def gib(count: float) -> str:
 
 
 def memory_table(rows: Sequence[Row], model: str) -> str:
-    """Return what a GPU holds, by method and number of GPUs."""
+    """Return what a GPU holds under FSDP2, by method and number of GPUs."""
     lines = []
     for row in rows:
         if row["model"] != model or row["shard"] != "fsdp2":
             continue
-        held = row["categories"]
-        between = held["weights"] - row["share"]["gathered_bytes"]
-        state = held["adapter"] + held["gradients"] + held["optimizer_state"]
-        rest = held["saved_activations"] + held["other"]
-        lines.append(
-            [
-                f"{row['label']}, {row['processes']} GPUs",
-                *map(
-                    gib,
-                    (
-                        between,
-                        row["share"]["gathered_bytes"],
-                        held["bases"],
-                        state,
-                        rest,
-                        row["peak_bytes"],
-                    ),
-                ),
-            ]
+        there, own, held = at_peak(row), row["bytes"]["own_weights"], row["bytes"]["held"]
+        bases = there["bases"]
+        added = held - own - bases  # bases are buffers of the model
+        figures = (
+            own,
+            there["weights"] + bases - held,
+            bases,
+            added + there["gradients"] + there["optimizer_state"],
+            there["saved_activations"] + there["other"],
+            sum(there.values()),
         )
-    head = ("", "own weights", "gathered", "bases", "trained, gradients, state", "rest", "peak")
+        lines.append([f"{row['method']}, {row['processes']} GPUs", *map(gib, figures)])
+    head = ("", "own weights", "gathered", "bases", "trained and its state", "rest", "peak")
     return table(head, lines)
 
 
 def sent_table(rows: Sequence[Row], shard: str) -> str:
     """Return what a GPU sends in a step, for every model and number of GPUs."""
-    lines = []
+    kinds, lines = tuple(RING), []
     for model in MODELS:
         for method in METHODS[shard]:
             mine = [
-                r for r in rows if (r["model"], r["shard"], r["label"]) == (model, shard, method)
+                row
+                for row in rows
+                if (row["model"], row["shard"], row["method"]) == (model, shard, method)
             ]
-            by_count = {r["processes"]: r["share"] for r in mine}
-            if not by_count:
+            if not mine:
                 continue
-            sent = [gib(by_count[n]["sent_bytes"]) if n in by_count else "" for n in PROCESSES]
-            last = by_count[max(by_count)]["collectives"]
-            kinds = {c["kind"]: gib(c["sent_bytes"]) for c in last}
-            order = ("all_gather", "reduce_scatter", "all_reduce")
-            lines.append([f"{model}, {method}", *sent, *(kinds.get(kind, "0") for kind in order)])
-    head = ("", *(f"{n} GPUs" for n in PROCESSES), "all-gather", "reduce-scatter", "all-reduce")
+            # What DDP reduces does not depend on the number of processes, so it is simulated once.
+            by_count = dict.fromkeys(PROCESSES, mine[0]) | {row["processes"]: row for row in mine}
+            total = [sum(sent_bytes(by_count[n], kind, n) for kind in kinds) for n in PROCESSES]
+            last = [sent_bytes(by_count[PROCESSES[-1]], kind, PROCESSES[-1]) for kind in kinds]
+            lines.append([f"{model}, {method}", *map(gib, total), *map(gib, last)])
+    head = ("", *(f"{n} GPUs" for n in PROCESSES), *(kind.replace("_", "-") for kind in kinds))
     return table(head, lines)
 
 
@@ -158,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--processes", default=",".join(map(str, PROCESSES)))
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks to simulate")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, help="write its tables from the rows in --out")
     options = parser.parse_args()
@@ -167,10 +219,11 @@ def main() -> None:
         options.page.write_text(page, encoding="utf-8")
         return
     rows = []
+    counts = tuple(map(int, options.processes.split(",")))
     for model in options.models.split(","):
         for shard in METHODS:
-            for processes in map(int, options.processes.split(",")):
-                rows += measure(model, shard, processes)
+            for processes in counts if shard == "fsdp2" else counts[:1]:
+                rows += measure(model, shard, processes, list(map(int, options.depths.split(","))))
                 save(options.out, "scaling", {"settings": SETTINGS, "rows": rows})
 
 

@@ -343,7 +343,7 @@ class FakeRun(_Stage):
         with self._inside():
             self.model.train()
             meter.watch(self.model, bases=self.prepared.bases, optimizer=self.optimizer)
-            earlier = self._earlier_micro_batch() if self._accumulates else {}
+            earlier = self._earlier_micro_batch(meter) if self._accumulates else {}
             batch = self._batch(size, length, lengths=lengths)
             with CollectiveCounter() as last:
                 with meter.phase("forward"):
@@ -359,7 +359,7 @@ class FakeRun(_Stage):
         self.sent = {kind: sent.after(times, earlier.get(kind)) for kind, sent in last.sent.items()}
         return meter
 
-    def _earlier_micro_batch(self) -> dict[str, Sent]:
+    def _earlier_micro_batch(self, meter: MemoryMeter) -> dict[str, Sent]:
         """Make the gradients that exist from the second micro-batch on, unless they exist.
 
         Returns:
@@ -371,7 +371,8 @@ class FakeRun(_Stage):
                 self._loss(self._batch(1, 8)).backward()
             return {}
         self.model.zero_grad(set_to_none=True)
-        with without_sync(self._shared), CollectiveCounter() as counter:
+        # The meter has to see it: under FSDP2, no parameter has these gradients as its ``.grad``.
+        with without_sync(self._shared), CollectiveCounter() as counter, meter.phase("backward"):
             self._loss(self._batch(1, 8)).backward()
         return counter.sent
 

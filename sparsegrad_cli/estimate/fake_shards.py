@@ -8,6 +8,7 @@ must be open.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
@@ -80,12 +81,34 @@ def _by_fsdp(
 
 def _by_ddp(model: nn.Module, train: TrainSection) -> nn.Module:
     """Wrap the model in DDP, without the first exchange of weights, which reads values."""
-    shared = nn.parallel.DistributedDataParallel(model, init_sync=False, **ddp_options(train))
-    shared.register_comm_hook(None, _all_reduce)
+    with warnings.catch_warnings():
+        # torch has deprecated the name of an option that accelerate passes, too.
+        warnings.simplefilter("ignore", FutureWarning)
+        shared = nn.parallel.DistributedDataParallel(model, init_sync=False, **ddp_options(train))
+    # torch refuses a hook whose annotations are text, so this one has none.
+    shared.register_comm_hook(None, lambda state, bucket: _all_reduce(bucket))
+    shared.reducer = _FirstBuckets(shared.reducer)
     return shared
 
 
-def _all_reduce(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+class _FirstBuckets:
+    """DDP's reducer with the buckets that it begins with.
+
+    After the first step DDP puts gradients into buckets in the order in which they came. Processes
+    agree on the order by a broadcast, whose values are read. The bytes of all buckets stay.
+    """
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+
+def _all_reduce(bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
     """All-reduce a bucket as DDP's own hook does, which cannot read a fake result."""
     torch.distributed.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future()

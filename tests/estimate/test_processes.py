@@ -22,7 +22,7 @@ from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.estimate.estimate_steps import estimate_steps
 from sparsegrad_cli.estimate.fake_model import name_task
 from sparsegrad_cli.estimate.fake_processes import fake_processes
-from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
+from sparsegrad_cli.estimate.fake_run import Conditions, FakeRun
 from sparsegrad_cli.memory.collectives import Sent
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
@@ -63,8 +63,12 @@ def test_a_simulated_process_equals_a_real_one(here: Path, name: str) -> None:
     phases = counted["memory"]["phases"]
     peak = meter.peak("optimizer")
     assert peak is not None
+    found = phases["optimizer"]["categories"]
+    if shard == "ddp":
+        # accelerate calls the CPU cpu:0 and copies the model to it; the run keeps the first bases.
+        found["weights"] -= found["bases"]
     for category in HELD:
-        assert peak.categories[category] == phases["optimizer"]["categories"][category], category
+        assert peak.categories[category] == found[category], category
     assert peak.categories["gradients"] > 0 < peak.categories["optimizer_state"]
     # The run also sums the number of rows of the step, and for each micro-batch whether the loss is
     # finite.
@@ -72,7 +76,6 @@ def test_a_simulated_process_equals_a_real_one(here: Path, name: str) -> None:
     for kind, (calls, payload) in counted["sent"].items():
         more = numbers if kind == "all_reduce" else 0
         assert fake.sent[kind] == Sent(calls - more, payload - 8 * more), kind
-    print(name, {p: (meter.peak(p).peak_bytes, phases[p]["peak_bytes"]) for p in STEP})
 
 
 @pytest.mark.parametrize("processes", [3, 8, 512])
@@ -104,7 +107,7 @@ def test_ddp_sends_the_values_that_train_and_nothing_else(here: Path) -> None:
         fake = faked(loaded, "ddp", 64)
         fake.step(2, 16)
     trained = sum(p.numel() for p in fake.model.parameters() if p.requires_grad)
-    values = sum(p.numel() for n, p in fake.model.named_parameters() if n.endswith(".values"))
+    values = sum(p.numel() for n, p in fake.model.named_parameters() if ".sparsegrad_values." in n)
     assert 0 < values < trained  # the head trains too
     marks = 4 * len(list(fake.model.parameters()))  # which parameters got a gradient, int32
     sent = fake.sent["all_reduce"]
@@ -119,7 +122,7 @@ REFUSED = {
     "meprop": ("method=meprop",),
     "dora": ("method=dora",),
     "galore": ("method=galore",),
-    "adafactor": ("method=full", "train.optim=adafactor"),
+    "adamw_8bit": ("method=full", "train.optim=adamw_8bit"),
     "4 bits": ("method=lora", "model.quantization=4bit"),
 }
 
