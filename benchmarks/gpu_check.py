@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,7 @@ def step_times(place: Place) -> Cases:
             model = model_of(place.model if place.small else "shapes:bert-base").to(place.device)
             targets = find_targets(model, TargetsSection())
             batch = {key: t.to(place.device) for key, t in batch_of(size, length).items()}
+            batch["input_ids"] %= model.config.vocab_size  # type: ignore[union-attr,operator]
             if name == "floor":
                 step = floor_of(model, targets, batch)
             else:
@@ -307,9 +308,10 @@ def outputs_of(
 
 def calibration(place: Place) -> Cases:
     """Compare bases at the layer shapes of LLaMA-2 7B with the gradient's own singular values."""
-    for how in ("exact", "randomized"):
+    ways: tuple[Literal["exact", "randomized"], ...] = ("exact", "randomized")
+    for how in ways:
 
-        def case(how: str = how) -> Finding:
+        def case(how: Literal["exact", "randomized"] = how) -> Finding:
             model, batch = llama_block(place)
             targets = find_targets(model, TargetsSection())
             rank = 8 if place.small else 256

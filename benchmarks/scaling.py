@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.common import save
 from sparsegrad_cli.estimate.fake_model import name_task
 from sparsegrad_cli.estimate.fake_processes import fake_processes
 from sparsegrad_cli.estimate.fake_run import STEP, Conditions, FakeRun
-from sparsegrad_cli.memory.collectives import RING, Sent
+from sparsegrad_cli.memory.collectives import RING, Kind, Sent
 from sparsegrad_cli.models.architectures import configuration_of
 from sparsegrad_cli.recipe.schema import ModelSection
 from sparsegrad_cli.recipe.study import make_study
@@ -110,7 +111,7 @@ def simulate(model: Path, shard: Any, processes: int) -> dict[str, dict[str, int
     return found
 
 
-def sent_bytes(row: Row, kind: str, processes: int) -> int:
+def sent_bytes(row: Row, kind: Kind, processes: int) -> int:
     """Return the bytes of a kind of collective that one process sends in a ring."""
     return Sent(1, row["bytes"][f"payload.{kind}"]).sent_bytes(kind, processes)
 
@@ -184,10 +185,10 @@ def sent_table(rows: Sequence[Row], shard: str) -> str:
 
 def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
     """Return name -> how to make the table of that name in the page."""
-    named = {f"memory {model}": lambda model=model: memory_table(rows, model) for model in MODELS}
-    return named | {
-        f"sent {shard}": lambda shard=shard: sent_table(rows, shard) for shard in METHODS
+    made: dict[str, Callable[[], str]] = {
+        f"memory {model}": partial(memory_table, rows, model) for model in MODELS
     }
+    return made | {f"sent {shard}": partial(sent_table, rows, shard) for shard in METHODS}
 
 
 def with_tables(page: str, rows: Sequence[Row]) -> str:
@@ -208,6 +209,7 @@ def main() -> None:
     """Parse the arguments; simulate, or write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--shards", default=",".join(METHODS))
     parser.add_argument("--processes", default=",".join(map(str, PROCESSES)))
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks to simulate")
     parser.add_argument("--out", type=Path, required=True)
@@ -221,7 +223,7 @@ def main() -> None:
     rows = []
     counts = tuple(map(int, options.processes.split(",")))
     for model in options.models.split(","):
-        for shard in METHODS:
+        for shard in options.shards.split(","):
             for processes in counts if shard == "fsdp2" else counts[:1]:
                 rows += measure(model, shard, processes, list(map(int, options.depths.split(","))))
                 save(options.out, "scaling", {"settings": SETTINGS, "rows": rows})

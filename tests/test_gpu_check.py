@@ -15,6 +15,7 @@ from support.tiny_models import one_thread
 from benchmarks import gpu_check
 from benchmarks.gpu_check import FAILED, MEASURED, NOT_RUN, PASSED, Finding, Place, judged
 from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.models.quantized import dequantized
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,7 @@ def test_every_check_passes_on_the_cpu(place: Place, check: object) -> None:
 
 def test_wrong_products_fail(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that computes something else does not pass."""
-    theirs = gpu_check.dequantized
-    monkeypatch.setattr(gpu_check, "dequantized", lambda layer: 1.1 * theirs(layer))
+    monkeypatch.setattr(gpu_check, "dequantized", lambda layer: 1.1 * dequantized(layer))
     ((_, case),) = gpu_check.four_bit(place)
     finding = case()
     assert finding.status == FAILED and "output_apart is" in finding.why

@@ -28,6 +28,7 @@ from sparsegrad_cli.recipe.section import parse_bytes
 if TYPE_CHECKING:
     from sparsegrad_cli.estimate.estimate_steps import Room
     from sparsegrad_cli.estimate.fake_run import Kernels
+    from sparsegrad_cli.estimate.fake_shards import Shard
     from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
     from sparsegrad_cli.recipe.study import LoadedStudy
 
@@ -143,7 +144,7 @@ def estimate(
     with make_observer(quiet or as_json) as observer:
         conditions = Conditions(kernels=kernels, padded=not no_padding)
         if processes is not None:
-            how = (shard or Sharding.ddp).value
+            how: Shard = (shard or Sharding.ddp).value
             conditions = replace(conditions, processes=processes, shard=how)
         record = estimate_steps(rows, conditions, room, observer)
     show(record.to_json(), estimate_screen(record), as_json=as_json)

@@ -37,7 +37,7 @@ from sparsegrad_cli.estimate.fake_shards import (
     without_sync,
 )
 from sparsegrad_cli.estimate.fake_tensors import DEVICE, NeedsValues, ShapesOnly, cuda_kernels
-from sparsegrad_cli.memory.collectives import CollectiveCounter, Sent
+from sparsegrad_cli.memory.collectives import CollectiveCounter, Kind, Sent
 from sparsegrad_cli.memory.meter import MemoryMeter
 from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import TargetShapes
@@ -232,7 +232,7 @@ class FakeRun(_Stage):
         super().__init__(loaded, config, conditions)
         self.notes: list[str] = []
         self._calibrating: FakeCalibration | None = None
-        self.sent: dict[str, Sent] = {}
+        self.sent: dict[Kind, Sent] = {}
         self._mesh = process_mesh() if conditions.shard == "fsdp2" else None
         with self._inside():
             self.model, targets = self._model()
@@ -359,7 +359,7 @@ class FakeRun(_Stage):
         self.sent = {kind: sent.after(times, earlier.get(kind)) for kind, sent in last.sent.items()}
         return meter
 
-    def _earlier_micro_batch(self, meter: MemoryMeter) -> dict[str, Sent]:
+    def _earlier_micro_batch(self, meter: MemoryMeter) -> dict[Kind, Sent]:
         """Make the gradients that exist from the second micro-batch on, unless they exist.
 
         Returns:
@@ -372,7 +372,8 @@ class FakeRun(_Stage):
             return {}
         self.model.zero_grad(set_to_none=True)
         # The meter has to see it: under FSDP2, no parameter has these gradients as its ``.grad``.
-        with without_sync(self._shared), CollectiveCounter() as counter, meter.phase("backward"):
+        counter = CollectiveCounter()
+        with without_sync(self._shared), counter, meter.phase("backward"):
             self._loss(self._batch(1, 8)).backward()
         return counter.sent
 

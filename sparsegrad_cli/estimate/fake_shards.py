@@ -76,7 +76,8 @@ def _by_fsdp(
         parallelism_config=SimpleNamespace(fsdp_dim_names=_MESH),
         torch_device_mesh=mesh,
     )
-    return fsdp2_prepare_model(accelerator, model)
+    sharded: nn.Module = fsdp2_prepare_model(accelerator, model)
+    return sharded
 
 
 def _by_ddp(model: nn.Module, train: TrainSection) -> nn.Module:
@@ -84,10 +85,11 @@ def _by_ddp(model: nn.Module, train: TrainSection) -> nn.Module:
     with warnings.catch_warnings():
         # torch has deprecated the name of an option that accelerate passes, too.
         warnings.simplefilter("ignore", FutureWarning)
-        shared = nn.parallel.DistributedDataParallel(model, init_sync=False, **ddp_options(train))
+        options: dict[str, Any] = {"init_sync": False, **ddp_options(train)}
+        shared = nn.parallel.DistributedDataParallel(model, **options)
     # torch refuses a hook whose annotations are text, so this one has none.
     shared.register_comm_hook(None, lambda state, bucket: _all_reduce(bucket))
-    shared.reducer = _FirstBuckets(shared.reducer)
+    shared.reducer = _FirstBuckets(shared.reducer)  # type: ignore[assignment]
     return shared
 
 
@@ -108,7 +110,7 @@ class _FirstBuckets:
         return getattr(self._reducer, name)
 
 
-def _all_reduce(bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+def _all_reduce(bucket: Any) -> torch.futures.Future[Tensor]:
     """All-reduce a bucket as DDP's own hook does, which cannot read a fake result."""
     torch.distributed.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future()

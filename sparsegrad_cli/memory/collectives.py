@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsegrad_cli.models.module_trace import tensors_in
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Sent:
             self.payload_bytes + times * earlier.payload_bytes,
         )
 
-    def sent_bytes(self, kind: str, processes: int) -> int:
+    def sent_bytes(self, kind: Kind, processes: int) -> int:
         """Return the bytes that each process sends, in a ring of ``processes``.
 
         Args:
@@ -50,11 +52,11 @@ class Sent:
         return RING[kind] * self.payload_bytes * (processes - 1) // processes
 
 
-# How often a process sends (n - 1) / n of the payload.
-RING = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
+# Kind -> how often a process sends (n - 1) / n of the payload.
+RING: dict[Kind, int] = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 
 # Operation of torch -> kind, and the argument that holds the payload.
-_OPERATIONS = {
+_OPERATIONS: dict[str, tuple[Kind, int]] = {
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "allreduce_": ("all_reduce", 0),
@@ -78,7 +80,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = {kind: Sent() for kind in RING}
+        self.sent: dict[Kind, Sent] = {kind: Sent() for kind in RING}
 
     def __torch_dispatch__(
         self,

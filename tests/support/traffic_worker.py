@@ -55,7 +55,7 @@ def _counted(name: str) -> dict[str, Any]:
             plain(self, *arguments)
         counters.append(counter)
 
-    OptimizerSteps.take = take  # type: ignore[method-assign]
+    OptimizerSteps.take = take  # type: ignore[assignment,method-assign]
     try:
         with fsdp_requested() if shard == "fsdp2" else nullcontext():
             output = f"output_dir={name.replace(' ', '-')}"
