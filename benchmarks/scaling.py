@@ -137,6 +137,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def gib(count: float) -> str:
     """Return bytes in GiB, or in MiB below a tenth of a GiB."""
+    if not count:
+        return "0"
     return f"{count / GIB:,.1f}" if count >= GIB / 10 else f"{count / MIB:,.1f} MiB"
 
 
@@ -147,13 +149,11 @@ def memory_table(rows: Sequence[Row], model: str) -> str:
         if row["model"] != model or row["shard"] != "fsdp2":
             continue
         there, own, held = at_peak(row), row["bytes"]["own_weights"], row["bytes"]["held"]
-        bases = there["bases"]
-        added = held - own - bases  # bases are buffers of the model
         figures = (
             own,
-            there["weights"] + bases - held,
-            bases,
-            added + there["gradients"] + there["optimizer_state"],
+            there["weights"] - held,
+            there["bases"],
+            held - own + there["gradients"] + there["optimizer_state"],
             there["saved_activations"] + there["other"],
             sum(there.values()),
         )

@@ -215,7 +215,7 @@ class FakeRun(_Stage):
         prepared: what the method trains.
         whole_weights_bytes: bytes of parameters and buffers before the method changed the model.
         weights_bytes: the part of them that this process holds between steps.
-        held_bytes: the same with what the method has added to the weights.
+        held_bytes: the same with what the method has added to the weights, without bases.
         parameters: number of parameters before the method changed the model.
         state_bytes: bytes of the optimizer's full state.
         sent: kind of collective -> what was sent in the last call of :meth:`step`, with all
@@ -242,12 +242,13 @@ class FakeRun(_Stage):
             self.parameters = sum(p.numel() for p in self.model.parameters())
             self.prepared = self._prepared(targets)
             self._enable(targets)
-            self.held_bytes = self._live_weights()
+            self.held_bytes = self._live_weights(self.prepared.bases)
             self._fill_state()
 
-    def _live_weights(self) -> int:
+    def _live_weights(self, bases: Sequence[Tensor] = ()) -> int:
+        """Return the bytes of the model's parameters and buffers, without those of bases."""
         meter = MemoryMeter(DEVICE)
-        meter.watch(self.model)
+        meter.watch(self.model, bases=bases)
         return meter.live()["weights"]
 
     # --- before the first step

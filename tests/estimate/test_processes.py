@@ -116,6 +116,26 @@ def test_ddp_sends_the_values_that_train_and_nothing_else(here: Path) -> None:
     assert fake.sent["all_gather"].calls == fake.sent["reduce_scatter"].calls == 0
 
 
+@pytest.mark.parametrize(("shard", "parts"), [("ddp", 1), ("fsdp2", 2)])
+def test_the_categories_of_a_process_add_up(here: Path, shard: Any, parts: int) -> None:
+    loaded = recipe_of("bert", *settings("fsdp2 static"))
+    conditions = Conditions(processes=2, shard=shard)
+    (row,) = estimate_steps([("core", loaded)], conditions).rows
+    assert row.share is not None
+    with fake_processes(2):
+        fake = faked(loaded, shard, 2)
+    held = row.categories
+    assert sum(size or 0 for _, size in held) == row.peak_bytes
+    supports = sum(b.nbytes for n, b in fake.model.named_buffers() if "support" in n)
+    trained = [p for n, p in fake.model.named_parameters() if ".sparsegrad_values." in n]
+    values = sum(4 * math.ceil(p.numel() / parts) for p in trained)
+    assert held.adapter == supports + values
+    assert held.weights == fake.weights_bytes + row.share.gathered_bytes
+    assert (row.share.gathered_bytes > 0) == (shard == "fsdp2")
+    assert held.bases > 0
+    assert row.share.sent_bytes == sum(c.sent_bytes for c in row.share.collectives)
+
+
 REFUSED = {
     "dynamic": ("method.support=dynamic",),
     "materialized": ("method={name: sparsegrad, form: materialized}",),
