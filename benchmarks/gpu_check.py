@@ -195,7 +195,8 @@ def step_times(place: Place) -> Cases:
             model = model_of(place.model if place.small else "shapes:bert-base").to(place.device)
             targets = find_targets(model, TargetsSection())
             batch = {key: t.to(place.device) for key, t in batch_of(size, length).items()}
-            batch["input_ids"] %= model.config.vocab_size  # type: ignore[union-attr,operator]
+            config: Any = model.config
+            batch["input_ids"] %= config.vocab_size  # small models have fewer
             if name == "floor":
                 step = floor_of(model, targets, batch)
             else:
