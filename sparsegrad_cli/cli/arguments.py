@@ -32,6 +32,25 @@ MovedPaths = Annotated[
         show_default=False,
     ),
 ]
+TrainedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="Folder of a run, of a comparison (its best run) or of an export, a PEFT folder with "
+        "the head of a classifier, or a model of transformers.",
+        show_default=False,
+    ),
+]
+TextColumn = Annotated[
+    str | None, typer.Option("--text-column", help="Column of the text (default: as in training).")
+]
+PairColumn = Annotated[
+    str | None, typer.Option("--text-pair-column", help="Column of the second text.")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=1, help="Tokens of a text (default: as in training)."),
+]
 OutputDir = Annotated[
     Path | None,
     typer.Option("--output-dir", "-o", help="Folder of the run (default: the recipe's)."),

@@ -7,9 +7,17 @@ from typing import Annotated
 
 import typer
 
-from sparsegrad_cli.cli.arguments import Debug, Json, MovedPaths, Quiet
+from sparsegrad_cli.cli.arguments import (
+    Debug,
+    Json,
+    MaxLength,
+    MovedPaths,
+    PairColumn,
+    Quiet,
+    TextColumn,
+    TrainedModel,
+)
 from sparsegrad_cli.cli.output import show
-from sparsegrad_cli.cli.predict import BatchSize, MaxLength, PairColumn, Source, TextColumn
 from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import expanded, is_file
@@ -37,6 +45,7 @@ LabelSeparator = Annotated[
         help="Text between several labels in a cell (default: as in training, else a list).",
     ),
 ]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
 Worst = Annotated[int, typer.Option("--worst", min=0, help="Number of wrong examples to keep.")]
 Resamples = Annotated[
     int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0 gives no intervals.")
@@ -45,7 +54,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the boo
 
 
 def evaluate(
-    run: Source,
+    run: TrainedModel,
     file: File,
     overrides: MovedPaths = None,
     output_dir: OutputDir = None,

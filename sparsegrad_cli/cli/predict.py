@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from sparsegrad_cli.cli.arguments import Debug, Json, Quiet, refuse_without_effect
+from sparsegrad_cli.cli.arguments import (
+    Debug,
+    Json,
+    MaxLength,
+    PairColumn,
+    Quiet,
+    TextColumn,
+    TrainedModel,
+    refuse_without_effect,
+)
 from sparsegrad_cli.cli.predict_jobs import Job, answer, label
 from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
@@ -20,15 +29,6 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help="Folder of a run, of a comparison (its best run) or of an export, a PEFT folder with "
-        "the head of a classifier, or a model of transformers.",
-        show_default=False,
-    ),
-]
 Inputs = Annotated[
     list[str] | None,
     typer.Argument(
@@ -48,17 +48,10 @@ Output = Annotated[
         "output by default.",
     ),
 ]
-TextColumn = Annotated[
-    str | None, typer.Option("--text-column", help="Column of the text (default: as in training).")
-]
-PairColumn = Annotated[
-    str | None, typer.Option("--text-pair-column", help="Column of the second text.")
-]
 AllProbabilities = Annotated[
     bool, typer.Option("--probabilities", "-p", help="Add the probability of every class.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
-Rows = Annotated[
+BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, help="Rows of a batch (default: 64; 4 of a chat model)."),
 ]
@@ -74,20 +67,16 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option("--max-new-tokens", min=1, help="Tokens of an answer of a chat model (512)."),
 ]
-MaxLength = Annotated[
-    int | None,
-    typer.Option("--max-length", min=1, help="Tokens of a text (default: as in training)."),
-]
 
 
 def predict(
-    run: Source,
+    run: TrainedModel,
     inputs: Inputs = None,
     output: Output = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     all_probabilities: AllProbabilities = False,
-    batch_size: Rows = None,
+    batch_size: BatchSize = None,
     max_length: MaxLength = None,
     max_new_tokens: MaxNewTokens = None,
     glue: Glue = False,

@@ -144,7 +144,7 @@ class _Export:
         self.origin = _origin(trained, files)
         self.prompts: list[Sequence[Turn]] = []
         self.answers: list[RunAnswer] = []
-        if self.form.library != "sparsegrad" and setup.conversations:
+        if self.form.is_foreign and setup.conversations:
             self.prompts = plain_prompts(setup.conversations, self.tokenizer)
             self.answers = answers_of(model, self.tokenizer, self.prompts, self.autocast)
 

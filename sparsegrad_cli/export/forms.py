@@ -237,6 +237,11 @@ class Form:
     whole: bool = False
     has_rank: bool = False
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether other libraries load it without this package."""
+        return self.library != "sparsegrad"
+
 
 FORMS = {
     "merged": Form(

@@ -122,13 +122,29 @@ def _replaced(section: Any, values: dict[KeyPath, Any]) -> Any:
 
 
 def idle_settings(recipe: Recipe) -> Iterator[Idle]:
-    """Yield every setting of a recipe that differs from its default and has no effect."""
+    """Yield every setting of a recipe that has no effect, unless it has the value for that."""
     yield from _of_model(recipe)
     yield from _of_task(recipe)
     # One setting can have two reasons; only one of them is reported.
     both = (*_of_method(recipe), *_of_calibration(recipe))
     yield from {idle.key: idle for idle in both}.values()
     yield from _of_train(recipe)
+    if recipe.train.unpadded and (padding := padding_anyway(recipe)):
+        cause, why = padding
+        key = ("train", "unpadded")
+        yield Idle(key, _paths(cause), why, "leave it out", False, common=True)
+
+
+def padding_anyway(recipe: Recipe) -> tuple[str, str] | None:
+    """Return the key that makes a run compute padding whatever ``train.unpadded`` is, and why."""
+    if recipe.task.name in CHAT_TASKS:
+        return "task.name", "it is for encoders; task.chat.packing saves padding in conversations"
+    if recipe.train.torch_compile:
+        return (
+            "train.torch_compile",
+            "compiled models compute padding: their shapes must be equal",
+        )
+    return None
 
 
 def _idle(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.recipe.checks import recipe_problems
-from sparsegrad_cli.recipe.effects import Found, without_idle
+from sparsegrad_cli.recipe.effects import Found, padding_anyway, without_idle
 from sparsegrad_cli.recipe.layers import anchor_paths, read_layers, stack
 from sparsegrad_cli.recipe.optimizers import DEFAULT_OPTIMIZER
 from sparsegrad_cli.recipe.problems import explain
@@ -186,8 +186,8 @@ def to_yaml(recipe: Recipe) -> str:
 def digest(recipe: Recipe) -> str:
     """Return the SHA-256 (hex) of the resolved recipe without ``output_dir``.
 
-    A key that was added in a later version counts only if it is set, so that recipes without it
-    keep their digest.
+    A key that was added in a later version counts only if it is set and has an effect, so that
+    recipes without it keep their digest.
     """
     plain = to_plain(recipe)
     plain.pop("output_dir")
@@ -204,6 +204,8 @@ def digest(recipe: Recipe) -> str:
         del plain["task"]["columns"]["labels"]
     if recipe.train.optim == DEFAULT_OPTIMIZER:
         del plain["train"]["optim"]
+    if padding_anyway(recipe):
+        plain["train"]["unpadded"] = True
     for key in _TRAIN_KEYS:
         if plain["train"][key] == TrainSection.model_fields[key].default:
             del plain["train"][key]

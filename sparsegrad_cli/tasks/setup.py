@@ -31,6 +31,7 @@ from sparsegrad_cli.models.targets import (
 )
 from sparsegrad_cli.models.unpadding import Unpadding, use_unpadding
 from sparsegrad_cli.progress import Observer
+from sparsegrad_cli.recipe.effects import padding_anyway
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.tasks import CHAT_TASKS
@@ -173,7 +174,7 @@ def without_padding(model: nn.Module, recipe: Recipe) -> tuple[Unpadding | None,
     Returns:
         How it does; None if it computes padding too, with a note if that is not the recipe's wish.
     """
-    if recipe.task.name in CHAT_TASKS or not recipe.train.unpadded or recipe.train.torch_compile:
+    if not recipe.train.unpadded or padding_anyway(recipe):
         return None, None
     try:
         return use_unpadding(model), None

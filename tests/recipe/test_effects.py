@@ -92,6 +92,8 @@ IDLE = [
     (CHAT + "train: {loss: rece, loss_bucket_classes: 9}\n", "train.loss_bucket_classes"),
     (CHAT + "train: {loss: sce, loss_neighbours: 0}\n", "train.loss_neighbours"),
     (CHAT + "train: {loss: sce, loss_rounds: 2}\n", "train.loss_rounds"),
+    (CHAT + "train: {unpadded: true}\n", "train.unpadded"),
+    ("train: {torch_compile: true, unpadded: true}\n", "train.unpadded"),
 ]
 
 
@@ -157,6 +159,27 @@ def test_the_recipe_of_a_finished_run_is_accepted_unchanged(tmp_path: Path) -> N
     assert (found.calibration.steps, found.train.eval_steps) == (9, 7)
     assert make_study(str(tmp_path), ("lora", "full"), 1, ()).cells
     assert set(problems(path, "train.save_steps=3")) == {"train.save_steps"}
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "why"),
+    [
+        (CHAT, "train.unpadded=true", "it is for encoders"),
+        (
+            "train: {unpadded: true}\n",
+            "train.torch_compile=true",
+            "compiled models compute padding",
+        ),
+    ],
+)
+def test_padding_is_computed_anyway(tmp_path: Path, text: str, override: str, why: str) -> None:
+    path = write(tmp_path, text)
+    loaded = load_recipe(path, (override,))
+    (note,) = loaded.notes
+    assert note.startswith("train.unpadded (") and f") has no effect: {why}" in note
+    assert not loaded.recipe.train.unpadded
+    again = write(tmp_path, to_yaml(loaded.recipe), "again.yaml")
+    assert load_recipe(again).recipe == loaded.recipe and not load_recipe(again).notes
 
 
 def test_another_method_or_task_drops_settings_of_the_first(tmp_path: Path) -> None:

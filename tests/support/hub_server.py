@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from support.local_server import Handler, served
 
 TOKEN = "hf_test_token"
 
@@ -132,37 +132,21 @@ def hub_server() -> Iterator[Hub]:
     """Serve on a free port of this machine inside the context."""
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class HubHandler(Handler):
         def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.read_body()
             path = self.path.partition("?")[0]
             hub.requests.append(f"{self.command} {path}")
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             status, content = hub.answer(self.command, path, token, body)
             answer = json.dumps(content).encode()
-            self.send_response(status)
+            headers = [("Content-Type", "application/json")]
             if status == 404:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
-            self.send_header("Connection", "close")
-            self.end_headers()
+                headers.append(("X-Error-Code", "RepoNotFound"))
+            self.send_head(status, len(answer), headers)
             self.wfile.write(answer)
 
         do_GET = do_POST = do_PUT = _answer  # noqa: N815
 
-        def log_message(self, *arguments: Any) -> None:
-            return
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{listening.server_address[1]}"
-    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with served(HubHandler) as hub.url:
         yield hub
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.data.questions import Question, read_questions
+from support.local_server import Handler, served
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,12 @@ def judge_server(responder: Responder) -> Iterator[Server]:
     server = Server("")
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class JudgeHandler(Handler):
         def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
             request = {
                 "path": self.path,
                 "headers": {name.lower(): value for name, value in self.headers.items()},
-                "body": json.loads(content),
+                "body": json.loads(self.read_body()),
             }
             with lock:
                 number = len(server.requests)
@@ -88,13 +85,7 @@ def judge_server(responder: Responder) -> Iterator[Server]:
 
         def _send(self, response: Response) -> None:
             content = response.content()
-            self.send_response(response.status)
-            for name, value in response.headers:
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            # Announce the close: a client that reuses the connection would lose one attempt.
-            self.send_header("Connection", "close")
-            self.end_headers()
+            self.send_head(response.status, len(content), response.headers)
             if response.drip:
                 for byte in content:
                     time.sleep(response.drip)
@@ -103,19 +94,9 @@ def judge_server(responder: Responder) -> Iterator[Server]:
                 return
             self.wfile.write(content[: len(content) // 2] if response.cut else content)
 
-        def log_message(self, *arguments: Any) -> None:
-            return
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url = f"http://127.0.0.1:{listening.server_address[1]}/v1"
-    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with served(JudgeHandler) as url:
+        server.url = f"{url}/v1"
         yield server
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()
 
 
 def always_answer(text: str) -> Responder:
