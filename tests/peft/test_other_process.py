@@ -77,9 +77,11 @@ def train(support: str) -> Any:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained("base")
-    sizes: Any = {"rank": 8} if support == "dense" else {"density": 0.05, "rank": 8}
+    settings: Any = {"support": support, "rank": 8, "task_type": "CAUSAL_LM"}
+    if support != "dense":
+        settings["density"] = 0.05
     basis = sg.calibrate(model, [prompts() | {"labels": prompts()["input_ids"]}], rank=8)
-    config = sg.peft.SparseGradConfig(basis=basis, support=support, task_type="CAUSAL_LM", **sizes)
+    config = sg.peft.SparseGradConfig(basis=basis, **settings)
     made: dict[str, Any] = {"model": model, "peft_config": config}
     if support in ("dynamic", "refresh"):
         tuned = get_peft_model(model, config)
