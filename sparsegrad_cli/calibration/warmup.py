@@ -20,6 +20,7 @@ from sparsegrad_cli.calibration.gradients import (
     frozen_for_a_while,
     gradient_step,
 )
+from sparsegrad_cli.interruption import raise_if_requested
 from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.targets import head_parameters
 from sparsegrad_cli.numerics.seeding import temporary_seed
@@ -97,6 +98,7 @@ def _train(
         with _KeptOutputs(model) as outputs:
             for step in range(1, steps + 1):
                 number = (step - 1) % len(batches)
+                raise_if_requested(f"warm-up step {step}")
                 outputs.begin(number)
                 # In the last forward pass, the outputs of all other batches are kept.
                 with meter() if step <= 2 or step == len(batches) else nullcontext():
