@@ -2,7 +2,7 @@
 
 Nothing is downloaded and no weights are allocated. Each row is a fake run on fake processes, as
 ``sparsegrad estimate --processes N --shard fsdp2`` makes it. With ``--page`` the tables
-of docs/explanation/scaling.md are written anew from the saved rows.
+of docs/explanation/scaling.md are written from the saved rows.
 
 python -m benchmarks.scaling --out docs/results/scaling.json
 python -m benchmarks.scaling --page docs/explanation/scaling.md --out docs/results/scaling.json
@@ -192,7 +192,7 @@ def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
 
 
 def with_tables(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with its tables made anew from the rows.
+    """Return the page with its tables made from the rows.
 
     Raises:
         KeyError: the page names a table that there is not.
