@@ -337,18 +337,22 @@ def _gives_same_outputs(model: nn.Module, unpadding: Unpadding) -> bool:
 @contextmanager
 def with_padding(model: nn.Module) -> Iterator[None]:
     """Compute padding too while the context lasts: for code that reads hidden states by row."""
-    owners = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
-    installed = next((owner for owner in owners if isinstance(owner, Unpadding)), None)
+    installed = next(filter(None, map(_installed_in, model.modules())), None)
     with nullcontext() if installed is None else installed.turned_off():
         yield
+
+
+def _installed_in(module: nn.Module) -> Unpadding | None:
+    """Return what :func:`use_unpadding` made of a module; None if it is not the encoder."""
+    owner = getattr(vars(module).get("forward"), "__self__", None)
+    return owner if isinstance(owner, Unpadding) else None
 
 
 def _find_encoder(model: nn.Module) -> tuple[Any, Family] | Unpadding:
     """Return the encoder and its family, or what was installed before."""
     for module in model.modules():
-        owner = getattr(module.__dict__.get("forward"), "__self__", None)
-        if isinstance(owner, Unpadding):
-            return owner
+        if (installed := _installed_in(module)) is not None:
+            return installed
         config: Any = getattr(module, "config", None)
         if not hasattr(module, "embeddings") or getattr(config, "is_decoder", False):
             continue

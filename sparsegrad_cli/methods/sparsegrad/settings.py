@@ -112,10 +112,10 @@ class SparsegradSettings(SparseSettings):
     def calibration_defaults(
         cls, method: Mapping[str, Any], calibration: dict[str, Any]
     ) -> dict[str, Any]:
-        """Fill in the calibration of the core form: tokens, a warm head and thin products.
+        """Fill in the calibration of the core form: token gradients, a warm head, thin products.
 
-        They score best and cost least there (docs/results/index.md). The other forms keep what
-        the paper does.
+        docs/results/index.md has their energy and cost beside other settings. The other forms keep
+        what the paper does.
         """
         if method.get("form", cls.model_fields["form"].default) != "core":
             return calibration
