@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.models.nan_check import first_non_finite
+from sparsegrad_cli.models.precision import autocast_dtype
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.core_linear import product_dtype
 from sparsegrad_cli.recipe.schema import TrainSection
@@ -42,7 +43,7 @@ def as_in_training(model: nn.Module, train: TrainSection | None) -> Iterator[flo
         return
     patched: Any = model
     recomputes = train.gradient_checkpointing and not patched.is_activation_checkpointing
-    half = torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
+    half = autocast_dtype(train)
     own = vars(model).get("forward")
     try:
         if recomputes:

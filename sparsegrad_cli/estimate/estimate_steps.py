@@ -183,7 +183,7 @@ def _row(
         ),
         batch_shape=[size, length],
         mask=mask_of(recipe, padded=conditions.padded),
-        autocast="bfloat16" if train.bf16 else "float16" if train.fp16 else None,
+        autocast=train.autocast,
         gradient_checkpointing=train.gradient_checkpointing,
         peak_bytes=most,
         peak_phase=highest,

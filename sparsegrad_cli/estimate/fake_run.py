@@ -43,6 +43,7 @@ from sparsegrad_cli.memory.storage_tracker import PhasePeak
 from sparsegrad_cli.methods.base import TargetShapes
 from sparsegrad_cli.methods.implementation import Prepared
 from sparsegrad_cli.models.memory_savers import save_memory
+from sparsegrad_cli.models.precision import autocast_dtype
 from sparsegrad_cli.models.targets import (
     Target,
     find_targets,
@@ -263,7 +264,13 @@ class FakeRun(_Stage):
         self.notes += [*assumed, *self._settings.notes_on(shapes)]
         self._method = self._settings.implementation()
         bases = self._bases(targets) if self._settings.calibrates else None
-        return self._method.prepare(self.model, targets, scope=self.recipe.scope, bases=bases)
+        return self._method.prepare(
+            self.model,
+            targets,
+            scope=self.recipe.scope,
+            bases=bases,
+            autocast=autocast_dtype(self.recipe.train),
+        )
 
     def _bases(self, targets: list[Target]) -> dict[str, Basis]:
         """Return bases of the right shapes; how they were made does not affect a step."""
@@ -295,10 +302,10 @@ class FakeRun(_Stage):
         train = self.recipe.train
         if train.gradient_checkpointing:
             self.model.activation_checkpointing_enable()  # type: ignore[operator]
-        if train.bf16 or train.fp16:
+        half = autocast_dtype(train)
+        if half is not None:
             from accelerate.utils.operations import convert_outputs_to_fp32
 
-            half = torch.bfloat16 if train.bf16 else torch.float16
             mixed = torch.autocast("cpu", half)(self.model.forward)
             # accelerate does not convert the outputs of a model that FSDP2 shards.
             sharded = self.conditions.shard == "fsdp2"

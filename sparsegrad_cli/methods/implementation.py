@@ -241,6 +241,9 @@ class Method:
     training: TrainingData | None = None
     """The run that follows, set by :meth:`prepare`; None to load or estimate an adapter."""
 
+    autocast: torch.dtype | None = None
+    """The dtype of autocast in the steps that follow, set by :meth:`prepare`."""
+
     def __init__(self, settings: MethodSettings) -> None:
         self.settings = settings
 
@@ -253,6 +256,7 @@ class Method:
         bases: Mapping[str, Basis] | None = None,
         scores: Mapping[str, Tensor] | None = None,
         training: TrainingData | None = None,
+        autocast: torch.dtype | None = None,
     ) -> Prepared:
         """Freeze the model, change its targets, and mark what trains.
 
@@ -264,11 +268,13 @@ class Method:
             scores: target name -> (r_out, r_in) scores of core entries, if calibration made them.
             training: the run that follows. Without it, a method that initializes from data makes
                 tensors of the same shapes, and :meth:`load_adapter` fills them.
+            autocast: the dtype of autocast in the steps that follow. A method may hold in it what
+                only enters products: casting it once changes no bit of them.
 
         Raises:
             ValueError: the method calibrates, and there are no bases.
         """
-        self.training = training
+        self.training, self.autocast = training, autocast
         if self.settings.calibrates and bases is None:
             raise ValueError(f"method {self.settings.name} needs bases")
         total = count_entries(model)

@@ -8,7 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsegrad_cli.recipe.schema import Recipe, TrainSection
+
 HALF = (torch.bfloat16, torch.float16)
+
+
+def autocast_dtype(train: TrainSection) -> torch.dtype | None:
+    """Return the dtype of autocast in training, or None without it."""
+    name = train.autocast
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype
+
+
+def autocast_to_use(recipe: Recipe) -> torch.dtype | None:
+    """Return the dtype of autocast if a trained model mixes float32 and half precision, or None."""
+    return None if recipe.model.dtype == "float32" else autocast_dtype(recipe.train)
 
 
 def unfreeze_parameter(parameter: nn.Parameter) -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.models import memory_savers
+from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.quantized import record_dtype, use_frozen_forward
 from sparsegrad_cli.models.targets import Target, find_blocks, find_targets
+from sparsegrad_cli.peft.layer import SparseGradLayer
 from sparsegrad_cli.recipe.schema import TargetsSection
 
 
 def save_memory(
-    model: nn.Module, *, recompute: Literal["none", "activation"] = "none"
+    model: nn.Module,
+    *,
+    recompute: Literal["none", "activation"] = "none",
+    autocast: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Reduce the memory that the activations of a PEFT model take until the backward pass.
 
@@ -31,14 +37,21 @@ def save_memory(
             changed in place.
         recompute: ``activation`` computes the wide activation of every MLP again in the backward
             pass, which costs one more product per MLP.
+        autocast: The dtype of autocast in training, such as with ``bf16=True`` of
+            TrainingArguments: the bases of SparseGrad adapters are kept in it, and not cast in
+            every pass. Products under autocast stay the same; without it, and in a merged weight,
+            the bases are now rounded.
 
     Returns:
-        What was changed: numbers of ``dropouts``, ``gated_mlps``, ``quantized_layers`` and
-        ``recomputed_mlps``.
+        What was changed: numbers of ``dropouts``, ``gated_mlps``, ``quantized_layers``,
+        ``recomputed_mlps`` and ``bases``.
 
     Raises:
-        ValueError: ``recompute`` is unknown, or the MLPs are not modules of their own.
+        ValueError: ``recompute`` or ``autocast`` is unknown, or the MLPs are not modules of their
+            own.
     """
+    if autocast not in (None, *HALF):
+        raise ValueError(f"autocast is {autocast!r}: expected torch.bfloat16 or torch.float16")
     if recompute not in ("none", "activation"):
         raise ValueError(f"recompute is {recompute!r}: expected 'none' or 'activation'")
     inside = getattr(model, "get_base_model", lambda: model)()
@@ -49,6 +62,7 @@ def save_memory(
         "gated_mlps": memory_savers.use_efficient_gated_mlps(inside, targets),
         "quantized_layers": use_frozen_forward(inside, None),
         "recomputed_mlps": 0,
+        "bases": 0 if autocast is None else _narrow_bases(inside, autocast),
     }
     if recompute == "activation":
         changed["recomputed_mlps"] = _recompute(inside, targets)
@@ -63,6 +77,23 @@ def _mlp_layers(model: nn.Module) -> list[Target]:
         return find_targets(model, TargetsSection(), "recompute")
     except UsageError:
         return []
+
+
+def _narrow_bases(model: nn.Module, dtype: torch.dtype) -> int:
+    """Convert the bases of SparseGrad adapters; layers that share one go on sharing it.
+
+    Returns:
+        The number of bases that had another dtype.
+    """
+    narrow: dict[int, tuple[Tensor, Tensor]] = {}  # The old tensors stay alive, so ids are unique.
+    for layer in model.modules():
+        if not isinstance(layer, SparseGradLayer):
+            continue
+        for held in (layer.sparsegrad_q_out, layer.sparsegrad_q_in):
+            for name, wide in held.named_buffers():
+                if wide.dtype != dtype:
+                    _, held[name] = narrow.setdefault(id(wide), (wide, wide.to(dtype)))
+    return len(narrow)
 
 
 def _recompute(model: nn.Module, targets: list[Target]) -> int:

@@ -21,6 +21,7 @@ from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 from sparsegrad_cli.methods.peft_folder import CONFIG
 from sparsegrad_cli.models.digests import fingerprint
 from sparsegrad_cli.models.load_model import device_of, load_by_auto_class, load_classifier
+from sparsegrad_cli.models.precision import autocast_to_use
 from sparsegrad_cli.models.pretrained import load_configuration, load_tokenizer
 from sparsegrad_cli.models.quantized import move_model
 from sparsegrad_cli.models.targets import find_targets
@@ -208,7 +209,7 @@ def _of_run(
         length=max_length or recipe.task.max_length,
         padding=recipe.task.padding,
         about=about,
-        autocast=_autocast(files.loaded),
+        autocast=autocast_to_use(recipe),
         threshold=threshold,
         task=recipe.task,
         unpadded=recipe.train.unpadded,
@@ -223,13 +224,6 @@ def _threshold_of(files: RunFiles) -> tuple[float | None, str | None]:
     if files.threshold is not None:
         return files.threshold, None
     return DEFAULT_THRESHOLD, f"no threshold is chosen yet: {DEFAULT_THRESHOLD} is used"
-
-
-def _autocast(loaded: LoadedRecipe) -> torch.dtype | None:
-    train = loaded.recipe.train
-    if loaded.recipe.model.dtype == "float32":
-        return None
-    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
 
 
 def _spec_of(files: RunFiles) -> TaskSpec:

@@ -430,6 +430,11 @@ class TrainSection(Section):
                 raise SettingError(str(error), "optim_args", "optim") from None
         return self
 
+    @property
+    def autocast(self) -> str | None:
+        """The name of autocast's dtype, or None without autocast."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+
 
 def _share_of_steps(ratio: Any, data: dict[str, Any]) -> Any:
     """Return ``warmup_ratio`` as a value of ``warmup_steps``."""

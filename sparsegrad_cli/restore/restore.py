@@ -16,6 +16,7 @@ from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.io.atomic import read_tensors
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
 from sparsegrad_cli.methods.implementation import Method, load_by_name, trainable_state
+from sparsegrad_cli.models.precision import autocast_to_use
 from sparsegrad_cli.models.quantized import dtype_of
 from sparsegrad_cli.models.targets import Target
 from sparsegrad_cli.numerics.hosvd import Basis, truncated
@@ -78,10 +79,7 @@ class TrainedModel:
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype of autocast if the model mixes float32 and half precision, else None."""
-        train = self.recipe.train
-        if self.recipe.model.dtype == "float32":
-            return None
-        return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
+        return autocast_to_use(self.recipe)
 
 
 def load_trained(files: RunFiles, examples: int) -> TrainedModel:

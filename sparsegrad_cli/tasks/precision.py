@@ -27,8 +27,7 @@ def check_precision(loaded: LoadedRecipe) -> None:
     """
     recipe, method = loaded.recipe, loaded.recipe.method
     leaves_weights = method.beside_weights and recipe.scope == "head"
-    autocast = recipe.train.bf16 or recipe.train.fp16
-    if recipe.model.dtype != "float32" and not autocast and not leaves_weights:
+    if recipe.model.dtype != "float32" and not recipe.train.autocast and not leaves_weights:
         raise UsageError(
             f"method {recipe.method.name} trains the model's own weights, kept in float32 "
             f"beside others in {recipe.model.dtype}: products of the two need autocast",
@@ -97,7 +96,7 @@ def precision_of(model: nn.Module, train: TrainSection, device: torch.device) ->
         weights[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return PrecisionBlock(
         weights=dict(sorted(weights.items())),
-        autocast="bfloat16" if train.bf16 else "float16" if train.fp16 else None,
+        autocast=train.autocast,
         matmul=torch.get_float32_matmul_precision(),
         device=device.type,
     )

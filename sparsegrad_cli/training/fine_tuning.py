@@ -13,6 +13,7 @@ from sparsegrad_cli.methods.implementation import (
     TrainingData,
     check_what_trains,
 )
+from sparsegrad_cli.models.precision import autocast_dtype
 from sparsegrad_cli.models.targets import not_adapted_note
 from sparsegrad_cli.numerics.seeding import temporary_seed
 from sparsegrad_cli.recipe.trackers import tracker_environment
@@ -65,6 +66,7 @@ def _prepare(run: Run, setup: Setup, method: Method, initial: Initial | None) ->
                 bases=basis.by_target() if basis else None,
                 scores=basis.scores if basis else None,
                 training=_training_data(run, setup),
+                autocast=autocast_dtype(run.recipe.train),
             )
         check_what_trains(setup.model, prepared.counts)
         if initial is not None:

@@ -41,6 +41,7 @@ CASES = {
     "core, recomputed": (*CORE, "train.gradient_checkpointing=true"),
     "full, bf16": ("method=full", *MIXED),
     "core static, bf16": (*CORE, *HALF),
+    "core static, autocast": (*CORE, "train.bf16=true"),
     # Short enough for a batch of whole blocks; the last block of all would be padded.
     "lora, concatenated": ("method=lora", "task.chat.packing=concatenate", "task.max_length=64"),
 }

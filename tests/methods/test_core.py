@@ -26,6 +26,7 @@ from benchmarks.memory import step_bytes
 from benchmarks.models import methods_at
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.methods.base import TargetShapes
+from sparsegrad_cli.methods.implementation import trainable_state
 from sparsegrad_cli.methods.sparsegrad.core import SparsegradCore
 from sparsegrad_cli.methods.sparsegrad.settings import SparsegradSettings
 from sparsegrad_cli.models.memory_savers import save_memory
@@ -91,6 +92,33 @@ def test_scores_choose_and_are_cut_to_the_rank(rank: int) -> None:
         count = count_for_density(0.03, target.out_features, target.in_features)
         expected = largest_entries(scores[target.name][:RANK, :RANK], count)
         assert torch.equal(layers[target.name].sparsegrad_support["default"].long(), expected)
+
+
+@pytest.mark.parametrize("support", ["static", "dense", "dynamic"])
+def test_bases_in_the_dtype_of_autocast_give_the_same_steps(support: str) -> None:
+    """Bit for bit, in half the bytes; the values stay in float32."""
+    targets, found = targets_of(classifier()), []
+    shared = dict.fromkeys(
+        (t.name for t in targets if t.kind == targets[0].kind),
+        orthogonal_bases(targets, torch.float32)[targets[0].name],
+    )
+    bases = orthogonal_bases(targets, torch.float32) | shared
+    for autocast in (None, torch.bfloat16):
+        model, method = classifier(), SparsegradCore(settings(support=support))
+        held = method.prepare(model, targets, scope="head", bases=bases, autocast=autocast).bases
+        assert {q.dtype for q in held} == {autocast or torch.float32}
+        optimizer = method.optimizer(model, TrainSection(learning_rate=0.1))
+        for seed in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch(seed=seed)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((sum(q.nbytes for q in held), loss, trainable_state(model)))
+    (wide, loss, state), (narrow, same_loss, same_state) = found
+    assert wide == 2 * narrow and torch.equal(loss, same_loss)
+    assert all(torch.equal(same_state[name], value) for name, value in state.items())
+    assert any(value.abs().sum() > 0 for name, value in state.items() if "values" in name)
 
 
 @pytest.mark.parametrize("per", ["layer", "kind"])

@@ -99,6 +99,28 @@ def test_it_saves_memory(architecture: str) -> None:
     assert saved_bytes(recomputing) < saved_bytes(saving) < saved_bytes(plain)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_bases_in_the_dtype_of_autocast_change_no_bit_under_it(architecture: str) -> None:
+    model = moved(wrapped(architecture))
+    layers = [m for m in model.modules() if isinstance(m, sg.SparseGradLayer)]
+    sides = [side for layer in layers for side in (layer.sparsegrad_q_out, layer.sparsegrad_q_in)]
+    first, *others = (layer.sparsegrad_q_out for layer in layers)
+    second = next(q_out for q_out in others if q_out["default"].shape == first["default"].shape)
+    second["default"] = first["default"]
+    with torch.autocast("cpu", torch.bfloat16):
+        before, (loss, grads) = logits(model), step(model)
+    assert sg.save_memory(model, autocast=torch.bfloat16)["bases"] == len(sides) - 1
+    assert {side["default"].dtype for side in sides} == {torch.bfloat16}
+    assert second["default"] is first["default"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model), before)
+        loss_after, grads_after = step(model)
+    assert torch.equal(loss_after, loss) and grads_after.keys() == grads.keys() != set()
+    assert all(torch.equal(grads_after[name], grads[name]) for name in grads)
+    assert sg.save_memory(model, autocast=torch.bfloat16)["bases"] == 0
+
+
 def test_a_second_call_changes_nothing() -> None:
     model = moved(wrapped("llama"))
     sg.save_memory(model, recompute="activation")
@@ -112,6 +134,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     model = wrapped("llama")
     with pytest.raises(ValueError, match="expected 'none' or 'activation'"):
         sg.save_memory(model, recompute="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"float32: expected torch\.bfloat16"):
+        sg.save_memory(model, autocast=torch.float32)
     net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 4))
     assert sg.save_memory(net)["dropouts"] == 1
     with pytest.raises(ValueError, match="gradient_checkpointing_enable"):

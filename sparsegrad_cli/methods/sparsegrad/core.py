@@ -86,7 +86,8 @@ class SparsegradCore(Method):
         def fit(name: str, basis: Basis) -> Basis:
             # In the dtype in which the products are made: half the bytes for half precision.
             layer = model.get_submodule(name)
-            return truncated(basis, rank).to(dtype_of(layer), next(layer.parameters()).device)
+            dtype = self.autocast or dtype_of(layer)
+            return truncated(basis, rank).to(dtype, next(layer.parameters()).device)
 
         fitted = map_bases({t.name: bases[t.name] for t in targets}, fit)
         plans = self._plans(targets, fitted, scores)
