@@ -32,6 +32,7 @@ from benchmarks.common import save
 from benchmarks.whole_job import FILES, write_rows
 from sparsegrad_cli.calibration.calibrate import calibrate
 from sparsegrad_cli.calibration.gradients import gradient_step, gradients_only
+from sparsegrad_cli.calibration.select_rows import CANDIDATES, body_features, representative
 from sparsegrad_cli.calibration.warmup import WARMUP_BATCHES, warmed_head
 from sparsegrad_cli.models.targets import Target, head_parameters
 from sparsegrad_cli.numerics.hosvd import map_bases, truncated
@@ -42,7 +43,7 @@ from sparsegrad_cli.recipe.load_recipe import load_recipe
 from sparsegrad_cli.records.environment import git_state
 from sparsegrad_cli.records.store import RunWriter
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.setup import Setup, load, random_batches
+from sparsegrad_cli.tasks.setup import Setup, load, random_batches, random_rows, training_batches
 
 # name -> batches of the warm-up, whether it has batches of its own, calibration settings, rank
 Way = tuple[int, bool, dict[str, Any], int | None]
@@ -57,8 +58,10 @@ def ways(ranks: list[int]) -> dict[str, Way]:
     def add(name: str, warm: int, own: bool, steps: int, **more: Any) -> None:
         found[name] = (warm, own, gradient | {"steps": steps} | more, None)
 
-    for count in (4, 8, 12, 16):
+    for count in (1, 2, 4, 8, 12, 16):
         add(f"{count} batches", min(count, WARMUP_BATCHES), False, count)
+    for count in (1, 2, 4):
+        add(f"{count} batches, maxvol", count, False, count, select="maxvol")
     add("12 batches, power step", WARMUP_BATCHES, False, 12, power_steps=1)
     add("12 batches, Gram matrices", WARMUP_BATCHES, False, 12, decomposition="exact")
     add("12 batches, scored", WARMUP_BATCHES, False, 12, score="token_square")
@@ -104,10 +107,19 @@ def plan(run: Run, setup: Setup, way: Way, seed: int) -> tuple[dict[str, Any], d
     warm, own, changes, _ = way
     settings = run.recipe.calibration.model_copy(update=changes)
 
+    started, cpu = time.perf_counter(), time.process_time()
+    chosen = None
+    if settings.select == "maxvol":
+        wanted = 32 * settings.steps
+        rows = random_rows(setup, seed)[: CANDIDATES * wanted]
+        features = body_features(setup.model, training_batches(setup, rows, 32))
+        chosen = [rows[number] for number in representative(features, wanted)]
+
     def batches(count: int, offset: int = 0) -> list[dict[str, Tensor]]:
+        if chosen is not None:
+            return list(islice(training_batches(setup, chosen, 32), count))
         return list(islice(random_batches(setup, 32, seed + offset), count))
 
-    started, cpu = time.perf_counter(), time.process_time()
     with warmed_head(
         setup.model,
         lambda: batches(warm, 2 if own else 0),

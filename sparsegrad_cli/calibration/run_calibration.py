@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,7 @@ from sparsegrad_cli.calibration.basis_file import (
 )
 from sparsegrad_cli.calibration.calibrate import Calibration, OnStream, calibrate, passes_of
 from sparsegrad_cli.calibration.diagnostics import spectra
+from sparsegrad_cli.calibration.select_rows import CANDIDATES, body_features, representative
 from sparsegrad_cli.calibration.warmup import WARMUP_BATCHES, warmed_head
 from sparsegrad_cli.errors import FileFormatError
 from sparsegrad_cli.io.paths import expanded
@@ -43,7 +45,7 @@ from sparsegrad_cli.recipe.load_recipe import digest
 from sparsegrad_cli.records.basis import BasisMetadata
 from sparsegrad_cli.records.run import CalibrationBlock, CalibrationSettings, HashesBlock
 from sparsegrad_cli.run.open_run import Run
-from sparsegrad_cli.tasks.setup import Setup, random_batches
+from sparsegrad_cli.tasks.setup import Setup, random_batches, random_rows, training_batches
 
 BASIS_NAME = "basis.safetensors"
 
@@ -61,6 +63,7 @@ class RunCalibration:
     run: Run
     setup: Setup
     tokens: int = 0
+    _chosen: list[int] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -92,6 +95,8 @@ class RunCalibration:
         again = f", {passes} passes" if passes > 1 else ""
         self.run.begin_phase("calibrate", f"{settings.steps} steps, no update{again}")
         started = time.perf_counter()
+        with self.memory_explained("calibrate"):
+            self.choose_rows()
         with self.memory_explained("calibrate"), self.warmed_head():
             warmup_seconds, warmup_tokens = time.perf_counter() - started, self.tokens
             observer.total_steps("calibrate", len(self.own_steps) * passes)
@@ -117,6 +122,7 @@ class RunCalibration:
         peak = setup.meter.peak("calibrate")
         made_with = CalibrationSettings(
             steps=settings.steps,
+            select=settings.select,
             basis_per=settings.basis_per,
             source=settings.source,
             decomposition=settings.decomposition,
@@ -171,7 +177,7 @@ class RunCalibration:
 
         Args:
             steps: numbers of the steps' batches.
-            batch_size: examples per step; the recipe's batch size by default.
+            batch_size: examples per step, see :meth:`batches`; by default the recipe's.
             targets: the target modules; all of the model's by default.
             changes: settings that differ from the recipe's ``calibration`` section.
             hooks: further arguments of :func:`sparsegrad_cli.calibration.calibrate.calibrate`.
@@ -182,7 +188,7 @@ class RunCalibration:
         together = recipe.calibration.steps // distributed.world_size()
 
         def batches() -> Iterator[dict[str, Tensor]]:
-            every = self.random_batches(recipe.seed, batch_size)
+            every = self.batches(batch_size)
             return self.counted(islice(every, steps.start, None, steps.step), together=together)
 
         return calibrate(
@@ -208,7 +214,7 @@ class RunCalibration:
 
         def batches() -> list[dict[str, Tensor]]:
             count = min(WARMUP_BATCHES, settings.steps, settings.warmup_steps)
-            first = islice(self.random_batches(seed), count)
+            first = islice(self.batches(), count)
             return list(self.counted(first, together=count))
 
         if settings.warmup_steps and head_parameters(self.setup.model):
@@ -229,6 +235,45 @@ class RunCalibration:
             kept = parameters_digest(head_parameters(self.setup.model))
             hashes = self.run.writer.record.hashes or HashesBlock()
             self.run.writer.save(hashes=hashes.changed(head_init=kept))
+
+    def batches(self, batch_size: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Return the batches to calibrate on: those of chosen rows, or endless random ones.
+
+        Args:
+            batch_size: examples per batch, which are random then: chosen ones fill the recipe's.
+        """
+        chosen = self.choose_rows() if batch_size is None else None
+        if chosen is None:
+            return self.random_batches(self.run.recipe.seed, batch_size)
+        return training_batches(self.setup, chosen, self.batch_size)
+
+    def choose_rows(self) -> list[int] | None:
+        """Return the numbers of the training rows that ``calibration.select`` chooses.
+
+        They are chosen once, by the first call. None for random rows: those of the first batches.
+        """
+        recipe, observer = self.run.recipe, self.run.observer
+        if recipe.calibration.select == "random" or self._chosen is not None:
+            return self._chosen
+        count = recipe.calibration.steps * self.batch_size
+        rows = random_rows(self.setup, recipe.seed)[: CANDIDATES * count]
+        if len(rows) <= count:
+            self._chosen = (rows * math.ceil(count / len(rows)))[:count]
+            observer.note(f"calibration.select: all {len(rows)} training rows are read")
+            return self._chosen
+        total = math.ceil(len(rows) / self.batch_size)
+        observer.total_steps("select", total)
+
+        def candidates() -> Iterator[dict[str, Tensor]]:
+            every = training_batches(self.setup, rows, self.batch_size)
+            for number, batch in enumerate(self.counted(every, together=total), start=1):
+                yield batch
+                observer.step("select", {"step": number})
+
+        with self.setup.meter.phase("calibrate"):
+            features_MI = body_features(self.setup.model, candidates(), recipe.train)
+        self._chosen = [rows[number] for number in representative(features_MI, count)]
+        return self._chosen
 
     def random_batches(
         self, seed: int, batch_size: int | None = None

@@ -50,6 +50,7 @@ _LOSSES_OF = {
     **dict.fromkeys(("loss_bucket_positions", "loss_bucket_classes", "loss_mix"), ("sce",)),
     **dict.fromkeys(("loss_neighbours", "loss_rounds"), ("rece",)),
 }
+_BATCH_KEYS = ("batch_size", "select")
 _WARMUP_KEYS = ("warmup_steps", "warmup_learning_rate", "keep_head")
 
 
@@ -250,7 +251,7 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
     everything = tuple(CalibrationSection.model_fields)
     if method.reads_batches and not method.calibrates:
         why = f"{method.name} reads batches of the training data and computes no bases"
-        others = tuple(key for key in everything if key not in ("steps", "batch_size"))
+        others = tuple(key for key in everything if key not in ("steps", "batch_size", "select"))
         yield from _idle(settings, at, others, "method.name", why, common=True)
         return
     if not method.calibrates:
@@ -263,7 +264,7 @@ def _of_calibration(recipe: Recipe) -> Iterator[Idle]:
     usual = CalibrationSection(**calibration_of_the_method(form, {}))
     if settings.basis is not None:
         why, fix = f"the bases come from {settings.basis}", "leave it out, or calibrate again"
-        names = _BASIS_KEYS if settings.keep_head else (*_BASIS_KEYS, *_WARMUP_KEYS, "batch_size")
+        names = _BASIS_KEYS if settings.keep_head else (*_BASIS_KEYS, *_WARMUP_KEYS, *_BATCH_KEYS)
         said = _idle(
             settings, at, names, "calibration.basis", why, fix, defaults=usual, common=True
         )
@@ -279,8 +280,10 @@ def _of_new_basis(recipe: Recipe, usual: CalibrationSection) -> Iterator[Idle]:
         names: tuple[str, ...] = ("decomposition", "power_steps")
         if settings.score == "spectral":
             names += ("steps",)
+            if not (settings.warmup_steps and settings.keep_head):
+                names += _BATCH_KEYS
             if settings.warmup_steps and not settings.keep_head:
-                names += ("batch_size", "warmup_steps", "warmup_learning_rate")
+                names += ("warmup_steps", "warmup_learning_rate")
         yield from _idle(settings, at, names, "calibration.source", why, defaults=usual)
     elif settings.decomposition != "randomized":
         why = f"power_steps applies to decomposition 'randomized', not {settings.decomposition!r}"

@@ -197,6 +197,8 @@ def digest(recipe: Recipe) -> str:
         del plain["model"]["quantization"]
     if plain["method"].get("entries", 0) is None:
         del plain["method"]["entries"]
+    if recipe.calibration.select == "random":
+        del plain["calibration"]["select"]
     for key in _TASK_KEYS:
         if plain["task"][key] == TaskSection.model_fields[key].default:
             del plain["task"][key]

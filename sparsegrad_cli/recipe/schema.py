@@ -113,6 +113,11 @@ class CalibrationSection(Section):
         "12 by default with the core form",
     )
     batch_size: PositiveInt | None = Field(None, description="the training batch size by default")
+    select: Literal["random", "maxvol"] = Field(
+        "random",
+        description="which examples are read: random ones, or of eight times as many those whose "
+        "features represent the others (Rectangular Maxvol; one forward pass each)",
+    )
     basis_per: Literal["layer", "kind"] = Field(
         "layer",
         description="one basis for each target module, or for each layer kind (the paper)",

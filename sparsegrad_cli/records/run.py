@@ -442,6 +442,7 @@ class CalibrationSettings(Block):
     """How a basis was computed. Also in the metadata of basis.safetensors, under `settings`."""
 
     steps: Count | None = None
+    select: str = Field("random", description="How its examples are chosen.")
     basis_per: str | None = Field(None, description="`layer` or `kind`.")
     source: str | None = None
     decomposition: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,16 +245,26 @@ def hash_block(block: Block) -> str:
 
 def random_batches(setup: Setup, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Yield random batches of the training data on the model's device, epoch after epoch."""
-    data = setup.train_data
-    sampler = EpochSampler(data, seed=seed, strategy="random")
     epoch = 0
     while True:
-        sampler.set_epoch(epoch)
-        order = list(sampler)
-        for start in range(0, len(order), batch_size):
-            rows = [data[i] for i in order[start : start + batch_size]]
-            yield to_device(setup.collator(rows), setup.device)
+        yield from training_batches(setup, random_rows(setup, seed, epoch), batch_size)
         epoch += 1
+
+
+def random_rows(setup: Setup, seed: int, epoch: int = 0) -> list[int]:
+    """Return the numbers of all training rows in the random order of an epoch."""
+    sampler = EpochSampler(setup.train_data, seed=seed, strategy="random")
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def training_batches(
+    setup: Setup, numbers: Sequence[int], batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the training rows of these numbers in batches on the model's device."""
+    for start in range(0, len(numbers), batch_size):
+        rows = [setup.train_data[number] for number in numbers[start : start + batch_size]]
+        yield to_device(setup.collator(rows), setup.device)
 
 
 def first_validation_batches(setup: Setup, count: int, size: int) -> list[dict[str, Tensor]]:

@@ -82,9 +82,11 @@ def _training_data(run: Run, setup: Setup) -> TrainingData:
     """Return what the method may use of the run. Every process reads the same batches."""
     recipe = run.recipe
     calibration = RunCalibration(run, setup)
+    if recipe.method.reads_batches:
+        calibration.choose_rows()  # Before the method changes the model.
     return TrainingData(
         steps=StepPlan.of(recipe.train, len(setup.train_data)).max_steps,
-        batches=lambda: islice(calibration.random_batches(recipe.seed), recipe.calibration.steps),
+        batches=lambda: islice(calibration.batches(), recipe.calibration.steps),
         loss=lambda batch: setup.objective.loss(setup.model, batch),
     )
 

@@ -68,6 +68,9 @@ IDLE = [
     ("calibration: {basis: b.safetensors, warmup_steps: 9}\n", "calibration.warmup_steps"),
     ("calibration: {source: random, steps: 8}\n", "calibration.steps"),
     ("calibration: {source: original, batch_size: 8}\n", "calibration.batch_size"),
+    ("calibration: {source: original, select: maxvol}\n", "calibration.select"),
+    ("calibration: {basis: b.safetensors, select: maxvol}\n", "calibration.select"),
+    (LORA + "calibration: {select: maxvol}\n", "calibration.select"),
     ("calibration: {decomposition: exact, power_steps: 1}\n", "calibration.power_steps"),
     ("calibration: {warmup_steps: 0, keep_head: true}\n", "calibration.keep_head"),
     (
