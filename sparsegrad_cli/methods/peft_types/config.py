@@ -13,6 +13,8 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import TypeAdapter, ValidationError
 
+from sparsegrad_cli.io.suggest import listed
+from sparsegrad_cli.methods.peft_types.tuner_facts import SHIRA_MASKS
 from sparsegrad_cli.recipe.yaml_source import shorten
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def _adapter(name: str, key: str) -> TypeAdapter[Any] | None:
 
 def type_problem(name: str, key: str, value: Any) -> str | None:
     """Return what is wrong with the type of a value; None if the configuration takes it."""
+    if (name, key) == ("SHIRA", "mask_type"):
+        return None if value in SHIRA_MASKS else f"expected {listed(SHIRA_MASKS)}, got {value!r}"
     adapter = _adapter(name, key)
     if adapter is None:
         return None
@@ -97,7 +101,7 @@ def make_config(
             keys[key] = adapter.validate_python(value)
     keys["target_modules"] = [target.name for target in targets] or ["placeholder"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # such as: mask_type needs a mask_fn, which follows
         return config_class(settings.type)(**keys)
 
 

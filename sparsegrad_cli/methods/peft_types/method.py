@@ -24,6 +24,7 @@ from sparsegrad_cli.methods.peft_folder import check_adapted
 from sparsegrad_cli.methods.peft_types.config import first_sentence, make_config
 from sparsegrad_cli.methods.peft_types.data_init import initialize_after, initialize_before
 from sparsegrad_cli.methods.peft_types.settings import PeftSettings
+from sparsegrad_cli.methods.peft_types.shira_masks import mask_function
 from sparsegrad_cli.methods.peft_types.step_hooks import draw_in_every_step, make_optimizer
 from sparsegrad_cli.models.precision import unfreeze_parameter
 from sparsegrad_cli.models.targets import Target
@@ -61,7 +62,11 @@ class PeftTuner(Method):
         steps = None if self.training is None else self.training.steps
         self.targets = targets
         self.config = make_config(settings, targets, steps=steps)
-        if self.training is None and settings.reads_batches:
+        if settings.type == "SHIRA" and self.config.mask_type != "random":
+            self.config.mask_fn = mask_function(
+                self.config.mask_type, model, targets, self.training
+            )
+        elif self.training is None and settings.reads_batches:
             self.config.init_lora_weights = True  # load_adapter fills in what data would give
         moves = settings.type == "LORA" and self._moves_weights()
         before = {t.name: _weight(model, t).detach().clone() for t in targets if moves}

@@ -103,6 +103,11 @@ class PeftSettings(MethodSettings):
             wrong = config.type_problem(self.type, key, value)
             if wrong is not None:
                 raise SettingError(wrong, path)
+        if self.type == "SHIRA" and "random_seed" in self.keys:
+            mask = self.keys.get("mask_type", "random")
+            if mask != "random":
+                what = f"has no effect: mask_type {mask} draws nothing"
+                raise SettingError(what, "method.random_seed", fix="leave it out")
         problem = config.problem_of(self)
         if problem is not None:
             raise SettingError(f"PEFT refuses these settings: {problem}", "method.type")
@@ -146,8 +151,10 @@ class PeftSettings(MethodSettings):
 
     @property
     def reads_batches(self) -> bool:
-        """True for initializations from activations or gradients."""
-        return self.keys.get("init_lora_weights") in _FROM_BATCHES
+        """True for initializations and masks from activations or gradients."""
+        keys = self.keys
+        masked = self.type == "SHIRA" and keys.get("mask_type") in ("grad", "snip")
+        return masked or keys.get("init_lora_weights") in _FROM_BATCHES
 
     @property
     def trains_lora_factors(self) -> bool:

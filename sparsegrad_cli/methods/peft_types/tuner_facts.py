@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 SizeKind = Literal["number", "falling", "power", "falling power", "share", "falling share"]
 
+SHIRA_MASKS = ("random", "struct", "wm", "grad", "snip")
+"""Values of SHiRA's mask_type; PEFT has the first, and shira_masks.py the others."""
+
 _TOP = 1 << 24  # a falling number is this less the size
 _TOP_POWER = 24  # the exponent of a falling power is this less the size
 _SHARES = 100_000  # steps of a share between 0 and 1
