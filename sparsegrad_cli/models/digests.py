@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_cli.models.quantized import quantization_state
-from sparsegrad_cli.models.targets import Target
+from sparsegrad_cli.models.targets import Target, head_parameters
 
 _SAMPLED = 4096  # Values of each weight in a fingerprint.
 
@@ -38,12 +38,30 @@ def fingerprint(model: nn.Module, targets: Sequence[Target]) -> str:
     """
     sha = hashlib.sha256()
     for target in targets:
-        flat = target.weight_OI(model).detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLED)
-        sample = flat[::stride][:_SAMPLED].to("cpu", torch.float32).contiguous()
         sha.update(f"{target.name} {target.out_features} {target.in_features}".encode())
-        sha.update(sample.numpy().tobytes())
+        sha.update(_sample(target.weight_OI(model)))
     return sha.hexdigest()
+
+
+def body_digest(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) of names, shapes and samples of all parameters but the head's.
+
+    Unlike :func:`fingerprint` it does not depend on the choice of target modules.
+    """
+    sha, head = hashlib.sha256(), head_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name not in head:
+            sha.update(f"{name} {tuple(parameter.shape)}".encode())
+            sha.update(_sample(parameter))
+    return sha.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return evenly spaced values of a tensor as the bytes of float32."""
+    flat = tensor.detach().reshape(-1)
+    stride = max(1, flat.numel() // _SAMPLED)
+    sample = flat[::stride][:_SAMPLED].to("cpu", torch.float32).contiguous()
+    return bytes(sample.numpy().tobytes())
 
 
 def parameters_digest(parameters: Mapping[str, nn.Parameter]) -> str:

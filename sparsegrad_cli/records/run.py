@@ -485,6 +485,7 @@ class HashesBlock(Block):
     """Digests (sha256, hex) that show whether runs of a comparison had the same inputs."""
 
     data: str | None = None
+    body: str | None = Field(None, description="The model's weights without the head.")
     head_init: str | None = None
     precision: str | None = None
     order: dict[StepKey, str] = Field({}, description="By step: all batches up to it.")

@@ -81,12 +81,20 @@ def _check(task: str, seed: int, runs: Sequence[RunRecord]) -> Check:
         methods=len(runs),
         same_data=_same([each.data if each else None for each in hashes]),
         same_head_init=_same([each.head_init if each else None for each in hashes]),
-        same_model=_same([run.model.fingerprint if run.model else None for run in runs]),
+        same_model=_same_model(runs),
         same_precision=_same([each.precision if each else None for each in hashes]),
         same_order=same_order,
         steps_compared=last,
         same_code=_same([_code(run) for run in runs]),
     )
+
+
+def _same_model(runs: Sequence[RunRecord]) -> bool | None:
+    bodies = [run.hashes.body if run.hashes else None for run in runs]
+    if None not in bodies:
+        return _same(bodies)
+    # Records of older versions: the fingerprint is that of the target modules.
+    return _same([run.model.fingerprint if run.model else None for run in runs])
 
 
 def _order(runs: Sequence[RunRecord]) -> tuple[bool | None, int]:

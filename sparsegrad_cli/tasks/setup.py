@@ -17,7 +17,7 @@ from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.memory.meter import MemoryMeter, make_meter
 from sparsegrad_cli.memory.out_of_memory import out_of_memory_explained
 from sparsegrad_cli.methods.base import MethodSettings, TargetShapes
-from sparsegrad_cli.models.digests import fingerprint, parameters_digest
+from sparsegrad_cli.models.digests import body_digest, fingerprint, parameters_digest
 from sparsegrad_cli.models.load_model import device_of
 from sparsegrad_cli.models.memory_savers import save_memory
 from sparsegrad_cli.models.quantized import count_entries, move_model, quantization_state
@@ -63,6 +63,7 @@ class Setup(LoadedTask):
         not_adapted: large layers of the model that no target covers.
         fingerprint: fingerprint of the targets' weights.
         head_hash: sha256 (hex) of the head's values.
+        body_hash: sha256 (hex) of a sample of all other values.
         precision: the ``precision`` block of the record.
         device: the device of the model.
         method_settings: the recipe's ``method`` section, with the rank filled in.
@@ -74,6 +75,7 @@ class Setup(LoadedTask):
     not_adapted: list[NotAdapted]
     fingerprint: str
     head_hash: str
+    body_hash: str
     precision: PrecisionBlock
     device: torch.device
     method_settings: MethodSettings
@@ -146,7 +148,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
     for note in size_notes:
         observer.note(note)
     device = device_of(recipe)
-    head_hash = parameters_digest(head_parameters(model))
+    head_hash, body_hash = parameters_digest(head_parameters(model)), body_digest(model)
     model = move_model(model, device)
     save_memory(model, targets, recipe.method.recompute)
     unpadding, padded = without_padding(model, recipe)
@@ -160,6 +162,7 @@ def make_setup(loaded: LoadedRecipe, observer: Observer, limits: RowLimits | Non
         not_adapted=left_out,
         fingerprint=fingerprint(model, targets),
         head_hash=head_hash,
+        body_hash=body_hash,
         precision=precision_of(model, recipe.train, device),
         device=device,
         method_settings=settings,
@@ -225,6 +228,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
         "precision": setup.precision,
         "hashes": HashesBlock(
             data=task.data_hash,
+            body=setup.body_hash,
             head_init=setup.head_hash,
             precision=hash_block(setup.precision),
         ),

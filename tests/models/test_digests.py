@@ -10,6 +10,7 @@ from support.tiny_models import classifier, targets_of
 from torch import nn
 
 from sparsegrad_cli.models.digests import (
+    body_digest,
     fingerprint,
     parameters_digest,
     tensors_digest,
@@ -106,3 +107,15 @@ def test_fingerprint_of_bfloat16_weights() -> None:
     model = classifier(dtype=torch.bfloat16)
     targets = targets_of(model)
     assert len(fingerprint(model, targets)) == 64
+
+
+def test_the_digest_of_the_body_depends_on_all_weights_but_the_head() -> None:
+    model, same = classifier(), classifier()
+    before = body_digest(model)
+    assert body_digest(same) == before
+    with torch.no_grad():
+        same.get_parameter("classifier.weight").add_(1)
+    assert body_digest(same) == before
+    with torch.no_grad():
+        same.get_parameter("bert.embeddings.LayerNorm.bias")[0] += 1
+    assert body_digest(same) != before

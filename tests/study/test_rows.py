@@ -83,6 +83,17 @@ def test_differences_of_few_seeds() -> None:
     assert single is not None and single.interval is None and single.n == 1
 
 
+def test_rows_with_other_target_modules_may_have_the_same_model() -> None:
+    cells = [cell("a", 0, 0.5), cell("a", 0, 0.5)]
+    cells[1]["run"]["model"]["fingerprint"] = "of other targets"
+    assert checks_of(cells)[0]["same_model"] is False  # records of older versions
+    for each in cells:
+        each["run"]["hashes"]["body"] = "b"
+    assert checks_of(cells)[0]["same_model"] is True
+    cells[1]["run"]["hashes"]["body"] = "c"
+    assert checks_of(cells)[0]["same_model"] is False
+
+
 def test_checks_compare_at_the_last_common_step() -> None:
     same = checks_of([cell("a", 0, 0.5), cell("a", 0, 0.5)])
     assert same[0]["same_order"] is True and same[0]["steps_compared"] == 20
